@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from studio_people import word
 from tiny import polite_rows, tiny_model_folder, write_jsonl
 
 from penchant import api
@@ -53,7 +54,16 @@ def _make() -> None:
     for part in ("recipes", "src"):  # a person is in the repository
         Path(part).symlink_to(ROOT / part)
     _runs(start)
+    _arena()
     shutil.copyfile("train.jsonl", "runs/demo/pairs.jsonl")
+
+
+def _arena() -> None:
+    """What somebody said in an arena."""
+    file = Path("arenas/film/preferences.jsonl")
+    file.parent.mkdir(parents=True)
+    words = [word(i, prompt=f"Question {i}?", verdict="a" if i % 4 else "tie") for i in range(12)]
+    write_jsonl(file, [w.to_json() for w in words])
 
 
 def _runs(start: str) -> None:

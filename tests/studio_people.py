@@ -7,7 +7,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import krippendorff
 import numpy as np
 
 from penchant.judges.humans import Judgement, Preferences
@@ -56,6 +55,8 @@ class Truth:
 @cache
 def truth(draws: int = 200_000, seed: int = 99) -> Truth:
     """By the law of large numbers, from the model of the people alone."""
+    import krippendorff
+
     rng = np.random.default_rng(seed)
     quality = rng.normal(MEAN, SPREAD, draws)
     longer = np.where(rng.random(draws) < LONG, 1, -1)

@@ -171,6 +171,8 @@ class EvalRequest:
 
 # ---- `penchant compare` ----
 
+HUMANS = "humans:"  # how `--judge` names a file of what people said
+
 
 @dataclass(frozen=True, slots=True)
 class CompareRequest:
@@ -368,6 +370,7 @@ class ChatRequest(ModelRequest):
     prefer: str | None = option("file for /left and /right (default: preferences.jsonl)", metavar="FILE.jsonl")
     blind: bool = option("do not show which answer is whose", False)
     system: str = option("system prompt", "", "TEXT")
+    tools: str | None = option("file with a JSON list of tools for the chat template", metavar="FILE.json")
     temperature: float = option("temperature; 0: the likeliest token (default: %(default)g)", 0.7, low=0)
     top_p: float = option(
         "sample from the smallest set of tokens with this probability (default: %(default)g)", 1.0, above=0, high=1

@@ -72,7 +72,8 @@ class PromptTree:
 
     `source` is where the row came from (``"train.jsonl:118"``), for messages; `columns` is what else the row holds, by column, where a
     reward asks for it; `origin` is the number of its source, where rows of several are mixed. `tools` (a JSON list) and `template_options`
-    (a JSON object) are what the row hands to the chat template beside its turns; empty where it has none.
+    (a JSON object) are what the row hands to the chat template beside its turns; empty where it has none. `weight` is what the row counts
+    in a loss (`data.weight`).
     """
 
     prompt: Prompt
@@ -82,6 +83,7 @@ class PromptTree:
     origin: int = 0
     tools: str = ""
     template_options: str = ""
+    weight: float = 1.0
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -106,6 +108,7 @@ class TokenTree:
     scores: tuple[float | None, ...] = ()  # k scores, or none at all
     masks: tuple[np.ndarray, ...] = ()  # k arrays (c_i,) bool, or none at all: every token is trained
     origin: int = 0  # see `PromptTree`
+    weight: float = 1.0  # likewise
 
     @property
     def trained(self) -> tuple[int, ...]:
@@ -156,6 +159,7 @@ class PackedBatch:
     rows: tuple[int, ...]  # data set row of each tree
     labels: Tensor | None = None  # (C,) fp32, 1 or 0; None where a completion has none
     scores: Tensor | None = None  # (C,) fp32; None where a completion has none
+    row_weights: Tensor | None = None  # (C,) fp32: what each completion's row counts; None: 1
     pairs: bool = False  # every tree has exactly two completions, so slots are 0, 1, 0, 1, ...
     most: int | None = None  # completions of a tree, at most
     idle: bool = False  # it keeps the passes of other processes company, and counts for nothing
@@ -272,6 +276,23 @@ class LossOutput:
         """All terms of the loss by name; ``main`` is `losses`."""
         return {"main": (self.losses, self.weights), **self.terms}
 
+    def weighted(self, *by: Tensor) -> LossOutput:
+        """The same with rows that count what `by` says: every mean is what it would be if a row of weight 2 stood there twice.
+
+        Args:
+            by: weights of all completions, of all trees, and of what else values may be of; those of a value's length are its own.
+        """
+        of = {len(w): w for w in reversed(by)}
+
+        def weigh(pair: Weighted) -> Weighted:
+            values, weights = pair
+            w = of.get(len(values)) if values.dim() else None
+            return pair if w is None else (values * w, w if weights is None else weights * w)
+
+        losses, weights = weigh((self.losses, self.weights))
+        terms = {name: weigh(pair) for name, pair in self.terms.items()}
+        return LossOutput(losses, weights, {name: weigh(pair) for name, pair in self.metrics.items()}, terms)
+
 
 @dataclass(frozen=True, slots=True)
 class Scored:
@@ -293,6 +314,7 @@ class Scored:
     alignment: Tensor | None = None
     divergence: Tensor | None = None
     weighted_logps: Tensor | None = None
+    row_weights: Tensor | None = None  # None: 1
     pairs: bool | None = None  # of the batch; None: `is_pairs` looks at the slots
     shape: tuple[int, int] | None = None  # trees, and completions of one at most; None: `matrix` looks
 
@@ -310,6 +332,8 @@ class Scored:
                 shapes = [v for v in values if v is not None]
                 whole = len(shapes) == len(values)
                 columns[f.name] = (sum(n for n, _ in shapes), max(k for _, k in shapes)) if whole else None
+            elif f.name == "row_weights" and any(v is not None for v in values):
+                columns[f.name] = torch.cat([p.weight_of_rows for p in parts])
             else:
                 columns[f.name] = None if any(v is None for v in values) else torch.cat(values)
         trees: list[Tensor] = []
@@ -318,6 +342,13 @@ class Scored:
             trees.append(p.tree + offset)
             offset = trees[-1][-1:] + 1 if len(p.tree) else offset
         return Scored(**{**columns, "tree": torch.cat(trees)})
+
+    @property
+    def weight_of_rows(self) -> Tensor:
+        """(C,) what each completion's row counts."""
+        import torch
+
+        return torch.ones_like(self.policy_logps) if self.row_weights is None else self.row_weights
 
     def of_trees(self, which: Sequence[int]) -> Scored:
         """The completions of some trees (ascending), which are numbered anew."""

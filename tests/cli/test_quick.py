@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from studio_people import word
 from tiny import polite_rows, write_jsonl
 
 import penchant
@@ -80,11 +81,13 @@ def run() -> Iterator[Callable[..., Answer]]:
         ("data", "show", "pairs.jsonl"),
         ("flags", FINISHED),
         ("watch", FINISHED, "--once"),
+        ("compare", "--judge", "humans:preferences.jsonl"),
     ],
     ids=" ".join,
 )
 def test_no_tensors_no_torch(command: tuple[str, ...], tmp_path: Path, run: Callable[..., Answer]) -> None:
     write_jsonl(tmp_path / "pairs.jsonl", polite_rows()[:3])
+    write_jsonl(tmp_path / "preferences.jsonl", [word(0).to_json()])
     assert run(tmp_path, *command)[:2] == (0, [])
 
 

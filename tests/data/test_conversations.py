@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +187,8 @@ def test_a_call_that_is_left_out_in_one_place_is_noticed() -> None:
         {"chat_template_kwargs": {"tokenize": True}}, {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}},
         {"messages": [*ASKED, {**CALLED, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
         {"messages": [*ASKED, {**CALLED, "tool_calls": [{"function": {"arguments": {}}}]}]},
+        {"messages": [*ASKED, {**CALLED, "tool_calls": [{"function": {"name": "f", "arguments": '{"a":' * 500 + "1" + "}" * 500}}]}]},
+        {"messages": [*ASKED, CALLED, {**RESULT, "name": "half \ud83d"}, TALK[-1]]},
         {"messages": [{**CALLED, "role": "user"}, TALK[-1]]}, {"messages": [*ASKED, RESULT, TALK[-1]]},
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, TALK[-1]]},
     ],
@@ -383,3 +387,42 @@ def test_a_developers_turn_keeps_its_role_where_the_template_knows_it() -> None:
     assert _text(_made(NO_CALLS, row).trees[0].prompt_ids).startswith("<s>system:")
     knows = NO_CALLS + "{# developer #}"
     assert _text(_made(knows, row).trees[0].prompt_ids).startswith("<s>developer:")
+
+
+COLLECTION = Path(__file__).parents[2] / "benchmarks" / ".venv-trl"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not COLLECTION.is_dir(), reason="benchmarks/.venv-trl is not installed")
+def test_every_template_that_trl_ships_trains_and_ends() -> None:
+    tool = _tool()
+    (folder,) = COLLECTION.glob("lib/python*/site-packages/trl/chat_templates")
+    for path in sorted(folder.glob("*.jinja")):
+        template = path.read_text(encoding="utf-8")
+        found, tokenizer = tool.judge(template), tool.tokenizer_of(template)
+        assert found.takes["answers"] == "", path.stem
+        for made in (found.last, found.every):
+            for tree in made.trees:
+                (ids,) = tree.completion_ids
+                assert int(ids[-1]) in end_ids(tokenizer), path.stem
+        answer = tokenizer.decode(found.last.trees[0].completion_ids[0])
+        assert "It is four." in answer and "Good" not in answer and "two and" not in answer, path.stem
+        learned = [t.completion_ids[0][t.masks[0]] if t.masks else t.completion_ids[0] for t in found.every.trees]
+        text = "".join(map(tokenizer.decode, learned))
+        assert "Good morning." in text and "It is four." in text and "two and" not in text, path.stem
+
+
+def _tool() -> Any:
+    path = Path(__file__).parents[2] / "docs" / "tools" / "templates.py"
+    spec = importlib.util.spec_from_file_location("templates_tool", path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules["templates_tool"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_of_templates_says_what_is_trained() -> None:
+    tool = _tool()
+    found = tool.judge(AS_OBJECTS)
+    assert found.takes["answers"] == found.takes["system"] == found.takes["tools"] == ""
+    assert "leaves out" in found.takes["reasoning"] and "leaves out the tools" in tool.judge(NO_TOOLS).takes["tools"]

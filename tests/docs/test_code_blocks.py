@@ -38,6 +38,7 @@ NOT_RUN = {
     r"^export ": "is for the shell that a person sits at, and the command after it is not run here",
     r" --(processes|gpus) \d": "starts processes, each importing torch; tests/distributed does",
     r" --jobs \d": "starts processes, each importing torch; tests/test_sweep.py does",
+    r"^penchant studio": "runs until it is ended; tests/studio/ does",
     r"^penchant demo": "two minutes; tests/test_demo.py does, and a stand-in for runs/demo is here",
 }
 # a command that is only planned in the default suite, as it trains many runs: what is put behind it

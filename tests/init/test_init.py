@@ -338,3 +338,14 @@ def test_rows_with_answers_are_checked_by_them(tmp_path: Path, model: str) -> No
         start = propose(data, look_at_model(model), "grpo")
         assert data.rows == 9 and start.sections["reward"].keys() == {"accuracy"}
         assert load_config(write_config(start, tmp_path / f"{name}.yaml")).reward is not None
+
+
+def test_conversations_with_several_answers_are_learned_whole(tmp_path: Path, model: str) -> None:
+    talk = [{"role": r, "content": f"{r} {i}"} for i in range(2) for r in ("user", "assistant")]
+    rows = [{"messages": [{"role": "user", "content": f"Q{i}"}, *talk[1:]]} for i in range(12)]
+    start = propose(look_at_data(write_jsonl(tmp_path / "a.jsonl", rows), model), look_at_model(model), "sft")
+    assert start.sections["data"]["layout_options"][0] == {"turns": "all"}
+    assert load_config(write_config(start, tmp_path / "run.yaml")).data.layout_options == {"turns": "all"}
+    short = [{"messages": r["messages"][:2]} for r in rows]
+    start = propose(look_at_data(write_jsonl(tmp_path / "b.jsonl", short), model), look_at_model(model), "sft")
+    assert "layout_options" not in start.sections["data"]

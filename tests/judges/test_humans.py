@@ -14,7 +14,7 @@ from processes import forked
 from studio_people import word
 
 from penchant.errors import DataError, DiskError
-from penchant.judges.humans import Preferences, read_preferences
+from penchant.judges.humans import Preferences, read_preferences, turns_of
 
 
 def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -145,3 +145,10 @@ def test_no_file_and_an_empty_one_are_told(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(DataError, match="holds no judgement"):
         read_preferences(tmp_path / "empty.jsonl")
+
+
+def test_a_prompt_is_shown_turn_by_turn() -> None:
+    assert list(turns_of("Why?")) == [("user", "Why?")]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}
+    shown = list(turns_of([{"role": "system", "content": "Be kind."}, call, {"role": "tool", "content": "42"}]))
+    assert shown == [("system", "Be kind."), ("assistant", '[{"name": "look"}]'), ("tool", "42")]

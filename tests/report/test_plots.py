@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import re
@@ -191,3 +192,18 @@ def test_an_online_runs_held_out_loss_is_no_curve_beside_its_trainings_and_each_
     # an offline loss that somebody judges beside it stays
     write_lines(tmp_path / "metrics.jsonl", [*train, {"kind": "eval", "step": 2, "eval/loss": 0.7, "eval/reward": 2.0}])
     assert points_of(read_report([tmp_path], 0.0).runs[0], "eval/loss") == ((2, 0.7),)
+
+
+def test_held_out_sets_have_curves_of_their_own(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    path = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    before = str(curves(read_report([folder], 0.0)))
+    assert "by held-out set" not in before
+    for line in lines:
+        if line.get("kind") == "eval":
+            line |= {"eval/math/loss": 0.5, "eval/math/rows": 4, "eval/general/loss": 0.7, "eval/general/rows": 4}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = str(curves(read_report([folder], 0.0)))
+    assert "Loss by held-out set" in found and ">math<" in found and ">general<" in found
+    assert "Preference accuracy by held-out set" not in found

@@ -109,7 +109,10 @@ def test_a_conversation_is_turns_with_roles(tmp_path: Path) -> None:
     row = {"prompt": "<|im_start|>system Be kind. user Hi", "messages": turns, "before": "b", "after": "a"}
     write_lines(run / "samples.jsonl", [row])
     made = str(samples(read_report([run], 0.0)))
-    assert "im_start" not in made and ">system</bdi></b>: " in made and ">Hi</bdi>" in made
+    assert "im_start" not in made and ">user</bdi></b>: " in made and ">Hi</bdi>" in made
+    system = made.split('<details class="system">')[1].split("</details>")[0]
+    assert "<summary>system prompt</summary>" in system and "Be kind." in system, "folded"
+    assert "Be kind." not in made.replace(system, "")
 
 
 def test_a_comparisons_completions_come_first(tmp_path: Path) -> None:

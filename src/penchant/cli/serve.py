@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -65,11 +66,26 @@ def _chat(args: argparse.Namespace) -> int:
         )
     if args.system and not models[0].style.remembers:
         raise ConfigError("--system", "plain text has no system prompt", "leave it out, or give --template transcript")
+    tools = _tools(args.tools) if args.tools else ()
     sampling = Sampling(args.max_new_tokens, 1, args.temperature, args.top_p, args.top_k, args.seed)
     for style in {v.style.name: v.style for v in models}.values():
         terminal.note(style.note)
     terminal.note("/help lists the commands")
-    return Chat(models, ChatOptions(sampling, args.system, args.prefer, args.blind), terminal).run()
+    return Chat(models, ChatOptions(sampling, args.system, args.prefer, args.blind, tools), terminal).run()
+
+
+def _tools(path: str) -> tuple[Any, ...]:
+    from pathlib import Path
+
+    from penchant.data.layouts.fields import RowError, tools
+    from penchant.errors import ConfigError
+
+    try:
+        listed = tools({"tools": Path(path).read_text(encoding="utf-8")})
+    except (OSError, UnicodeDecodeError, RowError) as error:
+        what = f"{path} cannot be used ({error})"
+        raise ConfigError("--tools", what, "give a file with a JSON list of tools, as the column of a row") from error
+    return tuple(json.loads(listed or "[]"))
 
 
 def _terminal() -> Terminal:

@@ -42,7 +42,7 @@ from penchant.errors import ConfigError, DataError
 from penchant.judges import OF_ENDPOINTS, JudgeOptions, PairJudge, load_judge
 from penchant.metrics.flags import comparison_flags, summary
 from penchant.metrics.flags.rule import Flag
-from penchant.requests import CompareRequest
+from penchant.requests import HUMANS, CompareRequest
 from penchant.rewards.functions import reads_columns
 from penchant.runfolder import COMPARISON, COMPARISON_ROWS, REPORT, make_folder
 from penchant.runfolder.read import read
@@ -359,6 +359,9 @@ def compare_runs(paths: Sequence[str | Path], question: CompareRequest, *, quiet
 
 
 def _judge_of(question: CompareRequest) -> JudgeOptions | None:
+    if isinstance(question.judge, str) and question.judge.startswith(HUMANS):
+        how = "leave the runs out: penchant compare --judge humans:FILE"
+        raise ConfigError("--judge", "people judged answers that stand in their file, and runs would write others", how)
     of_endpoint = {name: getattr(question, f"judge_{name}") for name in OF_ENDPOINTS}
     given = [OF_ENDPOINTS[name] for name, value in of_endpoint.items() if value is not None]
     if question.judge is None and given:

@@ -25,7 +25,6 @@ from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfi
 
 BOTH = "loss and algorithm are both set; keep one: an algorithm uses no loss of this section"
 WATCHING_ONLY = ("output", "logging", "trust", "launch")  # sections that change nothing in what a run computes
-WATCHING: Mapping[str, Any] = {**dict.fromkeys(WATCHING_ONLY, True), "rollout": set(PLACES)}  # and keys
 
 
 class EvaluationConfig(EvalConfig):
@@ -182,6 +181,14 @@ class RunConfig(Section):
     @field_serializer("loss")
     def _loss_as_mapping(self, value: LossConfig) -> dict[str, Any]:
         return value.to_mapping()
+
+
+def what_is_computed(config: RunConfig) -> dict[str, Any]:
+    """All settings but those that only watch, and those that say where something is done: they are as if nobody had set them."""
+    settings = config.model_dump(mode="json", exclude=set(WATCHING_ONLY))
+    default = RolloutConfig().model_dump(mode="json")
+    settings["rollout"] |= {name: default[name] for name in PLACES}
+    return settings
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:

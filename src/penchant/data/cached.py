@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
@@ -26,12 +26,22 @@ from penchant.base.functions import own_sha256
 from penchant.data.audit import audit
 from penchant.data.audit.findings import Audit, Finding
 from penchant.data.layouts import Detection
-from penchant.data.load import Columns, Dataset, Quarantined, Reading, fingerprint, load_preferences, stream_preferences
+from penchant.data.load import (
+    Columns,
+    Dataset,
+    Quarantined,
+    Reading,
+    fingerprint,
+    load_preferences,
+    stream_preferences,
+    together,
+)
 from penchant.data.mapped import StoredRows, StoredTokens, TokenWriter, ranges, read_batch, write_rows
 from penchant.data.read import named_files
 from penchant.data.split import held_out_rows, split_by_prompt
 from penchant.data.tokenize import CausalTokenization, Mark, TokenizedDataset, apart_of, forced, moved, tokenize
 from penchant.errors import DataError
+from penchant.types import PromptTree
 
 # ---- Entries on disk ----
 # An entry is a folder whose name is the SHA-256 of everything that it depends on: the bytes of the data files, the settings, the
@@ -235,6 +245,27 @@ class DataCache:
             return Dataset(StoredRows(folder, key), **{**meta, **more})
 
         return self._made("rows", key, write, read) or load_preferences(path, on_bad_row=on_bad_row, **how)
+
+    def together(self, parts: Sequence[Dataset], names: Sequence[str]) -> Dataset:
+        """`load.together`; on disk where a part is."""
+        if not any(isinstance(d.trees, StoredRows) for d in parts):
+            return together(parts, names)
+        key = key_of("rows", {"mixed": [[d.fingerprint, d.kind, len(d.trees)] for d in parts]})
+
+        def keep(trees: Iterable[PromptTree]) -> tuple[Sequence[PromptTree], str] | None:
+            def write(folder: Path) -> Mapping[str, Any]:
+                try:
+                    write_rows(folder, trees)
+                except TypeError as error:  # a column of bytes or dates
+                    raise NotStorable from error
+                return {"fingerprint": fingerprint(StoredRows(folder, key))}
+
+            found: tuple[Sequence[PromptTree], str] | None = self._made(
+                "rows", key, write, lambda folder, meta: (StoredRows(folder, key), str(meta["fingerprint"]))
+            )
+            return found
+
+        return together(parts, names, keep)
 
     def split(self, dataset: Dataset, **how: Any) -> tuple[Dataset, Dataset]:
         """`split_by_prompt`."""

@@ -137,20 +137,21 @@ def convert_rows(
     columns: Mapping[str, str] | None = None,
     identical: str = "bad_row",
     keep_columns: bool = False,
+    weight: str | None = None,
 ) -> Iterator[Converted]:
     """Every row of a stream, converted. A layout of groups reads the whole stream first, by way of a temporary file.
 
     Args:
         layout, options: see `Layout.settings`; columns: ``{our field: your column}``.
         identical: ``bad_row`` or ``keep``: what a pair with chosen == rejected is.
-        keep_columns: see `Reading`; of a group, the columns of its first row.
+        keep_columns, weight: see `Reading`; of a group, the columns of its first row.
     """
     columns = columns or {}
     for group in map(_alone, rows) if layout.group is None else _grouped(rows, layout.group, columns):
         if isinstance(group, Converted):
             yield group
             continue
-        made = _convert(group, layout, options, columns, identical)
+        made = _convert(group, layout, options, columns, identical, weight)
         if keep_columns and made.trees:
             further = further_columns(group[0].values, columns)
             made = replace(made, trees=tuple(replace(t, columns=further) for t in made.trees))
@@ -173,7 +174,12 @@ def _alone(row: Row | BadRow) -> list[Row] | Converted:
 
 
 def _convert(
-    rows: list[Row], layout: Layout, options: Mapping[str, Any], columns: Mapping[str, str], identical: str
+    rows: list[Row],
+    layout: Layout,
+    options: Mapping[str, Any],
+    columns: Mapping[str, str],
+    identical: str,
+    weight: str | None = None,
 ) -> Converted:
     """The rows of one group (one row, where the layout has no groups)."""
     source = tuple(rows)
@@ -184,11 +190,32 @@ def _convert(
             _check_text(tree)
         if identical != "keep" and any(map(is_identical, trees)):
             raise RowError(IDENTICAL, "drop it or set data.identical=keep")
+        if weight:
+            counts = weight_of(rows[0].values, weight)
+            trees = tuple(replace(t, weight=counts) for t in trees)
     except RowError as error:
         return Converted(len(rows), (), _aside(rows, error), isinstance(error, LeftOut), source)
     several = len(trees) > 1
     named = (replace(t, source=rows[0].where + f"#{i}" * several) for i, t in enumerate(trees, 1))
     return Converted(len(rows), tuple(named), source=source)
+
+
+def weight_of(row: Mapping[str, Any], column: str) -> float:
+    """What a row counts in a loss.
+
+    Raises:
+        LeftOut: 0. RowError: it is no number above 0.
+    """
+    if row.get(column) is None:
+        raise RowError(
+            f'"{column}", the weight that data.weight names, is missing', "give a number, 1 for a row like others"
+        )
+    found = finite(row[column])
+    if found is None or found < 0:
+        raise RowError(f'the weight "{column}" is {str(row[column])[:40]!r}', "make it a number, 0 or above")
+    if found == 0:
+        raise LeftOut(f'"{column}" is 0: the row counts nothing', "nothing is wrong with it")
+    return found
 
 
 def _check_text(tree: PromptTree) -> None:
@@ -197,7 +224,11 @@ def _check_text(tree: PromptTree) -> None:
     Raises:
         RowError: one holds half of a surrogate pair; JSON can say that, and programs that cut texts in the middle do.
     """
-    prompt = [tree.prompt] if isinstance(tree.prompt, str) else [m.reasoning + m.said for m in tree.prompt]
+    prompt = (
+        [tree.prompt]
+        if isinstance(tree.prompt, str)
+        else [m.reasoning + m.said + m.name + m.tool_call_id for m in tree.prompt]
+    )
     for text in (*prompt, *(c.whole for c in tree.completions), tree.tools, tree.template_options):
         if text.isascii():  # a flag of the string: no look at its characters
             continue
@@ -296,8 +327,16 @@ class Dataset:
         return replace(self, trees=trees, total=rows, accepted=rows, quarantined=(), fingerprint=content, columns=None)
 
 
-def together(parts: Sequence[Dataset], names: Sequence[str]) -> Dataset:
-    """Several data sets as one, in memory; each tree's `origin` is the number of its own.
+def together(
+    parts: Sequence[Dataset],
+    names: Sequence[str],
+    keep: Callable[[Iterable[PromptTree]], tuple[Sequence[PromptTree], str] | None] = lambda trees: None,
+) -> Dataset:
+    """Several data sets as one; each tree's `origin` is the number of its own.
+
+    Args:
+        keep: puts all trees where they need no memory, and gives them and their fingerprint back; by default, and where it returns None, they
+            are in memory.
 
     Raises:
         DataError: they are of different kinds.
@@ -307,10 +346,18 @@ def together(parts: Sequence[Dataset], names: Sequence[str]) -> Dataset:
         found = ", ".join(f"{name}: {kind}" for name, kind in zip(names, kinds, strict=True))
         how = "give rows of one kind (see `penchant data show FILE`), or train on them one after the other"
         raise DataError("data", f"rows of different kinds cannot be mixed ({found})", how)
-    trees = tuple(replace(t, origin=i) for i, d in enumerate(parts) for t in d.trees)
+
+    def mixed() -> Iterator[PromptTree]:
+        return (replace(t, origin=i) for i, d in enumerate(parts) for t in d.trees)
+
+    kept = keep(mixed())
+    if kept is None:
+        in_memory = tuple(mixed())
+        kept = in_memory, fingerprint(in_memory)
+    trees, content = kept
     aside = tuple(q for d in parts for q in d.quarantined)
     shape = ", ".join(dict.fromkeys(d.shape for d in parts))
-    counts = sum(d.total for d in parts), aside, fingerprint(trees), sum(d.accepted for d in parts)
+    counts = sum(d.total for d in parts), aside, content, sum(d.accepted for d in parts)
     return Dataset(trees, shape, kinds[0], *counts, parts[0].detection if len({d.shape for d in parts}) == 1 else None)
 
 
@@ -325,6 +372,7 @@ class Reading(TypedDict, total=False):
         layout_options: what can be chosen about the layout, see `penchant data formats NAME`.
         bounds: on the size of a row, see `penchant.data.read.Bounds`.
         keep_columns: trees hold what else their rows have, for rewards that ask for it.
+        weight: the column that says what a row counts in a loss; None: all count 1.
         rollouts: completions are yet to be written: rows with a prompt that have no layout are prompts (their answer is a column).
     """
 
@@ -336,6 +384,7 @@ class Reading(TypedDict, total=False):
     bounds: Mapping[str, Any]
     keep_columns: bool
     rollouts: bool
+    weight: str | None
 
 
 def load_preferences(path: str | Sequence[str], *, on_bad_row: str = "error", **how: Unpack[Reading]) -> Dataset:
@@ -386,6 +435,7 @@ class Stream:
         layout_options: Mapping[str, Any] | None = None,
         keep_columns: bool = False,
         rollouts: bool = False,
+        weight: str | None = None,
     ) -> None:
         stream: Iterator[Row | BadRow] = itertools.islice(rows, limit)
         self.name = name
@@ -403,12 +453,12 @@ class Stream:
         layout = layout_named(shape)
         options = layout.settings(layout_options or {})
         values = [renamed(r.values, columns or {}) for r in first if isinstance(r, Row)]
-        unused = [] if keep_columns else [c for c in layout.unused(values, options) if c not in COUNTED]
+        unused = [] if keep_columns else [c for c in layout.unused(values, options) if c not in COUNTED and c != weight]
         self.columns = Columns(unused=unused)
         self.shape, self.kind, self.grouped = shape, layout.kind_of(options), layout.group is not None
         if not named:
             self._ask_about_names(values)
-        self._converted = convert_rows(stream, layout, options, columns, identical, keep_columns)
+        self._converted = convert_rows(stream, layout, options, columns, identical, keep_columns, weight)
         self._accepted = 0
         self._aside: list[Quarantined] = []
         self._digest = hashlib.sha256()
@@ -602,7 +652,7 @@ def fingerprint(trees: Iterable[PromptTree]) -> str:
 
 def _content(tree: PromptTree) -> bytes:
     further = json.dumps(tree.columns, sort_keys=True, default=str) if tree.columns else ""
-    further += tree.tools + tree.template_options
+    further += tree.tools + tree.template_options + ("" if tree.weight == 1.0 else repr(tree.weight))
     return (json.dumps(plain_content(tree)) + further + (str(tree.origin) if tree.origin else "")).encode()
 
 

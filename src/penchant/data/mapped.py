@@ -22,6 +22,9 @@ from penchant.data.load import plain_content
 from penchant.types import Completion, Message, PromptTree, TokenTree
 
 NO_LABEL = -1  # stands for None
+EXTRAS = {"weight": 1.0, "origin": 0.0}  # of each tree; a file of them is there where some are others
+# what a row says behind its source, where it says nothing: columns, tools, options, weight, origin
+FURTHER: tuple[Any, ...] = ({}, "", "", 1.0, 0)
 MASKS = "masks.npy"  # there where some tokens of completions are not trained
 
 
@@ -64,7 +67,8 @@ class StoredRows(Sequence[PromptTree]):
             Completion(text, label, score, tuple(Message(*m) for turns in more[:1] for m in turns), *more[1:])
             for text, label, score, *more in completions
         )
-        return PromptTree(shown, made, source, further[0] if further else {}, 0, *further[1:])
+        columns, tools, options, weight, origin = (*further, *FURTHER[len(further) :])
+        return PromptTree(shown, made, source, columns, origin, tools, options, weight)
 
     def __iter__(self) -> Iterator[PromptTree]:
         return (self[i] for i in range(len(self)))
@@ -87,12 +91,9 @@ def write_rows(folder: Path, trees: Iterable[PromptTree]) -> None:
     ends, good, bad = array("q", [0]), array("i"), array("i")
     with tempfile.TemporaryFile(dir=folder) as spill:
         for t in trees:
-            further = (
-                [t.columns, t.tools, t.template_options]
-                if t.tools or t.template_options
-                else [t.columns][: len(t.columns)]
-            )
-            row = [*plain_content(t), t.source, *further]
+            further = [t.columns, t.tools, t.template_options, t.weight, t.origin]
+            told = next((i for i in range(5, 0, -1) if further[i - 1] != FURTHER[i - 1]), 0)
+            row = [*plain_content(t), t.source, *further[:told]]
             ends.append(ends[-1] + spill.write(json.dumps(row, separators=(",", ":")).encode()))
             good.append(sum(c.label is True for c in t.completions))
             bad.append(sum(c.label is False for c in t.completions))
@@ -117,6 +118,9 @@ class StoredTokens(Sequence[TokenTree]):
         self._part_start, self._id_start = parts.offsets.to_numpy(), parts.values.offsets.to_numpy()
         self._ids = parts.values.values.to_numpy()
         self._masks = np.load(folder / MASKS, mmap_mode="r") if (folder / MASKS).exists() else None  # of every id
+        self._extras = {
+            name: np.load(path, mmap_mode="r") for name in EXTRAS if (path := folder / f"{name}.npy").exists()
+        }
 
     def __len__(self) -> int:
         return len(self._part_start) - 1 if self.which is None else len(self.which)
@@ -149,7 +153,16 @@ class StoredTokens(Sequence[TokenTree]):
             tuple(None if v == NO_LABEL else bool(v) for v in labels),
             tuple(None if v != v else v for v in scores),
             tuple(map(np.asarray, masks)),
+            origin=int(self._extras["origin"][row]) if "origin" in self._extras else 0,
+            weight=float(self._extras["weight"][row]) if "weight" in self._extras else 1.0,
         )
+
+    def extra(self, name: str) -> np.ndarray:
+        """(trees,) float64: ``weight`` or ``origin`` of each tree."""
+        if name not in self._extras:
+            return np.full(len(self), EXTRAS[name])
+        found: np.ndarray = self._extras[name][self._rows(0, None)]
+        return found
 
     @property
     def masked(self) -> bool:
@@ -205,6 +218,17 @@ class StoredTokens(Sequence[TokenTree]):
         return int(self._id_start[-1]) if self.which is None and not self._few else int(self.part_lengths().sum())
 
 
+def extra_of(trees: Sequence[TokenTree], name: str) -> np.ndarray:
+    """(trees,) float64: ``weight`` or ``origin`` of each tree."""
+    return trees.extra(name) if isinstance(trees, StoredTokens) else np.array([float(getattr(t, name)) for t in trees])
+
+
+def row_weights(trees: Sequence[TokenTree]) -> np.ndarray | None:
+    """(trees,) what each row counts in a loss; None where all count 1."""
+    found = extra_of(trees, "weight")
+    return None if (found == 1.0).all() else found
+
+
 def first_completions(trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
     """Trees with their first completion only."""
     if isinstance(trees, StoredTokens):
@@ -229,6 +253,7 @@ class TokenWriter:
         self._part_start, self._id_start, self._source_ends = (array("q", [0]) for _ in range(3))
         self._truncated, self._labels, self._scores = array("b"), array("b"), array("d")
         self._of_row, self._marks = array("i"), array("B")
+        self._extras = {name: array("d") for name in EXTRAS}
 
     def end_row(self, trees: int, mark: int) -> None:
         """A row is done: it gave so many trees; `mark` says what happened to it."""
@@ -251,6 +276,8 @@ class TokenWriter:
         self._truncated.extend(tree.truncated)
         self._labels.extend(NO_LABEL if label is None else int(label) for label in tree.labels)
         self._scores.extend(float("nan") if score is None else score for score in tree.scores)
+        for name, values in self._extras.items():
+            values.append(getattr(tree, name))
         source = tree.source.encode("utf-8", "surrogatepass")
         self._source_ends.append(self._source_ends[-1] + self._sources.write(source))
 
@@ -269,6 +296,10 @@ class TokenWriter:
             **{name: pa.LargeListArray.from_arrays(one, np.array(values)) for name, values in columns.items()},
         )
         write_batch(self.folder / "made.arrow", trees=np.array(self._of_row), marks=np.array(self._marks))
+        for name, held in self._extras.items():
+            found = np.array(held)
+            if (found != EXTRAS[name]).any():
+                np.save(self.folder / f"{name}.npy", found)
         if self._masked:
             self._masks.flush()
             np.save(self.folder / MASKS, np.memmap(self._masks, dtype=bool, mode="r"))  # type: ignore[call-overload]

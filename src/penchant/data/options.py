@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from penchant.base.functions import is_own
 from penchant.base.section import Section
 from penchant.data.layouts import LAYOUTS, no_layout
+from penchant.data.layouts.fields import NOT_OPTIONS
 from penchant.data.read import Bounds
 
 Paths = str | list[str]
@@ -104,6 +105,11 @@ class DataConfig(Section):
     pairs_from_scores: Literal["off", "best_worst"] = Field(
         "off", description="for scored rows and a loss on pairs: pair the best answer of each prompt with the worst"
     )
+    weight: str | None = Field(
+        None,
+        min_length=1,
+        description="column with a number that says what a row counts in the loss and in held-out figures: 2 as if it stood there twice, 0 as if it did not",
+    )
     limit: int | None = Field(None, ge=1, le=10**9, description="read only the first n rows")
     bounds: Bounds = Field(Bounds(), description="how large one row may be, so that no file fills the memory")
     cache: Literal["auto", "off"] = Field(
@@ -155,6 +161,8 @@ class DataConfig(Section):
     @field_validator("template_options")
     @classmethod
     def _a_day(cls, options: dict[str, Any]) -> dict[str, Any]:
+        if wrong := sorted(options.keys() & NOT_OPTIONS):
+            raise ValueError(f"{wrong[0]} is no variable of a chat template; take it out")
         try:
             datetime.fromisoformat(options.get("strftime_now", "2026-01-01"))
         except (TypeError, ValueError) as error:

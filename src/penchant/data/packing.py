@@ -133,6 +133,7 @@ def pack(trees: Sequence[TokenTree], *, shared: bool = True) -> PackedBatch:
     lengths: list[int] = []
     labels: list[bool | None] = []
     scores: list[float | None] = []
+    row_weights: list[float] = []
     offset = 0
     for t, tree in enumerate(trees):
         p = len(tree.prompt_ids)
@@ -157,6 +158,7 @@ def pack(trees: Sequence[TokenTree], *, shared: bool = True) -> PackedBatch:
         completion_slot += range(len(tree.completion_ids))
         labels += tree.labels or (None,) * len(tree.completion_ids)
         scores += tree.scores or (None,) * len(tree.completion_ids)
+        row_weights += (tree.weight,) * len(tree.completion_ids)
 
     def flat(parts: list[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64))
@@ -175,6 +177,7 @@ def pack(trees: Sequence[TokenTree], *, shared: bool = True) -> PackedBatch:
         rows=tuple(tree.row for tree in trees),
         labels=_if_complete(labels),
         scores=_if_complete(scores),
+        row_weights=None if all(w == 1.0 for w in row_weights) else torch.tensor(row_weights, dtype=torch.float32),
         pairs=all(len(tree.completion_ids) == 2 for tree in trees),
         most=max(len(tree.completion_ids) for tree in trees),
     )

@@ -103,7 +103,8 @@ _FORMS: dict[tuple[str, bool], Form] = {}  # by template, and whether tools were
 
 def _form(tokenizer: Any, with_tools: bool) -> Form:
     """The form of a tokenizer's template, by trying."""
-    key = repr(tokenizer.chat_template), with_tools
+    template = tokenizer.chat_template
+    key = template if isinstance(template, str) else repr(template), with_tools
     if key not in _FORMS:
         if len(_FORMS) > 100:  # tests make many
             _FORMS.clear()

@@ -224,7 +224,7 @@ class Tokenization:
             return []
         labels, scores = tuple(c.label for c in tree.completions), tuple(c.score for c in tree.completions)
         first, self._number = self._number, self._number + len(made)
-        more: dict[str, Any] = {"labels": labels, "scores": scores, "origin": tree.origin}
+        more: dict[str, Any] = {"labels": labels, "scores": scores, "origin": tree.origin, "weight": tree.weight}
         return [replace(one, row=first + i, **more) for i, one in enumerate(made)]
 
     def check_different(self, completions: Sequence[Ids], cut: bool) -> None:

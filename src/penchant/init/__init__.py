@@ -14,6 +14,7 @@ from penchant.base.machine import machine_memory
 from penchant.base.text import counted, did_you_mean
 from penchant.config import config_from_mapping, load_config
 from penchant.config.yaml import dump_yaml
+from penchant.data.layouts import LAYOUTS
 from penchant.errors import ConfigError, DiskError
 from penchant.init.look import DataFacts, HeldOut, ModelFacts
 from penchant.metrics.stats import rows_to_tell
@@ -223,6 +224,10 @@ def _data(data: DataFacts, model: ModelFacts, goal: Goal, held_out: HeldOut | No
             "skip",
             f"{counted(aside, 'bad row')} kept aside and counted{why}; error stops at the first",
         )
+    turns = LAYOUTS[data.layout].options.get("turns") if data.layout in LAYOUTS else None
+    if data.several and goal.name == "sft" and turns is not None and "all" in turns.choices:
+        why = f"{counted(data.several, 'row')} with several answers: all of them are learned, not the last alone"
+        keys["layout_options"] = ({"turns": "all"}, why)
     keys |= _conversion(data, goal)
     rows = data.rows - data.aside
     held = min(HELD_OUT, max(1, rows // 10))

@@ -36,7 +36,7 @@ class DataFacts:
         longest: quantiles of prompt + longest completion (50%, 95%, 99%, longest); prompt: the same of prompts alone.
         columns: ``{our field: the file's column}``, as given.
         reasons: ``3 x "chosen" is empty``, of the rows kept aside; unused: columns that are not read.
-        answers: a column with right answers, None where there is none.
+        answers: a column with right answers, None where there is none; several: conversations that hold further answers before the last.
         unit: ``tokens``, or ``tokens (a guess from characters)``; median_score: where rows have scores.
     """
 
@@ -54,6 +54,7 @@ class DataFacts:
     reasons: str = ""
     unused: str = ""
     answers: str | None = None
+    several: int = 0
 
     def to_kind(self) -> str:
         """``layout: kind`` of the rows, once where both have one name."""
@@ -133,6 +134,7 @@ def look_at_data(path: str, model: str | None, columns: Mapping[str, str] | None
         reasons_of(dataset),
         unused_of(dataset),
         answers,
+        sum(not isinstance(t.prompt, str) and any(m.role == "assistant" for m in t.prompt) for t in dataset.trees),
     )
 
 

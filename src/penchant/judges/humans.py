@@ -18,7 +18,6 @@ from penchant.runfolder.read import json_rows
 from penchant.runfolder.values import mapping, num
 
 PREFERENCES = "preferences.jsonl"
-HUMANS = "humans:"  # how `--judge` names such a file
 VERDICTS = ("a", "b", "tie", "both_bad", "skip")
 UNDO = "undo"  # the verdict of a record that takes an earlier one of the same id back
 WINS = {"a": 1.0, "b": 0.0, "tie": 0.5, "both_bad": 0.5}
@@ -180,7 +179,7 @@ class Preferences:
 
     def of(self, annotator: str) -> list[Judgement]:
         """One person's, in order."""
-        return [j for j in self.judgements.values() if j.annotator == annotator]
+        return [j for j in list(self.judgements.values()) if j.annotator == annotator]
 
     def undo(self, judgement: Judgement) -> None:
         """Take one back, by a record that says so."""
@@ -254,11 +253,6 @@ def read_preferences(path: Path | str) -> Preferences:
     return found
 
 
-def named_file(judge: str) -> str:
-    """The file in ``humans:preferences.jsonl``; empty where a judge is another."""
-    return judge.removeprefix(HUMANS) if judge.startswith(HUMANS) else ""
-
-
 def prompt_key(prompt: Any) -> str:
     """A prompt as one text, by which equal ones are found."""
     return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, ensure_ascii=False)
@@ -270,4 +264,7 @@ def turns_of(prompt: Any) -> Iterator[tuple[str, str]]:
         yield "user", prompt
         return
     for message in prompt if isinstance(prompt, Sequence) else ():
-        yield str(mapping(message).get("role") or "user"), str(mapping(message).get("content") or "")
+        turn = mapping(message)
+        content = turn.get("content") or turn.get("tool_calls") or ""
+        said = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+        yield str(turn.get("role") or "user"), said

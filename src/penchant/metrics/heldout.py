@@ -13,6 +13,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from penchant.data.mapped import extra_of
 from penchant.data.packing import passes_over
 from penchant.metrics.figures import exp
 from penchant.metrics.stats import Interval, bootstrap_ci, share_ci
@@ -80,6 +81,7 @@ def heldout_metrics(
     metrics: dict[str, Any] = dict(totals.means(prefix))
     by_completion = clusters[scored.tree.cpu().numpy()]
     rows = {"loss": (out.losses, out.weights)} if not out.terms else {}
+    by_row = scored.row_weights is not None
     for name, (values, weights) in {**rows, **out.metrics}.items():
         # one value a tree or a completion, equal weights: what the bootstrap over prompts is for
         labels = next((c for c in (clusters, by_completion) if len(c) == len(values)), None)
@@ -89,7 +91,12 @@ def heldout_metrics(
             if name.endswith("rewards/accuracies"):
                 ties = name.removesuffix("accuracies") + "ties"
                 metrics[prefix + ties] = float((values == 0.5).double().mean())
-        elif name in ("loss", "nll") and weights is not None and labels is not None and len(values) > 1:
+        elif (
+            (name in ("loss", "nll") or (name in WITH_INTERVAL and by_row))
+            and weights is not None
+            and labels is not None
+            and len(values) > 1
+        ):
             of_tokens = mean_ratio(values.cpu().double().numpy(), weights.cpu().double().numpy(), labels)
             metrics |= of_tokens.named(prefix + name)
     metrics |= {prefix + name: value for name, value in _pair_figures(scored, out, clusters).items()}
@@ -108,8 +115,9 @@ def figures_by_set(
         trees: in the order in which they were scored; names: of the sets, by the trees' `origin`. A set without trees has no figures.
     """
     found: dict[str, Any] = {}
+    origins = extra_of(trees, "origin")
     for origin, name in enumerate(names):
-        mine = [i for i, t in enumerate(trees) if t.origin == origin]
+        mine = np.flatnonzero(origins == origin).tolist()
         if mine:
             some = [trees[i] for i in mine]
             found |= heldout_metrics(algorithm, scored.of_trees(mine), some, prefix=f"eval/{name}/")

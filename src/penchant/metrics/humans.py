@@ -12,7 +12,7 @@ import numpy as np
 
 from penchant.base.text import counted
 from penchant.errors import ConfigError, DataError
-from penchant.judges.humans import HUMANS, WINS, Judgement, Preferences, prompt_key, read_preferences
+from penchant.judges.humans import WINS, Judgement, Preferences, prompt_key, read_preferences
 from penchant.metrics.stats import Interval, share_ci, wilson
 from penchant.metrics.verdict import (
     NOTABLE,
@@ -25,6 +25,7 @@ from penchant.metrics.verdict import (
     comparisons_table,
     corrected,
 )
+from penchant.requests import HUMANS
 from penchant.runfolder.values import FEW_ROWS
 
 FEWEST_PEOPLE = 3  # from which on people count as a source of chance of their own

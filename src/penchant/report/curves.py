@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from penchant.base.text import counted as count
-from penchant.metrics.names import metric as known
+from penchant.metrics import names
 from penchant.report.data import ReportData, RunData, Setting
 from penchant.report.html import Element, el, fold
 from penchant.report.svg import Band, Level, Line, Plot, Point, figure, shown, smooth, window
@@ -35,7 +35,7 @@ class Panel:
 
     @property
     def share(self) -> bool:
-        return known(self.lines[0][0]).share
+        return names.metric(self.lines[0][0]).share
 
     def plot(self, title: str, lines: Sequence[Line], note: str, levels: tuple[Level, ...] = ()) -> Plot:
         says = _says(lines, self.share)
@@ -87,10 +87,10 @@ PANELS = (
 
 def _panels(data: ReportData) -> tuple[Panel, ...]:
     """`PANELS`, with one for each reward where a run's is a sum of several, behind the sum."""
-    names = {
+    found = {
         n for run in data.runs for line in (*run.trained[-1:], *run.evals[-1:]) for n in line if ONE_REWARD.fullmatch(n)
     }
-    single = sorted({n.removeprefix("eval/") for n in names})
+    single = sorted({n.removeprefix("eval/") for n in found})
     if len(single) < 2:
         return PANELS
     at = next(i for i, panel in enumerate(PANELS) if panel.lines[0][0] == "reward") + 1
@@ -98,9 +98,23 @@ def _panels(data: ReportData) -> tuple[Panel, ...]:
     return (*PANELS[:at], *own, *PANELS[at:])
 
 
+BY_SET = (("Loss", "loss", ""), ("Preference accuracy", "rewards/accuracies", "%"), ("Perplexity", "perplexity", ""))
+
+
+def _by_set(runs: Sequence[RunData]) -> list[Panel]:
+    """What each of several held-out sets says (`data.eval_path: {name: path}`), a line a set."""
+    logged = {name: None for run in runs for line in run.evals for name in map(str, line) if name.count("/") == 2}
+    sets = [name.split("/")[1] for name in logged if name.startswith("eval/") and name.endswith("/rows")]
+    return [
+        Panel(f"{title} by held-out set", unit, tuple((f"eval/{s}/{name}", s) for s in sets))
+        for title, name, unit in BY_SET
+        if sets
+    ]
+
+
 def curves(data: ReportData) -> Element | None:
     """Every plot that has a point; None where there is none."""
-    panels = _panels(data)
+    panels = (*_panels(data), *_by_set(data.runs))
     if len(data.runs) == 1:
         plots = [(True, _of_one(panel, data.runs[0])) for panel in panels]
         plots.append((True, _reliability(data.runs[0].calibration)))

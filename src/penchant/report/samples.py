@@ -16,7 +16,7 @@ from penchant.runfolder.values import mapping, mappings, num, text
 OPEN = 20  # cards that stand open
 ROOM = 800_000  # bytes of texts and their markup that one page takes
 LONGEST = 4_000  # characters of a text; a longer one is cut, and says so
-START = "start"
+START, SYSTEM = "start", "system"
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +159,7 @@ def _card(card: Card, found: Shelf, i: int) -> Element:
             el("small", f"{card.times} times") if card.times > 1 else None,
             el("small", class_="diff"),
         ),
+        [_folded(words) for role, words in card.turns if role == SYSTEM and len(card.turns) > 1],
         el("div", [_answer(a, found) for a in card.answers], class_="answers"),
         class_="sample",
         open=i < OPEN,
@@ -166,11 +167,16 @@ def _card(card: Card, found: Shelf, i: int) -> Element:
 
 
 def _prompt(card: Card) -> Element:
-    """A text as it is, a conversation turn by turn with its roles."""
+    """A text as it is, a conversation turn by turn with its roles; its system prompt is folded below."""
     if not card.turns:
         return said(_cut(card.prompt), tag="span", class_="prompt")
-    turns = [el("span", el("b", said(role)), ": ", said(_cut(words)), el("br")) for role, words in card.turns]
+    shown = [t for t in card.turns if t[0] != SYSTEM] or card.turns
+    turns = [el("span", el("b", said(role)), ": ", said(_cut(words)), el("br")) for role, words in shown]
     return el("span", turns, class_="prompt")
+
+
+def _folded(words: str) -> Element:
+    return el("details", el("summary", "system prompt"), said(_cut(words), tag="p"), class_="system")
 
 
 def _answer(a: Answer, found: Shelf) -> Element:

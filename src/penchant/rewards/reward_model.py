@@ -51,7 +51,7 @@ from penchant.models.reward import (
 from penchant.rewards.builtin import kind_of
 from penchant.runfolder import CHECKPOINTS, CONFIG, checkpoint_state, checkpoints
 from penchant.training.checkpoint import latest_checkpoint
-from penchant.types import Completion, PackedBatch, Prompt, PromptTree, Segment, TokenTree
+from penchant.types import Completion, PackedBatch, PromptTree, Segment, TokenTree
 
 # ---- From a packed batch to one reward for each completion: causal models on shared prompts, encoders on text pairs ----
 
@@ -240,9 +240,9 @@ class RewardModel:
         for tree in trees:
             known = self.policy.rows
             if tree.source not in known:
-                prompt: Prompt = decode(tree.prompt_ids, skip_special_tokens=True)
+                asked = PromptTree(decode(tree.prompt_ids, skip_special_tokens=True), ())
             elif (row := known[tree.source]) is not None:
-                prompt = row.prompt
+                asked = row  # with its tools
             else:
                 raise DataError(
                     tree.source,
@@ -250,7 +250,7 @@ class RewardModel:
                     "give the data files different names",
                 )
             for ids, cut in zip(tree.completion_ids, tree.truncated, strict=True):
-                pairs.append(PromptTree(prompt, (Completion(decode(ids, skip_special_tokens=True)),)))
+                pairs.append(replace(asked, completions=(Completion(decode(ids, skip_special_tokens=True)),)))
                 unfinished.append(cut)
         return rewards_of(self.scorer, self._tokenized(pairs, unfinished))
 

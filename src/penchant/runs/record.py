@@ -20,9 +20,10 @@ from penchant.base.files import file_sha256, spared
 from penchant.base.hub import snapshot
 from penchant.base.machine import cores, device_name, why_not
 from penchant.base.text import redact, without_passwords
-from penchant.config import WATCHING, RunConfig, dump_config
+from penchant.config import RunConfig, dump_config, what_is_computed
 from penchant.data.cached import AUTO_BYTES, hashes_of
 from penchant.data.load import turns_of
+from penchant.data.mapped import row_weights
 from penchant.distributed.world import current
 from penchant.errors import ModelError
 from penchant.logprobs.reference import hash_trees
@@ -93,7 +94,7 @@ def tokenizer_sha256(tokenizer: Any) -> str:
 
 def run_identity(config: RunConfig, fingerprints: list[str], contents: Mapping[str, str]) -> dict[str, Any]:
     """All settings but those that only watch, the data, and what rewards, losses and algorithms of a user's own are made of."""
-    settings = config.model_dump(mode="json", exclude=dict(WATCHING))
+    settings = what_is_computed(config)
     for name in ("cache", "bounds"):  # they change no row that is read
         settings["data"].pop(name, None)
     if settings["algorithm"] is not None and settings["algorithm"].get("value_init") == "auto":
@@ -190,6 +191,9 @@ def trees_sha256(rows: Rows) -> str:
     for trees in (*rows.trees, list(rows.mismatched.values())):
         digest.update(f"{len(trees)};".encode())
         hash_trees(digest, trees)
+        weights = row_weights(trees)
+        if weights is not None:
+            digest.update(weights.astype("<f8").tobytes())
     return digest.hexdigest()
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
+
+import numpy as np
 
 from penchant.base.text import counted
 from penchant.config import RunConfig
@@ -17,8 +18,8 @@ from penchant.data.adapt import adapt, mismatch, repeated_prompts
 from penchant.data.audit import audit as run_audit
 from penchant.data.audit.findings import Audit
 from penchant.data.cached import DataCache
-from penchant.data.load import Dataset, layout_line, summary, together
-from penchant.data.mapped import StoredTokens, first_completions, label_counts
+from penchant.data.load import Dataset, layout_line, summary
+from penchant.data.mapped import StoredTokens, extra_of, first_completions, label_counts, row_weights
 from penchant.data.templates import dated, uses_chat
 from penchant.data.tokenize import TokenizedDataset
 from penchant.errors import ConfigError, DataError, PenchantError
@@ -67,10 +68,16 @@ class Rows:
     def loaded(self) -> dict[str, Dataset]:
         """What the files hold, with the rows kept aside: ``train``, and ``heldout`` where it has a file of its own."""
         names, parts = self.held_out_sets, self.of_sources
-        found = {"train": together(list(parts.values()), list(parts)) if len(parts) > 1 else next(iter(parts.values()))}
+        found = {
+            "train": self.cache.together(list(parts.values()), list(parts))
+            if len(parts) > 1
+            else next(iter(parts.values()))
+        }
         sets = {name: self._load(path) for name, path in self.config.data.held_out_files.items()}
         if sets:
-            found["heldout"] = together(list(sets.values()), list(sets)) if len(sets) > 1 else next(iter(sets.values()))
+            found["heldout"] = (
+                self.cache.together(list(sets.values()), list(sets)) if len(sets) > 1 else next(iter(sets.values()))
+            )
         if names and self.method.rollouts is not None:
             self.console.note(
                 f"held-out sets {', '.join(names)} are evaluated as one: {self.method.name} writes answers to all of them"
@@ -107,8 +114,8 @@ class Rows:
         sources = self.config.data.sources
         if not any(s.weight or s.repeat for s in sources):
             return ()
-        trees = Counter(t.origin for t in self.trees[0])
-        counts = [trees[i] for i in range(len(sources))]
+        origins = extra_of(self.trees[0], "origin").astype(int)
+        counts = np.bincount(origins, minlength=len(sources)).tolist()
         return shares_of(counts, [s.weight for s in sources], [s.repeat for s in sources])
 
     @cached_property
@@ -143,6 +150,11 @@ class Rows:
         """Rows of files, as this run learns from them; `own` is what their source says of its own of how they are read."""
         data, method = self.config.data, self.method
         reading = data.model_dump(include={"shape", "columns", "on_bad_row", "identical", "limit", "layout_options"})
+        if data.weight is not None:
+            if method.signal == "prompts":
+                how = "leave it out; data.sources mixes prompts by weight"
+                raise ConfigError("data.weight", f"is set, and {method.name} writes its answers itself", how)
+            reading |= {"weight": data.weight}
         reading |= data.model_dump(include={"bounds"}, exclude_defaults=True)
         reading |= own or {}
         if self.keep_columns:
@@ -215,6 +227,12 @@ class Rows:
             else:
                 numbered.append([replace(t, row=start + i) for i, t in enumerate(part)])
             start += len(part)
+        for name, part in (("train", numbered[0]), ("held out", numbered[1])):
+            if (weights := row_weights(part)) is not None:
+                self.console.note(
+                    f"{name}: rows count what {self.config.data.weight} says, {weights.min():g} to {weights.max():g}, "
+                    f"in the mean {weights.mean():.4g}"
+                )
         if not numbered[0]:
             raise DataError(str(self.config.data.path), "no row is left to train on", "look at the quarantine file")
         return numbered[0], numbered[1]

@@ -138,12 +138,18 @@ class Conversation:
     """Turns so far, and the system prompt before them ("" for none).
 
     Args:
-        remembers: whether earlier turns stand before a new one; in plain text none do.
+        remembers: whether earlier turns stand before a new one; in plain text none do; tools: for the chat template.
     """
 
     remembers: bool
     system: str = ""
     turns: list[Turn] = field(default_factory=list)
+    tools: tuple[Any, ...] = ()
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What the chat template is told beside the messages."""
+        return {"tools": list(self.tools)} if self.tools else {}
 
     def messages(self, said: str, dropped: int = 0) -> tuple[Message, ...]:
         """What a model gets before its answer to `said`, without the first `dropped` turns."""
@@ -164,7 +170,7 @@ class Conversation:
             return [{"prompt": t.said, "completion": t.answer} for t in self.turns]
         last = self.turns[-1]
         before = Conversation(True, self.system, self.turns[:-1]).messages(last.said)
-        return [{"messages": prompt_json((*before, Message("assistant", last.answer)))}]
+        return [{"messages": prompt_json((*before, Message("assistant", last.answer))), **self.told}]
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +200,7 @@ def fit(chat_model: ChatModel, conversation: Conversation, said: str, max_new_to
     reserve = min(max_new_tokens, chat_model.context // 2)
     turns = len(conversation.turns) if conversation.remembers else 0
     for left_out in range(min(dropped, turns), turns + 1):
-        ids = chat_model.prompt_of(conversation.messages(said, left_out))
+        ids = chat_model.prompt_of(conversation.messages(said, left_out), conversation.told)
         if len(ids) + reserve <= chat_model.context:
             break
     room = min(max_new_tokens, chat_model.context - len(ids))
@@ -239,6 +245,7 @@ class ChatOptions:
     system: str = ""
     prefer: str | None = None
     blind: bool = False
+    tools: tuple[Any, ...] = ()
 
 
 @dataclass
@@ -275,7 +282,7 @@ class Chat:
     sides: random.Random = field(default_factory=random.SystemRandom)
 
     def __post_init__(self) -> None:
-        self.conversation = Conversation(self.models[0].style.remembers, self.wanted.system)
+        self.conversation = Conversation(self.models[0].style.remembers, self.wanted.system, tools=self.wanted.tools)
 
     # ---- the session ----------------------------------------------------------------------------------------------
 
@@ -445,7 +452,7 @@ class Chat:
             # a row with two answers and no verdict would be trained on as if the first were better
             file = file.with_name(f"{file.name.removesuffix('.jsonl')}.ties.jsonl")
         row = {"prompt": prompt, first: last.texts[one], second: last.texts[other]}
-        row |= {f"{first}_by": names[one], f"{second}_by": names[other]}
+        row |= {f"{first}_by": names[one], f"{second}_by": names[other], **self.conversation.told}
         if not self.append(file, [row]):
             return
         winner = "neither" if side is None else names[side]
@@ -529,7 +536,7 @@ def _save(chat: Chat, file: str) -> None:
     turns = list(chat.conversation.turns)
     if chat.last is not None:
         turns.append(Turn(chat.last.said, chat.last.texts[0]))
-    whole = Conversation(chat.conversation.remembers, chat.conversation.system, [t for t in turns if t.answer.strip()])
+    whole = replace(chat.conversation, turns=[t for t in turns if t.answer.strip()])
     if not whole.turns:
         chat.terminal.note("there is nothing to save")
         return

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import secrets
+import shlex
 import time
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -18,15 +19,16 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from penchant.base.files import file_sha256
 from penchant.errors import DataError
 from penchant.judges.endpoint import connect
 from penchant.judges.humans import PREFERENCES, Judgement, turns_of
 from penchant.metrics.humans import human_verdict
-from penchant.runfolder import COMPARISON_ROWS, SAMPLES
+from penchant.runfolder import COMPARISON_ROWS, MANIFEST, SAMPLES, checkpoints
 from penchant.studio import pairs
 from penchant.studio.app import Area, Studio, fields, form
 from penchant.studio.pairs import Arena, Settings
-from penchant.studio.queue import Item, next_item
+from penchant.studio.queue import Item, item_of, next_item
 from penchant.studio.results import results_body, results_page
 from penchant.studio.text import folds, rendered
 from penchant.studio.writers import Writers
@@ -44,13 +46,23 @@ KEYS = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A pair that somebody has before them: how much they had said before, and since when."""
+
+    pair: str
+    order: int
+    since: float
+
+
 class Rooms:
     """The arenas of a folder: opened once, and who has which pair before them."""
 
     def __init__(self, studio: Studio) -> None:
         self.studio = studio
-        self.opened: dict[str, Arena] = {}
-        self.held: dict[tuple[str, str], tuple[str, float]] = {}  # (arena, annotator): pair, when it was shown
+        self.opened: dict[tuple[str, int], Arena] = {}
+        self.held: dict[tuple[str, str], Held] = {}  # by (arena, annotator)
+        self.bodies: dict[Path, tuple[int, Markup]] = {}  # results, and of how many records
         self.writers = Writers()
 
     def named(self, request: Request) -> Arena:
@@ -63,24 +75,44 @@ class Rooms:
         folder = self.studio.inside(f"{pairs.ARENAS}/{name}")
         if not pairs.NAME.fullmatch(name) or not (folder / pairs.ARENA).is_file():
             raise HTTPException(404, "there is no such arena")
-        if name not in self.opened:
-            self.opened[name] = Arena(folder)
-        return self.opened[name]
+        return self.open(Arena(folder))
+
+    def open(self, arena: Arena) -> Arena:
+        """An arena as it was opened before; one that was made anew under its name is another."""
+        return self.opened.setdefault((arena.name, (arena.folder / pairs.ARENA).stat().st_ino), arena)
 
     def next(self, arena: Arena, annotator: str) -> Item | None:
-        """The next pair of an annotator, who has it from now on."""
-        now = time.monotonic()
-        others = {
-            pair
-            for (name, who), (pair, since) in self.held.items()
-            if name == arena.name and who != annotator and now - since < HELD_SECONDS
-        }
-        item = next_item(arena, annotator, others)
+        """The pair that an annotator has before them until they say something of it, or else the next one."""
+        me, now = (arena.name, annotator), time.monotonic()
+        with arena.lock:
+            order = arena.preferences.refresh().records.get(annotator, 0)
+            had = self.held.get(me)
+            item = item_of(arena, annotator, had.pair) if had is not None and had.order == order else None
+            if item is None:
+                others = {
+                    held.pair
+                    for (name, who), held in list(self.held.items())
+                    if name == arena.name and who != annotator and now - held.since < HELD_SECONDS
+                }
+                item = next_item(arena, annotator, others)
+                self.hold(arena, annotator, item)
+            return item
+
+    def results(self, arena: Arena) -> Markup:
+        """What an arena says, computed anew where something was said since."""
+        records = sum(arena.preferences.refresh().records.values())
+        had = self.bodies.get(arena.folder)
+        if had is None or had[0] != records:
+            had = self.bodies[arena.folder] = records, Markup(str(results_body(human_verdict(arena.preferences))))
+        return had[1]
+
+    def hold(self, arena: Arena, annotator: str, item: Item | None) -> None:
+        """Remember what somebody has before them."""
+        me = arena.name, annotator
         if item is None:
-            self.held.pop((arena.name, annotator), None)
-        elif self.held.get((arena.name, annotator), ("",))[0] != item.pair.id:
-            self.held[arena.name, annotator] = item.pair.id, now
-        return item
+            self.held.pop(me, None)
+        else:
+            self.held[me] = Held(item.pair.id, item.order, time.monotonic())
 
 
 def area(studio: Studio) -> Area:
@@ -91,7 +123,7 @@ def area(studio: Studio) -> Area:
         found = pairs.arenas(studio.folder)
         counts = {}
         for arena in found:
-            here = rooms.opened.setdefault(arena.name, arena)
+            here = rooms.open(arena)
             said = here.preferences.refresh()
             real = sum(p.gold is None for p in here.pairs.values())
             counts[arena.name] = real, len(said.judgements), len(said.records)
@@ -107,7 +139,7 @@ def area(studio: Studio) -> Area:
         arena, annotator = rooms.named(request), _annotator(request)
         if annotator is None:
             return studio.page(request, "arena_who.html", arena=arena, names=list(arena.preferences.refresh().records))
-        return studio.page(request, "arena.html", **_shown(rooms, arena, annotator))
+        return studio.page(request, "arena.html", **await run_in_threadpool(_shown, rooms, arena, annotator))
 
     async def who(request: Request) -> Response:
         arena = rooms.named(request)
@@ -119,27 +151,23 @@ def area(studio: Studio) -> Area:
     async def leave(request: Request) -> Response:
         return _go(f"/arena/{quote(rooms.named(request).name)}", "")
 
-    def panel(request: Request, arena: Arena, annotator: str, note: str = "") -> Response:
-        return studio.page(request, "arena_pair.html", **_shown(rooms, arena, annotator, note))
+    async def panel(request: Request, arena: Arena, annotator: str, note: str = "") -> Response:
+        values = await run_in_threadpool(_shown, rooms, arena, annotator, note)
+        return studio.page(request, "arena_pair.html", **values)
 
     async def item(request: Request) -> Response:
-        return panel(request, rooms.named(request), _known(request))
+        return await panel(request, rooms.named(request), _known(request))
 
     async def say(request: Request) -> Response:
         arena, annotator = rooms.named(request), _known(request)
         given = await fields(request)
-        note = await run_in_threadpool(_take, rooms, arena, annotator, given)
-        return panel(request, arena, annotator, note)
+        note = await run_in_threadpool(_take, arena, annotator, given)
+        return await panel(request, arena, annotator, note)
 
     async def undo(request: Request) -> Response:
         arena, annotator = rooms.named(request), _known(request)
-        given = dict(await fields(request))
-        mine = arena.preferences.refresh().of(annotator)
-        note = "There is nothing to take back."
-        if mine and given.get("order") == str(arena.preferences.records.get(annotator, 0)):
-            await run_in_threadpool(arena.preferences.undo, mine[-1])
-            note = "Your last word was taken back; judge this pair again."
-        return panel(request, arena, annotator, note)
+        note = await run_in_threadpool(_take_back, rooms, arena, annotator, (await form(request)).get("order", ""))
+        return await panel(request, arena, annotator, note)
 
     async def live(request: Request) -> Response:
         arena, annotator = rooms.named(request), _known(request)
@@ -150,8 +178,9 @@ def area(studio: Studio) -> Area:
 
     async def results(request: Request) -> Response:
         arena = rooms.named(request)
-        body = await run_in_threadpool(_results, arena)
-        return studio.page(request, "arena_results.html", arena=arena, body=body, annotator=_annotator(request))
+        body = await run_in_threadpool(rooms.results, arena)
+        file = shlex.quote(studio.relative(arena.preferences.path))
+        return studio.page(request, "arena_results.html", arena=arena, body=body, file=file)
 
     async def report(request: Request) -> Response:
         arena = rooms.named(request)
@@ -182,10 +211,6 @@ def area(studio: Studio) -> Area:
         Route(f"{base}/{PREFERENCES}", file),
     ]
     return Area("Arena", "/arena", routes, rooms.writers.close)
-
-
-def _results(arena: Arena) -> Markup:
-    return Markup(str(results_body(human_verdict(arena.preferences.refresh()))))
 
 
 # ---- who judges ----
@@ -232,17 +257,22 @@ def _shown(rooms: Rooms, arena: Arena, annotator: str, note: str = "") -> dict[s
     return values
 
 
-def _take(rooms: Rooms, arena: Arena, annotator: str, given: list[tuple[str, str]]) -> str:
+def _take(arena: Arena, annotator: str, given: list[tuple[str, str]]) -> str:
     """Write a verdict down; what is to be said about it.
 
-    A verdict on a pair that is no longer the next one (a key pressed twice, a second window, a crash after it was written) changes nothing.
+    A second verdict on one showing (a key pressed twice, a second window, a crash after it was written) changes nothing.
     """
+    with arena.lock:
+        return _taken(arena, annotator, given)
+
+
+def _taken(arena: Arena, annotator: str, given: list[tuple[str, str]]) -> str:
     values = dict(given)
     said = values.get("verdict", "")
     if said not in SAID:
         raise HTTPException(400, "that is no verdict")
-    item = rooms.next(arena, annotator)
-    if item is None or values.get("order") != str(item.order) or values.get("pair") != item.pair.id:
+    item = item_of(arena, annotator, values.get("pair", ""))
+    if item is None or values.get("order") != str(item.order):
         return "That pair was judged already; here is the next one."
     if item.pair.answers is None:
         raise HTTPException(409, "the answers are still being written")
@@ -277,6 +307,17 @@ def _take(rooms: Rooms, arena: Arena, annotator: str, given: list[tuple[str, str
     return (
         "" if not edited.strip() or judgement.edited else "Your own answer was left out: it belongs to a better answer."
     )
+
+
+def _take_back(rooms: Rooms, arena: Arena, annotator: str, order: str) -> str:
+    """Undo somebody's last word, once; what is to be said about it."""
+    with arena.lock:
+        mine = arena.preferences.refresh().of(annotator)
+        if not mine or order != str(arena.preferences.records.get(annotator, 0)):
+            return "There is nothing to take back."
+        arena.preferences.undo(mine[-1])
+        rooms.hold(arena, annotator, item_of(arena, annotator, mine[-1].pair))
+    return "Your last word was taken back; judge this pair again."
 
 
 async def _written(rooms: Rooms, arena: Arena, item: Item) -> AsyncIterator[str]:
@@ -362,7 +403,7 @@ def _made(studio: Studio, given: list[tuple[str, str]]) -> Arena:
         if names[0] == names[1]:
             names = [f"{names[0]} (1)", f"{names[1]} (2)"]
         writers = dict(zip(names, writers.values(), strict=True))
-        found = pairs.of_prompts(_prompts(studio, values), writers)
+        found = pairs.of_prompts(_prompts(studio, values), writers, {n: _hash(studio, w) for n, w in writers.items()})
     else:
         raise DataError("source", "is not chosen", "choose where the answers come from")
     made = pairs.pairs_of(found, settings.seed)
@@ -402,6 +443,12 @@ def _writer(studio: Studio, values: Mapping[str, str], which: str) -> dict[str, 
         raise DataError(f"writer {which}", "is not chosen", "choose a run, or give an endpoint's address")
     studio.inside(run)
     return {"run": run}
+
+
+def _hash(studio: Studio, writer: Mapping[str, str]) -> str:
+    """SHA-256 of the list of sums of a run's newest checkpoint; empty for others."""
+    last = checkpoints(studio.inside(writer["run"]))[-1:] if "run" in writer else []
+    return next((file_sha256(c / MANIFEST) for c in last if (c / MANIFEST).is_file()), "")
 
 
 def _settings(values: Mapping[str, str]) -> Settings:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 import re
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -84,9 +85,14 @@ class Settings:
 
 @dataclass
 class Arena:
-    """One arena's folder."""
+    """One arena's folder.
+
+    Args:
+        lock: held from looking at what comes next to writing what was said of it.
+    """
 
     folder: Path
+    lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     @property
     def name(self) -> str:
@@ -132,12 +138,13 @@ class Arena:
 
     def wrote(self, pair: Pair, answers: tuple[str, str]) -> Pair:
         """Keep answers that were just written; those that somebody else's request wrote first stay."""
-        there = self.pairs[pair.id]
-        if there.answers is None:
-            row = {"pair": pair.id, "answer_a": answers[0], "answer_b": answers[1]}
-            Preferences(self.folder / WRITTEN).append(row)
-            there = self.pairs[pair.id] = with_answers(pair, answers)
-        return there
+        with self.lock:
+            there = self.pairs[pair.id]
+            if there.answers is None:
+                row = {"pair": pair.id, "answer_a": answers[0], "answer_b": answers[1]}
+                Preferences(self.folder / WRITTEN).append(row)
+                there = self.pairs[pair.id] = with_answers(pair, answers)
+            return there
 
 
 def with_answers(pair: Pair, answers: tuple[str, str]) -> Pair:
@@ -240,9 +247,13 @@ def of_pairs(file: Path) -> Answers:
     return _enough(Answers(rows, {"chosen": source, "rejected": source}), str(file), "pairs")
 
 
-def of_prompts(prompts: Sequence[Any], writers: Mapping[str, Mapping[str, str]]) -> Answers:
-    """Prompts whose answers are written when somebody asks for them."""
-    return Answers([(p, {}) for p in prompts], {n: {"source": _said(w), "sha256": ""} for n, w in writers.items()})
+def of_prompts(
+    prompts: Sequence[Any], writers: Mapping[str, Mapping[str, str]], hashes: Mapping[str, str] | None = None
+) -> Answers:
+    """Prompts whose answers are written when somebody asks for them; `hashes` of the writers, where they are known."""
+    known = hashes or {}
+    models = {n: {"source": _said(w), "sha256": known.get(n, "")} for n, w in writers.items()}
+    return Answers([(p, {}) for p in prompts], models)
 
 
 def _said(writer: Mapping[str, str]) -> str:
@@ -260,7 +271,7 @@ def _prompt(row: Mapping[str, Any]) -> Any:
     """A row's prompt: its messages where it has them, else its text."""
     messages = row.get("messages")
     if isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages):
-        return [{"role": str(m.get("role")), "content": str(m.get("content"))} for m in messages]
+        return messages
     return row.get("prompt") if isinstance(row.get("prompt"), str) else None
 
 
@@ -316,7 +327,7 @@ def make_arena(folder: Path, name: str, settings: Settings, pairs: Sequence[Pair
     Raises:
         DataError: the name is taken or none, or there are no pairs.
     """
-    if not NAME.fullmatch(name):
+    if not NAME.fullmatch(name) or name == "new":  # where arenas are made
         raise DataError("name", f"{name!r} is not a name", "use letters, digits, spaces, '.', '_' and '-'")
     if not any(p.gold is None for p in pairs):
         raise DataError(name, "there is no pair of two different answers", "choose other models or prompts")

@@ -23,7 +23,7 @@ class Item:
 
     Args:
         order: how many records of this annotator came before; left: the answer on the left; repeat_of: as in `Judgement`.
-        done, left_over: pairs that this person judged, and that are still to come.
+        done, to_come: pairs that this person judged, and that are still to come.
     """
 
     pair: Pair
@@ -59,27 +59,44 @@ def next_item(arena: Arena, annotator: str, taken: Collection[str] = ()) -> Item
     """
     settings, judged = arena.settings, arena.preferences.refresh()
     mine = judged.of(annotator)
-    order = judged.records.get(annotator, 0)
-    rng = random.Random(f"{settings.seed}\0{annotator}\0{order}")
-    left: Literal["a", "b"] = "a" if rng.random() < 0.5 else "b"
-    draws = rng.random(), rng.random(), rng.random()
     seen = {j.pair for j in mine}
     everyone = list(judged.judgements.values())
     open_ = _open(arena, everyone, seen, taken)
-    done = len([j for j in mine if j.repeat_of is None])
     if not open_:
         return None
+    rng = random.Random(f"{settings.seed}\0{annotator}\0{judged.records.get(annotator, 0)}")
+    check, again, which = rng.random(), rng.random(), rng.random()
     golds = [p for p in arena.pairs.values() if p.gold is not None and p.id not in seen]
-    if golds and mine and draws[0] < settings.checks:
-        pair = min(golds, key=lambda p: chance(settings.seed, annotator, p.id))
-        return Item(pair, order, left, None, done, len(open_))
     repeated = {j.repeat_of for j in mine}
     old = [j for j in mine[:-REPEAT_AFTER] if j.counts and j.id not in repeated and j.pair in arena.pairs]
-    if old and draws[1] < settings.repeats:
-        again = old[int(draws[2] * len(old))]
-        return Item(arena.pairs[again.pair], order, left, again.id, done, len(open_))
-    pair = _first(arena, everyone, open_)
-    return Item(pair, order, left, None, done, len(open_))
+    if golds and mine and check < settings.checks:
+        pair = min(golds, key=lambda p: chance(settings.seed, annotator, p.id))
+    elif old and again < settings.repeats:
+        pair = arena.pairs[old[int(which * len(old))].pair]
+    else:
+        pair = _first(arena, everyone, open_)
+    return item_of(arena, annotator, pair.id, len(open_))
+
+
+def item_of(arena: Arena, annotator: str, pair: str, to_come: int | None = None) -> Item | None:
+    """A pair as this annotator sees it now; None where there is no such pair, or where nothing is to be said of it any more.
+
+    The side is a function of the seed, the annotator and how much was said before: whatever happens between a showing and the word
+    on it, also a crash, the answers stand where they stood.
+
+    Args:
+        pair: its id; to_come: counted here where it is not known.
+    """
+    judged = arena.preferences.refresh()
+    mine, found, order = judged.of(annotator), arena.pairs.get(pair), judged.records.get(annotator, 0)
+    earlier = [j for j in mine if j.pair == pair]
+    if found is None or len(earlier) > 1 or any(not j.counts for j in earlier):
+        return None
+    left: Literal["a", "b"] = "a" if chance(arena.settings.seed, "side", annotator, order) < 0.5 else "b"
+    if to_come is None:
+        to_come = len(_open(arena, list(judged.judgements.values()), {j.pair for j in mine}, ()))
+    done = len([j for j in mine if j.repeat_of is None])
+    return Item(found, order, left, earlier[0].id if earlier else None, done, to_come)
 
 
 def overlaps(arena: Arena, pair: Pair) -> bool:

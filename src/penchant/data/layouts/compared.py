@@ -170,8 +170,7 @@ def _battle(sides: tuple[tuple[Message, ...], tuple[Message, ...]], best: int, o
     if a.prompt != b.prompt:
         how = "set data.layout_options.turns=first to compare their first answers"
         raise LeftOut("the two conversations differ before their last answer", how)
-    chosen, rejected = (a, b) if best == 0 else (b, a)
-    return scored_pair(a.prompt, chosen.completions[0].text, rejected.completions[0].text, None, None)
+    return scored_pair(a.prompt, sides[best][-1], sides[1 - best][-1], None, None)
 
 
 def _first(messages: tuple[Message, ...], name: str) -> tuple[Message, ...]:

@@ -227,6 +227,9 @@ def as_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+DEEPEST = 100  # levels of JSON within a cell
+
+
 def read_json(value: Any, what: str, how: str) -> Any:
     """What a cell says that may be written as JSON text.
 
@@ -236,9 +239,15 @@ def read_json(value: Any, what: str, how: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        read = json.loads(value)
     except (ValueError, RecursionError) as error:
         raise RowError(f"{what} is no JSON ({shown(value)})", how) from error
+    level = [read]
+    for _ in range(DEEPEST):
+        level = [i for v in level if isinstance(v, (dict, list)) for i in (v.values() if isinstance(v, dict) else v)]
+    if level:
+        raise RowError(f"{what} is nested more than {DEEPEST} deep", how)
+    return read
 
 
 def _without_nulls(value: Any) -> Any:

@@ -1,0 +1,138 @@
+"""What Penchant makes of the chat templates of a folder: docs/templates.md.
+
+    python docs/tools/templates.py FOLDER > docs/templates.md
+
+FOLDER holds NAME.jinja files, such as `trl/chat_templates` of TRL's wheel. The tokenizer is made here, of bytes and of the special tokens that a template names.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from penchant.data.load import Dataset, Stream
+from penchant.data.read import Row
+from penchant.data.templates import end_ids
+from penchant.data.tokenize import TokenizedDataset, tokenize
+from penchant.errors import DataError
+
+SPECIAL = re.compile(
+    r"<\|[\w .]+\|>|<\uff5c[^\uff5c\n]+\uff5c>|</?s>|<(?:start|end)_of_\w+>|<\|?turn\|?>|\[/?[A-Z_]{3,}\]"
+)
+TALK = [
+    {"role": "user", "content": "Hi there?"},
+    {"role": "assistant", "content": "Good morning."},
+    {"role": "user", "content": "What is two and two?"},
+    {"role": "assistant", "content": "It is four."},
+]
+SYSTEM = {"role": "system", "content": "Be terse."}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "forecast",
+            "description": "The weather.",
+            "parameters": {"type": "object", "properties": {}},
+        },
+    }
+]
+CALL = {"id": "call12345", "type": "function", "function": {"name": "forecast", "arguments": {"city": "Zurich"}}}
+WITH_TOOLS = [
+    {"role": "user", "content": "Rain?"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "name": "forecast", "tool_call_id": "call12345", "content": "Dry."},
+    {"role": "assistant", "content": "It stays dry."},
+]
+
+
+def tokenizer_of(template: str) -> Any:
+    """A tokenizer of bytes, with the special tokens that a template names."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    bytes_ = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bytes_.decoder = decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(tokenizer_object=bytes_, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+    made.add_special_tokens({"additional_special_tokens": sorted(set(SPECIAL.findall(template)))})
+    made.chat_template = template
+    return made
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a template takes, and how its answers are trained: the tokens of one answer, of a conversation, or why not."""
+
+    takes: dict[str, str]  # what: empty, or why it makes a bad row
+    last: TokenizedDataset | None
+    every: TokenizedDataset | None
+    ends: tuple[str, ...]
+
+
+def judge(template: str) -> Verdict:
+    """Try a template."""
+    tokenizer = tokenizer_of(template)
+    last, why = _made(tokenizer, {"messages": TALK}, "last")
+    every, _ = _made(tokenizer, {"messages": TALK}, "all")
+    thought = [*TALK[:3], {**TALK[3], "reasoning_content": "Count the fingers."}]
+    takes = {
+        "answers": why,
+        "system": _made(tokenizer, {"messages": [SYSTEM, *TALK]}, "last")[1],
+        "reasoning": _made(tokenizer, {"messages": thought}, "last")[1],
+        "tools": _made(tokenizer, {"messages": WITH_TOOLS, "tools": TOOLS}, "last")[1],
+    }
+    ends = tokenizer.convert_ids_to_tokens(sorted(end_ids(tokenizer) - {tokenizer.eos_token_id}))
+    return Verdict(takes, last, every, tuple(ends))
+
+
+def _made(tokenizer: Any, row: dict[str, Any], turns: str) -> tuple[TokenizedDataset | None, str]:
+    try:
+        rows: Dataset = Stream([Row("row", row)], "rows", layout_options={"turns": turns}).load("error")
+        return tokenize(rows, tokenizer, max_length=1 << 20), ""
+    except DataError as error:
+        return None, error.what
+
+
+def table(folder: Path) -> Iterator[str]:
+    """A line for each template; those made for training alone are left out."""
+    yield "| template | answers | system | reasoning | tools | prompt | several answers | ends with |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for path in sorted(folder.glob("*.jinja")):
+        if path.stem.endswith("_training"):
+            continue
+        found = judge(path.read_text(encoding="utf-8"))
+        takes = ["no" if why else "yes" for why in found.takes.values()]
+        prompt = "-" if found.last is None else ("cut" if found.last.moved_prompts else "as asked")
+        several = "-" if found.every is None else ("one by one" if found.every.apart else "in one pass")
+        ends = " ".join(f"`{e}`" for e in found.ends).replace("|", "\\|") or "EOS, added"
+        yield "| " + " | ".join([f"`{path.stem}`", *takes, prompt, several, ends]) + " |"
+
+
+def main() -> None:
+    """Print the page."""
+    folder = Path(sys.argv[1])
+    print(PAGE.format(table="\n".join(table(folder))))
+
+
+PAGE = """# Chat templates
+
+Written by `python docs/tools/templates.py FOLDER` over the templates that TRL 1.16 ships (`trl/chat_templates` in its wheel). What Penchant makes of each, with a
+tokenizer of bytes and of the special tokens that the template names; a model's own tokenizer may name further ends.
+
+- **answers, system, reasoning, tools**: whether a row with these is trained. `no` is a bad row with a sentence: the template refuses it or leaves a part out.
+- **prompt**: `as asked` is what the template writes for generation; `cut` ends where the finished conversation begins to differ
+  ([the text](tokens.md#the-text)). Such rows are counted.
+- **several answers** (`turns: all`): in one pass, or answer by answer where the template writes earlier turns otherwise.
+- **ends with**: the token at which an answer is trained to end, and at which sampling stops; of two, one ends a call.
+
+{table}
+"""
+
+
+if __name__ == "__main__":
+    main()
