@@ -63,6 +63,7 @@ def test_the_optimum_is_reached_from_several_seeds(base: dict[str, Any], name: s
     base["algorithm"] |= {"name": name, "beta": 0.01}
     base["train"] |= {"seed": seed, "epochs": 14}
     if name == "ppo":
+        base["algorithm"]["max_new_tokens"] = 2
         base["train"] |= {"lr": 1e-2, "epochs": 20}
     result = api.train(base, quiet=True)
     assert result.before["eval/reward"] < 0.1

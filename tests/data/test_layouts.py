@@ -283,7 +283,7 @@ json_values = st.recursive(
 )
 
 
-@pytest.mark.parametrize("examples_of_each", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples_of_each", [10, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_any_json_row_is_converted_or_says_what_is_wrong(name: str, examples_of_each: int) -> None:
     layout = LAYOUTS[name]

@@ -55,7 +55,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 TOLERANCE = {"frozen": 2e-2, "encoder": 1e-3}  # of weights: bf16; Adam on gradients that are all but zero
 RESUMED = ("frozen", "grpo")  # bf16 products of fp32 shards; rollouts that two steps train on
-BY_DEFAULT = ("dpo", "lora", "frozen", "reward", "ppo")
+BY_DEFAULT = ("dpo", "frozen", "reward", "ppo")
 REWARD = """
 import os
 from pathlib import Path

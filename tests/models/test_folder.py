@@ -136,7 +136,8 @@ def test_a_shard_that_is_gone_and_one_without_a_map(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("template", LOOPS[:8])
 def test_a_template_without_an_end_is_given_up(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("penchant.models.folder.SECONDS", 0.2)
+    monkeypatch.setattr("penchant.models.folder.SECONDS", 0.02)
+    monkeypatch.setattr("penchant.models.folder.STEPS", 10_000)
     tokenizer = tiny_tokenizer(chat=True)
     tokenizer.chat_template = template
     with pytest.raises(

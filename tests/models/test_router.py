@@ -95,19 +95,19 @@ def test_a_model_without_one_is_refused() -> None:
     assert router_loss(model, 0.01).top_k == 3
 
 
-def _folder(tmp_path: Path) -> str:
-    folder = tmp_path / "mixture"
-    if not folder.exists():
-        with load_tool().silent():
-            mixture_of_experts(260).save_pretrained(folder)
-        tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mixture")
+    with load_tool().silent():
+        mixture_of_experts(260).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
 
 
-def _trained(tmp_path: Path, name: str, *more: str) -> list[dict[str, Any]]:
+def _trained(mixture: Path, tmp_path: Path, name: str, *more: str) -> list[dict[str, Any]]:
     config = tmp_path / "run.yaml"
     config.write_text(
-        f"model: {{path: {_folder(tmp_path)}, dtype: fp32}}\n"
+        f"model: {{path: {mixture}, dtype: fp32}}\n"
         f"data: {{path: {write_jsonl(tmp_path / 'rows.jsonl', polite_rows(8))}, validation_rows: 2}}\n"
         "train: {max_steps: 2, batch_size: 4, lr: 1e-3}\nevaluation: {samples: 0, kl_prompts: 0, at_start: false}\n"
     )
@@ -119,21 +119,21 @@ def _trained(tmp_path: Path, name: str, *more: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     "method",
     [
-        ["loss.name=dpo"],
+        pytest.param(["loss.name=dpo"], marks=pytest.mark.slow),
         ["loss.name=dpo", "lora.r=2", "reference.ema=0.9"],
         ["algorithm.name=reward_model"],
         ["algorithm.name=rloo", "algorithm.samples=2", "algorithm.max_new_tokens=4", "reward=words"],
     ],
     ids=["dpo", "ema", "reward_model", "rloo"],
 )
-def test_methods_train_with_it(method: list[str], tmp_path: Path) -> None:
+def test_methods_train_with_it(method: list[str], mixture: Path, tmp_path: Path) -> None:
     """Case 19: mixtures of experts through every kind of method; each step has the figure, and one cut into passes the same."""
-    whole = _trained(tmp_path, "whole", "model.router_aux_loss=auto", *method)
-    cut = _trained(tmp_path, "cut", "model.router_aux_loss=auto", "train.tokens_per_step=130", *method)
+    whole = _trained(mixture, tmp_path, "whole", "model.router_aux_loss=auto", *method)
+    cut = _trained(mixture, tmp_path, "cut", "model.router_aux_loss=auto", "train.tokens_per_step=130", *method)
     for a, b in zip(whole, cut, strict=True):
         assert a["router_aux_loss"] == pytest.approx(b["router_aux_loss"], rel=1e-3) and a["router_aux_loss"] >= 1.9
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
-    plain = _trained(tmp_path, "plain", *method)
+    plain = _trained(mixture, tmp_path, "plain", *method)
     assert "router_aux_loss" not in plain[0]
     assert whole[0]["loss"] - COEF * whole[0]["router_aux_loss"] == pytest.approx(plain[0]["loss"], abs=1e-4)
     assert whole[1]["grad_norm"] != plain[1]["grad_norm"]

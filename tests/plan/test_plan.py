@@ -474,7 +474,7 @@ def test_train_says_before_the_model_is_loaded_that_it_will_not_fit(
     assert said is not None and "will probably be killed" in said and "built" not in vars(run)
 
 
-@pytest.mark.parametrize("fits", [True, False])
+@pytest.mark.parametrize("fits", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_auto_computes_activations_again_where_the_plan_says_it_would_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: bool
 ) -> None:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -194,14 +195,14 @@ def test_a_plan_stands_before_the_start(client: TestClient, monkeypatch: pytest.
     sizes = {"peak": 2e9, "free": 4e9, "fits": True}
     found = {"work": {"steps": 3, "steps_per_epoch": 2}, "memory": sizes, "disk": sizes, "seconds": None}
     found |= {"parameters": {"all": 10, "trainable": 4}, "data": {}, "notes": [EVIL]}
-    monkeypatch.setattr("penchant.studio.runs.plan", lambda *_: found)
+    monkeypatch.setattr(Processes, "plan", lambda *_: found)
     page = client.post("/runs/plan", data=asked).text
     assert "max_steps: 3" in page and "2.00 GB" in page and 'hx-post="/runs/start"' in page and "<script>" not in page
 
     def fails(*_: Any) -> Any:
         raise ConfigError("plan", "m: no such model")
 
-    monkeypatch.setattr("penchant.studio.runs.plan", fails)
+    monkeypatch.setattr(Processes, "plan", fails)
     page = client.post("/runs/plan", data=asked).text
     assert "no such model" in page and "/runs/start" not in page
     page = client.post("/runs/plan", data=asked | {"train.lr": "fast"}).text
@@ -250,7 +251,7 @@ def test_a_run_is_started_stopped_and_gone_on_with(processes: Processes, folder:
     processes.start(made)
     assert (folder / "new.yaml").read_text() == made.text
     until(lambda: "trains" in processes.said("new"))
-    assert "['train', 'new.yaml']" in processes.said("new") and processes.running("new")
+    assert "['train', './new.yaml']" in processes.said("new") and processes.running("new")
     with pytest.raises(CheckpointError, match="holds this run"):
         processes.resume("new")
     process = processes.started["new"]
@@ -312,6 +313,53 @@ def test_a_run_that_fails_before_its_first_step_says_why(
     until(lambda: "has ended before" in client.get("/runs/view?run=new").text)
     page = client.get("/runs/view?run=new").text
     assert "no such model" in page and "\x1b" not in page and "<b>'" not in page
+
+
+def test_a_plan_is_what_the_command_says(processes: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    says = "import sys; print('{\"read\": \"' + open(sys.argv[2]).read().strip() + '\", \"probe\": ' + str(int(len(sys.argv) < 5)) + '}')"
+    monkeypatch.setattr(launch, "command", lambda *a: [sys.executable, "-c", says, *a])
+    assert processes.plan("a: 1", probe=False) == {"read": "a: 1", "probe": 0}
+    assert processes.plan("a: 1", probe=True)["probe"] == 1
+    fails = "import sys; print('one\\npenchant: ' + sys.argv[2] + ':3: no', file=sys.stderr); sys.exit(2)"
+    monkeypatch.setattr(launch, "command", lambda *a: [sys.executable, "-c", fails, *a])
+    with pytest.raises(ConfigError, match="penchant: the form:3: no"):
+        processes.plan("a: 1", probe=False)
+
+
+def test_the_studio_ends_while_a_plan_is_made(processes: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "command", lambda *_: [sys.executable, "-c", "import time; time.sleep(600)"])
+    failed: list[ConfigError] = []
+
+    def plans() -> None:
+        with pytest.raises(ConfigError) as error:
+            processes.plan("a: 1", probe=False)
+        failed.append(error.value)
+
+    thread = threading.Thread(target=plans)
+    thread.start()
+    until(lambda: processes._planning is not None)
+    processes.close()
+    thread.join(60)
+    assert failed and not thread.is_alive()
+
+
+def test_a_link_in_a_run_leads_nowhere(client: TestClient, folder: Path) -> None:
+    (folder.parent / "secret").write_text('{"prompt": "secret", "after": "secret"}\n')
+    for name in ("config.resolved.yaml", "samples.jsonl"):
+        (folder / "first" / name).unlink(missing_ok=True)
+        (folder / "first" / name).symlink_to(folder.parent / "secret")
+    for page in ("view", "samples"):
+        assert "secret" not in client.get(f"/runs/{page}?run=first").text
+
+
+def test_pages_need_no_torch() -> None:
+    script = (
+        "import sys, penchant.studio.runs, penchant.studio.data; print({'torch', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=launch.environment()
+    )
+    assert done.stdout.strip() == "set()"
 
 
 def test_changes_need_the_token(client: TestClient) -> None:

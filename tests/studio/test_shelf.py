@@ -22,6 +22,14 @@ def test_everything_of_a_folder_is_found() -> None:
     assert not more and not any("checkpoints" in f.path for f in found)
 
 
+def test_groups_say_what_they_found() -> None:
+    groups = {(line.kind, line.path): line for line in Shelf(FIXTURES).lines()[0] if line.kind != "run"}
+    sweep, compared = groups["sweep", "sweep"], groups["comparison", "pipeline"]
+    assert sweep.headline == "best by validation: beta-0.1, beta-0.5" and sweep.inside == {"finished": 2}
+    assert sweep.state == "finished"
+    assert compared.headline == json.loads((FIXTURES / "pipeline" / "comparison.json").read_text())["sentences"][0]
+
+
 def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
     make_run(tmp_path / "outside" / "secret")
     (tmp_path / "inside").mkdir()

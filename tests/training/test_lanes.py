@@ -104,7 +104,7 @@ KINDS = ["dpo", "kto", "sft", "aot", "lora", "reward"]
 @pytest.mark.parametrize("kind,dtype", [*((k, torch.float32) for k in KINDS), ("dpo", torch.bfloat16)])
 def test_the_bits_do_not_depend_on_the_threads(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
     lines, state = steps_of(made(tmp_path, kind, dtype), 1)
-    for threads in (2, 3):
+    for threads in (2, 3) if kind == "dpo" and dtype == torch.float32 else (3,):
         loop = made(tmp_path, kind, dtype)
         assert loop.algorithm.side_by_side and len(loop._micro_batches(loop.trees)) >= 4
         other_lines, other = steps_of(loop, threads)

@@ -61,7 +61,8 @@ class StoredRows(Sequence[PromptTree]):
         if isinstance(at, slice):
             return tuple(self[i] for i in range(*at.indices(len(self))))
         row = range(len(self))[at] if self.which is None else int(self.which[at])
-        prompt, completions, source, *further = json.loads(self._trees[row].as_py())
+        values: list[Any] = json.loads(self._trees[row].as_py())
+        prompt, completions, source, *further = values
         shown = prompt if isinstance(prompt, str) else tuple(Message(*m) for m in prompt)
         made = tuple(
             Completion(text, label, score, tuple(Message(*m) for turns in more[:1] for m in turns), *more[1:])

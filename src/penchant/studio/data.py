@@ -64,7 +64,7 @@ class Audits:
         key = self._key(root / path, shape)
         if key not in self._jobs:
             out = Path(self._folder.name) / f"{len(self._jobs)}.json"
-            asked = command("data", "audit", path, "--json", str(out), "--places", str(PLACES), "--shape", shape)
+            asked = command("data", "audit", f"./{path}", "--json", str(out), "--places", str(PLACES), "--shape", shape)
             with out.with_suffix(".log").open("wb") as log:
                 job = subprocess.Popen(
                     asked, cwd=root, env=environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log
@@ -169,6 +169,7 @@ class Data:
         made = await run_in_threadpool(self.edits_of(path).made)
         look = partial(self._page, file, start, word, only, findings, made)
         page = await run_in_threadpool(look)
+        offered = await run_in_threadpool(suggestions, self.studio.folder)
         items = [_marked(item, made) for item in page.items]
         here = {"file": path, **({"shape": shape} if shape != "auto" else {})}
         filters = {k: v for k, v in (("q", word), ("only", only), ("show", asked.get("show", ""))) if v}
@@ -176,7 +177,7 @@ class Data:
             request, "data_rows.html", file=file, name=path, shape=shape, items=items, page=page, start=start, word=word,
             only=only, show=asked.get("show", ""), layouts=[*LAYOUTS], here=urlencode(here),
             link=lambda **more: "/data/view?" + urlencode({**here, **filters, **{k: v for k, v in more.items() if v}}),
-            findings=findings, audit=state, edits=made, models=suggestions(self.studio.folder)["model.path"] if items else [],
+            findings=findings, audit=state, edits=made, models=offered["model.path"],
             tokenizer=asked.get("tokenizer", ""), back=max(1, start - ROWS), copy_name=_copy_name(path),
         )  # fmt: skip
 

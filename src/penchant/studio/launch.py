@@ -190,6 +190,9 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "penchant", *arguments]
 
 
+PLAN_SECONDS = 300.0  # that a plan may take
+
+
 @dataclass
 class Processes:
     """Runs that were started here; they live on when the studio ends.
@@ -200,6 +203,7 @@ class Processes:
 
     root: Path
     started: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    _planning: subprocess.Popen[bytes] | None = None
 
     def start(self, made: Draft) -> None:
         """Write the config beside the run's folder, and train.
@@ -214,7 +218,7 @@ class Processes:
             raise CheckpointError(made.file, "is there already, and says something else", "choose another output")
         make_folder(folder)
         write_text_atomically(file, made.text)
-        self._start(made.folder, [made.file])
+        self._start(made.folder, [f"./{made.file}"])
 
     def resume(self, path: str) -> None:
         """Go on with a run whose process is gone.
@@ -227,7 +231,7 @@ class Processes:
             raise CheckpointError(path, "another process holds this run", "wait for it, or stop it")
         if not (folder / CONFIG).is_file():
             raise CheckpointError(path, f"has no {CONFIG}", "start it again with its own config")
-        self._start(path, [f"{path}/{CONFIG}", f"output={json.dumps(str(folder))}"])
+        self._start(path, [f"./{path}/{CONFIG}", f"output={json.dumps(str(folder))}"])
 
     def _start(self, path: str, arguments: Sequence[str]) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -280,30 +284,34 @@ class Processes:
         except OSError:
             return ""
 
+    def plan(self, text: str, probe: bool) -> dict[str, Any]:
+        """What `penchant plan` finds, in a process of its own: it loads torch, and a plan that fails must not end the studio.
 
-PLAN_SECONDS = 300.0  # that a plan may take
+        Raises:
+            ConfigError: what the plan says is wrong.
+        """
+        with tempfile.TemporaryDirectory(prefix="penchant-plan-") as folder:
+            file = Path(folder) / "form.yaml"
+            file.write_text(text, encoding="utf-8")
+            asked = command("plan", str(file), "--json", *([] if probe else ["--no-probe"]))
+            pipe = subprocess.PIPE
+            with subprocess.Popen(asked, cwd=self.root, env=environment(), stdout=pipe, stderr=pipe) as made:
+                self._planning = made
+                try:
+                    out, said = made.communicate(timeout=PLAN_SECONDS)
+                except subprocess.TimeoutExpired as error:
+                    how = "run penchant plan in a terminal"
+                    raise ConfigError("plan", f"took more than {PLAN_SECONDS:.0f} s", how) from error
+                finally:
+                    self._planning = None
+                    made.kill()
+        if made.returncode:
+            words = said.decode(errors="replace").strip().replace(str(file), FORM)
+            raise ConfigError("plan", words.splitlines()[-1] if words else "failed")
+        found: dict[str, Any] = json.loads(out)
+        return found
 
-
-def plan(root: Path, text: str, probe: bool) -> dict[str, Any]:
-    """What `penchant plan` finds, in a process of its own: it loads torch, and a plan that fails must not end the studio.
-
-    Raises:
-        ConfigError: what the plan says is wrong.
-    """
-    with tempfile.TemporaryDirectory(prefix="penchant-plan-") as folder:
-        file = Path(folder) / "form.yaml"
-        file.write_text(text, encoding="utf-8")
-        asked = command("plan", str(file), "--json", *([] if probe else ["--no-probe"]))
-        try:
-            done = subprocess.run(
-                asked, cwd=root, env=environment(), capture_output=True, timeout=PLAN_SECONDS, check=False
-            )
-        except subprocess.TimeoutExpired as error:
-            raise ConfigError(
-                "plan", f"took more than {PLAN_SECONDS:.0f} s", "run penchant plan in a terminal"
-            ) from error
-    if done.returncode:
-        said = done.stderr.decode(errors="replace").strip().replace(str(file), FORM)
-        raise ConfigError("plan", said.splitlines()[-1] if said else "failed")
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    def close(self) -> None:
+        """End a plan that is being made; runs live on."""
+        if (planning := self._planning) is not None:
+            planning.kill()

@@ -303,7 +303,7 @@ def _kept_aside(row: Row | BadRow, number: int) -> Item | None:
     if not isinstance(row, Row) or set(row.values) != QUARANTINE:
         return None
     where, what, how = (text(row.values[key]) for key in ("where", "what", "how"))
-    return Item(number, where, row.values, row.values["row"], aside=(what, how))
+    return Item(number, where, None, row.values["row"], aside=(what, how))
 
 
 def _plain(row: Row | BadRow, number: int) -> Item:

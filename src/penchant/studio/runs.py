@@ -22,18 +22,18 @@ from penchant.errors import ConfigError, PenchantError
 from penchant.report.data import read_report
 from penchant.report.page import render
 from penchant.report.svg import duration, number
-from penchant.runfolder import CONFIG, REPORT
+from penchant.runfolder import CONFIG, REPORT, SAMPLES, SAMPLES_BEFORE
 from penchant.runfolder.read import lock_of, read, read_text
 from penchant.runfolder.values import mapping, mappings, number_of, sequence, text
 from penchant.studio.app import Area, Studio, fields, form
-from penchant.studio.launch import Processes, draft, first_keys, form_parts, plan, settings_of, suggestions
+from penchant.studio.launch import Processes, draft, first_keys, form_parts, settings_of, suggestions
 from penchant.studio.shelf import Feed, Shelf, facts_of, titles
 from penchant.watch.views import OPEN_STATES, is_run
 
 EVERY = 1.0  # seconds between two looks at the runs of a page
 BEAT = 15  # looks without news after which a connection is told that it is still there
 MOST_RUNS = 24  # drawn over each other
-SAMPLES = 12  # that a page shows
+SHOWN = 12  # samples that a page shows
 REPORT_BYTES = 64 << 20
 # of a report: it runs its own script, in a frame that is no page of the studio and may ask for nothing
 REPORT_POLICY = (
@@ -115,7 +115,7 @@ class Runs:
             folder = self.studio.inside(paths[0])
             failure = "" if facts[paths[0]]["open"] else self.processes.failure(paths[0])
             state = facts[paths[0]]["state"]
-            values |= {"config": read_text(folder / CONFIG)[:100_000], "failure": failure}
+            values |= {"config": read_text(self.studio.inside(f"{paths[0]}/{CONFIG}"))[:100_000], "failure": failure}
             values |= {"can_stop": lock_of(folder) == "held" or self.processes.running(paths[0])}
             values |= {"can_resume": not values["can_stop"] and state in ENDED_EARLY and (folder / CONFIG).is_file()}
         return self.studio.page(request, "run.html" if len(paths) == 1 else "overlay.html", **values)
@@ -159,8 +159,10 @@ class Runs:
     async def samples(self, request: Request) -> Response:
         """The last samples of a run."""
         path = self.run_of(request.query_params.get("run", ""))
+        for name in (SAMPLES, SAMPLES_BEFORE):
+            self.studio.inside(f"{path}/{name}")
         view = await run_in_threadpool(self.shelf.followed, path)
-        some = [sample_of(row) for row in islice(view.samples, SAMPLES)]
+        some = [sample_of(row) for row in islice(view.samples, SHOWN)]
         return self.studio.page(request, "samples.html", samples=some, of=len(view.samples))
 
     async def report(self, request: Request) -> Response:
@@ -219,7 +221,7 @@ class Runs:
                 raise ConfigError("plan", "another one is being made", "wait for it")
             async with self._planning:
                 probe = ("probe", "on") in given
-                values["plan"] = await run_in_threadpool(plan, self.studio.folder, made.text, probe)
+                values["plan"] = await run_in_threadpool(self.processes.plan, made.text, probe)
         except PenchantError as error:
             values["error"] = str(error)
         return self.studio.page(request, "outcome.html", **values)
@@ -281,4 +283,5 @@ def sample_of(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def area(studio: Studio) -> Area:
     """Runs, as they are and as they go on."""
-    return Area("Runs", "/runs", Runs(studio).routes)
+    made = Runs(studio)
+    return Area("Runs", "/runs", made.routes, made.processes.close)

@@ -187,12 +187,9 @@ def _changed(*files: Path) -> float:
 
 
 def _compared(figures: Mapping[str, Any]) -> str:
-    verdict = figures.get("verdict")
-    said = verdict.get("sentence") if isinstance(verdict, dict) else verdict
-    if isinstance(said, str):
-        return said
+    sentences = [said for said in sequence(figures.get("sentences")) if isinstance(said, str)]
     models = mapping(figures.get("models"))
-    return f"compares {', '.join(models)}" if models else ""
+    return sentences[0] if sentences else f"compares {', '.join(models)}" if models else ""
 
 
 def line_of(view: RunView, path: str) -> Line:
