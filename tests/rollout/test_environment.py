@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from families import tiny_model
-from steps import step_gradient
-from tiny import tiny_tokenizer
+from steps import step_gradient, train_until_killed
+from tiny import tiny_model_folder, tiny_tokenizer, write_jsonl
 
+from penchant import api
 from penchant.algorithms.group import GroupConfig, GroupPolicyGradient
 from penchant.algorithms.rollouts import Group, Writer, pack_groups, unpack_groups
 from penchant.errors import ConfigError, RewardError
@@ -234,3 +236,48 @@ def test_a_writer_plays_and_its_draws_belong_to_seed_row_and_sample() -> None:
     whole = written(trees)
     assert whole == written(trees) and written(trees[1:]) == whole[1:] and written(trees, seed=1) != whole
     assert whole[0][0] != whole[0][1]
+
+
+ENV = """
+class Env:
+    def reset(self, row):
+        self.answer, self.turns = row["answer"], 0
+
+    def step(self, messages):
+        assert [m["role"] for m in messages[:2]] == ["user", "assistant"]
+        self.turns += 1
+        return [{"role": "user", "content": f"[{self.answer}]"}] if self.turns < 2 else None
+"""
+
+
+@pytest.mark.parametrize(
+    "algorithm", [{"name": "grpo", "epochs": 2, "minibatches": 2}, {"name": "ppo", "epochs": 1}], ids=str
+)
+def test_a_run_with_an_environment_trains_and_goes_on_exactly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: dict[str, Any]
+) -> None:
+    (tmp_path / "env.py").write_text(ENV)
+    (tmp_path / "rewards.py").write_text(
+        "def even(completions, **_):\n    return [sum(map(ord, c)) % 7 / 7 for c in completions]\n"
+    )
+    rows = [{"prompt": f"q{i}", "answer": i} for i in range(8)]
+    folder = tiny_model_folder(tmp_path / "model")
+    ends = json.loads(Path(folder, "generation_config.json").read_text())
+    # most tokens end a turn, so that the environment has its say
+    Path(folder, "generation_config.json").write_text(json.dumps(ends | {"eos_token_id": list(range(1, 200))}))
+    config = {
+        "model": {"path": folder, "dtype": "fp32"},
+        "data": {"path": write_jsonl(tmp_path / "rows.jsonl", rows), "max_length": 64, "validation_rows": 2},
+        "algorithm": {"samples": 2, "max_new_tokens": 16, **algorithm},
+        "reward": f"{tmp_path}/rewards.py:even",
+        "rollout": {"environment": f"{tmp_path}/env.py:Env", "turns": 3},
+        "train": {"epochs": 2, "batch_size": 3, "tokens_per_step": 500, "lr": 1e-2},
+        "evaluation": {"samples": 0},
+        "checkpoint": {"every": 1},
+        "output": str(tmp_path / "run"),
+    }
+    whole = api.train(config, quiet=True)
+    config["output"] = str(tmp_path / "killed")
+    train_until_killed(config, 3, monkeypatch)
+    resumed = api.train(config, quiet=True)
+    assert (whole.folder / "metrics.jsonl").read_bytes() == (resumed.folder / "metrics.jsonl").read_bytes()
