@@ -30,7 +30,7 @@ from penchant.logprobs.reference import hash_trees
 from penchant.models.merge import adapter_base, is_adapter
 from penchant.models.options import looks_like_folder
 from penchant.rewards.reward_model import content_sha256, contents_beside
-from penchant.runfolder import CONTENT, GIVEN_FOLDER, IDENTITY, TOKENS, is_whole, keep
+from penchant.runfolder import CONTENT, GIVEN_FOLDER, IDENTITY, IN_CACHE, TOKENS, is_whole, keep
 from penchant.runfolder.read import read
 from penchant.runs.sharing import Alone
 from penchant.types import Prompt
@@ -159,7 +159,7 @@ def _in_hub_cache(
     if folder is not None and WEIGHTS in patterns and not any(folder.glob("*.safetensors")):
         folder = snapshot(name, revision, [*wanted, "*.bin"])
     if folder is not None:
-        yield key, folder
+        yield f"{key}{IN_CACHE}", folder
 
 
 def _model_folders(key: str, path: str | None) -> Iterator[tuple[str, Path]]:
