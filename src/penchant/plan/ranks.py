@@ -124,10 +124,8 @@ def ranks_of(run: OutlinedRun, memory: Memory, counts: Sequence[int]) -> dict[in
         "frozen": int(held and not run.config.reference.moves),
         "moved": int(held and run.config.reference.moves),
     }
-    return {
-        n: of_a_rank(sizes, n, **how, **({} if n == 1 else {"replicas": launch.replicas, "reshard": launch.reshard}))
-        for n in counts
-    }
+    several: dict[str, Any] = {"replicas": launch.replicas, "reshard": launch.reshard}
+    return {n: of_a_rank(sizes, n, **how, **({} if n == 1 else several)) for n in counts}
 
 
 # ---- The table of docs/many_gpus.md: well-known shapes on 1 to 64 GPUs ----
