@@ -125,6 +125,7 @@ class ScoredTokens:
     advantages: Tensor  # (C,), or of each token
     completion_of: Tensor
     lengths: Tensor  # (C,) int64
+    entropy: Tensor | None = None  # where it is in the loss
     keep: Tensor | None = None  # (C,) 1 or 0: whether a completion is in the update; None: all are
     importance: Tensor | None = None  # (R,) weights of tokens that something else wrote; None: 1
 
@@ -257,14 +258,17 @@ class GroupPolicyGradient(OnPolicy):
         return {"main": float(len(batch.lengths))}
 
     def score(self, batch: PackedBatch) -> ScoredTokens:
-        tokens = self.scorer.logps(batch).tokens
+        made = self.scorer.logps(batch, entropy=bool(self.config.entropy_coef))
+        tokens = made.tokens
         ref, advantages = (self.extra(batch, name).to(tokens) for name in ("ref", "advantages"))
         # with one update a batch of rollouts, the policy that is trained is the one that wrote
         old = tokens.detach() if self.config.updates == 1 else self.extra(batch, "old").to(tokens)
         keep = self.keep(batch)
         weights = None if keep is None else keep.to(tokens)
         importance = self.importance(batch, tokens)
-        return ScoredTokens(tokens, old, ref, advantages, batch.completion_of, batch.lengths, weights, importance)
+        return ScoredTokens(
+            tokens, old, ref, advantages, batch.completion_of, batch.lengths, made.entropy, weights, importance
+        )
 
     def loss(self, scored: ScoredTokens) -> LossOutput:
         s, cfg = scored, self.config
@@ -280,6 +284,9 @@ class GroupPolicyGradient(OnPolicy):
             "kl/per_token": (k3.detach(), None),
             "logps/per_token": (s.logps.detach(), None),
         }
+        if s.entropy is not None:
+            losses = losses - cfg.entropy_coef * s.entropy
+            metrics["policy/entropy"] = (s.entropy.detach(), None)
         if not cfg.kl_in_reward:
             losses = losses + cfg.kl_weight * self._kl_in_loss(s, k3)
         if cfg.name == "rloo":
@@ -330,7 +337,7 @@ class GroupPolicyGradient(OnPolicy):
 
 
 def _lengths(group: Group) -> list[int]:
-    return [len(c) for c in group.tree.completion_ids]
+    return list(group.tree.trained)
 
 
 def _sums(per_token: Tensor, group: Group) -> Tensor:

@@ -31,6 +31,8 @@ class OnlineDPOConfig(OnlineConfig):
     def _one_step_on_each_pair(self) -> OnlineDPOConfig:
         if self.updates > 1:
             raise ValueError("online_dpo takes one step on each batch of rollouts; leave out epochs and minibatches")
+        if self.entropy_coef:
+            raise ValueError("entropy_coef is of the policy gradient methods; leave it out of online_dpo")
         if self.kl_weight == 0:
             raise ValueError("beta is 0; give a number above 0")
         return self
@@ -90,4 +92,5 @@ def best_against_worst(group: Group) -> TokenTree | None:
         return None
     cut = (tree.truncated[best], tree.truncated[worst])
     scores = (float(group.rewards[best]), float(group.rewards[worst]))
-    return replace(tree, completion_ids=ids, truncated=cut, labels=(True, False), scores=scores)
+    masks = (tree.masks[best], tree.masks[worst]) if tree.masks else ()
+    return replace(tree, completion_ids=ids, truncated=cut, labels=(True, False), scores=scores, masks=masks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -19,17 +19,18 @@ from penchant.distributed.world import current
 from penchant.errors import ConfigError, RewardError, RolloutError
 from penchant.losses.policy_gradient import importance_weights
 from penchant.rollout.options import RolloutConfig
-from penchant.types import Algorithm, PackedBatch, TokenTree
+from penchant.types import Algorithm, PackedBatch, PromptTree, TokenTree
 
 if TYPE_CHECKING:
     from penchant.logprobs import Scorer
     from penchant.logprobs.reference import LiveReference
     from penchant.rewards import Reward
+    from penchant.rollout.environment import Stage
     from penchant.rollout.generate import Sample
 
 
-class OnlineConfig(AlgorithmConfig):
-    """An online method, its rollouts, and its update. Present: `loss` is not used; `reward` is needed."""
+class SamplingConfig(AlgorithmConfig):
+    """A method whose policy writes: how it samples."""
 
     samples: int = Field(4, ge=1, le=4096, description="completions of each prompt")
     max_new_tokens: int = Field(64, ge=1, le=2**20, description="tokens of a completion")
@@ -39,6 +40,37 @@ class OnlineConfig(AlgorithmConfig):
         0.0, ge=0, lt=1, description="sample tokens of at least this share of the likeliest one's probability"
     )
     top_k: int = Field(0, ge=0, le=10**9, description="sample from this many of the likeliest tokens; 0: all")
+    repetition_penalty: float = Field(
+        1.0,
+        gt=0,
+        le=100,
+        description="divide logits of tokens that prompt and completion hold already by this; 1: do not",
+    )
+
+    def check(self, parts: Parts) -> None:
+        from penchant.models.load import base_model_of, head_scaling
+
+        config = base_model_of(parts.model).config
+        context = getattr(config, "max_position_embeddings", None)
+        longest = max(len(t.prompt_ids) for part in parts.trees for t in part) + self.max_new_tokens
+        if context is not None and longest > context:
+            raise ConfigError(
+                "algorithm.max_new_tokens",
+                f"the longest prompt and its completion make {longest} tokens, beyond the model's context of {context}",
+                "lower it, or data.max_length, which cuts prompts",
+            )
+        if self.temperature != 1.0 and head_scaling(config)[1] is not None:
+            raise ConfigError("algorithm.temperature", "this model caps its logits", "set it to 1.0")
+
+
+class OnlineConfig(SamplingConfig):
+    """An online method, its rollouts, and its update. Present: `loss` is not used; `reward` is needed."""
+
+    entropy_coef: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the entropy of the policy in the loss (all but online_dpo), exact over the vocabulary",
+    )
     beta: float | Literal["auto"] = Field(
         "auto",
         description="weight of the KL to the reference; auto: 0.05 (rloo, ppo), 0.04 (grpo), 0.01 (reinforce_pp), 0.1 (online_dpo), 0 (others)",
@@ -97,21 +129,6 @@ class OnlineConfig(AlgorithmConfig):
     def rollouts(self) -> Rollouts:
         return Rollouts(self.samples, self.samples, self.max_new_tokens, self.minibatches)
 
-    def check(self, parts: Parts) -> None:
-        from penchant.models.load import base_model_of, head_scaling
-
-        config = base_model_of(parts.model).config
-        context = getattr(config, "max_position_embeddings", None)
-        longest = max(len(t.prompt_ids) for part in parts.trees for t in part) + self.max_new_tokens
-        if context is not None and longest > context:
-            raise ConfigError(
-                "algorithm.max_new_tokens",
-                f"the longest prompt and its completion make {longest} tokens, beyond the model's context of {context}",
-                "lower it, or data.max_length, which cuts prompts",
-            )
-        if self.temperature != 1.0 and head_scaling(config)[1] is not None:
-            raise ConfigError("algorithm.temperature", "this model caps its logits", "set it to 1.0")
-
     def writer(self, parts: Parts) -> Writer:
         """What samples and judges; policy and reference get the method's temperature."""
         from penchant.rewards import load_reward
@@ -127,7 +144,18 @@ class OnlineConfig(AlgorithmConfig):
         longest = max((len(t.prompt_ids) for part in parts.trees for t in part), default=1) + self.max_new_tokens
         made = Writer(parts.model, parts.tokenizer, judge, self, config.train.seed, parts.engine, config.rollout)
         made.longest, made.folder = longest, Path(config.output)
+        if config.rollout.environment is not None:
+            made.stage = self._stage(parts, policy.rows)
         return made
+
+    def _stage(self, parts: Parts, rows: Mapping[str, PromptTree | None]) -> Stage:
+        from penchant.data.templates import end_ids, uses_chat
+        from penchant.rollout.environment import Stage, find_environment
+
+        data, how = parts.config.data, parts.config.rollout
+        chat, ends = uses_chat(data.template, parts.tokenizer), end_ids(parts.tokenizer, parts.model)
+        make = find_environment(how.environment)
+        return Stage(how.environment, make, parts.tokenizer, chat, data.template_options, rows, how.turns, ends)
 
     def evaluate(self, held_out: EvaluationContext) -> dict[str, Any]:
         """Reward, win rate against the start and KL of one completion of each held-out prompt."""
@@ -135,6 +163,7 @@ class OnlineConfig(AlgorithmConfig):
 
         asked = self.model_dump(mode="json", include={"temperature", "top_p", "top_k", "missing_eos_penalty"})
         asked |= {"min_p": self.min_p} if self.min_p else {}
+        asked |= {"repetition_penalty": self.repetition_penalty} if self.repetition_penalty != 1.0 else {}
         return evaluate_online(
             held_out.algorithm.writer,
             held_out.parts.scorer,
@@ -218,22 +247,24 @@ class Writer:
     """Writes groups: the policy samples, the reward function judges.
 
     Args:
-        model, tokenizer: the policy's; reward: of texts; config: samples, length, temperature; seed: of the run.
+        model, tokenizer: the policy's; reward: of texts, None for a `written` alone; config: samples, length, temperature; seed: of the run.
         engine: what runs the model, where several processes share it: each answers a part of the prompts.
+        stage: where completions are conversations with an environment.
         rollout: what samples; longest: tokens of the longest prompt and its completion; folder: of the run.
         version: optimizer steps that the policy has taken: which weights another engine must have.
     """
 
     model: Any
     tokenizer: Any
-    reward: Reward
-    config: OnlineConfig
+    reward: Reward | None
+    config: SamplingConfig
     seed: int
     engine: Any = None
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     longest: int = 0
     folder: Path = Path()
     version: int = 0
+    stage: Stage | None = None
     ahead: Ahead | None = field(default=None, init=False)
     _sampler: Any = field(default=None, init=False)
 
@@ -255,9 +286,23 @@ class Writer:
 
         cfg = self.config
         ends = frozenset(end_ids(self.tokenizer, self.model))
-        settings = Settings(k, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, ends, cfg.min_p)
+        settings = Settings(
+            k, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, ends, cfg.min_p, cfg.repetition_penalty
+        )
         seed = (self.seed * 1_000_003 + iteration) % 2**63
         return [t.prompt_ids.tolist() for t in prompts], settings, seed, [t.row for t in prompts]
+
+    def _sampled(self, prompts: Sequence[TokenTree], iteration: int, k: int) -> list[list[Sample]]:
+        """`k` completions of each prompt, conversations where there is an environment."""
+        asked, settings, seed, seeds = self._asked_of(prompts, iteration, k)
+
+        def draw(rows: Sequence[Sequence[int]], seeds: Sequence[int], room: int) -> list[Sample]:
+            found = self.sampler.sample(rows, replace(settings, n=1, max_new_tokens=room), seed, seeds)
+            return [one for (one,) in found]
+
+        if self.stage is None:
+            return self.sampler.sample(asked, settings, seed, seeds)  # type: ignore[no-any-return]
+        return self.stage.play(prompts, k, settings.max_new_tokens, draw)
 
     def _drawn(self, prompts: Sequence[TokenTree], iteration: int, k: int) -> tuple[list[list[Sample]], int]:
         """Completions of each prompt, and the version of the weights that wrote them."""
@@ -283,7 +328,7 @@ class Writer:
         for _ in range(self.rollout.attempts):
             self.sampler.update(self.version)
             try:
-                found: list[list[Sample]] = self.sampler.sample(*self._asked_of(prompts, iteration, k))
+                found = self._sampled(prompts, iteration, k)
             except Forgotten:
                 continue
             return found
@@ -299,11 +344,11 @@ class Writer:
         from penchant.training.loop import in_background
 
         self.sampler.update(self.version)
-        asked, k = self._asked_of(prompts, iteration, self.config.samples), self.config.samples
+        k = self.config.samples
 
         def draw() -> list[list[Sample]] | None:
             try:
-                return self.sampler.sample(*asked)  # type: ignore[no-any-return]
+                return self._sampled(prompts, iteration, k)
             except Forgotten:  # its weights are gone here too: the batch is written by later ones
                 return None
 
@@ -319,15 +364,11 @@ class Writer:
         from penchant.metrics.names import METRICS
 
         cfg = self.config
+        assert isinstance(cfg, OnlineConfig) and self.reward is not None
         k = samples or cfg.samples
-        rows, version = self._drawn(prompts, iteration, k)
+        trees, logps, version = self.written(prompts, iteration, k)
         asked = [self.tokenizer.decode(t.prompt_ids, skip_special_tokens=True) for t in prompts]
-        texts = [[self.tokenizer.decode(s.ids, skip_special_tokens=True) for s in row] for row in rows]
-        trees = []
-        for prompt, row in zip(prompts, rows, strict=True):
-            ids = tuple(np.array(s.ids, np.int32) for s in row)
-            cut = tuple(not s.finished for s in row)
-            trees.append(TokenTree(prompt.row, prompt.prompt_ids, ids, cut, prompt.source))
+        texts = [[self.tokenizer.decode(ids, skip_special_tokens=True) for ids in t.completion_ids] for t in trees]
         step = iteration * cfg.updates if iteration != EVALUATION else 0  # which is no step of the run
         said = self.reward.judge([p for p in asked for _ in range(k)], [t for row in texts for t in row], trees, step)
         if taken := [n for n in said.metrics if n in METRICS or n in ("kind", "step")]:
@@ -337,9 +378,8 @@ class Writer:
         rewards = torch.from_numpy(said.total).view(len(prompts), k)
         terms = {name: torch.from_numpy(values).view(len(prompts), k) for name, values in said.terms.items()}
         groups = []
-        for i, (tree, row) in enumerate(zip(trees, rows, strict=True)):
+        for i, (tree, sampled) in enumerate(zip(trees, logps, strict=True)):
             penalty = cfg.missing_eos_penalty * torch.tensor(tree.truncated, dtype=torch.float64)
-            sampled = torch.tensor([p for s in row for p in s.logps])
             own = {name: values[i] for name, values in terms.items()}
             extras = {"old": sampled}
             if self.rollout.measured:
@@ -347,6 +387,20 @@ class Writer:
             made = Group(tree, rewards[i] - penalty, tuple(texts[i]), extras, own, said.metrics)
             groups.append(made)
         return groups
+
+    def written(
+        self, prompts: Sequence[TokenTree], iteration: int, samples: int
+    ) -> tuple[list[TokenTree], list[Tensor], int]:
+        """Each prompt with `samples` completions, the log-probs (R,) of their tokens as sampled, and the version of the weights."""
+        from penchant.rollout.environment import masked
+
+        rows, version = self._drawn(prompts, iteration, samples)
+        trees = []
+        for prompt, row in zip(prompts, rows, strict=True):
+            ids = tuple(np.array(s.ids, np.int32) for s in row)
+            cut = tuple(not s.finished for s in row)
+            trees.append(masked(TokenTree(prompt.row, prompt.prompt_ids, ids, cut, prompt.source), row))
+        return trees, [torch.tensor([p for s in row for p in s.own_logps]) for row in rows], version
 
 
 @dataclass(slots=True)
@@ -407,7 +461,7 @@ class OnPolicy(Algorithm):
             RolloutError: they are further apart than `rollout.tolerance`, with the same weights and nothing left out of the draw.
         """
         how, cfg = self.writer.rollout, self.config
-        whole = cfg.top_p == 1.0 and not cfg.top_k and not cfg.min_p
+        whole = cfg.top_p == 1.0 and not cfg.top_k and not cfg.min_p and cfg.repetition_penalty == 1.0
         away = mismatch_of(groups)["rollout/logp_mismatch"]
         same = all(bool((g.extras["version"] == step).all()) for g in groups)
         if how.elsewhere and whole and same and not away <= self.writer.sampler.tolerance:
@@ -420,7 +474,7 @@ class OnPolicy(Algorithm):
         if how.correction == "none":
             return
         for g in groups:
-            lengths = torch.tensor([len(c) for c in g.tree.completion_ids])
+            lengths = torch.tensor(g.tree.trained)
             g.extras["importance"] = importance_weights(
                 g.extras["old"].double(),
                 g.extras["sampled"].double(),
@@ -539,7 +593,7 @@ def score_groups(
 
     made = passes_over(all_of, trees, tokens_per_step, shared=scorer.shared, device=device, lanes=lanes)
     for members, found in made:
-        sizes = [sum(map(len, trees[i].completion_ids)) for i in members]
+        sizes = [sum(trees[i].trained) for i in members]
         for name, values in found.items():
             for i, part in zip(members, values.cpu().split(sizes), strict=True):
                 groups[i].extras[name] = part
@@ -548,7 +602,7 @@ def score_groups(
 def reward_metrics_of(groups: Sequence[Group]) -> dict[str, float]:
     """What a step's rollouts were like: reward, its spread (within groups where they have several), length, share that ended."""
     rewards = torch.stack([g.rewards for g in groups])
-    lengths = [len(c) for g in groups for c in g.tree.completion_ids]
+    lengths = [n for g in groups for n in g.tree.trained]
     several = rewards.shape[1] > 1
     silent = float(torch.isnan(rewards).double().mean())
     known = rewards[~rewards.isnan()]
@@ -590,9 +644,13 @@ def pack_groups(groups: Sequence[Group]) -> dict[str, Tensor]:
         "prompts": _joined([g.tree.prompt_ids for g in groups]),
         "lengths": torch.tensor([[len(c) for c in g.tree.completion_ids] for g in groups]),
         "completions": _joined([c for g in groups for c in g.tree.completion_ids]),
+        "trained": torch.tensor([g.tree.trained for g in groups]),
         "unfinished": torch.tensor([g.tree.truncated for g in groups]),
         "rewards": torch.stack([g.rewards for g in groups]) if groups else torch.zeros(0, 0),
     }
+    if any(g.tree.masks for g in groups):
+        whole = [m for g in groups for m in g.tree.masks or [np.ones(len(c), bool) for c in g.tree.completion_ids]]
+        packed["masks"] = torch.from_numpy(np.concatenate(whole))
     packed |= {f"extras/{name}": torch.cat([g.extras[name] for g in groups]) for name in names}
     if groups:
         packed |= {f"terms/{name}": torch.stack([g.terms[name] for g in groups]) for name in groups[0].terms}
@@ -609,7 +667,8 @@ def unpack_groups(packed: dict[str, Tensor]) -> list[Group]:
     prompts = packed["prompts"].split(packed["prompt_lengths"].tolist())
     k = packed["lengths"].shape[1]
     completions = packed["completions"].split(packed["lengths"].flatten().tolist())
-    tokens = packed["lengths"].sum(1).tolist()
+    tokens = packed.get("trained", packed["lengths"]).sum(1).tolist()  # an older checkpoint's are all trained
+    masks = packed["masks"].split(packed["lengths"].flatten().tolist()) if "masks" in packed else ()
     extras = {}
     logged = {n.removeprefix("logged/"): float(v) for n, v in packed.items() if n.startswith("logged/")}
     for name, values in packed.items():
@@ -619,7 +678,8 @@ def unpack_groups(packed: dict[str, Tensor]) -> list[Group]:
     groups = []
     for i, row in enumerate(packed["rows"].tolist()):
         ids = tuple(c.numpy() for c in completions[i * k : (i + 1) * k])
-        tree = TokenTree(row, prompts[i].numpy(), ids, tuple(packed["unfinished"][i].tolist()))
+        mine = tuple(m.numpy() for m in masks[i * k : (i + 1) * k])
+        tree = TokenTree(row, prompts[i].numpy(), ids, tuple(packed["unfinished"][i].tolist()), masks=mine)
         own = {n.removeprefix("terms/"): v[i] for n, v in packed.items() if n.startswith("terms/")}
         groups.append(Group(tree, packed["rewards"][i], (), {n: v[i] for n, v in extras.items()}, own, logged))
     return groups

@@ -83,6 +83,23 @@ class RunConfig(Section):
             "reference": {**reference, "ema": ema} if ema is not None else reference,
         }
 
+    @model_validator(mode="before")
+    @classmethod
+    def _teacher_is_the_reference(cls, values: Any) -> Any:
+        """What gkd is held against is its teacher: teacher.path is reference.path."""
+        if not isinstance(values, dict) or "teacher" not in values:
+            return values
+        teacher, reference = values["teacher"], dict(values.get("reference") or {})
+        path = teacher.get("path") if isinstance(teacher, Mapping) else teacher
+        if not isinstance(path, str) or (isinstance(teacher, Mapping) and set(teacher) != {"path"}):
+            raise ConfigError("teacher", "is no model", "write teacher: {path: FOLDER}")
+        algorithm = values.get("algorithm")
+        if (algorithm.get("name") if isinstance(algorithm, Mapping) else algorithm) != "gkd":
+            raise ConfigError("teacher", "is of algorithm gkd alone", "set algorithm=gkd, or leave it out")
+        if reference.get("path", path) != path:
+            raise ConfigError("teacher.path", "and reference.path are both set", "keep one")
+        return {n: v for n, v in values.items() if n != "teacher"} | {"reference": {**reference, "path": path}}
+
     @field_validator("algorithm", mode="before")
     @classmethod
     def _each_has_its_own(cls, value: Any) -> Any:
@@ -149,6 +166,7 @@ class RunConfig(Section):
     def own_contents(self) -> dict[str, str]:
         """SHA-256 of each file of a user's own loss or algorithm, by its name; and of what they import, as ``NAME: helper.py``."""
         names = [c.name for c in self.loss.components] if self.algorithm is None else [self.algorithm.name]
+        names += [self.rollout.environment] if self.rollout.environment is not None else []
         own = [name for name in names if is_own(name) and own_file(name).is_file()]
         beside = {f"{name}: {file}": sha256 for name in own for file, sha256 in imported_sha256(name).items()}
         return {name: file_sha256(own_file(name)) for name in own} | beside
@@ -206,6 +224,9 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
             ),
             "reference": section(config.reference, "path"),
             "reward": rewards(config.reward),
+            "rollout": config.rollout.model_copy(
+                update={"environment": config.rollout.environment and absolute_reward(config.rollout.environment)}
+            ),
             "evaluation": config.evaluation.model_copy(update={"reward": rewards(config.evaluation.reward)}),
             "output": str(Path(config.output).expanduser().resolve()),
         }

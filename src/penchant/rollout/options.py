@@ -17,6 +17,12 @@ class RolloutConfig(Section):
     engine: Literal["own", "vllm"] = Field(
         "own", description="own: Penchant's sampler; vllm: a vLLM server at `url`, or vLLM in this process without one"
     )
+    environment: str | None = Field(
+        None, description="what the policy's completions are conversations with: calculator (a toy), or path.py:Class"
+    )
+    turns: int = Field(
+        4, ge=1, le=256, description="with an environment: answers of the policy in a completion, at most"
+    )
     url: str | None = Field(None, description="of a vLLM server, without /v1: http://127.0.0.1:8000")
     model: str | None = Field(None, description="the model's name at the server; null: the one that it serves")
     key_env: str | None = Field(None, description="environment variable with the server's key; null: no key")
