@@ -87,12 +87,19 @@ def train(
     return Run(found, quiet=quiet, look=misfit, checkpointing=checkpointing, callbacks=callbacks).train()
 
 
-def plan(config: RunConfig | Mapping[str, Any] | str | Path, *overrides: str, probe: bool = True, **given: Any) -> Plan:
+def plan(
+    config: RunConfig | Mapping[str, Any] | str | Path,
+    *overrides: str,
+    probe: bool = True,
+    gpus: Sequence[int] = (),
+    **given: Any,
+) -> Plan:
     """What `train` would do with a config, found without training: settings and their sources, work, memory, disk, time.
 
     Args:
         config, overrides, given: as for `train`.
         probe: also take a few steps in a copy that is thrown away, to tell the time.
+        gpus: numbers of GPUs; the memory of each of so many is counted, and nothing is probed.
 
     Raises:
         ConfigError, DataError, ModelError, RewardError: what `train` would stop at.
@@ -101,14 +108,14 @@ def plan(config: RunConfig | Mapping[str, Any] | str | Path, *overrides: str, pr
     from penchant.plan import make_plan
 
     if isinstance(config, (str, Path)) and not given:
-        return make_plan(*load_config_with_places(config, list(overrides)), with_probe=probe)
+        return make_plan(*load_config_with_places(config, list(overrides)), with_probe=probe, gpus=gpus)
     from penchant.plan.settings import places_in
 
     made = as_config(config, overrides, given)
     on_the_line = {tuple(o.partition("=")[0].strip().split(".")): "overrides" for o in overrides}
     said = config if isinstance(config, Mapping) else made.model_dump(mode="json", exclude_unset=True)
     places = places_in(said, "given") | on_the_line
-    return make_plan(made, places, with_probe=probe)
+    return make_plan(made, places, with_probe=probe, gpus=gpus)
 
 
 @shows(EvalRequest)

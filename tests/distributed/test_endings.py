@@ -6,9 +6,11 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,13 +127,20 @@ output: out
     return tmp_path
 
 
-def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
+def start(folder: Path, *overrides: str, by: Sequence[str] = ()) -> subprocess.Popen[str]:
+    """`penchant train`; `by`: what starts it, with its options, in place of Python."""
     source = str(Path(penchant.__file__).parents[1])
     environment = {k: v for k, v in os.environ.items() if k not in ("PENCHANT_REEXECUTED", LAUNCHED)}
     environment |= {"PYTHONPATH": f"{folder}{os.pathsep}{source}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "penchant", "train", "run.yaml", *overrides]
+    command = [sys.executable, *by, "-m", "penchant", "train", "run.yaml", *overrides]
     return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -180,6 +189,16 @@ def test_a_signal_to_any_rank_writes_one_checkpoint(folder: Path, rank: int) -> 
 
 
 @pytest.mark.slow
+def test_ctrl_c_is_answered_by_one_sentence_and_torch_is_silent(folder: Path) -> None:
+    running = start(folder)
+    wait_for_step(folder, 3, running)
+    os.killpg(running.pid, signal.SIGINT)  # as a terminal sends it, to all at once
+    _, said = running.communicate(timeout=90)
+    (sentence,) = sentences(said)
+    assert running.returncode == 4 and "SIGINT" in sentence and "torch/" not in said, said
+
+
+@pytest.mark.slow
 def test_what_one_rank_says_is_the_only_sentence_and_comes_soon(folder: Path) -> None:
     """A rank that cannot write its shard: the others do not wait for it, and nobody is started again."""
     (folder / "sitecustomize.py").write_text(
@@ -215,6 +234,24 @@ def test_a_killed_rank_is_started_again_and_the_end_is_the_same(folder: Path, ra
         shards = (next((folder / run / "checkpoints/step-8/state").glob(f"{name}*")) for run in ("out", "whole"))
         mine, theirs = map(load_file, shards)
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in mine)
+
+
+@pytest.mark.slow
+def test_two_machines_are_two_agents_that_meet(folder: Path) -> None:
+    """Here both are on one machine; they train what one agent with two processes trains."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
+    by = ["-m", "torch.distributed.run", *meeting, "--rdzv-id=1", "--local-addr=127.0.0.1"]
+    agents = [start(folder, "launch.processes=auto", "train.max_steps=4", by=by) for _ in range(2)]
+    for agent in agents:
+        _, said = agent.communicate(timeout=240)
+        assert agent.returncode == 0, said
+    assert json.loads((folder / "out/manifest.json").read_text())["processes"] == 2
+    whole = start(folder, "output=whole", "train.max_steps=4")
+    assert whole.communicate(timeout=240) and whole.returncode == 0
+    assert (folder / "out/metrics.jsonl").read_bytes() == (folder / "whole/metrics.jsonl").read_bytes()
 
 
 @pytest.mark.slow

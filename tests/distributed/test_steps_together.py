@@ -30,6 +30,7 @@ from penchant.models.load import add_lora, backbone_of, cast_parameters, effecti
 from penchant.models.options import LoraConfig
 from penchant.models.reward import ValueModel
 from penchant.models.router import router_loss
+from penchant.training import checkpoint as checkpoints
 from penchant.training.checkpoint import load_checkpoint
 from penchant.training.console import QuietConsole
 from penchant.training.loop import Loop
@@ -225,6 +226,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
 
     def two(world: World) -> dict[str, Any]:
         found = both(root, "two")
+        checkpoints.FILE_BYTES = 8192  # from here on a rank writes several files; this is a process of its own
         for name in reversed(RESUMED):
             killed = make_loop(root / f"two-killed-{name}", **RUNS[name])
             killed.console = KillAt3()
@@ -331,6 +333,13 @@ def test_every_rank_has_as_many_passes_and_every_tree_is_in_one(sizes: list[int]
     assert len(plan) % ranks == 0
     assert sorted(i for members in plan for i in members) == list(range(len(sizes)))
     assert all(sum(sizes[i] for i in members) <= max(budget, max(sizes, default=0)) for members in plan)
+
+
+def test_a_large_shard_is_written_in_several_files(results: Any) -> None:
+    """Beside each other in memory, they would be the highest mark of a run."""
+    root, *_ = results
+    names = sorted(p.name for p in (root / "two-killed-moving/checkpoints/step-4/state").iterdir())
+    assert len(names) > 4 and {name[:11] for name in names} == {"shard-00001", "shard-00002"}
 
 
 def test_dropout_differs_from_rank_to_rank(results: Any) -> None:

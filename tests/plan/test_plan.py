@@ -37,6 +37,7 @@ from penchant.plan.memory import (
     packed_weights,
 )
 from penchant.plan.outline import OutlinedRun, outline, parameter_counts
+from penchant.plan.ranks import SHAPES, Sizes
 from penchant.plan.settings import settings_of
 from penchant.plan.text import plan_text, size
 from penchant.rollout.generate import sample
@@ -508,6 +509,37 @@ def test_offload_is_refused_on_a_cpu(tmp_path: Path) -> None:
     for act in (api.plan, api.train):
         with pytest.raises(ConfigError, match="CUDA GPU"):
             act(_config(tmp_path), "train.gradient_checkpointing=offload")
+
+
+def test_memory_of_each_of_several_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Adam on fp32 shards takes 16 bytes a parameter over all of them; what is gathered and computed is no less for more of them."""
+    made = api.plan(_config(tmp_path, model={"path": tiny_model_folder(tmp_path / "model")}), gpus=(1, 2, 8))
+    every = made.parameters[0]
+    shares = "fp32 master weights", "gradients", "the optimizer's moments"
+    for n in (2, 8):
+        assert sum(made.ranks[n][name] for name in shares) == pytest.approx(16 * every / n, abs=4)
+        assert made.ranks[n]["activations of a pass"] == made.ranks[1]["activations of a pass"] > 0
+    assert sum(made.ranks[1][name] for name in ("weights", *shares)) == 18 * every
+    assert made.probe is None and set(made.to_json()["ranks"]) == {"1", "2", "8"}
+    path = _yaml(tmp_path, launch={"replicas": 2}, reference={"kind": "frozen"})
+    assert main(["plan", path, "--gpus", "4"]) == 0
+    said = capsys.readouterr().out
+    assert "of each GPU" in said and "never measured" in said and "reference" in said
+    assert main(["plan", path, "--gpus", "5"]) == 2 and "launch.replicas" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["plan", path, "--gpus", "many"])
+
+
+def test_known_models_have_their_known_sizes() -> None:
+    """Llama 2 7B has 6,738,415,616 parameters, and Llama 3 70B has 70,553,706,496: the table in docs/many_gpus.md is of those shapes."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from penchant.models.load import on_meta
+
+    made = {n: on_meta(AutoModelForCausalLM, LlamaConfig(**SHAPES[n])) for n in ("7B", "70B")}  # type: ignore[arg-type]
+    sizes = {name: Sizes.of(model) for name, model in made.items()}
+    assert {name: s.every for name, s in sizes.items()} == {"7B": 6_738_415_616, "70B": 70_553_706_496}
+    assert sizes["70B"].every == 80 * sizes["70B"].layer + sizes["70B"].root
 
 
 def test_advice_where_it_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

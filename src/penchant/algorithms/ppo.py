@@ -116,6 +116,7 @@ class ScoredSteps:
     advantages: Tensor
     returns: Tensor
     keep: Tensor  # 1 or 0: whether a token is in the update
+    importance: Tensor | None = None  # weights of tokens that something else wrote; None: 1
 
 
 @dataclass(slots=True)
@@ -220,13 +221,16 @@ class PPO(OnPolicy):
         )
         keep = self._keep(batch)
         weights = torch.ones_like(logps.detach()) if keep is None else keep.to(logps)
-        return ScoredSteps(logps, values, old, old_values, ref, advantages, returns, weights)
+        importance = self.importance(batch, logps)
+        return ScoredSteps(logps, values, old, old_values, ref, advantages, returns, weights, importance)
 
     def loss(self, scored: ScoredSteps) -> LossOutput:
         s, cfg = scored, self.config
         losses, ratios, bound = clipped_surrogate(
             s.logps, s.old_logps, s.advantages, clip=cfg.clip, clip_high=cfg.clip_high, dual=cfg.clip_dual
         )
+        if s.importance is not None:
+            losses = losses * s.importance
         value_losses, value_bound = clipped_value_loss(s.values, s.old_values, s.returns, clip=cfg.value_clip)
         explained = (s.returns - s.values.detach()).square()
         metrics = {
@@ -253,7 +257,7 @@ class PPO(OnPolicy):
             "kl/policy_ref": float(divergences.kl_estimate(old, ref, "k1").sum() / count),
             "kl/k3": float(divergences.kl_estimate(old, ref, "k3").sum() / count),
         }
-        return reward_metrics_of(groups) | kl | {"beta": self.beta}
+        return reward_metrics_of(groups) | kl | {"beta": self.beta} | self.rollout_values()
 
     def accepts(self, means: Mapping[str, float]) -> bool:
         """Not beyond `ratio_limit`: there the rollouts say nothing of the policy that is trained."""

@@ -14,17 +14,27 @@ def add(commands: Any) -> None:
         "plan", help="predict a run without training: settings and their sources, steps, memory, disk, time"
     )
     add_config(plan, "CONFIG.yaml")
+    plan.add_argument(
+        "--gpus", metavar="N[,N...]", type=_counts, default=(), help="memory of each of so many GPUs, e.g. 8 or 8,16,32"
+    )
     plan.add_argument("--no-probe", action="store_true", help="skip the trial steps, and so the estimate of time")
     plan.add_argument("--all", action="store_true", help="show every setting, and everything in parts")
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.set_defaults(handler=run, allocator=True, reads="run")
 
 
+def _counts(text: str) -> tuple[int, ...]:
+    found = tuple(int(n) for n in text.split(",") if n.strip().isdigit())
+    if not found or len(found) != len(text.split(",")) or not all(1 <= n <= 65536 for n in found):
+        raise argparse.ArgumentTypeError(f"{text}: give a number of GPUs, or several: 8,16,32")
+    return found
+
+
 def run(args: argparse.Namespace) -> int:
     """Print the plan; 0 also where it does not fit."""
     from penchant import api
 
-    found = api.plan(args.config, *args.overrides, probe=not args.no_probe)
+    found = api.plan(args.config, *args.overrides, probe=not args.no_probe, gpus=args.gpus)
     if args.json:
         import json
 

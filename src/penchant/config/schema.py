@@ -20,6 +20,7 @@ from penchant.losses.section import LossConfig, LossModifiers
 from penchant.metrics.flags.rule import TrustConfig
 from penchant.models.options import LoraConfig, ModelConfig, ReferenceConfig
 from penchant.rewards.builtin import RewardConfig, kind_of
+from penchant.rollout.options import PLACES, RolloutConfig
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
 
 BOTH = "loss and algorithm are both set; keep one: an algorithm uses no loss of this section"
@@ -55,6 +56,7 @@ class RunConfig(Section):
         None,
         description="for an online method: one of docs/rewards.md by name, path.py:function, a reward model's folder, a list of these, or a mapping from these to weights",
     )
+    rollout: RolloutConfig = RolloutConfig()
     reference: ReferenceConfig = ReferenceConfig()
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -131,6 +133,14 @@ class RunConfig(Section):
             raise ValueError(BOTH)
         return self
 
+    @model_validator(mode="after")
+    def _somebody_writes(self) -> RunConfig:
+        if self.rollout != RolloutConfig() and self.method.rollouts is None:
+            raise ValueError(
+                "rollout is of methods that write completions in training; leave it out, or set algorithm.name"
+            )
+        return self
+
     @property
     def method(self) -> Method:
         """What trains: the algorithm, or the losses where there is none."""
@@ -153,6 +163,14 @@ class RunConfig(Section):
     @field_serializer("loss")
     def _loss_as_mapping(self, value: LossConfig) -> dict[str, Any]:
         return value.to_mapping()
+
+
+def what_is_computed(config: RunConfig) -> dict[str, Any]:
+    """All settings but those that only watch, and those that say where something is done: they are as if nobody had set them."""
+    settings = config.model_dump(mode="json", exclude=set(WATCHING_ONLY))
+    default = RolloutConfig().model_dump(mode="json")
+    settings["rollout"] |= {name: default[name] for name in PLACES}
+    return settings
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:

@@ -10,10 +10,12 @@ from typing import Any
 from penchant.base.machine import resident
 from penchant.base.text import gigabytes
 from penchant.config import Places, RunConfig
+from penchant.config.launching import check_launch
 from penchant.errors import PenchantError
 from penchant.plan.memory import Memory, memory_of
 from penchant.plan.outline import OutlinedRun, parameter_counts
 from penchant.plan.probe import Duration, Probe, duration_of, probe
+from penchant.plan.ranks import ranks_of
 from penchant.plan.settings import Setting, derived_values, settings_of
 from penchant.plan.work import Disk, Rows, Work, disk_of, rows_of, to_json, work_of
 from penchant.runs import Run
@@ -34,6 +36,7 @@ class Plan:
         method, output: of the run; folder: what is there already; settings: every key with its source.
         rows, work, memory, disk: counted and estimated; parameters: (all, trainable).
         reference: what it is, and whether its cache is there; probe, duration: measured, None without a probe; notes: what to know.
+        ranks: by number of processes: bytes of each, by part; empty where they were not asked for.
     """
 
     method: str
@@ -49,6 +52,7 @@ class Plan:
     probe: Probe | None
     duration: Duration | None
     notes: tuple[str, ...] = field(default=())
+    ranks: dict[int, dict[str, int]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON: bytes, seconds, tokens."""
@@ -68,18 +72,25 @@ class Plan:
             "probe": None if self.probe is None else asdict(self.probe),
             "seconds": None if self.duration is None else asdict(self.duration),
             "notes": list(self.notes),
-        }
+        } | ({"ranks": {str(n): parts for n, parts in self.ranks.items()}} if self.ranks else {})
 
 
-def make_plan(config: RunConfig, places: Places, *, with_probe: bool = True) -> Plan:
+def make_plan(config: RunConfig, places: Places, *, with_probe: bool = True, gpus: Sequence[int] = ()) -> Plan:
     """Plan a run; nothing is trained that stays, and nothing is written to its folder or cache.
 
     Args:
         places: where each key of the config stands; with_probe: also take a few steps in a copy, to tell the time.
+        gpus: numbers of processes, each on a GPU: for each of them, memory is counted instead, and nothing is probed.
 
     Raises:
         ConfigError, DataError, ModelError, RewardError: what the run itself would stop at.
     """
+    asked = config
+    for count in gpus:
+        launch = config.launch.model_copy(update={"processes": count})
+        check_launch(config.model_copy(update={"launch": launch}), count)
+    if gpus:
+        config, with_probe = _as_on_gpus(config), False
     run = OutlinedRun(config, quiet=True)
     _load_what_training_loads(run)
     baseline = resident()
@@ -112,11 +123,17 @@ def make_plan(config: RunConfig, places: Places, *, with_probe: bool = True) -> 
             found = probe(run, work, disk.checkpoint, cached)
             duration = duration_of(found, work)
             notes += _differences(run, found)
-    notes += remarks(run.config, run.rows)
+    notes += remarks(asked if gpus else run.config, run.rows)
     return Plan(
         run.method.name, str(run.folder), _what_is_there(run.folder), settings, rows, work, parameters, memory, disk, reference,
-        found, duration, tuple(notes),
+        found, duration, tuple(notes), ranks_of(run, memory, gpus),
     )  # fmt: skip
+
+
+def _as_on_gpus(config: RunConfig) -> RunConfig:
+    """The run as several GPUs take it, counted where there may be none: in bf16, on transformers' own layers."""
+    model = {"kernels": "off", "device": "cpu", "dtype": "bf16" if config.model.dtype == "auto" else config.model.dtype}
+    return config.model_copy(update={"model": config.model.model_copy(update=model)})
 
 
 def checkpointing(run: Run) -> tuple[bool, str]:

@@ -37,14 +37,30 @@ def plan_text(plan: Plan, whole: bool = False) -> str:
         lines += ["", *(f"! {note}" for note in plan.notes)]
     if not whole:
         lines += ["", "Every setting, and rows, tokens, memory, disk and time in parts: --all"]
-    return "\n".join(printable(line) for line in lines)
+    return "\n".join(printable(line) for line in [*lines, *_ranks(plan)])
+
+
+def _ranks(plan: Plan) -> list[str]:
+    """Memory of each of several processes."""
+    if not plan.ranks:
+        return []
+    counts = list(plan.ranks)
+    names = list(dict.fromkeys(name for parts in plan.ranks.values() for name in parts))
+    rows = [["GPUs", *map(str, counts)]]
+    rows += [[name, *(size(plan.ranks[n].get(name, 0)) for n in counts)] for name in names]
+    rows.append(["of each GPU", *(size(sum(plan.ranks[n].values())) for n in counts)])
+    return [
+        "",
+        "MEMORY OF EACH GPU: arithmetic, without the GPU's own context; it was never measured on several",
+        *("  " + line for line in columns(rows)),
+    ]
 
 
 def _fits(plan: Plan) -> list[str]:
     memory, disk, work = plan.memory, plan.disk, plan.work
     rows = []
     for what, fits, peak, free in (
-        ("memory", memory.fits, memory.peak, memory.free),
+        *([] if plan.ranks else [("memory", memory.fits, memory.peak, memory.free)]),
         ("disk", disk.fits, disk.peak, disk.free),
     ):
         tight = "" if peak <= free else ": MORE THAN IS FREE NOW"
@@ -61,7 +77,7 @@ def _fits(plan: Plan) -> list[str]:
         aside = f", {r.aside:,} kept aside" if r.aside else ""
         rows.append((f"{name} rows", f"{r.used:,} of {r.read:,} read{aside}{cut}"))
     lines = columns(rows)
-    if not memory.fits:
+    if not memory.fits and not plan.ranks:
         lines += ["what to change, and about what it saves:", *(f"  {text}: {size(n)}" for text, n in memory.advice)]
     return lines
 

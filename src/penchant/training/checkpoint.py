@@ -61,7 +61,8 @@ def save_checkpoint(
     return final
 
 
-SHARDS = "state"  # a folder with a file of each rank, where several processes wrote it
+SHARDS = "state"  # a folder with files of each rank, where several processes wrote it
+FILE_BYTES = 128 << 20  # of a rank's part in one file: DCP holds what goes into a file twice before it writes it
 
 
 def save_sharded(
@@ -72,7 +73,7 @@ def save_sharded(
     tensors: Mapping[str, Tensor],
     state: Mapping[str, Any],
 ) -> Path:
-    """The same checkpoint by all ranks: ``state/`` has a safetensors file of each, with its part of every tensor.
+    """The same checkpoint by all ranks: ``state/`` has safetensors files of each, with its part of every tensor.
 
     Every rank takes the sums of what it wrote, rank 0 gives the whole its name once all have written. Where one of them cannot, none goes on.
 
@@ -98,7 +99,8 @@ def save_sharded(
             write_model(aside / "model")  # it fails where rank 0 writes, which is behind all that the ranks do together
         try:
             with writing(final), _its_cause():
-                writer = HuggingFaceStorageWriter(path=str(aside / SHARDS), save_distributed=True)
+                files = _numbered(tensors, world.size * FILE_BYTES)
+                writer = HuggingFaceStorageWriter(str(aside / SHARDS), files, save_distributed=True)
                 dcp.save(dict(tensors), storage_writer=writer, process_group=world.group)
         except DiskError as error:  # DCP tells all ranks what happened to one
             raise agreed(error) from None
@@ -122,6 +124,17 @@ def save_sharded(
             shutil.rmtree(aside, ignore_errors=True)
         raise
     return final
+
+
+def _numbered(tensors: Mapping[str, Tensor], room: int) -> dict[str, int]:
+    """By name: the number of the file that a tensor goes into, from 1; a file takes `room` bytes of all ranks, or one tensor."""
+    found, number, held = {}, 1, 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if held and held + size > room:
+            number, held = number + 1, 0
+        found[name], held = number, held + size
+    return found
 
 
 @contextmanager

@@ -1,0 +1,151 @@
+"""DPO of SmolLM2-135M by one process and by several on one CPU, one thread each: seconds of a step, and memory of each process.
+
+    python benchmarks/scaling.py                                 # one process, two processes: three steps of 8 pairs each
+    python benchmarks/scaling.py --model FOLDER --steps 5        # a folder that prepare_smollm2.py made
+    python benchmarks/scaling.py --kernels                       # also one process with the fast kernels, which several cannot have
+
+Efficiency is ``T_1 / (n T_n)`` of the median step after the first one, both on transformers' own layers; memory is the highest
+resident size of a process (VmHWM), loading included. Wanted for two: an efficiency of 0.85, and 0.65 of one process's memory in each.
+The machine must be quiet and have a core for each process. One step's rows are the same whoever takes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from harness import DATA, HERE, model_folder
+
+WANTED = {"efficiency": 0.85, "memory": 0.65}
+
+
+def config(model: Path, folder: Path, args: argparse.Namespace, name: str, kernels: str) -> Path:
+    """The run's config, which is YAML because JSON is."""
+    values = {
+        "model": {"path": str(model), "dtype": args.dtype, "device": "cpu", "kernels": kernels},
+        "data": {"path": str(folder / "pairs.jsonl"), "template": "plain", "max_length": args.max_length},
+        "loss": {"name": "dpo"},
+        "reference": {"cache_dir": str(folder / f"cache-{name}")},
+        "train": {
+            "batch_size": args.pairs,
+            "tokens_per_step": args.tokens_per_step,
+            "epochs": 1.0,
+            "max_steps": args.steps,
+            "threads": 1,
+            "lr": 1e-6,
+        },
+        "evaluation": {"kl_prompts": 0, "samples": 0},
+        "checkpoint": {"every": None, "keep_last": 1, "keep_best": False},
+        "output": str(folder / name),
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(json.dumps(values))
+    return path
+
+
+def measured(command: list[str], seconds: float) -> dict[int, int]:
+    """By process (0 alone, or by rank): the highest resident bytes that it was seen with.
+
+    Raises:
+        SystemExit: the run failed.
+    """
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PENCHANT_")}
+    environment |= {"PYTHONPATH": str(HERE.parent / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    running = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    highest: dict[int, int] = {}
+    ends = time.monotonic() + seconds
+    while running.poll() is None and time.monotonic() < ends:
+        for rank, size in residents(running.pid):
+            highest[rank] = max(size, highest.get(rank, 0))
+        time.sleep(0.2)
+    if running.poll() is None:
+        running.kill()
+        raise SystemExit(f"took longer than {seconds:g} s: {' '.join(command)}")
+    if running.returncode:
+        raise SystemExit(f"ended with {running.returncode}: {' '.join(command)}")
+    return highest
+
+
+def residents(launcher: int) -> list[tuple[int, int]]:
+    """(rank, VmHWM in bytes) of the processes that a launcher has started; of itself as rank -1."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            if launcher not in (parent, int(entry.name)):
+                continue
+            peak = re.search(r"VmHWM:\s+(\d+) kB", (entry / "status").read_text())
+            said = dict(v.split("=", 1) for v in (entry / "environ").read_text().split("\0") if "=" in v)
+        except (OSError, ValueError):
+            continue
+        if peak is not None and (int(entry.name) == launcher or "RANK" in said):
+            found.append((-1 if int(entry.name) == launcher else int(said["RANK"]), 1024 * int(peak[1])))
+    return found
+
+
+def one_run(model: Path, folder: Path, args: argparse.Namespace, processes: int, kernels: str) -> dict[str, Any]:
+    """Seconds of the median step after the first, and each process's memory."""
+    name = f"{processes}-{kernels}"
+    path = config(model, folder, args, name, kernels)
+    more = ["--processes", str(processes)] if processes > 1 else []
+    highest = measured([sys.executable, "-m", "penchant", "train", str(path), "--quiet", *more], args.limit)
+    steps = [json.loads(line)["seconds"] for line in (folder / name / "perf.jsonl").read_text().splitlines()]
+    ranks = [size for rank, size in sorted(highest.items()) if (rank >= 0) == (processes > 1)]
+    found = {
+        "processes": processes,
+        "kernels": kernels,
+        "seconds": statistics.median(steps[1:] or steps),
+        "memory": ranks,
+    }
+    sizes = ", ".join(f"{size / 2**30:.2f} GB" for size in ranks)
+    print(f"{processes} process(es), kernels {kernels}: {found['seconds']:.2f} s a step, {sizes}", flush=True)
+    return found
+
+
+def main() -> None:
+    """Print a line for each run, then the two figures and whether they are what is wanted."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, help="default: made by prepare_smollm2.py")
+    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--tokens-per-step", type=int, default=512)
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--kernels", action="store_true", help="also one process with the fast kernels")
+    parser.add_argument("--limit", type=float, default=1200.0, help="seconds that a run may take")
+    args = parser.parse_args()
+    if len(os.sched_getaffinity(0)) < args.processes:
+        raise SystemExit(f"{args.processes} processes want as many cores")
+    model = model_folder(args.model)
+    with tempfile.TemporaryDirectory(prefix="penchant-scaling-") as made:
+        folder = Path(made)
+        with args.data.open(encoding="utf-8") as lines:
+            (folder / "pairs.jsonl").write_text("".join(itertools.islice(lines, args.steps * args.pairs)))
+        alone = one_run(model, folder, args, 1, "off")
+        several = one_run(model, folder, args, args.processes, "off")
+        fast = one_run(model, folder, args, 1, "auto") if args.kernels else None
+    efficiency = alone["seconds"] / (args.processes * several["seconds"])
+    share = max(several["memory"]) / alone["memory"][0]
+    for name, value, good in (
+        ("efficiency", efficiency, efficiency >= WANTED["efficiency"]),
+        ("memory", share, share <= WANTED["memory"]),
+    ):
+        print(f"{name}: {value:.2f} (wanted: {WANTED[name]}){'' if good else '  NOT REACHED'}")
+    if fast is not None:
+        print(f"against one process with the fast kernels: {fast['seconds'] / several['seconds']:.2f} times its speed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Bytes that each of several processes holds: arithmetic over shapes, which nobody has measured on several GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from penchant.distributed.shard import layers_of
+from penchant.models.load import backbone_of
+from penchant.plan.memory import Memory
+from penchant.plan.outline import OutlinedRun
+from penchant.runs.parts import reference_kind
+from penchant.training.optim import state_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Numbers of parameters of a model.
+
+    Args:
+        every, trained: all, and those that are trained; layer: of the largest layer; root: outside of the layers.
+        moments: bytes that the optimizer keeps of the trained ones.
+    """
+
+    every: int
+    trained: int
+    layer: int
+    root: int
+    moments: int
+
+    @classmethod
+    def of(cls, model: Any, optimizer: str = "adamw") -> Sizes:
+        layers = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(backbone_of(model))]
+        every = sum(p.numel() for p in model.parameters())
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        trained = sum(p.numel() for _, p in named)
+        return cls(every, trained, max(layers, default=0), every - sum(layers), state_bytes(optimizer, named))
+
+
+def of_a_rank(
+    sizes: Sizes,
+    ranks: int,
+    *,
+    width: int,
+    activations: int,
+    copies: int = 0,
+    frozen: int = 0,
+    whole: int = 0,
+    moved: int = 0,
+    replicas: int = 1,
+    reshard: bool = True,
+) -> dict[str, int]:
+    """Bytes by part, of a process on one of `ranks` GPUs.
+
+    Trained parameters are fp32 shards with fp32 gradients and the optimizer's moments, frozen ones shards in the dtype of products. Beside
+    its shards a process holds the root and two layers whole (the next one is gathered while one computes), and the gradients of the
+    root and of two layers on their way to the others.
+
+    Args:
+        width: bytes of a number in products; activations: of one pass.
+        copies: models of this size that are trained beside it; frozen: sharded frozen models of this size (references); whole: those that
+            each process holds whole (reward models); moved: references that move, which keep fp32 weights beside.
+        replicas: groups that each hold the whole model (HSDP); reshard: whether a layer gives back its gathered weights.
+    """
+    if ranks == 1:  # nothing is sharded: bf16 weights are shadows of fp32 ones
+        full = sizes.trained + copies * sizes.every
+        alone = {
+            "weights": width * (sizes.every + copies * sizes.every),
+            "fp32 master weights": 4 * full if width < 4 else 0,
+            "gradients": 4 * full,
+            "the optimizer's moments": sizes.moments + copies * sizes.moments * sizes.every // max(1, sizes.trained),
+            "reference": (width * (frozen + moved) + 4 * moved) * sizes.every,
+            "reward models": whole * width * sizes.every,
+            "activations of a pass": activations,
+        }
+        return {name: n for name, n in alone.items() if n}
+    share = ranks // replicas
+    gathered = sizes.root + (2 * sizes.layer if reshard else sizes.every - sizes.root)
+    trains = sizes.trained > sizes.every // 2  # else an adapter: its gradients are small, and so is what is on its way
+    full = sizes.trained + copies * sizes.every
+    passing = 4 * (sizes.root + 2 * sizes.layer) if trains else 4 * sizes.trained
+    parts = {
+        "fp32 master weights": 4 * full,
+        "weights": width * (sizes.every - sizes.trained),
+        "gradients": 4 * full,
+        "the optimizer's moments": sizes.moments + copies * sizes.moments * sizes.every // max(1, sizes.trained),
+        "reference": (width * (frozen + moved) + 4 * moved) * sizes.every,
+    }
+    found = {name: -(-n // share) for name, n in parts.items() if n}
+    beside = {
+        "reward models": whole * width * sizes.every,
+        "gathered weights": width * gathered * (2 if copies or frozen or moved else 1),
+        "gradients on their way to the others": passing,
+        "activations of a pass": activations,
+    }
+    return found | {name: n for name, n in beside.items() if n}
+
+
+def activations_of(config: Any, tokens: int, width: int = 2) -> int:
+    """Of a pass over so many tokens whose layers are computed again: what each of a Llama's layers is given, and one layer's own numbers.
+
+    Args:
+        config: transformers' of the model; width: bytes of a number.
+    """
+    d, heads = config.hidden_size, config.num_attention_heads
+    kv = getattr(config, "num_key_value_heads", heads) * (getattr(config, "head_dim", None) or d // heads)
+    one = (
+        6 * d + 2 * kv + 3 * config.intermediate_size
+    )  # inputs, norms, q, attention, residual; k, v; gate, up, their product
+    return tokens * width * (d * config.num_hidden_layers + one) + 4 * tokens * heads
+
+
+def ranks_of(run: OutlinedRun, memory: Memory, counts: Sequence[int]) -> dict[int, dict[str, int]]:
+    """By number of processes: bytes by part of each, for a run; its passes are counted on transformers' own layers."""
+    passing = sum(n for name, n in memory.parts.items() if name.startswith(("activations", "head")))
+    launch = run.config.launch
+    sizes, needed = Sizes.of(run.model, run.config.train.optimizer), "reference" in run.method.needs
+    held = needed and reference_kind(run.config) == "frozen"
+    how: dict[str, Any] = {
+        "width": run.dtype.itemsize,
+        "activations": passing,
+        "copies": run.method.copies,
+        "frozen": int(held and not run.config.reference.moves),
+        "moved": int(held and run.config.reference.moves),
+    }
+    several: dict[str, Any] = {"replicas": launch.replicas, "reshard": launch.reshard}
+    return {n: of_a_rank(sizes, n, **how, **({} if n == 1 else several)) for n in counts}
+
+
+# ---- The table of docs/many_gpus.md: well-known shapes on 1 to 64 GPUs ----
+
+SHAPES: dict[str, dict[str, int]] = {
+    "7B": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32, vocab_size=32000),
+    "13B": dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40, num_key_value_heads=40, vocab_size=32000),
+    "70B": dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8, vocab_size=128256),
+}  # fmt: skip
+KINDS: dict[str, dict[str, Any]] = {
+    "DPO, cached reference": {},
+    "DPO, live reference": {"frozen": 1},
+    "DPO with LoRA (r=16), adapter off": {"lora": True},
+    "PPO, value head, live reference": {"frozen": 1},
+    "PPO, value model of its own, live reference": {"frozen": 1, "copies": 1},
+}
+GPUS = (1, 2, 4, 8, 16, 32, 64)
+TOKENS = 8192
+
+
+def table() -> list[str]:
+    """GB (of 10^9 bytes) of each process, as Markdown."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from penchant.models.load import add_lora, on_meta
+    from penchant.models.options import LoraConfig
+
+    lines = [f"| | {' | '.join(map(str, GPUS))} |", "|---" * (len(GPUS) + 1) + "|"]
+    for name, shape in SHAPES.items():
+        config: Any = LlamaConfig(**shape)  # type: ignore[arg-type]
+        plain = Sizes.of(on_meta(AutoModelForCausalLM, config))
+        adapted = Sizes.of(add_lora(on_meta(AutoModelForCausalLM, config), LoraConfig(), 0))
+        for kind, how in KINDS.items():
+            sizes = adapted if "lora" in how else plain
+            more = {key: value for key, value in how.items() if key != "lora"}
+            passing = activations_of(config, TOKENS)
+            cells = [
+                f"{sum(of_a_rank(sizes, n, width=2, activations=passing, **more).values()) / 1e9:,.0f}" for n in GPUS
+            ]
+            lines.append(f"| {name}: {kind} | {' | '.join(cells)} |")
+    return lines
