@@ -9,7 +9,7 @@ loss or gradient differs by more than 1e-4 relative, other than for a reason giv
 are compared a second time on pairs, or by terms, for which the definitions coincide.
 
 Not here, since TRL 1.16 has no such loss: DPO-Shift, DPOP, R-DPO, Cal-DPO, chi-PO, REBEL, ODPO, PMPO, SLiC's regularization,
-BCO's running mean. Not here, since we have none: CPO's `ipo`, KTO's `apo_zero_unpaired`, TPO.
+BCO's running mean, losses on lists. Not here, since we have none: CPO's `ipo`, KTO's `apo_zero_unpaired`, TPO.
 Not compared: divergences' exponents beyond 20, from where ours go on as their tangent, and what makes the ids (templates,
 truncation, TRL's choice of KTO's mismatched answers: both sides get the same ones).
 """
@@ -97,6 +97,10 @@ def with_sft(loss: str, params: dict[str, Any], **more: Any) -> Case:
 
 
 SMOOTH = {"label_smoothing": 0.2}
+ON_CHOSEN = (
+    "SFT",
+    "generalized_jsd_loss",
+)  # cases of the chosen answers alone; the second is a function of TRL's GKDTrainer
 CASES = [
     dpo_case("dpo", {}, "sigmoid"),
     dpo_case("dpo", SMOOTH, "sigmoid", SMOOTH, reason=NO_SMOOTHING),
@@ -136,6 +140,13 @@ CASES = [
     with_sft("rpo", {"beta": 0.3, "alpha": 0.5}, pairs="even"),
     with_sft("dpo", {"beta": 0.3}, more={"nll_weight": 0.5}),
     Case("sft", {}, "DPO", {"loss_type": ["sft"]}),
+    Case("dft", {}, "SFT", {"loss_type": "dft"}),
+    Case("gkd", {}, "generalized_jsd_loss", {}),
+    Case("gkd", {"beta": 0.1, "temperature": 0.7}, "generalized_jsd_loss", {"beta": 0.1, "temperature": 0.7}),
+    Case("gkd", {"divergence": "forward_kl"}, "generalized_jsd_loss", {"beta": 0}),
+    Case(
+        "gkd", {"divergence": "reverse_kl", "temperature": 1.5}, "generalized_jsd_loss", {"beta": 1, "temperature": 1.5}
+    ),
     Case("kto", {"beta": 0.3}, "KTO", {"loss_type": "kto", "beta": 0.3}),
     Case(
         "kto",
@@ -262,6 +273,8 @@ def thumbs(pairs: list[Pair]) -> list[dict[str, Any]]:
 
 def rows_of(case: Case, pairs: dict[str, list[Pair]]) -> list[dict[str, Any]]:
     """What a case is computed on."""
+    if case.trainer in ON_CHOSEN:
+        return [{n: v for n, v in row.items() if n != "rejected_ids"} for row in pairs[case.pairs]]
     return thumbs(pairs[case.pairs]) if case.trainer == "KTO" else pairs[case.pairs]
 
 
@@ -277,25 +290,38 @@ def flat_gradient(model: Any) -> np.ndarray:
 
 def our_loss(case: Case, rows: list[dict[str, Any]], policy: Any, reference: Any) -> tuple[float, np.ndarray]:
     """Penchant's loss of the rows as one optimizer step, and its gradient."""
+    from penchant.algorithms.gkd import GKD, GKDConfig
     from penchant.algorithms.offline import Component, Offline
+    from penchant.algorithms.rollouts import Writer
     from penchant.data.packing import pack
     from penchant.logprobs import Scorer
     from penchant.logprobs.reference import LiveReference
     from penchant.losses import LOSSES
     from penchant.training.steps import reduced
 
-    spec = LOSSES[case.loss]
-    algorithm = Offline(
-        Scorer(policy, "shared"),
-        [Component(spec, spec.params(**case.params))],
-        LiveReference(Scorer(reference, "shared")),
-        mismatched={i: tree(i, r["prompt_ids"], [r["KL_completion_ids"]]) for i, r in enumerate(rows) if "label" in r},
-        **case.more,
-    )
+    scorer, other = Scorer(policy, "shared"), Scorer(reference, "shared")
+    algorithm: Any
+    if case.loss == "gkd":
+        config = GKDConfig.model_validate({"name": "gkd", "lambda": 0.0, **case.params})
+        scorer.temperature = other.temperature = config.temperature
+        algorithm = GKD(scorer, LiveReference(other), Writer(policy, None, None, config, 0), config)
+    else:
+        spec = LOSSES[case.loss]
+        algorithm = Offline(
+            scorer,
+            [Component(spec, spec.params(**case.params))],
+            LiveReference(other),
+            mismatched={
+                i: tree(i, r["prompt_ids"], [r["KL_completion_ids"]]) for i, r in enumerate(rows) if "label" in r
+            },
+            **case.more,
+        )
     trees = [
         tree(i, r["prompt_ids"], [r["completion_ids"]], (r["label"],))
         if "label" in r
         else tree(i, r["prompt_ids"], [r["chosen_ids"], r["rejected_ids"]], (True, False))
+        if "rejected_ids" in r
+        else tree(i, r["prompt_ids"], [r["chosen_ids"]])
         for i, r in enumerate(rows)
     ]
     algorithm.begin_step(0, 0.0, trees)
@@ -324,6 +350,13 @@ def worker(spec: dict[str, Any]) -> None:
     datasets.disable_progress_bars()
     losses, gradients = [], []
     for case in spec["cases"]:
+        if case["trainer"] == "generalized_jsd_loss":
+            policy = load_model(spec["policy"])
+            loss = generalized_jsd(case, policy, load_model(spec["reference"]))
+            loss.backward()
+            losses.append(float(loss.detach()))
+            gradients.append(flat_gradient(policy))
+            continue
         trainer = make_trainer(case, spec)
         parts = [[r] for r in case["rows"]] if case["one_by_one"] else [case["rows"]]
         total = 0.0
@@ -336,6 +369,23 @@ def worker(spec: dict[str, Any]) -> None:
         gradients.append(flat_gradient(trainer.model))
     np.save(spec["gradients"], np.stack(gradients))
     finish({"losses": losses})
+
+
+def generalized_jsd(case: dict[str, Any], policy: Any, reference: Any) -> torch.Tensor:
+    """TRL's own function on the models' logits: one row at a time, summed, over all the answers' tokens."""
+    from trl.experimental.gkd.gkd_trainer import GKDTrainer
+
+    total, tokens = torch.zeros(()), 0
+    for row in case["rows"]:
+        ids = torch.tensor([row["prompt_ids"] + row["chosen_ids"]])
+        labels = ids.clone()
+        labels[:, : len(row["prompt_ids"])] = -100
+        logits = policy(input_ids=ids, use_cache=False).logits
+        theirs = reference(input_ids=ids, use_cache=False).logits.detach()
+        given = logits[:, :-1], theirs[:, :-1], labels[:, 1:]
+        total = total + GKDTrainer.generalized_jsd_loss(*given, reduction="sum", **case["settings"])
+        tokens += len(row["chosen_ids"])
+    return total / tokens
 
 
 def make_trainer(case: dict[str, Any], spec: dict[str, Any]) -> Any:
@@ -351,11 +401,14 @@ def make_trainer(case: dict[str, Any], spec: dict[str, Any]) -> Any:
         "KTO": (trl.KTOConfig, trl.KTOTrainer),
         "CPO": (CPOConfig, CPOTrainer),
         "ORPO": (ORPOConfig, ORPOTrainer),
+        "SFT": (trl.SFTConfig, trl.SFTTrainer),
     }
     config, trainer = kinds[case["trainer"]]
     text = {"prompt": "w4 w5", "chosen": " w6", "rejected": " w7"}
     if case["trainer"] == "KTO":
         text = {"prompt": "w4 w5", "completion": " w6", "label": True}
+    if case["trainer"] == "SFT":
+        text = {"prompt": "w4 w5", "completion": " w6"}
     with_reference = {"ref_model": load_model(spec["reference"])} if case["trainer"] in ("DPO", "KTO") else {}
     return trainer(
         model=load_model(spec["policy"]),
@@ -380,6 +433,9 @@ def collated_row(row: dict[str, Any], trainer: str) -> dict[str, Any]:
     if trainer in ("DPO", "KTO"):
         return row
     prompt = row["prompt_ids"]
+    if trainer == "SFT":
+        ids = prompt + row["chosen_ids"]
+        return {"input_ids": ids, "labels": [-100] * len(prompt) + row["chosen_ids"]}
     features: dict[str, Any] = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
     for side in ("chosen", "rejected"):
         answer = row[f"{side}_ids"]

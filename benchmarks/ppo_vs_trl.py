@@ -13,6 +13,7 @@ import platform
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,8 +94,21 @@ def spec_of(case: Case, size: Size, model: Path, prompts: Path, args: argparse.N
     }
 
 
-def run_case(case: Case, spec: dict[str, Any], sides: dict[str, str], repeats: int, args: argparse.Namespace) -> Any:
-    """Both sides, `repeats` times in turn; of each the run of median speed. A side that fails is recorded with its sentence."""
+def run_case(
+    case: Case,
+    spec: dict[str, Any],
+    sides: dict[str, str],
+    repeats: int,
+    args: argparse.Namespace,
+    scripts: Mapping[str, str] = SCRIPTS,
+    what: str = "episodes",
+) -> Any:
+    """Both sides, `repeats` times in turn; of each the run of median speed. A side that fails is recorded with its sentence.
+
+    Args:
+        scripts: of each side; what: is counted: speed is that a second.
+    """
+    per_second = f"{what}_per_second"
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     line: dict[str, Any] = {"case": case.name, "sides": {}}
     for _ in range(repeats):
@@ -104,30 +118,30 @@ def run_case(case: Case, spec: dict[str, Any], sides: dict[str, str], repeats: i
             print(f"  {case.name}: {side} ...", end="", flush=True)
             started = time.perf_counter()
             try:
-                log = args.out / "logs" / f"ppo-{case.name}-{side}.log"
-                r = run_worker(python, SCRIPTS[side], spec, threads=args.threads, log=log)
-                r["episodes_per_second"] = r["episodes"] / r["seconds"]
+                log = args.out / "logs" / f"{scripts[side].split('_')[1]}-{case.name}-{side}.log"
+                r = run_worker(python, scripts[side], spec, threads=args.threads, log=log)
+                r[per_second] = r[what] / r["seconds"]
                 runs[side].append(r)
-                print(f" {r['episodes_per_second']:.3f} episodes/s", end="")
+                print(f" {r[per_second]:.3f} {what}/s", end="")
             except WorkerFailed as error:
                 line["sides"][side] = {"failed": str(error)}
                 print(f" failed: {error}", end="")
             print(f" ({time.perf_counter() - started:.0f} s in all)", flush=True)
     for side, done in runs.items():
         if side not in line["sides"]:
-            ordered = sorted(done, key=lambda r: r["episodes_per_second"])
-            speeds = [r["episodes_per_second"] for r in ordered]
+            ordered = sorted(done, key=lambda r: r[per_second])
+            speeds = [r[per_second] for r in ordered]
             line["sides"][side] = ordered[(len(ordered) - 1) // 2] | {"all": speeds}
     ours, peer = (line["sides"].get(side, {}) for side in ("penchant", "trl"))
-    if "episodes_per_second" in ours and "episodes_per_second" in peer:
-        line["ratio"] = ours["episodes_per_second"] / peer["episodes_per_second"]
+    if per_second in ours and per_second in peer:
+        line["ratio"] = ours[per_second] / peer[per_second]
         line["memory_ratio"] = ours["peak_bytes"] / peer["peak_bytes"]
     return line
 
 
-def table(lines: list[dict[str, Any]]) -> str:
+def table(lines: list[dict[str, Any]], what: str = "episodes") -> str:
     """Speed and memory of both sides, their ratio, and the reward of the last batch as a sign that both do the same."""
-    header = ["case", "side", "episodes/s", "lowest to highest", "peak GB", "reward", "KL", "speed", "memory"]
+    header = ["case", "side", f"{what}/s", "lowest to highest", "peak GB", "reward", "KL", "speed", "memory"]
     rows = []
     for line in lines:
         for side, r in line["sides"].items():
@@ -140,7 +154,7 @@ def table(lines: list[dict[str, Any]]) -> str:
                 [
                     line["case"],
                     r["name"],
-                    f"{r['episodes_per_second']:.3f}",
+                    f"{r[f'{what}_per_second']:.3f}",
                     f"{r['all'][0]:.3f} to {r['all'][-1]:.3f}",
                     f"{r['peak_bytes'] / 1e9:.2f}",
                     f"{last['reward']:.3f}",
@@ -152,15 +166,14 @@ def table(lines: list[dict[str, Any]]) -> str:
     return markdown(header, rows)
 
 
-def targets(lines: list[dict[str, Any]]) -> str:
+def targets(lines: list[dict[str, Any]], least: float = TARGET, what: str = "episodes") -> str:
     """What was to be reached, and whether it was."""
     rows = []
     for line in [x for x in lines if "ratio" in x]:
         verdicts = [
-            "reached" if ok else "NOT reached"
-            for ok in (line["ratio"] >= TARGET, line["memory_ratio"] <= TARGET_MEMORY)
+            "reached" if ok else "NOT reached" for ok in (line["ratio"] >= least, line["memory_ratio"] <= TARGET_MEMORY)
         ]
-        rows.append([line["case"], "episodes/s against TRL", f">= {TARGET:g}x", f"{line['ratio']:.2f}x", verdicts[0]])
+        rows.append([line["case"], f"{what}/s against TRL", f">= {least:g}x", f"{line['ratio']:.2f}x", verdicts[0]])
         memory = f"{line['memory_ratio']:.2f}x"
         rows.append([line["case"], "peak memory against TRL", f"<= {TARGET_MEMORY:g}x", memory, verdicts[1]])
     return markdown(["case", "figure", "to reach", "here", ""], rows) if rows else "no case ran on both sides"

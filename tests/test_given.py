@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import os
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -170,6 +175,50 @@ def test_a_functions_name_changes_with_what_it_does(tmp_path: Path, monkeypatch:
     before = function_name(with_a_global, tmp_path, "reward")
     monkeypatch.setattr("test_given.BONUS", 3.0)
     assert function_name(with_a_global, tmp_path, "reward") != before
+
+
+def weighted(prompts: list[str], completions: list[str], weight: float) -> list[float]:
+    return [weight * len(c) for c in completions]
+
+
+class Judge:
+    def __init__(self, weight: Any) -> None:
+        self.weight = weight
+
+    def reward(self, prompts: list[str], completions: list[str]) -> list[float]:
+        return [float(self.weight) for _ in completions]
+
+
+@pytest.mark.parametrize("made", [lambda w: functools.partial(weighted, weight=w), lambda w: Judge(w).reward])
+def test_what_a_partial_function_or_a_method_holds_is_in_its_name(made: Any, tmp_path: Path) -> None:
+    for one, other in ((1.0, 2.0), (torch.zeros(2), torch.ones(2)), ({"a": [1]}, {"a": [2]})):
+        assert len(named({"reward": {made(one): 1.0, made(other): 0.5}}, tmp_path)["reward"]) == 2
+
+
+def test_functions_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
+    locks = (threading.Lock(), threading.Lock())
+    with pytest.raises(ConfigError, match="reward"):
+        named({"reward": {functools.partial(weighted, weight=lock): 1.0 for lock in locks}}, tmp_path)
+
+
+def test_a_functions_name_is_the_same_in_every_process(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from penchant.given import function_name\n"
+        "known = {w: 1.0 for w in ('a', 'b')}\n"
+        "def reward(prompts, completions): return [known.get(c, 0.0) * (c in {'a', 'b', 'cd', 'e'}) for c in completions]\n"
+        "print(function_name(reward, Path(sys.argv[1]), 'reward'))"
+    )
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert said[0] == said[1]
 
 
 def test_a_reward_given_as_a_function_is_used_and_belongs_to_the_run(model: str, tmp_path: Path) -> None:

@@ -46,6 +46,10 @@ class RewardError(PenchantError):
     """A reward function that raised, or gave something other than one finite number per completion."""
 
 
+class RolloutError(PenchantError):
+    """An engine that writes completions and does not answer, answers wrongly, or has other weights than the policy."""
+
+
 class TrainingStopped(PenchantError):
     """The run stopped itself: NaN/Inf, a failed step-0 check, a floor that was crossed."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import dis
+import functools
 import hashlib
 import inspect
 import json
@@ -22,7 +23,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from penchant.base.files import aside_of, cache_folder, file_sha256, write_text_atomically, writing
@@ -56,7 +57,10 @@ def named(value: Any, folder: Path, where: str = "") -> Any:
         return str(write_rows(value, folder, where))
     if isinstance(value, Mapping):
         # a reward may be the key of its weight
-        return {named(k, folder, where): named(v, folder, f"{where}.{k}".lstrip(".")) for k, v in value.items()}
+        made = {named(k, folder, where): named(v, folder, f"{where}.{k}".lstrip(".")) for k, v in value.items()}
+        if len(made) < len(value):
+            raise ConfigError(where, "holds objects that cannot be told apart", "give each as a function of its own")
+        return made
     if isinstance(value, (list, tuple)):
         return [named(v, folder, where) for v in value]
     if hasattr(value, "save_pretrained"):
@@ -277,41 +281,61 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
             yield from _codes(constant)
 
 
-def _digest(value: Any, depth: int = 4) -> str:
-    """SHA-256 of what an object does, as far as that can be told: its code, defaults, and the values that it refers to."""
+def _digest(value: Any, depth: int = 4, within: tuple[int, ...] = ()) -> str:
+    """SHA-256 of what an object does, as far as that can be told: its code, defaults, and the values that it refers to.
+
+    It is the same in every process: a set has no order, and equal texts may be one object or two.
+    """
     digest = hashlib.sha256(type(value).__qualname__.encode())
-    if value is _globals_of or not depth:
+    if value is _globals_of or id(value) in within:
         return digest.hexdigest()
-    if isinstance(value, FunctionType):
-        for code in _codes(value.__code__):
-            plain = [repr(c) for c in code.co_consts if not isinstance(c, CodeType)]
-            digest.update(code.co_code + repr((plain, code.co_names, code.co_varnames)).encode())
-        inner = _globals_of(value)
-        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
-            with suppress(ValueError):  # not set yet
-                inner[name] = cell.cell_contents
-        inner |= {f"default {i}": d for i, d in enumerate(value.__defaults__ or ())}
-        inner |= {f"default {n}": d for n, d in (value.__kwdefaults__ or {}).items()}
-        for name, part in sorted(inner.items()):
-            digest.update(f"{name}={_digest(part, depth - 1)}".encode())
+    within = (*within, id(value))
+    parts: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, Mapping):
+        parts = [(_digest(k, depth, within), part) for k, part in value.items()]
+    elif isinstance(value, (list, tuple)):
+        parts = enumerate(value)
+    elif isinstance(value, (set, frozenset)):
+        digest.update(repr(sorted(_digest(part, depth, within) for part in value)).encode())
     elif isinstance(value, ModuleType):
         digest.update(value.__name__.encode())
-    elif isinstance(value, type):
-        for name, part in sorted(vars(value).items()):
-            if isinstance(part, (FunctionType, str, int, float, tuple)) and name not in ("__module__", "__doc__"):
-                digest.update(f"{name}={_digest(part, depth - 1)}".encode())
-    elif isinstance(value, (set, frozenset)):
-        digest.update(repr(sorted(map(repr, value))).encode())
-    elif hasattr(value, "__dict__") and not isinstance(value, (FunctionType, type)):
-        digest.update(_digest(type(value), depth - 1).encode())
-        for name, part in sorted(vars(value).items()):
-            digest.update(f"{name}={_digest(part, depth - 1)}".encode())
+    elif hasattr(value, "detach"):  # a tensor
+        digest.update(_digest(value.detach().float().cpu().numpy(), depth, within).encode())
+    elif isinstance(value, (FunctionType, MethodType, functools.partial, type)) or hasattr(value, "__dict__"):
+        depth -= 1
+        parts = sorted(_parts_of(value).items()) if depth >= 0 else ()
     else:
         try:
             digest.update(pickle.dumps(value))
         except Exception:  # an open file, a lock: nothing can be said of it
             digest.update(b"?")
+    for name, part in parts:
+        digest.update(f"{name}={_digest(part, depth, within)}".encode())
     return digest.hexdigest()
+
+
+def _parts_of(value: Any) -> dict[str, Any]:
+    """What makes a function, a class or another object do what it does."""
+    if isinstance(value, FunctionType):
+        found = _globals_of(value)
+        for i, code in enumerate(_codes(value.__code__)):
+            plain = tuple(c for c in code.co_consts if not isinstance(c, CodeType))
+            found[f"code {i}"] = (code.co_code, plain, code.co_names, code.co_varnames)
+        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+            with suppress(ValueError):  # not set yet
+                found[name] = cell.cell_contents
+        found |= {f"default {i}": d for i, d in enumerate(value.__defaults__ or ())}
+        return found | {f"default {n}": d for n, d in (value.__kwdefaults__ or {}).items()}
+    if isinstance(value, MethodType):
+        return {"function": value.__func__, "self": value.__self__}
+    if isinstance(value, functools.partial):
+        return {"function": value.func, "args": value.args, "keywords": value.keywords}
+    if isinstance(value, type):
+        bases = [base for base in value.__bases__ if base.__module__.partition(".")[0] not in LIBRARIES]
+        kinds = (FunctionType, str, int, float, tuple, list, dict, classmethod, staticmethod, property)
+        own = {n: p for n, p in vars(value).items() if isinstance(p, kinds) and n not in ("__module__", "__doc__")}
+        return own | {"bases": bases, "name": value.__qualname__}
+    return {"type": type(value), **vars(value)}
 
 
 # ---- configs ----

@@ -406,6 +406,10 @@ class Algorithm(Protocol):
         """
         return trees
 
+    def look_ahead(self, step: int, total: int, rows: Callable[[int], Sequence[TokenTree]]) -> None:
+        """After `begin_step` of a step: `rows` gives those of a later one, of `total`, for a method that begins with them already."""
+        return None
+
     def weights(self, batch: PackedBatch) -> Mapping[str, float]:
         """The batch's part of each term's denominator, known before its forward pass."""
         ...

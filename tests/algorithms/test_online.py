@@ -525,3 +525,39 @@ def test_what_came_of_grpo_reaches_the_optimum(base: dict[str, Any], name: str) 
     base["algorithm"] |= {"name": name, "overlong_filter": False}  # nothing ends by itself here
     result = api.train(base, quiet=True)
     assert result.after["eval/reward"] > result.before["eval/reward"] + 0.3
+
+
+# ---- entropy ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_entropy_in_the_loss_is_the_exact_one(temperature: float) -> None:
+    """Against a dense softmax of the model's own logits, value and gradient."""
+    model = tiny_model("llama")
+    some = groups()
+    algorithm = made(model, some, name="grpo", beta=0.0, entropy_coef=0.3, temperature=temperature)
+    plain = made(model, some, name="grpo", beta=0.0, temperature=temperature)
+    for a in (algorithm, plain):
+        a.scorer.temperature = temperature
+    with_it, without = (gradient_of(a, [len(some)]) for a in (algorithm, plain))
+    model.zero_grad()
+    parts, values = [], []
+    for g in some:
+        for ids in g.tree.completion_ids:
+            row = torch.tensor([[*g.tree.prompt_ids.tolist(), *ids.tolist()]])
+            logps = torch.log_softmax(
+                model(input_ids=row, use_cache=False).logits[0, -len(ids) - 1 : -1] / temperature, -1
+            )
+            values.append(-(logps.exp() * logps).sum(-1))
+            parts.append(values[-1].mean())
+    (-0.3 * torch.stack(parts).mean()).backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    assert ((with_it - without) - expected).norm() <= 1e-8 * expected.norm()
+    batch = pack([g.tree for g in some])
+    out = algorithm.loss(algorithm.score(batch))
+    assert torch.allclose(out.metrics["policy/entropy"][0], torch.cat(values).detach(), rtol=1e-9)
+
+
+def test_online_dpo_has_no_entropy_bonus(base: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="entropy_coef is of the policy gradient methods"):
+        api.train({**base, "algorithm": {"name": "online_dpo", "entropy_coef": 0.1}}, quiet=True)

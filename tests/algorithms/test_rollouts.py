@@ -99,7 +99,16 @@ def test_draws_belong_to_seed_iteration_and_row(model: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "option", [{"temperature": 0.5}, {"top_p": 0.5}, {"top_k": 2}, {"max_new_tokens": 4}, {"samples": 2}], ids=str
+    "option",
+    [
+        {"temperature": 0.5},
+        {"top_p": 0.5},
+        {"top_k": 2},
+        {"repetition_penalty": 3.0},
+        {"max_new_tokens": 4},
+        {"samples": 2},
+    ],
+    ids=str,
 )
 def test_every_option_of_sampling_changes_what_is_written(model: Any, option: dict[str, Any]) -> None:
     assert ids(writer(model, **option).write(prompts("a", "bcd"), 0)) != ids(

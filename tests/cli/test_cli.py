@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -209,3 +210,12 @@ def test_bounds_of_a_number(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as end:
             main(command)
         assert end.value.code == 2 and f"{command[-2]}: {command[-1]} is not" in capsys.readouterr().err
+
+
+def test_gpus_that_are_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for there, told in ((0, "no GPU .* --processes N"), (1, "1 GPU; give at most 1")):
+        monkeypatch.setattr("torch.cuda.device_count", lambda there=there: there)
+        assert main(["train", _config(tmp_path), "--gpus", "2"]) == 2
+        assert re.search(told, capsys.readouterr().err)

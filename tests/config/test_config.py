@@ -54,6 +54,7 @@ def test_numbers_without_a_dot_are_numbers(tmp_path: Path, text: str) -> None:
         ("", ("data.path.x=1",), r"command line: data\.path is a value, not a section"),
         ("", ("data.validation_rows=3", "data.eval_path=x"), r"eval_path and validation_rows are both set"),
         ("train: 3", (), r"train is 3; it is a section: indent"),
+        ("algorithm: rloo\nreward: {repetition: {n: x}}", (), r"reward\.repetition\.n is 'x'; give a whole number"),
         ("", ("lora=16",), r"command line: lora is 16; it is a section: set its keys, as in lora\.r=16"),
         ("train: {lr: '1e-4'}", (), r"train\.lr is the text '1e-4'; write 1e-4 without quotes"),
         ("train: {shuffle: 'true'}", (), r"write true without quotes"),

@@ -134,7 +134,13 @@ def start(folder: Path, *overrides: str, by: Sequence[str] = ()) -> subprocess.P
     environment |= {"PYTHONPATH": f"{folder}{os.pathsep}{source}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *by, "-m", "penchant", "train", "run.yaml", *overrides]
     return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -180,6 +186,16 @@ def test_a_signal_to_any_rank_writes_one_checkpoint(folder: Path, rank: int) -> 
     step = int(re.search(r"stopped by SIGTERM at step (\d+) of 40; a checkpoint was written", sentence)[1])  # type: ignore[index]
     assert max(int(p.name[5:]) for p in (folder / "out/checkpoints").iterdir()) == step
     assert json.loads((folder / "out/manifest.json").read_text())["status"] == "interrupted"
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_answered_by_one_sentence_and_torch_is_silent(folder: Path) -> None:
+    running = start(folder)
+    wait_for_step(folder, 3, running)
+    os.killpg(running.pid, signal.SIGINT)  # as a terminal sends it, to all at once
+    _, said = running.communicate(timeout=90)
+    (sentence,) = sentences(said)
+    assert running.returncode == 4 and "SIGINT" in sentence and "torch/" not in said, said
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ PLANNED = {r"^penchant sweep ": "--plan", r"^penchant pipeline .*(?=stages\.|pip
 # a command that writes texts: what keeps them short in the default suite
 SHORT = {
     r"^penchant chat ": "--max-new-tokens=8",
-    r"^penchant compare ": "--max-new-tokens=8",
+    r"^penchant compare (?!--judge humans)": "--max-new-tokens=8",
     r"^penchant train ": "evaluation.kl_prompts=4 evaluation.samples=2 evaluation.sample_tokens=4",
 }
 # a command that reads: what a person types

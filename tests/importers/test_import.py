@@ -67,8 +67,27 @@ FIXTURES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
          "steps_per_generation": 4, "reward_funcs": ["rewards.short", "think_format_reward"], "scale_rewards": False, "epsilon_high": 0.28},
         {"algorithm.name": "grpo", "algorithm.samples": 4, "train.batch_size": 8, "algorithm.minibatches": 2, "algorithm.epochs": 2,
          "algorithm.beta": 0.0, "algorithm.loss_mean": "token", "algorithm.scale_rewards": "none", "algorithm.max_new_tokens": 512,
-         "algorithm.clip_high": 0.28, "reward": {"rewards.py:short": 1.0}},
+         "algorithm.clip_high": 0.28, "reward": {"rewards.py:short": 1.0, "think_format": 1.0}},
     ),
+    "trl_gspo": (
+        "trl", "grpo",
+        {**MODEL, "num_generations": 8, "reward_funcs": ["accuracy_reward"], "importance_sampling_level": "sequence", "loss_type": "grpo", "epsilon": 3e-4,
+         "mask_truncated_completions": True, "min_p": 0.1, "repetition_penalty": 1.1, "entropy_coef": 0.01, "delta": 1.5},
+        {"algorithm.name": "gspo", "algorithm.loss_mean": "sequence", "algorithm.clip": 3e-4, "algorithm.clip_high": 3e-4, "algorithm.clip_dual": 1.5,
+         "algorithm.overlong_filter": True, "algorithm.min_p": 0.1, "algorithm.repetition_penalty": 1.1, "algorithm.entropy_coef": 0.01, "reward": {"accuracy": 1.0}},
+    ),
+    "trl_cispo": (
+        "trl", "grpo",
+        {**MODEL, "num_generations": 8, "reward_funcs": ["accuracy_reward"], "loss_type": "cispo", "epsilon_high": 5.0, "use_bias_correction_kl": True,
+         "beta": 0.01, "use_peft": True, "load_in_4bit": True, "optim": "paged_adamw_8bit"},
+        {"algorithm.name": "cispo", "algorithm.loss_mean": "token", "algorithm.clip_high": 4.0, "algorithm.kl_estimator": "unbiased", "model.quantize": "nf4",
+         "train.optimizer": "paged_adamw_8bit"},
+    ),
+    "trl_gkd": (
+        "trl", "auto", {**MODEL, "teacher_model_name_or_path": "owner/large", "lmbda": 0.7, "beta": 1.0},
+        {"algorithm.name": "gkd", "reference.path": "owner/large", "algorithm.lambda": 0.7, "algorithm.divergence": "reverse_kl", "algorithm.temperature": 0.9},
+    ),
+    "trl_dft": ("trl", "sft", {**MODEL, "loss_type": "dft"}, {"loss.name": "dft"}),
     "trl_rloo": (
         "trl", "rloo", {**MODEL, "num_generations": 2, "reward_model_name_or_path": "runs/rm", "max_completion_length": 64},
         {"algorithm.name": "rloo", "algorithm.samples": 2, "train.batch_size": 4, "algorithm.max_new_tokens": 64, "reward": {"runs/rm": 1.0}},
@@ -87,6 +106,11 @@ FIXTURES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "lf_sft": (
         "llama-factory", "auto", {**LF, "stage": "sft", "finetuning_type": "full", "template": "qwen", "val_size": 0.1, "cutoff_len": 512, "plot_loss": True},
         {"loss.name": "sft", "data.validation_fraction": 0.1, "data.max_length": 512, "data.path": "data/mine.json", "train.batch_size": 8},
+    ),
+    "lf_dft": (
+        "llama-factory", "auto",
+        {**LF, "stage": "sft", "use_dft_loss": True, "use_muon": True, "quantization_bit": 4, "use_rslora": True},
+        {"loss.name": "dft", "train.optimizer": "muon", "model.quantize": "nf4", "lora.rslora": True},
     ),
     "lf_dpo": (
         "llama-factory", "auto",
@@ -423,3 +447,22 @@ def test_nothing_held_out_is_said(tmp_path: Path) -> None:
     for overrides, said in ((), True), (("data.validation_rows=10",), False):
         imported, _ = _import(tmp_path, name, *overrides, val_size=0)
         assert ("no rows are held out" in imported.text) is said and ("no rows are held out" in imported.yaml) is said
+
+
+@pytest.mark.parametrize(
+    "change,key",
+    [
+        ({"loss_type": "sapo"}, "loss_type"),
+        ({"loss_type": "cispo"}, "loss_type"),  # epsilon_high is then 0.2, which no ratio of ours can be held at
+        ({"loss_type": "cispo", "importance_sampling_level": "sequence"}, "importance_sampling_level"),
+        ({"load_in_4bit": True}, "load_in_4bit"),
+        ({"use_adaptive_entropy": True}, "use_adaptive_entropy"),
+        ({"optim": "galore_adamw"}, "optim"),
+    ],
+    ids=str,
+)
+def test_what_no_group_method_has_is_reported(tmp_path: Path, change: dict[str, Any], key: str) -> None:
+    values = {k: v for k, v in FIXTURES["trl_grpo"][2].items() if k != "epsilon_high"}
+    (tmp_path / "theirs.yaml").write_text(yaml.safe_dump({**values, **change}))
+    made = import_config(tmp_path / "theirs.yaml", "trl", "grpo")
+    assert key in {k for line in made.translation.lines if line.status == "unsupported" for k, _ in line.theirs}

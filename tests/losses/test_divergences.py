@@ -16,13 +16,14 @@ KINDS = [
     DivergenceKind("kl", "ref_policy"),
     DivergenceKind("kl", "policy_ref"),
     DivergenceKind("js"),
+    DivergenceKind("js", js_beta=0.1),
     *(
         DivergenceKind("renyi", direction, order)
         for direction in ("ref_policy", "policy_ref")
         for order in (0.3, 0.999, 1.0001, 1.5, 2.0, 7.0)
     ),
 ]
-IDS = [f"{k.kind}-{k.direction}-{k.renyi_alpha}" for k in KINDS]
+IDS = [f"{k.kind}-{k.direction}-{k.js_beta if k.kind == 'js' else k.renyi_alpha}" for k in KINDS]
 
 
 def exact(p_logits: list[float], q_logits: list[float], kind: DivergenceKind) -> float:
@@ -37,8 +38,9 @@ def exact(p_logits: list[float], q_logits: list[float], kind: DivergenceKind) ->
     kl = lambda a, b: sum(x * (x / y).ln() for x, y in zip(a, b, strict=True))  # noqa: E731
     a, b = (q, p) if kind.direction == "ref_policy" else (p, q)
     if kind.kind == "js":
-        m = [(x + y) / 2 for x, y in zip(p, q, strict=True)]
-        return float((kl(p, m) + kl(q, m)) / 2)
+        share = Decimal(kind.js_beta)
+        m = [(1 - share) * x + share * y for x, y in zip(p, q, strict=True)]
+        return float((1 - share) * kl(p, m) + share * kl(q, m))
     if kind.kind == "kl" or kind.renyi_alpha == 1.0:
         return float(kl(a, b))
     order = Decimal(kind.renyi_alpha)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from penchant.losses.policy_gradient import (
     clipped_value_loss,
     gae,
     group_normalized,
+    importance_weights,
     kl_to_go,
     leave_one_out,
     sequence_log_ratio,
@@ -204,3 +206,38 @@ def test_the_dual_clip_bounds_a_negative_advantage(ratio: float, advantage: floa
 def test_kl_to_go_sums_what_is_still_to_come() -> None:
     kl = torch.tensor([1.0, 2.0, 3.0, 10.0, 20.0], dtype=torch.float64)
     assert kl_to_go(kl, LENGTHS).tolist() == [6.0, 5.0, 3.0, 30.0, 20.0]
+
+
+def test_importance_weights_from_closed_form() -> None:
+    """Ratios 2, 1/2, 4 of one completion (their product is 4) and 1/4 of another."""
+    ratio = torch.tensor([2.0, 0.5, 4.0, 0.25], dtype=F64)
+    logps = torch.tensor([-1.0, -2.0, -0.5, -3.0], dtype=F64, requires_grad=True)
+    sampled, lengths = logps.detach() - ratio.log(), torch.tensor([3, 1])
+
+    def weights(**how: Any) -> list[float]:
+        made = importance_weights(logps, sampled, lengths, **how)
+        assert not made.requires_grad
+        return [pytest.approx(v, rel=1e-14) for v in made.tolist()]
+
+    assert weights(kind="tis", high=3.0) == [2.0, 0.5, 3.0, 0.25]
+    assert weights(kind="mis", high=3.0) == [2.0, 0.5, 0.0, 0.25]
+    assert weights(kind="mis", low=0.4, high=3.0) == [2.0, 0.5, 0.0, 0.0]
+    assert weights(kind="tis", level="sequence", high=3.0) == [3.0, 3.0, 3.0, 0.25]
+    assert weights(kind="mis", level="sequence", high=3.0) == [0.0, 0.0, 0.0, 0.25]
+    assert weights(kind="mis", level="sequence", high=5.0) == [4.0, 4.0, 4.0, 0.25]
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_untruncated_weights_give_the_gradient_of_the_policys_own_expectation(
+    level: Literal["token", "sequence"],
+) -> None:
+    """All one-token completions, weighed by how often mu writes each: the gradient is that of sum_y pi(y) A(y)."""
+    torch.manual_seed(0)
+    logits, mu = torch.randn(5, dtype=F64, requires_grad=True), torch.randn(5, dtype=F64).log_softmax(0)
+    advantages = torch.randn(5, dtype=F64)
+    logps = logits.log_softmax(0)
+    weights = importance_weights(logps, mu, torch.ones(5, dtype=torch.int64), kind="tis", level=level, high=1e9)
+    losses, _, _ = clipped_surrogate(logps, logps.detach(), advantages)
+    (got,) = torch.autograd.grad((mu.exp() * weights * losses).sum(), logits, retain_graph=True)
+    (expected,) = torch.autograd.grad(-(logps.exp() * advantages).sum(), logits)
+    assert torch.allclose(got, expected, rtol=1e-12, atol=1e-14)

@@ -10,9 +10,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from report_folders import evaluation, make_comparison, make_run, make_sweep
+from report_folders import evaluation, make_comparison, make_run, make_sweep, write_lines
 
-from penchant.report.curves import curves
+from penchant.report.curves import curves, points_of
 from penchant.report.data import read_report
 from penchant.report.frontier import Spot, best_so_far, frontier, of_comparison, of_runs
 from penchant.report.svg import Axis, Level, Line, Plot, apart, figure, path_of, sparkline, style_of
@@ -172,6 +172,26 @@ def test_the_frontiers_steps_join_those_that_nobody_beats() -> None:
         for i, (n, x, y) in enumerate([("a", 1, 1), ("b", 2, 0.5), ("c", 3, 2), ("d", 3, 1.9), ("e", 4, 2)])
     ]
     assert [s.name for s in best_so_far(spots)] == ["a", "c"]
+
+
+def test_an_online_runs_held_out_loss_is_no_curve_beside_its_trainings_and_each_reward_has_its_own(
+    tmp_path: Path,
+) -> None:
+    """Its held-out loss is minus the reward, for choosing a checkpoint."""
+    train = [{"kind": "train", "step": s, "loss": 0.1 * s, "reward": 1.0} for s in (1, 2)]
+    held_out = [{"kind": "eval", "step": s, "eval/loss": -2.0, "eval/reward": 2.0} for s in (0, 2)]
+    for line, prefix in [(x, "") for x in train] + [(x, "eval/") for x in held_out]:
+        line |= {f"{prefix}rewards/polite/mean": 0.5, f"{prefix}rewards/my.py:short/mean": 1.5}  # type: ignore[operator]
+    write_lines(tmp_path / "metrics.jsonl", [*train, *held_out])
+    (run,) = read_report([tmp_path], 0.0).runs
+    assert points_of(run, "eval/loss") == () and points_of(run, "loss") == ((1, 0.1), (2, 0.2))
+    assert points_of(run, "eval/reward") == ((0, 2.0), (2, 2.0))
+    made = str(curves(read_report([tmp_path], 0.0)))
+    for name in ("polite", "my.py:short"):
+        assert f"Reward {name}" in made
+    # an offline loss that somebody judges beside it stays
+    write_lines(tmp_path / "metrics.jsonl", [*train, {"kind": "eval", "step": 2, "eval/loss": 0.7, "eval/reward": 2.0}])
+    assert points_of(read_report([tmp_path], 0.0).runs[0], "eval/loss") == ((2, 0.7),)
 
 
 def test_held_out_sets_have_curves_of_their_own(tmp_path: Path) -> None:

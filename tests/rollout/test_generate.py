@@ -27,6 +27,31 @@ def test_greedy_equals_transformers(family: str) -> None:
         assert row.ids == expected[0, len(prompt) :].tolist()
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # the pool of rows, and transformers' own cache
+@pytest.mark.parametrize("penalty", [1.7, 0.6])
+def test_the_repetition_penalty_is_transformers(family: str, penalty: float) -> None:
+    model = tiny_model(family, dtype=torch.float64)
+    how = {"max_new_tokens": 12, "temperature": 0, "repetition_penalty": penalty}
+    rows = sample(model, PROMPTS, **how)  # type: ignore[arg-type]
+    for prompt, (row,) in zip(PROMPTS, rows, strict=True):
+        asked = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "repetition_penalty": penalty}
+        expected = model.generate(torch.tensor([prompt]), max_new_tokens=12, **asked)
+        assert row.ids == expected[0, len(prompt) :].tolist()
+    assert [r[0].ids for r in rows] != [r[0].ids for r in sample(model, PROMPTS, max_new_tokens=12, temperature=0)]
+
+
+def test_a_penalty_changes_what_is_drawn_and_log_probs_stay_the_models() -> None:
+    logits = torch.tensor([[2.0, -1.0, 0.5, 0.0]])
+    changed = generate.penalized(logits, torch.tensor([[0, 1, 0]]), 2.0)
+    assert changed.tolist() == [[1.0, -2.0, 0.5, 0.0]]
+    uniforms = torch.rand(4000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    many = logits.expand(4000, 4), uniforms
+    tokens, logps = generate.draw(*many, temperature=0.8, penalized=changed.expand(4000, 4))
+    shares = torch.bincount(tokens, minlength=4) / 4000
+    assert torch.allclose(shares, torch.softmax(changed[0] / 0.8, -1), atol=0.03)
+    assert torch.allclose(logps, torch.log_softmax(logits[0] / 0.8, -1)[tokens])
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probs_agree_with_the_engine(temperature: float) -> None:
     model = tiny_model("llama", dtype=torch.float32)

@@ -16,11 +16,12 @@ from tiny import polite_rows, tiny_model_folder, write_jsonl
 from transformers.utils import chat_template_utils
 
 from penchant import api
+from penchant.config import config_from_mapping
 from penchant.errors import CheckpointError, ModelError, PenchantError
 from penchant.runfolder import TOKENS, changed, keep
 from penchant.runs import Run
 from penchant.runs.find import check_config, find_model
-from penchant.runs.record import model_contents
+from penchant.runs.record import model_contents, run_identity
 from penchant.training.loop import Paused
 
 REWARD = """import sys
@@ -47,6 +48,9 @@ DATED = (
     "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant: {% endif %}"
 )
+
+
+CACHED = "content of model.path in the hub's cache"
 
 
 class Stopped(Exception):
@@ -407,12 +411,16 @@ def test_the_files_of_a_hub_id_are_part_of_a_run(tmp_path: Path, monkeypatch: py
     given = {"model": {"path": "someone/tiny"}, "data": {"path": "x.jsonl"}, "loss": "sft", "output": "run"}
     config = api.as_config(given, ())
     before = model_contents(config)
-    assert {f"content of model.path: {p.name}" for p in files.iterdir() if p.suffix == ".json"} <= set(before)
+    assert {f"{CACHED}: {p.name}" for p in files.iterdir() if p.suffix == ".json"} <= set(before)
     (files / part).write_text((files / part).read_text() + " ")
     now = model_contents(config)
-    assert [name for name in before if now[name] != before[name]] == [f"content of model.path: {part}"]
+    assert [name for name in before if now[name] != before[name]] == [f"{CACHED}: {part}"]
     kept = {"config": {}, TOKENS: "1"}  # of a run that did not look at them
     assert changed(kept, kept | now, {}) == [] and changed(kept | before, kept | now, {}) != []
+    later = {
+        k: v for k, v in before.items() if not k.endswith("generation_config.json")
+    }  # a file that is fetched later
+    assert changed(kept | later, kept | before, {}) == [] and len(later) < len(before)
 
 
 def test_a_function_that_a_rewards_file_lacks_is_what_is_said_of_a_used_folder(
@@ -424,3 +432,13 @@ def test_a_function_that_a_rewards_file_lacks_is_what_is_said_of_a_used_folder(
     with pytest.raises(PenchantError, match="wrong") as said:
         Run(api.as_config(wrong, ()), quiet=True).train()
     assert "different run" not in str(said.value)
+
+
+def test_where_completions_are_asked_for_may_change_and_what_they_count_for_may_not() -> None:
+    def identity(**rollout: Any) -> Any:
+        given = {"model": {"path": "m"}, "data": {"path": "d"}, "algorithm": "rloo", "reward": "words", "output": "o"}
+        made = config_from_mapping({**given, "rollout": {"engine": "vllm", "url": "http://a", **rollout}}, [])
+        return run_identity(made, [], {})
+
+    assert identity() == identity(url="http://b", attempts=3, timeout=5.0, folder="f", update="file")
+    assert identity() != identity(correction="tis") and identity() != identity(lag=1)

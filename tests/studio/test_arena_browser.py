@@ -290,12 +290,12 @@ def test_nothing_serious_for_axe_and_every_page_fits(browser: Browser, tmp_path:
         enter(browser, server, "arena/test", dark=dark)
         assert serious(browser) == [], "who"
         sign_in(browser, "Ada")
-        for path in ("arena/test", "arena/long", "arena", "arena/new", "arena/test/results", "arena/nothing"):
+        light_only = ("arena/long", "arena", "arena/new", "arena/nothing")
+        for path in ("arena/test", "arena/test/results", *(() if dark else light_only)):
             browser.open(server.address + path, dark=dark)
             browser.wait(READY)
             assert serious(browser) == [], path
-            browser.open(server.address + path, dark=dark, width=390)
-            browser.wait(READY)
+            browser.send("Emulation.setDeviceMetricsOverride", width=390, height=900, deviceScaleFactor=1, mobile=True)
             assert browser.run("document.documentElement.scrollWidth") <= 390, path
             if path == "arena/test":
                 say(browser, "ArrowLeft")

@@ -23,7 +23,7 @@ from penchant.errors import CheckpointError, ConfigError
 from penchant.runfolder import CONSOLE
 from penchant.studio import launch
 from penchant.studio.app import Studio
-from penchant.studio.launch import Processes, draft, form_parts, settings_of
+from penchant.studio.launch import INTERRUPTED, Processes, draft, form_parts, settings_of
 
 FIXTURES = Path(__file__).parents[1] / "fixtures/v0_1"
 EVIL = "<script>alert(1)</script></style>\u202e\x1b[31m"
@@ -211,12 +211,19 @@ def test_a_plan_stands_before_the_start(client: TestClient, monkeypatch: pytest.
 
 # ---- Processes ----
 
+
+def test_the_exit_code_of_a_stopped_run_is_that_of_training() -> None:
+    from penchant.training.loop import Interrupted
+
+    assert Interrupted.exit_code == INTERRUPTED
+
+
 TRAINS = """
 import fcntl, os, signal, sys, time
 from pathlib import Path
 folder = Path(sys.argv[1])
 from penchant.runfolder import RunLock
-signal.signal(signal.SIGTERM, lambda *_: (print("stopped well", flush=True), sys.exit(0)))
+signal.signal(signal.SIGTERM, lambda *_: (print("stopped well", flush=True), sys.exit(4)))
 with RunLock(folder):
     (folder / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 0.5}\\n')
     (folder / "config.resolved.yaml").write_text("{}")
@@ -257,7 +264,7 @@ def test_a_run_is_started_stopped_and_gone_on_with(processes: Processes, folder:
     process = processes.started["new"]
     assert _session(process.pid) == process.pid  # signals to the studio's own do not reach it
     processes.stop("new")
-    assert process.wait(60) == 0 and "stopped well" in processes.said("new") and not processes.failure("new")
+    assert process.wait(60) == INTERRUPTED and "stopped well" in processes.said("new") and not processes.failure("new")
     with pytest.raises(CheckpointError, match="no process"):
         processes.stop("new")
     with pytest.raises(CheckpointError, match="holds a run already"):
@@ -276,7 +283,7 @@ def test_a_run_of_another_process_is_stopped_by_its_lock(processes: Processes, f
     with subprocess.Popen([sys.executable, "-c", TRAINS, str(folder / "new")], stdout=subprocess.PIPE) as other:
         assert other.stdout is not None and b"trains" in other.stdout.readline()
         processes.stop("new")
-        assert other.wait(60) == 0
+        assert other.wait(60) == INTERRUPTED
 
 
 def test_a_number_that_a_lock_leaves_behind_gets_no_signal(processes: Processes, folder: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 
+from penchant.algorithms.gkd import GKDConfig
 from penchant.algorithms.group import GroupConfig
 from penchant.algorithms.method import AlgorithmConfig, Method
 from penchant.algorithms.online_dpo import OnlineDPOConfig
@@ -26,6 +27,7 @@ ALGORITHMS: dict[str, type[AlgorithmConfig]] = {
     "cispo": GroupConfig,
     "reinforce_pp": GroupConfig,
     "online_dpo": OnlineDPOConfig,
+    "gkd": GKDConfig,
     "ppo": PPOConfig,
     "reward_model": RewardModelConfig,
 }

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from penchant.algorithms.method import Parts
-from penchant.algorithms.rollouts import Group, OnlineConfig, OnPolicy, kept, reward_metrics_of, score_groups
+from penchant.algorithms.rollouts import Group, OnlineConfig, OnPolicy, kept, measured, reward_metrics_of, score_groups
 from penchant.base.lazy import Tensor, lazy, torch
 from penchant.losses.policy_gradient import (
     LOG_RATIO_LIMIT,
@@ -125,7 +125,9 @@ class ScoredTokens:
     advantages: Tensor  # (C,), or of each token
     completion_of: Tensor
     lengths: Tensor  # (C,) int64
+    entropy: Tensor | None = None  # where it is in the loss
     keep: Tensor | None = None  # (C,) 1 or 0: whether a completion is in the update; None: all are
+    importance: Tensor | None = None  # (R,) weights of tokens that something else wrote; None: 1
 
 
 @dataclass(slots=True)
@@ -191,7 +193,7 @@ class GroupPolicyGradient(OnPolicy):
         passes: list[Callable[[PackedBatch], Mapping[str, Tensor]]] = [
             lambda batch: {"ref": self.reference.token_logps(batch)}
         ]
-        if cfg.updates > 1:
+        if cfg.updates > 1 or measured(groups):
             passes.append(lambda batch: {"old": references.LiveReference(self.scorer).token_logps(batch)})
         score_groups(groups, passes, self.scorer, self.tokens_per_step, self.side_by_side)
         for g in groups:
@@ -256,18 +258,24 @@ class GroupPolicyGradient(OnPolicy):
         return {"main": float(len(batch.lengths))}
 
     def score(self, batch: PackedBatch) -> ScoredTokens:
-        tokens = self.scorer.logps(batch).tokens
+        made = self.scorer.logps(batch, entropy=bool(self.config.entropy_coef))
+        tokens = made.tokens
         ref, advantages = (self.extra(batch, name).to(tokens) for name in ("ref", "advantages"))
         # with one update a batch of rollouts, the policy that is trained is the one that wrote
         old = tokens.detach() if self.config.updates == 1 else self.extra(batch, "old").to(tokens)
         keep = self.keep(batch)
         weights = None if keep is None else keep.to(tokens)
-        return ScoredTokens(tokens, old, ref, advantages, batch.completion_of, batch.lengths, weights)
+        importance = self.importance(batch, tokens)
+        return ScoredTokens(
+            tokens, old, ref, advantages, batch.completion_of, batch.lengths, made.entropy, weights, importance
+        )
 
     def loss(self, scored: ScoredTokens) -> LossOutput:
         s, cfg = scored, self.config
         advantages = s.advantages if len(s.advantages) == len(s.logps) else s.advantages[s.completion_of]
         losses, ratios, bound = self._surrogate(s, advantages)
+        if s.importance is not None:
+            losses = losses * s.importance
         k3 = divergences.kl_estimate(s.logps, s.ref_logps, "k3")
         tokens = torch.ones_like(ratios)
         metrics = {
@@ -276,6 +284,9 @@ class GroupPolicyGradient(OnPolicy):
             "kl/per_token": (k3.detach(), None),
             "logps/per_token": (s.logps.detach(), None),
         }
+        if s.entropy is not None:
+            losses = losses - cfg.entropy_coef * s.entropy
+            metrics["policy/entropy"] = (s.entropy.detach(), None)
         if not cfg.kl_in_reward:
             losses = losses + cfg.kl_weight * self._kl_in_loss(s, k3)
         if cfg.name == "rloo":
@@ -321,11 +332,12 @@ class GroupPolicyGradient(OnPolicy):
         groups = self.groups
         kl, old, ref = (torch.cat([g.extras[name] for g in groups]) for name in ("kl", "old", "ref"))
         k3 = divergences.kl_estimate(old, ref, "k3").sum() / len(kl)
-        return reward_metrics_of(groups) | {"kl/policy_ref": float(kl.mean()), "kl/k3": float(k3)}
+        found = {"kl/policy_ref": float(kl.mean()), "kl/k3": float(k3)}
+        return reward_metrics_of(groups) | found | self.rollout_values()
 
 
 def _lengths(group: Group) -> list[int]:
-    return [len(c) for c in group.tree.completion_ids]
+    return list(group.tree.trained)
 
 
 def _sums(per_token: Tensor, group: Group) -> Tensor:

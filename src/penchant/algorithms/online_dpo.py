@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from penchant.algorithms.method import Parts, Rollouts
 from penchant.algorithms.offline import Component, Offline
 from penchant.algorithms.rollouts import Group, OnlineConfig, Writer, reward_metrics_of
+from penchant.errors import ConfigError
 from penchant.losses import LOSSES
 from penchant.types import TokenTree
 
@@ -30,6 +31,8 @@ class OnlineDPOConfig(OnlineConfig):
     def _one_step_on_each_pair(self) -> OnlineDPOConfig:
         if self.updates > 1:
             raise ValueError("online_dpo takes one step on each batch of rollouts; leave out epochs and minibatches")
+        if self.entropy_coef:
+            raise ValueError("entropy_coef is of the policy gradient methods; leave it out of online_dpo")
         if self.kl_weight == 0:
             raise ValueError("beta is 0; give a number above 0")
         return self
@@ -37,6 +40,13 @@ class OnlineDPOConfig(OnlineConfig):
     @property
     def rollouts(self) -> Rollouts:
         return Rollouts(self.samples, 2, self.max_new_tokens)
+
+    def check(self, parts: Parts) -> None:
+        OnlineConfig.check(self, parts)
+        rollout = parts.config.rollout
+        for key in ("lag", "correction"):
+            if key in rollout.model_fields_set and getattr(rollout, key) not in (0, "none"):
+                raise ConfigError(f"rollout.{key}", "is of policy gradients, and online_dpo is none", "leave it out")
 
     def build(self, parts: Parts) -> OnlineDPO:
         writer, dpo = self.writer(parts), LOSSES["dpo"]
@@ -57,10 +67,15 @@ class OnlineDPO(Offline):
 
     def begin_step(self, step: int, progress: float, trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
         """Pairs of this step's rollouts; a group whose completions are all alike by reward or text teaches nothing."""
+        self.writer.version = step
         self._groups = self.writer.write(trees, step)
         pairs = [best_against_worst(g) for g in self._groups]
         # every prompt stays in the step's count of trees, so at least one pair must be there to train on
         return Offline.begin_step(self, step, progress, [p for p in pairs if p is not None])
+
+    def end_step(self, step: int, means: Mapping[str, float]) -> None:
+        self.writer.version = step
+        Offline.end_step(self, step, means)
 
     def step_values(self) -> dict[str, float]:
         used = sum(best_against_worst(g) is not None for g in self._groups)
@@ -77,4 +92,5 @@ def best_against_worst(group: Group) -> TokenTree | None:
         return None
     cut = (tree.truncated[best], tree.truncated[worst])
     scores = (float(group.rewards[best]), float(group.rewards[worst]))
-    return replace(tree, completion_ids=ids, truncated=cut, labels=(True, False), scores=scores)
+    masks = (tree.masks[best], tree.masks[worst]) if tree.masks else ()
+    return replace(tree, completion_ids=ids, truncated=cut, labels=(True, False), scores=scores, masks=masks)

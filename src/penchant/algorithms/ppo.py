@@ -116,6 +116,8 @@ class ScoredSteps:
     advantages: Tensor
     returns: Tensor
     keep: Tensor  # 1 or 0: whether a token is in the update
+    entropy: Tensor | None = None  # where it is in the loss
+    importance: Tensor | None = None  # weights of tokens that something else wrote; None: 1
 
 
 @dataclass(slots=True)
@@ -150,9 +152,9 @@ class PPO(OnPolicy):
         cfg = self.config
         passes = [self._old_and_values, lambda batch: {"ref": self.reference.token_logps(batch)}]
         score_groups(groups, passes, self.scorer, self.tokens_per_step, self.side_by_side)
-        lengths = torch.tensor([len(c) for g in groups for c in g.tree.completion_ids])
+        lengths = torch.tensor([n for g in groups for n in g.tree.trained])
         old, ref, values = (torch.cat([g.extras[name] for g in groups]) for name in ("old", "ref", "values"))
-        sizes = [sum(map(len, g.tree.completion_ids)) for g in groups]
+        sizes = [sum(g.tree.trained) for g in groups]
         known = None if (found := kept(groups)) is None else torch.cat(found) > 0  # of completions
         scores = self._shaped(torch.cat([g.rewards for g in groups]), known).to(old.dtype)
         rewards = at_last_token(scores, lengths) - self.beta * divergences.kl_estimate(old, ref, cfg.kl_estimator)
@@ -190,17 +192,19 @@ class PPO(OnPolicy):
         clip = self.config.score_clip
         return scores if clip is None else scores.clamp(-clip, clip)
 
-    def _logps_and_values(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """(R,) each: with a head on the policy, one forward pass gives both."""
+    def _logps_and_values(self, batch: PackedBatch, entropy: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(R,) each, and the entropy on request: with a head on the policy, one forward pass gives all."""
         if self.value_scorer is not None:
-            return self.scorer.logps(batch).tokens, self.value_scorer.values(batch, self.value_head)
-        logps, values = self.scorer.valued(batch, self.value_head)
-        return logps.tokens, values
+            logps, values = self.scorer.logps(batch, entropy=entropy), self.value_scorer.values(batch, self.value_head)
+        else:
+            logps, values = self.scorer.valued(batch, self.value_head, entropy=entropy)
+        return logps.tokens, values, logps.entropy
 
     def _old_and_values(self, batch: PackedBatch) -> dict[str, Tensor]:
         """Log-probs and values of the policy that wrote."""
         with references.LiveReference(self.scorer).at_rest():
-            return dict(zip(("old", "values"), self._logps_and_values(batch), strict=True))
+            logps, values, _ = self._logps_and_values(batch)
+            return {"old": logps, "values": values}
 
     # ---- the update ---------------------------------------------------------------------------------------------------
 
@@ -214,19 +218,22 @@ class PPO(OnPolicy):
         return self.extra(batch, "keep") if "keep" in self._by_row[batch.rows[0]].extras else None
 
     def score(self, batch: PackedBatch) -> ScoredSteps:
-        logps, values = self._logps_and_values(batch)
+        logps, values, entropy = self._logps_and_values(batch, bool(self.config.entropy_coef))
         old, old_values, ref, advantages, returns = (
             self.extra(batch, name).to(logps) for name in ("old", "values", "ref", "advantages", "returns")
         )
         keep = self._keep(batch)
         weights = torch.ones_like(logps.detach()) if keep is None else keep.to(logps)
-        return ScoredSteps(logps, values, old, old_values, ref, advantages, returns, weights)
+        importance = self.importance(batch, logps)
+        return ScoredSteps(logps, values, old, old_values, ref, advantages, returns, weights, entropy, importance)
 
     def loss(self, scored: ScoredSteps) -> LossOutput:
         s, cfg = scored, self.config
         losses, ratios, bound = clipped_surrogate(
             s.logps, s.old_logps, s.advantages, clip=cfg.clip, clip_high=cfg.clip_high, dual=cfg.clip_dual
         )
+        if s.importance is not None:
+            losses = losses * s.importance
         value_losses, value_bound = clipped_value_loss(s.values, s.old_values, s.returns, clip=cfg.value_clip)
         explained = (s.returns - s.values.detach()).square()
         metrics = {
@@ -240,6 +247,9 @@ class PPO(OnPolicy):
             "entropy/sampled": (-s.logps.detach(), None),
             "logps/per_token": (s.logps.detach(), None),
         }
+        if s.entropy is not None:
+            losses = losses - cfg.entropy_coef * s.entropy
+            metrics["policy/entropy"] = (s.entropy.detach(), None)
         value = (cfg.value_coef * value_losses * s.keep, s.keep)
         return LossOutput(losses * s.keep, s.keep, metrics, {"value": value})
 
@@ -253,7 +263,7 @@ class PPO(OnPolicy):
             "kl/policy_ref": float(divergences.kl_estimate(old, ref, "k1").sum() / count),
             "kl/k3": float(divergences.kl_estimate(old, ref, "k3").sum() / count),
         }
-        return reward_metrics_of(groups) | kl | {"beta": self.beta}
+        return reward_metrics_of(groups) | kl | {"beta": self.beta} | self.rollout_values()
 
     def accepts(self, means: Mapping[str, float]) -> bool:
         """Not beyond `ratio_limit`: there the rollouts say nothing of the policy that is trained."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -14,17 +16,21 @@ from penchant.base.lazy import Tensor, torch
 from penchant.base.machine import moved
 from penchant.data.packing import passes_over
 from penchant.distributed.world import current
-from penchant.errors import ConfigError, RewardError
-from penchant.types import Algorithm, PackedBatch, TokenTree
+from penchant.errors import ConfigError, RewardError, RolloutError
+from penchant.losses.policy_gradient import importance_weights
+from penchant.rollout.options import RolloutConfig
+from penchant.types import Algorithm, PackedBatch, PromptTree, TokenTree
 
 if TYPE_CHECKING:
     from penchant.logprobs import Scorer
     from penchant.logprobs.reference import LiveReference
     from penchant.rewards import Reward
+    from penchant.rollout.environment import Stage
+    from penchant.rollout.generate import Sample
 
 
-class OnlineConfig(AlgorithmConfig):
-    """An online method, its rollouts, and its update. Present: `loss` is not used; `reward` is needed."""
+class SamplingConfig(AlgorithmConfig):
+    """A method whose policy writes: how it samples."""
 
     samples: int = Field(4, ge=1, le=4096, description="completions of each prompt")
     max_new_tokens: int = Field(64, ge=1, le=2**20, description="tokens of a completion")
@@ -34,6 +40,37 @@ class OnlineConfig(AlgorithmConfig):
         0.0, ge=0, lt=1, description="sample tokens of at least this share of the likeliest one's probability"
     )
     top_k: int = Field(0, ge=0, le=10**9, description="sample from this many of the likeliest tokens; 0: all")
+    repetition_penalty: float = Field(
+        1.0,
+        gt=0,
+        le=100,
+        description="divide logits of tokens that prompt and completion hold already by this; 1: do not",
+    )
+
+    def check(self, parts: Parts) -> None:
+        from penchant.models.load import base_model_of, head_scaling
+
+        config = base_model_of(parts.model).config
+        context = getattr(config, "max_position_embeddings", None)
+        longest = max(len(t.prompt_ids) for part in parts.trees for t in part) + self.max_new_tokens
+        if context is not None and longest > context:
+            raise ConfigError(
+                "algorithm.max_new_tokens",
+                f"the longest prompt and its completion make {longest} tokens, beyond the model's context of {context}",
+                "lower it, or data.max_length, which cuts prompts",
+            )
+        if self.temperature != 1.0 and head_scaling(config)[1] is not None:
+            raise ConfigError("algorithm.temperature", "this model caps its logits", "set it to 1.0")
+
+
+class OnlineConfig(SamplingConfig):
+    """An online method, its rollouts, and its update. Present: `loss` is not used; `reward` is needed."""
+
+    entropy_coef: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the entropy of the policy in the loss (all but online_dpo), exact over the vocabulary",
+    )
     beta: float | Literal["auto"] = Field(
         "auto",
         description="weight of the KL to the reference; auto: 0.05 (rloo, ppo), 0.04 (grpo), 0.01 (reinforce_pp), 0.1 (online_dpo), 0 (others)",
@@ -92,21 +129,6 @@ class OnlineConfig(AlgorithmConfig):
     def rollouts(self) -> Rollouts:
         return Rollouts(self.samples, self.samples, self.max_new_tokens, self.minibatches)
 
-    def check(self, parts: Parts) -> None:
-        from penchant.models.load import base_model_of, head_scaling
-
-        config = base_model_of(parts.model).config
-        context = getattr(config, "max_position_embeddings", None)
-        longest = max(len(t.prompt_ids) for part in parts.trees for t in part) + self.max_new_tokens
-        if context is not None and longest > context:
-            raise ConfigError(
-                "algorithm.max_new_tokens",
-                f"the longest prompt and its completion make {longest} tokens, beyond the model's context of {context}",
-                "lower it, or data.max_length, which cuts prompts",
-            )
-        if self.temperature != 1.0 and head_scaling(config)[1] is not None:
-            raise ConfigError("algorithm.temperature", "this model caps its logits", "set it to 1.0")
-
     def writer(self, parts: Parts) -> Writer:
         """What samples and judges; policy and reference get the method's temperature."""
         from penchant.rewards import load_reward
@@ -116,7 +138,24 @@ class OnlineConfig(AlgorithmConfig):
         data = parts.config.data
         policy = PolicyText(parts.tokenizer, data.template, parts.asked(), data.template_options)
         judge = load_reward(parts.config.reward, policy, parts.device)
-        return Writer(parts.model, parts.tokenizer, judge, self, parts.config.train.seed, parts.engine)
+        config = parts.config
+        if config.rollout.elsewhere and current().many:
+            raise ConfigError("rollout.engine", "is not own, and several processes train", "train in one process")
+        longest = max((len(t.prompt_ids) for part in parts.trees for t in part), default=1) + self.max_new_tokens
+        made = Writer(parts.model, parts.tokenizer, judge, self, config.train.seed, parts.engine, config.rollout)
+        made.longest, made.folder = longest, Path(config.output)
+        if config.rollout.environment is not None:
+            made.stage = self._stage(parts, policy.rows)
+        return made
+
+    def _stage(self, parts: Parts, rows: Mapping[str, PromptTree | None]) -> Stage:
+        from penchant.data.templates import end_ids, uses_chat
+        from penchant.rollout.environment import Stage, find_environment
+
+        data, how = parts.config.data, parts.config.rollout
+        chat, ends = uses_chat(data.template, parts.tokenizer), end_ids(parts.tokenizer, parts.model)
+        make = find_environment(how.environment)
+        return Stage(how.environment, make, parts.tokenizer, chat, data.template_options, rows, how.turns, ends)
 
     def evaluate(self, held_out: EvaluationContext) -> dict[str, Any]:
         """Reward, win rate against the start and KL of one completion of each held-out prompt."""
@@ -124,6 +163,7 @@ class OnlineConfig(AlgorithmConfig):
 
         asked = self.model_dump(mode="json", include={"temperature", "top_p", "top_k", "missing_eos_penalty"})
         asked |= {"min_p": self.min_p} if self.min_p else {}
+        asked |= {"repetition_penalty": self.repetition_penalty} if self.repetition_penalty != 1.0 else {}
         return evaluate_online(
             held_out.algorithm.writer,
             held_out.parts.scorer,
@@ -142,7 +182,8 @@ class Group:
         tree: the prompt with its k completions; `truncated` where one did not end by itself.
         rewards: (k,) as the reward function gave them, missing-EOS penalty taken off; NaN where no reward says anything of a completion.
         texts: what the reward function saw.
-        extras: per-token or per-completion tensors that a method keeps with it: ``old`` log-probs (the sampler's at first), advantages.
+        extras: per-token or per-completion tensors that a method keeps with it: ``old`` log-probs (the sampler's at first), advantages;
+            where they are measured, ``sampled`` log-probs of whoever wrote, and the ``version`` of its weights (optimizer steps).
         terms: (k,) each reward's own numbers by its name, NaN where it says nothing; logged: what reward functions log of the batch.
     """
 
@@ -155,20 +196,163 @@ class Group:
 
 
 @dataclass(slots=True)
+class Ahead:
+    """Completions that are being written for a later iteration.
+
+    Args:
+        of: its iteration, rows, and completions of each; version: of the weights that write; result: gives them, or None where they are lost.
+    """
+
+    of: tuple[int, tuple[int, ...], int]
+    version: int
+    result: Callable[[], list[list[Sample]] | None]
+
+    def samples(self) -> list[list[Sample]] | None:
+        """They, once they are written."""
+        return self.result()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """For a checkpoint; nothing where they are lost."""
+        if (found := self.samples()) is None:
+            return {}
+        iteration, rows, k = self.of
+        every = [s for row in found for s in row]
+        return {
+            "ahead/of": torch.tensor([iteration, k, self.version]),
+            "ahead/rows": torch.tensor(rows),
+            "ahead/lengths": torch.tensor([len(s.ids) for s in every]),
+            "ahead/ids": torch.tensor([t for s in every for t in s.ids]),
+            "ahead/logps": torch.tensor([p for s in every for p in s.logps], dtype=torch.float64),
+            "ahead/finished": torch.tensor([s.finished for s in every]),
+        }
+
+    @staticmethod
+    def of_tensors(tensors: Mapping[str, Tensor]) -> Ahead | None:
+        """The inverse of `tensors`; None where they hold none."""
+        from penchant.rollout.generate import Sample
+
+        if "ahead/of" not in tensors:
+            return None
+        iteration, k, version = tensors["ahead/of"].tolist()
+        lengths = tensors["ahead/lengths"].tolist()
+        ids, logps = (tensors[f"ahead/{n}"].split(lengths) for n in ("ids", "logps"))
+        ended = tensors["ahead/finished"].tolist()
+        every = [Sample(i.tolist(), p.tolist(), e) for i, p, e in zip(ids, logps, ended, strict=True)]
+        groups = [every[i : i + k] for i in range(0, len(every), k)]
+        return Ahead((iteration, tuple(tensors["ahead/rows"].tolist()), k), version, lambda: groups)
+
+
+@dataclass(slots=True)
 class Writer:
     """Writes groups: the policy samples, the reward function judges.
 
     Args:
-        model, tokenizer: the policy's; reward: of texts; config: samples, length, temperature; seed: of the run.
+        model, tokenizer: the policy's; reward: of texts, None for a `written` alone; config: samples, length, temperature; seed: of the run.
         engine: what runs the model, where several processes share it: each answers a part of the prompts.
+        stage: where completions are conversations with an environment.
+        rollout: what samples; longest: tokens of the longest prompt and its completion; folder: of the run.
+        version: optimizer steps that the policy has taken: which weights another engine must have.
     """
 
     model: Any
     tokenizer: Any
-    reward: Reward
-    config: OnlineConfig
+    reward: Reward | None
+    config: SamplingConfig
     seed: int
     engine: Any = None
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    longest: int = 0
+    folder: Path = Path()
+    version: int = 0
+    stage: Stage | None = None
+    ahead: Ahead | None = field(default=None, init=False)
+    _sampler: Any = field(default=None, init=False)
+
+    @property
+    def sampler(self) -> Any:
+        """The `Engine` that samples, made when it is first asked."""
+        if self._sampler is None:
+            from penchant.distributed.shard import whole_weights
+            from penchant.rollout.engines import make_engine
+
+            whole = partial(whole_weights, self.engine)
+            self._sampler = make_engine(self.rollout, self.model, self.folder, self.longest, whole)
+        return self._sampler
+
+    def _asked_of(self, prompts: Sequence[TokenTree], iteration: int, k: int) -> tuple[Any, ...]:
+        """What an engine is asked for: a function of seed, iteration and rows."""
+        from penchant.data.templates import end_ids
+        from penchant.rollout.generate import Settings
+
+        cfg = self.config
+        ends = frozenset(end_ids(self.tokenizer, self.model))
+        settings = Settings(
+            k, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, ends, cfg.min_p, cfg.repetition_penalty
+        )
+        seed = (self.seed * 1_000_003 + iteration) % 2**63
+        return [t.prompt_ids.tolist() for t in prompts], settings, seed, [t.row for t in prompts]
+
+    def _sampled(self, prompts: Sequence[TokenTree], iteration: int, k: int) -> list[list[Sample]]:
+        """`k` completions of each prompt, conversations where there is an environment."""
+        asked, settings, seed, seeds = self._asked_of(prompts, iteration, k)
+
+        def draw(rows: Sequence[Sequence[int]], seeds: Sequence[int], room: int) -> list[Sample]:
+            found = self.sampler.sample(rows, replace(settings, n=1, max_new_tokens=room), seed, seeds)
+            return [one for (one,) in found]
+
+        if self.stage is None:
+            return self.sampler.sample(asked, settings, seed, seeds)  # type: ignore[no-any-return]
+        return self.stage.play(prompts, k, settings.max_new_tokens, draw)
+
+    def _drawn(self, prompts: Sequence[TokenTree], iteration: int, k: int) -> tuple[list[list[Sample]], int]:
+        """Completions of each prompt, and the version of the weights that wrote them."""
+        from penchant.distributed.shard import whole_weights
+
+        ahead, rows = self.ahead, tuple(t.row for t in prompts)
+        if ahead is not None and ahead.of == (iteration, rows, k):
+            self.ahead = None
+            if (found := ahead.samples()) is not None:
+                return found, ahead.version
+        elif ahead is not None:
+            ahead.samples()  # its weights must stay until it is written
+        world = current()
+        mine = [prompts[i] for i in range(world.rank, len(prompts), world.size)]
+        with whole_weights(None if self.rollout.elsewhere else self.engine):
+            written = self._insistently(mine, iteration, k)
+        return world.dealt(written, len(prompts)), self.version
+
+    def _insistently(self, prompts: Sequence[TokenTree], iteration: int, k: int) -> list[list[Sample]]:
+        """By the weights of now: where an engine has lost them, it is sent them once more and the batch is asked for again."""
+        from penchant.rollout.engines import Forgotten
+
+        for _ in range(self.rollout.attempts):
+            self.sampler.update(self.version)
+            try:
+                found = self._sampled(prompts, iteration, k)
+            except Forgotten:
+                continue
+            return found
+        raise RolloutError(
+            self.sampler.where,
+            f"lost the weights that it was sent, {self.rollout.attempts} times in a row",
+            "does another run use it, or is it restarted all the time?",
+        )
+
+    def begin(self, prompts: Sequence[TokenTree], iteration: int) -> None:
+        """Have a later iteration's completions written by the weights of now, while something else goes on."""
+        from penchant.rollout.engines import Forgotten
+        from penchant.training.loop import in_background
+
+        self.sampler.update(self.version)
+        k = self.config.samples
+
+        def draw() -> list[list[Sample]] | None:
+            try:
+                return self._sampled(prompts, iteration, k)
+            except Forgotten:  # its weights are gone here too: the batch is written by later ones
+                return None
+
+        self.ahead = Ahead((iteration, tuple(t.row for t in prompts), k), self.version, in_background(draw))
 
     def write(self, prompts: Sequence[TokenTree], iteration: int, samples: int | None = None) -> list[Group]:
         """One group of `samples` completions (default: the method's) for each prompt; a function of weights, seed and iteration.
@@ -176,38 +360,15 @@ class Writer:
         Raises:
             RewardError: the reward function failed; it names the completion.
         """
-        from penchant.data.templates import end_ids
-        from penchant.distributed.shard import whole_weights
         from penchant.metrics.completions import EVALUATION
         from penchant.metrics.names import METRICS
-        from penchant.rollout.generate import sample
 
         cfg = self.config
+        assert isinstance(cfg, OnlineConfig) and self.reward is not None
         k = samples or cfg.samples
-        world = current()
-        mine = [prompts[i] for i in range(world.rank, len(prompts), world.size)]
-        with whole_weights(self.engine):
-            written = sample(
-                self.model,
-                [t.prompt_ids.tolist() for t in mine],
-                n=k,
-                max_new_tokens=cfg.max_new_tokens,
-                temperature=cfg.temperature,
-                top_p=cfg.top_p,
-                top_k=cfg.top_k,
-                min_p=cfg.min_p,
-                seed=(self.seed * 1_000_003 + iteration) % 2**63,
-                prompt_seeds=[t.row for t in mine],
-                eos_token_id=end_ids(self.tokenizer, self.model),
-            )
-        rows = world.dealt(written, len(prompts))
+        trees, logps, version = self.written(prompts, iteration, k)
         asked = [self.tokenizer.decode(t.prompt_ids, skip_special_tokens=True) for t in prompts]
-        texts = [[self.tokenizer.decode(s.ids, skip_special_tokens=True) for s in row] for row in rows]
-        trees = []
-        for prompt, row in zip(prompts, rows, strict=True):
-            ids = tuple(np.array(s.ids, np.int32) for s in row)
-            cut = tuple(not s.finished for s in row)
-            trees.append(TokenTree(prompt.row, prompt.prompt_ids, ids, cut, prompt.source))
+        texts = [[self.tokenizer.decode(ids, skip_special_tokens=True) for ids in t.completion_ids] for t in trees]
         step = iteration * cfg.updates if iteration != EVALUATION else 0  # which is no step of the run
         said = self.reward.judge([p for p in asked for _ in range(k)], [t for row in texts for t in row], trees, step)
         if taken := [n for n in said.metrics if n in METRICS or n in ("kind", "step")]:
@@ -217,13 +378,29 @@ class Writer:
         rewards = torch.from_numpy(said.total).view(len(prompts), k)
         terms = {name: torch.from_numpy(values).view(len(prompts), k) for name, values in said.terms.items()}
         groups = []
-        for i, (tree, row) in enumerate(zip(trees, rows, strict=True)):
+        for i, (tree, sampled) in enumerate(zip(trees, logps, strict=True)):
             penalty = cfg.missing_eos_penalty * torch.tensor(tree.truncated, dtype=torch.float64)
-            sampled = torch.tensor([p for s in row for p in s.logps])
             own = {name: values[i] for name, values in terms.items()}
-            made = Group(tree, rewards[i] - penalty, tuple(texts[i]), {"old": sampled}, own, said.metrics)
+            extras = {"old": sampled}
+            if self.rollout.measured:
+                extras |= {"sampled": sampled, "version": torch.full((k,), float(version))}
+            made = Group(tree, rewards[i] - penalty, tuple(texts[i]), extras, own, said.metrics)
             groups.append(made)
         return groups
+
+    def written(
+        self, prompts: Sequence[TokenTree], iteration: int, samples: int
+    ) -> tuple[list[TokenTree], list[Tensor], int]:
+        """Each prompt with `samples` completions, the log-probs (R,) of their tokens as sampled, and the version of the weights."""
+        from penchant.rollout.environment import masked
+
+        rows, version = self._drawn(prompts, iteration, samples)
+        trees = []
+        for prompt, row in zip(prompts, rows, strict=True):
+            ids = tuple(np.array(s.ids, np.int32) for s in row)
+            cut = tuple(not s.finished for s in row)
+            trees.append(masked(TokenTree(prompt.row, prompt.prompt_ids, ids, cut, prompt.source), row))
+        return trees, [torch.tensor([p for s in row for p in s.own_logps]) for row in rows], version
 
 
 @dataclass(slots=True)
@@ -251,9 +428,12 @@ class OnPolicy(Algorithm):
     def begin_step(self, step: int, progress: float, trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
         """The groups of this update: new rollouts at an iteration's first update, else a part of the old ones."""
         iteration, update = divmod(step, self.config.updates)
+        self.writer.version = step
         if iteration != self.iteration:
             groups = self.written(trees, iteration)
             self.prepare(groups)
+            if measured(groups):
+                self._compare(groups, step)
             self.groups, self.iteration = groups, iteration
         epoch, at = divmod(update, self.config.minibatches)
         order = np.random.default_rng([self.writer.seed, iteration, epoch]).permutation(len(self.groups))
@@ -261,6 +441,69 @@ class OnPolicy(Algorithm):
         chosen = [g for i in mine if self.teaches(g := self.groups[i])]
         self._by_row = {g.tree.row: g for g in chosen}
         return [g.tree for g in chosen]
+
+    def look_ahead(self, step: int, total: int, rows: Callable[[int], Sequence[TokenTree]]) -> None:
+        """With rollout.lag: the next iteration's completions are begun, by the weights of this one's start."""
+        updates, writer = self.config.updates, self.writer
+        later = step + updates
+        if step % updates or later >= total or not getattr(writer, "rollout", RolloutConfig()).lag:
+            return
+        if writer.ahead is None:  # else a checkpoint brought them
+            writer.begin(rows(later), later // updates)
+
+    def end_step(self, step: int, means: Mapping[str, float]) -> None:
+        self.writer.version = step
+
+    def _compare(self, groups: Sequence[Group], step: int) -> None:
+        """Weights of tokens by who wrote them; an engine whose log-probs are not the policy's is not believed.
+
+        Raises:
+            RolloutError: they are further apart than `rollout.tolerance`, with the same weights and nothing left out of the draw.
+        """
+        how, cfg = self.writer.rollout, self.config
+        whole = cfg.top_p == 1.0 and not cfg.top_k and not cfg.min_p and cfg.repetition_penalty == 1.0
+        away = mismatch_of(groups)["rollout/logp_mismatch"]
+        same = all(bool((g.extras["version"] == step).all()) for g in groups)
+        if how.elsewhere and whole and same and not away <= self.writer.sampler.tolerance:
+            raise RolloutError(
+                self.writer.sampler.where,
+                f"the log-probs of what it wrote are {away:.2g} nats a token from the policy's in the mean "
+                f"(rollout.tolerance: {self.writer.sampler.tolerance:g})",
+                "start it with --logprobs-mode processed_logprobs and the run's dtype; where that is bf16, raise rollout.tolerance",
+            )
+        if how.correction == "none":
+            return
+        for g in groups:
+            lengths = torch.tensor(g.tree.trained)
+            g.extras["importance"] = importance_weights(
+                g.extras["old"].double(),
+                g.extras["sampled"].double(),
+                lengths,
+                kind=how.correction,
+                level=how.correction_level,
+                low=how.correction_low,
+                high=how.correction_high,
+            )
+
+    def importance(self, batch: PackedBatch, like: Tensor) -> Tensor | None:
+        """(R,) of a batch's tokens, where rollout.correction weighs them."""
+        if "importance" not in self._by_row[batch.rows[0]].extras:
+            return None
+        return self.extra(batch, "importance").to(like)
+
+    def rollout_values(self) -> dict[str, float]:
+        """Who wrote this step's rollouts, and how far its log-probs were from the policy's; nothing of the own sampler."""
+        if not measured(self.groups):
+            return {}
+        versions = torch.cat([g.extras["version"] for g in self.groups])
+        behind = float(self.iteration * self.config.updates - versions.mean())
+        found = mismatch_of(self.groups) | {"rollout/version": float(versions.min()), "rollout/lag": behind}
+        if "importance" in self.groups[0].extras:
+            weights = torch.cat([g.extras["importance"] for g in self.groups])
+            how = self.writer.rollout
+            bound = weights >= how.correction_high if how.correction == "tis" else weights == 0
+            found |= {"rollout/weight": float(weights.mean()), "rollout/weight_bound": float(bound.double().mean())}
+        return found
 
     def written(self, prompts: Sequence[TokenTree], iteration: int) -> list[Group]:
         """An iteration's groups."""
@@ -287,17 +530,39 @@ class OnPolicy(Algorithm):
         return {name: self.extra(batch, name) for name in self._by_row[batch.rows[0]].extras}
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The current rollouts: a run that stops between two updates goes on with the same ones."""
+        """The current rollouts, and those of the next batch: a run that stops between two updates goes on with the same ones."""
+        ahead = getattr(self.writer, "ahead", None)
+        found = {} if ahead is None else ahead.tensors()
         if self.iteration < 0 or self.config.updates == 1:
-            return {}
+            return found
         packed = {f"rollouts/{name}": value.contiguous() for name, value in pack_groups(self.groups).items()}
-        return packed | {"iteration": torch.tensor(self.iteration)}
+        return found | packed | {"iteration": torch.tensor(self.iteration)}
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        if (ahead := Ahead.of_tensors(tensors)) is not None:
+            self.writer.ahead = ahead
         if "iteration" in tensors:
             self.iteration = int(tensors["iteration"])
             prefix = "rollouts/"
             self.groups = unpack_groups({n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)})
+
+
+def measured(groups: Sequence[Group]) -> bool:
+    """Whether log-probs of whoever wrote are kept beside the policy's."""
+    return bool(groups) and "sampled" in groups[0].extras
+
+
+def mismatch_of(groups: Sequence[Group]) -> dict[str, float]:
+    """How far the log-probs of whoever wrote are from the policy's: ``|log pi - log mu|`` of a token, mean and most, and KL(mu || pi) by k3."""
+    from penchant.losses.divergences import kl_estimate
+
+    old, sampled = (torch.cat([g.extras[name] for g in groups]).double() for name in ("old", "sampled"))
+    away = (old - sampled).abs()
+    return {
+        "rollout/logp_mismatch": float(away.mean()),
+        "rollout/logp_mismatch_max": float(away.max()),
+        "rollout/kl_k3": float(kl_estimate(sampled, old, "k3").mean()),
+    }
 
 
 def kept(groups: Sequence[Group], finished_only: bool = False) -> list[Tensor] | None:
@@ -328,7 +593,7 @@ def score_groups(
 
     made = passes_over(all_of, trees, tokens_per_step, shared=scorer.shared, device=device, lanes=lanes)
     for members, found in made:
-        sizes = [sum(map(len, trees[i].completion_ids)) for i in members]
+        sizes = [sum(trees[i].trained) for i in members]
         for name, values in found.items():
             for i, part in zip(members, values.cpu().split(sizes), strict=True):
                 groups[i].extras[name] = part
@@ -337,7 +602,7 @@ def score_groups(
 def reward_metrics_of(groups: Sequence[Group]) -> dict[str, float]:
     """What a step's rollouts were like: reward, its spread (within groups where they have several), length, share that ended."""
     rewards = torch.stack([g.rewards for g in groups])
-    lengths = [len(c) for g in groups for c in g.tree.completion_ids]
+    lengths = [n for g in groups for n in g.tree.trained]
     several = rewards.shape[1] > 1
     silent = float(torch.isnan(rewards).double().mean())
     known = rewards[~rewards.isnan()]
@@ -379,9 +644,13 @@ def pack_groups(groups: Sequence[Group]) -> dict[str, Tensor]:
         "prompts": _joined([g.tree.prompt_ids for g in groups]),
         "lengths": torch.tensor([[len(c) for c in g.tree.completion_ids] for g in groups]),
         "completions": _joined([c for g in groups for c in g.tree.completion_ids]),
+        "trained": torch.tensor([g.tree.trained for g in groups]),
         "unfinished": torch.tensor([g.tree.truncated for g in groups]),
         "rewards": torch.stack([g.rewards for g in groups]) if groups else torch.zeros(0, 0),
     }
+    if any(g.tree.masks for g in groups):
+        whole = [m for g in groups for m in g.tree.masks or [np.ones(len(c), bool) for c in g.tree.completion_ids]]
+        packed["masks"] = torch.from_numpy(np.concatenate(whole))
     packed |= {f"extras/{name}": torch.cat([g.extras[name] for g in groups]) for name in names}
     if groups:
         packed |= {f"terms/{name}": torch.stack([g.terms[name] for g in groups]) for name in groups[0].terms}
@@ -398,7 +667,8 @@ def unpack_groups(packed: dict[str, Tensor]) -> list[Group]:
     prompts = packed["prompts"].split(packed["prompt_lengths"].tolist())
     k = packed["lengths"].shape[1]
     completions = packed["completions"].split(packed["lengths"].flatten().tolist())
-    tokens = packed["lengths"].sum(1).tolist()
+    tokens = packed.get("trained", packed["lengths"]).sum(1).tolist()  # an older checkpoint's are all trained
+    masks = packed["masks"].split(packed["lengths"].flatten().tolist()) if "masks" in packed else ()
     extras = {}
     logged = {n.removeprefix("logged/"): float(v) for n, v in packed.items() if n.startswith("logged/")}
     for name, values in packed.items():
@@ -408,7 +678,8 @@ def unpack_groups(packed: dict[str, Tensor]) -> list[Group]:
     groups = []
     for i, row in enumerate(packed["rows"].tolist()):
         ids = tuple(c.numpy() for c in completions[i * k : (i + 1) * k])
-        tree = TokenTree(row, prompts[i].numpy(), ids, tuple(packed["unfinished"][i].tolist()))
+        mine = tuple(m.numpy() for m in masks[i * k : (i + 1) * k])
+        tree = TokenTree(row, prompts[i].numpy(), ids, tuple(packed["unfinished"][i].tolist()), masks=mine)
         own = {n.removeprefix("terms/"): v[i] for n, v in packed.items() if n.startswith("terms/")}
         groups.append(Group(tree, packed["rewards"][i], (), {n: v[i] for n, v in extras.items()}, own, logged))
     return groups

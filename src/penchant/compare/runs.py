@@ -18,7 +18,7 @@ from penchant.base.files import file_sha256
 from penchant.base.machine import why_not
 from penchant.base.text import counted
 from penchant.compare.models import trained_prompts
-from penchant.config import WATCHING_ONLY, RunConfig, load_config, with_absolute_paths
+from penchant.config import RunConfig, load_config, what_is_computed, with_absolute_paths
 from penchant.errors import CheckpointError, ConfigError, DataError, ModelError, PenchantError
 from penchant.models.load import cast_parameters, load_causal_model, resolve_device, source_sha256
 from penchant.models.merge import is_adapter, model_sha256
@@ -57,9 +57,7 @@ class TrainedRun:
     @property
     def setting(self) -> str:
         """Everything that a run's result depends on but its seed; equal for runs that are one setting."""
-        values = self.config.model_dump(mode="json")
-        for name in WATCHING_ONLY:
-            values.pop(name)
+        values = what_is_computed(self.config)
         values["train"].pop("seed")
         data = self.manifest["data"]
         whole = {name: data[name]["fingerprint"] for name in ("train", "heldout") if name in data}

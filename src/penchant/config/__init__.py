@@ -13,10 +13,10 @@ from penchant.config.explain import SYNONYMS, explain_all, with_place  # noqa: F
 from penchant.config.schema import (  # noqa: F401
     BOTH,
     HOLD_OUT,
-    WATCHING_ONLY,
     RunConfig,
     default_settings,
     merged,
+    what_is_computed,
     with_absolute_paths,
 )
 from penchant.config.yaml import (  # noqa: F401

@@ -122,7 +122,8 @@ def _explain(error: Any, places: Places, source: str, suggest: Callable[[str], s
         how = "indent its keys below it"
         if where == "command line":
             first = next(iter(_fields_of((*path, ""))), "KEY")
-            how = f"set its keys, as in {dotted}.{first}={as_yaml(value)}"
+            shown = as_yaml(value) if isinstance(value, (int, float)) else "..."
+            how = f"set its keys, as in {dotted}.{first}={shown}"
         return ConfigError(where, f"{dotted} is {as_yaml(value)}", f"it is a section: {how}")
     if kind == "value_error" and not isinstance(value, bool):
         what, _, how = str(error["msg"]).removeprefix("Value error, ").partition("; ")

@@ -20,6 +20,7 @@ from penchant.losses.section import LossConfig, LossModifiers
 from penchant.metrics.flags.rule import TrustConfig
 from penchant.models.options import LoraConfig, ModelConfig, ReferenceConfig
 from penchant.rewards.builtin import RewardConfig, kind_of
+from penchant.rollout.options import PLACES, RolloutConfig
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
 
 BOTH = "loss and algorithm are both set; keep one: an algorithm uses no loss of this section"
@@ -55,6 +56,7 @@ class RunConfig(Section):
         None,
         description="for an online method: one of docs/rewards.md by name, path.py:function, a reward model's folder, a list of these, or a mapping from these to weights",
     )
+    rollout: RolloutConfig = RolloutConfig()
     reference: ReferenceConfig = ReferenceConfig()
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -80,6 +82,23 @@ class RunConfig(Section):
             "loss": {k: v for k, v in loss.items() if k != "ref_ema"},
             "reference": {**reference, "ema": ema} if ema is not None else reference,
         }
+
+    @model_validator(mode="before")
+    @classmethod
+    def _teacher_is_the_reference(cls, values: Any) -> Any:
+        """What gkd is held against is its teacher: teacher.path is reference.path."""
+        if not isinstance(values, dict) or "teacher" not in values:
+            return values
+        teacher, reference = values["teacher"], dict(values.get("reference") or {})
+        path = teacher.get("path") if isinstance(teacher, Mapping) else teacher
+        if not isinstance(path, str) or (isinstance(teacher, Mapping) and set(teacher) != {"path"}):
+            raise ConfigError("teacher", "is no model", "write teacher: {path: FOLDER}")
+        algorithm = values.get("algorithm")
+        if (algorithm.get("name") if isinstance(algorithm, Mapping) else algorithm) != "gkd":
+            raise ConfigError("teacher", "is of algorithm gkd alone", "set algorithm=gkd, or leave it out")
+        if reference.get("path", path) != path:
+            raise ConfigError("teacher.path", "and reference.path are both set", "keep one")
+        return {n: v for n, v in values.items() if n != "teacher"} | {"reference": {**reference, "path": path}}
 
     @field_validator("algorithm", mode="before")
     @classmethod
@@ -131,6 +150,14 @@ class RunConfig(Section):
             raise ValueError(BOTH)
         return self
 
+    @model_validator(mode="after")
+    def _somebody_writes(self) -> RunConfig:
+        if self.rollout != RolloutConfig() and self.method.rollouts is None:
+            raise ValueError(
+                "rollout is of methods that write completions in training; leave it out, or set algorithm.name"
+            )
+        return self
+
     @property
     def method(self) -> Method:
         """What trains: the algorithm, or the losses where there is none."""
@@ -139,6 +166,7 @@ class RunConfig(Section):
     def own_contents(self) -> dict[str, str]:
         """SHA-256 of each file of a user's own loss or algorithm, by its name; and of what they import, as ``NAME: helper.py``."""
         names = [c.name for c in self.loss.components] if self.algorithm is None else [self.algorithm.name]
+        names += [self.rollout.environment] if self.rollout.environment is not None else []
         own = [name for name in names if is_own(name) and own_file(name).is_file()]
         beside = {f"{name}: {file}": sha256 for name in own for file, sha256 in imported_sha256(name).items()}
         return {name: file_sha256(own_file(name)) for name in own} | beside
@@ -153,6 +181,14 @@ class RunConfig(Section):
     @field_serializer("loss")
     def _loss_as_mapping(self, value: LossConfig) -> dict[str, Any]:
         return value.to_mapping()
+
+
+def what_is_computed(config: RunConfig) -> dict[str, Any]:
+    """All settings but those that only watch, and those that say where something is done: they are as if nobody had set them."""
+    settings = config.model_dump(mode="json", exclude=set(WATCHING_ONLY))
+    default = RolloutConfig().model_dump(mode="json")
+    settings["rollout"] |= {name: default[name] for name in PLACES}
+    return settings
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -188,6 +224,9 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
             ),
             "reference": section(config.reference, "path"),
             "reward": rewards(config.reward),
+            "rollout": config.rollout.model_copy(
+                update={"environment": config.rollout.environment and absolute_reward(config.rollout.environment)}
+            ),
             "evaluation": config.evaluation.model_copy(update={"reward": rewards(config.evaluation.reward)}),
             "output": str(Path(config.output).expanduser().resolve()),
         }

@@ -626,12 +626,16 @@ def fit(prompt: Ids, completions: Sequence[Ids], room: int) -> tuple[Ids, list[I
     return prompt[len(prompt) - keep :], [c[:room] for c in completions]
 
 
-def same_tokens(a: Any, b: Any) -> bool:
-    """Whether two tokenizers turn every text into the same ids: all of their definition but padding and truncation."""
-    return _definition(a) == _definition(b)
+def same_tokens(a: Any, b: Any, *, template: bool = True) -> bool:
+    """Whether two tokenizers turn every text into the same ids: all of their definition but padding and truncation.
+
+    Args:
+        template: conversations too: the same chat template.
+    """
+    return _definition(a, template) == _definition(b, template)
 
 
-def _definition(tokenizer: Any) -> object:
+def _definition(tokenizer: Any, template: bool) -> object:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return sorted(tokenizer.get_vocab().items())
@@ -640,4 +644,5 @@ def _definition(tokenizer: Any) -> object:
     only_padding = tokenizer.pad_token_id if tokenizer.pad_token_id not in used else None
     kept = {k: v for k, v in parts.items() if k not in ("padding", "truncation", "added_tokens")}
     added = [t for t in parts.get("added_tokens", []) if t["id"] != only_padding]
-    return kept, added, tokenizer.bos_token_id, tokenizer.eos_token_id, getattr(tokenizer, "chat_template", None)
+    chat = getattr(tokenizer, "chat_template", None) if template else None
+    return kept, added, tokenizer.bos_token_id, tokenizer.eos_token_id, chat

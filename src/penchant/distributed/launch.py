@@ -43,8 +43,11 @@ def launch(command: Sequence[str], processes: int, restarts: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # it tells in forty lines what is one sentence
+    talkative = ("torch.distributed.elastic", "torch.distributed.launcher")
+    for name in [*talkative, *(n for n in logging.root.manager.loggerDict if n.startswith(talkative))]:
+        logging.getLogger(name).setLevel(
+            logging.CRITICAL
+        )  # it tells in forty lines what is one sentence; some have a level of their own
     with tempfile.TemporaryDirectory(prefix="penchant-launch-") as folder:
         config = LaunchConfig(
             min_nodes=1,

@@ -172,4 +172,16 @@ def adapter(given: Given, keys: list[str], rank: int, alpha: float, **targets: A
     return given.line(keys, "translated", ours)
 
 
+def quantized(given: Given, key: str, ours: str | None, adapted: bool) -> Iterator[Line]:
+    """Weights in 4 or 8 bits, which are below an adapter here; `ours`: None where nobody asks, empty where ours has no such bits."""
+    if ours is None:
+        if given.says(key):
+            yield given.line([key], "same", note="off, as here")
+    elif ours and adapted:
+        yield given.line([key], "translated", {"model.quantize": ours})
+    else:
+        how = "model.quantize: nf4 (or int8) stands beside a lora section (docs/memory.md)"
+        yield given.line([key], "unsupported", note=how)
+
+
 DERIVATIONS = (batch, length, schedule, saving, precision, report_to, ppo_batch)

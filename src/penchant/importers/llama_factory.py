@@ -28,8 +28,9 @@ def val_size(given: Given) -> Iterator[Line]:
 
 def lora(given: Given) -> Iterator[Line]:
     """finetuning_type and the adapter's keys."""
-    kind_key, *keys = TABLE["derived"]["lora"]
-    kind = given[kind_key]
+    kind_key, *keys, bits_key = TABLE["derived"]["lora"]
+    kind, bits = given[kind_key], given[bits_key]
+    yield from hf.quantized(given, bits_key, {4: "nf4", 8: "int8"}.get(bits, "") if bits else None, kind == "lora")
     if kind == "full":
         there = [kind_key, *(k for k in keys if given.says(k))]
         yield given.line(there, "same", note="without `lora` the whole model is trained")

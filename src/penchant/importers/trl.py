@@ -17,6 +17,8 @@ TABLE = table("trl")
 def lora(given: Given) -> Iterator[Line]:
     """An adapter, where use_peft is on; their lora_* keys alone do nothing."""
     keys = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora")
+    for key, ours in (("load_in_4bit", "nf4"), ("load_in_8bit", "int8")):
+        yield from hf.quantized(given, key, ours if given[key] else None, bool(given["use_peft"]))
     if not given["use_peft"]:
         if given.says("use_peft", *keys):
             there = ["use_peft", *(k for k in keys if given.says(k))]
@@ -185,6 +187,48 @@ def _of_other_losses(key: str, given: Given, names: list[Any]) -> Line:
     return given.line([key], "unsupported", note=how)
 
 
+def grpo_loss(given: Given) -> Iterator[Line]:
+    """What a GRPO of theirs is here: loss_type says how tokens are averaged, or that it is another method; sequence-level ratios are GSPO."""
+    kind, level, high = str(given["loss_type"]), given["importance_sampling_level"] or "token", given["epsilon_high"]
+    keys = ["loss_type", *(["importance_sampling_level"] if given.says("importance_sampling_level") else [])]
+    found = TABLE["grpo_losses"].get(kind)
+    if found is None or level not in ("token", "sequence") or (kind == "cispo" and level == "sequence"):
+        how = f"there is no {kind} with ratios of each {level}: take algorithm.name dapo, dr_grpo, gspo or cispo"
+        yield given.line(keys, "unsupported", {}, how)
+    elif kind == "cispo":
+        # theirs holds the ratio at epsilon_high itself, ours at 1 + clip_high
+        bound = number(high if high is not None else given["epsilon"]) - 1
+        ours = {"algorithm.name": "cispo", "algorithm.loss_mean": found}
+        note = (
+            ""
+            if bound > 0
+            else "ratios are held at 1 + algorithm.clip_high here, and at epsilon_high there: set it above 1"
+        )
+        if bound > 0:
+            ours["algorithm.clip_high"] = bound
+        yield given.line([*keys, "epsilon_high"], "unsupported" if note else "translated", ours, note)
+        return
+    else:
+        name = {"algorithm.name": "gspo"} if level == "sequence" else {}
+        yield given.line(keys, "translated", {**name, "algorithm.loss_mean": found})
+    if high is not None:
+        yield given.line(["epsilon_high"], "translated", {"algorithm.clip_high": number(high)})
+    elif given.says("epsilon_high"):
+        yield given.line(["epsilon_high"], "same", note="not set")
+    elif level == "sequence":  # gspo's own would be another
+        yield Line((), "translated", (("algorithm.clip_high", number(given["epsilon"])),), "epsilon", given=False)
+
+
+def gkd_loss(given: Given) -> Iterator[Line]:
+    """Their beta: 0 is the forward KL, 1 the reverse one."""
+    beta = number(given["beta"])
+    if beta in (0.0, 1.0):
+        ours: dict[str, Any] = {"algorithm.divergence": "reverse_kl" if beta else "forward_kl"}
+    else:
+        ours = {"algorithm.divergence": "jsd", "algorithm.beta": beta}
+    yield given.line(["beta"], "translated", ours)
+
+
 def cpo_loss(given: Given) -> Iterator[Line]:
     """CPO, SimPO and AlphaPO, which share a trainer there."""
     keys = ["loss_type", "beta", "cpo_alpha"]
@@ -229,6 +273,7 @@ def groups(given: Given) -> Iterator[Line]:
 
 
 THEIR_REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward", "get_soft_overlong_punishment")
+OUR_REWARDS = {"accuracy_reward": "accuracy", "think_format_reward": "think_format"}
 
 
 def rewards(given: Given) -> Iterator[Line]:
@@ -237,8 +282,9 @@ def rewards(given: Given) -> Iterator[Line]:
     key = "reward_model_path" if given.says("reward_model_path") else "reward_model_name_or_path"
     named = given["reward_funcs"] or []
     named = named if isinstance(named, list) else [named]
-    left = [n for n in named if n in THEIR_REWARDS or "." not in str(n)]
-    functions = [_as_file(str(n)) for n in named if n not in left]
+    named = [OUR_REWARDS.get(str(n), n) for n in named]
+    left = [n for n in named if n in THEIR_REWARDS or ("." not in str(n) and n not in OUR_REWARDS.values())]
+    functions = [str(n) if n in OUR_REWARDS.values() else _as_file(str(n)) for n in named if n not in left]
     terms = [str(model), *functions] if model else functions
     weights = given["reward_weights"] or [1.0] * len(terms)
     if left:
@@ -248,7 +294,7 @@ def rewards(given: Given) -> Iterator[Line]:
         keys = [k for k in (key, "reward_funcs", "reward_weights") if given[k] is not None]
         note = "called as f(prompts, completions) with lists of text, and answers a list of numbers"
         ours = {"reward": dict(zip(terms, map(number, weights), strict=True))}
-        yield given.line(keys, "translated", ours, note if functions else "")
+        yield given.line(keys, "translated", ours, note if any(":" in f for f in functions) else "")
     elif terms:
         ours = {"reward": dict.fromkeys(terms, 1.0)}
         yield given.line(["reward_weights"], "unsupported", ours, "give each reward its weight")
@@ -289,6 +335,6 @@ def guess(values: Mapping[str, Any], name: str) -> str | None:
 
 SOURCE = source(
     "trl",
-    (*hf.DERIVATIONS, lora, data, reference, dpo_loss, cpo_loss, groups, rewards, ppo_length),
+    (*hf.DERIVATIONS, lora, data, reference, dpo_loss, cpo_loss, grpo_loss, gkd_loss, groups, rewards, ppo_length),
     guess,
 )

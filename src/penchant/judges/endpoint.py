@@ -180,6 +180,7 @@ class Connection:
     Args:
         url: ``http(s)://HOST/v1``; key: sent as a bearer token, never shown; timeout: seconds without a byte.
         attempts: of one question; pause: seconds before the second attempt, twice as many before each further one.
+        largest: bytes of a reply that are read.
     """
 
     url: str
@@ -187,17 +188,18 @@ class Connection:
     timeout: float = 120.0
     attempts: int = 6
     pause: float = 1.0
+    largest: int = LARGEST
 
-    def post(self, path: str, body: Mapping[str, Any], stop: threading.Event) -> Any:
+    def post(self, path: str, body: Mapping[str, Any] | None, stop: threading.Event) -> Any:
         """The JSON that the endpoint answers; None where it answers something else.
 
         Args:
-            stop: set when nobody waits any more.
+            body: None: GET; stop: set when nobody waits any more.
 
         Raises:
             NoReply: none after all attempts, or refused.
         """
-        data = json.dumps(body).encode()
+        data = None if body is None else json.dumps(body).encode()
         if stop.is_set():
             raise NoReply("was not asked: an earlier question was refused")
         for attempt in range(1, self.attempts + 1):
@@ -227,7 +229,7 @@ class Connection:
         if client is not None:
             client.close()
 
-    def _once(self, path: str, data: bytes) -> tuple[tuple[Any] | str, float]:
+    def _once(self, path: str, data: bytes | None) -> tuple[tuple[Any] | str, float]:
         """One attempt: the reply in a tuple, or what went wrong and the seconds that the endpoint wants to be left alone."""
         import httpx
 
@@ -235,16 +237,18 @@ class Connection:
         if self.key is not None:
             headers["Authorization"] = f"Bearer {self.key}"
         try:
-            with self._client.stream("POST", self.url + path, content=data, headers=headers) as reply:
+            with self._client.stream(
+                "GET" if data is None else "POST", self.url + path, content=data, headers=headers
+            ) as reply:
                 received = bytearray()
                 for chunk in reply.iter_bytes():
                     received += chunk
-                    if len(received) > LARGEST:
+                    if len(received) > self.largest:
                         break
         except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
             return f"cannot be reached ({shown(self.without_key(str(error)) or type(error).__name__)})", 0.0
         if reply.is_success:
-            return (_json(received),), 0.0
+            return (_json(received, self.largest),), 0.0
         what = f"answered {reply.status_code} {shown(reply.reason_phrase)}".rstrip()
         said = _message(received)
         what += f": {shown(self.without_key(said)[:300])}" if said else ""
@@ -311,8 +315,8 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _json(data: bytes | bytearray) -> Any:
-    if len(data) > LARGEST:
+def _json(data: bytes | bytearray, largest: int = LARGEST) -> Any:
+    if len(data) > largest:
         return None
     try:
         return json.loads(data)

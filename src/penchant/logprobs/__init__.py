@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, Literal, NamedTuple, cast
@@ -36,6 +37,7 @@ class CompletionLogps(NamedTuple):
         sums: (C,) of each completion; tokens: (R,) of each token.
         alignment: (C,) mean over tokens of ``log pi(y_t) - log sum_v pi(v)^2``, without gradient, where asked for.
         ref_tokens, divergence: (R,) the reference's log-probs and the divergence from it, of `Scorer.divergence`.
+        entropy: (R,) over the vocabulary, with gradient, where asked for.
     """
 
     sums: Tensor
@@ -43,6 +45,7 @@ class CompletionLogps(NamedTuple):
     alignment: Tensor | None = None
     ref_tokens: Tensor | None = None
     divergence: Tensor | None = None
+    entropy: Tensor | None = None
 
 
 def per_completion(values: Tensor, lengths: Tensor) -> Tensor:
@@ -174,20 +177,17 @@ class Scorer:
         """The hidden states (R, d) that predict the completion tokens."""
         return self.hidden(batch).index_select(0, batch.predict_index)
 
-    def logps(self, batch: PackedBatch, *, alignment: bool = False, hidden: Tensor | None = None) -> CompletionLogps:
-        """Summed log-probs per completion (C,) and per token (R,), in nats; `alignment` on request.
+    def logps(
+        self, batch: PackedBatch, *, alignment: bool = False, hidden: Tensor | None = None, entropy: bool = False
+    ) -> CompletionLogps:
+        """Summed log-probs per completion (C,) and per token (R,), in nats; `alignment` or `entropy` on request.
 
         `hidden` (R, d) from `predicting`, where the caller needs it too, saves a second forward pass.
         """
         hidden = self.predicting(batch) if hidden is None else hidden
-        head, scale, softcap = self._head()
-        if self.temperature != 1.0:
-            if softcap is not None:
-                raise ValueError("a model that caps its logits has no head for a temperature")
-            if type(head) is nn.Linear and head.bias is None:
-                hidden = hidden / self.temperature  # the same as logits / temperature, and the fast head stays
-            else:
-                scale = scale / self.temperature
+        if entropy:
+            return self._with_entropy(batch, hidden)
+        hidden, head, scale, softcap = self._tempered(hidden)
         if type(head) is not nn.Linear:
             tokens, collision = module_token_logps(head, hidden, batch.target_ids, scale, softcap, alignment)
         elif self._fast is not None and head.bias is None and scale == 1.0 and softcap is None:
@@ -209,16 +209,15 @@ class Scorer:
         found: Tensor = head(self.predicting(batch))
         return found
 
-    def valued(self, batch: PackedBatch, head: nn.Module) -> tuple[CompletionLogps, Tensor]:
+    def valued(self, batch: PackedBatch, head: nn.Module, *, entropy: bool = False) -> tuple[CompletionLogps, Tensor]:
         """Log-probs and `values` of one forward pass."""
         hidden = self.predicting(batch)
-        return self.logps(batch, hidden=hidden), head(hidden)
+        return self.logps(batch, hidden=hidden, entropy=entropy), head(hidden)
 
     def row_logits(self, batch: PackedBatch) -> RowLogits:
         """The logits of a slice of predicting positions, in fp32 (fp64), without gradient: what a divergence compares with."""
         with torch.no_grad():
-            hidden = self.predicting(batch)
-        head, scale, softcap = self._head()
+            hidden, head, scale, softcap = self._tempered(self.predicting(batch))
 
         @torch.no_grad()
         def rows(part: slice) -> Tensor:
@@ -230,8 +229,24 @@ class Scorer:
 
     def divergence(self, batch: PackedBatch, ref_logits: RowLogits, kind: DivergenceKind) -> CompletionLogps:
         """Log-probs as `logps` gives them, with the divergence from a reference at every completion token."""
-        hidden = self.predicting(batch)
-        head, scale, softcap = self._head()
+        return self._divergence(batch, self.predicting(batch), ref_logits, kind)
+
+    def _with_entropy(self, batch: PackedBatch, hidden: Tensor) -> CompletionLogps:
+        """``H(p) = log V - KL(p || uniform)``, so it is the divergence from a reference whose logits are all zero."""
+        vocabulary = base_model_of(self.model).get_output_embeddings().weight.shape[0]
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+
+        def uniform(part: slice) -> Tensor:
+            return torch.zeros(len(batch.target_ids[part]), vocabulary, dtype=wide, device=hidden.device)
+
+        found = self._divergence(batch, hidden, uniform, DivergenceKind("kl", "policy_ref"))
+        assert found.divergence is not None
+        return CompletionLogps(found.sums, found.tokens, entropy=math.log(vocabulary) - found.divergence)
+
+    def _divergence(
+        self, batch: PackedBatch, hidden: Tensor, ref_logits: RowLogits, kind: DivergenceKind
+    ) -> CompletionLogps:
+        hidden, head, scale, softcap = self._tempered(hidden)
         if type(head) is nn.Linear:
             tokens, ref_tokens, values = divergence_logps(
                 hidden, head.weight, batch.target_ids, ref_logits, kind, head.bias, scale=scale, softcap=softcap
@@ -241,6 +256,17 @@ class Scorer:
                 head, hidden, batch.target_ids, ref_logits, kind, scale, softcap
             )
         return CompletionLogps(per_completion(tokens, batch.lengths), tokens, ref_tokens=ref_tokens, divergence=values)
+
+    def _tempered(self, hidden: Tensor) -> tuple[Tensor, Any, float, float | None]:
+        """Hidden states, head, scale and cap that give logits / temperature."""
+        head, scale, softcap = self._head()
+        if self.temperature == 1.0:
+            return hidden, head, scale, softcap
+        if softcap is not None:
+            raise ValueError("a model that caps its logits has no head for a temperature")
+        if type(head) is nn.Linear and head.bias is None:
+            return hidden / self.temperature, head, scale, softcap  # the same, and the fast head stays
+        return hidden, head, scale / self.temperature, softcap
 
     def _head(self) -> tuple[Any, float, float | None]:
         base = base_model_of(self.model)

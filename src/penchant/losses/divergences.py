@@ -4,7 +4,7 @@ Notation: p the policy, q the reference, lp and lq their log-probabilities, rows
 
     KL(q || p)      = sum q (lq - lp)                          d/dlogits_p = p - q
     KL(p || q)      = sum p (lp - lq)                          d/dlogits_p = p (d - KL)
-    JS              = KL(p || m) / 2 + KL(q || m) / 2          d/dlogits_p = p (lp - lm - KL(p || m)) / 2,  m = (p + q) / 2
+    JS_b            = (1-b) KL(p || m) + b KL(q || m)          d/dlogits_p = (1-b) p (lp - lm - KL(p || m)),  m = (1-b) p + b q
     Renyi_a(q || p) = log sum q^a p^(1-a) / (a - 1)            d/dlogits_p = p - w
     Renyi_a(p || q) = log sum p^a q^(1-a) / (a - 1)            d/dlogits_p = a (w - p) / (a - 1)
 
@@ -30,11 +30,12 @@ FLOOR = -1e5  # nats
 
 
 class DivergenceKind(NamedTuple):
-    """Which divergence: kind, direction (JS has none), and the order of Renyi's."""
+    """Which divergence: kind, direction (JS has none), the order of Renyi's, and the reference's share in JS's mean (b, within 0 and 1)."""
 
     kind: Divergence = "kl"
     direction: Direction = "ref_policy"
     renyi_alpha: float = 1.5
+    js_beta: float = 0.5
 
 
 def divergence(policy_logits: Tensor, ref_logits: Tensor, kind: DivergenceKind) -> Tensor:
@@ -81,8 +82,8 @@ def value_of(lp: Tensor, lq: Tensor, kind: DivergenceKind) -> Tensor:
     """The divergence of each row (rows,) from log-probabilities (rows, vocabulary)."""
     a, b = (lq, lp) if kind.direction == "ref_policy" else (lp, lq)
     if kind.kind == "js":
-        lm = _log_mean(lp, lq)
-        return (0.5 * (_kl(lp, lm) + _kl(lq, lm))).clamp(min=0.0, max=math.log(2.0))
+        lm, beta = _log_mean(lp, lq, kind.js_beta), kind.js_beta
+        return ((1 - beta) * _kl(lp, lm) + beta * _kl(lq, lm)).clamp(min=0.0, max=math.log(2.0))
     if kind.kind == "kl" or kind.renyi_alpha == 1.0:
         return _kl(a, b).clamp(min=0.0)
     return _renyi(a, b, kind.renyi_alpha).clamp(min=0.0)
@@ -93,8 +94,8 @@ def grad_of(lp: Tensor, lq: Tensor, value: Tensor, kind: DivergenceKind) -> Tens
     to_policy = kind.direction == "ref_policy"
     p = lp.exp()
     if kind.kind == "js":
-        gap = lp - _log_mean(lp, lq)
-        return 0.5 * p * (gap - (p * gap).sum(-1, keepdim=True))
+        gap = lp - _log_mean(lp, lq, kind.js_beta)
+        return (1 - kind.js_beta) * p * (gap - (p * gap).sum(-1, keepdim=True))
     if kind.kind == "kl" or kind.renyi_alpha == 1.0:
         if to_policy:
             return p - lq.exp()
@@ -110,8 +111,9 @@ def grad_of(lp: Tensor, lq: Tensor, value: Tensor, kind: DivergenceKind) -> Tens
     return order / (order - 1) * difference
 
 
-def _log_mean(lp: Tensor, lq: Tensor) -> Tensor:
-    return torch.logaddexp(lp, lq) - math.log(2.0)
+def _log_mean(lp: Tensor, lq: Tensor, b: float) -> Tensor:
+    """``log((1 - b) p + b q)``."""
+    return torch.logaddexp(lp, lq + math.log(b / (1 - b))) + math.log(1 - b)
 
 
 def _kl_terms(a: Tensor, b: Tensor) -> Tensor:

@@ -186,6 +186,44 @@ def sequence_log_ratio(logps: Tensor, old_logps: Tensor, lengths: Tensor) -> Ten
     return sums / lengths
 
 
+def importance_weights(
+    logps: Tensor,
+    sampled_logps: Tensor,
+    lengths: Tensor,
+    *,
+    kind: Literal["tis", "mis"],
+    level: Literal["token", "sequence"] = "token",
+    low: float = 0.0,
+    high: float = 2.0,
+) -> Tensor:
+    """What each token's loss is multiplied with where something else wrote it than the policy that trains: another engine, older weights.
+
+    ``r = e^(log pi - log mu)`` of a token, or ``e^(sum_t (log pi - log mu))`` of its whole completion; truncated (TIS): ``min(r, high)``;
+    masked (MIS): ``r`` where ``low <= r <= high``, else 0. The log-ratio is held at +-20; no gradient flows through a weight.
+
+    Args:
+        logps: (R,) of the policy that trains, before the batch's first update; sampled_logps: (R,) as the sampler gave them.
+        lengths: (C,) tokens of each completion; high: > 0; low: of MIS alone, < high.
+
+    Returns:
+        (R,) detached.
+
+    Raises:
+        ValueError: the shapes differ.
+
+    Paper: truncated importance sampling: Ionides (2008), https://doi.org/10.1198/106186008X320456; masked at both ends: arXiv 2510.18855.
+    """
+    require_vectors(logps, sampled_logps)
+    drift = (logps - sampled_logps).detach()
+    if level == "sequence":
+        of = torch.repeat_interleave(torch.arange(len(lengths), device=drift.device), lengths)
+        drift = drift.new_zeros(len(lengths)).index_add(0, of, drift)[of]
+    ratio = torch.exp(drift.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+    if kind == "tis":
+        return ratio.clamp(max=high)
+    return torch.where((ratio >= low) & (ratio <= high), ratio, 0.0)
+
+
 def cispo_surrogate(
     logps: Tensor, old_logps: Tensor, advantages: Tensor, *, clip_high: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -555,6 +555,6 @@ def evaluate_online(
     if start_rewards is not None:
         gained = gain_figures(rewards, start_rewards)
         metrics |= {f"eval/{name}": value for name, value in gained.items() if name.startswith("win_rate")}
-    metrics["eval/completions/length"] = float(np.mean([len(t.completion_ids[0]) for t in trees]))
+    metrics["eval/completions/length"] = float(np.mean([t.trained[0] for t in trees]))
     metrics["eval/completions/ended"] = float(np.mean([not t.truncated[0] for t in trees]))
     return metrics

@@ -117,17 +117,15 @@ def ranks_of(run: OutlinedRun, memory: Memory, counts: Sequence[int]) -> dict[in
     launch = run.config.launch
     sizes, needed = Sizes.of(run.model, run.config.train.optimizer), "reference" in run.method.needs
     held = needed and reference_kind(run.config) == "frozen"
-    how = {
+    how: dict[str, Any] = {
         "width": run.dtype.itemsize,
         "activations": passing,
         "copies": run.method.copies,
         "frozen": int(held and not run.config.reference.moves),
         "moved": int(held and run.config.reference.moves),
     }
-    return {
-        n: of_a_rank(sizes, n, **how, **({} if n == 1 else {"replicas": launch.replicas, "reshard": launch.reshard}))
-        for n in counts
-    }
+    several: dict[str, Any] = {"replicas": launch.replicas, "reshard": launch.reshard}
+    return {n: of_a_rank(sizes, n, **how, **({} if n == 1 else several)) for n in counts}
 
 
 # ---- The table of docs/many_gpus.md: well-known shapes on 1 to 64 GPUs ----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -56,6 +57,7 @@ def _trained(title: str, name: str, unit: str = "", label: str = "train", *, log
     return Panel(title, unit, ((name, label),), log, main=False)
 
 
+ONE_REWARD = re.compile(r"(?:eval/)?rewards/.+/mean")
 PANELS = (
     _both("Loss", "loss"),
     _both("Preference accuracy", "rewards/accuracies", "%"),
@@ -83,6 +85,19 @@ PANELS = (
 )
 
 
+def _panels(data: ReportData) -> tuple[Panel, ...]:
+    """`PANELS`, with one for each reward where a run's is a sum of several, behind the sum."""
+    found = {
+        n for run in data.runs for line in (*run.trained[-1:], *run.evals[-1:]) for n in line if ONE_REWARD.fullmatch(n)
+    }
+    single = sorted({n.removeprefix("eval/") for n in found})
+    if len(single) < 2:
+        return PANELS
+    at = next(i for i, panel in enumerate(PANELS) if panel.lines[0][0] == "reward") + 1
+    own = (_both(f"Reward {n.split('/', 1)[1].removesuffix('/mean')}", n, main=False) for n in single)
+    return (*PANELS[:at], *own, *PANELS[at:])
+
+
 BY_SET = (("Loss", "loss", ""), ("Preference accuracy", "rewards/accuracies", "%"), ("Perplexity", "perplexity", ""))
 
 
@@ -99,7 +114,7 @@ def _by_set(runs: Sequence[RunData]) -> list[Panel]:
 
 def curves(data: ReportData) -> Element | None:
     """Every plot that has a point; None where there is none."""
-    panels = (*PANELS, *_by_set(data.runs))
+    panels = (*_panels(data), *_by_set(data.runs))
     if len(data.runs) == 1:
         plots = [(True, _of_one(panel, data.runs[0])) for panel in panels]
         plots.append((True, _reliability(data.runs[0].calibration)))
@@ -123,7 +138,10 @@ def points_of(run: RunData, metric: str) -> tuple[Point, ...]:
     found = {
         step: value
         for line in (run.evals if metric.startswith("eval/") else run.trained)
-        if (step := num(line, "step")) is not None and (value := num(line, metric)) is not None
+        if (step := num(line, "step")) is not None
+        and (value := num(line, metric)) is not None
+        # an online method's held-out loss is minus its reward, for choosing a checkpoint: nothing that stands beside training's
+        and not (metric == "eval/loss" and num(line, "eval/reward") == -value)
     }
     return tuple(sorted(found.items()))
 

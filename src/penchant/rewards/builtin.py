@@ -371,4 +371,8 @@ def _options(name: str, given: Mapping[str, Any]) -> Section:
         raise ValueError(f"{name} has no option {unknown!r}; there are {', '.join(section.model_fields)}, weight")
     if lacking := next((k for k, f in section.model_fields.items() if f.is_required() and k not in made), None):
         raise ValueError(f"{name} needs {lacking}; write {{{name}: {{{lacking}: ...}}}}")
-    return section.model_validate(made)
+    try:
+        return section.model_validate(made)
+    except ValidationError as error:
+        at = [{**e, "loc": (name, *e["loc"])} for e in error.errors(include_url=False)]
+        raise ValidationError.from_exception_data(error.title, at) from None  # type: ignore[arg-type]

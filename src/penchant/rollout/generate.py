@@ -31,7 +31,14 @@ def row_uniforms(seed: int, prompt_seed: int, sample: int, count: int) -> np.nda
 
 
 def draw(
-    logits: Tensor, uniforms: Tensor, *, temperature: float, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0
+    logits: Tensor,
+    uniforms: Tensor,
+    *,
+    temperature: float,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    penalized: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The next token of each row, by the inverse of the distribution function at that row's uniform number.
 
@@ -40,14 +47,20 @@ def draw(
         temperature: 0 takes the most likely token; top_p: of the smallest set of tokens with at least this probability;
         top_k: of so many most likely tokens, 0 for all (before top_p, which then counts their probabilities only).
         min_p: of the tokens with at least this share of the most likely one's probability (first; arXiv 2407.01082).
+        penalized: (B, V) logits to draw from in place of `logits`, whose log-probs are still given.
 
     Returns:
-        tokens (B,) int64, and their log-probs (B,) under ``softmax(logits / temperature)``, before min-p, top-k and top-p; NaN where
+        tokens (B,) int64, and their log-probs (B,) under ``softmax(logits / temperature)``, before penalties, min-p, top-k and top-p; NaN where
         logits are NaN or infinite (`check_logps`).
     """
     if logits.ndim != 2 or uniforms.shape != logits.shape[:1]:
         raise ValueError(f"logits (B, V) and uniforms (B,) are wanted, not {logits.shape} and {uniforms.shape}")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if penalized is not None:
+        how = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
+        tokens, _ = draw(penalized, uniforms, **how)  # type: ignore[arg-type]
+        own = logits if temperature == 0 else logits / min(max(temperature, 1e-8), 1e8)
+        return tokens, torch.log_softmax(own, -1).gather(1, tokens[:, None]).squeeze(1)
     if temperature == 0:
         logps = torch.log_softmax(logits, dim=-1)
         tokens = logits.argmax(-1)
@@ -124,11 +137,20 @@ LOGITS_AT_ONCE = 1 << 23  # logits of a step: 2^23 of them are 170 rows of a voc
 
 @dataclass(slots=True)
 class Sample:
-    """One completion: its token ids (EOS included when it ended), and the log-prob of each under the sampling distribution."""
+    """One completion: its token ids (EOS included when it ended), and the log-prob of each under the sampling distribution.
+
+    `own` says which tokens the policy wrote, where an environment spoke too; empty: all.
+    """
 
     ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
     finished: bool = False
+    own: list[bool] = field(default_factory=list)
+
+    @property
+    def own_logps(self) -> list[float]:
+        """Log-probs of the policy's own tokens."""
+        return [p for p, own in zip(self.logps, self.own, strict=True) if own] if self.own else self.logps
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,19 +164,46 @@ class Settings:
     top_k: int
     ends: frozenset[int]
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
-    def draw(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    def draw(self, logits: Tensor, uniforms: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
         s = self
-        return draw(logits, uniforms, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, min_p=s.min_p)
+        return draw(
+            logits,
+            uniforms,
+            temperature=s.temperature,
+            top_p=s.top_p,
+            top_k=s.top_k,
+            min_p=s.min_p,
+            penalized=None if seen is None else penalized(logits, seen, s.repetition_penalty),
+        )
+
+
+def penalized(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Logits (B, V) with those of the tokens that a row holds already divided by `penalty` where positive, times it where negative.
+
+    Args:
+        seen: (B, n) token ids of prompt and completion; a token may stand there often, and counts once.
+
+    Paper: arXiv 1909.05858.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    known = logits.gather(1, seen)
+    return logits.scatter(1, seen, torch.where(known < 0, known * penalty, known / penalty))
 
 
 class Written:
     """What has been written so far, on the model's device: one line a completion, and its own uniform numbers."""
 
     def __init__(
-        self, prompts: int, settings: Settings, seed: int, prompt_seeds: Sequence[int], device: torch.device
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: Settings,
+        seed: int,
+        prompt_seeds: Sequence[int],
+        device: torch.device,
     ) -> None:
-        lines, columns = prompts * settings.n, settings.max_new_tokens
+        lines, columns = len(prompts) * settings.n, settings.max_new_tokens
         self.settings, self.device = settings, device
         self.ids = torch.zeros(lines, columns, dtype=torch.int64, device=device)
         self.logps = torch.zeros(lines, columns, device=device)
@@ -163,6 +212,19 @@ class Written:
         self._seed, self._prompt_seeds = seed, prompt_seeds
         self._uniforms = in_fp64(torch.zeros(lines, columns, device=device))
         self._ends = torch.tensor(sorted(settings.ends), dtype=torch.int64, device=device)
+        self._asked: Tensor | None = None  # (prompts, longest) ids, filled up with a prompt's own first one
+        if settings.repetition_penalty != 1.0:
+            longest = max(map(len, prompts))
+            padded = [[*p, *[p[0]] * (longest - len(p))] for p in prompts]
+            self._asked = torch.tensor(padded, dtype=torch.int64, device=device)
+
+    def _seen(self, lines: Tensor, at: Tensor) -> Tensor | None:
+        """(B, n) ids that each line's prompt and completion hold so far."""
+        if self._asked is None:
+            return None
+        asked = self._asked[lines // self.settings.n]
+        there = torch.arange(self.ids.shape[1], device=self.device) < at[:, None]
+        return torch.cat((asked, torch.where(there, self.ids[lines], asked[:, :1])), 1)
 
     def lines_of(self, prompts: Sequence[int]) -> Tensor:
         """The lines of these prompts' completions."""
@@ -179,7 +241,7 @@ class Written:
     def add(self, lines: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Draw the next token of each line from its logits; the tokens, and which lines go on."""
         at = self.lengths[lines]
-        tokens, logps = self.settings.draw(logits, self._uniforms[lines, at])
+        tokens, logps = self.settings.draw(logits, self._uniforms[lines, at], self._seen(lines, at))
         self.ids[lines, at] = tokens
         self.logps[lines, at] = logps.float()
         self.lengths[lines] = at + 1
@@ -209,6 +271,7 @@ def sample(
     top_p: float = 1.0,
     top_k: int = 0,
     min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
     prompt_seeds: Sequence[int] | None = None,
     eos_token_id: int | Collection[int] | None = None,
@@ -222,6 +285,7 @@ def sample(
         temperature: 0 is greedy; log-probs are of ``softmax(logits / temperature)`` (before top-k and top-p).
         top_p, top_k: sample from the smallest set of tokens whose probabilities sum to top_p, of the top_k (0: all) most likely.
         min_p: of the tokens with at least this share of the most likely one's probability.
+        repetition_penalty: logits of tokens that prompt and completion hold already are divided by it (times it where negative).
         seed: of the draws; prompt_seeds: one number a prompt (default: its index). A completion is a function of weights, prompt,
             both numbers and its index among the n, up to rounding: not of the other prompts, nor of how many rows run together.
         eos_token_id: the id, or ids, at which a completion ends: `penchant.data.templates.end_ids` of model and tokenizer.
@@ -231,11 +295,11 @@ def sample(
         For each prompt, in order, its `n` samples.
     """
     ends = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or ()
-    settings = Settings(n, max_new_tokens, temperature, top_p, top_k, frozenset(ends), min_p)
+    settings = Settings(n, max_new_tokens, temperature, top_p, top_k, frozenset(ends), min_p, repetition_penalty)
     if not prompts:
         return []
     seeds = prompt_seeds if prompt_seeds is not None else range(len(prompts))
-    written = Written(len(prompts), settings, seed, seeds, next(model.parameters()).device)
+    written = Written(prompts, settings, seed, seeds, next(model.parameters()).device)
     training = model.training
     model.eval()
     with torch.inference_mode():

@@ -223,6 +223,7 @@ def checkpoint_state(path: Path) -> dict[str, Any]:
 
 
 CONTENT = "content of "  # how keys of an identity begin that hold the SHA-256 of something beside config and data
+IN_CACHE = " in the hub's cache"  # where a file that comes later is no change: it was not read before
 TOKENS = f"{CONTENT}the rows as tokens"  # a run of an older version does not have it
 
 
@@ -282,6 +283,8 @@ def changed(theirs: Mapping[str, Any], mine: Mapping[str, Any], defaults: Mappin
     looked_at = {key.partition(": ")[0] for key in theirs} if TOKENS in theirs else set()
     not_kept = {k: v for k, v in mine.items() if k.startswith(CONTENT) and k.partition(": ")[0] not in looked_at}
     theirs = {**not_kept, **theirs}
+    on_one_side = {k for k in mine.keys() ^ theirs.keys() if k.partition(": ")[0].endswith(IN_CACHE)}
+    theirs, mine = ({k: v for k, v in of.items() if k not in on_one_side} for of in (theirs, mine))
     if TOKENS not in mine:
         theirs = {key: value for key, value in theirs.items() if key != TOKENS}
     rows = [] if theirs.get("data") == mine.get("data") else [f"data: the rows of {_files_of(mine)} have changed"]

@@ -424,7 +424,7 @@ def reference_kind(config: RunConfig) -> str:
         ConfigError: the method or the model cannot have it so.
     """
     kind, own = str(config.reference.kind), config.reference.path is not None
-    if kind == "auto" and (config.reference.moves or (config.lora is None and config.method.live_reference)):
+    if kind == "auto" and (config.reference.moves or (config.method.live_reference and (config.lora is None or own))):
         kind = "frozen"
     elif kind == "auto":
         kind = "adapter" if config.lora is not None and not own else "cached"

@@ -20,7 +20,7 @@ from penchant.base.files import file_sha256, spared
 from penchant.base.hub import snapshot
 from penchant.base.machine import cores, device_name, why_not
 from penchant.base.text import redact, without_passwords
-from penchant.config import WATCHING_ONLY, RunConfig, dump_config
+from penchant.config import RunConfig, dump_config, what_is_computed
 from penchant.data.cached import AUTO_BYTES, hashes_of
 from penchant.data.load import turns_of
 from penchant.data.mapped import row_weights
@@ -30,7 +30,7 @@ from penchant.logprobs.reference import hash_trees
 from penchant.models.merge import adapter_base, is_adapter
 from penchant.models.options import looks_like_folder
 from penchant.rewards.reward_model import content_sha256, contents_beside
-from penchant.runfolder import CONTENT, GIVEN_FOLDER, IDENTITY, TOKENS, is_whole, keep
+from penchant.runfolder import CONTENT, GIVEN_FOLDER, IDENTITY, IN_CACHE, TOKENS, is_whole, keep
 from penchant.runfolder.read import read
 from penchant.runs.sharing import Alone
 from penchant.types import Prompt
@@ -94,9 +94,7 @@ def tokenizer_sha256(tokenizer: Any) -> str:
 
 def run_identity(config: RunConfig, fingerprints: list[str], contents: Mapping[str, str]) -> dict[str, Any]:
     """All settings but those that only watch, the data, and what rewards, losses and algorithms of a user's own are made of."""
-    settings = config.model_dump(mode="json")
-    for section in WATCHING_ONLY:
-        settings.pop(section, None)
+    settings = what_is_computed(config)
     for name in ("cache", "bounds"):  # they change no row that is read
         settings["data"].pop(name, None)
     if settings["algorithm"] is not None and settings["algorithm"].get("value_init") == "auto":
@@ -161,7 +159,7 @@ def _in_hub_cache(
     if folder is not None and WEIGHTS in patterns and not any(folder.glob("*.safetensors")):
         folder = snapshot(name, revision, [*wanted, "*.bin"])
     if folder is not None:
-        yield key, folder
+        yield f"{key}{IN_CACHE}", folder
 
 
 def _model_folders(key: str, path: str | None) -> Iterator[tuple[str, Path]]:

@@ -58,7 +58,9 @@ class Rows:
 
     @cached_property
     def keep_columns(self) -> bool:
-        """Whether rows keep their further columns: for a reward that asks for them."""
+        """Whether rows keep their further columns: for a reward that asks for them, or an environment."""
+        if self.config.rollout.environment is not None:
+            return True
         try:
             return reads_columns(self.config.reward) or reads_columns(self.config.evaluation.reward)
         except ConfigError:

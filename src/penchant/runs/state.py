@@ -11,7 +11,7 @@ from typing import Any
 
 from penchant.base.files import file_sha256
 from penchant.base.functions import imported_sha256
-from penchant.config import WATCHING_ONLY, RunConfig, default_settings
+from penchant.config import RunConfig, default_settings, what_is_computed
 from penchant.config.several import Member
 from penchant.data.load import Dataset
 from penchant.errors import CheckpointError
@@ -183,7 +183,7 @@ def inputs_of(
     """
     data = {n: d.fingerprint for n, d in zip(("training", "held-out"), splits, strict=True) if d is not None}
     return {
-        "config": config.model_dump(mode="json", exclude=set(WATCHING_ONLY)),
+        "config": what_is_computed(config),
         "data": data,
         "upstream": {text: model_sha256(folder) for text, folder in (upstream or {}).items()},
         **files,

@@ -30,6 +30,7 @@ from penchant.runfolder.values import flat
 from penchant.studio.app import can_be_linked
 
 FORM = "the form"  # where a setting stands, for messages
+INTERRUPTED = 4  # the exit code of a run that was stopped by a signal, and can go on
 TAIL = 4000  # bytes of what a process said that are shown
 FIRST = (  # keys that nearly every run sets; the others lie folded in their sections
     *(
@@ -286,7 +287,7 @@ class Processes:
     def failure(self, path: str) -> str:
         """What a process that was started here said when it failed; empty where it did not."""
         process = self.started.get(path)
-        if process is None or process.poll() in (None, 0):
+        if process is None or process.poll() in (None, 0, INTERRUPTED):
             return ""
         return self.said(path) or f"it ended with the exit code {process.returncode}"
 

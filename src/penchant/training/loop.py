@@ -224,13 +224,14 @@ class Loop:
         self._seed(step, 0)
         self.model.train()
         trees = self.algorithm.begin_step(step, progress_at(step, total), given)
+        self.algorithm.look_ahead(step, total, lambda later: [self.trees[i] for i in schedule.batch(later)])
         batches = ahead if ahead is not None and trees is given else self._micro_batches(trees)
         if not batches:
             return self._empty_step(step, schedule), 0, 0
         for batch in batches:
             batch.columns |= self.algorithm.columns(batch)
         if packs_ahead(self.device) and trees is given and step + 1 < total:
-            self._ahead = step + 1, _in_background(lambda: self._packed(step + 1, schedule))
+            self._ahead = step + 1, in_background(lambda: self._packed(step + 1, schedule))
         weights = [self.algorithm.weights(b) for b in batches if not b.idle]
         counts = self.world.sums({name: sum(w[name] for w in weights) for name in (weights[0] if weights else ())})
         if self.router is not None:
@@ -554,7 +555,7 @@ def packs_ahead(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _in_background(make: Callable[[], T]) -> Callable[[], T]:
+def in_background(make: Callable[[], T]) -> Callable[[], T]:
     """Begin to make something in a thread; what is returned waits for it, and raises what it raised."""
     made: Future[T] = Future()
 

@@ -1,0 +1,642 @@
+"""Where completions come from: Penchant's own sampler, a vLLM server, or vLLM in this process.
+
+Prompts and completions are token ids, and a completion ends at the ids of `penchant.data.templates.end_ids`. An engine that holds
+weights of its own is sent the policy's before it writes, and is not believed: after each update its log-probs of a few fixed tokens
+are compared with the policy's.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+from uuid import uuid4
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from penchant.base.text import shown
+from penchant.errors import ConfigError, PenchantError, RolloutError
+from penchant.judges.endpoint import Connection, NoReply, connect
+from penchant.models.load import base_model_of, effective_weights, plain_name
+from penchant.rollout.generate import Sample, Settings, sample
+from penchant.rollout.options import RolloutConfig
+
+PROBE_ROWS, PROBE_TOKENS = 2, 32  # fixed tokens that engine and policy are compared on
+CONCURRENT = 64  # requests that a server has at a time
+LARGEST = 1 << 28  # bytes of an answer to one prompt
+NOISE = 1e-5  # nats a token: below it two engines of one model are never told apart
+
+
+class Engine(Protocol):
+    """What writes completions."""
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], settings: Settings, seed: int, prompt_seeds: Sequence[int]
+    ) -> list[list[Sample]]:
+        """`settings.n` completions of each prompt, by the weights that it was sent last.
+
+        Args:
+            seed: of the run and the batch; prompt_seeds: one number a prompt. Both and a completion's index decide its draws.
+
+        Raises:
+            Forgotten: it no longer has those weights. RolloutError: it does not answer, or wrongly.
+        """
+
+    def update(self, version: int) -> None:
+        """Have the policy's weights as they are now, which are those of `version` (optimizer steps).
+
+        Raises:
+            RolloutError: it cannot take them, or says otherwise than the policy afterwards.
+        """
+
+    def close(self) -> None:
+        """Let go of what it holds."""
+
+
+class Forgotten(Exception):
+    """An engine no longer has the weights that it was sent: it was restarted, or someone else has sent others."""
+
+
+@dataclass(slots=True)
+class OwnSampler:
+    """The policy itself, on this machine."""
+
+    model: Any
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], settings: Settings, seed: int, prompt_seeds: Sequence[int]
+    ) -> list[list[Sample]]:
+        s = settings
+        return sample(
+            self.model,
+            prompts,
+            n=s.n,
+            max_new_tokens=s.max_new_tokens,
+            temperature=s.temperature,
+            top_p=s.top_p,
+            top_k=s.top_k,
+            min_p=s.min_p,
+            repetition_penalty=s.repetition_penalty,
+            seed=seed,
+            prompt_seeds=prompt_seeds,
+            eos_token_id=s.ends,
+        )
+
+    def update(self, version: int) -> None:
+        """It is the policy."""
+
+    def close(self) -> None:
+        """It holds nothing."""
+
+
+def request_seed(seed: int, prompt_seed: int) -> int:
+    """The seed of one prompt's request, below 2^62: vLLM adds the completion's index to it."""
+    return int(np.random.SeedSequence([seed, prompt_seed]).generate_state(1, np.uint64)[0] >> np.uint64(2))
+
+
+# ---- the policy's weights, for another engine ---------------------------------------------------------------------------
+
+
+def whole_weights_of(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """The policy's weights under the base model's names, adapters merged in, in the dtype that each has."""
+    base = base_model_of(model)
+    merged = effective_weights(model, {}) if base is not model else {}
+    seen: set[int] = set()
+    for name, p in base.named_parameters():
+        if "lora_" in name or id(p) in seen:
+            continue
+        seen.add(id(p))
+        plain = plain_name(name)
+        yield plain, merged[plain].to(p.dtype) if plain in merged else p.detach()
+
+
+def write_weights(model: Any, folder: Path) -> None:
+    """`whole_weights_of` as a model folder; what stands there is replaced."""
+    from safetensors.torch import save_file
+
+    aside = folder.with_name(folder.name + ".writing")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.makedirs(aside)
+    base = base_model_of(model)
+    base.config.save_pretrained(aside)
+    held = {n: w.contiguous().cpu() for n, w in whole_weights_of(model)}
+    save_file(held, aside / "model.safetensors", metadata={"format": "pt"})
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(aside, folder)
+
+
+@dataclass(slots=True)
+class Probe:
+    """A few fixed tokens, and what policy and engine said of them: an update that did not arrive shows here.
+
+    Args:
+        model: the policy; tolerance: nats a token in the mean.
+    """
+
+    model: Any
+    tolerance: float
+    rows: list[list[int]] = field(init=False)
+    policy: np.ndarray | None = field(default=None, init=False)
+    engine: np.ndarray | None = field(default=None, init=False)
+    noise: float = field(default=NOISE, init=False)
+
+    def __post_init__(self) -> None:
+        words = self.model.get_input_embeddings().weight.shape[0]
+        self.rows = np.random.default_rng(0).integers(0, words, (PROBE_ROWS, PROBE_TOKENS)).tolist()
+
+    def of_policy(self) -> np.ndarray:
+        """The policy's log-probs of all tokens but each row's first, at temperature 1."""
+        training = self.model.training
+        self.model.eval()
+        device = next(self.model.parameters()).device
+        found = []
+        with torch.inference_mode():
+            for row in self.rows:
+                ids = torch.tensor([row], device=device)
+                logps = self.model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
+                found.append(logps.gather(1, ids[0, 1:, None]).squeeze(1).cpu().numpy())
+        self.model.train(training)
+        return np.concatenate(found).astype(np.float64)
+
+    def wrong(self, policy: np.ndarray, engine: np.ndarray) -> str:
+        """What is wrong with an engine that was sent the policy's weights; "" where nothing is."""
+        away = float(np.abs(engine - policy).mean())
+        moved = 0.0 if self.policy is None else float(np.abs(policy - self.policy).mean())
+        said = f"its log-probs of fixed tokens are {away:.2g} nats a token from the policy's"
+        if not away <= self.tolerance:  # NaN too
+            return f"{said} (rollout.tolerance: {self.tolerance:g})"
+        # an update too small for the tolerance must be seen all the same
+        if away > 4 * self.noise and away > 0.25 * moved and moved > 0:
+            return f"{said}, and the update moved the policy's by {moved:.2g}"
+        return ""
+
+    def keep(self, policy: np.ndarray, engine: np.ndarray) -> None:
+        """Remember what both said after an update that arrived."""
+        if self.policy is None:
+            self.noise = max(NOISE, float(np.abs(engine - policy).mean()))
+        self.policy, self.engine = policy, engine
+
+
+@dataclass(slots=True)
+class Remote:
+    """What engines with weights of their own share: updates that are checked, batches that are asked for again.
+
+    Args:
+        model: the policy; config: the `rollout` section; folder: where weights are written for the engine.
+        whole: makes all of the policy's parameters whole while it is open.
+    """
+
+    model: Any
+    config: RolloutConfig
+    folder: Path
+    tolerance: float
+    whole: Callable[[], AbstractContextManager[None]] = nullcontext
+    note: Callable[[str], None] = lambda _: None
+    probe: Probe = field(init=False)
+    version: int | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.probe = Probe(self.model, self.tolerance)
+
+    @property
+    def where(self) -> str:
+        return "rollout"
+
+    def _send(self, version: int) -> None:
+        raise NotImplementedError
+
+    def _scores(self) -> np.ndarray:
+        """The engine's log-probs of the probe."""
+        raise NotImplementedError
+
+    def update(self, version: int) -> None:
+        if version == self.version:
+            return
+        self.version = None
+        for attempt in range(1, self.config.attempts + 1):
+            with self.whole():
+                self._send(version)
+                policy = self.probe.of_policy()
+            engine = self._scores()
+            wrong = self.probe.wrong(policy, engine)
+            if not wrong:
+                break
+            self.note(f"{self.where}: after weights were sent (time {attempt}), {wrong}")
+            if attempt == min(2, self.config.attempts):  # what two updates do not change, no third one will
+                raise RolloutError(
+                    self.where,
+                    f"after its weights were updated, {wrong}: it has other or only some of the new weights, or is another model",
+                    "start it with the run's model, dtype and --enforce-eager; by file, vLLM may keep the old head of a model with "
+                    "tied embeddings: use rollout.update=nccl, or the own engine; where it computes in bf16, raise rollout.tolerance",
+                )
+        self.probe.keep(policy, engine)
+        self.version = version
+
+
+# ---- a vLLM server ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class VLLMServer(Remote):
+    """A vLLM server: ``/v1/completions`` with token ids, and the development routes for weights (``VLLM_SERVER_DEV_MODE=1``)."""
+
+    connection: Connection = field(kw_only=True)
+    name: str = field(default="", init=False)
+    tag: str = field(default="", init=False)  # the version that the server was told last
+    versions: bool = field(default=True, init=False)  # whether it keeps one
+    trainer: Any = field(default=None, init=False)  # vLLM's own sender of weights
+
+    @property
+    def where(self) -> str:
+        return f"vLLM server {self.connection.url}"
+
+    # ---- asking -----------------------------------------------------------------------------------------------------
+
+    def _ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        try:
+            return self.connection.post(path, body, threading.Event())
+        except NoReply as error:
+            how = "look at the server's own log, start it again and run the same command: the run goes on from its last checkpoint"
+            if error.final and not path.startswith("/v1/"):
+                how = "start it with VLLM_SERVER_DEV_MODE=1 (vLLM 0.29 or later), which opens the routes for weights"
+            raise RolloutError(self.where, f"{path} {error}", how) from error
+
+    def check(self, longest: int) -> None:
+        """Find the model's name, and refuse a server whose model cannot hold prompt and completion.
+
+        Raises:
+            ConfigError, RolloutError.
+        """
+        found = self._ask("/v1/models")
+        try:
+            models = {m["id"]: m.get("max_model_len") for m in found["data"]}
+        except (LookupError, TypeError, AttributeError) as error:
+            raise RolloutError(self.where, "does not say what it serves", "is it a vLLM server?") from error
+        self.name = self.config.model or next(iter(models), "")
+        if self.name not in models:
+            there = ", ".join(map(shown, models)) or "nothing"
+            raise ConfigError(
+                "rollout.model", f"{self.where} serves {there}, not {shown(self.name)}", "name one of them"
+            )
+        most = models[self.name]
+        if isinstance(most, int) and most < longest:
+            raise ConfigError(
+                "algorithm.max_new_tokens",
+                f"the longest prompt and its completion make {longest} tokens, and {self.where} holds {most}",
+                "start it with a larger --max-model-len, or lower algorithm.max_new_tokens",
+            )
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], settings: Settings, seed: int, prompt_seeds: Sequence[int]
+    ) -> list[list[Sample]]:
+        def one(i: int) -> list[Sample]:
+            return self._answer(list(prompts[i]), settings, request_seed(seed, prompt_seeds[i]))
+
+        with ThreadPoolExecutor(min(CONCURRENT, max(1, len(prompts))), thread_name_prefix="rollout") as pool:
+            written = list(pool.map(one, range(len(prompts))))
+        self._confirm()
+        return written
+
+    def _answer(self, prompt: list[int], settings: Settings, seed: int) -> list[Sample]:
+        s = settings
+        body = {
+            "model": self.name,
+            "prompt": prompt,
+            "n": s.n,
+            "max_tokens": s.max_new_tokens,
+            "temperature": s.temperature,
+            "top_p": s.top_p,
+            "top_k": s.top_k,
+            "min_p": s.min_p,
+            "repetition_penalty": s.repetition_penalty,
+            "seed": seed,
+            "logprobs": 0,
+            "return_token_ids": True,
+            "ignore_eos": True,  # the ends are ours, and no others
+            "stop_token_ids": sorted(s.ends),
+            "skip_special_tokens": False,
+            "add_special_tokens": False,
+        }
+        wrong = ""
+        for _ in range(self.config.attempts):
+            try:
+                return samples_of(self._ask("/v1/completions", body), prompt, settings, self._words())
+            except Nonsense as error:
+                wrong = str(error)
+        raise RolloutError(
+            self.where,
+            f"{wrong} ({self.config.attempts} attempts)",
+            "start it with --logprobs-mode processed_logprobs and without plugins; the run goes on from its last checkpoint",
+        )
+
+    def _words(self) -> int:
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    def _scores(self) -> np.ndarray:
+        found: list[float] = []
+        for row in self.probe.rows:
+            body = {
+                "model": self.name,
+                "prompt": row,
+                "max_tokens": 1,
+                "temperature": 0.0,
+                "prompt_logprobs": 0,
+                "return_token_ids": True,
+                "add_special_tokens": False,
+            }
+            answer = self._ask("/v1/completions", body)
+            try:
+                per_token = answer["choices"][0]["prompt_logprobs"][1:]
+                found += [float(p[str(token)]["logprob"]) for p, token in zip(per_token, row[1:], strict=True)]
+            except (LookupError, TypeError, ValueError) as error:
+                raise RolloutError(
+                    self.where, "gives no log-probs of a prompt's tokens", "is it a vLLM server of this run's model?"
+                ) from error
+        return np.array(found)
+
+    def _confirm(self) -> None:
+        """Refuse a batch that other weights wrote than those that were sent.
+
+        Raises:
+            Forgotten.
+        """
+        same = self._tagged() == self.tag if self.versions else self._as_before()
+        if not same:
+            self.version = None
+            raise Forgotten
+
+    def _tagged(self) -> str | None:
+        found = self._ask("/weight_info")
+        return found.get("weight_version") if isinstance(found, dict) else None
+
+    def _as_before(self) -> bool:
+        engine = self._scores()
+        return bool(np.abs(engine - self.probe.engine).mean() <= max(NOISE, 4 * self.probe.noise))
+
+    # ---- weights ----------------------------------------------------------------------------------------------------
+
+    def _send(self, version: int) -> None:
+        tag = f"penchant-{version}-{uuid4().hex[:12]}"
+        if not (nccl := self._by_nccl()):
+            write_weights(self.model, self.folder)
+        self._ask("/pause?mode=wait", {})  # nothing is being written, and no cached prompt outlives it
+        try:
+            if nccl:
+                self._send_by_nccl()
+            else:
+                self._reload()
+        except PenchantError:
+            with suppress(NoReply):  # it may be gone
+                replace(self.connection, attempts=1).post("/resume", {}, threading.Event())
+            raise
+        try:
+            self.connection.post("/update_weight_version", {"new_version": tag}, threading.Event())
+        except NoReply as error:  # an older vLLM keeps none: then its log-probs say whose weights it has
+            if not error.final:
+                raise RolloutError(
+                    self.where, f"/update_weight_version {error}", "look at the server's own log"
+                ) from error
+            self.versions = False
+        self.tag = tag
+        self._ask("/resume", {})
+
+    def _reload(self) -> None:
+        body = {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder.resolve())}}
+        self._ask("/collective_rpc", body)
+
+    def _by_nccl(self) -> bool:
+        on_gpu = next(self.model.parameters()).device.type == "cuda"
+        if self.config.update == "auto":
+            return on_gpu and _has_vllm()
+        if self.config.update == "nccl" and not (on_gpu and _has_vllm()):
+            why = "vllm is not installed here" if on_gpu else "the policy is on no GPU"
+            raise ConfigError("rollout.update", f"is nccl, and {why}", "set it to file")
+        return self.config.update == "nccl"
+
+    def _send_by_nccl(self) -> None:
+        """By vLLM's own sender (0.29 and later). Written against its API; it has never run."""
+        from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+        from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
+        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+        from vllm.utils.network_utils import get_ip, get_open_port
+
+        policy = self.model
+
+        class Source(WeightSource):  # type: ignore[misc]
+            def metadata(self) -> list[Any]:
+                return [ParamMeta(n, w.dtype, tuple(w.shape)) for n, w in whole_weights_of(policy)]
+
+            def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+                return whole_weights_of(policy)
+
+        try:
+            if self.trainer is None:
+                ranks = int(self._ask("/get_world_size")["world_size"])
+                self.trainer = WeightTransferTrainerFactory.trainer_init(
+                    NCCLTrainerInitInfo(
+                        master_address=get_ip(), master_port=get_open_port(), world_size=ranks + 1, rank=0
+                    ),
+                    client=HTTPVLLMWeightSyncClient(self.connection.url, timeout=self.config.timeout),
+                    source=Source(),
+                )
+            self.trainer.send_weights()
+        except PenchantError:
+            raise
+        except Exception as error:
+            self.trainer = None
+            raise RolloutError(
+                self.where,
+                f"the weights did not go over by NCCL ({shown(str(error)[:300])})",
+                'start it with VLLM_SERVER_DEV_MODE=1 and --weight-transfer-config \'{"backend": "nccl"}\', or set rollout.update=file',
+            ) from error
+
+    def close(self) -> None:
+        self.connection.close()
+
+
+class Nonsense(Exception):
+    """An answer that cannot be what was asked for."""
+
+
+def samples_of(answer: Any, prompt: list[int], settings: Settings, words: int) -> list[Sample]:
+    """What a server answered to one prompt, looked at token by token.
+
+    Raises:
+        Nonsense: too few completions, other lengths, ids or log-probs than there can be, or one that was broken off.
+    """
+    s = settings
+    try:
+        choices = {c["index"]: c for c in answer["choices"]}
+        if sorted(choices) != list(range(s.n)) or len(answer["choices"]) != s.n:
+            raise Nonsense(f"{len(answer['choices'])} completions came back for {s.n}")
+        made = []
+        for i in range(s.n):
+            c = choices[i]
+            ids, logps, why = c["token_ids"], c["logprobs"]["token_logprobs"], c["finish_reason"]
+            if (echo := c.get("prompt_token_ids")) is not None and echo != prompt:
+                raise Nonsense("a completion is of another prompt")
+            made.append(_sample(ids, logps, why, s, words))
+        return made
+    except (LookupError, TypeError, AttributeError) as error:
+        raise Nonsense("an answer is no completion with token ids and log-probs") from error
+
+
+def _sample(ids: list[int], logps: list[float], why: Any, settings: Settings, words: int) -> Sample:
+    if not 1 <= len(ids) <= settings.max_new_tokens:
+        raise Nonsense(f"a completion has {len(ids)} tokens, and 1 to {settings.max_new_tokens} were asked for")
+    if len(logps) != len(ids):
+        raise Nonsense(f"{len(logps)} log-probs came back for {len(ids)} tokens")
+    if not all(isinstance(t, int) and 0 <= t < words for t in ids):
+        raise Nonsense(f"a completion holds ids that are none of the model's {words} tokens")
+    if not all(isinstance(p, (int, float)) and math.isfinite(p) and -9000 < p < 1e-3 for p in logps):
+        raise Nonsense("a completion's log-probs are none: NaN, above 0, or of tokens that cannot be drawn")
+    finished = ids[-1] in settings.ends
+    if any(t in settings.ends for t in ids[:-1]):
+        raise Nonsense("a completion goes on behind its end")
+    if not finished and (len(ids) < settings.max_new_tokens or why not in ("length", "stop")):
+        raise Nonsense(f"a completion was broken off ({shown(str(why))})")
+    return Sample(list(ids), [min(0.0, float(p)) for p in logps], finished)
+
+
+def _has_vllm() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("vllm") is not None
+
+
+# ---- vLLM in this process -----------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class VLLMInProcess(Remote):
+    """vLLM beside the trainer, on the same device: written against vLLM 0.32's API. docs/rollouts.md says whether it ever ran."""
+
+    longest: int = 0
+    llm: Any = field(default=None, init=False)
+
+    @property
+    def where(self) -> str:
+        return "vLLM in this process"
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], settings: Settings, seed: int, prompt_seeds: Sequence[int]
+    ) -> list[list[Sample]]:
+        from vllm import SamplingParams
+
+        s = settings
+        params = [
+            SamplingParams(
+                n=s.n,
+                max_tokens=s.max_new_tokens,
+                temperature=s.temperature,
+                top_p=s.top_p,
+                top_k=s.top_k,
+                min_p=s.min_p,
+                repetition_penalty=s.repetition_penalty,
+                seed=request_seed(seed, row),
+                logprobs=0,
+                ignore_eos=True,
+                stop_token_ids=sorted(s.ends),
+                detokenize=False,
+            )
+            for row in prompt_seeds
+        ]
+        asked = [{"prompt_token_ids": list(p)} for p in prompts]
+        words = int(self.model.get_input_embeddings().weight.shape[0])
+        written = []
+        for out in self.llm.generate(asked, params, use_tqdm=False):
+            row = []
+            for c in sorted(out.outputs, key=lambda c: c.index):
+                ids = list(c.token_ids)
+                logps = [float(p[t].logprob) for p, t in zip(c.logprobs, ids, strict=True)]
+                try:
+                    row.append(_sample(ids, logps, c.finish_reason, s, words))
+                except Nonsense as error:
+                    raise RolloutError(self.where, str(error), "look at vLLM's own log") from error
+            written.append(row)
+        return written
+
+    def _send(self, version: int) -> None:
+        write_weights(self.model, self.folder)
+        if self.llm is None:
+            self._start()
+            return
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(self.folder.resolve())})
+        self.llm.reset_prefix_cache()
+
+    def _start(self) -> None:
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise ConfigError(
+                "rollout.engine",
+                "is vllm without a url, and vllm is not installed here",
+                "install it, or give rollout.url",
+            ) from error
+        options = {
+            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            "max_model_len": self.longest,
+            "logprobs_mode": "processed_logprobs",
+            "skip_tokenizer_init": True,
+            "gpu_memory_utilization": 0.3,
+            **self.config.options,
+        }
+        self.llm = LLM(model=str(self.folder.resolve()), **options)
+
+    def _scores(self) -> np.ndarray:
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        found = []
+        for row, out in zip(
+            self.probe.rows,
+            self.llm.generate([{"prompt_token_ids": r} for r in self.probe.rows], params, use_tqdm=False),
+            strict=True,
+        ):
+            found += [float(p[t].logprob) for p, t in zip(out.prompt_logprobs[1:], row[1:], strict=True)]
+        return np.array(found)
+
+    def close(self) -> None:
+        self.llm = None
+
+
+def make_engine(
+    config: RolloutConfig,
+    model: Any,
+    folder: Path,
+    longest: int,
+    whole: Callable[[], AbstractContextManager[None]] = nullcontext,
+    note: Callable[[str], None] = lambda _: None,
+) -> Engine:
+    """The engine of a `rollout` section.
+
+    Args:
+        model: the policy; folder: the run's; longest: tokens of the longest prompt and its completion together.
+
+    Raises:
+        ConfigError, RolloutError: it cannot be asked, or serves something else.
+    """
+    if config.engine == "own":
+        return OwnSampler(model)
+    dtype = next(model.parameters()).dtype
+    exact = dtype in (torch.float32, torch.float64)
+    tolerance = (1e-3 if exact else 0.05) if config.tolerance == "auto" else config.tolerance
+    where = Path(config.folder).expanduser() if config.folder else folder / "rollout-weights"
+    if config.url is None:
+        return VLLMInProcess(model, config, where, tolerance, whole, note, longest=longest)
+    found = connect(config.url.rstrip("/").removesuffix("/v1"), config.key_env, "rollout.url", "rollout.key_env")
+    key = found.key if config.key_env else None
+    connection = replace(found, key=key, timeout=config.timeout, attempts=config.attempts, largest=LARGEST)
+    made = VLLMServer(model, config, where, tolerance, whole, note, connection=connection)
+    made.check(longest)
+    return made

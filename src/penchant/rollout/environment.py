@@ -1,0 +1,245 @@
+"""Conversations with an environment: the policy writes, a person's class answers it, until that is done or a bound is met.
+
+An environment is a class without arguments, one object for each completion:
+
+    class Env:
+        def reset(self, row): ...             # the row: "prompt" and every further column of the data
+        def step(self, messages): ...         # the conversation so far; a list of messages to go on, None: done
+
+What the environment says is part of the completion and of no loss.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from penchant.base.functions import is_own, python_object
+from penchant.base.text import did_you_mean
+from penchant.data.load import message_json
+from penchant.data.templates import ChatTemplate, turns_of_prompt
+from penchant.errors import ConfigError, RewardError
+from penchant.rollout.generate import Sample
+from penchant.types import Message, PromptTree, TokenTree
+
+WHERE = "rollout.environment"
+ROLES = ("user", "tool", "system")  # of what an environment says
+ANSWER = (
+    "\u241eanswer\u241e"  # stands for the answer in a rendered conversation: what is behind it is the environment's
+)
+
+Draw = Callable[[Sequence[Sequence[int]], Sequence[int], int], Sequence[Sample]]
+
+
+class Calculator:
+    """A toy: ``<calc>12*(3+4)</calc>`` is answered by ``<result>84</result>``; an answer without a call ends the conversation."""
+
+    CALL = re.compile(r"<calc>(.*?)</calc>", re.S)
+
+    def reset(self, row: Mapping[str, Any]) -> None:
+        """Nothing of the row matters."""
+
+    def step(self, messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]] | None:
+        calls = self.CALL.findall(messages[-1]["content"])
+        return [{"role": "user", "content": f"<result>{calculated(calls[-1])}</result>"}] if calls else None
+
+
+OPERATORS: Mapping[type, Callable[..., Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.USub: operator.neg,
+}
+
+
+def calculated(text: str) -> str:
+    """The value of an arithmetic expression of numbers, ``+ - * / // %`` and parentheses; ``error`` for all else."""
+
+    def value(node: ast.expr) -> float:
+        number: Any = node.value if isinstance(node, ast.Constant) else None
+        if type(number) in (int, float) and abs(number) < 1e12:
+            return number  # type: ignore[no-any-return]
+        if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+            found = OPERATORS[type(node.op)](value(node.left), value(node.right))
+            return float(found) if abs(found) > 1e15 else found  # type: ignore[no-any-return]
+        if isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
+            return OPERATORS[type(node.op)](value(node.operand))  # type: ignore[no-any-return]
+        raise ValueError(text)
+
+    try:
+        found = value(ast.parse(text.strip()[:200], mode="eval").body)
+    except (ValueError, SyntaxError, ArithmeticError, RecursionError, MemoryError):
+        return "error"
+    return str(int(found)) if found == int(found) else f"{found:.6g}"
+
+
+ENVIRONMENTS: Mapping[str, Callable[[], Any]] = {"calculator": Calculator}
+
+
+def find_environment(name: str) -> Callable[[], Any]:
+    """An environment's class: of `ENVIRONMENTS`, or of a person's file.
+
+    Raises:
+        ConfigError: there is none of that name, or it has no `reset` or `step`.
+    """
+    if not is_own(name):
+        if name not in ENVIRONMENTS:
+            raise ConfigError(
+                WHERE, f"{name!r} is no environment", f"{did_you_mean(name, ENVIRONMENTS)}, or write path.py:Class"
+            )
+        return ENVIRONMENTS[name]
+    found: Callable[[], Any] = python_object(name, WHERE)
+    if missing := [m for m in ("reset", "step") if not callable(getattr(found, m, None))]:
+        raise ConfigError(WHERE, f"{name} has no method {' and '.join(missing)}", "see docs/environments.md")
+    return found
+
+
+@dataclass(slots=True)
+class Episode:
+    """One completion in the making."""
+
+    tree: TokenTree
+    place: str  # of its row, for messages
+    environment: Any
+    turns: list[Message]
+    seed: int
+    sample: Sample = field(default_factory=Sample)
+    going: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Where the policy meets an environment.
+
+    Args:
+        name: of the environment; make: a new one; tokenizer, template_options: the policy's, `chat` where prompts go through its template.
+        asked: prompts as the data has them, with further columns, by their rows' source; turns: answers of the policy in a completion, at
+            most; ends: ids that end an answer.
+    """
+
+    name: str
+    make: Callable[[], Any]
+    tokenizer: Any
+    chat: bool
+    template_options: Mapping[str, Any]
+    asked: Mapping[str, PromptTree | None]
+    turns: int
+    ends: frozenset[int]
+
+    def play(self, prompts: Sequence[TokenTree], samples: int, max_tokens: int, draw: Draw) -> list[list[Sample]]:
+        """`samples` conversations of each prompt, each one completion of at most `max_tokens` tokens; `own` says what the policy wrote.
+
+        Args:
+            draw: (prompts as ids, a seed for each, tokens) -> a sample of each.
+
+        Raises:
+            RewardError: the environment failed, or said what is no message; it names the row.
+        """
+        episodes = [self._begin(tree, i) for tree in prompts for i in range(samples)]
+        for turn in range(self.turns):
+            going = [e for e in episodes if e.going]
+            if not going:
+                break
+            left = [max_tokens - len(e.sample.ids) for e in going]
+            rows = [[*e.tree.prompt_ids.tolist(), *e.sample.ids] for e in going]
+            for e, said, room in zip(going, draw(rows, [e.seed + turn for e in going], max(left)), left, strict=True):
+                self._said(e, said, room, last=turn == self.turns - 1, max_tokens=max_tokens)
+        flat = [e.sample for e in episodes]
+        return [flat[i : i + samples] for i in range(0, len(flat), samples)]
+
+    def _begin(self, tree: TokenTree, at: int) -> Episode:
+        row = self.asked.get(tree.source)
+        if row is None:
+            raise RewardError(
+                WHERE, f"{tree.source}: its row is not to be told from another one", "give files other names"
+            )
+        turns = list(turns_of_prompt(row.prompt)) if not isinstance(row.prompt, str) else [Message("user", row.prompt)]
+        prompt = row.prompt if isinstance(row.prompt, str) else [message_json(m) for m in row.prompt]
+        place = tree.source or f"row {tree.row}"
+        environment = self._asked(place, "cannot be made", self.make)
+        self._asked(place, "reset failed", lambda: environment.reset({"prompt": prompt, **row.columns}))
+        # 256 turns of 65,536 samples of a row have seeds of their own
+        return Episode(tree, place, environment, turns, ((tree.row << 16) | at) << 8)
+
+    def _said(self, e: Episode, said: Sample, room: int, *, last: bool, max_tokens: int) -> None:
+        """What the policy wrote joins the conversation, and what the environment answers."""
+        whole = said.finished and len(said.ids) <= room
+        ids, sample = said.ids[:room], e.sample
+        sample.ids += ids
+        sample.logps += said.logps[:room]
+        sample.own += [True] * len(ids)
+        sample.finished, e.going = whole, False
+        ended = bool(ids) and ids[-1] in self.ends
+        text = self.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
+        e.turns.append(Message("assistant", text))
+        if not whole:
+            return
+        shown = [message_json(m) for m in e.turns]
+        answer = self._messages(e, self._asked(e.place, "step failed", lambda: e.environment.step(shown)))
+        if answer is None:
+            return
+        e.turns += answer
+        behind = self._behind(e, answer, ids[-1] if ended else None)
+        sample.finished = False  # the environment waits for an answer
+        if last or len(sample.ids) + len(behind) >= max_tokens:
+            return
+        sample.ids += behind
+        sample.logps += [0.0] * len(behind)
+        sample.own += [False] * len(behind)
+        e.going = True
+
+    def _behind(self, e: Episode, answer: Sequence[Message], end: int | None) -> list[int]:
+        """The environment's turns as they stand behind the policy's tokens, up to where it answers."""
+        if self.chat:
+            before = e.turns[: -len(answer) - 1]
+            template = ChatTemplate(self.tokenizer, self.template_options)
+            _, there, text = template.write([*before, Message("assistant", ANSWER), *answer], generate=True).rpartition(
+                ANSWER
+            )
+            if not there:
+                raise ConfigError(
+                    WHERE, "the chat template leaves earlier answers out", "take another model, or data.template=plain"
+                )
+            if end is not None:
+                text = text.removeprefix(self.tokenizer.decode([end]))
+        else:
+            text = "".join(m.content for m in answer)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _messages(self, e: Episode, said: Any) -> list[Message] | None:
+        if said is None or said is True or (isinstance(said, Sequence) and not said):
+            return None
+        good = isinstance(said, Sequence) and all(
+            isinstance(m, Mapping) and m.get("role") in ROLES and isinstance(m.get("content"), str) for m in said
+        )
+        if not good:
+            what = f"{e.place}: step of {self.name} gives {str(said)[:60]!r}"
+            raise RewardError(
+                WHERE,
+                what,
+                'give a list of {"role": "user" (or tool, system), "content": TEXT}, or None when it is done',
+            )
+        return [Message(m["role"], m["content"]) for m in said]
+
+    def _asked(self, place: str, what: str, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except Exception as error:
+            how = f"{place}: {self.name}: {what} ({type(error).__name__}: {error})"
+            raise RewardError(WHERE, how, "mend the environment") from error
+
+
+def masked(tree: TokenTree, samples: Sequence[Sample]) -> TokenTree:
+    """The tree with masks where environments spoke."""
+    import numpy as np
+
+    if not any(s.own for s in samples):
+        return tree
+    return replace(tree, masks=tuple(np.array(s.own, dtype=bool) for s in samples))

@@ -1,0 +1,81 @@
+"""The `rollout` section of a config: what writes an online method's completions, and what is done where that is not the policy that trains."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from penchant.base.section import Section
+
+PLACES = ("url", "model", "key_env", "timeout", "attempts", "update", "folder")  # where and how, not what is computed
+
+
+class RolloutConfig(Section):
+    """Where completions come from."""
+
+    engine: Literal["own", "vllm"] = Field(
+        "own", description="own: Penchant's sampler; vllm: a vLLM server at `url`, or vLLM in this process without one"
+    )
+    environment: str | None = Field(
+        None, description="what the policy's completions are conversations with: calculator (a toy), or path.py:Class"
+    )
+    turns: int = Field(
+        4, ge=1, le=256, description="with an environment: answers of the policy in a completion, at most"
+    )
+    url: str | None = Field(None, description="of a vLLM server, without /v1: http://127.0.0.1:8000")
+    model: str | None = Field(None, description="the model's name at the server; null: the one that it serves")
+    key_env: str | None = Field(None, description="environment variable with the server's key; null: no key")
+    timeout: float = Field(600.0, gt=0, le=86_400, description="seconds without a byte from the server")
+    attempts: int = Field(8, ge=1, le=100, description="times that a request, and a batch, is asked for")
+    update: Literal["auto", "nccl", "file"] = Field(
+        "auto",
+        description="how weights reach the engine; auto: nccl from a GPU where vllm is installed here too, else by file",
+    )
+    folder: str | None = Field(
+        None, description="file: where weights are written, a path that the server sees too; null: in the run's folder"
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="vLLM in this process: further arguments of vllm.LLM"
+    )
+    tolerance: float | Literal["auto"] = Field(
+        "auto",
+        description="most that the engine's log-probs may differ from the policy's, nats a token in the mean; auto: 1e-3 in fp32, 0.05 else",
+    )
+    correction: Literal["none", "tis", "mis"] = Field(
+        "none",
+        description="weights of tokens that another engine or older weights wrote: truncated (tis) or masked (mis) importance sampling",
+    )
+    correction_level: Literal["token", "sequence"] = Field(
+        "token", description="ratios of single tokens, or of whole completions"
+    )
+    correction_high: float = Field(2.0, gt=0, description="tis: largest weight; mis: beyond it a weight is 0")
+    correction_low: float = Field(0.0, ge=0, description="mis: below it a weight is 0")
+    lag: Literal[0, 1] = Field(
+        0, description="1: the next batch is written by the weights of before this one's updates, while it trains"
+    )
+
+    @model_validator(mode="after")
+    def _what_goes_together(self) -> RolloutConfig:
+        if self.engine == "own":
+            given = [n for n in (*PLACES, "options", "lag") if n in self.model_fields_set and getattr(self, n)]
+            given = [n for n in given if getattr(self, n) != type(self).model_fields[n].get_default()]
+            if given:
+                raise ValueError(f"{given[0]} is of another engine than own; set engine: vllm, or leave it out")
+        if self.url is not None and self.options:
+            raise ValueError("options are of vLLM in this process; a server has its own, so leave out url or options")
+        if self.url is None and self.update == "nccl":
+            raise ValueError("update is nccl, which is for a server; vLLM in this process reads a file")
+        if self.correction == "mis" and self.correction_low >= self.correction_high:
+            raise ValueError("correction_low must be below correction_high")
+        return self
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether completions come from another engine than the one that trains."""
+        return self.engine != "own"
+
+    @property
+    def measured(self) -> bool:
+        """Whether log-probs of whoever wrote are compared with the policy's."""
+        return self.elsewhere or self.correction != "none"

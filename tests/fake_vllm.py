@@ -1,0 +1,183 @@
+"""A server with vLLM's routes for completions and weights around a tiny model of ours, that behaves or does not.
+
+Routes and fields are those of vLLM 0.32, which `penchant.rollout.engines` was run against by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from penchant.metrics.completions import EVALUATION
+from penchant.rollout.engines import request_seed
+from penchant.rollout.generate import sample
+
+Answer = tuple[int, Any]
+
+
+@dataclass
+class FakeVLLM:
+    """Its model, its weights' version, and what it was asked.
+
+    Args:
+        start: the folder whose weights it has after a start; name: of its model; raw: log-probs before the temperature.
+        keeps: names of weights that an update by file leaves as they were; lose: how often it is restarted behind a batch.
+        spoil: what becomes of an answer: of its path, the request and the answer.
+    """
+
+    start: str
+    name: str = "served"
+    longest: int = 256
+    raw: bool = False
+    keeps: Callable[[str], bool] = lambda _: False
+    lose: int = 0
+    spoil: Callable[[str, dict[str, Any], Answer], Answer] = lambda _, __, answer: answer
+    versions: bool = True
+    url: str = ""
+    model: Any = None
+    version: str | None = None
+    asked: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    batch: set[int] = field(default_factory=set)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def restart(self) -> None:
+        """Forget every weight and version."""
+        self.model = AutoModelForCausalLM.from_pretrained(self.start, dtype=torch.float32).eval()
+        self.version = None
+
+    def answer(self, path: str, body: dict[str, Any]) -> Answer:
+        with self.lock:
+            self.asked.append((path, body))
+            return self.spoil(path, body, self._right(path, body))
+
+    def _right(self, path: str, body: dict[str, Any]) -> Answer:
+        if path == "/v1/models":
+            return 200, {"data": [{"id": self.name, "max_model_len": self.longest}]}
+        if path == "/v1/completions":
+            if body["model"] != self.name:
+                return 404, {"error": {"message": f"The model {body['model']} does not exist."}}
+            return 200, {"choices": self._scored(body) if "prompt_logprobs" in body else self._written(body)}
+        if path in ("/update_weight_version", "/weight_info") and not self.versions:
+            return 404, {"detail": "Not Found"}
+        if path == "/update_weight_version":
+            self.version = body["new_version"]
+        elif path == "/weight_info":
+            if self.lose:
+                self.lose -= 1
+                self.restart()
+            return 200, {"weight_version": self.version}
+        elif path == "/collective_rpc":
+            assert body["method"] == "reload_weights"
+            new = load_file(Path(body["kwargs"]["weights_path"]) / "model.safetensors")
+            own = self.model.state_dict()
+            with torch.no_grad():
+                for name, value in new.items():
+                    if not self.keeps(name):
+                        own[name].copy_(value)
+            return 200, {"results": [None]}
+        elif path not in ("/pause?mode=wait", "/resume"):
+            return 404, {"detail": "Not Found"}
+        return 200, {}
+
+    def _scored(self, body: dict[str, Any]) -> list[dict[str, Any]]:
+        row = body["prompt"]
+        with torch.inference_mode():
+            logps = self.model(torch.tensor([row])).logits[0].log_softmax(-1)
+        of = [None, *({str(t): {"logprob": float(logps[i, t])}} for i, t in enumerate(row[1:]))]
+        return [{"index": 0, "token_ids": [0], "prompt_logprobs": of, "finish_reason": "length"}]
+
+    def _written(self, body: dict[str, Any]) -> list[dict[str, Any]]:
+        seed, row = self.drawn[body["seed"]]
+        rows = sample(
+            self.model,
+            [body["prompt"]],
+            n=body["n"],
+            max_new_tokens=body["max_tokens"],
+            temperature=body["temperature"],
+            top_p=body["top_p"],
+            top_k=body["top_k"],
+            min_p=body["min_p"],
+            seed=seed,
+            prompt_seeds=[row],
+            eos_token_id=body["stop_token_ids"],
+        )[0]
+        if self.raw:
+            for s in rows:
+                with torch.inference_mode():
+                    ids = torch.tensor([body["prompt"] + s.ids])
+                    logps = self.model(ids).logits[0, len(body["prompt"]) - 1 : -1].log_softmax(-1)
+                s.logps = logps.gather(1, torch.tensor(s.ids)[:, None]).squeeze(1).tolist()
+        return [
+            {
+                "index": i,
+                "text": "",
+                "token_ids": s.ids,
+                "prompt_token_ids": body["prompt"],
+                "logprobs": {"token_logprobs": s.logps, "tokens": [""] * len(s.ids)},
+                "finish_reason": "stop" if s.finished else "length",
+            }
+            for i, s in enumerate(rows)
+        ]
+
+    # what a request's seed was made of: run seed 0, a few iterations, a few rows
+    @property
+    def drawn(self) -> dict[int, tuple[int, int]]:
+        if not _DRAWN:
+            for iteration in (*range(12), EVALUATION):
+                seed = iteration % 2**63
+                _DRAWN.update({request_seed(seed, row): (seed, row) for row in range(40)})
+        return _DRAWN
+
+    def of(self, path: str) -> list[dict[str, Any]]:
+        """Requests of one route."""
+        return [body for p, body in self.asked if p == path]
+
+
+_DRAWN: dict[int, tuple[int, int]] = {}
+
+
+@contextmanager
+def served(fake: FakeVLLM) -> Iterator[FakeVLLM]:
+    """The fake behind an address of this machine."""
+
+    class Handler(BaseHTTPRequestHandler):
+        disable_nagle_algorithm = True
+
+        def do_GET(self) -> None:
+            self._say(*fake.answer(self.path, {}))
+
+        def do_POST(self) -> None:
+            self._say(*fake.answer(self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+
+        def _say(self, status: int, said: Any) -> None:
+            data = said if isinstance(said, bytes) else json.dumps(said).encode()
+            with suppress(ConnectionError):
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+        def log_message(self, *args: Any) -> None:
+            """Say nothing."""
+
+    fake.restart()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    fake.url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        yield fake
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -1,0 +1,281 @@
+"""Conversations with an environment: whose tokens are whose, bounds, a chat template's turns, a class that fails, masks in the loss."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import tiny_model
+from steps import step_gradient, train_until_killed
+from tiny import tiny_model_folder, tiny_tokenizer, write_jsonl
+
+from penchant import api
+from penchant.algorithms.group import GroupConfig, GroupPolicyGradient
+from penchant.algorithms.rollouts import Group, Writer, pack_groups, unpack_groups
+from penchant.errors import ConfigError, RewardError
+from penchant.logprobs import Scorer
+from penchant.logprobs.reference import LiveReference
+from penchant.rollout.environment import Calculator, Stage, calculated, find_environment, masked
+from penchant.rollout.generate import Sample
+from penchant.types import Message, Prompt, PromptTree, TokenTree
+
+EOS = 1
+
+
+class Echo:
+    """Says back what it was told, twice."""
+
+    def __init__(self) -> None:
+        self.row: Mapping[str, Any] = {}
+        self.heard: list[list[Mapping[str, str]]] = []
+
+    def reset(self, row: Mapping[str, Any]) -> None:
+        self.row = row
+
+    def step(self, messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]] | None:
+        self.heard.append(list(messages))
+        if len(self.heard) > 2:
+            return None
+        return [{"role": "user", "content": f"({messages[-1]['content']}{self.row['answer']})"}]
+
+
+def stage(
+    make: Any = Echo, *, chat: bool = False, turns: int = 4, prompt: Prompt = "q"
+) -> tuple[Stage, list[TokenTree]]:
+    tokenizer = tiny_tokenizer(chat=chat)
+    rows = {f"x:{i}": PromptTree(prompt, (), f"x:{i}", {"answer": i}) for i in range(2)}
+    trees = [TokenTree(i, np.array([5, 6], np.int32), (), (), f"x:{i}") for i in range(2)]
+    return Stage("Echo", make, tokenizer, chat, {}, rows, turns, frozenset({EOS})), trees
+
+
+def says(tokenizer: Any, *texts: str, ended: bool = True) -> Any:
+    """A policy that says one text after the other, whoever asks."""
+    asked: list[list[list[int]]] = []
+
+    def draw(rows: Sequence[Sequence[int]], seeds: Sequence[int], room: int) -> list[Sample]:
+        asked.append([list(r) for r in rows])
+        assert len(set(seeds)) == len(rows)
+        ids = tokenizer(texts[len(asked) - 1], add_special_tokens=False)["input_ids"] + [EOS] * ended
+        return [Sample(ids[:room], [-0.5] * len(ids[:room]), ended and len(ids) <= room) for _ in rows]
+
+    draw.asked = asked  # type: ignore[attr-defined]
+    return draw
+
+
+def test_tokens_stand_in_their_order_and_say_whose_they_are() -> None:
+    at, trees = stage()
+    draw = says(at.tokenizer, "a", "bc", "d")
+    written = at.play(trees, 1, 64, draw)
+    for i, (s,) in enumerate(written):
+        assert at.tokenizer.decode(s.ids, skip_special_tokens=True) == f"a(a{i})bc(bc{i})d"
+        mine = [t for t, own in zip(s.ids, s.own, strict=True) if own]
+        assert at.tokenizer.decode(mine, skip_special_tokens=True) == "abcd" and s.finished
+        assert len(s.logps) == len(s.ids) and s.own_logps == [-0.5] * len(mine)
+    # each turn is drawn behind everything that was said before it
+    assert [rows[0] for rows in draw.asked] == [[5, 6, *written[0][0].ids[:n]] for n in (0, 6, 14)]
+
+
+def test_a_chat_template_writes_the_turns_of_the_environment() -> None:
+    at, trees = stage(chat=True, prompt=(Message("user", "q"),))
+    ((s,), _) = at.play(trees, 1, 512, says(at.tokenizer, "a", "bc", "d"))
+    whole = at.tokenizer.apply_chat_template(
+        [
+            {"role": r, "content": c}
+            for r, c in (("user", "q"), ("assistant", "a"), ("user", "(a0)"), ("assistant", "bc"), ("user", "(bc0)"))
+        ],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    start = at.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "q"}], tokenize=False, add_generation_prompt=True
+    )
+    assert at.tokenizer.decode(s.ids) == whole.removeprefix(start) + "d</s>"
+
+
+def test_turns_and_tokens_are_bounded() -> None:
+    at, trees = stage(turns=2)
+    ((s,), _) = at.play(trees, 1, 64, says(at.tokenizer, "a", "bc"))
+    assert at.tokenizer.decode(s.ids, skip_special_tokens=True) == "a(a0)bc" and not s.finished
+    at, trees = stage()
+    ((s,), _) = at.play(trees, 1, 8, says(at.tokenizer, "a", "bcdefgh"))
+    assert len(s.ids) == 8 and not s.finished  # a</s>(a0)bc
+    ((s,), _) = at.play(trees, 1, 5, says(at.tokenizer, "a", "b"))
+    assert s.own == [True, True] and not s.finished  # no room for the environment's answer
+    ((s,), _) = at.play(trees, 1, 64, says(at.tokenizer, "a", ended=False))
+    assert s.own == [True] and not s.finished
+
+
+@pytest.mark.parametrize(
+    "method,what",
+    [
+        ("reset", "x:0: Echo: reset failed \\(ZeroDivisionError"),
+        ("step", "x:0: Echo: step failed \\(ZeroDivisionError"),
+    ],
+)
+def test_an_environment_that_fails_is_named_with_its_row(method: str, what: str) -> None:
+    def fails(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    at, trees = stage(type("Bad", (Echo,), {method: fails}))
+    with pytest.raises(RewardError, match=what):
+        at.play(trees, 1, 64, says(at.tokenizer, "a", "b", "c"))
+
+
+def test_what_is_no_message_is_refused() -> None:
+    at, trees = stage(type("Bad", (Echo,), {"step": lambda *_: "go on"}))
+    with pytest.raises(RewardError, match="x:0: step of Echo gives 'go on'"):
+        at.play(trees, 1, 64, says(at.tokenizer, "a"))
+
+
+def test_a_persons_class_is_found_and_checked(tmp_path: Path) -> None:
+    (tmp_path / "env.py").write_text(
+        "class Env:\n    def reset(self, row): ...\n    def step(self, messages): ...\nclass Half:\n    reset = id\n"
+    )
+    assert find_environment(f"{tmp_path}/env.py:Env").__name__ == "Env"  # type: ignore[attr-defined]
+    for name, what in ((f"{tmp_path}/env.py:Half", "has no method step"), ("calculater", "did you mean")):
+        with pytest.raises(ConfigError, match=what):
+            find_environment(name)
+
+
+@pytest.mark.parametrize(
+    "text,value",
+    [
+        ("2+3*4", "14"),
+        ("(1+2)/4", "0.75"),
+        ("7//2 % 2", "1"),
+        ("-3", "-3"),
+        ("1/0", "error"),
+        ("__import__('os')", "error"),
+        ("9**9", "error"),
+    ],
+)
+def test_the_calculator(text: str, value: str) -> None:
+    assert calculated(text) == value
+    said = Calculator().step([{"role": "assistant", "content": f"hm <calc>{text}</calc>"}])
+    assert said == [{"role": "user", "content": f"<result>{value}</result>"}]
+    assert Calculator().step([{"role": "assistant", "content": "14"}]) is None
+
+
+def conversation() -> list[Group]:
+    """Two groups whose completions hold an environment's tokens."""
+    masks = [[1, 1, 0, 0, 1], [1, 0, 1], [1, 1], [1, 0, 0, 1]]
+    rng = np.random.default_rng(0)
+    rows = [
+        [
+            Sample(rng.integers(4, 90, len(m)).tolist(), [-1.0] * len(m), True, [bool(x) for x in m])
+            for m in masks[i : i + 2]
+        ]
+        for i in (0, 2)
+    ]
+    groups = []
+    for i, row in enumerate(rows):
+        ids = tuple(np.array(s.ids, np.int32) for s in row)
+        tree = masked(TokenTree(i, np.array([7, 8 + i], np.int32), ids, (False, False)), row)
+        old = torch.tensor([p for s in row for p in s.own_logps])
+        groups.append(Group(tree, torch.tensor([1.0, 0.0], dtype=torch.float64), (), {"old": old}))
+    return groups
+
+
+class Fixed:
+    def __init__(self) -> None:
+        self.seed = 0
+
+    def write(self, *_: Any) -> list[Group]:
+        return [Group(g.tree, g.rewards, (), dict(g.extras)) for g in conversation()]
+
+
+def test_an_environments_tokens_are_read_and_not_learned() -> None:
+    """GRPO's gradient by hand: only the policy's own tokens count, in sums and in lengths."""
+    model = tiny_model("llama")
+    config = GroupConfig(name="grpo", samples=2, max_new_tokens=6, beta=0.0)
+    algorithm = GroupPolicyGradient(
+        Scorer(model, "shared"), LiveReference(Scorer(model, "shared")), Fixed(), config, 40
+    )  # type: ignore[arg-type]
+    got = step_gradient(algorithm, [], [2])
+    model.zero_grad()
+    total = torch.zeros((), dtype=torch.float64)
+    for g in conversation():
+        centered = (g.rewards - g.rewards.mean()) / (g.rewards.std() + 1e-4)
+        for a, ids, mask in zip(centered, g.tree.completion_ids, g.tree.masks, strict=True):
+            row = torch.tensor([[*g.tree.prompt_ids.tolist(), *ids.tolist()]])
+            logps = torch.log_softmax(model(input_ids=row, use_cache=False).logits[0, 1:-1], -1)
+            picked = logps.gather(1, row[0, 2:, None]).squeeze(1)[torch.from_numpy(mask)]
+            total = total - a * picked.mean() / 4
+    total.backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    assert (got - expected).norm() <= 1e-8 * expected.norm()
+    assert algorithm.step_values()["completions/length"] == pytest.approx((3 + 2 + 2 + 2) / 4)
+
+
+def test_masks_survive_in_a_checkpoint() -> None:
+    groups = conversation()
+    back = unpack_groups(pack_groups(groups))
+    for a, b in zip(groups, back, strict=True):
+        assert [m.tolist() for m in a.tree.masks] == [m.tolist() for m in b.tree.masks]
+        assert torch.equal(a.extras["old"], b.extras["old"])
+
+
+def test_a_writer_plays_and_its_draws_belong_to_seed_row_and_sample() -> None:
+    from penchant.rewards import Reward
+    from penchant.rewards.functions import RewardTerm
+
+    at, trees = stage()
+    model = tiny_model("llama", dtype=torch.float32)
+    config = GroupConfig(name="rloo", samples=2, max_new_tokens=24)
+
+    def written(some: list[TokenTree], seed: int = 0) -> list[list[list[int]]]:
+        reward = Reward((RewardTerm("length", lambda prompts, completions: [float(len(c)) for c in completions]),))
+        made = Writer(model, at.tokenizer, reward, config, seed, stage=at).write(some, 0)
+        return [[c.tolist() for c in g.tree.completion_ids] for g in made]
+
+    whole = written(trees)
+    assert whole == written(trees) and written(trees[1:]) == whole[1:] and written(trees, seed=1) != whole
+    assert whole[0][0] != whole[0][1]
+
+
+ENV = """
+class Env:
+    def reset(self, row):
+        self.answer, self.turns = row["answer"], 0
+
+    def step(self, messages):
+        assert [m["role"] for m in messages[:2]] == ["user", "assistant"]
+        self.turns += 1
+        return [{"role": "user", "content": f"[{self.answer}]"}] if self.turns < 2 else None
+"""
+
+
+@pytest.mark.parametrize("algorithm", [{"name": "grpo", "minibatches": 2}, {"name": "ppo", "epochs": 1}], ids=str)
+def test_a_run_with_an_environment_trains_and_goes_on_exactly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: dict[str, Any]
+) -> None:
+    (tmp_path / "env.py").write_text(ENV)
+    (tmp_path / "rewards.py").write_text(
+        "def even(completions, **_):\n    assert any(f'[{i}]' in c for c in completions for i in range(8))\n    return [sum(map(ord, c)) % 7 / 7 for c in completions]\n"
+    )
+    rows = [{"prompt": f"q{i}", "answer": i} for i in range(8)]
+    folder = tiny_model_folder(tmp_path / "model")
+    ends = json.loads(Path(folder, "generation_config.json").read_text())
+    # most tokens end a turn, so that the environment has its say
+    Path(folder, "generation_config.json").write_text(json.dumps(ends | {"eos_token_id": list(range(1, 200))}))
+    config = {
+        "model": {"path": folder, "dtype": "fp32"},
+        "data": {"path": write_jsonl(tmp_path / "rows.jsonl", rows), "max_length": 64},
+        "algorithm": {"samples": 2, "max_new_tokens": 16, **algorithm},
+        "reward": f"{tmp_path}/rewards.py:even",
+        "rollout": {"environment": f"{tmp_path}/env.py:Env", "turns": 3},
+        "train": {"epochs": 1, "batch_size": 4, "tokens_per_step": 500, "lr": 1e-2},
+        "evaluation": {"samples": 0},
+        "checkpoint": {"every": 1},
+        "output": str(tmp_path / "run"),
+    }
+    whole = api.train(config, quiet=True)
+    config["output"] = str(tmp_path / "killed")
+    train_until_killed(config, 1, monkeypatch)
+    resumed = api.train(config, quiet=True)
+    assert (whole.folder / "metrics.jsonl").read_bytes() == (resumed.folder / "metrics.jsonl").read_bytes()
