@@ -490,3 +490,34 @@ def test_an_arena_that_was_made_anew_has_its_own_results(studio: Any, tmp_path: 
         ada.judge("test", "left")
         assert models[0] in ada.get("/arena/test/results").text
         shutil.rmtree(arena.folder)
+
+
+def test_an_arena_that_does_not_fit_leaves_its_name_free(
+    studio: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "p", "chosen": "c", "rejected": "r"}\n')
+    ada, asked = Person(studio, "ada"), {"name": "new one", "source": "pairs", "file": "rows.jsonl"}
+    with monkeypatch.context() as patched:
+        patched.setattr(pairs, "write_atomically", full)
+        answer = ada.post("/arena/new", asked)
+        assert answer.status_code == 400 and "No space left" in answer.text
+        assert not any((tmp_path / "arenas").iterdir())
+        patched.setattr("penchant.studio.arena.pairs.of_pairs", full)  # whatever a disk refuses is a sentence
+        answer = ada.post("/arena/new", asked)
+        assert answer.status_code == 507 and "No space left" in answer.text
+    answers: list[int] = []
+    threads = [threading.Thread(target=lambda: answers.append(ada.post("/arena/new", asked).status_code)) for _ in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(answers) == [200, 400] and [p.name for p in (tmp_path / "arenas").iterdir()] == ["new one"]
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    monkeypatch.setitem(sys.modules, "markdown_it", None)
+    assert main(["studio", str(tmp_path)]) == 2
+    assert "pip install 'penchant[studio]'" in capsys.readouterr().err

@@ -23,7 +23,7 @@ from penchant.errors import CheckpointError, ConfigError
 from penchant.runfolder import CONSOLE
 from penchant.studio import launch
 from penchant.studio.app import Studio
-from penchant.studio.launch import INTERRUPTED, Processes, draft, form_parts, settings_of
+from penchant.studio.launch import INTERRUPTED, Processes, draft, form_parts, place_of, settings_of
 
 FIXTURES = Path(__file__).parents[1] / "fixtures/v0_1"
 EVIL = "<script>alert(1)</script></style>\u202e\x1b[31m"
@@ -384,7 +384,27 @@ def test_a_second_click_starts_nothing(processes: Processes, folder: Path) -> No
     assert processes.started["new"] is process
 
 
-@pytest.mark.parametrize("output", ["a\0b", "..", ".", "/tmp/x", "a/../../b"])
+@pytest.mark.parametrize("output", ["a\0b", "..", ".", "/tmp/x", "a/../../b", "x" * 400])
 def test_an_output_outside_the_folder_is_refused(tmp_path: Path, output: str) -> None:
     with pytest.raises(ConfigError):
         draft(tmp_path, [*FORM[:2], ("output", output)])
+
+
+def test_a_start_that_failed_can_be_mended(processes: Processes, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(launch, "command", lambda *_: [sys.executable, "-c", "raise SystemExit('no such data')"])
+        processes.start(draft(folder, FORM))
+        assert processes.started["new"].wait(60)
+    processes.start(draft(folder, [*FORM, ("train.seed", "3")]))
+    assert "seed: 3" in (folder / "new.yaml").read_text() and processes.running("new")
+
+
+def test_paths_of_a_run_start_where_its_model_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    root, config = tmp_path / "runs", {"model": {"path": "model"}}
+    root.mkdir()
+    assert place_of(root, config) == root
+    (tmp_path / "model").mkdir()
+    assert place_of(root, config) == tmp_path  # the studio was started beside it, for the runs alone
+    (root / "model").mkdir()
+    assert place_of(root, config) == root

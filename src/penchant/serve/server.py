@@ -10,6 +10,7 @@ import sys
 from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,8 +58,8 @@ def require_server(command: str = "serve") -> None:
         ConfigError: it is not.
     """
     try:
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
+        for name in ("starlette", "uvicorn", *(["markdown_it"] if command == "studio" else [])):
+            import_module(name)
     except ImportError as error:
         what = f"needs {error.name or 'a web server'}"
         raise ConfigError(f"penchant {command}", what, f"pip install 'penchant[{command}]'") from error

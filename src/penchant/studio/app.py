@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import hmac
 import logging
@@ -27,6 +28,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Message, Receive, Scope, Send
 
 from penchant import __version__
+from penchant.base.files import ANYWHERE, disk_error
 from penchant.base.text import told
 from penchant.errors import PenchantError
 from penchant.report.html import text_html, visible
@@ -94,7 +96,12 @@ class Studio:
             Mount("/static", StaticFiles(directory=HERE / "static")),
             *(route for area in self.areas for route in area.routes),
         ]
-        handlers: Any = {HTTPException: self._failed, PenchantError: self._refused, ClientDisconnect: _gone}
+        handlers: Any = {
+            HTTPException: self._failed,
+            PenchantError: self._refused,
+            OSError: self._no_disk,
+            ClientDisconnect: _gone,
+        }
         self._starlette = Starlette(routes=routes, exception_handlers=handlers)
 
     # ---- for areas -------------------------------------------------------------------------------------------------
@@ -251,6 +258,11 @@ class Studio:
 
     async def _refused(self, request: Request, error: PenchantError) -> Response:
         return self._error(request, 400, str(error))
+
+    async def _no_disk(self, request: Request, error: OSError) -> Response:
+        if error.errno not in ANYWHERE | {errno.ENAMETOOLONG}:
+            raise error
+        return self._error(request, 507, str(disk_error(Path(error.filename or self.folder), error)))
 
     def _error(self, request: Request, status: int, what: str) -> Response:
         if "hx-request" in request.headers or request.method in CHANGES:

@@ -28,7 +28,7 @@ from penchant.runfolder import CONFIG
 from penchant.runfolder.read import json_object, read
 from penchant.runfolder.values import mapping, sequence, text
 from penchant.studio.app import Area, Studio, form
-from penchant.studio.launch import command, environment, suggestions
+from penchant.studio.launch import command, environment, place_of, suggestions
 from penchant.studio.rows import (
     ROWS,
     Edits,
@@ -319,7 +319,8 @@ class Data:
             how = {k: v for k, v in mapping(config.get("data")).items() if k in HOW}
             model = mapping(config.get("model"))
             inside = sorted(folder.glob("checkpoints/step-*/model/tokenizer_config.json"))
-            path = str(inside[-1].parent) if inside else text(model.get("tokenizer") or model.get("path"))
+            named = place_of(self.studio.folder, config) / text(model.get("tokenizer") or model.get("path"))
+            path = str(inside[-1].parent if inside else named)
         if not Path(path).is_dir():
             raise ConfigError(path, "has no tokenizer here", "choose a folder that holds one")
         if path not in self._tokenizers:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from penchant.algorithms import ALGORITHMS
-from penchant.base.files import write_text_atomically
+from penchant.base.files import aside_of, write_text_atomically
 from penchant.base.text import printable
 from penchant.config import BOTH, RunConfig, build, default_settings, parse_yaml
 from penchant.config.page import Key, Part, parts
@@ -25,8 +25,8 @@ from penchant.errors import CheckpointError, ConfigError
 from penchant.losses import LOSSES
 from penchant.losses.page import parameters
 from penchant.runfolder import CHECKPOINTS, COMPARISON, COMPARISON_ROWS, CONFIG, CONSOLE, PIPELINE, SWEEP, make_folder
-from penchant.runfolder.read import holder, lock_of
-from penchant.runfolder.values import flat
+from penchant.runfolder.read import holder, lock_of, read
+from penchant.runfolder.values import flat, mapping, text
 from penchant.studio.app import can_be_linked
 
 FORM = "the form"  # where a setting stands, for messages
@@ -141,7 +141,8 @@ def draft(root: Path, fields: Sequence[tuple[str, str]]) -> Draft:
         try:
             folder = (root / output).resolve()
             inside = folder.is_relative_to(root) and folder != root
-        except (ValueError, OSError, RuntimeError):  # a NUL in it, or links that go round
+            aside_of(folder.with_name(f"{folder.name}.yaml")).exists()
+        except (ValueError, OSError, RuntimeError):  # a NUL in it, too long, or links that go round
             inside = False
         if not inside:
             raise ConfigError("output", "is not inside the studio's folder", "give a name such as runs/first")
@@ -204,6 +205,13 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "penchant", *arguments]
 
 
+def place_of(root: Path, config: Mapping[str, Any]) -> Path:
+    """The folder that a run's paths start from: the studio's, or the one that the studio was started in."""
+    model = text(mapping(config.get("model")).get("path"))
+    here = Path.cwd()
+    return here if not (root / model).exists() and (here / model).exists() else root
+
+
 PLAN_SECONDS = 300.0  # that a plan may take
 
 
@@ -218,6 +226,7 @@ class Processes:
     root: Path
     started: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     _planning: subprocess.Popen[bytes] | None = None
+    _written: dict[str, str] = field(default_factory=dict)  # configs, by their paths
 
     def start(self, made: Draft) -> None:
         """Write the config beside the run's folder, and train.
@@ -230,10 +239,12 @@ class Processes:
             raise CheckpointError(made.folder, "was started already", "look at it among the runs")
         if (folder / CHECKPOINTS).exists() or (folder / CONFIG).exists():
             raise CheckpointError(made.folder, "holds a run already", "choose another output, or go on with that run")
-        if file.is_symlink() or (file.exists() and file.read_text(encoding="utf-8", errors="replace") != made.text):
+        known = made.text, self._written.get(made.file)  # that of a start that failed may be mended
+        if file.is_symlink() or (file.exists() and file.read_text(encoding="utf-8", errors="replace") not in known):
             raise CheckpointError(made.file, "is there already, and says something else", "choose another output")
         make_folder(folder)
         write_text_atomically(file, made.text)
+        self._written[made.file] = made.text
         self._start(made.folder, [f"./{made.file}"])
 
     def resume(self, path: str) -> None:
@@ -247,15 +258,16 @@ class Processes:
             raise CheckpointError(path, "another process holds this run", "wait for it, or stop it")
         if not (folder / CONFIG).is_file():
             raise CheckpointError(path, f"has no {CONFIG}", "start it again with its own config")
-        self._start(path, [f"./{path}/{CONFIG}", f"output={json.dumps(str(folder))}"])
+        place = place_of(self.root, read(folder).config)
+        self._start(path, [str(folder / CONFIG), f"output={json.dumps(str(folder))}"], place)
 
-    def _start(self, path: str, arguments: Sequence[str]) -> None:
+    def _start(self, path: str, arguments: Sequence[str], place: Path | None = None) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         log = os.open(self.root / path / CONSOLE, flags, 0o644)
         try:
             self.started[path] = subprocess.Popen(
                 command("train", *arguments),
-                cwd=self.root,
+                cwd=place or self.root,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import re
+import shutil
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +17,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from penchant.base.files import file_sha256, write_atomically, write_text_atomically, writing
+from penchant.base.files import aside_of, file_sha256, fsync, write_atomically, write_text_atomically, writing
 from penchant.errors import DataError
 from penchant.judges.humans import PREFERENCES, Preferences, prompt_key
 from penchant.runfolder import COMPARISON, COMPARISON_ROWS, SAMPLES
@@ -27,6 +29,7 @@ START = "start"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,59}")
 REASONS = ("correct", "clear", "helpful", "honest", "concise", "safe", "style")
 MOST_PAIRS = 20_000
+MAKING = threading.Lock()  # a button pressed twice makes one arena
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,15 +341,26 @@ def make_arena(folder: Path, name: str, settings: Settings, pairs: Sequence[Pair
         raise DataError("name", f"{name!r} is not a name", "use letters, digits, spaces, '.', '_' and '-'")
     if not any(p.gold is None for p in pairs):
         raise DataError(name, "there is no pair of two different answers", "choose other models or prompts")
-    target = folder / ARENAS / name
+    with MAKING:
+        return _make_arena(folder / ARENAS / name, folder, settings, pairs)
+
+
+def _make_arena(target: Path, folder: Path, settings: Settings, pairs: Sequence[Pair]) -> Arena:
     if not target.resolve().is_relative_to(folder.resolve()):
         raise DataError(ARENAS, "is a link that leads out of the studio's folder", "remove the link")
     if target.exists():
-        raise DataError(name, "an arena of this name is there already", "choose another name")
+        raise DataError(target.name, "an arena of this name is there already", "choose another name")
     made = {**asdict(settings), "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    aside = aside_of(target)
     with writing(target):
-        target.mkdir(parents=True)
-        lines = "".join(json.dumps(p.to_json(), ensure_ascii=False) + "\n" for p in pairs)
-        write_text_atomically(target / PAIRS, lines.encode("utf-8", "backslashreplace"))
-        write_atomically(target / ARENA, made)  # last: what has it is an arena
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            lines = "".join(json.dumps(p.to_json(), ensure_ascii=False) + "\n" for p in pairs)
+            write_text_atomically(aside / PAIRS, lines.encode("utf-8", "backslashreplace"))
+            write_atomically(aside / ARENA, made)
+            os.rename(aside, target)
+            fsync(target.parent)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
     return Arena(target)
