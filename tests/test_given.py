@@ -361,4 +361,4 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             exec("".join(cell["source"]), space)
             if "MODEL" in space:
                 space["MODEL"] = tiny_model_folder(tmp_path / "model")
-    assert space["result"].steps == 8 and 0 <= space["figures"]["eval/generated/reward"] <= 1
+    assert space["result"].steps == 5 and 0 <= space["figures"]["eval/generated/reward"] <= 1
