@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -77,15 +78,18 @@ def test_no_change_without_the_csrf_token_or_from_another_site(studio: Any, tmp_
 
 
 def test_nothing_outside_the_folder_and_no_endless_body(studio: Any, tmp_path: Path) -> None:
-    (tmp_path.parent / f"{tmp_path.name}-secret").mkdir()
+    outside = tmp_path.parent / f"{tmp_path.name}-secret"
+    secret = arena_of(outside)  # all that an arena needs, and a file of pairs, but elsewhere
+    (outside / "x.jsonl").write_text(json.dumps({"prompt": "Q", "chosen": "good", "rejected": "bad"}) + "\n")
     (tmp_path / "arenas").mkdir()
-    (tmp_path / "arenas/link").symlink_to(tmp_path.parent)
+    (tmp_path / "arenas/link").symlink_to(secret.folder)
+    (tmp_path / "link.jsonl").symlink_to(outside / "x.jsonl")
     ada = Person(studio, "ada")
     for name in ("%2e%2e", "..%2f..", "link", "a%00b", "x" * 400):
         assert ada.get(f"/arena/{name}").status_code in (303, 404), name
-    for given in ("../x.jsonl", "/etc/passwd", "arenas/link"):
+    for given in (f"../{outside.name}/x.jsonl", str(outside / "x.jsonl"), "link.jsonl", "/etc/passwd", "arenas/link"):
         told = ada.post("/arena/new", {"name": "n", "source": "pairs", "file": given})
-        assert told.status_code in (400, 404) and "root:" not in told.text
+        assert told.status_code == 404 and "root:" not in told.text, given
     assert ada.post("/arena/new", {"name": "x" * (2 << 20)}).status_code == 413
     assert ada.post("/arena/new", {f"f{i}": "" for i in range(3000)}).status_code == 400
     many = ada.client.post("/arena/new", content=b"{}", headers={"x-csrf-token": ada.csrf})
@@ -437,3 +441,52 @@ def test_answers_are_written_by_a_run_and_an_endpoint_and_kept(
     # the endpoint is gone: a sentence, and nothing is kept
     assert "event: failed" in (told := ada.get("/arena/live/live").text) and "cannot be asked" in told
     assert len(lines(arena)) == 1
+
+
+def test_a_link_in_an_arena_leads_nowhere(studio: Any, tmp_path: Path) -> None:
+    secret = tmp_path.parent / f"{tmp_path.name}-secret.jsonl"
+    secret.write_text('{"prompt": "secret"}\n')
+    arena, ada = arena_of(tmp_path), Person(studio, "ada")
+    for name in (pairs.PAIRS, pairs.WRITTEN, "preferences.jsonl"):
+        file = arena.folder / name
+        kept = file.read_bytes() if file.exists() else None
+        file.unlink(missing_ok=True)
+        file.symlink_to(secret)
+        for page in ("", "/results", "/report", "/preferences.jsonl", "/item"):
+            answer = ada.get(f"/arena/test{page}")
+            assert answer.status_code == 404 and "secret" not in answer.text, (name, page)
+        assert "/arena/test" not in ada.get("/arena").text
+        file.unlink()
+        if kept is not None:
+            file.write_bytes(kept)
+    assert ada.get("/arena/test").status_code == 200
+    (tmp_path / "arenas").rename(tmp_path / "moved")
+    (tmp_path.parent / f"{tmp_path.name}-out").mkdir()
+    (tmp_path / "arenas").symlink_to(tmp_path.parent / f"{tmp_path.name}-out")
+    with pytest.raises(DataError, match="link"):
+        arena_of(tmp_path, "other")
+
+
+def test_half_characters_and_odd_names_do_not_break_a_page(studio: Any, tmp_path: Path) -> None:
+    answers = pairs.Answers([("\ud800?", {"a": "x\udfff", "b": "y"})], {"a": {}, "b": {}})
+    arena_of(tmp_path, answers=answers, reasons=("goo\u200bd",))
+    (tmp_path / "b\u202ed.jsonl").write_text('{"prompt": "p", "chosen": "c", "rejected": "r"}\n')
+    (tmp_path / "bad\udcff.jsonl").write_text("{}\n")
+    ada = Person(studio, "ada")
+    assert "U+DFFF" in ada.get("/arena/test").text
+    assert ada.judge("test", "left", reason="goo\u200bd").status_code == 200
+    assert lines(pairs.Arena(tmp_path / "arenas/test"))[0]["reasons"] == ["goo\u200bd"]
+    page = ada.get("/arena/new")
+    assert page.status_code == 200 and "bad" not in page.text.split("<main")[1]
+    assert '<option value="b\u202ed.jsonl">' in page.text  # as it is called, so that it can be chosen
+    assert ada.post("/arena/test/judge", origin="http://[").status_code == 403
+    assert ada.get(f"/arena/{'a' * 5000}").status_code == 404
+
+
+def test_an_arena_that_was_made_anew_has_its_own_results(studio: Any, tmp_path: Path) -> None:
+    ada = Person(studio, "ada")
+    for models in (("dpo", "start"), ("kto", "start")):
+        arena = arena_of(tmp_path, models=models)
+        ada.judge("test", "left")
+        assert models[0] in ada.get("/arena/test/results").text
+        shutil.rmtree(arena.folder)

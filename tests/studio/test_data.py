@@ -14,6 +14,7 @@ import pytest
 from starlette.testclient import TestClient
 from tiny import tiny_tokenizer
 
+from penchant.errors import DataError, DiskError
 from penchant.studio import data
 from penchant.studio.app import Studio
 from penchant.studio.launch import environment
@@ -172,3 +173,45 @@ def test_a_look_at_tokens_does_not_take_the_hub_from_runs_that_are_started(
     tiny_tokenizer().save_pretrained(folder / "model")
     assert "Good" in client.get("/data/tokens?file=rows.jsonl&where=rows.jsonl:1&line=1&tokenizer=model").text
     assert "HF_HUB_OFFLINE" not in environment()
+
+
+def test_odd_files_do_not_break_the_list(client: TestClient, folder: Path) -> None:
+    (folder / "nothing.jsonl").symlink_to(folder / "gone.jsonl")
+    (folder / "out.jsonl").symlink_to("/etc/passwd")
+    (folder / "bad\udcff.jsonl").write_text("{}\n")
+    (folder / "bad\udcff").mkdir()
+    (folder / "bad\udcff" / "metrics.jsonl").write_text("{}\n")
+    page = client.get("/data")
+    assert page.status_code == 200 and "rows.jsonl" in page.text
+    assert not any(name in page.text for name in ("nothing.jsonl", "out.jsonl", "bad"))
+    assert client.get("/runs").status_code == client.get("/runs/new").status_code == 200
+    assert client.get(f"/data/view?file={'a' * 5000}.jsonl").status_code == 404
+
+
+def test_edits_outlive_a_full_disk_and_stay_inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    edits = Edits(folder, "rows.jsonl")
+    edits.add("rows.jsonl:1", "dropped")
+    with edits.file.open("a") as out:
+        out.write('{"where": "half a li')  # of a studio that was killed
+    edits.add("rows.jsonl:2", "dropped")
+    write = os.write
+
+    def full(handle: int, line: bytes) -> int:
+        if len(line) < 20:
+            raise OSError(28, "No space left on device")
+        return write(handle, line[: len(line) - 10])
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", full)
+        with pytest.raises(DiskError, match="cannot be written"):
+            edits.add("rows.jsonl:3", "dropped")
+    edits.add("rows.jsonl:4", "dropped")
+    assert [*edits.made()] == ["rows.jsonl:1", "rows.jsonl:2", "rows.jsonl:4"]
+    long = "/".join(["a" * 90] * 4)
+    assert Edits(folder, f"x{long}").file != Edits(folder, f"y{long}").file
+    (folder / ".studio").rename(folder / "moved")
+    (folder / ".studio").symlink_to(folder.parent)
+    with pytest.raises(DataError, match="link"):
+        Edits(folder, "rows.jsonl")

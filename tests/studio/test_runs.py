@@ -373,3 +373,18 @@ def test_changes_need_the_token(client: TestClient) -> None:
     for path in ("/runs/plan", "/runs/start", "/runs/stop", "/runs/resume"):
         assert client.post(path, data={"run": "first"}, headers={"x-csrf-token": "other"}).status_code == 403
         assert client.get(path).status_code == 405
+
+
+def test_a_second_click_starts_nothing(processes: Processes, folder: Path) -> None:
+    made = draft(folder, FORM)
+    processes.start(made)
+    process = processes.started["new"]
+    with pytest.raises(CheckpointError, match="started already"):
+        processes.start(made)
+    assert processes.started["new"] is process
+
+
+@pytest.mark.parametrize("output", ["a\0b", "..", ".", "/tmp/x", "a/../../b"])
+def test_an_output_outside_the_folder_is_refused(tmp_path: Path, output: str) -> None:
+    with pytest.raises(ConfigError):
+        draft(tmp_path, [*FORM[:2], ("output", output)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -253,6 +254,55 @@ def disk_error(path: Path, error: OSError) -> DiskError:
     elif error.errno in CLOSED:
         how = "make it writable, or choose another place"
     return DiskError(str(path), f"cannot be written ({said})", f"{how}, then run the same command again")
+
+
+def append_line(path: Path, row: Any) -> None:
+    """Write one record of a JSONL file that several processes append to, whole and at once: when this returns, it is on the disk.
+
+    Half a line that a killed writer left is cut off first, and so is a line that the disk does not take whole.
+
+    Raises:
+        DiskError: it cannot be written; nothing of it stands in the file.
+    """
+    text = json.dumps(row, ensure_ascii=False)
+    for end in "\x85\u2028\u2029":  # line ends to some readers
+        text = text.replace(end, f"\\u{ord(end):04x}")
+    line = text.encode("utf-8", "backslashreplace") + b"\n"
+    try:
+        new = not path.exists()
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            size = _whole_lines(handle)
+            try:
+                done = os.write(handle, line)
+                if done < len(line):
+                    done += os.write(handle, line[done:])
+                os.fsync(handle)
+            except OSError:
+                os.ftruncate(handle, size)
+                raise
+        finally:
+            os.close(handle)
+        if new:
+            fsync(path.parent)
+    except OSError as error:
+        raise disk_error(path, error) from error
+
+
+def _whole_lines(handle: int) -> int:
+    """Cut half a line off the end of a file; the bytes that are left."""
+    size = end = os.fstat(handle).st_size
+    while end:
+        start = max(0, end - (1 << 16))
+        block = os.pread(handle, end - start, start)
+        if (at := block.rfind(b"\n")) >= 0:
+            end = start + at + 1
+            break
+        end = start
+    if end < size:
+        os.ftruncate(handle, end)
+    return end
 
 
 @contextmanager

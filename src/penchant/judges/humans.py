@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import threading
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from penchant.base.files import disk_error, fsync
+from penchant.base.files import append_line
 from penchant.errors import DataError
 from penchant.runfolder.read import json_rows
 from penchant.runfolder.values import mapping, num
@@ -187,54 +186,14 @@ class Preferences:
         self.append({"id": judgement.id, "annotator": judgement.annotator, "verdict": UNDO, "time": now})
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write one record, whole and at once: when this returns, it is on the disk.
-
-        Half a line that a killed writer left is cut off first, and so is a line that the disk does not take whole.
+        """Write one record; when this returns, it is on the disk.
 
         Raises:
-            DiskError: it cannot be written; nothing of it stands in the file.
+            DiskError: as `append_line`.
         """
-        text = json.dumps(row, ensure_ascii=False)
-        for end in "\x85\u2028\u2029":  # line ends to some readers
-            text = text.replace(end, f"\\u{ord(end):04x}")
-        line = text.encode("utf-8", "backslashreplace") + b"\n"
         with self._lock:
-            try:
-                new = not self.path.exists()
-                handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX)
-                    size = _whole_lines(handle)
-                    try:
-                        done = os.write(handle, line)
-                        if done < len(line):
-                            done += os.write(handle, line[done:])
-                        os.fsync(handle)
-                    except OSError:
-                        os.ftruncate(handle, size)
-                        raise
-                finally:
-                    os.close(handle)
-                if new:
-                    fsync(self.path.parent)
-            except OSError as error:
-                raise disk_error(self.path, error) from error
+            append_line(self.path, row)
             self.refresh()
-
-
-def _whole_lines(handle: int) -> int:
-    """Cut half a line off the end of a file; the bytes that are left."""
-    size = end = os.fstat(handle).st_size
-    while end:
-        start = max(0, end - (1 << 16))
-        block = os.pread(handle, end - start, start)
-        if (at := block.rfind(b"\n")) >= 0:
-            end = start + at + 1
-            break
-        end = start
-    if end < size:
-        os.ftruncate(handle, end)
-    return end
 
 
 def read_preferences(path: Path | str) -> Preferences:

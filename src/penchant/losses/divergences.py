@@ -82,8 +82,8 @@ def value_of(lp: Tensor, lq: Tensor, kind: DivergenceKind) -> Tensor:
     """The divergence of each row (rows,) from log-probabilities (rows, vocabulary)."""
     a, b = (lq, lp) if kind.direction == "ref_policy" else (lp, lq)
     if kind.kind == "js":
-        lm, b = _log_mean(lp, lq, kind.js_beta), kind.js_beta
-        return ((1 - b) * _kl(lp, lm) + b * _kl(lq, lm)).clamp(min=0.0, max=math.log(2.0))
+        lm, beta = _log_mean(lp, lq, kind.js_beta), kind.js_beta
+        return ((1 - beta) * _kl(lp, lm) + beta * _kl(lq, lm)).clamp(min=0.0, max=math.log(2.0))
     if kind.kind == "kl" or kind.renyi_alpha == 1.0:
         return _kl(a, b).clamp(min=0.0)
     return _renyi(a, b, kind.renyi_alpha).clamp(min=0.0)

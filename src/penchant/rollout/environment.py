@@ -63,14 +63,12 @@ def calculated(text: str) -> str:
     """The value of an arithmetic expression of numbers, ``+ - * / // %`` and parentheses; ``error`` for all else."""
 
     def value(node: ast.expr) -> float:
-        if isinstance(node, ast.Constant) and type(node.value) in (int, float) and abs(node.value) < 1e12:
-            return node.value  # type: ignore[return-value]
+        number: Any = node.value if isinstance(node, ast.Constant) else None
+        if type(number) in (int, float) and abs(number) < 1e12:
+            return number  # type: ignore[no-any-return]
         if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-            return (
-                float(found)
-                if abs(found := OPERATORS[type(node.op)](value(node.left), value(node.right))) > 1e15
-                else found
-            )
+            found = OPERATORS[type(node.op)](value(node.left), value(node.right))
+            return float(found) if abs(found) > 1e15 else found  # type: ignore[no-any-return]
         if isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
             return OPERATORS[type(node.op)](value(node.operand))  # type: ignore[no-any-return]
         raise ValueError(text)

@@ -109,6 +109,7 @@ class Studio:
             path = (self.folder / name).resolve()
             if "\0" in name or not path.is_relative_to(self.folder):
                 raise ValueError
+            path.exists()  # a name that no file can have raises
         except (ValueError, OSError, RuntimeError) as error:
             raise HTTPException(404, "there is no such file in this folder") from error
         return path
@@ -127,7 +128,8 @@ class Studio:
             "version": __version__,
             "asset": self._asset,
         }
-        return HTMLResponse(self.templates.get_template(template).render({**shared, **values}), status)
+        text = self.templates.get_template(template).render({**shared, **values})
+        return HTMLResponse(text.encode(errors="replace"), status)  # JSON of a model may hold halves of a character
 
     @cached_property
     def templates(self) -> jinja2.Environment:
@@ -268,9 +270,17 @@ class Studio:
 def _same_site(headers: Headers) -> bool:
     """Whether a change comes from a page of this studio, as far as the browser says."""
     origin = headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+    try:
+        if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+            return False
+    except ValueError:  # no address at all
         return False
     return headers.get("sec-fetch-site", "same-origin") in ("same-origin", "none")
+
+
+def can_be_linked(name: str) -> bool:
+    """Whether a file's name is text: one of other bytes can stand in no address."""
+    return not any("\ud800" <= c <= "\udfff" for c in name)
 
 
 async def _gone(_: Request, __: Exception) -> Response:

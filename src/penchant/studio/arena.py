@@ -26,7 +26,7 @@ from penchant.judges.humans import PREFERENCES, Judgement, turns_of
 from penchant.metrics.humans import human_verdict
 from penchant.runfolder import COMPARISON_ROWS, MANIFEST, SAMPLES, checkpoints
 from penchant.studio import pairs
-from penchant.studio.app import Area, Studio, fields, form
+from penchant.studio.app import Area, Studio, can_be_linked, fields, form
 from penchant.studio.pairs import Arena, Settings
 from penchant.studio.queue import Item, item_of, next_item
 from penchant.studio.results import results_body, results_page
@@ -60,9 +60,9 @@ class Rooms:
 
     def __init__(self, studio: Studio) -> None:
         self.studio = studio
-        self.opened: dict[tuple[str, int], Arena] = {}
+        self.opened: dict[str, tuple[tuple[int, int], Arena]] = {}  # by name, with what tells it from a later one
         self.held: dict[tuple[str, str], Held] = {}  # by (arena, annotator)
-        self.bodies: dict[Path, tuple[int, Markup]] = {}  # results, and of how many records
+        self.bodies: dict[str, tuple[Arena, int, Markup]] = {}  # results, and of how many records
         self.writers = Writers()
 
     def named(self, request: Request) -> Arena:
@@ -73,13 +73,18 @@ class Rooms:
         """
         name = str(request.path_params["name"])
         folder = self.studio.inside(f"{pairs.ARENAS}/{name}")
-        if not pairs.NAME.fullmatch(name) or not (folder / pairs.ARENA).is_file():
+        if not pairs.is_arena(folder, self.studio.folder):
             raise HTTPException(404, "there is no such arena")
         return self.open(Arena(folder))
 
     def open(self, arena: Arena) -> Arena:
         """An arena as it was opened before; one that was made anew under its name is another."""
-        return self.opened.setdefault((arena.name, (arena.folder / pairs.ARENA).stat().st_ino), arena)
+        about = (arena.folder / pairs.ARENA).stat()
+        now = about.st_ino, about.st_mtime_ns
+        was = self.opened.get(arena.name)
+        if was is None or was[0] != now:
+            was = self.opened[arena.name] = now, arena
+        return was[1]
 
     def next(self, arena: Arena, annotator: str) -> Item | None:
         """The pair that an annotator has before them until they say something of it, or else the next one."""
@@ -101,10 +106,11 @@ class Rooms:
     def results(self, arena: Arena) -> Markup:
         """What an arena says, computed anew where something was said since."""
         records = sum(arena.preferences.refresh().records.values())
-        had = self.bodies.get(arena.folder)
-        if had is None or had[0] != records:
-            had = self.bodies[arena.folder] = records, Markup(str(results_body(human_verdict(arena.preferences))))
-        return had[1]
+        had = self.bodies.get(arena.name)
+        if had is None or had[0] is not arena or had[1] != records:
+            body = Markup(str(results_body(human_verdict(arena.preferences))))
+            had = self.bodies[arena.name] = arena, records, body
+        return had[2]
 
     def hold(self, arena: Arena, annotator: str, item: Item | None) -> None:
         """Remember what somebody has before them."""
@@ -372,12 +378,12 @@ def _walk(folder: Path, deep: int = 0) -> list[Path]:
     except OSError:
         return []
     for path in entries:
-        if path.name.startswith(".") or path.is_symlink():
+        if path.name.startswith(".") or path.is_symlink() or not can_be_linked(path.name):
             continue
         if path.is_dir():
             if deep < DEEP and path.name not in SKIPPED:
                 found += _walk(path, deep + 1)
-        elif path.name == SAMPLES or path.name not in INSIDE:
+        elif path.is_file() and (path.name == SAMPLES or path.name not in INSIDE):
             found.append(path)
     return found
 
@@ -392,9 +398,9 @@ def _made(studio: Studio, given: list[tuple[str, str]]) -> Arena:
     settings, writers = _settings(values), {}
     kind = values.get("source", "")
     if kind == "runs":
-        found = pairs.of_runs([studio.inside(v) for k, v in given if k == "run"])
+        found = pairs.of_runs([studio.inside(f"{v}/{SAMPLES}").parent for k, v in given if k == "run"])
     elif kind == "comparison":
-        found = pairs.of_comparison(studio.inside(values.get("comparison", "")))
+        found = pairs.of_comparison(studio.inside(f"{values.get('comparison', '')}/{COMPARISON_ROWS}").parent)
     elif kind == "pairs":
         found = pairs.of_pairs(_file(studio, values.get("file", "")))
     elif kind == "prompts":
@@ -437,7 +443,9 @@ def _writer(studio: Studio, values: Mapping[str, str], which: str) -> dict[str, 
         model, key = values.get(f"model_{which}", "").strip(), values.get(f"key_{which}", "").strip()
         if not model:
             raise DataError(f"writer {which}", "has no model", "name it as the endpoint calls it")
-        connect(url, key or None)  # refuses an address that is none, and a key that is not there
+        connect(
+            url, key or None, f"writer {which}", "its own field"
+        )  # refuses an address that is none, and a key that is not there
         return {"url": url, "model": model, "key_env": key}
     if not run:
         raise DataError(f"writer {which}", "is not chosen", "choose a run, or give an endpoint's address")

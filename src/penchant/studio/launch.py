@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from penchant.losses.page import parameters
 from penchant.runfolder import CHECKPOINTS, COMPARISON, COMPARISON_ROWS, CONFIG, CONSOLE, PIPELINE, SWEEP, make_folder
 from penchant.runfolder.read import holder, lock_of
 from penchant.runfolder.values import flat
+from penchant.studio.app import can_be_linked
 
 FORM = "the form"  # where a setting stands, for messages
 INTERRUPTED = 4  # the exit code of a run that was stopped by a signal, and can go on
@@ -136,8 +138,12 @@ def draft(root: Path, fields: Sequence[tuple[str, str]]) -> Draft:
     values, places = values_of(fields)
     output = values.get("output")
     if isinstance(output, str) and output.strip():
-        folder = (root / output).resolve()
-        if not folder.is_relative_to(root) or folder == root:
+        try:
+            folder = (root / output).resolve()
+            inside = folder.is_relative_to(root) and folder != root
+        except (ValueError, OSError, RuntimeError):  # a NUL in it, or links that go round
+            inside = False
+        if not inside:
             raise ConfigError("output", "is not inside the studio's folder", "give a name such as runs/first")
         values["output"] = folder.relative_to(root).as_posix()
     config = build(values, places, FORM)
@@ -162,7 +168,7 @@ def suggestions(root: Path) -> dict[str, list[str]]:
     files: list[str] = []
     models: list[str] = []
     for looked, (at, folders, names) in enumerate(os.walk(root)):
-        folders[:] = sorted(name for name in folders if name[0] != "." and name != "__pycache__")
+        folders[:] = sorted(n for n in folders if n[0] != "." and n != "__pycache__" and can_be_linked(n))
         if looked > 2000 or len(files) + len(models) > SUGGESTED:
             break
         here = Path(at).relative_to(root).as_posix()
@@ -174,8 +180,15 @@ def suggestions(root: Path) -> dict[str, list[str]]:
             models.append(here.rstrip("/"))  # a run stands for its model
             folders[:] = [name for name in folders if name != CHECKPOINTS]
         else:
-            files += [here + name for name in sorted(names) if ending(name) and name not in NO_ROWS]
+            rows = (here + name for name in sorted(names) if ending(name) and name not in NO_ROWS)
+            files += islice((path for path in rows if can_be_linked(path) and _is_inside(root, path)), SUGGESTED)
     return {"data.path": files[:SUGGESTED], "data.eval_path": files[:SUGGESTED], "model.path": models[:SUGGESTED]}
+
+
+def _is_inside(root: Path, path: str) -> bool:
+    """Whether there is a file, and no link that leads out of the folder."""
+    file = root / path
+    return file.is_file() and (not file.is_symlink() or file.resolve().is_relative_to(root))
 
 
 # ---- Processes ----
@@ -213,6 +226,8 @@ class Processes:
             CheckpointError: there is a run already, or another config.
         """
         folder, file = self.root / made.folder, self.root / made.file
+        if self.running(made.folder):  # a second click, or a second window
+            raise CheckpointError(made.folder, "was started already", "look at it among the runs")
         if (folder / CHECKPOINTS).exists() or (folder / CONFIG).exists():
             raise CheckpointError(made.folder, "holds a run already", "choose another output, or go on with that run")
         if file.is_symlink() or (file.exists() and file.read_text(encoding="utf-8", errors="replace") != made.text):

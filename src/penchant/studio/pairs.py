@@ -166,8 +166,15 @@ def _pair_of_row(row: Mapping[str, Any]) -> Pair | None:
 
 def arenas(folder: Path) -> list[Arena]:
     """The arenas of a folder, the newest first."""
-    found = [Arena(p.parent) for p in (folder / ARENAS).glob(f"*/{ARENA}")]
-    return sorted(found, key=lambda a: (a.settings.created, a.name), reverse=True)
+    found = [Arena(p.parent) for p in (folder / ARENAS).glob(f"*/{ARENA}") if is_arena(p.parent, folder)]
+    return sorted(found, key=lambda a: (str(a.settings.created), a.name), reverse=True)
+
+
+def is_arena(place: Path, folder: Path) -> bool:
+    """Whether an arena lies there, nothing of it behind a link that leads out of the folder."""
+    files = (ARENA, PAIRS, WRITTEN, PREFERENCES)
+    inside = all((place / name).resolve().is_relative_to(folder.resolve()) for name in files)
+    return inside and NAME.fullmatch(place.name) is not None and (place / ARENA).is_file()
 
 
 # ---- making one ----
@@ -332,12 +339,14 @@ def make_arena(folder: Path, name: str, settings: Settings, pairs: Sequence[Pair
     if not any(p.gold is None for p in pairs):
         raise DataError(name, "there is no pair of two different answers", "choose other models or prompts")
     target = folder / ARENAS / name
+    if not target.resolve().is_relative_to(folder.resolve()):
+        raise DataError(ARENAS, "is a link that leads out of the studio's folder", "remove the link")
     if target.exists():
         raise DataError(name, "an arena of this name is there already", "choose another name")
     made = {**asdict(settings), "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     with writing(target):
         target.mkdir(parents=True)
         lines = "".join(json.dumps(p.to_json(), ensure_ascii=False) + "\n" for p in pairs)
-        write_text_atomically(target / PAIRS, lines.encode("utf-8", "surrogatepass"))
+        write_text_atomically(target / PAIRS, lines.encode("utf-8", "backslashreplace"))
         write_atomically(target / ARENA, made)  # last: what has it is an arena
     return Arena(target)

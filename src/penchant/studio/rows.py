@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import io
 import json
-import os
 import re
 import threading
 import time
@@ -18,6 +18,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from penchant.base.files import append_line, writing
 from penchant.base.text import printable
 from penchant.data.audit.fix import DEFAULT, Edit, Fixed, content_sum, fix
 from penchant.data.layouts import LAYOUTS
@@ -430,7 +431,12 @@ class Edits:
 
     def __init__(self, root: Path, path: str) -> None:
         self.root, self.path = root, path
-        self.file = root / ".studio" / "edits" / f"{quote(path, safe='')[-200:]}.jsonl"
+        name = quote(path, safe="")
+        if len(name) > 200:
+            name = f"{hashlib.sha256(path.encode()).hexdigest()[:16]}-{name[-180:]}"
+        self.file = root / ".studio" / "edits" / f"{name}.jsonl"
+        if not self.file.resolve().is_relative_to(root):
+            raise DataError(".studio", "is a link that leads out of the studio's folder", "remove the link")
         self._lock = threading.Lock()
 
     def made(self) -> dict[str, Edit]:
@@ -453,15 +459,9 @@ class Edits:
             "was": was,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        line = json.dumps(told | ({"row": dict(row)} if row is not None else {}), ensure_ascii=True).encode() + b"\n"
-        with self._lock:
+        with self._lock, writing(self.file):
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-            try:
-                os.write(handle, line)
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            append_line(self.file, told | ({"row": dict(row)} if row is not None else {}))
 
     def copy(self, file: File, output: Path, also: bool) -> Fixed:
         """The corrected copy, with a record of every row that is other or gone.

@@ -16,6 +16,7 @@ from penchant.report.svg import duration, with_interval
 from penchant.runfolder import CHECKPOINTS, COMPARISON, CONFIG, IDENTITY, LOCK, MANIFEST, METRICS, PERF, PIPELINE, SWEEP
 from penchant.runfolder.read import Whole, json_object, lock_of
 from penchant.runfolder.values import mapping, mappings, sequence, text
+from penchant.studio.app import can_be_linked
 from penchant.watch.views import FIGURES, OPEN_STATES, Member, RunView
 
 DEPTH = 4  # folders below the studio's in which runs are looked for
@@ -65,7 +66,8 @@ def _listed(folder: Path) -> tuple[set[str], list[str]]:
         with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
-                    folders += [entry.name] * (entry.name[0] != "." and entry.name not in NO_RUNS)
+                    shown = entry.name[0] != "." and entry.name not in NO_RUNS and can_be_linked(entry.name)
+                    folders += [entry.name] * shown
                 else:
                     names.add(entry.name)
     except OSError:
