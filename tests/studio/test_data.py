@@ -171,7 +171,9 @@ def test_a_look_at_tokens_does_not_take_the_hub_from_runs_that_are_started(
 ) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     tiny_tokenizer().save_pretrained(folder / "model")
-    assert "Good" in client.get("/data/tokens?file=rows.jsonl&where=rows.jsonl:1&line=1&tokenizer=model").text
+    assert (
+        'class="t trained"' in client.get("/data/tokens?file=rows.jsonl&where=rows.jsonl:1&line=1&tokenizer=model").text
+    )
     assert "HF_HUB_OFFLINE" not in environment()
 
 
