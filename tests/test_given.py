@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -157,8 +157,17 @@ def test_a_function_that_stands_alone_is_written_as_a_file_that_runs(tmp_path: P
     assert python_object(name, "reward")([""], ["abcde"]) == [2.0]
 
 
+def with_a_choice(logps: Any, *, kind: Literal["a", "b"] = "a") -> Any:
+    return logps
+
+
+def before_its_helper(prompts: list[str], completions: list[str]) -> list[float]:
+    return defined_later(completions)  # type: ignore[name-defined,no-any-return]  # noqa: F821
+
+
 def test_other_functions_are_this_processs_own(tmp_path: Path) -> None:
-    for function in (with_a_global, lambda prompts, completions: [1.0] * len(completions)):
+    own = lambda prompts, completions: [1.0] * len(completions)  # noqa: E731
+    for function in (with_a_global, own, with_a_choice, before_its_helper):
         name = function_name(function, tmp_path, "reward")
         assert python_object(name, "reward") is function
         GIVEN.clear()
@@ -361,4 +370,4 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             exec("".join(cell["source"]), space)
             if "MODEL" in space:
                 space["MODEL"] = tiny_model_folder(tmp_path / "model")
-    assert space["result"].steps == 8 and 0 <= space["figures"]["eval/generated/reward"] <= 1
+    assert space["result"].steps == 5 and 0 <= space["figures"]["eval/generated/reward"] <= 1

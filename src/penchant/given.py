@@ -237,8 +237,14 @@ def _imports_of(function: FunctionType) -> str | None:
     defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     if function.__closure__ or not all(d is None or isinstance(d, (bool, int, float, str)) for d in defaults):
         return None
+    # annotations of keyword-only arguments are looked up: a loss has its parameters from them
+    asked = [p.annotation for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    if not all(a in (inspect.Parameter.empty, bool, int, float, str, "bool", "int", "float", "str") for a in asked):
+        return None
     lines = []
     for name, value in _globals_of(function).items():
+        if value is _globals_of:  # it is not there yet
+            return None
         module = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
         if not isinstance(module, str) or module.partition(".")[0] not in LIBRARIES:
             return None

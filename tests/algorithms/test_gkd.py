@@ -145,10 +145,14 @@ def test_a_run_comes_nearer_to_its_teacher_and_goes_on_exactly(
         ({"algorithm": None, "loss": "sft"}, "teacher: is of algorithm gkd alone"),
         ({"reference": {"path": "elsewhere"}}, "teacher.path: and reference.path are both set"),
         ({"reward": "words"}, "takes none"),
+        ({"weight": "counts"}, "data.weight.*gkd does not weigh rows"),
     ],
     ids=str,
 )
 def test_mistakes_are_answered_with_a_sentence(base: dict[str, Any], change: dict[str, Any], what: str) -> None:
+    if "weight" in change:
+        rows = [{"prompt": f"p{i}", "completion": "c", "counts": 1 + i % 2} for i in range(12)]
+        change = {"data": {**base["data"], **change, "path": write_jsonl(Path(base["data"]["path"]), rows)}}
     wanted = {k: v for k, v in {**base, **change}.items() if v is not None}
     with pytest.raises(ConfigError, match=what):
         api.train(wanted, quiet=True)

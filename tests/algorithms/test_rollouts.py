@@ -15,12 +15,13 @@ from tiny import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from penchant.algorithms.group import GroupConfig, GroupPolicyGradient
-from penchant.algorithms.rollouts import Group, OnPolicy, Writer
+from penchant.algorithms.rollouts import Ahead, Group, OnPolicy, Writer
 from penchant.data.packing import pack
 from penchant.errors import RewardError
 from penchant.logprobs import Scorer
 from penchant.logprobs.reference import LiveReference
 from penchant.rewards.functions import Judgement, Reward, RewardTerm
+from penchant.rollout.generate import Sample
 from penchant.types import LossOutput, TokenTree
 
 EOS = 1
@@ -175,3 +176,10 @@ def test_both_clips_are_the_options() -> None:
         bounded = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
         per_token = torch.maximum(-a * ratio, -a * bounded)
         assert torch.allclose(out.losses, torch.stack([per_token[:3].sum(), per_token[3]]), rtol=1e-9)
+
+
+def test_a_batch_that_is_written_ahead_is_the_same_from_a_checkpoint() -> None:
+    spoke = Sample([1, 2, 3], [-0.5, 0.0, -0.25], True, [True, False, True])  # an environment wrote the second token
+    written = [[spoke, Sample([4], [-1.0], False)]]
+    again = Ahead.of_tensors(Ahead((3, (7,), 2), 5, lambda: written).tensors())
+    assert again is not None and (again.of, again.version, again.samples()) == ((3, (7,), 2), 5, written)

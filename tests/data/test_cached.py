@@ -71,6 +71,13 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 }
 
 
+def test_a_mixture_of_files_with_other_names_has_rows_of_these_names(tmp_path: Path) -> None:
+    cache = DataCache()
+    for names in (("a.jsonl", "b.jsonl"), ("c.jsonl", "d.jsonl")):
+        parts = [cache.load(write_jsonl(tmp_path / name, [pair(i)])) for i, name in enumerate(names)]
+        assert [t.source for t in cache.together(parts, names).trees] == [f"{name}:1" for name in names]
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_what_comes_out_equals_what_is_made_anew(tmp_path: Path, name: str) -> None:
     path = str(write(tmp_path / "a.jsonl", ROWS[name]))

@@ -236,7 +236,7 @@ def test_answers_of_weight_0_are_not_learned(tmp_path: Path) -> None:
     first, last = said("first")[0], said("last")[0]
     for nothing, some in (({"weight": 0}, {"weight": 1}), ({"train": False}, {"train": True})):
         row = {"system": "s", "messages": [*USER, {**first, **some}, *USER, {**last, **nothing}]}
-        with pytest.raises(DataError, match=r"none of 1 rows could be used.*not to be learned"):
+        with pytest.raises(DataError, match=r"none of 1 row could be used.*not to be learned"):
             load_preferences(written(tmp_path, row))
         (tree,) = load_preferences(written(tmp_path, row), layout_options={"turns": "every"}).trees
         assert tree.completions[0].text == "first"

@@ -25,11 +25,12 @@ from penchant.sweep import load_sweep
 
 CHECKED = {"sh", "yaml", "json", "python", "math"}  # how each is checked: below
 OUTPUT = {"", "text"}  # what a command printed, or a formula in plain letters: nothing to run
-SHELL = {"python", "docker", "pip", "ln", "cat", "printf", "kill", "export"}  # everybody has them, or is told
+SHELL = {"python", "vllm", "docker", "pip", "ln", "cat", "printf", "kill", "export"}  # everybody has them, or is told
 
 # a line of a shell block that is never run: why
 NOT_RUN = {
     r"^make ": "minutes long, or installs; `make demo` is tests/test_demo.py",
+    r"\bvllm serve ": "needs vLLM; tests/rollout/ has a server with its routes",
     r"^docker ": "needs a container engine; tests/docs/test_docker.py checks the files",
     r"^(python -m )?pip (install|wheel) ": "needs the network",
     r" qlora\.yaml": "needs a large model and the extra bnb; tests/models/test_quantize.py trains a small one",

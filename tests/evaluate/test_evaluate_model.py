@@ -211,7 +211,7 @@ def test_bad_rows_are_counted(there: Paths, tmp_path: Path) -> None:
     rows = [*polite_rows(12), {"prompt": "p", "chosen": "same", "rejected": "same"}]
     path = write_jsonl(tmp_path / "bad.jsonl", rows)
     found = api.evaluate(there["base"], FP32, "data.on_bad_row=skip", data=path, quiet=True)
-    assert "Kept aside: 1 bad rows of 13." in found["notes"] and found["eval/logps/chosen/n"] == 12
+    assert "Kept aside: 1 bad row of 13." in found["notes"] and found["eval/logps/chosen/n"] == 12
 
 
 def test_the_table_has_every_figure_its_interval_and_what_it_is(

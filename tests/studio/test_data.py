@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
+from tiny import tiny_tokenizer
 
 from penchant.errors import DataError, DiskError
 from penchant.studio import data
 from penchant.studio.app import Studio
+from penchant.studio.launch import environment
 from penchant.studio.rows import Edits
 
 EVIL = '<script>alert(1)</script></style></textarea>"><img src=x onerror=alert(1)>\u202e\x1b[31m'
@@ -162,6 +164,17 @@ def test_tokens_need_a_tokenizer_of_the_folder(client: TestClient, folder: Path)
     at = "file=rows.jsonl&where=rows.jsonl:1&line=1"
     assert client.get(f"/data/tokens?{at}&tokenizer=../..").status_code == 404
     assert 'role="alert"' in client.get(f"/data/tokens?{at}&tokenizer=nothing").text
+
+
+def test_a_look_at_tokens_does_not_take_the_hub_from_runs_that_are_started(
+    client: TestClient, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    tiny_tokenizer().save_pretrained(folder / "model")
+    assert (
+        'class="t trained"' in client.get("/data/tokens?file=rows.jsonl&where=rows.jsonl:1&line=1&tokenizer=model").text
+    )
+    assert "HF_HUB_OFFLINE" not in environment()
 
 
 def test_odd_files_do_not_break_the_list(client: TestClient, folder: Path) -> None:

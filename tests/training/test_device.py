@@ -237,11 +237,26 @@ def test_nor_does_an_adapters(more: dict[str, Any], start: Any, tmp_path: Path, 
 
 @pytest.mark.parametrize("nll", [0.0, 0.5])
 def test_no_loss_waits_for_the_device(nll: float) -> None:
-    known = ("ref_logps", "labels", "scores", "alignment", "divergence", "policy_shared_logps", "ref_shared_logps")
+    known = (
+        "ref_logps",
+        "labels",
+        "scores",
+        "alignment",
+        "weighted_logps",
+        "divergence",
+        "policy_shared_logps",
+        "ref_shared_logps",
+    )
     column = torch.ones(4, device=META)
     slot = torch.tensor([0, 1, 0, 1], device=META)
     scored = Scored(
-        tree=slot, slot=slot, lengths=column, policy_logps=column, pairs=True, **dict.fromkeys(known, column)
+        tree=slot,
+        slot=slot,
+        lengths=column,
+        policy_logps=column,
+        pairs=True,
+        shape=(2, 2),
+        **dict.fromkeys(known, column),
     )
     for name, spec in LOSSES.items():
         if "z0" not in spec.needs:
@@ -255,8 +270,8 @@ def test_no_loss_waits_for_the_device(nll: float) -> None:
 def test_batches_that_are_packed_ahead_train_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packed: list[int] = []
     final = []
-    real = loop_module._in_background
-    monkeypatch.setattr(loop_module, "_in_background", lambda make: packed.append(1) or real(make))
+    real = loop_module.in_background
+    monkeypatch.setattr(loop_module, "in_background", lambda make: packed.append(1) or real(make))
     for ahead in (False, True):
         monkeypatch.setattr(loop_module, "packs_ahead", lambda _device, ahead=ahead: ahead)
         loop = loop_on(CPU, tmp_path, "dpo")
@@ -269,7 +284,7 @@ def test_batches_that_are_packed_ahead_train_the_same(tmp_path: Path, monkeypatc
 
 def test_what_fails_in_the_background_is_raised_where_it_is_needed() -> None:
     with pytest.raises(KeyError, match="lost"):
-        loop_module._in_background(lambda: {}["lost"])()
+        loop_module.in_background(lambda: {}["lost"])()
 
 
 def test_cached_log_probs_come_with_the_batch() -> None:

@@ -72,6 +72,8 @@ class GKDConfig(SamplingConfig):
         path, rollout = parts.config.reference.path, parts.config.rollout
         if rollout.engine != "own" or rollout.environment is not None:
             raise ConfigError("rollout", "is set, and gkd samples by itself", "leave out engine and environment")
+        if parts.config.data.weight is not None:
+            raise ConfigError("data.weight", "is set, and gkd does not weigh rows", "leave it out")
         if path is None:
             raise ConfigError(
                 "teacher.path", "is missing: gkd has no teacher", "give a model with the student's tokenizer"

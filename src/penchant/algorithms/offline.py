@@ -202,7 +202,9 @@ class Offline(Algorithm):
         passes = passes_over(both, trees, self.tokens_per_step, shared=shared, device=device, lanes=self.side_by_side)
         order, made = zip(*passes, strict=True)
         policy, ref = map(torch.cat, zip(*made, strict=True))
-        weights = policy.new_tensor([trees[i].weight for members in order for i in members])
+        weights = policy.new_tensor(
+            [trees[i].weight for members in order for i in members for _ in trees[i].completion_ids]
+        )
         weights = weights / weights.mean()
         return kto_z0(policy * weights, ref * weights)
 

@@ -224,6 +224,7 @@ class Ahead:
             "ahead/ids": torch.tensor([t for s in every for t in s.ids]),
             "ahead/logps": torch.tensor([p for s in every for p in s.logps], dtype=torch.float64),
             "ahead/finished": torch.tensor([s.finished for s in every]),
+            "ahead/own": torch.tensor([o for s in every for o in s.own or [True] * len(s.ids)], dtype=torch.bool),
         }
 
     @staticmethod
@@ -237,7 +238,11 @@ class Ahead:
         lengths = tensors["ahead/lengths"].tolist()
         ids, logps = (tensors[f"ahead/{n}"].split(lengths) for n in ("ids", "logps"))
         ended = tensors["ahead/finished"].tolist()
-        every = [Sample(i.tolist(), p.tolist(), e) for i, p, e in zip(ids, logps, ended, strict=True)]
+        own = tensors["ahead/own"].split(lengths)
+        every = [
+            Sample(i.tolist(), p.tolist(), end, [] if bool(o.all()) else o.tolist())
+            for i, p, end, o in zip(ids, logps, ended, own, strict=True)
+        ]
         groups = [every[i : i + k] for i in range(0, len(every), k)]
         return Ahead((iteration, tuple(tensors["ahead/rows"].tolist()), k), version, lambda: groups)
 

@@ -250,7 +250,9 @@ class DataCache:
         """`load.together`; on disk where a part is."""
         if not any(isinstance(d.trees, StoredRows) for d in parts):
             return together(parts, names)
-        key = key_of("rows", {"mixed": [[d.fingerprint, d.kind, len(d.trees)] for d in parts]})
+        key = key_of(
+            "rows", {"mixed": [[n, d.fingerprint, d.kind, len(d.trees)] for n, d in zip(names, parts, strict=True)]}
+        )
 
         def keep(trees: Iterable[PromptTree]) -> tuple[Sequence[PromptTree], str] | None:
             def write(folder: Path) -> Mapping[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import tempfile
 from collections import OrderedDict
@@ -324,7 +323,6 @@ class Data:
         if not Path(path).is_dir():
             raise ConfigError(path, "has no tokenizer here", "choose a folder that holds one")
         if path not in self._tokenizers:
-            os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing of this page asks another host
             self._tokenizers[path] = load_tokenizer(path)
         return self._tokenizers[path], how
 
