@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shutil
@@ -441,6 +442,31 @@ def test_answers_are_written_by_a_run_and_an_endpoint_and_kept(
     # the endpoint is gone: a sentence, and nothing is kept
     assert "event: failed" in (told := ada.get("/arena/live/live").text) and "cannot be asked" in told
     assert len(lines(arena)) == 1
+
+
+def test_a_key_goes_to_no_endpoint_that_another_person_put_into_an_arena(
+    studio: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", "secret-of-mine")
+    ada = Person(studio, "ada")
+    endpoint = {"url_two": "http://127.0.0.1:9/v1", "model_two": "writer", "key_two": "MY_KEY"}
+    random_run = {"url_one": "http://127.0.0.1:9/v1", "model_one": "other"}
+    given = {"name": "live", "source": "prompts", "prompts": "One?", **random_run, **endpoint}
+    assert ada.post("/arena/new", given).status_code == 200
+    ada.get("/arena/live")
+    assert "cannot be asked" in ada.get("/arena/live/live").text  # nobody listens there
+    monkeypatch.setenv("PENCHANT_CACHE", str(tmp_path / "of-another-person"))
+    told = ada.get("/arena/live/live").text
+    assert "event: failed" in told and "secret-of-mine" not in told
+    writers = pairs.arenas(tmp_path)[0].settings.writers
+    from penchant.studio.writers import Writers
+
+    async def ask() -> None:
+        async for _ in Writers()._of_endpoint(writers["writer"], "One?"):
+            raise AssertionError("it was asked")
+
+    with pytest.raises(DataError, match=r"\$MY_KEY.*not made in your studio"):
+        asyncio.run(ask())
 
 
 def test_a_link_in_an_arena_leads_nowhere(studio: Any, tmp_path: Path) -> None:

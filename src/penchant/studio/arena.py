@@ -31,7 +31,7 @@ from penchant.studio.pairs import Arena, Settings
 from penchant.studio.queue import Item, item_of, next_item
 from penchant.studio.results import results_body, results_page
 from penchant.studio.text import folds, rendered
-from penchant.studio.writers import Writers
+from penchant.studio.writers import Writers, allow
 
 HELD_SECONDS = 900.0  # for which a pair that somebody has before them is nobody else's
 WHO = "penchant_annotator"
@@ -446,6 +446,8 @@ def _writer(studio: Studio, values: Mapping[str, str], which: str) -> dict[str, 
         connect(
             url, key or None, f"writer {which}", "its own field"
         )  # refuses an address that is none, and a key that is not there
+        if key:
+            allow(url, key)
         return {"url": url, "model": model, "key_env": key}
     if not run:
         raise DataError(f"writer {which}", "is not chosen", "choose a run, or give an endpoint's address")

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from penchant.base.files import cache_folder, write_atomically
 from penchant.base.text import one_line
 from penchant.errors import DataError
 from penchant.judges.endpoint import connect, is_local
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 MAX_TOKENS = 512
 SECONDS = 600.0  # for one answer
+KEYS = "keys.json"  # which environment variable's key may go to which endpoint
 LONGEST = 200_000  # characters of one answer
 TEMPERATURE = 0.7
 
@@ -111,7 +113,14 @@ class Writers:
     async def _of_endpoint(self, writer: Mapping[str, str], prompt: Any) -> AsyncIterator[str]:
         import httpx
 
-        there = connect(writer["url"], writer.get("key_env") or None, "writer")
+        key = writer.get("key_env") or None
+        if key is not None and [writer["url"], key] not in _allowed():
+            raise DataError(
+                f"writer {writer.get('model')}",
+                f"this arena would send the key in ${key} to {writer['url']}, and it was not made in your studio",
+                "make a new arena with this endpoint if you trust it",
+            )
+        there = connect(writer["url"], key, "writer")
         headers = {"accept": "text/event-stream"}
         if there.key is not None:
             headers["authorization"] = f"Bearer {there.key}"
@@ -142,6 +151,23 @@ class Writers:
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
         self._models.clear()
+
+
+def allow(url: str, key_env: str) -> None:
+    """Note that this user chose to send the key of an environment variable to an endpoint: an arena's folder may come from others."""
+    known = _allowed()
+    if [url, key_env] not in known:
+        path = cache_folder("studio") / KEYS
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, [*known, [url, key_env]])
+
+
+def _allowed() -> list[Any]:
+    try:
+        found = json.loads((cache_folder("studio") / KEYS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return found if isinstance(found, list) else []
 
 
 def _piece(line: str) -> str:
