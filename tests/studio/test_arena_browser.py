@@ -240,7 +240,9 @@ def test_answers_that_are_written_are_seen_and_then_judged(
         assert browser.run("document.querySelector('.say.left').disabled")
         browser.press("ArrowLeft")
         go_on.set()
-        browser.wait("!document.querySelector('.say.left')?.disabled")
+        browser.wait(
+            "document.querySelector('.say.left')?.disabled === false && !document.querySelector('.htmx-request, .htmx-swapping, .htmx-settling')"
+        )
         say(browser, "ArrowLeft")
         (row,) = lines(arena)
         assert {row["answer_a"], row["answer_b"]} == {"<b>Half an answer**", "The other"}
