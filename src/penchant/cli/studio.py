@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -51,5 +52,7 @@ def _studio(args: argparse.Namespace) -> int:
     else:
         print(f"studio of {folder}: open {address} and give the key in {KEY}", flush=True)
     print("Ctrl-C ends it", file=sys.stderr, flush=True)
+    for area in studio.areas:
+        threading.Thread(target=area.warm, daemon=True).start()
     server.run_until_signal()
     return 0

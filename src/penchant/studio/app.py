@@ -63,12 +63,14 @@ class Area:
 
     Args:
         title: in the navigation; path: where it begins (``/arena``); routes: with whole paths. close: called when the server ends.
+        warm: called in a thread of its own when the server begins, so that the first page need not wait for what can be read before.
     """
 
     title: str
     path: str
     routes: Sequence[BaseRoute]
     close: Callable[[], None] = lambda: None
+    warm: Callable[[], Any] = lambda: None
 
 
 @dataclass

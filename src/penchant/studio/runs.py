@@ -284,4 +284,4 @@ def sample_of(row: Mapping[str, Any]) -> dict[str, Any]:
 def area(studio: Studio) -> Area:
     """Runs, as they are and as they go on."""
     made = Runs(studio)
-    return Area("Runs", "/runs", made.routes, made.processes.close)
+    return Area("Runs", "/runs", made.routes, made.processes.close, made.shelf.lines)
