@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,18 +56,12 @@ class Callbacks:
         """
         stop = False
         for one in self.given:
-            method = getattr(one, event, one if event == "on_step" and not _is_object(one) else None)
+            method = getattr(one, event, None)
+            if event == "on_step" and not any(hasattr(one, name) for name in EVENTS):
+                method = one
             answer = None if method is None else method(*said)
             if answer is not None and answer != STOP:
                 where = f"callback {getattr(one, '__name__', type(one).__name__)}"
                 raise ConfigError(where, f"{event} returned {answer!r}", f"return {STOP!r} to end the run, or nothing")
             stop |= answer == STOP
         return stop
-
-
-def _is_object(one: Any) -> bool:
-    """Whether it has methods of `Callback`, so that it is not called itself."""
-    return not callable(one) or any(hasattr(one, name) for name in EVENTS)
-
-
-Told = Callable[..., bool]
