@@ -214,13 +214,14 @@ def audit_files(
     reward: str | None = None,
     check: str | None = None,
     languages: bool = True,
+    workers: int | str | None = None,
 ) -> Audit:
     """The same of files of any size, read once.
 
     Args:
         paths, splits: files; those in `splits` by the name of their split, the others are named by themselves. Prompts that
             stand in two of them are counted. columns: ``{our field: your column}``. limit: rows of each that are read.
-        reward, check, languages: as for `audit`.
+        reward, check, languages: as for `audit`. workers: processes; None: one a core where the files are large; ``ray``: a cluster's.
 
     Raises:
         DataError: a file that cannot be read. ConfigError: a reward or function that cannot be loaded.
@@ -232,7 +233,8 @@ def audit_files(
 
     named = {**(splits or {}), **names_of([str(p) for p in paths])}
     counters = _own_counters(reward, check)
-    return run_audit(named, shape=shape, columns=columns, limit=limit, languages=languages, counters=counters)
+    how: dict[str, Any] = {"shape": shape, "columns": columns, "limit": limit}
+    return run_audit(named, languages=languages, counters=counters, workers=workers, **how)
 
 
 def audit_page(audit: Audit, path: str | Path, title: str = "Data audit") -> Path:

@@ -218,6 +218,14 @@ class ExportRequest:
 
 # ---- `penchant data get` ----
 
+
+def workers_in(text: str) -> int | str:
+    """A number of processes, or ``ray``."""
+    if text != "ray" and not (text.isdecimal() and 1 <= int(text) <= 4096):
+        raise ConfigError("--workers", f"is {text!r}", "give a number from 1 on, or ray for a cluster's")
+    return text if text == "ray" else int(text)
+
+
 SPLIT = "split (prompts that are equal or nearly equal stay together)"
 WHICH = "which rows"
 BECOME = "what the rows become"

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Unpack
 
 import numpy as np
 
+from penchant.base.processes import RAY, Workers, in_order, number_of
 from penchant.data.audit.counters import (
     AuditCounter,
     Copies,
+    Counting,
     Labels,
     Lengths,
     Named,
@@ -29,10 +33,14 @@ from penchant.data.audit.languages import Languages
 from penchant.data.audit.near import NearIndex, first_with
 from penchant.data.load import (
     IDENTICAL,
+    LANGUAGES,
     Columns,
+    Converted,
     Dataset,
+    How,
     Quarantined,
     Reading,
+    add_some,
     first_text,
     is_identical,
     layout_line,
@@ -41,6 +49,7 @@ from penchant.data.load import (
     summary_of,
 )
 from penchant.data.mapped import StoredTokens, ranges
+from penchant.data.read import BOUNDS, Bounds, Shard, read_shard, shards_of
 from penchant.data.tokenize import TokenizedDataset
 from penchant.errors import DataError
 from penchant.types import PromptTree, TokenTree
@@ -49,11 +58,12 @@ REASONS = 1000  # different reasons told apart
 
 
 class Auditor:
-    """Takes rows one by one, in bounded memory (about 700 bytes a row), and says at the end what was found.
+    """Takes rows one by one, in bounded memory (less than 300 bytes a row, and disk), and says at the end what was found.
 
     Args:
         shape, kind: of the rows; columns: what the rows' own columns say, where it is counted already.
         languages: whether to guess them; counters: further accumulators, for pairs those of rewards.
+        most: reasons of bad rows, and languages, that are told apart; None: as many as an audit shows.
     """
 
     def __init__(
@@ -64,20 +74,22 @@ class Auditor:
         columns: Columns | None = None,
         languages: bool = True,
         counters: Sequence[AuditCounter] = (),
+        most: int | None = None,
     ) -> None:
-        self.shape, self.kind = shape, kind
+        self.shape, self.kind, self._most = shape, kind, most
         self.rows = self.examples = 0  # a row gives one example in most layouts
         self.places = Places()
         self.columns = columns or Columns()
         self.lengths = Lengths(kind)
         copies = Copies(kind, self.places)
-        self._parts: list[AuditCounter] = [copies, Near(kind, self.places, copies)]
-        self._parts += [Labels()] if kind == "unpaired" else [Scores()] if kind == "scored" else []
-        self._parts += [self.lengths, *([PositionBias(self.columns)] if kind == "pairs" else [])]
-        self._parts += [Languages(self.columns)] if languages else []
-        self._parts += [] if kind in ("prompts", "text") else [Refusals(kind)]
-        self._parts += [Sensitive(), *counters]
-        self._aside, self._identical, self._empty = Tally(), Tally(), Tally()
+        self._own: list[Counting] = [copies, Near(kind, self.places, copies)]
+        self._own += [Labels()] if kind == "unpaired" else [Scores()] if kind == "scored" else []
+        self._own += [self.lengths, *([PositionBias(self.columns)] if kind == "pairs" else [])]
+        self._own += [Languages(self.columns)] if languages else []
+        self._own += [] if kind in ("prompts", "text") else [Refusals(kind)]
+        self._own += [Sensitive()]
+        self._parts: list[AuditCounter] = [*self._own, *counters]
+        self._aside, self._identical, self._empty = self._tallies = Tally(), Tally(), Tally()
         self._reasons: Counter[str] = Counter()
 
     def update(self, tree: PromptTree) -> None:
@@ -90,11 +102,22 @@ class Auditor:
         for part in self._parts:
             part.update(row)
 
+    def merge(self, other: Auditor) -> None:
+        """Take what was counted of rows behind these, with nothing left out."""
+        self.rows += other.rows
+        self.examples += other.examples
+        self.places.merge(other.places)
+        self.columns.merge(other.columns)
+        add_some(self._reasons, other._reasons, REASONS)
+        for mine, theirs in zip(self._own, other._own, strict=True):
+            mine.merge(theirs)
+        for tally, more in zip(self._tallies, other._tallies, strict=True):
+            tally.merge(more)
+
     def keep_aside(self, row: Quarantined) -> None:
         """Count a row that was kept aside."""
         self._aside.add(row.where)
-        if row.what in self._reasons or len(self._reasons) < REASONS:
-            self._reasons[row.what] += 1
+        add_some(self._reasons, {row.what: 1}, self._most or REASONS)
         if row.what.startswith(IDENTICAL):
             self._identical.add(row.where)
         if is_empty(row):
@@ -136,6 +159,12 @@ class Leakage:
         self._index.add([prompt_text(tree.prompt) or first_text(tree)])  # plain texts are keyed by themselves
         self._places.append(tree.source)
         self._split.append(split)
+
+    def merge(self, other: Leakage) -> None:
+        """Take the rows of another one, which come behind these."""
+        self._index.merge(other._index)
+        self._places.merge(other._places)
+        self._split.extend(other._split)
 
     def shared(self, split: int) -> np.ndarray:
         """(n,) bool: rows of this split whose prompt, or nearly the same one, stands in another."""
@@ -199,47 +228,103 @@ def audit(
     return auditor.result(findings, lengths, "" if path is None else layout_line(dataset, path))
 
 
+@dataclass(slots=True)
+class _Pass:
+    """One pass over rows of several splits, or of a shard of one; several in order merge to one over all of their rows."""
+
+    auditor: Auditor
+    leakage: Leakage | None
+    first: Quarantined | None = None  # of the rows that were kept aside
+    most: int | None = None
+
+    def take(self, split: int, rows: Iterable[Converted]) -> None:
+        for made in rows:
+            self.auditor.columns.update(made.source, self.most or LANGUAGES)
+            self.auditor.rows += made.rows if made.trees else 0
+            for tree in made.trees:
+                self.auditor.update(tree)
+                if self.leakage is not None:
+                    self.leakage.update(split, tree)
+            for aside in made.aside:
+                self.auditor.keep_aside(aside)
+                self.first = self.first or aside
+
+    def merge(self, other: _Pass) -> None:
+        self.auditor.merge(other.auditor)
+        self.first = self.first or other.first
+        if self.leakage is not None and other.leakage is not None:
+            self.leakage.merge(other.leakage)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What a worker is asked: to count a shard of a split."""
+
+    shard: Shard
+    bounds: Bounds
+    how: How
+    kind: str
+    split: int
+    names: tuple[str, ...]
+    languages: bool
+
+    def counted(self) -> _Pass:
+        auditor = Auditor(self.how.shape, self.kind, languages=self.languages, most=sys.maxsize)
+        made = _Pass(auditor, Leakage(self.names) if len(self.names) > 1 else None, most=sys.maxsize)
+        made.take(self.split, self.how.convert(read_shard(self.shard, self.bounds)))
+        return made
+
+
 def audit_files(
     splits: Mapping[str, str | Sequence[str]],
     *,
     languages: bool = True,
     counters: Sequence[AuditCounter] = (),
+    workers: Workers = None,
     **how: Unpack[Reading],
 ) -> Audit:
-    """The same of files, read once: no row is kept, memory grows by less than a kilobyte a row.
+    """The same of files, read once: no row is kept, memory grows by less than 300 bytes a row.
 
     Args:
         splits: files by the name of their split; with several, prompts that stand in more than one are counted.
+        workers: processes that count shards of the files; None: one a core. The findings are those of one process, which it is
+            where the files are small, cannot be cut, or there are `counters`.
         how: they are read; `limit` is of each split.
 
     Raises:
         DataError: a file that cannot be read, no usable row, splits of different kinds.
     """
-    auditor: Auditor | None = None
-    leakage = Leakage(list(splits))
-    layouts: list[str] = []
-    first: Quarantined | None = None
-    for i, (name, path) in enumerate(splits.items()):
-        stream = stream_preferences(path, **how)
-        layouts.append(layout_line(stream, path))
-        if auditor is None:
-            auditor = Auditor(stream.shape, stream.kind, languages=languages, counters=counters)
-        elif stream.kind != auditor.kind:
-            what = f"holds {stream.kind}, the files before it hold {auditor.kind}"
+    bounds = Bounds(**how["bounds"]) if "bounds" in how else BOUNDS.get() or Bounds()
+    streams = {name: stream_preferences(path, **how) for name, path in splits.items()}
+    if not streams:
+        raise DataError("audit", "no rows", "give files with rows")
+    kinds = [stream.kind for stream in streams.values()]
+    for name, kind in zip(splits, kinds, strict=True):
+        if kind != kinds[0]:
+            what = f"holds {kind}, the files before it hold {kinds[0]}"
             raise DataError(name, what, "audit them one by one, or set the shape")
-        for made in stream:
-            auditor.columns.update(made.source)
-            auditor.rows += made.rows if made.trees else 0
-            for tree in made.trees:
-                auditor.update(tree)
-                if len(splits) > 1:
-                    leakage.update(i, tree)
-            for aside in made.aside:
-                auditor.keep_aside(aside)
-                first = first or aside
-    if auditor is None or not auditor.examples:
-        at, what, fix = (first.where, first.what, first.how) if first else (", ".join(splits) or "audit", "no rows", "")
+    shape = next(iter(streams.values())).shape
+    auditor = Auditor(shape, kinds[0], languages=languages, counters=counters)
+    whole = _Pass(auditor, Leakage(list(splits)) if len(splits) > 1 else None)
+    shards = [shards_of(splits[n], bounds) if s.apart and not counters else [] for n, s in streams.items()]
+    many = number_of(workers, sum(map(len, shards)) if all(shards) else 1)
+    if many > 1:
+        parts = (
+            _Part(shard, bounds, stream.how, kinds[0], i, tuple(splits), languages)
+            for i, stream in enumerate(streams.values())
+            for shard in shards[i]
+        )
+        for made in in_order(_Part.counted, parts, RAY if workers == RAY else many):
+            whole.merge(made)
+    else:
+        for i, stream in enumerate(streams.values()):
+            whole.take(i, stream)
+    if not auditor.examples:
+        first = whole.first
+        at, what, fix = (first.where, first.what, first.how) if first else (", ".join(splits), "no rows", "")
         raise DataError(at, f"{what}; no row could be used", fix or "give files with rows")
+    leakage = whole.leakage or Leakage(list(splits))
+    layouts = [layout_line(stream, splits[name]) for name, stream in streams.items()]
     return auditor.result(dict(leakage.findings()), {}, "\n".join(layouts))
 
 

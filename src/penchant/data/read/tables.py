@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from penchant.base.text import printable, repeated
 from penchant.data.read.files import ending
-from penchant.data.read.source import HEAD, SHOWN, SMALL, BadRow, Bounds, Row, Rows, Source, not_utf8
+from penchant.data.read.source import HEAD, SHOWN, SMALL, BadRow, Bounds, Row, Rows, Shard, Source, not_utf8
 from penchant.errors import DataError
 
 BATCH = 32  # Parquet rows that are Python objects at one time
@@ -102,11 +102,12 @@ def _delimiter(lines: Sequence[str], usual: str) -> str:
     return max(found, key=lambda d: found[d])
 
 
-def read_parquet(stream: BinaryIO, name: str, bounds: Bounds) -> Rows:
+def read_parquet(stream: BinaryIO, name: str, bounds: Bounds, shard: Shard | None = None) -> Rows:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    number = 0
+    number = shard.before if shard else 0
+    groups = range(shard.start, shard.end) if shard else None
     try:
         file = pq.ParquetFile(stream, pre_buffer=False, page_checksum_verification=True)
         names, meta = file.schema_arrow.names, file.metadata
@@ -120,7 +121,7 @@ def read_parquet(stream: BinaryIO, name: str, bounds: Bounds) -> Rows:
             what = f"unpacks to more than {bounds.unpacked:g} times its size ({size:,} bytes give {claims:,})"
             raise DataError(name, what, bounds.how("unpacked", "look at what it holds"))
         unpacked = 0
-        for batch in file.iter_batches(batch_size=BATCH, use_threads=False):
+        for batch in file.iter_batches(batch_size=BATCH, row_groups=groups, use_threads=False):
             unpacked += batch.nbytes  # what stands once in a dictionary comes out as often as rows name it
             if unpacked > max(SMALL, bounds.unpacked * size):
                 what = f"unpacks to more than {bounds.unpacked:g} times its size ({size:,} bytes)"
