@@ -4,7 +4,7 @@
     python benchmarks/data_scale.py --rows 10000 100000 --no-tokens
     python benchmarks/data_scale.py --layout pairs       # pairs, with contradictions among them
     python benchmarks/data_scale.py --no-tokens --workers 2 --rows 100000   # in two processes
-    python benchmarks/data_scale.py --no-tokens --rows 10000000 --scale 0.03 # small rows: what a row costs in memory
+    python benchmarks/data_scale.py --no-tokens --layout small --rows 10000000   # short rows: what a row costs in memory
     python benchmarks/data_scale.py --no-audit --scale 0.1 --rows 1000000   # start of training: short rows, cold and warm
 
 Rows are made by `data_rows.py`. Each size is measured in a process of its own; peak memory is that process's (VmHWM), Python and
@@ -34,7 +34,7 @@ MEMORY = 2048.0  # MB that the largest may take
 def main() -> None:
     """Generate, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layout", choices=list(KINDS), default="lmsys")
+    parser.add_argument("--layout", choices=[*KINDS, "small"], default="lmsys")
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
