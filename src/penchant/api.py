@@ -296,7 +296,7 @@ def compare(*runs: str | Path, quiet: bool = False, **asked: Any) -> RunComparis
         reward: any reward; None: only what the models find likely is compared. also: other rewards, whose figures stand beside its own.
         judge: who decides between two answers: ``path.py:function``, or `JudgeOptions` with an endpoint, or its address and
             ``judge_model=`` ...; against: a run, in place of the common start.
-        prompts, samples, max_new_tokens, seed: how many prompts, completions of each, tokens of one, and the seed of the draws.
+        prompts, samples, max_new_tokens, seed: how many prompts (or rows, of which all are taken), completions of each, tokens of one, and the seed of the draws.
         step: ``best``, ``last``, a step's number; None: the best where one is tracked and kept, else the last.
         data: a file of test rows; each reading of it is written down beside it. None: rows that the runs hold out.
         output: folder of `comparison.json` and `comparison.jsonl`; None: beside the first run.
@@ -308,8 +308,14 @@ def compare(*runs: str | Path, quiet: bool = False, **asked: Any) -> RunComparis
         ConfigError, DataError, ModelError, RewardError, CheckpointError: the user can fix it.
     """
     from penchant.compare import compare_runs
+    from penchant.given import is_rows
 
-    asked = _named(asked, "data", "prompts", "reward", "also", "judge")
+    if is_rows(asked.get("prompts")):  # the rows themselves, all of them
+        rows = asked.pop("prompts")
+        if asked.get("data") is not None:
+            raise ConfigError("compare", "prompts and data are both rows", "give them as data, and prompts as a number")
+        asked |= {"data": rows} | ({"prompts": len(rows)} if hasattr(rows, "__len__") else {})
+    asked = _named(asked, "data", "reward", "also", "judge")
     return compare_runs(runs, request_of(CompareRequest, asked, "compare"), quiet=quiet)
 
 

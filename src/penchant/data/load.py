@@ -260,8 +260,10 @@ def _aside(rows: Iterable[Row], error: RowError) -> tuple[Quarantined, ...]:
 
 def is_identical(tree: PromptTree) -> bool:
     """Whether a tree is a pair whose answers are the same."""
-    pair = [c.whole.strip() for c in tree.completions]
-    return [c.label for c in tree.completions] == [True, False] and pair[0] == pair[1]
+    if [c.label for c in tree.completions] != [True, False]:
+        return False
+    chosen, rejected = (c.whole.strip() for c in tree.completions)
+    return chosen == rejected
 
 
 def _grouped(rows: Iterable[Row | BadRow], group: Group, columns: Mapping[str, str]) -> Iterator[list[Row] | Converted]:

@@ -15,12 +15,24 @@ from typing import BinaryIO
 from penchant.base.hub import check_hub
 from penchant.data.read.files import ENDINGS, ending, find_files, named_files
 from penchant.data.read.json_text import is_lines, json_lines, read_json
-from penchant.data.read.source import BOUNDS, CHUNK, BadRow, Bounds, Row, Rows, Shard, Source, documents, line_end
+from penchant.data.read.source import (
+    BOUNDS,
+    CHUNK,
+    BadRow,
+    Bounds,
+    Row,
+    Rows,
+    Shard,
+    Source,
+    calls_without_nulls,
+    documents,
+    line_end,
+)  # fmt: skip
 from penchant.data.read.tables import read_csv, read_parquet
 from penchant.errors import DataError
 
 __all__ = [
-    "BOUNDS", "ENDINGS", "BadRow", "Bounds", "Row", "Rows", "Shard", "ending", "find_files", "named_files", "read_rows", "read_shard", "read_stream", "shards_of",
+    "BOUNDS", "ENDINGS", "BadRow", "Bounds", "Row", "Rows", "Shard", "calls_without_nulls", "ending", "find_files", "named_files", "read_rows", "read_shard", "read_stream", "shards_of",
 ]  # fmt: skip
 
 

@@ -168,6 +168,25 @@ class Source:
         return DataError(where, f"{what} is longer than {self.bounds.row_mb:g} MB", how)
 
 
+def without_nulls(value: Any) -> Any:
+    """Objects without the keys that hold null: tables, such as Parquet files, fill in for every row what any row has."""
+    if isinstance(value, Mapping):
+        return {str(k): without_nulls(v) for k, v in value.items() if v is not None}
+    if isinstance(value, (list, tuple)):
+        return [without_nulls(v) for v in value]
+    return value
+
+
+ARGUMENTS = ("arguments", "parameters")  # of a tool call
+
+
+def calls_without_nulls(value: Any) -> Any:
+    """A table's cell whose tool calls have those arguments alone that hold something; everything else is as it is."""
+    if isinstance(value, Mapping):
+        return {k: without_nulls(v) if k in ARGUMENTS else calls_without_nulls(v) for k, v in value.items()}
+    return list(map(calls_without_nulls, value)) if isinstance(value, (list, tuple)) else value
+
+
 def line_end(block: bytes) -> bytes:
     """What ends the lines of a file, by its first block."""
     return b"\r" if b"\r" in block and b"\n" not in block else b"\n"

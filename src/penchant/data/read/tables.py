@@ -11,7 +11,19 @@ from typing import Any, BinaryIO
 
 from penchant.base.text import printable, repeated
 from penchant.data.read.files import ending
-from penchant.data.read.source import HEAD, SHOWN, SMALL, BadRow, Bounds, Row, Rows, Shard, Source, not_utf8
+from penchant.data.read.source import (
+    HEAD,
+    SHOWN,
+    SMALL,
+    BadRow,
+    Bounds,
+    Row,
+    Rows,
+    Shard,
+    Source,
+    calls_without_nulls,
+    not_utf8,
+)
 from penchant.errors import DataError
 
 BATCH = 32  # Parquet rows that are Python objects at one time
@@ -146,6 +158,8 @@ def _batch(batch: Any, name: str, number: int, pa: Any) -> Rows:
     """The rows of a batch; where a value cannot be a Python object, cell by cell."""
     try:
         rows = batch.to_pylist()
+        if "arguments: struct" in str(batch.schema) or "parameters: struct" in str(batch.schema):
+            rows = list(map(calls_without_nulls, rows))
     except (ValueError, OverflowError, KeyError, TypeError, pa.ArrowException):
         rows = None
     for i in range(len(batch)):
