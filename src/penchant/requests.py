@@ -273,6 +273,11 @@ class GetRequest:
     first: int | None = option("read only the first N rows, and download no more than they need", metavar="N")
     redo: bool = option("start again if the folder holds another result", False)
     quiet: bool = option("do not show progress", False)
+    workers: int | str | None = option(
+        "processes that share the files of a large set, or ray: those of a cluster (default: one a core)",
+        metavar="N",
+        read=workers_in,
+    )
     split: tuple[float, ...] = option(
         "shares of train, validation and test (default: 0.9,0.05,0.05)",
         (0.9, 0.05, 0.05),

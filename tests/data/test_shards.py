@@ -14,7 +14,7 @@ import pytest
 from audit_rows import Row, pair, planted, text, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rows import from_rows
+from rows import from_rows, in_this_process
 
 from penchant.base.processes import in_order, number_of
 from penchant.data import read
@@ -55,7 +55,7 @@ def test_an_audit_by_shards_is_that_of_one_pass(
     tmp_path: Path, small: None, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = {n: str(write(tmp_path / f"{n}.jsonl", of_kind(kind)[i:])) for i, n in enumerate(("train", "test"))}
-    monkeypatch.setattr("penchant.data.audit.in_order", lambda function, tasks, _: map(function, tasks))
+    monkeypatch.setattr("penchant.data.audit.in_order", in_this_process)
     assert len(shards_of(list(paths.values()))) > 5
     alone = by_shards(paths, workers=1)
     assert alone["findings"]["duplicates"]["count"] and alone["findings"]["leakage_train_test"]["count"]
@@ -99,7 +99,7 @@ def test_reasons_and_languages_beyond_what_is_told_apart(monkeypatch: pytest.Mon
     monkeypatch.setattr("penchant.data.audit.REASONS", 3)
     monkeypatch.setattr("penchant.data.audit.LANGUAGES", 3)
     monkeypatch.setattr("penchant.data.load.LANGUAGES", 3)
-    monkeypatch.setattr("penchant.data.audit.in_order", lambda function, tasks, _: map(function, tasks))
+    monkeypatch.setattr("penchant.data.audit.in_order", in_this_process)
     rows = [pair(i) | {"language": f"l{i % 5}", "chosen_score": "x" * (i % 6) or 1} for i in range(12)]
     paths = {n: str(write(tmp_path / n, rows[i:])) for i, n in enumerate(("a.jsonl", "b.jsonl"))}
     assert by_shards(paths, workers=2, shape="pairs") == by_shards(paths, workers=1, shape="pairs")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -48,7 +49,7 @@ from penchant.data.load import (
     stream_preferences,
     summary_of,
 )
-from penchant.data.mapped import StoredTokens, ranges
+from penchant.data.mapped import RowsPart, StoredRows, StoredTokens, parts_of, ranges
 from penchant.data.read import BOUNDS, Bounds, Shard, read_shard, shards_of
 from penchant.data.tokenize import TokenizedDataset
 from penchant.errors import DataError
@@ -201,6 +202,7 @@ def audit(
     *,
     languages: bool = True,
     counters: Sequence[AuditCounter] = (),
+    workers: int = 1,
 ) -> Audit:
     """Count what a person should know before training on this data.
 
@@ -208,24 +210,62 @@ def audit(
         dataset: as loaded; rows that were kept aside count too.
         tokenized: adds truncation and token lengths.
         splits: by name; adds prompts that stand in more than one. path: of the data; adds the layout that was found, and why.
-        languages: whether to guess them; counters: further accumulators (see `counters`).
+        languages: whether to guess them; counters: further accumulators (see `counters`). workers: processes that count stored rows.
     """
     columns = dataset.columns
     auditor = Auditor(dataset.shape, dataset.kind, columns=columns, languages=languages, counters=counters)
+    for made in _counted(
+        dataset.trees, partial(_StoredPart, shape=dataset.shape, kind=dataset.kind, languages=languages), workers
+    ):
+        if isinstance(made, PromptTree):
+            auditor.update(made)
+        else:
+            auditor.merge(made)
     auditor.rows = dataset.accepted
-    for tree in dataset.trees:
-        auditor.update(tree)
     for aside in dataset.quarantined:
         auditor.keep_aside(aside)
     one_file = sum(part.accepted for part in (splits or {}).values()) == dataset.accepted
     leakage = Leakage(list(splits or ()), WITHIN if one_file else LEAKING)
     for i, part in enumerate((splits or {}).values()):
-        for tree in part.trees:
-            leakage.update(i, tree)
+        for made in _counted(part.trees, partial(_StoredPart, split=i), workers):
+            if isinstance(made, PromptTree):
+                leakage.update(i, made)
+            else:
+                leakage.merge(made)
     findings, lengths = dict(leakage.findings()), {}
     if tokenized is not None:
         findings, lengths = findings | _truncation(tokenized), _token_lengths(tokenized)
     return auditor.result(findings, lengths, "" if path is None else layout_line(dataset, path))
+
+
+@dataclass(frozen=True, slots=True)
+class _StoredPart:
+    """What a worker is asked: to count some stored rows, or their prompts as those of a split."""
+
+    rows: RowsPart
+    shape: str = ""
+    kind: str = ""
+    languages: bool = False
+    split: int = -1
+
+    def counted(self) -> Auditor | Leakage:
+        made: Auditor | Leakage
+        if self.split < 0:
+            made = Auditor(self.shape, self.kind, languages=self.languages, most=sys.maxsize)
+            for tree in self.rows.open():
+                made.update(tree)
+            return made
+        made = Leakage([])
+        for tree in self.rows.open():
+            made.update(self.split, tree)
+        return made
+
+
+def _counted(trees: Sequence[PromptTree], part: Callable[[RowsPart], _StoredPart], workers: int) -> Iterator[Any]:
+    """The trees themselves, or what other processes counted of them, in order."""
+    if workers < 2 or not isinstance(trees, StoredRows):
+        return iter(trees)
+    return in_order(_StoredPart.counted, map(part, parts_of(trees)), workers)
 
 
 @dataclass(slots=True)

@@ -32,7 +32,8 @@ from penchant.data.read.tables import read_csv, read_parquet
 from penchant.errors import DataError
 
 __all__ = [
-    "BOUNDS", "ENDINGS", "BadRow", "Bounds", "Row", "Rows", "Shard", "calls_without_nulls", "ending", "find_files", "named_files", "read_rows", "read_shard", "read_stream", "shards_of",
+    "BOUNDS", "ENDINGS", "SHARD", "BadRow", "Bounds", "Row", "Rows", "Shard", "calls_without_nulls", "ending", "find_files",
+    "named_files", "read_rows", "read_shard", "read_stream", "shards_of",
 ]  # fmt: skip
 
 
