@@ -213,7 +213,7 @@ def instructed(row: Fields) -> Prompt:
     """instruction (+ input) as text; as messages where there is a history of [question, answer] pairs."""
     instruction = fields.text(row, "instruction")
     extra = row.get("input")
-    question = f"{instruction}\n\n{extra}" if isinstance(extra, str) and extra.strip() else instruction
+    question = f"{instruction}\n\n{extra}" if isinstance(extra, str) and not fields.missing(extra) else instruction
     turns = _history(row)
     return (*turns, Message("user", question)) if turns else question
 

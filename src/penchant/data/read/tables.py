@@ -11,9 +11,13 @@ from typing import Any, BinaryIO
 
 from penchant.base.text import printable, repeated
 from penchant.data.read.files import ending
-from penchant.data.read.source import HEAD, SHOWN, SMALL, BadRow, Bounds, Row, Rows, Source, not_utf8
+from penchant.data.read.source import HEAD, SHOWN, SMALL, BadRow, Bounds, Missing, Row, Rows, Source, not_utf8
 from penchant.errors import DataError
 
+# how pandas and databases write a missing value where a column is text; in Parquet, which has nulls, "None" is a word
+IN_PARQUET = frozenset(["nan", "NaN", "NaT", "<NA>"])
+IN_CSV = IN_PARQUET | {"None", "null", "NULL", "#N/A"}
+SHORT = 16  # characters: longer cells are no such word
 BATCH = 32  # Parquet rows that are Python objects at one time
 
 
@@ -61,7 +65,15 @@ def read_csv(source: Source) -> Rows:
             how = f"quote fields that hold the delimiter ({_NAMES[delimiter]})"
             yield BadRow(where, what, how, [f[:SHOWN] for f in fields[:100]])
         else:
-            yield Row(where, dict(zip(header, fields, strict=True)))
+            yield Row(where, _marked(dict(zip(header, fields, strict=True)), IN_CSV))
+
+
+def _marked(row: dict[str, Any], words: frozenset[str]) -> dict[str, Any]:
+    """The row, where cells that say that they are missing are `Missing`."""
+    for name, value in row.items():
+        if isinstance(value, str) and len(value) < SHORT and value.strip() in words:
+            row[name] = Missing(value)
+    return row
 
 
 def _header(fields: Sequence[str], where: str) -> list[str]:
@@ -149,7 +161,7 @@ def _batch(batch: Any, name: str, number: int, pa: Any) -> Rows:
         rows = None
     for i in range(len(batch)):
         if rows is not None:
-            yield Row(f"{name}: row {number + i + 1}", rows[i])
+            yield Row(f"{name}: row {number + i + 1}", _marked(rows[i], IN_PARQUET))
             continue
         where, values = f"{name}: row {number + i + 1}", {}
         for column, cells in zip(batch.schema.names, batch.columns, strict=True):
@@ -160,7 +172,7 @@ def _batch(batch: Any, name: str, number: int, pa: Any) -> Rows:
                 yield BadRow(where, what, "fix or drop the column", {k: str(v)[:SHOWN] for k, v in values.items()})
                 break
         else:
-            yield Row(where, values)
+            yield Row(where, _marked(values, IN_PARQUET))
 
 
 def _cell(cell: Any, pa: Any) -> Any:
