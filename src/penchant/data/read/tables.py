@@ -51,7 +51,8 @@ def read_csv(source: Source) -> Rows:
             if header is None:
                 raise DataError(where, f"is not a readable header ({error})", "export the table again") from error
             several = f"lines {done + 1} to {reader.line_num}: " if reader.line_num > done + 1 else ""
-            done, what = reader.line_num, f"{several}is not a readable row ({error})"
+            said = "a carriage return stands outside quotes" if "new-line" in str(error) else error
+            done, what = reader.line_num, f"{several}is not a readable row ({said})"
             yield BadRow(where, what, "double quotes within a quoted field, or export the table again", None)
             continue
         where, done = f"{name}:{done + 1}", reader.line_num
@@ -86,13 +87,12 @@ def _header(fields: Sequence[str], where: str) -> list[str]:
 
 
 def _table_lines(source: Source) -> Iterator[str]:
-    """The lines of a table as text; a CR alone ends one too."""
+    """The lines of a table as text, each with its end: within quotes that is part of a cell."""
     for number, line in source.lines(blank=True):
-        for part in line.removesuffix(b"\r").split(b"\r"):
-            try:
-                yield part.decode("utf-8") + "\n"
-            except UnicodeDecodeError as error:
-                raise DataError(f"{source.name}:{number}", *not_utf8(part, error.start, source.name)) from error
+        try:
+            yield line.decode("utf-8") + "\n"
+        except UnicodeDecodeError as error:
+            raise DataError(f"{source.name}:{number}", *not_utf8(line, error.start, source.name)) from error
 
 
 _NAMES = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
@@ -100,6 +100,7 @@ _NAMES = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
 
 def _delimiter(lines: Sequence[str], usual: str) -> str:
     """What separates the fields, by the header and the rows behind it."""
+    lines = [line.replace("\r", "") for line in lines]  # one outside quotes stops the reader
     given = re.fullmatch(r'"?sep=(.)"?\s*', lines[0], re.IGNORECASE) if lines else None
     if given and given[1] in _NAMES:
         return given[1]
