@@ -244,7 +244,9 @@ class ChatTemplate:
             if m.role in ASKING and m.content.strip() not in text:
                 flat = flat or "".join(text.split())
                 if "".join(m.content.split()) not in flat:
-                    how = "fix the turn or take it out, take a model whose template writes it, or set data.template=plain"
+                    how = (
+                        "fix the turn or take it out, take a model whose template writes it, or set data.template=plain"
+                    )
                     raise RowError(f"the chat template leaves out a turn of the {m.role} ({excerpt(m.content)})", how)
 
     def check_tools(self, turns: Sequence[Message], text: str, *, offered: bool = True) -> None:
