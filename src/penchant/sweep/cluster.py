@@ -192,13 +192,13 @@ class Ray:
             "num_cpus": config.cpus,
             "memory": None if config.memory is None else int(config.memory * 1e9),
         }
-        asked = {k: v for k, v in wanted.items() if v is not None}
-        self.ray = ray
-        self.actor = ray.remote(_Actor).options(namespace=_NAMESPACE, lifetime="detached", max_restarts=0, **asked)
+        self.options = {k: v for k, v in wanted.items() if v is not None}
+        self.ray, self.actor = ray, ray.remote(_Actor)
 
     def submit(self, name: str, order: Path) -> str:
         job = f"{name}-{uuid.uuid4().hex[:8]}"
-        self.actor.options(name=job).remote(str(order), str(self.log(job, order)))
+        options = {"name": job, "namespace": _NAMESPACE, "lifetime": "detached", "max_restarts": 0, **self.options}
+        self.actor.options(**options).remote(str(order), str(self.log(job, order)))
         return job
 
     def ended(self, job: str, stopped: bool = False) -> str | None:
