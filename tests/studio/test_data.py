@@ -93,7 +93,9 @@ def test_the_search_of_a_person_is_inert(client: TestClient) -> None:
     assert "<script>alert" not in page and "<img" not in page and "\u202e" not in page
 
 
-def test_rows_are_edited_dropped_and_taken_back(client: TestClient, folder: Path) -> None:
+def test_rows_are_edited_dropped_and_taken_back(
+    client: TestClient, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     at = {"file": "rows.jsonl", "where": "rows.jsonl:2", "line": "2"}
     answer = client.post("/data/edit", data={**at, "row": json.dumps(row(2, chosen="Mine."))})
     assert "changed in the copy" in answer.text
@@ -113,8 +115,10 @@ def test_rows_are_edited_dropped_and_taken_back(client: TestClient, folder: Path
     assert done.status_code == 200 and "rows that a person dropped" in done.text
     assert len((folder / "sub.jsonl").read_text().splitlines()) == 49
     assert (folder / "sub.jsonl.touched.jsonl").exists()
+    fails = "import sys; print('penchant: sub.jsonl: is there already', file=sys.stderr); sys.exit(2)"
+    monkeypatch.setattr(data, "command", lambda *_: [sys.executable, "-c", fails])
     again = client.post("/data/copy", data={"file": "rows.jsonl", "output": "sub.jsonl"})
-    assert again.status_code == 400 and "is there already" in again.text
+    assert again.status_code == 400 and again.text == "the copy: sub.jsonl: is there already"
     for output in ("../x.jsonl", "/tmp/x.jsonl"):
         assert client.post("/data/copy", data={"file": "rows.jsonl", "output": output}).status_code == 404
 

@@ -272,6 +272,28 @@ def test_a_run_is_started_stopped_and_gone_on_with(processes: Processes, folder:
     processes.resume("new")
     until(lambda: "trains" in processes.said("new"))
     assert "new/config.resolved.yaml" in processes.said("new")
+    process = processes.started["new"]
+    processes.stop("new")
+    processes.resume("new")  # at once, while the other one still writes
+    assert processes.started["new"] is not process and process.poll() == INTERRUPTED
+    until(lambda: "trains" in processes.said("new"))
+
+
+def test_two_clicks_at_once_start_one_process(processes: Processes, folder: Path) -> None:
+    made, refused = draft(folder, FORM), []
+
+    def click() -> None:
+        try:
+            processes.start(made)
+        except CheckpointError as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=click) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(refused) == 5
 
 
 def _session(pid: int) -> int:
@@ -329,7 +351,7 @@ def test_a_plan_is_what_the_command_says(processes: Processes, monkeypatch: pyte
     assert processes.plan("a: 1", probe=True)["probe"] == 1
     fails = "import sys; print('one\\npenchant: ' + sys.argv[2] + ':3: no', file=sys.stderr); sys.exit(2)"
     monkeypatch.setattr(launch, "command", lambda *a: [sys.executable, "-c", fails, *a])
-    with pytest.raises(ConfigError, match="penchant: the form:3: no"):
+    with pytest.raises(ConfigError, match="plan: the form:3: no"):
         processes.plan("a: 1", probe=False)
 
 
@@ -344,7 +366,7 @@ def test_the_studio_ends_while_a_plan_is_made(processes: Processes, monkeypatch:
 
     thread = threading.Thread(target=plans)
     thread.start()
-    until(lambda: processes._planning is not None)
+    until(lambda: bool(processes.children._going))
     processes.close()
     thread.join(60)
     assert failed and not thread.is_alive()

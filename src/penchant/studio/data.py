@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,14 +21,15 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from penchant.base.text import gigabytes
+from penchant.data.audit.fix import ALWAYS, DEFAULT
 from penchant.data.layouts import LAYOUTS
 from penchant.data.read import ending
-from penchant.errors import ConfigError, PenchantError
+from penchant.errors import ConfigError, DataError, PenchantError
 from penchant.runfolder import CONFIG
 from penchant.runfolder.read import json_object, read
 from penchant.runfolder.values import mapping, sequence, text
 from penchant.studio.app import Area, Studio, form
-from penchant.studio.launch import command, environment, place_of, suggestions
+from penchant.studio.launch import Children, command, environment, last_words, place_of, suggestions
 from penchant.studio.rows import (
     ROWS,
     Edits,
@@ -58,10 +60,13 @@ class Audits:
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="penchant-studio-")
         self._jobs: dict[tuple[Any, ...], tuple[subprocess.Popen[bytes], Path]] = {}
+        self._lock = threading.Lock()
 
     def start(self, root: Path, path: str, shape: str) -> None:
         key = self._key(root / path, shape)
-        if key not in self._jobs:
+        with self._lock:
+            if key in self._jobs:
+                return
             out = Path(self._folder.name) / f"{len(self._jobs)}.json"
             asked = command("data", "audit", f"./{path}", "--json", str(out), "--places", str(PLACES), "--shape", shape)
             with out.with_suffix(".log").open("wb") as log:
@@ -99,7 +104,7 @@ class Data:
     """The area of data."""
 
     def __init__(self, studio: Studio) -> None:
-        self.studio, self.audits = studio, Audits()
+        self.studio, self.audits, self.children = studio, Audits(), Children()
         self._files: OrderedDict[tuple[Path, str], File] = OrderedDict()
         self._edits: dict[str, Edits] = {}
         self._tokenizers: dict[str, Any] = {}
@@ -120,6 +125,7 @@ class Data:
         ]
 
     def close(self) -> None:
+        self.children.close()
         self.audits.close()
 
     # ---- files -----------------------------------------------------------------------------------------------------
@@ -271,10 +277,15 @@ class Data:
         given = await form(request)
         path, shape = self.path_of(given.get("file", "")), given.get("shape", "auto")
         output = self.studio.inside(given.get("output", "").strip() or ".")
-        file = await run_in_threadpool(self.file_of, path, shape)
-        done = await run_in_threadpool(self.edits_of(path).copy, file, output, given.get("also") == "on")
-        copied, touched = (self.studio.relative(p) for p in (done.output, done.touched))
-        return self.studio.page(request, "data_copied.html", done=done, copied=copied, touched=touched)
+        copied = self.studio.relative(output)
+        keep = [] if given.get("also") == "on" else ["--keep", ",".join(name for name in DEFAULT if name != ALWAYS)]
+        edits = str(self.edits_of(path).file)
+        fix = command("data", "fix", f"./{path}", f"./{copied}", "--edits", edits, "--shape", shape, *keep)
+        done = await run_in_threadpool(self.children.run, fix, self.studio.folder)
+        if done.returncode:
+            raise DataError("the copy", last_words(done))
+        touched = f"{copied}.touched.jsonl"
+        return self.studio.page(request, "data_copied.html", said=done.stdout.decode(), copied=copied, touched=touched)
 
     # ---- audit and tokens ------------------------------------------------------------------------------------------
 

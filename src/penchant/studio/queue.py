@@ -75,17 +75,17 @@ def next_item(arena: Arena, annotator: str, taken: Collection[str] = ()) -> Item
         pair = arena.pairs[old[int(which * len(old))].pair]
     else:
         pair = _first(arena, everyone, open_)
-    return item_of(arena, annotator, pair.id, len(open_))
+    return item_of(arena, annotator, pair.id, taken)
 
 
-def item_of(arena: Arena, annotator: str, pair: str, to_come: int | None = None) -> Item | None:
+def item_of(arena: Arena, annotator: str, pair: str, taken: Collection[str] = ()) -> Item | None:
     """A pair as this annotator sees it now; None where there is no such pair, or where nothing is to be said of it any more.
 
     The side is a function of the seed, the annotator and how much was said before: whatever happens between a showing and the word
     on it, also a crash, the answers stand where they stood.
 
     Args:
-        pair: its id; to_come: counted here where it is not known.
+        pair: its id; taken: pairs that others have before them now, which are not to come.
     """
     judged = arena.preferences.refresh()
     mine, found, order = judged.of(annotator), arena.pairs.get(pair), judged.records.get(annotator, 0)
@@ -93,10 +93,9 @@ def item_of(arena: Arena, annotator: str, pair: str, to_come: int | None = None)
     if found is None or len(earlier) > 1 or any(not j.counts for j in earlier):
         return None
     left: Literal["a", "b"] = "a" if chance(arena.settings.seed, "side", annotator, order) < 0.5 else "b"
-    if to_come is None:
-        to_come = len(_open(arena, list(judged.judgements.values()), {j.pair for j in mine}, ()))
+    open_ = _open(arena, list(judged.judgements.values()), {j.pair for j in mine}, taken)
     done = len([j for j in mine if j.repeat_of is None])
-    return Item(found, order, left, earlier[0].id if earlier else None, done, to_come)
+    return Item(found, order, left, earlier[0].id if earlier else None, done, len(open_))
 
 
 def overlaps(arena: Arena, pair: Pair) -> bool:

@@ -70,7 +70,7 @@ class Auditor:
         self.places = Places()
         self.columns = columns or Columns()
         self.lengths = Lengths(kind)
-        copies = Copies(kind, self.places)
+        copies = Copies(kind, self.places, people=shape == "studio")
         self._parts: list[AuditCounter] = [copies, Near(kind, self.places, copies)]
         self._parts += [Labels()] if kind == "unpaired" else [Scores()] if kind == "scored" else []
         self._parts += [self.lengths, *([PositionBias(self.columns)] if kind == "pairs" else [])]
