@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -364,6 +365,18 @@ def test_checks_and_repetitions_come_by_their_shares(tmp_path: Path) -> None:
     for j in again:
         assert places[j.id] - places[str(j.repeat_of)] > 8
     assert len([j for j in said if not j.gold and not j.repeat_of]) == 40
+
+
+def test_a_share_of_checks_is_not_left_to_luck(tmp_path: Path) -> None:
+    arena = in_memory(arena_of(tmp_path, pairs=60, gold=20, overlap=1.0, checks=0.1, repeats=0.0))
+    for who in ("Ada", "Ben", "Cleo", "Dan", "Eve", "Fay"):
+        for _ in range(50):
+            item = next_item(arena, who)
+            assert item is not None
+            say(arena, item, who, "a")
+        checks = [i for i, j in enumerate(arena.preferences.of(who)) if j.gold]
+        assert 4 <= len(checks) <= 5 and checks[0] < 20
+        assert any(b - a != 10 for a, b in pairwise(checks)), "nobody can count them off"
 
 
 def test_the_queue_balances_models_or_asks_where_least_is_known(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -20,10 +21,11 @@ from starlette.testclient import TestClient
 from penchant.config import load_config
 from penchant.config.page import parts
 from penchant.errors import CheckpointError, ConfigError
-from penchant.runfolder import CONSOLE
-from penchant.studio import launch
+from penchant.runfolder import CONSOLE, RunLock
+from penchant.studio import launch, shelf
 from penchant.studio.app import Studio
 from penchant.studio.launch import INTERRUPTED, Processes, draft, form_parts, place_of, settings_of
+from penchant.studio.shelf import Feed, Shelf
 
 FIXTURES = Path(__file__).parents[1] / "fixtures/v0_1"
 EVIL = "<script>alert(1)</script></style>\u202e\x1b[31m"
@@ -65,7 +67,27 @@ def test_a_run_several_of_them_and_a_sweep_have_pages(client: TestClient, folder
     assert "best by validation" in group and "sweep/beta-0.5" in group
 
 
-@pytest.mark.parametrize("page", ["view?run=", "feed?run=", "samples?run=", "report?path=", "group?kind=sweep&path="])
+def test_the_buttons_follow_what_can_be_done(client: TestClient, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shelf, "FRESH", 0.0)
+    asked: list[bool] = []
+    monkeypatch.setattr(Processes, "stopped", lambda self, path: bool(asked))
+
+    def buttons() -> list[str]:
+        return re.findall(r"<button[^>]*>([^<]*)", client.get("/runs/actions?run=second").text)
+
+    make_run(folder / "second", 5)
+    with RunLock(folder / "second"):
+        assert buttons() == ["Stop it"] and Feed(Shelf(folder), ["second"]).news()["second"]["facts"]["lock"] == "held"
+        asked.append(True)
+        assert buttons() == [] and "asked to end" in client.get("/runs/actions?run=second").text
+    assert (
+        buttons() == ["Go on with it"] and Feed(Shelf(folder), ["second"]).news()["second"]["facts"]["lock"] == "free"
+    )
+
+
+@pytest.mark.parametrize(
+    "page", ["view?run=", "actions?run=", "feed?run=", "samples?run=", "report?path=", "group?kind=sweep&path="]
+)
 def test_nothing_outside_the_folder_is_shown(client: TestClient, folder: Path, page: str) -> None:
     make_run(folder.parent / "outside", 2)
     (folder / "link").symlink_to(folder.parent / "outside")

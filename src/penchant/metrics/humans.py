@@ -141,8 +141,8 @@ class HumanVerdict:
         said = []
         for pair in self.pairs:
             prompts = self.prompts[pair.name, pair.other]
-            few = f"{prompts} prompts are too few for an interval (at least {FEW_ROWS})" if prompts < FEW_ROWS else ""
-            doubt = f"{few}: {pair.name} and {pair.other}" if few else ""
+            met = f"{pair.name} and {pair.other} met on {counted(prompts, 'prompt')}"
+            doubt = f"{met}, too few for an interval (at least {FEW_ROWS})" if prompts < FEW_ROWS else ""
             said += Family(self.by, [pair], WIN_RATE, len(self.pairs), doubt).sentences(prompts)
         return said
 

@@ -49,6 +49,7 @@ from penchant.studio.rows import (
 )
 
 OPEN = 8  # files that are kept open
+COUNTS = 0.05  # seconds for which a page counts its file's rows: the whole of most files
 PLACES = 1000  # of an audit's finding that a filter can show
 ROW_BYTES = 4 << 20  # of a row that a person edits
 HOW = ("template", "template_options", "max_length", "truncation", "add_eos")  # of a run's data, for its tokens
@@ -169,6 +170,8 @@ class Data:
         path, shape = self.path_of(asked.get("file", "")), asked.get("shape", "auto")
         word, only, start = asked.get("q", "").strip()[:500], asked.get("only", ""), _number(asked.get("line"), 1)
         file = await run_in_threadpool(self.file_of, path, shape)
+        if file.lines is not None:
+            await run_in_threadpool(file.lines.look, None, COUNTS)
         state, audit = self.audits.found(file.path, shape)
         findings = {name: f for name, f in mapping(audit.get("findings")).items() if sequence(mapping(f).get("where"))}
         made = await run_in_threadpool(self.edits_of(path).made)

@@ -26,7 +26,17 @@ from penchant.data.read import ending
 from penchant.errors import CheckpointError, ConfigError
 from penchant.losses import LOSSES
 from penchant.losses.page import parameters
-from penchant.runfolder import CHECKPOINTS, COMPARISON, COMPARISON_ROWS, CONFIG, CONSOLE, PIPELINE, SWEEP, make_folder
+from penchant.runfolder import (
+    CHECKPOINTS,
+    COMPARISON,
+    COMPARISON_ROWS,
+    CONFIG,
+    CONSOLE,
+    PIPELINE,
+    SUMS,
+    SWEEP,
+    make_folder,
+)
 from penchant.runfolder.read import holder, lock_of, read
 from penchant.runfolder.values import flat, mapping, text
 from penchant.studio.app import can_be_linked
@@ -47,7 +57,7 @@ FIRST = (  # keys that nearly every run sets; the others lie folded in their sec
     ),
     *("train.batch_size", "data.max_length", "data.validation_fraction"),
 )
-NO_ROWS = frozenset({SWEEP, "sweep.jsonl", PIPELINE, COMPARISON, COMPARISON_ROWS})
+NO_ROWS = frozenset({SWEEP, "sweep.jsonl", PIPELINE, COMPARISON, COMPARISON_ROWS, SUMS})
 SUGGESTED = 200  # files and models that a field offers
 
 
@@ -341,6 +351,10 @@ class Processes:
         else:
             raise CheckpointError(path, "no process of this machine trains it", "it has ended, or runs elsewhere")
         self._stopped.add(path)
+
+    def stopped(self, path: str) -> bool:
+        """Whether it was asked to end, and not started again since."""
+        return path in self._stopped
 
     def running(self, path: str) -> bool:
         """Whether a process that was started here still is there."""

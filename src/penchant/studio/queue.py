@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import random
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -64,18 +63,24 @@ def next_item(arena: Arena, annotator: str, taken: Collection[str] = ()) -> Item
     open_ = _open(arena, everyone, seen, taken)
     if not open_:
         return None
-    rng = random.Random(f"{settings.seed}\0{annotator}\0{judged.records.get(annotator, 0)}")
-    check, again, which = rng.random(), rng.random(), rng.random()
+    order = judged.records.get(annotator, 0)
+    check, again = (_due(getattr(settings, of), order, settings.seed, of, annotator) for of in ("checks", "repeats"))
     golds = [p for p in arena.pairs.values() if p.gold is not None and p.id not in seen]
     repeated = {j.repeat_of for j in mine}
     old = [j for j in mine[:-REPEAT_AFTER] if j.counts and j.id not in repeated and j.pair in arena.pairs]
-    if golds and mine and check < settings.checks:
+    if golds and mine and check:
         pair = min(golds, key=lambda p: chance(settings.seed, annotator, p.id))
-    elif old and again < settings.repeats:
-        pair = arena.pairs[old[int(which * len(old))].pair]
+    elif old and again:
+        pair = arena.pairs[min(old, key=lambda j: chance(settings.seed, annotator, order, j.id)).pair]
     else:
         pair = _first(arena, everyone, open_)
     return item_of(arena, annotator, pair.id, taken)
+
+
+def _due(share: float, order: int, *parts: object) -> bool:
+    """Whether a showing is one of a share of them: somewhere in every ``1 / share`` there is one, so that none has to wait for its luck."""
+    near = range(int(order * share), int((order + 1) * share) + 1) if share else ()
+    return any(order <= (k + chance(*parts, k)) / share < order + 1 for k in near)
 
 
 def item_of(arena: Arena, annotator: str, pair: str, taken: Collection[str] = ()) -> Item | None:

@@ -77,6 +77,9 @@
     if (!facts.flags.length) list.innerHTML = '<li class="soft">none so far</li>';
     if (tell.samples !== undefined && tell.samples !== facts.samples) document.body.dispatchEvent(new Event("samples"));
     tell.samples = facts.samples;
+    const doing = `${facts.state} ${facts.lock}`;
+    if (tell.doing !== undefined && tell.doing !== doing) document.body.dispatchEvent(new Event("doing"));
+    tell.doing = doing;
   };
 
   // the columns of a metric's plot: for each run its training curve (as it is, faint, and smoothed) and its held-out points
