@@ -284,8 +284,11 @@ def test_what_several_people_say_of_a_pair_is_no_copy(studio: Any, tmp_path: Pat
     for name in ("ada", "ben"):
         while (item := next_item(arena, name)) is not None:
             say(arena, item, name, "b" if name == "ben" and item.pair.id == min(arena.pairs) else "a")
+    while (item := next_item(arena, "cleo")) is not None:
+        say(arena, item, "cleo", "tie")
     found = audit(load_preferences(str(arena.preferences.path)), languages=False).findings
     assert {"duplicates", "contradictions"}.isdisjoint(found)
+    assert (found["bad_rows"].count, found["left_out"].count) == (0, 3), "a tie is no bad row"
     assert (found["agreed"].count, found["disagreed"].count) == (2, 1)
 
 

@@ -66,7 +66,17 @@ def test_files_and_their_pages(client: TestClient, folder: Path) -> None:
     )  # the file has changed: it is opened anew
 
 
-@pytest.mark.parametrize("page", ["view", "edit", "tokens", "audit"])
+def test_a_row_of_several_is_not_offered_for_edits_that_no_copy_can_have(client: TestClient, folder: Path) -> None:
+    said = {"pair": "p", "annotator": "Ada", "prompt": "Q", "answer_a": "A", "answer_b": "B", "left": "a"}
+    lines = [{"id": str(i), "verdict": verdict, **said} for i, verdict in enumerate(("a", "tie"))]
+    (folder / "preferences.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = client.get("/data/view?file=preferences.jsonl").text
+    assert "Layout studio" in page and "left out" in page and ">Edit<" not in page and ">Drop<" not in page
+    at = {"file": "preferences.jsonl", "where": "preferences.jsonl:1", "line": "1", "action": "drop"}
+    assert client.post("/data/edit", data=at).status_code == 400
+
+
+@pytest.mark.parametrize("page", ["view", "row", "edit", "tokens", "audit"])
 def test_nothing_outside_the_folder_is_opened(client: TestClient, folder: Path, page: str) -> None:
     (folder.parent / "secret.jsonl").write_text(json.dumps(row(1)) + "\n")
     (folder / "link.jsonl").symlink_to(folder.parent / "secret.jsonl")
@@ -98,7 +108,11 @@ def test_rows_are_edited_dropped_and_taken_back(
 ) -> None:
     at = {"file": "rows.jsonl", "where": "rows.jsonl:2", "line": "2"}
     answer = client.post("/data/edit", data={**at, "row": json.dumps(row(2, chosen="Mine."))})
-    assert "changed in the copy" in answer.text
+    assert "changed in the copy" in answer.text and "Mine." in answer.text and "Good 2." not in answer.text
+    assert 'id="edits" hx-swap-oob' in answer.text and "1 row edited" in answer.text
+    assert "Mine." in client.get("/data/edit?file=rows.jsonl&where=rows.jsonl:2&line=2").text
+    again = client.get("/data/row?file=rows.jsonl&where=rows.jsonl:2&line=2").text  # what Cancel asks for
+    assert "changed in the copy" in again and "Mine." in again
     assert (
         "dropped in the copy"
         in client.post("/data/edit", data={**at, "where": "rows.jsonl:3", "line": "3", "action": "drop"}).text

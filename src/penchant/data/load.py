@@ -19,6 +19,7 @@ from penchant.base.files import write_text_atomically
 from penchant.base.text import closest, counted, printable
 from penchant.data.layouts import (
     LAYOUTS,
+    NOTHING_WRONG,
     Detection,
     Group,
     Layout,
@@ -215,7 +216,7 @@ def weight_of(row: Mapping[str, Any], column: str) -> float:
     if found is None or found < 0:
         raise RowError(f'the weight "{column}" is {str(row[column])[:40]!r}', "make it a number, 0 or above")
     if found == 0:
-        raise LeftOut(f'"{column}" is 0: the row counts nothing', "nothing is wrong with it")
+        raise LeftOut(f'"{column}" is 0: the row counts nothing', NOTHING_WRONG)
     return found
 
 

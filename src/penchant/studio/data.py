@@ -118,6 +118,7 @@ class Data:
         return [
             Route("/data", self.list),
             Route("/data/view", self.view),
+            Route("/data/row", self.row),
             Route("/data/edit", self.edit, methods=["GET", "POST"]),
             Route("/data/undo", self.undo, methods=["POST"]),
             Route("/data/copy", self.copy, methods=["POST"]),
@@ -178,7 +179,7 @@ class Data:
         look = partial(self._page, file, start, word, only, findings, made)
         page = await run_in_threadpool(look)
         offered = await run_in_threadpool(suggestions, self.studio.folder)
-        items = [_marked(item, made) for item in page.items]
+        items = [_marked(file, item, made) for item in page.items]
         here = {"file": path, **({"shape": shape} if shape != "auto" else {})}
         filters = {k: v for k, v in (("q", word), ("only", only), ("show", asked.get("show", ""))) if v}
         return self.studio.page(
@@ -186,7 +187,7 @@ class Data:
             only=only, show=asked.get("show", ""), layouts=[*LAYOUTS], here=urlencode(here),
             link=lambda **more: "/data/view?" + urlencode({**here, **filters, **{k: v for k, v in more.items() if v}}),
             findings=findings, audit=state, edits=made, models=offered["model.path"],
-            tokenizer=asked.get("tokenizer", ""), back=max(1, start - ROWS), copy_name=_copy_name(path),
+            tokenizer=asked.get("tokenizer", ""), back=max(1, start - ROWS), copy_name=_copy_name(path), anew=False,
         )  # fmt: skip
 
     def _page(
@@ -234,8 +235,10 @@ class Data:
             known = edits.made().get(where)
             said = as_json(item.values if known is None or known.values is None else known.values)
             return self.studio.page(request, "data_edit.html", item=item, said=said, **values)
-        if item.values is None:
-            raise HTTPException(400, "this row cannot be edited")
+        if not file.editable(item):
+            raise HTTPException(
+                400, "this row cannot be edited: several rows make an example together, or one makes several"
+            )
         if given.get("action") == "drop":
             await run_in_threadpool(edits.add, where, "dropped", sum_of(item))
         else:
@@ -253,6 +256,14 @@ class Data:
             await run_in_threadpool(edits.add, where, "changed", sum_of(item), row)
         return await self._row(request, file, path, shape, item)
 
+    async def row(self, request: Request) -> Response:
+        """A row as it is shown."""
+        asked = request.query_params
+        path, shape, where = self.path_of(asked.get("file", "")), asked.get("shape", "auto"), asked.get("where", "")
+        file = await run_in_threadpool(self.file_of, path, shape)
+        item = await run_in_threadpool(self._item, file, where, _number(asked.get("line"), 1))
+        return await self._row(request, file, path, shape, item)
+
     async def undo(self, request: Request) -> Response:
         """Take an edit back."""
         given = await form(request)
@@ -267,12 +278,15 @@ class Data:
         return self.studio.page(
             request,
             "data_row.html",
-            item=_marked(item, made),
+            item=_marked(file, item, made),
+            file=file,
             name=path,
             shape=shape,
             show="",
             edits=made,
             tokenizer="",
+            copy_name=_copy_name(path),
+            anew=True,
         )
 
     async def copy(self, request: Request) -> Response:
@@ -341,9 +355,15 @@ class Data:
         return self._tokenizers[path], how
 
 
-def _marked(item: Item, made: Mapping[str, Any]) -> Item:
+def _marked(file: File, item: Item, made: Mapping[str, Any]) -> Item:
+    """A row as it will stand in the copy."""
     known = made.get(item.where)
-    return item if known is None else replace(item, edited="dropped" if known.values is None else "changed")
+    if known is None:
+        return item
+    if known.values is None or file.grouped:
+        return replace(item, edited="dropped" if known.values is None else "changed")
+    became = file.convert(known.values, item.where)
+    return replace(item, edited="changed", raw=known.values, trees=became.trees, aside=became.aside)
 
 
 def _hidden(name: str, shape: str, item: Item) -> Markup:

@@ -290,6 +290,10 @@ class File:
         for row, of_row, number in zip(rows, made, numbers, strict=True):
             yield _kept_aside(row, number) or _item(of_row, number)
 
+    def editable(self, item: Item) -> bool:
+        """Whether a copy can have another row in the place of this one: it is an example by itself."""
+        return item.values is not None and not self.grouped and len(item.trees) <= 1
+
     def convert(self, values: Mapping[str, Any], where: str) -> Item:
         """What a row would become."""
         (item,) = self._converted([Row(where, values)], [0])
