@@ -19,7 +19,6 @@ from penchant.base.files import write_text_atomically
 from penchant.base.text import closest, counted, printable
 from penchant.data.layouts import (
     LAYOUTS,
-    NOTHING_WRONG,
     Detection,
     Group,
     Layout,
@@ -30,7 +29,7 @@ from penchant.data.layouts import (
     near_name,
     other_names,
 )
-from penchant.data.layouts.fields import finite, opened
+from penchant.data.layouts.fields import NOTHING_WRONG, finite, opened
 from penchant.data.read import BadRow, Bounds, Row, read_rows
 from penchant.data.read.source import Missing
 from penchant.errors import DataError
