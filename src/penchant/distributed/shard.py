@@ -76,8 +76,10 @@ class Sharding:
                 param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
         for layer in layers_of(backbone):
+            _widen(layer)
             fully_shard(layer, reshard_after_forward=self.reshard, **how)
         root = Root(model, self.reshard, beside)
+        _widen(root)
         fully_shard(root, reshard_after_forward=False, **how)
         exchange = (
             Exchange.of(self.world) if self.device.type == "cpu" and hasattr(root, "set_custom_all_gather") else None
@@ -90,6 +92,13 @@ class Sharding:
                     module.set_custom_all_gather(Gather(exchange))
                     module.set_custom_reduce_scatter(ReduceScatter(exchange))
         return root
+
+
+def _widen(module: nn.Module) -> None:
+    """What is trained, and is whole still, in fp32: shards are their own masters."""
+    for p in module.parameters():
+        if p.requires_grad and not is_sharded(p) and p.dtype in (torch.bfloat16, torch.float16):
+            p.data = p.data.float()
 
 
 def layers_of(backbone: nn.Module) -> list[nn.Module]:
