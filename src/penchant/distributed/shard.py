@@ -97,7 +97,7 @@ class Sharding:
 def _widen(module: nn.Module) -> None:
     """What is trained, and is whole still, in fp32: shards are their own masters."""
     for p in module.parameters():
-        if p.requires_grad and not is_sharded(p) and p.dtype in (torch.bfloat16, torch.float16):
+        if p.requires_grad and not is_sharded(p) and p.dtype == torch.bfloat16:
             p.data = p.data.float()
 
 

@@ -143,11 +143,11 @@ def held_in(cfg: ModelConfig, dtype: torch.dtype, frozen: bool) -> torch.dtype:
     Args:
         frozen: nothing is trained, or only an adapter; what is trained has masters in fp32, which a file in bf16 makes no better.
     """
-    if dtype not in (torch.bfloat16, torch.float16) or cfg.quantize != "none" or cfg.init == "random":
+    if dtype != torch.bfloat16 or cfg.quantize != "none" or cfg.init == "random":
         return torch.float32
     folder = Path(check_model_path(cfg.path))
     stored = {kind for kind, *_ in headers(folder).values()} if folder.is_dir() and not frozen else set()
-    return dtype if frozen or stored == {"BF16" if dtype == torch.bfloat16 else "F16"} else torch.float32
+    return dtype if frozen or stored == {"BF16"} else torch.float32
 
 
 def _load(
@@ -423,7 +423,7 @@ def _check_behavior(path: str, model: Any) -> None:
 
 def _in_fp32(model: nn.Module) -> bool:
     """Whether a model computes in fp32 (fp64), so that what should be equal is."""
-    return all(p.dtype not in (torch.bfloat16, torch.float16) for p in model.parameters())
+    return all(p.dtype != torch.bfloat16 for p in model.parameters())
 
 
 def _random_state(device: torch.device) -> Tensor:
@@ -529,7 +529,7 @@ def _adapters_in_fp32() -> Iterator[None]:
 
     def wide(self: Any, layer: Any) -> tuple[Any, Any]:
         device, dtype = found(self, layer)
-        return device, torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+        return device, torch.float32 if dtype == torch.bfloat16 else dtype
 
     BaseTunerLayer._get_base_layer_device_and_dtype = wide  # type: ignore[method-assign]
     try:
