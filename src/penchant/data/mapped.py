@@ -276,7 +276,9 @@ class TokenWriter:
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
-        spills: list[IO[bytes]] = [io.BytesIO() if folder is None else tempfile.TemporaryFile(dir=folder) for _ in range(3)]  # noqa: SIM115 - `close` does
+        spills: list[IO[bytes]] = [
+            io.BytesIO() if folder is None else tempfile.TemporaryFile(dir=folder) for _ in range(3)
+        ]  # noqa: SIM115 - `close` does
         self._ids, self._sources, self._masks = spills
         self._masked = False
         self._part_start, self._id_start, self._source_ends = (array("q", [0]) for _ in range(3))

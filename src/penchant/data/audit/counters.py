@@ -61,7 +61,7 @@ class Counting:
 
 def together(mine: Any, theirs: Any) -> Any:
     """Counts of both: numbers and counters are added, what holds rows is put behind each other; texts are those of both."""
-    if isinstance(mine, (int, Counter)):
+    if isinstance(mine, (int, Counter)) and not isinstance(mine, bool):
         return mine + theirs
     if isinstance(mine, dict):
         return {**mine, **{k: together(mine[k], v) if k in mine else v for k, v in theirs.items()}}
@@ -96,12 +96,18 @@ def linked_rows(
 
 # ---- Copies ----
 
+BY_PEOPLE = "penchant compare --judge humans:preferences.jsonl"
+
 
 class Copies(Counting):
-    """Exact copies of an earlier row; the same pair the other way round; one answer called good and bad."""
+    """Exact copies of an earlier row; the same pair the other way round; one answer called good and bad.
 
-    def __init__(self, kind: str, places: Places) -> None:
-        self.kind, self.places = kind, places
+    Args:
+        people: each row is one person's word: what several say of one pair are no copies.
+    """
+
+    def __init__(self, kind: str, places: Places, people: bool = False) -> None:
+        self.kind, self.places, self.people = kind, places, people
         self._row, self._there, self._back = array("Q"), array("Q"), array("Q")
         self._label, self._owner = array("b"), array("q")  # of each labelled answer: good or bad, and its row
 
@@ -155,6 +161,11 @@ class Copies(Counting):
     def findings(self) -> Named:
         first, rows = self.duplicates(), np.arange(len(self._row))
         copies = np.where(first != rows, first, -1)
+        if self.people:
+            yield "agreed", linked_rows("pairs of which somebody had said the same", copies, self.places, "as")
+            title, advice = "pairs of which somebody had said the opposite", "see how far people agree: " + BY_PEOPLE
+            yield "disagreed", linked_rows(title, self.against(), self.places, "against", advice)
+            return
         title = "exact duplicates of an earlier row"
         yield "duplicates", linked_rows(title, copies, self.places, "as", "drop them: data fix")
         if self.kind in ("pairs", "unpaired"):
