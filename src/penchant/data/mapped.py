@@ -276,10 +276,7 @@ class TokenWriter:
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
-        spills: list[IO[bytes]] = [
-            io.BytesIO() if folder is None else tempfile.TemporaryFile(dir=folder) for _ in range(3)
-        ]  # noqa: SIM115 - `close` does
-        self._ids, self._sources, self._masks = spills
+        self._ids, self._sources, self._masks = (_spill(folder) for _ in range(3))
         self._masked = False
         self._part_start, self._id_start, self._source_ends = (array("q", [0]) for _ in range(3))
         self._truncated, self._labels, self._scores = array("b"), array("b"), array("d")
@@ -381,6 +378,10 @@ def read_batch(path: Path) -> Any:
     import pyarrow as pa
 
     return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+
+
+def _spill(folder: Path | None) -> IO[bytes]:
+    return io.BytesIO() if folder is None else tempfile.TemporaryFile(dir=folder)
 
 
 def _buffer(spill: IO[bytes]) -> Any:
