@@ -209,7 +209,7 @@ class Source:
     rules: Mapping[str, Rule]
     marks: frozenset[str]
     guess: Guess
-    names: Mapping[str, str] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
     sections: frozenset[str] = frozenset()
     inner: frozenset[str] = frozenset()
 
