@@ -188,6 +188,7 @@ def what_is_computed(config: RunConfig) -> dict[str, Any]:
     settings = config.model_dump(mode="json", exclude=set(WATCHING_ONLY))
     default = RolloutConfig().model_dump(mode="json")
     settings["rollout"] |= {name: default[name] for name in (*PLACES, "environment_timeout")}
+    settings["reference"]["device"] = "auto"
     if config.reward is not None:
         patient = RewardConfig.model_fields["timeout"].default
         settings["reward"] = config.reward.model_copy(update={"timeout": patient}).model_dump(mode="json")

@@ -456,12 +456,9 @@ def check_reward(name: str) -> None:
 
 def reward_device(wanted: str, policys: Any = "cpu") -> torch.device:
     """Where reward models run; auto is where the policy is."""
-    from penchant.models.load import resolve_device
+    from penchant.models.load import resolve_place
 
-    try:
-        return resolve_device(wanted if wanted != "auto" else str(policys))
-    except ConfigError as error:
-        raise ConfigError("reward.device", f"is {wanted}, but {error.what}", "set it to cpu or auto") from error
+    return resolve_place("reward.device", wanted, policys)
 
 
 def _function(name: str) -> RewardFunction:
