@@ -426,9 +426,9 @@ def chat(
         if strict:
             template.check_tools([answer_turn(c)], text, offered=False)
     if strict:
-        for whole, said in zip(wholes or [prompt], answered or [list(turns)], strict=True):
+        for whole, messages in zip(wholes or [prompt], answered or [list(turns)], strict=True):
             template.check_asked(turns, whole)
-            template.check_tools(said, whole)
+            template.check_tools(messages, whole)
     return Rendered(prompt, texts, how)
 
 

@@ -138,7 +138,7 @@ def from_alpaca(row: Fields) -> PromptTree:
     return PromptTree(instructed(row), (Completion(fields.text(row, "output")),))
 
 
-@layout("messages", check=lambda row: not {"chosen", "rejected", "kto_tag", "label"} & row.keys())
+@layout("messages", check=lambda row: not {"chosen", "rejected", "rejected_response", "kto_tag", "label"} & row.keys())
 def messages(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
     """One conversation: its last answer, all its answers at once, or each of them by itself."""
     turns = conversation(row)
