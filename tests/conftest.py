@@ -19,6 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # tests of several threads 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+from chromium import WHY_NOT
 from hypothesis import HealthCheck, settings
 
 # also where PYTHONDONTWRITEBYTECODE is set: rewriting every test's asserts anew takes each worker 15 s of CPU
@@ -67,7 +68,10 @@ def device(request: pytest.FixtureRequest) -> Any:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """After `make test-gpu`: what ran there, and how it ended."""
+    """What did not run for want of a browser; after `make test-gpu`, what ran there, and how it ended."""
+    skipped = [r for r in terminalreporter.stats.get("skipped", []) if WHY_NOT in str(r.longrepr)]
+    if skipped:
+        terminalreporter.write_line(f"{len(skipped)} tests or files were skipped: {WHY_NOT} (install chromium)")
     kind = config.getoption("--device").split(":")[0]
     if kind == "cpu":
         return
