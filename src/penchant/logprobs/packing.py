@@ -90,6 +90,22 @@ def choose_packing(
     return scorer, f"packing: {scorer.packing} ({reason}{more})" + (said if why or scorer.attention != "groups" else "")
 
 
+def choose_pictured(model: Any, processor: Any) -> tuple[Scorer, str]:
+    """`choose_packing` for a vision-language model, whose rows are padded and go through its own attention and places.
+
+    Raises:
+        ModelError: its log-probs of text alone are not those of its own forward.
+    """
+    from penchant.logprobs.pictures import PicturedScorer
+
+    found, wrong = _first_right(model, ["padded"], "off", ["groups"], own=True)
+    if found is None:
+        name = str(base_model_of(model).config._name_or_path or type(base_model_of(model)).__name__)
+        raise ModelError(name, f"its log-probs cannot be computed as its own forward does: {wrong}", "train another model")
+    scorer = PicturedScorer(model, processor=processor, **found._asdict())
+    return scorer, "packing: padded (pictures: each answer is a row of its own behind its prompt)"
+
+
 class _Way(NamedTuple):
     """How a model can be run: see `Scorer`."""
 
@@ -100,18 +116,24 @@ class _Way(NamedTuple):
 
 
 def _first_right(
-    model: Any, candidates: Sequence[Packing], kernels: str, attentions: Sequence[str]
+    model: Any, candidates: Sequence[Packing], kernels: str, attentions: Sequence[str], *, own: bool = False
 ) -> tuple[_Way | None, str]:
-    """The first way that gives the model's own numbers; None, and how the last one differs, where there is none."""
+    """The first way that gives the model's own numbers; None, and how the last one differs, where there is none.
+
+    Args:
+        own: through the model's own attention alone.
+    """
     base, tree = base_model_of(model), _probe_tree(model)
     headless = base.get_output_embeddings() is None
     wrong = ""
     with _in_fp32(model), _short_windows(model), quiet(model):
         restore_attention(base)
-        own, allowed = _own(model, tree, headless)
+        wanted, allowed = _own(model, tree, headless)
         for way in _ways(candidates, attentions, headless):
+            if own and not way.own_attention:
+                continue
             try:
-                away = _away(_probe(Scorer(model, kernels=kernels, **way._asdict()), tree, headless), own)
+                away = _away(_probe(Scorer(model, kernels=kernels, **way._asdict()), tree, headless), wanted)
             except Exception as error:  # whatever a stranger's model raises where it is used in a new way
                 wrong = first_line(error)
                 continue

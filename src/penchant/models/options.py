@@ -41,6 +41,15 @@ class ModelConfig(Section):
         None,
         description="weight of a mixture of experts' balance loss; auto: the model's own router_aux_loss_coef; null: not added",
     )
+    vision: Literal["off", "frozen", "trained"] = Field(
+        "off",
+        description="pictures in prompts (docs/vision.md); off: text alone; frozen: they are read, and what reads them stays as it is; "
+        "trained: that is trained too",
+    )
+    image_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="settings of the model's image processor, e.g. {max_pixels: 262144} or {size: {longest_edge: 512}}",
+    )
     adapter: str | None = Field(
         None, description="a LoRA adapter on `path` that is trained on: its folder, or a run's or a checkpoint's"
     )
@@ -50,6 +59,17 @@ class ModelConfig(Section):
         if self.quantize != "none" and self.init == "random":
             raise ValueError("quantize is set, and init=random draws weights that are to be trained; leave one out")
         return self
+
+    @model_validator(mode="after")
+    def _options_of_pictures(self) -> ModelConfig:
+        if self.image_options and self.vision == "off":
+            raise ValueError("image_options is set, and no pictures are read; set vision=frozen, or leave it out")
+        return self
+
+    @property
+    def sees(self) -> bool:
+        """Whether prompts may have pictures."""
+        return self.vision != "off"
 
     @field_validator("adapter", mode="before")
     @classmethod

@@ -365,7 +365,8 @@ def of_config(config: RunConfig, step: str, base: str | None = None, given: str 
     made = replace(first, name=given, checkpoint=checkpoint.name, tokenizer=own, start=named or first)
     if is_adapter(model):
         return replace(made, base=config.model if base is None else ModelConfig(path=base), adapter=model)
-    return replace(made, base=ModelConfig(path=str(model)), adapter=None)
+    own_eyes = config.model.model_dump(include={"vision", "image_options"}, exclude_defaults=True)
+    return replace(made, base=ModelConfig(path=str(model), **own_eyes), adapter=None)
 
 
 def _named_start(config: RunConfig) -> Source | None:
