@@ -132,6 +132,12 @@ class TokenTree:
         return tuple(int(m.sum()) for m in self.masks) or tuple(map(len, self.completion_ids))
 
     @property
+    def prompt_key(self) -> bytes:
+        """The same of trees with the same prompt: its ids, and its pictures."""
+        pictures = () if self.pictures is None else self.pictures.images
+        return self.prompt_ids.tobytes() + "".join(p.sha256 for p in pictures).encode()
+
+    @property
     def shared_tokens(self) -> int:
         """Tokens computed when the prompt is shared: p + sum(c_i)."""
         return len(self.prompt_ids) + sum(len(c) for c in self.completion_ids)

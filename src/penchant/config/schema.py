@@ -163,7 +163,9 @@ class RunConfig(Section):
         """Pictures are of the losses on given answers, in one process; nothing is written to prompts that have some."""
         if not self.model.sees:
             if self.data.image_dir is not None:
-                raise ValueError("data.image_dir is set, and model.vision is off; set model.vision=frozen, or leave it out")
+                raise ValueError(
+                    "data.image_dir is set, and model.vision is off; set model.vision=frozen, or leave it out"
+                )
             return self
         evaluation, train = self.evaluation, self.train
         given = evaluation.model_fields_set
@@ -184,7 +186,9 @@ class RunConfig(Section):
         }
         for name, (there, how) in cannot.items():
             if there:
-                raise ValueError(f"{name} is set and model.vision is {self.model.vision}, which do not go together; {how}")
+                raise ValueError(
+                    f"{name} is set and model.vision is {self.model.vision}, which do not go together; {how}"
+                )
         quiet = evaluation.model_copy(update={"kl_prompts": 0, "samples": 0})
         object.__setattr__(self, "evaluation", quiet)
         return self

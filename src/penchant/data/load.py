@@ -29,7 +29,7 @@ from penchant.data.layouts import (
     near_name,
     other_names,
 )
-from penchant.data.layouts.fields import finite, opened
+from penchant.data.layouts.fields import PICTURES, finite, opened
 from penchant.data.read import BadRow, Bounds, Row, read_rows
 from penchant.errors import ConfigError, DataError
 from penchant.types import Completion, Message, Prompt, PromptTree
@@ -436,7 +436,9 @@ def _folder_of(paths: Sequence[str]) -> str:
         named = Path(*bare)
         found.add((named if named.is_dir() else named.parent).absolute())
     if len(found) > 1:
-        raise ConfigError("data.image_dir", "the data files stand in several folders", "name the one that holds the pictures")
+        raise ConfigError(
+            "data.image_dir", "the data files stand in several folders", "name the one that holds the pictures"
+        )
     return str(found.pop())
 
 
@@ -554,7 +556,8 @@ class Stream:
         if not trees:
             reasons = "; ".join(f"{n}x {what}" for what, n in Counter(q.what for q in aside).most_common(3))
             what = f"none of {counted(len(aside), 'row')} could be used ({reasons})"
-            raise DataError(self.name, what, "fix the rows or set data.shape")
+            pictures = aside and all(q.how == PICTURES for q in aside)
+            raise DataError(self.name, what, PICTURES if pictures else "fix the rows or set data.shape")
         total, content = self._accepted + len(aside), self._digest.hexdigest()
         more = self._accepted, self.detection, self.columns
         return Dataset(trees, self.shape, self.kind, total, aside, content, *more)

@@ -62,7 +62,9 @@ class Pictures:
         rest = {}
         for name, value in row.items():
             if name not in COLUMNS:
-                bare = iter(listed)  # every column has its marks in the order of the list: a whole conversation repeats the prompt
+                bare = iter(
+                    listed
+                )  # every column has its marks in the order of the list: a whole conversation repeats the prompt
                 rest[name] = self._marked(value, f'"{name}"', listed, bare, found)
         return rest, Taken(tuple(listed), found)
 
@@ -155,7 +157,9 @@ class Pictures:
             how = "set data.image_dir to the folder that holds the pictures"
             raise RowError(f"{what} is {value[:80]}, which lies outside {folder}", how)
         if not os.path.isfile(path):
-            raise RowError(f"{what} is {value[:80]}, and there is no such file in {folder}", "put it there, or set data.image_dir")
+            raise RowError(
+                f"{what} is {value[:80]}, and there is no such file in {folder}", "put it there, or set data.image_dir"
+            )
         if os.path.getsize(path) > MOST_BYTES:
             raise RowError(f"{what} has more than {MOST_BYTES >> 20} MB", "make it smaller")
         content = Path(path).read_bytes()
@@ -191,7 +195,9 @@ class Taken:
             return tuple(trees)
         texts = [_text(t.prompt) for t in trees]
         if any(MARK.search(c.whole) for t in trees for c in t.completions):
-            how = "give it in the prompt; of a conversation learn each answer by itself (data.layout_options.turns=every)"
+            how = (
+                "give it in the prompt; of a conversation learn each answer by itself (data.layout_options.turns=every)"
+            )
             raise RowError("a picture stands in an answer, or behind one that is learned", how)
         used = {m.group() for text in texts for m in MARK.finditer(text)}
         if not used:
@@ -240,7 +246,9 @@ def _check(content: bytes, what: str) -> str:
         with image.open(io.BytesIO(content), formats=FORMATS) as opened:
             (width, height), kind = opened.size, str(opened.format)
     except Exception as error:  # whatever a decoder raises; and a bomb, by its size
-        raise RowError(f"{what} is no picture that can be read ({', '.join(FORMATS)})", "mend the file, or drop the row") from error
+        raise RowError(
+            f"{what} is no picture that can be read ({', '.join(FORMATS)})", "mend the file, or drop the row"
+        ) from error
     if width * height > MOST_PIXELS:
         raise RowError(f"{what} has {width:,} x {height:,} pixels (at most {MOST_PIXELS:,})", "make it smaller")
     return kind
@@ -278,4 +286,6 @@ def opened(picture: Picture) -> Any:
         with image.open(io.BytesIO(content), formats=FORMATS) as whole:
             return ImageOps.exif_transpose(whole).convert("RGB")
     except Exception as error:  # whatever a decoder raises
-        raise DataError(picture.path, f"this picture is broken ({str(error)[:100]})", "mend it, or drop its row") from error
+        raise DataError(
+            picture.path, f"this picture is broken ({str(error)[:100]})", "mend it, or drop its row"
+        ) from error

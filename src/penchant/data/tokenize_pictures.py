@@ -11,7 +11,7 @@ from penchant.data.pictures import MARK, opened
 from penchant.data.templates import Rendered, chat, ended_once
 from penchant.data.tokenize import CausalTokenization, Encoded, Ids
 from penchant.errors import ConfigError, DataError
-from penchant.types import PicturedPrompt, Picture, PromptTree, TokenTree
+from penchant.types import Picture, PicturedPrompt, PromptTree, TokenTree
 
 
 class _Rendered(Rendered):
@@ -44,14 +44,19 @@ class PicturedTokenization(CausalTokenization):
         self.processor, self._writer = processor, _Writer(processor.tokenizer)
         self._pictured = frozenset(picture_ids(processor))
         if self.template != "chat":
-            what = "pictures need a chat template, and " + ("plain text is asked for" if how.get("template") == "plain" else "there is none")
+            what = "pictures need a chat template, and " + (
+                "plain text is asked for" if how.get("template") == "plain" else "there is none"
+            )
             raise ConfigError("data.template", what, "take a model whose processor has one, and data.template=auto")
 
     def render(self, tree: PromptTree) -> list[Rendered]:
         if not tree.images:
             return super().render(tree)
         if any(c.more for c in tree.completions):
-            raise RowError("several answers of a conversation with pictures are learned at once", "set data.layout_options.turns=every")
+            raise RowError(
+                "several answers of a conversation with pictures are learned at once",
+                "set data.layout_options.turns=every",
+            )
         plain = chat(tree, self._writer, self.options, strict=self.strict)
         ended = tuple(ended_once(c, self.end_texts) for c in plain.completions)
         made = _Rendered(plain.prompt, ended, plain.moved)
@@ -77,7 +82,9 @@ class PicturedTokenization(CausalTokenization):
         made.pictures = pictures
         return made
 
-    def fit_row(self, source: str, prompt: Ids, completions: list[Ids], turns: Sequence[Sequence[int]] = ()) -> list[TokenTree]:
+    def fit_row(
+        self, source: str, prompt: Ids, completions: list[Ids], turns: Sequence[Sequence[int]] = ()
+    ) -> list[TokenTree]:
         if any(not self._pictured.isdisjoint(c) for c in completions):
             raise RowError("an answer holds a token that stands for a picture", "take it out, or drop the row")
         return super().fit_row(source, prompt, completions, turns)
@@ -92,7 +99,12 @@ class PicturedTokenization(CausalTokenization):
     def _row(self, tree: PromptTree, of_row: Sequence[Encoded | RowError]) -> list[TokenTree]:
         whole = [e for e in of_row if isinstance(e, Encoded)]
         if not tree.images and any(not self._pictured.isdisjoint(e.prompt) for e in whole):
-            of_row = [RowError("its prompt holds a token that stands for a picture, and it has none", "give the picture, or drop the row")]
+            of_row = [
+                RowError(
+                    "its prompt holds a token that stands for a picture, and it has none",
+                    "give the picture, or drop the row",
+                )
+            ]
         made = super()._row(tree, of_row)
         pictures = next((e.pictures for e in whole if isinstance(e, _Encoded)), None)
         return made if pictures is None else [replace(one, pictures=pictures) for one in made]

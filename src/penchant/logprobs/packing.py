@@ -98,12 +98,19 @@ def choose_pictured(model: Any, processor: Any) -> tuple[Scorer, str]:
     """
     from penchant.logprobs.pictures import PicturedScorer
 
-    found, wrong = _first_right(model, ["padded"], "off", ["groups"], own=True)
-    if found is None:
-        name = str(base_model_of(model).config._name_or_path or type(base_model_of(model)).__name__)
-        raise ModelError(name, f"its log-probs cannot be computed as its own forward does: {wrong}", "train another model")
-    scorer = PicturedScorer(model, processor=processor, **found._asdict())
-    return scorer, "packing: padded (pictures: each answer is a row of its own behind its prompt)"
+    tree, away = _probe_tree(model), 0.0
+    with _in_fp32(model), quiet(model):
+        own, allowed = _own(model, tree, False)
+        for own_head in (False, True):
+            scorer = PicturedScorer(model, "padded", own_attention=True, own_head=own_head, processor=processor)
+            away = _away(_probe(scorer, tree, False), own)
+            if away <= allowed:
+                return scorer, "packing: padded (pictures: each answer is a row of its own behind its prompt)"
+    name = str(base_model_of(model).config._name_or_path or type(base_model_of(model)).__name__)
+    what = (
+        f"its log-probs cannot be computed as its own forward does: they differ by {away:.2g} (allowed: {allowed:.2g})"
+    )
+    raise ModelError(name, what, "train a model of another architecture (docs/vision.md)")
 
 
 class _Way(NamedTuple):
@@ -116,24 +123,18 @@ class _Way(NamedTuple):
 
 
 def _first_right(
-    model: Any, candidates: Sequence[Packing], kernels: str, attentions: Sequence[str], *, own: bool = False
+    model: Any, candidates: Sequence[Packing], kernels: str, attentions: Sequence[str]
 ) -> tuple[_Way | None, str]:
-    """The first way that gives the model's own numbers; None, and how the last one differs, where there is none.
-
-    Args:
-        own: through the model's own attention alone.
-    """
+    """The first way that gives the model's own numbers; None, and how the last one differs, where there is none."""
     base, tree = base_model_of(model), _probe_tree(model)
     headless = base.get_output_embeddings() is None
     wrong = ""
     with _in_fp32(model), _short_windows(model), quiet(model):
         restore_attention(base)
-        wanted, allowed = _own(model, tree, headless)
+        own, allowed = _own(model, tree, headless)
         for way in _ways(candidates, attentions, headless):
-            if own and not way.own_attention:
-                continue
             try:
-                away = _away(_probe(Scorer(model, kernels=kernels, **way._asdict()), tree, headless), wanted)
+                away = _away(_probe(Scorer(model, kernels=kernels, **way._asdict()), tree, headless), own)
             except Exception as error:  # whatever a stranger's model raises where it is used in a new way
                 wrong = first_line(error)
                 continue

@@ -107,7 +107,9 @@ def load_processor(cfg: ModelConfig) -> Any:
 
     given = check_model_path(cfg.path)
     check_folder(Path(given))
-    with loading(cfg.path, "no processor of pictures could be loaded", "give a vision-language model, or set model.vision=off"):
+    with loading(
+        cfg.path, "no processor of pictures could be loaded", "give a vision-language model, or set model.vision=off"
+    ):
         try:
             processor: Any = AutoProcessor.from_pretrained(
                 given, revision=cfg.revision, trust_remote_code=False, **cfg.image_options

@@ -11,7 +11,7 @@ from penchant.base.hub import check_hub
 from penchant.base.machine import Device
 from penchant.base.section import Section
 from penchant.base.text import closest
-from penchant.errors import ModelError
+from penchant.errors import ConfigError, ModelError
 
 
 class ModelConfig(Section):
@@ -77,6 +77,17 @@ class ModelConfig(Section):
         if isinstance(value, list):
             raise ValueError("several adapters are named, and one is trained; merge the others into model.path first")
         return value
+
+
+def check_text_alone(model: ModelConfig, where: str, what: str) -> None:
+    """Refuse a vision-language model where text alone is read.
+
+    Raises:
+        ConfigError: it is one; `what` is the thing that reads no pictures.
+    """
+    if model.sees:
+        how = "load the checkpoint's model folder with transformers (docs/vision.md)"
+        raise ConfigError(where, f"reads pictures (model.vision={model.vision}), and {what} is of text alone", how)
 
 
 class LoraConfig(Section):

@@ -292,11 +292,17 @@ def set_threads(config: RunConfig, model: Any) -> None:
     set_precision(next(model.parameters()).device, config.train.tf32)
 
 
-def answering(model: Any, config: RunConfig, dtype: torch.dtype) -> Scorer:
-    """A loaded language model that only answers: frozen, in `dtype`, with threads and packing as its config says."""
+def answering(model: Any, config: RunConfig, dtype: torch.dtype, processor: Any = None) -> Scorer:
+    """A loaded language model that only answers: frozen, in `dtype`, with threads and packing as its config says.
+
+    Args:
+        processor: of one that reads pictures.
+    """
     set_threads(config, model)
     cast_parameters(model, dtype)
     model.requires_grad_(False).eval()
+    if processor is not None:
+        return choose_pictured(model, processor)[0]
     return choose_packing(model, config.train.packing, config.model.kernels, config.model.attention)[0]
 
 

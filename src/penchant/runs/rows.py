@@ -260,8 +260,7 @@ class Rows:
         found: dict[int, TokenTree] = {}
         offset = sum(map(len, self.trees))
         for trees in self.trees:
-            seen = (repr(t.pictures).encode() if t.pictures else b"" for t in trees)
-            partners = mismatch([t.prompt_ids.tobytes() + s for t, s in zip(trees, seen, strict=True)])
+            partners = mismatch([t.prompt_key for t in trees])
             if partners is None and trees:
                 raise DataError(
                     str(self.config.data.path),

@@ -469,7 +469,9 @@ def text_alone(row: Mapping[str, Any]) -> None:
             raise RowError(f'"{name}" is not empty', PICTURES if name.startswith("image") else OTHER_MEDIA)
 
 
-PICTURES = "to train a vision-language model on pictures, set model.vision=frozen (docs/vision.md); otherwise drop the row"
+PICTURES = (
+    "to train a vision-language model on pictures, set model.vision=frozen (docs/vision.md); otherwise drop the row"
+)
 OTHER_MEDIA = "penchant reads text, and pictures beside it; drop the row"
 
 
