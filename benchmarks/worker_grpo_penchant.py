@@ -36,7 +36,7 @@ def main() -> None:
     clock, warm, samples = Clock(spec["warmup_batches"]), spec["warmup_batches"], spec["samples"]
     config, console = config_from_mapping(settings_of(spec), []), ppo.EpisodeConsole(clock, 1)
     rows = Rows(config, Alone(), console)
-    rows.trees, rows.prompts = (ppo.read_trees(spec), []), {}
+    rows.trees, rows.asked = (ppo.read_trees(spec), []), {}
     run = Run(config, console=console, rows=rows)
     run.folder.mkdir(parents=True, exist_ok=True)
     run.make_loop().run()

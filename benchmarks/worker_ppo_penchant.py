@@ -111,7 +111,7 @@ def main() -> None:
     )
     rows = Rows(config, Alone(), console)
     # in place of the cached properties that read a data file
-    rows.trees, rows.prompts = (read_trees(spec), []), {}
+    rows.trees, rows.asked = (read_trees(spec), []), {}
     run = Run(config, console=console, rows=rows)
     run.folder.mkdir(parents=True, exist_ok=True)
     run.make_loop().run()

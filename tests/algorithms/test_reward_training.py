@@ -137,6 +137,7 @@ def test_margins_from_scores(base: dict[str, Any], tmp_path: Path) -> None:
     assert wide.after["eval/rewards/margins"] > plain.after["eval/rewards/margins"]
 
 
+@pytest.mark.slow
 def test_centring_moves_the_mean_reward_to_zero(base: dict[str, Any], tmp_path: Path) -> None:
     free = api.train(base, quiet=True).after
     held = api.train(base, "algorithm.centring=0.5", "train.epochs=5", f"output={tmp_path}/c", quiet=True).after

@@ -148,7 +148,8 @@ def _later_update(**config: Any) -> tuple[GroupPolicyGradient, LossOutput, torch
         seed = 0
 
         def write(self, *_: Any) -> list[Group]:
-            return [Group(tree, torch.tensor([1.0, 0.0], dtype=torch.float64))]
+            old = torch.zeros(4, dtype=torch.float64)
+            return [Group(tree, torch.tensor([1.0, 0.0], dtype=torch.float64), (), {"old": old})]
 
     settings = GroupConfig(**{"name": "grpo", "samples": 2, "max_new_tokens": 4, "epochs": 2, "beta": 0.0, **config})
     reference = LiveReference(Scorer(tiny_model("llama", seed=1), "shared"))
@@ -168,6 +169,18 @@ def test_a_later_update_is_measured_against_the_policy_that_wrote() -> None:
     assert torch.allclose(out.metrics["ratio"][0], expected, rtol=1e-9) and (expected - 1).abs().max() > 1e-2
 
 
+def test_what_the_sampler_said_is_compared_with_the_one_pass_of_an_update() -> None:
+    algorithm, *_ = _later_update(epochs=1)
+    (group,) = algorithm.groups
+    batch = pack([group.tree])
+    logps = algorithm.scorer.logps(batch).tokens.detach()
+    away = torch.tensor([0.5, -0.25, 0.0, 1.0], dtype=torch.float64)
+    group.extras["sampled"] = logps + away
+    found = algorithm.loss(algorithm.score(batch)).metrics
+    assert torch.allclose(found["rollout/logp_mismatch"][0], away.abs())
+    assert torch.allclose(found["rollout/kl_k3"][0], torch.exp(-away) - 1 + away)
+
+
 def test_both_clips_are_the_options() -> None:
     """RLOO's advantages of rewards 1 and 0 are 1 and -1; each token is held at its own end."""
     for clip, clip_high in ((0.01, None), (0.01, 0.03), (0.5, None)):
@@ -179,7 +192,8 @@ def test_both_clips_are_the_options() -> None:
 
 
 def test_a_batch_that_is_written_ahead_is_the_same_from_a_checkpoint() -> None:
-    spoke = Sample([1, 2, 3], [-0.5, 0.0, -0.25], True, [True, False, True])  # an environment wrote the second token
+    # an environment wrote the second token, and a part of the prompt
+    spoke = Sample([1, 2, 3], [-0.5, 0.0, -0.25], True, [True, False, True], [7, 8])
     written = [[spoke, Sample([4], [-1.0], False)]]
     again = Ahead.of_tensors(Ahead((3, (7,), 2), 5, lambda: written).tensors())
     assert again is not None and (again.of, again.version, again.samples()) == ((3, (7,), 2), 5, written)

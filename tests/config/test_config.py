@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penchant.config import RunConfig, config_from_mapping, dump_config, load_config
+from penchant.config import RunConfig, config_from_mapping, dump_config, load_config, what_is_computed
 from penchant.errors import ConfigError
 
 BASE = "model: {path: m}\ndata: {path: d}\noutput: o\n"
@@ -201,3 +202,14 @@ def test_a_runs_folder_in_place_of_a_config_leads_to_its_config(tmp_path: Path) 
     (tmp_path / "runn.yaml").write_text(BASE)
     with pytest.raises(ConfigError, match=r"did you mean runn\.yaml"):
         load_config(tmp_path / "run.yaml")
+
+
+def test_how_long_something_may_take_is_no_part_of_what_is_computed() -> None:
+    """A run that met a limit goes on under a longer one."""
+    base = {"model": {"path": "x"}, "data": {"path": "y"}, "algorithm": {"name": "grpo"}, "output": "o"}
+
+    def computed(reward: dict[str, Any], **rollout: Any) -> dict[str, Any]:
+        return what_is_computed(config_from_mapping({**base, "reward": reward, "rollout": rollout}, []))
+
+    short = computed({"words": 1.0, "timeout": 5.0}, environment_timeout=1.0)
+    assert short == computed({"words": 1.0}) != computed({"words": 2.0})

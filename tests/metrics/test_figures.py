@@ -93,6 +93,7 @@ def test_the_jackknife_by_hand() -> None:
     assert distinct_n_interval([[1, 2], [3]], [0, 0], 1) is None
 
 
+@pytest.mark.slow
 def test_the_jackknife_covers_where_a_bootstrap_does_not() -> None:
     """Texts of a known source: the truth is the mean of distinct-1 over many samples of that size."""
     rng = np.random.default_rng(3)

@@ -77,6 +77,7 @@ def test_t_quantiles_are_the_tabulated_ones(p: float, freedom: float, expected: 
     assert t_quantile(p, freedom) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("spread_of_seeds", "seeds"), [(0.0, 3), (0.3, 3), (0.3, 5), (1.0, 2)])
 def test_intervals_over_seeds_cover(spread_of_seeds: float, seeds: int) -> None:
     """A truth of 0.2, seeds and prompts by chance: at least 95%, and with a real spread of seeds not much more."""

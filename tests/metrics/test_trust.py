@@ -107,6 +107,7 @@ def warnings(flags: list[Flag]) -> list[str]:
 # ---- nothing happens ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_where_nothing_happens_hardly_any_run_has_a_warning() -> None:
     """Of all rules together; each has half a percent for itself."""
     rng = np.random.default_rng(0)

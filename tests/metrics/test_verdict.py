@@ -143,6 +143,7 @@ def test_worse_at_equal_length_is_a_contradiction() -> None:
     assert "no clear winner" in text and "at equal length its win rate is" in text
 
 
+@pytest.mark.slow
 def test_seeds_that_differ_more_than_the_settings_name_none() -> None:
     base = noise(0, 200)
     a = candidate("a", [base + noise(i, 200, 0.1) + s for i, s in enumerate((0.0, 1.0, -1.0))])

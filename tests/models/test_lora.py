@@ -46,7 +46,7 @@ def _with_an_update(model: Any) -> None:
     [
         ("qwen3_moe", {}),
         ("gpt_oss", {}),
-        ("gpt2", {}),
+        pytest.param("gpt2", {}, marks=pytest.mark.slow),
         ("gpt2", {"dora": True}),  # its weights lie the other way round
         ("llama", {"dora": True, "rslora": True}),
     ],

@@ -121,8 +121,11 @@ def _trained(mixture: Path, tmp_path: Path, name: str, *more: str) -> list[dict[
     [
         pytest.param(["loss.name=dpo"], marks=pytest.mark.slow),
         ["loss.name=dpo", "lora.r=2", "reference.ema=0.9"],
-        ["algorithm.name=reward_model"],
-        ["algorithm.name=rloo", "algorithm.samples=2", "algorithm.max_new_tokens=4", "reward=words"],
+        pytest.param(["algorithm.name=reward_model"], marks=pytest.mark.slow),
+        pytest.param(
+            ["algorithm.name=rloo", "algorithm.samples=2", "algorithm.max_new_tokens=4", "reward=words"],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["dpo", "ema", "reward_model", "rloo"],
 )

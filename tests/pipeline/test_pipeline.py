@@ -643,6 +643,7 @@ def test_the_comparison_keeps_clear_of_prompts_that_a_stage_trained_on(base: dic
     assert result.outcome is not None
 
 
+@pytest.mark.slow
 def test_a_lora_stage_is_merged_once_for_the_stage_that_needs_a_whole_model(
     base: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -863,6 +864,7 @@ def test_a_lora_reward_model_judges_as_it_was_merged_and_is_trained_further(
         assert start[metric] == pytest.approx(end[metric], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_an_encoder_judges_an_online_stage(
     classical: dict[str, Any], written_by: dict[str, Any], tmp_path: Path
 ) -> None:

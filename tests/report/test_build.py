@@ -254,6 +254,7 @@ def test_a_part_that_cannot_be_made_does_not_take_the_page_with_it(
         render(data, strict=True)
 
 
+@pytest.mark.slow
 def test_twenty_long_runs_stay_under_two_megabytes(tmp_path: Path) -> None:
     rng = random.Random(0)
     words = ["reward", "policy", "margin", "the", "of", "film", "never", "always", "quite", "good"]

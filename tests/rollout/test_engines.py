@@ -37,7 +37,7 @@ def base(tmp_path: Path) -> dict[str, Any]:
     """Six prompts, two steps an epoch; the reward has another value for nearly every completion."""
     reward = tmp_path / "rewards.py"
     reward.write_text(
-        "def codes(prompts, completions):\n    return [sum(map(ord, c)) % 101 / 50 for c in completions]\n"
+        "def codes(prompts, completions):\n    assert any(completions), completions\n    return [sum(map(ord, c)) % 101 / 50 for c in completions]\n"
     )
     return {
         "model": {"path": tiny_model_folder(tmp_path / "model"), "dtype": "fp32"},
@@ -62,11 +62,16 @@ def lines(folder: Path | str) -> list[dict[str, Any]]:
     return [json.loads(x) for x in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
+def own_figures(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of metrics without what it says of who wrote."""
+    return {k: v for k, v in line.items() if not k.startswith("rollout/")}
+
+
 def alike(served_lines: list[dict[str, Any]], own: list[dict[str, Any]]) -> None:
     assert len(served_lines) == len(own)
     for a, b in zip(served_lines, own, strict=True):
-        assert {k for k in a if not k.startswith("rollout/")} == set(b)
-        for key, value in b.items():
+        assert set(own_figures(a)) == set(own_figures(b))
+        for key, value in own_figures(b).items():
             assert a[key] == (pytest.approx(value, rel=1e-3, abs=1e-4) if isinstance(value, float) else value), key
 
 
@@ -87,11 +92,12 @@ def test_a_server_that_draws_as_we_do_trains_the_same_model(
     own = api.train(base, quiet=True)
     result = api.train(by_server(base, fake), quiet=True)
     alike(lines(result.folder), lines(own.folder))
-    trained = [x for x in lines(result.folder) if x["kind"] == "train"]
+    trained, by_own = ([x for x in lines(r.folder) if x["kind"] == "train"] for r in (result, own))
     assert all(x["grad_norm"] > 0 for x in trained)
     if algorithm["name"] != "online_dpo":
         assert all(0 <= x["rollout/logp_mismatch"] <= x["rollout/logp_mismatch_max"] < 1e-4 for x in trained)
         assert all(abs(x["rollout/kl_k3"]) < 1e-6 and x["rollout/lag"] == 0 for x in trained)
+        assert all(x["rollout/logp_mismatch"] < 1e-4 and "rollout/lag" not in x for x in by_own)
     asked = [b for b in fake.of("/v1/completions") if "seed" in b]
     assert all(isinstance(t, int) for b in asked for t in b["prompt"])
     assert all(b["ignore_eos"] and b["stop_token_ids"] == [1] and not b["add_special_tokens"] for b in asked)
@@ -262,12 +268,13 @@ def test_adapters_go_over_merged(tmp_path: Path, fake: FakeVLLM) -> None:
     assert {n for n, _ in whole_weights_of(plain)} == set(merged)
 
 
-@pytest.mark.parametrize("lag", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("lag,own", [pytest.param(0, False, marks=pytest.mark.slow), (1, False), (1, True)])
 def test_a_killed_run_goes_on_as_if_nothing_had_been(
-    base: dict[str, Any], fake: FakeVLLM, monkeypatch: pytest.MonkeyPatch, lag: int
+    base: dict[str, Any], fake: FakeVLLM, monkeypatch: pytest.MonkeyPatch, lag: int, own: bool
 ) -> None:
     base["algorithm"]["minibatches"] = 1 + lag
-    config = by_server(base, fake, lag=lag, correction="tis" if lag else "none")
+    how: dict[str, Any] = {"lag": lag, "correction": "tis" if lag else "none"}
+    config = {**base, "rollout": how} if own else by_server(base, fake, **how)
     config["checkpoint"] = {"every": 1}
     whole = api.train(config, quiet=True)
     config["output"] += "-again"
@@ -283,6 +290,13 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
 def test_batches_written_ahead_are_those_of_older_weights_and_say_so(base: dict[str, Any], fake: FakeVLLM) -> None:
     base["train"]["epochs"] = 3
     late = api.train(by_server(base, fake, lag=1, correction="tis", correction_high=1.5), quiet=True)
+    own = {"rollout": {"lag": 1, "correction": "tis", "correction_high": 1.5}, "output": base["output"] + "-own-late"}
+    by_own, by_fake = lines(api.train({**base, **own}, quiet=True).folder), lines(late.folder)
+    alike(by_fake, by_own)  # the own sampler's draws are the server's
+    for a, b in zip(by_fake, by_own, strict=True):
+        assert {k: v for k, v in a.items() if k.startswith("rollout/")} == pytest.approx(
+            {k: v for k, v in b.items() if k.startswith("rollout/")}, rel=1e-2, abs=1e-4
+        )
     trained = [x for x in lines(late.folder) if x["kind"] == "train"]
     assert [x["rollout/version"] for x in trained] == [0, 0, 1, 2, 3, 4]
     assert [x["rollout/lag"] for x in trained] == [0, 1, 1, 1, 1, 1]
@@ -293,10 +307,5 @@ def test_batches_written_ahead_are_those_of_older_weights_and_say_so(base: dict[
     base["output"] += "-still"
     in_time = lines(api.train(by_server(base, fake, lag=0), quiet=True).folder)
     base["output"] += "-late"
-    alike(
-        [
-            {k: v for k, v in x.items() if not k.startswith("rollout/")}
-            for x in lines(api.train(by_server(base, fake, lag=1), quiet=True).folder)
-        ],
-        [{k: v for k, v in x.items() if not k.startswith("rollout/")} for x in in_time],
-    )
+    alike(lines(api.train(by_server(base, fake, lag=1), quiet=True).folder), in_time)
+    alike(lines(api.train({**base, "rollout": {"lag": 1}}, quiet=True).folder), in_time)

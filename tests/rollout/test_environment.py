@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,7 @@ def test_turns_and_tokens_are_bounded() -> None:
     "method,what",
     [
         ("reset", "x:0: Echo: reset failed \\(ZeroDivisionError"),
+        ("__init__", "x:0: Echo: making it failed \\(ZeroDivisionError"),
         ("step", "x:0: Echo: step failed \\(ZeroDivisionError"),
     ],
 )
@@ -126,10 +129,54 @@ def test_an_environment_that_fails_is_named_with_its_row(method: str, what: str)
         at.play(trees, 1, 64, says(at.tokenizer, "a", "b", "c"))
 
 
-def test_what_is_no_message_is_refused() -> None:
-    at, trees = stage(type("Bad", (Echo,), {"step": lambda *_: "go on"}))
-    with pytest.raises(RewardError, match="x:0: step of Echo gives 'go on'"):
+@pytest.mark.parametrize("method", ["reset", "step"])
+def test_an_environment_that_hangs_or_ends_the_process_is_a_sentence(method: str) -> None:
+    import os
+
+    for call, what in (
+        (lambda *_: time.sleep(9), f"x:0: Echo: {method} took longer than 0.05 seconds"),
+        (lambda *_: os._exit(3), f"x:0: Echo: {method} failed \\(SystemExit: 3\\)"),
+    ):
+        at, trees = stage(type("Bad", (Echo,), {method: call}))
+        with pytest.raises(RewardError, match=what):
+            replace(at, timeout=0.05).play(trees, 1, 64, says(at.tokenizer, "a", "b", "c"))
+
+
+@pytest.mark.parametrize("method", ["reset", "step"])
+def test_what_is_no_message_is_refused(method: str) -> None:
+    at, trees = stage(type("Bad", (Echo,), {method: lambda *_: "go on"}))
+    with pytest.raises(RewardError, match=f"x:0: {method} of Echo gives 'go on'"):
         at.play(trees, 1, 64, says(at.tokenizer, "a"))
+
+
+class Opens(Echo):
+    """Says a word before the policy's first answer."""
+
+    def reset(self, row: Mapping[str, Any]) -> Any:
+        self.row = row
+        return [{"role": "user", "content": f"<{row['answer']}>"}]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_what_reset_says_is_part_of_the_prompt(chat: bool) -> None:
+    at, trees = stage(Opens, chat=chat, prompt=(Message("user", "q"),) if chat else "q")
+    draw = says(at.tokenizer, "a", "bc", "d")
+    written = at.play(trees, 2, 200, draw)
+    asked = [{"role": "user", "content": "q"}, {"role": "user", "content": "<1>"}]
+    expected = at.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True) if chat else ""
+    for s in written[1]:
+        assert s.prompt == draw.asked[0][2] and at.tokenizer.decode(s.prompt).endswith(expected or "<1>")
+        assert all(s.own[:2]) and len(s.own) == len(s.ids)  # it is no part of the completion
+    assert draw.asked[1][2] == written[1][0].prompt + written[1][0].ids[: len(draw.asked[1][2]) - len(s.prompt)]
+    with pytest.raises(RewardError, match="beyond the model's 100"):
+        replace(at, context=100).play(trees, 1, 99, draw)
+
+
+def test_completions_of_a_row_share_what_reset_says() -> None:
+    said = iter("abcd")
+    at, trees = stage(type("Bad", (Echo,), {"reset": lambda *_: [{"role": "user", "content": next(said)}]}))
+    with pytest.raises(RewardError, match="x:0: reset of Echo says other things to the completions of one row"):
+        at.play(trees, 2, 64, says(at.tokenizer, "a"))
 
 
 def test_a_persons_class_is_found_and_checked(tmp_path: Path) -> None:
@@ -242,17 +289,20 @@ ENV = """
 class Env:
     def reset(self, row):
         self.answer, self.turns = row["answer"], 0
+        return [{"role": "user", "content": f"{row['answer']}?"}]
 
     def step(self, messages):
-        assert [m["role"] for m in messages[:2]] == ["user", "assistant"]
+        assert [m["role"] for m in messages[:3]] == ["user", "user", "assistant"]
         self.turns += 1
         return [{"role": "user", "content": f"[{self.answer}]"}] if self.turns < 2 else None
 """
 
 
-@pytest.mark.parametrize("algorithm", [{"name": "grpo", "minibatches": 2}, {"name": "ppo", "epochs": 1}], ids=str)
+@pytest.mark.parametrize(
+    "algorithm,lag", [({"name": "grpo", "minibatches": 2}, 1), ({"name": "ppo", "epochs": 1}, 0)], ids=["grpo", "ppo"]
+)
 def test_a_run_with_an_environment_trains_and_goes_on_exactly(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: dict[str, Any]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: dict[str, Any], lag: int
 ) -> None:
     (tmp_path / "env.py").write_text(ENV)
     (tmp_path / "rewards.py").write_text(
@@ -268,7 +318,7 @@ def test_a_run_with_an_environment_trains_and_goes_on_exactly(
         "data": {"path": write_jsonl(tmp_path / "rows.jsonl", rows), "max_length": 64},
         "algorithm": {"samples": 2, "max_new_tokens": 16, **algorithm},
         "reward": f"{tmp_path}/rewards.py:even",
-        "rollout": {"environment": f"{tmp_path}/env.py:Env", "turns": 3},
+        "rollout": {"environment": f"{tmp_path}/env.py:Env", "turns": 3, "lag": lag},
         "train": {"epochs": 1, "batch_size": 4, "tokens_per_step": 500, "lr": 1e-2},
         "evaluation": {"samples": 0},
         "checkpoint": {"every": 1},

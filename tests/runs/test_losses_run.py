@@ -171,7 +171,7 @@ class Killed(BaseException):
         pytest.param({"name": "kto"}, {}, marks=pytest.mark.slow),
         pytest.param({"name": "aot"}, {}, marks=pytest.mark.slow),
         pytest.param({"name": "pmpo"}, {"reference": {"ema": 0.8}}, marks=pytest.mark.slow),
-        ({"name": "dpo"}, {"reference": {"sync_every": 2, "sync_mixup": 0.6}}),
+        pytest.param({"name": "dpo"}, {"reference": {"sync_every": 2, "sync_mixup": 0.6}}, marks=pytest.mark.slow),
         ({"name": "dpo"}, {"reference": {"ema": 0.8}, "lora": {"r": 2, "dropout": 0.1}}),
     ],
     ids=["dpo_shift", "bco", "kto", "aot", "pmpo-ema", "dpo-sync", "dpo-ema-lora"],

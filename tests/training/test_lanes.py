@@ -98,10 +98,17 @@ def steps_of(loop: Loop, threads: int, steps: int = 2) -> tuple[list[Any], dict[
     return lines, {n: t.clone() for n, t in loop.optimizer.state_tensors().items()}
 
 
-KINDS = ["dpo", "kto", "sft", "aot", "lora", "reward"]
+OTHERS = ["kto", "sft", "lora", "reward"]
 
 
-@pytest.mark.parametrize("kind,dtype", [*((k, torch.float32) for k in KINDS), ("dpo", torch.bfloat16)])
+@pytest.mark.parametrize(
+    "kind,dtype",
+    [
+        *[(kind, torch.float32) for kind in ("dpo", "aot")],
+        *[pytest.param(kind, torch.float32, marks=pytest.mark.slow) for kind in OTHERS],
+        pytest.param("dpo", torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
 def test_the_bits_do_not_depend_on_the_threads(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
     lines, state = steps_of(made(tmp_path, kind, dtype), 1)
     for threads in (2, 3) if kind == "dpo" and dtype == torch.float32 else (3,):

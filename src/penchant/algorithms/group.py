@@ -128,6 +128,7 @@ class ScoredTokens:
     entropy: Tensor | None = None  # where it is in the loss
     keep: Tensor | None = None  # (C,) 1 or 0: whether a completion is in the update; None: all are
     importance: Tensor | None = None  # (R,) weights of tokens that something else wrote; None: 1
+    sampled: Tensor | None = None  # (R,) log-probs of whoever wrote, where this is the policy's first pass over them
 
 
 @dataclass(slots=True)
@@ -182,6 +183,10 @@ class GroupPolicyGradient(OnPolicy):
         known = group.rewards[~group.rewards.isnan()]
         return not self.config.dynamic_sampling or bool((known != known[0]).any())
 
+    def rescored(self, groups: Sequence[Group]) -> bool:
+        """With one update a batch, its own forward pass says the same."""
+        return self.config.updates > 1 or measured(groups)
+
     @property
     def token_mean(self) -> bool:
         """Whether every token counts the same (DAPO), not every completion."""
@@ -193,7 +198,7 @@ class GroupPolicyGradient(OnPolicy):
         passes: list[Callable[[PackedBatch], Mapping[str, Tensor]]] = [
             lambda batch: {"ref": self.reference.token_logps(batch)}
         ]
-        if cfg.updates > 1 or measured(groups):
+        if self.rescored(groups):
             passes.append(lambda batch: {"old": references.LiveReference(self.scorer).token_logps(batch)})
         score_groups(groups, passes, self.scorer, self.tokens_per_step, self.side_by_side)
         for g in groups:
@@ -266,8 +271,10 @@ class GroupPolicyGradient(OnPolicy):
         keep = self.keep(batch)
         weights = None if keep is None else keep.to(tokens)
         importance = self.importance(batch, tokens)
+        first = not self.rescored(self.groups) and "sampled" in self._by_row[batch.rows[0]].extras
+        sampled = self.extra(batch, "sampled").to(tokens) if first else None
         return ScoredTokens(
-            tokens, old, ref, advantages, batch.completion_of, batch.lengths, made.entropy, weights, importance
+            tokens, old, ref, advantages, batch.completion_of, batch.lengths, made.entropy, weights, importance, sampled
         )
 
     def loss(self, scored: ScoredTokens) -> LossOutput:
@@ -284,6 +291,10 @@ class GroupPolicyGradient(OnPolicy):
             "kl/per_token": (k3.detach(), None),
             "logps/per_token": (s.logps.detach(), None),
         }
+        if s.sampled is not None:
+            away = s.logps.detach() - s.sampled
+            metrics["rollout/logp_mismatch"] = (away.abs(), None)
+            metrics["rollout/kl_k3"] = (divergences.kl_estimate(s.sampled, s.logps.detach(), "k3"), None)
         if s.entropy is not None:
             losses = losses - cfg.entropy_coef * s.entropy
             metrics["policy/entropy"] = (s.entropy.detach(), None)

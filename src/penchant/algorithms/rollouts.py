@@ -150,12 +150,25 @@ class OnlineConfig(SamplingConfig):
 
     def _stage(self, parts: Parts, rows: Mapping[str, PromptTree | None]) -> Stage:
         from penchant.data.templates import end_ids, uses_chat
+        from penchant.models.load import base_model_of
         from penchant.rollout.environment import Stage, find_environment
 
         data, how = parts.config.data, parts.config.rollout
         chat, ends = uses_chat(data.template, parts.tokenizer), end_ids(parts.tokenizer, parts.model)
         make = find_environment(how.environment)
-        return Stage(how.environment, make, parts.tokenizer, chat, data.template_options, rows, how.turns, ends)
+        context = getattr(base_model_of(parts.model).config, "max_position_embeddings", None)
+        return Stage(
+            how.environment,
+            make,
+            parts.tokenizer,
+            chat,
+            data.template_options,
+            rows,
+            how.turns,
+            ends,
+            how.environment_timeout,
+            context,
+        )
 
     def evaluate(self, held_out: EvaluationContext) -> dict[str, Any]:
         """Reward, win rate against the start and KL of one completion of each held-out prompt."""
@@ -182,8 +195,8 @@ class Group:
         tree: the prompt with its k completions; `truncated` where one did not end by itself.
         rewards: (k,) as the reward function gave them, missing-EOS penalty taken off; NaN where no reward says anything of a completion.
         texts: what the reward function saw.
-        extras: per-token or per-completion tensors that a method keeps with it: ``old`` log-probs (the sampler's at first), advantages;
-            where they are measured, ``sampled`` log-probs of whoever wrote, and the ``version`` of its weights (optimizer steps).
+        extras: per-token or per-completion tensors that a method keeps with it: ``sampled`` log-probs of whoever wrote, ``old`` log-probs (the
+            same at first), advantages; with another engine, older weights or a correction the ``version`` of the weights (optimizer steps).
         terms: (k,) each reward's own numbers by its name, NaN where it says nothing; logged: what reward functions log of the batch.
     """
 
@@ -225,6 +238,8 @@ class Ahead:
             "ahead/logps": torch.tensor([p for s in every for p in s.logps], dtype=torch.float64),
             "ahead/finished": torch.tensor([s.finished for s in every]),
             "ahead/own": torch.tensor([o for s in every for o in s.own or [True] * len(s.ids)], dtype=torch.bool),
+            "ahead/prompt_lengths": torch.tensor([len(s.prompt) for s in every]),
+            "ahead/prompts": torch.tensor([t for s in every for t in s.prompt], dtype=torch.int64),
         }
 
     @staticmethod
@@ -239,9 +254,11 @@ class Ahead:
         ids, logps = (tensors[f"ahead/{n}"].split(lengths) for n in ("ids", "logps"))
         ended = tensors["ahead/finished"].tolist()
         own = tensors["ahead/own"].split(lengths)
+        sizes = tensors.get("ahead/prompt_lengths", torch.zeros(len(lengths), dtype=torch.int64)).tolist()
+        prompts = tensors.get("ahead/prompts", torch.zeros(0, dtype=torch.int64)).split(sizes)
         every = [
-            Sample(i.tolist(), p.tolist(), end, [] if bool(o.all()) else o.tolist())
-            for i, p, end, o in zip(ids, logps, ended, own, strict=True)
+            Sample(i.tolist(), p.tolist(), end, [] if bool(o.all()) else o.tolist(), asked.tolist())
+            for i, p, end, o, asked in zip(ids, logps, ended, own, prompts, strict=True)
         ]
         groups = [every[i : i + k] for i in range(0, len(every), k)]
         return Ahead((iteration, tuple(tensors["ahead/rows"].tolist()), k), version, lambda: groups)
@@ -311,8 +328,6 @@ class Writer:
 
     def _drawn(self, prompts: Sequence[TokenTree], iteration: int, k: int) -> tuple[list[list[Sample]], int]:
         """Completions of each prompt, and the version of the weights that wrote them."""
-        from penchant.distributed.shard import whole_weights
-
         ahead, rows = self.ahead, tuple(t.row for t in prompts)
         if ahead is not None and ahead.of == (iteration, rows, k):
             self.ahead = None
@@ -320,11 +335,17 @@ class Writer:
                 return found, ahead.version
         elif ahead is not None:
             ahead.samples()  # its weights must stay until it is written
+        return self._now(prompts, iteration, k), self.version
+
+    def _now(self, prompts: Sequence[TokenTree], iteration: int, k: int) -> list[list[Sample]]:
+        """By the weights of now, each process a part."""
+        from penchant.distributed.shard import whole_weights
+
         world = current()
         mine = [prompts[i] for i in range(world.rank, len(prompts), world.size)]
         with whole_weights(None if self.rollout.elsewhere else self.engine):
             written = self._insistently(mine, iteration, k)
-        return world.dealt(written, len(prompts)), self.version
+        return world.dealt(written, len(prompts))
 
     def _insistently(self, prompts: Sequence[TokenTree], iteration: int, k: int) -> list[list[Sample]]:
         """By the weights of now: where an engine has lost them, it is sent them once more and the batch is asked for again."""
@@ -344,12 +365,17 @@ class Writer:
         )
 
     def begin(self, prompts: Sequence[TokenTree], iteration: int) -> None:
-        """Have a later iteration's completions written by the weights of now, while something else goes on."""
+        """Have a later iteration's completions written by the weights of now: by another engine, while something else goes on."""
         from penchant.rollout.engines import Forgotten
         from penchant.training.loop import in_background
 
-        self.sampler.update(self.version)
         k = self.config.samples
+        of = iteration, tuple(t.row for t in prompts), k
+        if not self.rollout.elsewhere:  # whose weights are about to move
+            found = self._now(prompts, iteration, k)
+            self.ahead = Ahead(of, self.version, lambda: found)
+            return
+        self.sampler.update(self.version)
 
         def draw() -> list[list[Sample]] | None:
             try:
@@ -357,7 +383,7 @@ class Writer:
             except Forgotten:  # its weights are gone here too: the batch is written by later ones
                 return None
 
-        self.ahead = Ahead((iteration, tuple(t.row for t in prompts), k), self.version, in_background(draw))
+        self.ahead = Ahead(of, self.version, in_background(draw))
 
     def write(self, prompts: Sequence[TokenTree], iteration: int, samples: int | None = None) -> list[Group]:
         """One group of `samples` completions (default: the method's) for each prompt; a function of weights, seed and iteration.
@@ -386,9 +412,9 @@ class Writer:
         for i, (tree, sampled) in enumerate(zip(trees, logps, strict=True)):
             penalty = cfg.missing_eos_penalty * torch.tensor(tree.truncated, dtype=torch.float64)
             own = {name: values[i] for name, values in terms.items()}
-            extras = {"old": sampled}
+            extras = {"old": sampled, "sampled": sampled}
             if self.rollout.measured:
-                extras |= {"sampled": sampled, "version": torch.full((k,), float(version))}
+                extras["version"] = torch.full((k,), float(version))
             made = Group(tree, rewards[i] - penalty, tuple(texts[i]), extras, own, said.metrics)
             groups.append(made)
         return groups
@@ -404,7 +430,8 @@ class Writer:
         for prompt, row in zip(prompts, rows, strict=True):
             ids = tuple(np.array(s.ids, np.int32) for s in row)
             cut = tuple(not s.finished for s in row)
-            trees.append(masked(TokenTree(prompt.row, prompt.prompt_ids, ids, cut, prompt.source), row))
+            asked = np.array(row[0].prompt, np.int32) if row[0].prompt else prompt.prompt_ids
+            trees.append(masked(TokenTree(prompt.row, asked, ids, cut, prompt.source), row))
         return trees, [torch.tensor([p for s in row for p in s.own_logps]) for row in rows], version
 
 
@@ -497,18 +524,24 @@ class OnPolicy(Algorithm):
         return self.extra(batch, "importance").to(like)
 
     def rollout_values(self) -> dict[str, float]:
-        """Who wrote this step's rollouts, and how far its log-probs were from the policy's; nothing of the own sampler."""
+        """How far the log-probs of whoever wrote this step's rollouts were from the policy's, and which weights it had."""
+        known = self.rescored(self.groups) and "sampled" in self.groups[0].extras  # an older checkpoint has none
+        found = mismatch_of(self.groups) if known else {}
         if not measured(self.groups):
-            return {}
+            return found
         versions = torch.cat([g.extras["version"] for g in self.groups])
         behind = float(self.iteration * self.config.updates - versions.mean())
-        found = mismatch_of(self.groups) | {"rollout/version": float(versions.min()), "rollout/lag": behind}
+        found |= {"rollout/version": float(versions.min()), "rollout/lag": behind}
         if "importance" in self.groups[0].extras:
             weights = torch.cat([g.extras["importance"] for g in self.groups])
             how = self.writer.rollout
             bound = weights >= how.correction_high if how.correction == "tis" else weights == 0
             found |= {"rollout/weight": float(weights.mean()), "rollout/weight_bound": float(bound.double().mean())}
         return found
+
+    def rescored(self, groups: Sequence[Group]) -> bool:
+        """Whether ``old`` log-probs are those of the engine that trains."""
+        return True
 
     def written(self, prompts: Sequence[TokenTree], iteration: int) -> list[Group]:
         """An iteration's groups."""
@@ -553,8 +586,8 @@ class OnPolicy(Algorithm):
 
 
 def measured(groups: Sequence[Group]) -> bool:
-    """Whether log-probs of whoever wrote are kept beside the policy's."""
-    return bool(groups) and "sampled" in groups[0].extras
+    """Whether another engine or older weights may have written, or tokens are weighed by who did: `RolloutConfig.measured`."""
+    return bool(groups) and "version" in groups[0].extras
 
 
 def mismatch_of(groups: Sequence[Group]) -> dict[str, float]:

@@ -7,9 +7,11 @@ import hashlib
 import importlib.util
 import inspect
 import os
+import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -87,6 +89,64 @@ def no_exit() -> Iterator[None]:
         yield
     finally:
         os._exit = real
+
+
+class TookTooLong(BaseException):
+    """A function that had its time. No `Exception`: those a function may catch, completion by completion, and go on."""
+
+
+def guarded(call: Callable[[], Any], seconds: float | None) -> Any:
+    """What somebody's code returns; None: it may take as long as it likes. What it prints goes to standard error, where it disturbs no output.
+
+    Raises:
+        TookTooLong: it had its time; SystemExit: it ended itself.
+    """
+    with no_exit(), redirect_stdout(sys.stderr):
+        return call() if seconds is None else within(seconds, call)
+
+
+def within(seconds: float, call: Callable[[], Any]) -> Any:
+    """What `call` returns, if that is not longer than so many seconds away.
+
+    In the main thread a timer interrupts it, so that a function may use signals of its own (math_verify does; its timer then takes the
+    place of this one). Elsewhere it is left behind in a thread of its own.
+
+    Raises:
+        TookTooLong: it is.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        return in_thread(call, seconds)
+
+    def ring(number: int, frame: Any) -> None:
+        raise TookTooLong
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        return call()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def in_thread(call: Callable[[], Any], seconds: float | None) -> Any:
+    made: list[Any] = []
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            made.append(call())
+        except BaseException as error:  # handed to who waits
+            failed.append(error)
+
+    thread = threading.Thread(target=work, daemon=True, name="own code")
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TookTooLong
+    if failed:
+        raise failed[0]
+    return made[0]
 
 
 def is_own(name: str) -> bool:

@@ -219,10 +219,13 @@ class RunConfig(Section):
 
 
 def what_is_computed(config: RunConfig) -> dict[str, Any]:
-    """All settings but those that only watch, and those that say where something is done: they are as if nobody had set them."""
+    """All settings but those that only watch, and those that say where something is done or how long it may take: as if nobody had set them."""
     settings = config.model_dump(mode="json", exclude=set(WATCHING_ONLY))
     default = RolloutConfig().model_dump(mode="json")
-    settings["rollout"] |= {name: default[name] for name in PLACES}
+    settings["rollout"] |= {name: default[name] for name in (*PLACES, "environment_timeout")}
+    if config.reward is not None:
+        patient = RewardConfig.model_fields["timeout"].default
+        settings["reward"] = config.reward.model_copy(update={"timeout": patient}).model_dump(mode="json")
     return settings
 
 

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import importlib.util
 import inspect
 import math
-import signal
-import sys
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import ValidationError
 
-from penchant.base.functions import is_own, no_exit, python_object
+from penchant.base.functions import TookTooLong, guarded, in_thread, is_own, python_object
 from penchant.base.text import closest, counted
 from penchant.data.load import prompt_json, prompt_text
 from penchant.distributed.world import current
@@ -315,20 +311,15 @@ def _no_column(
 # ---- one call ----
 
 
-class TookTooLong(BaseException):
-    """A function that had its time. No `Exception`: those a function may catch, completion by completion, and go on."""
-
-
 def _call(term: RewardTerm, asked: Asked, which: Sequence[int], timeout: float | None) -> Any:
-    """What a function returns for some completions; what it prints goes to standard error, where it disturbs no output."""
+    """What a function returns for some completions."""
     positional, named = asked.arguments(term.takes, term.plain, which)
 
     def call() -> Any:
         given = term.function(*positional, **named)
         return _awaited(given) if inspect.isawaitable(given) else given
 
-    with no_exit(), contextlib.redirect_stdout(sys.stderr):
-        return call() if timeout is None else _within(timeout, call)
+    return guarded(call, timeout)
 
 
 def _awaited(given: Any) -> Any:
@@ -339,51 +330,7 @@ def _awaited(given: Any) -> Any:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(wait())
-    return _in_thread(lambda: asyncio.run(wait()), None)  # a notebook has a loop of its own
-
-
-def _within(seconds: float, call: Callable[[], Any]) -> Any:
-    """What `call` returns, if that is not longer than so many seconds away.
-
-    In the main thread a timer interrupts it, so that a function may use signals of its own (math_verify does; its timer then takes the
-    place of this one). Elsewhere it is left behind in a thread of its own.
-
-    Raises:
-        TookTooLong: it is.
-    """
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        return _in_thread(call, seconds)
-
-    def ring(number: int, frame: Any) -> None:
-        raise TookTooLong
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        return call()
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def _in_thread(call: Callable[[], Any], seconds: float | None) -> Any:
-    made: list[Any] = []
-    failed: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            made.append(call())
-        except BaseException as error:  # handed to who waits
-            failed.append(error)
-
-    thread = threading.Thread(target=work, daemon=True, name="reward")
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        raise TookTooLong
-    if failed:
-        raise failed[0]
-    return made[0]
+    return in_thread(lambda: asyncio.run(wait()), None)  # a notebook has a loop of its own
 
 
 def _numbers(name: str, given: Any) -> np.ndarray:

@@ -3,7 +3,7 @@
 An environment is a class without arguments, one object for each completion:
 
     class Env:
-        def reset(self, row): ...             # the row: "prompt" and every further column of the data
+        def reset(self, row): ...             # the row: "prompt" and every further column of the data; messages to add to the prompt, or None
         def step(self, messages): ...         # the conversation so far; a list of messages to go on, None: done
 
 What the environment says is part of the completion and of no loss.
@@ -16,11 +16,12 @@ import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
-from penchant.base.functions import is_own, python_object
+from penchant.base.functions import TookTooLong, guarded, is_own, python_object
 from penchant.base.text import did_you_mean
-from penchant.data.load import message_json
+from penchant.data.load import message_json, told
 from penchant.data.templates import ChatTemplate, turns_of_prompt
 from penchant.errors import ConfigError, RewardError
 from penchant.rollout.generate import Sample
@@ -121,7 +122,7 @@ class Stage:
     Args:
         name: of the environment; make: a new one; tokenizer, template_options: the policy's, `chat` where prompts go through its template.
         asked: prompts as the data has them, with further columns, by their rows' source; turns: answers of the policy in a completion, at
-            most; ends: ids that end an answer.
+            most; ends: ids that end an answer; timeout: seconds for each call; context: tokens that the model holds.
     """
 
     name: str
@@ -132,6 +133,8 @@ class Stage:
     asked: Mapping[str, PromptTree | None]
     turns: int
     ends: frozenset[int]
+    timeout: float | None = None
+    context: int | None = None
 
     def play(self, prompts: Sequence[TokenTree], samples: int, max_tokens: int, draw: Draw) -> list[list[Sample]]:
         """`samples` conversations of each prompt, each one completion of at most `max_tokens` tokens; `own` says what the policy wrote.
@@ -142,19 +145,23 @@ class Stage:
         Raises:
             RewardError: the environment failed, or said what is no message; it names the row.
         """
-        episodes = [self._begin(tree, i) for tree in prompts for i in range(samples)]
+        episodes = [self._begin(tree, i, max_tokens) for tree in prompts for i in range(samples)]
+        for a, b in pairwise(episodes):
+            if a.tree is b.tree and a.sample.prompt != b.sample.prompt:
+                what = f"{a.place}: reset of {self.name} says other things to the completions of one row"
+                raise RewardError(WHERE, what, "let it be a function of the row: the completions share their prompt")
         for turn in range(self.turns):
             going = [e for e in episodes if e.going]
             if not going:
                 break
             left = [max_tokens - len(e.sample.ids) for e in going]
-            rows = [[*e.tree.prompt_ids.tolist(), *e.sample.ids] for e in going]
+            rows = [[*(e.sample.prompt or e.tree.prompt_ids.tolist()), *e.sample.ids] for e in going]
             for e, said, room in zip(going, draw(rows, [e.seed + turn for e in going], max(left)), left, strict=True):
                 self._said(e, said, room, last=turn == self.turns - 1, max_tokens=max_tokens)
         flat = [e.sample for e in episodes]
         return [flat[i : i + samples] for i in range(0, len(flat), samples)]
 
-    def _begin(self, tree: TokenTree, at: int) -> Episode:
+    def _begin(self, tree: TokenTree, at: int, max_tokens: int) -> Episode:
         row = self.asked.get(tree.source)
         if row is None:
             raise RewardError(
@@ -163,10 +170,28 @@ class Stage:
         turns = list(turns_of_prompt(row.prompt)) if not isinstance(row.prompt, str) else [Message("user", row.prompt)]
         prompt = row.prompt if isinstance(row.prompt, str) else [message_json(m) for m in row.prompt]
         place = tree.source or f"row {tree.row}"
-        environment = self._asked(place, "cannot be made", self.make)
-        self._asked(place, "reset failed", lambda: environment.reset({"prompt": prompt, **row.columns}))
+        environment = self._asked(place, "making it", self.make)
+        said = self._asked(place, "reset", lambda: environment.reset({"prompt": prompt, **row.columns}))
         # 256 turns of 65,536 samples of a row have seeds of their own
-        return Episode(tree, place, environment, turns, ((tree.row << 16) | at) << 8)
+        made = Episode(tree, place, environment, turns, ((tree.row << 16) | at) << 8)
+        if (more := self._messages(place, "reset", said)) is not None:
+            turns += more
+            made.sample.prompt = self._prompt(tree, row, turns, more)
+            whole = len(made.sample.prompt) + max_tokens
+            if self.context is not None and whole > self.context:
+                what = f"{place}: with what reset of {self.name} says, prompt and completion make {whole} tokens, beyond the model's {self.context}"
+                raise RewardError(WHERE, what, "let it say less, or lower algorithm.max_new_tokens")
+        return made
+
+    def _prompt(self, tree: TokenTree, row: PromptTree, turns: Sequence[Message], more: Sequence[Message]) -> list[int]:
+        """The prompt's ids with what `reset` added."""
+        before = tree.prompt_ids.tolist()
+        if not self.chat:
+            return before + self._ids("".join(m.content for m in more))
+        template = ChatTemplate(self.tokenizer, self.template_options, told(row))
+        ids = self._ids(template.write(turns, generate=True))
+        bos = [i for i in before[:1] if i == self.tokenizer.bos_token_id and ids[:1] != [i]]
+        return bos + ids
 
     def _said(self, e: Episode, said: Sample, room: int, *, last: bool, max_tokens: int) -> None:
         """What the policy wrote joins the conversation, and what the environment answers."""
@@ -182,7 +207,7 @@ class Stage:
         if not whole:
             return
         shown = [message_json(m) for m in e.turns]
-        answer = self._messages(e, self._asked(e.place, "step failed", lambda: e.environment.step(shown)))
+        answer = self._messages(e.place, "step", self._asked(e.place, "step", lambda: e.environment.step(shown)))
         if answer is None:
             return
         e.turns += answer
@@ -211,28 +236,34 @@ class Stage:
                 text = text.removeprefix(self.tokenizer.decode([end]))
         else:
             text = "".join(m.content for m in answer)
+        return self._ids(text)
+
+    def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _messages(self, e: Episode, said: Any) -> list[Message] | None:
+    def _messages(self, place: str, method: str, said: Any) -> list[Message] | None:
         if said is None or said is True or (isinstance(said, Sequence) and not said):
             return None
         good = isinstance(said, Sequence) and all(
             isinstance(m, Mapping) and m.get("role") in ROLES and isinstance(m.get("content"), str) for m in said
         )
         if not good:
-            what = f"{e.place}: step of {self.name} gives {str(said)[:60]!r}"
+            what = f"{place}: {method} of {self.name} gives {str(said)[:60]!r}"
             raise RewardError(
                 WHERE,
                 what,
-                'give a list of {"role": "user" (or tool, system), "content": TEXT}, or None when it is done',
+                'give a list of {"role": "user" (or tool, system), "content": TEXT}, or None for nothing more',
             )
         return [Message(m["role"], m["content"]) for m in said]
 
     def _asked(self, place: str, what: str, call: Callable[[], Any]) -> Any:
         try:
-            return call()
-        except Exception as error:
-            how = f"{place}: {self.name}: {what} ({type(error).__name__}: {error})"
+            return guarded(call, self.timeout)
+        except TookTooLong as error:
+            how = f"{place}: {self.name}: {what} took longer than {self.timeout:g} seconds"
+            raise RewardError(WHERE, how, "mend the environment, or raise rollout.environment_timeout") from error
+        except (Exception, SystemExit) as error:
+            how = f"{place}: {self.name}: {what} failed ({type(error).__name__}: {error})"
             raise RewardError(WHERE, how, "mend the environment") from error
 
 
@@ -242,4 +273,4 @@ def masked(tree: TokenTree, samples: Sequence[Sample]) -> TokenTree:
 
     if not any(s.own for s in samples):
         return tree
-    return replace(tree, masks=tuple(np.array(s.own, dtype=bool) for s in samples))
+    return replace(tree, masks=tuple(np.array(s.own or [True] * len(s.ids), dtype=bool) for s in samples))

@@ -139,13 +139,15 @@ LOGITS_AT_ONCE = 1 << 23  # logits of a step: 2^23 of them are 170 rows of a voc
 class Sample:
     """One completion: its token ids (EOS included when it ended), and the log-prob of each under the sampling distribution.
 
-    `own` says which tokens the policy wrote, where an environment spoke too; empty: all.
+    `own` says which tokens the policy wrote, where an environment spoke too; empty: all. `prompt` is what it was written behind, where an
+    environment added to the row's; empty: the row's.
     """
 
     ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
     finished: bool = False
     own: list[bool] = field(default_factory=list)
+    prompt: list[int] = field(default_factory=list)
 
     @property
     def own_logps(self) -> list[float]:

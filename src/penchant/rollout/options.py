@@ -23,6 +23,9 @@ class RolloutConfig(Section):
     turns: int = Field(
         4, ge=1, le=256, description="with an environment: answers of the policy in a completion, at most"
     )
+    environment_timeout: float | None = Field(
+        600.0, gt=0, le=86_400, description="seconds for each call of the environment's code; null: no limit"
+    )
     url: str | None = Field(None, description="of a vLLM server, without /v1: http://127.0.0.1:8000")
     model: str | None = Field(None, description="the model's name at the server; null: the one that it serves")
     key_env: str | None = Field(None, description="environment variable with the server's key; null: no key")
@@ -58,7 +61,7 @@ class RolloutConfig(Section):
     @model_validator(mode="after")
     def _what_goes_together(self) -> RolloutConfig:
         if self.engine == "own":
-            given = [n for n in (*PLACES, "options", "lag") if n in self.model_fields_set and getattr(self, n)]
+            given = [n for n in (*PLACES, "options") if n in self.model_fields_set and getattr(self, n)]
             given = [n for n in given if getattr(self, n) != type(self).model_fields[n].get_default()]
             if given:
                 raise ValueError(f"{given[0]} is of another engine than own; set engine: vllm, or leave it out")
@@ -77,5 +80,5 @@ class RolloutConfig(Section):
 
     @property
     def measured(self) -> bool:
-        """Whether log-probs of whoever wrote are compared with the policy's."""
-        return self.elsewhere or self.correction != "none"
+        """Whether the policy's log-probs are computed before its first update, beside those of whoever wrote."""
+        return self.elsewhere or self.correction != "none" or bool(self.lag)
