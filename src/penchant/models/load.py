@@ -16,6 +16,7 @@ import types
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -107,13 +108,12 @@ def load_processor(cfg: ModelConfig) -> Any:
 
     given = check_model_path(cfg.path)
     check_folder(Path(given))
+    read: Any = partial(AutoProcessor.from_pretrained, given, revision=cfg.revision, trust_remote_code=False)
     with loading(
         cfg.path, "no processor of pictures could be loaded", "give a vision-language model, or set model.vision=off"
     ):
         try:
-            processor: Any = AutoProcessor.from_pretrained(
-                given, revision=cfg.revision, trust_remote_code=False, **cfg.image_options
-            )
+            processor: Any = read(**cfg.image_options)
         except (ImportError, AttributeError) as error:
             if importlib.util.find_spec("torchvision") is not None and importlib.util.find_spec("PIL") is not None:
                 raise
@@ -122,7 +122,8 @@ def load_processor(cfg: ModelConfig) -> Any:
         eyes, tokenizer = getattr(processor, "image_processor", None), getattr(processor, "tokenizer", None)
         if eyes is None or tokenizer is None:
             raise ModelError(cfg.path, "its processor reads no pictures", "set model.vision=off")
-        unknown = sorted(set(cfg.image_options) - set(vars(eyes)))
+        further = sorted(set(cfg.image_options) - set(vars(eyes)))  # a name that changes another one, as max_pixels does
+        unknown = [n for n in further if read(**{n: cfg.image_options[n]}).to_json_string() == read().to_json_string()]
         if unknown:
             how = f"it has {', '.join(sorted(n for n in vars(eyes) if not n.startswith('_')))}"
             raise ConfigError(f"model.image_options.{unknown[0]}", f"is no setting of {type(eyes).__name__}", how)

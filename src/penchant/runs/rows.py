@@ -312,7 +312,8 @@ class Rows:
     @property
     def tokenizer_key(self) -> Key:
         model = self.config.model
-        return ("tokenizer", model.tokenizer or model.path, model.revision)
+        eyes = (json.dumps([model.vision, model.image_options], sort_keys=True),) if model.sees else ()
+        return ("tokenizer", model.tokenizer or model.path, model.revision, *eyes)
 
     @property
     def key(self) -> Key:
