@@ -422,13 +422,16 @@ def pipeline_plan(config: Mapping[str, Any] | str | Path, *overrides: str, redo:
     return Conductor(load_pipeline(config, overrides), quiet=True).plan_text(redo)
 
 
-def sweep(config: Mapping[str, Any] | str | Path, *overrides: str, jobs: int = 1, quiet: bool = False) -> SweepResult:
+def sweep(
+    config: Mapping[str, Any] | str | Path, *overrides: str, jobs: int | None = None, quiet: bool = False
+) -> SweepResult:
     """Train one config with many settings; runs that are done already, with the same inputs, are not done again.
 
     Args:
         config: the path of a sweep's or a run's YAML file, or a mapping of the same shape.
         overrides: ``"train.lr=1e-5"`` for every run, ``"loss.beta=0.1,0.3"`` to let it vary.
-        jobs: runs at a time, each in a process of its own with its share of the cores.
+        jobs: runs at a time, each in a process of its own with its share of the cores (default: 1); on a cluster (`cluster.on`) the jobs
+            at a time (default: all runs of a grid, one trial of a search).
 
     Raises:
         ConfigError, DataError, ModelError, RewardError, CheckpointError: the user can fix it. TrainingStopped: a signal; a run that

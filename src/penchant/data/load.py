@@ -31,6 +31,7 @@ from penchant.data.layouts import (
 )
 from penchant.data.layouts.fields import PICTURES, finite, opened
 from penchant.data.read import BadRow, Bounds, Row, read_rows
+from penchant.data.read.source import Missing
 from penchant.errors import ConfigError, DataError
 from penchant.types import Completion, Message, Prompt, PromptTree
 
@@ -276,13 +277,14 @@ def _grouped(rows: Iterable[Row | BadRow], group: Group, columns: Mapping[str, s
                 yield Converted(1, aside=_aside([row], error), source=(row,))
                 continue
             places.setdefault(key, array("q")).append(spill.tell())
-            spill.write(json.dumps([row.where, row.values], default=str).encode() + b"\n")
+            marked = [name for name, value in row.values.items() if isinstance(value, Missing)]
+            spill.write(json.dumps([row.where, row.values, marked], default=str).encode() + b"\n")
         for at in places.values():
             group_rows = []
             for place in at:
                 spill.seek(place)
-                where, values = json.loads(spill.readline())
-                group_rows.append(Row(where, values))
+                where, values, marked = json.loads(spill.readline())
+                group_rows.append(Row(where, values | {name: Missing(values[name]) for name in marked}))
             yield group_rows
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from penchant.base.text import printable
+from penchant.data.read.source import Missing
 from penchant.types import Completion, Message, Prompt, PromptTree
 
 CALLERS = frozenset({"function_call", "tool_call"})  # LLaMA-Factory's and ms-swift's turns whose content is a call
@@ -59,6 +60,9 @@ def as_text(value: Any, what: str) -> str:
     """A value as non-empty text; `what` names it in messages."""
     if value is None:
         raise RowError(f"{what} is null", "give it a text or drop the row")
+    if isinstance(value, Missing):
+        how = "give it a text or drop the row; where an answer says just that, write the rows as JSONL"
+        raise RowError(f"{what} is {value.strip()}, which is how tables write that a value is missing", how)
     if not isinstance(value, str):
         kind = {bool: "boolean", int: "number", float: "number"}.get(type(value), type(value).__name__)
         raise RowError(f"{what} is a {kind} ({shown(value)})", "make it a string")
@@ -409,7 +413,7 @@ def system_turn(row: Mapping[str, Any]) -> tuple[Message, ...]:
     """The system prompt of a column as a message; nothing where the column is missing, null or empty."""
     for name in ("system", "system_prompt"):
         value = row.get(name)
-        if value is not None and not (isinstance(value, str) and not value.strip()):
+        if not missing(value):
             return (Message("system", as_text(value, f'"{name}"')),)
     return ()
 
@@ -475,9 +479,18 @@ PICTURES = (
 OTHER_MEDIA = "penchant reads text, and pictures beside it; drop the row"
 
 
+def missing(value: Any) -> bool:
+    """Whether a cell says nothing: null, NaN, white space, or what a table writes in their place."""
+    return (
+        value is None or value != value or isinstance(value, Missing) or (isinstance(value, str) and not value.strip())
+    )
+
+
 def holds_something(value: Any) -> bool:
     """Whether a cell is not empty; a list that was written as text may be."""
-    return value.strip() not in ("", "[]", "{}", "null", "None", "nan") if isinstance(value, str) else bool(value)
+    if isinstance(value, str):
+        return value.strip() not in ("", "[]", "{}", "null", "None", "nan") and not isinstance(value, Missing)
+    return bool(value) and bool(value == value)
 
 
 def finite(value: Any) -> float | None:

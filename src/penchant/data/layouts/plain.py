@@ -138,7 +138,7 @@ def from_alpaca(row: Fields) -> PromptTree:
     return PromptTree(instructed(row), (Completion(fields.text(row, "output")),))
 
 
-@layout("messages", check=lambda row: not {"chosen", "rejected", "kto_tag", "label"} & row.keys())
+@layout("messages", check=lambda row: not {"chosen", "rejected", "rejected_response", "kto_tag", "label"} & row.keys())
 def messages(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
     """One conversation: its last answer, all its answers at once, or each of them by itself."""
     turns = conversation(row)
@@ -213,7 +213,7 @@ def instructed(row: Fields) -> Prompt:
     """instruction (+ input) as text; as messages where there is a history of [question, answer] pairs."""
     instruction = fields.text(row, "instruction")
     extra = row.get("input")
-    question = f"{instruction}\n\n{extra}" if isinstance(extra, str) and extra.strip() else instruction
+    question = f"{instruction}\n\n{extra}" if isinstance(extra, str) and not fields.missing(extra) else instruction
     turns = _history(row)
     return (*turns, Message("user", question)) if turns else question
 

@@ -39,6 +39,12 @@ class Bounds(Section):
         return f"{rest}, or raise the bound: data.bounds.{name}={now:g} in a config, --bound {name}={now:g} for penchant data"
 
 
+class Missing(str):
+    """A cell of a table that says "nan" or the like: no text that anybody would learn, and to be told from a text that a person wrote."""
+
+    __slots__ = ()
+
+
 BOUNDS: ContextVar[Bounds | None] = ContextVar("bounds", default=None)  # where a caller gives none: --bound sets them
 
 

@@ -11,9 +11,13 @@ from typing import Any, BinaryIO
 
 from penchant.base.text import printable, repeated
 from penchant.data.read.files import ending
-from penchant.data.read.source import HEAD, SHOWN, SMALL, BadRow, Bounds, Row, Rows, Source, not_utf8
+from penchant.data.read.source import HEAD, SHOWN, SMALL, BadRow, Bounds, Missing, Row, Rows, Source, not_utf8
 from penchant.errors import DataError
 
+# how pandas and databases write a missing value where a column is text; in Parquet, which has nulls, "None" is a word
+IN_PARQUET = frozenset(["nan", "NaN", "NaT", "<NA>"])
+IN_CSV = IN_PARQUET | {"None", "null", "NULL", "#N/A"}
+SHORT = 16  # characters: longer cells are no such word
 BATCH = 32  # Parquet rows that are Python objects at one time
 
 
@@ -47,7 +51,8 @@ def read_csv(source: Source) -> Rows:
             if header is None:
                 raise DataError(where, f"is not a readable header ({error})", "export the table again") from error
             several = f"lines {done + 1} to {reader.line_num}: " if reader.line_num > done + 1 else ""
-            done, what = reader.line_num, f"{several}is not a readable row ({error})"
+            said = "a carriage return stands outside quotes" if "new-line" in str(error) else error
+            done, what = reader.line_num, f"{several}is not a readable row ({said})"
             yield BadRow(where, what, "double quotes within a quoted field, or export the table again", None)
             continue
         where, done = f"{name}:{done + 1}", reader.line_num
@@ -61,7 +66,15 @@ def read_csv(source: Source) -> Rows:
             how = f"quote fields that hold the delimiter ({_NAMES[delimiter]})"
             yield BadRow(where, what, how, [f[:SHOWN] for f in fields[:100]])
         else:
-            yield Row(where, dict(zip(header, fields, strict=True)))
+            yield Row(where, _marked(dict(zip(header, fields, strict=True)), IN_CSV))
+
+
+def _marked(row: dict[str, Any], words: frozenset[str]) -> dict[str, Any]:
+    """The row, where cells that say that they are missing are `Missing`."""
+    for name, value in row.items():
+        if isinstance(value, str) and len(value) < SHORT and value.strip() in words:
+            row[name] = Missing(value)
+    return row
 
 
 def _header(fields: Sequence[str], where: str) -> list[str]:
@@ -74,13 +87,12 @@ def _header(fields: Sequence[str], where: str) -> list[str]:
 
 
 def _table_lines(source: Source) -> Iterator[str]:
-    """The lines of a table as text; a CR alone ends one too."""
+    """The lines of a table as text, each with its end: within quotes that is part of a cell."""
     for number, line in source.lines(blank=True):
-        for part in line.removesuffix(b"\r").split(b"\r"):
-            try:
-                yield part.decode("utf-8") + "\n"
-            except UnicodeDecodeError as error:
-                raise DataError(f"{source.name}:{number}", *not_utf8(part, error.start, source.name)) from error
+        try:
+            yield line.decode("utf-8") + "\n"
+        except UnicodeDecodeError as error:
+            raise DataError(f"{source.name}:{number}", *not_utf8(line, error.start, source.name)) from error
 
 
 _NAMES = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
@@ -88,6 +100,7 @@ _NAMES = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
 
 def _delimiter(lines: Sequence[str], usual: str) -> str:
     """What separates the fields, by the header and the rows behind it."""
+    lines = [line.replace("\r", "") for line in lines]  # one outside quotes stops the reader
     given = re.fullmatch(r'"?sep=(.)"?\s*', lines[0], re.IGNORECASE) if lines else None
     if given and given[1] in _NAMES:
         return given[1]
@@ -149,7 +162,7 @@ def _batch(batch: Any, name: str, number: int, pa: Any) -> Rows:
         rows = None
     for i in range(len(batch)):
         if rows is not None:
-            yield Row(f"{name}: row {number + i + 1}", rows[i])
+            yield Row(f"{name}: row {number + i + 1}", _marked(rows[i], IN_PARQUET))
             continue
         where, values = f"{name}: row {number + i + 1}", {}
         for column, cells in zip(batch.schema.names, batch.columns, strict=True):
@@ -160,7 +173,7 @@ def _batch(batch: Any, name: str, number: int, pa: Any) -> Rows:
                 yield BadRow(where, what, "fix or drop the column", {k: str(v)[:SHOWN] for k, v in values.items()})
                 break
         else:
-            yield Row(where, values)
+            yield Row(where, _marked(values, IN_PARQUET))
 
 
 def _cell(cell: Any, pa: Any) -> Any:
