@@ -333,6 +333,9 @@ class FixRequest:
     shape: str = option("layout of the rows (default: detected from the columns)", "auto")
     columns: Mapping[str, str] = option("", {})
     overwrite: bool = option("overwrite OUT", False)
+    edits: str | None = option(
+        "what a person made of single rows in penchant studio: a file of .studio/edits in its folder", metavar="FILE"
+    )
 
 
 # ---- `penchant chat`, `penchant serve` ----

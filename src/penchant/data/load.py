@@ -29,7 +29,7 @@ from penchant.data.layouts import (
     near_name,
     other_names,
 )
-from penchant.data.layouts.fields import PICTURES, finite, opened
+from penchant.data.layouts.fields import NOTHING_WRONG, PICTURES, finite, opened
 from penchant.data.read import BadRow, Bounds, Row, read_rows
 from penchant.data.read.source import Missing
 from penchant.errors import ConfigError, DataError
@@ -223,7 +223,7 @@ def weight_of(row: Mapping[str, Any], column: str) -> float:
     if found is None or found < 0:
         raise RowError(f'the weight "{column}" is {str(row[column])[:40]!r}', "make it a number, 0 or above")
     if found == 0:
-        raise LeftOut(f'"{column}" is 0: the row counts nothing', "nothing is wrong with it")
+        raise LeftOut(f'"{column}" is 0: the row counts nothing', NOTHING_WRONG)
     return found
 
 

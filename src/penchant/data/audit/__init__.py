@@ -27,6 +27,7 @@ from penchant.data.audit.counters import (
 from penchant.data.audit.findings import Audit, Finding, Places, Tally
 from penchant.data.audit.languages import Languages
 from penchant.data.audit.near import NearIndex, first_with
+from penchant.data.layouts.fields import NOTHING_WRONG
 from penchant.data.load import (
     IDENTICAL,
     Columns,
@@ -70,14 +71,15 @@ class Auditor:
         self.places = Places()
         self.columns = columns or Columns()
         self.lengths = Lengths(kind)
-        copies = Copies(kind, self.places)
+        copies = Copies(kind, self.places, people=shape == "studio")
         self._parts: list[AuditCounter] = [copies, Near(kind, self.places, copies)]
         self._parts += [Labels()] if kind == "unpaired" else [Scores()] if kind == "scored" else []
         self._parts += [self.lengths, *([PositionBias(self.columns)] if kind == "pairs" else [])]
         self._parts += [Languages(self.columns)] if languages else []
         self._parts += [] if kind in ("prompts", "text") else [Refusals(kind)]
         self._parts += [Sensitive(), *counters]
-        self._aside, self._identical, self._empty = Tally(), Tally(), Tally()
+        self._aside = 0
+        self._bad, self._left_out, self._identical, self._empty = Tally(), Tally(), Tally(), Tally()
         self._reasons: Counter[str] = Counter()
 
     def update(self, tree: PromptTree) -> None:
@@ -92,7 +94,8 @@ class Auditor:
 
     def keep_aside(self, row: Quarantined) -> None:
         """Count a row that was kept aside."""
-        self._aside.add(row.where)
+        self._aside += 1
+        (self._left_out if row.how.startswith(NOTHING_WRONG) else self._bad).add(row.where)
         if row.what in self._reasons or len(self._reasons) < REASONS:
             self._reasons[row.what] += 1
         if row.what.startswith(IDENTICAL):
@@ -102,15 +105,16 @@ class Auditor:
 
     def result(self, more: Mapping[str, Finding], lengths: Mapping[str, Mapping[str, float]], layout: str) -> Audit:
         """All findings, with `more` behind them."""
-        total = self.rows + self._aside.count
+        total = self.rows + self._aside
         found = {
-            "bad_rows": self._aside.finding("rows kept aside, all reasons", total),
+            "bad_rows": self._bad.finding("rows kept aside, all reasons", total),
+            "left_out": self._left_out.finding("rows left out, with which nothing is wrong", total),
             "identical_pairs": self._identical.finding(IDENTICAL, total),
             "empty_completions": self._empty.finding("empty completions or prompts", total),
         }
         for part in self._parts:
             found |= dict(part.findings())
-        said = summary_of(self.shape, self.rows, self._reasons, self._aside.count, self.examples)
+        said = summary_of(self.shape, self.rows, self._reasons, self._aside, self.examples)
         return Audit(said, {**found, **more}, lengths, self.lengths.table(), layout)
 
 

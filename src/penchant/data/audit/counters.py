@@ -64,12 +64,18 @@ def linked_rows(
 
 # ---- Copies ----
 
+BY_PEOPLE = "penchant compare --judge humans:preferences.jsonl"
+
 
 class Copies:
-    """Exact copies of an earlier row; the same pair the other way round; one answer called good and bad."""
+    """Exact copies of an earlier row; the same pair the other way round; one answer called good and bad.
 
-    def __init__(self, kind: str, places: Places) -> None:
-        self.kind, self.places = kind, places
+    Args:
+        people: each row is one person's word: what several say of one pair are no copies.
+    """
+
+    def __init__(self, kind: str, places: Places, people: bool = False) -> None:
+        self.kind, self.places, self.people = kind, places, people
         self._row, self._there, self._back = array("Q"), array("Q"), array("Q")
         self._label, self._owner = array("b"), array("q")  # of each labelled answer: good or bad, and its row
 
@@ -118,6 +124,11 @@ class Copies:
     def findings(self) -> Named:
         first, rows = self.duplicates(), np.arange(len(self._row))
         copies = np.where(first != rows, first, -1)
+        if self.people:
+            yield "agreed", linked_rows("pairs of which somebody had said the same", copies, self.places, "as")
+            title, advice = "pairs of which somebody had said the opposite", "see how far people agree: " + BY_PEOPLE
+            yield "disagreed", linked_rows(title, self.against(), self.places, "against", advice)
+            return
         title = "exact duplicates of an earlier row"
         yield "duplicates", linked_rows(title, copies, self.places, "as", "drop them: data fix")
         if self.kind in ("pairs", "unpaired"):

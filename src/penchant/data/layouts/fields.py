@@ -35,6 +35,9 @@ class RowError(Exception):
         self.what, self.how = what, how
 
 
+NOTHING_WRONG = "nothing is wrong with it"  # how the advice about a row begins that only has nothing to teach
+
+
 class LeftOut(RowError):
     """A sound row that an option of its layout leaves out, e.g. a tie: it is counted and kept aside, and stops nothing."""
 
@@ -138,7 +141,7 @@ def learned(
             not_judged(row[name][-1], f' of the last turn of "{name}"')
             if not trained(row[name][-1]):
                 what = f'the last turn of "{name}" has weight 0: it is not to be learned'
-                raise LeftOut(what, "nothing is wrong with it; learn the others with data.layout_options.turns=all")
+                raise LeftOut(what, f"{NOTHING_WRONG}; learn the others with data.layout_options.turns=all")
 
 
 # how a list of messages, or one message, begins where a spreadsheet or pandas wrote it into a cell as text

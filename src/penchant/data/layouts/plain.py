@@ -60,7 +60,7 @@ def _different_turns(row: Fields, sides: tuple[tuple[Message, ...], tuple[Messag
             for i, m in enumerate(turns)
         ]
         if not (learned[at] and learned[-1]):
-            raise LeftOut(f'an answer of "{name}" that is compared has weight 0', "nothing is wrong with it")
+            raise LeftOut(f'an answer of "{name}" that is compared has weight 0', fields.NOTHING_WRONG)
         more = tuple(replace(m, trained=on) for m, on in zip(turns, learned, strict=True))[at + 1 :]
         each.append(replace(answer, more=more))
     return replace(made, completions=tuple(each))
@@ -152,7 +152,7 @@ def messages(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
             fields.not_judged(turn, " of a turn")
     trees = tuple(t for t in every_answer(turns) if fields.trained(given[len(t.prompt) - skipped]))
     if not trees:
-        raise LeftOut("all its answers have weight 0: they are not to be learned", "nothing is wrong with it")
+        raise LeftOut("all its answers have weight 0: they are not to be learned", fields.NOTHING_WRONG)
     return trees if options["turns"] == "every" else (all_answers(turns, [len(t.prompt) for t in trees]),)
 
 
