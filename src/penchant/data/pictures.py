@@ -102,7 +102,6 @@ class Pictures:
         if not {"image", "image_url"} & set(kinds):
             return parts
         texts: list[str] = []
-        before = None
         for i, (part, kind) in enumerate(zip(parts, kinds, strict=True)):
             if kind in ("image", "image_url"):
                 names = ("image", "image_url", "url", "path", "bytes", "base64")
@@ -114,11 +113,9 @@ class Pictures:
                     found[mark_of(picture)] = picture
                     texts.append(mark_of(picture))
             elif isinstance(part.get("text") if isinstance(part, Mapping) else None, str):
-                texts.append("\n" * (before == "text") + part["text"])
-                kind = "text"
+                texts.append(part["text"])
             else:
                 raise RowError(f"{what} holds a part of type {kind}", "text and pictures are read; drop the row")
-            before = kind
         return "".join(texts)
 
     def picture(self, value: Any, what: str, *, encoded: bool = False) -> Picture:

@@ -46,7 +46,8 @@ class Rows:
         self.config, self.shared, self.console = config, shared, console
         self.method = config.method
         # pictures are files that no key of the cache names
-        self.cache = DataCache(config.data.cache != "off" and not config.model.sees, console.note)
+        cached = config.data.cache != "off" and not config.model.sees
+        self.cache = DataCache(cached, console.note, config.data.workers)
         self._tokenizer = tokenizer
 
     @cached_property
