@@ -7,7 +7,6 @@ pictures are different prompts wherever prompts are compared, split or counted.
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import io
 import os
@@ -137,10 +136,11 @@ class Pictures:
             return _stored(bytes(value), what)
         if not isinstance(value, str):
             raise RowError(f"{what} is {type(value).__name__}, which is no picture", _HOW)
-        if encoded or (uri := _DATA_URI.match(value)):
+        uri = _DATA_URI.match(value)
+        if encoded or uri is not None:
             try:
-                return _stored(base64.b64decode(value if encoded else value[uri.end() :], validate=True), what)  # type: ignore[union-attr]
-            except (binascii.Error, ValueError) as error:
+                return _stored(base64.b64decode(value if uri is None else value[uri.end() :], validate=True), what)
+            except ValueError as error:
                 raise RowError(f"{what} is no base64", "encode the file's bytes") from error
         if re.match(r"[a-z][a-z0-9+.-]+://", value, re.IGNORECASE):
             what = f"{what} is an address ({value[:60]}), and nothing is fetched"
