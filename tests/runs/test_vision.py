@@ -144,6 +144,7 @@ def test_an_adapter_is_of_the_language_model_and_a_run_goes_on_bit_for_bit(folde
     assert abs(own_logp(adapted, processor, folder, row, said) - before) > 1e-3
 
 
+@pytest.mark.slow
 def test_sft_learns_answers_to_pictures(folder: Path, tmp_path: Path) -> None:
     rows = [{"messages": [*r["prompt"], *r["chosen"]], "images": r["images"]} for r in pictured_rows(folder)]
     write_rows(folder, rows, "sft.jsonl")
