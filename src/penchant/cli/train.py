@@ -19,7 +19,7 @@ def add(commands: Any) -> None:
     train.add_argument("--quiet", action="store_true", help="do not show progress")
     several = train.add_mutually_exclusive_group()
     several.add_argument("--processes", type=int, metavar="N", help="train with N processes (launch.processes=N)")
-    several.add_argument("--gpus", type=int, metavar="N", help="train with N GPUs of this machine, a process each")
+    several.add_argument("--gpus", type=int, metavar="N", help="train with N GPUs of this machine, one process each")
     train.set_defaults(handler=_train, allocator=True, reads="run")
 
 
