@@ -19,10 +19,10 @@ $(READY): pyproject.toml constraints.txt
 	@$(INSTALL) -e .
 	@touch $@
 
-# The optional packages that tests need to be more than skipped; mlflow and trackio are left out for their size.
+# The optional packages that tests need to be more than skipped; mlflow, trackio and ray are left out for their size.
 $(TOOLS): $(READY)
 	@echo "installing what tests and checks use into .venv"
-	@$(INSTALL) -e '.[dev,docs,eval,gguf,languages,search,serve,tensorboard,wandb]'
+	@$(INSTALL) -e '.[dev,docs,eval,gguf,languages,search,serve,slurm,tensorboard,wandb]'
 	@touch $@
 
 demo: $(READY)  ## align the bundled small model, offline, and write a report

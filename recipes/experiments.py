@@ -212,7 +212,7 @@ def _measure(
     import torch
 
     from penchant.api import as_config
-    from penchant.logprobs.reference import LiveReference, adapter_off, compute_logps
+    from penchant.logprobs.reference import LiveReference, compute_logps
     from penchant.metrics.completions import distinct_n
     from penchant.metrics.heldout import pair_change
     from penchant.rollout.generate import sample
@@ -220,30 +220,28 @@ def _measure(
     from penchant.training.checkpoint import load_checkpoint
     from penchant.types import TokenTree
 
-    # the config's reference is not what is measured against: always the model that training started from
-    config = {**config, "loss": {"name": "dpo"}, "reference": {"kind": "auto"}}
-    data = {k: v for k, v in task.config["data"].items() if k != "eval_path"}
-    of_policy = {k: v for k, v in config.items() if k not in ("algorithm", "reward")} | {"data": data}
-    run = Run(as_config({"output": "unused", **of_policy}), quiet=True)
+    # what is measured against is always the model that training started from: a loss without a reference makes no other
+    of_policy = {k: v for k, v in config.items() if k not in ("algorithm", "reward", "reference")}
+    of_policy |= {"loss": {"name": "orpo"}, "data": task.config["data"], "output": "unused"}
+    run = Run(as_config(of_policy), quiet=True)
+    parts, tokenizer = run.built.parts, run.rows.tokenizer
     if checkpoint is not None:
-        run.optimizer.load_state_tensors(load_checkpoint(checkpoint)[0])
-    _ = run.scorer
-    run.model.eval()
-    policy = LiveReference(run.scorer)
-    start = adapter_off(run.scorer) if "lora" in config else LiveReference(run._frozen_scorer())
-    trees = run.tokenize_rows(run._load(task.config["data"]["eval_path"])).trees
+        run.built.optimizer.load_state_tensors(load_checkpoint(checkpoint)[0])
+    parts.model.eval()
+    policy, start = LiveReference(parts.scorer), run.held_out.start()
+    trees = run.rows.trees[1]
     budget = config["train"]["tokens_per_step"]
     logps = compute_logps(policy, trees, tokens_per_step=budget).sums
     change = pair_change(logps, logps if before is None else torch.tensor(before["logps"]))
     is_demo = task.name == "demo"
     prompts = list(dict.fromkeys(tuple(t.prompt_ids.tolist()) for t in trees))[: None if is_demo else 16]
     rows = sample(
-        run.model,
+        parts.model,
         prompts,
         n=4 if is_demo else 1,
         max_new_tokens=demo.NEW_TOKENS if is_demo else SAMPLE_TOKENS,
         seed=2,
-        eos_token_id=run.tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )
     ids = [s.ids for group in rows for s in group]
     written = [
@@ -262,9 +260,9 @@ def _measure(
     if is_demo:
         from penchant.rewards.builtin import sentiment
 
-        texts = [run.tokenizer.decode(i, skip_special_tokens=True) for i in ids]
+        texts = [tokenizer.decode(i, skip_special_tokens=True) for i in ids]
         rewards = sentiment(texts)
-        reviews = demo._perplexity(run.model, run.tokenizer, str(demo.asset("reviews.jsonl")))
+        reviews = demo._perplexity(parts.model, tokenizer, str(demo.asset("reviews.jsonl")))
         measured |= {
             "reward": float(np.mean(rewards)),
             "rewards": rewards.tolist(),

@@ -1,4 +1,4 @@
-"""Chromium over the DevTools protocol's pipe, with the standard library alone: what tests need of a browser, and no more."""
+"""Chromium over the DevTools protocol's pipe: what tests need of a browser, and no more."""
 
 from __future__ import annotations
 
@@ -15,8 +15,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import pytest
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome", "headless_shell")
 BINARY = next((path for name in NAMES if (path := shutil.which(name))), None)
+WHY_NOT = "no chromium here: pages were not looked at in a browser"
+in_a_browser = pytest.mark.skipif(
+    BINARY is None, reason=WHY_NOT
+)  # and for no other reason: one that does not start fails
 PATIENCE = 60.0
 KEYS = {"Tab": 9, "Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowRight": 39}
 

@@ -73,6 +73,18 @@ def test_a_change_that_a_test_notices_is_killed_and_another_survives(
     assert (root / "src/penchant/sums.py").read_text() == before  # the working tree is never touched
 
 
+def test_a_run_goes_on_behind_what_its_log_has_settled(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, options = _repository(tmp_path / "root"), mutate.options_of(["--no-check", "--log", str(tmp_path / "log")])
+    codes = iter([1, 0, 0])
+    monkeypatch.setattr(mutate, "run_tests", lambda *_, **__: (next(codes), ""))
+    assert mutate.run([KILLED, SURVIVED], root, options=options) == 1
+    capfd.readouterr()
+    assert mutate.run([KILLED, SURVIVED], root, options=options) == 1  # what survived is tried again
+    assert "1 mutations: 0 killed, 1 survived" in capfd.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("mutation", "pytest_code", "code", "said"),
     [

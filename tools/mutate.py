@@ -4,6 +4,7 @@
     python tools/mutate.py k3-sign 'resume-*'    # some of them, by name
     python tools/mutate.py --file training/      # those in files below src/penchant/training/
     python tools/mutate.py --list                # what there is, and why each one matters
+    python tools/mutate.py --log /tmp/outcomes   # writes each outcome there, and leaves out those that stand there as good
 
 A mutation replaces one text in one file of src/penchant. It is applied to a temporary copy of the repository, never here. It is
 killed when a test fails, and survives when all pass. The unchanged copy is tested first, because a test that fails anyway kills
@@ -224,9 +225,19 @@ def _last_line(output: str) -> str:
     return lines[-1] if lines else "no output"
 
 
+def settled(log: Path | None) -> set[str]:
+    """Names of mutations that an earlier run wrote to `log` as killed or accepted."""
+    lines = log.read_text(encoding="utf-8").splitlines() if log and log.exists() else []
+    return {words[1] for line in lines if len(words := line.split()) > 1 and words[0] in ("killed", "accepted")}
+
+
 def run(mutations: Sequence[Mutation], root: Path = ROOT, *, options: argparse.Namespace) -> int:
     """Try each of them; prints a line each and a summary, returns the exit code."""
     os.environ.update(ENVIRONMENT | dict(os.environ))  # before torch is imported
+    done = settled(options.log)
+    mutations = [m for m in mutations if m.name not in done]
+    if done:
+        print(f"{len(done)} were settled before, {len(mutations)} are left", flush=True)
     with tempfile.TemporaryDirectory(prefix="penchant-mutate-") as folder:
         copies: SimpleQueue[Path] = SimpleQueue()
         for i in range(options.jobs):
@@ -248,6 +259,9 @@ def run(mutations: Sequence[Mutation], root: Path = ROOT, *, options: argparse.N
             finally:
                 copies.put(copy)
             print(outcome.line(), flush=True)
+            if options.log:
+                with options.log.open("a", encoding="utf-8") as file:
+                    file.write(f"{outcome.line()}\n")
             return outcome
 
         with ThreadPoolExecutor(options.jobs) as pool:
@@ -274,6 +288,7 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for the tests of one (default: 900)")
     parser.add_argument("--fresh", action="store_true", help="a new Python for each: slower (--all always does)")
+    parser.add_argument("--log", type=Path, help="a file of outcomes: an interrupted run goes on after them")
     parser.add_argument("--no-check", action="store_true", help="do not test the unchanged copy first")
     return parser.parse_args(arguments)
 

@@ -80,7 +80,8 @@ def test_of_every_layout(layout: str) -> None:
     rows = load_preferences(path, on_bad_row="skip")
     made = audit_files({"a": path})
     assert made.to_json() == audit(rows, path=path).to_json()
-    assert made.findings["bad_rows"].count == len(rows.quarantined) and f"layout {layout}" in made.layout
+    aside = made.findings["bad_rows"].count + made.findings["left_out"].count
+    assert aside == len(rows.quarantined) and f"layout {layout}" in made.layout
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,6 @@ def test_the_sample_is_the_same_each_time_and_even(monkeypatch: pytest.MonkeyPat
     rows = [{"prompt": "p", "completion": f"{'left' if i < 500 else 'right'} {text(0, 9)}"} for i in range(1000)]
     first, second = (audit(from_rows(rows)).findings["languages"] for _ in range(2))
     assert first == second and first.of == 50 and 25 <= first.count <= 38
-    assert len({languages.draw(i) for i in range(1000)}) == 1000
 
 
 def test_reward_disagreement_and_its_calibration() -> None:

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from penchant.cli import main
@@ -94,6 +96,49 @@ def test_columns_that_are_not_used_are_named_once(tmp_path: Path) -> None:
     assert layout_line(load_preferences(path, shape="pairs"), path).endswith("; not used: id, topic")
     del row["id"], row["topic"]
     assert "not used" not in layout_line(load_preferences(written(tmp_path, row)), path)
+
+
+def test_keys_of_turns_that_are_not_used_are_named_once(tmp_path: Path) -> None:
+    part = {"type": "text", "text": "What now?", "cache_control": {"type": "ephemeral"}}
+    asked = [{"role": "user", "content": "Where?", "name": "Ann"}, {**said("West.")[0], "foo": 1, "id": None}]
+    tools = [{"role": "tool", "name": "map", "content": "{}"}, {"role": "user", "content": [part]}]
+    path = written(tmp_path, *({"messages": [*asked, *tools, *said(f"{i}")], "id": i} for i in range(1, 3)))
+    named = ["id", "messages[].name (user)", "messages[].foo", "messages[].content[].cache_control"]
+    found = load_preferences(path)
+    assert found.columns is not None and found.columns.unused == named
+    assert layout_line(found, path).endswith(f"; not used: {', '.join(named)}")
+    answer = {"role": "assistant", "content": "West.", "weight": 1, "logprob": -1.5}
+    pair = {"prompt": USER, "chosen": [answer], "rejected": said("East.")}
+    columns = load_preferences(written(tmp_path, pair)).columns
+    assert columns is not None and columns.unused == ["chosen[].weight", "chosen[].logprob"]
+
+
+def test_a_cell_of_a_table_that_says_that_it_is_missing_is_no_text(tmp_path: Path) -> None:
+    table = tmp_path / "rows.csv"
+    words = ["nan", "NaN", "None", "null", "NULL", "<NA>", "NaT", " nan "]
+    lines = [f"instruction,input,output,system\nWhere?,{w},West.,{w}\n" for w in words]
+    for word, text in zip(words, lines, strict=True):
+        table.write_text(text)
+        (tree,) = load_preferences(str(table)).trees  # what need not be there is not there
+        assert tree.prompt == "Where?" and tree.completions[0].text == "West."
+        table.write_text(f"prompt,completion\nWhere?,{word}\nWhen?,Nancy\n")
+        found = load_preferences(str(table), on_bad_row="skip")
+        assert [t.completions[0].text for t in found.trees] == ["Nancy"] and found.total == 2
+        assert word.strip() in found.quarantined[0].what and found.quarantined[0].where == "rows.csv:2"
+    rows = [{"prompt": "Not a number?", "completion": w} for w in words]
+    assert [t.completions[0].text for t in load_preferences(written(tmp_path, *rows)).trees] == words
+    assert load_preferences(written(tmp_path, {"system": float("nan"), **rows[0]})).trees[0].prompt == "Not a number?"
+    with pytest.raises(DataError, match="completion"):
+        load_preferences(written(tmp_path, {"prompt": "What?", "completion": float("nan")}))
+
+
+def test_a_parquet_file_has_nulls_so_none_is_a_word_and_nan_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    texts = ["nan", "None", None, "<NA>", "West."]
+    pq.write_table(pa.table({"prompt": list("abcde"), "completion": texts}), path)
+    found = load_preferences(str(path), on_bad_row="skip")
+    assert [t.completions[0].text for t in found.trees] == ["None", "West."]
+    assert [q.where for q in found.quarantined] == [f"rows.parquet: row {i}" for i in (1, 3, 4)]
 
 
 def test_the_commands_name_columns_that_are_not_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -144,6 +144,15 @@ def test_jsonl_and_json_round_trip(tmp_path_factory: pytest.TempPathFactory, row
         assert [r.values for r in read_rows(str(path)) if isinstance(r, Row)] == rows
 
 
+def test_line_ends_within_a_cell_stay_and_one_outside_quotes_splits_no_row(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_bytes(b'text,n\r\n"a\r\nb\rc",1\r\nd\re,2\r\nf,3\r\r\n')
+    good, bad, last = read_rows(str(file))
+    assert isinstance(good, Row) and good.values == {"text": "a\r\nb\rc", "n": "1"}
+    assert isinstance(bad, BadRow) and "carriage return" in bad.what and bad.where == "a.csv:4"
+    assert isinstance(last, Row) and last.values == {"text": "f", "n": "3"}
+
+
 def test_rows_of_a_list_on_one_line_have_places_of_their_own(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     file.write_text('[{"text": "a"}, {"text": "b"}, 3,\n {"text": "d"}]')

@@ -413,6 +413,33 @@ def test_a_template_that_cuts_the_answer_makes_a_bad_row_that_shows_both() -> No
     assert (done.accepted, len(done.quarantined)) == (1, 1)
 
 
+@pytest.mark.parametrize("turns", ["last", "all"])
+def test_a_template_that_leaves_out_a_turn_makes_a_bad_row(turns: str) -> None:
+    """One that knows no system turns writes the others without a word."""
+    tokenizer = tiny_tokenizer(chat=True)
+    tokenizer.chat_template = tokenizer.chat_template.replace("in messages", "in messages if m.role != 'system'")
+    talk = [{"role": r, "content": c} for r, c in (("system", "Be kind."), ("user", "Odd?"), ("assistant", "yes"))]
+    rows = from_rows([{"messages": talk}, {"messages": talk[1:]}], layout_options={"turns": turns})
+    done = tokenize(rows, tokenizer, max_length=96, on_bad_row="skip")
+    assert done.accepted == 1 and "leaves out a turn of the system ('Be kind.')" in done.quarantined[0].what
+
+
+def test_an_answer_that_is_put_behind_the_prompt_brings_no_earlier_turns_with_it() -> None:
+    """A template that ends a turn of the assistant only where it is the last one: the prompt's end stands behind the question too."""
+    tokenizer = _tokenizer_with(
+        "{% for m in messages %}{{ '<s>' + m.role + ': ' + m.content }}{% if m.role == 'user' or loop.last %}{{ '</s>\n\n' }}"
+        "{% endif %}{% endfor %}"
+    )
+    talk = [{"role": r, "content": c} for r, c in (("user", "Odd?"), ("assistant", "Why?"), ("tool", "7"))]
+    done = tokenize(
+        from_rows([{"messages": [*talk, {"role": "assistant", "content": "yes"}]}]),
+        tokenizer,
+        max_length=256,
+        on_bad_row="skip",
+    )
+    assert not done.accepted and "renders the prompt differently" in done.quarantined[0].what
+
+
 def test_what_a_model_wrote_is_taken_as_the_template_leaves_it() -> None:
     row = _chat_row("<think>because</think>yes")
     tree = _only([row], tokenizer := _tokenizer_with(CUTS_THOUGHTS), max_length=96, strict=False)

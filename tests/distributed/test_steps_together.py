@@ -50,13 +50,14 @@ LOSS_NAMES = (
 RUNS: dict[str, dict[str, Any]] = {
     "dpo": {},
     "kto": {"name": "kto"},
+    "sgd": {"optimizer_kind": "sgd", "max_steps": 3},
     "moving": {"name": "pmpo", "reference": "moving"},  # and the divergence over the whole vocabulary
     "adapter": {"lora": LoraConfig(r=2, dropout=0.0, dora=True), "reference": "as it was"},
     "moving-adapter": {"lora": LoraConfig(r=2, dropout=0.0, dora=True), "reference": "moving"},
     "ppo": {"ppo": "head", "max_steps": 4},
     "ppo-separate": {"ppo": "separate", "max_steps": 4},
 }
-RESUMED = ("dpo", "moving", "ppo", "ppo-separate")
+RESUMED = ("dpo", "sgd", "moving", "ppo", "ppo-separate")
 
 UNCLIPPED: dict[str, Any] = {"max_grad_norm": None}  # a norm that is clipped would hide a factor
 
@@ -100,6 +101,7 @@ def make_loop(
     reference: str = "frozen",
     ppo: str | None = None,
     experts: bool = False,
+    optimizer_kind: str = "adamw",
     **train: Any,
 ) -> Loop:
     folder.mkdir(parents=True, exist_ok=True)
@@ -123,7 +125,7 @@ def make_loop(
     if router is not None:
         plain = getattr(scorer, "_scorer", scorer)
         plain.router, router.run = router, scorer.hidden
-    optimizer = MasterAdamW([*model.named_parameters(), *beside], dtype=dtype)
+    optimizer = MasterAdamW([*model.named_parameters(), *beside], dtype=dtype, kind=optimizer_kind)
     if ppo is None:
         held = (
             adapter_as_it_is(scorer) if reference == "as it was" else LiveReference(scorer_of(frozen, dtype, replicas))
@@ -238,6 +240,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
         resumed._seed(3, 2)
         found["drawn"] = torch.rand(4)
         root_of = resumed.algorithm.scorer.root
+        found["through"] = [type(g._all_gather_comm).__name__ for g in root_of._get_fsdp_state()._fsdp_param_groups]
         found["fast"] = [Scorer(resumed.model, "shared", "auto").fast]
         with whole_weights(resumed.algorithm.scorer):
             found["fast"].append(Scorer(resumed.model, "shared", "auto").fast)
@@ -352,6 +355,10 @@ def test_weights_are_whole_where_completions_are_sampled(results: Any) -> None:
     for rank in found:
         ends = {n.removeprefix("master/"): t for n, t in rank["resumed dpo"].items() if n.startswith("master/")}
         assert ends.keys() == rank["whole"].keys() and all(torch.equal(ends[n], rank["whole"][n]) for n in ends)
+
+
+def test_shards_go_through_memory_on_one_machine(results: Any) -> None:
+    assert all(rank["through"] == ["Gather"] for rank in results[2])
 
 
 def test_a_fast_path_and_shards_do_not_meet(results: Any) -> None:

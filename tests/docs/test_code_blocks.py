@@ -101,7 +101,7 @@ def test_yaml_is_a_config(block: Block, shown_files: Path, monkeypatch: pytest.M
         load_pipeline(path)
     elif "base" in values:
         load_sweep(path)
-    elif "model_name_or_path" in values:
+    elif {"model_name_or_path", "base_model"} & values.keys():
         assert import_config(path, method="dpo").yaml
     else:
         base = {"model": "{path: m}", "data": "{path: d.jsonl}", "output": "o"}

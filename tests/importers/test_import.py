@@ -410,19 +410,9 @@ def test_notes_name_what_there_is(tmp_path: Path) -> None:
     parser.parse_args(["data", "show", "FILE"])
 
 
-AXOLOTL = {
-    "base_model": "a/b",
-    "micro_batch_size": 2,
-    "sequence_len": 512,
-    "datasets": [{"path": "x/y", "type": "alpaca"}],
-    "rl": "dpo",
-}
-
-
 @pytest.mark.parametrize(
     "values,tool",
     [
-        (AXOLOTL, "Axolotl"),
         ({"model": {"_component_": "x"}, "tokenizer": {"_component_": "y"}, "epochs": 1}, "torchtune"),
         ({"actor_rollout_ref": {"model": {}}, "algorithm": {"adv_estimator": "grpo"}}, "verl"),
     ],

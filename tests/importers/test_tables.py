@@ -11,7 +11,7 @@ import yaml
 
 from penchant.importers.rules import CONVERSIONS
 
-TABLES = ["hf", "trl", "llama_factory", "flat"]
+TABLES = ["hf", "trl", "llama_factory", "axolotl", "ms_swift", "flat"]
 KINDS = {
     "translated": {"to", "as", "values", "otherwise", "note"},
     "ignored": {"why", "when", "otherwise"},

@@ -124,7 +124,7 @@ def test_it_loads_nothing_from_anywhere(tmp_path: Path) -> None:
     assert not re.search(
         r"""(?:src|href|url\(|@import|fetch\(|XMLHttp|WebSocket)\s*[=(]?\s*["']?\s*(?:https?:)?//""", text
     )
-    for name in ("page.js", "page.css"):
+    for name in ("page.js", "page.css", "shared.css"):
         assert "://" not in asset(name).replace("http://www.w3.org/2000/svg", "") and "</" not in asset(name)
 
 

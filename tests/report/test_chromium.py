@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chromium import BINARY, Browser
+from chromium import Browser, in_a_browser
 from report_folders import make_comparison, make_run, make_sweep
 from test_build import hostile
 
 from penchant.report import write_report
 
-pytestmark = pytest.mark.skipif(BINARY is None, reason="no chromium here")
+pytestmark = in_a_browser
 
 
 @pytest.fixture(scope="module")

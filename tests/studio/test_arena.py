@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,13 @@ from studio_people import in_memory, say
 from studios import Person, answers_of, arena_of, judgements, lines, studio_of
 
 from penchant.cli import main
+from penchant.data.audit import audit
 from penchant.data.load import load_preferences
 from penchant.errors import DataError
+from penchant.judges.humans import Judgement
 from penchant.studio import pairs
+from penchant.studio.arena import _take
+from penchant.studio.pairs import Arena
 from penchant.studio.queue import next_item
 from penchant.studio.text import CUT, folds, rendered
 
@@ -159,6 +164,35 @@ def test_a_key_pressed_many_times_at_once_says_one_thing(studio: Any, tmp_path: 
     assert len(lines(arena)) == 1
 
 
+def test_two_studios_at_once_write_one_word_on_one_showing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two `Arena`s of one folder share nothing but the files, as two processes do."""
+    first, made = arena_of(tmp_path), Judgement.to_json
+
+    def slowly(self: Judgement) -> dict[str, Any]:
+        time.sleep(0.05)  # between the look and the word
+        return made(self)
+
+    monkeypatch.setattr(Judgement, "to_json", slowly)
+    item = next_item(first, "ada")
+    assert item is not None
+    given = [("pair", item.pair.id), ("order", "0"), ("verdict", "left")]
+    threads = [threading.Thread(target=_take, args=(Arena(first.folder), "ada", given)) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert [r["order"] for r in lines(first)] == [0]
+
+
+def test_what_is_to_come_does_not_change_by_loading_the_page_again(studio: Any, tmp_path: Path) -> None:
+    arena_of(tmp_path, pairs=8, overlap=0.0, checks=0.0, repeats=0.0)
+    people = [Person(studio, name) for name in ("ada", "ben", "cleo")]
+    for person in people:
+        person.get("/arena/test")
+    seen = {re.findall(r"(\d+) to come", people[0].get("/arena/test").text)[-1] for _ in range(3)}
+    assert seen == {"6"}  # of eight, two are before the others
+
+
 def test_undo_brings_the_pair_back_with_sides_drawn_anew(studio: Any, tmp_path: Path) -> None:
     arena = arena_of(tmp_path, pairs=30)
     ada, sides = Person(studio, "ada"), []
@@ -245,6 +279,19 @@ def test_training_and_the_audit_read_the_file(studio: Any, tmp_path: Path, capsy
     assert "1 x a tie" in capsys.readouterr().out.replace("4 kept aside (", "")
 
 
+def test_what_several_people_say_of_a_pair_is_no_copy(studio: Any, tmp_path: Path) -> None:
+    arena = arena_of(tmp_path, pairs=3, overlap=1.0, checks=0.0, repeats=0.0)
+    for name in ("ada", "ben"):
+        while (item := next_item(arena, name)) is not None:
+            say(arena, item, name, "b" if name == "ben" and item.pair.id == min(arena.pairs) else "a")
+    while (item := next_item(arena, "cleo")) is not None:
+        say(arena, item, "cleo", "tie")
+    found = audit(load_preferences(str(arena.preferences.path)), languages=False).findings
+    assert {"duplicates", "contradictions"}.isdisjoint(found)
+    assert (found["bad_rows"].count, found["left_out"].count) == (0, 3), "a tie is no bad row"
+    assert (found["agreed"].count, found["disagreed"].count) == (2, 1)
+
+
 def test_a_judgement_is_on_the_disk_soon(studio: Any, tmp_path: Path) -> None:
     """50 ms on a quiet machine; here only that nothing waits for seconds."""
     arena_of(tmp_path, pairs=200)
@@ -321,6 +368,18 @@ def test_checks_and_repetitions_come_by_their_shares(tmp_path: Path) -> None:
     for j in again:
         assert places[j.id] - places[str(j.repeat_of)] > 8
     assert len([j for j in said if not j.gold and not j.repeat_of]) == 40
+
+
+def test_a_share_of_checks_is_not_left_to_luck(tmp_path: Path) -> None:
+    arena = in_memory(arena_of(tmp_path, pairs=60, gold=20, overlap=1.0, checks=0.1, repeats=0.0))
+    for who in ("Ada", "Ben", "Cleo", "Dan", "Eve", "Fay"):
+        for _ in range(50):
+            item = next_item(arena, who)
+            assert item is not None
+            say(arena, item, who, "a")
+        checks = [i for i, j in enumerate(arena.preferences.of(who)) if j.gold]
+        assert 4 <= len(checks) <= 5 and checks[0] < 20
+        assert any(b - a != 10 for a, b in pairwise(checks)), "nobody can count them off"
 
 
 def test_the_queue_balances_models_or_asks_where_least_is_known(tmp_path: Path) -> None:

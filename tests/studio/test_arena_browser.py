@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chromium import BINARY, Browser
+from chromium import Browser, in_a_browser
 from processes import forked
 from studios import Person, arena_of, judgements, lines, studio_of
 
@@ -24,7 +24,7 @@ from penchant.judges.humans import read_preferences
 from penchant.studio import pairs
 from penchant.studio.pairs import Answers, Arena
 
-pytestmark = pytest.mark.skipif(BINARY is None, reason="no chromium here: the studio was not looked at in a browser")
+pytestmark = in_a_browser
 
 AXE = gzip.decompress((Path(__file__).parent / "axe/axe.min.js.gz").read_bytes()).decode()
 READY = "document.readyState === 'complete' && !!window.htmx"

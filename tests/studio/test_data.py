@@ -66,7 +66,17 @@ def test_files_and_their_pages(client: TestClient, folder: Path) -> None:
     )  # the file has changed: it is opened anew
 
 
-@pytest.mark.parametrize("page", ["view", "edit", "tokens", "audit"])
+def test_a_row_of_several_is_not_offered_for_edits_that_no_copy_can_have(client: TestClient, folder: Path) -> None:
+    said = {"pair": "p", "annotator": "Ada", "prompt": "Q", "answer_a": "A", "answer_b": "B", "left": "a"}
+    lines = [{"id": str(i), "verdict": verdict, **said} for i, verdict in enumerate(("a", "tie"))]
+    (folder / "preferences.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = client.get("/data/view?file=preferences.jsonl").text
+    assert "Layout studio" in page and "left out" in page and ">Edit<" not in page and ">Drop<" not in page
+    at = {"file": "preferences.jsonl", "where": "preferences.jsonl:1", "line": "1", "action": "drop"}
+    assert client.post("/data/edit", data=at).status_code == 400
+
+
+@pytest.mark.parametrize("page", ["view", "row", "edit", "tokens", "audit"])
 def test_nothing_outside_the_folder_is_opened(client: TestClient, folder: Path, page: str) -> None:
     (folder.parent / "secret.jsonl").write_text(json.dumps(row(1)) + "\n")
     (folder / "link.jsonl").symlink_to(folder.parent / "secret.jsonl")
@@ -93,10 +103,16 @@ def test_the_search_of_a_person_is_inert(client: TestClient) -> None:
     assert "<script>alert" not in page and "<img" not in page and "\u202e" not in page
 
 
-def test_rows_are_edited_dropped_and_taken_back(client: TestClient, folder: Path) -> None:
+def test_rows_are_edited_dropped_and_taken_back(
+    client: TestClient, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     at = {"file": "rows.jsonl", "where": "rows.jsonl:2", "line": "2"}
     answer = client.post("/data/edit", data={**at, "row": json.dumps(row(2, chosen="Mine."))})
-    assert "changed in the copy" in answer.text
+    assert "changed in the copy" in answer.text and "Mine." in answer.text and "Good 2." not in answer.text
+    assert 'id="edits" hx-swap-oob' in answer.text and "1 row edited" in answer.text
+    assert "Mine." in client.get("/data/edit?file=rows.jsonl&where=rows.jsonl:2&line=2").text
+    again = client.get("/data/row?file=rows.jsonl&where=rows.jsonl:2&line=2").text  # what Cancel asks for
+    assert "changed in the copy" in again and "Mine." in again
     assert (
         "dropped in the copy"
         in client.post("/data/edit", data={**at, "where": "rows.jsonl:3", "line": "3", "action": "drop"}).text
@@ -113,8 +129,10 @@ def test_rows_are_edited_dropped_and_taken_back(client: TestClient, folder: Path
     assert done.status_code == 200 and "rows that a person dropped" in done.text
     assert len((folder / "sub.jsonl").read_text().splitlines()) == 49
     assert (folder / "sub.jsonl.touched.jsonl").exists()
+    fails = "import sys; print('penchant: sub.jsonl: is there already', file=sys.stderr); sys.exit(2)"
+    monkeypatch.setattr(data, "command", lambda *_: [sys.executable, "-c", fails])
     again = client.post("/data/copy", data={"file": "rows.jsonl", "output": "sub.jsonl"})
-    assert again.status_code == 400 and "is there already" in again.text
+    assert again.status_code == 400 and again.text == "the copy: sub.jsonl: is there already"
     for output in ("../x.jsonl", "/tmp/x.jsonl"):
         assert client.post("/data/copy", data={"file": "rows.jsonl", "output": output}).status_code == 404
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from penchant.data.audit.fix import DEFAULT, Fixed, fix, read_edits
 from penchant.data.load import load_preferences
-from penchant.data.read import read_rows
+from penchant.data.read import Bounds, read_rows
 from penchant.errors import DataError
 from penchant.studio import rows
 from penchant.studio.rows import (
@@ -78,6 +79,19 @@ def test_the_first_page_of_a_long_file_reads_its_beginning_alone(
     monkeypatch.setattr(Lines, "look", never)
     page = File(path).page(1)
     assert [item.number for item in page.items] == list(range(1, 21)) and page.next == 21
+
+
+@pytest.mark.parametrize("at", [1, 3, 5])
+def test_a_line_over_the_bound_is_told_and_the_others_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    monkeypatch.setattr(rows, "Bounds", lambda: Bounds(row_mb=0.001))
+    made = pairs(5)
+    made[at - 1]["chosen"] = "long " * 3000
+    items = File(write(tmp_path / "a.jsonl", made)).page(1).items
+    assert [item.number for item in items] == [1, 2, 3, 4, 5]
+    assert items[at - 1].aside and "longer than 0.001 MB" in items[at - 1].aside[0]
+    assert [len(item.trees) for item in items] == [int(i != at) for i in range(1, 6)]
 
 
 def test_lines_are_counted_a_block_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,6 +225,12 @@ def test_what_cannot_be_seen_is_an_escape_in_json() -> None:
 # ---- Edits ----
 
 
+def copy(edits: Edits, output: Path, also: bool) -> Fixed:
+    """What `penchant data fix --edits` writes."""
+    made = read_edits(edits.file) if edits.file.exists() else {}
+    return fix(str(edits.root / edits.path), output, edits=made, drop=DEFAULT if also else ())
+
+
 def test_edits_go_into_a_copy_with_a_record(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [*pairs(4), pairs(1)[0]])
     before = path.read_bytes()
@@ -221,7 +241,7 @@ def test_edits_go_into_a_copy_with_a_record(tmp_path: Path) -> None:
     edits.add(four.where, "dropped", sum_of(four))
     edits.add(four.where, "undone")
     assert {*Edits(tmp_path, "a.jsonl").made()} == {"a.jsonl:2", "a.jsonl:3"}  # another start reads them again
-    done = edits.copy(file, tmp_path / "b.jsonl", also=True)
+    done = copy(edits, tmp_path / "b.jsonl", also=True)
     assert (done.rows, done.written, done.edited) == (5, 3, 1)
     assert done.dropped["by_hand"] == 1 and done.dropped["duplicates"] == 1
     assert [json.loads(line)["prompt"] for line in done.output.read_text().splitlines()] == [
@@ -242,10 +262,10 @@ def test_an_edit_of_a_row_that_is_another_one_now_is_refused(tmp_path: Path) -> 
     edits.add(item.where, "dropped", sum_of(item))
     write(path, pairs(4)[1:])
     with pytest.raises(DataError, match="another row now"):
-        edits.copy(File(path), tmp_path / "b.jsonl", also=False)
+        copy(edits, tmp_path / "b.jsonl", also=False)
     write(path, pairs(1))
     with pytest.raises(DataError, match="not there any more"):
-        edits.copy(File(path), tmp_path / "b.jsonl", also=False)
+        copy(edits, tmp_path / "b.jsonl", also=False)
     assert not (tmp_path / "b.jsonl").exists()
 
 
@@ -254,7 +274,7 @@ def test_the_original_is_never_written_to(tmp_path: Path) -> None:
     (tmp_path / "link.jsonl").symlink_to(path)
     for name in ("a.jsonl", "link.jsonl"):
         with pytest.raises(DataError):
-            Edits(tmp_path, "a.jsonl").copy(File(path), tmp_path / name, also=False)
+            copy(Edits(tmp_path, "a.jsonl"), tmp_path / name, also=False)
     assert path.read_text().count("\n") == 3
 
 

@@ -7,10 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from chromium import Browser
+from chromium import Browser, in_a_browser
 from run_folders import eval_row, lines, make_run, train_rows
 from studios import studio_of
-from test_arena_browser import browser, enter, pytestmark, serious  # noqa: F401  a fixture, and the mark of both files
+from test_arena_browser import browser, enter, serious  # noqa: F401  a fixture
+
+pytestmark = in_a_browser
 
 FIXTURES = Path(__file__).parents[1] / "fixtures/v0_1"
 EVIL = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -20,10 +21,11 @@ from starlette.testclient import TestClient
 from penchant.config import load_config
 from penchant.config.page import parts
 from penchant.errors import CheckpointError, ConfigError
-from penchant.runfolder import CONSOLE
-from penchant.studio import launch
+from penchant.runfolder import CONSOLE, RunLock
+from penchant.studio import launch, shelf
 from penchant.studio.app import Studio
 from penchant.studio.launch import INTERRUPTED, Processes, draft, form_parts, place_of, settings_of
+from penchant.studio.shelf import Feed, Shelf
 
 FIXTURES = Path(__file__).parents[1] / "fixtures/v0_1"
 EVIL = "<script>alert(1)</script></style>\u202e\x1b[31m"
@@ -65,7 +67,27 @@ def test_a_run_several_of_them_and_a_sweep_have_pages(client: TestClient, folder
     assert "best by validation" in group and "sweep/beta-0.5" in group
 
 
-@pytest.mark.parametrize("page", ["view?run=", "feed?run=", "samples?run=", "report?path=", "group?kind=sweep&path="])
+def test_the_buttons_follow_what_can_be_done(client: TestClient, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shelf, "FRESH", 0.0)
+    asked: list[bool] = []
+    monkeypatch.setattr(Processes, "stopped", lambda self, path: bool(asked))
+
+    def buttons() -> list[str]:
+        return re.findall(r"<button[^>]*>([^<]*)", client.get("/runs/actions?run=second").text)
+
+    make_run(folder / "second", 5)
+    with RunLock(folder / "second"):
+        assert buttons() == ["Stop it"] and Feed(Shelf(folder), ["second"]).news()["second"]["facts"]["lock"] == "held"
+        asked.append(True)
+        assert buttons() == [] and "asked to end" in client.get("/runs/actions?run=second").text
+    assert (
+        buttons() == ["Go on with it"] and Feed(Shelf(folder), ["second"]).news()["second"]["facts"]["lock"] == "free"
+    )
+
+
+@pytest.mark.parametrize(
+    "page", ["view?run=", "actions?run=", "feed?run=", "samples?run=", "report?path=", "group?kind=sweep&path="]
+)
 def test_nothing_outside_the_folder_is_shown(client: TestClient, folder: Path, page: str) -> None:
     make_run(folder.parent / "outside", 2)
     (folder / "link").symlink_to(folder.parent / "outside")
@@ -272,6 +294,28 @@ def test_a_run_is_started_stopped_and_gone_on_with(processes: Processes, folder:
     processes.resume("new")
     until(lambda: "trains" in processes.said("new"))
     assert "new/config.resolved.yaml" in processes.said("new")
+    process = processes.started["new"]
+    processes.stop("new")
+    processes.resume("new")  # at once, while the other one still writes
+    assert processes.started["new"] is not process and process.poll() == INTERRUPTED
+    until(lambda: "trains" in processes.said("new"))
+
+
+def test_two_clicks_at_once_start_one_process(processes: Processes, folder: Path) -> None:
+    made, refused = draft(folder, FORM), []
+
+    def click() -> None:
+        try:
+            processes.start(made)
+        except CheckpointError as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=click) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(refused) == 5
 
 
 def _session(pid: int) -> int:
@@ -329,7 +373,7 @@ def test_a_plan_is_what_the_command_says(processes: Processes, monkeypatch: pyte
     assert processes.plan("a: 1", probe=True)["probe"] == 1
     fails = "import sys; print('one\\npenchant: ' + sys.argv[2] + ':3: no', file=sys.stderr); sys.exit(2)"
     monkeypatch.setattr(launch, "command", lambda *a: [sys.executable, "-c", fails, *a])
-    with pytest.raises(ConfigError, match="penchant: the form:3: no"):
+    with pytest.raises(ConfigError, match="plan: the form:3: no"):
         processes.plan("a: 1", probe=False)
 
 
@@ -344,7 +388,7 @@ def test_the_studio_ends_while_a_plan_is_made(processes: Processes, monkeypatch:
 
     thread = threading.Thread(target=plans)
     thread.start()
-    until(lambda: processes._planning is not None)
+    until(lambda: bool(processes.children._going))
     processes.close()
     thread.join(60)
     assert failed and not thread.is_alive()

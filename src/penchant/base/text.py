@@ -206,7 +206,9 @@ def _text_of(file: Path, _: int) -> str:
 
 
 def gigabytes(size: float) -> str:
-    """``1.49 GB``, ``12.3 MB``, ``4 kB``."""
+    """``1.49 GB``, ``12.3 MB``, ``4 kB``, ``120 B``."""
+    if size < 1000:
+        return f"{size:.0f} B"
     if size >= 1e9:
         return f"{size / 1e9:.2f} GB"
     return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"

@@ -12,14 +12,23 @@ from penchant.cli.arguments import add_config, within
 def add(commands: Any) -> None:
     """The command's arguments."""
     parser = commands.add_parser(
-        "import", help="translate a config of TRL or LLaMA-Factory; every key is accounted for"
+        "import", help="translate a config of TRL, LLaMA-Factory, Axolotl or ms-swift; every key is accounted for"
     )
-    add_config(parser, "the other tool's file", "FILE.yaml", "settings of Penchant to add or to change")
-    parser.add_argument(
-        "--from", dest="source", default="auto", metavar="TOOL", help="trl, llama-factory, flat or auto (default)"
+    add_config(
+        parser,
+        "the other tool's file: YAML, JSON (args.json), or a shell script with its command",
+        "FILE",
+        "settings of Penchant to add or to change",
     )
     parser.add_argument(
-        "--method", default="auto", help="which TRL trainer the file is for, if it does not say: sft, dpo, grpo ..."
+        "--from",
+        dest="source",
+        default="auto",
+        metavar="TOOL",
+        help="trl, llama-factory, axolotl, ms-swift, flat or auto (default)",
+    )
+    parser.add_argument(
+        "--method", default="auto", help="which trainer the file is for, if it does not say: sft, dpo, grpo ..."
     )
     parser.add_argument(
         "--devices", type=within(int), default=1, metavar="N", help="number of GPUs that its run used (default: 1)"

@@ -35,9 +35,13 @@ def add(commands: Any) -> None:
     sweep.add_argument(
         "--jobs",
         type=within(int),
-        default=1,
         metavar="N",
-        help="how many runs to train at a time, each on its share of the cores (default: 1)",
+        help="how many runs to train at a time, each on its share of the cores (default: 1; on a cluster all of them)",
+    )
+    sweep.add_argument(
+        "--on",
+        choices=("local", "slurm", "ray"),
+        help="who trains the runs: this machine, or a cluster (cluster.on=...)",
     )
     sweep.add_argument("--plan", action="store_true", help="print what would be done, without doing it")
     sweep.add_argument("--quiet", action="store_true", help="do not show progress")
@@ -59,10 +63,11 @@ def _pipeline(args: argparse.Namespace) -> int:
 def _sweep(args: argparse.Namespace) -> int:
     from penchant import api
 
+    overrides = args.overrides if args.on is None else [*args.overrides, f"cluster.on={args.on}"]
     if args.plan:
-        print(api.sweep_plan(args.config, *args.overrides))
+        print(api.sweep_plan(args.config, *overrides))
         return 0
-    result = api.sweep(args.config, *args.overrides, jobs=args.jobs, quiet=args.quiet)
+    result = api.sweep(args.config, *overrides, jobs=args.jobs, quiet=args.quiet)
     print(result.to_text())
     print(f"report: {result.folder / 'report.html'}", file=sys.stderr)
     return 0

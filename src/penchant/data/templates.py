@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 
 from penchant.data.layouts import RowError
 from penchant.data.load import answer_turn, message_json, told
+from penchant.data.pictures import MARK
 from penchant.errors import ModelError
 from penchant.types import Completion, Message, Prompt, PromptTree
 
+ASKING = ("system", "developer", "user")
 PLAIN_NAMES = {"user": "Human", "assistant": "Assistant", "system": "System", "developer": "System"}
 
 
@@ -232,6 +234,22 @@ class ChatTemplate:
             return text, {}
         return text, {i: (start, stop) for i, (start, stop) in zip(answers, places, strict=True)}
 
+    def check_asked(self, turns: Sequence[Message], text: str) -> None:
+        """Whether the text holds what the system and the users say, white space aside.
+
+        Raises:
+            RowError: the template leaves something out, as one does that knows no system turns.
+        """
+        flat = ""
+        for m in turns:
+            if m.role in ASKING and m.content.strip() not in text:
+                flat = flat or "".join(text.split())
+                if any("".join(said.split()) not in flat for said in MARK.split(m.content)[::2]):  # around pictures
+                    how = (
+                        "fix the turn or take it out, take a model whose template writes it, or set data.template=plain"
+                    )
+                    raise RowError(f"the chat template leaves out a turn of the {m.role} ({excerpt(m.content)})", how)
+
     def check_tools(self, turns: Sequence[Message], text: str, *, offered: bool = True) -> None:
         """Whether the text holds the tools (where they are `offered` in it), all calls and all results.
 
@@ -387,11 +405,12 @@ def chat(
     how = ""
     if moved and all(whole.startswith(unanswered) for whole in wholes):
         shared = os.path.commonprefix([prompt, *wholes])  # noqa: RUF071 (characters, not paths)
-        word_end = re.match(r"(?s).*[\s>\])}:]", shared)  # "<" of "<think>" and of "<b>" is no place to stop
+        word_end = re.match(r"(?s).*[\s>\])}:]", shared)  # "<" of "<think>" and of "<b>" is not a place to stop
         prompt, how = shared[: max(len(unanswered), word_end.end() if word_end else 0)], "shared"
     elif moved:
         answers = [c.text.strip() for c in tree.completions]
-        wholes = [prompt + _behind(prompt, whole, answer) for whole, answer in zip(wholes, answers, strict=True)]
+        said = [t.strip() for m in turns for t in MARK.split(m.content)[::2] if t.strip()]
+        wholes = [prompt + _behind(prompt, whole, answer, said) for whole, answer in zip(wholes, answers, strict=True)]
         how = "forced"
     texts = tuple(whole[len(prompt) :] for whole in wholes)
     for text, c in zip(texts, tree.completions, strict=True):
@@ -408,8 +427,9 @@ def chat(
         if strict:
             template.check_tools([answer_turn(c)], text, offered=False)
     if strict:
-        for whole, said in zip(wholes or [prompt], answered or [list(turns)], strict=True):
-            template.check_tools(said, whole)
+        for whole, messages in zip(wholes or [prompt], answered or [list(turns)], strict=True):
+            template.check_asked(turns, whole)
+            template.check_tools(messages, whole)
     return Rendered(prompt, texts, how)
 
 
@@ -456,6 +476,7 @@ def _in_one(
         raise
     except Exception:  # a template's own jinja errors; `chat` reports them answer by answer
         return None
+    template.check_asked(turns, whole)
     template.check_tools(turns, whole)
     cuts: list[int] = []
     for i in learned:
@@ -518,12 +539,15 @@ def _holds(prompt: str, text: str, answer: str) -> bool:
     return not wanted or (begun + written).find(wanted, max(0, len(begun) - len(wanted) + 1)) >= 0
 
 
-def _behind(prompt: str, whole: str, answer: str) -> str:
-    """What follows the prompt's last words in a conversation that begins otherwise: a template that moves the system text."""
-    at = whole.rfind(answer)
+def _behind(prompt: str, whole: str, answer: str, said: Sequence[str]) -> str:
+    """What follows the prompt's last words in a conversation that begins otherwise: a template that moves the system text.
+
+    None of what is `said` before may stand between them and the answer: it would be learned, and read twice.
+    """
+    at = max(whole.rfind(answer), 0)
     for n in range(min(len(prompt), 32), 3, -1):
-        found = whole.rfind(prompt[-n:], 0, max(at, 0))
-        if found >= 0:
+        found = whole.rfind(prompt[-n:], 0, at)
+        if found >= 0 and not any(text in whole[found + n : at] for text in said):
             return whole[found + n :]
     raise RowError(
         f"the chat template renders the prompt differently when an answer follows: {excerpt(prompt[-40:])} is not in {excerpt(whole)}",

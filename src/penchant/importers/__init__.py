@@ -1,4 +1,4 @@
-"""Other tools' config files in our terms: TRL's, LLaMA-Factory's, and flat ones with the usual words."""
+"""Other tools' config files in our terms: TRL's, LLaMA-Factory's, Axolotl's, ms-swift's, and flat ones with the usual words."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from penchant.base.text import HIDDEN, redact, shown
 from penchant.config import RunConfig, apply_overrides, build, default_settings, read_mapping
 from penchant.config.yaml import dump_yaml
 from penchant.errors import ConfigError
-from penchant.importers import flat, llama_factory, trl
+from penchant.importers import axolotl, flat, llama_factory, ms_swift, trl
+from penchant.importers.command import ENDINGS, read_command
 from penchant.importers.rules import Line, Source, Status, Translation, choose, translate
 
-SOURCES: dict[str, Source] = {s.name: s for s in (trl.SOURCE, llama_factory.SOURCE, flat.SOURCE)}
+SOURCES: dict[str, Source] = {
+    s.name: s for s in (trl.SOURCE, llama_factory.SOURCE, axolotl.SOURCE, ms_swift.SOURCE, flat.SOURCE)
+}
 STATUS: dict[Status, str] = {"translated": "translated", "same": "no key needed here", "unsupported": "NOT SUPPORTED"}
 COUNTED: dict[Status, str] = {
     "translated": "translated",
@@ -24,10 +27,6 @@ COUNTED: dict[Status, str] = {
 }
 # keys of tools that are not read; two of them, and a file of plain keys is none
 STRANGERS = {
-    "Axolotl": (
-        "base_model", "micro_batch_size", "sequence_len", "val_set_size", "dataset_prepared_path", "sample_packing", "datasets",
-        "lora_target_linear", "pad_to_sequence_len", "adapter", "rl", "special_tokens", "flash_attention", "train_on_inputs",
-    ),
     "torchtune": ("tokenizer", "checkpointer", "model", "dataset", "loss", "optimizer", "recipe_checkpoint"),
     "verl": ("actor_rollout_ref", "critic", "trainer", "algorithm", "reward_model"),
 }  # fmt: skip
@@ -96,15 +95,22 @@ def as_yaml(translation: Translation, found: Mapping[str, tuple[Any, str]], name
             said = ""
             for k in (k for k in keys if k != section):
                 value, comment = found[k]
+                if isinstance(value, list) and value and isinstance(value[0], Mapping):
+                    lines.append(f"  {k.partition('.')[2]}:" + (f"  # {shown(comment)}" if comment else ""))
+                    lines += [f"    - {_flow(item)}" for item in value]
+                    continue
                 lines.append("  " + _entry(k.partition(".")[2], value, comment if comment != said else ""))
                 said = comment
     return "\n".join(lines) + "\n"
 
 
 def _entry(key: str, value: Any, comment: str) -> str:
-    text = dump_yaml({key: value}, default_flow_style=True, allow_unicode=False, width=10**9).strip()
-    line = text[1:-1]  # without the braces
+    line = _flow({key: value})[1:-1]  # without the braces
     return f"{line}  # {shown(comment)}" if comment else line
+
+
+def _flow(value: Any) -> str:
+    return dump_yaml(value, default_flow_style=True, allow_unicode=False, width=10**9, sort_keys=False).strip()
 
 
 SECRETS = frozenset({"hub_token", "hf_hub_token", "ms_hub_token", "swanlab_api_key", "push_to_hub_token"})
@@ -176,10 +182,10 @@ class Imported:
 def import_config(
     path: str | Path, source: str = "auto", method: str = "auto", devices: int = 1, overrides: Sequence[str] = ()
 ) -> Imported:
-    """Translate another tool's YAML (or JSON) file into a config of ours; every key of it is accounted for.
+    """Translate another tool's YAML or JSON file, or a shell script with its command, into a config of ours; every key of it is accounted for.
 
     Args:
-        source: trl, llama-factory, flat, or auto.
+        source: trl, llama-factory, axolotl, ms-swift, flat, or auto.
         method: of TRL, whose files do not say it: sft, dpo, kto ...; or auto.
         devices: GPUs that the other tool's run used; its optimizer step holds so many batches.
         overrides: our settings as ``key.path=value``, for what the file leaves to a command line; they win.
@@ -188,7 +194,15 @@ def import_config(
         ConfigError: the file cannot be read, is of no known tool or of several of TRL's trainers, lacks model, data or reward,
             or translates into something that is not a valid config.
     """
-    values, _ = read_mapping(path, "another tool's config is a mapping of its keys")
+    if Path(path).suffix in ENDINGS:
+        command = read_command(path)
+        values, devices = command.values, command.devices if devices == 1 else devices
+        source, method = (
+            (command.tool if source == "auto" else source),
+            (command.method if method == "auto" else method) or "auto",
+        )
+    else:
+        values, _ = read_mapping(path, "another tool's config is a mapping of its keys")
     if devices < 1:
         raise ConfigError("--devices", f"is {devices}", "give the number of GPUs, 1 or more")
     if source == "auto":
@@ -219,9 +233,9 @@ def import_config(
 def _refuse_strangers(values: Mapping[str, Any], path: str) -> None:
     """Another tool's file would lose half of its meaning as one of plain keys."""
     nested = {k for k, v in values.items() if isinstance(v, Mapping)}
-    counts = {name: len((set(values) if name == "Axolotl" else nested) & set(keys)) for name, keys in STRANGERS.items()}
+    counts = {name: len(nested & set(keys)) for name, keys in STRANGERS.items()}
     tool = max(counts, key=lambda name: counts[name])
-    ours = any(source.marks & values.keys() for source in SOURCES.values())
+    ours = any(source.marks & (values.keys() - nested) for source in SOURCES.values())
     if counts[tool] >= 2 and not ours:
         raise ConfigError(
             path,
@@ -252,7 +266,7 @@ def _complete(found: Mapping[str, Any], translation: Translation, path: str) -> 
     wanted = {"model.path": "MODEL", "data.path": "train.jsonl"}
     if method is not None and method.takes_reward:
         wanted["reward"] = "rewards.py:FUNCTION"
-    missing = {k: v for k, v in wanted.items() if k not in found}
+    missing = {k: v for k, v in wanted.items() if k not in found and (k != "data.path" or "data.sources" not in found)}
     if missing:
         how = "add it behind the file: " + " ".join(f"{k}={v}" for k, v in missing.items())
         raise ConfigError(path, f"has no usable {' and '.join(missing)}", how)

@@ -1,9 +1,11 @@
-"""What TRL and LLaMA-Factory share."""
+"""What the tools on top of transformers' Trainer share."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from penchant.importers.rules import Given, Line, NotHere, flag, number, whole
@@ -110,7 +112,7 @@ def schedule(given: Given) -> Iterator[Line]:
 
 def _warmup(given: Given) -> Line:
     ratio, steps = given["warmup_ratio"], number(given["warmup_steps"] or 0)
-    if steps == 0 and ratio is not None:
+    if steps == 0 and ratio is not None and (given.says("warmup_ratio") or not given.says("warmup_steps")):
         return given.line(["warmup_ratio"], "translated", {"train.warmup_fraction": number(ratio)})
     if steps < 1:  # transformers 5 reads a number below one as a share
         return given.line(["warmup_steps"], "translated", {"train.warmup_fraction": steps})
@@ -155,6 +157,18 @@ def precision(given: Given) -> Iterator[Line]:
     yield given.line(keys, "translated", {"model.dtype": dtype}, note)
 
 
+def val_size(given: Given) -> Iterator[Line]:
+    """A share of the rows, or so many of them."""
+    if not given.says("val_size"):
+        return
+    size = number(given["val_size"])
+    if size == 0:
+        yield given.line(["val_size"], "same", note="nothing is held out")
+    else:
+        ours: dict[str, Any] = {"data.validation_fraction": size} if size < 1 else {"data.validation_rows": whole(size)}
+        yield given.line(["val_size"], "translated", ours, "held out by prompt: no prompt on both sides")
+
+
 def ppo_batch(given: Given) -> Iterator[Line]:
     """PPO's batch: one batch of rollouts is all its minibatches (in LLaMA-Factory a buffer of as many batches)."""
     split = "ppo_buffer_size" if "ppo_buffer_size" in given.defaults else "num_mini_batches"
@@ -184,4 +198,23 @@ def quantized(given: Given, key: str, ours: str | None, adapted: bool) -> Iterat
         yield given.line([key], "unsupported", note=how)
 
 
-DERIVATIONS = (batch, length, schedule, saving, precision, report_to, ppo_batch)
+# ---- Where models and rows are ----
+
+FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".ndjson")
+
+
+def is_local(name: str, folder: str) -> bool:
+    """Whether a data set is a file or a folder, and no hub id."""
+    return name.endswith(FILES) or name.startswith(("/", ".", "~")) or Path(folder, name).exists()
+
+
+def model_type(path: str) -> str | None:
+    """What a local model folder's config.json calls its architecture; None for a hub id."""
+    try:
+        found = json.loads((Path(path).expanduser() / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return str(found.get("model_type")) if isinstance(found, dict) else None
+
+
+DERIVATIONS = (batch, length, schedule, saving, precision, val_size, report_to, ppo_batch)

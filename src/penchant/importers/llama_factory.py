@@ -14,18 +14,6 @@ from penchant.importers.rules import Given, Line, layers, number, source, table,
 TABLE = table("llama_factory")
 
 
-def val_size(given: Given) -> Iterator[Line]:
-    """A share of the rows, or so many of them."""
-    if not given.says("val_size"):
-        return
-    size = number(given["val_size"])
-    if size == 0:
-        yield given.line(["val_size"], "same", note="nothing is held out")
-    else:
-        ours: dict[str, Any] = {"data.validation_fraction": size} if size < 1 else {"data.validation_rows": whole(size)}
-        yield given.line(["val_size"], "translated", ours, "held out by prompt: no prompt on both sides")
-
-
 def lora(given: Given) -> Iterator[Line]:
     """finetuning_type and the adapter's keys."""
     kind_key, *keys, bits_key = TABLE["derived"]["lora"]
@@ -107,7 +95,7 @@ def _dataset_info(folder: Path, beside: Path) -> tuple[Mapping[str, Any] | None,
             except (OSError, ValueError) as error:
                 raise ConfigError(str(path), f"cannot be read ({error})", "fix the file") from error
             if not isinstance(found, dict):
-                raise ConfigError(str(path), "is no JSON object", "it maps names to descriptions")
+                raise ConfigError(str(path), "is not a JSON object", "it maps names to descriptions")
             return found, str(path)
     return None, str(folder / "dataset_info.json")
 
@@ -187,6 +175,6 @@ def preference(given: Given) -> Iterator[Line]:
 # a file that names no stage is for sft
 SOURCE = source(
     "llama-factory",
-    (*hf.DERIVATIONS, lora, val_size, data, preference),
+    (*hf.DERIVATIONS, lora, data, preference),
     lambda values, name: str(values.get("stage", "sft")),
 )

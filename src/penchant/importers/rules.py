@@ -6,14 +6,17 @@ A table may hold, each optional:
                value that is not among `values` has no counterpart, and `otherwise` says what to do
   ignored      key: why there is nothing to write; or {why, when: values for which that holds, otherwise: what to do about another}
   unsupported  key: what to do instead; or {how: the same, idle: values, beside none and false, that ask for nothing}
-Keys with one rule may stand together, with commas. A tool's table has its `methods` and `groups` of keys that methods share (`like`) as
-tables too, and under `derived` the keys of every function that makes something of several. Nothing is dropped silently.
+Keys with one rule may stand together, with commas; `vllm_*` is every key that begins so and has no rule of its own. A tool's table has its `methods` and `groups` of keys that methods share (`like`) as
+tables too, and under `derived` the keys of every function that makes something of several. A tool that wraps another one says its keys in
+the other's names: `names` (theirs: the other's) and `inner` (sections whose keys are the other's own); it `shares` whole tables and
+`borrows` groups and functions. `sections` lists mappings whose keys count one by one. Nothing is dropped silently.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any, Literal
 
@@ -109,12 +112,14 @@ def flag(value: Any) -> bool:
 def name(value: Any) -> str:
     """One word or several, as a text."""
     if not isinstance(value, (str, int, float)) or not str(value).strip():
-        raise NotHere(f"{value!r} is no name; set the key by hand")
+        raise NotHere(f"{value!r} is not a name; set the key by hand")
     return str(value)
 
 
 def layers(value: Any) -> str | list[str]:
-    """Layers of an adapter: a list, a text with commas, or all of them."""
+    """Layers of an adapter: a list, a text with commas, a regular expression, or all of them."""
+    if isinstance(value, str) and re.search(r"[\\()|*^$\[]", value):
+        return value
     names = [v.strip() for v in value.split(",")] if isinstance(value, str) else [str(v) for v in value]
     if names in (["all"], ["all-linear"]):
         return "all-linear"
@@ -204,6 +209,36 @@ class Source:
     rules: Mapping[str, Rule]
     marks: frozenset[str]
     guess: Guess
+    names: dict[str, str] = field(default_factory=dict)
+    sections: frozenset[str] = frozenset()
+    inner: frozenset[str] = frozenset()
+
+    def read(self, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str], list[Line]]:
+        """The file's keys in the names that the rules have, what the file calls them, and lines of keys that say nothing more.
+
+        A tool with names of its own leaves a key empty to mean that it is not set.
+        """
+        flat = {
+            f"{k}.{inner}" if inner else k: v
+            for k, value in values.items()
+            for inner, v in (value.items() if k in self.sections and isinstance(value, Mapping) else [("", value)])
+        }
+        if not self.names:
+            return flat, {}, []
+        names = self.names | {k: k.partition(".")[2] for k in flat if k.partition(".")[0] in self.inner}
+        order = [*(k for k in self.names if k in flat), *(k for k in flat if k not in self.names)]
+        lines, found, called = [], {}, {ours: theirs for theirs, ours in reversed(self.names.items())}
+        for k in order:
+            ours = names.get(k, k)
+            if flat[k] is None:
+                lines.append(Line(((k, None),), "same", note="not set"))
+            elif ours in found:
+                lines.append(
+                    Line(((k, flat[k]),), "same", note=f"without effect there: {called.get(ours, ours)} says it")
+                )
+            else:
+                found[ours], called[ours] = flat[k], k
+        return found, called, lines
 
 
 @cache
@@ -212,7 +247,7 @@ def table(name: str) -> dict[str, Any]:
     return packaged_yaml(__package__, f"{name}.yaml")
 
 
-def _rules(part: Mapping[str, Any]) -> dict[str, Rule]:
+def rules_of(part: Mapping[str, Any]) -> dict[str, Rule]:
     """The rules of one table."""
     made: dict[str, Rule] = {}
     for kind, apply, text in KINDS:
@@ -231,25 +266,28 @@ def source(name: str, derivations: Iterable[Derive], guess: Guess) -> Source:
     """The tool that NAME.yaml describes; the functions that it derives things with are among `derivations`."""
     tool = table(name.replace("-", "_"))
     tables = [*map(table, tool.get("shares", ())), tool]
+    lent = [*map(table, tool.get("borrows", ())), *tables]
     functions = {f.__name__: f for f in derivations}
-    keys = _together(tables, "derived")
+    keys = _together(lent, "derived")
+    groups = {**_together(lent[: -len(tables)], "methods"), **_together(lent, "groups")}
 
     def method(own: Mapping[str, Any]) -> Method:
-        parts = [*(tool["groups"][group] for group in own.get("like", ())), own]
+        parts = [*(groups[group] for group in own.get("like", ())), own]
         defaults = _together([*tables, *parts], "defaults")
         return Method(
             own["title"],
             own.get("base", {}),
             {key: value for key, value in defaults.items() if value is not None},
-            {key: rule for part in parts for key, rule in _rules(part).items()},
+            {key: rule for part in parts for key, rule in rules_of(part).items()},
             tuple(functions[f] for f in own["derived"]),
             frozenset(key for f in own["derived"] for key in keys[f]),
             tuple(own.get("remarks", ())),
         )
 
-    rules = {key: rule for part in tables for key, rule in _rules(part).items()}
+    rules = {key: rule for part in tables for key, rule in rules_of(part).items()}
     methods = {key: method(own) for key, own in tool["methods"].items()}
-    return Source(name, tool["title"], methods, rules, frozenset(tool["marks"]), guess)
+    more = (tool.get("names", {}), frozenset(tool.get("sections", ())), frozenset(tool.get("inner", ())))
+    return Source(name, tool["title"], methods, rules, frozenset(tool["marks"]), guess, *more)
 
 
 @dataclass(frozen=True)
@@ -265,7 +303,7 @@ class Translation:
     def count(self, status: Status) -> int:
         """Keys of their file of which a line of this status speaks."""
         keys = {k for line in self.lines if line.status == status for k, _ in line.theirs}
-        return sum(k.split(".")[0] in self.values for k in keys)
+        return sum(re.split(r"[.\[]", k)[0] in self.values for k in keys)
 
     @property
     def settings(self) -> dict[str, tuple[Any, str]]:
@@ -288,21 +326,31 @@ def translate(
         devices: GPUs that their run used: an optimizer step there holds so many batches.
         folder: where their file stands; files that it names are looked for there.
     """
-    given = Given(values, method.defaults, devices, folder)
+    found, called, lines = source.read(values)
+    given = Given(found, method.defaults, devices, folder)
     rules = {**source.rules, **method.rules}
-    single = [k for k in values if k not in method.parts]
-    lines = [rules[k](k, given) if k in rules else _unknown(k, given, [*rules, *method.parts]) for k in single]
-    lines += [rules[k](k, given) for k in method.defaults if k not in values and k not in method.parts and k in rules]
+    for k in (k for k in found if k not in method.parts):
+        rule = rules.get(k) or next((r for n, r in rules.items() if n.endswith("*") and k.startswith(n[:-1])), None)
+        lines.append(rule(k, given) if rule else _unknown(k, given, source, method, called))
+    lines += [rules[k](k, given) for k in method.defaults if k not in found and k not in method.parts and k in rules]
     for derive in method.derive:
         lines += derive(given)
     seen = {k for line in lines for k, _ in line.theirs}
     idle = "without effect there: nothing that uses it is on"
-    lines += [given.line([k], "same", note=idle) for k in values if k not in seen]
-    return Translation(source, method, values, tuple(lines), method.remarks)
+    lines += [given.line([k], "same", note=idle) for k in found if k not in seen and called.get(k, k) not in seen]
+    named = [replace(line, theirs=tuple((called.get(k, k), v) for k, v in line.theirs)) for line in lines]
+    return Translation(source, method, values, tuple(named), method.remarks)
 
 
-def _unknown(key: str, given: Given, known: Iterable[str]) -> Line:
-    near = closest(key, known)
+def _unknown(key: str, given: Given, source: Source, method: Method, called: Mapping[str, str]) -> Line:
+    """A key without a rule: another method's, or one that nobody knows."""
+    others = [m.title for m in source.methods.values() if key in m.rules or key in m.parts]
+    if others and source.names:
+        return given.line([key], "same", note=f"without effect on {method.title}: it is of {others[0]}")
+    if given[key] in OFF:
+        return given.line([key], "same", note="not a key that the importer knows; it is off there")
+    known = [*source.rules, *method.rules, *method.parts]
+    near = closest(called.get(key, key), [called.get(k, k) for k in known])
     how = f"did you mean {near}?" if near else "see `penchant config` for what there is"
     return given.line([key], "unsupported", note=f"not a key that the importer knows; {how}")
 
@@ -312,5 +360,5 @@ def choose(name: str, there: Mapping[str, Any], where: str, what: str) -> Any:
     if name not in there:
         near = closest(name, there)
         how = f"did you mean {near}?" if near else f"there are {', '.join(there)}"
-        raise ConfigError(where, f"{name!r} is no {what}", how)
+        raise ConfigError(where, f"{name!r} is not a {what}", how)
     return there[name]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from penchant.importers import hf
@@ -33,24 +31,17 @@ def _targets(given: Given) -> Line:
     named = given["lora_target_modules"]
     if named:
         return given.line(["lora_target_modules"], "translated", {"lora.target_modules": layers(named)})
-    known, kind = TABLE["peft_targets"], model_type(str(given["model_name_or_path"]))
+    return peft_targets(given)
+
+
+def peft_targets(given: Given) -> Line:
+    """The layers that PEFT adapts where nobody names any."""
+    known, kind = TABLE["peft_targets"], hf.model_type(str(given["model_name_or_path"]))
     note = f"PEFT's default for {kind}"
     if kind not in known:
         kind = "llama"
         note = "PEFT's default for Llama, Mistral, Qwen and Gemma; GPT-2: c_attn, GPT-NeoX: query_key_value"
     return Line((), "translated", (("lora.target_modules", known[kind]),), note, given=False)
-
-
-def model_type(path: str) -> str | None:
-    """What a local model folder's config.json calls its architecture; None for a hub id."""
-    try:
-        found = json.loads((Path(path).expanduser() / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return str(found.get("model_type")) if isinstance(found, dict) else None
-
-
-FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".ndjson")
 
 
 def data(given: Given) -> Iterator[Line]:
@@ -60,7 +51,7 @@ def data(given: Given) -> Iterator[Line]:
         yield from _mixture(given)
     elif given["dataset_name"]:
         name = str(given["dataset_name"])
-        local = name.endswith(FILES) or Path(given.folder, name).exists()
+        local = hf.is_local(name, given.folder)
         keys = ["dataset_name"] if local else ["dataset_name", "dataset_train_split"]
         path = name if local else f"{name}:{given['dataset_train_split']}"
         clear = local or name.count("/") == 1
@@ -333,8 +324,5 @@ def guess(values: Mapping[str, Any], name: str) -> str | None:
     return next((told["losses"][k] for k in kinds if isinstance(k, str) and k in told["losses"]), by_name)
 
 
-SOURCE = source(
-    "trl",
-    (*hf.DERIVATIONS, lora, data, reference, dpo_loss, cpo_loss, grpo_loss, gkd_loss, groups, rewards, ppo_length),
-    guess,
-)
+DERIVATIONS = (lora, data, reference, dpo_loss, cpo_loss, grpo_loss, gkd_loss, groups, rewards, ppo_length)
+SOURCE = source("trl", (*hf.DERIVATIONS, *DERIVATIONS), guess)

@@ -141,8 +141,8 @@ class HumanVerdict:
         said = []
         for pair in self.pairs:
             prompts = self.prompts[pair.name, pair.other]
-            few = f"{prompts} prompts are too few for an interval (at least {FEW_ROWS})" if prompts < FEW_ROWS else ""
-            doubt = f"{few}: {pair.name} and {pair.other}" if few else ""
+            met = f"{pair.name} and {pair.other} met on {counted(prompts, 'prompt')}"
+            doubt = f"{met}, too few for an interval (at least {FEW_ROWS})" if prompts < FEW_ROWS else ""
             said += Family(self.by, [pair], WIN_RATE, len(self.pairs), doubt).sentences(prompts)
         return said
 
@@ -197,7 +197,7 @@ def judge_by_humans(judge: str, models: Sequence[str] = ()) -> HumanVerdict:
     """The verdict of ``humans:preferences.jsonl``.
 
     Args:
-        models: those whose meetings are looked at; empty: all.
+        models: those whose meetings are looked at, of one alone all of its own; empty: all.
 
     Raises:
         DataError: no such file, or nothing in it. ConfigError: a model that nobody judged.
@@ -206,7 +206,7 @@ def judge_by_humans(judge: str, models: Sequence[str] = ()) -> HumanVerdict:
     there = sorted({m for j in found.judgements.values() if j.gold is None for m in j.models})
     for name in models:
         if name not in there:
-            what = f"{name!r} is no model of {found.path}"
+            what = f"{name!r} is not a model of {found.path}"
             raise ConfigError("compare", what, f"there are {', '.join(there)}; leave the names out for all")
     return human_verdict(found, models)
 
@@ -215,7 +215,8 @@ def human_verdict(found: Preferences, models: Sequence[str] = ()) -> HumanVerdic
     """What a file says; see `judge_by_humans`."""
     every = list(found.judgements.values())
     if models:
-        every = [j for j in every if j.gold is not None or set(j.models) <= set(models)]
+        asked = set(models)
+        every = [j for j in every if j.gold is not None or len(asked & set(j.models)) == min(2, len(asked))]
     counting = [j for j in every if j.counts]
     contests: dict[tuple[str, str], list[Judgement]] = {}
     for j in counting:

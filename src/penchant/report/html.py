@@ -223,10 +223,15 @@ def digest(content: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
 
 
+def styles() -> str:
+    """The page's stylesheet: what the studio shares, then its own."""
+    return asset("shared.css") + asset("page.css")
+
+
 def policy() -> str:
     """The page's content security policy."""
     return (
-        f"default-src 'none'; style-src {digest(asset('page.css'))}; script-src {digest(asset('page.js'))}; "
+        f"default-src 'none'; style-src {digest(styles())}; script-src {digest(asset('page.js'))}; "
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
 
@@ -242,6 +247,6 @@ def document(title: str, body: str, head: str = "") -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{escape(policy(), quote=False)}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="referrer" content="no-referrer">\n<meta name="generator" content="penchant">\n'
-        f"{head}<title>{escape(visible(title))}</title>\n<style>{asset('page.css')}</style>\n</head>\n<body>\n{body}"
+        f"{head}<title>{escape(visible(title))}</title>\n<style>{styles()}</style>\n</head>\n<body>\n{body}"
         "</body>\n</html>\n"
     )

@@ -20,17 +20,16 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from penchant.serve import openai
-from penchant.serve.http import names_this_machine, read_body
+from penchant.serve.http import CLIENT_GONE, answer, names_this_machine, read_body
 from penchant.serve.model import ChatModel, TemplateRefused
 from penchant.serve.openai import ApiError, ChatRequest, Json, Prompt, Responses, TextRequest, as_json, invalid
 from penchant.serve.stream import Completions, Piece
 
 T = TypeVar("T")
 log = logging.getLogger("penchant.serve")
-CLIENT_GONE = 499  # as nginx logs it
 
 
 # ---- the model's thread ----
@@ -153,35 +152,16 @@ class App:
         self._starlette.router.redirect_slashes = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Check who asks, answer, and write a line to the log that holds no text of the client's."""
-        if scope["type"] != "http":
-            raise RuntimeError("only HTTP is served")
-        began, status = time.perf_counter(), 0
-
-        async def send_with_headers(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers.update({"cache-control": "no-store", "x-content-type-options": "nosniff"})
-                if status >= 400:
-                    headers["connection"] = "close"
-            await send(message)
-
-        scope.setdefault("state", {})
-        try:
-            refused = self._refusal(Headers(scope=scope), scope["path"])
-            answer = self._starlette if refused is None else _response(refused)
-            await answer(scope, receive, send_with_headers)
-        except Exception:
-            log.exception("a request failed")
-            if not status:
-                error = ApiError(500, "something went wrong in the server", kind="server_error")
-                await _response(error)(scope, receive, send_with_headers)
-        path = scope["path"]
+        """Check who asks, and answer."""
+        path = scope.get("path", "")
         known = path if path in PATHS else "/v1/models" if path.startswith("/v1/models/") else "(unknown)"
-        status = scope["state"].get("status", status)
-        log.info("%s %s %d %.1f s", scope["method"], known, status, time.perf_counter() - began)
+        failed = _response(ApiError(500, "something went wrong in the server", kind="server_error"))
+        by = partial(self._by, scope)
+        await answer(scope, receive, send, by=by, failed=failed, headers=_headers, log=log, path=known)
+
+    def _by(self, scope: Scope) -> ASGIApp:
+        refused = self._refusal(Headers(scope=scope), scope["path"])
+        return self._starlette if refused is None else _response(refused)
 
     def _refusal(self, headers: Headers, path: str) -> ApiError | None:
         """Why this request is not answered at all."""
@@ -399,6 +379,12 @@ class _EventStream(StreamingResponse):
 
 
 # ---- errors ----
+
+
+def _headers(status: int, headers: MutableHeaders) -> None:
+    headers.update({"cache-control": "no-store", "x-content-type-options": "nosniff"})
+    if status >= 400:
+        headers["connection"] = "close"
 
 
 def _response(error: ApiError) -> Response:

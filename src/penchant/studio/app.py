@@ -7,7 +7,6 @@ import hashlib
 import hmac
 import logging
 import secrets
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,20 +21,20 @@ from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from penchant import __version__
 from penchant.base.files import ANYWHERE, disk_error
-from penchant.base.text import told
 from penchant.errors import PenchantError
 from penchant.report.html import text_html, visible
-from penchant.serve.http import names_this_machine, read_body
+from penchant.serve.http import CLIENT_GONE, answer, names_this_machine, read_body
 
 log = logging.getLogger("penchant.studio")
 HERE = Path(__file__).parent
+SHARED = HERE.parent / "report" / "shared.css"  # the stylesheet of the report and the studio
 BODY, BODY_SECONDS = 1 << 20, 30.0  # of a form
 CHANGES = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 WEEK = 7 * 24 * 3600
@@ -95,6 +94,7 @@ class Studio:
         routes: list[BaseRoute] = [
             Route("/", self._home),
             Route("/login", self._login, methods=["GET", "POST"]),
+            Route(f"/static/{SHARED.name}", _shared),
             Mount("/static", StaticFiles(directory=HERE / "static")),
             *(route for area in self.areas for route in area.routes),
         ]
@@ -157,7 +157,8 @@ class Studio:
     @staticmethod
     def _asset(name: str) -> str:
         """The address of a static file, which changes with its content."""
-        return f"/static/{name}?{int((HERE / 'static' / name).stat().st_mtime)}"
+        file = SHARED if name == SHARED.name else HERE / "static" / name
+        return f"/static/{name}?{int(file.stat().st_mtime)}"
 
     # ---- who may look ----------------------------------------------------------------------------------------------
 
@@ -198,32 +199,21 @@ class Studio:
         return RedirectResponse(self.areas[0].path, 303)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Check who asks, answer, and write a line to the log that holds no text of anybody's."""
-        if scope["type"] != "http":
-            raise RuntimeError("only HTTP is served")
-        began, status = time.perf_counter(), 0
+        """Check who asks, and answer."""
+        path = scope.get("path", "")
 
-        async def send_with_headers(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                headers = MutableHeaders(scope=message)
-                if scope["path"].startswith("/static/"):
-                    headers["cache-control"] = "private, max-age=86400"
-                for name, value in HEADERS.items():
-                    headers.setdefault(name, value)
-            await send(message)
+        def headers(status: int, given: MutableHeaders) -> None:
+            if path.startswith("/static/"):
+                given["cache-control"] = "private, max-age=86400"
+            for name, value in HEADERS.items():
+                given.setdefault(name, value)
 
-        try:
-            answer = self._refusal(Request(scope, receive)) or self._starlette
-            await answer(scope, receive, send_with_headers)
-        except Exception as error:
-            log.error("a request failed: %s", told(error), exc_info=error)
-            if not status:
-                await PlainTextResponse("something went wrong in the studio; its log says what", 500)(
-                    scope, receive, send_with_headers
-                )
-        log.info("%s %s %d %.2f s", scope["method"], visible(scope["path"])[:80], status, time.perf_counter() - began)
+        def by() -> ASGIApp:
+            return self._refusal(Request(scope, receive)) or self._starlette
+
+        failed = PlainTextResponse("something went wrong in the studio; its log says what", 500)
+        shown = visible(path)[:80]
+        await answer(scope, receive, send, by=by, failed=failed, headers=headers, log=log, path=shown)
 
     def _refusal(self, request: Request) -> Response | None:
         """The answer to a request that reaches no page."""
@@ -297,8 +287,12 @@ def can_be_linked(name: str) -> bool:
     return not any("\ud800" <= c <= "\udfff" for c in name)
 
 
+async def _shared(_: Request) -> Response:
+    return FileResponse(SHARED)
+
+
 async def _gone(_: Request, __: Exception) -> Response:
-    return Response(status_code=499)  # nobody reads it, but the log does
+    return Response(status_code=CLIENT_GONE)  # nobody reads it, but the log does
 
 
 async def form(request: Request, most: int = BODY) -> dict[str, str]:

@@ -92,13 +92,13 @@ class Rooms:
         with arena.lock:
             order = arena.preferences.refresh().records.get(annotator, 0)
             had = self.held.get(me)
-            item = item_of(arena, annotator, had.pair) if had is not None and had.order == order else None
+            others = {
+                held.pair
+                for (name, who), held in list(self.held.items())
+                if name == arena.name and who != annotator and now - held.since < HELD_SECONDS
+            }
+            item = item_of(arena, annotator, had.pair, others) if had is not None and had.order == order else None
             if item is None:
-                others = {
-                    held.pair
-                    for (name, who), held in list(self.held.items())
-                    if name == arena.name and who != annotator and now - held.since < HELD_SECONDS
-                }
                 item = next_item(arena, annotator, others)
                 self.hold(arena, annotator, item)
             return item
@@ -268,7 +268,7 @@ def _take(arena: Arena, annotator: str, given: list[tuple[str, str]]) -> str:
 
     A second verdict on one showing (a key pressed twice, a second window, a crash after it was written) changes nothing.
     """
-    with arena.lock:
+    with arena.turn():
         return _taken(arena, annotator, given)
 
 
@@ -317,7 +317,7 @@ def _taken(arena: Arena, annotator: str, given: list[tuple[str, str]]) -> str:
 
 def _take_back(rooms: Rooms, arena: Arena, annotator: str, order: str) -> str:
     """Undo somebody's last word, once; what is to be said about it."""
-    with arena.lock:
+    with arena.turn():
         mine = arena.preferences.refresh().of(annotator)
         if not mine or order != str(arena.preferences.records.get(annotator, 0)):
             return "There is nothing to take back."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,14 +21,15 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from penchant.base.text import gigabytes
+from penchant.data.audit.fix import ALWAYS, DEFAULT
 from penchant.data.layouts import LAYOUTS
 from penchant.data.read import ending
-from penchant.errors import ConfigError, PenchantError
+from penchant.errors import ConfigError, DataError, PenchantError
 from penchant.runfolder import CONFIG
 from penchant.runfolder.read import json_object, read
 from penchant.runfolder.values import mapping, sequence, text
 from penchant.studio.app import Area, Studio, form
-from penchant.studio.launch import command, environment, place_of, suggestions
+from penchant.studio.launch import Children, command, environment, last_words, place_of, suggestions
 from penchant.studio.rows import (
     ROWS,
     Edits,
@@ -47,6 +49,7 @@ from penchant.studio.rows import (
 )
 
 OPEN = 8  # files that are kept open
+COUNTS = 0.05  # seconds for which a page counts its file's rows: the whole of most files
 PLACES = 1000  # of an audit's finding that a filter can show
 ROW_BYTES = 4 << 20  # of a row that a person edits
 HOW = ("template", "template_options", "max_length", "truncation", "add_eos")  # of a run's data, for its tokens
@@ -58,10 +61,13 @@ class Audits:
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="penchant-studio-")
         self._jobs: dict[tuple[Any, ...], tuple[subprocess.Popen[bytes], Path]] = {}
+        self._lock = threading.Lock()
 
     def start(self, root: Path, path: str, shape: str) -> None:
         key = self._key(root / path, shape)
-        if key not in self._jobs:
+        with self._lock:
+            if key in self._jobs:
+                return
             out = Path(self._folder.name) / f"{len(self._jobs)}.json"
             asked = command("data", "audit", f"./{path}", "--json", str(out), "--places", str(PLACES), "--shape", shape)
             with out.with_suffix(".log").open("wb") as log:
@@ -99,7 +105,7 @@ class Data:
     """The area of data."""
 
     def __init__(self, studio: Studio) -> None:
-        self.studio, self.audits = studio, Audits()
+        self.studio, self.audits, self.children = studio, Audits(), Children()
         self._files: OrderedDict[tuple[Path, str], File] = OrderedDict()
         self._edits: dict[str, Edits] = {}
         self._tokenizers: dict[str, Any] = {}
@@ -112,6 +118,7 @@ class Data:
         return [
             Route("/data", self.list),
             Route("/data/view", self.view),
+            Route("/data/row", self.row),
             Route("/data/edit", self.edit, methods=["GET", "POST"]),
             Route("/data/undo", self.undo, methods=["POST"]),
             Route("/data/copy", self.copy, methods=["POST"]),
@@ -120,6 +127,7 @@ class Data:
         ]
 
     def close(self) -> None:
+        self.children.close()
         self.audits.close()
 
     # ---- files -----------------------------------------------------------------------------------------------------
@@ -163,13 +171,15 @@ class Data:
         path, shape = self.path_of(asked.get("file", "")), asked.get("shape", "auto")
         word, only, start = asked.get("q", "").strip()[:500], asked.get("only", ""), _number(asked.get("line"), 1)
         file = await run_in_threadpool(self.file_of, path, shape)
+        if file.lines is not None:
+            await run_in_threadpool(file.lines.look, None, COUNTS)
         state, audit = self.audits.found(file.path, shape)
         findings = {name: f for name, f in mapping(audit.get("findings")).items() if sequence(mapping(f).get("where"))}
         made = await run_in_threadpool(self.edits_of(path).made)
         look = partial(self._page, file, start, word, only, findings, made)
         page = await run_in_threadpool(look)
         offered = await run_in_threadpool(suggestions, self.studio.folder)
-        items = [_marked(item, made) for item in page.items]
+        items = [_marked(file, item, made) for item in page.items]
         here = {"file": path, **({"shape": shape} if shape != "auto" else {})}
         filters = {k: v for k, v in (("q", word), ("only", only), ("show", asked.get("show", ""))) if v}
         return self.studio.page(
@@ -177,7 +187,7 @@ class Data:
             only=only, show=asked.get("show", ""), layouts=[*LAYOUTS], here=urlencode(here),
             link=lambda **more: "/data/view?" + urlencode({**here, **filters, **{k: v for k, v in more.items() if v}}),
             findings=findings, audit=state, edits=made, models=offered["model.path"],
-            tokenizer=asked.get("tokenizer", ""), back=max(1, start - ROWS), copy_name=_copy_name(path),
+            tokenizer=asked.get("tokenizer", ""), back=max(1, start - ROWS), copy_name=_copy_name(path), anew=False,
         )  # fmt: skip
 
     def _page(
@@ -225,8 +235,10 @@ class Data:
             known = edits.made().get(where)
             said = as_json(item.values if known is None or known.values is None else known.values)
             return self.studio.page(request, "data_edit.html", item=item, said=said, **values)
-        if item.values is None:
-            raise HTTPException(400, "this row cannot be edited")
+        if not file.editable(item):
+            raise HTTPException(
+                400, "this row cannot be edited: several rows make an example together, or one makes several"
+            )
         if given.get("action") == "drop":
             await run_in_threadpool(edits.add, where, "dropped", sum_of(item))
         else:
@@ -244,6 +256,14 @@ class Data:
             await run_in_threadpool(edits.add, where, "changed", sum_of(item), row)
         return await self._row(request, file, path, shape, item)
 
+    async def row(self, request: Request) -> Response:
+        """A row as it is shown."""
+        asked = request.query_params
+        path, shape, where = self.path_of(asked.get("file", "")), asked.get("shape", "auto"), asked.get("where", "")
+        file = await run_in_threadpool(self.file_of, path, shape)
+        item = await run_in_threadpool(self._item, file, where, _number(asked.get("line"), 1))
+        return await self._row(request, file, path, shape, item)
+
     async def undo(self, request: Request) -> Response:
         """Take an edit back."""
         given = await form(request)
@@ -258,12 +278,15 @@ class Data:
         return self.studio.page(
             request,
             "data_row.html",
-            item=_marked(item, made),
+            item=_marked(file, item, made),
+            file=file,
             name=path,
             shape=shape,
             show="",
             edits=made,
             tokenizer="",
+            copy_name=_copy_name(path),
+            anew=True,
         )
 
     async def copy(self, request: Request) -> Response:
@@ -271,10 +294,15 @@ class Data:
         given = await form(request)
         path, shape = self.path_of(given.get("file", "")), given.get("shape", "auto")
         output = self.studio.inside(given.get("output", "").strip() or ".")
-        file = await run_in_threadpool(self.file_of, path, shape)
-        done = await run_in_threadpool(self.edits_of(path).copy, file, output, given.get("also") == "on")
-        copied, touched = (self.studio.relative(p) for p in (done.output, done.touched))
-        return self.studio.page(request, "data_copied.html", done=done, copied=copied, touched=touched)
+        copied = self.studio.relative(output)
+        keep = [] if given.get("also") == "on" else ["--keep", ",".join(name for name in DEFAULT if name != ALWAYS)]
+        edits = str(self.edits_of(path).file)
+        fix = command("data", "fix", f"./{path}", f"./{copied}", "--edits", edits, "--shape", shape, *keep)
+        done = await run_in_threadpool(self.children.run, fix, self.studio.folder)
+        if done.returncode:
+            raise DataError("the copy", last_words(done))
+        touched = f"{copied}.touched.jsonl"
+        return self.studio.page(request, "data_copied.html", said=done.stdout.decode(), copied=copied, touched=touched)
 
     # ---- audit and tokens ------------------------------------------------------------------------------------------
 
@@ -327,9 +355,15 @@ class Data:
         return self._tokenizers[path], how
 
 
-def _marked(item: Item, made: Mapping[str, Any]) -> Item:
+def _marked(file: File, item: Item, made: Mapping[str, Any]) -> Item:
+    """A row as it will stand in the copy."""
     known = made.get(item.where)
-    return item if known is None else replace(item, edited="dropped" if known.values is None else "changed")
+    if known is None:
+        return item
+    if known.values is None or file.grouped:
+        return replace(item, edited="dropped" if known.values is None else "changed")
+    became = file.convert(known.values, item.where)
+    return replace(item, edited="changed", raw=known.values, trees=became.trees, aside=became.aside)
 
 
 def _hidden(name: str, shape: str, item: Item) -> Markup:

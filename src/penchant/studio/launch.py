@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -24,7 +26,17 @@ from penchant.data.read import ending
 from penchant.errors import CheckpointError, ConfigError
 from penchant.losses import LOSSES
 from penchant.losses.page import parameters
-from penchant.runfolder import CHECKPOINTS, COMPARISON, COMPARISON_ROWS, CONFIG, CONSOLE, PIPELINE, SWEEP, make_folder
+from penchant.runfolder import (
+    CHECKPOINTS,
+    COMPARISON,
+    COMPARISON_ROWS,
+    CONFIG,
+    CONSOLE,
+    PIPELINE,
+    SUMS,
+    SWEEP,
+    make_folder,
+)
 from penchant.runfolder.read import holder, lock_of, read
 from penchant.runfolder.values import flat, mapping, text
 from penchant.studio.app import can_be_linked
@@ -45,7 +57,7 @@ FIRST = (  # keys that nearly every run sets; the others lie folded in their sec
     ),
     *("train.batch_size", "data.max_length", "data.validation_fraction"),
 )
-NO_ROWS = frozenset({SWEEP, "sweep.jsonl", PIPELINE, COMPARISON, COMPARISON_ROWS})
+NO_ROWS = frozenset({SWEEP, "sweep.jsonl", PIPELINE, COMPARISON, COMPARISON_ROWS, SUMS})
 SUGGESTED = 200  # files and models that a field offers
 
 
@@ -99,7 +111,7 @@ def values_of(fields: Sequence[tuple[str, str]]) -> tuple[dict[str, Any], dict[t
         key, equals, value = line.partition("=")
         if not equals:
             raise ConfigError(
-                "further settings", f"{printable(line[:80])} is no setting", "write key.path=value on each line"
+                "further settings", f"{printable(line[:80])} is not a setting", "write key.path=value on each line"
             )
         given.append((key.strip(), value))
     values: dict[str, Any] = {}
@@ -133,7 +145,7 @@ def draft(root: Path, fields: Sequence[tuple[str, str]]) -> Draft:
     """What the form asks for, checked as a config is.
 
     Raises:
-        ConfigError: it is no config, or the run's folder is not inside the studio's.
+        ConfigError: it is not a config, or the run's folder is not inside the studio's.
     """
     values, places = values_of(fields)
     output = values.get("output")
@@ -213,6 +225,43 @@ def place_of(root: Path, config: Mapping[str, Any]) -> Path:
 
 
 PLAN_SECONDS = 300.0  # that a plan may take
+LETS_GO = 20.0  # seconds for which a run that was asked to end may hold its folder
+
+
+class Children:
+    """Processes whose end a request waits for: what takes long, or might end badly, is not done in the studio's own."""
+
+    def __init__(self) -> None:
+        self._going: set[subprocess.Popen[bytes]] = set()
+
+    def run(self, asked: Sequence[str], root: Path, seconds: float | None = None) -> subprocess.CompletedProcess[bytes]:
+        """A command, run to its end in a folder.
+
+        Raises:
+            subprocess.TimeoutExpired: it took longer than these seconds.
+        """
+        pipe = subprocess.PIPE
+        with subprocess.Popen(
+            asked, cwd=root, env=environment(), stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe
+        ) as made:
+            self._going.add(made)
+            try:
+                out, said = made.communicate(timeout=seconds)
+            finally:
+                self._going.discard(made)
+                made.kill()
+        return subprocess.CompletedProcess(asked, made.returncode, out, said)
+
+    def close(self) -> None:
+        """End those that are under way."""
+        for one in [*self._going]:
+            one.kill()
+
+
+def last_words(done: subprocess.CompletedProcess[bytes]) -> str:
+    """The last line of what a command said when it failed."""
+    lines = done.stderr.decode(errors="replace").strip().splitlines()
+    return lines[-1].removeprefix("penchant: ") if lines else "failed"
 
 
 @dataclass
@@ -225,8 +274,10 @@ class Processes:
 
     root: Path
     started: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
-    _planning: subprocess.Popen[bytes] | None = None
+    children: Children = field(default_factory=Children)
     _written: dict[str, str] = field(default_factory=dict)  # configs, by their paths
+    _stopped: set[str] = field(default_factory=set)  # those that were asked to end and not started again
+    _lock: threading.Lock = field(default_factory=threading.Lock)  # two clicks start one process
 
     def start(self, made: Draft) -> None:
         """Write the config beside the run's folder, and train.
@@ -234,6 +285,10 @@ class Processes:
         Raises:
             CheckpointError: there is a run already, or another config.
         """
+        with self._lock:
+            self._start_anew(made)
+
+    def _start_anew(self, made: Draft) -> None:
         folder, file = self.root / made.folder, self.root / made.file
         if self.running(made.folder):  # a second click, or a second window
             raise CheckpointError(made.folder, "was started already", "look at it among the runs")
@@ -248,18 +303,23 @@ class Processes:
         self._start(made.folder, [f"./{made.file}"])
 
     def resume(self, path: str) -> None:
-        """Go on with a run whose process is gone.
+        """Go on with a run whose process is gone, or goes: one that was stopped may still write its checkpoint.
 
         Raises:
             CheckpointError: it goes on already, or its config is gone.
         """
         folder = self.root / path
-        if lock_of(folder) != "free" or self.running(path):
-            raise CheckpointError(path, "another process holds this run", "wait for it, or stop it")
+        until = time.monotonic() + (LETS_GO if path in self._stopped else 0)
+        while (lock_of(folder) != "free" or self.running(path)) and time.monotonic() < until:
+            time.sleep(0.1)
         if not (folder / CONFIG).is_file():
             raise CheckpointError(path, f"has no {CONFIG}", "start it again with its own config")
         place = place_of(self.root, read(folder).config)
-        self._start(path, [str(folder / CONFIG), f"output={json.dumps(str(folder))}"], place)
+        with self._lock:
+            if lock_of(folder) != "free" or self.running(path):
+                raise CheckpointError(path, "another process holds this run", "wait for it, or stop it")
+            self._stopped.discard(path)
+            self._start(path, [str(folder / CONFIG), f"output={json.dumps(str(folder))}"], place)
 
     def _start(self, path: str, arguments: Sequence[str], place: Path | None = None) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -290,6 +350,11 @@ class Processes:
             process.terminate()
         else:
             raise CheckpointError(path, "no process of this machine trains it", "it has ended, or runs elsewhere")
+        self._stopped.add(path)
+
+    def stopped(self, path: str) -> bool:
+        """Whether it was asked to end, and not started again since."""
+        return path in self._stopped
 
     def running(self, path: str) -> bool:
         """Whether a process that was started here still is there."""
@@ -322,24 +387,16 @@ class Processes:
             file = Path(folder) / "form.yaml"
             file.write_text(text, encoding="utf-8")
             asked = command("plan", str(file), "--json", *([] if probe else ["--no-probe"]))
-            pipe = subprocess.PIPE
-            with subprocess.Popen(asked, cwd=self.root, env=environment(), stdout=pipe, stderr=pipe) as made:
-                self._planning = made
-                try:
-                    out, said = made.communicate(timeout=PLAN_SECONDS)
-                except subprocess.TimeoutExpired as error:
-                    how = "run penchant plan in a terminal"
-                    raise ConfigError("plan", f"took more than {PLAN_SECONDS:.0f} s", how) from error
-                finally:
-                    self._planning = None
-                    made.kill()
-        if made.returncode:
-            words = said.decode(errors="replace").strip().replace(str(file), FORM)
-            raise ConfigError("plan", words.splitlines()[-1] if words else "failed")
-        found: dict[str, Any] = json.loads(out)
+            try:
+                done = self.children.run(asked, self.root, PLAN_SECONDS)
+            except subprocess.TimeoutExpired as error:
+                how = "run penchant plan in a terminal"
+                raise ConfigError("plan", f"took more than {PLAN_SECONDS:.0f} s", how) from error
+        if done.returncode:
+            raise ConfigError("plan", last_words(done).replace(str(file), FORM))
+        found: dict[str, Any] = json.loads(done.stdout)
         return found
 
     def close(self) -> None:
         """End a plan that is being made; runs live on."""
-        if (planning := self._planning) is not None:
-            planning.kill()
+        self.children.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -10,7 +11,8 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from itertools import combinations
@@ -20,7 +22,7 @@ from typing import Any
 from penchant.base.files import aside_of, file_sha256, fsync, write_atomically, write_text_atomically, writing
 from penchant.errors import DataError
 from penchant.judges.humans import PREFERENCES, Preferences, prompt_key
-from penchant.runfolder import COMPARISON, COMPARISON_ROWS, SAMPLES
+from penchant.runfolder import COMPARISON, COMPARISON_ROWS, LOCK, SAMPLES
 from penchant.runfolder.read import json_object, read_lines, read_text
 from penchant.runfolder.values import mapping
 
@@ -91,7 +93,7 @@ class Arena:
     """One arena's folder.
 
     Args:
-        lock: held from looking at what comes next to writing what was said of it.
+        lock: held while it is looked at what comes next.
     """
 
     folder: Path
@@ -128,20 +130,40 @@ class Arena:
             pair = _pair_of_row(row)
             if pair is not None:
                 found[pair.id] = pair
-        for row in read_lines(self.folder / WRITTEN)[0]:
-            pair = found.get(str(row.get("pair")))
-            if pair is not None and pair.answers is None:
-                found[pair.id] = with_answers(pair, (str(row.get("answer_a")), str(row.get("answer_b"))))
+        self._add_written(found)
         return found
+
+    def _add_written(self, pairs: dict[str, Pair]) -> None:
+        for row in read_lines(self.folder / WRITTEN)[0]:
+            pair = pairs.get(str(row.get("pair")))
+            if pair is not None and pair.answers is None:
+                pairs[pair.id] = with_answers(pair, (str(row.get("answer_a")), str(row.get("answer_b"))))
 
     @cached_property
     def preferences(self) -> Preferences:
         """What people said."""
         return Preferences(self.folder / PREFERENCES)
 
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Nobody else, in this process or in another studio, says anything from looking at what is there to writing it.
+
+        Raises:
+            DiskError: the folder cannot be written.
+        """
+        with self.lock:
+            with writing(self.folder):
+                handle = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX)  # the kernel drops it when its holder dies
+                yield
+            finally:
+                os.close(handle)
+
     def wrote(self, pair: Pair, answers: tuple[str, str]) -> Pair:
         """Keep answers that were just written; those that somebody else's request wrote first stay."""
-        with self.lock:
+        with self.turn():
+            self._add_written(self.pairs)
             there = self.pairs[pair.id]
             if there.answers is None:
                 row = {"pair": pair.id, "answer_a": answers[0], "answer_b": answers[1]}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import random
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -64,28 +63,34 @@ def next_item(arena: Arena, annotator: str, taken: Collection[str] = ()) -> Item
     open_ = _open(arena, everyone, seen, taken)
     if not open_:
         return None
-    rng = random.Random(f"{settings.seed}\0{annotator}\0{judged.records.get(annotator, 0)}")
-    check, again, which = rng.random(), rng.random(), rng.random()
+    order = judged.records.get(annotator, 0)
+    check, again = (_due(getattr(settings, of), order, settings.seed, of, annotator) for of in ("checks", "repeats"))
     golds = [p for p in arena.pairs.values() if p.gold is not None and p.id not in seen]
     repeated = {j.repeat_of for j in mine}
     old = [j for j in mine[:-REPEAT_AFTER] if j.counts and j.id not in repeated and j.pair in arena.pairs]
-    if golds and mine and check < settings.checks:
+    if golds and mine and check:
         pair = min(golds, key=lambda p: chance(settings.seed, annotator, p.id))
-    elif old and again < settings.repeats:
-        pair = arena.pairs[old[int(which * len(old))].pair]
+    elif old and again:
+        pair = arena.pairs[min(old, key=lambda j: chance(settings.seed, annotator, order, j.id)).pair]
     else:
         pair = _first(arena, everyone, open_)
-    return item_of(arena, annotator, pair.id, len(open_))
+    return item_of(arena, annotator, pair.id, taken)
 
 
-def item_of(arena: Arena, annotator: str, pair: str, to_come: int | None = None) -> Item | None:
+def _due(share: float, order: int, *parts: object) -> bool:
+    """Whether a showing is one of a share of them: somewhere in every ``1 / share`` there is one, so that none has to wait for its luck."""
+    near = range(int(order * share), int((order + 1) * share) + 1) if share else ()
+    return any(order <= (k + chance(*parts, k)) / share < order + 1 for k in near)
+
+
+def item_of(arena: Arena, annotator: str, pair: str, taken: Collection[str] = ()) -> Item | None:
     """A pair as this annotator sees it now; None where there is no such pair, or where nothing is to be said of it any more.
 
     The side is a function of the seed, the annotator and how much was said before: whatever happens between a showing and the word
     on it, also a crash, the answers stand where they stood.
 
     Args:
-        pair: its id; to_come: counted here where it is not known.
+        pair: its id; taken: pairs that others have before them now, which are not to come.
     """
     judged = arena.preferences.refresh()
     mine, found, order = judged.of(annotator), arena.pairs.get(pair), judged.records.get(annotator, 0)
@@ -93,10 +98,9 @@ def item_of(arena: Arena, annotator: str, pair: str, to_come: int | None = None)
     if found is None or len(earlier) > 1 or any(not j.counts for j in earlier):
         return None
     left: Literal["a", "b"] = "a" if chance(arena.settings.seed, "side", annotator, order) < 0.5 else "b"
-    if to_come is None:
-        to_come = len(_open(arena, list(judged.judgements.values()), {j.pair for j in mine}, ()))
+    open_ = _open(arena, list(judged.judgements.values()), {j.pair for j in mine}, taken)
     done = len([j for j in mine if j.repeat_of is None])
-    return Item(found, order, left, earlier[0].id if earlier else None, done, to_come)
+    return Item(found, order, left, earlier[0].id if earlier else None, done, len(open_))
 
 
 def overlaps(arena: Arena, pair: Pair) -> bool:

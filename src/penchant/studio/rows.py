@@ -20,16 +20,15 @@ import numpy as np
 
 from penchant.base.files import append_line, writing
 from penchant.base.text import printable
-from penchant.data.audit.fix import DEFAULT, Edit, Fixed, content_sum, fix
+from penchant.data.audit.fix import Edit, content_sum, read_edits
 from penchant.data.layouts import LAYOUTS
 from penchant.data.layouts.page import NAMES, PAIR_NAMES
 from penchant.data.load import FIRST_ROWS, Converted, Stream, convert_rows, detected
 from penchant.data.read import BadRow, Bounds, Row, ending, read_rows
 from penchant.data.read.json_text import is_lines, json_lines
-from penchant.data.read.source import Source
+from penchant.data.read.source import SHOWN, Source
 from penchant.errors import DataError, PenchantError
-from penchant.runfolder.read import read_lines
-from penchant.runfolder.values import mapping, text
+from penchant.runfolder.values import text
 from penchant.types import Completion, PromptTree
 
 STEP = 256  # lines between two of which the offset is kept
@@ -245,6 +244,7 @@ class File:
         if offset is None:
             return [], start, True
         kept: list[tuple[int, bytes]] = []
+        too_long: set[int] = set()
         held, number, end, until = 0, start - 1, False, time.monotonic() + SECONDS
         with self.path.open("rb") as file:
             file.seek(offset)
@@ -254,7 +254,13 @@ class File:
                     end = True
                     break
                 number += 1
-                if line.strip() and (not word or word in line.lower()):
+                if len(line) > self.bounds.bytes + 1 and not line.endswith(b"\n"):
+                    too_long.add(number)
+                    while (rest := file.readline(BLOCK)) and not rest.endswith(b"\n"):
+                        pass
+                    if not word:
+                        kept.append((number, line[:SHOWN]))
+                elif line.strip() and (not word or word in line.lower()):
                     kept.append((number, line))
                     held += len(line)
                 if number % 1000 == 0 and time.monotonic() > until:
@@ -263,6 +269,11 @@ class File:
         rows: list[Row | BadRow] = []
         for at, line in kept:  # each by itself: what stands in one line must not change how another is read
             source = Source(io.BytesIO(line), self.name, self.bounds)
+            if at in too_long:
+                found = source.too_long(f"{self.name}:{at}", "the line")
+                what = f"{found.what}, and training refuses the file"
+                rows.append(BadRow(found.where, what, found.how, line.decode("utf-8", "backslashreplace")))
+                continue
             rows += [replace(row, where=f"{self.name}:{at}") for row in json_lines(source)]
         return rows, max(number, start), end
 
@@ -278,6 +289,10 @@ class File:
         made = convert_rows(rows, layout, layout.settings({}), self.columns)
         for row, of_row, number in zip(rows, made, numbers, strict=True):
             yield _kept_aside(row, number) or _item(of_row, number)
+
+    def editable(self, item: Item) -> bool:
+        """Whether a copy can have another row in the place of this one: it is an example by itself."""
+        return item.values is not None and not self.grouped and len(item.trees) <= 1
 
     def convert(self, values: Mapping[str, Any], where: str) -> Item:
         """What a row would become."""
@@ -441,15 +456,7 @@ class Edits:
 
     def made(self) -> dict[str, Edit]:
         """By a row's place, the last one of each."""
-        found: dict[str, Edit] = {}
-        for row in read_lines(self.file)[0]:
-            where, action = text(row.get("where")), row.get("action")
-            if action in ("changed", "dropped"):
-                values = mapping(row.get("row")) if action == "changed" else None
-                found[where] = Edit(values, text(row.get("was")))
-            else:
-                found.pop(where, None)
-        return found
+        return read_edits(self.file) if self.file.is_file() else {}
 
     def add(self, where: str, action: str, was: str = "", row: Mapping[str, Any] | None = None) -> None:
         """Write one down: ``changed``, ``dropped`` or ``undone``."""
@@ -462,18 +469,6 @@ class Edits:
         with self._lock, writing(self.file):
             self.file.parent.mkdir(parents=True, exist_ok=True)
             append_line(self.file, told | ({"row": dict(row)} if row is not None else {}))
-
-    def copy(self, file: File, output: Path, also: bool) -> Fixed:
-        """The corrected copy, with a record of every row that is other or gone.
-
-        Args:
-            also: whether the safe rules of `penchant data fix` apply too.
-
-        Raises:
-            DataError: as `fix`.
-        """
-        how: dict[str, Any] = {"shape": file.shape, "edits": self.made(), "drop": DEFAULT if also else ()}
-        return fix(str(self.root / self.path), output, **how)
 
 
 def read_edited(said: str) -> dict[str, Any]:

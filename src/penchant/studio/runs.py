@@ -40,6 +40,7 @@ REPORT_POLICY = (
     "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
 )
+ENDING = "it was asked to end, and writes a checkpoint first"
 ENDED_EARLY = ("stopped", "interrupted", "paused")
 STATES = {"running": "good", "preparing": "good", "stopped": "bad", "interrupted": "warn", "paused": "warn"}
 
@@ -59,6 +60,7 @@ class Runs:
         return [
             Route("/runs", self.list),
             Route("/runs/view", self.view),
+            Route("/runs/actions", self.actions),
             Route("/runs/group", self.group),
             Route("/runs/feed", self.feed),
             Route("/runs/samples", self.samples),
@@ -104,7 +106,7 @@ class Runs:
         facts = {}
         for path in paths:
             view = await run_in_threadpool(self.shelf.followed, path)
-            facts[path] = {**facts_of(view, path), "method": view.method, "open": view.state in OPEN_STATES}
+            facts[path] = {**facts_of(view, path), "method": view.method}
         values: dict[str, Any] = {
             "paths": paths,
             "facts": facts,
@@ -112,13 +114,27 @@ class Runs:
             "left_out": len(asked) - len(paths),
         }
         if len(paths) == 1:
-            folder = self.studio.inside(paths[0])
-            failure = "" if facts[paths[0]]["open"] else self.processes.failure(paths[0])
-            state = facts[paths[0]]["state"]
-            values |= {"config": read_text(self.studio.inside(f"{paths[0]}/{CONFIG}"))[:100_000], "failure": failure}
-            values |= {"can_stop": lock_of(folder) == "held" or self.processes.running(paths[0])}
-            values |= {"can_resume": not values["can_stop"] and state in ENDED_EARLY and (folder / CONFIG).is_file()}
+            values |= {"config": read_text(self.studio.inside(f"{paths[0]}/{CONFIG}"))[:100_000]}
+            values |= self._can(paths[0], facts[paths[0]]["state"])
         return self.studio.page(request, "run.html" if len(paths) == 1 else "overlay.html", **values)
+
+    def _can(self, path: str, state: str) -> dict[str, Any]:
+        """What can be done with a run, and what went wrong with its process."""
+        folder = self.studio.inside(path)
+        held = lock_of(folder) == "held" or self.processes.running(path)
+        ends = not held or self.processes.stopped(path)
+        return {
+            "failure": "" if state in OPEN_STATES else self.processes.failure(path),
+            "can_stop": held and not ends,
+            "ending": ENDING if held and ends else "",
+            "can_resume": ends and state in ENDED_EARLY and (folder / CONFIG).is_file(),
+        }
+
+    async def actions(self, request: Request) -> Response:
+        """The buttons of a run's page, when what can be done has changed."""
+        path = self.run_of(request.query_params.get("run", ""))
+        view = await run_in_threadpool(self.shelf.followed, path)
+        return self.studio.page(request, "run_actions.html", run=path, **self._can(path, view.state))
 
     async def group(self, request: Request) -> Response:
         """A sweep, a pipeline or a comparison."""
@@ -234,7 +250,7 @@ class Runs:
     async def stop(self, request: Request) -> Response:
         path = self._asked(await form(request))
         self.processes.stop(path)
-        return Response("it was asked to end, and writes a checkpoint first", media_type="text/plain")
+        return Response(ENDING, media_type="text/plain")
 
     async def resume(self, request: Request) -> Response:
         path = self._asked(await form(request))

@@ -323,6 +323,7 @@ def facts_of(view: RunView, path: str) -> dict[str, Any]:
             for flag in mappings(view.flags)
         ],
         "samples": len(view.samples),
+        "lock": lock_of(view.folder),
     }
 
 

@@ -31,6 +31,7 @@ from penchant.config.several import Member, read_section, read_top, read_values
 from penchant.errors import ConfigError
 from penchant.losses import LOSSES
 from penchant.metrics.names import higher_is_better
+from penchant.sweep.cluster import ClusterConfig, read_cluster
 from penchant.sweep.halving import Halving, check_metric, read_halving
 from penchant.sweep.search import Range, SearchConfig
 
@@ -134,7 +135,7 @@ def short_keys(keys: Sequence[str]) -> dict[str, str]:
 # ---- A sweep's config: one run's config, what varies in it, and the runs that follow, each named by what it varies ----
 
 SHAPE = "a sweep is a mapping with output, base and one or more of grid, runs and search; see docs/sweep.md"
-KEYS = ("output", "base", "grid", "runs", "search", "halving", "metric", "direction")
+KEYS = ("output", "base", "grid", "runs", "search", "halving", "metric", "direction", "cluster")
 SEED = "train.seed"
 BASE = "base"  # the name of the one variant of a sweep without `runs`
 
@@ -170,7 +171,7 @@ class Sweep:
     Args:
         runs: in the order in which they are trained; empty for a search.
         metric, higher: what is best, and whether higher is better.
-        halving: how settings are stopped early, or None; search: its settings, or None; trial: the run of a search by number and ``{key: value}``.
+        cluster: who trains the runs; halving: how settings are stopped early, or None; search: its settings, or None; trial: the run of a search by number and ``{key: value}``.
     """
 
     source: str
@@ -179,6 +180,7 @@ class Sweep:
     metric: str
     higher: bool
     place_of_metric: str
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     halving: Halving | None = None
     search: SearchConfig | None = None
     trial: Callable[[int, Mapping[str, Any]], SweepRun] | None = field(default=None, compare=False)
@@ -220,10 +222,12 @@ def load_sweep(given: Mapping[str, Any] | str | Path, overrides: Sequence[str] =
     _check_names(runs, source)
     for run in runs:
         _check_run(run)
-    metric, higher, place = _metric(values, places, source, [r.config for r in runs])
+    configs = [r.config for r in runs]
+    metric, higher, place = _metric(values, places, source, configs)
+    cluster = read_cluster(values, places, source, configs)
     settings = {r.setting: r.config for r in reversed(runs)}
     halving = read_halving(values, places, source, settings, metric, higher)
-    return Sweep(source, maker.output, runs, metric, higher, place, halving)
+    return Sweep(source, maker.output, runs, metric, higher, place, cluster, halving)
 
 
 def _of_a_run(values: dict[str, Any], places: Places) -> tuple[dict[str, Any], Places]:
@@ -414,7 +418,8 @@ def _search(values: Mapping[str, Any], places: Places, source: str, maker: _Make
         made = trial(0, corner)
         _check_run(made)
         configs.append(made.config)
-    return Sweep(source, maker.output, (), *_metric(values, places, source, configs), None, config, trial)
+    cluster = read_cluster(values, places, source, configs)
+    return Sweep(source, maker.output, (), *_metric(values, places, source, configs), cluster, None, config, trial)
 
 
 def _corners(space: Mapping[str, Range | list[Any]]) -> Iterator[dict[str, Any]]:

@@ -29,11 +29,12 @@ from penchant.runs.state import (
     read_state,
 )
 from penchant.sweep import Sweep, SweepRun
+from penchant.sweep.cluster import Cluster, open_cluster
 from penchant.sweep.halving import Halving, Standing, standings
 from penchant.sweep.search import SearchConfig, draw
 from penchant.sweep.table import Table, make_table
-from penchant.sweep.worker import train_one
-from penchant.sweep.workers import Finished, Workers
+from penchant.sweep.worker import result_of, train_one
+from penchant.sweep.workers import Finished, Jobs, Workers
 from penchant.training.checkpoint import latest_checkpoint
 from penchant.training.console import PlainConsole, QuietConsole, duration
 from penchant.training.loop import Interrupted
@@ -201,7 +202,7 @@ def _refusal(run: SweepRun, why: str) -> CheckpointError:
 
 # ---- Running a sweep: its runs one after another in this process, or n at a time in others, each skipped, resumed or trained ----
 
-WORDS = {"done": "unchanged", "run": "to run", "resume": "to continue", "changed": "CHANGED"}
+WORDS = {"done": "unchanged", "run": "to run", "resume": "to continue", "wait": "to wait for", "changed": "CHANGED"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,16 +248,22 @@ class SweepConductor:
     """One call of a sweep.
 
     Args:
-        sweep: checked; jobs: runs at a time; quiet: no progress; look: see `Run`.
+        sweep: checked; jobs: runs at a time, None: one here, and all of a grid at once on a cluster; quiet: no progress; look: see `Run`.
     """
 
     def __init__(
-        self, sweep: Sweep, *, jobs: int = 1, quiet: bool = False, look: Callable[[Run], str | None] | None = None
+        self,
+        sweep: Sweep,
+        *,
+        jobs: int | None = None,
+        quiet: bool = False,
+        look: Callable[[Run], str | None] | None = None,
     ) -> None:
-        if jobs < 1:
+        if jobs is not None and jobs < 1:
             raise ConfigError("--jobs", f"is {jobs}", "give 1 or more")
         self.sweep = sweep
-        self.jobs = jobs
+        self.away = sweep.cluster.on != "local"
+        self.jobs = jobs or (max(1, len(sweep.runs)) if self.away else 1)
         self.quiet = quiet
         self.console = QuietConsole() if quiet else PlainConsole()
         self.look, self._looked = look, set[str]()
@@ -267,6 +274,7 @@ class SweepConductor:
         self._inputs: dict[str, Inputs] = {}
         self._steps: dict[str, int] = {}  # of each whole run
         self._trained: list[float] = []  # seconds of each run of this call, or of this rung
+        self._clusters: dict[str, Cluster] = {}
         self.rung = 0  # the one to which runs are trained now; 0: to the end, without halving
 
     # ---- before anything trains -----------------------------------------------------------------------------------
@@ -326,11 +334,47 @@ class SweepConductor:
     def plan(self) -> list[Planned]:
         """What would be done with each run, in order; nothing is trained or written."""
         halved = self.sweep.halving is not None
-        planned = [judge_run(run, self.state.runs.get(run.name), self.inputs(run), halved) for run in self.known_runs()]
+        planned = [
+            self._in_a_job(run, judge_run(run, self.state.runs.get(run.name), self.inputs(run), halved))
+            for run in self.known_runs()
+        ]
         if self.sweep.halving is not None:
             for run in self.sweep.runs:
                 self._rungs(self.sweep.halving, run)
         return planned
+
+    def _sent(self, run: SweepRun) -> Mapping[str, Any] | None:
+        """The job that a run is in, or was in when it ended while nobody was waiting for it."""
+        record = self.state.runs.get(run.name, {})
+        job = record.get("job") if record.get("state") == "running" else None
+        if job is None or result_of(Path(job["order"])).exists():
+            return job
+        return job if self._cluster(job["on"]).ended(job["id"]) is None else None
+
+    def _cluster(self, on: str) -> Cluster:
+        if on not in self._clusters:
+            config = self.sweep.cluster
+            self._clusters[on] = open_cluster(config.model_copy(update={"on": on}), self.sweep.output)
+        return self._clusters[on]
+
+    def _in_a_job(self, run: SweepRun, planned: Planned) -> Planned:
+        """What is to be done with a run that a job of a cluster may have: to wait for it.
+
+        Raises:
+            CheckpointError: it has it still, and this call would train it elsewhere.
+        """
+        job = self._sent(run) if planned.action in ("run", "resume") else None
+        if job is None:
+            return planned
+        if job["on"] != self.sweep.cluster.on:
+            if result_of(Path(job["order"])).exists():
+                return planned
+            raise CheckpointError(
+                f"run {run.name}",
+                f"{self._cluster(job['on']).title} {job['id']} has it, and this call trains on {self.sweep.cluster.on}",
+                f"give --on {job['on']} to wait for it, or end that job first",
+            )
+        return Planned(run.name, "wait", f"{self._cluster(job['on']).title} {job['id']} has it")
 
     def _rungs(self, halving: Halving, run: SweepRun) -> list[int]:
         """The steps of a run's rungs, the last one its end; ConfigError where it is too short for them."""
@@ -378,7 +422,18 @@ class SweepConductor:
             self._say_what_is_not_ours()
             self._remember_what_it_is()
             try:
-                if self.jobs == 1:
+                if self.away:
+                    jobs = Jobs(
+                        self._cluster(self.sweep.cluster.on),
+                        self.jobs,
+                        self.sweep.output,
+                        self._pause_at,
+                        self._sent,
+                        self._remember_job,
+                        self.console.note,
+                    )
+                    self._rung_by_rung(lambda todo: jobs.run(todo, self._begin, self._end))
+                elif self.jobs == 1:
                     self._rung_by_rung(self._one_by_one)
                 else:
                     with Workers(self.jobs, self.sweep.output, self.quiet, self._pause_at) as workers:
@@ -511,9 +566,14 @@ class SweepConductor:
         self.state.save()
         self.report.on_event("step")
 
+    def _remember_job(self, run: SweepRun, job: Mapping[str, Any]) -> None:
+        self.state.runs[run.name]["job"] = dict(job)
+        self.state.save()
+
     def _end(self, run: SweepRun, made: Finished) -> None:
         """Remember what a run brought, and say it in a line."""
         record = self.state.runs[run.name]
+        record.pop("job", None)
         seconds = round(record["seconds"] + made["seconds"], 2)
         self._trained.append(made["seconds"])
         if made["state"] == "paused":  # its figures are no result: they stand at their rung

@@ -1,4 +1,4 @@
-"""One run of a sweep: in this process, or in a worker that is told runs line by line and answers line by line."""
+"""One run of a sweep: in this process, in a worker that is told runs line by line, or in a job of a cluster."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from penchant import errors
+from penchant.base.files import write_atomically
 from penchant.errors import PenchantError, TrainingStopped
 from penchant.runs.sharing import Alone, Shared
 
@@ -82,6 +84,20 @@ def serve(cores: list[int]) -> None:
         answers.flush()
 
 
+def result_of(order: Path) -> Path:
+    """Where a job leaves what came of the run that it was told to train."""
+    return order.with_suffix(".result")
+
+
+def carry_out(order: str) -> None:
+    """Train the run that a file tells of, as a job of a cluster does, and leave what came of it beside the file."""
+    if threading.current_thread() is threading.main_thread():
+        # Slurm sends it some time before the limit: the run writes a checkpoint and ends
+        signal.signal(signal.SIGUSR2, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    path = Path(order)
+    write_atomically(result_of(path), answer(path.read_text(encoding="utf-8"), Alone()))
+
+
 def _follow_parent(parent: int) -> None:
     """A sweep that was killed leaves no run behind: its checkpoint is written, then the worker ends."""
     while os.getppid() == parent:
@@ -91,6 +107,10 @@ def _follow_parent(parent: int) -> None:
 
 if __name__ == "__main__":
     try:
-        serve([int(c) for c in sys.argv[1].split(",") if c])
+        if sys.argv[1] == "--order":
+            threading.Thread(target=_follow_parent, args=(os.getppid(),), daemon=True).start()
+            carry_out(sys.argv[2])
+        else:
+            serve([int(c) for c in sys.argv[1].split(",") if c])
     except KeyboardInterrupt:
         sys.exit(130)

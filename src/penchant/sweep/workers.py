@@ -1,4 +1,4 @@
-"""Runs of a sweep n at a time: worker processes with their share of the cores, and one thread here that talks to each."""
+"""Runs of a sweep n at a time: worker processes with their share of the cores, or jobs of a cluster."""
 
 from __future__ import annotations
 
@@ -8,18 +8,25 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import penchant
-from penchant.errors import CheckpointError
+from penchant.errors import CheckpointError, PenchantError
+from penchant.runfolder import make_folder
 from penchant.sweep import SweepRun
-from penchant.sweep.worker import error_of
+from penchant.sweep.cluster import ORDERS, Cluster
+from penchant.sweep.worker import error_of, result_of
+from penchant.training.checkpoint import latest_checkpoint
 from penchant.training.loop import Interrupted
 
 Finished = dict[str, Any]
+LOOK = 2.0  # seconds between two looks for what jobs have left
+LATE = 15.0  # seconds after a job's end in which its last file may still be on its way over a shared disk
 
 
 def shares(jobs: int) -> list[list[int]]:
@@ -163,6 +170,143 @@ class Workers:
     def __exit__(self, *_: object) -> None:
         for worker in self.workers:
             worker.close()
+
+
+@dataclass(slots=True)
+class _Sent:
+    """A run in a job of a cluster.
+
+    Args:
+        job: what is kept of it in `sweep.json`: ``on``, ``id``, ``order`` (the file), ``pause_at``, ``start`` (the checkpoint it began from).
+        ended: when it was first seen to have ended without its run having.
+    """
+
+    run: SweepRun
+    job: Mapping[str, Any]
+    ended: float | None = None
+
+
+class Jobs:
+    """Trains runs as jobs of a cluster, which go on when the sweep is gone: the next call finds them again.
+
+    Args:
+        at_once: jobs at a time; folder: the sweep's; pause_at: the step at which a run is to pause.
+        sent: the job that a run is in, None where it is in none; remember: keep a run's job; note: a line for whoever looks on.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        at_once: int,
+        folder: Path,
+        pause_at: Callable[[SweepRun], int | None],
+        sent: Callable[[SweepRun], Mapping[str, Any] | None],
+        remember: Callable[[SweepRun, Mapping[str, Any]], None],
+        note: Callable[[str], None],
+    ) -> None:
+        self.cluster, self.at_once, self.folder = cluster, at_once, folder
+        self.pause_at, self.sent, self.remember, self.note = pause_at, sent, remember, note
+
+    def run(self, todo: Iterator[SweepRun], begin: Callable[[SweepRun], None], end: Callable[..., None]) -> None:
+        """Train every run of `todo`. After one that failed no more are sent; those that were sent go on to their end.
+
+        Raises:
+            Interrupted: SIGINT or SIGTERM; the jobs go on. PenchantError: what the first run that failed met, and which others failed.
+        """
+        waiting: dict[str, _Sent] = {}
+        failed: dict[str, PenchantError] = {}
+        with _signals() as seen:
+            while not seen:
+                while not failed and len(waiting) < self.at_once and (run := next(todo, None)) is not None:
+                    job = self.sent(run)
+                    if job is not None:
+                        self.note(f"{run.name}: waiting for {self.cluster.title} {job['id']}")
+                    waiting[run.name] = self._send(run, begin) if job is None else _Sent(run, job)
+                if not waiting:
+                    break
+                for name, one in list(waiting.items()):
+                    made = self._made(one)
+                    if made is None:
+                        continue
+                    del waiting[name]
+                    error = self._problem(one, made)
+                    if error is not None:
+                        failed[name] = error
+                        self.note(f"{name} failed: {error}")
+                        made = {"state": "interrupted", "seconds": made["seconds"]}
+                    end(one.run, made)
+                    for file in (order := Path(one.job["order"]), result_of(order)):
+                        file.unlink(missing_ok=True)
+                    if error is None and made["state"] == "interrupted":
+                        waiting[name] = self._send(one.run, begin)
+                if waiting:
+                    time.sleep(LOOK)
+        if seen and waiting:
+            raise self._left(signal.Signals(seen[0]).name, waiting)
+        for first in failed.values():
+            others = [name for name in failed if failed[name] is not first]
+            too = f" ({', '.join(others)} failed too)" if others else ""
+            raise type(first)(first.where, first.what + too, first.how)
+
+    def _send(self, run: SweepRun, begin: Callable[[SweepRun], None]) -> _Sent:
+        begin(run)
+        pause_at = self.pause_at(run)
+        order = self.folder / ORDERS / f"{run.name}.json"
+        make_folder(order.parent)
+        result_of(order).unlink(missing_ok=True)
+        with os.fdopen(os.open(order, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+            file.write(told(run, pause_at))  # for nobody else: a URL in a config may hold a password
+        job = {"on": self.cluster.name, "order": str(order), "pause_at": pause_at, "start": _newest(run)}
+        job["id"] = self.cluster.submit(run.name, order)
+        self.remember(run, job)
+        self.note(f"{run.name}: {self.cluster.title} {job['id']}")
+        return _Sent(run, job)
+
+    def _made(self, one: _Sent) -> Finished | None:
+        """What came of a job; None while it waits or runs."""
+        made: Finished = {"state": "interrupted", "seconds": 0.0}
+        with suppress(FileNotFoundError):
+            made = json.loads(result_of(Path(one.job["order"])).read_text(encoding="utf-8"))
+            if made.get("state") == "paused" and one.job["pause_at"] != self.pause_at(one.run):
+                return {"state": "interrupted", "seconds": made["seconds"]}  # halving has been changed or taken out
+            if made.get("state") != "interrupted":
+                return made
+        how = self.cluster.ended(one.job["id"], "why" in made)
+        if how is None:
+            one.ended = None  # also where the cluster starts it once more by itself
+            return None
+        if one.ended is None:
+            one.ended = time.monotonic()
+        return {**made, "how": how} if time.monotonic() - one.ended >= LATE else None
+
+    def _problem(self, one: _Sent, made: Finished) -> PenchantError | None:
+        """Why a run is not to be sent again: it met an error, somebody ended its job, or its job came nowhere."""
+        if "error" in made:
+            return one.run.named(error_of(made))
+        if made["state"] != "interrupted" or "how" not in made:
+            return None
+        how = made.pop("how")
+        if _newest(one.run) != one.job["start"] and not how.startswith("CANCELLED"):
+            return None  # a time limit, or another's job that came first
+        return CheckpointError(
+            f"run {one.run.name}",
+            f"its {self.cluster.title} {one.job['id']} ended ({how}) before the run did",
+            f"its messages are in {self.cluster.log(one.job['id'], Path(one.job['order']))}; the same command continues",
+        )
+
+    def _left(self, name: str, waiting: Mapping[str, _Sent]) -> Interrupted:
+        ids = [str(one.job["id"]) for one in waiting.values()]
+        jobs = f"{self.cluster.title}{'s' if len(ids) > 1 else ''} {', '.join(ids)}"
+        return Interrupted(
+            str(self.folder),
+            f"stopped by {name}; {len(ids)} of the runs go on by themselves, as {jobs}",
+            f"run the same command to wait for them, or end them: {self.cluster.cancel.format(' '.join(ids))}",
+        )
+
+
+def _newest(run: SweepRun) -> str | None:
+    last, _ = latest_checkpoint(run.folder)
+    return None if last is None else last.name
 
 
 @contextmanager

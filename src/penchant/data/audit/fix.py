@@ -21,7 +21,9 @@ from penchant.data.audit import Leakage, is_empty, sensitive
 from penchant.data.audit.counters import Copies, Near, View
 from penchant.data.audit.findings import Places
 from penchant.data.load import IDENTICAL, is_identical, json_line, stream_preferences
-from penchant.data.read import BadRow, Row
+from penchant.data.read import BadRow, Bounds, Row
+from penchant.data.read.json_text import json_lines
+from penchant.data.read.source import Source
 from penchant.errors import DataError
 
 RULES = {  # in the order in which a row is told why it goes
@@ -87,6 +89,29 @@ class Edit:
 
     values: Mapping[str, Any] | None
     was: str
+
+
+def read_edits(path: str | Path) -> dict[str, Edit]:
+    """What a person made of a file's rows in `penchant studio`, by a row's place: the last line about each counts.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    found: dict[str, Edit] = {}
+    try:
+        with Path(path).expanduser().open("rb") as stream:
+            lines = [*json_lines(Source(stream, str(path), Bounds()))]
+    except OSError as error:
+        raise DataError(str(path), "cannot be read", "give a file of .studio/edits in a studio's folder") from error
+    for line in lines:
+        row = line.values if isinstance(line, Row) else {}  # half a line of a studio that was killed
+        where, action, values = str(row.get("where")), row.get("action"), row.get("row")
+        if action in ("changed", "dropped"):
+            kept = (values if isinstance(values, Mapping) else {}) if action == "changed" else None
+            found[where] = Edit(kept, str(row.get("was") or ""))
+        else:
+            found.pop(where, None)
+    return found
 
 
 def content_sum(values: Mapping[str, Any]) -> str:

@@ -96,7 +96,7 @@ def studio(row: Fields, options: Fields) -> PromptTree:
     elif row.get("repeat_of") is not None:
         why = why or "a repetition of an earlier pair"
     if why is not None:
-        raise LeftOut(why, "nothing is wrong with it; it is no preference of its own")
+        raise LeftOut(why, f"{fields.NOTHING_WRONG}; it is no preference of its own")
     if verdict in ("tie", "both_bad"):
         raise _tie(verdict, options)
     if verdict not in ("a", "b"):
@@ -152,15 +152,17 @@ def _texts(row: Fields, name: str) -> list[str]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise RowError(f'"{name}" is no JSON list of texts', 'write ["...", "..."]') from error
+            raise RowError(f'"{name}" is not a JSON list of texts', 'write ["...", "..."]') from error
     if not isinstance(value, list) or not value:
         raise RowError(f'"{name}" is not a list of texts', 'write ["...", "..."]')
     return [fields.as_text(v, f'"{name}"[{i}]') for i, v in enumerate(value)]
 
 
 def _tie(winner: str, options: Fields) -> RowError:
-    kind = LeftOut if options["ties"] == "leave_out" else RowError
-    return kind("both are bad" if "bad" in winner else "a tie", "nothing is wrong with it; it has no better answer")
+    what = "both are bad" if "bad" in winner else "a tie"
+    if options["ties"] == "leave_out":
+        return LeftOut(what, f"{fields.NOTHING_WRONG}; it has no better answer")
+    return RowError(what, "leave it out with data.layout_options.ties=leave_out")
 
 
 def _battle(sides: tuple[tuple[Message, ...], tuple[Message, ...]], best: int, options: Fields) -> PromptTree:

@@ -1,4 +1,4 @@
-"""LLaMA-Factory's two formats, alpaca and sharegpt: supervised, preference and KTO."""
+"""LLaMA-Factory's two formats, alpaca and sharegpt: supervised, preference and KTO; and ms-swift's pairs."""
 
 from __future__ import annotations
 
@@ -32,6 +32,17 @@ def sharegpt_pairs(row: Fields) -> PromptTree:
         what = f'"{plain.conversation_name(row)}" does not end with a user turn'
         raise RowError(what, "the two answers must follow a question")
     return plain.pair(before, plain.answer_field(row, "chosen"), plain.answer_field(row, "rejected"), row)
+
+
+@layout("swift_pairs", check=lambda row: "messages" in row or {"query", "response"} <= row.keys())
+def swift_pairs(row: Fields) -> PromptTree:
+    """A conversation whose last answer is better than `rejected_response`; or query and response, with a history."""
+    if "messages" in row:
+        tree = fields.answered(plain.conversation(row), "messages")
+        before, chosen = tree.prompt, fields.split_last_answer(plain.conversation(row), "messages")[1]
+        return plain.pair(before, chosen, fields.text(row, "rejected_response"), row)
+    asked = {**row, "instruction": fields.text(row, "query"), "input": None}
+    return plain.pair(plain.instructed(asked), fields.text(row, "response"), fields.text(row, "rejected_response"), row)
 
 
 @layout("sharegpt_kto", check=lambda row: _conversation(row) and _has_tag(row))

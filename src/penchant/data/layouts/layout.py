@@ -77,6 +77,40 @@ class _Watched(dict[str, Any]):
         return super().get(name, default)
 
 
+Turn = tuple[str, str, _Watched]  # where it stands, who speaks, and what was read of it
+
+
+def _watched(value: Any, place: str, turns: list[Turn]) -> Any:
+    """A value whose turns, in lists of any depth, and their parts know what is read of them; they are added to `turns`."""
+    if isinstance(value, (list, tuple)):
+        return [_watched(v, f"{place}[]", turns) for v in value]
+    role = next((r for n in ("role", "from") if isinstance(value, Mapping) and isinstance(r := value.get(n), str)), "")
+    if not role and not (isinstance(value, Mapping) and place.endswith(".content[]")):
+        return value
+    turn = _Watched({n: _watched(v, f"{place}.{n}", turns) if n == "content" else v for n, v in value.items()})
+    turns.append((place, role, turn))
+    return turn
+
+
+def _unused_of_turns(turns: Iterable[Turn]) -> list[str]:
+    """``messages[].name``: keys that hold something and were read in no turn of a role, which is named where others' were."""
+    used: dict[tuple[str, str], set[str]] = {}
+    there: dict[tuple[str, str], dict[str, None]] = {}
+    for place, role, turn in turns:
+        if not turn.used & ({"content", "value"} if role else {"text"}):
+            continue  # its column is not used
+        used.setdefault((place, role), set()).update(turn.used)
+        for name, value in dict.items(turn):
+            if fields.holds_something(value):
+                there.setdefault((place, name), {})[role] = None
+    found = []
+    for (place, name), roles in there.items():
+        unread = [role for role in roles if name not in used[place, role]]
+        if unread:
+            found.append(f"{place}.{name}" + (f" ({', '.join(unread)})" if len(unread) < len(roles) else ""))
+    return found
+
+
 class Handed(_Watched):
     """The same of a row that a person's own code gets, which may take it whole."""
 
@@ -175,24 +209,31 @@ class Layout:
                     '"tools" or "chat_template_kwargs" are there, and plain text has no chat template', "take them out"
                 )
             return trees
+        prompts = [fields.behind_system(row, t.prompt) for t in trees]
+        if not tools and not told and all(p is t.prompt for p, t in zip(prompts, trees, strict=True)):
+            return trees
         return tuple(
-            replace(t, prompt=fields.behind_system(row, t.prompt), tools=tools, template_options=told) for t in trees
+            replace(t, prompt=p, tools=tools, template_options=told) for p, t in zip(prompts, trees, strict=True)
         )
 
     def unused(self, rows: Iterable[Fields], options: Fields) -> list[str]:
-        """The columns of these rows that hold something and that no example was made of, in their order."""
+        """The columns of these rows that hold something and that no example was made of, and then keys of turns, in their order."""
         there: dict[str, None] = {}
+        turns: list[Turn] = []
         used = {*self.columns, *(self.group.reads if self.group else ())}
+        ours = self.name in LAYOUTS
         for given in rows:
-            row = (_Watched if self.name in LAYOUTS else Handed)(given)
+            found: list[Turn] = []
+            row = _Watched({n: _watched(v, str(n), found) for n, v in given.items()}) if ours else Handed(given)
             try:
                 if self.group is None:
                     self.convert(row, options)
             except fields.RowError:  # it was not read to its end
                 continue
             used |= row.used
+            turns += found
             there |= dict.fromkeys(name for name, value in given.items() if fields.holds_something(value))
-        return [name for name in there if name not in used]
+        return [c for c in there if c not in used] + _unused_of_turns(turns)
 
     def fits(self, row: Fields) -> bool:
         """Whether a row looks like this layout."""

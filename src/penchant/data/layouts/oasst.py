@@ -50,7 +50,7 @@ def oasst(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
         for tree in _USES[options["use"]](path, replies)
     )
     if not found:
-        raise LeftOut(_NOTHING[options["use"]], "nothing is wrong with it; choose another data.layout_options.use")
+        raise LeftOut(_NOTHING[options["use"]], f"{fields.NOTHING_WRONG}; choose another data.layout_options.use")
     return found
 
 

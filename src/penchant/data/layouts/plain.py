@@ -60,7 +60,7 @@ def _different_turns(row: Fields, sides: tuple[tuple[Message, ...], tuple[Messag
             for i, m in enumerate(turns)
         ]
         if not (learned[at] and learned[-1]):
-            raise LeftOut(f'an answer of "{name}" that is compared has weight 0', "nothing is wrong with it")
+            raise LeftOut(f'an answer of "{name}" that is compared has weight 0', fields.NOTHING_WRONG)
         more = tuple(replace(m, trained=on) for m, on in zip(turns, learned, strict=True))[at + 1 :]
         each.append(replace(answer, more=more))
     return replace(made, completions=tuple(each))
@@ -138,7 +138,7 @@ def from_alpaca(row: Fields) -> PromptTree:
     return PromptTree(instructed(row), (Completion(fields.text(row, "output")),))
 
 
-@layout("messages", check=lambda row: not {"chosen", "rejected", "kto_tag", "label"} & row.keys())
+@layout("messages", check=lambda row: not {"chosen", "rejected", "rejected_response", "kto_tag", "label"} & row.keys())
 def messages(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
     """One conversation: its last answer, all its answers at once, or each of them by itself."""
     turns = conversation(row)
@@ -152,7 +152,7 @@ def messages(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
             fields.not_judged(turn, " of a turn")
     trees = tuple(t for t in every_answer(turns) if fields.trained(given[len(t.prompt) - skipped]))
     if not trees:
-        raise LeftOut("all its answers have weight 0: they are not to be learned", "nothing is wrong with it")
+        raise LeftOut("all its answers have weight 0: they are not to be learned", fields.NOTHING_WRONG)
     return trees if options["turns"] == "every" else (all_answers(turns, [len(t.prompt) for t in trees]),)
 
 
@@ -213,7 +213,7 @@ def instructed(row: Fields) -> Prompt:
     """instruction (+ input) as text; as messages where there is a history of [question, answer] pairs."""
     instruction = fields.text(row, "instruction")
     extra = row.get("input")
-    question = f"{instruction}\n\n{extra}" if isinstance(extra, str) and extra.strip() else instruction
+    question = f"{instruction}\n\n{extra}" if isinstance(extra, str) and not fields.missing(extra) else instruction
     turns = _history(row)
     return (*turns, Message("user", question)) if turns else question
 

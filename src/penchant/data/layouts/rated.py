@@ -132,7 +132,7 @@ def helpsteer3_pairs(row: Fields, options: Fields) -> PromptTree:
 
 def _by_strength(prompt: Prompt, answers: tuple[str, str], strength: float, options: Fields) -> PromptTree:
     if strength == 0:
-        raise LeftOut("neither answer is preferred", "nothing is wrong with it; it has no better answer")
+        raise LeftOut("neither answer is preferred", f"{fields.NOTHING_WRONG}; it has no better answer")
     if abs(strength) < options["min_strength"]:
         raise LeftOut(f"a preference weaker than {options['min_strength']:g}", "lower data.layout_options.min_strength")
     chosen, rejected = answers if strength < 0 else answers[::-1]
@@ -225,7 +225,7 @@ def _asks_a_question(row: Fields) -> bool:
 def orca_pairs(row: Fields, options: Fields) -> PromptTree:
     """A question behind a system prompt, with a better and a worse answer."""
     if row.get("status") == "tie" and options["ties"] == "leave_out":
-        raise LeftOut("a tie", "nothing is wrong with it; keep it with data.layout_options.ties=keep")
+        raise LeftOut("a tie", f"{fields.NOTHING_WRONG}; keep it with data.layout_options.ties=keep")
     question = fields.text(row, "question" if "question" in row else "input")
     return pair(fields.asked(question), fields.text(row, "chosen"), fields.text(row, "rejected"), row)
 

@@ -11,9 +11,26 @@ from typing import Any, BinaryIO
 
 from penchant.base.text import printable, repeated
 from penchant.data.read.files import ending
-from penchant.data.read.source import HEAD, SHOWN, SMALL, BadRow, Bounds, Row, Rows, Source, not_utf8
+from penchant.data.read.source import (
+    HEAD,
+    SHOWN,
+    SMALL,
+    BadRow,
+    Bounds,
+    Missing,
+    Row,
+    Rows,
+    Shard,
+    Source,
+    calls_without_nulls,
+    not_utf8,
+)
 from penchant.errors import DataError
 
+# how pandas and databases write a missing value where a column is text; in Parquet, which has nulls, "None" is a word
+IN_PARQUET = frozenset(["nan", "NaN", "NaT", "<NA>"])
+IN_CSV = IN_PARQUET | {"None", "null", "NULL", "#N/A"}
+SHORT = 16  # characters: longer cells are no such word
 BATCH = 32  # Parquet rows that are Python objects at one time
 
 
@@ -47,7 +64,8 @@ def read_csv(source: Source) -> Rows:
             if header is None:
                 raise DataError(where, f"is not a readable header ({error})", "export the table again") from error
             several = f"lines {done + 1} to {reader.line_num}: " if reader.line_num > done + 1 else ""
-            done, what = reader.line_num, f"{several}is not a readable row ({error})"
+            said = "a carriage return stands outside quotes" if "new-line" in str(error) else error
+            done, what = reader.line_num, f"{several}is not a readable row ({said})"
             yield BadRow(where, what, "double quotes within a quoted field, or export the table again", None)
             continue
         where, done = f"{name}:{done + 1}", reader.line_num
@@ -61,7 +79,15 @@ def read_csv(source: Source) -> Rows:
             how = f"quote fields that hold the delimiter ({_NAMES[delimiter]})"
             yield BadRow(where, what, how, [f[:SHOWN] for f in fields[:100]])
         else:
-            yield Row(where, dict(zip(header, fields, strict=True)))
+            yield Row(where, _marked(dict(zip(header, fields, strict=True)), IN_CSV))
+
+
+def _marked(row: dict[str, Any], words: frozenset[str]) -> dict[str, Any]:
+    """The row, where cells that say that they are missing are `Missing`."""
+    for name, value in row.items():
+        if isinstance(value, str) and len(value) < SHORT and value.strip() in words:
+            row[name] = Missing(value)
+    return row
 
 
 def _header(fields: Sequence[str], where: str) -> list[str]:
@@ -74,13 +100,12 @@ def _header(fields: Sequence[str], where: str) -> list[str]:
 
 
 def _table_lines(source: Source) -> Iterator[str]:
-    """The lines of a table as text; a CR alone ends one too."""
+    """The lines of a table as text, each with its end: within quotes that is part of a cell."""
     for number, line in source.lines(blank=True):
-        for part in line.removesuffix(b"\r").split(b"\r"):
-            try:
-                yield part.decode("utf-8") + "\n"
-            except UnicodeDecodeError as error:
-                raise DataError(f"{source.name}:{number}", *not_utf8(part, error.start, source.name)) from error
+        try:
+            yield line.decode("utf-8") + "\n"
+        except UnicodeDecodeError as error:
+            raise DataError(f"{source.name}:{number}", *not_utf8(line, error.start, source.name)) from error
 
 
 _NAMES = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
@@ -88,6 +113,7 @@ _NAMES = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
 
 def _delimiter(lines: Sequence[str], usual: str) -> str:
     """What separates the fields, by the header and the rows behind it."""
+    lines = [line.replace("\r", "") for line in lines]  # one outside quotes stops the reader
     given = re.fullmatch(r'"?sep=(.)"?\s*', lines[0], re.IGNORECASE) if lines else None
     if given and given[1] in _NAMES:
         return given[1]
@@ -102,11 +128,12 @@ def _delimiter(lines: Sequence[str], usual: str) -> str:
     return max(found, key=lambda d: found[d])
 
 
-def read_parquet(stream: BinaryIO, name: str, bounds: Bounds) -> Rows:
+def read_parquet(stream: BinaryIO, name: str, bounds: Bounds, shard: Shard | None = None) -> Rows:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    number = 0
+    number = shard.before if shard else 0
+    groups = range(shard.start, shard.end) if shard else None
     try:
         file = pq.ParquetFile(stream, pre_buffer=False, page_checksum_verification=True)
         names, meta = file.schema_arrow.names, file.metadata
@@ -120,7 +147,7 @@ def read_parquet(stream: BinaryIO, name: str, bounds: Bounds) -> Rows:
             what = f"unpacks to more than {bounds.unpacked:g} times its size ({size:,} bytes give {claims:,})"
             raise DataError(name, what, bounds.how("unpacked", "look at what it holds"))
         unpacked = 0
-        for batch in file.iter_batches(batch_size=BATCH, use_threads=False):
+        for batch in file.iter_batches(batch_size=BATCH, row_groups=groups, use_threads=False):
             unpacked += batch.nbytes  # what stands once in a dictionary comes out as often as rows name it
             if unpacked > max(SMALL, bounds.unpacked * size):
                 what = f"unpacks to more than {bounds.unpacked:g} times its size ({size:,} bytes)"
@@ -145,11 +172,13 @@ def _batch(batch: Any, name: str, number: int, pa: Any) -> Rows:
     """The rows of a batch; where a value cannot be a Python object, cell by cell."""
     try:
         rows = batch.to_pylist()
+        if "arguments: struct" in str(batch.schema) or "parameters: struct" in str(batch.schema):
+            rows = list(map(calls_without_nulls, rows))
     except (ValueError, OverflowError, KeyError, TypeError, pa.ArrowException):
         rows = None
     for i in range(len(batch)):
         if rows is not None:
-            yield Row(f"{name}: row {number + i + 1}", rows[i])
+            yield Row(f"{name}: row {number + i + 1}", _marked(rows[i], IN_PARQUET))
             continue
         where, values = f"{name}: row {number + i + 1}", {}
         for column, cells in zip(batch.schema.names, batch.columns, strict=True):
@@ -160,7 +189,7 @@ def _batch(batch: Any, name: str, number: int, pa: Any) -> Rows:
                 yield BadRow(where, what, "fix or drop the column", {k: str(v)[:SHOWN] for k, v in values.items()})
                 break
         else:
-            yield Row(where, values)
+            yield Row(where, _marked(values, IN_PARQUET))
 
 
 def _cell(cell: Any, pa: Any) -> Any:

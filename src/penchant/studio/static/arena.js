@@ -30,7 +30,9 @@
     const mine = stream;
     for (const side of ["left", "right"]) {
       stream.addEventListener(side, (event) => {
-        document.getElementById(side).append(JSON.parse(event.data).text);
+        const { text } = JSON.parse(event.data);
+        const at = document.getElementById(side);
+        at.append(at.textContent ? text : text.trimStart()); // as it stands once it is whole
       });
     }
     stream.addEventListener("failed", (event) => {

@@ -27,6 +27,13 @@
     return `rgba(${r}, ${g}, ${b}, ${share})`;
   };
   const figure = (value) => (value == null ? "–" : Math.abs(value) >= 1e5 || (value && Math.abs(value) < 1e-3) ? value.toExponential(2) : String(+value.toPrecision(4)));
+  // two ticks never read the same, however close they are
+  const labels = (ticks) => {
+    const [first, second] = ticks.filter((tick) => tick != null);
+    const step = Math.abs(second - first);
+    const close = (tick) => tick && step && step < Math.abs(tick) / 1000;
+    return ticks.map((tick) => (tick == null ? "" : close(tick) ? tick.toFixed(Math.min(8, Math.max(0, Math.ceil(-Math.log10(step))))) : figure(tick)));
+  };
 
   // an exponential mean that starts at the first value and forgets it as fast as it forgets any other
   const smooth = (values, weight) => {
@@ -77,6 +84,9 @@
     if (!facts.flags.length) list.innerHTML = '<li class="soft">none so far</li>';
     if (tell.samples !== undefined && tell.samples !== facts.samples) document.body.dispatchEvent(new Event("samples"));
     tell.samples = facts.samples;
+    const doing = `${facts.state} ${facts.lock}`;
+    if (tell.doing !== undefined && tell.doing !== doing) document.body.dispatchEvent(new Event("doing"));
+    tell.doing = doing;
   };
 
   // the columns of a metric's plot: for each run its training curve (as it is, faint, and smoothed) and its held-out points
@@ -156,7 +166,7 @@
       const options = {
         width: Math.max(120, chart.plot.clientWidth), height: 210, legend: { show: false }, series: made.series, bands: made.bands,
         scales: { x: { time: false }, y: scaled ? { distr: 3 } : {} },
-        axes: [{ ...axis, space: 60, size: 30 }, { ...axis, size: 58, values: (_, ticks) => ticks.map((tick) => (tick == null ? "" : figure(tick))) }],
+        axes: [{ ...axis, space: 60, size: 30 }, { ...axis, size: 58, values: (_, ticks) => labels(ticks) }],
         cursor: { y: false, points: { size: 6 }, sync: { key: "steps", setSeries: false } },
         hooks: { setCursor: [(u) => under(chart, u)], setData: [(u) => under(chart, u)] },
       };

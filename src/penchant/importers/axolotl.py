@@ -1,0 +1,347 @@
+"""Axolotl's files (`axolotl train FILE`): what several keys make together; the plain ones are in axolotl.yaml."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from penchant.data.layouts.fields import ROLES
+from penchant.importers import hf, trl
+from penchant.importers.rules import OFF, Given, Line, layers, number, rules_of, source, table, whole
+
+TABLE = table("axolotl")
+
+
+def total_batch(given: Given) -> Iterator[Line]:
+    """micro_batch_size with an accumulation, or with batch_size, which counts both."""
+    if not given.says("batch_size"):
+        yield from hf.batch(given)
+        return
+    ours = {"train.batch_size": whole(given["batch_size"]) * given.devices}
+    keys = ["batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"]
+    note = f"{given['batch_size']} x {given.devices} device(s); memory is train.tokens_per_step here"
+    yield given.line([k for k in keys if given.says(k)], "translated", ours, note)
+
+
+def floor(given: Given) -> Iterator[Line]:
+    """The schedule, and cosine_min_lr_ratio."""
+    yield from hf.schedule(given)
+    if given.says("cosine_min_lr_ratio"):
+        ours = {"train.min_lr_fraction": number(given["cosine_min_lr_ratio"])}
+        cosine = given["lr_scheduler_type"] == "cosine"
+        note = "" if cosine else "without effect: the schedule is not cosine"
+        yield given.line(["cosine_min_lr_ratio"], "translated" if cosine else "same", ours if cosine else {}, note)
+
+
+def often(given: Given) -> Iterator[Line]:
+    """When checkpoints are written and held-out rows evaluated: steps, epochs, or so many times an epoch."""
+    yield from hf.saving(given)
+    for key, ours in (("saves_per_epoch", "checkpoint.every"), ("evals_per_epoch", "evaluation.every")):
+        if given.says(key):
+            times = number(given[key])
+            how = f"set {ours} to the steps of an epoch / {given[key]} (`penchant plan` prints how many there are)"
+            made = {0.0: None, 1.0: "epoch"}
+            known = times in made
+            yield given.line(
+                [key],
+                "translated" if known else "unsupported",
+                {ours: made[times]} if known else {},
+                "" if known else how,
+            )
+
+
+def dtype(given: Given) -> Iterator[Line]:
+    """bf16 (auto, true, full), fp16, and what is without mixed precision."""
+    keys = ["bf16", "fp16", "bfloat16", "float16", "float32"]
+    there = [k for k in keys if given.says(k)] or ["bf16"]
+    half = given["bf16"] if given.says("bf16") else None if given["fp16"] or given["float16"] else given["bf16"]
+    if given["bfloat16"] or half in (True, "full"):
+        yield given.line(there, "translated", {"model.dtype": "bf16"}, "weights stay in fp32 beside a bf16 copy")
+    elif half == "auto":
+        yield given.line(there, "translated", {"model.dtype": "auto"}, "bf16 where the hardware has it")
+    elif given["fp16"] or given["float16"]:
+        note = "there is no fp16 with loss scaling; bf16 has its range and needs none"
+        yield given.line(there, "unsupported", {"model.dtype": "auto"}, note)
+    else:
+        yield given.line(there, "translated", {"model.dtype": "fp32"})
+
+
+def tracking(given: Given) -> Iterator[Line]:
+    """W&B, MLflow and TensorBoard, each with its project and the run's name."""
+    wanted = {
+        "wandb": bool(given["wandb_project"]) if given["use_wandb"] is None else bool(given["use_wandb"]),
+        "mlflow": bool(given["use_mlflow"]),
+        "tensorboard": bool(given["use_tensorboard"]),
+    }
+    there = [k for k in TABLE["derived"]["tracking"] if given.says(k)]
+    trackers = [name for name, on in wanted.items() if on]
+    if not trackers:
+        if there:
+            yield given.line(there, "same", note="no tracker, as here")
+        return
+    ours: dict[str, Any] = {"logging.trackers": trackers}
+    project, name = (
+        given["wandb_project"] or given["mlflow_experiment_name"],
+        given["wandb_name"] or given["mlflow_run_name"],
+    )
+    ours |= ({"logging.project": str(project)} if project else {}) | ({"logging.name": str(name)} if name else {})
+    yield given.line(there, "translated", ours)
+
+
+def adapted(given: Given) -> Iterator[Line]:
+    """adapter: lora or qlora, and what goes with it."""
+    kind, keys = given["adapter"], TABLE["derived"]["adapted"]
+    lora = kind in ("lora", "qlora")
+    for key, ours in (("load_in_4bit", "nf4"), ("load_in_8bit", "int8")):
+        yield from hf.quantized(given, key, ours if given[key] else None, lora)
+    there = ["adapter", *(k for k in keys[3:] if given.says(k))]
+    if kind in OFF:
+        if given.says(*there):
+            yield given.line([k for k in there if given.says(k)], "same", note="no adapter: the whole model is trained")
+        return
+    if not lora:
+        yield given.line(there, "unsupported", note="lora and qlora only")
+        return
+    if given["lora_model_dir"]:
+        note = "the reference is the adapter's start here, the model under it there"
+        yield given.line(there, "translated", {"model.adapter": str(given["lora_model_dir"])}, note)
+        return
+    more: dict[str, Any] = {"lora.lr_ratio": number(given["loraplus_lr_ratio"])} if given["loraplus_lr_ratio"] else {}
+    named = [k for k in ("lora_target_linear", "lora_target_modules") if given[k]]
+    if named:
+        more["lora.target_modules"] = (
+            "all-linear" if "lora_target_linear" in named else layers(given["lora_target_modules"])
+        )
+    used = [*there, *(k for k in ("lora_r", "lora_alpha", "lora_dropout") if k not in there)]
+    yield hf.adapter(given, used, whole(given["lora_r"]), number(given["lora_alpha"]), **more)
+    if not named:
+        yield trl.peft_targets(given)
+
+
+def longer(given: Given) -> Iterator[Line]:
+    """Rows of more than sequence_len tokens."""
+    known = {
+        "drop": {"data.truncation": "bad_row", "data.on_bad_row": "skip"},
+        "raise": {"data.truncation": "bad_row"},
+        "truncate": {"data.truncation": "prompt_then_completion"},
+    }
+    ours = known.get(str(given["excess_length_strategy"]))
+    note = "longer rows are set aside and counted, as all rows that cannot be read" if ours == known["drop"] else ""
+    how = "set data.truncation: bad_row or prompt_then_completion"
+    yield given.line(["excess_length_strategy"], "translated" if ours else "unsupported", ours, note if ours else how)
+
+
+# ---- Data sets ----
+
+
+def data_sets(given: Given) -> Iterator[Line]:
+    """The sets to train on as `data.path`, or as `data.sources` where there are several; held-out ones as `data.eval_path`."""
+    method = str(given["rl"]) if given["rl"] else "reward" if given["reward_model"] else "sft"
+    made: list[dict[str, Any]] = []
+    keys = [k for k in ("datasets", "pretraining_dataset") if given[k]]
+    for key in keys:
+        kind = "pretrain" if key == "pretraining_dataset" else method
+        for i, entry in enumerate(given[key] if isinstance(given[key], list) else [given[key]]):
+            entry = {"path": entry} if isinstance(entry, str) else entry
+            if not isinstance(entry, Mapping):
+                yield Line(((f"{key}[{i}]", entry),), "unsupported", (), "it is not a mapping of a data set's keys")
+                continue
+            where = f"{key}[{i}]"
+            found, used, lines = _data_set(entry, where, kind, given.folder)
+            yield from lines
+            if "path" in found:
+                made.append(found)
+            theirs = tuple((f"{where}.{k}", entry[k]) for k in used)
+            single = len(keys) == 1 and (not isinstance(given[key], list) or len(given[key]) == 1)
+            if theirs and single:
+                yield Line(theirs, "translated", tuple((f"data.{k}", v) for k, v in found.items()))
+            elif theirs:
+                yield Line(theirs, "translated", (), ", ".join(f"{k}: {v}" for k, v in found.items()))
+    if len(made) > 1:
+        note = f"{len(made)} data sets, each gone through once in an epoch"
+        yield Line(
+            tuple((k, f"{len(given[k])} data sets") for k in keys), "translated", (("data.sources", made),), note
+        )
+    elif made:
+        yield Line(
+            tuple((k, "as follows") for k in keys), "translated", tuple((f"data.{k}", v) for k, v in made[0].items())
+        )
+    if given["test_datasets"]:
+        yield from _held_out(given, method)
+
+
+def _held_out(given: Given, method: str) -> Iterator[Line]:
+    paths = []
+    for i, entry in enumerate(given["test_datasets"]):
+        where = f"test_datasets[{i}]"
+        found, _, lines = _data_set(entry, where, method, given.folder)
+        yield from (line for line in lines if line.status == "unsupported")
+        theirs = tuple((f"{where}.{k}", v) for k, v in entry.items())
+        yield Line(theirs, "same", note="read as the rows to train on are")
+        paths += [found["path"]] if "path" in found else []
+    flat = [p for path in paths for p in (path if isinstance(path, list) else [path])]
+    if flat:
+        yield given.line(["test_datasets"], "translated", {"data.eval_path": flat if len(flat) > 1 else flat[0]})
+
+
+def _data_set(
+    entry: Mapping[str, Any], where: str, method: str, folder: str
+) -> tuple[dict[str, Any], list[str], list[Line]]:
+    """One set: our settings of it, the keys that they come from, and lines about the others."""
+    lines = [
+        Line(((f"{where}.{k}", None),), "same", note="not set")
+        for k, v in entry.items()
+        if v is None and k != "roles_to_train"
+    ]
+    kept = Given({k: v for k, v in entry.items() if v is not None}, {})
+    path, used, problem = _place(kept, folder)
+    found: dict[str, Any] = path
+    shape, columns, kinds_used, more = _layout(kept, method)
+    used += kinds_used
+    options: dict[str, Any] = {}
+    if shape in ("messages", "sharegpt"):
+        turns, trained, why = _turns(entry)
+        options, used = ({"turns": turns} if turns != "last" else {}), used + trained
+        more += why
+    columns = {ours: theirs for ours, theirs in columns.items() if ours != theirs}
+    for key, value in (("shape", shape), ("columns", columns), ("layout_options", options)):
+        found |= {key: value} if value else {}
+    said = {k for k, _, _ in (*problem, *more)}
+    lines += [Line(((f"{where}.{k}", _at(entry, k)),), s, (), note) for k, s, note in (*problem, *more)]
+    rules = rules_of(TABLE["data_set"])
+    for k in kept.values:
+        if k in used or k in said or (k == "type" and isinstance(kept[k], Mapping)):
+            continue
+        line = (
+            rules[k](k, kept)
+            if k in rules
+            else kept.line([k], "unsupported", note="not a key of a data set that the importer knows")
+        )
+        lines.append(Line(((f"{where}.{k}", kept[k]),), line.status, (), line.note))
+    return found, used, lines
+
+
+Notes = list[tuple[str, Any, str]]  # key of a data set, status, note
+
+
+def _at(entry: Mapping[str, Any], key: str) -> Any:
+    first, _, rest = key.partition(".")
+    return entry[first][rest] if rest else entry[first]
+
+
+def _place(kept: Given, folder: str) -> tuple[dict[str, Any], list[str], Notes]:
+    """Where the rows are: files, a hub id with its split, or nowhere that is read."""
+    name, files, split = str(kept["path"] or ""), kept["data_files"], kept["split"]
+    listed = [str(f) for f in (files if isinstance(files, list) else [files] if files else [])]
+    if name in ("json", "csv", "parquet", "text", "arrow") and listed:
+        path = listed if len(listed) > 1 else listed[0]
+        used = ["path", "data_files"]
+        return {"path": path}, used, [("split", "same", "files are read whole")] if split else []
+    if re.match(r"(s3|gs|gcs|az|abfs|oci|https?)://", name) or (listed and not hf.is_local(name, folder)):
+        how = "download the files and set data.path to them"
+        return {}, [], [(k, "unsupported", how) for k in ("path", "data_files", "split") if kept.says(k)]
+    if hf.is_local(name, folder):
+        path = [f"{name}/{f}" for f in listed] if listed else name
+        path = path[0] if isinstance(path, list) and len(path) == 1 else path
+        used = [k for k in ("path", "data_files") if kept.says(k)]
+        return {"path": path}, used, [("split", "same", "files are read whole")] if split else []
+    part = re.fullmatch(r"(\w+)(?:\[:(\d+)\])?", str(split or "train"))
+    if part is None:
+        how = "a part of a split is not read: set the split alone, and data.limit for its first rows"
+        return {"path": f"{name}:train"}, ["path"], [("split", "unsupported", how)]
+    where: dict[str, Any] = {"path": f"{name}:{part[1]}"} | ({"limit": int(part[2])} if part[2] else {})
+    return where, ["path", *(["split"] if split else [])], []
+
+
+def _layout(kept: Given, method: str) -> tuple[str, dict[str, str], list[str], Notes]:
+    """What a row is: our layout, our fields' columns, the keys that say so, and what they say besides."""
+    kind = TABLE["kinds"].get(method, "pairs" if method == "reward" else "sft")
+    given = kept["type"]
+    if method == "pretrain":
+        given = given or "pretrain"
+    if isinstance(given, Mapping):
+        return _written(given, kind)
+    if given is None:
+        return "", {}, [], []
+    known = {**TABLE["types"][kind], **TABLE["types"].get(method, {})}
+    word = str(given).partition(":")[0]
+    found = known.get(word) or known.get(word.rpartition(".")[2])
+    if not found:
+        how = "the layout is found by what the rows hold: look at it with `penchant data show`, or set data.shape"
+        if kind == "prompts":
+            how = "rows are read as they are: give them a `prompt` column, or name a layout of your own (docs/data_formats.md)"
+        return "", {}, [], [("type", "unsupported", how)]
+    shape, columns = str(found["shape"]), dict(found.get("columns", {}))
+    used, notes = (["type"] if kept.says("type") else []), []
+    if "note" in found and used:
+        used, notes = [], [("type", "translated", f"{shape}; {found['note']}")]
+    fields = TABLE["fields"].get(shape, {})
+    for key in (k for k in fields if kept.says(k)):
+        columns[fields[key]] = str(kept[key])
+        used.append(key)
+    notes += _messages(kept, shape)
+    return shape, columns, used, notes
+
+
+def _messages(kept: Given, shape: str) -> Notes:
+    """How the turns of a conversation say who speaks and what."""
+    notes: Notes = []
+    mapping = {"role": kept["message_field_role"], "content": kept["message_field_content"]}
+    mapping |= kept["message_property_mappings"] or {}
+    fits = mapping.get("role") in (None, "role", "from") and mapping.get("content") in (None, "content", "value")
+    how = "turns are of role and content, or of from and value: rename them in the rows"
+    for key in ("message_property_mappings", "message_field_role", "message_field_content"):
+        if kept.says(key):
+            notes.append((key, "same" if fits else "unsupported", "found by what the turns hold" if fits else how))
+    if kept.says("roles"):
+        roles = kept["roles"] if isinstance(kept["roles"], Mapping) else {}
+        fits = bool(roles) and all(
+            ROLES.get(str(n)) == ROLES.get(str(ours)) for ours, names in roles.items() for n in names
+        )
+        how = f"roles are read by these names: {', '.join(ROLES)}"
+        notes.append(("roles", "same" if fits else "unsupported", "these names are known" if fits else how))
+    return notes
+
+
+def _turns(entry: Mapping[str, Any]) -> tuple[str, list[str], Notes]:
+    """Which answers of a conversation are learned."""
+    if "roles_to_train" not in entry:
+        return "all", [], []
+    roles = entry["roles_to_train"]
+    if roles is None:
+        return "last", [], [("roles_to_train", "same", "the last answer is learned")]
+    if set(roles) <= {"assistant", "gpt"}:
+        return "all", ["roles_to_train"], []
+    return "all", [], [("roles_to_train", "unsupported", "answers of the assistant alone are learned")]
+
+
+def _written(given: Mapping[str, Any], kind: str) -> tuple[str, dict[str, str], list[str], Notes]:
+    """A type that says its columns and its prompt's wording by itself."""
+    own, columns, notes = TABLE["written"][kind], {}, []
+    for key, value in given.items():
+        name = f"type.{key}"
+        if value in OFF:
+            notes.append((name, "same", "not set"))
+        elif key in own["fields"]:
+            columns[own["fields"][key]] = str(value)
+            notes.append((name, "translated", f"columns: {{{own['fields'][key]}: {value}}}"))
+        elif key.endswith("format") and value in TABLE["formats"]:
+            notes.append((name, "same", "as here"))
+        else:
+            how = "the wording of a prompt stands in the rows, or in a layout of your own (docs/data_formats.md)"
+            notes.append((name, "unsupported", how))
+    return str(own["shape"]), columns, [], notes
+
+
+def guess(values: Mapping[str, Any], name: str) -> str:
+    """A file without `rl` is for sft, or for a reward model."""
+    rl = values.get("rl")
+    return str(rl) if rl else "reward" if values.get("reward_model") else "sft"
+
+
+SOURCE = source(
+    "axolotl",
+    (*hf.DERIVATIONS, *trl.DERIVATIONS, total_batch, floor, often, dtype, tracking, adapted, longer, data_sets),
+    guess,
+)

@@ -1,0 +1,125 @@
+"""A tool's command in a shell script (`swift rlhf --beta 0.1 ...`) as the mapping that its file would be."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from penchant.base.files import yaml_value
+from penchant.config import read_mapping
+from penchant.errors import ConfigError
+
+ENDINGS = (".sh", ".bash")
+# command: the tool, and which of its subcommands train (what they say of the method)
+COMMANDS: dict[str, tuple[str, Mapping[str, str]]] = {
+    "swift": ("ms-swift", {"sft": "sft", "pt": "pt", "rlhf": ""}),
+    "trl": ("trl", {m: m for m in ("sft", "dpo", "kto", "reward", "grpo", "rloo")}),
+    "llamafactory-cli": ("llama-factory", {"train": ""}),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What a script says: its arguments, whose they are, the method where the subcommand says it, and the GPUs that it asks for."""
+
+    values: dict[str, Any]
+    tool: str
+    method: str
+    devices: int
+
+
+def read_command(path: str | Path) -> Command:
+    """The one command of a script that trains.
+
+    Raises:
+        ConfigError: it cannot be read, there is none or more than one, or a value is in a variable that the script does not set.
+    """
+    where = str(path)
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(where, f"cannot be read ({error})", "give a UTF-8 shell script") from error
+    variables: dict[str, str] = {}
+    found: list[Command] = []
+    uncommented = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
+    for line in re.sub(r"\\[ \t]*\n", " ", uncommented).splitlines():
+        if not re.match(r"\s*(export\s+)?\w+=", line) and not any(name in line for name in COMMANDS):
+            continue
+        try:
+            words = [_filled(w, variables) for w in shlex.split(line)]
+        except ValueError as error:
+            raise ConfigError(
+                where, f"a line cannot be understood ({error}): {line[:60]}", "mend its quotes"
+            ) from error
+        words = words[: next((i for i, w in enumerate(words) if w.startswith("#")), len(words))]
+        while words and (words[0] == "export" or re.fullmatch(r"[A-Za-z_]\w*=.*", words[0], re.S)):
+            name, equals, value = words.pop(0).partition("=")
+            variables |= {name: value} if equals else {}
+        at = next((i for i, w in enumerate(words[:-1]) if _tool(w) and words[i + 1] in COMMANDS[_tool(w)][1]), None)
+        if at is not None:
+            tool, methods = COMMANDS[_tool(words[at])]
+            values = _arguments(words[at + 2 :], where)
+            if methods[words[at + 1]] == "" and tool == "ms-swift":
+                values.setdefault("rlhf_type", "dpo")
+            found.append(Command(values, tool, methods[words[at + 1]], _devices(variables)))
+    if len(found) != 1:
+        what = f"{len(found)} commands that train" if found else "no command that trains"
+        how = f"leave one in the script: {', '.join(f'{c} {s}' for c, (_, m) in COMMANDS.items() for s in m)}"
+        raise ConfigError(where, f"has {what}", how)
+    return found[0]
+
+
+def _tool(word: str) -> str:
+    name = word.rpartition("/")[2]
+    return name if name in COMMANDS else ""
+
+
+def _filled(word: str, variables: Mapping[str, str]) -> str:
+    return re.sub(r"\$\{(\w+)\}|\$(\w+)", lambda m: variables.get(m[1] or m[2], m[0]), word)
+
+
+def _devices(variables: Mapping[str, str]) -> int:
+    counts = [variables.get(n, "1") for n in ("NPROC_PER_NODE", "NNODES")]
+    return max(1, int(counts[0])) * max(1, int(counts[1])) if all(c.isdigit() for c in counts) else 1
+
+
+def _arguments(words: list[str], where: str) -> dict[str, Any]:
+    """``--key value``, ``--key=value``, a key alone for true, several values for a list; a file of `--config` lies below them."""
+    values: dict[str, Any] = {}
+    key = ""
+    for word in words:
+        if word in ("&", ";", "|", "&&", "||") or re.match(r"\d?>", word):
+            break
+        if word.startswith("--"):
+            key, equals, value = word[2:].partition("=")
+            key = key.replace("-", "_")
+            values[key] = [_value(value)] if equals else []
+        elif key:
+            values[key].append(_value(word))
+        else:
+            raise ConfigError(where, f"gives {word} without a name", "import that file itself, or write --name value")
+    for name, given in values.items():
+        if any(isinstance(v, str) and re.search(r"\$\{?\w", v) for v in given):
+            raise ConfigError(
+                where, f"--{name} is {given[0]}, a variable that it does not set", "write the value in its place"
+            )
+    made = {k: True if not v else v[0] if len(v) == 1 else v for k, v in values.items()}
+    if "config" not in made:
+        return made
+    below = Path(str(made.pop("config")))
+    below = below if below.exists() else Path(where).parent / below
+    return {**read_mapping(below, "another tool's config is a mapping of its keys")[0], **made}
+
+
+def _value(word: str) -> Any:
+    try:
+        found = yaml_value(word)
+    except (yaml.YAMLError, ValueError, ConfigError):
+        return word
+    return found if isinstance(found, (bool, int, float, dict, list)) else word

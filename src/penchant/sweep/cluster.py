@@ -1,0 +1,235 @@
+"""Where a sweep's runs are trained: the `cluster` section, and the jobs that Slurm (through submitit) or Ray make of runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from pydantic import Field
+
+from penchant.base.section import Section
+from penchant.config import Places, RunConfig, place_of
+from penchant.config.several import read_section
+from penchant.errors import ConfigError
+
+ORDERS = (
+    ".jobs"  # in the sweep's folder: what jobs are told, what came of them, and their logs; no run can have this name
+)
+OF_SLURM, OF_RAY = ("partition", "hours", "setup", "options"), ("address",)
+ALIVE = frozenset({"PENDING", "RUNNING", "REQUEUED", "COMPLETING", "CONFIGURING", "SUSPENDED", "RESIZING", "STAGE_OUT"})
+_NAMESPACE = "penchant"
+
+
+class ClusterConfig(Section):
+    """The `cluster` section."""
+
+    on: Literal["local", "slurm", "ray"] = Field("local", description="who trains the runs: this machine, or a cluster")
+    gpus: int | None = Field(None, ge=0, description="GPUs of each run; 0: none")
+    cpus: int | None = Field(None, ge=1, description="cores of each run (default: the cluster's own)")
+    memory: float | None = Field(None, gt=0, description="host memory of each run in GB (default: the cluster's own)")
+    partition: str | None = Field(None, description="Slurm's partition (default: its own)")
+    hours: float | None = Field(
+        None, gt=0, description="Slurm's time limit of a job (default: 24); a run that reaches it goes on in a new job"
+    )
+    setup: tuple[str, ...] = Field((), description="Slurm: shell lines before the run starts", strict=False)
+    options: dict[str, str | int | float | bool] = Field(
+        {}, description="Slurm: more options of sbatch, e.g. {account: lab, constraint: h100}"
+    )
+    address: str | None = Field(
+        None, description="Ray's address, e.g. ray://HOST:10001, or auto (default: $RAY_ADDRESS)"
+    )
+
+
+def read_cluster(values: Mapping[str, Any], places: Places, source: str, runs: Sequence[RunConfig]) -> ClusterConfig:
+    """The `cluster` section of a sweep.
+
+    Args:
+        runs: their configs, or some that stand for all.
+
+    Raises:
+        ConfigError: it asks for what the cluster does not have, or does not say how many GPUs a run gets.
+    """
+    if values.get("cluster") is None:
+        return ClusterConfig()
+    config = read_section(ClusterConfig, "cluster", values, places, source, "write cluster: {on: slurm, gpus: 1}")
+    place = place_of(("cluster",), places, source)
+    if config.on == "local":
+        return config
+    if config.gpus is None:
+        raise ConfigError(place, "cluster.gpus is missing", "say how many GPUs each run gets, e.g. cluster.gpus=1 or 0")
+    if config.gpus == 0 and any(c.model.device == "cuda" for c in runs):
+        raise ConfigError(place, "cluster.gpus is 0, and model.device is cuda", "set cluster.gpus to 1")
+    other, names = ("Ray", OF_SLURM) if config.on == "ray" else ("Slurm", OF_RAY)
+    for name in names:
+        if getattr(config, name):
+            raise ConfigError(
+                place_of(("cluster", name), places, place), f"cluster.{name} says nothing to {other}", "leave it out"
+            )
+    return config
+
+
+class Cluster(Protocol):
+    """A place where runs are trained as jobs, which go on when whoever sent them is gone."""
+
+    name: str
+    title: str  # how a message calls one of its jobs: "Slurm job"
+    cancel: str  # what a person does to end jobs, with {} for their ids
+
+    def submit(self, name: str, order: Path) -> str:
+        """Have a run trained; the job's id."""
+
+    def ended(self, job: str, stopped: bool = False) -> str | None:
+        """None while a job waits or runs, else a word for how it ended, some time after it has; `stopped`: its run says that it has."""
+
+    def log(self, job: str, order: Path) -> Path:
+        """Where a job's messages are."""
+
+
+def open_cluster(config: ClusterConfig, folder: Path) -> Cluster:
+    """The cluster of a sweep in `folder`.
+
+    Raises:
+        ConfigError: it is not to be had here.
+    """
+    return Slurm(config, folder / ORDERS / "slurm") if config.on == "slurm" else Ray(config)
+
+
+class Slurm:
+    """Jobs of Slurm, by submitit.
+
+    Args:
+        folder: of the jobs' scripts and logs.
+    """
+
+    name, title, cancel = "slurm", "Slurm job", "scancel {}"
+    executor, job_class = "slurm", "SlurmJob"  # submitit's names
+
+    def __init__(self, config: ClusterConfig, folder: Path) -> None:
+        try:
+            import submitit
+        except ImportError as error:
+            raise ConfigError("cluster.on", "slurm needs submitit", "pip install 'penchant[slurm]'") from error
+        self.folder = folder
+        self.kind = getattr(submitit, self.job_class)
+        self.jobs: dict[str, Any] = {}
+        hours = 24.0 if config.hours is None else config.hours
+        try:
+            self.submitter = submitit.AutoExecutor(folder, cluster=self.executor)
+            self.submitter.update_parameters(
+                timeout_min=max(1, round(hours * 60)),
+                gpus_per_node=config.gpus or None,
+                cpus_per_task=config.cpus,
+                mem_gb=config.memory,
+                slurm_partition=config.partition,
+                slurm_setup=list(config.setup) or None,
+                slurm_additional_parameters={"job-name": "penchant", **config.options},
+            )
+        except RuntimeError as error:  # no srun
+            raise ConfigError(
+                "cluster.on", "is slurm, and there is no Slurm here", "run it where sbatch and srun are"
+            ) from error
+
+    def submit(self, name: str, order: Path) -> str:
+        from penchant.sweep.worker import carry_out
+
+        try:
+            job = self.submitter.submit(carry_out, str(order))
+        except Exception as error:  # submitit has classes of its own for what sbatch says
+            said = str(error).strip().splitlines()
+            raise ConfigError(
+                "cluster", f"sbatch did not take run {name}: {said[-1] if said else error!r}", "see its options"
+            ) from error
+        self.jobs[job.job_id] = job
+        return str(job.job_id)
+
+    def ended(self, job: str, stopped: bool = False) -> str | None:
+        found = self._job(job)
+        if stopped:
+            found.get_info(mode="force")
+        state = str(found.state)
+        if state == "UNKNOWN":  # not yet in the accounting, or there is none
+            return state if stopped else None
+        return None if state.split()[0] in ALIVE else state
+
+    def log(self, job: str, order: Path) -> Path:
+        return Path(self._job(job).paths.stderr)
+
+    def _job(self, job: str) -> Any:
+        if job not in self.jobs:
+            self.jobs[job] = self.kind(self.folder, job)
+        return self.jobs[job]
+
+
+class Ray:
+    """Runs as detached actors of a Ray cluster: each lives until its run has ended, whether the sweep is there or not."""
+
+    name, title, cancel = "ray", "Ray actor", "ray.kill(ray.get_actor(NAME, 'penchant')) ends one of {}"
+
+    def __init__(self, config: ClusterConfig) -> None:
+        try:
+            import ray
+        except ImportError as error:
+            raise ConfigError("cluster.on", "ray needs Ray", "pip install 'penchant[ray]'") from error
+        address = config.address or os.environ.get("RAY_ADDRESS")
+        if not ray.is_initialized():
+            if address is None:
+                raise ConfigError("cluster.address", "is missing", "give Ray's address; auto: the one on this machine")
+            try:
+                ray.init(address=address, namespace=_NAMESPACE, log_to_driver=False, configure_logging=False)
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                said = str(error).splitlines()[0]
+                raise ConfigError(
+                    "cluster.address", f"{address}: {said}", "start Ray there: ray start --head"
+                ) from error
+        wanted = {
+            "num_gpus": config.gpus,
+            "num_cpus": config.cpus,
+            "memory": None if config.memory is None else int(config.memory * 1e9),
+        }
+        self.options = {k: v for k, v in wanted.items() if v is not None}
+        self.ray, self.actor = ray, ray.remote(_Actor)
+
+    def submit(self, name: str, order: Path) -> str:
+        job = f"{name}-{uuid.uuid4().hex[:8]}"
+        options = {"name": job, "namespace": _NAMESPACE, "lifetime": "detached", "max_restarts": 0, **self.options}
+        self.actor.options(**options).remote(str(order), str(self.log(job, order)))
+        return job
+
+    def ended(self, job: str, stopped: bool = False) -> str | None:
+        try:
+            self.ray.get_actor(job, namespace=_NAMESPACE)
+        except ValueError:
+            return "gone"
+        return None
+
+    def log(self, job: str, order: Path) -> Path:
+        return order.with_suffix(".log")
+
+
+class _Actor:
+    """What trains a run in Ray: a process of its own, which ends as a sweep's workers do when this one is gone."""
+
+    def __init__(self, order: str, log: str) -> None:
+        import ray
+
+        # a call of whoever made it could be lost with them; this one is the actor's own
+        ray.get_runtime_context().current_actor.train.remote(order, log)
+
+    def train(self, order: str, log: str) -> None:
+        import ray
+
+        with suppress(OSError), open(log, "ab") as said:
+            subprocess.run(
+                [sys.executable, "-m", "penchant.sweep.worker", "--order", order],
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+                check=False,
+            )
+        ray.actor.exit_actor()

@@ -1,0 +1,63 @@
+"""The recipes that print the tables of docs/results.md run, and their tables say what was measured."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from tiny import tiny_model_folder, write_jsonl
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.fixture
+def experiments(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(RECIPES))
+    for name in ("experiments", "loss_table"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    import experiments
+
+    monkeypatch.setattr(experiments, "HH_PAIRS", 8)
+    monkeypatch.setattr(experiments, "HH_HELDOUT", 4)
+    monkeypatch.setattr(experiments, "SAMPLE_TOKENS", 4)
+    return experiments
+
+
+@pytest.mark.slow  # two trainings, each measured by models of its own
+def test_a_table_of_losses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experiments: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Against the start nothing has changed; after a step what was written is what the run's own evaluation finds."""
+    monkeypatch.chdir(tmp_path)
+    model = Path(tiny_model_folder(tmp_path / "model", chat=True))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
+    turn = lambda role, text: [{"role": role, "content": text}]  # noqa: E731
+    rows = [
+        {
+            "prompt": turn("user", f"Say {i}."),
+            "chosen": turn("assistant", f"yes {i}"),
+            "rejected": turn("assistant", "no"),
+        }
+        for i in range(12)
+    ]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    import loss_table
+
+    asked = "loss_table.py --task hh --seeds 1 --model model --data rows.jsonl --only dpo,kto --threads 1"
+    monkeypatch.setattr(sys, "argv", asked.split())
+    loss_table.main()
+    table = [
+        [c.strip() for c in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines() if "|" in line
+    ]
+    assert [row[0] for row in table] == ["loss", "-" * len(table[1][0]), experiments.START, "dpo", "kto"]
+    start, dpo = table[2], table[3]
+    assert start[3:6] == ["0.00"] * 3 and start[6] == "0.00"
+    measured = json.loads((tmp_path / "runs/tables/hh/losses/dpo/seed-0/measured.json").read_text())
+    before = json.loads((tmp_path / "runs/tables/hh/start.json").read_text())
+    moved = [a - b for a, b in zip(measured["logps"], before["logps"], strict=True)]
+    assert measured["chosen"] == pytest.approx(moved[::2], abs=1e-4) and any(abs(m) > 1e-3 for m in moved)
+    assert dpo[4] == f"{sum(moved[::2]) / 4:.2f}"
