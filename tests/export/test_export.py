@@ -195,7 +195,7 @@ def test_a_wrong_weight_is_found_and_kept_aside(world: Path, tmp_path: Path, mon
 
 def test_what_cannot_be_is_refused_and_nothing_is_overwritten(world: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match="onnx is no form of a model; there are safetensors, pt, merged, adapter, gguf"
+        ConfigError, match="onnx is not an export format; there are safetensors, pt, merged, adapter, gguf"
     ):
         api.export(world / "full", to="onnx")
     with pytest.raises(ConfigError, match="trained the whole model; use safetensors"):
@@ -243,7 +243,7 @@ def test_the_card_is_valid_says_what_is_known_and_names_no_folder_of_this_machin
         for path in result.folder.iterdir():
             if path.name != "adapter_config.json":
                 assert str(world).encode() not in path.read_bytes(), path.name
-        assert "`pairs\\|'x'.jsonl`" in text  # a name from outside is no markup
+        assert "`pairs\\|'x'.jsonl`" in text  # a name from outside is not markup
 
 
 def test_the_cards_code_loads_the_folder(world: Path, tmp_path: Path) -> None:
@@ -321,9 +321,9 @@ def test_what_is_not_the_export_asked_for_is_not_pushed(world: Path, tmp_path: P
     shutil.copytree(world / "bf16", tmp_path / "full")  # another training under the same name
     refused("another checkpoint", tmp_path / "full", dtype="fp32")
     (tmp_path / "empty").mkdir()
-    refused("no finished export", output=tmp_path / "empty")
+    refused("not a finished export", output=tmp_path / "empty")
     (tmp_path / "link").symlink_to(out)
-    refused("no finished export", output=tmp_path / "link")
+    refused("not a finished export", output=tmp_path / "link")
     assert pushed == []
 
 
@@ -334,7 +334,7 @@ def test_what_is_not_the_export_asked_for_is_not_pushed(world: Path, tmp_path: P
         (lambda out: (out / "notes.txt").write_text("mine"), "'notes.txt' is not as the export wrote it"),
         (lambda out: (out / "tokenizer.json").unlink(), "'tokenizer.json' is gone"),
         (lambda out: (out / "README.md").unlink(), "'README.md' is gone"),
-        (lambda out: (out / "export.json").write_text("[1"), "no finished export"),
+        (lambda out: (out / "export.json").write_text("[1"), "not a finished export"),
         (lambda out: _record(out, checkpoint=None), "does not say which checkpoint"),
         (lambda out: _record(out, sha256=7), "is not as the export wrote it"),
         (lambda out: _record(out, check=[]), "no comparison that was passed"),

@@ -12,6 +12,7 @@ from penchant.base.text import gigabytes
 from penchant.config import Places, RunConfig
 from penchant.config.launching import check_launch
 from penchant.errors import PenchantError
+from penchant.models.options import check_text_alone
 from penchant.plan.memory import Memory, memory_of
 from penchant.plan.outline import OutlinedRun, parameter_counts
 from penchant.plan.probe import Duration, Probe, duration_of, probe
@@ -19,7 +20,7 @@ from penchant.plan.ranks import ranks_of
 from penchant.plan.settings import Setting, derived_values, settings_of
 from penchant.plan.work import Disk, Rows, Work, disk_of, rows_of, to_json, work_of
 from penchant.runs import Run
-from penchant.runs.parts import check_offload, reference_kind, remarks
+from penchant.runs.parts import check_offload, check_places, reference_kind, remarks
 from penchant.runs.record import reward_contents
 from penchant.training.checkpoint import latest_checkpoint
 
@@ -85,6 +86,7 @@ def make_plan(config: RunConfig, places: Places, *, with_probe: bool = True, gpu
     Raises:
         ConfigError, DataError, ModelError, RewardError: what the run itself would stop at.
     """
+    check_text_alone(config.model, "model.vision", "penchant plan")
     asked = config
     for count in gpus:
         launch = config.launch.model_copy(update={"processes": count})
@@ -99,6 +101,7 @@ def make_plan(config: RunConfig, places: Places, *, with_probe: bool = True, gpu
         reward_contents(config)  # a file or folder that is not there is met now
     held = max(0, resident() - baseline)
     check_offload(run.config, run.device)
+    check_places(run.config)
     derived: dict[str, tuple[Any, str]] = {}
     if run.config.train.gradient_checkpointing == "auto":
         again, why = checkpointing(run)

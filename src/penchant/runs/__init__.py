@@ -58,6 +58,7 @@ from penchant.runs.parts import (
     Built,
     build,
     check_offload,
+    check_places,
     checkpoint_bytes,
     peak_lr,
     placed,
@@ -208,6 +209,7 @@ class Run:
         """
         check_launch(self.config, self.world.size)
         check_offload(self.config, self.device)
+        check_places(self.config)
         if self.world.many and self.device.type == "cuda" and torch.cuda.device_count() < self.world.local_size:
             raise ConfigError(
                 "launch.processes",
@@ -413,7 +415,7 @@ class Run:
 
     def _look(self) -> None:
         """Ask whether the run will fit; whoever cannot tell stops nothing."""
-        if self.look is None or self.world.many:  # it looks at one process
+        if self.look is None or self.world.many or self.config.model.sees:  # it looks at one process, and at text
             return
         try:
             said = self.look(self)

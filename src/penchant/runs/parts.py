@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,13 +17,14 @@ from penchant.base.files import cache_folder
 from penchant.base.machine import cores
 from penchant.base.text import counted
 from penchant.config import RunConfig
+from penchant.data.mapped import StoredTokens
 from penchant.data.packing import tree_tokens
 from penchant.data.templates import name_ends
 from penchant.distributed.shard import Sharding, gathered, rooted
 from penchant.distributed.world import current
 from penchant.errors import ConfigError
-from penchant.logprobs import Scorer
-from penchant.logprobs.packing import choose_packing
+from penchant.logprobs import Elsewhere, Scorer
+from penchant.logprobs.packing import choose_packing, choose_pictured
 from penchant.logprobs.reference import (
     CachedReference,
     LiveReference,
@@ -45,11 +47,15 @@ from penchant.models.load import (
     config_sha256,
     cpu_has_bf16,
     effective_weights,
+    freeze_eyes,
     held_in,
     is_b_matrix,
+    language_part,
     load_causal_model,
+    processor_sha256,
     resolve_device,
     resolve_dtype,
+    resolve_place,
     save_model,
     source_sha256,
     weights_sha256,
@@ -252,11 +258,14 @@ def prepared(model: Any, config: RunConfig, rows: Rows) -> Any:
     if config.lora is not None and rows.reward_parts is None:
         outlined = next(model.parameters()).device.type == "meta"
         if config.model.adapter is None or outlined:
-            model = add_lora(model, config.lora, config.train.seed)
+            within = language_part(model) if config.model.vision == "frozen" else ""
+            model = add_lora(model, config.lora, config.train.seed, within=within)
         else:
             adapter = Path(config.model.adapter)
             check_adapters_base(adapter, config.model, model)
             model = trained_on(model, adapter, config.lora, config.train.seed)
+    elif config.model.vision == "frozen":
+        freeze_eyes(model)
     if config.train.gradient_checkpointing is True:  # an auto that nobody decided trains nothing
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if config.lora is not None:
@@ -278,6 +287,31 @@ def placed(config: RunConfig) -> tuple[torch.device, torch.dtype]:
     return device, resolve_dtype(config.model.dtype, device)
 
 
+def reference_place(config: RunConfig) -> torch.device:
+    """Where a reference that is a model of its own is."""
+    return resolve_place("reference.device", config.reference.device, resolve_device(config.model.device))
+
+
+def check_places(config: RunConfig) -> None:
+    """Refuse devices of models beside the policy that are not there, or that several processes cannot have.
+
+    Raises:
+        ConfigError: which key says what.
+    """
+    places = {"reference.device": config.reference.device}
+    places |= {} if config.reward is None else {"reward.device": config.reward.device}
+    for key, wanted in places.items():
+        resolve_place(key, wanted, config.model.device)
+        if current().many and (":" in wanted or (key == "reference.device" and wanted != "auto")):
+            raise ConfigError(
+                key,
+                f"is {wanted}, and each of the {current().size} processes has a device of its own",
+                "leave it out: what is held beside the policy is dealt out as the policy is",
+            )
+    if "reference" in config.method.needs:
+        reference_kind(config)
+
+
 def check_offload(config: RunConfig, device: torch.device) -> None:
     """Refuse to offload activations where they are in the host's memory anyway."""
     if config.train.gradient_checkpointing == "offload" and device.type != "cuda":
@@ -294,11 +328,17 @@ def set_threads(config: RunConfig, model: Any) -> None:
     set_precision(next(model.parameters()).device, config.train.tf32)
 
 
-def answering(model: Any, config: RunConfig, dtype: torch.dtype) -> Scorer:
-    """A loaded language model that only answers: frozen, in `dtype`, with threads and packing as its config says."""
+def answering(model: Any, config: RunConfig, dtype: torch.dtype, processor: Any = None) -> Scorer:
+    """A loaded language model that only answers: frozen, in `dtype`, with threads and packing as its config says.
+
+    Args:
+        processor: of one that reads pictures.
+    """
     set_threads(config, model)
     cast_parameters(model, dtype)
     model.requires_grad_(False).eval()
+    if processor is not None:
+        return choose_pictured(model, processor)[0]
     return choose_packing(model, config.train.packing, config.model.kernels, config.model.attention)[0]
 
 
@@ -353,7 +393,7 @@ def write_model(built: Built, rows: Rows, folder: Path) -> None:
     if rows.reward_parts is not None:
         rows.reward_parts.save(parts.model, built.optimizer.masters, folder, state, parts.dtype)
     elif world.leads:
-        save_model(parts.model, parts.tokenizer, folder, state)
+        save_model(parts.model, rows.processor if parts.config.model.sees else parts.tokenizer, folder, state)
     if parts.config.checkpoint.pt and world.leads:
         write_state_dict(folder)
 
@@ -392,6 +432,11 @@ def _engine(parts: Parts, rows: Rows, shared: Alone, console: Any) -> Scorer | R
         engine, note = make_scorer(parts.model, encoder, parts.tokenizer, packing, kernels, attention, _runs_as(parts))
         console.note(note)
         return engine
+
+    if wanted.sees:
+        scorer, note = choose_pictured(parts.model, rows.processor)
+        console.note(note)
+        return scorer
 
     def choose() -> tuple[Any, str]:
         scorer, note = choose_packing(parts.model, packing, kernels, attention, _runs_as(parts))
@@ -434,7 +479,10 @@ def reference_kind(config: RunConfig) -> str:
         ConfigError: the method or the model cannot have it so.
     """
     kind, own = str(config.reference.kind), config.reference.path is not None
-    if kind == "auto" and (config.reference.moves or (config.method.live_reference and (config.lora is None or own))):
+    away = config.reference.device != "auto"
+    if kind == "auto" and (
+        config.reference.moves or away or (config.method.live_reference and (config.lora is None or own))
+    ):
         kind = "frozen"
     elif kind == "auto":
         kind = "adapter" if config.lora is not None and not own else "cached"
@@ -443,6 +491,12 @@ def reference_kind(config: RunConfig) -> str:
             "reference.kind",
             "adapter means the model with its LoRA adapter off",
             "add a lora section and no reference.path",
+        )
+    if away and (kind == "adapter" or (kind == "cached" and not own)):
+        raise ConfigError(
+            "reference.device",
+            f"is {config.reference.device}, and a reference of kind {kind} is the policy itself, which is where the policy is",
+            "leave one of them out; reference.kind=frozen is a model of its own",
         )
     if kind == "cached" and config.method.signal == "prompts":
         raise ConfigError(
@@ -457,6 +511,7 @@ def _reference(built: Built, kind: str, rows: Rows, shared: Alone, console: Any,
     parts, cfg = built.parts, built.parts.config.reference
     # in a copy an adapter is merged, and quantized weights are dequantized
     exact = not starts_adapted(parts.config) and parts.config.model.quantize == "none"
+    exact = exact and reference_place(parts.config).type == parts.device.type
     if cfg.moves:
         every, mixup = (cfg.sync_every, cfg.sync_mixup) if cfg.ema is None else (1, 1.0 - cfg.ema)
         return MovingReference(
@@ -487,18 +542,20 @@ def starts_adapted(config: RunConfig) -> bool:
 def frozen_scorer(parts: Parts, shared: Alone, *, start: bool = False) -> Scorer:
     """A frozen model in the policy's precision: the reference, or the `start` of training where they differ."""
     config = parts.config
-    source = config.model if start else reference_source(config)
-    model = fresh_model(config, source, parts.device, shared, frozen=True)
+    source, place = (config.model, parts.device) if start else (reference_source(config), reference_place(config))
+    model = fresh_model(config, source, place, shared, frozen=True)
     cast_parameters(model, parts.dtype)
     model.requires_grad_(False).eval()
-    if not start and config.reference.path is not None:  # maybe of another architecture
+    alike = place.type == parts.device.type
+    if not start and (config.reference.path is not None or not alike):  # maybe of another architecture
         kernels = "auto" if parts.scorer.fast else "off"
-        scorer = choose_packing(model, parts.scorer.packing, kernels, config.model.attention, _runs_as(parts))[0]
+        attention = config.model.attention if alike else "auto"
+        scorer = choose_packing(model, parts.scorer.packing, kernels, attention, _runs_as(parts))[0]
     else:
         # the policy's own numeric path: with an adapter it has no fast one, and the start would not be equal
         scorer = parts.scorer.on(model)
     if not current().many:
-        return scorer
+        return scorer if place == parts.device else cast(Scorer, Elsewhere(scorer, place))
     sharding(parts)(model, backbone_of(model))
     return cast(Scorer, rooted(scorer))
 
@@ -569,12 +626,22 @@ def cache_paths(config: RunConfig, rows: Rows, weights: str, model: Any) -> dict
     folder = Path(cfg.cache_dir).expanduser() if cfg.cache_dir else cache_folder("reference")
     groups = {"training": rows.trees[0], "held-out": rows.trees[1], "mismatched": list(rows.mismatched.values())}
     dtype = str(placed(config)[1])
+    if config.model.sees:
+        weights += processor_sha256(rows.processor)
     how = {"dtype": dtype, "tokenizer": tokenizer_sha256(rows.tokenizer), "template": config.data.template}
     return {
-        name: (trees, folder / f"{cache_key(weights + config_sha256(model), trees, **how)}.safetensors")
+        name: (trees, folder / f"{cache_key(weights + config_sha256(model) + _seen(trees), trees, **how)}.safetensors")
         for name, trees in groups.items()
         if trees
     }
+
+
+def _seen(trees: Sequence[TokenTree]) -> str:
+    """SHA-256 of the pictures of some trees; empty where they have none, as all trees on disk."""
+    if isinstance(trees, StoredTokens):
+        return ""
+    found = [[i.sha256 for i in t.pictures.images] if t.pictures else [] for t in trees]
+    return hashlib.sha256(repr(found).encode()).hexdigest() if any(found) else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -584,7 +651,7 @@ def cache_paths(config: RunConfig, rows: Rows, weights: str, model: Any) -> dict
 def weights_key(config: RunConfig, source: ModelConfig) -> Key:
     """Everything that a model's weights in fp32 depend on before it is trained."""
     seed = config.train.seed if source.init == "random" else None
-    return (source.path, source.revision, source.init, seed, source.adapter, source.quantize)
+    return (source.path, source.revision, source.init, seed, source.adapter, source.quantize, source.vision)
 
 
 def start_key(config: RunConfig) -> Key:
