@@ -147,15 +147,20 @@ def _models_are_read_once() -> Iterator[None]:
     ways: dict[Any, Any] = {}
     real_load, real_way, real_fast = load._load, packing._first_right, packing._fast_is_right
 
-    def loaded(cfg: Any, path: str, device: torch.device, seed: int) -> Any:
+    def loaded(cfg: Any, path: str, device: torch.device, seed: int, *how: Any) -> Any:
         files = sorted(p for p in Path(path).iterdir() if p.is_file()) if Path(path).is_dir() else []
         if not KEEPS["models"] or not files or sum(p.stat().st_size for p in files) > 1e6:
-            return real_load(cfg, path, device, seed)
-        rest = (cfg.model_dump_json(exclude={"path", "tokenizer"}), str(device), seed if cfg.init == "random" else None)
+            return real_load(cfg, path, device, seed, *how)
+        rest = (
+            cfg.model_dump_json(exclude={"path", "tokenizer"}),
+            str(device),
+            seed if cfg.init == "random" else None,
+            how,
+        )
         sums = [(p.name, hashlib.sha256(p.read_bytes()).digest()) for p in files]
         key = hashlib.sha256(repr((rest, sums)).encode()).hexdigest()
         if key not in kept:
-            before, model = torch.get_rng_state(), real_load(cfg, path, device, seed)
+            before, model = torch.get_rng_state(), real_load(cfg, path, device, seed, *how)
             after = torch.get_rng_state()
             if key in seen and (cfg.init == "random" or torch.equal(before, after)):
                 kept[key] = copy.deepcopy(model), after

@@ -238,6 +238,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
         resumed._seed(3, 2)
         found["drawn"] = torch.rand(4)
         root_of = resumed.algorithm.scorer.root
+        found["through"] = [type(g._all_gather_comm).__name__ for g in root_of._get_fsdp_state()._fsdp_param_groups]
         found["fast"] = [Scorer(resumed.model, "shared", "auto").fast]
         with whole_weights(resumed.algorithm.scorer):
             found["fast"].append(Scorer(resumed.model, "shared", "auto").fast)
@@ -352,6 +353,10 @@ def test_weights_are_whole_where_completions_are_sampled(results: Any) -> None:
     for rank in found:
         ends = {n.removeprefix("master/"): t for n, t in rank["resumed dpo"].items() if n.startswith("master/")}
         assert ends.keys() == rank["whole"].keys() and all(torch.equal(ends[n], rank["whole"][n]) for n in ends)
+
+
+def test_shards_go_through_memory_on_one_machine(results: Any) -> None:
+    assert all(rank["through"] == ["Gather"] for rank in results[2])
 
 
 def test_a_fast_path_and_shards_do_not_meet(results: Any) -> None:

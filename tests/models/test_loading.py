@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from families import family_configs
+from processes import forked
 
 from penchant.errors import ModelError
-from penchant.models.load import load_causal_model, save_model
+from penchant.models import load
+from penchant.models.load import cast_parameters, held_in, load_causal_model, save_model
 from penchant.models.options import ModelConfig
 
 CONFIGS: dict[str, Any] = {
@@ -94,3 +98,89 @@ def test_of_a_model_of_text_and_images_the_text_part_is_loaded(tmp_path: Path) -
     with torch.no_grad():
         assert torch.equal(again(ids).logits, whole(ids).logits)
         assert torch.equal(stranger(ids).logits, whole(ids).logits)
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", sorted(family_configs()))
+def test_weights_read_in_bf16_are_those_that_are_cast_to_it(tmp_path: Path, name: str) -> None:
+    torch.manual_seed(0)
+    made = transformers.AutoModelForCausalLM.from_config(family_configs()[name](), dtype=torch.float32)
+    made.save_pretrained(tmp_path)
+    source = ModelConfig(path=str(tmp_path))
+    right, found = load_causal_model(source, CPU), load_causal_model(source, CPU, within=torch.bfloat16)
+    # Gemma has a factor that would be rounded to the weights' dtype
+    assert all(p.dtype == torch.bfloat16 for p in found.parameters()) == (not name.startswith("gemma"))
+    for model in (right, found):
+        cast_parameters(model, torch.bfloat16)
+    for of in ("named_parameters", "named_buffers"):
+        theirs, ours = dict(getattr(right, of)()), dict(getattr(found, of)())
+        assert theirs.keys() == ours.keys()
+        assert all(t.dtype == ours[n].dtype and torch.equal(t, ours[n]) for n, t in theirs.items())
+
+
+def test_buffers_that_would_be_in_bf16_are_made_in_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"]()).save_pretrained(tmp_path)
+    whole = transformers.LlamaModel.__init__
+
+    def init(self: Any, *args: Any) -> None:
+        whole(self, *args)
+        self.register_buffer("angles", torch.arange(3) / 7, persistent=False)
+
+    monkeypatch.setattr(transformers.LlamaModel, "__init__", init)
+    model = load_causal_model(ModelConfig(path=str(tmp_path)), CPU, within=torch.bfloat16)
+    assert model.model.angles.dtype == torch.float32
+
+
+def test_weights_are_held_in_bf16_where_fp32_would_hold_nothing_more(tmp_path: Path) -> None:
+    made = transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"](), dtype=torch.float32)
+    made.save_pretrained(tmp_path / "fp32")
+    made.bfloat16().save_pretrained(tmp_path / "bf16")
+    for stored, dtype, frozen, wanted in (
+        ("fp32", torch.bfloat16, True, torch.bfloat16),
+        ("fp32", torch.bfloat16, False, torch.float32),
+        ("bf16", torch.bfloat16, False, torch.bfloat16),
+        ("bf16", torch.float32, True, torch.float32),
+        ("bf16", torch.float64, True, torch.float32),
+    ):
+        assert held_in(ModelConfig(path=str(tmp_path / stored)), dtype, frozen) == wanted
+    drawn = ModelConfig(path=str(tmp_path / "bf16"), init="random")
+    assert held_in(drawn, torch.bfloat16, True) == torch.float32
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    "within, mapped, most", [("bfloat16", False, 2.0), ("bfloat16", True, 0.0), ("float32", False, 4.0)]
+)
+def test_loading_takes_no_more_memory_than_what_is_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, within: str, mapped: bool, most: float
+) -> None:
+    """Of 8 million weights, in a process of its own: what it has beside files, at its highest."""
+    config = transformers.LlamaConfig(
+        hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_attention_heads=2, vocab_size=15000
+    )
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "m")
+    monkeypatch.setattr(load, "_check_behavior", lambda *_: None)
+
+    def own() -> int:
+        text = Path("/proc/self/status").read_text()
+        return 1024 * int(next(line for line in text.splitlines() if line.startswith("RssAnon")).split()[1])
+
+    def child() -> None:
+        before, seen, take = own(), [], load.own_memory
+        for name in ("own_memory", "check_finite", "disable_dropout"):
+            real = getattr(load, name)
+            monkeypatch.setattr(load, name, lambda *a, real=real: (seen.append(own()), real(*a), seen.append(own())))
+        assert take is not load.own_memory
+        model = load_causal_model(
+            ModelConfig(path=str(tmp_path / "m")), CPU, within=getattr(torch, within), mapped=mapped
+        )
+        count = sum(p.numel() for p in model.parameters())
+        (tmp_path / "bytes").write_text(str((max(seen) - before) / count))
+
+    process = forked(child)
+    process.join()
+    found = float((tmp_path / "bytes").read_text())
+    assert found <= most + 1.0, f"{found:.2f} bytes a weight"
+    assert found >= most - 1.0, f"{found:.2f} bytes a weight: nothing is counted"

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from penchant.distributed.exchange import Exchange, Gather, ReduceScatter
 from penchant.distributed.world import World
 
 # what a `Scorer` or a `RewardScorer` runs the model for: inside, the parameters that no layer owns are whole
@@ -75,14 +76,29 @@ class Sharding:
                 param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
         for layer in layers_of(backbone):
+            _widen(layer)
             fully_shard(layer, reshard_after_forward=self.reshard, **how)
         root = Root(model, self.reshard, beside)
+        _widen(root)
         fully_shard(root, reshard_after_forward=False, **how)
+        exchange = (
+            Exchange.of(self.world) if self.device.type == "cpu" and hasattr(root, "set_custom_all_gather") else None
+        )
         for module in root.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
+                if exchange is not None:
+                    module.set_custom_all_gather(cast(Any, Gather(exchange)))
+                    module.set_custom_reduce_scatter(cast(Any, ReduceScatter(exchange)))
         return root
+
+
+def _widen(module: nn.Module) -> None:
+    """What is trained, and is whole still, in fp32: shards are their own masters."""
+    for p in module.parameters():
+        if p.requires_grad and not is_sharded(p) and p.dtype == torch.bfloat16:
+            p.data = p.data.float()
 
 
 def layers_of(backbone: nn.Module) -> list[nn.Module]:

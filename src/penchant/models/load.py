@@ -32,6 +32,7 @@ from penchant.models.folder import (
     check_template,
     config_of,
     first_line,
+    headers,
     loading,
 )
 from penchant.models.options import LoraConfig, ModelConfig, check_model_path
@@ -109,11 +110,20 @@ def _odd_tokenizer_file(path: str) -> str:
     return str(file.with_name("tokenizer_config.json"))
 
 
-def load_causal_model(cfg: ModelConfig, device: torch.device, seed: int = 0, *, held: bool = False) -> Any:
-    """A transformers causal model in fp32, dropout off; `cast_parameters` makes it bf16 once the masters are taken.
+def load_causal_model(
+    cfg: ModelConfig,
+    device: torch.device,
+    seed: int = 0,
+    *,
+    held: bool = False,
+    within: torch.dtype = torch.float32,
+    mapped: bool = False,
+) -> Any:
+    """A transformers causal model, dropout off, in fp32 where nothing else is said; `cast_parameters` makes it bf16 once the masters are taken.
 
     Args:
         held: weights that `model.quantize` names stay quantized, for an adapter to be trained on them; else they are dequantized to fp32.
+        within: what weights are held in from the start, see `held_in`; mapped: they may stay in the file, see `own_memory`.
     """
     from transformers.utils import logging
 
@@ -122,17 +132,44 @@ def load_causal_model(cfg: ModelConfig, device: torch.device, seed: int = 0, *, 
     check_model_folder(Path(path))
     check_folder(Path(path))
     if cfg.quantize == "none":
-        return _load(cfg, path, device, seed)
+        return _load(cfg, path, device, seed, within, mapped)
     model = _load_anew(cfg, path, device, seed)
     return model if held else dequantized(model)
 
 
-def _load(cfg: ModelConfig, path: str, device: torch.device, seed: int) -> Any:
+def held_in(cfg: ModelConfig, dtype: torch.dtype, frozen: bool) -> torch.dtype:
+    """What the weights of a model that runs in `dtype` are held in from the start: that, where fp32 would hold nothing more.
+
+    Args:
+        frozen: nothing is trained, or only an adapter; what is trained has masters in fp32, which a file in bf16 makes no better.
+    """
+    if dtype != torch.bfloat16 or cfg.quantize != "none" or cfg.init == "random":
+        return torch.float32
+    folder = Path(check_model_path(cfg.path))
+    stored = {kind for kind, *_ in headers(folder).values()} if folder.is_dir() and not frozen else set()
+    return dtype if frozen or stored == {"BF16"} else torch.float32
+
+
+def _load(
+    cfg: ModelConfig,
+    path: str,
+    device: torch.device,
+    seed: int,
+    within: torch.dtype = torch.float32,
+    mapped: bool = False,
+) -> Any:
     """What is in a folder that holds a model; the tests keep it by the folder's bytes."""
-    return _load_anew(cfg, path, device, seed)
+    return _load_anew(cfg, path, device, seed, within, mapped)
 
 
-def _load_anew(cfg: ModelConfig, path: str, device: torch.device, seed: int) -> Any:
+def _load_anew(
+    cfg: ModelConfig,
+    path: str,
+    device: torch.device,
+    seed: int,
+    within: torch.dtype = torch.float32,
+    mapped: bool = False,
+) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder, how_to = Path(path), "give a folder or hub id of a causal model"
@@ -141,14 +178,16 @@ def _load_anew(cfg: ModelConfig, path: str, device: torch.device, seed: int) -> 
         text = text_config(config)
         if folder.is_dir():
             check_built(folder, on_meta(AutoModelForCausalLM, text), whole=text is config)
+        if within != torch.float32:
+            outline = on_meta(AutoModelForCausalLM, text, within)
+            if any(b.is_floating_point() and b.dtype != torch.float32 for b in outline.buffers()):
+                within = torch.float32  # else buffers would be made in it: a rotary one turns far positions wrongly
     with loading(cfg.path, "the model could not be loaded", how_to):
         if cfg.init == "random":
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(text, dtype=torch.float32)
         else:
-            how = {"revision": cfg.revision, "dtype": torch.float32, "trust_remote_code": False} | _quantization(
-                cfg, device
-            )
+            how = {"revision": cfg.revision, "dtype": within, "trust_remote_code": False} | _quantization(cfg, device)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path, output_loading_info=True, **how, **_text_part(config)
             )
@@ -164,7 +203,8 @@ def _load_anew(cfg: ModelConfig, path: str, device: torch.device, seed: int) -> 
     if getattr(model.config, "is_encoder_decoder", False):
         raise ModelError(cfg.path, "this is an encoder-decoder model", "give a causal (decoder-only) language model")
     disable_dropout(model)
-    own_memory(model)
+    if not mapped:
+        own_memory(model)
     if cfg.quantize == "none":
         model = model.to(device)
     else:
@@ -292,10 +332,10 @@ def source_sha256(source: ModelConfig, model: nn.Module, dtype: torch.dtype | No
     return hashlib.sha256(";".join(named).encode()).hexdigest()
 
 
-def on_meta(auto: Any, config: Any) -> Any:
+def on_meta(auto: Any, config: Any, dtype: torch.dtype = torch.float32) -> Any:
     """The model that a config makes, without memory; torch's random numbers are left alone."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return auto.from_config(copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False)
+        return auto.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=False)
 
 
 def _check_complete(path: str, info: Mapping[str, Any]) -> None:
@@ -373,12 +413,17 @@ def _check_behavior(path: str, model: Any) -> None:
                 f"{what} give different logits: the model has dropout (or draws otherwise) that cannot be turned off here",
                 "set its dropout to 0 in config.json",
             )
-    if not float((first - later)[:, :8].abs().max()) <= 1e-3 * size:
+    if not float((first - later)[:, :8].abs().max()) <= (1e-3 if _in_fp32(model) else 0.1) * size:
         raise ModelError(
             path,
             "the logits of a token depend on later tokens: this is an encoder, or reads both ways",
             "give a causal (decoder-only) language model",
         )
+
+
+def _in_fp32(model: nn.Module) -> bool:
+    """Whether a model computes in fp32 (fp64), so that what should be equal is."""
+    return all(p.dtype != torch.bfloat16 for p in model.parameters())
 
 
 def _random_state(device: torch.device) -> Tensor:
@@ -462,7 +507,8 @@ def add_lora(model: Any, cfg: LoraConfig, seed: int, *, task: str = "CAUSAL_LM",
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
             warnings.simplefilter("ignore", UserWarning)  # of tied weights, which check_adapter refuses
             warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)  # of experts
-            adapted = get_peft_model(model, peft_config, autocast_adapter_dtype=False)
+            with _adapters_in_fp32():
+                adapted = get_peft_model(model, peft_config, autocast_adapter_dtype=False)
     except ValueError as error:
         what, other = first_line(error), "name" if targets == "all-linear" else 'use "all-linear" or names of'
         if "not found in the base model" in what:
@@ -472,6 +518,24 @@ def add_lora(model: Any, cfg: LoraConfig, seed: int, *, task: str = "CAUSAL_LM",
         raise ConfigError("lora.target_modules", what, f"{other} linear layers of this model") from error
     check_adapter(adapted)
     return adapted
+
+
+@contextmanager
+def _adapters_in_fp32() -> Iterator[None]:
+    """A new adapter keeps its bits on weights in bf16, which peft would cast it to."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found = BaseTunerLayer._get_base_layer_device_and_dtype
+
+    def wide(self: Any, layer: Any) -> tuple[Any, Any]:
+        device, dtype = found(self, layer)
+        return device, torch.float32 if dtype == torch.bfloat16 else dtype
+
+    BaseTunerLayer._get_base_layer_device_and_dtype = wide  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        BaseTunerLayer._get_base_layer_device_and_dtype = found  # type: ignore[method-assign]
 
 
 def _below(modules: Sequence[str]) -> str:
@@ -537,7 +601,8 @@ def check_adapter(model: Any) -> None:
         finally:
             for p, data in kept:
                 p.data = data
-    if not away <= 1e-3 * max(float((adapter - start).abs().max()), 1e-3 * float(start.abs().max())):
+    close = 1e-3 if _in_fp32(base) else 0.1  # in bf16 a merged weight is rounded
+    if not away <= close * max(float((adapter - start).abs().max()), 1e-3 * float(start.abs().max())):
         raise ConfigError(
             "lora.target_modules",
             f"merging an adapter of this model changes its logits by {away:.2g}",

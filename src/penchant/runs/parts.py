@@ -45,6 +45,7 @@ from penchant.models.load import (
     config_sha256,
     cpu_has_bf16,
     effective_weights,
+    held_in,
     is_b_matrix,
     load_causal_model,
     resolve_device,
@@ -122,7 +123,9 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
         model = rows.reward_parts.load(torch.device("cpu") if current().many else device, train.seed)
     else:
         bare = config.model.model_copy(update={"adapter": None})
-        model = fresh_model(config, bare, device, shared, held=True)
+        # what an adapter starts from is counted in fp32: DoRA's norms, and the adapter that was there
+        frozen = None if starts_adapted(config) else config.lora is not None
+        model = fresh_model(config, bare, device, shared, held=True, frozen=frozen)
     set_threads(config, model)
     model = prepared(model, config, rows)
     parts = Parts(
@@ -204,12 +207,19 @@ def sharding(parts: Parts) -> Sharding:
 
 
 def fresh_model(
-    config: RunConfig, source: ModelConfig, device: torch.device, shared: Alone, *, held: bool = False
+    config: RunConfig,
+    source: ModelConfig,
+    device: torch.device,
+    shared: Alone,
+    *,
+    held: bool = False,
+    frozen: bool | None = None,
 ) -> Any:
-    """A causal model as loaded, in fp32, of which nobody else holds a part; the adapter that the source names is merged into it.
+    """A causal model as loaded, of which nobody else holds a part; the adapter that the source names is merged into it.
 
     Args:
-        held: quantized weights stay quantized.
+        held: quantized weights stay quantized; frozen: whether none of its weights are trained, to hold them in the run's dtype where
+            that loses nothing (`held_in`); None: in fp32.
     """
     seed = config.train.seed
     device = torch.device("cpu") if current().many else device  # each rank's part goes to its device when it is sharded
@@ -217,13 +227,13 @@ def fresh_model(
     if held and source.quantize != "none":
         return load_causal_model(source, device, seed, held=True)
 
-    def load(device: torch.device) -> Any:
+    def load(device: torch.device, within: torch.dtype = torch.float32) -> Any:
         if source.adapter is None:
-            return load_causal_model(source, device, seed)
+            return load_causal_model(source, device, seed, within=within, mapped=current().many)
         return merged_model(source, Path(source.adapter), device, seed)
 
     if type(shared) is Alone:
-        return load(device)
+        return load(device, torch.float32 if frozen is None else held_in(source, placed(config)[1], frozen))
     key: Key = ("model", *weights_key(config, source))
     return shared.fresh(key, lambda: load(torch.device("cpu"))).to(device)
 
@@ -477,7 +487,8 @@ def starts_adapted(config: RunConfig) -> bool:
 def frozen_scorer(parts: Parts, shared: Alone, *, start: bool = False) -> Scorer:
     """A frozen model in the policy's precision: the reference, or the `start` of training where they differ."""
     config = parts.config
-    model = fresh_model(config, config.model if start else reference_source(config), parts.device, shared)
+    source = config.model if start else reference_source(config)
+    model = fresh_model(config, source, parts.device, shared, frozen=True)
     cast_parameters(model, parts.dtype)
     model.requires_grad_(False).eval()
     if not start and config.reference.path is not None:  # maybe of another architecture
