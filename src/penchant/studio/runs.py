@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from collections.abc import AsyncIterator, Mapping
 from itertools import islice
@@ -53,6 +54,7 @@ class Runs:
         self.processes, self._planning = Processes(studio.folder), asyncio.Lock()
         studio.templates.globals |= {"ago": ago, "bytes": gigabytes, "duration": duration, "tone": STATES.get}
         studio.templates.filters["json"] = json.dumps
+        studio.templates.filters["short_sum"] = short_sum
         studio.templates.filters["figure"] = lambda value: number(number_of(value))
 
     @property
@@ -273,6 +275,11 @@ def _free(root: Path, path: str) -> str:
     while (root / f"{path}-{number}").exists() or (root / f"{path}-{number}.yaml").exists():
         number += 1
     return f"{path}-{number}"
+
+
+def short_sum(path: str) -> str:
+    """An element's id from a path: htmx looks for what it preserves by a selector, in which a slash is an error."""
+    return hashlib.sha256(path.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
 def ago(seconds: float) -> str:
