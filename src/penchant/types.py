@@ -61,6 +61,8 @@ class Completion:
     @property
     def whole(self) -> str:
         """The answer with its reasoning, its calls and the turns that follow it, for comparing and showing."""
+        if not (self.reasoning or self.tool_calls or self.more):
+            return self.text
         first = [self.reasoning] if self.reasoning else []
         calls = [self.tool_calls] if self.tool_calls else []
         return "\n".join([*first, self.text, *calls, *(f"{m.role}: {m.said}" for m in self.more)])

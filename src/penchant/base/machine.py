@@ -25,6 +25,7 @@ def gpu_visible() -> bool:
 
 Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
 DEVICES: tuple[str, ...] = get_args(Device)
+INDEXED = ("cuda", "xpu")  # kinds of which a machine may have several
 NAMES = {"cuda": "CUDA device", "mps": "Apple GPU (MPS)", "xpu": "Intel GPU (XPU)"}
 
 
@@ -101,7 +102,7 @@ def peak_memory(device: Any = None) -> int:
 
 def moved(tensor: Any, device: Any) -> Any:
     """A tensor on a device; to a GPU from pinned memory, so that neither side waits for the copy; to MPS in fp32 at most."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
+    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.requires_grad:
         return tensor.pin_memory().to(device, non_blocking=True)
     if device.type == "mps" and tensor.is_floating_point() and tensor.element_size() == 8:
         tensor = tensor.float()

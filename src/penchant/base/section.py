@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
 
+from penchant.base.machine import DEVICES, INDEXED
+
 SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+
+
+def _a_place(given: str) -> str:
+    kind, colon, number = given.partition(":")
+    if kind not in DEVICES or (colon and not (kind in INDEXED and number.isascii() and number.isdigit())):
+        raise ValueError(f"is {given!r}; give {', '.join(DEVICES)}, or one of several GPUs: cuda:1")
+    return given
+
+
+Place = Annotated[str, AfterValidator(_a_place)]  # of a model beside the trained one
 
 
 class Section(BaseModel):

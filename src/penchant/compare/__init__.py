@@ -183,6 +183,10 @@ class RunComparer:
         )
         if rows.kind == "text":
             raise DataError(str(file), "holds texts without prompts", "give rows with prompts")
+        if data.weight is not None:
+            self.notes.append(
+                f"Every row of {file.name} counts once: data.weight is for training and its held-out rows."
+            )
         if rows.quarantined:
             self.notes.append(f"Kept aside: {counted(len(rows.quarantined), 'bad row')} of {file.name}.")
         return rows

@@ -92,7 +92,7 @@ class RunConfig(Section):
         teacher, reference = values["teacher"], dict(values.get("reference") or {})
         path = teacher.get("path") if isinstance(teacher, Mapping) else teacher
         if not isinstance(path, str) or (isinstance(teacher, Mapping) and set(teacher) != {"path"}):
-            raise ConfigError("teacher", "is no model", "write teacher: {path: FOLDER}")
+            raise ConfigError("teacher", "is not a model", "write teacher: {path: FOLDER}")
         algorithm = values.get("algorithm")
         if (algorithm.get("name") if isinstance(algorithm, Mapping) else algorithm) != "gkd":
             raise ConfigError("teacher", "is of algorithm gkd alone", "set algorithm=gkd, or leave it out")
@@ -188,6 +188,7 @@ def what_is_computed(config: RunConfig) -> dict[str, Any]:
     settings = config.model_dump(mode="json", exclude=set(WATCHING_ONLY))
     default = RolloutConfig().model_dump(mode="json")
     settings["rollout"] |= {name: default[name] for name in (*PLACES, "environment_timeout")}
+    settings["reference"]["device"] = "auto"
     if config.reward is not None:
         patient = RewardConfig.model_fields["timeout"].default
         settings["reward"] = config.reward.model_copy(update={"timeout": patient}).model_dump(mode="json")

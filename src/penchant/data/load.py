@@ -58,6 +58,7 @@ SIDE_BY_SIDE: tuple[tuple[str, set[str], Callable[[Mapping[str, Any]], bool | No
 )
 
 
+LANGUAGES = 1000  # told apart
 NAMES_ASKED_ABOUT = 1000  # of the columns: a row may have very many keys
 COUNTED = {"language", "lang"}.union(*(needed for _, needed, _ in SIDE_BY_SIDE))
 
@@ -77,12 +78,18 @@ class Columns:
     languages: Counter[str] = field(default_factory=Counter)
     unused: list[str] = field(default_factory=list)
 
-    def update(self, rows: Iterable[Row | BadRow]) -> None:
-        """Count those rows that can be read."""
+    def update(self, rows: Iterable[Row | BadRow], most: int = LANGUAGES) -> None:
+        """Count those rows that can be read; `most`: languages told apart."""
         for row in rows:
             if isinstance(row, Row):
                 self._order(row.values)
-                self._language(row.values)
+                self._language(row.values, most)
+
+    def merge(self, other: Columns) -> None:
+        """Take the counts of rows behind these, of which no language was left out."""
+        self.first, self.decided = self.first + other.first, self.decided + other.decided
+        self.layouts += other.layouts
+        add_some(self.languages, other.languages, LANGUAGES)
 
     def _order(self, row: Mapping[str, Any]) -> None:
         shown = next(((name, won) for name, needed, won in SIDE_BY_SIDE if needed <= row.keys()), None)
@@ -93,10 +100,17 @@ class Columns:
             self.decided += won is not None
             self.first += won is True
 
-    def _language(self, row: Mapping[str, Any]) -> None:
+    def _language(self, row: Mapping[str, Any], most: int) -> None:
         value = next((v for v in (row.get("language"), row.get("lang")) if isinstance(v, str) and v), None)
-        if value is not None and (value in self.languages or len(self.languages) < 1000):
-            self.languages[value[:40]] += 1
+        if value is not None:
+            add_some(self.languages, {value[:40]: 1}, most)
+
+
+def add_some(counts: Counter[str], more: Mapping[str, int], most: int) -> None:
+    """Add to counts, of at most so many names."""
+    for name, count in more.items():
+        if name in counts or len(counts) < most:
+            counts[name] += count
 
 
 # ---- Rows to prompt trees: each row, or group of rows, gives trees or is kept aside with its reason ----
@@ -247,8 +261,10 @@ def _aside(rows: Iterable[Row], error: RowError) -> tuple[Quarantined, ...]:
 
 def is_identical(tree: PromptTree) -> bool:
     """Whether a tree is a pair whose answers are the same."""
-    pair = [c.whole.strip() for c in tree.completions]
-    return [c.label for c in tree.completions] == [True, False] and pair[0] == pair[1]
+    if [c.label for c in tree.completions] != [True, False]:
+        return False
+    chosen, rejected = (c.whole.strip() for c in tree.completions)
+    return chosen == rejected
 
 
 def _grouped(rows: Iterable[Row | BadRow], group: Group, columns: Mapping[str, str]) -> Iterator[list[Row] | Converted]:
@@ -413,11 +429,28 @@ def stream_preferences(path: str | Sequence[str], **how: Unpack[Reading]) -> Str
     return Stream(rows, ", ".join(paths), **how)  # type: ignore[misc]  # without `bounds`
 
 
+@dataclass(frozen=True, slots=True)
+class How:
+    """How rows become prompt trees: the layout and its options as they were found, and `convert_rows`' others."""
+
+    shape: str
+    options: Mapping[str, Any]
+    columns: Mapping[str, str]
+    identical: str = "bad_row"
+    keep_columns: bool = False
+    weight: str | None = None
+
+    def convert(self, rows: Iterable[Row | BadRow]) -> Iterator[Converted]:
+        """Every row, converted."""
+        more = self.options, self.columns, self.identical, self.keep_columns, self.weight
+        return convert_rows(rows, layout_named(self.shape), *more)
+
+
 class Stream:
     """Rows as they are read, each (or each group of them) with what became of it.
 
     `shape` and `kind` are those of the rows; `detection` says why it is this layout (None where a person named it), `grouped`
-    whether rows make examples together.
+    whether rows make examples together, `apart` whether the parts of a file can be read by themselves, as `how` says.
 
     Args:
         rows: of one or several files; name: of those, for messages; the others: see `Reading`.
@@ -460,7 +493,9 @@ class Stream:
         self.shape, self.kind, self.grouped = shape, layout.kind_of(options), layout.group is not None
         if not named:
             self._ask_about_names(values)
-        self._converted = convert_rows(stream, layout, options, columns, identical, keep_columns, weight)
+        self.how = How(shape, options, columns or {}, identical, keep_columns, weight)
+        self.apart = limit is None and not self.grouped and not self._absent  # whether a row needs no other
+        self._converted = self.how.convert(stream)
         self._accepted = 0
         self._aside: list[Quarantined] = []
         self._digest = hashlib.sha256()

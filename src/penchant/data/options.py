@@ -112,6 +112,12 @@ class DataConfig(Section):
     )
     limit: int | None = Field(None, ge=1, le=10**9, description="read only the first n rows")
     bounds: Bounds = Field(Bounds(), description="how large one row may be, so that no file fills the memory")
+    workers: int | None = Field(
+        None,
+        ge=1,
+        le=4096,
+        description="processes that tokenize and audit cached rows, with the results of one; default: one a core for 200,000 rows and more",
+    )
     cache: Literal["auto", "off"] = Field(
         "auto",
         description="auto: cache the rows, tokens and audit of files of 4 MB and more on disk, by content; off: never",

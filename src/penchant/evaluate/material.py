@@ -90,6 +90,8 @@ class Material:
         )
         if rows.kind == "text":
             raise DataError(self.request.data, "holds texts without prompts", "give it as --text")
+        if data.weight is not None:
+            self.notes.append("Every row of --data counts once: data.weight is for training and its held-out rows.")
         if rows.quarantined:
             self.notes.append(f"Kept aside: {counted(len(rows.quarantined), 'bad row')} of {rows.total:,}.")
         if rows.kind == "scored" and data.pairs_from_scores != "off":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from typing import Any, Literal, NamedTuple, cast
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from penchant.base.machine import moved
+from penchant.distributed.shard import RUNS
 from penchant.logprobs.head import (
     RowLogits,
     divergence_logps,
@@ -302,3 +304,38 @@ class _Given:
 
     def __getitem__(self, at: Any) -> Any:
         return self.last_hidden_state if at == "last_hidden_state" else (self.last_hidden_state,)[at]
+
+
+class Elsewhere:
+    """A scorer whose model is on another device than the batches are: they are moved there, and what it finds is moved back.
+
+    Args:
+        scorer: a `Scorer`; device: of its model.
+    """
+
+    _scorer: Any
+    _device: torch.device
+
+    def __init__(self, scorer: Any, device: torch.device) -> None:
+        self.__dict__.update(_scorer=scorer, _device=device)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._scorer, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._scorer, name)
+        return partial(self._through, found) if name in RUNS else found
+
+    def _through(self, run: Any, batch: PackedBatch, *args: Any, **kwargs: Any) -> Any:
+        key = f"on {self._device}"
+        if key not in batch.cache:
+            batch.cache[key] = batch.to(self._device)
+        return self._back(run(batch.cache[key], *args, **kwargs), batch.input_ids.device)
+
+    def _back(self, found: Any, device: torch.device) -> Any:
+        if not isinstance(found, (Tensor, tuple)):  # what gives the logits of a slice
+            return lambda part: moved(found(part), device)
+        if isinstance(found, tuple):
+            named: Any = type(found)
+            return named(*(None if f is None else self._back(f, device) for f in found))
+        return moved(found, device)

@@ -163,7 +163,9 @@ class MovingReference(LiveReference):
             return
         parameters = self._parameters()
         with torch.no_grad():
-            now = {name: dealt_as(parameters[name], value) for name, value in self.policy().items()}
+            now = {
+                n: dealt_as(p, moved(value, p.device)) for n, value in self.policy().items() for p in [parameters[n]]
+            }
             for name, value in now.items():
                 if name not in self.masters:
                     self.masters[name] = parameters[name].detach().to(value.dtype, copy=True)

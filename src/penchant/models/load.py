@@ -49,7 +49,23 @@ def resolve_device(device: str) -> torch.device:
     why = why_not(torch.device(device).type)
     if why:
         raise ConfigError("model.device", why, "set model.device=cpu or auto")
-    return torch.device(device)
+    place = torch.device(device)
+    if place.index is not None and place.index >= (count := accelerator(place.type).device_count()):
+        there = ", ".join(f"{place.type}:{i}" for i in range(count))
+        raise ConfigError("model.device", f"there is no {device} here, only {there}", "give one that is there")
+    return place
+
+
+def resolve_place(key: str, wanted: str, policys: Any) -> torch.device:
+    """Where a model beside the trained one is; ``auto`` is where the policy is.
+
+    Raises:
+        ConfigError: this machine has no such device; it names the `key`.
+    """
+    try:
+        return resolve_device(wanted if wanted != "auto" else str(policys))
+    except ConfigError as error:
+        raise ConfigError(key, f"is {wanted}, but {error.what}", "set it to cpu or auto") from error
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from penchant.base.hub import check_hub
 from penchant.base.machine import Device
-from penchant.base.section import Section
+from penchant.base.section import Place, Section
 from penchant.base.text import closest
 from penchant.errors import ModelError
 
@@ -103,6 +103,11 @@ class ReferenceConfig(Section):
     sync_mixup: float = Field(1.0, gt=0, le=1, description="weight of the policy in such an update; 1: copy it")
     ema: float | None = Field(
         None, gt=0, lt=1, description="the reference follows the policy at every step, with this decay (0.99 is usual)"
+    )
+    device: Place = Field(
+        "auto",
+        description="device of a reference that is a model of its own, e.g. cuda:1 or cpu; auto: the policy's; with another one, "
+        "kind=auto is frozen",
     )
     cache_dir: str | None = Field(
         None, description="where cached log-probs are kept; default: $PENCHANT_CACHE or ~/.cache/penchant"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -27,10 +27,10 @@ from penchant.models.cpu.layers import fast_forward
 from penchant.models.load import base_model_of, quantized_bytes
 from penchant.plan.outline import META, OutlinedRun, outline, parameter_counts, weight_file_bytes
 from penchant.plan.work import Work, passes_over
-from penchant.rewards.reward_model import CausalRewards, EncoderRewards
+from penchant.rewards.reward_model import CausalRewards, EncoderRewards, find_reward_model
 from penchant.rollout.generate import PROMPTS_HELD, rows_by_memory
 from penchant.runs.evaluating import writes_completions
-from penchant.runs.parts import reference_kind, starts_adapted, threads_for
+from penchant.runs.parts import reference_kind, reference_place, starts_adapted, threads_for
 from penchant.runs.record import sampled
 from penchant.training.optim import state_bytes
 from penchant.types import PackedBatch, TokenTree
@@ -359,6 +359,7 @@ class Memory:
     Args:
         parts: of the training step, by name; moments: high-water marks of the phases of a run; machine: what there is in all, free: now.
         coarse: why this is a rough estimate, or an empty string; advice: what to set, and bytes that it would save.
+        elsewhere: on other devices, by device.
     """
 
     parts: dict[str, int]
@@ -367,6 +368,7 @@ class Memory:
     free: int
     coarse: str
     advice: tuple[tuple[str, int], ...] = ()
+    elsewhere: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def peak(self) -> int:
@@ -390,12 +392,14 @@ def memory_of(run: OutlinedRun, work: Work, baseline: int, rows: int, *, counted
     trainable += copies
     size = torch.empty(0, dtype=run.dtype).element_size()
     shadow = size < 4  # bf16 weights are shadows of fp32 masters
-    reference = _frozen_models(run) * size
+    of_reference, away = _frozen_models(run), reference_place(run.config) != run.device
+    reference = (of_reference[0] + of_reference[1] * (not away)) * size
     activations, coarse = _activations(run, work) if counted else (_rule_of_thumb(run, work), "a rule of thumb")
     if run.config.train.gradient_checkpointing == "offload":  # the GPU has what a pass holds that keeps nothing
         activations = replace(activations, layers=min(activations.layers, activations.forward))
     train, bits = run.config.train, run.config.model.quantize
     quantized, few, largest = quantized_bytes(model, bits)
+    elsewhere = _elsewhere(run, (of_reference[1] * size + activations.forward) * bool(away and of_reference[1]))
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     whole = list(base_model_of(model).named_parameters()) if run.method.copies else []
     kept = [state_bytes(train.optimizer, named, train.momentum) for named in (trained, whole)]
@@ -426,7 +430,7 @@ def memory_of(run: OutlinedRun, work: Work, baseline: int, rows: int, *, counted
         coarse = "the GPU's own context and cached blocks are not counted"
         parts = lasting | of_a_step
         advice = _advice(run, parts, activations, trainable, every) if sum(parts.values()) > total else ()
-        return Memory(parts, moments, total, free, coarse, advice)
+        return Memory(parts, moments, total, free, coarse, advice, elsewhere)
     process = lasting["Python, torch, transformers"] + rows
     loss = 1.0 + HEAP_LOSS[activations.by]
 
@@ -457,7 +461,7 @@ def memory_of(run: OutlinedRun, work: Work, baseline: int, rows: int, *, counted
     total, free = machine_memory()
     fits = max(moments.values()) <= total
     advice = () if fits else _advice(run, parts, activations, trainable, every)
-    return Memory(parts, moments, total, free, coarse, advice)
+    return Memory(parts, moments, total, free, coarse, advice, elsewhere)
 
 
 def _prepared(run: OutlinedRun, work: Work) -> int:
@@ -497,13 +501,22 @@ def _rule_of_thumb(run: OutlinedRun, work: Work) -> Activations:
     return found.times(_share(run, [sum(tree_tokens(t, run.shared_prompts) for t in b) for b in work.batch]))
 
 
-def _frozen_models(run: OutlinedRun) -> int:
-    """Parameters that are held beside the trained model for the whole run: of the reference, and of an adapter as it was at the start."""
+def _frozen_models(run: OutlinedRun) -> tuple[int, int]:
+    """Parameters that are held beside the trained model for the whole run: of an adapter as it was at the start, and of the reference."""
     adapted = starts_adapted(run.config) and not run.method.learns_reward
     adapter = parameter_counts(run.model)[1] if adapted else 0
     if "reference" not in run.method.needs or reference_kind(run.config) != "frozen":
-        return adapter
-    return adapter + parameter_counts(base_model_of(outline(run.config.model)))[0]
+        return adapter, 0
+    return adapter, parameter_counts(base_model_of(outline(run.config.model)))[0]
+
+
+def _elsewhere(run: OutlinedRun, reference: int) -> dict[str, int]:
+    """Bytes on other devices than the policy's: of a reference with a pass of it, and of reward models' weights."""
+    found = Counter({str(reference_place(run.config)): reference})
+    if run.config.reward is not None and run.config.reward.device not in ("auto", str(run.device)):
+        folders = filter(None, map(find_reward_model, run.config.reward.terms))
+        found[run.config.reward.device] += sum(weight_file_bytes(str(folder), run.model) for folder in folders)
+    return {device: n for device, n in found.items() if n}
 
 
 def _scoring(run: OutlinedRun, known: Activations) -> int:

@@ -19,7 +19,7 @@ from penchant.plan.ranks import ranks_of
 from penchant.plan.settings import Setting, derived_values, settings_of
 from penchant.plan.work import Disk, Rows, Work, disk_of, rows_of, to_json, work_of
 from penchant.runs import Run
-from penchant.runs.parts import check_offload, reference_kind, remarks
+from penchant.runs.parts import check_offload, check_places, reference_kind, remarks
 from penchant.runs.record import reward_contents
 from penchant.training.checkpoint import latest_checkpoint
 
@@ -99,6 +99,7 @@ def make_plan(config: RunConfig, places: Places, *, with_probe: bool = True, gpu
         reward_contents(config)  # a file or folder that is not there is met now
     held = max(0, resident() - baseline)
     check_offload(run.config, run.device)
+    check_places(run.config)
     derived: dict[str, tuple[Any, str]] = {}
     if run.config.train.gradient_checkpointing == "auto":
         again, why = checkpointing(run)

@@ -136,6 +136,7 @@ def _memory(memory: Memory, plan: Plan) -> list[str]:
     rows = [(name, size(n)) for name, n in memory.parts.items() if n]
     rows += [(f"at its highest: {name}", size(n)) for name, n in memory.moments.items() if n == memory.peak]
     rows.append(("this machine", f"{size(memory.machine)}, {size(memory.free)} of it free now"))
+    rows += [(f"and on {device}", size(n)) for device, n in memory.elsewhere.items()]
     lines = columns(rows)
     if plan.probe is not None:
         lines.append(f"the probe's few steps took {size(plan.probe.peak)} (they need not meet the largest micro-batch)")

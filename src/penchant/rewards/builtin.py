@@ -12,8 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, ValidationError, model_serializer, model_validator
 
-from penchant.base.machine import Device
-from penchant.base.section import Section
+from penchant.base.section import Place, Section
 from penchant.errors import ConfigError, RewardError
 
 # (prompts, completions, **columns) -> one number each, or None where it says nothing of a completion; it may be async
@@ -302,7 +301,9 @@ class RewardConfig(Section):
 
     terms: dict[str, float] = Field(description="name, path.py:function or a reward model's folder: its weight")
     options: dict[str, Section] = Field({}, description="of those rewards that have some")
-    device: Device = Field("auto", description="device of reward models; auto: the policy's")
+    device: Place = Field(
+        "auto", description="device of reward models, e.g. cpu, or cuda:1 for the second GPU; auto: the policy's"
+    )
     timeout: float | None = Field(
         600.0, gt=0, description="seconds that each reward may take for a step's completions; null: as long as it takes"
     )
@@ -355,7 +356,7 @@ def _listed(value: Sequence[Any]) -> dict[str, Any]:
     for item in value:
         one = {item: 1.0} if isinstance(item, str) else item
         if not isinstance(one, dict):
-            raise ValueError(f"{item!r} is no reward; write a name, or {{name: weight}}")
+            raise ValueError(f"{item!r} is not a reward; write a name, or {{name: weight}}")
         if twice := next((n for n in one if n in found), None):
             raise ValueError(f"{twice} stands there twice; give it one weight")
         found |= one

@@ -456,12 +456,9 @@ def check_reward(name: str) -> None:
 
 def reward_device(wanted: str, policys: Any = "cpu") -> torch.device:
     """Where reward models run; auto is where the policy is."""
-    from penchant.models.load import resolve_device
+    from penchant.models.load import resolve_place
 
-    try:
-        return resolve_device(wanted if wanted != "auto" else str(policys))
-    except ConfigError as error:
-        raise ConfigError("reward.device", f"is {wanted}, but {error.what}", "set it to cpu or auto") from error
+    return resolve_place("reward.device", wanted, policys)
 
 
 def _function(name: str) -> RewardFunction:
@@ -475,7 +472,7 @@ def _function(name: str) -> RewardFunction:
         near = closest(name, BUILT_IN)
         raise ConfigError(
             "reward",
-            f"{name!r} is no reward",
+            f"{name!r} is not a reward",
             (f"did you mean {near}? " if near else "")
             + f"there are {', '.join(BUILT_IN)}, words:20-60, matches:REGEX, format:REGEX; or give path.py:function or a reward model's folder",
         )

@@ -58,6 +58,7 @@ from penchant.runs.parts import (
     Built,
     build,
     check_offload,
+    check_places,
     checkpoint_bytes,
     peak_lr,
     placed,
@@ -208,6 +209,7 @@ class Run:
         """
         check_launch(self.config, self.world.size)
         check_offload(self.config, self.device)
+        check_places(self.config)
         if self.world.many and self.device.type == "cuda" and torch.cuda.device_count() < self.world.local_size:
             raise ConfigError(
                 "launch.processes",

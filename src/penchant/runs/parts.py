@@ -21,7 +21,7 @@ from penchant.data.templates import name_ends
 from penchant.distributed.shard import Sharding, gathered, rooted
 from penchant.distributed.world import current
 from penchant.errors import ConfigError
-from penchant.logprobs import Scorer
+from penchant.logprobs import Elsewhere, Scorer
 from penchant.logprobs.packing import choose_packing
 from penchant.logprobs.reference import (
     CachedReference,
@@ -50,6 +50,7 @@ from penchant.models.load import (
     load_causal_model,
     resolve_device,
     resolve_dtype,
+    resolve_place,
     save_model,
     source_sha256,
     weights_sha256,
@@ -278,6 +279,31 @@ def placed(config: RunConfig) -> tuple[torch.device, torch.dtype]:
     return device, resolve_dtype(config.model.dtype, device)
 
 
+def reference_place(config: RunConfig) -> torch.device:
+    """Where a reference that is a model of its own is."""
+    return resolve_place("reference.device", config.reference.device, resolve_device(config.model.device))
+
+
+def check_places(config: RunConfig) -> None:
+    """Refuse devices of models beside the policy that are not there, or that several processes cannot have.
+
+    Raises:
+        ConfigError: which key says what.
+    """
+    places = {"reference.device": config.reference.device}
+    places |= {} if config.reward is None else {"reward.device": config.reward.device}
+    for key, wanted in places.items():
+        resolve_place(key, wanted, config.model.device)
+        if current().many and (":" in wanted or (key == "reference.device" and wanted != "auto")):
+            raise ConfigError(
+                key,
+                f"is {wanted}, and each of the {current().size} processes has a device of its own",
+                "leave it out: what is held beside the policy is dealt out as the policy is",
+            )
+    if "reference" in config.method.needs:
+        reference_kind(config)
+
+
 def check_offload(config: RunConfig, device: torch.device) -> None:
     """Refuse to offload activations where they are in the host's memory anyway."""
     if config.train.gradient_checkpointing == "offload" and device.type != "cuda":
@@ -434,7 +460,10 @@ def reference_kind(config: RunConfig) -> str:
         ConfigError: the method or the model cannot have it so.
     """
     kind, own = str(config.reference.kind), config.reference.path is not None
-    if kind == "auto" and (config.reference.moves or (config.method.live_reference and (config.lora is None or own))):
+    away = config.reference.device != "auto"
+    if kind == "auto" and (
+        config.reference.moves or away or (config.method.live_reference and (config.lora is None or own))
+    ):
         kind = "frozen"
     elif kind == "auto":
         kind = "adapter" if config.lora is not None and not own else "cached"
@@ -443,6 +472,12 @@ def reference_kind(config: RunConfig) -> str:
             "reference.kind",
             "adapter means the model with its LoRA adapter off",
             "add a lora section and no reference.path",
+        )
+    if away and (kind == "adapter" or (kind == "cached" and not own)):
+        raise ConfigError(
+            "reference.device",
+            f"is {config.reference.device}, and a reference of kind {kind} is the policy itself, which is where the policy is",
+            "leave one of them out; reference.kind=frozen is a model of its own",
         )
     if kind == "cached" and config.method.signal == "prompts":
         raise ConfigError(
@@ -457,6 +492,7 @@ def _reference(built: Built, kind: str, rows: Rows, shared: Alone, console: Any,
     parts, cfg = built.parts, built.parts.config.reference
     # in a copy an adapter is merged, and quantized weights are dequantized
     exact = not starts_adapted(parts.config) and parts.config.model.quantize == "none"
+    exact = exact and reference_place(parts.config).type == parts.device.type
     if cfg.moves:
         every, mixup = (cfg.sync_every, cfg.sync_mixup) if cfg.ema is None else (1, 1.0 - cfg.ema)
         return MovingReference(
@@ -487,18 +523,20 @@ def starts_adapted(config: RunConfig) -> bool:
 def frozen_scorer(parts: Parts, shared: Alone, *, start: bool = False) -> Scorer:
     """A frozen model in the policy's precision: the reference, or the `start` of training where they differ."""
     config = parts.config
-    source = config.model if start else reference_source(config)
-    model = fresh_model(config, source, parts.device, shared, frozen=True)
+    source, place = (config.model, parts.device) if start else (reference_source(config), reference_place(config))
+    model = fresh_model(config, source, place, shared, frozen=True)
     cast_parameters(model, parts.dtype)
     model.requires_grad_(False).eval()
-    if not start and config.reference.path is not None:  # maybe of another architecture
+    alike = place.type == parts.device.type
+    if not start and (config.reference.path is not None or not alike):  # maybe of another architecture
         kernels = "auto" if parts.scorer.fast else "off"
-        scorer = choose_packing(model, parts.scorer.packing, kernels, config.model.attention, _runs_as(parts))[0]
+        attention = config.model.attention if alike else "auto"
+        scorer = choose_packing(model, parts.scorer.packing, kernels, attention, _runs_as(parts))[0]
     else:
         # the policy's own numeric path: with an adapter it has no fast one, and the start would not be equal
         scorer = parts.scorer.on(model)
     if not current().many:
-        return scorer
+        return scorer if place == parts.device else cast(Scorer, Elsewhere(scorer, place))
     sharding(parts)(model, backbone_of(model))
     return cast(Scorer, rooted(scorer))
 

@@ -95,7 +95,7 @@ def tokenizer_sha256(tokenizer: Any) -> str:
 def run_identity(config: RunConfig, fingerprints: list[str], contents: Mapping[str, str]) -> dict[str, Any]:
     """All settings but those that only watch, the data, and what rewards, losses and algorithms of a user's own are made of."""
     settings = what_is_computed(config)
-    for name in ("cache", "bounds"):  # they change no row that is read
+    for name in ("cache", "bounds", "workers"):  # they change no row that is read
         settings["data"].pop(name, None)
     if settings["algorithm"] is not None and settings["algorithm"].get("value_init") == "auto":
         settings["algorithm"].pop("value_init")  # older runs do not have it

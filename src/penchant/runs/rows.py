@@ -44,7 +44,7 @@ class Rows:
     def __init__(self, config: RunConfig, shared: Alone, console: Any, tokenizer: Any = None) -> None:
         self.config, self.shared, self.console = config, shared, console
         self.method = config.method
-        self.cache = DataCache(config.data.cache != "off", console.note)
+        self.cache = DataCache(config.data.cache != "off", console.note, config.data.workers)
         self._tokenizer = tokenizer
 
     @cached_property
