@@ -190,7 +190,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="20 runs, 10,000 rows, 20 judgements, 5 s")
     parser.add_argument("--json", type=Path, help="where to keep the figures")
     asked = parser.parse_args()
-    runs, rows, said, seconds = (LIVE, 10_000, 20, 5.0) if asked.quick else (200, 1_000_000, 200, 30.0)
+    runs, rows, said, seconds = (LIVE, 10_000, 20, 5.0) if asked.quick else (200, 1_000_000, 200, 20.0)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         make_folder(root, runs, rows)

@@ -293,10 +293,11 @@ def ago(seconds: float) -> str:
 def sample_of(row: Mapping[str, Any]) -> dict[str, Any]:
     """A line of samples.jsonl as its turns and the answers to them."""
     turns = [(text(m.get("role")), text(m.get("content"))) for m in mappings(row.get("messages"))]
-    answers = {"before training": row.get("before"), "after training": row.get("after", row.get("completion"))}
+    # while a run goes on there are only those from before, with one completion each
+    answers = {"before training": row.get("before", row.get("completion")), "after training": row.get("after")}
     rewards = {
-        "before training": row.get("reward_before"),
-        "after training": row.get("reward_after", row.get("reward")),
+        "before training": row.get("reward_before", row.get("reward")),
+        "after training": row.get("reward_after"),
     }
     return {
         "turns": turns or [("prompt", text(row.get("prompt")))],
