@@ -33,6 +33,8 @@ def check_launch(config: RunConfig, processes: int) -> None:
             "launch.replicas", f"{processes} processes are not {launch.replicas} equal groups", "give a divisor of them"
         )
     one = "train it in one process (without torchrun, --processes and --gpus)"
+    if config.model.sees:
+        raise ConfigError("model.vision", "pictures are read by one process", one)
     if config.method.name == "gkd":
         raise ConfigError("algorithm.name", "gkd has not been tried with a sharded teacher yet", one)
     if config.algorithm is not None and is_own(config.algorithm.name):

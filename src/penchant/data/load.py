@@ -29,10 +29,10 @@ from penchant.data.layouts import (
     near_name,
     other_names,
 )
-from penchant.data.layouts.fields import NOTHING_WRONG, finite, opened
+from penchant.data.layouts.fields import NOTHING_WRONG, PICTURES, finite, opened
 from penchant.data.read import BadRow, Bounds, Row, read_rows
 from penchant.data.read.source import Missing
-from penchant.errors import DataError
+from penchant.errors import ConfigError, DataError
 from penchant.types import Completion, Message, Prompt, PromptTree
 
 # ---- What a row's own columns say: which of two answers came first, and the row's language ----
@@ -153,6 +153,7 @@ def convert_rows(
     identical: str = "bad_row",
     keep_columns: bool = False,
     weight: str | None = None,
+    pictures: Any = None,
 ) -> Iterator[Converted]:
     """Every row of a stream, converted. A layout of groups reads the whole stream first, by way of a temporary file.
 
@@ -160,13 +161,14 @@ def convert_rows(
         layout, options: see `Layout.settings`; columns: ``{our field: your column}``.
         identical: ``bad_row`` or ``keep``: what a pair with chosen == rejected is.
         keep_columns, weight: see `Reading`; of a group, the columns of its first row.
+        pictures: what finds them (`data.pictures.Pictures`); None: rows with pictures are bad rows.
     """
     columns = columns or {}
     for group in map(_alone, rows) if layout.group is None else _grouped(rows, layout.group, columns):
         if isinstance(group, Converted):
             yield group
             continue
-        made = _convert(group, layout, options, columns, identical, weight)
+        made = _convert(group, layout, options, columns, identical, weight, pictures)
         if keep_columns and made.trees:
             further = further_columns(group[0].values, columns)
             made = replace(made, trees=tuple(replace(t, columns=further) for t in made.trees))
@@ -195,12 +197,18 @@ def _convert(
     columns: Mapping[str, str],
     identical: str,
     weight: str | None = None,
+    pictures: Any = None,
 ) -> Converted:
     """The rows of one group (one row, where the layout has no groups)."""
     source = tuple(rows)
     try:
         values = [renamed(r.values, columns) for r in rows]
+        taken = None
+        if pictures is not None and layout.group is None:
+            values[0], taken = pictures.taken(values[0])
         trees = layout.convert(values[0] if layout.group is None else layout.group.fold(values), options)
+        if taken is not None:
+            trees = taken.placed(trees)
         for tree in trees:
             _check_text(tree)
         if identical != "keep" and any(map(is_identical, trees)):
@@ -392,6 +400,7 @@ class Reading(TypedDict, total=False):
         keep_columns: trees hold what else their rows have, for rewards that ask for it.
         weight: the column that says what a row counts in a loss; None: all count 1.
         rollouts: completions are yet to be written: rows with a prompt that have no layout are prompts (their answer is a column).
+        image_dir: prompts may have pictures, which are in this folder (""; in that of the files); None: rows with pictures are bad rows.
     """
 
     shape: str
@@ -403,6 +412,7 @@ class Reading(TypedDict, total=False):
     keep_columns: bool
     rollouts: bool
     weight: str | None
+    image_dir: str | None
 
 
 def load_preferences(path: str | Sequence[str], *, on_bad_row: str = "error", **how: Unpack[Reading]) -> Dataset:
@@ -426,7 +436,28 @@ def stream_preferences(path: str | Sequence[str], **how: Unpack[Reading]) -> Str
     paths = [path] if isinstance(path, str) else [str(p) for p in path]
     bounds = how.pop("bounds", None)
     rows = read_rows(paths, None if bounds is None else Bounds(**bounds))
+    if how.get("image_dir") == "":
+        how["image_dir"] = _folder_of(paths)
     return Stream(rows, ", ".join(paths), **how)  # type: ignore[misc]  # without `bounds`
+
+
+def _folder_of(paths: Sequence[str]) -> str:
+    """The folder that files stand in: of a pattern, that above its first wildcard.
+
+    Raises:
+        ConfigError: they stand in several.
+    """
+    found = set()
+    for path in paths:
+        given = Path(path).expanduser()
+        bare = itertools.takewhile(lambda part: not re.search(r"[*?\[]", part), given.parts)
+        named = Path(*bare)
+        found.add((named if named.is_dir() else named.parent).absolute())
+    if len(found) > 1:
+        raise ConfigError(
+            "data.image_dir", "the data files stand in several folders", "name the one that holds the pictures"
+        )
+    return str(found.pop())
 
 
 @dataclass(frozen=True, slots=True)
@@ -439,10 +470,11 @@ class How:
     identical: str = "bad_row"
     keep_columns: bool = False
     weight: str | None = None
+    pictures: Any = None
 
     def convert(self, rows: Iterable[Row | BadRow]) -> Iterator[Converted]:
         """Every row, converted."""
-        more = self.options, self.columns, self.identical, self.keep_columns, self.weight
+        more = self.options, self.columns, self.identical, self.keep_columns, self.weight, self.pictures
         return convert_rows(rows, layout_named(self.shape), *more)
 
 
@@ -471,7 +503,13 @@ class Stream:
         keep_columns: bool = False,
         rollouts: bool = False,
         weight: str | None = None,
+        image_dir: str | None = None,
     ) -> None:
+        pictures: Any = None
+        if image_dir is not None:
+            from penchant.data.pictures import Pictures
+
+            pictures = Pictures(Path(image_dir).expanduser())
         stream: Iterator[Row | BadRow] = itertools.islice(rows, limit)
         self.name = name
         self.detection: Detection | None = None
@@ -488,12 +526,13 @@ class Stream:
         layout = layout_named(shape)
         options = layout.settings(layout_options or {})
         values = [renamed(r.values, columns or {}) for r in first if isinstance(r, Row)]
+        values = values if pictures is None else list(map(pictures.text, values))
         unused = [] if keep_columns else [c for c in layout.unused(values, options) if c not in COUNTED and c != weight]
         self.columns = Columns(unused=unused)
         self.shape, self.kind, self.grouped = shape, layout.kind_of(options), layout.group is not None
         if not named:
             self._ask_about_names(values)
-        self.how = How(shape, options, columns or {}, identical, keep_columns, weight)
+        self.how = How(shape, options, columns or {}, identical, keep_columns, weight, pictures)
         self.apart = limit is None and not self.grouped and not self._absent  # whether a row needs no other
         self._converted = self.how.convert(stream)
         self._accepted = 0
@@ -555,7 +594,8 @@ class Stream:
         if not trees:
             reasons = "; ".join(f"{n}x {what}" for what, n in Counter(q.what for q in aside).most_common(3))
             what = f"none of {counted(len(aside), 'row')} could be used ({reasons})"
-            raise DataError(self.name, what, "fix the rows or set data.shape")
+            pictures = aside and all(q.how == PICTURES for q in aside)
+            raise DataError(self.name, what, PICTURES if pictures else "fix the rows or set data.shape")
         total, content = self._accepted + len(aside), self._digest.hexdigest()
         more = self._accepted, self.detection, self.columns
         return Dataset(trees, self.shape, self.kind, total, aside, content, *more)

@@ -87,6 +87,7 @@ class Material:
             limit=data.limit if own_limit else None,
             keep_columns=asks,
             rollouts=asks and self.run.rows.method.signal == "prompts",
+            image_dir=(data.image_dir or "") if self.config.model.sees else None,
         )
         if rows.kind == "text":
             raise DataError(self.request.data, "holds texts without prompts", "give it as --text")

@@ -174,7 +174,7 @@ def _pair_figures(scored: Scored, out: LossOutput, clusters: np.ndarray) -> dict
 
 
 def _prompt_cluster(tree: TokenTree) -> int:
-    return int.from_bytes(hashlib.blake2b(tree.prompt_ids.tobytes(), digest_size=7).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(tree.prompt_key, digest_size=7).digest(), "little")
 
 
 # ---- Held-out pairs beyond a loss's own metrics: how likely the chosen answers still are, and what their length explains. numpy only ----

@@ -121,6 +121,7 @@ OF_MODEL = re.compile(r"(adapter_|generation_)?config\.json")
 OF_TOKENIZER = re.compile(
     r"(tokenizer|special_tokens|added_tokens|vocab|merges|spiece|sentencepiece|chat_template).*\.(json|txt|model|jinja)"
 )
+OF_PROCESSOR = re.compile(r"(pre)?processor_config\.json")
 WEIGHTS = re.compile(r".*\.(safetensors|bin)")
 
 
@@ -133,7 +134,7 @@ def model_contents(config: RunConfig) -> dict[str, str]:
     tokenizer = "model.path" if config.model.tokenizer is None else "model.tokenizer"
     asked = (
         ("model.path", config.model.path, [OF_MODEL, *weights]),
-        (tokenizer, config.model.tokenizer or config.model.path, [OF_TOKENIZER]),
+        (tokenizer, config.model.tokenizer or config.model.path, [OF_TOKENIZER, *([OF_PROCESSOR] * config.model.sees)]),
         ("model.adapter", config.model.adapter, [OF_MODEL, WEIGHTS]),
         ("reference.path", config.reference.path, [OF_MODEL, WEIGHTS]),
     )

@@ -372,7 +372,7 @@ def _joined_parts(parts: Sequence[Any], what: str) -> str:
         if not isinstance(text, str):
             kind = part.get("type") if isinstance(part, Mapping) else None
             held = f"a part of type {shown(kind)}" if isinstance(kind, str) and kind != "text" else "something other"
-            raise RowError(f"{what} holds {held}, not text", "penchant trains on text alone; drop the row")
+            raise RowError(f"{what} holds {held}, not text", PICTURES if str(kind).startswith("image") else OTHER_MEDIA)
         texts.append(text)
     return joined(texts)
 
@@ -469,7 +469,13 @@ def text_alone(row: Mapping[str, Any]) -> None:
     """
     for name in ("images", "videos", "audios", "image", "video", "audio"):
         if holds_something(row.get(name)):
-            raise RowError(f'"{name}" is not empty', "penchant trains on text alone; drop the row")
+            raise RowError(f'"{name}" is not empty', PICTURES if name.startswith("image") else OTHER_MEDIA)
+
+
+PICTURES = (
+    "to train a vision-language model on pictures, set model.vision=frozen (docs/vision.md); otherwise drop the row"
+)
+OTHER_MEDIA = "penchant reads text, and pictures beside it; drop the row"
 
 
 def missing(value: Any) -> bool:
