@@ -292,7 +292,9 @@ class Loop:
         """
         sizes = [tree_tokens(t, self.shared) for t in trees]
         if self.world.many:
-            dealt = plan_dealt(sizes, self.train.tokens_per_step, self.world.size)[self.world.rank :: self.world.size]
+            dealt = plan_dealt(sizes, self.train.tokens_per_step, self.world.dealers)[
+                self.world.dealer :: self.world.dealers
+            ]
             smallest = min(range(len(sizes)), key=lambda i: sizes[i], default=0)
             made = [(m, pack([trees[i] for i in m or [smallest]], shared=self.shared)) for m in dealt]
             return [replace(batch, idle=not members) for members, batch in made]
