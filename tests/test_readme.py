@@ -105,7 +105,7 @@ def test_the_pipeline_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert result.outcome is not None and "reward, by sentiment" in result.outcome.to_text()
 
 
-@pytest.mark.parametrize("page,runs", [("docs/sweep.md", [9, 0, 20])])
+@pytest.mark.parametrize("page,runs", [("docs/sweep.md", [9, 0, 3, 20])])
 def test_every_sweep_shown_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: str, runs: list[int]) -> None:
     monkeypatch.chdir(tmp_path)
     text = (ROOT / page).read_text()

@@ -253,7 +253,7 @@ class GetRequest:
     """What `penchant data get` fetches; docs/data_get.md explains each option."""
 
     name: str = option(
-        "a name in the catalogue or a hub id (owner/name); without one the catalogue is listed",
+        "a name in the catalog or a hub id (owner/name); without one the catalog is listed",
         "",
         "NAME",
         positional=True,

@@ -219,3 +219,6 @@ def test_gpus_that_are_not_there(
         monkeypatch.setattr("torch.cuda.device_count", lambda there=there: there)
         assert main(["train", _config(tmp_path), "--gpus", "2"]) == 2
         assert re.search(told, capsys.readouterr().err)
+    monkeypatch.setattr("penchant.cli.train.cores", lambda: 2)
+    assert main(["train", _config(tmp_path), "--processes", "17"]) == 2  # nothing is started
+    assert "is 17, and this machine has 2 cores; give at most 16" in capsys.readouterr().err

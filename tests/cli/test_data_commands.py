@@ -34,7 +34,7 @@ def test_reward_and_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         (["data", "audit", "nowhere.jsonl"], "no such file"),
         (["data", "audit", "--split", "train"], "names no split"),
         (["data", "audit", "FILE", "--check", "toxic"], "names no function"),
-        (["data", "audit", "FILE", "--reward", "nonsense"], "is no reward"),
+        (["data", "audit", "FILE", "--reward", "nonsense"], "is not a reward"),
         (["data", "audit", "run.yaml", "--limit", "3"], "goes with data files"),
         (["data", "audit", "FILE", "--limit", "-1"], "give 1 or more"),
         (["data", "audit", "FILE", "--json", "a.jsonl/x.json"], "cannot be written"),

@@ -160,7 +160,7 @@ def test_other_rewards_stand_beside_it(world: Path, tmp_path: Path, capsys: pyte
     assert f"Trained to raise {vowels}: rloo." in text and "Trained to raise this reward" not in text
     refused(world, ConfigError, "--also: is given without a reward", "dpo", also=["words"])
     refused(world, ConfigError, "--also: names words twice", "dpo", reward="words", also=["words"])
-    refused(world, ConfigError, "'nicer' is no reward", "dpo", reward="words", also=["nicer"])
+    refused(world, ConfigError, "'nicer' is not a reward", "dpo", reward="words", also=["nicer"])
     refused(world, ConfigError, "dpo is not a reward model", "dpo", reward="words", also=[str(world / "runs/dpo")])
 
 
@@ -243,7 +243,7 @@ def test_a_judge_of_ones_own_and_seeds(world: Path, tmp_path: Path, capsys: pyte
     assert f"By {judge}: " in found.to_text()
     assert main(["compare", str(world / "runs/dpo"), "--judge-model", "m"]) == 2
     assert "--judge-model: is given without --judge" in capsys.readouterr().err
-    refused(world, ConfigError, "'sentiment' is no judge", "dpo", judge="sentiment")
+    refused(world, ConfigError, "'sentiment' is not a judge", "dpo", judge="sentiment")
     own = "Which is longer?\n<<prompt x>>\n{prompt}\n<<answer A x>>\n{answer_a}\n<<answer B x>>\n{answer_b}\n<<end x>>"
     (tmp_path / "own.txt").write_text(own)
     with serve(longer) as server:
@@ -506,7 +506,7 @@ def test_mistakes_are_sentences(world: Path, tmp_path: Path, capsys: pytest.Capt
     shutil.copytree(world / "runs/dpo", tmp_path / "hh/dpo")
     (tmp_path / "hh/pipeline.json").write_text("{}")
     refused(world, CheckpointError, "is a pipeline: give its stages, such as .*hh/dpo", tmp_path / "hh")
-    refused(world, ConfigError, "'nice' is no reward", "dpo", reward="nice")
+    refused(world, ConfigError, "'nice' is not a reward", "dpo", reward="nice")
     refused(world, ConfigError, "--prompts: is below 1", "dpo", prompts=0)
     refused(world, ConfigError, "beyond start's context of 256", "dpo", max_new_tokens=400)
     (tmp_path / "file").write_text("")

@@ -178,6 +178,11 @@ def test_a_call_that_is_left_out_in_one_place_is_noticed() -> None:
     assert _made(AS_OBJECTS, row).accepted == 1
     with pytest.raises(DataError, match="leaves out a call of weather"):
         _made(last_alone, row)
+    no_arguments = AS_OBJECTS.replace(
+        " {{ c.function.arguments | tojson }}", " {{ c.function.arguments | tojson if m.content != 'Wait.' }}"
+    )
+    with pytest.raises(DataError, match="leaves out a call of weather"):
+        _made(no_arguments, row)
 
 
 @pytest.mark.parametrize(

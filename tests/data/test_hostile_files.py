@@ -559,7 +559,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
         ("dangling.jsonl", "no such file"),
         ("file.txt/a.jsonl", "Not a directory"),
         ("x" * 300 + ".jsonl", "name too long"),
-        ("a\0b.jsonl", "is no path"),
+        ("a\0b.jsonl", "is not a path"),
     ):
         with pytest.raises(DataError, match=what):
             list(read_rows(str(tmp_path / name)))

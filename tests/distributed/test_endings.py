@@ -29,6 +29,7 @@ from penchant.distributed.world import (
     described,
     ended_on_purpose,
     error_of,
+    join,
     lost_another,
     record,
 )
@@ -72,6 +73,21 @@ def test_a_rank_that_does_not_answer_is_named(tmp_path: Path) -> None:
 
     said, _ = in_world(call, tmp_path, timeout=1.0)
     assert "rank 1 of 2 did not answer within 1 s" in said
+
+
+def test_processes_that_do_not_find_each_other_are_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and nobody listens there
+        meeting = {
+            "RANK": "1",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(taken.getsockname()[1]),
+        }
+        for name, value in meeting.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(TrainingStopped, match="process 1 of 2 did not find the others"), join(0.1):
+            pass
 
 
 def test_one_process_is_a_world_of_its_own() -> None:

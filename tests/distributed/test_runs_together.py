@@ -201,7 +201,7 @@ def test_one_process_reads_and_evaluates_what_two_have_trained(root: Path) -> No
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"train": {"optimizer": "sgd", "lr": 0.1}}, "optimizer"),
+        ({"train": {"optimizer": "adafactor", "lr": 0.1}}, "optimizer"),
         ({"model": {"path": "m", "quantize": "int8"}, "lora": LORA}, "quantize"),
         ({"launch": {"replicas": 3}}, "replicas"),
     ],

@@ -50,13 +50,14 @@ LOSS_NAMES = (
 RUNS: dict[str, dict[str, Any]] = {
     "dpo": {},
     "kto": {"name": "kto"},
+    "sgd": {"optimizer_kind": "sgd", "max_steps": 3},
     "moving": {"name": "pmpo", "reference": "moving"},  # and the divergence over the whole vocabulary
     "adapter": {"lora": LoraConfig(r=2, dropout=0.0, dora=True), "reference": "as it was"},
     "moving-adapter": {"lora": LoraConfig(r=2, dropout=0.0, dora=True), "reference": "moving"},
     "ppo": {"ppo": "head", "max_steps": 4},
     "ppo-separate": {"ppo": "separate", "max_steps": 4},
 }
-RESUMED = ("dpo", "moving", "ppo", "ppo-separate")
+RESUMED = ("dpo", "sgd", "moving", "ppo", "ppo-separate")
 
 UNCLIPPED: dict[str, Any] = {"max_grad_norm": None}  # a norm that is clipped would hide a factor
 
@@ -100,6 +101,7 @@ def make_loop(
     reference: str = "frozen",
     ppo: str | None = None,
     experts: bool = False,
+    optimizer_kind: str = "adamw",
     **train: Any,
 ) -> Loop:
     folder.mkdir(parents=True, exist_ok=True)
@@ -123,7 +125,7 @@ def make_loop(
     if router is not None:
         plain = getattr(scorer, "_scorer", scorer)
         plain.router, router.run = router, scorer.hidden
-    optimizer = MasterAdamW([*model.named_parameters(), *beside], dtype=dtype)
+    optimizer = MasterAdamW([*model.named_parameters(), *beside], dtype=dtype, kind=optimizer_kind)
     if ppo is None:
         held = (
             adapter_as_it_is(scorer) if reference == "as it was" else LiveReference(scorer_of(frozen, dtype, replicas))

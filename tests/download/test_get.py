@@ -363,7 +363,7 @@ def test_pairs_become_other_kinds(tmp_path: Path) -> None:
         ({"threshold": 1.0}, "without --reward"),
         ({"reward": "sentiment", "threshold": 0.0}, "add --as unpaired"),
         ({"as_": "unpaired", "reward": "words", "threshold": 1.0, "label_with": "x.py:f"}, "keep one"),
-        ({"as_": "unpaired", "reward": "nosuch", "threshold": 1.0}, "is no reward"),
+        ({"as_": "unpaired", "reward": "nosuch", "threshold": 1.0}, "is not a reward"),
         ({"as_": "unpaired", "label_with": "nosuch.py:f"}, "no such file"),
         ({"layout": "nosuch"}, "is not a layout"),
         ({"options": {"use": "what"}}, "choose one of"),

@@ -337,7 +337,7 @@ def test_answers_that_make_no_sense(start: Callable[..., FakeHub], capsys: pytes
 def test_unknown_names(start: Callable[..., FakeHub], capsys: pytest.CaptureFixture[str]) -> None:
     start()
     assert run("a--b/c") == 2
-    assert "is no name that a data set can have" in capsys.readouterr().err
+    assert "is not a name that a data set can have" in capsys.readouterr().err
     assert run("ultrafedback") == 2
     assert "did you mean ultrafeedback?" in capsys.readouterr().err
     assert run("hh", "--subset", "harmles-base") == 2

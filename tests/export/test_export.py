@@ -195,7 +195,7 @@ def test_a_wrong_weight_is_found_and_kept_aside(world: Path, tmp_path: Path, mon
 
 def test_what_cannot_be_is_refused_and_nothing_is_overwritten(world: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match="onnx is no form of a model; there are safetensors, pt, merged, adapter, gguf"
+        ConfigError, match="onnx is not an export format; there are safetensors, pt, merged, adapter, gguf"
     ):
         api.export(world / "full", to="onnx")
     with pytest.raises(ConfigError, match="trained the whole model; use safetensors"):
@@ -243,7 +243,7 @@ def test_the_card_is_valid_says_what_is_known_and_names_no_folder_of_this_machin
         for path in result.folder.iterdir():
             if path.name != "adapter_config.json":
                 assert str(world).encode() not in path.read_bytes(), path.name
-        assert "`pairs\\|'x'.jsonl`" in text  # a name from outside is no markup
+        assert "`pairs\\|'x'.jsonl`" in text  # a name from outside is not markup
 
 
 def test_the_cards_code_loads_the_folder(world: Path, tmp_path: Path) -> None:

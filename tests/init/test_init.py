@@ -258,7 +258,7 @@ def test_validation_rows_beside_are_proposed(tmp_path: Path, model: str, capsys:
 @pytest.mark.parametrize(
     "goal,reward,said",
     [
-        ("rloo", "sentimnt", "'sentimnt' is no reward; did you mean sentiment?"),
+        ("rloo", "sentimnt", "'sentimnt' is not a reward; did you mean sentiment?"),
         ("rloo", "mine.py:f", "mine.py: no such file"),
         ("rloo", "runs/gone", "runs/gone: no such folder"),
         ("rloo", "words:9-x", "words:9-x"),

@@ -266,7 +266,7 @@ def test_whose_key_goes_where(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"model": None}, "--judge-model: is missing"),
         ({"concurrency": 0}, "--judge-concurrency: is below 1"),
-        ({"parameters": "{"}, "--judge-parameters: is no JSON"),
+        ({"parameters": "{"}, "--judge-parameters: is not JSON"),
         ({"parameters": "[1]"}, "--judge-parameters: is not a mapping"),
         ({"parameters": '{"messages": []}'}, "sets messages, which is not yours to set"),
     ],

@@ -90,7 +90,7 @@ def test_what_it_does_wrong(file: str, name: str, kind: type[PenchantError], mat
 
 
 def test_what_is_no_judge(tmp_path: Path) -> None:
-    for spec, match in (("sentiment", "'sentiment' is no judge"), (f"{tmp_path}/no.py:f", "judge: .*no such file")):
+    for spec, match in (("sentiment", "'sentiment' is not a judge"), (f"{tmp_path}/no.py:f", "judge: .*no such file")):
         with pytest.raises(ConfigError, match=match):
             load_judge(JudgeOptions(spec))
     with pytest.raises(ConfigError, match="--judge-model: is for endpoints"):

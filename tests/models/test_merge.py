@@ -70,5 +70,5 @@ def test_another_adapter_at_the_same_place_is_merged_anew(base: ModelConfig, ada
 def test_an_adapter_of_a_classifier_is_refused(base: ModelConfig, adapter: Path) -> None:
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "task_type": "SEQ_CLS"}))
-    with pytest.raises(ModelError, match="SEQ_CLS is no language model"):
+    with pytest.raises(ModelError, match="SEQ_CLS is not a language model"):
         merge.merged_model(base, adapter, torch.device("cpu"))

@@ -135,7 +135,7 @@ def test_what_a_stage_inherits() -> None:
         (
             "stage:sft@last",
             "stage:sft@first",
-            "pipeline.yaml:13: stages.ppo: model.path 'stage:sft@first' is no reference to a stage",
+            "pipeline.yaml:13: stages.ppo: model.path 'stage:sft@first' is not a reference to a stage",
         ),
         (
             "stage:judge: 1.0",
@@ -597,8 +597,8 @@ def test_a_folder_that_is_not_the_pipelines_is_left_alone(base: dict[str, Any], 
 @pytest.mark.parametrize(
     "override,kind,said",
     [
-        ("stages.rloo.reward=nice", ConfigError, r"stages.rloo: reward 'nice' is no reward"),
-        ("compare.reward=nice", ConfigError, r"compare.reward: 'nice' is no reward"),
+        ("stages.rloo.reward=nice", ConfigError, r"stages.rloo: reward 'nice' is not a reward"),
+        ("compare.reward=nice", ConfigError, r"compare.reward: 'nice' is not a reward"),
         ("stages.dpo.data.path=missing.jsonl", DataError, r"stages.dpo: .*no such"),
         ("stages.sft.model.path=./missing", ModelError, r"stages.sft: no such folder"),
         ("defaults.data.validation_rows=null", ConfigError, r"compare: no stage holds out rows"),
@@ -893,7 +893,7 @@ def test_a_folder_that_is_no_reward_model_is_met_before_anything_trains(base: di
         run(base, f"stages.rloo.reward={other}")
     with pytest.raises(ConfigError, match=r"compare.reward: .*other is not a reward model"):
         run(base, f"compare.reward={other}")
-    with pytest.raises(ConfigError, match=r"compare.reward: 'nicer' is no reward"):
+    with pytest.raises(ConfigError, match=r"compare.reward: 'nicer' is not a reward"):
         run(base, "compare.also=[nicer]")
     assert not Path(base["output"]).exists()
 

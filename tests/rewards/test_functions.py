@@ -44,7 +44,7 @@ def test_the_prompt_is_given_too(tmp_path: Path) -> None:
     [
         (
             "kindness",
-            "'kindness' is no reward; there are sentiment, words, accuracy, think_format, words:20-60, matches:REGEX, format:REGEX; "
+            "'kindness' is not a reward; there are sentiment, words, accuracy, think_format, words:20-60, matches:REGEX, format:REGEX; "
             "or give path.py:function",
         ),
         ("words:60-20", "words:60-20 is not a range of words; write words:20-60"),
@@ -374,7 +374,7 @@ def test_a_list_of_rewards() -> None:
     ("written", "what"),
     [
         (["words", {"words": 2.0}], "words stands there twice"),
-        ([1.0], "1.0 is no reward"),
+        ([1.0], "1.0 is not a reward"),
         ({"words": {"n": 3}}, "words has no options"),
         ({"overlong": {"mx": 3}}, "max"),
         ({"words": "much"}, "give each reward a number"),

@@ -131,7 +131,7 @@ def test_retry_undo_reset_system(models: list[ChatModel], asked: list[list[str]]
 
 def test_commands_that_are_none_and_messages_that_look_like_some(models: list[ChatModel]) -> None:
     chat, _, notes = _session(models[:1], ["/foo\x1b[2J", "/left", "//left", "/help", "/quit", "never"])
-    assert "/foo\\x1b[2J is no command" in notes and "one model only" in notes
+    assert "/foo\\x1b[2J is not a command" in notes and "one model only" in notes
     assert chat.last is not None and chat.last.said == "/left"
     assert all(f"/{c}" in notes for c in ("retry", "undo", "save", "tie", "quit"))
 

@@ -370,8 +370,21 @@ def test_a_process_has_the_settings_of_where_it_computes(monkeypatch: pytest.Mon
             ours, others = (cli.CUDA_ENV, cli.CPU_ENV) if on_gpu else (cli.CPU_ENV, cli.CUDA_ENV)
             found = cli.environment_of(device)
             assert ours.items() <= found.items() and not others.keys() & found.keys()
+    assert cli.environment_of("cpu", several=True)["MALLOC_MMAP_MAX_"] != cli.CPU_ENV["MALLOC_MMAP_MAX_"]
+    assert cli.environment_of("cuda", several=True).items() >= cli.CUDA_ENV.items()
     monkeypatch.setenv("MALLOC_TOP_PAD_", "1")
     assert cli.environment_of("cpu")["MALLOC_TOP_PAD_"] == "1"
+
+
+def test_a_command_is_one_of_several_by_its_option_its_config_or_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    def config(processes: int | str) -> SimpleNamespace:
+        return SimpleNamespace(launch=SimpleNamespace(processes=processes))
+
+    assert not cli._is_one_of_several(Namespace(), None) and not cli._is_one_of_several(Namespace(), config("auto"))
+    assert cli._is_one_of_several(Namespace(), config(2)) and cli._is_one_of_several(Namespace(processes=2), config(1))
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert cli._is_one_of_several(Namespace(), None)
 
 
 def test_where_a_command_computes_is_asked_of_its_option_its_config_and_the_machine() -> None:

@@ -61,6 +61,14 @@ CPU_ENV = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
 }
 
+# where several processes share a model's weights, gathered ones come and go in large pieces of many sizes, which fragment a heap: they
+# are given back, and huge pages keep the faults few
+SHARDED_CPU_ENV = CPU_ENV | {
+    "MALLOC_MMAP_MAX_": "65536",
+    "MALLOC_MMAP_THRESHOLD_": str(4 << 20),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
+
 # where a GPU computes, a host that never gives memory back would hold the loaded weights to the end; segments that grow keep
 # micro-batches of many sizes from cutting the GPU's memory into pieces; cuBLAS repeats its bits only with a workspace of its own; a
 # collective that fails ends its process
@@ -155,7 +163,7 @@ def _run(argv: Sequence[str] | None) -> int:
             quiet = getattr(args, "quiet", False)
             if sys.stderr.isatty() and not quiet and not os.environ.get("PENCHANT_REEXECUTED"):
                 print(f"penchant {args.command}: loading torch", file=sys.stderr)
-            _with_allocator(_device_of(args, config))
+            _with_allocator(_device_of(args, config), _is_one_of_several(args, config))
             # what only prints may end with its reader; work goes on to its end: ``penchant train run.yaml | head``
             for stream in (sys.stdout, sys.stderr):
                 if isinstance(stream, Shown):
@@ -248,20 +256,32 @@ def _check_config(args: argparse.Namespace) -> Any:
     return config
 
 
-def _with_allocator(device: str) -> None:
+def _with_allocator(device: str, several: bool) -> None:
     """Start this process anew with the settings of where it computes, once."""
     for name, value in FALLBACK_ENV.get(device, {}).items():  # where no process is started anew: torch is not there yet
         os.environ.setdefault(name, value)
     if sys.platform != "linux" or os.environ.get("PENCHANT_REEXECUTED") or "pytest" in sys.modules:
         return
-    os.execve(sys.executable, [sys.executable, "-m", "penchant", *sys.argv[1:]], environment_of(device))
+    os.execve(sys.executable, [sys.executable, "-m", "penchant", *sys.argv[1:]], environment_of(device, several))
 
 
-def environment_of(device: str) -> dict[str, str]:
-    """The environment of a process that computes on a device, as in `model.device`; what a person has set wins."""
+def environment_of(device: str, several: bool = False) -> dict[str, str]:
+    """The environment of a process that computes on a device, as in `model.device`; what a person has set wins.
+
+    Args:
+        several: it is one of several that train together, or starts them.
+    """
     on_gpu = device == "cuda" or (device == "auto" and gpu_visible())
-    ours = CUDA_ENV if on_gpu else FALLBACK_ENV.get(device, CPU_ENV)
+    ours = CUDA_ENV if on_gpu else FALLBACK_ENV.get(device, SHARDED_CPU_ENV if several else CPU_ENV)
     return {**ours, **os.environ, "PENCHANT_REEXECUTED": "1"}
+
+
+def _is_one_of_several(args: argparse.Namespace, config: Any) -> bool:
+    """Whether a command trains with other processes: those that torchrun started, or that it starts."""
+    from penchant.distributed.world import started_by_torchrun
+
+    asked = getattr(args, "processes", None) or (config.launch.processes if config is not None else "auto")
+    return started_by_torchrun() or asked not in ("auto", 1)
 
 
 def _device_of(args: argparse.Namespace, config: Any) -> str:

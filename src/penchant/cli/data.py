@@ -141,9 +141,11 @@ def _add_audit(verbs: Any) -> None:
         type=within(int),
         default=20,
         metavar="N",
-        help="places listed a finding in the JSON, up to 1000 (default: 20)",
+        help="places listed per finding in the JSON, up to 1000 (default: 20)",
     )
-    audit.add_argument("--all", action="store_true", help="show every count, also of what is in order, and lengths")
+    audit.add_argument(
+        "--all", action="store_true", help="show every count, with those that found nothing, and lengths"
+    )
     audit.add_argument("--html", metavar="FILE", help="also write an HTML page")
     audit.set_defaults(handler=_audit)
 

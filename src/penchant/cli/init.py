@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
         help="for ppo, rloo and grpo: sentiment, words, path.py:function, a run (default: accuracy for rows with an answer, else sentiment)",
     )
     init.add_argument(
-        "--lora", action="store_true", help="train an adapter (chosen anyway for a model that is large here)"
+        "--lora", action="store_true", help="train an adapter (the default for a model that is large for this machine)"
     )
     init.add_argument("--run-folder", metavar="FOLDER", help="where the run will write (default: runs/GOAL)")
     init.add_argument("--output", metavar="FILE", default="run.yaml", help="the config to write (default: run.yaml)")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from penchant.base.machine import cores
 from penchant.cli.arguments import add_config
 from penchant.distributed.world import join, started_by_torchrun
+
+PER_CORE = 8  # processes that are started for each core at most: a slip in their number must not stop the machine
 
 
 def add(commands: Any) -> None:
@@ -16,7 +19,7 @@ def add(commands: Any) -> None:
     train.add_argument("--quiet", action="store_true", help="do not show progress")
     several = train.add_mutually_exclusive_group()
     several.add_argument("--processes", type=int, metavar="N", help="train with N processes (launch.processes=N)")
-    several.add_argument("--gpus", type=int, metavar="N", help="train with N GPUs of this machine, a process each")
+    several.add_argument("--gpus", type=int, metavar="N", help="train with N GPUs of this machine, one process each")
     train.set_defaults(handler=_train, allocator=True, reads="run")
 
 
@@ -83,6 +86,9 @@ def _launch(args: argparse.Namespace, config: Any) -> int:
         there = counted(gpus, "GPU") if gpus else "no GPU that torch can use"
         how = f"give at most {gpus}" if gpus else "give --processes N in place of --gpus to train on the CPU"
         raise ConfigError("launch.processes", f"is {processes}, and this machine has {there}", how)
+    if processes > (most := PER_CORE * cores()):
+        there = counted(cores(), "core")
+        raise ConfigError("launch.processes", f"is {processes}, and this machine has {there}", f"give at most {most}")
     more = ["--quiet"] if args.quiet else []
     return launch(["train", args.config, *args.overrides, *_launched(args), *more], processes, config.launch.restarts)
 

@@ -142,7 +142,7 @@ def judge_pairs(
     """Have every two settings judged, every seed of one with every seed of the other, sample by sample, each pair both ways round.
 
     Args:
-        settings: models by setting, the first one first; fixed: whether that one is no seed's.
+        settings: models by setting, the first one first; fixed: whether that one has no seed.
 
     Raises:
         RewardError: the judge broke or cannot be reached.

@@ -57,9 +57,9 @@ def check_launch(config: RunConfig, processes: int) -> None:
         raise ConfigError("algorithm.name", "gkd has not been tried with a sharded teacher yet", one)
     if config.algorithm is not None and is_own(config.algorithm.name):
         raise ConfigError("algorithm.name", "an algorithm of your own is trained by one process", one)
-    if config.train.optimizer != "adamw":
+    if config.train.optimizer not in ("adamw", "sgd"):
         raise ConfigError(
-            "train.optimizer", f"{config.train.optimizer} does not take shards yet", f"set adamw, or {one}"
+            "train.optimizer", f"{config.train.optimizer} does not take shards yet", f"set adamw or sgd, or {one}"
         )
     if config.model.quantize != "none":
         raise ConfigError("model.quantize", "quantized weights cannot be sharded yet", f"leave it out, or {one}")

@@ -92,7 +92,7 @@ class RunConfig(Section):
         teacher, reference = values["teacher"], dict(values.get("reference") or {})
         path = teacher.get("path") if isinstance(teacher, Mapping) else teacher
         if not isinstance(path, str) or (isinstance(teacher, Mapping) and set(teacher) != {"path"}):
-            raise ConfigError("teacher", "is no model", "write teacher: {path: FOLDER}")
+            raise ConfigError("teacher", "is not a model", "write teacher: {path: FOLDER}")
         algorithm = values.get("algorithm")
         if (algorithm.get("name") if isinstance(algorithm, Mapping) else algorithm) != "gkd":
             raise ConfigError("teacher", "is of algorithm gkd alone", "set algorithm=gkd, or leave it out")

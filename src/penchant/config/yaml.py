@@ -48,7 +48,7 @@ def _int(_: Any, node: yaml.Node) -> int:
     try:
         return int(node.value)
     except ValueError as error:  # also where Python reads no number of so many digits
-        problem = f"{short(node.value, 20)} is no number that can be used"
+        problem = f"{short(node.value, 20)} is not a number that can be used"
         raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark, note="give a number") from error
 
 

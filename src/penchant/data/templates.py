@@ -404,7 +404,7 @@ def chat(
     how = ""
     if moved and all(whole.startswith(unanswered) for whole in wholes):
         shared = os.path.commonprefix([prompt, *wholes])  # noqa: RUF071 (characters, not paths)
-        word_end = re.match(r"(?s).*[\s>\])}:]", shared)  # "<" of "<think>" and of "<b>" is no place to stop
+        word_end = re.match(r"(?s).*[\s>\])}:]", shared)  # "<" of "<think>" and of "<b>" is not a place to stop
         prompt, how = shared[: max(len(unanswered), word_end.end() if word_end else 0)], "shared"
     elif moved:
         answers = [c.text.strip() for c in tree.completions]

@@ -83,7 +83,7 @@ def _mapped(descriptor: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Transport:
-    """What FSDP2 asks of one."""
+    """What FSDP2 asks of one: the methods of its `AllGather` and `ReduceScatter`, which older torch does not have."""
 
     exchange: Exchange
 

@@ -27,4 +27,6 @@ class LaunchConfig(Section):
         0, ge=0, le=1000, description="how often the processes are started again when one of them crashes"
     )
     reshard: bool = Field(True, description="give back a layer's gathered weights after its forward pass")
-    timeout: float = Field(600.0, gt=0, description="seconds that a process waits for the others before it gives up")
+    timeout: float = Field(
+        600.0, ge=1, le=31_536_000, description="seconds that a process waits for the others before it gives up"
+    )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -89,8 +89,8 @@ class Sharding:
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
                 if exchange is not None:
-                    module.set_custom_all_gather(Gather(exchange))
-                    module.set_custom_reduce_scatter(ReduceScatter(exchange))
+                    module.set_custom_all_gather(cast(Any, Gather(exchange)))
+                    module.set_custom_reduce_scatter(cast(Any, ReduceScatter(exchange)))
         return root
 
 

@@ -190,7 +190,11 @@ def join(timeout: float, context: int = 1) -> Iterator[World]:
     if gpu:
         torch.cuda.set_device(local_rank)
     limit = timedelta(seconds=timeout)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=limit)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=limit)
+    except dist.DistError as error:
+        what = f"process {rank} of {size} did not find the others within {timeout:g} s ({type(error).__name__})"
+        raise errors.TrainingStopped("launch.timeout", what, "raise it, or look at why they did not start") from error
     group = dist.new_group(backend="gloo", timeout=limit)
     world = World(rank, size, local_rank, local_size, group, dist.new_group(backend="gloo", timeout=PATIENCE))
     if context > 1 and size % context == 0:  # another number is refused with the config

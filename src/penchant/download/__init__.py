@@ -116,7 +116,7 @@ def _check_folder(folder: Path, identity: Mapping[str, Any], redo: bool) -> Mapp
     """
     done, mine = read_json(folder / "data.json"), dict(identity)
     anew = "choose another --output, or add --redo to make it anew in this one"
-    converted = any((folder / WORK).glob("part-*[0-9].json"))  # what is only planned is no loss
+    converted = any((folder / WORK).glob("part-*[0-9].json"))  # what is only planned is not a loss
     begun = read_json(folder / WORK / "request.json") if converted else None
     if done is None and begun is None:
         taken = [name for name in OURS if (folder / name).exists()]

@@ -93,7 +93,7 @@ def unknown(name: str) -> ConfigError:
     near = closest(_plain(name), _NAMES)
     guess = f"did you mean {_NAMES[near].name}? " if near else ""
     how = f"{guess}there are {', '.join(CATALOGUE)}, or any owner/name"
-    return ConfigError(name, "is no data set of the catalogue", how)
+    return ConfigError(name, "is not a data set of the catalog", how)
 
 
 def chosen_subsets(spec: Spec, asked: tuple[str, ...]) -> tuple[str, ...]:

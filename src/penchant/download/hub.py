@@ -291,7 +291,7 @@ def explained(error: BaseException, hub_id: str, what: str) -> DataError:
             "unset it, or give a copy on this machine with --from",
         ),
         errors.HFValidationError: (
-            "is no name that a data set can have",
+            "is not a name that a data set can have",
             "write owner/name, as its page shows it",
         ),
         errors.GatedRepoError: _gated(),

@@ -45,7 +45,7 @@ def finished(folder: Path, asked: Mapping[str, Any]) -> tuple[Check, tuple[str, 
     except (OSError, ValueError):
         record = {}
     if not record:
-        raise taken(folder, "it is no finished export")
+        raise taken(folder, "it is not a finished export")
     for name, value in asked.items():
         if record.get(name) != value:
             other = f"is of another {name} ({record.get(name)!r}, not {value!r})"
@@ -97,7 +97,7 @@ def check_push(repo: str, base: str | None = None) -> None:
     except HFValidationError:
         named = False
     if not named:
-        raise ConfigError("--push", f"{repo!r} is no name of a repository", "give owner/name")
+        raise ConfigError("--push", f"{repo!r} is not the name of a repository", "give owner/name")
     if get_token() is None:
         raise ConfigError("--push", "there is no token of the hub", "set HF_TOKEN, or log in with `hf auth login`")
     if base is not None and looks_like_folder(base):
@@ -206,7 +206,7 @@ def _make(
 
 def _checked(request: ExportRequest) -> tuple[Format, Subject, str]:
     if request.to not in FORMATS:
-        raise ConfigError("--to", f"{request.to} is no form of a model", f"there are {', '.join(FORMATS)}")
+        raise ConfigError("--to", f"{request.to} is not an export format", f"there are {', '.join(FORMATS)}")
     if not SIZE.fullmatch(request.max_shard_size):
         what = f"{request.max_shard_size!r} is not a size"
         raise ConfigError("--max-shard-size", what, "give a number of GB or MB: 5GB")

@@ -30,7 +30,7 @@ def floor(given: Given) -> Iterator[Line]:
     if given.says("cosine_min_lr_ratio"):
         ours = {"train.min_lr_fraction": number(given["cosine_min_lr_ratio"])}
         cosine = given["lr_scheduler_type"] == "cosine"
-        note = "" if cosine else "without effect: the schedule is no cosine"
+        note = "" if cosine else "without effect: the schedule is not cosine"
         yield given.line(["cosine_min_lr_ratio"], "translated" if cosine else "same", ours if cosine else {}, note)
 
 
@@ -145,7 +145,7 @@ def data_sets(given: Given) -> Iterator[Line]:
         for i, entry in enumerate(given[key] if isinstance(given[key], list) else [given[key]]):
             entry = {"path": entry} if isinstance(entry, str) else entry
             if not isinstance(entry, Mapping):
-                yield Line(((f"{key}[{i}]", entry),), "unsupported", (), "it is no mapping of a data set's keys")
+                yield Line(((f"{key}[{i}]", entry),), "unsupported", (), "it is not a mapping of a data set's keys")
                 continue
             where = f"{key}[{i}]"
             found, used, lines = _data_set(entry, where, kind, given.folder)

@@ -95,7 +95,7 @@ def _dataset_info(folder: Path, beside: Path) -> tuple[Mapping[str, Any] | None,
             except (OSError, ValueError) as error:
                 raise ConfigError(str(path), f"cannot be read ({error})", "fix the file") from error
             if not isinstance(found, dict):
-                raise ConfigError(str(path), "is no JSON object", "it maps names to descriptions")
+                raise ConfigError(str(path), "is not a JSON object", "it maps names to descriptions")
             return found, str(path)
     return None, str(folder / "dataset_info.json")
 

@@ -112,7 +112,7 @@ def flag(value: Any) -> bool:
 def name(value: Any) -> str:
     """One word or several, as a text."""
     if not isinstance(value, (str, int, float)) or not str(value).strip():
-        raise NotHere(f"{value!r} is no name; set the key by hand")
+        raise NotHere(f"{value!r} is not a name; set the key by hand")
     return str(value)
 
 
@@ -360,5 +360,5 @@ def choose(name: str, there: Mapping[str, Any], where: str, what: str) -> Any:
     if name not in there:
         near = closest(name, there)
         how = f"did you mean {near}?" if near else f"there are {', '.join(there)}"
-        raise ConfigError(where, f"{name!r} is no {what}", how)
+        raise ConfigError(where, f"{name!r} is not a {what}", how)
     return there[name]

@@ -72,7 +72,7 @@ def _parameters(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
     try:
         found = json.loads(given) if isinstance(given, str) else json.loads(json.dumps(dict(given)))
     except (ValueError, TypeError) as error:
-        raise ConfigError("--judge-parameters", f"is no JSON ({error})", """write '{"temperature": 0}'""") from error
+        raise ConfigError("--judge-parameters", f"is not JSON ({error})", """write '{"temperature": 0}'""") from error
     if not isinstance(found, dict):
         raise ConfigError("--judge-parameters", "is not a mapping", """write '{"temperature": 0}'""")
     fixed = sorted({"model", "messages", "stream", "n"} & set(found))

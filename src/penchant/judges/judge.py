@@ -221,7 +221,7 @@ def load_function_judge(spec: str) -> FunctionJudge:
     """
     if not is_own(spec):
         how = "give path.py:function, or an endpoint: http://HOST:PORT/v1"
-        raise ConfigError("judge", f"{spec!r} is no judge", how)
+        raise ConfigError("judge", f"{spec!r} is not a judge", how)
     function = python_function(spec, "judge", TAKES)
     first = next(iter(inspect.signature(function).parameters), "")
     return FunctionJudge(spec, function, first == BATCH)

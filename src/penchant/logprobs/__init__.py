@@ -343,5 +343,6 @@ class Elsewhere:
         if not isinstance(found, (Tensor, tuple)):  # what gives the logits of a slice
             return lambda part: moved(found(part), device)
         if isinstance(found, tuple):
-            return type(found)(*(None if f is None else self._back(f, device) for f in found))
+            named: Any = type(found)
+            return named(*(None if f is None else self._back(f, device) for f in found))
         return moved(found, device)

@@ -43,7 +43,7 @@ def lipo(
     beta: Annotated[float, Range(gt=0), "strength of the pull towards the reference"] = 0.1,
     gains: Annotated[
         Literal["list", "scores"],
-        "list: gains come of scores put between 0 (a list's worst) and 1 (its best); scores: of the scores as they are",
+        "list: gains are computed from scores scaled to 0 (a list's worst) to 1 (its best); scores: from the scores as they are",
     ] = "list",
 ) -> LossOutput:
     """LiPO-lambda: DPO on all pairs of a list, each weighed by what swapping the two would change in DCG.

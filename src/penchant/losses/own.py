@@ -49,7 +49,7 @@ def _load(file: str, attribute: str, sha256: str, where: str) -> LossSpec:
     try:
         function = python_function(name, where, ("logps",))
         if not inspect.isfunction(function):
-            raise ValueError("is no function")
+            raise ValueError("is not a function")
         spec = next((s for s in LOSSES.values() if s.fn is function), None) or _plain(function)
         check(spec)
     except ValueError as error:

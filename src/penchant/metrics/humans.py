@@ -206,7 +206,7 @@ def judge_by_humans(judge: str, models: Sequence[str] = ()) -> HumanVerdict:
     there = sorted({m for j in found.judgements.values() if j.gold is None for m in j.models})
     for name in models:
         if name not in there:
-            what = f"{name!r} is no model of {found.path}"
+            what = f"{name!r} is not a model of {found.path}"
             raise ConfigError("compare", what, f"there are {', '.join(there)}; leave the names out for all")
     return human_verdict(found, models)
 

@@ -74,7 +74,7 @@ def read_object(path: Path, most: int = SMALL) -> dict[str, Any]:
 def check_file(path: Path, most: int) -> None:
     """Refuse what blocks when it is opened, and what is far too large."""
     if not path.is_file():
-        raise ModelError(str(path), "is no regular file", "get it again from where the model comes from")
+        raise ModelError(str(path), "is not a regular file", "get it again from where the model comes from")
     if path.stat().st_size > most:
         raise ModelError(str(path), f"has {path.stat().st_size:,} bytes (at most {most:,} are read)", "get it again")
 

@@ -84,7 +84,7 @@ def merged_model(
     check_folder(adapter)
     kind = read_object(adapter / "adapter_config.json").get("task_type")
     if kind != "CAUSAL_LM":
-        raise ModelError(str(adapter), f"an adapter of type {kind} is no language model", "name another stage")
+        raise ModelError(str(adapter), f"an adapter of type {kind} is not a language model", "name another stage")
     bare = load_causal_model(base, device, seed)
     if check is not None:
         check(bare)
@@ -109,7 +109,7 @@ def lora_section(adapter: Path, given: LoraConfig | None = None) -> LoraConfig:
     values = read_object(file)
     _check_trainable(file, values)
     targets = values.get("target_modules")
-    with loading(str(file), "is no config of a LoRA adapter", "get it again"):
+    with loading(str(file), "is not a config of a LoRA adapter", "get it again"):
         own = LoraConfig(
             r=values["r"],
             alpha=float(values["lora_alpha"]),

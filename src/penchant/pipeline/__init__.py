@@ -259,7 +259,9 @@ def parse_reference(text: str, path: tuple[str, ...]) -> Ref:
     found = _REFERENCE.fullmatch(text.removeprefix("stage:"))
     if found is None:
         raise ConfigError(
-            ".".join(path), f"{text!r} is no reference to a stage", "write stage:NAME, or stage:NAME@best, @last, @STEP"
+            ".".join(path),
+            f"{text!r} is not a reference to a stage",
+            "write stage:NAME, or stage:NAME@best, @last, @STEP",
         )
     return Ref(text, found[1], found[2], path)
 

@@ -356,7 +356,7 @@ def _listed(value: Sequence[Any]) -> dict[str, Any]:
     for item in value:
         one = {item: 1.0} if isinstance(item, str) else item
         if not isinstance(one, dict):
-            raise ValueError(f"{item!r} is no reward; write a name, or {{name: weight}}")
+            raise ValueError(f"{item!r} is not a reward; write a name, or {{name: weight}}")
         if twice := next((n for n in one if n in found), None):
             raise ValueError(f"{twice} stands there twice; give it one weight")
         found |= one

@@ -472,7 +472,7 @@ def _function(name: str) -> RewardFunction:
         near = closest(name, BUILT_IN)
         raise ConfigError(
             "reward",
-            f"{name!r} is no reward",
+            f"{name!r} is not a reward",
             (f"did you mean {near}? " if near else "")
             + f"there are {', '.join(BUILT_IN)}, words:20-60, matches:REGEX, format:REGEX; or give path.py:function or a reward model's folder",
         )

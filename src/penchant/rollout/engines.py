@@ -488,7 +488,7 @@ def samples_of(answer: Any, prompt: list[int], settings: Settings, words: int) -
             made.append(_sample(ids, logps, why, s, words))
         return made
     except (LookupError, TypeError, AttributeError) as error:
-        raise Nonsense("an answer is no completion with token ids and log-probs") from error
+        raise Nonsense("an answer is not a completion with token ids and log-probs") from error
 
 
 def _sample(ids: list[int], logps: list[float], why: Any, settings: Settings, words: int) -> Sample:

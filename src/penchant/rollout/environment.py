@@ -93,7 +93,7 @@ def find_environment(name: str) -> Callable[[], Any]:
     if not is_own(name):
         if name not in ENVIRONMENTS:
             raise ConfigError(
-                WHERE, f"{name!r} is no environment", f"{did_you_mean(name, ENVIRONMENTS)}, or write path.py:Class"
+                WHERE, f"{name!r} is not an environment", f"{did_you_mean(name, ENVIRONMENTS)}, or write path.py:Class"
             )
         return ENVIRONMENTS[name]
     found: Callable[[], Any] = python_object(name, WHERE)

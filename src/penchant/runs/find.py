@@ -332,7 +332,7 @@ def _checkpoint_of(path: Path) -> tuple[Path, str] | None:
 
 def _no_base(given: str, base: str | None) -> None:
     if base is not None:
-        raise ConfigError("--base", f"{given} is no adapter by itself", "leave it out")
+        raise ConfigError("--base", f"{given} is not an adapter by itself", "leave it out")
 
 
 def of_config(config: RunConfig, step: str, base: str | None = None, given: str = "") -> Source:

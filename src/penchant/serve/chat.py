@@ -327,7 +327,7 @@ class Chat:
         name, _, rest = line[1:].partition(" ")
         if name not in COMMANDS:
             how = "/help lists them (write // for a message that begins with /)"
-            self.terminal.note(f"/{safe(name)} is no command; {how}")
+            self.terminal.note(f"/{safe(name)} is not a command; {how}")
             return False
         _, _, obey = COMMANDS[name]
         return bool(obey(self, rest.strip()))

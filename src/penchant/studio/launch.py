@@ -111,7 +111,7 @@ def values_of(fields: Sequence[tuple[str, str]]) -> tuple[dict[str, Any], dict[t
         key, equals, value = line.partition("=")
         if not equals:
             raise ConfigError(
-                "further settings", f"{printable(line[:80])} is no setting", "write key.path=value on each line"
+                "further settings", f"{printable(line[:80])} is not a setting", "write key.path=value on each line"
             )
         given.append((key.strip(), value))
     values: dict[str, Any] = {}
@@ -145,7 +145,7 @@ def draft(root: Path, fields: Sequence[tuple[str, str]]) -> Draft:
     """What the form asks for, checked as a config is.
 
     Raises:
-        ConfigError: it is no config, or the run's folder is not inside the studio's.
+        ConfigError: it is not a config, or the run's folder is not inside the studio's.
     """
     values, places = values_of(fields)
     output = values.get("output")

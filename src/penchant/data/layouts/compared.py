@@ -152,7 +152,7 @@ def _texts(row: Fields, name: str) -> list[str]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise RowError(f'"{name}" is no JSON list of texts', 'write ["...", "..."]') from error
+            raise RowError(f'"{name}" is not a JSON list of texts', 'write ["...", "..."]') from error
     if not isinstance(value, list) or not value:
         raise RowError(f'"{name}" is not a list of texts', 'write ["...", "..."]')
     return [fields.as_text(v, f'"{name}"[{i}]') for i, v in enumerate(value)]

@@ -248,7 +248,7 @@ def read_json(value: Any, what: str, how: str) -> Any:
     try:
         read = json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise RowError(f"{what} is no JSON ({shown(value)})", how) from error
+        raise RowError(f"{what} is not JSON ({shown(value)})", how) from error
     level = [read]
     for _ in range(DEEPEST):
         level = [i for v in level if isinstance(v, (dict, list)) for i in (v.values() if isinstance(v, dict) else v)]
@@ -310,14 +310,14 @@ def tools(row: Mapping[str, Any]) -> str:
         read = read_json(given, f'"{column}"', _TOOL)
         listed = [read] if isinstance(read, Mapping) else read
         if not isinstance(listed, (list, tuple)):
-            raise RowError(f'"{column}" is no list of tools', _TOOL)
+            raise RowError(f'"{column}" is not a list of tools', _TOOL)
         made = []
         for i, tool in enumerate(listed):
             what = f'"{column}"[{i}]'
             tool = read_json(tool, what, _TOOL)
             inner = tool.get("function", tool) if isinstance(tool, Mapping) else None
             if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str) or not inner["name"]:
-                raise RowError(f"{what} is no description of a function", _TOOL)
+                raise RowError(f"{what} is not a description of a function", _TOOL)
             bare = inner is tool
             whole = {"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}} if bare else tool
             made.append(whole if isinstance(given, str) else _without_nulls(whole))
@@ -338,7 +338,7 @@ def template_options(row: Mapping[str, Any]) -> str:
         return ""
     read = read_json(given, f'"{name}"', 'write {"enable_thinking": false}')
     if not isinstance(read, Mapping):
-        raise RowError(f'"{name}" is no object', 'write {"enable_thinking": false}')
+        raise RowError(f'"{name}" is not an object', 'write {"enable_thinking": false}')
     kept = {str(k): v for k, v in read.items() if v is not None}
     if wrong := sorted(kept.keys() & NOT_OPTIONS):
         raise RowError(f'"{name}" holds {wrong[0]}, which is not for a row to say', "take it out")

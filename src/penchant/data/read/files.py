@@ -103,7 +103,7 @@ def find_files(path: str) -> list[Path] | None:
         how = "check where the links lead" if error.errno == 40 else "check the path and its permissions"
         raise DataError(path, f"cannot be read ({error.strerror})", how) from error
     except ValueError as error:
-        raise DataError(path, f"is no path ({error})", "check the path") from error
+        raise DataError(path, f"is not a path ({error})", "check the path") from error
 
 
 def _pattern(path: str, file: Path) -> list[Path] | None:

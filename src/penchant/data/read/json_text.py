@@ -246,7 +246,7 @@ class _Values:
             mark = ","
             key, _ = self._value("a key")
             if not isinstance(key, str):
-                raise self._invalid("a key is no string")
+                raise self._invalid("a key is not a string")
             self._expect(":")
             if key in LISTS and self._peek() == "[" and self._starts_rows():
                 if listed:
