@@ -145,7 +145,8 @@ class Scorer:
         if self.packing == "padded":
             return self._padded_hidden(backbone, batch)
         ids, positions = batch.input_ids, batch.position_ids
-        if splits():
+        split = splits() and not self.own_attention
+        if split:
             batch.cache[SPLIT] = True
             ids, positions = my_tokens(ids), my_tokens(positions)
         # a 4D mask is handed on as it is, so transformers builds none; the tree attention never looks at it
@@ -159,7 +160,7 @@ class Scorer:
             penchant_attention=self.attention,
             **self._listening(),
         )
-        if splits():
+        if split:
             return all_tokens(out.last_hidden_state[0], batch.tokens)
         return self._with_router(out.last_hidden_state[0], routed(out), batch)
 

@@ -159,9 +159,8 @@ class Loop:
         paused = (stop or step == self.pause_at) and not last
         if last or paused or asked is not None or _due(self.checkpoint.every, step, schedule):
             self._save(metrics)
-            if self.stop and not self.world.many and not last:  # asked for by what was told of the checkpoint
-                paused = True
-        asked = asked if self.world.many else self.interrupted
+            asked, stop = self._asked_to_stop()  # once more: it took a while, and callbacks were told of it
+            paused |= stop and not last
         if asked is not None and not last:
             raise agreed(
                 Interrupted(
