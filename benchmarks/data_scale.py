@@ -3,6 +3,8 @@
     python benchmarks/data_scale.py                      # lmsys layout: 10k, 100k and 1M rows
     python benchmarks/data_scale.py --rows 10000 100000 --no-tokens
     python benchmarks/data_scale.py --layout pairs       # pairs, with contradictions among them
+    python benchmarks/data_scale.py --no-tokens --workers 2 --rows 100000   # in two processes
+    python benchmarks/data_scale.py --no-tokens --layout small --rows 10000000   # short rows: what a row costs in memory
     python benchmarks/data_scale.py --no-audit --scale 0.1 --rows 1000000   # start of training: short rows, cold and warm
 
 Rows are made by `data_rows.py`. Each size is measured in a process of its own; peak memory is that process's (VmHWM), Python and
@@ -15,6 +17,7 @@ import argparse
 import hashlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -31,7 +34,7 @@ MEMORY = 2048.0  # MB that the largest may take
 def main() -> None:
     """Generate, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layout", choices=list(KINDS), default="lmsys")
+    parser.add_argument("--layout", choices=[*KINDS, "small"], default="lmsys")
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -40,6 +43,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where rows and cache go and stay (default: a temporary folder)")
     parser.add_argument("--no-tokens", action="store_true", help="leave tokenizing and starting out")
     parser.add_argument("--no-audit", action="store_true", help="leave the audit out")
+    parser.add_argument("--workers", type=int, default=1, help="processes of the audit")
     parser.add_argument("--no-threads", action="store_true", help="leave out tokenizing with one and two processes")
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--worker", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
@@ -67,7 +71,7 @@ def measure(folder: Path, n: int, args: argparse.Namespace) -> dict[str, Any]:
     print(f"\n{n:,} rows ({args.layout}), {path.stat().st_size / 1e6:,.0f} MB", flush=True)
     figures: dict[str, Any] = {"rows": n, "bytes": path.stat().st_size, "planted": planted}
     if not args.no_audit:
-        figures["audit"] = made = worker("audit", str(path))
+        figures["audit"] = made = worker("audit", str(path), str(args.workers))
         for name, count in planted.items():
             print(f"    {name:<18} planted {count:>7,}  found {made['found'].get(name, 0):>7,}", flush=True)
     if not args.no_tokens:
@@ -145,14 +149,21 @@ def _peak() -> float:
     return float("nan")
 
 
-def _audit(path: str) -> dict[str, Any]:
+def _audit(path: str, workers: str) -> dict[str, Any]:
     from penchant.data.audit import audit_files
 
-    before, start, cpu = _peak(), time.perf_counter(), time.process_time()
-    result = audit_files({"rows": path})
-    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    before, start, cpu = _peak(), time.perf_counter(), _cpu()
+    result = audit_files({"rows": path}, workers=int(workers))
+    seconds, cpu = time.perf_counter() - start, _cpu() - cpu
     found = {name: f.count for name, f in result.findings.items()}
-    return {"seconds": seconds, "cpu": cpu, "peak_mb": _peak(), "start_mb": before, "found": found}
+    # the workers' own peak is that of the largest of them
+    others = int(workers) * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024 if workers != "1" else 0.0
+    return {"seconds": seconds, "cpu": cpu, "peak_mb": _peak() + others, "start_mb": before, "found": found}
+
+
+def _cpu() -> float:
+    """CPU seconds of this process and of those that it waited for."""
+    return time.process_time() + sum(os.times()[2:4])
 
 
 def _tokenize(path: str) -> dict[str, Any]:

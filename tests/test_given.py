@@ -95,6 +95,53 @@ def test_rows_of_any_kind_of_table(as_: Any) -> None:
     assert list(rows_of(as_(rows), "data")) == rows
 
 
+@pytest.mark.parametrize("library", ["pandas", "polars", "datasets", "pyarrow"])
+def test_the_rows_of_a_real_table(library: str, tmp_path: Path) -> None:
+    module = pytest.importorskip(library)
+    call = {"function": {"name": "f", "arguments": {"a": 1}}}
+    turns = [{"role": "user", "content": "Go."}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    other = {"function": {"name": "f", "arguments": {"b": None}}}
+    rows = [
+        {"prompt": turns[:1], "completion": turns[1:], "score": 1.5, "of": "x"},
+        {"prompt": turns[:1], "completion": [{**turns[1], "tool_calls": [other]}], "score": None, "of": None},
+    ]
+    made = {
+        "pandas": lambda: module.DataFrame(rows),
+        "polars": lambda: module.DataFrame(rows),
+        "datasets": lambda: module.Dataset.from_list(rows),
+        "pyarrow": lambda: module.Table.from_pylist(rows),
+    }[library]()
+    found = [json.loads(line) for line in write_rows(made, tmp_path, "data.path").read_text().splitlines()]
+    assert [(r["score"], r["of"]) for r in found] == [(1.5, "x"), (None, None)]
+    assert found[0]["completion"][0]["tool_calls"][0]["function"]["arguments"] == {"a": 1}
+    kept = {"b": None} if library == "pandas" else {}  # its cells are the dicts themselves
+    assert found[1]["completion"][0]["tool_calls"][0]["function"]["arguments"] == kept
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars", "datasets"])
+def test_a_frame_trains_as_its_rows_do(library: str, model: str, tmp_path: Path) -> None:
+    module, rows = pytest.importorskip(library), polite_rows()
+    table = module.Dataset.from_list(rows) if library == "datasets" else module.DataFrame(rows)
+    result = api.train(config(model, tmp_path / "run", table), quiet=True)
+    assert result.steps == 4 and api.audit(table).to_text() == api.audit(rows).to_text()
+    if library == "pandas":
+        frame = result.metrics
+        assert isinstance(frame, module.DataFrame) and len(frame) == len(result.rows)
+        losses = [row["loss"] for row in result.rows if "loss" in row]
+        assert frame["loss"].dropna().tolist() == losses and len(losses) > 0
+
+
+def test_rows_with_tools_and_weights_are_read_back(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    rows = [{"prompt": "a", "completion": "b", "tools": tools, "w": w} for w in (1, 2)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first = api.load_preferences(str(file), weight="w")
+    again = api.load_preferences(str(write_rows(first, tmp_path, "data.path")), weight="weight")
+    assert [(t.tools, t.weight) for t in again.trees] == [(t.tools, t.weight) for t in first.trees]
+    assert first.trees[0].tools and first.trees[1].weight == 2
+
+
 def test_a_missing_value_of_a_frame_is_null_and_arrays_are_lists(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "score": 1.5}, {"prompt": "b", "score": math.nan}]
     path = write_rows(Frame(rows), tmp_path, "data.path")
@@ -359,6 +406,15 @@ def test_curves_are_a_page_without_scripts_from_elsewhere(model: str, tmp_path: 
 def test_rows_and_functions_in_audit_and_compare(model: str, tmp_path: Path) -> None:
     audit = api.audit(polite_rows(), reward=alone)
     assert f"{len(polite_rows())} accepted" in audit.to_text()
+    asked: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("penchant.compare.compare_runs", lambda runs, request, quiet: asked.append(request))
+        api.compare("a", "b", prompts=polite_rows(3))
+        with pytest.raises(ConfigError, match="both rows"):
+            api.compare("a", prompts=polite_rows(3), data="rows.jsonl")
+    assert asked[0].prompts == 3 and [
+        json.loads(r) for r in Path(asked[0].data).read_text().splitlines()
+    ] == polite_rows(3)
 
 
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -214,13 +214,14 @@ def audit_files(
     reward: str | None = None,
     check: str | None = None,
     languages: bool = True,
+    workers: int | str | None = None,
 ) -> Audit:
     """The same of files of any size, read once.
 
     Args:
         paths, splits: files; those in `splits` by the name of their split, the others are named by themselves. Prompts that
             stand in two of them are counted. columns: ``{our field: your column}``. limit: rows of each that are read.
-        reward, check, languages: as for `audit`.
+        reward, check, languages: as for `audit`. workers: processes; None: one a core where the files are large; ``ray``: a cluster's.
 
     Raises:
         DataError: a file that cannot be read. ConfigError: a reward or function that cannot be loaded.
@@ -232,7 +233,8 @@ def audit_files(
 
     named = {**(splits or {}), **names_of([str(p) for p in paths])}
     counters = _own_counters(reward, check)
-    return run_audit(named, shape=shape, columns=columns, limit=limit, languages=languages, counters=counters)
+    how: dict[str, Any] = {"shape": shape, "columns": columns, "limit": limit}
+    return run_audit(named, languages=languages, counters=counters, workers=workers, **how)
 
 
 def audit_page(audit: Audit, path: str | Path, title: str = "Data audit") -> Path:
@@ -295,7 +297,7 @@ def compare(*runs: str | Path, quiet: bool = False, **asked: Any) -> RunComparis
         reward: any reward; None: only what the models find likely is compared. also: other rewards, whose figures stand beside its own.
         judge: who decides between two answers: ``path.py:function``, or `JudgeOptions` with an endpoint, or its address and
             ``judge_model=`` ...; against: a run, in place of the common start.
-        prompts, samples, max_new_tokens, seed: how many prompts, completions of each, tokens of one, and the seed of the draws.
+        prompts, samples, max_new_tokens, seed: how many prompts (or rows, of which all are taken), completions of each, tokens of one, and the seed of the draws.
         step: ``best``, ``last``, a step's number; None: the best where one is tracked and kept, else the last.
         data: a file of test rows; each reading of it is written down beside it. None: rows that the runs hold out.
         output: folder of `comparison.json` and `comparison.jsonl`; None: beside the first run.
@@ -307,8 +309,14 @@ def compare(*runs: str | Path, quiet: bool = False, **asked: Any) -> RunComparis
         ConfigError, DataError, ModelError, RewardError, CheckpointError: the user can fix it.
     """
     from penchant.compare import compare_runs
+    from penchant.given import is_rows
 
-    asked = _named(asked, "data", "prompts", "reward", "also", "judge")
+    if is_rows(asked.get("prompts")):  # the rows themselves, all of them
+        rows = asked.pop("prompts")
+        if asked.get("data") is not None:
+            raise ConfigError("compare", "prompts and data are both rows", "give them as data, and prompts as a number")
+        asked |= {"data": rows} | ({"prompts": len(rows)} if hasattr(rows, "__len__") else {})
+    asked = _named(asked, "data", "reward", "also", "judge")
     return compare_runs(runs, request_of(CompareRequest, asked, "compare"), quiet=quiet)
 
 

@@ -28,6 +28,7 @@ from typing import Any
 
 from penchant.base.files import aside_of, cache_folder, file_sha256, write_text_atomically, writing
 from penchant.base.functions import GIVEN
+from penchant.data.read import calls_without_nulls
 from penchant.errors import ConfigError, DataError
 from penchant.runfolder import GIVEN_FOLDER
 
@@ -94,23 +95,25 @@ def is_plain(value: Any) -> bool:
 def rows_of(value: Any, where: str) -> Iterator[Mapping[str, Any]]:
     """The rows that an object holds, one after another."""
     if hasattr(value, "trees") and hasattr(value, "kind"):  # what `load_preferences` returns
-        from penchant.download.convert import WRITERS
+        from penchant.download.convert import written_rows
 
+        weighted = any(tree.weight != 1.0 for tree in value.trees)
         for tree in value.trees:
-            for row in WRITERS[value.kind](tree):
-                # further columns of the row go along, for a reward that asks for them
-                yield {**dict(getattr(tree, "columns", None) or {}), **row}
+            for row in written_rows(value.kind, tree):
+                # further columns of the row go along, for a reward that asks for them; data.weight says what reads the weights
+                yield {**dict(tree.columns or {}), **row, **({"weight": tree.weight} if weighted else {})}
     elif hasattr(value, "iter_rows"):  # polars
-        yield from value.iter_rows(named=True)
+        yield from map(calls_without_nulls, value.iter_rows(named=True))
     elif hasattr(value, "to_batches"):  # pyarrow
         for batch in value.to_batches():
-            yield from batch.to_pylist()
+            yield from map(calls_without_nulls, batch.to_pylist())
     elif hasattr(value, "itertuples"):  # pandas
         names = [str(name) for name in value.columns]
         for values in value.itertuples(index=False, name=None):
             yield dict(zip(names, map(_without_nan, values), strict=True))
     elif isinstance(value, Iterable):
-        for i, row in enumerate(value):
+        table = hasattr(value, "column_names")  # a data set of datasets
+        for i, row in enumerate(map(calls_without_nulls, value) if table else value):
             if not isinstance(row, Mapping):
                 raise DataError(f"{where}[{i}]", f"is of type {type(row).__name__}", "give a dict for each row")
             yield row

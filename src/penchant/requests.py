@@ -218,6 +218,14 @@ class ExportRequest:
 
 # ---- `penchant data get` ----
 
+
+def workers_in(text: str) -> int | str:
+    """A number of processes, or ``ray``."""
+    if text != "ray" and not (text.isdecimal() and 1 <= int(text) <= 4096):
+        raise ConfigError("--workers", f"is {text!r}", "give a number from 1 on, or ray for a cluster's")
+    return text if text == "ray" else int(text)
+
+
 SPLIT = "split (prompts that are equal or nearly equal stay together)"
 WHICH = "which rows"
 BECOME = "what the rows become"
@@ -265,6 +273,11 @@ class GetRequest:
     first: int | None = option("read only the first N rows, and download no more than they need", metavar="N")
     redo: bool = option("start again if the folder holds another result", False)
     quiet: bool = option("do not show progress", False)
+    workers: int | str | None = option(
+        "processes that share the files of a large set, or ray: those of a cluster (default: one a core)",
+        metavar="N",
+        read=workers_in,
+    )
     split: tuple[float, ...] = option(
         "shares of train, validation and test (default: 0.9,0.05,0.05)",
         (0.9, 0.05, 0.05),

@@ -17,6 +17,13 @@ if TYPE_CHECKING:  # torch and numpy cost half a second to import; `penchant --h
 # text
 
 
+class Picture(NamedTuple):
+    """A picture's file, and SHA-256 of its bytes."""
+
+    path: str
+    sha256: str
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One chat turn; `role` is ``system``, ``developer``, ``user``, ``assistant`` or ``tool``.
@@ -61,6 +68,8 @@ class Completion:
     @property
     def whole(self) -> str:
         """The answer with its reasoning, its calls and the turns that follow it, for comparing and showing."""
+        if not (self.reasoning or self.tool_calls or self.more):
+            return self.text
         first = [self.reasoning] if self.reasoning else []
         calls = [self.tool_calls] if self.tool_calls else []
         return "\n".join([*first, self.text, *calls, *(f"{m.role}: {m.said}" for m in self.more)])
@@ -73,7 +82,7 @@ class PromptTree:
     `source` is where the row came from (``"train.jsonl:118"``), for messages; `columns` is what else the row holds, by column, where a
     reward asks for it; `origin` is the number of its source, where rows of several are mixed. `tools` (a JSON list) and `template_options`
     (a JSON object) are what the row hands to the chat template beside its turns; empty where it has none. `weight` is what the row counts
-    in a loss (`data.weight`).
+    in a loss (`data.weight`). `images` are the prompt's pictures, in the order of their marks in its text (`data.pictures`).
     """
 
     prompt: Prompt
@@ -84,10 +93,18 @@ class PromptTree:
     tools: str = ""
     template_options: str = ""
     weight: float = 1.0
+    images: tuple[Picture, ...] = ()
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # tokens
+
+
+class PicturedPrompt(NamedTuple):
+    """A prompt with pictures: the text that the model's processor takes, and the pictures in the order of the marks in it."""
+
+    text: str
+    images: tuple[Picture, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +126,18 @@ class TokenTree:
     masks: tuple[np.ndarray, ...] = ()  # k arrays (c_i,) bool, or none at all: every token is trained
     origin: int = 0  # see `PromptTree`
     weight: float = 1.0  # likewise
+    pictures: PicturedPrompt | None = None
 
     @property
     def trained(self) -> tuple[int, ...]:
         """Tokens of each completion that the loss counts, and that log-probs are of."""
         return tuple(int(m.sum()) for m in self.masks) or tuple(map(len, self.completion_ids))
+
+    @property
+    def prompt_key(self) -> bytes:
+        """The same of trees with the same prompt: its ids, and its pictures."""
+        pictures = () if self.pictures is None else self.pictures.images
+        return self.prompt_ids.tobytes() + "".join(p.sha256 for p in pictures).encode()
 
     @property
     def shared_tokens(self) -> int:
@@ -162,6 +186,7 @@ class PackedBatch:
     row_weights: Tensor | None = None  # (C,) fp32: what each completion's row counts; None: 1
     pairs: bool = False  # every tree has exactly two completions, so slots are 0, 1, 0, 1, ...
     most: int | None = None  # completions of a tree, at most
+    pictures: tuple[PicturedPrompt | None, ...] = ()  # of each segment, where one has some
     idle: bool = False  # it keeps the passes of other processes company, and counts for nothing
     columns: dict[str, Tensor] = field(default_factory=dict)  # what an algorithm knows beforehand (`Algorithm.columns`)
     cache: dict[str, object] = field(default_factory=dict)  # layouts derived from `segments`, built once per batch

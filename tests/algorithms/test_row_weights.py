@@ -80,7 +80,7 @@ def test_held_out_figures_are_weighted_and_have_intervals(name: str) -> None:
     means = {
         n: v
         for n, v in found.items()
-        if isinstance(v, float) and n.startswith(("eval/loss", "eval/rewards", "eval/nll"))
+        if isinstance(v, float) and n.startswith(("eval/loss", "eval/rewards", "eval/nll", "eval/perplexity"))
     }
     assert means and means == pytest.approx({n: wanted[n] for n in means}, rel=1e-5, abs=1e-7)
     low, high = found["eval/loss/ci"]

@@ -65,6 +65,21 @@ def test_scores_become_pairs_by_an_explicit_rule() -> None:
     assert [q.what for q in dataset.quarantined] == ["no two different scores among the prompt's 1 answer"]
 
 
+@pytest.mark.parametrize("loss", ["dpo", "plackett_luce"])
+def test_answers_that_become_one_row_have_one_weight(loss: str) -> None:
+    how: dict[str, Any] = {"pairs_from_scores": "best_worst"} if loss == "dpo" else {}
+    data, spec = DataConfig(path="x.jsonl", **how), LOSSES[loss]
+
+    def weighted(*weights: float) -> Dataset:
+        rows = [{**r, "w": w} for r, w in zip(SCORED, weights, strict=True)]
+        read = from_rows(rows, name="x.jsonl", weight="w")
+        return adapt(read, loss, spec.signal, spec.needs, data, "x.jsonl")
+
+    assert weighted(2, 2, 2, 1).trees[0].weight == 2
+    with pytest.raises(DataError, match=r"x\.jsonl:2: counts 3, and .*\(x\.jsonl:1\) 2; .*one weight"):
+        weighted(2, 3, 2, 1)
+
+
 def test_options_that_would_be_ignored_are_refused() -> None:
     with pytest.raises(DataError, match=r"data\.score_threshold is set, but loss\.name=kto on rows that are pairs"):
         made(PAIRS, "kto", score_threshold=1.0)

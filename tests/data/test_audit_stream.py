@@ -147,7 +147,6 @@ def test_the_sample_is_the_same_each_time_and_even(monkeypatch: pytest.MonkeyPat
     rows = [{"prompt": "p", "completion": f"{'left' if i < 500 else 'right'} {text(0, 9)}"} for i in range(1000)]
     first, second = (audit(from_rows(rows)).findings["languages"] for _ in range(2))
     assert first == second and first.of == 50 and 25 <= first.count <= 38
-    assert len({languages.draw(i) for i in range(1000)}) == 1000
 
 
 def test_reward_disagreement_and_its_calibration() -> None:

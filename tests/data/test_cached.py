@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from audit_rows import pair, planted, write
+from rows import in_this_process
 from safetensors.torch import load_file
 from tiny import polite_rows, tiny_model_folder, tiny_tokenizer, write_jsonl
 
@@ -20,6 +21,7 @@ from penchant import api
 from penchant.base.files import cache_folder
 from penchant.data import cached as cache_module
 from penchant.data import cached as cached_module
+from penchant.data import mapped
 from penchant.data.audit import _token_lengths, audit
 from penchant.data.cached import HASHES, DataCache, Entry, file_sha256, hashes_of
 from penchant.data.load import load_preferences
@@ -104,6 +106,51 @@ def test_what_comes_out_equals_what_is_made_anew(tmp_path: Path, name: str) -> N
         made = data.audit(rows, tokens, {}, path, languages=False)
         assert made == audit(plain, plain_tokens, {}, path, languages=False)
         assert len(said) == 3 and all(("kept in" if turn == "made" else "read from") in s for s in said)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_several_processes_make_the_same(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, tokenizer = str(write(tmp_path / "a.jsonl", ROWS[name] * 2)), tiny_tokenizer()
+    for module in ("data.cached", "data.audit"):
+        monkeypatch.setattr(f"penchant.{module}.in_order", in_this_process)
+    monkeypatch.setattr(mapped, "PART", 3)
+    monkeypatch.setattr(cached_module, "PART", 3)
+    made = []
+    for workers in (1, 4):
+        monkeypatch.setenv("PENCHANT_CACHE", str(tmp_path / f"{workers}"))
+        cache = DataCache(workers=workers)
+        assert cache._processes(100) == workers
+        rows = cache.load(path, **READING)
+        tokens = cache.tokenize(rows, tokenizer, **HOW | ({"max_length": 40} if name == "text" else {}))
+        assert isinstance(tokens.trees, StoredTokens)
+        splits = {"train": rows, "held out": cache.split(rows, validation_rows=2)[1]} if name != "text" else {}
+        audited = cache.audit(rows, tokens, splits, path, languages=True)
+        files = {p.name: p.read_bytes() for p in sorted(tokens.trees.folder.iterdir()) if p.name != "meta.json"}
+        made.append((files, replace(tokens, trees=()), audited))
+    assert made[0] == made[1]
+
+
+def test_token_files_put_together_have_weights_and_masks(tmp_path: Path) -> None:
+    def tree(n: int, **more: Any) -> TokenTree:
+        ids = np.arange(n, dtype=np.int32)
+        return TokenTree(0, ids, (ids + 1, ids[:1]), (False, True), f"a:{n}", (True, None), (0.5, None), **more)
+
+    masked = tree(3, masks=(np.array([True, False, True]), np.array([True])), weight=2.0)
+    for trees in ([tree(2), masked, tree(4)], [masked, tree(2)], [tree(2), tree(1, origin=1)]):
+        folders = [tmp_path / f"{len(trees)}-{trees[0].weight}-{n}" for n in "ab"]
+        for folder in folders:
+            folder.mkdir()
+        whole, parts = map(TokenWriter, folders)
+        for given in trees:
+            part = TokenWriter(None)
+            for writer in (whole, part):
+                writer.write(given)
+                writer.end_row(1, 4)
+            parts.merge(part)
+        for writer in (whole, parts):
+            writer.close()
+        one, other = ({p.name: p.read_bytes() for p in sorted(f.iterdir())} for f in folders)
+        assert one == other and one
 
 
 def test_half_of_a_surrogate_pair_is_kept_aside(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from penchant.download.convert import written_rows
 from penchant.errors import DataError
 from penchant.logprobs import Scorer
 from penchant.serve.model import TemplateRefused, style_of
-from penchant.serve.openai import ChatRequest, read_request
+from penchant.serve.openai import ChatMessage, ChatRequest, read_request
 from penchant.types import TokenTree
 
 TOOLS = [
@@ -121,9 +121,9 @@ OTHER_WAYS: dict[str, dict[str, Any]] = {
                           {"from": "observation", "value": RESULT["content"], "name": "weather"}, {"from": "gpt", "value": "It rains."}],
         "tools": json.dumps([TOOLS[0]["function"]]),
     },
-    "a Parquet file's nulls": {
+    "nulls of a file that knows every key": {
         "messages": [{**m, "tool_call_id": None} for m in (*ASKED, {**CALLED, "name": None, "tool_calls": [
-            {**CALL, "id": None, "function": {**CALL["function"], "arguments": {**CALL["function"]["arguments"], "unit": None}}}]}, *TALK[2:])],
+            {**CALL, "id": None, "function": {**CALL["function"], "arguments": CALL["function"]["arguments"]}}]}, *TALK[2:])],
         "tools": [{**TOOLS[0], "function": {**TOOLS[0]["function"], "strict": None}}],
     },
 }  # fmt: skip
@@ -135,6 +135,34 @@ def test_other_ways_to_write_tools_are_the_same_row(row: dict[str, Any]) -> None
         from_rows([r], layout_options={"turns": "all"}).trees for r in ({"messages": TALK, "tools": TOOLS}, row)
     )
     assert found == wanted
+
+
+def test_null_arguments_are_kept_where_json_says_so_and_not_where_a_table_fills_them_in(tmp_path: Path) -> None:
+    def row(**arguments: Any) -> dict[str, Any]:
+        call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+        return {
+            "prompt": ASKED,
+            "completion": [{"role": "assistant", "content": "", "tool_calls": [call]}],
+            "tools": TOOLS,
+        }
+
+    rows = [row(city="Rome", unit=None), row(city="Bern", unit="C")]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    said = {}
+    for name in ("a.jsonl", "a.parquet"):
+        trees = load_preferences(str(tmp_path / name)).trees
+        said[name] = [json.loads(t.completions[0].tool_calls)[0]["function"]["arguments"] for t in trees]
+    assert said["a.jsonl"] == [{"city": "Rome", "unit": None}, {"city": "Bern", "unit": "C"}]
+    assert said["a.parquet"] == [{"city": "Rome"}, {"city": "Bern", "unit": "C"}]
+
+
+def test_parts_of_a_text_follow_each_other_in_files_and_in_requests() -> None:
+    parts = [{"type": "text", "text": "One, "}, {"type": "text", "text": "two"}]
+    (tree,) = from_rows([{"prompt": [{"role": "user", "content": parts}], "completion": "three"}]).trees
+    asked = ChatMessage.model_validate({"role": "user", "content": parts}).message
+    assert tree.prompt == (asked,) and asked.content == "One, two"
 
 
 def test_calls_behind_each_other_are_calls_at_once() -> None:

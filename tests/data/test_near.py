@@ -163,7 +163,7 @@ def test_memory_is_counted_in_bytes_a_text() -> None:
     index = NearIndex()
     index.add(f"{i} " * 50 for i in range(5000))
     index.exact_ids()
-    kept = sum(part.nbytes for parts in (index._exact, index._bands, index._bytes) for part in parts)
+    kept = sum(part.nbytes for part in index._exact) + sum(part.held for part in index._parts())
     assert kept == 5000 * (8 + 4 * near.BANDS + near.SLOTS) == 5000 * 220 and not index._waiting
 
 

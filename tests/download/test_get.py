@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rows import in_this_process
 
 from penchant import api
 from penchant.cli import main
@@ -521,6 +522,29 @@ def test_a_killed_get_continues_to_the_same_bytes(
     result = get("lmsys", lmsys, tmp_path / "killed")
     assert result.fresh is (moment < 125)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("layout", [None, "lmsys"])
+def test_several_processes_write_the_same_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str | None
+) -> None:
+    monkeypatch.setattr("penchant.download.SHARD", 0)
+    monkeypatch.setattr("penchant.download.in_order", in_this_process)
+    (tmp_path / "copy").mkdir()
+    for i in range(3):
+        rows = [lmsys_row(n % 25, language=("English", "German")[n % 2]) for n in range(i * 15, i * 15 + 20)]
+        (tmp_path / "copy" / f"train-{i}.jsonl").write_text(
+            "".join(json.dumps(r) + "\n" for r in [*rows, {**rows[0], "language": "German", "conversation": 3}])
+        )
+    asked: Row = {"source": str(tmp_path / "copy"), "language": ["German"], "layout": layout, "as_": "prompts"}
+    one, many = (api.get_data("mine", output=str(tmp_path / f"{n}"), workers=n, **asked).folder for n in (1, 3))
+    assert [p.read_bytes() for p in sorted(one.glob("*.json*"))] == [
+        p.read_bytes() for p in sorted(many.glob("*.json*"))
+    ]
+    assert len((one / "train.jsonl").read_text().splitlines()) > 5 and (one / "quarantine.jsonl").read_text()
+    assert not api.get_data("mine", output=str(one), workers=2, **asked).fresh
+    with pytest.raises(DataError, match=r"English \(30\)"):
+        api.get_data("mine", output=str(tmp_path / "none"), workers=3, **asked | {"language": ["French"]})
 
 
 def test_finished_parts_are_not_converted_again(

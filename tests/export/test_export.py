@@ -321,9 +321,9 @@ def test_what_is_not_the_export_asked_for_is_not_pushed(world: Path, tmp_path: P
     shutil.copytree(world / "bf16", tmp_path / "full")  # another training under the same name
     refused("another checkpoint", tmp_path / "full", dtype="fp32")
     (tmp_path / "empty").mkdir()
-    refused("no finished export", output=tmp_path / "empty")
+    refused("not a finished export", output=tmp_path / "empty")
     (tmp_path / "link").symlink_to(out)
-    refused("no finished export", output=tmp_path / "link")
+    refused("not a finished export", output=tmp_path / "link")
     assert pushed == []
 
 
@@ -334,7 +334,7 @@ def test_what_is_not_the_export_asked_for_is_not_pushed(world: Path, tmp_path: P
         (lambda out: (out / "notes.txt").write_text("mine"), "'notes.txt' is not as the export wrote it"),
         (lambda out: (out / "tokenizer.json").unlink(), "'tokenizer.json' is gone"),
         (lambda out: (out / "README.md").unlink(), "'README.md' is gone"),
-        (lambda out: (out / "export.json").write_text("[1"), "no finished export"),
+        (lambda out: (out / "export.json").write_text("[1"), "not a finished export"),
         (lambda out: _record(out, checkpoint=None), "does not say which checkpoint"),
         (lambda out: _record(out, sha256=7), "is not as the export wrote it"),
         (lambda out: _record(out, check=[]), "no comparison that was passed"),

@@ -139,7 +139,7 @@ def test_without_a_token_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> No
 def test_names_and_bases_are_looked_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     for bad in ("tuned", "a/b/c", "../x", "me/--"):
-        with pytest.raises(ConfigError, match="no name of a repository"):
+        with pytest.raises(ConfigError, match="not the name of a repository"):
             check_push(bad)
     with pytest.raises(ConfigError, match="push --to merged instead"):
         check_push("me/tuned", "/models/base")

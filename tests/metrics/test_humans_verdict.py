@@ -139,7 +139,7 @@ def test_compare_prints_what_the_page_says(tmp_path: Path, capsys: pytest.Captur
     assert main(["compare", "dpo", "--judge", f"humans:{tmp_path}", "--json"]) == 0  # one alone: all of its meetings
     assert json.loads(capsys.readouterr().out) == page.to_json()
     for wrong, words in (
-        (["compare", "dop", "--judge", f"humans:{file.path}"], "no model of"),
+        (["compare", "dop", "--judge", f"humans:{file.path}"], "not a model of"),
         (["compare", "--judge", f"humans:{file.path}", "--prompts", "3"], "--prompts"),
         (["compare", "--judge", "humans:none.jsonl"], "no such file"),
         (["compare"], "no run is given"),

@@ -235,7 +235,7 @@ WRONG: dict[str, Callable[[dict[str, Any]], Any]] = {
     "log-probs are none": lambda a: a["choices"][0]["logprobs"].update(token_logprobs=[-1.0, float("nan"), -3.0]),
     "goes on behind its end": lambda a: a["choices"][0].update(token_ids=[7, 1, 9]),
     "was broken off": lambda a: a["choices"][1].update(token_ids=[7, 8], finish_reason="abort"),
-    "no completion with token ids": lambda a: a["choices"][0].pop("token_ids"),
+    "not a completion with token ids": lambda a: a["choices"][0].pop("token_ids"),
 }
 
 

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from penchant.cli.arguments import add_arguments, add_columns, column_pairs, options_of, within
-from penchant.requests import FixRequest, GetRequest
+from penchant.requests import FixRequest, GetRequest, workers_in
 
 
 def add(commands: Any) -> None:
@@ -132,6 +132,11 @@ def _add_audit(verbs: Any) -> None:
     audit.add_argument("--shape", default="auto", help="layout of the rows (default: detected from the columns)")
     add_columns(audit)
     audit.add_argument("--limit", type=within(int), metavar="N", help="read only the first N rows of each split")
+    audit.add_argument(
+        "--workers",
+        metavar="N",
+        help="processes that share large files, or ray: those of a cluster (default: one a core)",
+    )
     audit.add_argument("--no-languages", action="store_true", help="do not guess languages")
     audit.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="write JSON to a file, or to the terminal if none is given"
@@ -182,6 +187,7 @@ def _audit(args: argparse.Namespace) -> int:
             reward=args.reward,
             check=args.check,
             languages=not args.no_languages,
+            workers=workers_in(args.workers) if args.workers else None,
         )
     if args.html:
         print(f"written: {api.audit_page(result, args.html)}", file=sys.stderr)

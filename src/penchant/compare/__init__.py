@@ -42,6 +42,7 @@ from penchant.errors import ConfigError, DataError
 from penchant.judges import OF_ENDPOINTS, JudgeOptions, PairJudge, load_judge
 from penchant.metrics.flags import comparison_flags, summary
 from penchant.metrics.flags.rule import Flag
+from penchant.models.options import check_text_alone
 from penchant.requests import HUMANS, CompareRequest
 from penchant.rewards.functions import reads_columns
 from penchant.runfolder import COMPARISON, COMPARISON_ROWS, REPORT, make_folder
@@ -183,6 +184,10 @@ class RunComparer:
         )
         if rows.kind == "text":
             raise DataError(str(file), "holds texts without prompts", "give rows with prompts")
+        if data.weight is not None:
+            self.notes.append(
+                f"Every row of {file.name} counts once: data.weight is for training and its held-out rows."
+            )
         if rows.quarantined:
             self.notes.append(f"Kept aside: {counted(len(rows.quarantined), 'bad row')} of {file.name}.")
         return rows
@@ -248,6 +253,8 @@ class RunComparer:
 
     def run(self) -> RunComparison:
         """Compare, write both files, and write a reading of the test set down."""
+        for run in self.everyone:
+            check_text_alone(run.config.model, run.name, "a comparison")
         check_tokenizers(self.everyone)
         for reward in (self.question.reward, *self.question.also):
             check_reward(reward)

@@ -53,6 +53,8 @@ def check_launch(config: RunConfig, processes: int) -> None:
         if why is not None:
             raise ConfigError("launch.context", f"is {launch.context}, and {why}", "set it to 1")
     one = "train it in one process (without torchrun, --processes and --gpus)"
+    if config.model.sees:
+        raise ConfigError("model.vision", "pictures are read by one process", one)
     if config.method.name == "gkd":
         raise ConfigError("algorithm.name", "gkd has not been tried with a sharded teacher yet", one)
     if config.algorithm is not None and is_own(config.algorithm.name):

@@ -158,6 +158,42 @@ class RunConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _what_can_see(self) -> RunConfig:
+        """Pictures are of the losses on given answers, in one process; nothing is written to prompts that have some."""
+        if not self.model.sees:
+            if self.data.image_dir is not None:
+                raise ValueError(
+                    "data.image_dir is set, and model.vision is off; set model.vision=frozen, or leave it out"
+                )
+            return self
+        evaluation, train = self.evaluation, self.train
+        given = evaluation.model_fields_set
+        cannot = {
+            "algorithm": (self.algorithm is not None, "leave it out: losses on given answers read pictures"),
+            "model.quantize": (self.model.quantize != "none", "set it to none"),
+            "model.tokenizer": (self.model.tokenizer is not None, "leave it out: the processor has its own"),
+            "model.adapter": (self.model.adapter is not None, "leave it out"),
+            "model.router_aux_loss": (self.model.router_aux_loss is not None, "leave it out"),
+            "reference.path": (self.reference.path is not None, "leave it out: the start is the reference"),
+            "reference.device": (self.reference.device != "auto", "leave it out"),
+            "train.packing": (train.packing not in ("auto", "padded"), "set it to auto"),
+            "train.gradient_checkpointing": (train.gradient_checkpointing in ("auto", "offload"), "set layers or off"),
+            "data.template": (self.data.template == "plain", "set it to auto"),
+            "launch.processes": (self.launch.processes not in ("auto", 1), "leave it out: one process reads pictures"),
+            "evaluation.reward": (evaluation.reward is not None, "leave it out"),
+            "evaluation.kl_prompts": ("kl_prompts" in given and evaluation.kl_prompts > 0, "set it to 0"),
+            "evaluation.samples": ("samples" in given and evaluation.samples > 0, "set it to 0"),
+        }
+        for name, (there, how) in cannot.items():
+            if there:
+                raise ValueError(
+                    f"{name} is set and model.vision is {self.model.vision}, which do not go together; {how}"
+                )
+        quiet = evaluation.model_copy(update={"kl_prompts": 0, "samples": 0})
+        object.__setattr__(self, "evaluation", quiet)
+        return self
+
     @property
     def method(self) -> Method:
         """What trains: the algorithm, or the losses where there is none."""
@@ -223,7 +259,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     return config.model_copy(
         update={
             "model": section(config.model, "path", "tokenizer", "adapter"),
-            "data": section(config.data, "path", "eval_path").model_copy(
+            "data": section(config.data, "path", "eval_path", "image_dir").model_copy(
                 update={"sources": [section(s, "path") for s in config.data.sources]}
             ),
             "reference": section(config.reference, "path"),

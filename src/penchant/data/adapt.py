@@ -161,6 +161,9 @@ def _ranked(dataset: Dataset) -> Iterator[tuple[PromptTree, list[Completion]]]:
     for tree in dataset.trees:
         by_prompt[_asked(tree)].append(tree)
     for group in by_prompt.values():
+        if other := next((t for t in group if t.weight != group[0].weight), None):
+            what = f"counts {other.weight:g}, and another answer of its prompt ({group[0].source}) {group[0].weight:g}"
+            raise DataError(other.source, what, "all answers of a prompt are one row here: give them one weight")
         yield group[0], sorted((c for t in group for c in t.completions), key=lambda c: -(c.score or 0.0))
 
 

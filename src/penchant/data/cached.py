@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import pickle
 import shutil
 import tempfile
 import zlib
@@ -23,6 +24,7 @@ import numpy as np
 
 from penchant.base.files import cache_folder, file_sha256, write_atomically, write_text_atomically
 from penchant.base.functions import own_sha256
+from penchant.base.processes import in_order, number_of
 from penchant.data.audit import audit
 from penchant.data.audit.findings import Audit, Finding
 from penchant.data.layouts import Detection
@@ -36,7 +38,17 @@ from penchant.data.load import (
     stream_preferences,
     together,
 )
-from penchant.data.mapped import StoredRows, StoredTokens, TokenWriter, ranges, read_batch, write_rows
+from penchant.data.mapped import (
+    PART,
+    RowsPart,
+    StoredRows,
+    StoredTokens,
+    TokenWriter,
+    parts_of,
+    ranges,
+    read_batch,
+    write_rows,
+)
 from penchant.data.read import named_files
 from penchant.data.split import held_out_rows, split_by_prompt
 from penchant.data.tokenize import CausalTokenization, Mark, TokenizedDataset, apart_of, forced, moved, tokenize
@@ -54,6 +66,7 @@ AUTO_BYTES = 4 << 20  # smaller data is read and tokenized faster than a cache i
 META, HASHES = "meta.json", "files.json"
 RACY_NS = 2_000_000_000  # the coarsest clock of a file system (FAT) ticks every two seconds
 ABANDONED_NS = 86_400 * 10**9  # after which an entry that is still being made has lost its maker
+MANY_ROWS = 200_000  # from which on several processes are worth their start
 FILES_KEPT = 1000  # in the table of hashes
 
 
@@ -205,10 +218,12 @@ class DataCache:
 
     Args:
         on: False makes everything anew and writes nothing; note: told once for each entry that was found or made.
+        workers: processes that tokenize and audit; None: one a core where there are many rows.
     """
 
     on: bool = True
     note: Callable[[str], None] = lambda _: None
+    workers: int | None = None
     _tokens: dict[str, StoredDataset] = field(default_factory=dict)  # by key
 
     def load(self, path: str | Sequence[str], *, on_bad_row: str = "error", **how: Unpack[Reading]) -> Dataset:
@@ -301,16 +316,21 @@ class DataCache:
         key = key_of("tokens", {"rows": rows.whole, "kind": dataset.kind, "tokenizer": by, **making_how})
 
         def write(folder: Path) -> Mapping[str, Any]:
-            making, writer = CausalTokenization(tokenizer, dataset.kind, **making_how), TokenWriter(folder)
-            whole = rows.all_rows()
-            for trees, mark in making.by_row(whole):
-                for tree in trees:
-                    writer.write(tree)
-                writer.end_row(len(trees), mark)
+            whole, writer = rows.all_rows(), TokenWriter(folder)
+            many = self._processes(len(whole))
+            if many == 1:
+                done = [_tokenized(whole, tokenizer, dataset.kind, making_how, writer)]
+            else:
+                held = by, pickle.dumps(tokenizer)
+                tasks = (_Tokens(part, held, dataset.kind, making_how) for part in parts_of(whole))
+                done = []
+                for made, told in in_order(_Tokens.made, tasks, many):
+                    writer.merge(made)
+                    done.append(told)
             writer.close()
-            done = making.result((), len(whole))
-            kept = {name: getattr(done, name) for name in ("cut_prompts", "cut_completions", "template")}
-            return {"quarantined": _storable(done.quarantined), **kept}
+            cut = {n: [s for d in done for s in getattr(d, n)] for n in ("cut_prompts", "cut_completions")}
+            aside = [q for d in done for q in d.quarantined]
+            return {"quarantined": _storable(aside), **cut, "template": done[0].template}
 
         if key not in self._tokens:
             found = self._made("tokens", key, write, StoredDataset.read)
@@ -333,7 +353,9 @@ class DataCache:
         languages: bool,
     ) -> Audit:
         """`audit`, without opinions."""
-        make = partial(audit, dataset, tokenized, splits, path, languages=languages)
+        make = partial(
+            audit, dataset, tokenized, splits, path, languages=languages, workers=self._processes(len(dataset.trees))
+        )
         rows = {"": dataset, **splits}
         tokens = None if tokenized is None else tokenized.trees
         stored = {n: d.trees.key for n, d in rows.items() if isinstance(d.trees, StoredRows)}
@@ -347,6 +369,11 @@ class DataCache:
             return Audit(**{**meta, "findings": {name: _finding(f) for name, f in meta["findings"].items()}})
 
         return self._made("audit", key_of("audit", depends_on), lambda _: asdict(make()), read) or make()
+
+    def _processes(self, rows: int) -> int:
+        if self.workers is None and rows < MANY_ROWS:
+            return 1
+        return number_of(self.workers, -(-rows // PART))
 
     def _made(
         self,
@@ -370,6 +397,43 @@ class DataCache:
             return None
         self.note(f"data cache: {kind} kept in {entry.folder}")
         return entry.get(read)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """What a worker is asked: to tokenize some stored rows."""
+
+    rows: RowsPart
+    tokenizer: tuple[str, bytes]  # its key, and itself
+    kind: str
+    how: Mapping[str, Any]
+
+    def made(self) -> tuple[TokenWriter, TokenizedDataset]:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes have the cores
+        writer = TokenWriter(None)
+        return writer, _tokenized(self.rows.open(), _unpacked(*self.tokenizer), self.kind, self.how, writer)
+
+
+def _unpacked(key: str, tokenizer: bytes) -> Any:
+    """The tokenizer of these bytes, which this process reads once."""
+    if key not in _UNPACKED:
+        _UNPACKED[key] = pickle.loads(tokenizer)
+    return _UNPACKED[key]
+
+
+_UNPACKED: dict[str, Any] = {}
+
+
+def _tokenized(
+    rows: Sequence[PromptTree], tokenizer: Any, kind: str, how: Mapping[str, Any], writer: TokenWriter
+) -> TokenizedDataset:
+    """What is to be told of rows whose trees are written."""
+    making = CausalTokenization(tokenizer, kind, **how)
+    for trees, mark in making.by_row(rows):
+        for tree in trees:
+            writer.write(tree)
+        writer.end_row(len(trees), mark)
+    return making.result((), len(rows))
 
 
 @dataclass(frozen=True, slots=True)

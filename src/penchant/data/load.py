@@ -29,10 +29,10 @@ from penchant.data.layouts import (
     near_name,
     other_names,
 )
-from penchant.data.layouts.fields import NOTHING_WRONG, finite, opened
+from penchant.data.layouts.fields import NOTHING_WRONG, PICTURES, finite, opened
 from penchant.data.read import BadRow, Bounds, Row, read_rows
 from penchant.data.read.source import Missing
-from penchant.errors import DataError
+from penchant.errors import ConfigError, DataError
 from penchant.types import Completion, Message, Prompt, PromptTree
 
 # ---- What a row's own columns say: which of two answers came first, and the row's language ----
@@ -58,6 +58,7 @@ SIDE_BY_SIDE: tuple[tuple[str, set[str], Callable[[Mapping[str, Any]], bool | No
 )
 
 
+LANGUAGES = 1000  # told apart
 NAMES_ASKED_ABOUT = 1000  # of the columns: a row may have very many keys
 COUNTED = {"language", "lang"}.union(*(needed for _, needed, _ in SIDE_BY_SIDE))
 
@@ -77,12 +78,18 @@ class Columns:
     languages: Counter[str] = field(default_factory=Counter)
     unused: list[str] = field(default_factory=list)
 
-    def update(self, rows: Iterable[Row | BadRow]) -> None:
-        """Count those rows that can be read."""
+    def update(self, rows: Iterable[Row | BadRow], most: int = LANGUAGES) -> None:
+        """Count those rows that can be read; `most`: languages told apart."""
         for row in rows:
             if isinstance(row, Row):
                 self._order(row.values)
-                self._language(row.values)
+                self._language(row.values, most)
+
+    def merge(self, other: Columns) -> None:
+        """Take the counts of rows behind these, of which no language was left out."""
+        self.first, self.decided = self.first + other.first, self.decided + other.decided
+        self.layouts += other.layouts
+        add_some(self.languages, other.languages, LANGUAGES)
 
     def _order(self, row: Mapping[str, Any]) -> None:
         shown = next(((name, won) for name, needed, won in SIDE_BY_SIDE if needed <= row.keys()), None)
@@ -93,10 +100,17 @@ class Columns:
             self.decided += won is not None
             self.first += won is True
 
-    def _language(self, row: Mapping[str, Any]) -> None:
+    def _language(self, row: Mapping[str, Any], most: int) -> None:
         value = next((v for v in (row.get("language"), row.get("lang")) if isinstance(v, str) and v), None)
-        if value is not None and (value in self.languages or len(self.languages) < 1000):
-            self.languages[value[:40]] += 1
+        if value is not None:
+            add_some(self.languages, {value[:40]: 1}, most)
+
+
+def add_some(counts: Counter[str], more: Mapping[str, int], most: int) -> None:
+    """Add to counts, of at most so many names."""
+    for name, count in more.items():
+        if name in counts or len(counts) < most:
+            counts[name] += count
 
 
 # ---- Rows to prompt trees: each row, or group of rows, gives trees or is kept aside with its reason ----
@@ -139,6 +153,7 @@ def convert_rows(
     identical: str = "bad_row",
     keep_columns: bool = False,
     weight: str | None = None,
+    pictures: Any = None,
 ) -> Iterator[Converted]:
     """Every row of a stream, converted. A layout of groups reads the whole stream first, by way of a temporary file.
 
@@ -146,13 +161,14 @@ def convert_rows(
         layout, options: see `Layout.settings`; columns: ``{our field: your column}``.
         identical: ``bad_row`` or ``keep``: what a pair with chosen == rejected is.
         keep_columns, weight: see `Reading`; of a group, the columns of its first row.
+        pictures: what finds them (`data.pictures.Pictures`); None: rows with pictures are bad rows.
     """
     columns = columns or {}
     for group in map(_alone, rows) if layout.group is None else _grouped(rows, layout.group, columns):
         if isinstance(group, Converted):
             yield group
             continue
-        made = _convert(group, layout, options, columns, identical, weight)
+        made = _convert(group, layout, options, columns, identical, weight, pictures)
         if keep_columns and made.trees:
             further = further_columns(group[0].values, columns)
             made = replace(made, trees=tuple(replace(t, columns=further) for t in made.trees))
@@ -181,12 +197,18 @@ def _convert(
     columns: Mapping[str, str],
     identical: str,
     weight: str | None = None,
+    pictures: Any = None,
 ) -> Converted:
     """The rows of one group (one row, where the layout has no groups)."""
     source = tuple(rows)
     try:
         values = [renamed(r.values, columns) for r in rows]
+        taken = None
+        if pictures is not None and layout.group is None:
+            values[0], taken = pictures.taken(values[0])
         trees = layout.convert(values[0] if layout.group is None else layout.group.fold(values), options)
+        if taken is not None:
+            trees = taken.placed(trees)
         for tree in trees:
             _check_text(tree)
         if identical != "keep" and any(map(is_identical, trees)):
@@ -247,8 +269,10 @@ def _aside(rows: Iterable[Row], error: RowError) -> tuple[Quarantined, ...]:
 
 def is_identical(tree: PromptTree) -> bool:
     """Whether a tree is a pair whose answers are the same."""
-    pair = [c.whole.strip() for c in tree.completions]
-    return [c.label for c in tree.completions] == [True, False] and pair[0] == pair[1]
+    if [c.label for c in tree.completions] != [True, False]:
+        return False
+    chosen, rejected = (c.whole.strip() for c in tree.completions)
+    return chosen == rejected
 
 
 def _grouped(rows: Iterable[Row | BadRow], group: Group, columns: Mapping[str, str]) -> Iterator[list[Row] | Converted]:
@@ -376,6 +400,7 @@ class Reading(TypedDict, total=False):
         keep_columns: trees hold what else their rows have, for rewards that ask for it.
         weight: the column that says what a row counts in a loss; None: all count 1.
         rollouts: completions are yet to be written: rows with a prompt that have no layout are prompts (their answer is a column).
+        image_dir: prompts may have pictures, which are in this folder (""; in that of the files); None: rows with pictures are bad rows.
     """
 
     shape: str
@@ -387,6 +412,7 @@ class Reading(TypedDict, total=False):
     keep_columns: bool
     rollouts: bool
     weight: str | None
+    image_dir: str | None
 
 
 def load_preferences(path: str | Sequence[str], *, on_bad_row: str = "error", **how: Unpack[Reading]) -> Dataset:
@@ -410,14 +436,53 @@ def stream_preferences(path: str | Sequence[str], **how: Unpack[Reading]) -> Str
     paths = [path] if isinstance(path, str) else [str(p) for p in path]
     bounds = how.pop("bounds", None)
     rows = read_rows(paths, None if bounds is None else Bounds(**bounds))
+    if how.get("image_dir") == "":
+        how["image_dir"] = _folder_of(paths)
     return Stream(rows, ", ".join(paths), **how)  # type: ignore[misc]  # without `bounds`
+
+
+def _folder_of(paths: Sequence[str]) -> str:
+    """The folder that files stand in: of a pattern, that above its first wildcard.
+
+    Raises:
+        ConfigError: they stand in several.
+    """
+    found = set()
+    for path in paths:
+        given = Path(path).expanduser()
+        bare = itertools.takewhile(lambda part: not re.search(r"[*?\[]", part), given.parts)
+        named = Path(*bare)
+        found.add((named if named.is_dir() else named.parent).absolute())
+    if len(found) > 1:
+        raise ConfigError(
+            "data.image_dir", "the data files stand in several folders", "name the one that holds the pictures"
+        )
+    return str(found.pop())
+
+
+@dataclass(frozen=True, slots=True)
+class How:
+    """How rows become prompt trees: the layout and its options as they were found, and `convert_rows`' others."""
+
+    shape: str
+    options: Mapping[str, Any]
+    columns: Mapping[str, str]
+    identical: str = "bad_row"
+    keep_columns: bool = False
+    weight: str | None = None
+    pictures: Any = None
+
+    def convert(self, rows: Iterable[Row | BadRow]) -> Iterator[Converted]:
+        """Every row, converted."""
+        more = self.options, self.columns, self.identical, self.keep_columns, self.weight, self.pictures
+        return convert_rows(rows, layout_named(self.shape), *more)
 
 
 class Stream:
     """Rows as they are read, each (or each group of them) with what became of it.
 
     `shape` and `kind` are those of the rows; `detection` says why it is this layout (None where a person named it), `grouped`
-    whether rows make examples together.
+    whether rows make examples together, `apart` whether the parts of a file can be read by themselves, as `how` says.
 
     Args:
         rows: of one or several files; name: of those, for messages; the others: see `Reading`.
@@ -438,7 +503,13 @@ class Stream:
         keep_columns: bool = False,
         rollouts: bool = False,
         weight: str | None = None,
+        image_dir: str | None = None,
     ) -> None:
+        pictures: Any = None
+        if image_dir is not None:
+            from penchant.data.pictures import Pictures
+
+            pictures = Pictures(Path(image_dir).expanduser())
         stream: Iterator[Row | BadRow] = itertools.islice(rows, limit)
         self.name = name
         self.detection: Detection | None = None
@@ -455,12 +526,15 @@ class Stream:
         layout = layout_named(shape)
         options = layout.settings(layout_options or {})
         values = [renamed(r.values, columns or {}) for r in first if isinstance(r, Row)]
+        values = values if pictures is None else list(map(pictures.text, values))
         unused = [] if keep_columns else [c for c in layout.unused(values, options) if c not in COUNTED and c != weight]
         self.columns = Columns(unused=unused)
         self.shape, self.kind, self.grouped = shape, layout.kind_of(options), layout.group is not None
         if not named:
             self._ask_about_names(values)
-        self._converted = convert_rows(stream, layout, options, columns, identical, keep_columns, weight)
+        self.how = How(shape, options, columns or {}, identical, keep_columns, weight, pictures)
+        self.apart = limit is None and not self.grouped and not self._absent  # whether a row needs no other
+        self._converted = self.how.convert(stream)
         self._accepted = 0
         self._aside: list[Quarantined] = []
         self._digest = hashlib.sha256()
@@ -520,7 +594,8 @@ class Stream:
         if not trees:
             reasons = "; ".join(f"{n}x {what}" for what, n in Counter(q.what for q in aside).most_common(3))
             what = f"none of {counted(len(aside), 'row')} could be used ({reasons})"
-            raise DataError(self.name, what, "fix the rows or set data.shape")
+            pictures = aside and all(q.how == PICTURES for q in aside)
+            raise DataError(self.name, what, PICTURES if pictures else "fix the rows or set data.shape")
         total, content = self._accepted + len(aside), self._digest.hexdigest()
         more = self._accepted, self.detection, self.columns
         return Dataset(trees, self.shape, self.kind, total, aside, content, *more)

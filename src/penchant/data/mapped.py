@@ -6,13 +6,14 @@ Each file holds one record batch, so that every column is one contiguous array t
 from __future__ import annotations
 
 import copy
+import io
 import itertools
 import json
 import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, overload
 
@@ -73,6 +74,32 @@ class StoredRows(Sequence[PromptTree]):
 
     def __iter__(self) -> Iterator[PromptTree]:
         return (self[i] for i in range(len(self)))
+
+
+PART = 16_384  # rows that are handed to a process at a time
+
+
+@dataclass(frozen=True, slots=True)
+class RowsPart:
+    """Some rows of a folder, for another process to open."""
+
+    folder: Path
+    start: int
+    end: int
+    which: np.ndarray | None
+
+    def open(self) -> StoredRows:
+        """The rows themselves."""
+        at = np.arange(self.start, self.end) if self.which is None else self.which
+        return StoredRows(self.folder, "", at)
+
+
+def parts_of(rows: StoredRows, size: int | None = None) -> Iterator[RowsPart]:
+    """Rows in their order, `PART` at a time."""
+    size = size or PART
+    for start in range(0, len(rows), size):
+        end = min(start + size, len(rows))
+        yield RowsPart(rows.folder, start, end, None if rows.which is None else rows.which[start:end])
 
 
 def label_counts(trees: Sequence[PromptTree]) -> tuple[int, int]:
@@ -245,11 +272,11 @@ def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 class TokenWriter:
-    """Writes token trees one by one for `StoredTokens`; ids and sources wait on disk."""
+    """Writes token trees one by one for `StoredTokens`; ids and sources wait on disk, or in memory where there is no folder yet."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | None) -> None:
         self.folder = folder
-        self._ids, self._sources, self._masks = (tempfile.TemporaryFile(dir=folder) for _ in range(3))  # noqa: SIM115 - `close` does
+        self._ids, self._sources, self._masks = (_spill(folder) for _ in range(3))
         self._masked = False
         self._part_start, self._id_start, self._source_ends = (array("q", [0]) for _ in range(3))
         self._truncated, self._labels, self._scores = array("b"), array("b"), array("d")
@@ -282,10 +309,32 @@ class TokenWriter:
         source = tree.source.encode("utf-8", "surrogatepass")
         self._source_ends.append(self._source_ends[-1] + self._sources.write(source))
 
+    def merge(self, other: TokenWriter) -> None:
+        """Take the rows of another one, in memory, which come behind these."""
+        if self._masked or other._masked:
+            for writer in (self, other):
+                if not writer._masked:
+                    writer._masks.write(b"\1" * writer._id_start[-1])
+            self._masked = True
+        for mine, theirs in zip(self._spills, other._spills, strict=True):
+            mine.write(theirs.getvalue())  # type: ignore[attr-defined]  # it is in memory
+        for name in ("_part_start", "_id_start", "_source_ends"):
+            ends, more = getattr(self, name), np.array(getattr(other, name))[1:]
+            ends.frombytes((more + ends[-1]).tobytes())
+        for name in ("_truncated", "_labels", "_scores", "_of_row", "_marks"):
+            getattr(self, name).extend(getattr(other, name))
+        for name, values in self._extras.items():
+            values.extend(other._extras[name])
+
+    @property
+    def _spills(self) -> tuple[IO[bytes], ...]:
+        return self._ids, self._sources, self._masks
+
     def close(self) -> None:
         """Write the files."""
         import pyarrow as pa
 
+        assert self.folder is not None
         one = np.array(self._part_start) - np.arange(len(self._part_start))  # of completions: one part is the prompt
         ids = pa.Array.from_buffers(pa.int32(), self._id_start[-1], [None, _buffer(self._ids)])
         parts = pa.LargeListArray.from_arrays(np.array(self._id_start), ids)
@@ -304,7 +353,7 @@ class TokenWriter:
         if self._masked:
             self._masks.flush()
             np.save(self.folder / MASKS, np.memmap(self._masks, dtype=bool, mode="r"))  # type: ignore[call-overload]
-        for spill in (self._ids, self._sources, self._masks):
+        for spill in self._spills:
             spill.close()
 
 
@@ -329,6 +378,10 @@ def read_batch(path: Path) -> Any:
     import pyarrow as pa
 
     return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+
+
+def _spill(folder: Path | None) -> IO[bytes]:
+    return io.BytesIO() if folder is None else tempfile.TemporaryFile(dir=folder)
 
 
 def _buffer(spill: IO[bytes]) -> Any:

@@ -110,8 +110,18 @@ class DataConfig(Section):
         min_length=1,
         description="column with a number that says what a row counts in the loss and in held-out figures: 2 as if it stood there twice, 0 as if it did not",
     )
+    image_dir: str | None = Field(
+        None,
+        description="the folder that holds the rows' pictures, and that relative paths start from; default: that of the data file",
+    )
     limit: int | None = Field(None, ge=1, le=10**9, description="read only the first n rows")
     bounds: Bounds = Field(Bounds(), description="how large one row may be, so that no file fills the memory")
+    workers: int | None = Field(
+        None,
+        ge=1,
+        le=4096,
+        description="processes that tokenize and audit cached rows, with the results of one; default: one a core for 200,000 rows and more",
+    )
     cache: Literal["auto", "off"] = Field(
         "auto",
         description="auto: cache the rows, tokens and audit of files of 4 MB and more on disk, by content; off: never",

@@ -12,7 +12,7 @@ import numpy as np
 from penchant.base.lanes import side_by_side
 from penchant.base.lazy import torch
 from penchant.distributed.world import current, dealt_passes
-from penchant.types import PackedBatch, Segment, TokenTree
+from penchant.types import PackedBatch, PicturedPrompt, Segment, TokenTree
 
 T = TypeVar("T")
 
@@ -128,6 +128,7 @@ def pack(trees: Sequence[TokenTree], *, shared: bool = True) -> PackedBatch:
     predict: list[np.ndarray] = []
     targets: list[np.ndarray] = []
     segments: list[Segment] = []
+    pictures: list[PicturedPrompt | None] = []
     completion_tree: list[int] = []
     completion_slot: list[int] = []
     lengths: list[int] = []
@@ -141,6 +142,7 @@ def pack(trees: Sequence[TokenTree], *, shared: bool = True) -> PackedBatch:
         parts = list(zip(tree.completion_ids, masks, strict=True))
         for group in [parts] if shared else [[part] for part in parts]:
             segments.append(Segment(offset, p, tuple(len(c) for c, _ in group)))
+            pictures.append(tree.pictures)
             ids.append(tree.prompt_ids)
             positions.append(np.arange(p))
             last_prompt = offset + p - 1
@@ -180,6 +182,7 @@ def pack(trees: Sequence[TokenTree], *, shared: bool = True) -> PackedBatch:
         row_weights=None if all(w == 1.0 for w in row_weights) else torch.tensor(row_weights, dtype=torch.float32),
         pairs=all(len(tree.completion_ids) == 2 for tree in trees),
         most=max(len(tree.completion_ids) for tree in trees),
+        pictures=tuple(pictures) if any(pictures) else (),
     )
 
 

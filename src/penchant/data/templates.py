@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from penchant.data.layouts import RowError
 from penchant.data.load import answer_turn, message_json, told
+from penchant.data.pictures import MARK
 from penchant.errors import ModelError
 from penchant.types import Completion, Message, Prompt, PromptTree
 
@@ -243,7 +244,7 @@ class ChatTemplate:
         for m in turns:
             if m.role in ASKING and m.content.strip() not in text:
                 flat = flat or "".join(text.split())
-                if "".join(m.content.split()) not in flat:
+                if any("".join(said.split()) not in flat for said in MARK.split(m.content)[::2]):  # around pictures
                     how = (
                         "fix the turn or take it out, take a model whose template writes it, or set data.template=plain"
                     )
@@ -408,7 +409,7 @@ def chat(
         prompt, how = shared[: max(len(unanswered), word_end.end() if word_end else 0)], "shared"
     elif moved:
         answers = [c.text.strip() for c in tree.completions]
-        said = [m.content.strip() for m in turns if m.content.strip()]
+        said = [t.strip() for m in turns for t in MARK.split(m.content)[::2] if t.strip()]
         wholes = [prompt + _behind(prompt, whole, answer, said) for whole, answer in zip(wholes, answers, strict=True)]
         how = "forced"
     texts = tuple(whole[len(prompt) :] for whole in wholes)

@@ -7,6 +7,7 @@ import json
 import shlex
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -15,9 +16,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from penchant.base.files import file_sha256
+from penchant.base.processes import RAY, Workers, in_order, number_of
 from penchant.base.text import counted, gigabytes, printable
 from penchant.data.load import detected, prompt_text
-from penchant.data.read import BadRow, Row, read_stream
+from penchant.data.read import BOUNDS, SHARD, BadRow, Bounds, Row, read_stream
 from penchant.data.split import SPLITS, Assignment, Splitter
 from penchant.download.catalogue import find
 from penchant.download.convert import (
@@ -159,6 +161,7 @@ class _Job:
         read: list[dict[str, Any]] = []
         left: dict[str, int] = {}
         filters, columns = Filters(self.asked), self.asked.columns
+        self._convert_in_processes(plan, filters)
         for number, source in enumerate(plan.sources):
             part = Part(self.work, number)
             limited = source.split if self.asked.published_splits else ""
@@ -262,9 +265,39 @@ class _Job:
             read = f"{gigabytes(part.fetched)} of {gigabytes(source.size)} read"
             self.say(f"{source.path}: {read}; its hash is not checked")
             return
-        path = self.hub.fetch(plan.repository, source) if plan.hub_id else Path(source.local or "")
-        with path.open("rb") as stream:
+        with self._file(plan, source).open("rb") as stream:
             yield read_stream(stream, source.path)
+
+    def _convert_in_processes(self, plan: Plan, filters: Filters) -> None:
+        """Convert the files that are not done, several at a time, where they are large and need nothing of each other."""
+        left = [(n, s) for n, s in enumerate(plan.sources) if Part(self.work, n).counts() is None]
+        many = number_of(self.asked.workers, len(left))
+        if many < 2 or self.asked.first or self.asked.labels or sum(s.size for _, s in left) < SHARD:
+            return
+        columns = self.asked.columns
+        named: str | None = None  # the layout of those files whose layout nobody says, by the first of them
+
+        def tasks() -> Iterator[_Task]:
+            nonlocal columns, named
+            for number, source in left:
+                if source.layout is None and named is None:
+                    with self._rows(plan, source) as rows:
+                        found, columns = self._detected(source.path, list(islice(rows, DETECT_ROWS)))
+                    named = found.layout.name
+                elif source.layout is not None:
+                    self._conversion(source)  # says what cannot be converted
+                layout, bounds = source.layout or str(named), BOUNDS.get() or Bounds()
+                path = str(self._file(plan, source))
+                more = dict(columns), self._transcripts(source), path, source.path, bounds
+                yield _Task(self.asked, self.work, number, layout, *more)
+
+        done = in_order(_Task.converted, tasks(), RAY if self.asked.workers == RAY else many)
+        for (_, source), (counts, languages) in zip(left, done, strict=True):
+            filters.languages += languages
+            self.say(f"{source.path}: {counted(counts.rows, 'row')}, {counts.accepted:,} accepted")
+
+    def _file(self, plan: Plan, source: Source) -> Path:
+        return self.hub.fetch(plan.repository, source) if plan.hub_id else Path(source.local or "")
 
     def _check_kept(self, plan: Plan, total: Counts, languages: Mapping[str, int]) -> None:
         """Something is left; otherwise nothing of this is worth continuing."""
@@ -328,11 +361,13 @@ class _Job:
 
     def _assign(self, parts: list[Part], published: list[str]) -> Assignment:
         splitter = Splitter()
-        pace = Pace(self.say, "grouping prompts")
-        for part, split in zip(parts, published, strict=True):
-            for rows in part.lines():
-                splitter.add([(key_text(rows[0]), split)])
-                pace.step()
+        large = sum(part.rows.stat().st_size for part in parts) >= SHARD
+        many = number_of(self.asked.workers if large else 1, len(parts))
+        workers: Workers = RAY if many > 1 and self.asked.workers == RAY else many
+        for made in in_order(_prompts_of, zip(parts, published, strict=True), workers):
+            splitter.merge(made)
+            if large:
+                self.say(f"grouping prompts: {counted(len(splitter), 'row')}")
         return splitter.assign(self.asked.split, self.asked.seed, keep_published=self.asked.published_splits)
 
     def _write_splits(self, parts: list[Part], assignment: Assignment) -> tuple[list[int], list[int]]:
@@ -350,6 +385,39 @@ class _Job:
                     examples[to] += len(held)
                     pace.step()
         return rows, examples
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What a worker is asked: to convert a file into its part."""
+
+    asked: GetRequest
+    work: Path
+    number: int
+    layout: str
+    columns: dict[str, str]
+    transcripts: bool
+    file: str
+    name: str
+    bounds: Bounds
+
+    def converted(self) -> tuple[Counts, Counter[str]]:
+        """What was counted, and the languages that were met."""
+        how, filters, part = conversion_of(self.layout, self.asked), Filters(self.asked), Part(self.work, self.number)
+        write_json(part.layout, [how.layout.name, how.kind, dict(how.options)])
+        converter = Converter(how, self.columns, filters, None, self.transcripts)
+        with Path(self.file).open("rb") as stream:
+            rows = read_stream(stream, self.name, self.bounds)
+            counts = converter.convert(rows, self.name, part, Pace(lambda line: None, self.name))
+        return counts, filters.languages
+
+
+def _prompts_of(task: tuple[Part, str]) -> Splitter:
+    """The prompts of a part, of a published split."""
+    part, split = task
+    splitter = Splitter()
+    splitter.add((key_text(rows[0]), split) for rows in part.lines())
+    return splitter
 
 
 def key_text(row: Mapping[str, Any]) -> str:

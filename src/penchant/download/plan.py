@@ -32,7 +32,9 @@ REDACTED = ("keep", "only", "drop")
 
 def identity(asked: GetRequest) -> dict[str, Any]:
     """What decides the result, as JSON holds it: everything but where and how it is written."""
-    held = json.loads(json.dumps({k: v for k, v in asdict(asked).items() if k not in ("output", "redo", "quiet")}))
+    held = json.loads(
+        json.dumps({k: v for k, v in asdict(asked).items() if k not in ("output", "redo", "quiet", "workers")})
+    )
     held["source"] = None if asked.source is None else str(Path(asked.source).expanduser().resolve())
     own = own_sha256(asked.layout or "")
     return dict(held) if own is None else {**held, "layout_sha256": own}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from penchant.metrics.completions import (
 )
 from penchant.metrics.figures import Figure, flat
 from penchant.models.load import load_tokenizer
-from penchant.models.options import looks_like_folder
+from penchant.models.options import check_text_alone, looks_like_folder
 from penchant.rewards import load_reward
 from penchant.rewards.reward_model import PolicyText, rows_by_source
 from penchant.runs import Run
@@ -90,6 +90,9 @@ class Evaluation(Material):
             return None
         if asked is not None:
             found = find_model(asked)
+            if self.config.model.sees:
+                eyes = self.config.model.model_dump(include={"vision", "image_options"})
+                found = replace(found, base=found.base.model_copy(update=eyes))
             self._check_same_tokens(found)
             return found
         start = self.source.start
@@ -113,7 +116,8 @@ class Evaluation(Material):
         run = self.run
         model = source.load(run.device)
         self._check_context(source, model)
-        return LiveReference(answering(model, run.config, run.dtype))
+        processor = run.rows.processor if run.config.model.sees else None
+        return LiveReference(answering(model, run.config, run.dtype, processor))
 
     def _check_context(self, source: Source, model: Any) -> None:
         rows = model.get_input_embeddings().weight.shape[0]
@@ -145,6 +149,8 @@ class Evaluation(Material):
         """Meet everything that can be wrong before a model is loaded."""
         self.request.check()
         request = self.request
+        if request.generate is not None or request.text is not None:
+            check_text_alone(self.config.model, self.source.name, "--generate" if request.generate else "--text")
         if self.rows is None and request.text is None:
             how = (
                 "give --data FILE or --text FILE"
@@ -229,7 +235,7 @@ class Evaluation(Material):
 
     def _about_intervals(self, figures: Sequence[Figure]) -> None:
         """Where they say less than they seem to."""
-        counts = {"prompts with answers": len({t.prompt_ids.tobytes() for t in self.answers})} if self.answers else {}
+        counts = {"prompts with answers": len({t.prompt_key for t in self.answers})} if self.answers else {}
         counts |= {"documents": len(self.documents[1])} if self.request.text is not None else {}
         counts |= {"prompts written to": len(self.prompts)} if self.request.generate is not None else {}
         few = [f"{n} {what}" for what, n in counts.items() if n < FEW]

@@ -87,9 +87,12 @@ class Material:
             limit=data.limit if own_limit else None,
             keep_columns=asks,
             rollouts=asks and self.run.rows.method.signal == "prompts",
+            image_dir=(data.image_dir or "") if self.config.model.sees else None,
         )
         if rows.kind == "text":
             raise DataError(self.request.data, "holds texts without prompts", "give it as --text")
+        if data.weight is not None:
+            self.notes.append("Every row of --data counts once: data.weight is for training and its held-out rows.")
         if rows.quarantined:
             self.notes.append(f"Kept aside: {counted(len(rows.quarantined), 'bad row')} of {rows.total:,}.")
         if rows.kind == "scored" and data.pairs_from_scores != "off":

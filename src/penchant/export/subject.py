@@ -17,7 +17,7 @@ from penchant.errors import CheckpointError
 from penchant.models.folder import check_folder, loading
 from penchant.models.load import load_causal_model, load_tokenizer, own_memory
 from penchant.models.merge import is_adapter, merged_model, with_adapter
-from penchant.models.options import ModelConfig
+from penchant.models.options import ModelConfig, check_text_alone
 from penchant.models.reward import ADAPTER, choose_padding, load_model_config, load_reward_model, set_padding
 from penchant.runfolder.read import read
 from penchant.runs.find import check_base, check_there, find_run, runs_in
@@ -138,6 +138,7 @@ def find_subject(given: str | Path, step: str = "last") -> Subject:
         how = f"name one of its runs: {', '.join(inside)}" if inside else "give a run's folder"
         raise CheckpointError(str(given), "is not a run", how)
     config = with_absolute_paths(found[0])
+    check_text_alone(config.model, str(given), "export")
     run = Path(config.output)
     checkpoint = find_checkpoint(run, found[1])
     if checkpoint is None:

@@ -90,6 +90,29 @@ def choose_packing(
     return scorer, f"packing: {scorer.packing} ({reason}{more})" + (said if why or scorer.attention != "groups" else "")
 
 
+def choose_pictured(model: Any, processor: Any) -> tuple[Scorer, str]:
+    """`choose_packing` for a vision-language model, whose rows are padded and go through its own attention and places.
+
+    Raises:
+        ModelError: its log-probs of text alone are not those of its own forward.
+    """
+    from penchant.logprobs.pictures import PicturedScorer
+
+    tree, away = _probe_tree(model), 0.0
+    with _in_fp32(model), quiet(model):
+        own, allowed = _own(model, tree, False)
+        for own_head in (False, True):
+            scorer = PicturedScorer(model, "padded", own_attention=True, own_head=own_head, processor=processor)
+            away = _away(_probe(scorer, tree, False), own)
+            if away <= allowed:
+                return scorer, "packing: padded (pictures: each answer is a row of its own behind its prompt)"
+    name = str(base_model_of(model).config._name_or_path or type(base_model_of(model)).__name__)
+    what = (
+        f"its log-probs cannot be computed as its own forward does: they differ by {away:.2g} (allowed: {allowed:.2g})"
+    )
+    raise ModelError(name, what, "train a model of another architecture (docs/vision.md)")
+
+
 class _Way(NamedTuple):
     """How a model can be run: see `Scorer`."""
 

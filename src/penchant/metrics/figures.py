@@ -91,7 +91,7 @@ def flat(figures: Iterable[Figure]) -> dict[str, Any]:
 def prompt_numbers(trees: Sequence[TokenTree]) -> np.ndarray:
     """The number of each tree's prompt, (trees,)."""
     numbers: dict[bytes, int] = {}
-    return np.array([numbers.setdefault(t.prompt_ids.tobytes(), len(numbers)) for t in trees])
+    return np.array([numbers.setdefault(t.prompt_key, len(numbers)) for t in trees])
 
 
 def prompt_clusters(trees: Sequence[TokenTree]) -> np.ndarray:

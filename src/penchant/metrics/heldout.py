@@ -163,9 +163,10 @@ def _pair_figures(scored: Scored, out: LossOutput, clusters: np.ndarray) -> dict
     assert lengths is not None and others is not None
     found: dict[str, Any] = {}
     if "logps/chosen" in out.metrics:  # a reward model has rewards where others have log-probs
-        chosen = column(scored.policy_logps, 0)
+        chosen, reference, weight = (column(v, 0) for v in (scored.policy_logps, scored.ref_logps, scored.row_weights))
         assert chosen is not None
-        found |= likelihood_figures(chosen, lengths, clusters, column(scored.ref_logps, 0))
+        w = np.ones_like(chosen) if weight is None else weight
+        found |= likelihood_figures(chosen * w, lengths * w, clusters, None if reference is None else reference * w)
     right, weights = out.metrics.get("rewards/accuracies", (None, None))
     if right is not None and weights is None and len(right) == len(clusters):
         found |= length_figures(right.cpu().double().numpy(), lengths - others, clusters)
@@ -173,7 +174,7 @@ def _pair_figures(scored: Scored, out: LossOutput, clusters: np.ndarray) -> dict
 
 
 def _prompt_cluster(tree: TokenTree) -> int:
-    return int.from_bytes(hashlib.blake2b(tree.prompt_ids.tobytes(), digest_size=7).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(tree.prompt_key, digest_size=7).digest(), "little")
 
 
 # ---- Held-out pairs beyond a loss's own metrics: how likely the chosen answers still are, and what their length explains. numpy only ----
@@ -205,7 +206,8 @@ def likelihood_figures(
     """``perplexity/chosen = exp(-sum log p / sum tokens)``, and its ratio to the reference's, with intervals by prompt.
 
     Args:
-        chosen, ref_chosen: summed log-probs of chosen answers in nats, (rows,); lengths: their tokens; clusters: (rows,) prompts.
+        chosen, ref_chosen: summed log-probs of chosen answers in nats, (rows,); lengths: their tokens; clusters: (rows,) prompts. Where
+            rows have weights, all three are times these.
     """
     policy = np.asarray(chosen, dtype=np.float64)
     found = _exp("perplexity/chosen", mean_ratio(-policy, lengths, clusters))

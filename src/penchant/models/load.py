@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib
+import importlib.util
 import inspect
 import itertools
 import json
 import os
 import re
+import sys
 import types
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -112,6 +115,52 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
     return tokenizer
 
 
+def load_processor(cfg: ModelConfig) -> Any:
+    """The processor of a vision-language model: its tokenizer, and what makes pictures into tokens.
+
+    Raises:
+        ConfigError: a library that it needs is not installed, or it has no such option. ModelError: there is none.
+    """
+    from transformers import AutoProcessor
+
+    given = check_model_path(cfg.path)
+    check_folder(Path(given))
+    read: Any = partial(AutoProcessor.from_pretrained, given, revision=cfg.revision, trust_remote_code=False)
+    with loading(
+        cfg.path, "no processor of pictures could be loaded", "give a vision-language model, or set model.vision=off"
+    ):
+        try:
+            processor: Any = read(**cfg.image_options)
+        except (ImportError, AttributeError) as error:
+            if importlib.util.find_spec("torchvision") is not None and importlib.util.find_spec("PIL") is not None:
+                raise
+            what = f"the model's processor needs Pillow and torchvision ({first_line(error)})"
+            raise ConfigError("model.vision", what, "pip install 'penchant[vision]'") from error
+        eyes, tokenizer = getattr(processor, "image_processor", None), getattr(processor, "tokenizer", None)
+        if eyes is None or tokenizer is None:
+            raise ModelError(cfg.path, "its processor reads no pictures", "set model.vision=off")
+        further = sorted(
+            set(cfg.image_options) - set(vars(eyes))
+        )  # a name that changes another one, as max_pixels does
+        unknown = [n for n in further if read(**{n: cfg.image_options[n]}).to_json_string() == read().to_json_string()]
+        if unknown:
+            how = f"it has {', '.join(sorted(n for n in vars(eyes) if not n.startswith('_')))}"
+            raise ConfigError(f"model.image_options.{unknown[0]}", f"is no setting of {type(eyes).__name__}", how)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = getattr(processor, "chat_template", None)
+    check_template(cfg.path, tokenizer)
+    return processor
+
+
+def processor_sha256(processor: Any) -> str:
+    """SHA-256 of what a processor does with pictures: its settings, and the versions that it runs on."""
+    import transformers
+
+    told = [type(processor.image_processor).__name__, processor.to_json_string(), transformers.__version__]
+    told += [str(getattr(sys.modules.get(name), "__version__", None)) for name in ("PIL", "torchvision")]
+    return hashlib.sha256("\0".join(told).encode()).hexdigest()
+
+
 def _odd_tokenizer_file(path: str) -> str:
     """Which file of a folder it is that no tokenizer is made of."""
     from tokenizers import Tokenizer
@@ -186,27 +235,30 @@ def _load_anew(
     within: torch.dtype = torch.float32,
     mapped: bool = False,
 ) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     folder, how_to = Path(path), "give a folder or hub id of a causal model"
+    auto: Any = AutoModelForImageTextToText if cfg.sees else AutoModelForCausalLM
     with loading(config_of(path), "the model could not be loaded", how_to):
         config = AutoConfig.from_pretrained(path, revision=cfg.revision, trust_remote_code=False)
-        text = text_config(config)
+        text = config if cfg.sees else text_config(config)
+        if cfg.sees and type(config) not in AutoModelForImageTextToText._model_mapping:
+            what = f"a model of type {config.model_type} takes no pictures"
+            raise ConfigError("model.vision", what, "set model.vision=off, or take a vision-language model")
         if folder.is_dir():
-            check_built(folder, on_meta(AutoModelForCausalLM, text), whole=text is config)
+            check_built(folder, on_meta(auto, text), whole=text is config)
         if within != torch.float32:
-            outline = on_meta(AutoModelForCausalLM, text, within)
+            outline = on_meta(auto, text, within)
             if any(b.is_floating_point() and b.dtype != torch.float32 for b in outline.buffers()):
                 within = torch.float32  # else buffers would be made in it: a rotary one turns far positions wrongly
     with loading(cfg.path, "the model could not be loaded", how_to):
         if cfg.init == "random":
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(text, dtype=torch.float32)
+            model = auto.from_config(text, dtype=torch.float32)
         else:
             how = {"revision": cfg.revision, "dtype": within, "trust_remote_code": False} | _quantization(cfg, device)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path, output_loading_info=True, **how, **_text_part(config)
-            )
+            part = {} if cfg.sees else _text_part(config)
+            loaded: Any = auto.from_pretrained(path, output_loading_info=True, **how, **part)
             model, info = loaded
             if (
                 text is not config
@@ -494,11 +546,14 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
         config.dtype = dtype
 
 
-def add_lora(model: Any, cfg: LoraConfig, seed: int, *, task: str = "CAUSAL_LM", whole: Sequence[str] = ()) -> Any:
+def add_lora(
+    model: Any, cfg: LoraConfig, seed: int, *, task: str = "CAUSAL_LM", whole: Sequence[str] = (), within: str = ""
+) -> Any:
     """Wrap a model with a trainable LoRA adapter (peft); everything else is frozen.
 
     Args:
         task: peft's task type; whole: modules that are trained and saved as they are, without an adapter (a new head).
+        within: the name of the module whose layers alone get adapters.
 
     Papers: arXiv 2106.09685; rsLoRA 2312.03732; DoRA 2402.09353.
     """
@@ -514,7 +569,7 @@ def add_lora(model: Any, cfg: LoraConfig, seed: int, *, task: str = "CAUSAL_LM",
         target_modules=targets if isinstance(targets, str) else list(targets),
         task_type=task,
         modules_to_save=list(whole) or None,
-        exclude_modules=_below(whole) if whole else None,
+        exclude_modules=_below(whole) if whole else rf"(?!{re.escape(within)}\.).*" if within else None,
         use_rslora=cfg.rslora,
         use_dora=cfg.dora,
     )
@@ -750,6 +805,28 @@ def backbone_of(model: nn.Module) -> Any:
     """The transformer without its head: its output's `last_hidden_state` is what the head reads."""
     base = base_model_of(model)
     return getattr(base, base.base_model_prefix, None) or base.model  # Llama 4's has not the name that it says
+
+
+def language_part(model: nn.Module) -> str:
+    """The name of the language model within a vision-language model.
+
+    Raises:
+        ModelError: it is not found.
+    """
+    base = base_model_of(model)
+    for name, module in base.named_modules():
+        if name.split(".")[-1] in ("language_model", "text_model") and hasattr(module, "embed_tokens"):
+            return name
+    raise ModelError(type(base).__name__, "its language model is not found", "train a model of another architecture")
+
+
+def freeze_eyes(model: nn.Module) -> None:
+    """Train the language model and the head alone."""
+    base = base_model_of(model)
+    held = {id(p) for p in base.get_submodule(language_part(model)).parameters()}
+    held |= {id(p) for p in base.get_output_embeddings().parameters()}
+    for p in base.parameters():
+        p.requires_grad_(id(p) in held)
 
 
 def head_scaling(config: Any) -> tuple[float, float | None]:

@@ -23,6 +23,7 @@ from penchant.models.load import (
     base_model_of,
     check_adapter,
     load_causal_model,
+    load_processor,
     load_tokenizer,
     plain_name,
     save_model,
@@ -237,7 +238,7 @@ def merge_to_folder(
 
     It is read back, and its logits compared with the unmerged model's, before it stands at its name.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     wanted = {"adapter": model_sha256(adapter), "base": base.model_dump(mode="json"), "files": _files(Path(base.path))}
     if _mark(folder) == {**wanted, "written": model_sha256(folder) if folder.is_dir() else None}:
@@ -247,8 +248,9 @@ def merge_to_folder(
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         merged = merged_model(base, adapter, torch.device("cpu"), seed, check)
-        save_model(merged, load_tokenizer(str(adapter)), aside)
-        again = AutoModelForCausalLM.from_pretrained(aside, dtype=torch.float32).eval()
+        save_model(merged, load_processor(base) if base.sees else load_tokenizer(str(adapter)), aside)
+        auto: Any = AutoModelForImageTextToText if base.sees else AutoModelForCausalLM
+        again = auto.from_pretrained(aside, dtype=torch.float32).eval()
         _check_equal(str(folder), _probe(merged), _probe(again))
         (aside / MARK).write_text(json.dumps({**wanted, "written": model_sha256(aside)}, indent=1))
         shutil.rmtree(folder, ignore_errors=True)  # made of another adapter, or changed since

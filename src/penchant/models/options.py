@@ -11,7 +11,7 @@ from penchant.base.hub import check_hub
 from penchant.base.machine import Device
 from penchant.base.section import Place, Section
 from penchant.base.text import closest
-from penchant.errors import ModelError
+from penchant.errors import ConfigError, ModelError
 
 
 class ModelConfig(Section):
@@ -41,6 +41,15 @@ class ModelConfig(Section):
         None,
         description="weight of a mixture of experts' balance loss; auto: the model's own router_aux_loss_coef; null: not added",
     )
+    vision: Literal["off", "frozen", "trained"] = Field(
+        "off",
+        description="pictures in prompts (docs/vision.md); off: text alone; frozen: they are read, and what reads them stays as it is; "
+        "trained: that is trained too",
+    )
+    image_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="settings of the model's image processor, e.g. {max_pixels: 262144} or {size: {longest_edge: 512}}",
+    )
     adapter: str | None = Field(
         None, description="a LoRA adapter on `path` that is trained on: its folder, or a run's or a checkpoint's"
     )
@@ -51,12 +60,34 @@ class ModelConfig(Section):
             raise ValueError("quantize is set, and init=random draws weights that are to be trained; leave one out")
         return self
 
+    @model_validator(mode="after")
+    def _options_of_pictures(self) -> ModelConfig:
+        if self.image_options and self.vision == "off":
+            raise ValueError("image_options is set, and no pictures are read; set vision=frozen, or leave it out")
+        return self
+
+    @property
+    def sees(self) -> bool:
+        """Whether prompts may have pictures."""
+        return self.vision != "off"
+
     @field_validator("adapter", mode="before")
     @classmethod
     def _one(cls, value: Any) -> Any:
         if isinstance(value, list):
             raise ValueError("several adapters are named, and one is trained; merge the others into model.path first")
         return value
+
+
+def check_text_alone(model: ModelConfig, where: str, what: str) -> None:
+    """Refuse a vision-language model where text alone is read.
+
+    Raises:
+        ConfigError: it is one; `what` is the thing that reads no pictures.
+    """
+    if model.sees:
+        how = "load the checkpoint's model folder with transformers (docs/vision.md)"
+        raise ConfigError(where, f"reads pictures (model.vision={model.vision}), and {what} is of text alone", how)
 
 
 class LoraConfig(Section):

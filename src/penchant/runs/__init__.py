@@ -415,7 +415,7 @@ class Run:
 
     def _look(self) -> None:
         """Ask whether the run will fit; whoever cannot tell stops nothing."""
-        if self.look is None or self.world.many:  # it looks at one process
+        if self.look is None or self.world.many or self.config.model.sees:  # it looks at one process, and at text
             return
         try:
             said = self.look(self)

@@ -16,7 +16,7 @@ from penchant.config import RunConfig, default_settings, load_config, with_absol
 from penchant.errors import CheckpointError, ConfigError, ModelError, PenchantError
 from penchant.models.load import load_causal_model, source_sha256
 from penchant.models.merge import adapter_base, is_adapter, lora_section, merge_to_folder, merged_model, model_sha256
-from penchant.models.options import LoraConfig, ModelConfig, looks_like_folder
+from penchant.models.options import LoraConfig, ModelConfig, check_text_alone, looks_like_folder
 from penchant.runfolder import (
     CHECKPOINTS,
     CONFIG,
@@ -76,7 +76,12 @@ class Source:
 
 
 def trained_source(name: str, model: Path, config: RunConfig) -> Source:
-    """A checkpoint's model by its folder, of the run with this config."""
+    """A checkpoint's model by its folder, of the run with this config.
+
+    Raises:
+        ConfigError: it reads pictures.
+    """
+    check_text_alone(config.model, name, "a comparison")
     if is_adapter(model):
         return Source(name, config.model, adapter=model, seed=config.train.seed)
     return Source(name, ModelConfig(path=str(model)))
@@ -365,7 +370,8 @@ def of_config(config: RunConfig, step: str, base: str | None = None, given: str 
     made = replace(first, name=given, checkpoint=checkpoint.name, tokenizer=own, start=named or first)
     if is_adapter(model):
         return replace(made, base=config.model if base is None else ModelConfig(path=base), adapter=model)
-    return replace(made, base=ModelConfig(path=str(model)), adapter=None)
+    own_eyes = config.model.model_dump(include={"vision", "image_options"}, exclude_defaults=True)
+    return replace(made, base=ModelConfig(path=str(model), **own_eyes), adapter=None)
 
 
 def _named_start(config: RunConfig) -> Source | None:

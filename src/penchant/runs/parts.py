@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,13 +17,14 @@ from penchant.base.files import cache_folder
 from penchant.base.machine import cores
 from penchant.base.text import counted
 from penchant.config import RunConfig
+from penchant.data.mapped import StoredTokens
 from penchant.data.packing import tree_tokens
 from penchant.data.templates import name_ends
 from penchant.distributed.shard import Sharding, gathered, rooted
 from penchant.distributed.world import current
 from penchant.errors import ConfigError
 from penchant.logprobs import Elsewhere, Scorer
-from penchant.logprobs.packing import choose_packing
+from penchant.logprobs.packing import choose_packing, choose_pictured
 from penchant.logprobs.reference import (
     CachedReference,
     LiveReference,
@@ -45,9 +47,12 @@ from penchant.models.load import (
     config_sha256,
     cpu_has_bf16,
     effective_weights,
+    freeze_eyes,
     held_in,
     is_b_matrix,
+    language_part,
     load_causal_model,
+    processor_sha256,
     resolve_device,
     resolve_dtype,
     resolve_place,
@@ -253,11 +258,14 @@ def prepared(model: Any, config: RunConfig, rows: Rows) -> Any:
     if config.lora is not None and rows.reward_parts is None:
         outlined = next(model.parameters()).device.type == "meta"
         if config.model.adapter is None or outlined:
-            model = add_lora(model, config.lora, config.train.seed)
+            within = language_part(model) if config.model.vision == "frozen" else ""
+            model = add_lora(model, config.lora, config.train.seed, within=within)
         else:
             adapter = Path(config.model.adapter)
             check_adapters_base(adapter, config.model, model)
             model = trained_on(model, adapter, config.lora, config.train.seed)
+    elif config.model.vision == "frozen":
+        freeze_eyes(model)
     if config.train.gradient_checkpointing is True:  # an auto that nobody decided trains nothing
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if config.lora is not None:
@@ -320,11 +328,17 @@ def set_threads(config: RunConfig, model: Any) -> None:
     set_precision(next(model.parameters()).device, config.train.tf32)
 
 
-def answering(model: Any, config: RunConfig, dtype: torch.dtype) -> Scorer:
-    """A loaded language model that only answers: frozen, in `dtype`, with threads and packing as its config says."""
+def answering(model: Any, config: RunConfig, dtype: torch.dtype, processor: Any = None) -> Scorer:
+    """A loaded language model that only answers: frozen, in `dtype`, with threads and packing as its config says.
+
+    Args:
+        processor: of one that reads pictures.
+    """
     set_threads(config, model)
     cast_parameters(model, dtype)
     model.requires_grad_(False).eval()
+    if processor is not None:
+        return choose_pictured(model, processor)[0]
     return choose_packing(model, config.train.packing, config.model.kernels, config.model.attention)[0]
 
 
@@ -379,7 +393,7 @@ def write_model(built: Built, rows: Rows, folder: Path) -> None:
     if rows.reward_parts is not None:
         rows.reward_parts.save(parts.model, built.optimizer.masters, folder, state, parts.dtype)
     elif world.leads:
-        save_model(parts.model, parts.tokenizer, folder, state)
+        save_model(parts.model, rows.processor if parts.config.model.sees else parts.tokenizer, folder, state)
     if parts.config.checkpoint.pt and world.leads:
         write_state_dict(folder)
 
@@ -418,6 +432,11 @@ def _engine(parts: Parts, rows: Rows, shared: Alone, console: Any) -> Scorer | R
         engine, note = make_scorer(parts.model, encoder, parts.tokenizer, packing, kernels, attention, _runs_as(parts))
         console.note(note)
         return engine
+
+    if wanted.sees:
+        scorer, note = choose_pictured(parts.model, rows.processor)
+        console.note(note)
+        return scorer
 
     def choose() -> tuple[Any, str]:
         scorer, note = choose_packing(parts.model, packing, kernels, attention, _runs_as(parts))
@@ -607,12 +626,22 @@ def cache_paths(config: RunConfig, rows: Rows, weights: str, model: Any) -> dict
     folder = Path(cfg.cache_dir).expanduser() if cfg.cache_dir else cache_folder("reference")
     groups = {"training": rows.trees[0], "held-out": rows.trees[1], "mismatched": list(rows.mismatched.values())}
     dtype = str(placed(config)[1])
+    if config.model.sees:
+        weights += processor_sha256(rows.processor)
     how = {"dtype": dtype, "tokenizer": tokenizer_sha256(rows.tokenizer), "template": config.data.template}
     return {
-        name: (trees, folder / f"{cache_key(weights + config_sha256(model), trees, **how)}.safetensors")
+        name: (trees, folder / f"{cache_key(weights + config_sha256(model) + _seen(trees), trees, **how)}.safetensors")
         for name, trees in groups.items()
         if trees
     }
+
+
+def _seen(trees: Sequence[TokenTree]) -> str:
+    """SHA-256 of the pictures of some trees; empty where they have none, as all trees on disk."""
+    if isinstance(trees, StoredTokens):
+        return ""
+    found = [[i.sha256 for i in t.pictures.images] if t.pictures else [] for t in trees]
+    return hashlib.sha256(repr(found).encode()).hexdigest() if any(found) else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -622,7 +651,7 @@ def cache_paths(config: RunConfig, rows: Rows, weights: str, model: Any) -> dict
 def weights_key(config: RunConfig, source: ModelConfig) -> Key:
     """Everything that a model's weights in fp32 depend on before it is trained."""
     seed = config.train.seed if source.init == "random" else None
-    return (source.path, source.revision, source.init, seed, source.adapter, source.quantize)
+    return (source.path, source.revision, source.init, seed, source.adapter, source.quantize, source.vision)
 
 
 def start_key(config: RunConfig) -> Key:

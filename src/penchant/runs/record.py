@@ -95,7 +95,7 @@ def tokenizer_sha256(tokenizer: Any) -> str:
 def run_identity(config: RunConfig, fingerprints: list[str], contents: Mapping[str, str]) -> dict[str, Any]:
     """All settings but those that only watch, the data, and what rewards, losses and algorithms of a user's own are made of."""
     settings = what_is_computed(config)
-    for name in ("cache", "bounds"):  # they change no row that is read
+    for name in ("cache", "bounds", "workers"):  # they change no row that is read
         settings["data"].pop(name, None)
     if settings["algorithm"] is not None and settings["algorithm"].get("value_init") == "auto":
         settings["algorithm"].pop("value_init")  # older runs do not have it
@@ -121,6 +121,7 @@ OF_MODEL = re.compile(r"(adapter_|generation_)?config\.json")
 OF_TOKENIZER = re.compile(
     r"(tokenizer|special_tokens|added_tokens|vocab|merges|spiece|sentencepiece|chat_template).*\.(json|txt|model|jinja)"
 )
+OF_PROCESSOR = re.compile(r"(pre)?processor_config\.json")
 WEIGHTS = re.compile(r".*\.(safetensors|bin)")
 
 
@@ -133,7 +134,7 @@ def model_contents(config: RunConfig) -> dict[str, str]:
     tokenizer = "model.path" if config.model.tokenizer is None else "model.tokenizer"
     asked = (
         ("model.path", config.model.path, [OF_MODEL, *weights]),
-        (tokenizer, config.model.tokenizer or config.model.path, [OF_TOKENIZER]),
+        (tokenizer, config.model.tokenizer or config.model.path, [OF_TOKENIZER, *([OF_PROCESSOR] * config.model.sees)]),
         ("model.adapter", config.model.adapter, [OF_MODEL, WEIGHTS]),
         ("reference.path", config.reference.path, [OF_MODEL, WEIGHTS]),
     )

@@ -22,9 +22,10 @@ from penchant.data.load import Dataset, layout_line, summary
 from penchant.data.mapped import StoredTokens, extra_of, first_completions, label_counts, row_weights
 from penchant.data.templates import dated, uses_chat
 from penchant.data.tokenize import TokenizedDataset
+from penchant.data.tokenize_pictures import PicturedTokenization
 from penchant.errors import ConfigError, DataError, PenchantError
 from penchant.metrics.names import METRICS
-from penchant.models.load import load_tokenizer
+from penchant.models.load import load_processor, load_tokenizer
 from penchant.models.reward import is_encoder, load_model_config
 from penchant.rewards.functions import reads_columns
 from penchant.rewards.reward_model import RewardModelParts, rows_by_source
@@ -44,11 +45,20 @@ class Rows:
     def __init__(self, config: RunConfig, shared: Alone, console: Any, tokenizer: Any = None) -> None:
         self.config, self.shared, self.console = config, shared, console
         self.method = config.method
-        self.cache = DataCache(config.data.cache != "off", console.note)
+        # pictures are files that no key of the cache names
+        cached = config.data.cache != "off" and not config.model.sees
+        self.cache = DataCache(cached, console.note, config.data.workers)
         self._tokenizer = tokenizer
 
     @cached_property
+    def processor(self) -> Any:
+        """What reads pictures, of a vision-language model."""
+        return load_processor(self.config.model)
+
+    @cached_property
     def tokenizer(self) -> Any:
+        if self.config.model.sees:
+            return self.processor.tokenizer
         if self._tokenizer is not None:
             return self._tokenizer
         # a reward model may add a pad token
@@ -158,6 +168,8 @@ class Rows:
                 raise ConfigError("data.weight", f"is set, and {method.name} writes its answers itself", how)
             reading |= {"weight": data.weight}
         reading |= data.model_dump(include={"bounds"}, exclude_defaults=True)
+        if self.config.model.sees:
+            reading |= {"image_dir": data.image_dir or ""}
         reading |= own or {}
         if self.keep_columns:
             reading |= {"keep_columns": True, "rollouts": method.signal == "prompts"}
@@ -209,6 +221,8 @@ class Rows:
         how["on_bad_row"] = on_bad_row or data.on_bad_row
         if uses_chat(data.template, self.tokenizer):
             how["template_options"] = dated(data.template_options, self.tokenizer)
+        if self.config.model.sees:
+            return PicturedTokenization(self.processor, dataset.kind, **how).all(dataset.trees)
         key = ("tokens", *self.tokenizer_key[1:], str(data.path), str(data.eval_path), *content_of(dataset))
         return self.shared.once(
             (*key, json.dumps(how, sort_keys=True)), lambda: self.cache.tokenize(dataset, self.tokenizer, **how)
@@ -247,7 +261,7 @@ class Rows:
         found: dict[int, TokenTree] = {}
         offset = sum(map(len, self.trees))
         for trees in self.trees:
-            partners = mismatch([t.prompt_ids.tobytes() for t in trees])
+            partners = mismatch([t.prompt_key for t in trees])
             if partners is None and trees:
                 raise DataError(
                     str(self.config.data.path),
@@ -258,7 +272,9 @@ class Rows:
                 other = trees[partner]
                 ids = other.completion_ids[tree.row % len(other.completion_ids)]
                 room = max(1, self.config.data.max_length - len(tree.prompt_ids))
-                found[tree.row] = TokenTree(offset + tree.row, tree.prompt_ids, (ids[:room],), (len(ids) > room,))
+                found[tree.row] = TokenTree(
+                    offset + tree.row, tree.prompt_ids, (ids[:room],), (len(ids) > room,), pictures=tree.pictures
+                )
         return found
 
     @cached_property
@@ -297,7 +313,8 @@ class Rows:
     @property
     def tokenizer_key(self) -> Key:
         model = self.config.model
-        return ("tokenizer", model.tokenizer or model.path, model.revision)
+        eyes = (json.dumps([model.vision, model.image_options], sort_keys=True),) if model.sees else ()
+        return ("tokenizer", model.tokenizer or model.path, model.revision, *eyes)
 
     @property
     def key(self) -> Key:

@@ -15,6 +15,7 @@ from penchant.data.tokenize import uses_bos
 from penchant.errors import ConfigError
 from penchant.models.cpu.decode import FastDecoder, can_decode_fast
 from penchant.models.load import cast_parameters, load_tokenizer, resolve_device, resolve_dtype
+from penchant.models.options import check_text_alone
 from penchant.runs.find import Source, check_there, find_model, runs_in
 from penchant.types import Message, PromptTree
 
@@ -180,6 +181,7 @@ def load_chat_model(
     """
     source = _find(given, step, base)
     settings = source.base if source.run is None else source.run.model
+    check_text_alone(settings, given, "talking to a model")
     where = resolve_device(device or settings.device)
     tokenizer = load_tokenizer(source.tokenizer, settings.revision if source.adapter is None else None)
     trained_on, options = (

@@ -158,7 +158,7 @@ class ChatMessage(_Input):
         """As a row of training data is read."""
         return Message(
             self.role,
-            "".join(part.text for part in self.content),
+            row.joined(part.text for part in self.content),
             reasoning=self.reasoning_content,
             tool_calls=_calls_of(self.tool_calls) if self.tool_calls else "",
             tool_call_id=self.tool_call_id,

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import chain
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
 
+from penchant.base.processes import RAY, Workers, in_order, number_of
 from penchant.data.audit.counters import (
     AuditCounter,
     Copies,
+    Counting,
     Labels,
     Lengths,
     Named,
@@ -30,10 +35,14 @@ from penchant.data.audit.near import NearIndex, first_with
 from penchant.data.layouts.fields import NOTHING_WRONG
 from penchant.data.load import (
     IDENTICAL,
+    LANGUAGES,
     Columns,
+    Converted,
     Dataset,
+    How,
     Quarantined,
     Reading,
+    add_some,
     first_text,
     is_identical,
     layout_line,
@@ -41,7 +50,8 @@ from penchant.data.load import (
     stream_preferences,
     summary_of,
 )
-from penchant.data.mapped import StoredTokens, ranges
+from penchant.data.mapped import RowsPart, StoredRows, StoredTokens, parts_of, ranges
+from penchant.data.read import BOUNDS, Bounds, Shard, read_shard, shards_of
 from penchant.data.tokenize import TokenizedDataset
 from penchant.errors import DataError
 from penchant.types import PromptTree, TokenTree
@@ -50,11 +60,12 @@ REASONS = 1000  # different reasons told apart
 
 
 class Auditor:
-    """Takes rows one by one, in bounded memory (about 700 bytes a row), and says at the end what was found.
+    """Takes rows one by one, in bounded memory (less than 300 bytes a row, and disk), and says at the end what was found.
 
     Args:
         shape, kind: of the rows; columns: what the rows' own columns say, where it is counted already.
         languages: whether to guess them; counters: further accumulators, for pairs those of rewards.
+        most: reasons of bad rows, and languages, that are told apart; None: as many as an audit shows.
     """
 
     def __init__(
@@ -65,21 +76,23 @@ class Auditor:
         columns: Columns | None = None,
         languages: bool = True,
         counters: Sequence[AuditCounter] = (),
+        most: int | None = None,
     ) -> None:
-        self.shape, self.kind = shape, kind
+        self.shape, self.kind, self._most = shape, kind, most
         self.rows = self.examples = 0  # a row gives one example in most layouts
         self.places = Places()
         self.columns = columns or Columns()
         self.lengths = Lengths(kind)
         copies = Copies(kind, self.places, people=shape == "studio")
-        self._parts: list[AuditCounter] = [copies, Near(kind, self.places, copies)]
-        self._parts += [Labels()] if kind == "unpaired" else [Scores()] if kind == "scored" else []
-        self._parts += [self.lengths, *([PositionBias(self.columns)] if kind == "pairs" else [])]
-        self._parts += [Languages(self.columns)] if languages else []
-        self._parts += [] if kind in ("prompts", "text") else [Refusals(kind)]
-        self._parts += [Sensitive(), *counters]
+        self._own: list[Counting] = [copies, Near(kind, self.places, copies)]
+        self._own += [Labels()] if kind == "unpaired" else [Scores()] if kind == "scored" else []
+        self._own += [self.lengths, *([PositionBias(self.columns)] if kind == "pairs" else [])]
+        self._own += [Languages(self.columns)] if languages else []
+        self._own += [] if kind in ("prompts", "text") else [Refusals(kind)]
+        self._own += [Sensitive()]
+        self._parts: list[AuditCounter] = [*self._own, *counters]
         self._aside = 0
-        self._bad, self._left_out, self._identical, self._empty = Tally(), Tally(), Tally(), Tally()
+        self._bad, self._left_out, self._identical, self._empty = self._tallies = Tally(), Tally(), Tally(), Tally()
         self._reasons: Counter[str] = Counter()
 
     def update(self, tree: PromptTree) -> None:
@@ -92,12 +105,24 @@ class Auditor:
         for part in self._parts:
             part.update(row)
 
+    def merge(self, other: Auditor) -> None:
+        """Take what was counted of rows behind these, with nothing left out."""
+        self.rows += other.rows
+        self.examples += other.examples
+        self._aside += other._aside
+        self.places.merge(other.places)
+        self.columns.merge(other.columns)
+        add_some(self._reasons, other._reasons, REASONS)
+        for mine, theirs in zip(self._own, other._own, strict=True):
+            mine.merge(theirs)
+        for tally, more in zip(self._tallies, other._tallies, strict=True):
+            tally.merge(more)
+
     def keep_aside(self, row: Quarantined) -> None:
         """Count a row that was kept aside."""
         self._aside += 1
         (self._left_out if row.how.startswith(NOTHING_WRONG) else self._bad).add(row.where)
-        if row.what in self._reasons or len(self._reasons) < REASONS:
-            self._reasons[row.what] += 1
+        add_some(self._reasons, {row.what: 1}, self._most or REASONS)
         if row.what.startswith(IDENTICAL):
             self._identical.add(row.where)
         if is_empty(row):
@@ -141,6 +166,12 @@ class Leakage:
         self._places.append(tree.source)
         self._split.append(split)
 
+    def merge(self, other: Leakage) -> None:
+        """Take the rows of another one, which come behind these."""
+        self._index.merge(other._index)
+        self._places.merge(other._places)
+        self._split.extend(other._split)
+
     def shared(self, split: int) -> np.ndarray:
         """(n,) bool: rows of this split whose prompt, or nearly the same one, stands in another."""
         of, groups = np.array(self._split), self._index.groups()
@@ -176,6 +207,7 @@ def audit(
     *,
     languages: bool = True,
     counters: Sequence[AuditCounter] = (),
+    workers: int = 1,
 ) -> Audit:
     """Count what a person should know before training on this data.
 
@@ -183,24 +215,109 @@ def audit(
         dataset: as loaded; rows that were kept aside count too.
         tokenized: adds truncation and token lengths.
         splits: by name; adds prompts that stand in more than one. path: of the data; adds the layout that was found, and why.
-        languages: whether to guess them; counters: further accumulators (see `counters`).
+        languages: whether to guess them; counters: further accumulators (see `counters`). workers: processes that count stored rows.
     """
     columns = dataset.columns
     auditor = Auditor(dataset.shape, dataset.kind, columns=columns, languages=languages, counters=counters)
+    for made in _counted(
+        dataset.trees, partial(_StoredPart, shape=dataset.shape, kind=dataset.kind, languages=languages), workers
+    ):
+        if isinstance(made, PromptTree):
+            auditor.update(made)
+        else:
+            auditor.merge(made)
     auditor.rows = dataset.accepted
-    for tree in dataset.trees:
-        auditor.update(tree)
     for aside in dataset.quarantined:
         auditor.keep_aside(aside)
     one_file = sum(part.accepted for part in (splits or {}).values()) == dataset.accepted
     leakage = Leakage(list(splits or ()), WITHIN if one_file else LEAKING)
     for i, part in enumerate((splits or {}).values()):
-        for tree in part.trees:
-            leakage.update(i, tree)
+        for made in _counted(part.trees, partial(_StoredPart, split=i), workers):
+            if isinstance(made, PromptTree):
+                leakage.update(i, made)
+            else:
+                leakage.merge(made)
     findings, lengths = dict(leakage.findings()), {}
     if tokenized is not None:
         findings, lengths = findings | _truncation(tokenized), _token_lengths(tokenized)
     return auditor.result(findings, lengths, "" if path is None else layout_line(dataset, path))
+
+
+@dataclass(frozen=True, slots=True)
+class _StoredPart:
+    """What a worker is asked: to count some stored rows, or their prompts as those of a split."""
+
+    rows: RowsPart
+    shape: str = ""
+    kind: str = ""
+    languages: bool = False
+    split: int = -1
+
+    def counted(self) -> Auditor | Leakage:
+        made: Auditor | Leakage
+        if self.split < 0:
+            made = Auditor(self.shape, self.kind, languages=self.languages, most=sys.maxsize)
+            for tree in self.rows.open():
+                made.update(tree)
+            return made
+        made = Leakage([])
+        for tree in self.rows.open():
+            made.update(self.split, tree)
+        return made
+
+
+def _counted(trees: Sequence[PromptTree], part: Callable[[RowsPart], _StoredPart], workers: int) -> Iterator[Any]:
+    """The trees themselves, or what other processes counted of them, in order."""
+    if workers < 2 or not isinstance(trees, StoredRows):
+        return iter(trees)
+    return in_order(_StoredPart.counted, map(part, parts_of(trees)), workers)
+
+
+@dataclass(slots=True)
+class _Pass:
+    """One pass over rows of several splits, or of a shard of one; several in order merge to one over all of their rows."""
+
+    auditor: Auditor
+    leakage: Leakage | None
+    first: Quarantined | None = None  # of the rows that were kept aside
+    most: int | None = None
+
+    def take(self, split: int, rows: Iterable[Converted]) -> None:
+        for made in rows:
+            self.auditor.columns.update(made.source, self.most or LANGUAGES)
+            self.auditor.rows += made.rows if made.trees else 0
+            for tree in made.trees:
+                self.auditor.update(tree)
+                if self.leakage is not None:
+                    self.leakage.update(split, tree)
+            for aside in made.aside:
+                self.auditor.keep_aside(aside)
+                self.first = self.first or aside
+
+    def merge(self, other: _Pass) -> None:
+        self.auditor.merge(other.auditor)
+        self.first = self.first or other.first
+        if self.leakage is not None and other.leakage is not None:
+            self.leakage.merge(other.leakage)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What a worker is asked: to count a shard of a split."""
+
+    shard: Shard
+    bounds: Bounds
+    how: How
+    kind: str
+    split: int
+    names: tuple[str, ...]
+    languages: bool
+
+    def counted(self) -> _Pass:
+        auditor = Auditor(self.how.shape, self.kind, languages=self.languages, most=sys.maxsize)
+        made = _Pass(auditor, Leakage(self.names) if len(self.names) > 1 else None, most=sys.maxsize)
+        made.take(self.split, self.how.convert(read_shard(self.shard, self.bounds)))
+        return made
 
 
 def audit_files(
@@ -208,42 +325,51 @@ def audit_files(
     *,
     languages: bool = True,
     counters: Sequence[AuditCounter] = (),
+    workers: Workers = None,
     **how: Unpack[Reading],
 ) -> Audit:
-    """The same of files, read once: no row is kept, memory grows by less than a kilobyte a row.
+    """The same of files, read once: no row is kept, memory grows by less than 300 bytes a row.
 
     Args:
         splits: files by the name of their split; with several, prompts that stand in more than one are counted.
+        workers: processes that count shards of the files; None: one a core. The findings are those of one process, which it is
+            where the files are small, cannot be cut, or there are `counters`.
         how: they are read; `limit` is of each split.
 
     Raises:
         DataError: a file that cannot be read, no usable row, splits of different kinds.
     """
-    auditor: Auditor | None = None
-    leakage = Leakage(list(splits))
-    layouts: list[str] = []
-    first: Quarantined | None = None
-    for i, (name, path) in enumerate(splits.items()):
-        stream = stream_preferences(path, **how)
-        layouts.append(layout_line(stream, path))
-        if auditor is None:
-            auditor = Auditor(stream.shape, stream.kind, languages=languages, counters=counters)
-        elif stream.kind != auditor.kind:
-            what = f"holds {stream.kind}, the files before it hold {auditor.kind}"
+    bounds = Bounds(**how["bounds"]) if "bounds" in how else BOUNDS.get() or Bounds()
+    streams = {name: stream_preferences(path, **how) for name, path in splits.items()}
+    if not streams:
+        raise DataError("audit", "no rows", "give files with rows")
+    kinds = [stream.kind for stream in streams.values()]
+    for name, kind in zip(splits, kinds, strict=True):
+        if kind != kinds[0]:
+            what = f"holds {kind}, the files before it hold {kinds[0]}"
             raise DataError(name, what, "audit them one by one, or set the shape")
-        for made in stream:
-            auditor.columns.update(made.source)
-            auditor.rows += made.rows if made.trees else 0
-            for tree in made.trees:
-                auditor.update(tree)
-                if len(splits) > 1:
-                    leakage.update(i, tree)
-            for aside in made.aside:
-                auditor.keep_aside(aside)
-                first = first or aside
-    if auditor is None or not auditor.examples:
-        at, what, fix = (first.where, first.what, first.how) if first else (", ".join(splits) or "audit", "no rows", "")
+    shape = next(iter(streams.values())).shape
+    auditor = Auditor(shape, kinds[0], languages=languages, counters=counters)
+    whole = _Pass(auditor, Leakage(list(splits)) if len(splits) > 1 else None)
+    shards = [shards_of(splits[n], bounds) if s.apart and not counters else [] for n, s in streams.items()]
+    many = number_of(workers, sum(map(len, shards)) if all(shards) else 1)
+    if many > 1:
+        parts = (
+            _Part(shard, bounds, stream.how, kinds[0], i, tuple(splits), languages)
+            for i, stream in enumerate(streams.values())
+            for shard in shards[i]
+        )
+        for made in in_order(_Part.counted, parts, RAY if workers == RAY else many):
+            whole.merge(made)
+    else:
+        for i, stream in enumerate(streams.values()):
+            whole.take(i, stream)
+    if not auditor.examples:
+        first = whole.first
+        at, what, fix = (first.where, first.what, first.how) if first else (", ".join(splits), "no rows", "")
         raise DataError(at, f"{what}; no row could be used", fix or "give files with rows")
+    leakage = whole.leakage or Leakage(list(splits))
+    layouts = [layout_line(stream, splits[name]) for name, stream in streams.items()]
     return auditor.result(dict(leakage.findings()), {}, "\n".join(layouts))
 
 

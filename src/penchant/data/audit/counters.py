@@ -42,6 +42,38 @@ class AuditCounter(Protocol):
         """What was found, by name."""
 
 
+class Counting:
+    """A counter whose counts of several shards of rows merge to those of one pass over all of them."""
+
+    def update(self, row: View) -> None:
+        """Take one accepted row."""
+        raise NotImplementedError
+
+    def findings(self) -> Named:
+        """What was found, by name."""
+        raise NotImplementedError
+
+    def merge(self, other: Any) -> None:
+        """Take what another counter of the same kind counted of the rows behind these."""
+        for name, theirs in vars(other).items():
+            setattr(self, name, together(getattr(self, name), theirs))
+
+
+def together(mine: Any, theirs: Any) -> Any:
+    """Counts of both: numbers and counters are added, what holds rows is put behind each other; texts are those of both."""
+    if isinstance(mine, (int, Counter)) and not isinstance(mine, bool):
+        return mine + theirs
+    if isinstance(mine, dict):
+        return {**mine, **{k: together(mine[k], v) if k in mine else v for k, v in theirs.items()}}
+    if isinstance(mine, list):
+        return [together(a, b) for a, b in zip(mine, theirs, strict=True)]
+    if isinstance(mine, array):
+        mine.extend(theirs)
+    elif isinstance(mine, (Tally, NearIndex)):
+        mine.merge(theirs)
+    return mine
+
+
 def key(*texts: str) -> int:
     """64 bits of a hash of several texts."""
     return text_hash("\0".join(texts))
@@ -67,7 +99,7 @@ def linked_rows(
 BY_PEOPLE = "penchant compare --judge humans:preferences.jsonl"
 
 
-class Copies:
+class Copies(Counting):
     """Exact copies of an earlier row; the same pair the other way round; one answer called good and bad.
 
     Args:
@@ -91,6 +123,11 @@ class Copies:
                 self._there.append(key(row.prompt, answer.whole))
                 self._label.append(-1 if answer.label is None else int(answer.label))
                 self._owner.append(len(self._row) - 1)
+
+    def merge(self, other: Copies) -> None:
+        behind = len(self._row)
+        other._owner = array("q", (np.array(other._owner) + behind).tobytes())
+        super().merge(other)
 
     def duplicates(self) -> np.ndarray:
         """(n,) int64: the first row that is the same."""
@@ -144,7 +181,7 @@ def earlier(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return np.where(first < np.arange(len(keys)), first, -1)
 
 
-class Near:
+class Near(Counting):
     """Near-duplicates of rows, pairs that nearly contradict, answers that are nearly equal, cycles of preferences.
 
     Prompts and answers are put in groups of near-duplicates; everything is counted in groups. Exact copies count elsewhere.
@@ -159,6 +196,11 @@ class Near:
         self._prompts.add([row.prompt])
         self._answers.add(row.texts)
         self._ends.append(len(self._answers))
+
+    def merge(self, other: Near) -> None:
+        behind = len(self._answers)
+        other._ends = array("q", (np.array(other._ends) + behind).tobytes())
+        super().merge(other)
 
     def groups(self) -> tuple[np.ndarray, np.ndarray]:
         """((n,) group of each row's prompt, (n, k) groups of its answers), k the most answers of a row, -1 behind fewer."""
@@ -252,7 +294,7 @@ def cycles(winners: np.ndarray, losers: np.ndarray) -> np.ndarray:
 # ---- Answers ----
 
 
-class Lengths:
+class Lengths(Counting):
     """How long prompts and answers are, and whether the longer answer is the chosen one."""
 
     def __init__(self, kind: str) -> None:
@@ -291,7 +333,7 @@ class Lengths:
         return {name: quantiles(h) for name, h in self.histograms.items()}
 
 
-class Labels:
+class Labels(Counting):
     """The share of good answers."""
 
     def __init__(self) -> None:
@@ -305,7 +347,7 @@ class Labels:
         yield "good_answers", Finding("answers labelled good", self.good, self.answers, ())
 
 
-class Scores:
+class Scores(Counting):
     """What to choose data.score_threshold from."""
 
     def __init__(self) -> None:
@@ -336,7 +378,7 @@ def refuses(text: str) -> bool:
     return any(phrase in head for phrase in refusal_phrases())
 
 
-class Refusals:
+class Refusals(Counting):
     """Answers that begin like a refusal, of chosen and rejected ones apart."""
 
     def __init__(self, kind: str) -> None:
@@ -364,7 +406,7 @@ ADVICE = {
 }
 
 
-class Sensitive:
+class Sensitive(Counting):
     """Rows with values that look like personal data or secrets; the values themselves are never kept."""
 
     def __init__(self) -> None:
@@ -384,7 +426,7 @@ class Sensitive:
                 yield f"{group}_{name}", self.tallies[name].finding(title, self.rows, advice=ADVICE[group])
 
 
-class PositionBias:
+class PositionBias(Counting):
     """How often the answer that was shown first won, as the rows' own columns say."""
 
     def __init__(self, columns: Columns) -> None:

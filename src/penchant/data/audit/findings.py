@@ -138,6 +138,11 @@ class Tally:
         if len(self.where) < KEPT:
             self.where.append(where)
 
+    def merge(self, other: Tally) -> None:
+        """Take what another one counted of rows behind these."""
+        self.count += other.count
+        self.where += other.where[: KEPT - len(self.where)]
+
     def finding(self, title: str, of: int, note: str = "", advice: str = "") -> Finding:
         """As a finding."""
         return Finding(title, self.count, of, tuple(self.where), note, advice=advice)
@@ -165,6 +170,13 @@ class Places:
             self._names.append(prefix)
         self._prefix.append(at)
         self._line.append(int(digits))
+
+    def merge(self, other: Places) -> None:
+        """Take the places of rows behind these."""
+        known = [self._prefixes.setdefault(name, len(self._prefixes)) for name in other._names]
+        self._names = list(self._prefixes)
+        self._prefix.frombytes(np.array(known, np.int32)[np.array(other._prefix)].tobytes() if known else b"")
+        self._line.extend(other._line)
 
     def __getitem__(self, at: int) -> str:
         name, line = self._names[self._prefix[at]], self._line[at]

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from functools import cache
 
 from penchant.base.text import counted
-from penchant.data.audit.counters import Named, View
+from penchant.data.audit.counters import Counting, Named, View
 from penchant.data.audit.findings import Finding, sampled
+from penchant.data.audit.near import text_hash
 from penchant.data.load import Columns
 
 SAMPLE = 2000  # rows
@@ -35,15 +36,7 @@ def guess(text: str) -> str:
     return classify(text) if sum(map(str.isalpha, text)) >= LETTERS else "?"
 
 
-def draw(index: int) -> int:
-    """A number that decides whether a row is in the sample; the same rows each time (splitmix64)."""
-    x = (index * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) & (1 << 64) - 1
-    x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & (1 << 64) - 1
-    x = ((x ^ x >> 27) * 0x94D049BB133111EB) & (1 << 64) - 1
-    return x ^ x >> 31
-
-
-class Languages:
+class Languages(Counting):
     """What the rows' own columns say, else the languages of `SAMPLE` rows (their answer, or their prompt where they have none)."""
 
     def __init__(self, columns: Columns) -> None:
@@ -51,11 +44,16 @@ class Languages:
         self.columns = columns
 
     def update(self, row: View) -> None:
-        drawn = -draw(row.index)
-        if len(self._heap) < SAMPLE:
-            heapq.heappush(self._heap, (drawn, (*row.texts, row.prompt)[0][:1000]))
-        elif drawn > self._heap[0][0]:
-            heapq.heapreplace(self._heap, (drawn, (*row.texts, row.prompt)[0][:1000]))
+        drawn = -text_hash(row.where)  # the same rows each time, whatever else is read and in which order
+        if len(self._heap) < SAMPLE or drawn > self._heap[0][0]:
+            self._take((drawn, (*row.texts, row.prompt)[0][:1000]))
+
+    def _take(self, drawn: tuple[int, str]) -> None:
+        (heapq.heappush if len(self._heap) < SAMPLE else heapq.heappushpop)(self._heap, drawn)
+
+    def merge(self, other: Languages) -> None:
+        for drawn in other._heap:
+            self._take(drawn)
 
     def findings(self) -> Named:
         said = self.columns.languages

@@ -1,10 +1,13 @@
-"""Near-duplicate texts in one pass: exact and near copies get one group, in memory that grows by about 220 bytes a text."""
+"""Near-duplicate texts in one pass: exact and near copies get one group. A text costs 220 bytes, of which many texts keep 8 in memory."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
+import os
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from typing import IO, Any, Protocol
 
 import numpy as np
 
@@ -13,6 +16,9 @@ BANDS, WIDTH = 21, 6  # two texts of similarity 0.8 share a band of 6 slots with
 SHINGLE = 5  # characters
 BATCH_TEXTS, BATCH_CHARACTERS = 4096, 1 << 20  # what is shingled at a time
 ROUNDS = 32  # leaders tried within one bucket of a band
+IN_MEMORY = 256 << 20  # bytes of bands and sketches of an index; more of them wait on disk
+CHECKED = 1 << 16  # candidates that are compared at a time
+GAP = 16  # rows of a file between two that are wanted, up to which both are read at once
 NEAR = 0.8  # the similarity from which two texts count as near-duplicates
 
 _ODD = np.array(
@@ -42,8 +48,8 @@ class NearIndex:
             raise ValueError(f"threshold {threshold} is not in (0, 1]")
         self.threshold = threshold
         self._exact: list[np.ndarray] = []  # (b,) uint64: hash of the normalized text
-        self._bands: list[np.ndarray] = []  # (b, BANDS) uint32: chance meetings are sorted out by the check
-        self._bytes: list[np.ndarray] = []  # (b, SLOTS) uint8: enough of each slot to check a candidate by
+        self._bands = [Kept(np.uint32) for _ in range(BANDS)]  # chance meetings are sorted out by the check
+        self._bytes = Kept(np.uint8, SLOTS)  # enough of each slot to check a candidate by
         self._waiting: list[str] = []
         self._characters = 0
         self._count = 0
@@ -72,24 +78,129 @@ class NearIndex:
         once = np.flatnonzero(exact == np.arange(len(exact)))
         if len(once) < 2:
             return exact
-        sketch = _rows(self._bytes, once)
+        sketch = _Some(self._bytes, once)
         parent = np.arange(len(once))
         needed = _slots_needed(self.threshold)
-        for band in range(BANDS):
-            keys = np.concatenate([part[:, band] for part in self._bands])[once]
-            for a, b in _candidates(keys, sketch, needed):
+        for band in self._bands:
+            for a, b in _candidates(band.all()[once], sketch, needed):
                 parent = _unite(parent, a, b)
         found: np.ndarray = once[parent[np.searchsorted(once, exact)]]
         return found
+
+    def merge(self, other: NearIndex) -> None:
+        """Take the texts of another index, which come behind these."""
+        self._flush()
+        other._flush()
+        self._exact += other._exact
+        for mine, theirs in zip(self._parts(), other._parts(), strict=True):
+            theirs.move_to(mine)
+        self._count += other._count
+        self._spill()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._flush()  # in the process that has the texts
+        return vars(self)
+
+    def _parts(self) -> list[Kept]:
+        return [*self._bands, self._bytes]
 
     def _flush(self) -> None:
         if not self._waiting:
             return
         self._exact.append(np.fromiter(map(text_hash, self._waiting), np.uint64, len(self._waiting)))
         slots = signatures(self._waiting)
-        self._bands.append((_band_hashes(slots) >> np.uint64(32)).astype(np.uint32))
+        for band, hashes in zip(self._bands, (_band_hashes(slots) >> np.uint64(32)).astype(np.uint32).T, strict=True):
+            band.append(hashes.copy())
         self._bytes.append(((slots * np.uint32(0x9E3779B1)) >> np.uint32(24)).astype(np.uint8))
         self._waiting, self._characters = [], 0
+        self._spill()
+
+    def _spill(self) -> None:
+        if sum(kept.held for kept in self._parts()) > IN_MEMORY:
+            for kept in self._parts():
+                kept.to_disk()
+
+
+class Kept:
+    """Rows of numbers that come bit by bit: in memory, or in a temporary file from `to_disk` on.
+
+    Args:
+        dtype: of the numbers; width: numbers a row; 0: a row is a number.
+    """
+
+    def __init__(self, dtype: type[np.generic], width: int = 0) -> None:
+        self.dtype, self.width = np.dtype(dtype), width
+        self.held = 0  # bytes in memory
+        self._parts: list[np.ndarray] = []
+        self._file: IO[bytes] | None = None
+
+    def append(self, rows: np.ndarray) -> None:
+        """Take more rows."""
+        if self._file is not None:
+            self._file.write(rows.tobytes())
+        else:
+            self._parts.append(rows)
+            self.held += rows.nbytes
+
+    def to_disk(self) -> None:
+        """Write what is in memory to the file."""
+        if self._file is None:
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as this does
+        parts, self._parts, self.held = self._parts, [], 0
+        for part in parts:
+            self.append(part)
+
+    def move_to(self, other: Kept) -> None:
+        """Append all rows to `other`."""
+        for part in self._parts if self._file is None else [self.all()]:
+            other.append(part)
+
+    def all(self) -> np.ndarray:
+        """Every row: (n,) or (n, width)."""
+        if self._file is None:
+            if len(self._parts) != 1:
+                empty = np.empty((0, self.width) if self.width else 0, self.dtype)
+                self._parts = [np.concatenate([empty, *self._parts])]
+            return self._parts[0]
+        self._file.seek(0)
+        found = np.fromfile(self._file, self.dtype)
+        self._file.seek(0, os.SEEK_END)
+        return self._shaped(found)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_parts": [self.all()], "held": self.all().nbytes, "_file": None}
+
+    def __getitem__(self, at: np.ndarray) -> np.ndarray:
+        """The rows at these places, in any order; of a file only those parts are read that hold some."""
+        if self._file is None:
+            return self.all()[at]
+        self._file.flush()
+        wanted, member = np.unique(at, return_inverse=True)
+        found = self._shaped(np.empty(len(wanted) * max(1, self.width), self.dtype))
+        size = self.dtype.itemsize * max(1, self.width)
+        edges = np.r_[0, np.flatnonzero(np.diff(wanted) > GAP) + 1, len(wanted)].tolist()
+        for start, end in itertools.pairwise(edges):
+            first, last = int(wanted[start]), int(wanted[end - 1])
+            block = os.pread(self._file.fileno(), (last - first + 1) * size, first * size)
+            found[start:end] = self._shaped(np.frombuffer(block, self.dtype))[wanted[start:end] - first]
+        return found[member]
+
+    def _shaped(self, numbers: np.ndarray) -> np.ndarray:
+        return numbers.reshape(-1, self.width) if self.width else numbers
+
+
+class _Rows(Protocol):
+    def __getitem__(self, at: np.ndarray) -> np.ndarray: ...
+
+
+class _Some:
+    """Some rows of others, by their place among these."""
+
+    def __init__(self, rows: Kept, which: np.ndarray) -> None:
+        self.rows, self.which = rows, which
+
+    def __getitem__(self, at: np.ndarray) -> np.ndarray:
+        return self.rows[self.which[at]]
 
 
 def text_hash(text: str) -> int:
@@ -103,7 +214,7 @@ def signatures(texts: Sequence[str]) -> np.ndarray:
 
     hashes, offsets = shingle_hashes(texts)
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(hashes, offsets, SLOTS, 0)
-    flat = np.fromiter(chain.from_iterable(matrix.to_rows()), np.uint32, len(texts) * SLOTS)
+    flat = np.fromiter(itertools.chain.from_iterable(matrix.to_rows()), np.uint32, len(texts) * SLOTS)
     return flat.reshape(len(texts), SLOTS)
 
 
@@ -138,17 +249,6 @@ def _band_hashes(slots: np.ndarray) -> np.ndarray:
     return out
 
 
-def _rows(parts: list[np.ndarray], wanted: np.ndarray) -> np.ndarray:
-    """Rows of arrays that stand one after the other, without joining them all first."""
-    out = np.empty((len(wanted), parts[0].shape[1]), parts[0].dtype)
-    start = at = 0
-    for part in parts:
-        end = int(np.searchsorted(wanted, start + len(part)))
-        out[at:end] = part[wanted[at:end] - start]
-        start, at = start + len(part), end
-    return out
-
-
 def first_of_equal(keys: np.ndarray) -> np.ndarray:
     """(n,) int64: for each key the first index at which it stands."""
     _, first, member = np.unique(keys, return_index=True, return_inverse=True)
@@ -170,25 +270,26 @@ def _slots_needed(threshold: float) -> float:
     return SLOTS * (threshold + (1 - threshold) / 256)
 
 
-def _candidates(keys: np.ndarray, sketch: np.ndarray, needed: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _candidates(keys: np.ndarray, sketch: _Rows, needed: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Checked pairs among texts with the same band hash: each against its bucket's first, then the rest among themselves.
 
     A bucket of many different texts (boilerplate) is not compared pair by pair: after `ROUNDS` leaders the rest is left to
     the other bands.
     """
-    order = np.argsort(keys, kind="stable")
-    bucket = np.cumsum(np.r_[False, keys[order][1:] != keys[order][:-1]])
+    packed = (keys.astype(np.uint64) << np.uint64(32)) | np.arange(len(keys), dtype=np.uint64)
+    packed.sort()  # several times as fast as an argsort of the keys
+    order, bucket = (packed & np.uint64(0xFFFFFFFF)).astype(np.int64), packed >> np.uint64(32)
     for _ in range(ROUNDS):
-        shared = np.bincount(bucket)[bucket] > 1
-        order, bucket = order[shared], bucket[shared]
+        same = np.r_[False, bucket[1:] == bucket[:-1], False]
+        shared = same[1:] | same[:-1]
+        order, bucket = order[shared[: len(order)]], bucket[shared[: len(order)]]
         if not len(order):
             return
         starts = np.r_[True, bucket[1:] != bucket[:-1]]
-        bucket = np.cumsum(starts) - 1
-        leader = order[starts][bucket]
+        leader = order[starts][np.cumsum(starts) - 1]
         near = np.zeros(len(order), bool)
-        for i in range(0, len(order), 1 << 16):
-            part = slice(i, i + (1 << 16))
+        for i in range(0, len(order), CHECKED):
+            part = slice(i, i + CHECKED)
             near[part] = (sketch[order[part]] == sketch[leader[part]]).sum(axis=1) >= needed
         near &= ~starts
         yield leader[near], order[near]

@@ -6,13 +6,13 @@ import ast
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from penchant.base.text import printable
-from penchant.data.read.source import Missing
+from penchant.data.read.source import Missing, without_nulls
 from penchant.types import Completion, Message, Prompt, PromptTree
 
 CALLERS = frozenset({"function_call", "tool_call"})  # LLaMA-Factory's and ms-swift's turns whose content is a call
@@ -104,8 +104,9 @@ def not_judged(row: Mapping[str, Any], where: str = "") -> None:
     """
     for name in JUDGED:
         value = row.get(name)
-        known = finite(value) is not None or isinstance(value, bool) or shown(value).strip().lower() in LABELS
-        if value is not None and known:
+        if value is None:
+            continue
+        if finite(value) is not None or isinstance(value, bool) or shown(value).strip().lower() in LABELS:
             what = f'"{name}"{where} judges the answer ({shown(value)}), which would be learned whatever it says'
             how = f"use it as a label (--column label={name}; data.columns in a config) or a score (score={name})"
             raise RowError(what, f"{how}, or set it aside with --column ignored={name}")
@@ -257,15 +258,6 @@ def read_json(value: Any, what: str, how: str) -> Any:
     return read
 
 
-def _without_nulls(value: Any) -> Any:
-    """Objects without the keys that hold null: tables with columns for all rows, such as Parquet files, fill in what a row has not."""
-    if isinstance(value, Mapping):
-        return {str(k): _without_nulls(v) for k, v in value.items() if v is not None}
-    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
-        return [_without_nulls(v) for v in value]
-    return value
-
-
 _CALL = 'write {"type": "function", "function": {"name": "...", "arguments": {...}}}'
 
 
@@ -289,7 +281,6 @@ def _call(call: Any, what: str) -> dict[str, Any]:
     arguments = read_json(written or {}, f"{what}: the arguments of {name}", 'write an object, {"city": "Paris"}')
     if not isinstance(arguments, Mapping):
         raise RowError(f"{what}: the arguments of {name} are no object", 'write an object, {"city": "Paris"}')
-    arguments = arguments if isinstance(written, str) else _without_nulls(arguments)
     known = {"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {}
     return {**known, "type": "function", "function": {"name": name, "arguments": arguments}}
 
@@ -320,7 +311,7 @@ def tools(row: Mapping[str, Any]) -> str:
                 raise RowError(f"{what} is not a description of a function", _TOOL)
             bare = inner is tool
             whole = {"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}} if bare else tool
-            made.append(whole if isinstance(given, str) else _without_nulls(whole))
+            made.append(whole if isinstance(given, str) else without_nulls(whole))
         if made:
             return as_json(made)
     return ""
@@ -374,16 +365,21 @@ def completion(answer: Answer, label: bool | None = None, score: float | None = 
 
 
 def _joined_parts(parts: Sequence[Any], what: str) -> str:
-    """The text of a content that is a list of parts, as multimodal chats have it."""
+    """The text of a content that is a list of parts: one after the other, as chat templates write them."""
     texts = []
     for part in parts:
         text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else None
         if not isinstance(text, str):
             kind = part.get("type") if isinstance(part, Mapping) else None
             held = f"a part of type {shown(kind)}" if isinstance(kind, str) and kind != "text" else "something other"
-            raise RowError(f"{what} holds {held}, not text", "penchant trains on text alone; drop the row")
+            raise RowError(f"{what} holds {held}, not text", PICTURES if str(kind).startswith("image") else OTHER_MEDIA)
         texts.append(text)
-    return "\n".join(texts)
+    return joined(texts)
+
+
+def joined(texts: Iterable[str]) -> str:
+    """The text of several parts of a content, with nothing between them; in files and requests alike."""
+    return "".join(texts)
 
 
 def answered(messages: tuple[Message, ...], name: str) -> PromptTree:
@@ -473,7 +469,13 @@ def text_alone(row: Mapping[str, Any]) -> None:
     """
     for name in ("images", "videos", "audios", "image", "video", "audio"):
         if holds_something(row.get(name)):
-            raise RowError(f'"{name}" is not empty', "penchant trains on text alone; drop the row")
+            raise RowError(f'"{name}" is not empty', PICTURES if name.startswith("image") else OTHER_MEDIA)
+
+
+PICTURES = (
+    "to train a vision-language model on pictures, set model.vision=frozen (docs/vision.md); otherwise drop the row"
+)
+OTHER_MEDIA = "penchant reads text, and pictures beside it; drop the row"
 
 
 def missing(value: Any) -> bool:

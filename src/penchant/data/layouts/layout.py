@@ -209,8 +209,11 @@ class Layout:
                     '"tools" or "chat_template_kwargs" are there, and plain text has no chat template', "take them out"
                 )
             return trees
+        prompts = [fields.behind_system(row, t.prompt) for t in trees]
+        if not tools and not told and all(p is t.prompt for p, t in zip(prompts, trees, strict=True)):
+            return trees
         return tuple(
-            replace(t, prompt=fields.behind_system(row, t.prompt), tools=tools, template_options=told) for t in trees
+            replace(t, prompt=p, tools=tools, template_options=told) for p, t in zip(prompts, trees, strict=True)
         )
 
     def unused(self, rows: Iterable[Fields], options: Fields) -> list[str]:

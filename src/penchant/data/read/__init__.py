@@ -9,17 +9,31 @@ from __future__ import annotations
 import gzip
 import zlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import BinaryIO
 
 from penchant.base.hub import check_hub
 from penchant.data.read.files import ENDINGS, ending, find_files, named_files
-from penchant.data.read.json_text import read_json
-from penchant.data.read.source import BOUNDS, BadRow, Bounds, Row, Rows, Source, documents
+from penchant.data.read.json_text import is_lines, json_lines, read_json
+from penchant.data.read.source import (
+    BOUNDS,
+    CHUNK,
+    BadRow,
+    Bounds,
+    Row,
+    Rows,
+    Shard,
+    Source,
+    calls_without_nulls,
+    documents,
+    line_end,
+)  # fmt: skip
 from penchant.data.read.tables import read_csv, read_parquet
 from penchant.errors import DataError
 
 __all__ = [
-    "BOUNDS", "ENDINGS", "BadRow", "Bounds", "Row", "Rows", "ending", "find_files", "named_files", "read_rows", "read_stream",
+    "BOUNDS", "ENDINGS", "SHARD", "BadRow", "Bounds", "Row", "Rows", "Shard", "calls_without_nulls", "ending", "find_files",
+    "named_files", "read_rows", "read_shard", "read_stream", "shards_of",
 ]  # fmt: skip
 
 
@@ -33,18 +47,20 @@ def read_rows(path: str | Sequence[str], bounds: Bounds | None = None) -> Rows:
         if file is None:
             yield from _read_hub(name)
             continue
-        seen = False
-        try:
-            with file.open("rb") as stream:
-                for row in read_stream(stream, name, bounds):
-                    seen = True
-                    yield row
-        except OSError as error:
-            raise DataError(
-                str(file), f"cannot be read ({error.strerror or error})", "check its permissions"
-            ) from error
-        if not seen:
-            raise DataError(str(file), "the file has no rows", "give a file with at least one row")
+        yield from _read_file(name, file, bounds)
+
+
+def _read_file(name: str, file: Path, bounds: Bounds | None) -> Rows:
+    seen = False
+    try:
+        with file.open("rb") as stream:
+            for row in read_stream(stream, name, bounds):
+                seen = True
+                yield row
+    except OSError as error:
+        raise DataError(str(file), f"cannot be read ({error.strerror or error})", "check its permissions") from error
+    if not seen:
+        raise DataError(str(file), "the file has no rows", "give a file with at least one row")
 
 
 def read_stream(stream: BinaryIO, name: str, bounds: Bounds | None = None) -> Rows:
@@ -64,6 +80,89 @@ def read_stream(stream: BinaryIO, name: str, bounds: Bounds | None = None) -> Ro
         yield from _READERS[ending(name)](Source(stream, name, bounds))
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(name, f"the gzip file is cut short or damaged ({error})", "fetch or copy it again") from error
+
+
+SHARD = 16 << 20  # bytes of a file that are read by themselves
+UNCUT = 16 * SHARD  # a larger file that cannot be cut is read in one process: what is counted of it has to travel
+
+
+def shards_of(path: str | Sequence[str], bounds: Bounds | None = None) -> list[Shard]:
+    """The parts of files whose rows, one part after the other, are those of `read_rows`: lines of JSONL, row groups of Parquet, and
+    other files whole. None at all where that cannot be: a hub id, or a large file that cannot be cut.
+
+    Raises:
+        DataError: as `named_files`.
+    """
+    made: list[Shard] = []
+    for name, file in named_files(path):
+        parts = [] if file is None else _parts(name, file, bounds or BOUNDS.get() or Bounds())
+        if not parts:
+            return []
+        made += parts
+    return made
+
+
+def _parts(name: str, file: Path, bounds: Bounds) -> list[Shard]:
+    size = file.stat().st_size
+    if size > SHARD and ending(name) == ".parquet":
+        return _row_groups(name, file)
+    if size > SHARD and _READERS.get(ending(name)) is read_json:
+        with file.open("rb") as stream:
+            head = stream.read(CHUNK)
+            stream.seek(0)
+            if not head.startswith(b"\x1f\x8b") and line_end(head) == b"\n" and is_lines(Source(stream, name, bounds)):
+                stream.seek(0)
+                return _lines(name, file, stream)
+    return [Shard(name, str(file))] if size <= UNCUT else []
+
+
+def _lines(name: str, file: Path, stream: BinaryIO) -> list[Shard]:
+    made: list[Shard] = []
+    start = at = before = lines = 0
+    while block := stream.read(CHUNK):
+        if at + len(block) - start >= SHARD and (last := block.rfind(b"\n")) >= 0:
+            here = lines + block.count(b"\n")
+            made.append(Shard(name, str(file), start, at + last + 1, before))
+            start, before = at + last + 1, here
+        lines += block.count(b"\n")
+        at += len(block)
+    return [*made, Shard(name, str(file), start, at, before)] if at > start else made
+
+
+def _row_groups(name: str, file: Path) -> list[Shard]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        meta = pq.read_metadata(file)
+    except (pa.ArrowException, OSError):
+        return []  # the reader says what is wrong
+    made: list[Shard] = []
+    start = before = rows = held = 0
+    for i in range(meta.num_row_groups):
+        group = meta.row_group(i)
+        rows, held = rows + group.num_rows, held + group.total_byte_size
+        if held >= SHARD or i + 1 == meta.num_row_groups:
+            made.append(Shard(name, str(file), start, i + 1, before))
+            start, before, held = i + 1, rows, 0
+    return made
+
+
+def read_shard(shard: Shard, bounds: Bounds | None = None) -> Rows:
+    """The rows of a part of a file, in order.
+
+    Raises:
+        DataError: as `read_rows`.
+    """
+    if shard.end < 0:
+        yield from _read_file(shard.name, Path(shard.file), bounds)
+        return
+    bounds = bounds or BOUNDS.get() or Bounds()
+    with Path(shard.file).open("rb") as stream:
+        if ending(shard.name) == ".parquet":
+            yield from read_parquet(stream, shard.name, bounds, shard)
+        else:
+            yield from json_lines(Source(stream, shard.name, bounds, shard))
 
 
 def _read_hub(path: str) -> Rows:

@@ -69,16 +69,40 @@ class BadRow:
 Rows = Iterator[Row | BadRow]
 
 
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A part of a file that can be read by itself.
+
+    Args:
+        name: of the file, for messages; file: its path.
+        start, end: bytes of whole lines of JSONL, or row groups of Parquet; an end of -1: all of the file.
+        before: lines or rows that stand before it.
+    """
+
+    name: str
+    file: str
+    start: int = 0
+    end: int = -1
+    before: int = 0
+
+
 class Source:
     """What stands in a file, unpacked, block by block.
+
+    Args:
+        shard: lines of it alone; nothing is looked at then.
 
     Raises:
         DataError: it is no text that is read here, or unpacks to more than the bound.
     """
 
-    def __init__(self, stream: BinaryIO, name: str, bounds: Bounds) -> None:
+    def __init__(self, stream: BinaryIO, name: str, bounds: Bounds, shard: Shard | None = None) -> None:
         self.name, self.bounds, self._stream, self._unpacked = name, bounds, stream, 0
         self._gzip: gzip.GzipFile | None = None
+        self._shard, self._left = shard, 0
+        if shard is not None:
+            self.rewind()
+            return
         self.head = stream.read(HEAD)
         if self.head.startswith(b"\x1f\x8b"):
             stream.seek(0)
@@ -94,13 +118,17 @@ class Source:
 
     def rewind(self) -> None:
         """Start again."""
-        (self._stream if self._gzip is None else self._gzip).seek(0)
+        (self._stream if self._gzip is None else self._gzip).seek(self._shard.start if self._shard else 0)
+        self._left = self._shard.end - self._shard.start if self._shard else 0
         self._unpacked = 0
 
     def read(self) -> bytes:
         """The next block; empty at the end."""
         if self._gzip is None:
-            return self._stream.read1(CHUNK)  # type: ignore[attr-defined]  # no more than one request of what is elsewhere
+            most = min(CHUNK, self._left) if self._shard else CHUNK
+            block: bytes = self._stream.read1(most)  # type: ignore[attr-defined]  # no more than one request of what is elsewhere
+            self._left -= len(block)
+            return block
         block = self._gzip.read(CHUNK)
         self._unpacked += len(block)
         packed = max(1, self._stream.tell())
@@ -111,9 +139,10 @@ class Source:
 
     def lines(self, blank: bool = False) -> Iterator[tuple[int, bytes]]:
         """(number, line) of every line, after LF or, in a file without LF, CR; `blank`: of those without anything too."""
-        number, rest, held, end, limit = 0, [b""], 0, b"", self.bounds.bytes
+        number, end = (self._shard.before, b"\n") if self._shard else (0, b"")
+        rest, held, limit = [b""], 0, self.bounds.bytes
         while block := self.read():
-            end = end or (b"\r" if b"\r" in block and b"\n" not in block else b"\n")
+            end = end or line_end(block)
             found = block.split(end)
             rest.append(found[0])
             held += len(found[0])
@@ -143,6 +172,30 @@ class Source:
         """What to say of a row over the bound."""
         how = self.bounds.how("row_mb", "check that the file is not damaged")
         return DataError(where, f"{what} is longer than {self.bounds.row_mb:g} MB", how)
+
+
+def without_nulls(value: Any) -> Any:
+    """Objects without the keys that hold null: tables, such as Parquet files, fill in for every row what any row has."""
+    if isinstance(value, Mapping):
+        return {str(k): without_nulls(v) for k, v in value.items() if v is not None}
+    if isinstance(value, (list, tuple)):
+        return [without_nulls(v) for v in value]
+    return value
+
+
+ARGUMENTS = ("arguments", "parameters")  # of a tool call
+
+
+def calls_without_nulls(value: Any) -> Any:
+    """A table's cell whose tool calls have those arguments alone that hold something; everything else is as it is."""
+    if isinstance(value, Mapping):
+        return {k: without_nulls(v) if k in ARGUMENTS else calls_without_nulls(v) for k, v in value.items()}
+    return list(map(calls_without_nulls, value)) if isinstance(value, (list, tuple)) else value
+
+
+def line_end(block: bytes) -> bytes:
+    """What ends the lines of a file, by its first block."""
+    return b"\r" if b"\r" in block and b"\n" not in block else b"\n"
 
 
 def _wide(head: bytes) -> str:

@@ -11,7 +11,20 @@ from typing import Any, BinaryIO
 
 from penchant.base.text import printable, repeated
 from penchant.data.read.files import ending
-from penchant.data.read.source import HEAD, SHOWN, SMALL, BadRow, Bounds, Missing, Row, Rows, Source, not_utf8
+from penchant.data.read.source import (
+    HEAD,
+    SHOWN,
+    SMALL,
+    BadRow,
+    Bounds,
+    Missing,
+    Row,
+    Rows,
+    Shard,
+    Source,
+    calls_without_nulls,
+    not_utf8,
+)
 from penchant.errors import DataError
 
 # how pandas and databases write a missing value where a column is text; in Parquet, which has nulls, "None" is a word
@@ -115,11 +128,12 @@ def _delimiter(lines: Sequence[str], usual: str) -> str:
     return max(found, key=lambda d: found[d])
 
 
-def read_parquet(stream: BinaryIO, name: str, bounds: Bounds) -> Rows:
+def read_parquet(stream: BinaryIO, name: str, bounds: Bounds, shard: Shard | None = None) -> Rows:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    number = 0
+    number = shard.before if shard else 0
+    groups = range(shard.start, shard.end) if shard else None
     try:
         file = pq.ParquetFile(stream, pre_buffer=False, page_checksum_verification=True)
         names, meta = file.schema_arrow.names, file.metadata
@@ -133,7 +147,7 @@ def read_parquet(stream: BinaryIO, name: str, bounds: Bounds) -> Rows:
             what = f"unpacks to more than {bounds.unpacked:g} times its size ({size:,} bytes give {claims:,})"
             raise DataError(name, what, bounds.how("unpacked", "look at what it holds"))
         unpacked = 0
-        for batch in file.iter_batches(batch_size=BATCH, use_threads=False):
+        for batch in file.iter_batches(batch_size=BATCH, row_groups=groups, use_threads=False):
             unpacked += batch.nbytes  # what stands once in a dictionary comes out as often as rows name it
             if unpacked > max(SMALL, bounds.unpacked * size):
                 what = f"unpacks to more than {bounds.unpacked:g} times its size ({size:,} bytes)"
@@ -158,6 +172,8 @@ def _batch(batch: Any, name: str, number: int, pa: Any) -> Rows:
     """The rows of a batch; where a value cannot be a Python object, cell by cell."""
     try:
         rows = batch.to_pylist()
+        if "arguments: struct" in str(batch.schema) or "parameters: struct" in str(batch.schema):
+            rows = list(map(calls_without_nulls, rows))
     except (ValueError, OverflowError, KeyError, TypeError, pa.ArrowException):
         rows = None
     for i in range(len(batch)):

@@ -1,0 +1,183 @@
+"""Work in several processes: one function over many tasks, whose results come in the order of the tasks, however many work."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import subprocess
+import sys
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import penchant
+from penchant.base.machine import cores
+from penchant.errors import ConfigError, PenchantError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+AHEAD = 2  # tasks a worker that may be done before the one that is waited for
+RAY = "ray"
+Workers = int | str | None  # how many; `RAY`: a cluster's; None: as many as there are cores
+
+
+def number_of(workers: Workers, tasks: int) -> int:
+    """How many processes work: no more than there are tasks; 1 is this one.
+
+    Raises:
+        ConfigError: it is no number.
+    """
+    if workers == RAY:
+        return tasks
+    if workers is not None and (not isinstance(workers, int) or workers < 1):
+        raise ConfigError("workers", f"is {workers!r}", f"give a number from 1 on, or {RAY}")
+    return max(1, min(tasks, workers or cores()))
+
+
+def in_order(function: Callable[[T], R], tasks: Iterable[T], workers: Workers) -> Iterator[R]:
+    """``function(task)`` of each task, in order; function, tasks and results must be such as pickle takes.
+
+    Worker processes are new ones: nothing of this process is in them but what a task holds. A few results are held at a time.
+
+    Raises:
+        PenchantError: what the function raised of these. RuntimeError: it raised something else, or a process died.
+    """
+    if workers == RAY:
+        yield from _on_ray(function, tasks)
+        return
+    if not isinstance(workers, int) or workers < 2:
+        yield from map(function, tasks)
+        return
+    idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
+    started = [_Process() for _ in range(workers)]
+    for process in started:
+        idle.put(process)
+
+    def done(task: T) -> Any:
+        process = idle.get()
+        try:
+            return process.call(function, task)
+        finally:
+            idle.put(process)
+
+    waiting: deque[Future[Any]] = deque()
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for task in tasks:
+            waiting.append(pool.submit(done, task))
+            if len(waiting) > AHEAD * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+        for process in started:
+            process.end()
+        pool.shutdown()
+
+
+class _Process:
+    """A worker, which this process talks to over its pipes."""
+
+    def __init__(self) -> None:
+        path = [str(Path(penchant.__file__).parents[1]), *filter(None, sys.path)]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+            start_new_session=True,  # Ctrl-C reaches this process, which ends its workers
+        )
+
+    def call(self, function: Callable[[Any], Any], task: Any) -> Any:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            _send(self._process.stdin, (function, task))
+            done, result = pickle.load(self._process.stdout)
+        except (BrokenPipeError, EOFError, pickle.UnpicklingError) as error:
+            code = self._process.wait()
+            how = "there may be too little memory for so many: give fewer workers"
+            raise RuntimeError(f"a worker process ended with {code}; {how}") from error
+        return result if done else _raise(result)
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with suppress(BrokenPipeError):
+                    pipe.close()
+
+
+def _send(pipe: IO[bytes], value: Any) -> None:
+    pickle.dump(value, pipe, protocol=pickle.HIGHEST_PROTOCOL)
+    pipe.flush()
+
+
+def _told(error: Exception) -> tuple[Any, ...]:
+    """An error as it travels."""
+    if isinstance(error, PenchantError):
+        return type(error), error.where, error.what, error.how
+    return (RuntimeError, "".join(traceback.format_exception(error)))
+
+
+def _raise(told: tuple[Any, ...]) -> Any:
+    raise told[0](*told[1:])
+
+
+def _tried(function: Callable[[T], R], task: T) -> tuple[bool, Any]:
+    try:
+        return True, function(task)
+    except Exception as error:
+        return False, _told(error)
+
+
+def _on_ray(function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
+    """The same on the cluster of RAY_ADDRESS, or the one that this machine is part of; its machines see the same files."""
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigError("workers", "is ray, which is not installed", "pip install 'penchant[ray]'") from error
+    if not ray.is_initialized():
+        try:
+            ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False)
+        except ConnectionError as error:
+            raise ConfigError("workers", "no Ray cluster was found", "set RAY_ADDRESS, or start one") from error
+    tried = ray.remote(_tried)
+    most = AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    waiting: deque[Any] = deque()
+
+    def next_one() -> R:
+        done, result = ray.get(waiting.popleft())
+        found: R = result if done else _raise(result)
+        return found
+
+    for task in tasks:
+        waiting.append(tried.remote(function, task))
+        if len(waiting) > most:
+            yield next_one()
+    while waiting:
+        yield next_one()
+
+
+def _serve() -> None:
+    """What a worker does: a task after the other from stdin, until that is closed. Whatever a task prints goes to stderr."""
+    asked, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    while True:
+        try:
+            function, task = pickle.load(asked)
+        except EOFError:
+            return
+        _send(answers, _tried(function, task))
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,288 @@
+"""Pictures of rows: where a row has them, the files that they are, and their marks in the prompt's text.
+
+A row of text alone never comes here. A mark names its picture by the start of its SHA-256, so that equal questions about different
+pictures are different prompts wherever prompts are compared, split or counted.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from penchant.base.files import cache_folder, written_aside
+from penchant.data.layouts.fields import RowError, holds_something
+from penchant.errors import ConfigError, DataError
+from penchant.types import Message, Picture, Prompt, PromptTree
+
+MARK = re.compile(r"<image:([0-9a-f]{16})>")
+BARE = "<image>"  # LLaMA-Factory's, in a row's own text
+COLUMNS = ("images", "image")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+MOST_BYTES, MOST_PIXELS = 64 << 20, 100_000_000
+_DATA_URI = re.compile(r"data:[\w/+.-]*;base64,")
+_HOW = 'give paths, data URIs, {"path": ...} or {"bytes": ...}'
+
+
+def mark_of(picture: Picture) -> str:
+    """What stands in a prompt's text for a picture."""
+    return f"<image:{picture.sha256[:16]}>"
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """How the pictures of one source's rows are found.
+
+    Args:
+        folder: holds them, and relative paths start from it.
+    """
+
+    folder: Path
+
+    def taken(self, row: Mapping[str, Any]) -> tuple[Mapping[str, Any], Taken]:
+        """A row without its pictures, marks in their places, and the pictures.
+
+        Raises:
+            RowError: a picture that is not there, or is none.
+        """
+        listed: list[Picture] = []
+        for name in COLUMNS:
+            if holds_something(row.get(name)):
+                given = row[name]
+                each = given if isinstance(given, Sequence) and not isinstance(given, (str, bytes)) else [given]
+                listed += [self.picture(value, f'"{name}"[{i}]') for i, value in enumerate(each)]
+        found = {mark_of(p): p for p in listed}
+        rest = {}
+        for name, value in row.items():
+            if name not in COLUMNS:
+                bare = iter(
+                    listed
+                )  # every column has its marks in the order of the list: a whole conversation repeats the prompt
+                rest[name] = self._marked(value, f'"{name}"', listed, bare, found)
+        return rest, Taken(tuple(listed), found)
+
+    def text(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The same row alone; as it is where its pictures cannot be used."""
+        try:
+            return self.taken(row)[0]
+        except RowError:
+            return row
+
+    def _marked(self, value: Any, what: str, listed: Sequence[Picture], bare: Any, found: dict[str, Picture]) -> Any:
+        """A column's value with its marks; messages and their parts are gone through."""
+        if isinstance(value, str):
+            if not listed or BARE not in value:
+                return value
+            first, *others = value.split(BARE)
+            return first + "".join(_next(bare, what) + text for text in others)
+        if isinstance(value, Mapping):
+            contents = ("content", "value")
+            return {
+                k: self._parts(v, f"{what}.{k}", bare, found)
+                if k in contents and _is_parts(v)
+                else self._marked(v, what, listed, bare, found)
+                if k in contents
+                else v
+                for k, v in value.items()
+            }
+        if isinstance(value, (list, tuple)):
+            return [self._marked(v, f"{what}[{i}]", listed, bare, found) for i, v in enumerate(value)]
+        return value
+
+    def _parts(self, parts: Sequence[Any], what: str, bare: Any, found: dict[str, Picture]) -> Any:
+        """The text of a content that is a list of parts, a picture's mark where it stands; as it is where there is none."""
+        kinds = [p.get("type") if isinstance(p, Mapping) else None for p in parts]
+        if not {"image", "image_url"} & set(kinds):
+            return parts
+        texts: list[str] = []
+        for i, (part, kind) in enumerate(zip(parts, kinds, strict=True)):
+            if kind in ("image", "image_url"):
+                names = ("image", "image_url", "url", "path", "bytes", "base64")
+                given = next((part[n] for n in names if holds_something(part.get(n))), None)
+                if given is None:
+                    texts.append(_next(bare, what))
+                else:
+                    picture = self.picture(given, f"{what}[{i}]", encoded="base64" in part and given is part["base64"])
+                    found[mark_of(picture)] = picture
+                    texts.append(mark_of(picture))
+            elif isinstance(part.get("text") if isinstance(part, Mapping) else None, str):
+                texts.append(part["text"])
+            else:
+                raise RowError(f"{what} holds a part of type {kind}", "text and pictures are read; drop the row")
+        return "".join(texts)
+
+    def picture(self, value: Any, what: str, *, encoded: bool = False) -> Picture:
+        """The file that a value means; what a row holds itself is put into the cache's folder.
+
+        Args:
+            what: names the value in messages; encoded: it is base64.
+
+        Raises:
+            RowError: there is no such file, or it is no picture.
+        """
+        if isinstance(value, Mapping):
+            names = ("bytes", "path", "url", "image", "base64")
+            inner = next((n for n in names if holds_something(value.get(n))), None)
+            if inner is None:
+                raise RowError(f"{what} names no picture", _HOW)
+            return self.picture(value[inner], what, encoded=inner == "base64")
+        if isinstance(value, (bytes, bytearray)):
+            return _stored(bytes(value), what)
+        if not isinstance(value, str):
+            raise RowError(f"{what} is {type(value).__name__}, which is no picture", _HOW)
+        uri = _DATA_URI.match(value)
+        if encoded or uri is not None:
+            try:
+                return _stored(base64.b64decode(value if uri is None else value[uri.end() :], validate=True), what)
+            except ValueError as error:
+                raise RowError(f"{what} is no base64", "encode the file's bytes") from error
+        if re.match(r"[a-z][a-z0-9+.-]+://", value, re.IGNORECASE):
+            what = f"{what} is an address ({value[:60]}), and nothing is fetched"
+            raise RowError(what, "download the picture, and give its path")
+        return self._at(value, what)
+
+    def _at(self, value: str, what: str) -> Picture:
+        folder = os.path.abspath(self.folder)
+        path = os.path.normpath(os.path.join(folder, value))
+        if os.path.commonpath([folder, path]) != folder:
+            how = "set data.image_dir to the folder that holds the pictures"
+            raise RowError(f"{what} is {value[:80]}, which lies outside {folder}", how)
+        if not os.path.isfile(path):
+            raise RowError(
+                f"{what} is {value[:80]}, and there is no such file in {folder}", "put it there, or set data.image_dir"
+            )
+        if os.path.getsize(path) > MOST_BYTES:
+            raise RowError(f"{what} has more than {MOST_BYTES >> 20} MB", "make it smaller")
+        content = Path(path).read_bytes()
+        _check(content, f"{what} ({value[:80]})")
+        return Picture(path, hashlib.sha256(content).hexdigest())
+
+
+def _is_parts(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def _next(bare: Any, what: str) -> str:
+    picture = next(bare, None)
+    if picture is None:
+        raise RowError(f"{what} has more places for pictures than the row has pictures", "list one for each in images")
+    return mark_of(picture)
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What was taken out of a row: the pictures of its own column in their order, and all of them by their marks."""
+
+    listed: tuple[Picture, ...]
+    found: Mapping[str, Picture]
+
+    def placed(self, trees: Sequence[PromptTree]) -> tuple[PromptTree, ...]:
+        """The row's trees with their pictures. Those that no text has a place for stand in front of the first thing that a user says.
+
+        Raises:
+            RowError: a picture within or behind an answer, or one without a place beside others that have one.
+        """
+        if not self.found:
+            return tuple(trees)
+        texts = [_text(t.prompt) for t in trees]
+        if any(MARK.search(c.whole) for t in trees for c in t.completions):
+            how = (
+                "give it in the prompt; of a conversation learn each answer by itself (data.layout_options.turns=every)"
+            )
+            raise RowError("a picture stands in an answer, or behind one that is learned", how)
+        used = {m.group() for text in texts for m in MARK.finditer(text)}
+        if not used:
+            front = "".join(map(mark_of, self.listed))
+            trees = [replace(t, prompt=_in_front(t.prompt, front)) for t in trees]
+            texts, used = [_text(t.prompt) for t in trees], set(self.found)
+        if len(used & self.found.keys()) < len(self.found) or used - self.found.keys():
+            what = f"has {len(self.found)} pictures, and its prompt has places for {len(used)}"
+            raise RowError(what, "write one <image> for each where it belongs, or none at all")
+        return tuple(
+            replace(t, images=tuple(self.found[m.group()] for m in MARK.finditer(text)))
+            for t, text in zip(trees, texts, strict=True)
+        )
+
+
+def _text(prompt: Prompt) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(m.content for m in prompt)
+
+
+def _in_front(prompt: Prompt, marks: str) -> Prompt:
+    if isinstance(prompt, str):
+        return marks + prompt
+    at = next((i for i, m in enumerate(prompt) if m.role == "user"), None)
+    if at is None:
+        return (*prompt, Message("user", marks))
+    return (*prompt[:at], replace(prompt[at], content=marks + prompt[at].content), *prompt[at + 1 :])
+
+
+def pillow() -> Any:
+    """Pillow's `Image`, which is an extra.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ConfigError("model.vision", "pictures need Pillow", "pip install 'penchant[vision]'") from error
+    return Image
+
+
+def _check(content: bytes, what: str) -> str:
+    """The format of a picture, by its header: what it holds is read when it is made into tokens."""
+    image = pillow()
+    try:
+        with image.open(io.BytesIO(content), formats=FORMATS) as opened:
+            (width, height), kind = opened.size, str(opened.format)
+    except Exception as error:  # whatever a decoder raises; and a bomb, by its size
+        raise RowError(
+            f"{what} is no picture that can be read ({', '.join(FORMATS)})", "mend the file, or drop the row"
+        ) from error
+    if width * height > MOST_PIXELS:
+        raise RowError(f"{what} has {width:,} x {height:,} pixels (at most {MOST_PIXELS:,})", "make it smaller")
+    return kind
+
+
+def _stored(content: bytes, what: str) -> Picture:
+    """What a row holds itself as a file."""
+    if len(content) > MOST_BYTES:
+        raise RowError(f"{what} has more than {MOST_BYTES >> 20} MB", "make it smaller")
+    kind, sha256 = _check(content, what), hashlib.sha256(content).hexdigest()
+    path = cache_folder("pictures") / sha256[:2] / f"{sha256}.{kind.lower()}"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_aside(path) as aside:
+            aside.write_bytes(content)
+    return Picture(str(path.absolute()), sha256)
+
+
+def opened(picture: Picture) -> Any:
+    """A picture in RGB, upright, as transformers' own `load_image` gives it.
+
+    Raises:
+        DataError: its file is gone, broken, or another one than it was.
+    """
+    image = pillow()
+    from PIL import ImageOps
+
+    try:
+        content = Path(picture.path).read_bytes()
+    except OSError as error:
+        raise DataError(picture.path, f"this picture cannot be read ({error.strerror})", "put it back") from error
+    if hashlib.sha256(content).hexdigest() != picture.sha256:
+        raise DataError(picture.path, "this picture was changed since the rows were read", "put it back, or start anew")
+    try:
+        with image.open(io.BytesIO(content), formats=FORMATS) as whole:
+            return ImageOps.exif_transpose(whole).convert("RGB")
+    except Exception as error:  # whatever a decoder raises
+        raise DataError(
+            picture.path, f"this picture is broken ({str(error)[:100]})", "mend it, or drop its row"
+        ) from error

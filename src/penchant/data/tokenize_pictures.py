@@ -1,0 +1,156 @@
+"""Rows with pictures to token trees: the chat template has a part for each picture, and the model's processor makes the prompt's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from penchant.data.layouts import RowError
+from penchant.data.pictures import MARK, opened
+from penchant.data.templates import Rendered, chat, ended_once
+from penchant.data.tokenize import CausalTokenization, Encoded, Ids
+from penchant.errors import ConfigError, DataError
+from penchant.types import Picture, PicturedPrompt, PromptTree, TokenTree
+
+
+class _Rendered(Rendered):
+    """With the row's pictures."""
+
+    images: tuple[Picture, ...] = ()
+
+
+class _Encoded(Encoded):
+    """With the prompt that its processor takes."""
+
+    pictures: PicturedPrompt | None = None
+
+
+class PicturedTokenization(CausalTokenization):
+    """Prompts with pictures and completions for a vision-language model.
+
+    A prompt's ids are those that the model's processor gives for its text and its pictures, with all tokens of each picture; completions
+    are encoded as ever. No prompt with pictures is cut.
+
+    Args:
+        processor: the model's; the others: see `CausalTokenization`.
+
+    Raises:
+        ConfigError: its tokenizer has no chat template.
+    """
+
+    def __init__(self, processor: Any, kind: str, **how: Any) -> None:
+        super().__init__(processor.tokenizer, kind, **how)
+        self.processor, self._writer = processor, _Writer(processor.tokenizer)
+        self._pictured = frozenset(picture_ids(processor))
+        if self.template != "chat":
+            what = "pictures need a chat template, and " + (
+                "plain text is asked for" if how.get("template") == "plain" else "there is none"
+            )
+            raise ConfigError("data.template", what, "take a model whose processor has one, and data.template=auto")
+
+    def render(self, tree: PromptTree) -> list[Rendered]:
+        if not tree.images:
+            return super().render(tree)
+        if any(c.more for c in tree.completions):
+            raise RowError(
+                "several answers of a conversation with pictures are learned at once",
+                "set data.layout_options.turns=every",
+            )
+        plain = chat(tree, self._writer, self.options, strict=self.strict)
+        ended = tuple(ended_once(c, self.end_texts) for c in plain.completions)
+        made = _Rendered(plain.prompt, ended, plain.moved)
+        made.images = tree.images
+        return [made]
+
+    def encode(self, rendered: Sequence[Rendered | RowError]) -> list[Encoded | RowError]:
+        found = super().encode(rendered)
+        return [
+            self._with_pictures(r, e) if isinstance(r, _Rendered) and isinstance(e, Encoded) else e
+            for r, e in zip(rendered, found, strict=True)
+        ]
+
+    def _with_pictures(self, rendered: _Rendered, encoded: Encoded) -> Encoded | RowError:
+        pictures = PicturedPrompt(rendered.prompt, rendered.images)
+        try:
+            ids = inputs_of(self.processor, [pictures])["input_ids"][0].tolist()
+        except DataError as error:
+            return RowError(f"the picture {error.where} cannot be used: {error.what}", error.how)
+        except Exception as error:  # whatever a processor raises: a place too many in the text, a side too long
+            return RowError(f"the model's processor refuses it ({str(error)[:200]})", "fix the row, or drop it")
+        made = _Encoded(ids, encoded.completions)
+        made.pictures = pictures
+        return made
+
+    def fit_row(
+        self, source: str, prompt: Ids, completions: list[Ids], turns: Sequence[Sequence[int]] = ()
+    ) -> list[TokenTree]:
+        if any(not self._pictured.isdisjoint(c) for c in completions):
+            raise RowError("an answer holds a token that stands for a picture", "take it out, or drop the row")
+        return super().fit_row(source, prompt, completions, turns)
+
+    def _cut(self, prompt: Ids, completions: list[Ids], longest: int) -> tuple[Ids, list[Ids], tuple[bool, ...]]:
+        pictured = sum(i in self._pictured for i in prompt)
+        if pictured:
+            what = f"{len(prompt) + longest} tokens, {pictured} of them of pictures, are more than max_length {self.max_length}"
+            raise RowError(what, "raise data.max_length, or have smaller pictures (model.image_options)")
+        return super()._cut(prompt, completions, longest)
+
+    def _row(self, tree: PromptTree, of_row: Sequence[Encoded | RowError]) -> list[TokenTree]:
+        whole = [e for e in of_row if isinstance(e, Encoded)]
+        if not tree.images and any(not self._pictured.isdisjoint(e.prompt) for e in whole):
+            of_row = [
+                RowError(
+                    "its prompt holds a token that stands for a picture, and it has none",
+                    "give the picture, or drop the row",
+                )
+            ]
+        made = super()._row(tree, of_row)
+        pictures = next((e.pictures for e in whole if isinstance(e, _Encoded)), None)
+        return made if pictures is None else [replace(one, pictures=pictures) for one in made]
+
+
+class _Writer:
+    """A tokenizer whose chat template gets a part for each mark of a picture."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def apply_chat_template(self, turns: Sequence[Mapping[str, Any]], **how: Any) -> Any:
+        return self._tokenizer.apply_chat_template([_in_parts(turn) for turn in turns], **how)
+
+
+def _in_parts(turn: Mapping[str, Any]) -> dict[str, Any]:
+    content = turn.get("content")
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
+    if not any(MARK.search(p.get("text", "")) for p in parts):
+        return dict(turn)
+    made: list[dict[str, Any]] = []
+    for part in parts:
+        for i, text in enumerate(MARK.split(part.get("text", ""))):  # texts and what marks say in turn
+            if i % 2:
+                made.append({"type": "image"})
+            elif text:
+                made.append({"type": "text", "text": text})
+    return {**turn, "content": made}
+
+
+def inputs_of(processor: Any, prompts: Sequence[PicturedPrompt]) -> Any:
+    """What a processor makes of prompts with pictures, padded on the right."""
+    return processor(
+        text=[p.text for p in prompts],
+        images=[[opened(image) for image in p.images] for p in prompts],
+        return_tensors="pt",
+        padding=True,
+        padding_side="right",
+        add_special_tokens=False,
+    )
+
+
+def picture_ids(processor: Any) -> list[int]:
+    """The tokens that stand for a picture in a prompt's ids."""
+    found = [*(processor.image_token_ids or ()), getattr(processor, "image_token_id", None)]
+    return [i for i in found if isinstance(i, int)]
