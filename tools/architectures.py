@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import itertools
 import sys
 import tempfile
 import warnings
@@ -253,9 +254,9 @@ def tiny_model(kind: str) -> Any:
                 p.normal_()
             elif p.ndim >= 2 and p.is_floating_point():
                 p.mul_(3.0)
-        for name, buffer in model.named_buffers():
-            if "correction_bias" in name:  # by which DeepSeek V3 and its kin choose experts
-                buffer.copy_(torch.linspace(-1, 1, buffer.numel()).view_as(buffer))
+        for name, value in itertools.chain(model.named_parameters(), model.named_buffers()):
+            if "correction_bias" in name or "expert_bias" in name:  # by which DeepSeek V3 and its kin choose experts
+                value.copy_(torch.linspace(-1, 1, value.numel()).view_as(value))
     return model
 
 

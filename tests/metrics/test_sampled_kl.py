@@ -66,4 +66,6 @@ def test_k1_and_k3_by_hand() -> None:
     d = np.concatenate(gaps)
     assert k1 == pytest.approx([g.sum() for g in gaps], rel=1e-9)
     assert k3 == pytest.approx([(np.exp(-g) - 1 + g).sum() for g in gaps], rel=1e-9)
+    figures = kl_on(policy, reference, trees, tokens_per_step=30)
+    assert figures["kl/per_token"] == pytest.approx(sum(k3) / sum(map(len, gaps)), rel=1e-9)  # not per completion
     assert abs((np.exp(d) - 1 - d).sum() / k3.sum() - 1) > 0.1  # the other sign is another number
