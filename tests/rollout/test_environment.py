@@ -149,6 +149,20 @@ def test_what_is_no_message_is_refused(method: str) -> None:
         at.play(trees, 1, 64, says(at.tokenizer, "a"))
 
 
+@pytest.mark.parametrize("method", ["reset", "step"])
+@pytest.mark.parametrize(
+    "said", [[{"role": [], "content": "x"}], [{"role": "user", "content": "\ud800"}], "unreadable"]
+)
+def test_odd_messages_are_a_sentence(method: str, said: Any) -> None:
+    class Unreadable:
+        def __str__(self) -> str:
+            raise ValueError
+
+    at, trees = stage(type("Bad", (Echo,), {method: lambda *_: Unreadable() if said == "unreadable" else said}))
+    with pytest.raises(RewardError, match=f"x:0: .*{method}"):
+        at.play(trees, 1, 64, says(at.tokenizer, "a"))
+
+
 class Opens(Echo):
     """Says a word before the policy's first answer."""
 

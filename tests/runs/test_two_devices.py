@@ -123,6 +123,8 @@ def two_cards(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
             2,
             r"reference.device.*'cuda1'; give auto, cpu, cuda, mps, xpu, or one of several",
         ),
+        ([f"reference.device=cuda:{'9' * 20}"], 2, r"give auto, cpu"),
+        (["reference.device=cuda:01"], 2, r"'cuda:01'; give"),
         (["reference.device=mps:1"], 2, r"'mps:1'; give"),
         (["reward={words: 1.0, device: 'cuda:-1'}"], 2, r"'cuda:-1'; give"),
         (["reference.device=cpu", "reference.kind=cached"], 0, r"a reference of kind cached is the policy itself"),

@@ -231,6 +231,12 @@ def copy(edits: Edits, output: Path, also: bool) -> Fixed:
     return fix(str(edits.root / edits.path), output, edits=made, drop=DEFAULT if also else ())
 
 
+def test_edits_that_cannot_be_read_are_a_sentence() -> None:
+    for path in ("~nobody-has-this/edits", "a\0b"):
+        with pytest.raises(DataError, match="cannot be read"):
+            read_edits(path)
+
+
 def test_edits_go_into_a_copy_with_a_record(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [*pairs(4), pairs(1)[0]])
     before = path.read_bytes()

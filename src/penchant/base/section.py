@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
@@ -14,7 +15,7 @@ SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 def _a_place(given: str) -> str:
     kind, colon, number = given.partition(":")
-    if kind not in DEVICES or (colon and not (kind in INDEXED and number.isascii() and number.isdigit())):
+    if kind not in DEVICES or (colon and not (kind in INDEXED and re.fullmatch("0|[1-9][0-9]{0,2}", number))):
         raise ValueError(f"is {given!r}; give {', '.join(DEVICES)}, or one of several GPUs: cuda:1")
     return given
 

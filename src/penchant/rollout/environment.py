@@ -244,17 +244,15 @@ class Stage:
     def _messages(self, place: str, method: str, said: Any) -> list[Message] | None:
         if said is None or said is True or (isinstance(said, Sequence) and not said):
             return None
-        good = isinstance(said, Sequence) and all(
-            isinstance(m, Mapping) and m.get("role") in ROLES and isinstance(m.get("content"), str) for m in said
-        )
-        if not good:
-            what = f"{place}: {method} of {self.name} gives {str(said)[:60]!r}"
+        read, shown = self._asked(place, f"reading what {method} gives", lambda: (_read(said), str(said)[:60]))
+        if read is None:
+            what = f"{place}: {method} of {self.name} gives {shown!r}"
             raise RewardError(
                 WHERE,
                 what,
                 'give a list of {"role": "user" (or tool, system), "content": TEXT}, or None for nothing more',
             )
-        return [Message(m["role"], m["content"]) for m in said]
+        return list(read)
 
     def _asked(self, place: str, what: str, call: Callable[[], Any]) -> Any:
         try:
@@ -265,6 +263,18 @@ class Stage:
         except (Exception, SystemExit) as error:
             how = f"{place}: {self.name}: {what} failed ({type(error).__name__}: {error})"
             raise RewardError(WHERE, how, "mend the environment") from error
+
+
+def _read(said: Any) -> list[Message] | None:
+    """The messages that an environment gives; None where it gives something else."""
+    if not isinstance(said, Sequence) or not all(isinstance(m, Mapping) for m in said):
+        return None
+    given = [(m.get("role"), m.get("content")) for m in said]
+    if not all(
+        role in ROLES and isinstance(text, str) and not re.search("[\ud800-\udfff]", text) for role, text in given
+    ):
+        return None
+    return [Message(*one) for one in given]
 
 
 def masked(tree: TokenTree, samples: Sequence[Sample]) -> TokenTree:

@@ -30,12 +30,17 @@ class ClusterConfig(Section):
     """The `cluster` section."""
 
     on: Literal["local", "slurm", "ray"] = Field("local", description="who trains the runs: this machine, or a cluster")
-    gpus: int | None = Field(None, ge=0, description="GPUs of each run; 0: none")
-    cpus: int | None = Field(None, ge=1, description="cores of each run (default: the cluster's own)")
-    memory: float | None = Field(None, gt=0, description="host memory of each run in GB (default: the cluster's own)")
+    gpus: int | None = Field(None, ge=0, le=1024, description="GPUs of each run; 0: none")
+    cpus: int | None = Field(None, ge=1, le=65536, description="cores of each run (default: the cluster's own)")
+    memory: float | None = Field(
+        None, gt=0, le=1e6, description="host memory of each run in GB (default: the cluster's own)"
+    )
     partition: str | None = Field(None, description="Slurm's partition (default: its own)")
     hours: float | None = Field(
-        None, gt=0, description="Slurm's time limit of a job (default: 24); a run that reaches it goes on in a new job"
+        None,
+        gt=0,
+        le=1e5,
+        description="Slurm's time limit of a job (default: 24); a run that reaches it goes on in a new job",
     )
     setup: tuple[str, ...] = Field((), description="Slurm: shell lines before the run starts", strict=False)
     options: dict[str, str | int | float | bool] = Field(
@@ -65,6 +70,10 @@ def read_cluster(values: Mapping[str, Any], places: Places, source: str, runs: S
         raise ConfigError(place, "cluster.gpus is missing", "say how many GPUs each run gets, e.g. cluster.gpus=1 or 0")
     if config.gpus == 0 and any(c.model.device == "cuda" for c in runs):
         raise ConfigError(place, "cluster.gpus is 0, and model.device is cuda", "set cluster.gpus to 1")
+    for name, said in {"partition": config.partition or "", **config.options}.items():
+        if not name.replace("-", "").isalnum() or not str(said).isprintable():  # they are lines of the job's script
+            what = f"cluster.options.{name}" if name in config.options else f"cluster.{name}"
+            raise ConfigError(place, f"{what!r} is not an option of one line", "write it as sbatch has it, without --")
     other, names = ("Ray", OF_SLURM) if config.on == "ray" else ("Slurm", OF_RAY)
     for name in names:
         if getattr(config, name):

@@ -101,7 +101,7 @@ def read_edits(path: str | Path) -> dict[str, Edit]:
     try:
         with Path(path).expanduser().open("rb") as stream:
             lines = [*json_lines(Source(stream, str(path), Bounds()))]
-    except OSError as error:
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL; a home that nobody has
         raise DataError(str(path), "cannot be read", "give a file of .studio/edits in a studio's folder") from error
     for line in lines:
         row = line.values if isinstance(line, Row) else {}  # half a line of a studio that was killed
