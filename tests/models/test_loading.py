@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,12 @@ def test_loading_takes_no_more_memory_than_what_is_held(
         return 1024 * int(next(line for line in text.splitlines() if line.startswith("RssAnon")).split()[1])
 
     def child() -> None:
+        libc = ctypes.CDLL(
+            None
+        )  # what the parent freed is not to be used again unseen: pages of their own for what is large
+        if hasattr(libc, "malloc_trim"):
+            libc.mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
+            libc.malloc_trim(0)
         before, seen, take = own(), [], load.own_memory
         for name in ("own_memory", "check_finite", "disable_dropout"):
             real = getattr(load, name)
