@@ -101,6 +101,15 @@ def test_each_process_has_a_part_of_the_tokens_and_the_same_numbers(found: Any) 
         torch.testing.assert_close(pieces["sums"], alone.detach(), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_that_depend_on_the_row_are_refused(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    model, batch = tiny_model("llama"), pack([make_tree(0, 11, (3, 4, 2))], shared=True)
+    model.config.rope_parameters = {**model.config.rope_parameters, "rope_type": kind}
+    monkeypatch.setattr("penchant.logprobs.splits", lambda: True)
+    with pytest.raises(ModelError, match=f"rotary positions .{kind}. depend on how long a row is"):
+        Scorer(model, "shared").hidden(batch)
+
+
 def test_gradients_are_those_of_one_process(found: Any) -> None:
     _, one, ranks = found
     for rank in ranks:

@@ -7,6 +7,7 @@ gradients.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,6 +22,19 @@ SPLIT = "context"  # in a batch's cache: its tokens are dealt out
 def splits() -> bool:
     """Whether the tokens of a pass are dealt out."""
     return current().context > 1
+
+
+def check_positions(config: Any) -> None:
+    """Refuse a model whose rotary frequencies follow the last position of a pass: each process would see another one.
+
+    Raises:
+        ModelError: it is such a model.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {rope.get("rope_type"), *(r.get("rope_type") for r in rope.values() if isinstance(r, Mapping))}
+    if kind := next(iter(kinds & {"dynamic", "longrope"}), None):
+        what = f"splits rows, and the model's rotary positions ({kind}) depend on how long a row is"
+        raise ModelError("launch.context", what, "set it to 1")
 
 
 def my_tokens(row: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from penchant.base.machine import moved
-from penchant.distributed.context import SPLIT, all_tokens, my_tokens, splits
+from penchant.distributed.context import SPLIT, all_tokens, check_positions, my_tokens, splits
 from penchant.distributed.shard import RUNS
 from penchant.logprobs.head import (
     RowLogits,
@@ -147,6 +147,7 @@ class Scorer:
         ids, positions = batch.input_ids, batch.position_ids
         split = splits() and not self.own_attention
         if split:
+            check_positions(backbone.config)
             batch.cache[SPLIT] = True
             ids, positions = my_tokens(ids), my_tokens(positions)
         # a 4D mask is handed on as it is, so transformers builds none; the tree attention never looks at it
