@@ -57,7 +57,7 @@ def read_command(path: str | Path) -> Command:
         if not re.match(r"\s*(export\s+)?\w+=", line) and not any(name in line for name in COMMANDS):
             continue
         try:
-            words = [_filled(w, variables) for w in _words(line)]
+            words = [_filled(w, variables) for w in _words(_computed(line, variables))]
         except ValueError as error:
             raise ConfigError(
                 where, f"a line cannot be understood ({error}): {line[:60]}", "mend its quotes"
@@ -101,6 +101,24 @@ def _filled(word: str, variables: Mapping[str, str]) -> str:
     return names.sub(lambda m: variables.get(m[1] or m[2], m[0]), word)
 
 
+def _computed(line: str, variables: Mapping[str, str]) -> str:
+    """`$(expr 16 / $n)` and `$((16 / n))` as the shell computes them; what is not two numbers stays, and is refused later."""
+
+    def value(found: re.Match[str]) -> str:
+        left, operator, right = (g for g in found.groups() if g is not None)
+        a, b = (variables.get(w.strip("${}"), w) for w in (left, right))
+        if not (a.isdigit() and b.isdigit()) or (operator == "/" and int(b) == 0):
+            return found[0]
+        return str(
+            {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__floordiv__}[operator](int(a), int(b))
+        )
+
+    word = r"(\$?\w+|\$\{\w+\})"
+    return re.sub(
+        rf"\$\(expr\s+{word}\s+\\?([*/+-])\s+{word}\s*\)|\$\(\(\s*{word}\s*([*/+-])\s*{word}\s*\)\)", value, line
+    )
+
+
 def _devices(variables: Mapping[str, str]) -> int:
     counts = [variables.get(n, "1") for n in ("NPROC_PER_NODE", "NNODES")]
     return max(1, int(counts[0])) * max(1, int(counts[1])) if all(re.fullmatch(r"[0-9]{1,6}", c) for c in counts) else 1
@@ -122,11 +140,10 @@ def _arguments(words: list[str], where: str) -> dict[str, Any]:
         else:
             raise ConfigError(where, f"gives {word} without a name", "import that file itself, or write --name value")
     for name, given in values.items():
-        if (
-            unknown := next((v for v in given if isinstance(v, str) and re.search(r"\$[\w{(@*#?]|`", v)), None)
-        ) is not None:
-            what = f"--{name} is {unknown[:60]}, which needs a variable that it does not set, or a shell"
-            raise ConfigError(where, what, "write the value in its place")
+        words = " ".join(v for v in given if isinstance(v, str))
+        if re.search(r"\$[({@*#?]|`|\$\w", words):
+            why = "the shell computes" if re.search(r"\$\(|`", words) else "needs a variable that it does not set"
+            raise ConfigError(where, f"--{name} is {words[:60]}, which {why}", "write the value in its place")
     made = {k: True if not v else v[0] if len(v) == 1 else v for k, v in values.items()}
     if "config" not in made:
         return made
