@@ -203,6 +203,9 @@ def import_config(
         )
     else:
         values, _ = read_mapping(path, "another tool's config is a mapping of its keys")
+    strange = next((k for k in values if not isinstance(k, str)), "")
+    if strange != "":
+        raise ConfigError(str(path), f"has the key {strange!r}, which is not a text", "quote it, or leave it out")
     if devices < 1:
         raise ConfigError("--devices", f"is {devices}", "give the number of GPUs, 1 or more")
     if source == "auto":
