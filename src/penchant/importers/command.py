@@ -107,7 +107,7 @@ def _computed(line: str, variables: Mapping[str, str]) -> str:
     def value(found: re.Match[str]) -> str:
         left, operator, right = (g for g in found.groups() if g is not None)
         a, b = (variables.get(w.strip("${}"), w) for w in (left, right))
-        if not (a.isdigit() and b.isdigit()) or (operator == "/" and int(b) == 0):
+        if not all(re.fullmatch("[0-9]{1,9}", n) for n in (a, b)) or (operator == "/" and int(b) == 0):
             return found[0]
         return str(
             {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__floordiv__}[operator](int(a), int(b))
@@ -140,10 +140,11 @@ def _arguments(words: list[str], where: str) -> dict[str, Any]:
         else:
             raise ConfigError(where, f"gives {word} without a name", "import that file itself, or write --name value")
     for name, given in values.items():
-        words = " ".join(v for v in given if isinstance(v, str))
-        if re.search(r"\$[({@*#?]|`|\$\w", words):
-            why = "the shell computes" if re.search(r"\$\(|`", words) else "needs a variable that it does not set"
-            raise ConfigError(where, f"--{name} is {words[:60]}, which {why}", "write the value in its place")
+        if (
+            unknown := next((v for v in given if isinstance(v, str) and re.search(r"\$[\w{(@*#?]|`", v)), None)
+        ) is not None:
+            what = f"--{name} is {unknown[:60]}, which needs a variable that it does not set, or a shell"
+            raise ConfigError(where, what, "write the value in its place")
     made = {k: True if not v else v[0] if len(v) == 1 else v for k, v in values.items()}
     if "config" not in made:
         return made
