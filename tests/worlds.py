@@ -15,12 +15,18 @@ from penchant.distributed.world import World, join
 
 
 def in_world(
-    call: Callable[[World], Any], folder: Path, size: int = 2, seconds: float = 120.0, timeout: float = 30.0
+    call: Callable[[World], Any],
+    folder: Path,
+    size: int = 2,
+    seconds: float = 120.0,
+    timeout: float = 30.0,
+    context: int = 1,
 ) -> list[Any]:
     """What `call` returns on each rank: tensors and plain values; what one of them raises is an AssertionError here.
 
     Args:
-        folder: where they leave it; seconds: that they may take; timeout: that one waits for the others.
+        folder: where they leave it; seconds: that they may take; timeout: that one waits for the others;
+            context: that share each pass.
     """
     import torch.distributed as dist
 
@@ -33,7 +39,7 @@ def in_world(
             meeting, RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size)
         )
         torch.set_num_threads(1)
-        with join(timeout) as world:
+        with join(timeout, context) as world:
             torch.save(call(world), folder / f"{rank}.pt")
 
     children = [forked(lambda rank=rank: child(rank)) for rank in range(size)]

@@ -154,6 +154,12 @@ def test_a_picture_that_cannot_be_used_is_a_bad_row(
     assert (len(kept.trees), len(kept.quarantined)) == (1, 1)
 
 
+def test_a_picture_of_a_column_that_is_not_used_is_not_lost(tmp_path: Path, picture: Path) -> None:
+    shown = [user({"type": "image", "path": "img/a.png"}, "What?")]
+    with pytest.raises(DataError, match="has 1 pictures, and its prompt has places for 0"):
+        load(tmp_path, {"prompt": "What?", "completion": "a cat", "shown": shown})
+
+
 def test_an_answer_has_no_picture(tmp_path: Path, picture: Path) -> None:
     turns = [user("Draw"), {"role": "assistant", "content": [{"type": "image"}]}]
     with pytest.raises(DataError, match="stands in an answer"):

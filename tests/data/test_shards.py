@@ -23,6 +23,7 @@ from penchant.data.audit.near import NearIndex
 from penchant.data.load import load_preferences
 from penchant.data.read import Bounds, named_files, read_rows, read_shard, shards_of
 from penchant.errors import ConfigError, DataError
+from penchant.requests import workers_in
 
 
 @pytest.fixture
@@ -199,6 +200,10 @@ def test_how_many_work() -> None:
     for wrong in (0, -1, "two"):
         with pytest.raises(ConfigError, match="workers"):
             number_of(wrong, 3)
+    assert workers_in("ray") == "ray" and workers_in("4") == 4
+    for said in ("0", "-1", "two", "9999"):
+        with pytest.raises(ConfigError, match="--workers"):
+            workers_in(said)
 
 
 def test_ray_counts_the_same(tmp_path: Path, small: None) -> None:

@@ -31,9 +31,10 @@ from penchant.models.options import LoraConfig
 from penchant.models.reward import ValueModel
 from penchant.models.router import router_loss
 from penchant.training import checkpoint as checkpoints
+from penchant.training.callbacks import Callback, Callbacks
 from penchant.training.checkpoint import load_checkpoint
 from penchant.training.console import QuietConsole
-from penchant.training.loop import Loop
+from penchant.training.loop import Loop, Paused
 from penchant.training.optim import MasterAdamW
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
 from penchant.types import TokenTree
@@ -215,6 +216,11 @@ class KillAt3(QuietConsole):
             raise Killed
 
 
+class StopAtCheckpoint(Callback):
+    def on_checkpoint(self, step: int, folder: Path) -> str:
+        return "stop"
+
+
 def loaded(checkpoint: Path, loop: Loop | None = None) -> dict[str, torch.Tensor]:
     """A checkpoint's tensors, whole, as one process reads them or as several do."""
     tensors, _ = load_checkpoint(checkpoint, None if loop is None else loop.optimizer.masters)
@@ -237,6 +243,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
             resumed = make_loop(root / f"two-killed-{name}", **RUNS[name])
             resumed.run()
             found[f"resumed {name}"] = end_state(resumed)
+        stopped = make_loop(root / "two-stopped")
+        stopped.callbacks = Callbacks([StopAtCheckpoint()] if world.leads else [])
+        with pytest.raises(Paused) as pause:
+            stopped.run()
+        found["stopped at"] = pause.value.step
         resumed._seed(3, 2)
         found["drawn"] = torch.rand(4)
         root_of = resumed.algorithm.scorer.root
@@ -348,6 +359,11 @@ def test_a_large_shard_is_written_in_several_files(results: Any) -> None:
 def test_dropout_differs_from_rank_to_rank(results: Any) -> None:
     _, _, (first, second) = results
     assert not torch.equal(first["drawn"], second["drawn"])
+
+
+def test_a_callback_of_rank_0_stops_all_at_the_checkpoint_that_it_was_told_of(results: Any) -> None:
+    _, _, found = results
+    assert [rank["stopped at"] for rank in found] == [2, 2]
 
 
 def test_weights_are_whole_where_completions_are_sampled(results: Any) -> None:

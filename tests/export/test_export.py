@@ -217,11 +217,13 @@ def test_what_cannot_be_is_refused_and_nothing_is_overwritten(world: Path, tmp_p
 
 
 def test_a_checkpoint_that_was_changed_is_not_exported(world: Path, tmp_path: Path) -> None:
-    shutil.copytree(world / "full", tmp_path / "run")
-    (path,) = _model(tmp_path / "run").glob("*.safetensors")
-    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
-    with pytest.raises(CheckpointError, match="differs from what was written"):
-        api.export(tmp_path / "run", to="safetensors")
+    for pattern in ("*.safetensors", "../state.json"):  # what is loaded, and what stands beside it
+        shutil.copytree(world / "full", tmp_path / "run")
+        (path,) = _model(tmp_path / "run").glob(pattern)
+        path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+        with pytest.raises(CheckpointError, match="differs from what was written"):
+            api.export(tmp_path / "run", to="safetensors")
+        shutil.rmtree(tmp_path / "run")
 
 
 def test_the_card_is_valid_says_what_is_known_and_names_no_folder_of_this_machine(world: Path, tmp_path: Path) -> None:

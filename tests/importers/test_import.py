@@ -379,6 +379,14 @@ def test_flat_words_for_wandb(tmp_path: Path) -> None:
     assert config.logging.trackers == [] and "use_wandb: False (off, as here)" in made.text
 
 
+@pytest.mark.parametrize("name", ["model", "base_model"])
+def test_a_word_that_tools_have_too_makes_no_flat_file_theirs(tmp_path: Path, name: str) -> None:
+    words = {name: "m", "train_file": "rows.jsonl", "loss": "ipo", "lr": 1e-5, "sequence_len": 99}
+    (tmp_path / "flat.yaml").write_text(json.dumps(words))
+    made = import_config(str(tmp_path / "flat.yaml"))
+    assert (made.translation.source.name, made.unsupported) == ("flat", 0)
+
+
 def _reported(text: str) -> set[str]:
     """Names of the keys below NOT SUPPORTED, and the lines of what differs."""
     lines = [line.removeprefix("#").strip() for line in text.splitlines()]

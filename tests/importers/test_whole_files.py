@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -198,10 +199,16 @@ def test_rows_of_a_pair_are_a_conversation_and_what_was_worse(place: Path) -> No
         ("echo hello\n", "no command that trains"),
         ("swift sft --model a\nswift sft --model b\n", "2 commands that train"),
         ("swift sft --model $MODEL --dataset d.jsonl\n", "a variable that it does not set"),
-        ("swift sft --model a --dataset $(cat names)\n", "--dataset is .* the shell computes"),
-        ("swift sft --model a --max_length $(expr 8 / 0)\n", "--max_length is .* the shell computes"),
+        ("swift sft --model a --dataset $(cat names)\n", "--dataset is .*, or a shell"),
+        ("swift sft --model a --max_length $(expr 8 / 0)\n", "--max_length is .*, or a shell"),
         ("swift sft demo.yaml\n", "without a name"),
         ("swift sft --model 'a\n", "cannot be understood"),
+        ("swift sft --model a --dataset $(ls)\n", "or a shell"),
+        ("swift sft --model a --dataset a `ls`\n", "or a shell"),
+        ('swift sft --model a --dataset a "$@"\n', "or a shell"),
+        ("A=x\n" + "A=$A$A$A$A\n" * 30 + "swift sft --dataset $B\n", "say too much"),
+        ("#" * 300_000, "more than 256 kB"),
+        (f"swift sft --config {'a' * 5000}\n", "cannot be read"),
     ],
 )
 def test_a_script_that_is_no_one_command_is_refused(tmp_path: Path, script: str, what: str) -> None:
@@ -219,6 +226,38 @@ def test_sums_of_a_script_are_computed_as_the_shell_does_it(tmp_path: Path, sum_
         "gradient_accumulation_steps": 8,
         "max_length": 64,
     }
+
+
+@pytest.mark.parametrize("end", ["; rm -rf y", "|tee log", "&", "&& echo", " > log 2>&1 &", " 2>&1 | tee log"])
+def test_what_ends_a_command_is_no_value(tmp_path: Path, end: str) -> None:
+    script = f"cd x; NPROC_PER_NODE=² swift sft --model a --dataset 'd.jsonl#5'{end}\n"
+    (tmp_path / "run.sh").write_text("\ufeff" + script, encoding="utf-8")
+    made = import_config(tmp_path / "run.sh")
+    assert made.translation.values["dataset"] == "d.jsonl#5" and made.unsupported == 0
+
+
+def test_a_launcher_says_how_many_processes_there_are(tmp_path: Path) -> None:
+    command = "trl dpo --model_name_or_path a/b --dataset_name d.jsonl --per_device_train_batch_size 2\n"
+    (tmp_path / "run.sh").write_text("accelerate launch --num_processes 4 " + command)
+    assert "batch_size: 8 " in import_config(tmp_path / "run.sh").yaml
+
+
+@pytest.mark.parametrize(
+    "line,said",
+    [
+        (f"eval_steps: {'9' * 4000}", "is not a number"),
+        ("eval_steps: .inf", "is not a whole number"),
+        ("1.5: x", "has the key 1.5"),
+        (f"datasets: [{{path: {'x' * 3000}, type: alpaca}}]", "model.path|path"),
+    ],
+)
+def test_odd_values_end_in_a_sentence(tmp_path: Path, line: str, said: str) -> None:
+    (tmp_path / "a.yml").write_text(f"base_model: a/b\nsequence_len: 8\n{line}\n")
+    try:
+        text = import_config(tmp_path / "a.yml", overrides=["data.path=d.jsonl"]).text
+    except ConfigError as error:
+        text = str(error)
+    assert re.search(said, text)
 
 
 def test_other_tools_commands_and_their_config_files(tmp_path: Path) -> None:

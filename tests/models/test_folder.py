@@ -97,7 +97,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a pipe": (
         lambda f: ((f / "tokenizer_config.json").unlink(), os.mkfifo(f / "tokenizer_config.json")),
-        "no regular",
+        "not a regular",
     ),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,8 @@ import pytest
 import torch
 import transformers
 from families import family_configs
-from processes import forked
 
 from penchant.errors import ModelError
-from penchant.models import load
 from penchant.models.load import cast_parameters, held_in, load_causal_model, save_model
 from penchant.models.options import ModelConfig
 
@@ -149,38 +148,45 @@ def test_weights_are_held_in_bf16_where_fp32_would_hold_nothing_more(tmp_path: P
     assert held_in(drawn, torch.bfloat16, True) == torch.float32
 
 
+MEASURE = """
+import ctypes, sys, torch
+from pathlib import Path
+from penchant.models.options import ModelConfig
+
+libc = ctypes.CDLL(None)
+if hasattr(libc, "malloc_trim"):  # glibc: what is large has pages of its own, which are given back
+    libc.mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
+load._check_behavior = lambda *_: None
+
+def own():
+    text = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line for line in text.splitlines() if line.startswith("RssAnon")).split()[1])
+
+seen = []
+for name in ("own_memory", "check_finite", "disable_dropout"):
+    real = getattr(load, name)
+    setattr(load, name, lambda *a, real=real: (seen.append(own()), real(*a), seen.append(own())))
+for within, mapped in (("bfloat16", False), ("bfloat16", True), ("float32", False)):
+    cfg = ModelConfig(path=sys.argv[1])
+    load.load_causal_model(cfg, torch.device("cpu"), within=getattr(torch, within), mapped=mapped)  # imports
+    seen.clear()
+    before = own()
+    model = load.load_causal_model(cfg, torch.device("cpu"), within=getattr(torch, within), mapped=mapped)
+    print((max(seen) - before) / sum(p.numel() for p in model.parameters()))
+    del model
+"""
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(
-    "within, mapped, most", [("bfloat16", False, 2.0), ("bfloat16", True, 0.0), ("float32", False, 4.0)]
-)
-def test_loading_takes_no_more_memory_than_what_is_held(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, within: str, mapped: bool, most: float
-) -> None:
+def test_loading_takes_no_more_memory_than_what_is_held(tmp_path: Path) -> None:
     """Of 8 million weights, in a process of its own: what it has beside files, at its highest."""
     config = transformers.LlamaConfig(
         hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_attention_heads=2, vocab_size=15000
     )
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "m")
-    monkeypatch.setattr(load, "_check_behavior", lambda *_: None)
-
-    def own() -> int:
-        text = Path("/proc/self/status").read_text()
-        return 1024 * int(next(line for line in text.splitlines() if line.startswith("RssAnon")).split()[1])
-
-    def child() -> None:
-        before, seen, take = own(), [], load.own_memory
-        for name in ("own_memory", "check_finite", "disable_dropout"):
-            real = getattr(load, name)
-            monkeypatch.setattr(load, name, lambda *a, real=real: (seen.append(own()), real(*a), seen.append(own())))
-        assert take is not load.own_memory
-        model = load_causal_model(
-            ModelConfig(path=str(tmp_path / "m")), CPU, within=getattr(torch, within), mapped=mapped
-        )
-        count = sum(p.numel() for p in model.parameters())
-        (tmp_path / "bytes").write_text(str((max(seen) - before) / count))
-
-    process = forked(child)
-    process.join()
-    found = float((tmp_path / "bytes").read_text())
-    assert found <= most + 1.0, f"{found:.2f} bytes a weight"
-    assert found >= most - 1.0, f"{found:.2f} bytes a weight: nothing is counted"
+    said = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path / "m")], capture_output=True, text=True)
+    found = list(map(float, said.stdout.split()))
+    assert len(found) == 3, said.stderr
+    for bytes_a_weight, held in zip(found, (2.0, 0.0, 4.0), strict=True):
+        assert held - 1.0 <= bytes_a_weight <= held + 1.0, found

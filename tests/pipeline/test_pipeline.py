@@ -202,7 +202,7 @@ def test_what_a_stage_inherits() -> None:
         (
             "[sft, dpo, ppo]",
             "[sft, dpo]\n  reward: {{stage:judge: 1.0, device: tpu}}",
-            "pipeline.yaml:16: compare.reward: device: Input should be 'auto', 'cpu', 'cuda', 'mps' or 'xpu'",
+            "pipeline.yaml:16: compare.reward: device: is 'tpu'; give auto, cpu, cuda",
         ),
         (
             "[sft, dpo, ppo]",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -164,6 +165,30 @@ def test_findings_of_an_audit_are_filters(client: TestClient, monkeypatch: pytes
     assert (
         "exact copies (2)" in page and page.count("<article") == 2 and "Question 7?" in page and "Question 40?" in page
     )
+
+
+def test_two_audits_at_once_have_a_file_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "import json, sys; open(sys.argv[1], 'w').write(json.dumps({'of': sys.argv[2]}))"
+
+    def slowly(*asked: str) -> list[str]:
+        time.sleep(0.05)
+        return [sys.executable, "-c", words, asked[asked.index("--json") + 1], asked[2]]
+
+    monkeypatch.setattr(data, "command", slowly)
+    audits, names = data.Audits(), ("a.jsonl", "b.jsonl")
+    for name in names:
+        (tmp_path / name).write_text("{}\n")
+    threads = [threading.Thread(target=audits.start, args=(tmp_path, name, "auto")) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    end = time.monotonic() + 60
+    while any(audits.found(tmp_path / name, "auto")[0] == "running" for name in names):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    assert [audits.found(tmp_path / name, "auto")[1]["of"] for name in names] == [f"./{name}" for name in names]
+    audits.close()
 
 
 def test_an_audit_lists_as_many_places_as_are_asked_for(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from chromium import Browser, in_a_browser
 from run_folders import eval_row, lines, make_run, train_rows
 from studios import studio_of
 from test_arena_browser import browser, enter, serious  # noqa: F401  a fixture
+
+from penchant.runfolder import RunLock
 
 pytestmark = in_a_browser
 
@@ -66,6 +69,9 @@ def test_a_run_is_followed_live(browser: Browser, folder: Path) -> None:  # noqa
         assert said.startswith("12")
         (run / "flags.json").write_text(json.dumps([{"title": "a new flag", "level": "note"}]))
         browser.wait("document.querySelector('#flags').textContent.includes('a new flag')")
+        for held, button in ((RunLock(run), "Stop it"), (nullcontext(), "Go on with it")):
+            with held:
+                browser.wait(f"document.querySelector('.actions').textContent.includes('{button}')")
         (run / "metrics.jsonl").write_text(lines([eval_row(0), *train_rows(1, 4)]))  # it went on from a checkpoint
         browser.wait(f"({LOSS}).includes('step 4:')", "a log that was cut back is drawn as it was")
         assert not browser.complaints()
@@ -115,10 +121,11 @@ def test_a_row_is_edited_and_dropped_by_hand(browser: Browser, folder: Path) -> 
         browser.run("document.querySelector('article form .primary').click(); 0")
         browser.wait("document.querySelector('article').textContent.includes('changed in the copy')")
         browser.wait(QUIET)
+        assert "mine" in browser.run("document.querySelector('article').innerText")  # as it will stand in the copy
         browser.run("[...document.querySelectorAll('article')][1].querySelector('form button').click(); 0")
         browser.wait("[...document.querySelectorAll('article')][1].textContent.includes('dropped in the copy')")
-        browser.open(server.address + "data/view?file=rows.jsonl")
-        browser.wait("!!window.htmx")
+        browser.wait("document.querySelector('#edits').textContent.includes('2 rows edited')")
+        browser.wait(QUIET)
         browser.run("document.querySelector('form[hx-post=\"/data/copy\"] button').click(); 0")
         browser.wait("document.querySelector('#copied').textContent.includes('rows that a person dropped')")
     made = [json.loads(line) for line in (folder / "rows.fixed.jsonl").read_text().splitlines()]
@@ -128,12 +135,17 @@ def test_a_row_is_edited_and_dropped_by_hand(browser: Browser, folder: Path) -> 
 def test_runs_are_chosen_in_the_list_and_drawn_over_each_other(browser: Browser, folder: Path) -> None:  # noqa: F811
     with studio_of(folder) as server:
         enter(browser, server, "runs")
-        browser.run("for (const name of ['first', 'second']) document.getElementById(`pick-${name}`).click(); 0")
+        shutil.copytree(folder / "second", folder / "deep/er/second")
+        browser.open(server.address + "runs")
+        browser.wait("!!window.htmx")
+        for name in ("first", "deep/er/second"):
+            browser.run(f"document.querySelector('[name=run][value=\"{name}\"]').click(); 0")
         browser.run("document.querySelector('#lines table').dataset.old = 'yes'; 0")
         typed = "const q = document.querySelector('[name=q]'); q.value = 'run'; q.dispatchEvent(new Event('input')); 0"
         browser.run(typed)
         browser.wait("!document.querySelector('#lines table').dataset.old")  # loaded anew, as it is every few seconds
         assert browser.run("document.querySelectorAll('input[name=run]:checked').length") == 2
+        assert not browser.complaints()
         browser.run("document.querySelector('#lines button').click(); 0")
         browser.wait("document.querySelectorAll('#curves canvas').length > 2")
         words = browser.wait(f"({LOSS}).includes('first training') && ({LOSS})")

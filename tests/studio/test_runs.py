@@ -25,6 +25,7 @@ from penchant.runfolder import CONSOLE, RunLock
 from penchant.studio import launch, shelf
 from penchant.studio.app import Studio
 from penchant.studio.launch import INTERRUPTED, Processes, draft, form_parts, place_of, settings_of
+from penchant.studio.runs import sample_of
 from penchant.studio.shelf import Feed, Shelf
 
 FIXTURES = Path(__file__).parents[1] / "fixtures/v0_1"
@@ -65,6 +66,12 @@ def test_a_run_several_of_them_and_a_sweep_have_pages(client: TestClient, folder
     assert "2 runs" in two and "run=first&amp;run=sweep/beta-0.1" in two
     group = client.get("/runs/group?kind=sweep&path=sweep").text
     assert "best by validation" in group and "sweep/beta-0.5" in group
+
+
+def test_samples_of_a_run_that_goes_on_are_those_from_before() -> None:
+    assert sample_of({"prompt": "P", "completion": "C", "reward": 0.5})["answers"] == [("before training", "C", 0.5)]
+    both = sample_of({"prompt": "P", "before": "B", "after": "A", "reward_after": 1.0})["answers"]
+    assert both == [("before training", "B", None), ("after training", "A", 1.0)]
 
 
 def test_the_buttons_follow_what_can_be_done(client: TestClient, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

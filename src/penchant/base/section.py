@@ -38,7 +38,6 @@ def as_yaml(value: Any) -> str:
 
 
 def bounds(info: FieldInfo) -> str:
-    """The range of a number: ``> 0, <= 1``; empty where it has none."""
-    return ", ".join(
-        f"{sign} {getattr(m, name):g}" for m in info.metadata for name, sign in SIGNS.items() if hasattr(m, name)
-    )
+    """The range of a number: ``> 0, <= 16,777,216``; empty where it has none."""
+    found = [(sign, getattr(m, name)) for m in info.metadata for name, sign in SIGNS.items() if hasattr(m, name)]
+    return ", ".join(f"{sign} {int(at):,}" if at == int(at) else f"{sign} {at:g}" for sign, at in found)

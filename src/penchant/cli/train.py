@@ -32,7 +32,7 @@ def _train(args: argparse.Namespace) -> int:
     if started_by_torchrun():
         from penchant.distributed.launch import leave
 
-        with join(config.launch.timeout) as world:
+        with join(config.launch.timeout, config.launch.context) as world:
             try:
                 result = api.train(config, quiet=args.quiet)
                 world.agree()

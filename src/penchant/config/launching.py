@@ -21,6 +21,10 @@ def check_launch(config: RunConfig, processes: int) -> None:
                 f"is {launch.processes}, and this is one process: only the command penchant train starts others",
                 "leave it out of sweeps, pipelines and Python calls, or use penchant train or torchrun",
             )
+        if launch.context > 1:
+            raise ConfigError(
+                "launch.context", f"is {launch.context}, and this is one process", "give --processes, or leave it out"
+            )
         return
     if launch.processes not in ("auto", processes):
         raise ConfigError(
@@ -32,6 +36,22 @@ def check_launch(config: RunConfig, processes: int) -> None:
         raise ConfigError(
             "launch.replicas", f"{processes} processes are not {launch.replicas} equal groups", "give a divisor of them"
         )
+    if processes % launch.context:
+        raise ConfigError(
+            "launch.context",
+            f"{processes} processes are not equal groups of {launch.context}",
+            "give a divisor of them",
+        )
+    if launch.context > 1:
+        why = None
+        if config.algorithm is not None:
+            why = f"{config.method.name} writes answers, and has not been tried with it"
+        elif config.model.router_aux_loss is not None:
+            why = "a router's balance loss has not been tried with it"
+        elif config.train.packing == "padded":
+            why = "padded rows have no part of it"
+        if why is not None:
+            raise ConfigError("launch.context", f"is {launch.context}, and {why}", "set it to 1")
     one = "train it in one process (without torchrun, --processes and --gpus)"
     if config.model.sees:
         raise ConfigError("model.vision", "pictures are read by one process", one)

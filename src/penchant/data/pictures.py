@@ -200,7 +200,7 @@ class Taken:
         if not used:
             front = "".join(map(mark_of, self.listed))
             trees = [replace(t, prompt=_in_front(t.prompt, front)) for t in trees]
-            texts, used = [_text(t.prompt) for t in trees], set(self.found)
+            texts, used = [_text(t.prompt) for t in trees], set(map(mark_of, self.listed))
         if len(used & self.found.keys()) < len(self.found) or used - self.found.keys():
             what = f"has {len(self.found)} pictures, and its prompt has places for {len(used)}"
             raise RowError(what, "write one <image> for each where it belongs, or none at all")

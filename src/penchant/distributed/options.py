@@ -18,6 +18,11 @@ class LaunchConfig(Section):
     replicas: int = Field(
         1, ge=1, description="groups of processes that each hold the whole model; its shards lie within a group (HSDP)"
     )
+    context: int = Field(
+        1,
+        ge=1,
+        description="processes that share each pass, for long prompts: a part of the tokens and of the heads each",
+    )
     restarts: int = Field(
         0, ge=0, le=1000, description="how often the processes are started again when one of them crashes"
     )

@@ -35,6 +35,7 @@ class World:
     Args:
         rank: from 0; size: how many there are; local_rank, local_size: the same among those of this machine.
         group: for objects and numbers on the CPU (gloo); patient: the same, with no time limit worth the name.
+        context: processes that share each pass (`distributed.context`), neighbors by rank; context_group: they.
     """
 
     rank: int = 0
@@ -43,6 +44,18 @@ class World:
     local_size: int = 1
     group: Any = None
     patient: Any = None
+    context: int = 1
+    context_group: Any = None
+
+    @property
+    def dealers(self) -> int:
+        """How many passes are made at a time."""
+        return self.size // self.context
+
+    @property
+    def dealer(self) -> int:
+        """Which of them this process takes part in."""
+        return self.rank // self.context
 
     @property
     def leads(self) -> bool:
@@ -159,11 +172,11 @@ def started_by_torchrun() -> bool:
 
 
 @contextmanager
-def join(timeout: float) -> Iterator[World]:
+def join(timeout: float, context: int = 1) -> Iterator[World]:
     """Be one of the processes that torchrun (or `penchant train --processes`) started; one process joins nothing.
 
     Args:
-        timeout: seconds after which a process that waits for another gives up.
+        timeout: seconds after which a process that waits for another gives up; context: processes that share each pass.
     """
     if not started_by_torchrun():
         yield current()
@@ -183,7 +196,11 @@ def join(timeout: float) -> Iterator[World]:
         what = f"process {rank} of {size} did not find the others within {timeout:g} s ({type(error).__name__})"
         raise errors.TrainingStopped("launch.timeout", what, "raise it, or look at why they did not start") from error
     group = dist.new_group(backend="gloo", timeout=limit)
-    _NOW[0] = World(rank, size, local_rank, local_size, group, dist.new_group(backend="gloo", timeout=PATIENCE))
+    world = World(rank, size, local_rank, local_size, group, dist.new_group(backend="gloo", timeout=PATIENCE))
+    if context > 1 and size % context == 0:  # another number is refused with the config
+        neighbors = [dist.new_group(list(range(at, at + context)), timeout=limit) for at in range(0, size, context)]
+        world = replace(world, context=context, context_group=neighbors[rank // context])
+    _NOW[0] = world
     ended_well = False
     try:
         yield _NOW[0]
@@ -281,8 +298,8 @@ def dealt_passes(
     """
     world = current()
     smallest = min(range(len(sizes)), key=lambda i: sizes[i], default=0)
-    mine = [*plan, *([[]] * (-len(plan) % world.size))][world.rank :: world.size]
+    mine = [*plan, *([[]] * (-len(plan) % world.dealers))][world.dealer :: world.dealers]
     made = [(members, call(members or [smallest])) for members in mine]
     everyone = world.gather_tensors(tuple(value for members, value in made if members), device)
-    turns = [iter(part) for part in everyone]
-    return [(members, next(turns[i % world.size])) for i, members in enumerate(plan)]
+    turns = [iter(part) for part in everyone[:: world.context]]
+    return [(members, next(turns[i % world.dealers])) for i, members in enumerate(plan)]

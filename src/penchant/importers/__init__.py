@@ -203,6 +203,9 @@ def import_config(
         )
     else:
         values, _ = read_mapping(path, "another tool's config is a mapping of its keys")
+    strange = next((k for k in values if not isinstance(k, str)), "")
+    if strange != "":
+        raise ConfigError(str(path), f"has the key {strange!r}, which is not a text", "quote it, or leave it out")
     if devices < 1:
         raise ConfigError("--devices", f"is {devices}", "give the number of GPUs, 1 or more")
     if source == "auto":
@@ -245,11 +248,14 @@ def _refuse_strangers(values: Mapping[str, Any], path: str) -> None:
 
 
 def _tool(values: Mapping[str, Any]) -> str:
-    """Whose file it is: the tool that has most keys of its own in it; TRL where only the shared ones are there."""
-    counts = {name: len(source.marks & values.keys()) for name, source in SOURCES.items()}
-    best = max(counts, key=lambda name: counts[name])
+    """Whose file it is: the tool that has most keys of its own in it; TRL where only the shared ones are there.
+
+    Keys that a flat file may have too (`model`) say nothing by themselves.
+    """
+    marks = {name: source.marks & values.keys() for name, source in SOURCES.items()}
+    best = max(marks, key=lambda name: len(marks[name]))
     shared = {"model_name_or_path", "per_device_train_batch_size", "num_train_epochs"} & values.keys()
-    return best if counts[best] else "trl" if shared else "flat"
+    return best if marks[best] - (flat.SOURCE.rules.keys() - flat.SOURCE.marks) else "trl" if shared else "flat"
 
 
 def _given(overrides: Sequence[str]) -> dict[str, Any]:

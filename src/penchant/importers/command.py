@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from penchant.config import read_mapping
 from penchant.errors import ConfigError
 
 ENDINGS = (".sh", ".bash")
+MOST_BYTES = 256 << 10
 # command: the tool, and which of its subcommands train (what they say of the method)
 COMMANDS: dict[str, tuple[str, Mapping[str, str]]] = {
     "swift": ("ms-swift", {"sft": "sft", "pt": "pt", "rlhf": ""}),
@@ -42,9 +44,12 @@ def read_command(path: str | Path) -> Command:
     """
     where = str(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with Path(path).open("rb") as file:
+            text = file.read(MOST_BYTES + 1).decode("utf-8-sig")
     except (OSError, ValueError) as error:
         raise ConfigError(where, f"cannot be read ({error})", "give a UTF-8 shell script") from error
+    if len(text) > MOST_BYTES:
+        raise ConfigError(where, f"has more than {MOST_BYTES >> 10} kB", "leave the command in it alone")
     variables: dict[str, str] = {}
     found: list[Command] = []
     uncommented = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
@@ -52,7 +57,7 @@ def read_command(path: str | Path) -> Command:
         if not re.match(r"\s*(export\s+)?\w+=", line) and not any(name in line for name in COMMANDS):
             continue
         try:
-            words = [_filled(w, variables) for w in shlex.split(_computed(line, variables))]
+            words = [_filled(w, variables) for w in _words(_computed(line, variables))]
         except ValueError as error:
             raise ConfigError(
                 where, f"a line cannot be understood ({error}): {line[:60]}", "mend its quotes"
@@ -67,12 +72,21 @@ def read_command(path: str | Path) -> Command:
             values = _arguments(words[at + 2 :], where)
             if methods[words[at + 1]] == "" and tool == "ms-swift":
                 values.setdefault("rlhf_type", "dpo")
-            found.append(Command(values, tool, methods[words[at + 1]], _devices(variables)))
+            launched = re.findall(r"--(?:num_processes|nproc[-_]per[-_]node)[= ](\S+)", " ".join(words[:at]))
+            devices = _devices({**variables, **({"NPROC_PER_NODE": launched[-1]} if launched else {})})
+            found.append(Command(values, tool, methods[words[at + 1]], devices))
     if len(found) != 1:
         what = f"{len(found)} commands that train" if found else "no command that trains"
         how = f"leave one in the script: {', '.join(f'{c} {s}' for c, (_, m) in COMMANDS.items() for s in m)}"
         raise ConfigError(where, f"has {what}", how)
     return found[0]
+
+
+def _words(line: str) -> list[str]:
+    """The words of a line; what ends a command is one of its own, also without a space."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=";|&")
+    lexer.whitespace_split, lexer.commenters = True, ""
+    return list(lexer)
 
 
 def _tool(word: str) -> str:
@@ -81,7 +95,10 @@ def _tool(word: str) -> str:
 
 
 def _filled(word: str, variables: Mapping[str, str]) -> str:
-    return re.sub(r"\$\{(\w+)\}|\$(\w+)", lambda m: variables.get(m[1] or m[2], m[0]), word)
+    names = re.compile(r"\$\{(\w+)\}|\$(\w+)")
+    if sum(len(variables.get(m[1] or m[2], "")) for m in names.finditer(word)) > MOST_BYTES:
+        raise ValueError("its variables say too much")
+    return names.sub(lambda m: variables.get(m[1] or m[2], m[0]), word)
 
 
 def _computed(line: str, variables: Mapping[str, str]) -> str:
@@ -90,7 +107,7 @@ def _computed(line: str, variables: Mapping[str, str]) -> str:
     def value(found: re.Match[str]) -> str:
         left, operator, right = (g for g in found.groups() if g is not None)
         a, b = (variables.get(w.strip("${}"), w) for w in (left, right))
-        if not (a.isdigit() and b.isdigit()) or (operator == "/" and int(b) == 0):
+        if not all(re.fullmatch("[0-9]{1,9}", n) for n in (a, b)) or (operator == "/" and int(b) == 0):
             return found[0]
         return str(
             {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__floordiv__}[operator](int(a), int(b))
@@ -104,7 +121,7 @@ def _computed(line: str, variables: Mapping[str, str]) -> str:
 
 def _devices(variables: Mapping[str, str]) -> int:
     counts = [variables.get(n, "1") for n in ("NPROC_PER_NODE", "NNODES")]
-    return max(1, int(counts[0])) * max(1, int(counts[1])) if all(c.isdigit() for c in counts) else 1
+    return max(1, int(counts[0])) * max(1, int(counts[1])) if all(re.fullmatch(r"[0-9]{1,6}", c) for c in counts) else 1
 
 
 def _arguments(words: list[str], where: str) -> dict[str, Any]:
@@ -112,7 +129,7 @@ def _arguments(words: list[str], where: str) -> dict[str, Any]:
     values: dict[str, Any] = {}
     key = ""
     for word in words:
-        if word in ("&", ";", "|", "&&", "||") or re.match(r"\d?>", word):
+        if re.match(r"[;|&]+$|\d?>", word):
             break
         if word.startswith("--"):
             key, equals, value = word[2:].partition("=")
@@ -123,18 +140,16 @@ def _arguments(words: list[str], where: str) -> dict[str, Any]:
         else:
             raise ConfigError(where, f"gives {word} without a name", "import that file itself, or write --name value")
     for name, given in values.items():
-        if any(isinstance(v, str) and v.startswith(("$(", "`")) for v in given):
-            what = f"--{name} is {' '.join(map(str, given))}, which the shell computes"
+        if (
+            unknown := next((v for v in given if isinstance(v, str) and re.search(r"\$[\w{(@*#?]|`", v)), None)
+        ) is not None:
+            what = f"--{name} is {unknown[:60]}, which needs a variable that it does not set, or a shell"
             raise ConfigError(where, what, "write the value in its place")
-        if any(isinstance(v, str) and re.search(r"\$\{?\w", v) for v in given):
-            raise ConfigError(
-                where, f"--{name} is {given[0]}, a variable that it does not set", "write the value in its place"
-            )
     made = {k: True if not v else v[0] if len(v) == 1 else v for k, v in values.items()}
     if "config" not in made:
         return made
     below = Path(str(made.pop("config")))
-    below = below if below.exists() else Path(where).parent / below
+    below = below if os.path.exists(below) else Path(where).parent / below
     return {**read_mapping(below, "another tool's config is a mapping of its keys")[0], **made}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -205,7 +206,7 @@ FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".ndjson"
 
 def is_local(name: str, folder: str) -> bool:
     """Whether a data set is a file or a folder, and no hub id."""
-    return name.endswith(FILES) or name.startswith(("/", ".", "~")) or Path(folder, name).exists()
+    return name.endswith(FILES) or name.startswith(("/", ".", "~")) or os.path.exists(os.path.join(folder, name))
 
 
 def model_type(path: str) -> str | None:

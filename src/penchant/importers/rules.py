@@ -88,15 +88,15 @@ def number(value: Any) -> float:
         raise NotHere(f"{value!r} is not a number; set the key by hand")
     try:
         return float(value)
-    except (TypeError, ValueError) as error:
-        raise NotHere(f"{value!r} is not a number; set the key by hand") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise NotHere(f"{repr(value)[:60]} is not a number; set the key by hand") from error
 
 
 def whole(value: Any) -> int:
     """A whole number."""
     found = number(value)
-    if found != int(found):
-        raise NotHere(f"{value!r} is not a whole number; set the key by hand")
+    if not found.is_integer():
+        raise NotHere(f"{repr(value)[:60]} is not a whole number; set the key by hand")
     return int(found)
 
 

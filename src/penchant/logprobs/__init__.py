@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from penchant.base.machine import moved
+from penchant.distributed.context import SPLIT, all_tokens, check_positions, my_tokens, splits
 from penchant.distributed.shard import RUNS
 from penchant.logprobs.head import (
     RowLogits,
@@ -143,17 +144,25 @@ class Scorer:
         backbone = backbone_of(self.model)
         if self.packing == "padded":
             return self._padded_hidden(backbone, batch)
+        ids, positions = batch.input_ids, batch.position_ids
+        split = splits() and not self.own_attention
+        if split:
+            check_positions(backbone.config)
+            batch.cache[SPLIT] = True
+            ids, positions = my_tokens(ids), my_tokens(positions)
         # a 4D mask is handed on as it is, so transformers builds none; the tree attention never looks at it
         unused_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
         out = backbone(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.position_ids[None],
+            input_ids=ids[None],
+            position_ids=positions[None],
             attention_mask=unused_mask,
             use_cache=False,
             penchant_batch=batch,
             penchant_attention=self.attention,
             **self._listening(),
         )
+        if split:
+            return all_tokens(out.last_hidden_state[0], batch.tokens)
         return self._with_router(out.last_hidden_state[0], routed(out), batch)
 
     def _listening(self) -> dict[str, Any]:

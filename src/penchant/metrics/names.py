@@ -99,7 +99,7 @@ def with_k3(line: Any) -> Mapping[str, Any]:
     if not isinstance(line, Mapping):
         return {}
     for k1, k3 in (("eval/kl/policy_ref", "eval/kl/k3"), ("kl/policy_ref", "kl/k3"), ("kl", "kl_k3")):
-        if k3 not in line and (value := num(line, k1)) is not None and value >= 0:
+        if k1 in line and k3 not in line and (value := num(line, k1)) is not None and value >= 0:
             line = {**line, k3: line[k1], f"{k3}/ci": line.get(f"{k1}/ci")}
     return line
 

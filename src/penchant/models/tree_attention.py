@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from penchant.distributed.context import SPLIT, my_heads, part_of_heads, part_of_tokens
 from penchant.models.tree_kernels import (
     FLASH_MAX_HEAD,
     HALF,
@@ -297,6 +298,10 @@ def _attention_interface(
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (1, H, T, d) -> (T, H, d)
     if isinstance(calls := batch.cache.get(CALLS), set):
         calls.add(_call(q, k, v, softcap, window))
+    if batch.cache.get(SPLIT):
+        q, k, v = (part_of_heads(x, batch.tokens) for x in (q, k, v))
+        out = packed_attention(kind, batch, q, k, v, scaling, softcap, my_heads(sinks), window)
+        return part_of_tokens(out)[None], None
     return packed_attention(kind, batch, q, k, v, scaling, softcap, sinks, window)[None], None
 
 

@@ -112,9 +112,10 @@ def activations_of(config: Any, tokens: int, width: int = 2) -> int:
 
 
 def ranks_of(run: OutlinedRun, memory: Memory, counts: Sequence[int]) -> dict[int, dict[str, int]]:
-    """By number of processes: bytes by part of each, for a run; its passes are counted on transformers' own layers."""
-    passing = sum(n for name, n in memory.parts.items() if name.startswith(("activations", "head")))
+    """By number of processes: bytes by part of each, for a run; its passes are counted on transformers' own layers, and shared as the run says."""
     launch = run.config.launch
+    passing = sum(n for name, n in memory.parts.items() if name.startswith("head"))
+    passing += sum(n for name, n in memory.parts.items() if name.startswith("activations")) // launch.context
     sizes, needed = Sizes.of(run.model, run.config.train.optimizer), "reference" in run.method.needs
     held = needed and reference_kind(run.config) == "frozen"
     how: dict[str, Any] = {

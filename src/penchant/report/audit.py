@@ -77,10 +77,10 @@ def lengths_table(lengths: Mapping[str, Any], unit: str = "tokens") -> Element |
 # ---- The page of one audit by itself: findings first, then lengths ----
 
 GROUPS = (  # beginnings of findings' names, in the order in which they are shown
-    ("Rows", ("bad_rows", "identical_pairs", "empty_completions", "cut_", "bad_after", "identical_after")),
-    ("Copies", ("duplicates", "near_duplicates", "near_identical")),
+    ("Rows", ("bad_rows", "left_out", "identical_pairs", "empty_completions", "cut_", "bad_after", "identical_after")),
+    ("Copies", ("duplicates", "near_duplicates", "near_identical", "agreed")),
     ("Splits", ("leakage", "near_leakage")),
-    ("Label noise", ("contradictions", "near_contradictions", "cycles", "reward_disagreement")),
+    ("Label noise", ("contradictions", "near_contradictions", "cycles", "reward_disagreement", "disagreed")),
     ("Bias", ("length_bias", "position_bias", "good_answers", "scores")),
     ("Content", ("languages", "refusals", "check_")),
     ("Personal data and secrets", ("pii_", "secrets_")),

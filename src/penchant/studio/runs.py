@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from collections.abc import AsyncIterator, Mapping
 from itertools import islice
@@ -53,6 +54,7 @@ class Runs:
         self.processes, self._planning = Processes(studio.folder), asyncio.Lock()
         studio.templates.globals |= {"ago": ago, "bytes": gigabytes, "duration": duration, "tone": STATES.get}
         studio.templates.filters["json"] = json.dumps
+        studio.templates.filters["short_sum"] = short_sum
         studio.templates.filters["figure"] = lambda value: number(number_of(value))
 
     @property
@@ -275,6 +277,11 @@ def _free(root: Path, path: str) -> str:
     return f"{path}-{number}"
 
 
+def short_sum(path: str) -> str:
+    """An element's id from a path: htmx looks for what it preserves by a selector, in which a slash is an error."""
+    return hashlib.sha256(path.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+
+
 def ago(seconds: float) -> str:
     """How long something is gone, in its largest unit."""
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
@@ -286,10 +293,11 @@ def ago(seconds: float) -> str:
 def sample_of(row: Mapping[str, Any]) -> dict[str, Any]:
     """A line of samples.jsonl as its turns and the answers to them."""
     turns = [(text(m.get("role")), text(m.get("content"))) for m in mappings(row.get("messages"))]
-    answers = {"before training": row.get("before"), "after training": row.get("after", row.get("completion"))}
+    # while a run goes on there are only those from before, with one completion each
+    answers = {"before training": row.get("before", row.get("completion")), "after training": row.get("after")}
     rewards = {
-        "before training": row.get("reward_before"),
-        "after training": row.get("reward_after", row.get("reward")),
+        "before training": row.get("reward_before", row.get("reward")),
+        "after training": row.get("reward_after"),
     }
     return {
         "turns": turns or [("prompt", text(row.get("prompt")))],

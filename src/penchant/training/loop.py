@@ -159,9 +159,8 @@ class Loop:
         paused = (stop or step == self.pause_at) and not last
         if last or paused or asked is not None or _due(self.checkpoint.every, step, schedule):
             self._save(metrics)
-            if self.stop and not self.world.many and not last:  # asked for by what was told of the checkpoint
-                paused = True
-        asked = asked if self.world.many else self.interrupted
+            asked, stop = self._asked_to_stop()  # once more: it took a while, and callbacks were told of it
+            paused |= stop and not last
         if asked is not None and not last:
             raise agreed(
                 Interrupted(
@@ -292,7 +291,9 @@ class Loop:
         """
         sizes = [tree_tokens(t, self.shared) for t in trees]
         if self.world.many:
-            dealt = plan_dealt(sizes, self.train.tokens_per_step, self.world.size)[self.world.rank :: self.world.size]
+            dealt = plan_dealt(sizes, self.train.tokens_per_step, self.world.dealers)[
+                self.world.dealer :: self.world.dealers
+            ]
             smallest = min(range(len(sizes)), key=lambda i: sizes[i], default=0)
             made = [(m, pack([trees[i] for i in m or [smallest]], shared=self.shared)) for m in dealt]
             return [replace(batch, idle=not members) for members, batch in made]

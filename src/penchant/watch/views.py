@@ -79,6 +79,7 @@ class RunView:
         self.flags: list[dict[str, Any]] = []
         self.samples: list[dict[str, Any]] = []  # the last answers: before and after training, or only those before
         self._files = follow(folder, brief)
+        self._figures = [key for key in FIGURES if key in USUAL] if brief else FIGURES
         self._perf: deque[tuple[int, float, float, float]] = deque(maxlen=RECENT)
         self._forget()
 
@@ -115,13 +116,16 @@ class RunView:
             self.last = row
         else:
             self.first_eval, self.last_eval = self.first_eval or row, row
-        for key in FIGURES:
-            if kind == "train" and (value := number(row.get(key))) is not None:
+        for key in self._figures if kind == "train" else (f"eval/{key}" for key in self._figures):
+            value = number(row[key]) if key in row else None
+            if value is None:
+                continue
+            if kind == "train":
                 known = self.line.setdefault(key, [])
                 while known and known[-1][0] >= step:
                     known.pop()
                 known.append((step, value))
-            elif kind == "eval" and (value := number(row.get(key := f"eval/{key}"))) is not None:
+            else:
                 self.points.setdefault(key, []).append(Point(step, value, interval(row, key)))
 
     def _take_speed(self, row: Mapping[str, Any]) -> None:

@@ -56,17 +56,17 @@ class Counting:
     def merge(self, other: Any) -> None:
         """Take what another counter of the same kind counted of the rows behind these."""
         for name, theirs in vars(other).items():
-            setattr(self, name, together(getattr(self, name), theirs))
+            setattr(self, name, added(getattr(self, name), theirs))
 
 
-def together(mine: Any, theirs: Any) -> Any:
+def added(mine: Any, theirs: Any) -> Any:
     """Counts of both: numbers and counters are added, what holds rows is put behind each other; texts are those of both."""
     if isinstance(mine, (int, Counter)) and not isinstance(mine, bool):
         return mine + theirs
     if isinstance(mine, dict):
-        return {**mine, **{k: together(mine[k], v) if k in mine else v for k, v in theirs.items()}}
+        return {**mine, **{k: added(mine[k], v) if k in mine else v for k, v in theirs.items()}}
     if isinstance(mine, list):
-        return [together(a, b) for a, b in zip(mine, theirs, strict=True)]
+        return [added(a, b) for a, b in zip(mine, theirs, strict=True)]
     if isinstance(mine, array):
         mine.extend(theirs)
     elif isinstance(mine, (Tally, NearIndex)):

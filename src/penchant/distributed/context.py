@@ -1,0 +1,120 @@
+"""One packed row over several processes: each holds a part of its tokens, and in attention a part of its heads (Ulysses, arXiv 2309.14509).
+
+All processes of a group have the same passes. Each of them computes the whole loss from hidden states that were put together again, and
+counts the pass as its own: sums and counts are as many times as large as the group, so their ratio is that of one process, and so are
+gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from penchant.distributed.world import current
+from penchant.errors import ModelError
+
+SPLIT = "context"  # in a batch's cache: its tokens are dealt out
+
+
+def splits() -> bool:
+    """Whether the tokens of a pass are dealt out."""
+    return current().context > 1
+
+
+def check_positions(config: Any) -> None:
+    """Refuse a model whose rotary frequencies follow the last position of a pass: each process would see another one.
+
+    Raises:
+        ModelError: it is such a model.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {rope.get("rope_type"), *(r.get("rope_type") for r in rope.values() if isinstance(r, Mapping))}
+    if kind := next(iter(kinds & {"dynamic", "longrope"}), None):
+        what = f"splits rows, and the model's rotary positions ({kind}) depend on how long a row is"
+        raise ModelError("launch.context", what, "set it to 1")
+
+
+def my_tokens(row: Tensor) -> Tensor:
+    """This process's part (T / n,) of a packed row (T,), which is filled up with zeros."""
+    world = current()
+    share = -(-len(row) // world.context)
+    filled = torch.cat([row, row.new_zeros(share * world.context - len(row))])
+    return filled.narrow(0, world.rank % world.context * share, share)
+
+
+def all_tokens(mine: Tensor, count: int) -> Tensor:
+    """The hidden states (T, d) of a row of `count` tokens, of which each process has a part."""
+    found: Tensor = _Together.apply(mine)
+    return found[:count]
+
+
+def part_of_heads(x: Tensor, count: int) -> Tensor:
+    """All heads of some tokens (T / n, H, d) become some heads of all `count` tokens (T, H / n, d).
+
+    Raises:
+        ModelError: the heads are not a multiple of the processes.
+    """
+    n = current().context
+    if x.shape[1] % n:
+        raise ModelError("launch.context", f"is {n}, and the model has {x.shape[1]} heads of a kind", "give a divisor")
+    parts = x.view(x.shape[0], n, -1, x.shape[2]).transpose(0, 1)
+    found: Tensor = _Exchanged.apply(parts)
+    return found.flatten(0, 1)[:count]
+
+
+def part_of_tokens(x: Tensor) -> Tensor:
+    """The inverse of `part_of_heads`."""
+    n = current().context
+    share = -(-len(x) // n)
+    filled = torch.cat([x, x.new_zeros(share * n - len(x), *x.shape[1:])])
+    found: Tensor = _Exchanged.apply(filled.unflatten(0, (n, share)))
+    return found.transpose(0, 1).flatten(1, 2)
+
+
+def my_heads(per_head: Tensor | None) -> Tensor | None:
+    """This process's part of a number for each head (H,)."""
+    world = current()
+    return None if per_head is None else per_head.chunk(world.context)[world.rank % world.context]
+
+
+class _Exchanged(torch.autograd.Function):
+    """(n, ...): part i goes to process i of the group, and is in its place what that one has for this process."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor) -> Tensor:
+        import torch.distributed as dist
+
+        parts = parts.contiguous()
+        found = torch.empty_like(parts)
+        dist.all_to_all_single(found, parts, group=current().context_group)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return _Exchanged.forward(ctx, grads[0])
+
+
+class _Together(torch.autograd.Function):
+    """The parts of all processes, one after the other; a part's gradient is the sum of what each of them found for it."""
+
+    @staticmethod
+    def forward(ctx: Any, mine: Tensor) -> Tensor:
+        import torch.distributed as dist
+
+        world = current()
+        found = mine.new_empty(world.context * mine.shape[0], *mine.shape[1:])
+        dist.all_gather_into_tensor(found, mine.contiguous(), group=world.context_group)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        import torch.distributed as dist
+
+        world = current()
+        grad = grads[0].contiguous()
+        found = grad.new_empty(grad.shape[0] // world.context, *grad.shape[1:])
+        dist.reduce_scatter_tensor(found, grad, group=world.context_group)
+        return found
