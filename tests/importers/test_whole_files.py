@@ -199,6 +199,8 @@ def test_rows_of_a_pair_are_a_conversation_and_what_was_worse(place: Path) -> No
         ("echo hello\n", "no command that trains"),
         ("swift sft --model a\nswift sft --model b\n", "2 commands that train"),
         ("swift sft --model $MODEL --dataset d.jsonl\n", "a variable that it does not set"),
+        ("swift sft --model a --dataset $(cat names)\n", "--dataset is .*, or a shell"),
+        ("swift sft --model a --max_length $(expr 8 / 0)\n", "--max_length is .*, or a shell"),
         ("swift sft demo.yaml\n", "without a name"),
         ("swift sft --model 'a\n", "cannot be understood"),
         ("swift sft --model a --dataset $(ls)\n", "or a shell"),
@@ -213,6 +215,17 @@ def test_a_script_that_is_no_one_command_is_refused(tmp_path: Path, script: str,
     (tmp_path / "run.sh").write_text(script)
     with pytest.raises(ConfigError, match=what):
         import_config(tmp_path / "run.sh")
+
+
+@pytest.mark.parametrize("sum_", ["$(expr 16 / $n)", "$(expr 2 \\* 4)", "$((16 / n))", "$((${n}+6))"])
+def test_sums_of_a_script_are_computed_as_the_shell_does_it(tmp_path: Path, sum_: str) -> None:
+    """ms-swift's example scripts say `--gradient_accumulation_steps $(expr 16 / $nproc_per_node)`."""
+    (tmp_path / "run.sh").write_text(f"n=2\nswift sft --model a --gradient_accumulation_steps {sum_} --max_length 64\n")
+    assert read_command(tmp_path / "run.sh").values == {
+        "model": "a",
+        "gradient_accumulation_steps": 8,
+        "max_length": 64,
+    }
 
 
 @pytest.mark.parametrize("end", ["; rm -rf y", "|tee log", "&", "&& echo", " > log 2>&1 &", " 2>&1 | tee log"])

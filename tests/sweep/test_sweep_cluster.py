@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from penchant.errors import CheckpointError, ConfigError
 from penchant.runfolder import RunLock
 from penchant.sweep import conduct, load_sweep, workers
 from penchant.sweep.cluster import ORDERS, Slurm
-from penchant.sweep.worker import carry_out
+from penchant.sweep.worker import carry_out, result_of
 from penchant.training.loop import Interrupted, Loop
 
 __all__ = ["base", "whole"]  # fixtures
@@ -156,6 +157,23 @@ def test_jobs_outlive_the_sweep_and_are_waited_for_again(
     result = run(short, *AWAY)
     assert entered == ["beta-0.5"] and cluster.sent() == ["beta-0.1", "beta-0.5"]  # neither was sent again
     assert {r["state"] for r in result.runs.values()} == {"finished"} and len(result.table.best) >= 1
+
+
+def test_a_signal_between_two_jobs_sends_no_more(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Done(Pretended):
+        def work(self, job: str) -> None:
+            result_of(self.orders[job]).write_text('{"state": "done", "seconds": 0.0}')
+
+    def end(run: Any, made: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(workers, "told", lambda run, pause_at: "")
+    made = Done()
+    jobs = workers.Jobs(made, 1, tmp_path, lambda run: None, lambda run: None, lambda run, job: None, lambda line: None)
+    runs: list[Any] = [SimpleNamespace(name=name, folder=tmp_path / name) for name in ("first", "second")]
+    with pytest.raises(Interrupted, match="stopped by SIGINT; no job is left"):
+        jobs.run(iter(runs), lambda run: None, end)
+    assert made.sent() == ["first"]
 
 
 def test_a_job_that_ended_with_the_sweep_away_is_sent_again(

@@ -57,7 +57,7 @@ def read_command(path: str | Path) -> Command:
         if not re.match(r"\s*(export\s+)?\w+=", line) and not any(name in line for name in COMMANDS):
             continue
         try:
-            words = [_filled(w, variables) for w in _words(line)]
+            words = [_filled(w, variables) for w in _words(_computed(line, variables))]
         except ValueError as error:
             raise ConfigError(
                 where, f"a line cannot be understood ({error}): {line[:60]}", "mend its quotes"
@@ -99,6 +99,24 @@ def _filled(word: str, variables: Mapping[str, str]) -> str:
     if sum(len(variables.get(m[1] or m[2], "")) for m in names.finditer(word)) > MOST_BYTES:
         raise ValueError("its variables say too much")
     return names.sub(lambda m: variables.get(m[1] or m[2], m[0]), word)
+
+
+def _computed(line: str, variables: Mapping[str, str]) -> str:
+    """`$(expr 16 / $n)` and `$((16 / n))` as the shell computes them; what is not two numbers stays, and is refused later."""
+
+    def value(found: re.Match[str]) -> str:
+        left, operator, right = (g for g in found.groups() if g is not None)
+        a, b = (variables.get(w.strip("${}"), w) for w in (left, right))
+        if not all(re.fullmatch("[0-9]{1,9}", n) for n in (a, b)) or (operator == "/" and int(b) == 0):
+            return found[0]
+        return str(
+            {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__floordiv__}[operator](int(a), int(b))
+        )
+
+    word = r"(\$?\w+|\$\{\w+\})"
+    return re.sub(
+        rf"\$\(expr\s+{word}\s+\\?([*/+-])\s+{word}\s*\)|\$\(\(\s*{word}\s*([*/+-])\s*{word}\s*\)\)", value, line
+    )
 
 
 def _devices(variables: Mapping[str, str]) -> int:

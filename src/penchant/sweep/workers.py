@@ -241,7 +241,7 @@ class Jobs:
                         waiting[name] = self._send(one.run, begin)
                 if waiting:
                     time.sleep(LOOK)
-        if seen and waiting:
+        if seen and (waiting or not failed):
             raise self._left(signal.Signals(seen[0]).name, waiting)
         for first in failed.values():
             others = [name for name in failed if failed[name] is not first]
@@ -296,6 +296,10 @@ class Jobs:
 
     def _left(self, name: str, waiting: Mapping[str, _Sent]) -> Interrupted:
         ids = [str(one.job["id"]) for one in waiting.values()]
+        if not ids:
+            return Interrupted(
+                str(self.folder), f"stopped by {name}; no job is left", "run the same command to continue"
+            )
         jobs = f"{self.cluster.title}{'s' if len(ids) > 1 else ''} {', '.join(ids)}"
         return Interrupted(
             str(self.folder),
