@@ -191,7 +191,7 @@ def test_results_come_in_order_and_errors_too() -> None:
         next(found)
     with pytest.raises(RuntimeError, match="ValueError"):
         list(in_order(int, ["x"], 2))
-    with pytest.raises(RuntimeError, match="ended with 3"):
+    with pytest.raises(ConfigError, match="ended with 3"):
         list(in_order(os._exit, [3], 2))
 
 

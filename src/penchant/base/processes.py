@@ -46,7 +46,7 @@ def in_order(function: Callable[[T], R], tasks: Iterable[T], workers: Workers) -
     Worker processes are new ones: nothing of this process is in them but what a task holds. A few results are held at a time.
 
     Raises:
-        PenchantError: what the function raised of these. RuntimeError: it raised something else, or a process died.
+        PenchantError: what the function raised of these, or a process died. RuntimeError: it raised something else.
     """
     if workers == RAY:
         yield from _on_ray(function, tasks)
@@ -103,8 +103,8 @@ class _Process:
             done, result = pickle.load(self._process.stdout)
         except (BrokenPipeError, EOFError, pickle.UnpicklingError) as error:
             code = self._process.wait()
-            how = "there may be too little memory for so many: give fewer workers"
-            raise RuntimeError(f"a worker process ended with {code}; {how}") from error
+            what = f"a worker process ended with {code}; there may be too little memory for so many"
+            raise ConfigError("workers", what, "give fewer, or 1") from error
         return result if done else _raise(result)
 
     def end(self) -> None:
