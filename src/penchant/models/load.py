@@ -198,7 +198,7 @@ def load_causal_model(
     check_folder(Path(path))
     if cfg.quantize == "none":
         return _load(cfg, path, device, seed, within, mapped)
-    model = _load_anew(cfg, path, device, seed)
+    model = _load(cfg, path, device, seed)
     return model if held else dequantized(model)
 
 
@@ -224,17 +224,6 @@ def _load(
     mapped: bool = False,
 ) -> Any:
     """What is in a folder that holds a model; the tests keep it by the folder's bytes."""
-    return _load_anew(cfg, path, device, seed, within, mapped)
-
-
-def _load_anew(
-    cfg: ModelConfig,
-    path: str,
-    device: torch.device,
-    seed: int,
-    within: torch.dtype = torch.float32,
-    mapped: bool = False,
-) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     folder, how_to = Path(path), "give a folder or hub id of a causal model"
