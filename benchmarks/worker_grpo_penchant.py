@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import worker_ppo_penchant as ppo
-from measure import Clock, finish
+from measure import finish
 
 
 def settings_of(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -23,40 +23,13 @@ def settings_of(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    import torch
-    import transformers
-
-    import penchant
-    from penchant.config import config_from_mapping
-    from penchant.runs import Run
-    from penchant.runs.rows import Rows
-    from penchant.runs.sharing import Alone
-
     spec = json.loads(sys.argv[1])
-    clock, warm, samples = Clock(spec["warmup_batches"]), spec["warmup_batches"], spec["samples"]
-    config, console = config_from_mapping(settings_of(spec), []), ppo.EpisodeConsole(clock, 1)
-    rows = Rows(config, Alone(), console)
-    rows.trees, rows.asked = (ppo.read_trees(spec), []), {}
-    run = Run(config, console=console, rows=rows)
-    run.folder.mkdir(parents=True, exist_ok=True)
-    run.make_loop().run()
-    timed = clock.result()
-    asked = [len(t.prompt_ids) for t in rows.trees[0]][spec["batch"] * warm :]
+    warm, samples = spec["warmup_batches"], spec["samples"]
+    run, console, timed = ppo.trained(spec, settings_of(spec), 1)
+    asked = [len(t.prompt_ids) for t in run.rows.trees[0]][spec["batch"] * warm :]
     # as the peer counts them: the prompt once for each of its completions
     written = sum(r["length"] for r in console.rollouts[warm:]) * spec["batch"] * samples
-    parameters = list(run.built.parts.model.parameters())
-    finish(
-        timed
-        | {
-            "name": f"penchant {getattr(penchant, '__version__', 'dev')}",
-            "tokens": sum(asked) * samples + written,
-            "rollouts": console.rollouts,
-            "notes": console.notes,
-            "versions": {m.__name__: m.__version__ for m in (torch, transformers)},
-            "trainable": sum(p.numel() for p in parameters if p.requires_grad),
-            "dtypes": sorted({str(p.dtype) for p in parameters}),
-        }
-    )
+    finish(timed | {"tokens": sum(asked) * samples + written} | ppo.described(console, run.built.parts.model))
 
 
 if __name__ == "__main__":

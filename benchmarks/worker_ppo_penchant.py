@@ -93,42 +93,54 @@ def read_trees(spec: Mapping[str, Any]) -> list[Any]:
     return [TokenTree(i, np.asarray(ids, dtype=np.int32), (), (), f"prompt {i}") for i, ids in enumerate(rows)]
 
 
-def main() -> None:
-    import torch
-    import transformers
+def trained(
+    spec: Mapping[str, Any], settings: Mapping[str, Any], updates: int
+) -> tuple[Any, EpisodeConsole, dict[str, Any]]:
+    """The product's run of a config on the given prompts, its console, and what the clock says.
 
-    import penchant
+    Args:
+        updates: optimizer steps of a batch of rollouts.
+    """
     from penchant.config import config_from_mapping
     from penchant.runs import Run
     from penchant.runs.rows import Rows
     from penchant.runs.sharing import Alone
 
-    spec = json.loads(sys.argv[1])
     clock = Clock(spec["warmup_batches"])
-    config, console = (
-        config_from_mapping(settings_of(spec), []),
-        EpisodeConsole(clock, spec["epochs"] * spec["minibatches"]),
-    )
+    config, console = config_from_mapping(settings, []), EpisodeConsole(clock, updates)
     rows = Rows(config, Alone(), console)
     # in place of the cached properties that read a data file
     rows.trees, rows.asked = (read_trees(spec), []), {}
     run = Run(config, console=console, rows=rows)
     run.folder.mkdir(parents=True, exist_ok=True)
     run.make_loop().run()
-    timed = clock.result()  # up to the last update: the checkpoint that a run ends with is not in it
-    parameters = [*run.built.parts.model.parameters(), *run.built.parts.modules["value"].parameters()]
-    finish(
-        timed
-        | {
-            "name": f"penchant {getattr(penchant, '__version__', 'dev')}",
-            "episodes": spec["batch"] * (spec["batches"] - spec["warmup_batches"]),
-            "rollouts": console.rollouts,
-            "notes": console.notes,
-            "versions": {m.__name__: m.__version__ for m in (torch, transformers)},
-            "trainable": sum(p.numel() for p in parameters if p.requires_grad),
-            "dtypes": sorted({str(p.dtype) for p in parameters}),
-        }
-    )
+    return run, console, clock.result()  # up to the last update: the checkpoint that a run ends with is not in it
+
+
+def described(console: EpisodeConsole, *modules: Any) -> dict[str, Any]:
+    """What both sides say of themselves; `modules` are what is trained."""
+    import torch
+    import transformers
+
+    import penchant
+
+    parameters = [p for module in modules for p in module.parameters()]
+    return {
+        "name": f"penchant {getattr(penchant, '__version__', 'dev')}",
+        "rollouts": console.rollouts,
+        "notes": console.notes,
+        "versions": {m.__name__: m.__version__ for m in (torch, transformers)},
+        "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+        "dtypes": sorted({str(p.dtype) for p in parameters}),
+    }
+
+
+def main() -> None:
+    spec = json.loads(sys.argv[1])
+    run, console, timed = trained(spec, settings_of(spec), spec["epochs"] * spec["minibatches"])
+    episodes = spec["batch"] * (spec["batches"] - spec["warmup_batches"])
+    parts = run.built.parts
+    finish(timed | {"episodes": episodes} | described(console, parts.model, parts.modules["value"]))
 
 
 if __name__ == "__main__":
