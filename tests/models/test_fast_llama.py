@@ -15,6 +15,7 @@ from torch import nn
 from penchant.data.packing import pack
 from penchant.models.cpu import attention as fast_attention
 from penchant.models.cpu import head as fast_head
+from penchant.models.cpu import ops
 from penchant.models.cpu.head import fast_token_logps
 from penchant.models.cpu.layers import FastForward, fast_forward
 from penchant.models.cpu.ops import rms_norm, rms_norm_backward, rotary, rotary_backward, swiglu, swiglu_backward
@@ -311,6 +312,27 @@ def test_head_is_exact_where_the_probability_underflows() -> None:
     w = torch.tensor([[0.0], [300.0], [-500.0]])
     logps, _ = fast_token_logps(h, w, torch.tensor([1, 2]))
     assert logps.tolist() == [0.0, -800.0]
+
+
+@pytest.mark.parametrize("wide", [True, False], ids=["oneDNN", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_products_of_views(dtype: torch.dtype, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_has_wide_onednn", lambda: wide)
+    torch.manual_seed(0)
+    whole = torch.randn(40, 60).to(dtype)
+    a, b = whole[:7, 3:20], whole[20:37, 10:33]  # rows and columns of something larger
+    bias, x = whole[39, :23], whole[8:15, 20:43]
+
+    def near(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+        return torch.allclose(found.double(), wanted, atol=20 * torch.finfo(dtype).eps)
+
+    product = a.double() @ b.double()
+    assert near(ops.mm(a, b), product) and near(ops.mm(a, b, bias), product + bias.double())
+    assert near(ops.mm(a.t(), x), a.double().t() @ x.double()) and near(ops.mm(x, b.t()), x.double() @ b.double().t())
+    assert near(ops.addmm(x, a, b), x.double() + product)
+    total = x.clone()
+    assert ops.addmm_(total, a, b) is total and near(total, x.double() + product)
+    assert ops.mm(a[:0], b).shape == (0, 23) and ops.mm(a[:, :0], b[:0]).abs().max() == 0
 
 
 def test_pieces_have_the_right_gradients() -> None:

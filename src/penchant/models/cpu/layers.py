@@ -27,6 +27,9 @@ from penchant.models.cpu.attention import (
     attention_plan,
 )
 from penchant.models.cpu.ops import (
+    addmm,
+    addmm_,
+    mm,
     rms_norm,
     rms_norm_backward,
     rotary,
@@ -452,11 +455,11 @@ def _layer_forward(
     def adapt(role: str, inputs: Tensor, out: Tensor) -> None:
         """``out += scale (inputs A^T) B^T``."""
         if (adapter := adapters.get(role)) is not None:
-            low[role] = torch.mm(inputs, adapter.a.t())
+            low[role] = mm(inputs, adapter.a.t())
             out.addmm_(low[role], adapter.b.t(), alpha=adapter.scale)
 
     n1, rstd1 = rms_norm(x, p.norm1, layer.eps)
-    qkv = F.linear(n1, layer.qkv, layer.qkv_bias)
+    qkv = mm(n1, layer.qkv.t(), layer.qkv_bias)
     for role, part in zip("qkv", _split_qkv(qkv, p), strict=True):
         adapt(role, n1, part)
     by_head = qkv.view(tokens, -1, shape.head_dim)
@@ -474,17 +477,17 @@ def _layer_forward(
     del qkv, by_head
     out = attention_forward(heads, row.plan)
     o = out.index_select(0, row.plan.out_from_heads).view(tokens, -1)
-    y = torch.addmm(x, o, p.o.t())
+    y = addmm(x, o, p.o.t())
     if p.o_bias is not None:
         y += p.o_bias
     adapt("o", o, y)
     n2, rstd2 = rms_norm(y, p.norm2, layer.eps)
     # gate and up are two matmuls: one fused output would leave their halves strided, and swiglu half as fast
-    gate, up = torch.mm(n2, p.gate.t()), torch.mm(n2, p.up.t())
+    gate, up = mm(n2, p.gate.t()), mm(n2, p.up.t())
     adapt("gate", n2, gate)
     adapt("up", n2, up)
     a = swiglu(gate, up)
-    z = torch.addmm(y, a, p.down.t())
+    z = addmm(y, a, p.down.t())
     adapt("down", a, z)
     return z, Saved(rstd1, projected, head_rstd, heads, o, y, rstd2, gate, up, low)
 
@@ -526,7 +529,7 @@ class _Gradients:
         if len(names) == 1:
             self.found[names[0]] = store_product(getattr(self.layer.params, names[0]), d_out, inputs)
         else:
-            grad = torch.mm(d_out.t(), inputs)
+            grad = mm(d_out.t(), inputs)
             sizes = [getattr(self.layer.params, n).shape[0] for n in names]
             for name, part in zip(names, grad.split(sizes), strict=True):
                 self.store(name, part)
@@ -535,8 +538,8 @@ class _Gradients:
         """``dB = scale d_out^T (x A^T)``, and ``dx += scale (d_out B) A`` in place."""
         if (adapter := self.adapters.get(role)) is None:
             return
-        self.low[role] = torch.mm(d_out, adapter.b).mul_(adapter.scale)
-        self.store(f"{role}.b", torch.mm(d_out.t(), self.saved.low[role]).mul_(adapter.scale))
+        self.low[role] = mm(d_out, adapter.b).mul_(adapter.scale)
+        self.store(f"{role}.b", mm(d_out.t(), self.saved.low[role]).mul_(adapter.scale))
         if d_inputs is not None:
             d_inputs.addmm_(self.low[role], adapter.a)
 
@@ -544,7 +547,7 @@ class _Gradients:
         """``dA = (scale d_out B)^T x``."""
         for role in roles:
             if role in self.low:
-                self.store(f"{role}.a", torch.mm(self.low[role].t(), inputs))
+                self.store(f"{role}.a", mm(self.low[role].t(), inputs))
 
 
 def _layer_backward(dz: Tensor, x: Tensor, row: Row, g: _Gradients, want_x: bool) -> Tensor | None:
@@ -560,7 +563,7 @@ def _layer_backward(dz: Tensor, x: Tensor, row: Row, g: _Gradients, want_x: bool
         for name, part in zip(("q_bias", "k_bias", "v_bias"), d_qkv.sum(0).split(sizes), strict=True):
             g.store(name, part)
     through = want_x or "norm1" in g.wanted  # with frozen embeddings, the lowest layer's input needs no gradient
-    dn1 = torch.mm(d_qkv, layer.qkv) if through else None
+    dn1 = mm(d_qkv, layer.qkv) if through else None
     for role, part in zip("qkv", _split_qkv(d_qkv, p), strict=True):
         g.through_adapter(role, part, dn1)
     if n1 is not None:
@@ -575,7 +578,7 @@ def _layer_backward(dz: Tensor, x: Tensor, row: Row, g: _Gradients, want_x: bool
 def _mlp_backward(dz: Tensor, g: _Gradients) -> Tensor:
     """From dz to dy: ``z = y + W_d a,  a = silu(g) * u,  g = W_g n2,  u = W_u n2``."""
     p, s = g.layer.params, g.saved
-    da = torch.mm(dz, p.down)
+    da = mm(dz, p.down)
     g.through_adapter("down", dz, da)
     d_gate, d_up, a = swiglu_backward(da, s.gate, s.up)
     g.product(("down",), dz, a)
@@ -583,7 +586,7 @@ def _mlp_backward(dz: Tensor, g: _Gradients) -> Tensor:
     n2 = g.normed(("gate", "up"), s.y, p.norm2)
     g.product(("gate",), d_gate, n2)
     g.product(("up",), d_up, n2)
-    dn2 = torch.mm(d_gate, p.gate).addmm_(d_up, p.up)
+    dn2 = addmm_(mm(d_gate, p.gate), d_up, p.up)
     g.through_adapter("gate", d_gate, dn2)
     g.through_adapter("up", d_up, dn2)
     if n2 is not None:
@@ -600,7 +603,7 @@ def _attention_backward(dy: Tensor, row: Row, g: _Gradients) -> Tensor:
     if p.o_bias is not None:
         g.store("o_bias", dy.sum(0))
     g.product(("o",), dy, s.o)
-    d_o = torch.mm(dy, p.o)
+    d_o = mm(dy, p.o)
     g.through_adapter("o", dy, d_o)
     g.into_adapters(("o",), s.o)
     d_out = d_o.view(-1, shape.head_dim).index_select(0, row.plan.out_to_heads)
