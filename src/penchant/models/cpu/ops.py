@@ -18,7 +18,7 @@ _ROWS = 32  # what numbers of rows are multiples of, where that is worth a few r
 _TILE_ELEMENTS = 1 << 17  # numbers per tile: a few fp32 temporaries of this size fit the L2 cache of two cores
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -83,7 +83,7 @@ class _Rows:
         self._kept: list[tuple[Tensor, Tensor]] = []
 
     def add(self, ids: Tensor, grad: Tensor) -> None:
-        self._kept.append((ids, grad.to(_wide(grad.dtype))))
+        self._kept.append((ids, grad.to(wide(grad.dtype))))
         if len(self._kept) == _ROWS_TOGETHER:
             every, grads = (torch.cat(parts) for parts in zip(*self._kept, strict=True))
             ids, place = every.unique(return_inverse=True)
@@ -157,16 +157,16 @@ def rms_norm_backward(
     ``dx = r w g - x r^3 mean(g x w) + residual``, ``dw = sum over rows of g x r``.
     """
     d = x.shape[-1]
-    shape, wide = x.shape, _wide(x.dtype)
+    shape, dtype = x.shape, wide(x.dtype)
     if x.ndim != 2:
         x, grad, rstd = x.reshape(-1, d), grad.reshape(-1, d), rstd.reshape(-1, 1)
-    w = weight.detach().to(wide)
+    w = weight.detach().to(dtype)
     dx = torch.empty_like(x)
-    dw = torch.zeros(d, dtype=wide, device=x.device)
+    dw = torch.zeros(d, dtype=dtype, device=x.device)
     step = max(1, _TILE_ELEMENTS // d)
     for i in range(0, x.shape[0], step):
         rows = slice(i, i + step)
-        xt, gt, r = x[rows].to(wide), grad[rows].to(wide), rstd[rows]
+        xt, gt, r = x[rows].to(dtype), grad[rows].to(dtype), rstd[rows]
         gx = gt * xt
         dw.addmv_(gx.t(), r.squeeze(1))
         mean = torch.mv(gx, w).div_(d).unsqueeze(1)
