@@ -119,7 +119,7 @@ def addmm_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def more_rows(rows: int, dtype: torch.dtype) -> int:
     """How many rows of zeros bring a product of so many to a number that oneDNN has kernels for already: each new number costs it milliseconds."""
-    return -rows % _ROWS if dtype == torch.float32 and _has_wide_onednn() else 0
+    return -rows % _ROWS if dtype in (torch.float32, torch.bfloat16) and _has_wide_onednn() else 0
 
 
 def _by_onednn(a: Tensor) -> bool:
