@@ -346,6 +346,11 @@ class FixRequest:
     shape: str = option("layout of the rows (default: detected from the columns)", "auto")
     columns: Mapping[str, str] = option("", {})
     overwrite: bool = option("overwrite OUT", False)
+    workers: int | str | None = option(
+        "processes that look at parts of a large file, or ray: those of a cluster (default: one a core)",
+        metavar="N",
+        read=workers_in,
+    )
     edits: str | None = option(
         "what a person made of single rows in penchant studio: a file of .studio/edits in its folder", metavar="FILE"
     )

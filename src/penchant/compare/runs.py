@@ -114,6 +114,8 @@ def _read(folder: Path, name: str, step: str | None) -> TrainedRun:
         if (folder / PIPELINE).exists():
             stages = sorted(p.parent.name for p in folder.glob(f"*/{MANIFEST}"))
             how = f"it is a pipeline: give its stages, such as {folder / stages[0] if stages else 'PIPELINE/STAGE'}"
+        if (folder / "config.json").exists() or is_adapter(folder):
+            how = f"it is a model: a run's start is compared with it anyway, and penchant eval {folder} --data FILE has its figures"
         raise CheckpointError(str(folder), "is not a run" if folder.is_dir() else "no such run", how)
     check_config(folder / CONFIG)
     config = load_config(folder / CONFIG)

@@ -478,8 +478,52 @@ class How:
         return convert_rows(rows, layout_named(self.shape), *more)
 
 
-class Stream:
-    """Rows as they are read, each (or each group of them) with what became of it.
+class Conversion:
+    """Rows as they are read, each (or each group of them) with what became of it, and what is to be told of all at the end.
+
+    Args:
+        content: takes each tree's content, in order; most: languages told apart.
+    """
+
+    def __init__(
+        self, how: How, rows: Iterable[Row | BadRow], content: Callable[[bytes], object], most: int = LANGUAGES
+    ) -> None:
+        self.how = how
+        self.columns = Columns()
+        self.accepted = 0
+        self.aside: list[Quarantined] = []
+        self._converted, self._content, self._most = how.convert(rows), content, most
+
+    def __iter__(self) -> Iterator[Converted]:
+        return self._converted
+
+    def trees(self, on_bad_row: str) -> Iterator[PromptTree]:
+        """All trees, in order.
+
+        Raises:
+            DataError: a bad row, where those are errors.
+        """
+        for made in self:
+            self.columns.update(made.source, self._most)
+            if made.aside and on_bad_row == "error" and not made.left_out:
+                bad = made.aside[0]
+                raise DataError(bad.where, bad.what, bad.how + " (or set data.on_bad_row=skip to keep such rows aside)")
+            self.accepted += made.rows if made.trees else 0
+            self.aside += made.aside
+            for tree in made.trees:
+                self._content(content_of(tree))
+                yield tree
+
+    def merge(self, columns: Columns, accepted: int, aside: Sequence[Quarantined], content: bytes) -> None:
+        """Take what another one tells of the rows behind these."""
+        self.columns.merge(columns)
+        self.accepted += accepted
+        self.aside += aside
+        self._content(content)
+
+
+class Stream(Conversion):
+    """The rows of files, converted by the layout that is found in them.
 
     `shape` and `kind` are those of the rows; `detection` says why it is this layout (None where a person named it), `grouped`
     whether rows make examples together, `apart` whether the parts of a file can be read by themselves, as `how` says.
@@ -528,16 +572,14 @@ class Stream:
         values = [renamed(r.values, columns or {}) for r in first if isinstance(r, Row)]
         values = values if pictures is None else list(map(pictures.text, values))
         unused = [] if keep_columns else [c for c in layout.unused(values, options) if c not in COUNTED and c != weight]
-        self.columns = Columns(unused=unused)
         self.shape, self.kind, self.grouped = shape, layout.kind_of(options), layout.group is not None
         if not named:
-            self._ask_about_names(values)
-        self.how = How(shape, options, columns or {}, identical, keep_columns, weight, pictures)
-        self.apart = limit is None and not self.grouped and not self._absent  # whether a row needs no other
-        self._converted = self.how.convert(stream)
-        self._accepted = 0
-        self._aside: list[Quarantined] = []
+            self._ask_about_names(values, unused)
         self._digest = hashlib.sha256()
+        made = How(shape, options, columns or {}, identical, keep_columns, weight, pictures)
+        super().__init__(made, stream, self._digest.update)
+        self.columns.unused = unused
+        self.apart = limit is None and not self.grouped and not self._absent  # whether a row needs no other
 
     def _awaited(self, rows: Iterator[Row | BadRow]) -> Iterator[Row | BadRow]:
         """The same rows; a column that data.columns names and that none of them has is refused at the end."""
@@ -550,9 +592,9 @@ class Stream:
         for ours, theirs in self._absent.items():
             raise _no_column(self.name, ours, theirs, there)
 
-    def _ask_about_names(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def _ask_about_names(self, rows: Sequence[Mapping[str, Any]], unused: Sequence[str]) -> None:
         """Stops where an unused column is a slip away from the name of one that would be read."""
-        for column in self.columns.unused[:NAMES_ASKED_ABOUT]:
+        for column in unused[:NAMES_ASKED_ABOUT]:
             ours = near_name(column)
             if not ours or any(ours in row for row in rows):
                 continue
@@ -560,29 +602,9 @@ class Stream:
                 what = f'the column "{printable(column)}" would not be used (layout {self.shape}); is it "{ours}"?'
                 raise DataError(self.name, what, f"{_map_it(ours, printable(column))}, or set data.shape={self.shape}")
 
-    def __iter__(self) -> Iterator[Converted]:
-        return self._converted
-
     def load(self, on_bad_row: str) -> Dataset:
         """All trees in memory."""
         return self.dataset(tuple(self.trees(on_bad_row)))
-
-    def trees(self, on_bad_row: str) -> Iterator[PromptTree]:
-        """All trees, in order; what else is to be told is there at the end, in `dataset`.
-
-        Raises:
-            DataError: a bad row, where those are errors.
-        """
-        for made in self:
-            self.columns.update(made.source)
-            if made.aside and on_bad_row == "error" and not made.left_out:
-                bad = made.aside[0]
-                raise DataError(bad.where, bad.what, bad.how + " (or set data.on_bad_row=skip to keep such rows aside)")
-            self._accepted += made.rows if made.trees else 0
-            self._aside += made.aside
-            for tree in made.trees:
-                self._digest.update(_content(tree))
-                yield tree
 
     def dataset(self, trees: Sequence[PromptTree]) -> Dataset:
         """The whole, when all trees have come out.
@@ -590,14 +612,14 @@ class Stream:
         Raises:
             DataError: there are none.
         """
-        aside = tuple(self._aside)
+        aside = tuple(self.aside)
         if not trees:
             reasons = "; ".join(f"{n}x {what}" for what, n in Counter(q.what for q in aside).most_common(3))
             what = f"none of {counted(len(aside), 'row')} could be used ({reasons})"
             pictures = aside and all(q.how == PICTURES for q in aside)
             raise DataError(self.name, what, PICTURES if pictures else "fix the rows or set data.shape")
-        total, content = self._accepted + len(aside), self._digest.hexdigest()
-        more = self._accepted, self.detection, self.columns
+        total, content = self.accepted + len(aside), self._digest.hexdigest()
+        more = self.accepted, self.detection, self.columns
         return Dataset(trees, self.shape, self.kind, total, aside, content, *more)
 
 
@@ -723,11 +745,12 @@ def fingerprint(trees: Iterable[PromptTree]) -> str:
     """SHA-256 over prompts, completions and further columns, in order."""
     digest = hashlib.sha256()
     for tree in trees:
-        digest.update(_content(tree))
+        digest.update(content_of(tree))
     return digest.hexdigest()
 
 
-def _content(tree: PromptTree) -> bytes:
+def content_of(tree: PromptTree) -> bytes:
+    """What a fingerprint is made of."""
     further = json.dumps(tree.columns, sort_keys=True, default=str) if tree.columns else ""
     further += tree.tools + tree.template_options + ("" if tree.weight == 1.0 else repr(tree.weight))
     return (json.dumps(plain_content(tree)) + further + (str(tree.origin) if tree.origin else "")).encode()

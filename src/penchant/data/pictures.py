@@ -129,13 +129,16 @@ class Pictures:
         if isinstance(value, Mapping):
             names = ("bytes", "path", "url", "image", "base64")
             inner = next((n for n in names if holds_something(value.get(n))), None)
-            if inner is None:
+            if inner is None or isinstance(value[inner], Mapping):
                 raise RowError(f"{what} names no picture", _HOW)
             return self.picture(value[inner], what, encoded=inner == "base64")
         if isinstance(value, (bytes, bytearray)):
             return _stored(bytes(value), what)
         if not isinstance(value, str):
-            raise RowError(f"{what} is {type(value).__name__}, which is no picture", _HOW)
+            kind = {type(None): "null", list: "a list", tuple: "a list", bool: "true or false"}.get(
+                type(value), "a number"
+            )
+            raise RowError(f"{what} is {kind}, which is no picture", _HOW)
         uri = _DATA_URI.match(value)
         if encoded or uri is not None:
             try:

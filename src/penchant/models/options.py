@@ -86,7 +86,7 @@ def check_text_alone(model: ModelConfig, where: str, what: str) -> None:
         ConfigError: it is one; `what` is the thing that reads no pictures.
     """
     if model.sees:
-        how = "`penchant train` and `penchant eval RUN` read them, and transformers loads a checkpoint's model folder (docs/vision.md)"
+        how = "`penchant train`, `eval` and `compare` read them, and transformers loads a checkpoint's model folder (docs/vision.md)"
         raise ConfigError(where, f"reads pictures (model.vision={model.vision}), and {what} is of text alone", how)
 
 

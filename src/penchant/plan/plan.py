@@ -12,7 +12,6 @@ from penchant.base.text import gigabytes
 from penchant.config import Places, RunConfig
 from penchant.config.launching import check_launch
 from penchant.errors import PenchantError
-from penchant.models.options import check_text_alone
 from penchant.plan.memory import Memory, memory_of
 from penchant.plan.outline import OutlinedRun, parameter_counts
 from penchant.plan.probe import Duration, Probe, duration_of, probe
@@ -86,7 +85,6 @@ def make_plan(config: RunConfig, places: Places, *, with_probe: bool = True, gpu
     Raises:
         ConfigError, DataError, ModelError, RewardError: what the run itself would stop at.
     """
-    check_text_alone(config.model, "model.vision", "penchant plan")
     asked = config
     for count in gpus:
         launch = config.launch.model_copy(update={"processes": count})

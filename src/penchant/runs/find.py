@@ -16,7 +16,7 @@ from penchant.config import RunConfig, default_settings, load_config, with_absol
 from penchant.errors import CheckpointError, ConfigError, ModelError, PenchantError
 from penchant.models.load import load_causal_model, source_sha256
 from penchant.models.merge import adapter_base, is_adapter, lora_section, merge_to_folder, merged_model, model_sha256
-from penchant.models.options import LoraConfig, ModelConfig, check_text_alone, looks_like_folder
+from penchant.models.options import LoraConfig, ModelConfig, looks_like_folder
 from penchant.runfolder import (
     CHECKPOINTS,
     CONFIG,
@@ -76,15 +76,16 @@ class Source:
 
 
 def trained_source(name: str, model: Path, config: RunConfig) -> Source:
-    """A checkpoint's model by its folder, of the run with this config.
-
-    Raises:
-        ConfigError: it reads pictures.
-    """
-    check_text_alone(config.model, name, "a comparison")
+    """A checkpoint's model by its folder, of the run with this config."""
     if is_adapter(model):
         return Source(name, config.model, adapter=model, seed=config.train.seed)
-    return Source(name, ModelConfig(path=str(model)))
+    return Source(name, _of_folder(model, config))
+
+
+def _of_folder(model: Path, config: RunConfig) -> ModelConfig:
+    """A checkpoint's whole model, which reads pictures where its run does."""
+    own_eyes = config.model.model_dump(include={"vision", "image_options"}, exclude_defaults=True)
+    return ModelConfig(path=str(model), **own_eyes)
 
 
 def find_run(given: str, step: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, str] | None:
@@ -370,8 +371,7 @@ def of_config(config: RunConfig, step: str, base: str | None = None, given: str 
     made = replace(first, name=given, checkpoint=checkpoint.name, tokenizer=own, start=named or first)
     if is_adapter(model):
         return replace(made, base=config.model if base is None else ModelConfig(path=base), adapter=model)
-    own_eyes = config.model.model_dump(include={"vision", "image_options"}, exclude_defaults=True)
-    return replace(made, base=ModelConfig(path=str(model), **own_eyes), adapter=None)
+    return replace(made, base=_of_folder(model, config), adapter=None)
 
 
 def _named_start(config: RunConfig) -> Source | None:
