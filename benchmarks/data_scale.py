@@ -122,14 +122,15 @@ def whole_commands(folder: Path, args: argparse.Namespace) -> list[dict[str, Any
     for n in [FEW, *args.rows]:
         rows = folder / f"short-{n}"
         rows.mkdir(exist_ok=True)
-        for i, part in enumerate(("a.jsonl", "b.jsonl")):
-            generate(rows / part, n // 2, args.seed + i, "short")
+        parts = enumerate(("a.jsonl", "b.jsonl"))
+        planted = sum(generate(rows / part, n // 2, args.seed + i, "short")["duplicates"] for i, part in parts)
         for command in args.only:
             for workers in args.workers:
                 made = {
                     "rows": n,
                     "command": command,
                     "workers": workers,
+                    "planted": planted,
                     **_command(rows, command, workers, args.steps),
                 }
                 start = next((f["cpu"] for f in figures if f["rows"] == FEW and _same(f, made)), made["cpu"])
@@ -153,6 +154,13 @@ def whole_commands(folder: Path, args: argparse.Namespace) -> list[dict[str, Any
             print(
                 f"{command}, {workers} worker(s): {'linear' if ratio <= LINEAR else 'not linear'} (CPU a row x{ratio:.2f} at most)"
             )
+        one, *others = (f for f in figures if f["command"] == command and f["rows"] == max(args.rows))
+        for other in others:
+            gain = one["seconds"] / other["seconds"]
+            print(f"{command}, {other['workers']} workers against {one['workers']}: {gain:.2f} times as fast")
+    for made in figures:
+        if made["command"] == "audit" and made["found"] != made["planted"]:
+            print(f"audit of {made['rows']:,} rows: {made['found']:,} duplicates found, {made['planted']:,} planted")
     peak = max(f["peak_mb"] for f in figures)
     print(f"peak: {'below' if peak < WHOLE_MEMORY else 'ABOVE'} {WHOLE_MEMORY:,.0f} MB")
     return figures
@@ -162,16 +170,14 @@ def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return all(one[k] == other[k] for k in ("command", "workers"))
 
 
-def _command(rows: Path, command: str, workers: int, steps: int) -> dict[str, float]:
+def _command(rows: Path, command: str, workers: int, steps: int) -> dict[str, Any]:
     """One command on the files of a folder, measured: its own cache is empty."""
     with tempfile.TemporaryDirectory(dir=rows.parent) as temporary:
         config = {
             "model": {"path": _model()},
             "data": {"path": str(rows), "max_length": 64, "validation_rows": 50, "workers": workers},
             "loss": {"name": "dpo"},
-            "reference": {
-                "kind": "frozen"
-            },  # of all rows, a few steps see few: their log-probs are not computed before
+            "reference": {"kind": "frozen"},  # a few steps see few rows: those of all are not scored before
             "train": {"max_steps": steps, "batch_size": 16},
             "output": f"{temporary}/run",
         }
@@ -198,7 +204,11 @@ def _command(rows: Path, command: str, workers: int, steps: int) -> dict[str, fl
             if status:
                 log.seek(0)
                 raise SystemExit(f"{' '.join(told)}\n{log.read()}")
-    return {"seconds": seconds, "cpu": usage.ru_utime + usage.ru_stime, **peak}
+        found = {}
+        if command == "audit":
+            made = json.loads(Path(temporary, "audit.json").read_text())
+            found["found"] = made["findings"]["duplicates"]["count"]
+    return {"seconds": seconds, "cpu": usage.ru_utime + usage.ru_stime, **peak, **found}
 
 
 def _held(root: int) -> dict[str, float]:
