@@ -15,7 +15,7 @@ from steps import step_gradient, train_until_killed
 from tiny import tiny_model_folder, write_jsonl
 
 from penchant import api
-from penchant.algorithms.group import GroupConfig, GroupPolicyGradient
+from penchant.algorithms.grpo import GroupConfig, GroupPolicyGradient
 from penchant.algorithms.online_dpo import best_against_worst
 from penchant.algorithms.rollouts import Group, pack_groups, unpack_groups
 from penchant.data.packing import pack

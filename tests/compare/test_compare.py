@@ -477,7 +477,7 @@ def test_other_rows_are_said(world: Path, tmp_path: Path) -> None:
 def test_an_unfinished_run_is_said(world: Path, tmp_path: Path) -> None:
     run = copied(world, tmp_path, loss={"beta": 0.2})
     edit(run, lambda m: m.update(status="stopped"))
-    assert "copy has not come to its end: it stopped at step 2." in compare(world, run.as_posix()).figures["notes"][1]
+    assert "copy did not finish: it stopped at step 2." in compare(world, run.as_posix()).figures["notes"][1]
 
 
 def test_five_per_cent_are_no_difference() -> None:

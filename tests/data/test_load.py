@@ -136,7 +136,7 @@ def test_columns_can_be_mapped() -> None:
 
 
 def test_unknown_columns_are_listed() -> None:
-    with pytest.raises(DataError, match=r"the columns \(reply_a, subject\) are of no known shape.*data\.columns"):
+    with pytest.raises(DataError, match=r"the columns \(reply_a, subject\) fit no known layout.*data\.columns"):
         from_rows([{"subject": "p", "reply_a": "c"}])
 
 

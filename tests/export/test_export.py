@@ -237,7 +237,7 @@ def test_the_card_is_valid_says_what_is_known_and_names_no_folder_of_this_machin
         card = ModelCard(text)
         data = card.data.to_dict()
         assert data["pipeline_tag"] == "text-generation" and "dpo" in data["tags"] and "lora" in data["tags"]
-        assert "license" not in data and "No licence is chosen" in text
+        assert "license" not in data and "No license is chosen" in text
         assert "`-(1-eps) log sigmoid(beta h)" in text and "fingerprint" in text and "held out from training" in text
         files = json.loads((result.folder / "export.json").read_text())["sha256"]
         for name, digest in files.items():

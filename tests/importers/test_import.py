@@ -298,7 +298,7 @@ def test_rows_of_a_described_data_set_load(tmp_path: Path, name: str) -> None:
         ({**MODEL, "gradient_accumulation_steps": "many"}, {"method": "dpo"}, "'many' is not a number"),
         ({**MODEL, "learning_rate": 1e-5}, {"method": "dpoo"}, 'did you mean dpo'),
         ({**MODEL, "learning_rate": 1e-5}, {"source": "trll"}, 'did you mean trl'),
-        ({**MODEL, "weight_decay": -1}, {"method": "dpo"}, "translates into no valid config"),
+        ({**MODEL, "weight_decay": -1}, {"method": "dpo"}, "does not translate into a valid config"),
     ],
 )  # fmt: skip
 def test_a_persons_mistake_is_a_sentence(tmp_path: Path, values: Any, more: Any, match: str) -> None:

@@ -172,7 +172,7 @@ class DataConfig(Section):
     @classmethod
     def _a_day(cls, options: dict[str, Any]) -> dict[str, Any]:
         if wrong := sorted(options.keys() & NOT_OPTIONS):
-            raise ValueError(f"{wrong[0]} is no variable of a chat template; take it out")
+            raise ValueError(f"{wrong[0]} is not a variable of a chat template; take it out")
         try:
             datetime.fromisoformat(options.get("strftime_now", "2026-01-01"))
         except (TypeError, ValueError) as error:

@@ -37,8 +37,8 @@ def finished(folder: Path, asked: Mapping[str, Any]) -> tuple[Check, tuple[str, 
         folder: what is there; asked: what its record must say (run, step, format, dtype, checkpoint).
 
     Raises:
-        CheckpointError: it is no export, one of something else, or its files are not as they were written. The card may be another:
-            whoever publishes adds a licence to it.
+        CheckpointError: it is not an export, or one of something else, or its files have changed since. The card may be another:
+            whoever publishes adds a license to it.
     """
     try:
         record = {} if folder.is_symlink() else json_object((folder / ABOUT).read_text(encoding="utf-8"))
@@ -165,7 +165,7 @@ def export_run(request: ExportRequest, say: Callable[[str], None] = lambda _: No
         if request.push is None:
             raise taken(folder)
         check, notes = finished(folder, _identity(subject, form, dtype))
-        notes = (*notes, "it was exported and compared before, and is pushed as it stands")
+        notes = (*notes, "it was exported and compared before, and is pushed as it is")
     else:
         check, notes = _make(subject, form, request, dtype, folder)
     for note in notes:

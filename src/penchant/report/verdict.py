@@ -223,7 +223,7 @@ def _goal(h: Mapping[str, Any]) -> Element | None:
 
 
 def of_runs(data: ReportData) -> list[Node]:
-    """The best by validation, and why that is no proof."""
+    """The best by validation, and why that proves nothing."""
     progress = _progress(data)
     ranked = ranking(data)
     if ranked is None:
@@ -232,7 +232,7 @@ def of_runs(data: ReportData) -> list[Node]:
         return [statement("open", none, lead=True), *progress]
     best = ranked.best
     if not best:
-        none = "No setting has come to its end with all its seeds, so none is called best."
+        none = "No setting has finished with all its seeds, so none is called best."
         return [statement("open", none, lead=True), *progress]
     share = ranked.figure.share
     names: list[Node] = []

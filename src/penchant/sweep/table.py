@@ -114,9 +114,9 @@ class Table:
                     "rows that no run has seen."
                 )
         else:
-            found.append("no setting has come to its end with all its seeds, so none is called best")
+            found.append("no setting has finished with all its seeds, so none is called best")
         if any(not r.whole and r.values for r in self.rows):
-            found.append("A setting of which a run stopped or is still to come is not called best.")
+            found.append("A setting with a run that stopped or has yet to finish is not called best.")
         if cut:
             were, have = ("setting was", "it has") if len(cut) == 1 else ("settings were", "they have")
             found.append(

@@ -187,8 +187,8 @@ class Leakage:
                 same = _first_in(exact, split == i, split == j)
                 alike = np.where(same < 0, _first_in(near, split == i, split == j), -1)
                 for kind, title, first in (
-                    ("leakage", f"leakage: prompts of {b} that also stand in {a}", same),
-                    ("near_leakage", f"near leakage: prompts of {b} that nearly stand in {a}", alike),
+                    ("leakage", f"leakage: prompts of {b} that are also in {a}", same),
+                    ("near_leakage", f"near leakage: prompts of {b} that are nearly equal to one in {a}", alike),
                 ):
                     yield f"{kind}_{name}", linked_rows(title, first, self._places, "as", self.advice, of)
 

@@ -138,7 +138,7 @@ def summary(flags: Sequence[Flag]) -> str:
 def as_text(flags: Sequence[Flag]) -> str:
     """Every flag with its evidence and what to do."""
     if not flags:
-        return "no flags: none of the rules in docs/trust.md speaks, which is no proof that nothing is wrong"
+        return "no flags: no rule of docs/trust.md fired, which does not prove that nothing is wrong"
     parts = []
     for f in flags:
         lines = [f"{_mark(f)}: {_about(f)}{f.title} ({f.name})", *_wrapped(f.sentence)]
