@@ -43,15 +43,15 @@ class ModelConfig(Section):
     )
     vision: Literal["off", "frozen", "trained"] = Field(
         "off",
-        description="pictures in prompts (docs/vision.md); off: text alone; frozen: they are read, and what reads them stays as it is; "
-        "trained: that is trained too",
+        description="pictures in prompts (docs/vision.md); off: text only; frozen: they are read, and the vision tower stays as it is; "
+        "trained: the tower is trained too",
     )
     image_options: dict[str, Any] = Field(
         default_factory=dict,
         description="settings of the model's image processor, e.g. {max_pixels: 262144} or {size: {longest_edge: 512}}",
     )
     adapter: str | None = Field(
-        None, description="a LoRA adapter on `path` that is trained on: its folder, or a run's or a checkpoint's"
+        None, description="a LoRA adapter on `path` to continue training: its folder, or a run's or a checkpoint's"
     )
 
     @model_validator(mode="after")

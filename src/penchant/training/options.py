@@ -53,7 +53,7 @@ class TrainConfig(Section):
     )
     gradient_checkpointing: bool | Literal["off", "layers", "auto", "offload"] = Field(
         False,
-        description="what becomes of activations until the backward pass. layers (true): computed again, layer by layer; off (false): kept; "
+        description="what happens to activations until the backward pass. layers (true): recomputed, layer by layer; off (false): kept; "
         "auto: layers where the run would not fit otherwise; offload: kept in the host's memory, on CUDA",
     )
     packing: Literal["auto", "shared", "separate", "padded"] = Field(
