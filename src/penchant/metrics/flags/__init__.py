@@ -180,7 +180,7 @@ def markdown() -> str:
     for rule in RULES.values():
         of = [what for what, check in (("runs", rule.of_run), ("comparisons", rule.of_comparison)) if check]
         keys = ", ".join(f"`trust.{t}` = {fields[t].default}" for t in rule.thresholds)
-        lines += ["", f"### {rule.name}", "", f"*{rule.title[0].upper()}{rule.title[1:]}.* Of {' and '.join(of)}.", ""]
+        lines += ["", f"### {rule.name}", "", f"*{rule.title[0].upper()}{rule.title[1:]}.* For {' and '.join(of)}.", ""]
         lines += [f"- **When:** {rule.what}", f"- **Needs:** {rule.needs}."]
         lines += [f"- **Threshold:** {keys}."] if keys else []
         lines += [f"- **False alarms:** {rule.alarms}.", f"- **What to do:** {rule.advice}"]
