@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from penchant.base.text import counted as count
-from penchant.metrics.names import METRICS, Metric, all_tied
+from penchant.metrics.names import CHOSEN, METRICS, Metric, all_tied
 from penchant.report.data import Comparison, ReportData, RunData
 from penchant.report.html import Element, Node, el, fold, keyed, note, panel, said, spoken, table
 from penchant.report.settings import Ranking, Row, held_out_rows, ranking, spread, tried
@@ -246,8 +246,7 @@ def of_runs(data: ReportData) -> list[Node]:
     made: list[Node] = [statement("plain", start, names, figure.replace(" ()", ""), lead=True)]
     made += _doubts(ranked, best)
     if not only:
-        chose = "These held-out rows chose it, so its figure flatters it, and nothing is claimed of its lead: measure it on rows that no run has seen."
-        made.append(statement("plain", chose))
+        made.append(statement("plain", CHOSEN))
     return [*made, *_cut(data), *progress]
 
 

@@ -9,6 +9,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from penchant.base.text import columns
+from penchant.metrics.names import CHOSEN
 from penchant.runfolder.values import ci_of
 from penchant.sweep import SEED, SweepRun
 from penchant.sweep.halving import SCALED
@@ -109,10 +110,7 @@ class Table:
                 + (f", {len(cut)} of them only in part" if cut else "")
             )
             if n > 1:
-                found.append(
-                    "These held-out rows chose it, so its figure flatters it, and nothing is claimed of its lead; measure it on "
-                    "rows that no run has seen."
-                )
+                found.append(CHOSEN)
         else:
             found.append("no setting has finished with all its seeds, so none is called best")
         if any(not r.whole and r.values for r in self.rows):

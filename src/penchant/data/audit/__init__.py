@@ -148,8 +148,8 @@ def is_empty(row: Quarantined) -> bool:
     return any(said in row.what for said in ("is empty", "empty answer", "has no content"))
 
 
-LEAKING = "figures on such rows flatter: penchant data fix IN OUT --drop leakage --against THE_OTHER_FILE"
-WITHIN = "figures on such rows flatter: drop near-duplicates before the split, penchant data fix IN OUT --drop near_duplicates"
+LEAKING = "figures on such rows are optimistic: penchant data fix IN OUT --drop leakage --against THE_OTHER_FILE"
+WITHIN = "figures on such rows are optimistic: drop near-duplicates before the split, penchant data fix IN OUT --drop near_duplicates"
 
 
 class Leakage:
