@@ -313,7 +313,7 @@ def test_what_is_not_the_export_asked_for_is_not_pushed(world: Path, tmp_path: P
     api.export(world / "full", to="safetensors", output=out)
 
     def refused(why: str, run: Path = world / "full", to: str = "safetensors", **more: Any) -> None:
-        with pytest.raises(CheckpointError, match=f"is there already, and it.*{why}.*nothing is overwritten"):
+        with pytest.raises(CheckpointError, match=f"already exists, and it.*{why}.*nothing is overwritten"):
             api.export(run, to=to, push="me/tuned", **{"output": out, **more})
 
     refused("another step", step="1")

@@ -336,7 +336,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["import", str(theirs), "train.lr=1e-3", "--output", str(ours)]) == 0
     assert load_config(ours).train.lr == 1e-3
     assert main(["import", str(theirs), "--output", str(ours)]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     theirs.write_text(theirs.read_text() + "load_in_4bit: true\n")
     assert main(["import", str(theirs), "--output", str(tmp_path / "no.yaml"), "--strict"]) == 2
     assert "1 key(s) are not supported" in capsys.readouterr().err and not (tmp_path / "no.yaml").exists()

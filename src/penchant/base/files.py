@@ -182,7 +182,7 @@ def check_output(path: str | Path, ours: str = "", inputs: Sequence[Any] = (), f
         if file.is_file() and file.stat().st_size:
             with file.open(encoding="utf-8", errors="replace") as held:
                 if not (ours and re.match(ours, held.read(HEAD))):
-                    what = "exists already, and this command did not write it"
+                    what = "already exists, and this command did not write it"
                     raise refusal(what, "give another name, or move that file away")
     except (OSError, ValueError) as error:
         raise refusal(f"cannot be written ({error})", "give another place") from error

@@ -111,7 +111,7 @@ def on_stderr(line: str) -> None:
 
 
 def _check_folder(folder: Path, identity: Mapping[str, Any], redo: bool) -> Mapping[str, Any] | None:
-    """The result that is there already; None where there is none.
+    """The result that already exists; None where there is none.
 
     Raises:
         ConfigError: the folder holds something else.

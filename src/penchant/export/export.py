@@ -66,7 +66,7 @@ def finished(folder: Path, asked: Mapping[str, Any]) -> tuple[Check, tuple[str, 
 def taken(folder: Path, why: str | None = None) -> CheckpointError:
     """What is there stays; why: it cannot be pushed as it is."""
     reason = "nothing is overwritten" if why is None else f"{why}, and nothing is overwritten"
-    return CheckpointError(str(folder), f"is there already, and {reason}", "give another --output")
+    return CheckpointError(str(folder), f"already exists, and {reason}", "give another --output")
 
 
 def _check(found: Any) -> Check | None:
@@ -153,7 +153,7 @@ def export_run(request: ExportRequest, say: Callable[[str], None] = lambda _: No
     With a push, a finished and untouched export of the same is not made again: it is pushed as it stands.
 
     Raises:
-        ConfigError: no such form, type or name; no token for a push. CheckpointError: no run or step, or the folder is there already.
+        ConfigError: no such form, type or name; no token for a push. CheckpointError: no run or step, or the folder already exists.
         ModelError: the form cannot hold this model, or what was read back is another one (it is kept as ``NAME.failed``).
     """
     form, subject, dtype = _checked(request)

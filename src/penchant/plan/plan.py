@@ -34,7 +34,7 @@ class Plan:
     """What `penchant plan` shows.
 
     Args:
-        method, output: of the run; folder: what is there already; settings: every key with its source.
+        method, output: of the run; folder: what already exists; settings: every key with its source.
         rows, work, memory, disk: counted and estimated; parameters: (all, trainable).
         reference: what it is, and whether its cache is there; probe, duration: measured, None without a probe; notes: what to know.
         ranks: by number of processes: bytes of each, by part; empty where they were not asked for.
@@ -177,7 +177,7 @@ def _load_what_training_loads(run: OutlinedRun) -> None:
 
 
 def _reference(run: OutlinedRun) -> tuple[str, bool | None, list[str]]:
-    """(what it is, whether the cache is there already or None, notes)."""
+    """(what it is, whether the cache already exists or None, notes)."""
     if "reference" not in run.method.needs:
         return "none is needed", None, []
     kind = reference_kind(run.config)

@@ -140,7 +140,7 @@ def fix(
         edits: by a row's place: what a person made of it; no rule looks at such a row.
 
     Raises:
-        DataError: a row that was edited is another one now, or gone; an unknown rule, an output that is an input or is there already or has another format's ending.
+        DataError: a row that was edited is another one now, or gone; an unknown rule, an output that is an input or already exists or has another format's ending.
     """
     rules = _rules(drop, redact, against)
     target, notes = _target(source, Path(output).expanduser(), [source, *against], overwrite)
@@ -227,7 +227,7 @@ def _target(source: str, target: Path, inputs: Sequence[str], overwrite: bool) -
                 raise DataError(str(target), "is an input", "give another name; the input is never written to")
     for made in (target, touched):
         if made.exists() and not overwrite:
-            raise DataError(str(made), "is there already", "give another name, or --overwrite")
+            raise DataError(str(made), "already exists", "give another name, or --overwrite")
     parquet = source.lower().endswith(".parquet")
     wanted = (".parquet",) if parquet else JSONL
     if not target.name.lower().endswith(wanted):
