@@ -563,5 +563,5 @@ def test_the_entropy_in_the_loss_is_the_exact_one(temperature: float) -> None:
 
 
 def test_online_dpo_has_no_entropy_bonus(base: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="entropy_coef is of the policy gradient methods"):
+    with pytest.raises(ConfigError, match="entropy_coef is for policy gradient methods"):
         api.train({**base, "algorithm": {"name": "online_dpo", "entropy_coef": 0.1}}, quiet=True)
