@@ -274,7 +274,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one_setting(world: Path) -> No
 
 def test_the_same_seed_twice_is_no_second_seed(world: Path, tmp_path: Path) -> None:
     other = copied(world, tmp_path, output="elsewhere", logging={"every": 2})
-    refused(world, CheckpointError, r"same setting as dpo and seed \(0\)", "dpo", other)
+    refused(world, CheckpointError, r"the setting and seed of dpo \(seed 0\)", "dpo", other)
     refused(world, CheckpointError, "is given twice", "dpo", "dpo")
 
 

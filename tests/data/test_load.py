@@ -237,5 +237,5 @@ def test_a_table_without_a_header_is_told_so(first: str, tmp_path: Path) -> None
     ):
         load_preferences(str(path))
     path.write_text("frage\tgut\tschlecht\nHow do I fry it?\tIn a pan.\tNo.\n")
-    with pytest.raises(DataError, match="of no known shape"):
+    with pytest.raises(DataError, match="fit no known layout"):
         load_preferences(str(path))

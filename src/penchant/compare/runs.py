@@ -145,7 +145,7 @@ def by_setting(runs: Sequence[TrainedRun]) -> dict[str, list[TrainedRun]]:
             if run.seed in seeds:
                 raise CheckpointError(
                     str(run.folder),
-                    f"is the same setting as {seeds[run.seed]} and seed ({run.seed}), so it adds nothing",
+                    f"has the setting and seed of {seeds[run.seed]} (seed {run.seed}), so it adds nothing",
                     "give one of them",
                 )
             seeds[run.seed] = run.name
