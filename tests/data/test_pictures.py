@@ -133,7 +133,7 @@ def test_one_question_about_two_pictures_is_two_prompts(tmp_path: Path, picture:
         (["https://example.com/a.png"], "What?", "nothing is fetched"),
         (["img"], "What?", "no such file"),
         (["img/text.png"], "What?", "not a picture that can be read"),
-        (["data:image/png;base64,????"], "What?", "no base64"),
+        (["data:image/png;base64,????"], "What?", "not base64"),
         ([7], "What?", "is int"),
         ([None], "What?", "is NoneType"),
         ([{"width": 3}], "What?", "names no picture"),
