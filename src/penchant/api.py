@@ -258,7 +258,7 @@ def fix(source: str | Path, output: str | Path, **asked: Any) -> Fixed:
             (the copy keeps yours); ``shape``, ``overwrite``, ``workers``, ``edits``; see `penchant.requests.FixRequest`.
 
     Raises:
-        DataError: a file that cannot be read, an unknown rule, an output that is the input or is there already.
+        DataError: a file that cannot be read, an unknown rule, an output that is the input or already exists.
     """
     from penchant.data.audit.fix import default_rules, read_edits
     from penchant.data.audit.fix import fix as run_fix

@@ -215,7 +215,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     for output, said in (
         ("a.jsonl", "is an input"),
         ("link.jsonl", "is an input"),
-        ("there.jsonl", "is there already"),
+        ("there.jsonl", "already exists"),
         ("b.parquet", "the copy is JSONL"),
         ("no/b.jsonl", "folder does not exist"),
     ):

@@ -299,7 +299,7 @@ def test_reasoning_that_the_template_leaves_out_makes_a_bad_row() -> None:
         _learned(UNTAGGED, _thoughtful())
     with pytest.raises(DataError, match="only a chat template"):
         _learned(None, _thoughtful(), turns="last")
-    with pytest.raises(DataError, match="no text of an assistant"):
+    with pytest.raises(DataError, match="not text of an assistant"):
         _learned(UNTAGGED, [{**TALK[1], "thinking": "hm"}, TALK[2]])
     with pytest.raises(DataError, match="differ"):
         _learned(UNTAGGED, [TALK[1], {**TALK[2], "thinking": "hm", "reasoning_content": "oh"}])

@@ -338,7 +338,7 @@ def test_a_described_set_with_pictures(tmp_path: Path, change: dict[str, Any], v
         ({**MODEL, "gradient_accumulation_steps": "many"}, {"method": "dpo"}, "'many' is not a number"),
         ({**MODEL, "learning_rate": 1e-5}, {"method": "dpoo"}, 'did you mean dpo'),
         ({**MODEL, "learning_rate": 1e-5}, {"source": "trll"}, 'did you mean trl'),
-        ({**MODEL, "weight_decay": -1}, {"method": "dpo"}, "translates into no valid config"),
+        ({**MODEL, "weight_decay": -1}, {"method": "dpo"}, "does not translate into a valid config"),
     ],
 )  # fmt: skip
 def test_a_persons_mistake_is_a_sentence(tmp_path: Path, values: Any, more: Any, match: str) -> None:
@@ -376,7 +376,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["import", str(theirs), "train.lr=1e-3", "--output", str(ours)]) == 0
     assert load_config(ours).train.lr == 1e-3
     assert main(["import", str(theirs), "--output", str(ours)]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     theirs.write_text(theirs.read_text() + "load_in_4bit: true\n")
     assert main(["import", str(theirs), "--output", str(tmp_path / "no.yaml"), "--strict"]) == 2
     assert "1 key(s) are not supported" in capsys.readouterr().err and not (tmp_path / "no.yaml").exists()

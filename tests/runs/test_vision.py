@@ -247,7 +247,7 @@ def test_settings_of_the_image_processor(folder: Path) -> None:
     model = {"path": str(folder / "model"), "vision": "frozen"}
     smaller = load_processor(ModelConfig(**model, image_options={"do_image_splitting": False}))
     assert smaller.image_processor.do_image_splitting is False
-    with pytest.raises(ConfigError, match=r"model\.image_options\.max_pixel.*no setting"):
+    with pytest.raises(ConfigError, match=r"model\.image_options\.max_pixel.*not a setting"):
         load_processor(ModelConfig(**model, image_options={"max_pixel": 7}))
     with pytest.raises(ConfigError, match="vision"):
         config(folder, folder, "model.vision=off", "model.image_options={size: 3}")

@@ -44,7 +44,7 @@ class SamplingConfig(AlgorithmConfig):
         1.0,
         gt=0,
         le=100,
-        description="divide logits of tokens that prompt and completion hold already by this; 1: do not",
+        description="divide the logits of tokens that prompt or completion already have by this; 1: off",
     )
 
     def check(self, parts: Parts) -> None:
@@ -84,7 +84,7 @@ class OnlineConfig(SamplingConfig):
     )
     scale_rewards: Literal["group", "batch", "none"] = Field(
         "group",
-        description="which standard deviation rewards are divided by, of all but rloo and reinforce_pp; none: Dr. GRPO",
+        description="the standard deviation that rewards are divided by (all but rloo and reinforce_pp); none: Dr. GRPO",
     )
     loss_mean: Literal["sequence", "token", "constant"] = Field(
         "sequence",
@@ -400,7 +400,7 @@ class Writer:
         trees, logps, version = self.written(prompts, iteration, k)
         asked = [self.tokenizer.decode(t.prompt_ids, skip_special_tokens=True) for t in prompts]
         texts = [[self.tokenizer.decode(ids, skip_special_tokens=True) for ids in t.completion_ids] for t in trees]
-        step = iteration * cfg.updates if iteration != EVALUATION else 0  # which is no step of the run
+        step = iteration * cfg.updates if iteration != EVALUATION else 0  # evaluations are not steps of the run
         said = self.reward.judge([p for p in asked for _ in range(k)], [t for row in texts for t in row], trees, step)
         if taken := [n for n in said.metrics if n in METRICS or n in ("kind", "step")]:
             raise RewardError(

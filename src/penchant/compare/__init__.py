@@ -47,7 +47,7 @@ from penchant.rewards.functions import reads_columns
 from penchant.runfolder import COMPARISON, COMPARISON_ROWS, REPORT, make_folder
 from penchant.runfolder.read import read
 from penchant.runs.find import Source
-from penchant.runs.record import changed_since
+from penchant.runs.identity import changed_since
 from penchant.runs.state import check_reward, reward_hashes, reward_terms
 from penchant.training.checkpoint import checkpoint_state, latest_checkpoint
 from penchant.training.console import console
@@ -382,7 +382,7 @@ def compare_runs(paths: Sequence[str | Path], question: CompareRequest, *, quiet
 def _judge_of(question: CompareRequest) -> JudgeOptions | None:
     if isinstance(question.judge, str) and question.judge.startswith(HUMANS):
         how = "leave the runs out: penchant compare --judge humans:FILE"
-        raise ConfigError("--judge", "people judged answers that stand in their file, and runs would write others", how)
+        raise ConfigError("--judge", "people judged the answers in their file, and runs would write new ones", how)
     of_endpoint = {name: getattr(question, f"judge_{name}") for name in OF_ENDPOINTS}
     given = [OF_ENDPOINTS[name] for name, value in of_endpoint.items() if value is not None]
     if question.judge is None and given:

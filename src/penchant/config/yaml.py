@@ -207,7 +207,7 @@ def check_values(value: Any, places: Places, source: str, path: tuple[str, ...] 
     elif isinstance(value, list):
         for i, inner in enumerate(value):
             check_values(inner, places, source, (*path, str(i)))
-    what, how = "", "give a number that a computer can hold"
+    what, how = "", "give a number within the range of a float"
     if isinstance(value, float) and not math.isfinite(value):
         what, how = f"is {value}", "give a finite number"
     elif isinstance(value, (int, float)):

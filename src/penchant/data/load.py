@@ -227,7 +227,7 @@ def weight_of(row: Mapping[str, Any], column: str) -> float:
     """What a row counts in a loss.
 
     Raises:
-        LeftOut: 0. RowError: it is no number above 0.
+        LeftOut: it is 0. RowError: it is not a number above 0.
     """
     if row.get(column) is None:
         raise RowError(
@@ -237,7 +237,7 @@ def weight_of(row: Mapping[str, Any], column: str) -> float:
     if found is None or found < 0:
         raise RowError(f'the weight "{column}" is {str(row[column])[:40]!r}', "make it a number, 0 or above")
     if found == 0:
-        raise LeftOut(f'"{column}" is 0: the row counts nothing', NOTHING_WRONG)
+        raise LeftOut(f'"{column}" is 0: the row counts for nothing', NOTHING_WRONG)
     return found
 
 
@@ -259,7 +259,7 @@ def _check_text(tree: PromptTree) -> None:
             text.encode()
         except UnicodeEncodeError as error:
             half = f"\\u{ord(text[error.start]):04x}"
-            what = f"holds half of a surrogate pair ({half}, character {error.start + 1} of a text), which is no text"
+            what = f"holds half of a surrogate pair ({half}, character {error.start + 1} of a text), which is not text"
             raise RowError(what, "the text was cut within an emoji or the like: fix it, or drop the row") from error
 
 
@@ -532,7 +532,7 @@ class Stream(Conversion):
         rows: of one or several files; name: of those, for messages; the others: see `Reading`.
 
     Raises:
-        ConfigError: an unknown layout, or an option that it does not have. DataError: the columns are of no known layout.
+        ConfigError: an unknown layout, or an option that it does not have. DataError: the columns fit no known layout.
     """
 
     def __init__(
@@ -697,7 +697,7 @@ def detected(
         theirs, ours = slips[0]
         raise DataError(
             name,
-            f'the columns ({", ".join(there)}) are of no known shape; is "{theirs}" your "{ours}"?',
+            f'the columns ({", ".join(there)}) fit no known layout; is "{theirs}" your "{ours}"?',
             f"{_map_it(ours, theirs)}, or name the layout with data.shape",
         )
     if _looks_like_a_row(name, [r for r in first if isinstance(r, Row)]):
@@ -708,7 +708,7 @@ def detected(
         )
     raise DataError(
         name,
-        f"the columns ({', '.join(there) or 'none'}) are of no known shape",
+        f"the columns ({', '.join(there) or 'none'}) fit no known layout",
         f"{_example_of(rows)}, or name the layout with data.shape (`penchant data formats` lists them)",
     )
 

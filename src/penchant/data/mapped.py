@@ -390,7 +390,7 @@ def read_batch(path: Path) -> Any:
     """The record batch of a file that `write_batch` made, mapped into memory: nothing is read until it is looked at.
 
     Raises:
-        ValueError: it is no such file.
+        ValueError: it is not such a file.
     """
     import pyarrow as pa
 

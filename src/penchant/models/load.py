@@ -145,7 +145,7 @@ def load_processor(cfg: ModelConfig) -> Any:
         unknown = [n for n in further if read(**{n: cfg.image_options[n]}).to_json_string() == read().to_json_string()]
         if unknown:
             how = f"it has {', '.join(sorted(n for n in vars(eyes) if not n.startswith('_')))}"
-            raise ConfigError(f"model.image_options.{unknown[0]}", f"is no setting of {type(eyes).__name__}", how)
+            raise ConfigError(f"model.image_options.{unknown[0]}", f"is not a setting of {type(eyes).__name__}", how)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = getattr(processor, "chat_template", None)
     check_template(cfg.path, tokenizer)
@@ -467,7 +467,7 @@ def _check_behavior(path: str, model: Any) -> None:
         if not float((first - other).abs().max()) <= 1e-4 * size:
             raise ModelError(
                 path,
-                f"{what} give different logits: the model has dropout (or draws otherwise) that cannot be turned off here",
+                f"{what} give different logits: the model has dropout (or other randomness) that cannot be turned off here",
                 "set its dropout to 0 in config.json",
             )
     if not float((first - later)[:, :8].abs().max()) <= (1e-3 if _in_fp32(model) else 0.1) * size:

@@ -144,7 +144,7 @@ def _check_trainable(file: Path, values: Mapping[str, Any]) -> None:
     if more:
         raise ModelError(
             str(file),
-            f"changes more than low-rank updates do ({', '.join(more)}), which are all that is trained on here",
+            f"holds more than low-rank updates ({', '.join(more)}), and only those can be trained further here",
             "merge it (name it as model.path) and train a new adapter",
         )
 

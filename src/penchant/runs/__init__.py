@@ -54,6 +54,7 @@ from penchant.runfolder.read import read
 from penchant.runfolder.values import mapping, number_of
 from penchant.runs.evaluating import START_LOSSES, HeldOut, prompts_of, writes_completions
 from penchant.runs.find import with_model_folders
+from penchant.runs.identity import contents_of, run_identity, trees_sha256
 from penchant.runs.parts import (
     Built,
     build,
@@ -66,16 +67,7 @@ from penchant.runs.parts import (
     start_key,
     write_model,
 )
-from penchant.runs.record import (
-    contents_of,
-    join_samples,
-    run_identity,
-    sampled,
-    trees_sha256,
-    versions,
-    write_manifest,
-    write_samples,
-)
+from penchant.runs.record import join_samples, sampled, versions, write_manifest, write_samples
 from penchant.runs.rows import Rows, within_context
 from penchant.runs.sharing import Alone
 from penchant.track import Mirrors, check_installed

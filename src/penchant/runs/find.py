@@ -29,7 +29,7 @@ from penchant.runfolder import (
 )
 from penchant.runfolder.read import read
 from penchant.runfolder.values import mapping, text
-from penchant.runs.record import run_identity
+from penchant.runs.identity import run_identity
 from penchant.runs.state import model_folder
 from penchant.training.checkpoint import find_checkpoint
 
@@ -288,7 +288,7 @@ def _adapter_folder(config: RunConfig, say: Callable[[str], None]) -> Path:
         raise ModelError(given, "holds no adapter" if path.is_dir() else "no such folder", how)
     folder, _ = found
     if not is_adapter(folder):
-        raise ModelError(given, "is a whole model, and no adapter", "name it as model.path")
+        raise ModelError(given, "is a whole model, not an adapter", "name it as model.path")
     under = model_of(config.model.path)
     if under is not None and under[0].resolve() == folder.resolve():
         base = adapter_base(folder)
@@ -312,7 +312,7 @@ def runs_in(given: str, limit: int = 4) -> list[str]:
 
 
 def check_there(given: str) -> None:
-    """Refuse what looks like a path and is none of a folder (CheckpointError), before the hub does in its own words."""
+    """Refuse what looks like a path but is not a folder (CheckpointError), before the hub does in its own words."""
     path = Path(given).expanduser()
     if path.exists():
         if path.is_file():
@@ -345,7 +345,7 @@ def of_config(config: RunConfig, step: str, base: str | None = None, given: str 
     """The model of a config: a checkpoint of its run, or what it starts from where there is none.
 
     Raises:
-        CheckpointError: no such checkpoint. ConfigError: a reward model, or a base for what is no adapter.
+        CheckpointError: no such checkpoint. ConfigError: a reward model, or a base for something that is not an adapter.
     """
     config = with_model_folders(with_absolute_paths(config))
     folder, given = Path(config.output), given or config.output

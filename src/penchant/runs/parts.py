@@ -267,7 +267,9 @@ def prepared(model: Any, config: RunConfig, rows: Rows) -> Any:
     elif config.model.vision == "frozen":
         freeze_eyes(model)
     if config.train.gradient_checkpointing is True:  # an auto that nobody decided trains nothing
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers 5 renamed it on the way, and warns of the old name
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
         if config.lora is not None:
             model.enable_input_require_grads()
     return model

@@ -78,7 +78,7 @@ def read_cluster(values: Mapping[str, Any], places: Places, source: str, runs: S
     for name in names:
         if getattr(config, name):
             raise ConfigError(
-                place_of(("cluster", name), places, place), f"cluster.{name} says nothing to {other}", "leave it out"
+                place_of(("cluster", name), places, place), f"cluster.{name} has no meaning for {other}", "leave it out"
             )
     return config
 

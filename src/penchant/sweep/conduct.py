@@ -152,7 +152,7 @@ class State:
         self.search = now
 
     def same_halving(self, halving: Halving | None, runs: Sequence[str], where: str) -> None:
-        """Remember how settings are halved, or refuse where runs have begun that were not judged so; leaving it out is no matter."""
+        """Record how settings are halved. Refused if runs have begun that were judged differently; leaving it out is allowed."""
         old, begun = self.about.get("halving"), [name for name in runs if name in self.runs]
         if halving is None or not begun:
             self.about["halving"] = None if halving is None else {**halving.to_json(), "runs": list(runs), "judged": []}
@@ -195,9 +195,7 @@ def judge_run(run: SweepRun, record: Mapping[str, Any] | None, inputs: Inputs, h
 
 
 def _refusal(run: SweepRun, why: str) -> CheckpointError:
-    return run.refusal(
-        why, f"undo the change, choose another output, or move {run.folder} away to have it trained anew"
-    )
+    return run.refusal(why, f"undo the change, choose another output, or move {run.folder} away to retrain it")
 
 
 # ---- Running a sweep: its runs one after another in this process, or n at a time in others, each skipped, resumed or trained ----
@@ -576,7 +574,7 @@ class SweepConductor:
         record.pop("job", None)
         seconds = round(record["seconds"] + made["seconds"], 2)
         self._trained.append(made["seconds"])
-        if made["state"] == "paused":  # its figures are no result: they stand at their rung
+        if made["state"] == "paused":  # its figures are not a result: they stand at their rung
             rungs = {**record["rungs"], str(self.rung): {"step": made["steps"], "metrics": made["metrics"]}}
             made = {"state": "paused", "steps": made["steps"], "rungs": rungs}
         self.state.runs[run.name] = {**record, **made, "seconds": seconds}

@@ -189,7 +189,7 @@ class Loop:
             raise CheckpointError(
                 str(self.folder),
                 f"is at step {self.state.step} already, beyond step {self.pause_at}, at which it was to pause",
-                "let it come to its end, or move the folder away to have it trained anew",
+                "let it finish, or move the folder away to retrain it",
             )
         self._pause(total)
 

@@ -34,9 +34,9 @@ RULES = {  # in the order in which a row is told why it goes
     "identical": "pairs whose chosen equals rejected",
     "secrets": "rows that hold something like a key or a password token",
     "pii": "rows that hold something like personal data",
-    "leakage": "rows whose prompt stands, or nearly stands, in a file given with --against",
-    "contradictions": "both sides of pairs that stand there the other way round, or of an answer labelled good and bad",
-    "near_contradictions": "the same of nearly equal pairs",
+    "leakage": "rows whose prompt is in a file given with --against, or nearly equal to one there",
+    "contradictions": "both sides of pairs that also occur the other way round, or of an answer labeled good and bad",
+    "near_contradictions": "the same for nearly equal pairs",
     "cycles": "rows of cycles: A over B, B over C, C over A",
     "duplicates": "exact copies of an earlier row",
     "near_duplicates": "near copies of an earlier row",
@@ -144,7 +144,7 @@ def fix(
         workers: processes that look at parts of a large file; None: one a core.
 
     Raises:
-        DataError: a row that was edited is another one now, or gone; an unknown rule, an output that is an input or is there already or has another format's ending.
+        DataError: a row that was edited is another one now, or gone; an unknown rule, an output that is an input or already exists or has another format's ending.
     """
     rules = _rules(drop, redact, against)
     target, notes = _target(source, Path(output).expanduser(), [source, *against], overwrite)
@@ -188,7 +188,7 @@ def fix(
         if rows != written + dropped.total():
             raise AssertionError(f"{rows} rows != {written} written + {dropped.total()} dropped")
         if left:
-            raise DataError(min(left), "was edited, and is not there any more", EDIT_AGAIN)
+            raise DataError(min(left), "was edited, and no longer exists", EDIT_AGAIN)
         if not written:
             raise DataError(source, "no row would be left", "drop less: --keep RULE")
     return Fixed(rows, written, dropped, changed, redacted, target, touched, rules, tuple(redact), edited, notes)
@@ -231,7 +231,7 @@ def _target(source: str, target: Path, inputs: Sequence[str], overwrite: bool) -
                 raise DataError(str(target), "is an input", "give another name; the input is never written to")
     for made in (target, touched):
         if made.exists() and not overwrite:
-            raise DataError(str(made), "is there already", "give another name, or --overwrite")
+            raise DataError(str(made), "already exists", "give another name, or --overwrite")
     parquet = source.lower().endswith(".parquet")
     wanted = (".parquet",) if parquet else JSONL
     if not target.name.lower().endswith(wanted):
@@ -250,7 +250,7 @@ def _first(source: str, shape: str, columns: Mapping[str, str]) -> str:
     """How to get a file that can be fixed: with an example a row."""
     named = "".join(f" --column {shlex.quote(f'{ours}={yours}')}" for ours, yours in columns.items())
     command = f"penchant data get mine --from {shlex.quote(source)} --layout {shape}{named} --split 1,0,0"
-    return f"write an example a row first: {command}"
+    return f"write one example per row first: {command}"
 
 
 class _Marks:
