@@ -293,7 +293,8 @@ class Offline(Algorithm):
 
     def _view(self, spec: LossSpec, scored: Scored) -> PairLogps | UnpairedLogps | ListLogps:
         if self.average_log_prob and spec.signal != "tokens":
-            scored = _averaged(scored)
+            n, ref = scored.lengths, scored.ref_logps
+            scored = replace(scored, policy_logps=scored.policy_logps / n, ref_logps=None if ref is None else ref / n)
         if spec.signal == "pairs":
             return pair_view(scored)
         if spec.signal == "lists":
@@ -415,13 +416,6 @@ def _learned(scored: Scored, values: Tensor | None = None) -> tuple[Tensor, Tens
         return columns
     good = scored.slot == 0 if scored.labels is None else scored.labels > 0
     return columns[0][good], columns[1][good]
-
-
-def _averaged(scored: Scored) -> Scored:
-    """The same with log-probs per token."""
-    n = scored.lengths
-    ref = None if scored.ref_logps is None else scored.ref_logps / n
-    return replace(scored, policy_logps=scored.policy_logps / n, ref_logps=ref)
 
 
 def _first_tokens(batch: PackedBatch) -> Tensor:

@@ -273,7 +273,7 @@ def append_line(path: Path, row: Any) -> None:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
-            size = _whole_lines(handle)
+            size = whole_lines(handle)
             try:
                 done = os.write(handle, line)
                 if done < len(line):
@@ -290,7 +290,7 @@ def append_line(path: Path, row: Any) -> None:
         raise disk_error(path, error) from error
 
 
-def _whole_lines(handle: int) -> int:
+def whole_lines(handle: int) -> int:
     """Cut half a line off the end of a file; the bytes that are left."""
     size = end = os.fstat(handle).st_size
     while end:

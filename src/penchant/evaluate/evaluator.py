@@ -93,7 +93,10 @@ class Evaluation(Material):
             if self.config.model.sees:
                 eyes = self.config.model.model_dump(include={"vision", "image_options"})
                 found = replace(found, base=found.base.model_copy(update=eyes))
-            self._check_same_tokens(found)
+            if self.run.rows.tokenizer.get_vocab() != load_tokenizer(found.tokenizer).get_vocab():
+                what = f"{found.name} has another tokenizer than {self.source.name}"
+                how = "log-probs and KL compare the same tokens: give a model with the same one"
+                raise ConfigError("--reference", what, how)
             return found
         start = self.source.start
         if start is not None and looks_like_folder(start.base.path) and not Path(start.base.path).expanduser().is_dir():
@@ -102,15 +105,6 @@ class Evaluation(Material):
             )
             return None
         return start
-
-    def _check_same_tokens(self, other: Source) -> None:
-        own, theirs = self.run.rows.tokenizer, load_tokenizer(other.tokenizer)
-        if own.get_vocab() != theirs.get_vocab():
-            raise ConfigError(
-                "--reference",
-                f"{other.name} has another tokenizer than {self.source.name}",
-                "log-probs and KL compare the same tokens: give a model with the same one",
-            )
 
     def _load(self, source: Source) -> LiveReference:
         run = self.run

@@ -187,8 +187,10 @@ def _probe(scorer: Scorer, tree: TokenTree, headless: bool) -> torch.Tensor:
 
 
 def _probe_tree(model: Any) -> TokenTree:
-    prompt, completions = probe_ids(base_model_of(model).config.get_text_config().vocab_size)
-    return TokenTree(0, prompt, completions, (False,) * len(completions))
+    """A small made-up tree for the check that a packing gives the same numbers: a prompt and three completions."""
+    rng, vocabulary = np.random.default_rng(0), base_model_of(model).config.get_text_config().vocab_size
+    prompt, *completions = (rng.integers(0, vocabulary, size=n).astype(np.int32) for n in (13, 9, 6, 2))
+    return TokenTree(0, prompt, tuple(completions), (False,) * len(completions))
 
 
 def _away(found: torch.Tensor, own: torch.Tensor) -> float:
@@ -327,10 +329,3 @@ def packing_by_config(model: Any) -> tuple[str, str]:
     """(packing, reason) from the model's config: padded rows where layers carry state along a row, else shared."""
     reason = carries_state(base_model_of(model).config.get_text_config())
     return ("padded", reason) if reason else ("shared", "attention only: prompts are shared")
-
-
-def probe_ids(vocab_size: int, seed: int = 0) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-    """A small made-up tree for the check that a packing gives the same numbers: prompt ids and three completions."""
-    rng = np.random.default_rng(seed)
-    prompt, *completions = (rng.integers(0, vocab_size, size=n).astype(np.int32) for n in (13, 9, 6, 2))
-    return prompt, tuple(completions)

@@ -343,7 +343,8 @@ def _person(
         with_others=share_ci(with_others, draws=2000) if with_others else None,
         checks=(sum(j.verdict != j.gold for j in golds), len(golds)),
         seconds=float(np.median(seconds)) if len(seconds) else None,
-        fast=sum(_too_fast(j) for j in mine),
+        # the shorter of both: a glance at one may be enough where the other is plainly bad
+        fast=sum(0 < j.seconds < max(BLINK, min(map(_words, j.answers)) / READING) for j in mine),
         slow=_slow(seconds),
     )
 
@@ -361,11 +362,6 @@ def _median_share(others: Sequence[Judgement]) -> float | None:
         by[j.annotator].append(j)
     shares = [float(np.mean(s)) for s in map(_for_the_longer, by.values()) if len(s) >= FEW_ROWS]
     return float(np.median(shares)) if shares else None
-
-
-def _too_fast(j: Judgement) -> bool:
-    # the shorter of both: a glance at one may be enough where the other is plainly bad
-    return 0 < j.seconds < max(BLINK, min(map(_words, j.answers)) / READING)
 
 
 def _slow(seconds: np.ndarray) -> int:

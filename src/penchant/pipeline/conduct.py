@@ -32,7 +32,6 @@ from penchant.runs.state import (
     files_of,
     inputs_of,
     judge,
-    locked,
     model_folder,
     outputs_of,
 )
@@ -251,7 +250,7 @@ class Conductor:
             self.pipeline.stage(only, "--only")
         again = self._redone(redo)
         _ = self.data, self.comparer  # everything is checked before anything trains
-        with locked(self.pipeline.output):
+        with RunLock(self.pipeline.output):
             self.state = State.read(self.pipeline.output)
             for sentence in move_aside(self.pipeline, again, self.state):
                 self.console.note(sentence)

@@ -229,21 +229,15 @@ class Reward:
             names |= dict.fromkeys(self.policy.columns)
         columns = {name: [None if r is None else r.columns.get(name) for r in rows] for name in names}
         ids = [c.tolist() for t in trees for c in t.completion_ids] if trees is not None else None
-        if (
-            names
-            and (at := next((i for i, s in enumerate(sources) if s in known and known[s] is None), None)) is not None
-        ):
-            raise _ambiguous(sources[at])
+        several = next((s for s in sources if s in known and known[s] is None), None)
+        if names and several is not None:
+            what = f"{several} stands for rows of several files, so the columns of its row are not known"
+            raise RewardError("reward", what, "give the data files different names")
         return Asked(prompts, completions, rows, sources, ids, columns, trees, step)
 
 
 def _is_model(term: RewardTerm) -> bool:
     return hasattr(term.function, "score_trees")
-
-
-def _ambiguous(source: str) -> RewardError:
-    what = f"{source} stands for rows of several files, so the columns of its row are not known"
-    return RewardError("reward", what, "give the data files different names")
 
 
 def _values(term: RewardTerm, asked: Asked, timeout: float | None) -> np.ndarray:

@@ -232,7 +232,8 @@ class RewardModel:
 
     def score_trees(self, trees: Sequence[TokenTree]) -> list[float]:
         """The reward of each completion of rollouts, tree by tree; one that did not end by itself is judged without EOS."""
-        if self._same and all(_longest(t) <= self.max_length for t in trees):
+        longest = max((len(t.prompt_ids) + max(map(len, t.completion_ids)) for t in trees), default=0)
+        if self._same and longest <= self.max_length:
             return rewards_of(self.scorer, trees)
         assert self.policy is not None
         decode = self.policy.tokenizer.decode
@@ -278,10 +279,6 @@ class RewardModel:
         ]
         ends = end_ids(self.tokenizer)
         return [_without(ends, t) if cut else t for t, cut in zip(made, unfinished, strict=True)]
-
-
-def _longest(tree: TokenTree) -> int:
-    return len(tree.prompt_ids) + max(map(len, tree.completion_ids))
 
 
 def _without(ends: frozenset[int], tree: TokenTree) -> TokenTree:

@@ -393,7 +393,8 @@ class VLLMServer(Remote):
             if nccl:
                 self._send_by_nccl()
             else:
-                self._reload()
+                how = {"weights_path": str(self.folder.resolve())}
+                self._ask("/collective_rpc", {"method": "reload_weights", "kwargs": how})
         except PenchantError:
             with suppress(NoReply):  # it may be gone
                 replace(self.connection, attempts=1).post("/resume", {}, threading.Event())
@@ -408,10 +409,6 @@ class VLLMServer(Remote):
             self.versions = False
         self.tag = tag
         self._ask("/resume", {})
-
-    def _reload(self) -> None:
-        body = {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder.resolve())}}
-        self._ask("/collective_rpc", body)
 
     def _by_nccl(self) -> bool:
         on_gpu = next(self.model.parameters()).device.type == "cuda"

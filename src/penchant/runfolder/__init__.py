@@ -21,6 +21,7 @@ from penchant.base.files import (
     disk_error,
     file_sha256,
     sweep,
+    whole_lines,
     write_atomically,
     write_text_atomically,
 )
@@ -357,7 +358,7 @@ class MetricsLog:
         self._file: Any = None
         try:
             self._file = path.open("ab+", buffering=0)
-            self._cut_half_line()
+            whole_lines(self._file.fileno())
         except OSError as error:
             self._failed(error)
 
@@ -404,18 +405,6 @@ class MetricsLog:
 
     def _size(self) -> int:
         return os.fstat(self._file.fileno()).st_size
-
-    def _cut_half_line(self) -> None:
-        end = size = self._size()
-        while end:
-            start = max(0, end - 65536)
-            block = os.pread(self._file.fileno(), end - start, start)
-            if b"\n" in block:
-                end = start + block.rindex(b"\n") + 1
-                break
-            end = start
-        if end != size:
-            self._file.truncate(end)
 
     def _failed(self, error: OSError) -> None:
         if self._say is None:

@@ -24,7 +24,6 @@ from penchant.data.templates import DATE, uses_chat, writes_date
 from penchant.distributed.shard import whole_weights
 from penchant.distributed.world import current
 from penchant.errors import CheckpointError, ConfigError, DiskError, PenchantError
-from penchant.logprobs.reference import Reference
 from penchant.metrics.completions import START_FILE
 from penchant.metrics.flags import run_flags, summary, write_flags
 from penchant.metrics.flags.rule import Flag
@@ -464,7 +463,9 @@ class Run:
         if cfg.model.adapter is not None and cfg.lora is not None and cfg.lora.dropout:
             same_start = False  # a new adapter adds nothing at first, whatever dropout does; this one does
         if reference is not None and same_start and self.method.rollouts is None:
-            check = self._start_tolerance(reference)
+            # nats per completion and per token; a cache was packed otherwise: rounding errors add up over tokens
+            rounding = {torch.bfloat16: (1.0, 0.05), torch.float32: (1e-3, 1e-4), torch.float64: (1e-9, 1e-10)}
+            check = (0.0, 0.0) if reference.exact else rounding[self.dtype]
         return Loop(
             model=model,
             algorithm=built.algorithm,
@@ -487,13 +488,6 @@ class Run:
             pause_at=self.pause_at,
             callbacks=self.callbacks,
         )
-
-    def _start_tolerance(self, reference: Reference) -> tuple[float, float]:
-        """Nats per completion and per token; zero when reference and policy run the same kernels on the same batch."""
-        if reference.exact:
-            return 0.0, 0.0
-        # a cache was packed otherwise: rounding errors add up over tokens
-        return {torch.bfloat16: (1.0, 0.05), torch.float32: (1e-3, 1e-4), torch.float64: (1e-9, 1e-10)}[self.dtype]
 
     # ---- evaluate ---------------------------------------------------------------------------------------------------
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from penchant.runfolder import (
     IDENTITY,
     MANIFEST,
     PIPELINE,
-    RunLock,
     check_whole,
     checkpoint_state,
     checkpoints,
@@ -73,17 +71,6 @@ def judge(
         assert last is not None
         return Planned(member.name, "resume", f"interrupted at {last.name.replace('-', ' ')}")
     return None
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """The folder of several runs, made and held.
-
-    Raises:
-        CheckpointError: it cannot be, or another process has it.
-    """
-    with RunLock(folder):
-        yield
 
 
 def read_state(path: Path, keys: Sequence[str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 from penchant.base.text import did_you_mean
 from penchant.errors import CheckpointError, ConfigError, PenchantError
 from penchant.report import LiveReport
-from penchant.runfolder import IDENTITY, PIPELINE, SWEEP, differences, keep
+from penchant.runfolder import IDENTITY, PIPELINE, SWEEP, RunLock, differences, keep
 from penchant.runs import Run
 from penchant.runs.sharing import Shared
 from penchant.runs.state import (
@@ -25,7 +25,6 @@ from penchant.runs.state import (
     files_of,
     inputs_of,
     judge,
-    locked,
     read_state,
 )
 from penchant.sweep import Sweep, SweepRun
@@ -412,7 +411,7 @@ class SweepConductor:
             ConfigError, DataError, ModelError, RewardError: the user can fix it. CheckpointError: a run is done with other inputs, or
             the folder is in use. Interrupted: a signal; the same command continues.
         """
-        with locked(self.sweep.output):
+        with RunLock(self.sweep.output):
             self.state = State.read(self.sweep.output)
             if self.sweep.search is not None:
                 self.state.same_search(self.sweep.search, self.sweep.source)

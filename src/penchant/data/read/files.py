@@ -112,7 +112,8 @@ def _pattern(path: str, file: Path) -> list[Path] | None:
         if not names:
             raise DataError(path, "no file matches the pattern", "check the pattern, and where you start from")
         return [f for name in names for f in find_files(glob.escape(name) if name == path else name) or ()]
-    if _looks_like_hub_id(path):
+    named = re.fullmatch(r"[\w.-]+/[\w.-]+(:\w+)?", path) is not None
+    if named and not path.startswith(".") and Path(path).suffix not in (*ENDINGS, *_OTHERS):  # a hub id
         return None
     raise DataError(path, "no such file", _sibling(file))
 
@@ -172,8 +173,3 @@ def _sibling(file: Path) -> str:
     except OSError:
         near = ""
     return f"did you mean {near}?" if near else "check the path; a hub id is written owner/name"
-
-
-def _looks_like_hub_id(path: str) -> bool:
-    named = re.fullmatch(r"[\w.-]+/[\w.-]+(:\w+)?", path) is not None
-    return named and not path.startswith(".") and Path(path).suffix not in (*ENDINGS, *_OTHERS)
