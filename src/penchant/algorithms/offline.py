@@ -161,11 +161,8 @@ class Offline(Algorithm):
             if "reference" in c.spec.needs and self.reference is None:
                 raise ConfigError("loss.name", f"{c.spec.name} needs a reference model", "set reference.kind")
         if "divergence" in self.needs and not isinstance(self.reference, references.LiveReference):
-            raise ConfigError(
-                "reference.kind",
-                "an exact divergence needs the reference's whole distribution, which a cache does not hold",
-                "set reference.kind=frozen (or adapter, with LoRA)",
-            )
+            what = "an exact divergence needs the reference's whole distribution, which a cache does not hold"
+            raise ConfigError("reference.kind", what, "set reference.kind=frozen (or adapter, with LoRA)")
         self._now = [c.at(0.0) for c in self.components]
 
     @property

@@ -356,9 +356,8 @@ def _check_export(folder: Path) -> None:
         written = json.loads((folder / EXPORT).read_text(encoding="utf-8"))["sha256"]
         bad = [name for name, sha256 in written.items() if file_sha256(folder / name) != sha256]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            str(folder / EXPORT), f"cannot be read, or names a file that cannot ({error})", how
-        ) from error
+        what = f"cannot be read, or names a file that cannot ({error})"
+        raise CheckpointError(str(folder / EXPORT), what, how) from error
     if bad:
         raise CheckpointError(str(folder / bad[0]), "differs from what was exported", how)
 

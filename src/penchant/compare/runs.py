@@ -449,11 +449,8 @@ class Readings:
             if not known:  # nothing was read yet
                 self.log.unlink()
         except OSError as error:
-            raise DataError(
-                str(self.log),
-                f"cannot be written ({error.strerror}), so nobody would know that the test set was read",
-                "put the file into a folder that you can write",
-            ) from error
+            what = f"cannot be written ({error.strerror}), so nobody would know that the test set was read"
+            raise DataError(str(self.log), what, "put the file into a folder that you can write") from error
 
     def record(self, runs: Sequence[str], details: Mapping[str, Any]) -> None:
         """Write a reading down, on disk before this returns."""

@@ -230,9 +230,8 @@ def weight_of(row: Mapping[str, Any], column: str) -> float:
         LeftOut: 0. RowError: it is no number above 0.
     """
     if row.get(column) is None:
-        raise RowError(
-            f'"{column}", the weight that data.weight names, is missing', "give a number, 1 for a row like others"
-        )
+        what = f'"{column}", the weight that data.weight names, is missing'
+        raise RowError(what, "give a number, 1 for a row like others")
     found = finite(row[column])
     if found is None or found < 0:
         raise RowError(f'the weight "{column}" is {str(row[column])[:40]!r}', "make it a number, 0 or above")
@@ -454,9 +453,8 @@ def _folder_of(paths: Sequence[str]) -> str:
         named = Path(*bare)
         found.add((named if named.is_dir() else named.parent).absolute())
     if len(found) > 1:
-        raise ConfigError(
-            "data.image_dir", "the data files stand in several folders", "name the one that holds the pictures"
-        )
+        what = "the data files stand in several folders"
+        raise ConfigError("data.image_dir", what, "name the one that holds the pictures")
     return str(found.pop())
 
 
@@ -673,22 +671,16 @@ def detected(
     slips = [(theirs, ours) for theirs in there if (ours := near_name(theirs)) and ours not in there]
     if slips:
         theirs, ours = slips[0]
-        raise DataError(
-            name,
-            f'the columns ({", ".join(there)}) are of no known shape; is "{theirs}" your "{ours}"?',
-            f"{_map_it(ours, theirs)}, or name the layout with data.shape",
-        )
+        what = f'the columns ({", ".join(there)}) are of no known shape; is "{theirs}" your "{ours}"?'
+        raise DataError(name, what, f"{_map_it(ours, theirs)}, or name the layout with data.shape")
     if _looks_like_a_row(name, [r for r in first if isinstance(r, Row)]):
         raise DataError(
             name,
             f"its first line is read as the names of its columns ({', '.join(there)}), and they look like a row",
             "put a line with names in front, such as prompt,chosen,rejected or prompt,completion with this file's delimiter",
         )
-    raise DataError(
-        name,
-        f"the columns ({', '.join(there) or 'none'}) are of no known shape",
-        f"{_example_of(rows)}, or name the layout with data.shape (`penchant data formats` lists them)",
-    )
+    how = f"{_example_of(rows)}, or name the layout with data.shape (`penchant data formats` lists them)"
+    raise DataError(name, f"the columns ({', '.join(there) or 'none'}) are of no known shape", how)
 
 
 def _texts(rows: Sequence[Mapping[str, Any]]) -> list[str]:

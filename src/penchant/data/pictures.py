@@ -154,9 +154,8 @@ class Pictures:
             how = "set data.image_dir to the folder that holds the pictures"
             raise RowError(f"{what} is {value[:80]}, which lies outside {folder}", how)
         if not os.path.isfile(path):
-            raise RowError(
-                f"{what} is {value[:80]}, and there is no such file in {folder}", "put it there, or set data.image_dir"
-            )
+            how = "put it there, or set data.image_dir"
+            raise RowError(f"{what} is {value[:80]}, and there is no such file in {folder}", how)
         if os.path.getsize(path) > MOST_BYTES:
             raise RowError(f"{what} has more than {MOST_BYTES >> 20} MB", "make it smaller")
         content = Path(path).read_bytes()
@@ -243,9 +242,8 @@ def _check(content: bytes, what: str) -> str:
         with image.open(io.BytesIO(content), formats=FORMATS) as opened:
             (width, height), kind = opened.size, str(opened.format)
     except Exception as error:  # whatever a decoder raises; and a bomb, by its size
-        raise RowError(
-            f"{what} is no picture that can be read ({', '.join(FORMATS)})", "mend the file, or drop the row"
-        ) from error
+        how = "mend the file, or drop the row"
+        raise RowError(f"{what} is no picture that can be read ({', '.join(FORMATS)})", how) from error
     if width * height > MOST_PIXELS:
         raise RowError(f"{what} has {width:,} x {height:,} pixels (at most {MOST_PIXELS:,})", "make it smaller")
     return kind
@@ -283,6 +281,5 @@ def opened(picture: Picture) -> Any:
         with image.open(io.BytesIO(content), formats=FORMATS) as whole:
             return ImageOps.exif_transpose(whole).convert("RGB")
     except Exception as error:  # whatever a decoder raises
-        raise DataError(
-            picture.path, f"this picture is broken ({str(error)[:100]})", "mend it, or drop its row"
-        ) from error
+        what = f"this picture is broken ({str(error)[:100]})"
+        raise DataError(picture.path, what, "mend it, or drop its row") from error

@@ -54,10 +54,8 @@ class PicturedTokenization(CausalTokenization):
         if not tree.images:
             return super().render(tree)
         if any(c.more for c in tree.completions):
-            raise RowError(
-                "several answers of a conversation with pictures are learned at once",
-                "set data.layout_options.turns=every",
-            )
+            what = "several answers of a conversation with pictures are learned at once"
+            raise RowError(what, "set data.layout_options.turns=every")
         plain = chat(tree, self._writer, self.options, strict=self.strict)
         ended = tuple(ended_once(c, self.end_texts) for c in plain.completions)
         made = _Rendered(plain.prompt, ended, plain.moved)

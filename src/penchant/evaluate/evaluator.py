@@ -116,9 +116,8 @@ class Evaluation(Material):
     def _check_context(self, source: Source, model: Any) -> None:
         rows = model.get_input_embeddings().weight.shape[0]
         if len(self.run.rows.tokenizer) > rows:
-            raise ModelError(
-                source.name, f"has {rows:,} embeddings, the tokenizer {len(self.run.rows.tokenizer):,} tokens", ""
-            )
+            what = f"has {rows:,} embeddings, the tokenizer {len(self.run.rows.tokenizer):,} tokens"
+            raise ModelError(source.name, what, "")
         context = getattr(model.config, "max_position_embeddings", None)
         longest = max((len(t.prompt_ids) for t in self.prompts), default=0) if self.request.generate else 0
         new = self.request.max_new_tokens if self.request.generate else 0
@@ -126,11 +125,8 @@ class Evaluation(Material):
         if context is None or max(length, longest + new) <= context:
             return
         if length > context:
-            raise ConfigError(
-                "data.max_length",
-                f"{length} is beyond the context of {source.name}, {context}",
-                f"set data.max_length={context}",
-            )
+            what = f"{length} is beyond the context of {source.name}, {context}"
+            raise ConfigError("data.max_length", what, f"set data.max_length={context}")
         raise ConfigError(
             "--max-new-tokens",
             f"the longest prompt has {longest} tokens, so {new} more go beyond the context of {source.name}, {context}",

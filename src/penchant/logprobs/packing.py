@@ -59,11 +59,8 @@ def choose_packing(
     attentions = [kind] if attention != "auto" or kind == "groups" else [kind, "groups"]
     found, wrong = _first_right(model, candidates, kernels, attentions)
     if found is None and requested in ("shared", "separate"):
-        raise ConfigError(
-            "train.packing",
-            f"{requested} packing gives wrong log-probs on this model ({wrong})",
-            "set train.packing=auto or padded",
-        )
+        what = f"{requested} packing gives wrong log-probs on this model ({wrong})"
+        raise ConfigError("train.packing", what, "set train.packing=auto or padded")
     if found is None:
         raise ModelError(
             str(base_model_of(model).config._name_or_path or type(base_model_of(model)).__name__),
@@ -71,11 +68,8 @@ def choose_packing(
             "train a model of another architecture (docs/models.md)",
         )
     if attention in ("varlen", "flex") and found.packing == "padded":
-        raise ConfigError(
-            "model.attention",
-            f"{attention} is for packed rows, and this model takes padded ones ({wrong or reason})",
-            "set model.attention=auto",
-        )
+        what = f"{attention} is for packed rows, and this model takes padded ones ({wrong or reason})"
+        raise ConfigError("model.attention", what, "set model.attention=auto")
     scorer = Scorer(model, kernels=kernels, **found._asdict())
     if scorer.fast and not _fast_is_right(scorer):
         scorer = replace(scorer, kernels="off", _fast=None)

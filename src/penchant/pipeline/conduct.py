@@ -281,11 +281,9 @@ class Conductor:
         for name in self.pipeline.needed(only):
             _check(self.pipeline.stages[name], planned[name])
             if planned[name].action != "done":
-                raise CheckpointError(
-                    self.pipeline.stages[only].place,
-                    f"stages.{only} needs {name}, which is not finished",
-                    f"run --only {name} first, or leave --only out",
-                )
+                what = f"stages.{only} needs {name}, which is not finished"
+                how = f"run --only {name} first, or leave --only out"
+                raise CheckpointError(self.pipeline.stages[only].place, what, how)
 
     def _stage(self, stage: Stage, number: str) -> str:
         """Skip, resume or train one stage; returns what was done, in words."""

@@ -260,30 +260,21 @@ def _values(term: RewardTerm, asked: Asked, timeout: float | None) -> np.ndarray
         if isinstance(error, TookTooLong):
             what = f"gave no answer within {timeout:g} seconds{blamed}"
             raise RewardError(f"reward {term.name}", what, "mend the function, or raise reward.timeout") from error
-        raise RewardError(
-            f"reward {term.name}",
-            f"{type(error).__name__}: {error}{blamed}",
-            "fix the function; it gets lists of prompts and completions and returns one number each",
-        ) from error
+        how = "fix the function; it gets lists of prompts and completions and returns one number each"
+        raise RewardError(f"reward {term.name}", f"{type(error).__name__}: {error}{blamed}", how) from error
     values = _numbers(term.name, given)
     if values.shape != (n,):
         shape = (
             "" if values.ndim == 1 else f" (an array of shape {list(values.shape)})" if values.ndim else " (no list)"
         )
-        raise RewardError(
-            f"reward {term.name}",
-            f"returned {values.size} values{shape} for {counted(n, 'completion')}",
-            "return one number for each completion, in order",
-        )
+        what = f"returned {values.size} values{shape} for {counted(n, 'completion')}"
+        raise RewardError(f"reward {term.name}", what, "return one number for each completion, in order")
     silent = np.array([v is None for v in given]) if isinstance(given, (list, tuple)) else np.zeros(n, dtype=bool)
     bad = np.flatnonzero(~np.isfinite(values) & ~silent)
     if len(bad):
         at = int(bad[0])
-        raise RewardError(
-            f"reward {term.name}",
-            f"returned {values[at]} for {_named_completion(asked, at)}",
-            "return finite numbers, or None where it says nothing of a completion",
-        )
+        how = "return finite numbers, or None where it says nothing of a completion"
+        raise RewardError(f"reward {term.name}", f"returned {values[at]} for {_named_completion(asked, at)}", how)
     return values
 
 
@@ -335,9 +326,8 @@ def _numbers(name: str, given: Any) -> np.ndarray:
     try:
         return np.asarray(given, dtype=np.float64)
     except Exception as error:  # whatever conversions the elements bring
-        raise RewardError(
-            f"reward {name}", f"returned {type(given).__name__} that holds no numbers", "return a list of numbers"
-        ) from error
+        what = f"returned {type(given).__name__} that holds no numbers"
+        raise RewardError(f"reward {name}", what, "return a list of numbers") from error
 
 
 def _first_to_blame(term: RewardTerm, asked: Asked, timeout: float | None) -> int | None:
@@ -460,9 +450,8 @@ def _function(name: str) -> RewardFunction:
         if name.startswith("stage:"):
             raise ConfigError("reward", f"{name!r} is a pipeline's stage", "here give that stage's run folder")
         if "/" in name:
-            raise ConfigError(
-                "reward", f"{name}: no such folder", "give a reward model's folder or run, or path.py:function"
-            )
+            how = "give a reward model's folder or run, or path.py:function"
+            raise ConfigError("reward", f"{name}: no such folder", how)
         near = closest(name, BUILT_IN)
         raise ConfigError(
             "reward",

@@ -245,11 +245,8 @@ class RewardModel:
             elif (row := known[tree.source]) is not None:
                 asked = row  # with its tools
             else:
-                raise DataError(
-                    tree.source,
-                    "stands for rows of several files, so the reward model cannot tell their prompts apart",
-                    "give the data files different names",
-                )
+                what = "stands for rows of several files, so the reward model cannot tell their prompts apart"
+                raise DataError(tree.source, what, "give the data files different names")
             for ids, cut in zip(tree.completion_ids, tree.truncated, strict=True):
                 pairs.append(replace(asked, completions=(Completion(decode(ids, skip_special_tokens=True)),)))
                 unfinished.append(cut)
@@ -316,11 +313,8 @@ def make_scorer(
     """The scorer that fits a reward model, and a sentence for the log; `runs_as` as for `choose_packing`."""
     if encoder:
         if attention in ("varlen", "flex"):
-            raise ConfigError(
-                "model.attention",
-                f"{attention} is for packed rows of causal models, and this is an encoder",
-                "set model.attention=auto",
-            )
+            what = f"{attention} is for packed rows of causal models, and this is an encoder"
+            raise ConfigError("model.attention", what, "set model.attention=auto")
         scorer = EncoderRewards(model, pair_format(tokenizer))
         return scorer, f"packing: {scorer.packing}"
     causal, note = choose_packing(model, packing, kernels, attention, runs_as)
@@ -355,11 +349,8 @@ def check_reward_folder(name: str, folder: Path) -> Any:
     config = load_model_config(str(folder))
     if not is_reward_model(config):
         kind = ", ".join(getattr(config, "architectures", None) or ()) or "no architecture named"
-        raise ConfigError(
-            "reward",
-            f"{name} is not a reward model ({kind})",
-            "give the run folder of one, trained with algorithm.name=reward_model, or a classifier with one label",
-        )
+        how = "give the run folder of one, trained with algorithm.name=reward_model, or a classifier with one label"
+        raise ConfigError("reward", f"{name} is not a reward model ({kind})", how)
     return config
 
 

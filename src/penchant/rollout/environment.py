@@ -92,9 +92,8 @@ def find_environment(name: str) -> Callable[[], Any]:
     """
     if not is_own(name):
         if name not in ENVIRONMENTS:
-            raise ConfigError(
-                WHERE, f"{name!r} is not an environment", f"{did_you_mean(name, ENVIRONMENTS)}, or write path.py:Class"
-            )
+            how = f"{did_you_mean(name, ENVIRONMENTS)}, or write path.py:Class"
+            raise ConfigError(WHERE, f"{name!r} is not an environment", how)
         return ENVIRONMENTS[name]
     found: Callable[[], Any] = python_object(name, WHERE)
     if missing := [m for m in ("reset", "step") if not callable(getattr(found, m, None))]:
@@ -164,9 +163,8 @@ class Stage:
     def _begin(self, tree: TokenTree, at: int, max_tokens: int) -> Episode:
         row = self.asked.get(tree.source)
         if row is None:
-            raise RewardError(
-                WHERE, f"{tree.source}: its row is not to be told from another one", "give files other names"
-            )
+            what = f"{tree.source}: its row is not to be told from another one"
+            raise RewardError(WHERE, what, "give files other names")
         turns = list(turns_of_prompt(row.prompt)) if not isinstance(row.prompt, str) else [Message("user", row.prompt)]
         prompt = row.prompt if isinstance(row.prompt, str) else [message_json(m) for m in row.prompt]
         place = tree.source or f"row {tree.row}"
@@ -229,9 +227,8 @@ class Stage:
                 ANSWER
             )
             if not there:
-                raise ConfigError(
-                    WHERE, "the chat template leaves earlier answers out", "take another model, or data.template=plain"
-                )
+                what = "the chat template leaves earlier answers out"
+                raise ConfigError(WHERE, what, "take another model, or data.template=plain")
             if end is not None:
                 text = text.removeprefix(self.tokenizer.decode([end]))
         else:
@@ -247,11 +244,8 @@ class Stage:
         read, shown = self._asked(place, f"reading what {method} gives", lambda: (_read(said), str(said)[:60]))
         if read is None:
             what = f"{place}: {method} of {self.name} gives {shown!r}"
-            raise RewardError(
-                WHERE,
-                what,
-                'give a list of {"role": "user" (or tool, system), "content": TEXT}, or None for nothing more',
-            )
+            how = 'give a list of {"role": "user" (or tool, system), "content": TEXT}, or None for nothing more'
+            raise RewardError(WHERE, what, how)
         return list(read)
 
     def _asked(self, place: str, what: str, call: Callable[[], Any]) -> Any:

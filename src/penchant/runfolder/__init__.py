@@ -88,11 +88,8 @@ class RunLock:
         except BlockingIOError as error:
             holder = os.read(handle, 200).decode(errors="replace").strip() or "another process"
             os.close(handle)
-            raise CheckpointError(
-                str(self.path.parent),
-                f"another run holds this folder ({holder})",
-                "wait for it, stop it, or choose another output",
-            ) from error
+            what, how = f"another run holds this folder ({holder})", "wait for it, stop it, or choose another output"
+            raise CheckpointError(str(self.path.parent), what, how) from error
         except OSError as error:
             os.close(handle)
             raise disk_error(self.path, error) from error
@@ -175,9 +172,8 @@ def check_whole(
         CheckpointError: it was changed; `how` it is mended.
     """
     if not is_whole(path):
-        raise CheckpointError(
-            str(path), "was changed after it was written", f"{how} (to take it as it is, delete {SUMS} beside it)"
-        )
+        what = "was changed after it was written"
+        raise CheckpointError(str(path), what, f"{how} (to take it as it is, delete {SUMS} beside it)")
 
 
 def damaged(folder: Path) -> list[str]:
@@ -265,11 +261,8 @@ def open_run(
             longer = all(line.startswith("config.train.") for line in found)
             last = checkpoints(folder)[-1] / "model" if longer else ""
             on = f"to train on from its last checkpoint, set model.path={last} and another output; " if longer else ""
-            raise CheckpointError(
-                str(folder),
-                "holds checkpoints of a different run",
-                f"{back}choose another output, or delete the folder to start over; {on}old -> new:{shown}",
-            )
+            how = f"{back}choose another output, or delete the folder to start over; {on}old -> new:{shown}"
+            raise CheckpointError(str(folder), "holds checkpoints of a different run", how)
     new = [key for key in mine if theirs is not None and key.startswith(CONTENT) and key not in theirs]
     if new:
         told = ", ".join(key.removeprefix(CONTENT) for key in new)
@@ -324,11 +317,8 @@ def _identity_of(path: Path) -> tuple[dict[str, Any], list[str]]:
     kept = newest_state(path.parent).get("identity")
     if not isinstance(kept, dict):
         gone = f"holds checkpoints but no {IDENTITY}" if damage == "is gone" else f"its {IDENTITY} {damage}"
-        raise CheckpointError(
-            str(path.parent),
-            f"{gone}, so it cannot be told which run they are of",
-            "restore it, choose another output, or delete the folder to start over",
-        )
+        how = "restore it, choose another output, or delete the folder to start over"
+        raise CheckpointError(str(path.parent), f"{gone}, so it cannot be told which run they are of", how)
     return kept, [f"{path}: {damage}; it is written again as the newest checkpoint has it"]
 
 

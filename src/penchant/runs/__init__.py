@@ -210,11 +210,8 @@ class Run:
         check_offload(self.config, self.device)
         check_places(self.config)
         if self.world.many and self.device.type == "cuda" and torch.cuda.device_count() < self.world.local_size:
-            raise ConfigError(
-                "launch.processes",
-                f"{self.world.local_size} processes on this machine share {torch.cuda.device_count()} GPUs",
-                "start one for each GPU, or set model.device=cpu",
-            )
+            what = f"{self.world.local_size} processes on this machine share {torch.cuda.device_count()} GPUs"
+            raise ConfigError("launch.processes", what, "start one for each GPU, or set model.device=cpu")
         if not self.world.leads:
             return self._follow()
         try:
@@ -436,11 +433,8 @@ class Run:
             return
         needed = f"a checkpoint takes about {gigabytes(one)}"
         if free < one:
-            raise DiskError(
-                str(self.folder),
-                f"{needed} and its disk has {gigabytes(free)} free",
-                "free some space, or choose another output, then run the same command again",
-            )
+            how = "free some space, or choose another output, then run the same command again"
+            raise DiskError(str(self.folder), f"{needed} and its disk has {gigabytes(free)} free", how)
         self.console.note(
             f"{self.folder}: {needed}, up to {missing} more are kept at a time, and its disk has {gigabytes(free)} free; "
             "see checkpoint.keep_last and checkpoint.every"
@@ -501,16 +495,12 @@ class Run:
     def evaluate(self, step: str = "last") -> dict[str, Any]:
         """Held-out metrics of a checkpoint (``last``, ``best`` or a number), or of the start (``0``)."""
         if not self.rows.trees[1]:
-            raise ConfigError(
-                "data", "there is nothing held out to evaluate on", "set data.eval_path or data.validation_rows"
-            )
+            how = "set data.eval_path or data.validation_rows"
+            raise ConfigError("data", "there is nothing held out to evaluate on", how)
         path = find_checkpoint(self.folder, step)
         if path is None and step != "0" and (self.folder / IDENTITY).exists():
-            raise CheckpointError(
-                str(self.folder),
-                "this run has no checkpoint yet",
-                "train it on, or give --step 0 for the model it starts from",
-            )
+            how = "train it on, or give --step 0 for the model it starts from"
+            raise CheckpointError(str(self.folder), "this run has no checkpoint yet", how)
         built, held_out = self.built, self.held_out
         if path is not None:
             self._check_start(self._known_manifest())
@@ -562,11 +552,8 @@ class Run:
         if (known["hardware"]["dtype"], known.get("torch")) != (dtype, versions()["torch"]):
             return
         if self.built.start_sha256(self.shared) != known["model"]["sha256"]:
-            raise CheckpointError(
-                self.config.model.path,
-                f"its weights are not those that {self.folder} was trained from",
-                "put them back, or choose another output",
-            )
+            what = f"its weights are not those that {self.folder} was trained from"
+            raise CheckpointError(self.config.model.path, what, "put them back, or choose another output")
 
     def _known_manifest(self) -> dict[str, Any] | None:
         """What manifest.json says of the start; None where it is absent or damaged, which is told."""

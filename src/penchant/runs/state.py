@@ -140,16 +140,14 @@ def model_folder(folder: Path, which: str | None) -> Path:
         best = checkpoint_state(last).get("best_step")
         kept = best is not None and (folder / CHECKPOINTS / f"step-{best}" / MANIFEST).exists()
         if which == "best" and not kept:
-            raise CheckpointError(
-                str(folder), "has no best checkpoint", "hold something out and set checkpoint.keep_best, or use @last"
-            )
+            how = "hold something out and set checkpoint.keep_best, or use @last"
+            raise CheckpointError(str(folder), "has no best checkpoint", how)
         name = f"step-{best}" if kept else last.name
     path = folder / CHECKPOINTS / name
     if not (path / MANIFEST).exists():
         there = ", ".join(p.name for p in checkpoints(folder))
-        raise CheckpointError(
-            str(path), "no such checkpoint", f"there are {there}; checkpoint.keep_last says how many are kept"
-        )
+        how = f"there are {there}; checkpoint.keep_last says how many are kept"
+        raise CheckpointError(str(path), "no such checkpoint", how)
     return path / "model"
 
 

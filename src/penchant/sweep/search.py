@@ -73,9 +73,8 @@ def draw(
     try:
         import optuna
     except ImportError as error:
-        raise ConfigError(
-            "search.sampler", "tpe needs Optuna", "pip install 'penchant[search]', or set search.sampler=random"
-        ) from error
+        how = "pip install 'penchant[search]', or set search.sampler=random"
+        raise ConfigError("search.sampler", "tpe needs Optuna", how) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     dists = {key: _distribution(values) for key, values in search.space.items()}
     # one seed a trial: what is drawn does not depend on how often the search was interrupted

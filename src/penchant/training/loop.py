@@ -192,11 +192,9 @@ class Loop:
         if self.pause_at is None or self.state.step < self.pause_at or self.pause_at >= total:
             return
         if self.state.step > self.pause_at:
-            raise CheckpointError(
-                str(self.folder),
-                f"is at step {self.state.step} already, beyond step {self.pause_at}, at which it was to pause",
-                "let it come to its end, or move the folder away to have it trained anew",
-            )
+            what = f"is at step {self.state.step} already, beyond step {self.pause_at}, at which it was to pause"
+            how = "let it come to its end, or move the folder away to have it trained anew"
+            raise CheckpointError(str(self.folder), what, how)
         self._pause(total)
 
     def _pause(self, total: int) -> NoReturn:

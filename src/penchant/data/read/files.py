@@ -125,9 +125,8 @@ _SPLITS = re.compile(r"(train|test|validation|valid|val|dev|eval|heldout|held_ou
 def _in_folder(path: str, folder: Path) -> list[Path]:
     files = sorted(f for f in folder.iterdir() if ending(f.name) and f.name[0] != "." and f.name not in _ABOUT)
     if not files:
-        raise DataError(
-            path, "is a folder without a file of rows", f"give a file ({READABLE}), or a pattern: {path}/**/*.parquet"
-        )
+        how = f"give a file ({READABLE}), or a pattern: {path}/**/*.parquet"
+        raise DataError(path, "is a folder without a file of rows", how)
     kinds = {ending(f.name) for f in files}
     splits = {m[0].lower() for f in files if (m := _SPLITS.match(f.name))}
     if len(kinds) > 1 or len(splits) > 1:
