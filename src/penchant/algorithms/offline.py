@@ -356,8 +356,7 @@ class Offline(Algorithm):
             self.reference.load_state_tensors(moved)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# views
+# ---- views ----
 
 
 def _scored(batch: PackedBatch, policy_logps: Tensor, **columns: Tensor | None) -> Scored:

@@ -366,8 +366,7 @@ def _check_context(model: Any, name: str, longest: int, place: str) -> None:
         raise ConfigError(place, what, "lower max_new_tokens of the comparison, or data.max_length, which cuts prompts")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what is left
+# ---- what is left ----
 
 
 def figures_of(compared: Compared) -> dict[str, Any]:

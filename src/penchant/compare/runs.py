@@ -152,8 +152,7 @@ def by_setting(runs: Sequence[TrainedRun]) -> dict[str, list[TrainedRun]]:
     return {min((r.name for r in group), key=len): group for group in groups.values()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# where they start
+# ---- where they start ----
 
 
 def check_tokenizers(runs: Sequence[TrainedRun]) -> None:
@@ -224,8 +223,7 @@ def check_bases(runs: Sequence[TrainedRun]) -> None:
             start_sha256(run)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what they were trained on
+# ---- what they were trained on ----
 
 
 def lineage(run: TrainedRun) -> list[RunConfig]:

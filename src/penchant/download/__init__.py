@@ -197,8 +197,6 @@ class _Job:
             raise ConfigError("--subset", what, "choose subsets of one kind, or say what they become with --as")
         return self._write(plan, parts, read, layouts, total, labeller.sha256 if labeller else None)
 
-    # -----------------------------------------------------------------------------------------------------------------
-
     def _plan(self) -> Plan:
         """What is read, decided once: a resumed `get` reads the same commit and the same files."""
         held = read_json(self.work / "plan.json")
@@ -317,8 +315,6 @@ class _Job:
         with with_reason.open("rb") as stream:
             q = json.loads(stream.readline())
         raise DataError(q["where"], f"{q['what']}; {what}", q["how"])
-
-    # -----------------------------------------------------------------------------------------------------------------
 
     def _write(
         self,

@@ -482,8 +482,7 @@ def reward_figures(rewards: np.ndarray) -> Metrics:
     return bootstrap_ci(rewards[known], draws=DRAWS).named("reward") | silent
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what the start wrote
+# ---- what the start wrote ----
 
 
 def rows_of(written: Written, tokenizer: Any) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -278,7 +278,8 @@ def _contest(a: str, b: str, judged: Sequence[Judgement]) -> tuple[Pair | None, 
         lengths[(slice(None), 0, *where)] = _lengths(j, a)
     mine = Candidate(a, None, None, np.repeat(lengths[0], len(people), 0))
     pair = compare_judged(mine, Candidate(b, None, None, lengths[1], fixed=True), wins, chance="people")
-    return (None if pair is None else pair.asked_in_full()), people_too
+    # only some pairs of completions were asked about, and all of those were judged
+    return (None if pair is None else replace(pair, unjudged=0.0)), people_too
 
 
 def _agreement(counting: Sequence[Judgement]) -> tuple[Interval | None, int, str]:

@@ -199,8 +199,7 @@ def head_scores(head: nn.Linear, features: Tensor) -> Tensor:
     return nn.functional.linear(features.to(wide), head.weight.to(wide), bias).squeeze(1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# padding and saving
+# ---- padding and saving ----
 
 
 def choose_padding(tokenizer: Any) -> None:

@@ -231,8 +231,7 @@ def _stage(
     return Stage(name, values, mine, place, folder / name)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# references
+# ---- references ----
 
 
 def references(values: Any, path: tuple[str, ...] = ()) -> tuple[Ref, ...]:
@@ -340,8 +339,7 @@ def _reached(name: str, stages: Mapping[str, Stage]) -> set[str]:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the comparison
+# ---- the comparison ----
 
 
 def _comparison(

@@ -162,9 +162,6 @@ def best_so_far(spots: Sequence[Spot]) -> list[Spot]:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def picture(found: Frontier) -> Element:
     """The picture with its table."""
     spots = found.spots

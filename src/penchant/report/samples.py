@@ -115,9 +115,6 @@ def of_runs(data: ReportData) -> Shelf:
     return Shelf(tuple(names), tuple(keys), cards)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def _turns(row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     """(role, text) of a prompt that is a conversation."""
     return tuple((text(m.get("role")), text(m.get("content"))) for m in mappings(row.get("messages")))

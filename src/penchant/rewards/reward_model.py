@@ -321,8 +321,7 @@ def make_scorer(
     return CausalRewards(causal), note
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# loading
+# ---- loading ----
 
 
 def find_reward_model(path: str) -> Path | None:

@@ -207,8 +207,7 @@ def sharding(parts: Parts) -> Sharding:
     return Sharding(current(), parts.device, parts.dtype, launch.replicas, launch.reshard)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the model
+# ---- the model ----
 
 
 def fresh_model(
@@ -458,8 +457,7 @@ def _router(parts: Parts) -> RouterLoss | None:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the reference
+# ---- the reference ----
 
 
 def reference_kind(config: RunConfig) -> str:
@@ -628,8 +626,7 @@ def _seen(trees: Sequence[TokenTree]) -> str:
     return hashlib.sha256(repr(found).encode()).hexdigest() if any(found) else ""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what runs can share: keys
+# ---- what runs can share: keys ----
 
 
 def weights_key(config: RunConfig, source: ModelConfig) -> Key:

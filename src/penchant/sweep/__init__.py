@@ -280,8 +280,7 @@ def _base(values: Mapping[str, Any], places: Places, source: str) -> tuple[dict[
     return base, sources_named(base, found)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what varies
+# ---- what varies ----
 
 
 def _variants(section: Any, places: Places, source: str) -> dict[str, tuple[dict[str, Any], Places]]:
@@ -364,8 +363,7 @@ def _check_run(run: SweepRun) -> None:
         raise ConfigError(place_of(("data",), run.places, run.place), what, how)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what is best
+# ---- what is best ----
 
 
 def _metric(

@@ -113,8 +113,6 @@ class Loop:
         found: torch.device = next(self.model.parameters()).device
         return found
 
-    # ---------------------------------------------------------------------------------------------------------------
-
     def run(self) -> RunState:
         """Train to the end, from the last checkpoint if there is one.
 
@@ -472,8 +470,6 @@ class Loop:
                 how,
             )
         )
-
-    # ---------------------------------------------------------------------------------------------------------------
 
     def _evaluate(self, metrics: MetricsLog, schedule: BatchSchedule) -> None:
         assert self.evaluate is not None

@@ -124,8 +124,7 @@ def _of_run(path: Path) -> list[Flag]:
     return run_flags(run.metrics, run.config, run.audit, trust=trust, samples=run.samples)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# for people
+# ---- for people ----
 
 
 def summary(flags: Sequence[Flag]) -> str:
