@@ -624,8 +624,7 @@ def check_adapter(model: Any) -> None:
         return
     if any(map(is_quantized, base.modules())):  # linear layers all; merging dequantizes, and looks then
         return
-    halves = ("lora_B", "lora_embedding_A")  # of an adapter, zero in a new one
-    updates = [p for _, m in kinds.values() for n, p in m.named_parameters() if any(half in n for half in halves)]
+    updates = [p for _, m in kinds.values() for n, p in m.named_parameters() if _starts_at_zero(n)]
     before = [p.detach().clone() for p in updates]
     others = [m for _, m in adapters_of(base) if all(m is not chosen for _, chosen in kinds.values())]
     ids = torch.arange(12, device=next(base.parameters()).device)[None] + 1
@@ -660,8 +659,16 @@ def check_adapter(model: Any) -> None:
                 p.data = data
     close = 1e-3 if _in_fp32(base) else 0.1  # in bf16 a merged weight is rounded
     if not away <= close * max(float((adapter - start).abs().max()), 1e-3 * float(start.abs().max())):
-        what = f"merging an adapter of this model changes its logits by {away:.2g}"
-        raise ConfigError("lora.target_modules", what, "name the attention's projections only, e.g. [q_proj, v_proj]")
+        raise ConfigError(
+            "lora.target_modules",
+            f"merging an adapter of this model changes its logits by {away:.2g}",
+            "name the attention's projections only, e.g. [q_proj, v_proj]",
+        )
+
+
+def _starts_at_zero(name: str) -> bool:
+    """Whether it is the half of an adapter that is zero in a new one: B, of an embedding A."""
+    return "lora_B" in name or "lora_embedding_A" in name
 
 
 def is_b_matrix(name: str) -> bool:
