@@ -358,11 +358,8 @@ class Writer:
             except Forgotten:
                 continue
             return found
-        raise RolloutError(
-            self.sampler.where,
-            f"lost the weights that it was sent, {self.rollout.attempts} times in a row",
-            "does another run use it, or is it restarted all the time?",
-        )
+        what = f"lost the weights that it was sent, {self.rollout.attempts} times in a row"
+        raise RolloutError(self.sampler.where, what, "does another run use it, or is it restarted all the time?")
 
     def begin(self, prompts: Sequence[TokenTree], iteration: int) -> None:
         """Have a later iteration's completions written by the weights of now: by another engine, while something else goes on."""
@@ -403,9 +400,8 @@ class Writer:
         step = iteration * cfg.updates if iteration != EVALUATION else 0  # evaluations are not steps of the run
         said = self.reward.judge([p for p in asked for _ in range(k)], [t for row in texts for t in row], trees, step)
         if taken := [n for n in said.metrics if n in METRICS or n in ("kind", "step")]:
-            raise RewardError(
-                "reward", f'log_metric("{taken[0]}") would replace a figure of the run', "log another name"
-            )
+            what = f'log_metric("{taken[0]}") would replace a figure of the run'
+            raise RewardError("reward", what, "log another name")
         rewards = torch.from_numpy(said.total).view(len(prompts), k)
         terms = {name: torch.from_numpy(values).view(len(prompts), k) for name, values in said.terms.items()}
         groups = []

@@ -273,7 +273,7 @@ def append_line(path: Path, row: Any) -> None:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
-            size = _whole_lines(handle)
+            size = whole_lines(handle)
             try:
                 done = os.write(handle, line)
                 if done < len(line):
@@ -290,7 +290,7 @@ def append_line(path: Path, row: Any) -> None:
         raise disk_error(path, error) from error
 
 
-def _whole_lines(handle: int) -> int:
+def whole_lines(handle: int) -> int:
     """Cut half a line off the end of a file; the bytes that are left."""
     size = end = os.fstat(handle).st_size
     while end:
@@ -356,9 +356,8 @@ def _check_export(folder: Path) -> None:
         written = json.loads((folder / EXPORT).read_text(encoding="utf-8"))["sha256"]
         bad = [name for name, sha256 in written.items() if file_sha256(folder / name) != sha256]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            str(folder / EXPORT), f"cannot be read, or names a file that cannot ({error})", how
-        ) from error
+        what = f"cannot be read, or names a file that cannot ({error})"
+        raise CheckpointError(str(folder / EXPORT), what, how) from error
     if bad:
         raise CheckpointError(str(folder / bad[0]), "differs from what was exported", how)
 

@@ -50,9 +50,8 @@ def run(args: argparse.Namespace) -> int:
     made = import_config(args.config, args.source, args.method, args.devices, args.overrides)
     if args.strict and made.unsupported:
         print(made.text, file=sys.stderr)
-        raise ConfigError(
-            args.config, f"{made.unsupported} key(s) are not supported", "fix them, or leave out --strict"
-        )
+        what = f"{made.unsupported} key(s) are not supported"
+        raise ConfigError(args.config, what, "fix them, or leave out --strict")
     if args.output is None:
         print(made.text, file=sys.stderr)
         print(made.yaml, end="")

@@ -305,9 +305,11 @@ class RunComparer:
         earlier = [] if readings is None else readings.earlier()
         if readings is not None:
             notes = [readings.sentence(earlier), *notes]
+        equal = "Equal budgets: steps, rows, completions, tokens, learning rates and data agree within 5%."
+        listed = ["The budgets are not equal:", *(f"- {s}" for s in budget)] if budget else [equal]
         figures = figures_of(compared) | {
             "heading": self._heading(len(setting.prompts)),
-            "notes": [*_listed_budget(budget), *notes],
+            "notes": [*listed, *notes],
             "budget": {"equal": not budget, "sentences": budget, "runs": budgets},
             "first": first.name,
             "seeds": {n: {r.name: r.seed for r in runs} for n, runs in settings.items()},
@@ -397,12 +399,6 @@ def _check_also(question: CompareRequest) -> None:
         raise ConfigError("--also", f"names {', '.join(twice)} twice, or as --reward too", "leave it out of --also")
     if also and question.reward is None:
         raise ConfigError("--also", "is given without a reward", "name the first one as --reward")
-
-
-def _listed_budget(sentences: Sequence[str]) -> list[str]:
-    if not sentences:
-        return ["Equal budgets: steps, rows, completions, tokens, learning rates and data agree within 5%."]
-    return ["The budgets are not equal:", *(f"- {s}" for s in sentences)]
 
 
 def _was_chosen(run: TrainedRun) -> bool:

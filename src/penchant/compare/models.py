@@ -367,15 +367,11 @@ def compare_sources(
 def _check_context(model: Any, name: str, longest: int, place: str) -> None:
     context = getattr(model.config, "max_position_embeddings", None)
     if context is not None and longest > context:
-        raise ConfigError(
-            place,
-            f"the longest prompt and max_new_tokens make {longest} tokens, beyond {name}'s context of {context}",
-            "lower max_new_tokens of the comparison, or data.max_length, which cuts prompts",
-        )
+        what = f"the longest prompt and max_new_tokens make {longest} tokens, beyond {name}'s context of {context}"
+        raise ConfigError(place, what, "lower max_new_tokens of the comparison, or data.max_length, which cuts prompts")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what is left
+# ---- what is left ----
 
 
 def figures_of(compared: Compared) -> dict[str, Any]:

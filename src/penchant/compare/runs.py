@@ -154,8 +154,7 @@ def by_setting(runs: Sequence[TrainedRun]) -> dict[str, list[TrainedRun]]:
     return {min((r.name for r in group), key=len): group for group in groups.values()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# where they start
+# ---- where they start ----
 
 
 def check_tokenizers(runs: Sequence[TrainedRun]) -> None:
@@ -226,8 +225,7 @@ def check_bases(runs: Sequence[TrainedRun]) -> None:
             start_sha256(run)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what they were trained on
+# ---- what they were trained on ----
 
 
 def lineage(run: TrainedRun) -> list[RunConfig]:
@@ -451,11 +449,8 @@ class Readings:
             if not known:  # nothing was read yet
                 self.log.unlink()
         except OSError as error:
-            raise DataError(
-                str(self.log),
-                f"cannot be written ({error.strerror}), so nobody would know that the test set was read",
-                "put the file into a folder that you can write",
-            ) from error
+            what = f"cannot be written ({error.strerror}), so nobody would know that the test set was read"
+            raise DataError(str(self.log), what, "put the file into a folder that you can write") from error
 
     def record(self, runs: Sequence[str], details: Mapping[str, Any]) -> None:
         """Write a reading down, on disk before this returns."""

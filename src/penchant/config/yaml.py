@@ -156,11 +156,8 @@ def read_mapping(path: str | Path, shape: str) -> tuple[dict[str, Any], Places]:
         runs = {p.parent.name: str(p) for p in path.parent.glob(f"*/{RESOLVED}")}
         run = runs.get(closest(path.name, runs, 0.7), "")
         near = "" if run and not path.suffix else Path(near).name if near else ""
-        raise ConfigError(
-            str(path),
-            "no such file",
-            f"did you mean {near or run}?" if near or run else "give the path of a YAML config",
-        ) from error
+        how = f"did you mean {near or run}?" if near or run else "give the path of a YAML config"
+        raise ConfigError(str(path), "no such file", how) from error
     except IsADirectoryError as error:
         own = path / RESOLVED
         how = f"its config is {own}" if own.is_file() else "give the YAML file of a config"
@@ -179,9 +176,8 @@ def read_mapping(path: str | Path, shape: str) -> tuple[dict[str, Any], Places]:
 def plain_values(value: Any, depth: int = 0) -> Any:
     """Nested mappings as dicts with text keys, paths as text: what a YAML file would have given."""
     if depth > YAML_DEPTH:
-        raise ConfigError(
-            "config", f"is nested deeper than {YAML_DEPTH}", "see `penchant config` for the keys there are"
-        )
+        how = "see `penchant config` for the keys there are"
+        raise ConfigError("config", f"is nested deeper than {YAML_DEPTH}", how)
     if isinstance(value, Mapping):
         return {str(k): plain_values(v, depth + 1) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -234,9 +230,8 @@ def apply_overrides(values: dict[str, Any], places: Places, overrides: Sequence[
     for text in overrides:
         key, equals, raw = text.partition("=")
         if not equals or not key.strip():
-            raise ConfigError(
-                "command line", f"{short(text)!r} is not an override", "write key.path=value, e.g. train.lr=1e-5"
-            )
+            how = "write key.path=value, e.g. train.lr=1e-5"
+            raise ConfigError("command line", f"{short(text)!r} is not an override", how)
         value, _ = parse_yaml(raw, "command line")
         places = set_key(values, places, tuple(key.strip().split(".")), value, "command line")
     return places

@@ -53,11 +53,8 @@ def adapt(dataset: Dataset, loss: str, signal: str, needs: Set[str], options: Da
     if signal == "prompts":
         return _as_prompts(dataset, name)
     if dataset.kind == "prompts":
-        raise DataError(
-            name,
-            f"{setting(loss)} needs answers, but these rows are prompts alone",
-            "give completions, or take a method that writes answers itself (algorithm=grpo with a reward)",
-        )
+        how = "give completions, or take a method that writes answers itself (algorithm=grpo with a reward)"
+        raise DataError(name, f"{setting(loss)} needs answers, but these rows are prompts alone", how)
     if dataset.kind == "unpaired":
         good = [t for t in dataset.trees if t.completions[0].label]
         how = "use kto, bco or pmpo"

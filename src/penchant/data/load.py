@@ -230,9 +230,8 @@ def weight_of(row: Mapping[str, Any], column: str) -> float:
         LeftOut: it is 0. RowError: it is not a number above 0.
     """
     if row.get(column) is None:
-        raise RowError(
-            f'"{column}", the weight that data.weight names, is missing', "give a number, 1 for a row like others"
-        )
+        what = f'"{column}", the weight that data.weight names, is missing'
+        raise RowError(what, "give a number, 1 for a row like others")
     found = finite(row[column])
     if found is None or found < 0:
         raise RowError(f'the weight "{column}" is {str(row[column])[:40]!r}', "make it a number, 0 or above")
@@ -454,9 +453,8 @@ def _folder_of(paths: Sequence[str]) -> str:
         named = Path(*bare)
         found.add((named if named.is_dir() else named.parent).absolute())
     if len(found) > 1:
-        raise ConfigError(
-            "data.image_dir", "the data files stand in several folders", "name the one that holds the pictures"
-        )
+        what = "the data files stand in several folders"
+        raise ConfigError("data.image_dir", what, "name the one that holds the pictures")
     return str(found.pop())
 
 

@@ -157,9 +157,8 @@ class Pictures:
             how = "set data.image_dir to the folder that holds the pictures"
             raise RowError(f"{what} is {value[:80]}, which lies outside {folder}", how)
         if not os.path.isfile(path):
-            raise RowError(
-                f"{what} is {value[:80]}, and there is no such file in {folder}", "put it there, or set data.image_dir"
-            )
+            how = "put it there, or set data.image_dir"
+            raise RowError(f"{what} is {value[:80]}, and there is no such file in {folder}", how)
         if os.path.getsize(path) > MOST_BYTES:
             raise RowError(f"{what} has more than {MOST_BYTES >> 20} MB", "make it smaller")
         content = Path(path).read_bytes()

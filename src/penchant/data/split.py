@@ -155,7 +155,10 @@ class Splitter:
         validation, test = (0.0 if i in there else shares[i] for i in (1, 2))
         drawn = draw(smallest, (1.0 - validation - test, validation, test), seed)[member]
         split = np.where(published == 0, drawn, published).astype(np.uint8) if keep_published else drawn
-        return Assignment(split, len(leaders), len(np.unique(hashes)), _straddling(member, split))
+        pairs = np.unique(np.stack([member, split.astype(np.int64)]), axis=1)
+        several = np.flatnonzero(np.bincount(pairs[0]) > 1)
+        straddling = len(several), int(np.isin(member, several).sum())
+        return Assignment(split, len(leaders), len(np.unique(hashes)), straddling)
 
 
 def draw(keys: np.ndarray, shares: Sequence[float], seed: int) -> np.ndarray:
@@ -166,9 +169,3 @@ def draw(keys: np.ndarray, shares: Sequence[float], seed: int) -> np.ndarray:
     x = (x ^ (x >> np.uint64(27))) * _MIX[1]
     uniform = (x ^ (x >> np.uint64(31))).astype(np.float64) / 2.0**64
     return np.searchsorted(np.cumsum(shares)[:2], uniform, side="right").astype(np.uint8)
-
-
-def _straddling(member: np.ndarray, split: np.ndarray) -> tuple[int, int]:
-    pairs = np.unique(np.stack([member, split.astype(np.int64)]), axis=1)
-    several = np.flatnonzero(np.bincount(pairs[0]) > 1)
-    return len(several), int(np.isin(member, several).sum())

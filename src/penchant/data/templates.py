@@ -341,9 +341,8 @@ def with_answer(turns: Sequence[Message], answer: Message) -> list[Message]:
     if not continues(turns):
         return [*turns, answer]
     if answer.reasoning:
-        raise RowError(
-            "the answer goes on with the prompt's last turn and has reasoning apart", "put it into that turn"
-        )
+        what = "the answer goes on with the prompt's last turn and has reasoning apart"
+        raise RowError(what, "put it into that turn")
     begun = turns[-1]
     return [*turns[:-1], replace(begun, content=begun.content + answer.content, tool_calls=answer.tool_calls)]
 

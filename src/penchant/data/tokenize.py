@@ -390,9 +390,8 @@ class CausalTokenization(Tokenization):
             raise ConfigError("data.template", "the tokenizer has no chat template", "set data.template=plain or auto")
         self.template = "chat" if chats and kind != "text" else "plain"
         if set(template_options or ()) - {DATE} and self.template != "chat":
-            raise ConfigError(
-                "data.template_options", "no chat template is used that could take them", "leave them out"
-            )
+            what = "no chat template is used that could take them"
+            raise ConfigError("data.template_options", what, "leave them out")
         self.options, self.strict = template_options, strict
         self.text = kind == "text"
         self.bos = tokenizer.bos_token_id if uses_bos(tokenizer) else None

@@ -93,7 +93,10 @@ class Evaluation(Material):
             if self.config.model.sees:
                 eyes = self.config.model.model_dump(include={"vision", "image_options"})
                 found = replace(found, base=found.base.model_copy(update=eyes))
-            self._check_same_tokens(found)
+            if self.run.rows.tokenizer.get_vocab() != load_tokenizer(found.tokenizer).get_vocab():
+                what = f"{found.name} has another tokenizer than {self.source.name}"
+                how = "log-probs and KL compare the same tokens: give a model with the same one"
+                raise ConfigError("--reference", what, how)
             return found
         start = self.source.start
         if start is not None and looks_like_folder(start.base.path) and not Path(start.base.path).expanduser().is_dir():
@@ -102,15 +105,6 @@ class Evaluation(Material):
             )
             return None
         return start
-
-    def _check_same_tokens(self, other: Source) -> None:
-        own, theirs = self.run.rows.tokenizer, load_tokenizer(other.tokenizer)
-        if own.get_vocab() != theirs.get_vocab():
-            raise ConfigError(
-                "--reference",
-                f"{other.name} has another tokenizer than {self.source.name}",
-                "log-probs and KL compare the same tokens: give a model with the same one",
-            )
 
     def _load(self, source: Source) -> LiveReference:
         run = self.run
@@ -122,9 +116,8 @@ class Evaluation(Material):
     def _check_context(self, source: Source, model: Any) -> None:
         rows = model.get_input_embeddings().weight.shape[0]
         if len(self.run.rows.tokenizer) > rows:
-            raise ModelError(
-                source.name, f"has {rows:,} embeddings, the tokenizer {len(self.run.rows.tokenizer):,} tokens", ""
-            )
+            what = f"has {rows:,} embeddings, the tokenizer {len(self.run.rows.tokenizer):,} tokens"
+            raise ModelError(source.name, what, "")
         context = getattr(model.config, "max_position_embeddings", None)
         longest = max((len(t.prompt_ids) for t in self.prompts), default=0) if self.request.generate else 0
         new = self.request.max_new_tokens if self.request.generate else 0
@@ -132,11 +125,8 @@ class Evaluation(Material):
         if context is None or max(length, longest + new) <= context:
             return
         if length > context:
-            raise ConfigError(
-                "data.max_length",
-                f"{length} is beyond the context of {source.name}, {context}",
-                f"set data.max_length={context}",
-            )
+            what = f"{length} is beyond the context of {source.name}, {context}"
+            raise ConfigError("data.max_length", what, f"set data.max_length={context}")
         raise ConfigError(
             "--max-new-tokens",
             f"the longest prompt has {longest} tokens, so {new} more go beyond the context of {source.name}, {context}",

@@ -152,10 +152,6 @@ def _save_gguf(subject: Subject, _request: ExportRequest, dtype: str, folder: Pa
     return model, write_gguf(folder / f"{name}-{dtype}.gguf", model, subject.tokenizer(), dtype, name)
 
 
-def _read_gguf(_subject: Subject, folder: Path) -> Any:
-    return read_gguf(folder)
-
-
 _AUTO = 'tokenizer = AutoTokenizer.from_pretrained("{folder}")\n'
 _WHOLE = "from transformers import {auto}, AutoTokenizer\n\n" + 'model = {auto}.from_pretrained("{folder}")\n' + _AUTO
 _PT = (
@@ -182,7 +178,7 @@ FORMATS = {
         Format("pt", "one state dict for torch.load", _save_state_dict, _read_state_dict, "transformers", _PT),
         Format("merged", _MERGED, _save_whole, _read_whole, "transformers", _WHOLE, _needs_adapter("merged")),
         Format("adapter", "the LoRA adapter alone, for peft", _save_adapter, _read_adapter, "peft", _ADAPTER, _needs_adapter("adapter")),
-        Format("gguf", "one file for llama.cpp and its kin", _save_gguf, _read_gguf, "gguf", _GGUF, refuse_what_gguf_cannot, TOLERANCE, _ALL),
+        Format("gguf", "one file for llama.cpp and its kin", _save_gguf, lambda _, folder: read_gguf(folder), "gguf", _GGUF, refuse_what_gguf_cannot, TOLERANCE, _ALL),
     )
 }  # fmt: skip
 

@@ -119,9 +119,8 @@ def _check_ids(path: Path, values: Mapping[str, Any]) -> None:
     ids += values.values() if path.name in ("added_tokens.json", "vocab.json") else []
     largest = max((i for i in ids if isinstance(i, int)), default=0)
     if largest >= MOST_TOKENS:
-        raise ModelError(
-            str(path), f"has a token with the id {_short(largest)} (below {MOST_TOKENS:,})", "get it again"
-        )
+        what = f"has a token with the id {_short(largest)} (below {MOST_TOKENS:,})"
+        raise ModelError(str(path), what, "get it again")
 
 
 def _check_index(path: Path) -> None:
@@ -202,23 +201,16 @@ def check_built(folder: Path, built: Any, *, whole: bool = True) -> None:
         for name, (dtype, shape, file) in stored.items():
             wanted = parameters.get(name)
             if wanted is not None and tuple(wanted.shape) != shape:
-                raise ModelError(
-                    str(folder / file),
-                    f"{name} has the shape {list(shape)}, but config.json makes it {list(wanted.shape)}",
-                    "get both files again",
-                )
+                what = f"{name} has the shape {list(shape)}, but config.json makes it {list(wanted.shape)}"
+                raise ModelError(str(folder / file), what, "get both files again")
             if wanted is not None and not re.match(r"B?F\d", dtype):
-                raise ModelError(
-                    str(folder / file), f"{name} is of type {dtype}, which weights are not", "get it again"
-                )
+                what = f"{name} is of type {dtype}, which weights are not"
+                raise ModelError(str(folder / file), what, "get it again")
     files = [p.stat().st_size for pattern in ("*.safetensors", "*.bin") for p in folder.glob(pattern)]
     elements = sum(p.numel() for p in (*parameters.values(), *built.buffers()))
     if files and elements > 8 * sum(files) + ROOM:
-        raise ModelError(
-            str(folder / "config.json"),
-            f"describes a model of {elements:,} weights, which the folder's {sum(files):,} bytes cannot hold",
-            "get both again",
-        )
+        what = f"describes a model of {elements:,} weights, which the folder's {sum(files):,} bytes cannot hold"
+        raise ModelError(str(folder / "config.json"), what, "get both again")
 
 
 def check_finite(path: str, named: Iterable[tuple[str, Any]]) -> None:

@@ -400,11 +400,8 @@ def _check_complete(path: str, info: Mapping[str, Any]) -> None:
     missing, left = (sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys"))
     heads = [n for n in left if n.split(".")[0] in ("score", "classifier")]
     if heads:
-        raise ModelError(
-            path,
-            f"this is a classifier or reward model (it has {heads[0]}), which writes nothing",
-            "give the language model",
-        )
+        what = f"this is a classifier or reward model (it has {heads[0]}), which writes nothing"
+        raise ModelError(path, what, "give the language model")
     if missing:
         raise ModelError(path, f"weights are missing in the folder ({', '.join(missing[:3])})", "give a whole model")
 
@@ -457,9 +454,8 @@ def _check_behavior(path: str, model: Any) -> None:
         with quiet(model):
             evaluated = logits(ids)
     except Exception as error:  # whatever a model raises that wants more than ids
-        raise ModelError(
-            path, f"the model does not run on text alone ({first_line(error)})", "give a causal language model"
-        ) from error
+        how = "give a causal language model"
+        raise ModelError(path, f"the model does not run on text alone ({first_line(error)})", how) from error
     if not bool(torch.isfinite(first).all()):
         raise ModelError(path, "the model's logits are NaN or infinite", "get its weights and its config.json again")
     size = float(first.std()) + 1e-12

@@ -150,11 +150,8 @@ def _check_trainable(file: Path, values: Mapping[str, Any]) -> None:
 
 
 def _contradicted(name: str, theirs: Any, ours: Any, adapter: Path) -> None:
-    raise ConfigError(
-        f"lora.{name}",
-        f"is {theirs}, but the adapter in {adapter} has {ours}",
-        "leave it out: model.adapter brings its own",
-    )
+    what = f"is {theirs}, but the adapter in {adapter} has {ours}"
+    raise ConfigError(f"lora.{name}", what, "leave it out: model.adapter brings its own")
 
 
 def trained_on(base: Any, adapter: Path, lora: LoraConfig, seed: int) -> Any:
@@ -286,8 +283,5 @@ def _check_equal(where: str, one: Tensor, other: Tensor) -> None:
     away = float((one - other).abs().max())
     allowed = TOLERANCE * max(1.0, float(one.abs().max()))
     if not away <= allowed:
-        raise ModelError(
-            where,
-            f"merging the adapter changed the logits by {away:.3g} (allowed: {allowed:.3g})",
-            "start the next stage from a full model",
-        )
+        what = f"merging the adapter changed the logits by {away:.3g} (allowed: {allowed:.3g})"
+        raise ModelError(where, what, "start the next stage from a full model")

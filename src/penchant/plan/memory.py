@@ -244,15 +244,6 @@ PREFILL_TOKENS = 4096  # `FastDecoder.prefill` reads so many at once
 BY_LENGTH_ROWS = 384  # rows that transformers' own cache holds at once
 
 
-def writing_bytes(run: OutlinedRun, size: int) -> int:
-    """Bytes of the largest round of decoding: packed weights, keys and values, a prompt's pass, logits; 0 where nothing is written.
-
-    Args:
-        size: bytes of one weight in the training dtype.
-    """
-    return max((decoding_bytes(run.model, size, p, n, new) for n, new, p in _askings(run)), default=0)
-
-
 def _askings(run: OutlinedRun) -> list[tuple[int, int, list[int]]]:
     """(completions of a prompt, new tokens, lengths of the prompts) of every round of decoding that a run does."""
     if run.method.learns_reward:
@@ -446,7 +437,8 @@ def memory_of(run: OutlinedRun, work: Work, baseline: int, rows: int, *, counted
         "before the first step": before + round(activations.forward * loss) + reference,
         "a training step": step,
     }
-    writing = writing_bytes(run, size)
+    # the largest round of decoding: packed weights, keys and values, a prompt's pass, logits; 0 where nothing is written
+    writing = max((decoding_bytes(run.model, size, p, n, new) for n, new, p in _askings(run)), default=0)
     evaluating = with_losses(max(activations.forward, _scoring(run, activations), writing))
     again = start_weights(run)
     if again:

@@ -80,8 +80,7 @@ def places_in(values: Mapping[str, Any], where: str) -> Places:
     return {path[:n]: where for path, _ in _leaves(values) for n in range(1, len(path) + 1)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what an `auto` becomes
+# ---- what an `auto` becomes ----
 
 
 def derived_values(run: OutlinedRun) -> dict[str, Derived]:

@@ -65,7 +65,9 @@ def of_comparison(comparison: Comparison) -> list[Node]:
     if not sentences:
         why = " holds no verdict: it was not finished, or is of an older version."
         return [statement("open", said(comparison.name), why, lead=True)]
-    spoken = [(text(a.get("by")), _tone(a), said(s, tag="span")) for s, a in zip(sentences, about, strict=False)]
+    tones: list[Tone] = [next((tone for tone in TONES if tone == a.get("tone")), "plain") for a in about]
+    bys = [text(a.get("by")) for a in about]
+    spoken = [(by, tone, said(s, tag="span")) for by, tone, s in zip(bys, tones, sentences, strict=False)]
     aside = [statement(tone, words) for by, tone, words in spoken if by]
     main = [(tone, words) for by, tone, words in spoken if not by]
     if not main:  # it is by a judge alone
@@ -83,10 +85,6 @@ def of_comparison(comparison: Comparison) -> list[Node]:
         items = [el("li", said(n.removeprefix("- "), tag="span")) for n in notes]
         made.append(el("ul", items, class_="soft small notes"))
     return made
-
-
-def _tone(about: Mapping[str, Any]) -> Tone:
-    return next((tone for tone in TONES if tone == about.get("tone")), "plain")
 
 
 # ---- a run --------------------------------------------------------------------------------------------------------
@@ -113,8 +111,9 @@ def of_run(run: RunData, first: bool = True) -> list[Node]:
         made.append(statement("plain" if stays and tone == "good" else tone, _sentence(change, run), lead=lead))
     if stays:
         made.insert(1 if made else 0, statement("open", f"{same} of {of} sampled answers are unchanged by training."))
-    if "kl/k3" in found:
-        made.append(statement("plain", _price(found["kl/k3"])))
+    if (kl := found.get("kl/k3")) is not None:
+        moved, ci = el("b", estimate(kl.after, kl.after_ci)), f" {kl.brackets}" if kl.brackets else ""
+        made.append(statement("plain", "It moved ", moved, ci, " nats per completion away from the start (KL)."))
     judged = [c for c in order if c.reading != "plain"]
     if judged and all(c.reading == "unclear" for c in judged):
         rows = num(run.last, "eval/rows")
@@ -181,12 +180,6 @@ def _against_start(c: Change) -> str:
     if c.reading == "unclear":
         return "; the interval does not tell it from the start."
     return f"; {c.reading} than the start by its interval." if c.reading in ("better", "worse") else "."
-
-
-def _price(c: Change) -> list[Node]:
-    brackets = f" {c.brackets}" if c.brackets else ""
-    moved = el("b", estimate(c.after, c.after_ci))
-    return ["It moved ", moved, brackets, " nats per completion away from the start (KL)."]
 
 
 def cards(run: RunData) -> Element | None:

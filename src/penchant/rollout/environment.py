@@ -92,9 +92,8 @@ def find_environment(name: str) -> Callable[[], Any]:
     """
     if not is_own(name):
         if name not in ENVIRONMENTS:
-            raise ConfigError(
-                WHERE, f"{name!r} is not an environment", f"{did_you_mean(name, ENVIRONMENTS)}, or write path.py:Class"
-            )
+            how = f"{did_you_mean(name, ENVIRONMENTS)}, or write path.py:Class"
+            raise ConfigError(WHERE, f"{name!r} is not an environment", how)
         return ENVIRONMENTS[name]
     found: Callable[[], Any] = python_object(name, WHERE)
     if missing := [m for m in ("reset", "step") if not callable(getattr(found, m, None))]:
@@ -229,9 +228,8 @@ class Stage:
                 ANSWER
             )
             if not there:
-                raise ConfigError(
-                    WHERE, "the chat template leaves earlier answers out", "take another model, or data.template=plain"
-                )
+                what = "the chat template leaves earlier answers out"
+                raise ConfigError(WHERE, what, "take another model, or data.template=plain")
             if end is not None:
                 text = text.removeprefix(self.tokenizer.decode([end]))
         else:
@@ -247,11 +245,8 @@ class Stage:
         read, shown = self._asked(place, f"reading what {method} gives", lambda: (_read(said), str(said)[:60]))
         if read is None:
             what = f"{place}: {method} of {self.name} gives {shown!r}"
-            raise RewardError(
-                WHERE,
-                what,
-                'give a list of {"role": "user" (or tool, system), "content": TEXT}, or None for nothing more',
-            )
+            how = 'give a list of {"role": "user" (or tool, system), "content": TEXT}, or None for nothing more'
+            raise RewardError(WHERE, what, how)
         return list(read)
 
     def _asked(self, place: str, what: str, call: Callable[[], Any]) -> Any:

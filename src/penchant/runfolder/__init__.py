@@ -21,6 +21,7 @@ from penchant.base.files import (
     disk_error,
     file_sha256,
     sweep,
+    whole_lines,
     write_atomically,
     write_text_atomically,
 )
@@ -87,11 +88,8 @@ class RunLock:
         except BlockingIOError as error:
             holder = os.read(handle, 200).decode(errors="replace").strip() or "another process"
             os.close(handle)
-            raise CheckpointError(
-                str(self.path.parent),
-                f"another run holds this folder ({holder})",
-                "wait for it, stop it, or choose another output",
-            ) from error
+            what, how = f"another run holds this folder ({holder})", "wait for it, stop it, or choose another output"
+            raise CheckpointError(str(self.path.parent), what, how) from error
         except OSError as error:
             os.close(handle)
             raise disk_error(self.path, error) from error
@@ -174,9 +172,8 @@ def check_whole(
         CheckpointError: it was changed; `how` it is mended.
     """
     if not is_whole(path):
-        raise CheckpointError(
-            str(path), "was changed after it was written", f"{how} (to take it as it is, delete {SUMS} beside it)"
-        )
+        what = "was changed after it was written"
+        raise CheckpointError(str(path), what, f"{how} (to take it as it is, delete {SUMS} beside it)")
 
 
 def damaged(folder: Path) -> list[str]:
@@ -359,7 +356,7 @@ class MetricsLog:
         self._file: Any = None
         try:
             self._file = path.open("ab+", buffering=0)
-            self._cut_half_line()
+            whole_lines(self._file.fileno())
         except OSError as error:
             self._failed(error)
 
@@ -406,18 +403,6 @@ class MetricsLog:
 
     def _size(self) -> int:
         return os.fstat(self._file.fileno()).st_size
-
-    def _cut_half_line(self) -> None:
-        end = size = self._size()
-        while end:
-            start = max(0, end - 65536)
-            block = os.pread(self._file.fileno(), end - start, start)
-            if b"\n" in block:
-                end = start + block.rindex(b"\n") + 1
-                break
-            end = start
-        if end != size:
-            self._file.truncate(end)
 
     def _failed(self, error: OSError) -> None:
         if self._say is None:

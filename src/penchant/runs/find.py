@@ -101,9 +101,8 @@ def find_run(given: str, step: str, overrides: Sequence[str] = ()) -> tuple[RunC
     if inside is not None:
         folder, own = inside
         if step not in ("last", own):
-            raise ConfigError(
-                "--step", f"is {step}, but {given} is step {own} already", "leave it out, or give the run"
-            )
+            what = f"is {step}, but {given} is step {own} already"
+            raise ConfigError("--step", what, "leave it out, or give the run")
         return _config_of(folder, overrides), own
     if (path / CONFIG).exists():
         return _config_of(path, overrides), step
@@ -155,11 +154,8 @@ def check_base(run: Path, base: ModelConfig, model: Any) -> None:
     if not start.get("sha256") or not isinstance(dtype, torch.dtype):
         return
     if source_sha256(base, model, dtype) != start["sha256"]:
-        raise ModelError(
-            text(start.get("path")),
-            f"its weights are not those that the adapter of {run} was trained on",
-            "put them back, or name the right base",
-        )
+        what = f"its weights are not those that the adapter of {run} was trained on"
+        raise ModelError(text(start.get("path")), what, "put them back, or name the right base")
 
 
 def check_config(path: Path) -> None:

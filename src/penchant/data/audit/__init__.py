@@ -254,16 +254,12 @@ class _StoredPart:
     split: int = -1
 
     def counted(self) -> Auditor | Leakage:
-        made: Auditor | Leakage
-        if self.split < 0:
-            made = Auditor(self.shape, self.kind, languages=self.languages, most=sys.maxsize)
-            for tree in self.rows.open():
-                made.update(tree)
-            return made
-        made = Leakage([])
+        auditor = Auditor(self.shape, self.kind, languages=self.languages, most=sys.maxsize)
+        leakage = Leakage([])
+        take = auditor.update if self.split < 0 else partial(leakage.update, self.split)
         for tree in self.rows.open():
-            made.update(self.split, tree)
-        return made
+            take(tree)
+        return auditor if self.split < 0 else leakage
 
 
 def _counted(trees: Sequence[PromptTree], part: Callable[[RowsPart], _StoredPart], workers: int) -> Iterator[Any]:

@@ -42,16 +42,8 @@ class AuditCounter(Protocol):
         """What was found, by name."""
 
 
-class Counting:
+class Counting(AuditCounter):
     """A counter whose counts of several shards of rows merge to those of one pass over all of them."""
-
-    def update(self, row: View) -> None:
-        """Take one accepted row."""
-        raise NotImplementedError
-
-    def findings(self) -> Named:
-        """What was found, by name."""
-        raise NotImplementedError
 
     def merge(self, other: Any) -> None:
         """Take what another counter of the same kind counted of the rows behind these."""

@@ -165,7 +165,8 @@ def fix(
             rows += 1
             edit = left.pop(row.where, None)
             if edit is not None:
-                _check_edited(row, edit)
+                if not isinstance(row, Row) or content_sum(row.values) != edit.was:
+                    raise DataError(row.where, "was edited, and is another row now", EDIT_AGAIN)
                 reasons = () if edit.values is not None else (BY_HAND,)
             if reasons:
                 dropped[reasons[0]] += 1
@@ -195,11 +196,6 @@ def fix(
 
 
 EDIT_AGAIN = "the file has changed since: take the edits back and make them again"
-
-
-def _check_edited(row: Row | BadRow, edit: Edit) -> None:
-    if not isinstance(row, Row) or content_sum(row.values) != edit.was:
-        raise DataError(row.where, "was edited, and is another row now", EDIT_AGAIN)
 
 
 def _rules(drop: Collection[str], redact: Collection[str], against: Sequence[str]) -> tuple[str, ...]:

@@ -87,9 +87,8 @@ def flags_of(path: Path | str) -> list[Flag]:
     try:
         return _flags_of(Path(path))
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(
-            str(path), f"its files are not as Penchant writes them ({type(error).__name__}: {error})", "restore them"
-        ) from error
+        what = f"its files are not as Penchant writes them ({type(error).__name__}: {error})"
+        raise CheckpointError(str(path), what, "restore them") from error
 
 
 def _flags_of(path: Path) -> list[Flag]:
@@ -104,9 +103,8 @@ def _flags_of(path: Path) -> list[Flag]:
         if not found.comparison:
             raise CheckpointError(str(folder / COMPARISON), "cannot be read", "compare again")
         return comparison_flags(found.comparison, found.comparison_rows)
-    raise CheckpointError(
-        str(folder), f"holds neither {METRICS} nor {COMPARISON}", "give a run's folder, or that of a comparison"
-    )
+    how = "give a run's folder, or that of a comparison"
+    raise CheckpointError(str(folder), f"holds neither {METRICS} nor {COMPARISON}", how)
 
 
 def write_flags(run: Path, say: Callable[[str], None] = lambda _: None) -> list[Flag]:
@@ -126,8 +124,7 @@ def _of_run(path: Path) -> list[Flag]:
     return run_flags(run.metrics, run.config, run.audit, trust=trust, samples=run.samples)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# for people
+# ---- for people ----
 
 
 def summary(flags: Sequence[Flag]) -> str:
