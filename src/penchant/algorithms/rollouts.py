@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from penchant.algorithms.method import AlgorithmConfig, EvaluationContext, Parts, Rollouts, Signal
 from penchant.base.lazy import Tensor, torch
-from penchant.base.machine import moved
+from penchant.base.machine import moved, place_of
 from penchant.data.packing import passes_over
 from penchant.distributed.world import current
 from penchant.errors import ConfigError, RewardError, RolloutError
@@ -620,7 +620,7 @@ def score_groups(
 ) -> None:
     """Keep what forward passes give, numbers per token (R,) by name (log-probs, values), as extras of those names."""
     trees = [g.tree for g in groups]
-    device = next(scorer.model.parameters()).device
+    device = place_of(scorer.model)
 
     def all_of(batch: PackedBatch) -> dict[str, Tensor]:
         return {name: values for of_batch in passes for name, values in of_batch(batch).items()}

@@ -202,16 +202,19 @@ def load_causal_model(
     return model if held else dequantized(model)
 
 
-def held_in(cfg: ModelConfig, dtype: torch.dtype, frozen: bool) -> torch.dtype:
+def held_in(cfg: ModelConfig, dtype: torch.dtype, frozen: bool, shards: bool = False) -> torch.dtype:
     """What the weights of a model that runs in `dtype` are held in from the start: that, where fp32 would hold nothing more.
 
     Args:
         frozen: nothing is trained, or only an adapter; what is trained has masters in fp32, which a file in bf16 makes no better.
+        shards: it will be sharded, and is cast then, layer by layer: what is as in the file needs no memory until then.
     """
-    if dtype != torch.bfloat16 or cfg.quantize != "none" or cfg.init == "random":
+    if cfg.quantize != "none" or cfg.init == "random" or (dtype != torch.bfloat16 and not shards):
         return torch.float32
     folder = Path(check_model_path(cfg.path))
-    stored = {kind for kind, *_ in headers(folder).values()} if folder.is_dir() and not frozen else set()
+    stored = {kind for kind, *_ in headers(folder).values()} if folder.is_dir() and (shards or not frozen) else set()
+    if shards:
+        return torch.bfloat16 if stored == {"BF16"} else torch.float32
     return dtype if frozen or stored == {"BF16"} else torch.float32
 
 
@@ -750,17 +753,16 @@ def tensors_sha256(named: Iterable[tuple[str, Tensor]]) -> str:
 def save_model(model: Any, tokenizer: Any, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
     """A folder that transformers (full model) or peft (adapter) loads as it is, tokenizer included; `state`: other weights."""
     os.makedirs(folder, exist_ok=True)
-    base = base_model_of(model)
-    implementation = base.config._attn_implementation
-    base.config._attn_implementation = "sdpa"  # a stranger's transformers does not know the tree attention
-    try:
-        model.save_pretrained(folder, safe_serialization=True, **({} if state is None else {"state_dict": dict(state)}))
-        held = next((v.dtype for v in (state or {}).values() if v.is_floating_point()), None)
-        if base is model and held not in (None, base.config.dtype):  # shards are kept in a wider one
-            base.config.dtype = held
-            base.config.save_pretrained(folder)
-    finally:
-        base.config._attn_implementation = implementation
+    whole = base_model_of(model) is model
+    if whole:
+        model = copy.copy(model)  # which may be training meanwhile
+        model.config = copy.deepcopy(model.config)
+        model.config._attn_implementation = "sdpa"  # a stranger's transformers does not know the tree attention
+    model.save_pretrained(folder, safe_serialization=True, **({} if state is None else {"state_dict": dict(state)}))
+    held = next((v.dtype for v in (state or {}).values() if v.is_floating_point()), None)
+    if whole and held not in (None, model.config.dtype):  # shards are kept in a wider one
+        model.config.dtype = held
+        model.config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
