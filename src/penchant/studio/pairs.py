@@ -171,10 +171,10 @@ class Arena:
     def _held(self) -> DataError:
         """What is said where another process was stopped in the middle of its turn."""
         held = holder(self.folder) if lock_of(self.folder) == "held" else None
-        who, how = "another process", "end the other studio of this folder, then say it again"
+        who, how = "another process", "end the other studio of this folder, then try again"
         if held is not None:
             who, wake = f"process {held[0]}", f"wake it with kill -CONT {held[0]} or end it with kill -9 {held[0]}"
-            how = f"if it was stopped (Ctrl-Z), {wake}, then say it again"
+            how = f"if it was stopped (Ctrl-Z), {wake}, then try again"
         return DataError(self.name, f"{who} has held this arena for {PATIENCE:g} seconds, so nothing was written", how)
 
     def wrote(self, pair: Pair, answers: tuple[str, str]) -> Pair:
@@ -397,7 +397,7 @@ def _make_arena(target: Path, folder: Path, settings: Settings, pairs: Sequence[
     if not target.resolve().is_relative_to(folder.resolve()):
         raise DataError(ARENAS, "is a link that leads out of the studio's folder", "remove the link")
     if target.exists():
-        raise DataError(target.name, "an arena of this name is there already", "choose another name")
+        raise DataError(target.name, "an arena of this name already exists", "choose another name")
     made = {**asdict(settings), "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     aside = aside_of(target)
     with writing(target):
