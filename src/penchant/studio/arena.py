@@ -355,7 +355,7 @@ async def _written(rooms: Rooms, arena: Arena, item: Item) -> AsyncIterator[str]
 # ---- a new arena ----
 
 
-def _sources(studio: Studio) -> dict[str, list[str]]:
+def _sources(studio: Studio) -> dict[str, Any]:
     """Where answers could come from, in this folder."""
     found, offered = find(studio.folder)[0], suggestions(studio.folder)
 
