@@ -207,6 +207,12 @@ def test_what_prints_a_runs_figures_says_which_file_was_changed(
     for command in (["watch", "--once"], ["flags"]):
         assert main([*command, str(world.run)]) == 0
         assert "metrics.jsonl was changed after it was written" in capsys.readouterr().err
+    exported = api.export(world.run, to="safetensors")
+    assert "the run's metrics.jsonl was changed after it was written" in exported.notes
+    assert exported.notes[-1] in (exported.folder / "README.md").read_text()
+    path.unlink()
+    compared = api.compare(world.run, prompts=2, max_new_tokens=2, quiet=True)
+    assert f"{path} was changed after it was written." in compared.figures["notes"]
 
 
 def test_a_comment_in_a_config_or_what_only_watches_changes_no_figure(world: World) -> None:
