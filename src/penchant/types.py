@@ -13,8 +13,7 @@ if TYPE_CHECKING:  # torch and numpy cost half a second to import; `penchant --h
     import torch
     from torch import Tensor
 
-# --------------------------------------------------------------------------------------------------------------------
-# text
+# ---- text ----
 
 
 class Picture(NamedTuple):
@@ -96,8 +95,7 @@ class PromptTree:
     images: tuple[Picture, ...] = ()
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# tokens
+# ---- tokens ----
 
 
 class PicturedPrompt(NamedTuple):
@@ -187,6 +185,7 @@ class PackedBatch:
     pairs: bool = False  # every tree has exactly two completions, so slots are 0, 1, 0, 1, ...
     most: int | None = None  # completions of a tree, at most
     pictures: tuple[PicturedPrompt | None, ...] = ()  # of each segment, where one has some
+    seed: int | None = None  # of dropout, in a step of training
     idle: bool = False  # it keeps the passes of other processes company, and counts for nothing
     columns: dict[str, Tensor] = field(default_factory=dict)  # what an algorithm knows beforehand (`Algorithm.columns`)
     cache: dict[str, object] = field(default_factory=dict)  # layouts derived from `segments`, built once per batch
@@ -216,8 +215,7 @@ class PackedBatch:
         return PackedBatch(**changed, columns={name: change(v) for name, v in self.columns.items()})
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# losses
+# ---- losses ----
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,7 +42,7 @@ COMMANDS = [
 EXIT_CODES = """exit codes:
   0  done                        3  the run stopped itself (NaN/Inf, failed step-0 check)
   1  a bug in penchant           4  interrupted; a checkpoint was written, run the command again to resume
-  2  something you can fix       5  a disk that is full, fails or cannot be written; once mended, run the command again
+  2  something you can fix       5  a disk that is full, fails or cannot be written; once fixed, run the command again
                                130  interrupted before there was anything to save"""
 
 # glibc gives freed activations back to the kernel and faults them in again each step, which costs a third of the time; a heap for each
@@ -241,6 +241,7 @@ def _check_config(args: argparse.Namespace) -> Any:
     from penchant.data.read import named_files
     from penchant.models.options import check_model_path
     from penchant.rewards.functions import check_reward_name
+    from penchant.rollout.environment import check_environment_name
     from penchant.runfolder import stands_for_model
 
     config = load_config(args.config, args.overrides)
@@ -251,6 +252,8 @@ def _check_config(args: argparse.Namespace) -> Any:
     for reward in filter(None, (config.reward, config.evaluation.reward)):
         for name in reward.terms:
             check_reward_name(name)
+    if config.rollout.environment is not None:
+        check_environment_name(config.rollout.environment)
     for path in (config.data.path, *config.data.held_out_files.values()):
         named_files(path)
     return config

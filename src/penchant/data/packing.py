@@ -58,13 +58,15 @@ def plan_balanced(sizes: Sequence[int], budget: int) -> list[list[int]]:
 def plan_dealt(sizes: Sequence[int], budget: int, ranks: int) -> list[list[int]]:
     """The passes of a step that several processes share, the same on each: rank r takes every `ranks`-th one from r on.
 
-    Their number is a multiple of `ranks`; where there are fewer trees than that, the last passes are empty.
+    Their number is a multiple of `ranks`; where there are fewer trees than that, the last passes are empty. The largest come first: at
+    every layer the ranks wait for each other, so passes of one time should be equal.
     """
     plan = plan_microbatches(sizes, budget)
     count = -(-len(plan) // ranks) * ranks
     bins = _balanced(sizes, count)
     if max((sum(sizes[i] for i in members) for members in bins), default=0) > max(budget, max(sizes, default=0)):
         bins = plan
+    bins = sorted(bins, key=lambda members: -sum(sizes[i] for i in members))
     return [*bins, *([[]] * (count - len(bins)))]
 
 
@@ -87,7 +89,7 @@ PASS_TOKENS, LEAST_TOKENS = 512, 128
 def plan_passes(sizes: Sequence[int], budget: int, lanes: bool) -> list[list[int]]:
     """The passes of a step: `plan_balanced`, or, for passes that run side by side (`base/lanes.py`), more and smaller ones.
 
-    Their number is a multiple of four where the trees allow it, so that two or four threads end together; the largest comes first.
+    Their number is a multiple of four where the trees allow it, else two, so that two or four threads end together; the largest comes first.
     The plan does not depend on the threads, so sums do not either.
     """
     if not lanes:
@@ -95,6 +97,7 @@ def plan_passes(sizes: Sequence[int], budget: int, lanes: bool) -> list[list[int
     most = max(pass_tokens(budget), max(sizes, default=0))
     least = -(-sum(sizes) // most)
     count = max(least, min(-(-least // 4) * 4, sum(sizes) // LEAST_TOKENS))
+    count -= count % 2 if count > max(1, least) else 0  # of three passes two threads would run one alone
     bins = _balanced(sizes, min(count, len(sizes)))
     while any(sum(sizes[i] for i in members) > most for members in bins):
         bins = _balanced(sizes, len(bins) + 1)
@@ -121,7 +124,7 @@ def pack(trees: Sequence[TokenTree], *, shared: bool = True) -> PackedBatch:
 
     Returns:
         The packed batch; every completion token is predicted from the position before it, the first one from the
-        prompt's last position. Tokens that a tree's masks leave out are in the row and are no targets.
+        prompt's last position. Tokens that a tree's masks leave out are in the row, but not among the targets.
     """
     ids: list[np.ndarray] = []
     positions: list[np.ndarray] = []

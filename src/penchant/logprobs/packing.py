@@ -18,7 +18,7 @@ from penchant.data.packing import pack
 from penchant.errors import ConfigError, ModelError
 from penchant.logprobs import Packing, Scorer
 from penchant.models.folder import first_line
-from penchant.models.load import backbone_of, base_model_of, carries_state, quiet, without_cache
+from penchant.models.load import backbone_of, base_model_of, carries_state, quiet, widened, without_cache
 from penchant.models.tree_attention import CALLS, Call, packed_attention, restore_attention, select_attention
 from penchant.models.tree_kernels import HALF
 from penchant.types import TokenTree
@@ -60,11 +60,8 @@ def choose_packing(
     attentions = [kind] if attention != "auto" or kind == "groups" else [kind, "groups"]
     found, wrong = _first_right(model, candidates, kernels, attentions)
     if found is None and requested in ("shared", "separate"):
-        raise ConfigError(
-            "train.packing",
-            f"{requested} packing gives wrong log-probs on this model ({wrong})",
-            "set train.packing=auto or padded",
-        )
+        what = f"{requested} packing gives wrong log-probs on this model ({wrong})"
+        raise ConfigError("train.packing", what, "set train.packing=auto or padded")
     if found is None:
         raise ModelError(
             str(base_model_of(model).config._name_or_path or type(base_model_of(model)).__name__),
@@ -72,11 +69,8 @@ def choose_packing(
             "train a model of another architecture (docs/models.md)",
         )
     if attention in ("varlen", "flex") and found.packing == "padded":
-        raise ConfigError(
-            "model.attention",
-            f"{attention} is for packed rows, and this model takes padded ones ({wrong or reason})",
-            "set model.attention=auto",
-        )
+        what = f"{attention} is for packed rows, and this model takes padded ones ({wrong or reason})"
+        raise ConfigError("model.attention", what, "set model.attention=auto")
     scorer = Scorer(model, kernels=kernels, **found._asdict())
     if scorer.fast and not _fast_is_right(scorer):
         scorer = replace(scorer, kernels="off", _fast=None)
@@ -102,7 +96,7 @@ def choose_pictured(model: Any, processor: Any) -> tuple[Scorer, str]:
     from penchant.logprobs.pictures import PicturedScorer
 
     tree, away = _probe_tree(model), 0.0
-    with _in_fp32(model), quiet(model):
+    with widened(model), quiet(model):
         own, allowed = _own(model, tree, False)
         for own_head in (False, True):
             scorer = PicturedScorer(model, "padded", own_attention=True, own_head=own_head, processor=processor)
@@ -132,7 +126,7 @@ def _first_right(
     base, tree = base_model_of(model), _probe_tree(model)
     headless = base.get_output_embeddings() is None
     wrong = ""
-    with _in_fp32(model), _short_windows(model), quiet(model):
+    with widened(model), _short_windows(model), quiet(model):
         restore_attention(base)
         own, allowed = _own(model, tree, headless)
         for way in _ways(candidates, attentions, headless):
@@ -190,8 +184,10 @@ def _probe(scorer: Scorer, tree: TokenTree, headless: bool) -> torch.Tensor:
 
 
 def _probe_tree(model: Any) -> TokenTree:
-    prompt, completions = probe_ids(base_model_of(model).config.get_text_config().vocab_size)
-    return TokenTree(0, prompt, completions, (False,) * len(completions))
+    """A small made-up tree for the check that a packing gives the same numbers: a prompt and three completions."""
+    rng, vocabulary = np.random.default_rng(0), base_model_of(model).config.get_text_config().vocab_size
+    prompt, *completions = (rng.integers(0, vocabulary, size=n).astype(np.int32) for n in (13, 9, 6, 2))
+    return TokenTree(0, prompt, tuple(completions), (False,) * len(completions))
 
 
 def _away(found: torch.Tensor, own: torch.Tensor) -> float:
@@ -311,19 +307,6 @@ def _triton() -> bool:
 
 
 @contextmanager
-def _in_fp32(model: nn.Module) -> Iterator[None]:
-    """A model's bf16 (fp16) parameters in fp32 for a while; there and back loses nothing."""
-    low = [(p, p.dtype) for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
-    for p, _ in low:
-        p.data = p.data.float()
-    try:
-        yield
-    finally:
-        for p, dtype in low:
-            p.data = p.data.to(dtype)
-
-
-@contextmanager
 def _short_windows(model: nn.Module) -> Iterator[None]:
     """Sliding windows shorter than the check's row for a while: a mask that takes no window would pass on a short row."""
     base = base_model_of(model)
@@ -345,10 +328,3 @@ def packing_by_config(model: Any) -> tuple[str, str]:
     """(packing, reason) from the model's config: padded rows where layers carry state along a row, else shared."""
     reason = carries_state(base_model_of(model).config.get_text_config())
     return ("padded", reason) if reason else ("shared", "attention only: prompts are shared")
-
-
-def probe_ids(vocab_size: int, seed: int = 0) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-    """A small made-up tree for the check that a packing gives the same numbers: prompt ids and three completions."""
-    rng = np.random.default_rng(seed)
-    prompt, *completions = (rng.integers(0, vocab_size, size=n).astype(np.int32) for n in (13, 9, 6, 2))
-    return prompt, tuple(completions)

@@ -9,6 +9,7 @@ import importlib.util
 import inspect
 import itertools
 import json
+import logging
 import os
 import re
 import sys
@@ -91,6 +92,8 @@ def bitsandbytes(key: str, value: str) -> Any:
     Raises:
         ConfigError: it is not installed.
     """
+    # where the CPU has AVX512-BF16 it says that it lacks a kernel, which is not used here (`_settle_quantized`)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         return importlib.import_module("bitsandbytes")
     except ImportError as error:
@@ -145,7 +148,7 @@ def load_processor(cfg: ModelConfig) -> Any:
         unknown = [n for n in further if read(**{n: cfg.image_options[n]}).to_json_string() == read().to_json_string()]
         if unknown:
             how = f"it has {', '.join(sorted(n for n in vars(eyes) if not n.startswith('_')))}"
-            raise ConfigError(f"model.image_options.{unknown[0]}", f"is no setting of {type(eyes).__name__}", how)
+            raise ConfigError(f"model.image_options.{unknown[0]}", f"is not a setting of {type(eyes).__name__}", how)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = getattr(processor, "chat_template", None)
     check_template(cfg.path, tokenizer)
@@ -202,16 +205,19 @@ def load_causal_model(
     return model if held else dequantized(model)
 
 
-def held_in(cfg: ModelConfig, dtype: torch.dtype, frozen: bool) -> torch.dtype:
+def held_in(cfg: ModelConfig, dtype: torch.dtype, frozen: bool, shards: bool = False) -> torch.dtype:
     """What the weights of a model that runs in `dtype` are held in from the start: that, where fp32 would hold nothing more.
 
     Args:
         frozen: nothing is trained, or only an adapter; what is trained has masters in fp32, which a file in bf16 makes no better.
+        shards: it will be sharded, and is cast then, layer by layer: what is as in the file needs no memory until then.
     """
-    if dtype != torch.bfloat16 or cfg.quantize != "none" or cfg.init == "random":
+    if cfg.quantize != "none" or cfg.init == "random" or (dtype != torch.bfloat16 and not shards):
         return torch.float32
     folder = Path(check_model_path(cfg.path))
-    stored = {kind for kind, *_ in headers(folder).values()} if folder.is_dir() and not frozen else set()
+    stored = {kind for kind, *_ in headers(folder).values()} if folder.is_dir() and (shards or not frozen) else set()
+    if shards:
+        return torch.bfloat16 if stored == {"BF16"} else torch.float32
     return dtype if frozen or stored == {"BF16"} else torch.float32
 
 
@@ -400,11 +406,8 @@ def _check_complete(path: str, info: Mapping[str, Any]) -> None:
     missing, left = (sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys"))
     heads = [n for n in left if n.split(".")[0] in ("score", "classifier")]
     if heads:
-        raise ModelError(
-            path,
-            f"this is a classifier or reward model (it has {heads[0]}), which writes nothing",
-            "give the language model",
-        )
+        what = f"this is a classifier or reward model (it has {heads[0]}), which writes nothing"
+        raise ModelError(path, what, "give the language model")
     if missing:
         raise ModelError(path, f"weights are missing in the folder ({', '.join(missing[:3])})", "give a whole model")
 
@@ -426,7 +429,7 @@ def _text_part(config: Any) -> dict[str, Any]:
     if text is config:
         return {}
     weights = {r"^(model\.)?language_model\.lm_head": "lm_head"}  # where they stand, by age of the folder
-    weights[r"^(model\.)?language_model\.(?!lm_head)(model\.)?"] = "model."
+    weights[r"^(model\.)?(language|text)_model\.(?!lm_head)(model\.)?"] = "model."
     return {"config": text, "key_mapping": weights}
 
 
@@ -457,9 +460,8 @@ def _check_behavior(path: str, model: Any) -> None:
         with quiet(model):
             evaluated = logits(ids)
     except Exception as error:  # whatever a model raises that wants more than ids
-        raise ModelError(
-            path, f"the model does not run on text alone ({first_line(error)})", "give a causal language model"
-        ) from error
+        how = "give a causal language model"
+        raise ModelError(path, f"the model does not run on text alone ({first_line(error)})", how) from error
     if not bool(torch.isfinite(first).all()):
         raise ModelError(path, "the model's logits are NaN or infinite", "get its weights and its config.json again")
     size = float(first.std()) + 1e-12
@@ -467,7 +469,7 @@ def _check_behavior(path: str, model: Any) -> None:
         if not float((first - other).abs().max()) <= 1e-4 * size:
             raise ModelError(
                 path,
-                f"{what} give different logits: the model has dropout (or draws otherwise) that cannot be turned off here",
+                f"{what} give different logits: the model has dropout (or other randomness) that cannot be turned off here",
                 "set its dropout to 0 in config.json",
             )
     if not float((first - later)[:, :8].abs().max()) <= (1e-3 if _in_fp32(model) else 0.1) * size:
@@ -499,6 +501,19 @@ def quiet(model: nn.Module, training: bool = False) -> Iterator[None]:
             yield
     finally:
         model.train(before)
+
+
+@contextmanager
+def widened(model: nn.Module) -> Iterator[None]:
+    """A model's bf16 (fp16) parameters in fp32 for a while; there and back loses nothing."""
+    low = [(p, p.dtype) for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
+    for p, _ in low:
+        p.data = p.data.float()
+    try:
+        yield
+    finally:
+        for p, dtype in low:
+            p.data = p.data.to(dtype)
 
 
 def without_cache(part: Any) -> dict[str, Any]:
@@ -642,13 +657,14 @@ def check_adapter(model: Any) -> None:
             for module in without:
                 module._disable_adapters = False
 
-    with quiet(model):
+    # in bf16 a merged weight is rounded, which the layers above make more of
+    with widened(model), quiet(model):
         every = [m for _, m in adapters_of(base)]
         try:
             for p in updates:
                 p.data.add_(torch.randn_like(p), alpha=0.1)
             adapter = logits(others)
-            whole = {name: (_adapted(module), _merged(module)) for name, module in kinds.values()}
+            whole = {name: (_adapted(module), merged_weight(module)) for name, module in kinds.values()}
         finally:
             for p, own in zip(updates, before, strict=True):
                 p.data.copy_(own)
@@ -661,8 +677,7 @@ def check_adapter(model: Any) -> None:
         finally:
             for p, data in kept:
                 p.data = data
-    close = 1e-3 if _in_fp32(base) else 0.1  # in bf16 a merged weight is rounded
-    if not away <= close * max(float((adapter - start).abs().max()), 1e-3 * float(start.abs().max())):
+    if not away <= 1e-3 * max(float((adapter - start).abs().max()), 1e-3 * float(start.abs().max())):
         raise ConfigError(
             "lora.target_modules",
             f"merging an adapter of this model changes its logits by {away:.2g}",
@@ -698,15 +713,16 @@ def _adapted(module: Any) -> Tensor:
     return getattr(inner, getattr(module, "parameter_name", "weight"))  # type: ignore[no-any-return]
 
 
-def _merged(module: Any) -> Tensor:
+def merged_weight(module: Any) -> Tensor:
     """``W' = W + scale B A`` in fp32 (fp64); of DoRA ``m W' / |W'|`` with the norm of each output's weights."""
     weight = whole_weight(module.get_base_layer(), getattr(module, "parameter_name", "weight"))
     wide = torch.promote_types(weight.dtype, torch.float32)
-    merged = weight.to(wide) + module.get_delta_weight("default").detach().to(wide)
+    (name,) = module.active_adapters
+    merged = weight.to(wide) + module.get_delta_weight(name).detach().to(wide)
     magnitude = getattr(module, "lora_magnitude_vector", {})
-    if "default" in magnitude:
+    if name in magnitude:
         inputs, shape = (0, (1, -1)) if getattr(module, "fan_in_fan_out", False) else (1, (-1, 1))
-        m = magnitude["default"].weight.detach().to(wide).view(shape)
+        m = magnitude[name].weight.detach().to(wide).view(shape)
         merged *= m / torch.linalg.vector_norm(merged, dim=inputs, keepdim=True)
     return merged
 
@@ -720,7 +736,7 @@ def effective_weights(model: Any, masters: Mapping[str, Tensor]) -> dict[str, Te
     base = base_model_of(model)
     if base is model:
         return {name: master.detach() for name, master in masters.items()}
-    return {name: _merged(module) for name, module in adapters_of(base)}
+    return {name: merged_weight(module) for name, module in adapters_of(base)}
 
 
 def weights_sha256(model: nn.Module, dtype: torch.dtype | None = None) -> str:
@@ -754,17 +770,16 @@ def tensors_sha256(named: Iterable[tuple[str, Tensor]]) -> str:
 def save_model(model: Any, tokenizer: Any, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
     """A folder that transformers (full model) or peft (adapter) loads as it is, tokenizer included; `state`: other weights."""
     os.makedirs(folder, exist_ok=True)
-    base = base_model_of(model)
-    implementation = base.config._attn_implementation
-    base.config._attn_implementation = "sdpa"  # a stranger's transformers does not know the tree attention
-    try:
-        model.save_pretrained(folder, safe_serialization=True, **({} if state is None else {"state_dict": dict(state)}))
-        held = next((v.dtype for v in (state or {}).values() if v.is_floating_point()), None)
-        if base is model and held not in (None, base.config.dtype):  # shards are kept in a wider one
-            base.config.dtype = held
-            base.config.save_pretrained(folder)
-    finally:
-        base.config._attn_implementation = implementation
+    whole = base_model_of(model) is model
+    if whole:
+        model = copy.copy(model)  # which may be training meanwhile
+        model.config = copy.deepcopy(model.config)
+        model.config._attn_implementation = "sdpa"  # a stranger's transformers does not know the tree attention
+    model.save_pretrained(folder, safe_serialization=True, **({} if state is None else {"state_dict": dict(state)}))
+    held = next((v.dtype for v in (state or {}).values() if v.is_floating_point()), None)
+    if whole and held not in (None, model.config.dtype):  # shards are kept in a wider one
+        model.config.dtype = held
+        model.config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

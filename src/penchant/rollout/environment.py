@@ -17,15 +17,21 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from penchant.base.functions import TookTooLong, guarded, is_own, python_object
+from penchant.base.functions import TookTooLong, guarded, is_own, own_file, python_object
+from penchant.base.lazy import lazy
 from penchant.base.text import did_you_mean
 from penchant.data.load import message_json, told
 from penchant.data.templates import ChatTemplate, turns_of_prompt
 from penchant.errors import ConfigError, RewardError
-from penchant.rollout.generate import Sample
 from penchant.types import Message, PromptTree, TokenTree
+
+if TYPE_CHECKING:
+    from penchant.rollout import generate
+    from penchant.rollout.generate import Sample
+else:
+    generate = lazy("penchant.rollout.generate")  # which needs torch, and a name can be refused without
 
 WHERE = "rollout.environment"
 ROLES = ("user", "tool", "system")  # of what an environment says
@@ -33,7 +39,7 @@ ANSWER = (
     "\u241eanswer\u241e"  # stands for the answer in a rendered conversation: what is behind it is the environment's
 )
 
-Draw = Callable[[Sequence[Sequence[int]], Sequence[int], int], Sequence[Sample]]
+Draw = Callable[[Sequence[Sequence[int]], Sequence[int], int], "Sequence[Sample]"]
 
 
 class Calculator:
@@ -92,14 +98,19 @@ def find_environment(name: str) -> Callable[[], Any]:
     """
     if not is_own(name):
         if name not in ENVIRONMENTS:
-            raise ConfigError(
-                WHERE, f"{name!r} is not an environment", f"{did_you_mean(name, ENVIRONMENTS)}, or write path.py:Class"
-            )
+            how = f"{did_you_mean(name, ENVIRONMENTS)}, or write path.py:Class"
+            raise ConfigError(WHERE, f"{name!r} is not an environment", how)
         return ENVIRONMENTS[name]
-    found: Callable[[], Any] = python_object(name, WHERE)
+    found: Callable[[], Any] = python_object(name, WHERE, "class")
     if missing := [m for m in ("reset", "step") if not callable(getattr(found, m, None))]:
         raise ConfigError(WHERE, f"{name} has no method {' and '.join(missing)}", "see docs/environments.md")
     return found
+
+
+def check_environment_name(name: str) -> None:
+    """Refuse an environment that is nowhere, by its name and whether its file is there; nothing is loaded."""
+    if not is_own(name) or not own_file(name).is_file():
+        find_environment(name)
 
 
 @dataclass(slots=True)
@@ -111,7 +122,7 @@ class Episode:
     environment: Any
     turns: list[Message]
     seed: int
-    sample: Sample = field(default_factory=Sample)
+    sample: Sample = field(default_factory=lambda: generate.Sample())
     going: bool = True
 
 
@@ -143,12 +154,12 @@ class Stage:
             draw: (prompts as ids, a seed for each, tokens) -> a sample of each.
 
         Raises:
-            RewardError: the environment failed, or said what is no message; it names the row.
+            RewardError: the environment failed, or returned something that is not a message; the error names the row.
         """
         episodes = [self._begin(tree, i, max_tokens) for tree in prompts for i in range(samples)]
         for a, b in pairwise(episodes):
             if a.tree is b.tree and a.sample.prompt != b.sample.prompt:
-                what = f"{a.place}: reset of {self.name} says other things to the completions of one row"
+                what = f"{a.place}: reset of {self.name} gives different messages to completions of one row"
                 raise RewardError(WHERE, what, "let it be a function of the row: the completions share their prompt")
         for turn in range(self.turns):
             going = [e for e in episodes if e.going]
@@ -165,7 +176,7 @@ class Stage:
         row = self.asked.get(tree.source)
         if row is None:
             raise RewardError(
-                WHERE, f"{tree.source}: its row is not to be told from another one", "give files other names"
+                WHERE, f"{tree.source}: its row cannot be told apart from another", "give files other names"
             )
         turns = list(turns_of_prompt(row.prompt)) if not isinstance(row.prompt, str) else [Message("user", row.prompt)]
         prompt = row.prompt if isinstance(row.prompt, str) else [message_json(m) for m in row.prompt]
@@ -229,9 +240,8 @@ class Stage:
                 ANSWER
             )
             if not there:
-                raise ConfigError(
-                    WHERE, "the chat template leaves earlier answers out", "take another model, or data.template=plain"
-                )
+                what = "the chat template leaves earlier answers out"
+                raise ConfigError(WHERE, what, "take another model, or data.template=plain")
             if end is not None:
                 text = text.removeprefix(self.tokenizer.decode([end]))
         else:
@@ -247,11 +257,8 @@ class Stage:
         read, shown = self._asked(place, f"reading what {method} gives", lambda: (_read(said), str(said)[:60]))
         if read is None:
             what = f"{place}: {method} of {self.name} gives {shown!r}"
-            raise RewardError(
-                WHERE,
-                what,
-                'give a list of {"role": "user" (or tool, system), "content": TEXT}, or None for nothing more',
-            )
+            how = 'give a list of {"role": "user" (or tool, system), "content": TEXT}, or None for nothing more'
+            raise RewardError(WHERE, what, how)
         return list(read)
 
     def _asked(self, place: str, what: str, call: Callable[[], Any]) -> Any:
@@ -259,10 +266,10 @@ class Stage:
             return guarded(call, self.timeout)
         except TookTooLong as error:
             how = f"{place}: {self.name}: {what} took longer than {self.timeout:g} seconds"
-            raise RewardError(WHERE, how, "mend the environment, or raise rollout.environment_timeout") from error
+            raise RewardError(WHERE, how, "fix the environment, or raise rollout.environment_timeout") from error
         except (Exception, SystemExit) as error:
             how = f"{place}: {self.name}: {what} failed ({type(error).__name__}: {error})"
-            raise RewardError(WHERE, how, "mend the environment") from error
+            raise RewardError(WHERE, how, "fix the environment") from error
 
 
 def _read(said: Any) -> list[Message] | None:
