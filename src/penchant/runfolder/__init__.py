@@ -191,6 +191,11 @@ def damaged(folder: Path) -> list[str]:
     return sorted(found)
 
 
+def told_damage(folder: Path) -> list[str]:
+    """A sentence for each of them, for whoever reads the run's figures."""
+    return [f"{folder / name} was changed after it was written." for name in damaged(folder)]
+
+
 def prefix_is(path: Path, offset: Any, sha256: Any) -> bool:
     """Whether the first `offset` bytes of a file have this SHA-256."""
     try:
