@@ -19,12 +19,14 @@ from hypothesis import strategies as st
 from processes import forked
 from rich.cells import cell_len
 from serving import model_of, random_folder, writer_folder
+from tiny import tiny_tokenizer
 
 from penchant.cli import main
 from penchant.data.load import load_preferences
 from penchant.data.tokenize import tokenize
+from penchant.errors import ConfigError
 from penchant.serve.chat import Chat, ChatOptions, Conversation, Terminal, TooLong, Turn, TwoColumns, Wrapper, fit, safe
-from penchant.serve.model import ChatModel, TemplateRefused
+from penchant.serve.model import ChatModel, TemplateRefused, load_chat_model
 from penchant.serve.stream import Sampling
 from penchant.types import Message
 
@@ -448,3 +450,14 @@ def test_tools_reach_the_template_and_the_rows(tmp_path: Path) -> None:
     model = model_of(writer_folder(tmp_path, "Yes!"))
     with pytest.raises(TemplateRefused, match="leaves out the tools"):
         fit(model, talk, "And now?", 8)
+
+
+def test_a_model_that_does_not_run_in_bf16_is_a_sentence(tmp_path: Path) -> None:
+    from transformers import XGLMConfig, XGLMForCausalLM
+
+    made = XGLMConfig(vocab_size=260, d_model=16, ffn_dim=16, num_layers=1, attention_heads=2)
+    XGLMForCausalLM(made).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"xglm does not run in 16 bits here .* --dtype fp32"):
+        load_chat_model(str(tmp_path), dtype="bf16", device="cpu")
+    assert load_chat_model(str(tmp_path), dtype="fp32", device="cpu").decoder is None

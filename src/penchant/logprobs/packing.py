@@ -75,7 +75,7 @@ def choose_packing(
     if scorer.fast and not _fast_is_right(scorer):
         scorer = replace(scorer, kernels="off", _fast=None)
     if not scorer.fast:
-        _check_precision(scorer)
+        check_precision(model)
     if found.packing == "shared":
         reason = "a prompt is computed once for all its answers"
     elif by_config != "padded":
@@ -206,19 +206,23 @@ def _fast_is_right(scorer: Scorer) -> bool:
     return _away(fast, slow) <= (5e-2 if next(model.parameters()).dtype == torch.bfloat16 else MOST)
 
 
-def _check_precision(scorer: Scorer) -> None:
-    """The model runs in the precision that its weights are in; above it was in fp32."""
-    model = scorer.model
+def check_precision(model: Any) -> None:
+    """A model's own `forward` runs in the precision that its weights are in.
+
+    Raises:
+        ConfigError: it does not in 16 bits.
+    """
     if all(p.dtype not in HALF for p in model.parameters()):
         return
+    base, ids = base_model_of(model), torch.from_numpy(_probe_tree(model).prompt_ids)
     try:
         with quiet(model):
-            _probe(scorer, _probe_tree(model), base_model_of(model).get_output_embeddings() is None)
+            own_outputs(model, ids.to(next(model.parameters()).device), base.get_output_embeddings() is None)
     except RuntimeError as error:
         if not re.search("dtype|scalar type", str(error)):
             raise
-        what = f"{base_model_of(model).config.model_type} does not run in 16 bits here ({first_line(error)})"
-        raise ConfigError("model.dtype", what, "set model.dtype=fp32") from error
+        what = f"{base.config.model_type} does not run in 16 bits here ({first_line(error)})"
+        raise ConfigError("model.dtype", what, "set model.dtype=fp32 (chat and serve: --dtype fp32)") from error
 
 
 # ---- Which attention, by what the model hands to it; its kernels are then run against the groups' in the model's own precision ----

@@ -13,6 +13,7 @@ from penchant.data.layouts import RowError
 from penchant.data.templates import ChatTemplate, end_ids, plain, uses_chat
 from penchant.data.tokenize import uses_bos
 from penchant.errors import ConfigError
+from penchant.logprobs.packing import check_precision
 from penchant.models.cpu.decode import FastDecoder, can_decode_fast
 from penchant.models.load import cast_parameters, load_tokenizer, resolve_device, resolve_dtype
 from penchant.models.options import check_text_alone
@@ -190,6 +191,7 @@ def load_chat_model(
     style = style_of(template, tokenizer, trained_on=trained_on, otherwise=otherwise, options=options)
     model = source.load(where)
     cast_parameters(model, resolve_dtype(dtype or settings.dtype, where))
+    check_precision(model)
     model.eval()
     ends = end_ids(tokenizer, model)
     chat_model = ChatModel(given, model, tokenizer, style, ends, context_of(model, tokenizer))
