@@ -83,6 +83,7 @@ def rows_of(run: OutlinedRun) -> dict[str, Rows]:
             continue
         source = run.rows.loaded["heldout" if name == "held out" and "heldout" in run.rows.loaded else "train"]
         cut = {*tokenized.cut_prompts, *tokenized.cut_completions}
+        prompts, completions = _token_quantiles(trees)
         found[name] = Rows(
             source.total,
             source.accepted,
@@ -90,7 +91,8 @@ def rows_of(run: OutlinedRun) -> dict[str, Rows]:
             len(trees),
             source.shape,
             source.kind,
-            *_token_quantiles(trees),
+            prompts,
+            completions,
             len(cut) / max(1, len(tokenized.trees)),
         )
     return found
