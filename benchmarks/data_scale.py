@@ -163,8 +163,9 @@ def whole_commands(folder: Path, args: argparse.Namespace) -> list[dict[str, Any
     for made in figures:
         if made["command"] == "audit" and made["found"] != made["planted"]:
             print(f"audit of {made['rows']:,} rows: {made['found']:,} duplicates found, {made['planted']:,} planted")
-    peak = max(f["peak_mb"] for f in figures)
-    print(f"peak: {'below' if peak < WHOLE_MEMORY else 'ABOVE'} {WHOLE_MEMORY:,.0f} MB")
+    peak, own = max(f["peak_mb"] for f in figures), max(f["peak_mb"] - f["file_mb"] for f in figures)
+    print(f"peak: {peak:,.0f} MB at most, {own:,.0f} MB without mapped files, which the system may drop at any time")
+    print(f"peak: {'below' if own < WHOLE_MEMORY else 'ABOVE'} {WHOLE_MEMORY:,.0f} MB of their own")
     return figures
 
 

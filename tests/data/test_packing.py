@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,7 +11,8 @@ from families import make_tree, some_trees
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penchant.data.packing import pack, plan_balanced, plan_microbatches
+from penchant.data.mapped import StoredTokens, TokenWriter
+from penchant.data.packing import pack, plan_balanced, plan_microbatches, tree_sizes, tree_tokens
 
 sizes_and_budgets = st.tuples(st.lists(st.integers(1, 300), min_size=1, max_size=200), st.integers(50, 1000))
 
@@ -50,6 +52,19 @@ def test_separate_repeats_the_prompt() -> None:
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]
     assert batch.tokens == tree.separate_tokens == 12
     assert len(batch.segments) == 2
+
+
+def test_sizes_of_all_trees_are_those_of_each(tmp_path: Path) -> None:
+    """Of trees in memory and of stored ones, with and without completions."""
+    trees = [make_tree(i, 3 + i, lengths) for i, lengths in enumerate([(2, 4), (), (1,), (5, 1, 2)])]
+    writer = TokenWriter(tmp_path)
+    for tree in trees:
+        k = len(tree.completion_ids)
+        writer.write(replace(tree, labels=(None,) * k, scores=(None,) * k))
+    writer.close()
+    for shared in (True, False):
+        assert tree_sizes(trees, shared) == tree_sizes(StoredTokens(tmp_path), shared)
+        assert tree_sizes(trees, shared) == [tree_tokens(t, shared) for t in trees] and tree_sizes([], shared) == []
 
 
 def test_losses_cannot_tell_the_packings_apart() -> None:

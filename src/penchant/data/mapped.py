@@ -264,6 +264,15 @@ class StoredTokens(Sequence[TokenTree]):
         return int(self._id_start[-1]) if self.which is None and not self._few else int(self.part_lengths().sum())
 
 
+def part_lengths(trees: Sequence[TokenTree]) -> tuple[np.ndarray, np.ndarray]:
+    """(trees,) int64: parts of each tree, its prompt and its completions; (parts,) int64: tokens of each part, tree after tree."""
+    if isinstance(trees, StoredTokens):
+        return trees.part_counts(), trees.part_lengths()
+    sizes = [[len(t.prompt_ids), *map(len, t.completion_ids)] for t in trees]
+    counts, lengths = map(len, sizes), itertools.chain.from_iterable(sizes)
+    return np.array(list(counts), np.int64), np.array(list(lengths), np.int64)
+
+
 def extra_of(trees: Sequence[TokenTree], name: str) -> np.ndarray:
     """(trees,) float64: ``weight`` or ``origin`` of each tree."""
     return trees.extra(name) if isinstance(trees, StoredTokens) else np.array([float(getattr(t, name)) for t in trees])

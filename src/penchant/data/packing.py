@@ -11,6 +11,7 @@ import numpy as np
 
 from penchant.base.lanes import side_by_side
 from penchant.base.lazy import torch
+from penchant.data.mapped import part_lengths
 from penchant.distributed.world import current, dealt_passes
 from penchant.types import PackedBatch, PicturedPrompt, Segment, TokenTree
 
@@ -198,6 +199,15 @@ def tree_tokens(tree: TokenTree, shared: bool) -> int:
     return tree.shared_tokens if shared else tree.separate_tokens
 
 
+def tree_sizes(trees: Sequence[TokenTree], shared: bool) -> list[int]:
+    """`tree_tokens` of each tree."""
+    counts, lengths = part_lengths(trees)
+    starts = np.cumsum(counts) - counts
+    whole = np.add.reduceat(lengths, starts) if len(counts) else lengths
+    found: list[int] = (whole if shared else whole + (counts - 2) * lengths[starts]).tolist()
+    return found
+
+
 def passes_over(
     call: Callable[[PackedBatch], T],
     trees: Sequence[TokenTree],
@@ -215,7 +225,7 @@ def passes_over(
     Args:
         lanes: passes are smaller, and run side by side (`plan_passes`); `call` must bear that.
     """
-    sizes = [tree_tokens(t, shared) for t in trees]
+    sizes = tree_sizes(trees, shared)
     plan = plan_microbatches(sizes, pass_tokens(tokens_per_step) if lanes else tokens_per_step)
 
     def one(members: list[int]) -> T:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from penchant.base.files import spared, sweep, written_aside
 from penchant.base.machine import moved, place_of
-from penchant.data.mapped import StoredTokens
+from penchant.data.mapped import StoredTokens, part_lengths, ranges
 from penchant.data.packing import passes_over
 from penchant.distributed.shard import Rooted, dealt_as, is_sharded, local, reshard
 from penchant.distributed.world import current
@@ -362,21 +362,22 @@ def compute_logps(
     progress: Callable[[int, int], None] | None = None,
 ) -> CompletionLogps:
     """Log-probs of all completions, in tree order, without gradient: sums (sum of k,) and tokens."""
-    shared = live.scorer.shared
-    parts: dict[int, tuple[Tensor, Tensor]] = {}
+    shared, done = live.scorer.shared, 0
+    sizes = _sizes(trees)
+    ends = [np.cumsum(n) for n in sizes]
+    found = [torch.empty(int(n.sum())) for n in sizes]
     device = place_of(live.scorer.model)
     passes = passes_over(
         live.completion_logps, trees, tokens_per_step, shared=shared, device=device, lanes=live.side_by_side
     )
     for members, made in passes:
-        sums = made.sums.cpu().split([len(trees[i].completion_ids) for i in members])
-        tokens = made.tokens.cpu().split([sum(trees[i].trained) for i in members])
-        parts |= dict(zip(members, zip(sums, tokens, strict=True), strict=True))
+        for k, values in enumerate((made.sums.cpu(), made.tokens.cpu())):
+            found[k] = found[k].to(values.dtype)
+            found[k][torch.from_numpy(ranges((ends[k] - sizes[k])[members], sizes[k][members]))] = values
+        done += len(members)
         if progress is not None:
-            progress(len(parts), len(trees))
-    if not trees:
-        return CompletionLogps(torch.empty(0), torch.empty(0))
-    return CompletionLogps(*(torch.cat([parts[i][k] for i in range(len(trees))]) for k in (0, 1)))
+            progress(done, len(trees))
+    return CompletionLogps(*found)
 
 
 class RowParts(Mapping[int, Tensor]):
@@ -420,7 +421,7 @@ def _sizes(trees: Sequence[TokenTree]) -> tuple[np.ndarray, np.ndarray]:
         made = [(len(t.completion_ids), sum(t.trained)) for t in trees]
         counts, tokens = np.array(made, dtype=np.int64).reshape(-1, 2).T
         return counts, tokens
-    parts, lengths = trees.part_counts(), trees.part_lengths()
+    parts, lengths = part_lengths(trees)
     starts = np.cumsum(parts) - parts
     whole = np.add.reduceat(lengths, starts) if len(parts) else lengths
     return parts - 1, whole - lengths[starts]

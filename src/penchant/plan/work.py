@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from penchant.base.files import free_bytes
-from penchant.data.packing import pass_tokens, plan_microbatches, plan_passes, tree_tokens
+from penchant.data.mapped import part_lengths
+from penchant.data.packing import pass_tokens, plan_microbatches, plan_passes, tree_sizes, tree_tokens
 from penchant.plan.outline import OutlinedRun
 from penchant.runs.parts import checkpoint_bytes
 from penchant.training.steps import BatchSchedule
@@ -82,6 +83,7 @@ def rows_of(run: OutlinedRun) -> dict[str, Rows]:
             continue
         source = run.rows.loaded["heldout" if name == "held out" and "heldout" in run.rows.loaded else "train"]
         cut = {*tokenized.cut_prompts, *tokenized.cut_completions}
+        prompts, completions = _token_quantiles(trees)
         found[name] = Rows(
             source.total,
             source.accepted,
@@ -89,17 +91,22 @@ def rows_of(run: OutlinedRun) -> dict[str, Rows]:
             len(trees),
             source.shape,
             source.kind,
-            _quantiles([len(t.prompt_ids) for t in trees]),
-            _quantiles([len(c) for t in trees for c in t.completion_ids]),
+            prompts,
+            completions,
             len(cut) / max(1, len(tokenized.trees)),
         )
     return found
 
 
-def _quantiles(lengths: Sequence[int]) -> tuple[int, ...]:
-    if not lengths:
-        return ()
-    return tuple(int(q) for q in np.quantile(lengths, QUANTILES, method="inverted_cdf"))
+def _token_quantiles(trees: Sequence[TokenTree]) -> list[tuple[int, ...]]:
+    """Of the tokens of prompts, and of completions."""
+    counts, lengths = part_lengths(trees)
+    asked = np.zeros(len(lengths), bool)
+    asked[np.cumsum(counts) - counts] = True
+    return [
+        tuple(map(int, np.quantile(some, QUANTILES, method="inverted_cdf"))) if len(some) else ()
+        for some in (lengths[asked], lengths[~asked])
+    ]
 
 
 def work_of(run: OutlinedRun, exact_steps: int = EXACT_STEPS) -> Work:
@@ -174,7 +181,7 @@ def _evaluations(run: OutlinedRun) -> int:
 def passes_over(run: OutlinedRun, trees: Sequence[TokenTree]) -> list[list[int]]:
     """The passes without gradient over these trees, as evaluations and a cached reference make them."""
     budget = run.config.evaluation.tokens_per_step or run.config.train.tokens_per_step
-    sizes = [tree_tokens(t, run.shared_prompts) for t in trees]
+    sizes = tree_sizes(trees, run.shared_prompts)
     return plan_microbatches(sizes, pass_tokens(budget) if run.side_by_side else budget)
 
 

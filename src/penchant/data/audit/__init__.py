@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import Any, Unpack
 
 import numpy as np
@@ -50,7 +49,7 @@ from penchant.data.load import (
     stream_preferences,
     summary_of,
 )
-from penchant.data.mapped import RowsPart, StoredRows, StoredTokens, parts_of, ranges
+from penchant.data.mapped import RowsPart, StoredRows, part_lengths, parts_of, ranges
 from penchant.data.read import BOUNDS, Bounds, Shard, read_shard, shards_of
 from penchant.data.tokenize import TokenizedDataset
 from penchant.errors import DataError
@@ -405,11 +404,7 @@ def _token_lengths(tokenized: TokenizedDataset) -> dict[str, dict[str, float]]:
 
 def _columns(trees: Sequence[TokenTree]) -> Mapping[str, np.ndarray]:
     """Tokens of prompts, of chosen and rejected answers of pairs, of all other completions, in the order in which they come."""
-    if isinstance(trees, StoredTokens):
-        parts, lengths = trees.part_counts(), trees.part_lengths()
-    else:
-        sizes = [[len(t.prompt_ids), *map(len, t.completion_ids)] for t in trees]
-        parts, lengths = (np.array(list(n), dtype=np.int64) for n in (map(len, sizes), chain.from_iterable(sizes)))
+    parts, lengths = part_lengths(trees)
     starts = np.cumsum(parts) - parts
     pairs, other = starts[parts == 3], parts != 3
     found = {"prompt": lengths[starts], "chosen": lengths[pairs + 1], "rejected": lengths[pairs + 2]}

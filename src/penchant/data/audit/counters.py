@@ -270,8 +270,10 @@ def cycles(winners: np.ndarray, losers: np.ndarray) -> np.ndarray:
     """Which edges winner -> loser lie within a strongly connected part of at least three answers."""
     from networkx import DiGraph, strongly_connected_components
 
-    nodes, members = np.unique(np.concatenate([winners, losers]), return_inverse=True)
-    a, b = members[: len(winners)], members[len(winners) :]
+    found = np.zeros(len(winners), bool)
+    some = np.flatnonzero((winners != losers) & _among(winners, losers) & _among(losers, winners))
+    nodes, members = np.unique(np.concatenate([winners[some], losers[some]]), return_inverse=True)
+    a, b = members[: len(some)], members[len(some) :]
     left = a != b
     while left.any():  # edges that lead nowhere or come from nowhere are on no cycle
         out, into = np.zeros(len(nodes), bool), np.zeros(len(nodes), bool)
@@ -284,9 +286,16 @@ def cycles(winners: np.ndarray, losers: np.ndarray) -> np.ndarray:
     ends = list(zip(a[edges].tolist(), b[edges].tolist(), strict=True))
     parts = strongly_connected_components(DiGraph(ends))
     part = {node: i for i, nodes in enumerate(parts) if len(nodes) >= 3 for node in nodes}
-    found = np.zeros(len(winners), bool)
-    found[edges] = [one in part and part[one] == part.get(other) for one, other in ends]
+    found[some[edges]] = [one in part and part[one] == part.get(other) for one, other in ends]
     return found
+
+
+def _among(values: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """(n,) bool: `np.isin`, which holds several copies of both."""
+    known = np.sort(others)
+    at = np.searchsorted(known, values)
+    at[at == len(known)] = 0
+    return known[at] == values if len(known) else np.zeros(len(values), bool)
 
 
 # ---- Answers ----

@@ -16,7 +16,7 @@ BANDS, WIDTH = 21, 6  # two texts of similarity 0.8 share a band of 6 slots with
 SHINGLE = 5  # characters
 BATCH_TEXTS, BATCH_CHARACTERS = 4096, 1 << 20  # what is shingled at a time
 ROUNDS = 32  # leaders tried within one bucket of a band
-IN_MEMORY = 256 << 20  # bytes of bands and sketches of an index; more of them wait on disk
+IN_MEMORY = 64 << 20  # bytes of bands and sketches of an index; more of them wait on disk
 CHECKED = 1 << 16  # candidates that are compared at a time
 GAP = 16  # rows of a file between two that are wanted, up to which both are read at once
 NEAR = 0.8  # the similarity from which two texts count as near-duplicates
@@ -237,8 +237,16 @@ def _band_hashes(slots: np.ndarray) -> np.ndarray:
 
 def first_of_equal(keys: np.ndarray) -> np.ndarray:
     """(n,) int64: for each key the first index at which it stands."""
-    _, first, member = np.unique(keys, return_index=True, return_inverse=True)
-    found: np.ndarray = first[member]
+    order = np.argsort(
+        keys, kind="stable"
+    )  # np.unique would hold half as much again, which tens of millions of texts feel
+    ordered, new = keys[order], np.ones(len(keys), bool)
+    np.not_equal(ordered[1:], ordered[:-1], out=new[1:])
+    del ordered
+    member = np.cumsum(new, dtype=np.uint32)
+    member -= 1
+    found = np.empty(len(keys), np.int64)
+    found[order] = order[new][member]
     return found
 
 
@@ -259,13 +267,15 @@ def _candidates(
     A bucket of many different texts (boilerplate) is not compared pair by pair: after `ROUNDS` leaders the rest is left to
     the other bands.
     """
-    packed = (keys.astype(np.uint64) << np.uint64(32)) | np.arange(len(keys), dtype=np.uint64)
+    packed = keys.astype(np.uint64)
+    packed <<= np.uint64(32)
+    packed |= np.arange(len(keys), dtype=np.uint64)
     packed.sort()  # several times as fast as an argsort of the keys
+    packed = packed[_shared(packed >> np.uint64(32))]  # most texts are like no other
     order, bucket = (packed & np.uint64(0xFFFFFFFF)).astype(np.int64), packed >> np.uint64(32)
     for _ in range(ROUNDS):
-        same = np.r_[False, bucket[1:] == bucket[:-1], False]
-        shared = same[1:] | same[:-1]
-        order, bucket = order[shared[: len(order)]], bucket[shared[: len(order)]]
+        shared = _shared(bucket)
+        order, bucket = order[shared], bucket[shared]
         if not len(order):
             return
         starts = np.r_[True, bucket[1:] != bucket[:-1]]
@@ -278,6 +288,15 @@ def _candidates(
         yield leader[near], order[near]
         left = ~(near | starts)
         order, bucket = order[left], bucket[left]
+
+
+def _shared(ordered: np.ndarray) -> np.ndarray:
+    """(n,) bool: which of ordered numbers stand there more than once."""
+    found = np.zeros(len(ordered), bool)
+    same = ordered[1:] == ordered[:-1]
+    found[1:] |= same
+    found[:-1] |= same
+    return found
 
 
 def _unite(parent: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
