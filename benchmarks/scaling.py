@@ -3,10 +3,12 @@
     python benchmarks/scaling.py                                 # one process, two processes: three steps of 8 pairs each
     python benchmarks/scaling.py --model FOLDER --steps 5        # a folder that prepare_smollm2.py made
     python benchmarks/scaling.py --kernels                       # also one process with the fast kernels, which several cannot have
+    python benchmarks/scaling.py --beside                        # also as many runs of one process each at the same time
 
 Efficiency is ``T_1 / (n T_n)`` of the median step after the first one, both on transformers' own layers; memory is the highest
 resident size of a process (VmHWM), loading included. Wanted for two: an efficiency of 0.85, and 0.65 of one process's memory in each.
-The machine must be quiet and have a core for each process. One step's rows are the same whoever takes it.
+The machine must be quiet and have a core for each process. One step's rows are the same whoever takes it. Runs beside each other send
+nothing, so what they lose (``T_1 / T``) the cores take from each other: memory, caches and clock.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ def config(model: Path, folder: Path, args: argparse.Namespace, name: str, kerne
             "max_steps": args.steps,
             "threads": 1,
             "lr": 1e-6,
+            "gradient_checkpointing": args.checkpointing,
         },
         "evaluation": {"kl_prompts": 0, "samples": 0},
         "checkpoint": {"every": None, "keep_last": 1, "keep_best": False},
@@ -53,15 +56,19 @@ def config(model: Path, folder: Path, args: argparse.Namespace, name: str, kerne
     return path
 
 
-def measured(command: list[str], seconds: float) -> dict[int, int]:
-    """By process (0 alone, or by rank): the highest resident bytes that it was seen with.
+def begun(command: list[str]) -> subprocess.Popen[bytes]:
+    """A run that has begun."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PENCHANT_")}
+    environment |= {"PYTHONPATH": str(HERE.parent / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+
+
+def measured(running: subprocess.Popen[bytes], seconds: float) -> dict[int, int]:
+    """By process (-1 alone, or by rank): the highest resident bytes that it was seen with.
 
     Raises:
         SystemExit: the run failed.
     """
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PENCHANT_")}
-    environment |= {"PYTHONPATH": str(HERE.parent / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    running = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     highest: dict[int, int] = {}
     ends = time.monotonic() + seconds
     while running.poll() is None and time.monotonic() < ends:
@@ -70,9 +77,9 @@ def measured(command: list[str], seconds: float) -> dict[int, int]:
         time.sleep(0.2)
     if running.poll() is None:
         running.kill()
-        raise SystemExit(f"took longer than {seconds:g} s: {' '.join(command)}")
+        raise SystemExit(f"took longer than {seconds:g} s: {running.args!r}")
     if running.returncode:
-        raise SystemExit(f"ended with {running.returncode}: {' '.join(command)}")
+        raise SystemExit(f"ended with {running.returncode}: {running.args!r}")
     return highest
 
 
@@ -93,22 +100,24 @@ def residents(launcher: int) -> list[tuple[int, int]]:
     return found
 
 
-def one_run(model: Path, folder: Path, args: argparse.Namespace, processes: int, kernels: str) -> dict[str, Any]:
-    """Seconds of the median step after the first, and each process's memory."""
-    name = f"{processes}-{kernels}"
-    path = config(model, folder, args, name, kernels)
+def one_run(
+    model: Path, folder: Path, args: argparse.Namespace, processes: int, kernels: str, beside: int = 1
+) -> dict[str, Any]:
+    """Seconds of the median step after the first, and each process's memory; `beside`: of so many runs at the same time."""
+    names = [f"{processes}-{kernels}-{beside}-{i}" for i in range(beside)]
     more = ["--processes", str(processes)] if processes > 1 else []
-    highest = measured([sys.executable, "-m", "penchant", "train", str(path), "--quiet", *more], args.limit)
-    steps = [json.loads(line)["seconds"] for line in (folder / name / "perf.jsonl").read_text().splitlines()]
-    ranks = [size for rank, size in sorted(highest.items()) if (rank >= 0) == (processes > 1)]
-    found = {
-        "processes": processes,
-        "kernels": kernels,
-        "seconds": statistics.median(steps[1:] or steps),
-        "memory": ranks,
-    }
+    paths = [config(model, folder, args, name, kernels) for name in names]
+    runs = [begun([sys.executable, "-m", "penchant", "train", str(path), "--quiet", *more]) for path in paths]
+    highest = [measured(run, args.limit) for run in runs]
+    ranks = [size for run in highest for rank, size in sorted(run.items()) if (rank >= 0) == (processes > 1)]
+    steps = []
+    for name in names:
+        lines = [json.loads(line)["seconds"] for line in (folder / name / "perf.jsonl").read_text().splitlines()]
+        steps.append(statistics.median(lines[1:] or lines))
+    found = {"seconds": statistics.mean(steps), "memory": ranks}
     sizes = ", ".join(f"{size / 2**30:.2f} GB" for size in ranks)
-    print(f"{processes} process(es), kernels {kernels}: {found['seconds']:.2f} s a step, {sizes}", flush=True)
+    what = f"{beside} runs beside each other" if beside > 1 else f"{processes} process(es)"
+    print(f"{what}, kernels {kernels}: {found['seconds']:.2f} s a step, {sizes}", flush=True)
     return found
 
 
@@ -123,6 +132,8 @@ def main() -> None:
     parser.add_argument("--tokens-per-step", type=int, default=512)
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--checkpointing", choices=["off", "layers"], default="off")
+    parser.add_argument("--beside", action="store_true", help="also runs of one process each, as many at the same time")
     parser.add_argument("--kernels", action="store_true", help="also one process with the fast kernels")
     parser.add_argument("--limit", type=float, default=1200.0, help="seconds that a run may take")
     args = parser.parse_args()
@@ -136,6 +147,7 @@ def main() -> None:
         alone = one_run(model, folder, args, 1, "off")
         several = one_run(model, folder, args, args.processes, "off")
         fast = one_run(model, folder, args, 1, "auto") if args.kernels else None
+        apart = one_run(model, folder, args, 1, "off", beside=args.processes) if args.beside else None
     efficiency = alone["seconds"] / (args.processes * several["seconds"])
     share = max(several["memory"]) / alone["memory"][0]
     for name, value, good in (
@@ -143,6 +155,8 @@ def main() -> None:
         ("memory", share, share <= WANTED["memory"]),
     ):
         print(f"{name}: {value:.2f} (wanted: {WANTED[name]}){'' if good else '  NOT REACHED'}")
+    if apart is not None:
+        print(f"of runs beside each other: {alone['seconds'] / apart['seconds']:.2f}")
     if fast is not None:
         print(f"against one process with the fast kernels: {fast['seconds'] / several['seconds']:.2f} times its speed")
 
