@@ -86,11 +86,11 @@ def short(base: dict[str, Any]) -> dict[str, Any]:
     [
         (["cluster.on=slurm"], r"cluster.gpus is missing; say how many GPUs each run gets"),
         (["cluster.on=slurm", "cluster.gpus=0", "model.device=cuda"], "cluster.gpus is 0, and model.device is cuda"),
-        (["cluster.on=ray", "cluster.gpus=1", "cluster.partition=gpu"], "cluster.partition says nothing to Ray"),
+        (["cluster.on=ray", "cluster.gpus=1", "cluster.partition=gpu"], "cluster.partition has no meaning for Ray"),
         (["cluster.on=slurm", "cluster.gpus=1", 'cluster.partition="a\\nrm x"'], "not an option of one line"),
         (["cluster.on=slurm", "cluster.gpus=1", "cluster.options={'--wrap x': y}"], "not an option of one line"),
         (["cluster.on=ray", "cluster.gpus=1", "cluster.memory=1e20"], "cluster.memory"),
-        (["cluster.on=slurm", "cluster.gpus=1", "cluster.address=auto"], "cluster.address says nothing to Slurm"),
+        (["cluster.on=slurm", "cluster.gpus=1", "cluster.address=auto"], "cluster.address has no meaning for Slurm"),
         (["cluster.on=slrum", "cluster.gpus=1"], "cluster.on"),
         (["cluster.gpu=1"], 'unknown key "gpu" in cluster; did you mean "gpus"'),
     ],

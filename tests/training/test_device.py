@@ -15,7 +15,7 @@ from families import losses_by_default, some_pairs, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from penchant import cli
-from penchant.algorithms.group import GroupConfig, GroupPolicyGradient, ScoredTokens
+from penchant.algorithms.grpo import GroupConfig, GroupPolicyGradient, ScoredTokens
 from penchant.algorithms.offline import Component, Offline
 from penchant.algorithms.rollouts import Group
 from penchant.base import machine

@@ -123,7 +123,7 @@ def pack(trees: Sequence[TokenTree], *, shared: bool = True) -> PackedBatch:
 
     Returns:
         The packed batch; every completion token is predicted from the position before it, the first one from the
-        prompt's last position. Tokens that a tree's masks leave out are in the row and are no targets.
+        prompt's last position. Tokens that a tree's masks leave out are in the row, but not among the targets.
     """
     ids: list[np.ndarray] = []
     positions: list[np.ndarray] = []

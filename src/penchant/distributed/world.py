@@ -284,7 +284,7 @@ def described(error: BaseException) -> dict[str, Any]:
 
 
 def error_of(told: Mapping[str, Any]) -> PenchantError:
-    """The error that `described` described; what was no error of a person's is one that names its type."""
+    """The error that `described` described; a bug becomes an error that names its type."""
     kind = getattr(errors, told["kind"] or "", PenchantError)
     error: PenchantError = kind(told["where"], told["what"], told["how"])
     error.exit_code = told["exit_code"]
@@ -306,7 +306,7 @@ def record(error: BaseException) -> None:
 
 
 def ended_on_purpose() -> int | None:
-    """The exit code of an earlier attempt of these processes that was no crash: what stopped itself is not to be started again."""
+    """The exit code of an earlier attempt of these processes that did not crash: what stopped itself is not started again."""
     path = Path(os.environ.get(ERROR_FILE, ""))
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0 or len(path.parents) < 3:
         return None

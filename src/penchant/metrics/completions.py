@@ -262,11 +262,8 @@ def require_overlap() -> None:
         import rouge_score  # noqa: F401
         import sacrebleu  # noqa: F401
     except ImportError as error:
-        raise ConfigError(
-            "BLEU and ROUGE",
-            f"need an extra ({error.name or error} is not installed)",
-            "pip install 'penchant[eval]', or leave them out with --no-overlap",
-        ) from error
+        how = "pip install 'penchant[eval]', or leave them out with --no-overlap"
+        raise ConfigError("BLEU and ROUGE", f"need an extra ({error.name or error} is not installed)", how) from error
 
 
 def overlap_figures(
@@ -485,8 +482,7 @@ def reward_figures(rewards: np.ndarray) -> Metrics:
     return bootstrap_ci(rewards[known], draws=DRAWS).named("reward") | silent
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what the start wrote
+# ---- what the start wrote ----
 
 
 def rows_of(written: Written, tokenizer: Any) -> list[dict[str, Any]]:

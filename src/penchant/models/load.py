@@ -145,7 +145,7 @@ def load_processor(cfg: ModelConfig) -> Any:
         unknown = [n for n in further if read(**{n: cfg.image_options[n]}).to_json_string() == read().to_json_string()]
         if unknown:
             how = f"it has {', '.join(sorted(n for n in vars(eyes) if not n.startswith('_')))}"
-            raise ConfigError(f"model.image_options.{unknown[0]}", f"is no setting of {type(eyes).__name__}", how)
+            raise ConfigError(f"model.image_options.{unknown[0]}", f"is not a setting of {type(eyes).__name__}", how)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = getattr(processor, "chat_template", None)
     check_template(cfg.path, tokenizer)
@@ -403,11 +403,8 @@ def _check_complete(path: str, info: Mapping[str, Any]) -> None:
     missing, left = (sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys"))
     heads = [n for n in left if n.split(".")[0] in ("score", "classifier")]
     if heads:
-        raise ModelError(
-            path,
-            f"this is a classifier or reward model (it has {heads[0]}), which writes nothing",
-            "give the language model",
-        )
+        what = f"this is a classifier or reward model (it has {heads[0]}), which writes nothing"
+        raise ModelError(path, what, "give the language model")
     if missing:
         raise ModelError(path, f"weights are missing in the folder ({', '.join(missing[:3])})", "give a whole model")
 
@@ -429,7 +426,7 @@ def _text_part(config: Any) -> dict[str, Any]:
     if text is config:
         return {}
     weights = {r"^(model\.)?language_model\.lm_head": "lm_head"}  # where they stand, by age of the folder
-    weights[r"^(model\.)?language_model\.(?!lm_head)(model\.)?"] = "model."
+    weights[r"^(model\.)?(language|text)_model\.(?!lm_head)(model\.)?"] = "model."
     return {"config": text, "key_mapping": weights}
 
 
@@ -460,9 +457,8 @@ def _check_behavior(path: str, model: Any) -> None:
         with quiet(model):
             evaluated = logits(ids)
     except Exception as error:  # whatever a model raises that wants more than ids
-        raise ModelError(
-            path, f"the model does not run on text alone ({first_line(error)})", "give a causal language model"
-        ) from error
+        how = "give a causal language model"
+        raise ModelError(path, f"the model does not run on text alone ({first_line(error)})", how) from error
     if not bool(torch.isfinite(first).all()):
         raise ModelError(path, "the model's logits are NaN or infinite", "get its weights and its config.json again")
     size = float(first.std()) + 1e-12
@@ -470,7 +466,7 @@ def _check_behavior(path: str, model: Any) -> None:
         if not float((first - other).abs().max()) <= 1e-4 * size:
             raise ModelError(
                 path,
-                f"{what} give different logits: the model has dropout (or draws otherwise) that cannot be turned off here",
+                f"{what} give different logits: the model has dropout (or other randomness) that cannot be turned off here",
                 "set its dropout to 0 in config.json",
             )
     if not float((first - later)[:, :8].abs().max()) <= (1e-3 if _in_fp32(model) else 0.1) * size:

@@ -71,9 +71,8 @@ def is_encoder(config: Any, path: str = "model") -> bool:
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(path, "this is an encoder-decoder model", "give a causal model or a BERT-type encoder")
     if kind not in auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
-        raise ModelError(
-            path, f"transformers has no sequence classification for {kind}", "give a causal model or an encoder"
-        )
+        what = f"transformers has no sequence classification for {kind}"
+        raise ModelError(path, what, "give a causal model or an encoder")
     # bert and its kin stand among the causal models too (as decoders): who can fill in a mask reads both ways
     reads_both_ways = kind in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
     return reads_both_ways or kind not in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -200,8 +199,7 @@ def head_scores(head: nn.Linear, features: Tensor) -> Tensor:
     return nn.functional.linear(features.to(wide), head.weight.to(wide), bias).squeeze(1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# padding and saving
+# ---- padding and saving ----
 
 
 def choose_padding(tokenizer: Any) -> None:

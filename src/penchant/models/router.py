@@ -153,9 +153,8 @@ def router_loss(model: Any, wanted: float | str) -> RouterLoss:
         raise ConfigError(KEY, f"{kind} has no balance loss of a router in transformers", leave)
     coef = getattr(config, "router_aux_loss_coef", None) if wanted == "auto" else float(wanted)
     if not coef:
-        raise ConfigError(
-            KEY, f"is auto, and the model's own router_aux_loss_coef is {coef}", "give a number, or " + leave
-        )
+        what = f"is auto, and the model's own router_aux_loss_coef is {coef}"
+        raise ConfigError(KEY, what, "give a number, or " + leave)
     ids = torch.arange(1, 13, device=next(base.parameters()).device)[None]
     with quiet(model):
         logits = routed(
@@ -164,9 +163,8 @@ def router_loss(model: Any, wanted: float | str) -> RouterLoss:
         found = RouterLoss(float(coef), logits[0].shape[-1] if logits else 0, int(top_k))
         truth = float(own(logits, found.experts, found.top_k)) if logits else 0.0
     if not truth or not abs(found.of(logits) - truth) <= 1e-4 * abs(truth):
-        raise ConfigError(
-            KEY, f"the router of {kind} is balanced in a way of its own, which is not computed here", leave
-        )
+        what = f"the router of {kind} is balanced in a way of its own, which is not computed here"
+        raise ConfigError(KEY, what, leave)
     return found
 
 

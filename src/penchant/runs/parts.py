@@ -121,9 +121,8 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
         bitsandbytes("train.optimizer", train.optimizer)  # before a model is read
     kind = reference_kind(config) if "reference" in method.needs else None
     if "reference" not in method.needs and config.reference.moves:
-        raise ConfigError(
-            "reference", f"{method.name} has no reference that could move", "leave out ema and sync_every"
-        )
+        what = f"{method.name} has no reference that could move"
+        raise ConfigError("reference", what, "leave out ema and sync_every")
 
     # the model in fp32, and what is trained beside it; a reward model has its adapter already, for its head is trained with it
     if rows.reward_parts is not None:
@@ -206,8 +205,7 @@ def sharding(parts: Parts) -> Sharding:
     return Sharding(current(), parts.device, parts.dtype, launch.replicas, launch.reshard, launch.offload)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the model
+# ---- the model ----
 
 
 def fresh_model(
@@ -247,11 +245,8 @@ def prepared(model: Any, config: RunConfig, rows: Rows) -> Any:
     """A loaded model as it is trained: with its adapter; checked against the tokenizer."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if len(rows.tokenizer) > vocabulary:
-        raise ConfigError(
-            "model.tokenizer",
-            f"the tokenizer has {len(rows.tokenizer):,} tokens but the model's embedding only {vocabulary:,}",
-            "give the tokenizer that the model was trained with",
-        )
+        what = f"the tokenizer has {len(rows.tokenizer):,} tokens but the model's embedding only {vocabulary:,}"
+        raise ConfigError("model.tokenizer", what, "give the tokenizer that the model was trained with")
     if rows.reward_parts is None:
         name_ends(model, rows.tokenizer)
     if config.lora is not None and rows.reward_parts is None:
@@ -266,7 +261,9 @@ def prepared(model: Any, config: RunConfig, rows: Rows) -> Any:
     elif config.model.vision == "frozen":
         freeze_eyes(model)
     if config.train.gradient_checkpointing is True:  # an auto that nobody decided trains nothing
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers 5 renamed it on the way, and warns of the old name
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
         if config.lora is not None:
             model.enable_input_require_grads()
     return model
@@ -302,11 +299,8 @@ def check_places(config: RunConfig) -> None:
     for key, wanted in places.items():
         resolve_place(key, wanted, config.model.device)
         if current().many and (":" in wanted or (key == "reference.device" and wanted != "auto")):
-            raise ConfigError(
-                key,
-                f"is {wanted}, and each of the {current().size} processes has a device of its own",
-                "leave it out: what is held beside the policy is dealt out as the policy is",
-            )
+            what = f"is {wanted}, and each of the {current().size} processes has a device of its own"
+            raise ConfigError(key, what, "leave it out: what is held beside the policy is dealt out as the policy is")
     if "reference" in config.method.needs:
         reference_kind(config)
 
@@ -317,11 +311,8 @@ def check_offload(config: RunConfig, device: torch.device) -> None:
         what = f"moves shards from CUDA GPUs to the host's memory, and this run is on {device.type}"
         raise ConfigError("launch.offload", what, "leave it out")
     if config.train.gradient_checkpointing == "offload" and device.type != "cuda":
-        raise ConfigError(
-            "train.gradient_checkpointing",
-            f"offload moves activations from a CUDA GPU to the host's memory, and this run is on {device.type}",
-            "set layers, or auto",
-        )
+        what = f"offload moves activations from a CUDA GPU to the host's memory, and this run is on {device.type}"
+        raise ConfigError("train.gradient_checkpointing", what, "set layers, or auto")
 
 
 def set_threads(config: RunConfig, model: Any) -> None:
@@ -481,8 +472,7 @@ def _router(parts: Parts) -> RouterLoss | None:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the reference
+# ---- the reference ----
 
 
 def reference_kind(config: RunConfig) -> str:
@@ -500,11 +490,8 @@ def reference_kind(config: RunConfig) -> str:
     elif kind == "auto":
         kind = "adapter" if config.lora is not None and not own else "cached"
     if kind == "adapter" and (config.lora is None or own):
-        raise ConfigError(
-            "reference.kind",
-            "adapter means the model with its LoRA adapter off",
-            "add a lora section and no reference.path",
-        )
+        what = "adapter means the model with its LoRA adapter off"
+        raise ConfigError("reference.kind", what, "add a lora section and no reference.path")
     if away and (kind == "adapter" or (kind == "cached" and not own)):
         raise ConfigError(
             "reference.device",
@@ -512,11 +499,8 @@ def reference_kind(config: RunConfig) -> str:
             "leave one of them out; reference.kind=frozen is a model of its own",
         )
     if kind == "cached" and config.method.signal == "prompts":
-        raise ConfigError(
-            "reference.kind",
-            "a cache does not hold completions that are yet to be written",
-            "set reference.kind=frozen (or adapter, with LoRA)",
-        )
+        what = "a cache does not hold completions that are yet to be written"
+        raise ConfigError("reference.kind", what, "set reference.kind=frozen (or adapter, with LoRA)")
     return kind
 
 
@@ -659,8 +643,7 @@ def _seen(trees: Sequence[TokenTree]) -> str:
     return hashlib.sha256(repr(found).encode()).hexdigest() if any(found) else ""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what runs can share: keys
+# ---- what runs can share: keys ----
 
 
 def weights_key(config: RunConfig, source: ModelConfig) -> Key:

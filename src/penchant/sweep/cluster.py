@@ -80,7 +80,7 @@ def read_cluster(values: Mapping[str, Any], places: Places, source: str, runs: S
     for name in names:
         if getattr(config, name):
             raise ConfigError(
-                place_of(("cluster", name), places, place), f"cluster.{name} says nothing to {other}", "leave it out"
+                place_of(("cluster", name), places, place), f"cluster.{name} has no meaning for {other}", "leave it out"
             )
     return config
 
@@ -144,18 +144,16 @@ class Slurm:
                 slurm_additional_parameters={"job-name": "penchant", **config.options},
             )
         except RuntimeError as error:  # no srun
-            raise ConfigError(
-                "cluster.on", "is slurm, and there is no Slurm here", "run it where sbatch and srun are"
-            ) from error
+            what = "is slurm, and there is no Slurm here"
+            raise ConfigError("cluster.on", what, "run it where sbatch and srun are") from error
 
     def submit(self, name: str, order: Path) -> str:
         try:
             job = self.submitter.submit(_in_slurm, str(order))
         except Exception as error:  # submitit has classes of its own for what sbatch says
             said = str(error).strip().splitlines()
-            raise ConfigError(
-                "cluster", f"sbatch did not take run {name}: {said[-1] if said else error!r}", "see its options"
-            ) from error
+            what = f"sbatch did not take run {name}: {said[-1] if said else error!r}"
+            raise ConfigError("cluster", what, "see its options") from error
         self.jobs[job.job_id] = job
         return str(job.job_id)
 
@@ -215,9 +213,8 @@ class Ray:
                 ray.init(address=address, namespace=_NAMESPACE, log_to_driver=False, configure_logging=False)
             except (ConnectionError, ValueError, RuntimeError) as error:
                 said = str(error).splitlines()[0]
-                raise ConfigError(
-                    "cluster.address", f"{address}: {said}", "start Ray there: ray start --head"
-                ) from error
+                what, how = f"{address}: {said}", "start Ray there: ray start --head"
+                raise ConfigError("cluster.address", what, how) from error
         wanted = {
             "num_gpus": config.gpus,
             "num_cpus": config.cpus,

@@ -14,7 +14,7 @@ from typing import Any
 from penchant.base.text import did_you_mean
 from penchant.errors import CheckpointError, ConfigError, PenchantError
 from penchant.report import LiveReport
-from penchant.runfolder import IDENTITY, PIPELINE, SWEEP, differences, keep
+from penchant.runfolder import IDENTITY, PIPELINE, SWEEP, RunLock, differences, keep
 from penchant.runs import Run
 from penchant.runs.sharing import Shared
 from penchant.runs.state import (
@@ -26,7 +26,6 @@ from penchant.runs.state import (
     files_of,
     inputs_of,
     judge,
-    locked,
     read_state,
 )
 from penchant.sweep import Sweep, SweepRun
@@ -145,15 +144,12 @@ class State:
         trials = [name for name in self.runs if name.startswith("trial-")]
         found = differences(self.search, now) if trials and self.search is not None else []
         if found:
-            raise CheckpointError(
-                where,
-                f"search has changed since {len(trials)} of its trials were drawn: {'; '.join(found)}",
-                "undo the change, or choose another output",
-            )
+            what = f"search has changed since {len(trials)} of its trials were drawn: {'; '.join(found)}"
+            raise CheckpointError(where, what, "undo the change, or choose another output")
         self.search = now
 
     def same_halving(self, halving: Halving | None, runs: Sequence[str], where: str) -> None:
-        """Remember how settings are halved, or refuse where runs have begun that were not judged so; leaving it out is no matter."""
+        """Record how settings are halved. Refused if runs have begun that were judged differently; leaving it out is allowed."""
         old, begun = self.about.get("halving"), [name for name in runs if name in self.runs]
         if halving is None or not begun:
             self.about["halving"] = None if halving is None else {**halving.to_json(), "runs": list(runs), "judged": []}
@@ -166,11 +162,9 @@ class State:
             if not changed and old["judged"] and set(old["runs"]) != set(runs):
                 changed = "runs were added or left out after a rung was judged"
         if changed:
-            raise CheckpointError(
-                where,
-                f"halving has changed since {len(begun)} of the runs were begun: {changed}",
-                "undo the change, choose another output, or leave halving out to have every run trained to its end",
-            )
+            what = f"halving has changed since {len(begun)} of the runs were begun: {changed}"
+            how = "undo the change, choose another output, or leave halving out to have every run trained to its end"
+            raise CheckpointError(where, what, how)
         self.about["halving"] = now
 
 
@@ -196,9 +190,7 @@ def judge_run(run: SweepRun, record: Mapping[str, Any] | None, inputs: Inputs, h
 
 
 def _refusal(run: SweepRun, why: str) -> CheckpointError:
-    return run.refusal(
-        why, f"undo the change, choose another output, or move {run.folder} away to have it trained anew"
-    )
+    return run.refusal(why, f"undo the change, choose another output, or move {run.folder} away to retrain it")
 
 
 # ---- Running a sweep: its runs one after another in this process, or n at a time in others, each skipped, resumed or trained ----
@@ -294,11 +286,8 @@ class SweepConductor:
         named = (model.path, model.tokenizer, model.adapter, config.reference.path, json.dumps(rewards))
         with run.naming():
             if config.train.gradient_checkpointing == "auto":
-                raise ConfigError(
-                    "train.gradient_checkpointing",
-                    "auto decides for each run by itself, and runs of a sweep are compared",
-                    "set layers or off for all of them",
-                )
+                what = "auto decides for each run by itself, and runs of a sweep are compared"
+                raise ConfigError("train.gradient_checkpointing", what, "set layers or off for all of them")
             check_models(config)
             for reward in rewards:
                 check_reward(reward)
@@ -423,7 +412,7 @@ class SweepConductor:
             ConfigError, DataError, ModelError, RewardError: the user can fix it. CheckpointError: a run is done with other inputs, or
             the folder is in use. Interrupted: a signal; the same command continues.
         """
-        with locked(self.sweep.output):
+        with RunLock(self.sweep.output):
             self.state = State.read(self.sweep.output)
             if self.sweep.search is not None:
                 self.state.same_search(self.sweep.search, self.sweep.source)
@@ -587,7 +576,7 @@ class SweepConductor:
         record.pop("job", None)
         seconds = round(record["seconds"] + made["seconds"], 2)
         self._trained.append(made["seconds"])
-        if made["state"] == "paused":  # its figures are no result: they stand at their rung
+        if made["state"] == "paused":  # its figures are not a result: they stand at their rung
             rungs = {**record["rungs"], str(self.rung): {"step": made["steps"], "metrics": made["metrics"]}}
             made = {"state": "paused", "steps": made["steps"], "rungs": rungs}
         self.state.runs[run.name] = {**record, **made, "seconds": seconds}
@@ -621,11 +610,8 @@ class SweepConductor:
         for metric, place in wanted:
             if metrics is not None and metric not in metrics:
                 there = sorted(m for m in metrics if m.startswith("eval/") and not m.endswith("/ci"))
-                raise ConfigError(
-                    place,
-                    f"metric is {metric}, which run {run.name} does not have",
-                    did_you_mean(metric, there) + " (what is trained is kept; fix it and run the command again)",
-                )
+                how = did_you_mean(metric, there) + " (what is trained is kept; fix it and run the command again)"
+                raise ConfigError(place, f"metric is {metric}, which run {run.name} does not have", how)
 
     def _number(self, run: SweepRun) -> str:
         at = next(i for i, r in enumerate(self.runs, 1) if r.name == run.name)

@@ -152,11 +152,8 @@ class Workers:
             raise run.named(error_of(made))
         if made is None and not self.stopping.is_set():
             code = worker.process.wait()
-            raise CheckpointError(
-                f"run {run.name}",
-                f"its process died ({f'signal {-code}' if code < 0 else f'exit code {code}'})",
-                "the same command continues; fewer --jobs take less memory",
-            )
+            what = f"its process died ({f'signal {-code}' if code < 0 else f'exit code {code}'})"
+            raise CheckpointError(f"run {run.name}", what, "the same command continues; fewer --jobs take less memory")
 
     def _stop(self, but: Worker | None = None) -> None:
         """Let every run write a checkpoint and end."""

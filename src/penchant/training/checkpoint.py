@@ -199,18 +199,16 @@ def find_checkpoint(folder: Path, step: str) -> Path | None:
     if step == "0" or (step == "last" and last is None):
         return None
     if last is None:
-        raise CheckpointError(
-            str(folder), f"there is no checkpoint, so no step {step}", "give last or 0, or train first"
-        )
+        what = f"there is no checkpoint, so no step {step}"
+        raise CheckpointError(str(folder), what, "give last or 0, or train first")
     if step == "last":
         return last
     there = [p.name for p in checkpoints(folder)]
     if step == "best":
         best = checkpoint_state(last).get("best_step")
         if best is None:
-            raise CheckpointError(
-                str(folder), "this run did not look for its best step", f"give last, 0 or a step: {', '.join(there)}"
-            )
+            how = f"give last, 0 or a step: {', '.join(there)}"
+            raise CheckpointError(str(folder), "this run did not look for its best step", how)
         step = str(best)
     path = folder / CHECKPOINTS / f"step-{step}"
     if path.name not in there:
@@ -242,9 +240,8 @@ def load_checkpoint(
             return _read_shards(path / SHARDS if (path / SHARDS).is_dir() else path, masters or {}), state
         return load_file(path / "state.safetensors"), state
     except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(
-            str(path), f"cannot be read ({error})", f"delete {path} to go on from an older checkpoint"
-        ) from error
+        how = f"delete {path} to go on from an older checkpoint"
+        raise CheckpointError(str(path), f"cannot be read ({error})", how) from error
 
 
 def _read_shards(folder: Path, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -124,8 +124,6 @@ class Loop:
         found: torch.device = place_of(self.model)
         return found
 
-    # ---------------------------------------------------------------------------------------------------------------
-
     def run(self) -> RunState:
         """Train to the end, from the last checkpoint if there is one.
 
@@ -153,7 +151,13 @@ class Loop:
                 if (step + 1) % self.logging.every == 0 or step + 1 == total:
                     metrics.write(line)
                 seconds = time.perf_counter() - started
-                speed = _speed(step + 1, seconds, tokens, trees, self.device)
+                speed: Metrics = {
+                    "step": step + 1,
+                    "seconds": seconds,
+                    "tokens_per_second": tokens / seconds,
+                    "trees_per_second": trees / seconds,
+                    "peak_memory_gb": peak_memory(self.device) / 2**30,
+                }
                 perf.write(speed)
                 self.console.step(step + 1, total, {**line, **speed, "rows": trees})
                 self._tell("on_step", step + 1, line)
@@ -204,7 +208,7 @@ class Loop:
             raise CheckpointError(
                 str(self.folder),
                 f"is at step {self.state.step} already, beyond step {self.pause_at}, at which it was to pause",
-                "let it come to its end, or move the folder away to have it trained anew",
+                "let it finish, or move the folder away to retrain it",
             )
         self._pause(total)
 
@@ -499,8 +503,6 @@ class Loop:
             )
         )
 
-    # ---------------------------------------------------------------------------------------------------------------
-
     def _evaluate(self, metrics: MetricsLog, schedule: BatchSchedule) -> None:
         assert self.evaluate is not None
         self.model.eval()
@@ -643,16 +645,6 @@ def _due(every: int | str | None, step: int, schedule: BatchSchedule) -> bool:
     if every is None:
         return False
     return schedule.ends_epoch(step) if every == "epoch" else step % int(every) == 0
-
-
-def _speed(step: int, seconds: float, tokens: int, trees: int, device: torch.device) -> Metrics:
-    return {
-        "step": step,
-        "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
-        "trees_per_second": trees / seconds,
-        "peak_memory_gb": peak_memory(device) / 2**30,
-    }
 
 
 @contextmanager
