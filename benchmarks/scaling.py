@@ -4,6 +4,7 @@
     python benchmarks/scaling.py --model FOLDER --steps 5        # a folder that prepare_smollm2.py made
     python benchmarks/scaling.py --kernels                       # also one process with the fast kernels, which several cannot have
     python benchmarks/scaling.py --beside                        # also as many runs of one process each at the same time
+    python benchmarks/scaling.py --sending                       # only what it costs two processes to send a layer
 
 Efficiency is ``T_1 / (n T_n)`` of the median step after the first one, both on transformers' own layers; memory is the highest
 resident size of a process (VmHWM), loading included. Wanted for two: an efficiency of 0.85, and 0.65 of one process's memory in each.
@@ -18,6 +19,7 @@ import itertools
 import json
 import os
 import re
+import socket
 import statistics
 import subprocess
 import sys
@@ -25,6 +27,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from harness import DATA, HERE, model_folder
 
@@ -121,6 +124,38 @@ def one_run(
     return found
 
 
+def sending(rank: int, port: int) -> None:
+    """What one of two processes does for `--sending`: a row through a layer of the model and back, again and again."""
+    import torch
+    from torch import nn
+
+    from penchant.distributed import shard
+    from penchant.distributed.world import join
+
+    class Layer(nn.ModuleList):
+        def forward(self) -> torch.Tensor:
+            return torch.stack([part(torch.ones(1, part.in_features)).sum() for part in self]).sum()
+
+    torch.set_num_threads(1)
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ.update(meeting)
+    sizes = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)]
+    with join(60.0) as world:
+        for how in ("gloo's sockets", "shared memory"):
+            model = nn.Module()
+            model.layers = nn.ModuleList([Layer(nn.Linear(*size, bias=False) for size in sizes)])
+            through = shard.Exchange if "memory" in how else argparse.Namespace(of=lambda _: None)
+            with mock.patch.object(shard, "Exchange", through):
+                root = shard.Sharding(world, torch.device("cpu"), torch.float32)(model, model)
+            times = []
+            for _ in range(30):
+                began = time.process_time()
+                root(model.layers[0]).backward()
+                times.append(time.process_time() - began)
+            if world.leads:
+                print(f"a layer, forward and backward, by {how}: {1e3 * statistics.median(times):.1f} ms of CPU time")
+
+
 def main() -> None:
     """Print a line for each run, then the two figures and whether they are what is wanted."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -134,9 +169,18 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--checkpointing", choices=["off", "layers"], default="off")
     parser.add_argument("--beside", action="store_true", help="also runs of one process each, as many at the same time")
+    parser.add_argument("--sending", action="store_true", help="only the cost of sending a layer")
     parser.add_argument("--kernels", action="store_true", help="also one process with the fast kernels")
     parser.add_argument("--limit", type=float, default=1200.0, help="seconds that a run may take")
     args = parser.parse_args()
+    if args.sending:
+        from torch.multiprocessing import spawn
+
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        spawn(sending, (port,), nprocs=2)
+        return
     if len(os.sched_getaffinity(0)) < args.processes:
         raise SystemExit(f"{args.processes} processes want as many cores")
     model = model_folder(args.model)
