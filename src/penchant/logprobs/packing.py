@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from penchant.data.packing import pack
 from penchant.errors import ConfigError, ModelError
 from penchant.logprobs import Packing, Scorer
 from penchant.models.folder import first_line
-from penchant.models.load import backbone_of, base_model_of, carries_state, quiet, without_cache
+from penchant.models.load import backbone_of, base_model_of, carries_state, quiet, widened, without_cache
 from penchant.models.tree_attention import CALLS, Call, packed_attention, restore_attention, select_attention
 from penchant.models.tree_kernels import HALF
 from penchant.types import TokenTree
@@ -73,6 +74,8 @@ def choose_packing(
     scorer = Scorer(model, kernels=kernels, **found._asdict())
     if scorer.fast and not _fast_is_right(scorer):
         scorer = replace(scorer, kernels="off", _fast=None)
+    if not scorer.fast:
+        _check_precision(scorer)
     if found.packing == "shared":
         reason = "a prompt is computed once for all its answers"
     elif by_config != "padded":
@@ -93,7 +96,7 @@ def choose_pictured(model: Any, processor: Any) -> tuple[Scorer, str]:
     from penchant.logprobs.pictures import PicturedScorer
 
     tree, away = _probe_tree(model), 0.0
-    with _in_fp32(model), quiet(model):
+    with widened(model), quiet(model):
         own, allowed = _own(model, tree, False)
         for own_head in (False, True):
             scorer = PicturedScorer(model, "padded", own_attention=True, own_head=own_head, processor=processor)
@@ -123,7 +126,7 @@ def _first_right(
     base, tree = base_model_of(model), _probe_tree(model)
     headless = base.get_output_embeddings() is None
     wrong = ""
-    with _in_fp32(model), _short_windows(model), quiet(model):
+    with widened(model), _short_windows(model), quiet(model):
         restore_attention(base)
         own, allowed = _own(model, tree, headless)
         for way in _ways(candidates, attentions, headless):
@@ -201,6 +204,21 @@ def _fast_is_right(scorer: Scorer) -> bool:
     with quiet(model):
         slow, fast = (_probe(s, tree, headless) for s in (replace(scorer, kernels="off", _fast=None), scorer))
     return _away(fast, slow) <= (5e-2 if next(model.parameters()).dtype == torch.bfloat16 else MOST)
+
+
+def _check_precision(scorer: Scorer) -> None:
+    """The model runs in the precision that its weights are in; above it was in fp32."""
+    model = scorer.model
+    if all(p.dtype not in HALF for p in model.parameters()):
+        return
+    try:
+        with quiet(model):
+            _probe(scorer, _probe_tree(model), base_model_of(model).get_output_embeddings() is None)
+    except RuntimeError as error:
+        if not re.search("dtype|scalar type", str(error)):
+            raise
+        what = f"{base_model_of(model).config.model_type} does not run in 16 bits here ({first_line(error)})"
+        raise ConfigError("model.dtype", what, "set model.dtype=fp32") from error
 
 
 # ---- Which attention, by what the model hands to it; its kernels are then run against the groups' in the model's own precision ----
@@ -286,19 +304,6 @@ def _triton() -> bool:
     from torch.utils._triton import has_triton
 
     return bool(has_triton()) and any(shutil.which(name) for name in ("cc", "gcc", "clang"))
-
-
-@contextmanager
-def _in_fp32(model: nn.Module) -> Iterator[None]:
-    """A model's bf16 (fp16) parameters in fp32 for a while; there and back loses nothing."""
-    low = [(p, p.dtype) for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
-    for p, _ in low:
-        p.data = p.data.float()
-    try:
-        yield
-    finally:
-        for p, dtype in low:
-            p.data = p.data.to(dtype)
 
 
 @contextmanager
