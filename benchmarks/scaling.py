@@ -3,10 +3,13 @@
     python benchmarks/scaling.py                                 # one process, two processes: three steps of 8 pairs each
     python benchmarks/scaling.py --model FOLDER --steps 5        # a folder that prepare_smollm2.py made
     python benchmarks/scaling.py --kernels                       # also one process with the fast kernels, which several cannot have
+    python benchmarks/scaling.py --beside                        # also as many runs of one process each at the same time
+    python benchmarks/scaling.py --sending                       # only what it costs two processes to send a layer
 
 Efficiency is ``T_1 / (n T_n)`` of the median step after the first one, both on transformers' own layers; memory is the highest
 resident size of a process (VmHWM), loading included. Wanted for two: an efficiency of 0.85, and 0.65 of one process's memory in each.
-The machine must be quiet and have a core for each process. One step's rows are the same whoever takes it.
+The machine must be quiet and have a core for each process. One step's rows are the same whoever takes it. Runs beside each other send
+nothing, so what they lose (``T_1 / T``) the cores take from each other: memory, caches and clock.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import itertools
 import json
 import os
 import re
+import socket
 import statistics
 import subprocess
 import sys
@@ -23,6 +27,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from harness import DATA, HERE, model_folder
 
@@ -43,6 +48,7 @@ def config(model: Path, folder: Path, args: argparse.Namespace, name: str, kerne
             "max_steps": args.steps,
             "threads": 1,
             "lr": 1e-6,
+            "gradient_checkpointing": args.checkpointing,
         },
         "evaluation": {"kl_prompts": 0, "samples": 0},
         "checkpoint": {"every": None, "keep_last": 1, "keep_best": False},
@@ -53,15 +59,19 @@ def config(model: Path, folder: Path, args: argparse.Namespace, name: str, kerne
     return path
 
 
-def measured(command: list[str], seconds: float) -> dict[int, int]:
-    """By process (0 alone, or by rank): the highest resident bytes that it was seen with.
+def begun(command: list[str]) -> subprocess.Popen[bytes]:
+    """A run that has begun."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PENCHANT_")}
+    environment |= {"PYTHONPATH": str(HERE.parent / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+
+
+def measured(running: subprocess.Popen[bytes], seconds: float) -> dict[int, int]:
+    """By process (-1 alone, or by rank): the highest resident bytes that it was seen with.
 
     Raises:
         SystemExit: the run failed.
     """
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PENCHANT_")}
-    environment |= {"PYTHONPATH": str(HERE.parent / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    running = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     highest: dict[int, int] = {}
     ends = time.monotonic() + seconds
     while running.poll() is None and time.monotonic() < ends:
@@ -70,9 +80,9 @@ def measured(command: list[str], seconds: float) -> dict[int, int]:
         time.sleep(0.2)
     if running.poll() is None:
         running.kill()
-        raise SystemExit(f"took longer than {seconds:g} s: {' '.join(command)}")
+        raise SystemExit(f"took longer than {seconds:g} s: {running.args!r}")
     if running.returncode:
-        raise SystemExit(f"ended with {running.returncode}: {' '.join(command)}")
+        raise SystemExit(f"ended with {running.returncode}: {running.args!r}")
     return highest
 
 
@@ -93,23 +103,57 @@ def residents(launcher: int) -> list[tuple[int, int]]:
     return found
 
 
-def one_run(model: Path, folder: Path, args: argparse.Namespace, processes: int, kernels: str) -> dict[str, Any]:
-    """Seconds of the median step after the first, and each process's memory."""
-    name = f"{processes}-{kernels}"
-    path = config(model, folder, args, name, kernels)
+def one_run(
+    model: Path, folder: Path, args: argparse.Namespace, processes: int, kernels: str, beside: int = 1
+) -> dict[str, Any]:
+    """Seconds of the median step after the first, and each process's memory; `beside`: of so many runs at the same time."""
+    names = [f"{processes}-{kernels}-{beside}-{i}" for i in range(beside)]
     more = ["--processes", str(processes)] if processes > 1 else []
-    highest = measured([sys.executable, "-m", "penchant", "train", str(path), "--quiet", *more], args.limit)
-    steps = [json.loads(line)["seconds"] for line in (folder / name / "perf.jsonl").read_text().splitlines()]
-    ranks = [size for rank, size in sorted(highest.items()) if (rank >= 0) == (processes > 1)]
-    found = {
-        "processes": processes,
-        "kernels": kernels,
-        "seconds": statistics.median(steps[1:] or steps),
-        "memory": ranks,
-    }
+    paths = [config(model, folder, args, name, kernels) for name in names]
+    runs = [begun([sys.executable, "-m", "penchant", "train", str(path), "--quiet", *more]) for path in paths]
+    highest = [measured(run, args.limit) for run in runs]
+    ranks = [size for run in highest for rank, size in sorted(run.items()) if (rank >= 0) == (processes > 1)]
+    steps = []
+    for name in names:
+        lines = [json.loads(line)["seconds"] for line in (folder / name / "perf.jsonl").read_text().splitlines()]
+        steps.append(statistics.median(lines[1:] or lines))
+    found = {"seconds": statistics.mean(steps), "memory": ranks}
     sizes = ", ".join(f"{size / 2**30:.2f} GB" for size in ranks)
-    print(f"{processes} process(es), kernels {kernels}: {found['seconds']:.2f} s a step, {sizes}", flush=True)
+    what = f"{beside} runs beside each other" if beside > 1 else f"{processes} process(es)"
+    print(f"{what}, kernels {kernels}: {found['seconds']:.2f} s a step, {sizes}", flush=True)
     return found
+
+
+def sending(rank: int, port: int) -> None:
+    """What one of two processes does for `--sending`: a row through a layer of the model and back, again and again."""
+    import torch
+    from torch import nn
+
+    from penchant.distributed import shard
+    from penchant.distributed.world import join
+
+    class Layer(nn.ModuleList):
+        def forward(self) -> torch.Tensor:
+            return torch.stack([part(torch.ones(1, part.in_features)).sum() for part in self]).sum()
+
+    torch.set_num_threads(1)
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ.update(meeting)
+    sizes = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)]
+    with join(60.0) as world:
+        for how in ("gloo's sockets", "shared memory"):
+            model = nn.Module()
+            model.layers = nn.ModuleList([Layer(nn.Linear(*size, bias=False) for size in sizes)])
+            through = shard.Exchange if "memory" in how else argparse.Namespace(of=lambda _: None)
+            with mock.patch.object(shard, "Exchange", through):
+                root = shard.Sharding(world, torch.device("cpu"), torch.float32)(model, model)
+            times = []
+            for _ in range(30):
+                began = time.process_time()
+                root(model.layers[0]).backward()
+                times.append(time.process_time() - began)
+            if world.leads:
+                print(f"a layer, forward and backward, by {how}: {1e3 * statistics.median(times):.1f} ms of CPU time")
 
 
 def main() -> None:
@@ -123,9 +167,20 @@ def main() -> None:
     parser.add_argument("--tokens-per-step", type=int, default=512)
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--checkpointing", choices=["off", "layers"], default="off")
+    parser.add_argument("--beside", action="store_true", help="also runs of one process each, as many at the same time")
+    parser.add_argument("--sending", action="store_true", help="only the cost of sending a layer")
     parser.add_argument("--kernels", action="store_true", help="also one process with the fast kernels")
     parser.add_argument("--limit", type=float, default=1200.0, help="seconds that a run may take")
     args = parser.parse_args()
+    if args.sending:
+        from torch.multiprocessing import spawn
+
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        spawn(sending, (port,), nprocs=2)
+        return
     if len(os.sched_getaffinity(0)) < args.processes:
         raise SystemExit(f"{args.processes} processes want as many cores")
     model = model_folder(args.model)
@@ -136,6 +191,7 @@ def main() -> None:
         alone = one_run(model, folder, args, 1, "off")
         several = one_run(model, folder, args, args.processes, "off")
         fast = one_run(model, folder, args, 1, "auto") if args.kernels else None
+        apart = one_run(model, folder, args, 1, "off", beside=args.processes) if args.beside else None
     efficiency = alone["seconds"] / (args.processes * several["seconds"])
     share = max(several["memory"]) / alone["memory"][0]
     for name, value, good in (
@@ -143,6 +199,8 @@ def main() -> None:
         ("memory", share, share <= WANTED["memory"]),
     ):
         print(f"{name}: {value:.2f} (wanted: {WANTED[name]}){'' if good else '  NOT REACHED'}")
+    if apart is not None:
+        print(f"of runs beside each other: {alone['seconds'] / apart['seconds']:.2f}")
     if fast is not None:
         print(f"against one process with the fast kernels: {fast['seconds'] / several['seconds']:.2f} times its speed")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,6 +33,13 @@ def tiny_tokenizer(*, chat: bool = False, bos: bool = True, eos: bool = True, pa
             "{% if add_generation_prompt %}<s>assistant: {% endif %}"
         )
     return fast
+
+
+def page_code(name: str) -> str:
+    """The first Python file that a page of the docs shows."""
+    found = re.search(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs" / name).read_text(), re.S)
+    assert found is not None
+    return found[1]
 
 
 MADE: dict[Any, tuple[dict[str, bytes], Any]] = {}  # the files of a tiny model, and torch's random state after it

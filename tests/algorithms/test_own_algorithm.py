@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tiny import polite_rows, tiny_model_folder, write_jsonl
+from tiny import page_code, polite_rows, tiny_model_folder, write_jsonl
 
 from penchant import api
 from penchant.algorithms import ALGORITHMS
@@ -20,14 +20,6 @@ from penchant.cli import main
 from penchant.errors import CheckpointError, ConfigError
 from penchant.runs.state import changes, inputs_of
 from penchant.training.loop import Interrupted, Loop
-
-PAGE = Path(__file__).parents[2] / "docs/own_algorithms.md"
-
-
-def page_example() -> str:
-    found = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.S)
-    assert found is not None
-    return found[1]
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +29,7 @@ def _known_metrics() -> None:
 
 @pytest.fixture
 def config(tmp_path: Path) -> dict[str, Any]:
-    (tmp_path / "my_algorithms.py").write_text(page_example())
+    (tmp_path / "my_algorithms.py").write_text(page_code("own_algorithms.md"))
     return {
         "model": {"path": tiny_model_folder(tmp_path / "model"), "dtype": "fp32"},
         "data": {

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny import polite_rows, tiny_model_folder, write_jsonl
+from tiny import page_code, polite_rows, tiny_model_folder, write_jsonl
 
 from penchant import api
 from penchant.cli import main
@@ -37,13 +37,6 @@ def mine(logps, *, beta=0.1, power=2.0):
     return pair_output(losses, beta * chosen, beta * rejected)
 '''
 )
-
-
-def page_example() -> str:
-    page = (Path(__file__).parents[2] / "docs/own_losses.md").read_text()
-    found = re.search(r"```python\n(.*?)```", page, re.S)
-    assert found is not None
-    return found[1]
 
 
 @pytest.fixture
@@ -126,9 +119,9 @@ def test_it_is_mixed_with_another(config: dict[str, Any], tmp_path: Path) -> Non
 def test_the_example_of_the_page(
     config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "my_losses.py").write_text(page_example())
+    (tmp_path / "my_losses.py").write_text(page_code("own_losses.md"))
     config["loss"] = {"name": "my_losses.py:capped_dpo", "beta": 0.2}
-    exec(page_example(), {"__name__": "my_losses"})  # as a program that imports it
+    exec(page_code("own_losses.md"), {"__name__": "my_losses"})  # as a program that imports it
     registered = LOSSES.pop("capped_dpo")
     monkeypatch.setitem(LOSSES, "capped_dpo", registered)
     assert api.train(written(config, tmp_path), quiet=True).before["eval/loss"] == pytest.approx(0.6931, abs=1e-4)
