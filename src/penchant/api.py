@@ -300,7 +300,7 @@ def compare(*runs: str | Path, quiet: bool = False, **asked: Any) -> RunComparis
 
     Args:
         runs: run folders; those that differ in nothing but `train.seed` are one setting with several seeds.
-        reward: any reward; None: only what the models find likely is compared. also: other rewards, whose figures stand beside its own.
+        reward: any reward; None: only what the models find likely is compared. also: other rewards, whose figures go beside its own.
         judge: who decides between two answers: ``path.py:function``, or `JudgeOptions` with an endpoint, or its address and
             ``judge_model=`` ...; against: a run, in place of the common start.
         prompts, samples, max_new_tokens, seed: how many prompts (or rows, of which all are taken), completions of each, tokens of one, and the seed of the draws.

@@ -25,7 +25,7 @@ from penchant.errors import ConfigError, DataError
 from penchant.losses import LOSSES
 from penchant.report import page
 from penchant.report.data import read_report
-from penchant.types import PairLogps
+from penchant.types import PairLogps, Scored
 
 ROOT = Path(__file__).parents[2]
 LOSS = """
@@ -119,7 +119,11 @@ def test_its_layout_is_detected_and_read(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 def test_its_algorithm_trains_by_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(ALGORITHMS, "chosen_only", recipe("Add an algorithm", ALGORITHM)["ChosenOnly"])
+    made = recipe("Add an algorithm", ALGORITHM)
+    logps, pair = torch.tensor([-2.0, -6.0]), torch.tensor([0, 0])
+    scored = Scored(tree=pair, slot=torch.tensor([0, 1]), lengths=torch.tensor([4, 4]), policy_logps=logps)
+    assert made["ChosenOnlyStep"](None, 0.25).loss(scored).losses.tolist() == [0.75 * 2 + 0.25 * 6]
+    monkeypatch.setitem(ALGORITHMS, "chosen_only", made["ChosenOnly"])
     config = {
         "model": {"path": tiny_model_folder(tmp_path / "model"), "dtype": "fp32"},
         "data": {
@@ -135,7 +139,7 @@ def test_its_algorithm_trains_by_its_name(monkeypatch: pytest.MonkeyPatch, tmp_p
     api.train(config, quiet=True)
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     losses = [m["loss"] for m in lines if m["kind"] == "train"]
-    assert len(losses) == 4 and losses[-1] < losses[0] - 1
+    assert len(losses) == 4 and 0 < losses[-1] < losses[0] - 1
     with pytest.raises(ConfigError, match="label_smoothing"):
         api.train({**config, "algorithm": {"name": "chosen_only", "label_smoothing": 1.0}}, quiet=True)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import sys
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -11,6 +14,16 @@ import pytest
 from tiny import tiny_model_folder, write_jsonl
 
 RECIPES = Path(__file__).parents[2] / "recipes"
+SCRIPTS = sorted([*RECIPES.glob("*.py"), *RECIPES.parent.glob("benchmarks/*.py"), *RECIPES.parent.glob("tools/*.py")])
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_what_a_script_imports_of_penchant_exists(script: Path) -> None:
+    for node in ast.walk(ast.parse(script.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "penchant":
+            module = import_module(str(node.module))
+            for name in (alias.name for alias in node.names):
+                assert hasattr(module, name) or find_spec(f"{node.module}.{name}"), f"{node.module} has no {name}"
 
 
 @pytest.fixture

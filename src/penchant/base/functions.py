@@ -18,7 +18,7 @@ from typing import Any, Literal, NoReturn
 from penchant.base.files import file_sha256
 from penchant.errors import ConfigError
 
-GIVEN: dict[str, Any] = {}  # by path.py:name: objects that this process was given, in place of what stands in the file
+GIVEN: dict[str, Any] = {}  # by path.py:name: objects that this process was given, in place of what is in the file
 
 
 def python_function(name: str, where: str = "reward", takes: Sequence[str] = ("prompts", "completions")) -> Any:

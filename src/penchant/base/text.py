@@ -26,7 +26,7 @@ def printable(text: str, keep: str = "") -> str:
 def _escape(c: str) -> str:
     if c < "\x7f":
         return c.encode("unicode_escape").decode("ascii")
-    return json.dumps(c)[1:-1] if c != "\x7f" else "\\u007f"  # these may stand in JSON, whose escape it is then
+    return json.dumps(c)[1:-1] if c != "\x7f" else "\\u007f"  # these may appear in JSON, whose escape it is then
 
 
 def for_terminal(text: str) -> str:

@@ -62,7 +62,7 @@ NAMED = 4  # settings that the default folder is named after
 
 @dataclass(frozen=True, slots=True)
 class RunComparison:
-    """A comparison's figures as they stand in `comparison.json` in `folder`, and how they are read out."""
+    """A comparison's figures as written in `comparison.json` in `folder`, and how they are read out."""
 
     folder: Path
     figures: dict[str, Any]

@@ -91,7 +91,7 @@ class Judgement:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in comparison.json."""
+        """As written in comparison.json."""
         position = {} if self.first_position is None else self.first_position.named("first_position")
         return {
             "name": self.name,

@@ -375,7 +375,7 @@ def _check_context(model: Any, name: str, longest: int, place: str) -> None:
 
 
 def figures_of(compared: Compared) -> dict[str, Any]:
-    """A comparison as it stands in comparison.json."""
+    """A comparison as written in comparison.json."""
     judged = compared.judgement
     return {
         "models": compared.models,

@@ -46,7 +46,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def load_config_with_places(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, Places]:
-    """The same, and where each key that was set stands: ``{key path: "file:line" or "command line"}``."""
+    """The same, and where each key that was set is: ``{key path: "file:line" or "command line"}``."""
     values, places = read_mapping(path, "a config is a mapping with model, data and output; see recipes/")
     places = sources_named(values, places)
     places = apply_overrides(values, places, overrides)
@@ -63,7 +63,7 @@ def build(values: dict[str, Any], places: Places, source: str) -> RunConfig:
     """A validated config.
 
     Args:
-        places: ``{key path: "file:line"}`` for messages; source: where a key stands that has no place of its own.
+        places: ``{key path: "file:line"}`` for messages; source: where a key is that has no place of its own.
     """
     places = sources_named(values, places)
     check_values(values, places, source)

@@ -159,7 +159,7 @@ def _description(path: tuple[str, ...]) -> str:
 
 
 def _unquoted(text: str) -> str | None:
-    """A number or a boolean that stands in quotes, without them."""
+    """A number or a boolean that is in quotes, without them."""
     try:
         value, _ = parse_yaml(text, "")
     except ConfigError:

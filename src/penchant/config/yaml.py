@@ -20,7 +20,7 @@ from penchant.base.text import closest, closest_file, one_line, short
 from penchant.errors import ConfigError
 from penchant.losses.section import LossModifiers
 
-Places = dict[tuple[str, ...], str]  # where a key stands: "file:line"
+Places = dict[tuple[str, ...], str]  # where a key is: "file:line"
 BY_NAME = ("loss", "algorithm")  # sections that may be written as a name alone
 TAG = "tag:yaml.org,2002:"
 
@@ -86,7 +86,7 @@ def _root(text: str) -> tuple[Any, yaml.Node | None]:
 
 
 def parse_yaml(text: str, source: str) -> tuple[Any, Places]:
-    """What a YAML text holds, and where each of its keys stands."""
+    """What a YAML text holds, and where each of its keys is."""
     try:
         loader, node = _root(text)
         places: Places = {}
@@ -137,7 +137,7 @@ def _data_file(path: Path) -> ConfigError:
 
 
 def read_mapping(path: str | Path, shape: str) -> tuple[dict[str, Any], Places]:
-    """The mapping that a YAML file holds, and where each of its keys stands: ``{key path: "file:line"}``.
+    """The mapping that a YAML file holds, and where each of its keys is: ``{key path: "file:line"}``.
 
     Args:
         shape: what such a file must look like, for a message.
@@ -238,7 +238,7 @@ def apply_overrides(values: dict[str, Any], places: Places, overrides: Sequence[
 
 
 def sources_named(values: dict[str, Any], places: Places) -> Places:
-    """A list as data is its sources: in place; and where they stand."""
+    """A list as data is its sources: in place; and where they are."""
     if not isinstance(values.get("data"), list):
         return places
     values["data"] = {"sources": values["data"]}
@@ -249,7 +249,7 @@ def set_key(values: dict[str, Any], places: Places, path: tuple[str, ...], value
     """Set one key in `values`, in place; sections that are not there are made.
 
     Args:
-        where: where the value stands, for messages.
+        where: where the value is, for messages.
 
     Returns:
         `places` with the key at `where`.

@@ -119,7 +119,7 @@ def add_some(counts: Counter[str], more: Mapping[str, int], most: int) -> None:
 IDENTICAL = '"chosen" equals "rejected"'
 
 
-Quarantined = BadRow  # also of a row that can be read and was kept aside: where it stands, what is wrong, how to fix it
+Quarantined = BadRow  # also of a row that can be read and was kept aside: where it is, what is wrong, how to fix it
 
 
 @dataclass(frozen=True, slots=True)

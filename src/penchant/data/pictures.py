@@ -31,7 +31,7 @@ _HOW = 'give paths, data URIs, {"path": ...} or {"bytes": ...}'
 
 
 def mark_of(picture: Picture) -> str:
-    """What stands in a prompt's text for a picture."""
+    """What a prompt's text has in place of a picture."""
     return f"<image:{picture.sha256[:16]}>"
 
 
@@ -96,7 +96,7 @@ class Pictures:
         return value
 
     def _parts(self, parts: Sequence[Any], what: str, bare: Any, found: dict[str, Picture]) -> Any:
-        """The text of a content that is a list of parts, a picture's mark where it stands; as it is where there is none."""
+        """The text of a content that is a list of parts, a picture's mark where it is; as it is where there is none."""
         kinds = [p.get("type") if isinstance(p, Mapping) else None for p in parts]
         if not {"image", "image_url"} & set(kinds):
             return parts
@@ -185,7 +185,7 @@ class Taken:
     found: Mapping[str, Picture]
 
     def placed(self, trees: Sequence[PromptTree]) -> tuple[PromptTree, ...]:
-        """The row's trees with their pictures. Those that no text has a place for stand in front of the first thing that a user says.
+        """The row's trees with their pictures. Those that no text has a place for precede the first thing that a user says.
 
         Raises:
             RowError: a picture within or behind an answer, or one without a place beside others that have one.

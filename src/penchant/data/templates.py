@@ -336,7 +336,7 @@ def with_answer(turns: Sequence[Message], answer: Message) -> list[Message]:
     """The turns with an answer to them: a turn more, or a longer last one.
 
     Raises:
-        RowError: the answer goes on with a turn and has reasoning, which would stand in front of it.
+        RowError: the answer goes on with a turn and has reasoning, which would precede it.
     """
     if not continues(turns):
         return [*turns, answer]
@@ -437,7 +437,7 @@ def conversation(
 ) -> Rendered | None:
     """Conversations of which several answers are learned, each written once by the tokenizer's chat template.
 
-    What the model would write of it is what stands in the template's ``{% generation %}`` tags, where it has them for every answer; else what
+    What the model would write of it is what is in the template's ``{% generation %}`` tags, where it has them for every answer; else what
     the conversation up to an answer has more than the prompt for that answer. The end of a turn belongs to it.
 
     Args:
@@ -579,7 +579,7 @@ def end_ids(tokenizer: Any, model: Any = None) -> frozenset[int]:
 def _template_ends(tokenizer: Any, special: Mapping[int, str]) -> set[int]:
     """The special token with which the chat template ends an answer, and the one with which it ends a turn that calls tools.
 
-    Of several behind each other it is the last one that also stands behind an answer that others follow: some templates end the
+    Of several behind each other it is the last one that also follows an answer that others follow: some templates end the
     answer and then the turn, others write a last token only at the end of all.
     """
     if not uses_chat("auto", tokenizer):

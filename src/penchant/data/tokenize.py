@@ -345,7 +345,7 @@ class CausalTokenization(Tokenization):
     """Prompts and completions for a language model.
 
     A completion's ids are those that the tokenizer gives it behind its prompt; where a token would span the boundary, it is
-    split there, and prompt + completion must decode to the text. BOS stands once, at the start, where the tokenizer uses one;
+    split there, and prompt + completion must decode to the text. BOS is there once, at the start, where the tokenizer uses one;
     EOS once, at the end, unless the completion ends with another of `end_ids`. A row longer than `max_length` (prompt + longest
     completion) loses the start of its prompt first, down to half of `max_length`, then the ends of its completions; plain
     documents are split into chunks.
@@ -421,7 +421,7 @@ class CausalTokenization(Tokenization):
         return rendered._replace(completions=tuple(ended_once(c, self.end_texts) for c in rendered.completions))
 
     def encode(self, rendered: Sequence[Rendered | RowError]) -> list[Encoded | RowError]:
-        """Every part of a conversation is encoded behind what stands before it, so that no token spans the end of what is trained."""
+        """Every part of a conversation is encoded behind what comes before it, so that no token spans the end of what is trained."""
         parts = [_parts(r) if isinstance(r, Rendered) else [r] for r in rendered]
         found = iter(encode_in_context(self.tokenizer, [p for of_row in parts for p in of_row], strict=self.strict))
         return [_joined(r, [next(found) for _ in of_row]) for r, of_row in zip(rendered, parts, strict=True)]
@@ -481,7 +481,7 @@ class CausalTokenization(Tokenization):
 
 
 def _parts(rendered: Rendered) -> list[Rendered]:
-    """A conversation's parts, each as the answer to what stands before it; of that only the end, but for the first."""
+    """A conversation's parts, each as the answer to what comes before it; of that only the end, but for the first."""
     parts: list[Rendered] = []
     for turns in rendered.turns:
         before = rendered.prompt

@@ -22,7 +22,7 @@ SUFFIXES = ("/ci", COUNT)
 
 
 def record(evaluated: Evaluated) -> dict[str, Any]:
-    """An evaluation as it stands in files: time, step, what was asked, figures, how many rows each is over, notes."""
+    """An evaluation as written in files: time, step, what was asked, figures, how many rows each is over, notes."""
     found = evaluated.metrics
     metrics = {k: v for k, v in found.items() if k not in NO_FIGURE and not k.endswith(COUNT)}
     return {

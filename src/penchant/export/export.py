@@ -148,7 +148,7 @@ class ExportResult:
 
 
 def export_run(request: ExportRequest, say: Callable[[str], None] = lambda _: None) -> ExportResult:
-    """Write a run's model in the form asked for; it stands at its name only once it was read back and compared.
+    """Write a run's model in the form asked for; it gets its name only once it was read back and compared.
 
     With a push, a finished and untouched export of the same is not made again: it is pushed as it stands.
 

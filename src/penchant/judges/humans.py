@@ -64,7 +64,7 @@ class Judgement:
         return None if self.verdict not in ("a", "b") else "left" if self.verdict == self.left else "right"
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in the file."""
+        """As written in the file."""
         return {
             "id": self.id,
             "pair": self.pair,

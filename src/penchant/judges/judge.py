@@ -76,7 +76,7 @@ class PairJudge(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What its verdicts depend on, as it stands in comparison.json; never a key."""
+        """What its verdicts depend on, as written in comparison.json; never a key."""
         ...
 
 

@@ -90,7 +90,7 @@ class Pair:
         return self.p_prompts if self.p_seeds is None else max(self.p_prompts, self.p_seeds)
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in comparison.json."""
+        """As written in comparison.json."""
         intervals = {"difference": self.difference, "win_rate": self.win_rate, "equal_length": self.equal_length}
         return {
             "name": self.name,

@@ -428,7 +428,7 @@ def _text_part(config: Any) -> dict[str, Any]:
     text = text_config(config)
     if text is config:
         return {}
-    weights = {r"^(model\.)?language_model\.lm_head": "lm_head"}  # where they stand, by age of the folder
+    weights = {r"^(model\.)?language_model\.lm_head": "lm_head"}  # where they are, by age of the folder
     weights[r"^(model\.)?(language|text)_model\.(?!lm_head)(model\.)?"] = "model."
     return {"config": text, "key_mapping": weights}
 

@@ -233,7 +233,7 @@ def merge_to_folder(
 ) -> Path:
     """The merged model as a folder that `transformers` loads; made once, and again when base, adapter or folder has changed.
 
-    It is read back, and its logits compared with the unmerged model's, before it stands at its name.
+    It is read back, and its logits compared with the unmerged model's, before it gets its name.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 

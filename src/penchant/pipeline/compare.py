@@ -41,7 +41,7 @@ FolderOf = Callable[[Ref], Path]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A comparison's figures as they stand in its file; `done`: whether it was made now rather than read."""
+    """A comparison's figures as written in its file; `done`: whether it was made now rather than read."""
 
     figures: Mapping[str, Any]
     heading: str

@@ -69,7 +69,7 @@ def _check(stage: Stage, planned: Planned) -> None:
 def move_aside(pipeline: Pipeline, names: Sequence[str], state: State) -> list[str]:
     """Rename stages' folders to ``NAME.1`` (the first number that is free for all of them) and forget their records.
 
-    Paths into a moved folder that stand in a moved run's own config follow it, so that `penchant eval` of an old run looks at the
+    Paths into a moved folder that are in a moved run's own config follow it, so that `penchant eval` of an old run looks at the
     old models.
 
     Returns:
@@ -169,7 +169,7 @@ class Conductor:
 
     @cached_property
     def data(self) -> dict[str, Run]:
-        """A run of every stage whose data is read; its references still stand as written, so it cannot be trained."""
+        """A run of every stage whose data is read; its references are still as written, so it cannot be trained."""
         found = {}
         for stage in self.pipeline.stages.values():
             with stage.naming():

@@ -79,7 +79,7 @@ def make_plan(config: RunConfig, places: Places, *, with_probe: bool = True, gpu
     """Plan a run; nothing is trained that stays, and nothing is written to its folder or cache.
 
     Args:
-        places: where each key of the config stands; with_probe: also take a few steps in a copy, to tell the time.
+        places: where each key of the config is; with_probe: also take a few steps in a copy, to tell the time.
         gpus: numbers of processes, each on a GPU: for each of them, memory is counted instead, and nothing is probed.
 
     Raises:

@@ -36,7 +36,7 @@ GAINS = (  # what may stand on the upright axis, the first that is there: name, 
     ("rewards/accuracies", "preference accuracy", True),
 )
 COMPARED = (("reward", "reward", False), ("preference_accuracy", "held-out preference accuracy", True))
-LABELLED = 14  # points up to which names stand beside them; beyond, letters only
+LABELLED = 14  # points up to which names go beside them; beyond, letters only
 Pair = tuple[float, float] | None
 
 

@@ -136,7 +136,7 @@ def said(text: Any, tag: str = "bdi", **attributes: str | float | bool | None) -
 
 
 def json_html(value: Any) -> str:
-    """JSON that can stand inside a ``<script type="application/json">``: nothing in it can end the element."""
+    """JSON that can appear inside a ``<script type="application/json">``: nothing in it can end the element."""
     text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 

@@ -90,7 +90,7 @@ def _of_rows(data: ReportData, rows: Sequence[object]) -> Shelf:
 
 
 def of_runs(data: ReportData) -> Shelf:
-    """Samples of all runs, those of one prompt on one card; the start's answer stands once where all runs started alike."""
+    """Samples of all runs, those of one prompt on one card; the start's answer is there once where all runs started alike."""
     names, keys = [START], [""]
     alone = len(data.runs) == 1
     by_prompt: dict[tuple[str, int], list[Answer]] = {}

@@ -424,7 +424,7 @@ def _tags(lines: Sequence[Line], across: Axis, up: Axis) -> list[Element]:
 
 
 def _sides(tagged: Sequence[tuple[float, float, Line]]) -> list[list[tuple[float, float, Line]]]:
-    """Tags that stand beside each other: lines that end at about the same place."""
+    """Tags that go beside each other: lines that end at about the same place."""
     found: list[list[tuple[float, float, Line]]] = []
     for item in sorted(tagged, key=lambda t: t[1]):
         if found and item[1] - found[-1][-1][1] < LABEL_GAP:

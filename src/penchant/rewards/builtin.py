@@ -39,7 +39,7 @@ def accuracy(
 ) -> list[float | None]:
     """1 where a completion's answer is the one of the row's `answer` (or `solution`) column, by math-verify, else 0.
 
-    None of a row without an answer that can be read. Of GSM8K's answers only what stands behind ``####`` counts.
+    None of a row without an answer that can be read. Of GSM8K's answers only what follows ``####`` counts.
 
     Raises:
         ConfigError: the rows have no such column, or the extra is not installed.

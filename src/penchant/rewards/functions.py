@@ -90,7 +90,7 @@ class Asked:
     """The completions that a step's rewards are of, one entry for each.
 
     Args:
-        prompts, texts: without special tokens; rows: the data's, where they are known; sources: where those stand.
+        prompts, texts: without special tokens; rows: the data's, where they are known; sources: where those are.
         ids: token ids; columns: of the data, each a list; trees: the rollouts; step: of the run.
     """
 

@@ -121,7 +121,7 @@ def whole_weights_of(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def write_weights(model: Any, folder: Path) -> None:
-    """`whole_weights_of` as a model folder; what stands there is replaced."""
+    """`whole_weights_of` as a model folder; what is there is replaced."""
     from safetensors.torch import save_file
 
     aside = folder.with_name(folder.name + ".writing")

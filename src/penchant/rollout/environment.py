@@ -232,7 +232,7 @@ class Stage:
         e.going = True
 
     def _behind(self, e: Episode, answer: Sequence[Message], end: int | None) -> list[int]:
-        """The environment's turns as they stand behind the policy's tokens, up to where it answers."""
+        """The environment's turns as they follow the policy's tokens, up to where it answers."""
         if self.chat:
             before = e.turns[: -len(answer) - 1]
             template = ChatTemplate(self.tokenizer, self.template_options)

@@ -54,7 +54,7 @@ def span(interval: tuple[float, float] | None, form: str) -> str:
 
 
 def interval_of(row: Any, key: str) -> tuple[float, float] | None:
-    """The interval ``KEY/ci`` of a metrics line as it stands there, or None."""
+    """The interval ``KEY/ci`` of a metrics line as it is there, or None."""
     value = row.get(f"{key}/ci") if isinstance(row, Mapping) else None
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         return None

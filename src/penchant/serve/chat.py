@@ -26,7 +26,7 @@ WIDE = 90  # cells from which two columns fit side by side
 
 
 def safe(text: str) -> str:
-    """Text of others as it may stand in a terminal: its lines are kept, everything that a terminal acts on is written out."""
+    """Text of others as it may appear in a terminal: its lines are kept, everything that a terminal acts on is written out."""
     return "\n".join(clean(line, len(line)) for line in text.split("\n"))
 
 

@@ -284,7 +284,7 @@ def _same_site(headers: Headers) -> bool:
 
 
 def can_be_linked(name: str) -> bool:
-    """Whether a file's name is text: one of other bytes can stand in no address."""
+    """Whether a file's name is text: other bytes cannot appear in an address."""
     return not any("\ud800" <= c <= "\udfff" for c in name)
 
 

@@ -1,4 +1,4 @@
-"""A run that is started, stopped and gone on with from the browser: a form made of the config's schema, its YAML, and the process."""
+"""A run that is started, stopped and continued from the browser: a form made of the config's schema, its YAML, and the process."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _named(key: Key, names: Sequence[str]) -> Key:
 
 
 def first_keys() -> list[Key]:
-    """The keys that stand on top."""
+    """The keys that come first."""
     known = {key.path: key for part in form_parts() for key in part.keys}
     about = "learns from its own completions and a reward, in the place of a loss"
     known["algorithm.name"] = Key("algorithm.name", " or ".join(ALGORITHMS), "none", about, tuple(ALGORITHMS))
@@ -99,7 +99,7 @@ def first_keys() -> list[Key]:
 
 
 def values_of(fields: Sequence[tuple[str, str]]) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
-    """(Settings, where they stand) of the form's fields: those that are named after a key and not empty, then further lines.
+    """(Settings, where they are) of the form's fields: those that are named after a key and not empty, then further lines.
 
     Raises:
         ConfigError: a value is no YAML, or a line no setting.

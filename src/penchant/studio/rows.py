@@ -267,7 +267,7 @@ class File:
                     break
             end = end or not file.read(1)
         rows: list[Row | BadRow] = []
-        for at, line in kept:  # each by itself: what stands in one line must not change how another is read
+        for at, line in kept:  # each by itself: what is in one line must not change how another is read
             source = Source(io.BytesIO(line), self.name, self.bounds)
             if at in too_long:
                 found = source.too_long(f"{self.name}:{at}", "the line")
@@ -416,7 +416,7 @@ MOST_COMPARED = 1_000_000  # pairs of words: beyond it, comparing takes seconds
 
 
 def differences(a: str, b: str) -> tuple[Words, Words]:
-    """Two texts word by word, each with what stands in it alone; all of both where they are too long to compare."""
+    """Two texts word by word, each with what is in it alone; all of both where they are too long to compare."""
     one, other = (re.findall(r"\s+|\w+|[^\w\s]", said) for said in (a, b))
     if len(one) * len(other) > MOST_COMPARED:
         return [("", a)], [("", b)]

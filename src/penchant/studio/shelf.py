@@ -305,7 +305,7 @@ def thinned(values: Sequence[Any]) -> Sequence[Any]:
 
 
 def facts_of(view: RunView, path: str) -> dict[str, Any]:
-    """What a run's page says beside its curves, as it changes; inert, as it may stand in a page."""
+    """What a run's page says beside its curves, as it changes; inert, as it may appear in a page."""
     line = line_of(view, path)
     speed, left = view.speed, view.left if view.state in OPEN_STATES else None
     return {

@@ -152,7 +152,7 @@ WITHIN = "figures on such rows are optimistic: drop near-duplicates before the s
 
 
 class Leakage:
-    """Prompts that stand in more than one split, the same or nearly the same."""
+    """Prompts that are in more than one split, the same or nearly the same."""
 
     def __init__(self, names: Sequence[str], advice: str = LEAKING) -> None:
         self.names, self.advice = list(names), advice
@@ -213,7 +213,7 @@ def audit(
     Args:
         dataset: as loaded; rows that were kept aside count too.
         tokenized: adds truncation and token lengths.
-        splits: by name; adds prompts that stand in more than one. path: of the data; adds the layout that was found, and why.
+        splits: by name; adds prompts that are in more than one. path: of the data; adds the layout that was found, and why.
         languages: whether to guess them; counters: further accumulators (see `counters`). workers: processes that count stored rows.
     """
     columns = dataset.columns
@@ -326,7 +326,7 @@ def audit_files(
     """The same of files, read once: no row is kept, memory grows by less than 300 bytes a row.
 
     Args:
-        splits: files by the name of their split; with several, prompts that stand in more than one are counted.
+        splits: files by the name of their split; with several, prompts that are in more than one are counted.
         workers: processes that count shards of the files; None: one a core. The findings are those of one process, which it is
             where the files are small, cannot be cut, or there are `counters`.
         how: they are read; `limit` is of each split.

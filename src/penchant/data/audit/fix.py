@@ -137,7 +137,7 @@ def fix(
     """Write a cleaned copy of `source` to `output`, and ``OUTPUT.touched.jsonl``; `source` is read twice.
 
     Args:
-        drop: names of `RULES`; redact: ``pii``, ``secrets``: values are masked wherever they stand in a row that stays.
+        drop: names of `RULES`; redact: ``pii``, ``secrets``: values are masked wherever they are in a row that stays.
         against: files whose prompts must not stand in the copy (rule ``leakage``).
         shape, columns: as for `load_preferences`; the copy keeps the columns' own names. overwrite: whether `output` may be there already.
         edits: by a row's place: what a person made of it; no rule looks at such a row.

@@ -123,7 +123,7 @@ def _stepwise(row: Mapping[str, Any]) -> bool:
 
 
 def detect(rows: Iterable[Mapping[str, Any]]) -> Detection:
-    """The layout that most of the rows have, by their columns and what stands in them; nothing is converted."""
+    """The layout that most of the rows have, by their columns and what is in them; nothing is converted."""
     votes: Counter[str] = Counter()
     fits: Counter[str] = Counter()
     for row in rows:

@@ -185,7 +185,7 @@ def _opened(text: str) -> Any:
 
 
 def no_written_messages(row: Mapping[str, Any]) -> None:
-    """Refuses messages that stand in a cell as text and could not be read.
+    """Refuses messages that are in a cell as text and could not be read.
 
     Raises:
         RowError: there are some.
@@ -436,7 +436,7 @@ def asked(question: str) -> tuple[Message, ...]:
 
 
 def continued(row: Mapping[str, Any], before: tuple[Message, ...]) -> tuple[Message, ...]:
-    """All turns before an answer: those that stand in front of it in its own column, and those of the prompt that do not.
+    """All turns before an answer: those in front of it in its own column, and those of the prompt that are not there.
 
     Raises:
         RowError: the prompt and the turns before the answer are of different conversations.

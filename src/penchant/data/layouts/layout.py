@@ -77,7 +77,7 @@ class _Watched(dict[str, Any]):
         return super().get(name, default)
 
 
-Turn = tuple[str, str, _Watched]  # where it stands, who speaks, and what was read of it
+Turn = tuple[str, str, _Watched]  # where it is, who speaks, and what was read of it
 
 
 def _watched(value: Any, place: str, turns: list[Turn]) -> Any:

@@ -87,7 +87,7 @@ def binarized(row: Fields, options: Fields) -> PromptTree:
 
 
 def helpsteer_prompt(text: str) -> tuple[Message, ...]:
-    """A HelpSteer prompt: later turns stand behind <extra_id_1>Assistant and <extra_id_1>User lines."""
+    """A HelpSteer prompt: later turns follow <extra_id_1>Assistant and <extra_id_1>User lines."""
     parts = _SPLIT.split(text)
     names = ["User", *parts[1::2]]
     turns = tuple(

@@ -50,7 +50,7 @@ BOUNDS: ContextVar[Bounds | None] = ContextVar("bounds", default=None)  # where 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row and where it stands (``train.jsonl:118``)."""
+    """One row and where it is (``train.jsonl:118``)."""
 
     where: str
     values: Mapping[str, Any]
@@ -87,7 +87,7 @@ class Shard:
 
 
 class Source:
-    """What stands in a file, unpacked, block by block.
+    """What is in a file, unpacked, block by block.
 
     Args:
         shard: lines of it alone; nothing is looked at then.

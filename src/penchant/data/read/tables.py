@@ -148,7 +148,7 @@ def read_parquet(stream: BinaryIO, name: str, bounds: Bounds, shard: Shard | Non
             raise DataError(name, what, bounds.how("unpacked", "check what it holds"))
         unpacked = 0
         for batch in file.iter_batches(batch_size=BATCH, row_groups=groups, use_threads=False):
-            unpacked += batch.nbytes  # what stands once in a dictionary comes out as often as rows name it
+            unpacked += batch.nbytes  # what is there once in a dictionary comes out as often as rows name it
             if unpacked > max(SMALL, bounds.unpacked * size):
                 what = f"unpacks to more than {bounds.unpacked:g} times its size ({size:,} bytes)"
                 raise DataError(f"{name}: row {number + 1}", what, bounds.how("unpacked", "check what it holds"))

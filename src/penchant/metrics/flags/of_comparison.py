@@ -84,7 +84,7 @@ def _from_figures(figures: Mapping[str, Any]) -> tuple[Interval, Interval] | Non
 
 
 def _from_rows(view: ComparisonView, name: str) -> tuple[Interval, Interval] | None:
-    """Each completion against the first model's of the same row, by the reward that stands in the rows."""
+    """Each completion against the first model's of the same row, by the reward that is in the rows."""
     wins, mine, theirs, prompts = [], [], [], []
     for row in view.rows:
         completions = row.get("completions") or {}

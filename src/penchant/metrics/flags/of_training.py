@@ -302,7 +302,7 @@ DIVERGES = (
 
 @dataclass(frozen=True, slots=True)
 class _Watched:
-    """A figure that stands in training and evaluation lines; `sign` makes lower better."""
+    """A figure that is in training and evaluation lines; `sign` makes lower better."""
 
     name: str
     label: str

@@ -59,7 +59,7 @@ class Flag:
         return Flag(**{**values, "evidence": evidence})
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in files."""
+        """As written in files."""
         return asdict(self) | {
             "evidence": [{"label": e.label, "values": list(e.values), "steps": list(e.steps)} for e in self.evidence]
         }
@@ -280,7 +280,7 @@ def since(points: Sequence[Point], limit: float) -> int:
 
 
 def evidence(label: str, points: Sequence[Point]) -> Evidence:
-    """Points as they stand in a flag."""
+    """Points as written in a flag."""
     return Evidence(label, tuple(p.value for p in points), tuple(p.step for p in points))
 
 

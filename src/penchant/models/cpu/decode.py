@@ -1,6 +1,6 @@
 """Decoding of Llama-type models on the CPU: weights packed once a call, caches that are written in place, prompts shared.
 
-Each prompt's keys and values stand once for all its samples. Rows come and go between steps, so that a step's matrix products
+Each prompt's keys and values are kept once for all its samples. Rows come and go between steps, so that a step's matrix products
 never hold a finished row; what moves is one row of the caches, never the caches. An adapter is merged into the packed copy.
 """
 
