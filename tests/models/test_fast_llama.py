@@ -17,7 +17,7 @@ from penchant.data.packing import pack
 from penchant.logprobs import Scorer
 from penchant.models.cpu import attention as fast_attention
 from penchant.models.cpu import head as fast_head
-from penchant.models.cpu import layers
+from penchant.models.cpu import layers, ops
 from penchant.models.cpu.head import fast_token_logps
 from penchant.models.cpu.layers import FastForward, fast_forward
 from penchant.models.cpu.ops import rms_norm, rms_norm_backward, rotary, rotary_backward, swiglu, swiglu_backward
@@ -316,6 +316,27 @@ def test_head_is_exact_where_the_probability_underflows() -> None:
     assert logps.tolist() == [0.0, -800.0]
 
 
+@pytest.mark.parametrize("wide", [True, False], ids=["oneDNN", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_products_of_views(dtype: torch.dtype, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_has_wide_onednn", lambda: wide)
+    torch.manual_seed(0)
+    whole = torch.randn(40, 60).to(dtype)
+    a, b = whole[:7, 3:20], whole[20:37, 10:33]  # rows and columns of something larger
+    bias, x = whole[39, :23], whole[8:15, 20:43]
+
+    def near(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+        return torch.allclose(found.double(), wanted, atol=20 * torch.finfo(dtype).eps)
+
+    product = a.double() @ b.double()
+    assert near(ops.mm(a, b), product) and near(ops.mm(a, b, bias), product + bias.double())
+    assert near(ops.mm(a.t(), x), a.double().t() @ x.double()) and near(ops.mm(x, b.t()), x.double() @ b.double().t())
+    assert near(ops.addmm(x, a, b), x.double() + product)
+    total = x.clone()
+    assert ops.addmm_(total, a, b) is total and near(total, x.double() + product)
+    assert ops.mm(a[:0], b).shape == (0, 23) and ops.mm(a[:, :0], b[:0]).abs().max() == 0
+
+
 def test_pieces_have_the_right_gradients() -> None:
     torch.manual_seed(1)
     x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
@@ -450,12 +471,12 @@ def test_dropout_is_pefts_with_the_same_inputs_dropped(checkpointing: bool, monk
     model = adapted("qwen3", lora_dropout=0.4).train()
     batch = replace(pack(trees()), seed=5)
     g = weights_for(batch)
-    dropped: dict[int, dict[str, torch.Tensor]] = {}
+    kept: dict[int, dict[str, torch.Tensor]] = {}
     forward = layers._layer_forward
 
     def watched(x: torch.Tensor, row: Any, layer: Any, *rest: Any, **more: Any) -> Any:
         z, saved = forward(x, row, layer, *rest, **more)
-        dropped[layer.number] = saved.dropped
+        kept[layer.number] = saved.kept
         return z, saved
 
     monkeypatch.setattr(layers, "_layer_forward", watched)
@@ -464,15 +485,17 @@ def test_dropout_is_pefts_with_the_same_inputs_dropped(checkpointing: bool, monk
     model.get_base_model().model.gradient_checkpointing = checkpointing
     got = fast.logps(batch).tokens
     found = gradients_of(model, got, g)
-    every = torch.cat([d.flatten() for of_layer in dropped.values() for d in of_layer.values()])
-    assert 0.35 < every.double().mean() < 0.45
-    assert not torch.equal(dropped[0]["q"], dropped[1]["q"]) and not torch.equal(dropped[0]["q"], dropped[0]["k"])
+    every = torch.cat([k.flatten() for of_layer in kept.values() for k in of_layer.values()])
+    assert every.unique().tolist() == [-1, 0] and 0.35 < (every == 0).double().mean() < 0.45
+    assert not torch.equal(kept[0]["q"], kept[1]["q"]) and not torch.equal(kept[0]["q"], kept[0]["o"])
 
     model.get_base_model().model.gradient_checkpointing = False
     for number, layer in enumerate(model.get_base_model().model.layers):
-        for role in ("q", "k", "v", "o", "gate", "up", "down"):
-            part = layer.self_attn if role in "qkvo" else layer.mlp
-            part.get_submodule(f"{role}_proj").lora_dropout["default"] = Dropped(dropped[number][role], 0.4)
+        for first, roles in {"q": "qkv", "o": "o", "gate": ("gate", "up"), "down": ("down",)}.items():
+            for role in roles:  # those that share an input drop the same of it
+                part = layer.self_attn if role in "qkvo" else layer.mlp
+                dropout = Dropped(kept[number][first] == 0, 0.4)
+                part.get_submodule(f"{role}_proj").lora_dropout["default"] = dropout
     expected = Scorer(model).logps(batch).tokens
     wanted = gradients_of(model, expected, g)
     assert close(got, expected, 1e-6)  # transformers' norms go through fp32

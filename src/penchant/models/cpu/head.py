@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from penchant.base.lanes import turn
+from penchant.models.cpu.ops import addmm_, mm
 
 _KEEP_BYTES = 512 << 20  # the largest D that is kept
 _MATMUL_ROWS = 512  # rows per head matmul where D is not kept
@@ -70,15 +71,16 @@ class _TokenLogps(torch.autograd.Function):
         rows, vocab = hidden.shape[0], weight.shape[0]
         wants_grad = any(ctx.needs_input_grad)
         keep = wants_grad and rows * vocab * hidden.element_size() <= _KEEP_BYTES
-        kept = hidden.new_empty(rows, vocab) if keep else None
+        kept: Tensor | None = None
         logps = []
         wide = torch.promote_types(hidden.dtype, torch.float32)
         collision = torch.empty(rows if alignment else 0, dtype=wide, device=hidden.device)
-        for i in range(0, rows, _MATMUL_ROWS):
-            part = slice(i, i + _MATMUL_ROWS)
-            d = kept[part] if kept is not None else hidden.new_empty(hidden[part].shape[0], vocab)
-            torch.mm(hidden[part], weight.t(), out=d)
+        step = rows if keep else _MATMUL_ROWS
+        for i in range(0, rows, step):
+            part = slice(i, i + step)
+            d = mm(hidden[part], weight.t())
             logps.append(_softmax_rows(d, targets[part], d if keep else None, collision[part] if alignment else None))
+            kept = d if keep else None
             del d  # before the next rows get theirs
         if wants_grad:
             ctx.save_for_backward(hidden, targets)
@@ -99,7 +101,7 @@ class _TokenLogps(torch.autograd.Function):
             part = slice(i, i + step)
             d = ctx.kept if ctx.kept is not None else _recomputed(hidden[part], weight, targets[part])
             if grad_hidden is not None:
-                torch.mul(torch.mm(d, weight), g[part], out=grad_hidden[part])
+                torch.mul(mm(d, weight), g[part], out=grad_hidden[part])
             if want_weight:
                 last = i + step >= hidden.shape[0]
                 grad_weight = _add_weight_grad(weight, d, scaled[part], grad_weight, last)
@@ -113,7 +115,7 @@ def _rows_at_once(weight: Tensor) -> int:
 
 
 def _recomputed(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    d = torch.mm(hidden, weight.t())
+    d = mm(hidden, weight.t())
     _softmax_rows(d, targets, d)
     return d
 
@@ -124,7 +126,7 @@ def _add_weight_grad(weight: Tensor, d: Tensor, scaled: Tensor, total: Tensor | 
     for i in range(0, weight.shape[0], VOCAB_TILE):
         tile = slice(i, i + VOCAB_TILE)
         of_tile = d[:, tile].t()
-        rounded = torch.mm(of_tile, scaled) if main is not None and main.dtype != d.dtype else None
+        rounded = mm(of_tile, scaled) if main is not None and main.dtype != d.dtype else None
         with turn((id(weight), i), last=last) as turns:
             if rounded is not None:
                 main[tile].add_(rounded)
@@ -137,5 +139,5 @@ def _add_weight_grad(weight: Tensor, d: Tensor, scaled: Tensor, total: Tensor | 
                 to = weight.grad
             else:
                 to = total = torch.zeros_like(weight) if total is None else total
-            to[tile].addmm_(of_tile, scaled)
+            addmm_(to[tile], of_tile, scaled)
     return total

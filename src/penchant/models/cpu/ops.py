@@ -5,6 +5,8 @@ Half-precision inputs are worked on in fp32 inside a tile; fp32 and fp64 as they
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,13 +43,13 @@ def store_product(param: Tensor, d_out: Tensor, inputs: Tensor) -> Tensor | None
     """`store_grad` of ``d_out^T inputs``; the product itself adds where types allow it."""
     main = getattr(param, "main_grad", None)
     if d_out.dtype != (param if main is None else main).dtype:
-        return store_grad(param, torch.mm(d_out.t(), inputs))
+        return store_grad(param, mm(d_out.t(), inputs))
     with turn(id(param)) as turns:
         total = param.grad if main is None and turns is not None else main
         if total is not None:
-            total.addmm_(d_out.t(), inputs)
+            addmm_(total, d_out.t(), inputs)
             return None
-        grad = torch.mm(d_out.t(), inputs)
+        grad = mm(d_out.t(), inputs)
         if turns is None:
             return grad
         param.grad = grad
@@ -96,6 +98,41 @@ class _Rows:
             total.index_add_(0, ids, grad.to(total.dtype))
 
 
+def mm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``a b + bias`` of two matrices."""
+    if _by_onednn(a):
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
+        return out
+    return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+
+
+def addmm(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``x + a b``."""
+    return mm(a, b).add_(x) if _by_onednn(a) else torch.addmm(x, a, b)
+
+
+def addmm_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The same in place of `total`."""
+    return total.add_(mm(a, b)) if _by_onednn(a) else total.addmm_(a, b)
+
+
+def _by_onednn(a: Tensor) -> bool:
+    return a.dtype == torch.float32 and a.device.type == "cpu" and a.numel() > 0 and _has_wide_onednn()
+
+
+@lru_cache
+def _has_wide_onednn() -> bool:
+    """Whether fp32 products are oneDNN's: where a processor has AVX-512. MKL multiplies with AVX2 there if it is AMD's, at half the speed."""
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return False
+    a, b, bias = torch.arange(15.0).view(3, 5), torch.arange(20.0).view(4, 5), torch.arange(4.0)
+    try:
+        out = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+    return torch.equal(out, torch.addmm(bias, a, b.t()))
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """``x r w`` with ``r = (mean(x^2) + eps)^(-1/2)`` over the last dimension.
 
@@ -132,6 +169,26 @@ def rms_norm_backward(
             out.add_(residual[rows])
         dx[rows] = out
     return dx.view(shape), dw
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def kept_bits(like: Tensor, dropout: float, draws: torch.Generator | None) -> Tensor:
+    """What dropout leaves of a tensor: int8 of its shape, 0 with this probability (in steps of 1/65536), otherwise all bits set.
+
+    torch's own draws one number at a time on a processor that is not Intel's: ten times as long.
+    """
+    numbers = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
+    numbers.random_(-(2**63), None, generator=draws)
+    kept = numbers.view(torch.int16)[: like.numel()] >= round(dropout * 65536) - 32768
+    return kept.view(torch.int8).neg_().view(like.shape)
+
+
+def masked(x: Tensor, kept: Tensor) -> Tensor:
+    """`x` where `kept_bits` left it, otherwise 0."""
+    bits = _BITS[x.element_size()]
+    return (x.view(bits) & kept.to(bits)).view(x.dtype)
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> None:
