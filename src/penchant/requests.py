@@ -45,9 +45,8 @@ def request_of(kind: type[T], asked: Mapping[str, Any], command: str) -> T:
             raise ConfigError(command, f"unknown option {name!r}", did_you_mean(name, names))
     for name, value in asked.items():
         if type(value) in MOST and not abs(value) <= MOST[type(value)]:
-            raise ConfigError(
-                f"--{name.replace('_', '-')}", "is beyond every range", f"give at most {MOST[type(value)]:g}"
-            )
+            what, how = "is beyond every range", f"give at most {MOST[type(value)]:g}"
+            raise ConfigError(f"--{name.replace('_', '-')}", what, how)
     made = {f.name: _plain(asked[f.name], f.default == ()) for f in fields(kind) if f.name in asked}  # type: ignore[arg-type]
     return kind(**made)
 
@@ -139,11 +138,10 @@ class EvalRequest:
         needs = {"--reward": self.reward, "--also": self.also, "--samples-output": self.samples_output}
         idle = next((flag for flag, value in needs.items() if value), None)
         if self.generate is None and idle is not None:
-            raise ConfigError(idle, "is about what the model writes, and it writes nothing", "add --generate 100")
+            raise ConfigError(idle, "is about what the model writes, and nothing is generated", "add --generate 100")
         if self.temperature == 0 and self.samples > 1:
-            raise ConfigError(
-                "--samples", "greedy completions of one prompt are all alike", "give --temperature 1, or one sample"
-            )
+            what = "greedy completions of one prompt are all alike"
+            raise ConfigError("--samples", what, "give --temperature 1, or one sample")
         if self.text_alone and self.rows_output is not None:
             raise ConfigError("--rows-output", "is about answers, and there are none", "add --data FILE")
         files = {"--output": self.output, "--samples-output": self.samples_output, "--rows-output": self.rows_output}
@@ -346,8 +344,13 @@ class FixRequest:
     shape: str = option("layout of the rows (default: detected from the columns)", "auto")
     columns: Mapping[str, str] = option("", {})
     overwrite: bool = option("overwrite OUT", False)
+    workers: int | str | None = option(
+        "processes that look at parts of a large file, or ray: those of a cluster (default: one a core)",
+        metavar="N",
+        read=workers_in,
+    )
     edits: str | None = option(
-        "what a person made of single rows in penchant studio: a file of .studio/edits in its folder", metavar="FILE"
+        "edits of rows made in penchant studio: a file of .studio/edits in its folder", metavar="FILE"
     )
 
 

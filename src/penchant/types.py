@@ -13,8 +13,7 @@ if TYPE_CHECKING:  # torch and numpy cost half a second to import; `penchant --h
     import torch
     from torch import Tensor
 
-# --------------------------------------------------------------------------------------------------------------------
-# text
+# ---- text ----
 
 
 class Picture(NamedTuple):
@@ -96,8 +95,7 @@ class PromptTree:
     images: tuple[Picture, ...] = ()
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# tokens
+# ---- tokens ----
 
 
 class PicturedPrompt(NamedTuple):
@@ -217,8 +215,7 @@ class PackedBatch:
         return PackedBatch(**changed, columns={name: change(v) for name, v in self.columns.items()})
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# losses
+# ---- losses ----
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,7 +107,7 @@ def test_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_bucket_of_many_is_not_compared_pair_by_pair() -> None:
     keys = np.zeros(20_000, np.uint64)  # all in one bucket, all different
     sketch = np.random.default_rng(0).integers(0, 256, (20_000, near.SLOTS), dtype=np.uint8)
-    rounds = list(near._candidates(keys, sketch, near._slots_needed(0.8)))
+    rounds = list(near._candidates(keys, sketch, np.arange(20_000), 0.8 * near.SLOTS))
     assert len(rounds) == near.ROUNDS and sum(len(a) for a, _ in rounds) == 0
 
 
@@ -115,7 +115,7 @@ def test_two_groups_in_one_bucket_are_both_found() -> None:
     sketch = np.zeros((6, near.SLOTS), np.uint8)
     sketch[[1, 3, 5]] = 1
     parent = np.arange(6)
-    for a, b in near._candidates(np.zeros(6, np.uint64), sketch, near._slots_needed(0.8)):
+    for a, b in near._candidates(np.zeros(6, np.uint64), sketch, np.arange(6), 0.8 * near.SLOTS):
         parent = near._unite(parent, a, b)
     assert parent.tolist() == [0, 1, 0, 1, 0, 1]
 

@@ -75,7 +75,7 @@ def test_in_processes_of_their_own(tmp_path: Path) -> None:
 @given(
     rows=st.lists(
         st.sampled_from([r for r in of_kind("pairs") if r["prompt"] and r["rejected"]]), min_size=1, max_size=40
-    ),
+    ).filter(lambda rows: any(r["chosen"] for r in rows)),
     cuts=st.data(),
 )
 def test_counters_merge_to_what_one_pass_gives(rows: list[Row], cuts: st.DataObject) -> None:

@@ -155,7 +155,7 @@ def test_rows_that_make_an_example_together_are_shown_together(tmp_path: Path) -
 def test_rows_of_no_layout_are_shown_as_they_are(tmp_path: Path) -> None:
     file = File(write(tmp_path / "a.jsonl", [{"x": 1, "y": [2]}]))
     (item,) = file.page(1).items
-    assert "no known shape" in file.problem and item.values == {"x": 1, "y": [2]} and not item.trees
+    assert "no known layout" in file.problem and item.values == {"x": 1, "y": [2]} and not item.trees
 
 
 def test_a_quarantine_is_shown_with_its_reasons(tmp_path: Path) -> None:

@@ -75,14 +75,12 @@ class GKDConfig(SamplingConfig):
         if parts.config.data.weight is not None:
             raise ConfigError("data.weight", "is set, and gkd does not weigh rows", "leave it out")
         if path is None:
-            raise ConfigError(
-                "teacher.path", "is missing: gkd has no teacher", "give a model with the student's tokenizer"
-            )
+            how = "give a model with the student's tokenizer"
+            raise ConfigError("teacher.path", "is missing: gkd has no teacher", how)
         if not same_tokens(parts.tokenizer, load_tokenizer(path), template=False):
             what = f"{path} has another tokenizer than {parts.config.model.path}, so their distributions cannot be compared"
-            raise ConfigError(
-                "teacher.path", what, "take a teacher of the same family, or train on its answers (loss.name=sft)"
-            )
+            how = "take a teacher of the same family, or train on its answers (loss.name=sft)"
+            raise ConfigError("teacher.path", what, how)
         SamplingConfig.check(self, parts)
 
     def build(self, parts: Parts) -> GKD:

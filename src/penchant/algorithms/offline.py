@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from penchant.algorithms.method import EvaluationContext, Method, Parts, Signal
 from penchant.base.lazy import Tensor, lazy, torch
+from penchant.base.machine import place_of
 from penchant.data.packing import passes_over
 from penchant.errors import ConfigError
 from penchant.losses.helpers import Metrics, reward_metrics, side_metrics
@@ -161,11 +162,8 @@ class Offline(Algorithm):
             if "reference" in c.spec.needs and self.reference is None:
                 raise ConfigError("loss.name", f"{c.spec.name} needs a reference model", "set reference.kind")
         if "divergence" in self.needs and not isinstance(self.reference, references.LiveReference):
-            raise ConfigError(
-                "reference.kind",
-                "an exact divergence needs the reference's whole distribution, which a cache does not hold",
-                "set reference.kind=frozen (or adapter, with LoRA)",
-            )
+            what = "an exact divergence needs the reference's whole distribution, which a cache does not hold"
+            raise ConfigError("reference.kind", what, "set reference.kind=frozen (or adapter, with LoRA)")
         self._now = [c.at(0.0) for c in self.components]
 
     @property
@@ -198,7 +196,7 @@ class Offline(Algorithm):
             size = batch.lengths if self.average_log_prob else 1
             return live.logps(batch) / size, reference.logps(batch) / size
 
-        shared, device = self.scorer.shared, next(self.scorer.model.parameters()).device
+        shared, device = self.scorer.shared, place_of(self.scorer.model)
         passes = passes_over(both, trees, self.tokens_per_step, shared=shared, device=device, lanes=self.side_by_side)
         order, made = zip(*passes, strict=True)
         policy, ref = map(torch.cat, zip(*made, strict=True))
@@ -293,7 +291,8 @@ class Offline(Algorithm):
 
     def _view(self, spec: LossSpec, scored: Scored) -> PairLogps | UnpairedLogps | ListLogps:
         if self.average_log_prob and spec.signal != "tokens":
-            scored = _averaged(scored)
+            n, ref = scored.lengths, scored.ref_logps
+            scored = replace(scored, policy_logps=scored.policy_logps / n, ref_logps=None if ref is None else ref / n)
         if spec.signal == "pairs":
             return pair_view(scored)
         if spec.signal == "lists":
@@ -358,8 +357,7 @@ class Offline(Algorithm):
             self.reference.load_state_tensors(moved)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# views
+# ---- views ----
 
 
 def _scored(batch: PackedBatch, policy_logps: Tensor, **columns: Tensor | None) -> Scored:
@@ -415,13 +413,6 @@ def _learned(scored: Scored, values: Tensor | None = None) -> tuple[Tensor, Tens
         return columns
     good = scored.slot == 0 if scored.labels is None else scored.labels > 0
     return columns[0][good], columns[1][good]
-
-
-def _averaged(scored: Scored) -> Scored:
-    """The same with log-probs per token."""
-    n = scored.lengths
-    ref = None if scored.ref_logps is None else scored.ref_logps / n
-    return replace(scored, policy_logps=scored.policy_logps / n, ref_logps=ref)
 
 
 def _first_tokens(batch: PackedBatch) -> Tensor:

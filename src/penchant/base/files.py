@@ -163,7 +163,7 @@ def check_output(path: str | Path, ours: str = "", inputs: Sequence[Any] = (), f
     """The file that a command may write to: a new or an empty one, or one that the same command wrote.
 
     Args:
-        ours: how such a file begins, a regular expression; inputs: files that the command reads (what is no file is passed over).
+        ours: how such a file begins, a regular expression; inputs: files that the command reads (anything that is not a file is skipped).
 
     Raises:
         ConfigError: it is one of the inputs, under whatever name, or holds something else.
@@ -182,7 +182,7 @@ def check_output(path: str | Path, ours: str = "", inputs: Sequence[Any] = (), f
         if file.is_file() and file.stat().st_size:
             with file.open(encoding="utf-8", errors="replace") as held:
                 if not (ours and re.match(ours, held.read(HEAD))):
-                    what = "is there already, and is nothing that this command wrote"
+                    what = "already exists, and this command did not write it"
                     raise refusal(what, "give another name, or move that file away")
     except (OSError, ValueError) as error:
         raise refusal(f"cannot be written ({error})", "give another place") from error
@@ -248,7 +248,7 @@ def disk_error(path: Path, error: OSError) -> DiskError:
     """The sentence about what a disk refused."""
     free = free_bytes(path)
     said = error.strerror if free is None else f"{error.strerror}, {gigabytes(free)} free there"
-    how = "look at the disk"
+    how = "check the disk"
     if error.errno in FULL:
         how = "free some space"
     elif error.errno in CLOSED:
@@ -273,7 +273,7 @@ def append_line(path: Path, row: Any) -> None:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
-            size = _whole_lines(handle)
+            size = whole_lines(handle)
             try:
                 done = os.write(handle, line)
                 if done < len(line):
@@ -290,7 +290,7 @@ def append_line(path: Path, row: Any) -> None:
         raise disk_error(path, error) from error
 
 
-def _whole_lines(handle: int) -> int:
+def whole_lines(handle: int) -> int:
     """Cut half a line off the end of a file; the bytes that are left."""
     size = end = os.fstat(handle).st_size
     while end:
@@ -356,9 +356,8 @@ def _check_export(folder: Path) -> None:
         written = json.loads((folder / EXPORT).read_text(encoding="utf-8"))["sha256"]
         bad = [name for name, sha256 in written.items() if file_sha256(folder / name) != sha256]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            str(folder / EXPORT), f"cannot be read, or names a file that cannot ({error})", how
-        ) from error
+        what = f"cannot be read, or names a file that cannot ({error})"
+        raise CheckpointError(str(folder / EXPORT), what, how) from error
     if bad:
         raise CheckpointError(str(folder / bad[0]), "differs from what was exported", how)
 

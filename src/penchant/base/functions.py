@@ -35,11 +35,8 @@ def python_function(name: str, where: str = "reward", takes: Sequence[str] = ("p
     try:
         inspect.signature(function).bind(*takes)
     except TypeError as error:
-        raise ConfigError(
-            where,
-            f"{name} does not take ({arguments}): {error}",
-            f"define it as def f({arguments}); what else it takes needs defaults",
-        ) from error
+        how = f"define it as def f({arguments}); what else it takes needs defaults"
+        raise ConfigError(where, f"{name} does not take ({arguments}): {error}", how) from error
     return function
 
 

@@ -209,9 +209,8 @@ def _splits(given: list[str]) -> dict[str, str]:
         name, equals, path = one.partition("=")
         if not (name and equals and path) or name in splits:
             what = f"{one!r} names no split" if name not in splits else f"{name!r} is given twice"
-            raise ConfigError(
-                "--split", what, "give each file a name: --split train=train.jsonl --split test=test.jsonl"
-            )
+            how = "give each file a name: --split train=train.jsonl --split test=test.jsonl"
+            raise ConfigError("--split", what, how)
         splits[name] = path
     return splits
 

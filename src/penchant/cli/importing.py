@@ -50,16 +50,15 @@ def run(args: argparse.Namespace) -> int:
     made = import_config(args.config, args.source, args.method, args.devices, args.overrides)
     if args.strict and made.unsupported:
         print(made.text, file=sys.stderr)
-        raise ConfigError(
-            args.config, f"{made.unsupported} key(s) are not supported", "fix them, or leave out --strict"
-        )
+        what = f"{made.unsupported} key(s) are not supported"
+        raise ConfigError(args.config, what, "fix them, or leave out --strict")
     if args.output is None:
         print(made.text, file=sys.stderr)
         print(made.yaml, end="")
         return 0
     check_output(args.output, "[\\s\\S]", [args.config])
     if Path(args.output).exists() and not args.force:
-        raise ConfigError(args.output, "is there already", "give another name, or --force")
+        raise ConfigError(args.output, "already exists", "give another name, or --force")
     path = write_output(args.output, made.yaml)
     print(made.text)
     print(f"\nwritten to {path}; look through it, then: penchant train {path}")

@@ -45,9 +45,8 @@ def _chat(args: argparse.Namespace) -> int:
         if given and args.against is None:
             raise ConfigError(name, "is given without a second model", "name it with --against")
     if args.prefer and not args.prefer.endswith(".jsonl"):
-        raise ConfigError(
-            "--prefer", f"{args.prefer} does not end in .jsonl", "give it that ending, by which its kind is told"
-        )
+        how = "give it that ending, by which its kind is told"
+        raise ConfigError("--prefer", f"{args.prefer} does not end in .jsonl", how)
     terminal = _terminal()
     which = [(args.model, args.step, args.base)]
     which += [] if args.against is None else [(args.against, args.against_step, None)]
@@ -61,9 +60,8 @@ def _chat(args: argparse.Namespace) -> int:
         for chat_model, (given, step, _) in zip(models, which, strict=True):
             chat_model.name = f"{given} (step {step})"
     if len({v.style.remembers for v in models}) == 2:
-        raise ConfigError(
-            "--against", "one model has a chat template and the other has none", "give --template transcript or plain"
-        )
+        what = "one model has a chat template and the other has none"
+        raise ConfigError("--against", what, "give --template transcript or plain")
     if args.system and not models[0].style.remembers:
         raise ConfigError("--system", "plain text has no system prompt", "leave it out, or give --template transcript")
     tools = _tools(args.tools) if args.tools else ()

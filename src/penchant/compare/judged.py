@@ -115,12 +115,13 @@ class Judgement:
             share = f"{p.estimate:.0%} [{p.low:.0%}, {p.high:.0%}]"
             heard = self.judged - self.left_out
             biased = p.low > 0.5 or p.high < 0.5
+            in_words = bool(np.isin(self.both.values[~np.isnan(self.both.values)], (0.0, 0.5, 1.0)).all())
             little = "slightly " if abs(p.estimate - 0.5) < NOTABLE else ""
             says = f"{little}favors the {'first' if p.estimate > 0.5 else 'second'} position"
             said.append(
                 f"{judge} {says if biased else 'shows no clear preference for a position'}: {share} of its verdicts are for the first "
                 f"one (each pair was asked both ways round, so 50% is none). In {self.disagreed:,} of {counted(heard, 'pair')} its two "
-                f"verdicts disagree{'; those count as ties' if self._in_words else ''}."
+                f"verdicts disagree{'; those count as ties' if in_words else ''}."
             )
         if self.left_out:
             unread = f"; for instance '{self.both.unread[0]}'" if self.both.unread else ""
@@ -129,11 +130,6 @@ class Judgement:
                 f"{counted(self.judged, 'pair')} are left out."
             )
         return said
-
-    @property
-    def _in_words(self) -> bool:
-        values = self.both.values[~np.isnan(self.both.values)]
-        return bool(np.isin(values, (0.0, 0.5, 1.0)).all())
 
 
 def judge_pairs(

@@ -119,10 +119,12 @@ def _lines(node: yaml.Node, source: str, prefix: tuple[str, ...], places: Places
 
 
 def place_of(path: tuple[str, ...], places: Mapping[tuple[str, ...], str], source: str) -> str:
-    """Where the key, or the nearest section around it, or a key in it, stands."""
-    around = (places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places)
+    """Where the key stands, or a key in it (an override makes its section), or the nearest section around it."""
+    if path in places:
+        return places[path]
     inside = (place for p, place in places.items() if p[: len(path)] == path)
-    return next(around, next(inside, source))
+    around = (places[path[:n]] for n in range(len(path) - 1, 0, -1) if path[:n] in places)
+    return next(inside, next(around, source))
 
 
 DATA_ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet", ".gz", ".xlsx")
@@ -154,11 +156,8 @@ def read_mapping(path: str | Path, shape: str) -> tuple[dict[str, Any], Places]:
         runs = {p.parent.name: str(p) for p in path.parent.glob(f"*/{RESOLVED}")}
         run = runs.get(closest(path.name, runs, 0.7), "")
         near = "" if run and not path.suffix else Path(near).name if near else ""
-        raise ConfigError(
-            str(path),
-            "no such file",
-            f"did you mean {near or run}?" if near or run else "give the path of a YAML config",
-        ) from error
+        how = f"did you mean {near or run}?" if near or run else "give the path of a YAML config"
+        raise ConfigError(str(path), "no such file", how) from error
     except IsADirectoryError as error:
         own = path / RESOLVED
         how = f"its config is {own}" if own.is_file() else "give the YAML file of a config"
@@ -177,9 +176,8 @@ def read_mapping(path: str | Path, shape: str) -> tuple[dict[str, Any], Places]:
 def plain_values(value: Any, depth: int = 0) -> Any:
     """Nested mappings as dicts with text keys, paths as text: what a YAML file would have given."""
     if depth > YAML_DEPTH:
-        raise ConfigError(
-            "config", f"is nested deeper than {YAML_DEPTH}", "see `penchant config` for the keys there are"
-        )
+        how = "see `penchant config` for the keys there are"
+        raise ConfigError("config", f"is nested deeper than {YAML_DEPTH}", how)
     if isinstance(value, Mapping):
         return {str(k): plain_values(v, depth + 1) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -205,7 +203,7 @@ def check_values(value: Any, places: Places, source: str, path: tuple[str, ...] 
     elif isinstance(value, list):
         for i, inner in enumerate(value):
             check_values(inner, places, source, (*path, str(i)))
-    what, how = "", "give a number that a computer can hold"
+    what, how = "", "give a number within the range of a float"
     if isinstance(value, float) and not math.isfinite(value):
         what, how = f"is {value}", "give a finite number"
     elif isinstance(value, (int, float)):
@@ -232,9 +230,8 @@ def apply_overrides(values: dict[str, Any], places: Places, overrides: Sequence[
     for text in overrides:
         key, equals, raw = text.partition("=")
         if not equals or not key.strip():
-            raise ConfigError(
-                "command line", f"{short(text)!r} is not an override", "write key.path=value, e.g. train.lr=1e-5"
-            )
+            how = "write key.path=value, e.g. train.lr=1e-5"
+            raise ConfigError("command line", f"{short(text)!r} is not an override", how)
         value, _ = parse_yaml(raw, "command line")
         places = set_key(values, places, tuple(key.strip().split(".")), value, "command line")
     return places

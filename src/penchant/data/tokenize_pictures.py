@@ -42,7 +42,8 @@ class PicturedTokenization(CausalTokenization):
     def __init__(self, processor: Any, kind: str, **how: Any) -> None:
         super().__init__(processor.tokenizer, kind, **how)
         self.processor, self._writer = processor, _Writer(processor.tokenizer)
-        self._pictured = frozenset(picture_ids(processor))
+        stand_for = *(processor.image_token_ids or ()), getattr(processor, "image_token_id", None)
+        self._pictured = frozenset(i for i in stand_for if isinstance(i, int))
         if self.template != "chat":
             what = "pictures need a chat template, and " + (
                 "plain text is asked for" if how.get("template") == "plain" else "there is none"
@@ -53,10 +54,8 @@ class PicturedTokenization(CausalTokenization):
         if not tree.images:
             return super().render(tree)
         if any(c.more for c in tree.completions):
-            raise RowError(
-                "several answers of a conversation with pictures are learned at once",
-                "set data.layout_options.turns=every",
-            )
+            what = "several answers of a conversation with pictures are learned at once"
+            raise RowError(what, "set data.layout_options.turns=every")
         plain = chat(tree, self._writer, self.options, strict=self.strict)
         ended = tuple(ended_once(c, self.end_texts) for c in plain.completions)
         made = _Rendered(plain.prompt, ended, plain.moved)
@@ -148,9 +147,3 @@ def inputs_of(processor: Any, prompts: Sequence[PicturedPrompt]) -> Any:
         padding_side="right",
         add_special_tokens=False,
     )
-
-
-def picture_ids(processor: Any) -> list[int]:
-    """The tokens that stand for a picture in a prompt's ids."""
-    found = [*(processor.image_token_ids or ()), getattr(processor, "image_token_id", None)]
-    return [i for i in found if isinstance(i, int)]

@@ -111,13 +111,13 @@ def on_stderr(line: str) -> None:
 
 
 def _check_folder(folder: Path, identity: Mapping[str, Any], redo: bool) -> Mapping[str, Any] | None:
-    """The result that is there already; None where there is none.
+    """The result that already exists; None where there is none.
 
     Raises:
         ConfigError: the folder holds something else.
     """
     done, mine = read_json(folder / "data.json"), dict(identity)
-    anew = "choose another --output, or add --redo to make it anew in this one"
+    anew = "choose another --output, or add --redo to start over in this one"
     converted = any((folder / WORK).glob("part-*[0-9].json"))  # what is only planned is not a loss
     begun = read_json(folder / WORK / "request.json") if converted else None
     if done is None and begun is None:
@@ -179,9 +179,8 @@ class _Job:
                     if source.layout and source.layout not in conversions:
                         conversions[source.layout] = self._conversion(source)
                     how, transcripts = conversions[source.layout], self._transcripts(source)
-                    write_json(
-                        part.layout, [how.layout.name, how.kind, dict(how.options)]
-                    )  # a part that is done has one
+                    # a part that is done has one
+                    write_json(part.layout, [how.layout.name, how.kind, dict(how.options)])
                     converter = Converter(how, dict(columns), filters, labeller, transcripts)
                     counts = converter.convert(taken, source.path, part, Pace(self.say, source.path))
                 self.say(f"{source.path}: {counted(counts.rows, 'row')}, {counts.accepted:,} accepted")
@@ -197,8 +196,6 @@ class _Job:
             what = f"the files give different kinds of data ({', '.join(kinds)})"
             raise ConfigError("--subset", what, "choose subsets of one kind, or say what they become with --as")
         return self._write(plan, parts, read, layouts, total, labeller.sha256 if labeller else None)
-
-    # -----------------------------------------------------------------------------------------------------------------
 
     def _plan(self) -> Plan:
         """What is read, decided once: a resumed `get` reads the same commit and the same files."""
@@ -246,7 +243,8 @@ class _Job:
         if plan.hub_id:
             cache = self.hub.cache_folder()
             cached = self.hub.cached_bytes(plan.repository, plan.sources)
-            fetch, there = sum(s.size for s in plan.sources) - cached, shutil.disk_usage(_existing(cache)).free
+            disk = next(p for p in (cache, *cache.absolute().parents) if p.exists())
+            fetch, there = sum(s.size for s in plan.sources) - cached, shutil.disk_usage(disk).free
             if fetch > there:
                 what = f"has {gigabytes(there)} free, and {gigabytes(fetch)} are to be fetched"
                 how = "free some space, set HF_HOME to another disk, or look at --first 500"
@@ -317,8 +315,6 @@ class _Job:
         with with_reason.open("rb") as stream:
             q = json.loads(stream.readline())
         raise DataError(q["where"], f"{q['what']}; {what}", q["how"])
-
-    # -----------------------------------------------------------------------------------------------------------------
 
     def _write(
         self,
@@ -426,10 +422,6 @@ def key_text(row: Mapping[str, Any]) -> str:
     return prompt if isinstance(prompt, str) else prompt_text(tuple(Message(m["role"], m["content"]) for m in prompt))
 
 
-def _existing(path: Path) -> Path:
-    return next(p for p in (path, *path.absolute().parents) if p.exists())
-
-
 def _source_json(source: Source, counts: Counts, whole: bool) -> dict[str, Any]:
     held = asdict(source)
     kept = {k: held[k] for k in ("path", "split", "subset", "size", "sha256", "git_sha1")}
@@ -442,7 +434,7 @@ def _check_unchanged(plan: Plan) -> None:
             continue
         path = Path(source.local)
         if not path.exists() or path.stat().st_size != source.size or file_sha256(path) != source.sha256:
-            raise DataError(source.local, "was changed or removed since this was begun", "add --redo to begin anew")
+            raise DataError(source.local, "was changed or removed since this was begun", "add --redo to start over")
 
 
 # ---- the summary ----
@@ -456,9 +448,13 @@ def summary(result: GetResult) -> str:
     kept = data["request"]["published_splits"]
     together = "published splits are kept as they are" if kept else "nearly equal ones stay on one side"
     groups = data["prompt_groups"]
+    of_each = [
+        f"{name} {held['rows']:,}" + (f" ({held['examples']:,} examples)" if held["examples"] != held["rows"] else "")
+        for name, held in data["splits"].items()
+    ]
     lines = [
         f"{data['name']}: {counted(counts.rows, 'row')} = {counts.accepted:,} accepted + {filtered} + {counts.quarantined:,} kept aside",
-        "  " + ", ".join(_split_line(s, held) for s, held in data["splits"].items()) + f" ({data['kind']})",
+        f"  {', '.join(of_each)} ({data['kind']})",
         f"  {groups['prompts']:,} prompts in {groups['groups']:,} groups: {together}",
     ]
     if counts.unlabelled:
@@ -474,11 +470,6 @@ def summary(result: GetResult) -> str:
     if counts.quarantined:
         lines.append(f"  rows kept aside, with reasons: {result.folder / 'quarantine.jsonl'}")
     return "\n".join([*lines, *_next(result)])
-
-
-def _split_line(name: str, held: Mapping[str, int]) -> str:
-    more = f" ({held['examples']:,} examples)" if held["examples"] != held["rows"] else ""
-    return f"{name} {held['rows']:,}{more}"
 
 
 def _next(result: GetResult) -> list[str]:

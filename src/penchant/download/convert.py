@@ -343,10 +343,6 @@ def _as_pairs(tree: PromptTree) -> list[PromptTree]:
     return [tree]
 
 
-def _as_prompts(tree: PromptTree) -> list[PromptTree]:
-    return [replace(tree, completions=())] if tree.prompt else []
-
-
 def _as_sft(tree: PromptTree) -> list[PromptTree]:
     """The preferred answer: the one with the best score, else the first one that is not labelled bad."""
     good = [c for c in tree.completions if c.label is not False]
@@ -370,7 +366,7 @@ def _as_unpaired(tree: PromptTree) -> list[PromptTree]:
 TURNS: dict[str, Callable[[PromptTree], list[PromptTree]]] = {
     **dict.fromkeys(("scored", "text"), lambda tree: [tree]),
     "pairs": _as_pairs,
-    "prompts": _as_prompts,
+    "prompts": lambda tree: [replace(tree, completions=())] if tree.prompt else [],
     "sft": _as_sft,
     "unpaired": _as_unpaired,
 }

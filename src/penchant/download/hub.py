@@ -85,12 +85,14 @@ class Hub:
         info = self._tried(hub_id, "its page", lambda: api.dataset_info(hub_id, revision=revision))
         commit = str(info.sha)
 
-        def list_files() -> list[Any]:
-            return list(api.list_repo_tree(hub_id, repo_type="dataset", revision=commit, recursive=True))
-
+        listed = self._tried(
+            hub_id,
+            "its list of files",
+            lambda: [*api.list_repo_tree(hub_id, repo_type="dataset", revision=commit, recursive=True)],
+        )
         files = [
             HubFile(f.path, f.size, f.lfs.sha256 if f.lfs else None, None if f.lfs else f.blob_id)
-            for f in self._tried(hub_id, "its list of files", list_files)
+            for f in listed
             if isinstance(f, RepoFile)
         ]
         card = getattr(info, "card_data", None)

@@ -21,7 +21,7 @@ from penchant.download.hub import Hub, HubFile, Repository
 from penchant.errors import ConfigError, DataError
 from penchant.requests import GetRequest
 
-READABLE = tuple(e for e in ENDINGS if e != ".txt")  # a published text file is a licence or a readme
+READABLE = tuple(e for e in ENDINGS if e != ".txt")  # a published text file is a license or a readme
 
 
 # ---- the request ----
@@ -112,7 +112,7 @@ class Plan:
 
     Args:
         origin: the hub's page or the local path; hub_id, commit: of a data set on the hub, empty for a local copy.
-        sources: in the order in which they are read; terms: a word on its licence, where the catalogue has one.
+        sources: in the order in which they are read; terms: a word on its license, where the catalog has one.
         left_out: what else is there, as far as a person would want to know.
     """
 
@@ -311,15 +311,12 @@ def _any(spec: Spec | None, subsets: tuple[str, ...], paths: Mapping[str, Path])
     """Files that lie otherwise than published: a subset by a part of the path that is its name, splits by their words."""
     found: Found = []
     for name in paths:
-        subset = _subset_of(spec, name)
         if spec is None:
             found.append(("", split_of(name), name, ()))
-        elif subset is None or subset in subsets:
+            continue
+        parts = re.split(r"[/.]", name)
+        subset = next((s for s in spec.subsets if s in parts), None)
+        if subset is None or subset in subsets:
             held = spec.subsets[subset or subsets[0]]
             found.append((subset or "", split_of(name), name, _rows_of(spec, held)))
     return found
-
-
-def _subset_of(spec: Spec | None, name: str) -> str | None:
-    parts = re.split(r"[/.]", name)
-    return next((s for s in spec.subsets if s in parts), None) if spec else None

@@ -34,9 +34,8 @@ def evaluate_model(
             runs = runs_in(name)
             if runs:
                 raise ConfigError(name, "is not a run but a folder of runs", f"give one of them: {', '.join(runs)}")
-            raise ConfigError(
-                name, "is not a run, so it does not say what to evaluate on", "give --data FILE or --text FILE"
-            )
+            what = "is not a run, so it does not say what to evaluate on"
+            raise ConfigError(name, what, "give --data FILE or --text FILE")
         evaluated = held_out_of_run(*found, quiet)
         folder: Path | None = Path(found[0].output)
     else:

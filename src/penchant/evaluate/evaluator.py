@@ -33,8 +33,8 @@ from penchant.rewards import load_reward
 from penchant.rewards.reward_model import PolicyText, rows_by_source
 from penchant.runs import Run
 from penchant.runs.find import START, Source, find_model
+from penchant.runs.identity import changed_since
 from penchant.runs.parts import answering
-from penchant.runs.record import changed_since
 from penchant.types import TokenTree
 
 NO_REFERENCE = "none"
@@ -93,24 +93,18 @@ class Evaluation(Material):
             if self.config.model.sees:
                 eyes = self.config.model.model_dump(include={"vision", "image_options"})
                 found = replace(found, base=found.base.model_copy(update=eyes))
-            self._check_same_tokens(found)
+            if self.run.rows.tokenizer.get_vocab() != load_tokenizer(found.tokenizer).get_vocab():
+                what = f"{found.name} has another tokenizer than {self.source.name}"
+                how = "log-probs and KL compare the same tokens: give a model with the same one"
+                raise ConfigError("--reference", what, how)
             return found
         start = self.source.start
         if start is not None and looks_like_folder(start.base.path) and not Path(start.base.path).expanduser().is_dir():
             self.notes.append(
-                f"No reference: what it started from, {start.base.path}, is not there; name one with --reference."
+                f"No reference: what it started from, {start.base.path}, no longer exists; name one with --reference."
             )
             return None
         return start
-
-    def _check_same_tokens(self, other: Source) -> None:
-        own, theirs = self.run.rows.tokenizer, load_tokenizer(other.tokenizer)
-        if own.get_vocab() != theirs.get_vocab():
-            raise ConfigError(
-                "--reference",
-                f"{other.name} has another tokenizer than {self.source.name}",
-                "log-probs and KL compare the same tokens: give a model with the same one",
-            )
 
     def _load(self, source: Source) -> LiveReference:
         run = self.run
@@ -122,9 +116,8 @@ class Evaluation(Material):
     def _check_context(self, source: Source, model: Any) -> None:
         rows = model.get_input_embeddings().weight.shape[0]
         if len(self.run.rows.tokenizer) > rows:
-            raise ModelError(
-                source.name, f"has {rows:,} embeddings, the tokenizer {len(self.run.rows.tokenizer):,} tokens", ""
-            )
+            what = f"has {rows:,} embeddings, the tokenizer {len(self.run.rows.tokenizer):,} tokens"
+            raise ModelError(source.name, what, "")
         context = getattr(model.config, "max_position_embeddings", None)
         longest = max((len(t.prompt_ids) for t in self.prompts), default=0) if self.request.generate else 0
         new = self.request.max_new_tokens if self.request.generate else 0
@@ -132,11 +125,8 @@ class Evaluation(Material):
         if context is None or max(length, longest + new) <= context:
             return
         if length > context:
-            raise ConfigError(
-                "data.max_length",
-                f"{length} is beyond the context of {source.name}, {context}",
-                f"set data.max_length={context}",
-            )
+            what = f"{length} is beyond the context of {source.name}, {context}"
+            raise ConfigError("data.max_length", what, f"set data.max_length={context}")
         raise ConfigError(
             "--max-new-tokens",
             f"the longest prompt has {longest} tokens, so {new} more go beyond the context of {source.name}, {context}",

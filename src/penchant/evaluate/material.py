@@ -111,9 +111,8 @@ class Material:
             if count:
                 self.notes.append(f"At data.max_length {self.config.data.max_length}: {count:,} {what}.")
         if not made.trees:
-            raise DataError(
-                str(self.request.data), "no row is left after cutting rows into tokens", "look at data.max_length"
-            )
+            how = "look at data.max_length"
+            raise DataError(str(self.request.data), "no row is left after cutting rows into tokens", how)
         return made
 
     @cached_property

@@ -152,10 +152,6 @@ def _save_gguf(subject: Subject, _request: ExportRequest, dtype: str, folder: Pa
     return model, write_gguf(folder / f"{name}-{dtype}.gguf", model, subject.tokenizer(), dtype, name)
 
 
-def _read_gguf(_subject: Subject, folder: Path) -> Any:
-    return read_gguf(folder)
-
-
 _AUTO = 'tokenizer = AutoTokenizer.from_pretrained("{folder}")\n'
 _WHOLE = "from transformers import {auto}, AutoTokenizer\n\n" + 'model = {auto}.from_pretrained("{folder}")\n' + _AUTO
 _PT = (
@@ -173,7 +169,7 @@ _GGUF = (
     'tokenizer = AutoTokenizer.from_pretrained("{folder}", gguf_file="{file}")\n'
 )
 
-_MERGED = "the same of a LoRA run, its adapter merged into the base"
+_MERGED = "a folder that transformers loads, with the LoRA adapter merged into the base"
 _ALL = (*DTYPES, Q8)
 FORMATS = {
     f.name: f
@@ -182,7 +178,7 @@ FORMATS = {
         Format("pt", "one state dict for torch.load", _save_state_dict, _read_state_dict, "transformers", _PT),
         Format("merged", _MERGED, _save_whole, _read_whole, "transformers", _WHOLE, _needs_adapter("merged")),
         Format("adapter", "the LoRA adapter alone, for peft", _save_adapter, _read_adapter, "peft", _ADAPTER, _needs_adapter("adapter")),
-        Format("gguf", "one file for llama.cpp and its kin", _save_gguf, _read_gguf, "gguf", _GGUF, refuse_what_gguf_cannot, TOLERANCE, _ALL),
+        Format("gguf", "one file for llama.cpp and its kin", _save_gguf, lambda _, folder: read_gguf(folder), "gguf", _GGUF, refuse_what_gguf_cannot, TOLERANCE, _ALL),
     )
 }  # fmt: skip
 
@@ -202,7 +198,7 @@ def dtype_of(form: Format, subject: Subject, asked: str) -> str:
 
 # ---- Whether what was written computes what the run's model computes, and how far rounding took it away ----
 
-# how far rounding weights may move a logit, relative to the largest one; what is beyond is no rounding any more
+# how far rounding weights may move a logit, relative to the largest one; more than that is not rounding
 ROUNDING = {"fp32": TOLERANCE, "fp16": 0.01, "bf16": 0.05, "q8_0": 0.1}
 
 

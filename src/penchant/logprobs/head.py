@@ -210,8 +210,7 @@ def module_token_logps(
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the whole vocabulary
+# ---- the whole vocabulary ----
 
 
 class _ChunkedDivergence(torch.autograd.Function):

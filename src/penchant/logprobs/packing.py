@@ -59,11 +59,8 @@ def choose_packing(
     attentions = [kind] if attention != "auto" or kind == "groups" else [kind, "groups"]
     found, wrong = _first_right(model, candidates, kernels, attentions)
     if found is None and requested in ("shared", "separate"):
-        raise ConfigError(
-            "train.packing",
-            f"{requested} packing gives wrong log-probs on this model ({wrong})",
-            "set train.packing=auto or padded",
-        )
+        what = f"{requested} packing gives wrong log-probs on this model ({wrong})"
+        raise ConfigError("train.packing", what, "set train.packing=auto or padded")
     if found is None:
         raise ModelError(
             str(base_model_of(model).config._name_or_path or type(base_model_of(model)).__name__),
@@ -71,11 +68,8 @@ def choose_packing(
             "train a model of another architecture (docs/models.md)",
         )
     if attention in ("varlen", "flex") and found.packing == "padded":
-        raise ConfigError(
-            "model.attention",
-            f"{attention} is for packed rows, and this model takes padded ones ({wrong or reason})",
-            "set model.attention=auto",
-        )
+        what = f"{attention} is for packed rows, and this model takes padded ones ({wrong or reason})"
+        raise ConfigError("model.attention", what, "set model.attention=auto")
     scorer = Scorer(model, kernels=kernels, **found._asdict())
     if scorer.fast and not _fast_is_right(scorer):
         scorer = replace(scorer, kernels="off", _fast=None)
@@ -187,8 +181,10 @@ def _probe(scorer: Scorer, tree: TokenTree, headless: bool) -> torch.Tensor:
 
 
 def _probe_tree(model: Any) -> TokenTree:
-    prompt, completions = probe_ids(base_model_of(model).config.get_text_config().vocab_size)
-    return TokenTree(0, prompt, completions, (False,) * len(completions))
+    """A small made-up tree for the check that a packing gives the same numbers: a prompt and three completions."""
+    rng, vocabulary = np.random.default_rng(0), base_model_of(model).config.get_text_config().vocab_size
+    prompt, *completions = (rng.integers(0, vocabulary, size=n).astype(np.int32) for n in (13, 9, 6, 2))
+    return TokenTree(0, prompt, tuple(completions), (False,) * len(completions))
 
 
 def _away(found: torch.Tensor, own: torch.Tensor) -> float:
@@ -314,10 +310,3 @@ def packing_by_config(model: Any) -> tuple[str, str]:
     """(packing, reason) from the model's config: padded rows where layers carry state along a row, else shared."""
     reason = carries_state(base_model_of(model).config.get_text_config())
     return ("padded", reason) if reason else ("shared", "attention only: prompts are shared")
-
-
-def probe_ids(vocab_size: int, seed: int = 0) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-    """A small made-up tree for the check that a packing gives the same numbers: prompt ids and three completions."""
-    rng = np.random.default_rng(seed)
-    prompt, *completions = (rng.integers(0, vocab_size, size=n).astype(np.int32) for n in (13, 9, 6, 2))
-    return prompt, tuple(completions)

@@ -67,9 +67,8 @@ class PicturedScorer(Scorer):
             if before < 0 or not torch.equal(held[segment.start + before : segment.start + segment.prompt_len], own):
                 prompt = prompts[row]
                 where = "model.path" if prompt is None else prompt.images[0].path
-                raise DataError(
-                    where, "the processor makes other tokens of it than when the rows were read", "start anew"
-                )
+                what = "the processor makes other tokens of it than when the rows were read"
+                raise DataError(where, what, "start anew")
             offsets.append(before)
         for name, value in found.items():
             if value.shape == ids.shape and not value.is_floating_point():  # token types: those of answers are text's

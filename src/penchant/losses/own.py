@@ -79,8 +79,7 @@ def _plain(function: Any) -> LossSpec:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what a loss must keep
+# ---- what a loss must keep ----
 
 
 def check(spec: LossSpec) -> None:

@@ -141,9 +141,8 @@ class ComponentConfig(BaseModel):
             params = params_type.model_validate(rest | {k: s.start for k, s in schedules.items()})
         for key in schedules:
             if not isinstance(getattr(params, names[key]), float):
-                raise ConfigError(
-                    ".".join((*path, key)), "is not a number that could follow a schedule", "give one value"
-                )
+                what = "is not a number that could follow a schedule"
+                raise ConfigError(".".join((*path, key)), what, "give one value")
         by_field, own = {names[key]: s for key, s in schedules.items()}, params.schedules()
         both = [key for key in schedules if names[key] in own]
         if both and "schedule" in params.model_fields_set:
@@ -185,22 +184,17 @@ class LossConfig(LossModifiers):
         mix = rest.pop("mix", None)
         if mix is None:
             if "weight" in rest:
-                raise ConfigError(
-                    "loss.weight",
-                    "is set, but a single loss has no weight",
-                    "lower train.lr, or list losses in loss.mix",
-                )
+                how = "lower train.lr, or list losses in loss.mix"
+                raise ConfigError("loss.weight", "is set, but a single loss has no weight", how)
             rest.setdefault("name", "dpo")
             components: tuple[ComponentConfig, ...] = (ComponentConfig.from_mapping(rest),)
         else:
             if rest:
-                raise ConfigError(
-                    "loss", f"has {', '.join(rest)} beside mix", "put it into the entry of mix that it is for"
-                )
+                how = "put it into the entry of mix that it is for"
+                raise ConfigError("loss", f"has {', '.join(rest)} beside mix", how)
             if not isinstance(mix, list) or not mix or not all(isinstance(m, Mapping) for m in mix):
-                raise ConfigError(
-                    "loss.mix", "is not a list of losses", "write [{name: dpo, weight: 0.8}, {name: sft, weight: 0.2}]"
-                )
+                how = "write [{name: dpo, weight: 0.8}, {name: sft, weight: 0.2}]"
+                raise ConfigError("loss.mix", "is not a list of losses", how)
             components = tuple(ComponentConfig.from_mapping(m, ("loss", "mix", str(i))) for i, m in enumerate(mix))
             if not any(c.weight for c in components):
                 raise ConfigError("loss.mix", "counts for nothing: all weights are 0", "give one of them a weight")
@@ -221,11 +215,8 @@ class LossConfig(LossModifiers):
         if self.average_log_prob:
             for s in specs:
                 if s.uses_lengths:
-                    raise ConfigError(
-                        "loss.average_log_prob",
-                        f"is set, but {s.name} looks at lengths itself",
-                        "leave average_log_prob out",
-                    )
+                    what = f"is set, but {s.name} looks at lengths itself"
+                    raise ConfigError("loss.average_log_prob", what, "leave average_log_prob out")
 
     def to_mapping(self) -> dict[str, Any]:
         modifiers = self.model_dump(include=set(LossModifiers.model_fields))

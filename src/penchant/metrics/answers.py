@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from penchant.base.machine import place_of
 from penchant.data.packing import pack, passes_over
 from penchant.errors import ModelError
 from penchant.logprobs.reference import LiveReference
@@ -181,7 +182,7 @@ def score_tokens(
     Raises:
         ModelError: the models' vocabularies differ in size.
     """
-    device = next(policy.scorer.model.parameters()).device
+    device = place_of(policy.scorer.model)
     shared, lanes = policy.scorer.shared, policy.side_by_side
     same = reference is None or reference.scorer.shared == shared
     if not same:  # rows are then numbered as trees are
@@ -216,11 +217,8 @@ def _exact(policy: LiveReference, reference: LiveReference, batch: PackedBatch, 
     for targets, at in zip(batch.target_ids.split(rows), range(0, len(batch.target_ids), rows), strict=True):
         p, q = of_policy(slice(at, at + rows)), of_reference(slice(at, at + rows))
         if p.shape != q.shape:
-            raise ModelError(
-                "reference",
-                f"has {q.shape[1]:,} logits a token, the model {p.shape[1]:,}",
-                "leave out the exact KL with --no-exact-kl, or give another --reference",
-            )
+            how = "leave out the exact KL with --no-exact-kl, or give another --reference"
+            raise ModelError("reference", f"has {q.shape[1]:,} logits a token, the model {p.shape[1]:,}", how)
         lp, lq = log_probs(p), log_probs(q)
         picked = [x.gather(1, targets[:, None]).squeeze(1) for x in (lp, lq)]
         found.append(torch.stack([*picked, value_of(lp, lq, POLICY_REF), value_of(lp, lq, REF_POLICY)]))

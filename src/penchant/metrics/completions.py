@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from penchant.base.machine import in_fp64
+from penchant.base.machine import in_fp64, place_of
 from penchant.base.text import counted
 from penchant.data.packing import passes_over
 from penchant.data.templates import end_ids
@@ -262,11 +262,8 @@ def require_overlap() -> None:
         import rouge_score  # noqa: F401
         import sacrebleu  # noqa: F401
     except ImportError as error:
-        raise ConfigError(
-            "BLEU and ROUGE",
-            f"need an extra ({error.name or error} is not installed)",
-            "pip install 'penchant[eval]', or leave them out with --no-overlap",
-        ) from error
+        how = "pip install 'penchant[eval]', or leave them out with --no-overlap"
+        raise ConfigError("BLEU and ROUGE", f"need an extra ({error.name or error} is not installed)", how) from error
 
 
 def overlap_figures(
@@ -370,7 +367,7 @@ def kl_by_completion(
 ) -> tuple[np.ndarray, np.ndarray]:
     """k1 and k3 of every completion in nats, summed over its tokens, (completions,) each in order."""
     shared = policy.scorer.shared
-    device = next(policy.scorer.model.parameters()).device
+    device = place_of(policy.scorer.model)
     lanes = policy.side_by_side and reference.side_by_side
     by_tree: dict[int, torch.Tensor] = {}
 
@@ -485,8 +482,7 @@ def reward_figures(rewards: np.ndarray) -> Metrics:
     return bootstrap_ci(rewards[known], draws=DRAWS).named("reward") | silent
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what the start wrote
+# ---- what the start wrote ----
 
 
 def rows_of(written: Written, tokenizer: Any) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -278,7 +278,8 @@ def _contest(a: str, b: str, judged: Sequence[Judgement]) -> tuple[Pair | None, 
         lengths[(slice(None), 0, *where)] = _lengths(j, a)
     mine = Candidate(a, None, None, np.repeat(lengths[0], len(people), 0))
     pair = compare_judged(mine, Candidate(b, None, None, lengths[1], fixed=True), wins, chance="people")
-    return (None if pair is None else pair.asked_in_full()), people_too
+    # only some pairs of completions were asked about, and all of those were judged
+    return (None if pair is None else replace(pair, unjudged=0.0)), people_too
 
 
 def _agreement(counting: Sequence[Judgement]) -> tuple[Interval | None, int, str]:
@@ -343,7 +344,8 @@ def _person(
         with_others=share_ci(with_others, draws=2000) if with_others else None,
         checks=(sum(j.verdict != j.gold for j in golds), len(golds)),
         seconds=float(np.median(seconds)) if len(seconds) else None,
-        fast=sum(_too_fast(j) for j in mine),
+        # the shorter of both: a glance at one may be enough where the other is plainly bad
+        fast=sum(0 < j.seconds < max(BLINK, min(map(_words, j.answers)) / READING) for j in mine),
         slow=_slow(seconds),
     )
 
@@ -361,11 +363,6 @@ def _median_share(others: Sequence[Judgement]) -> float | None:
         by[j.annotator].append(j)
     shares = [float(np.mean(s)) for s in map(_for_the_longer, by.values()) if len(s) >= FEW_ROWS]
     return float(np.median(shares)) if shares else None
-
-
-def _too_fast(j: Judgement) -> bool:
-    # the shorter of both: a glance at one may be enough where the other is plainly bad
-    return 0 < j.seconds < max(BLINK, min(map(_words, j.answers)) / READING)
 
 
 def _slow(seconds: np.ndarray) -> int:

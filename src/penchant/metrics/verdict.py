@@ -84,10 +84,6 @@ class Pair:
     ties: float | None = None
     chance: str = "seeds"
 
-    def asked_in_full(self) -> Pair:
-        """The same where only some pairs of completions were asked about, and all of those were judged."""
-        return replace(self, unjudged=0.0)
-
     @property
     def p(self) -> float:
         """The larger p-value: both have to be small."""
@@ -228,8 +224,7 @@ def _controlled(wins: np.ndarray, mine: np.ndarray, theirs: np.ndarray) -> Inter
     return length_controlled_win_rate(wins[heard], lengths, others, clusters=clusters, draws=draws)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# in words
+# ---- in words ----
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,7 +359,7 @@ def comparisons_table(pairs: Sequence[Pair], what: str, comparisons: int | None 
             line += ["all tied", "-"]
         elif judged:
             line += [f"{i.estimate:.3f} {_brackets(i)}".rstrip() if i else "-" for i in (p.win_rate, p.equal_length)]
-        lines.append([*line, _p(p.p), _p(p.corrected)])
+        lines.append([*line, p_text(p.p), p_text(p.corrected)])
     return columns(lines)
 
 
@@ -372,12 +367,13 @@ def _brackets(interval: Interval, form: str = ".3f") -> str:
     return span((interval.low, interval.high), form)
 
 
-def _p(p: float) -> str:
+def p_text(p: float) -> str:
+    """A p-value with the digits that matter."""
     return "<0.0001" if p < 1e-4 else f"{p:.4f}" if p < 0.1 else f"{p:.2f}"
 
 
 def _p_is(p: float) -> str:
-    return "< 0.0001" if p < 1e-4 else f"= {_p(p)}"
+    return "< 0.0001" if p < 1e-4 else f"= {p_text(p)}"
 
 
 def _comparisons(n: int) -> str:

@@ -144,17 +144,14 @@ def _check_trainable(file: Path, values: Mapping[str, Any]) -> None:
     if more:
         raise ModelError(
             str(file),
-            f"changes more than low-rank updates do ({', '.join(more)}), which are all that is trained on here",
+            f"holds more than low-rank updates ({', '.join(more)}), and only those can be trained further here",
             "merge it (name it as model.path) and train a new adapter",
         )
 
 
 def _contradicted(name: str, theirs: Any, ours: Any, adapter: Path) -> None:
-    raise ConfigError(
-        f"lora.{name}",
-        f"is {theirs}, but the adapter in {adapter} has {ours}",
-        "leave it out: model.adapter brings its own",
-    )
+    what = f"is {theirs}, but the adapter in {adapter} has {ours}"
+    raise ConfigError(f"lora.{name}", what, "leave it out: model.adapter brings its own")
 
 
 def trained_on(base: Any, adapter: Path, lora: LoraConfig, seed: int) -> Any:
@@ -286,8 +283,5 @@ def _check_equal(where: str, one: Tensor, other: Tensor) -> None:
     away = float((one - other).abs().max())
     allowed = TOLERANCE * max(1.0, float(one.abs().max()))
     if not away <= allowed:
-        raise ModelError(
-            where,
-            f"merging the adapter changed the logits by {away:.3g} (allowed: {allowed:.3g})",
-            "start the next stage from a full model",
-        )
+        what = f"merging the adapter changed the logits by {away:.3g} (allowed: {allowed:.3g})"
+        raise ModelError(where, what, "start the next stage from a full model")

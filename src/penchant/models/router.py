@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from penchant.base.machine import moved
+from penchant.base.machine import moved, place_of
 from penchant.distributed.world import current
 from penchant.errors import ConfigError
 from penchant.models.load import backbone_of, base_model_of, quiet, without_cache
@@ -55,7 +55,7 @@ class RouterLoss:
         self._tokens = world.sums({"tokens": sum(float(weights.sum()) for weights in map(_weights, batches))})["tokens"]
         self._shares, self._counted, self._losses = None, [], []
         if len(batches) > 1 or world.many:
-            device = next(model.parameters()).device
+            device = place_of(model)
             with quiet(model, training=model.training):
                 for batch in batches:
                     self.run(batch.to(device))
@@ -153,9 +153,8 @@ def router_loss(model: Any, wanted: float | str) -> RouterLoss:
         raise ConfigError(KEY, f"{kind} has no balance loss of a router in transformers", leave)
     coef = getattr(config, "router_aux_loss_coef", None) if wanted == "auto" else float(wanted)
     if not coef:
-        raise ConfigError(
-            KEY, f"is auto, and the model's own router_aux_loss_coef is {coef}", "give a number, or " + leave
-        )
+        what = f"is auto, and the model's own router_aux_loss_coef is {coef}"
+        raise ConfigError(KEY, what, "give a number, or " + leave)
     ids = torch.arange(1, 13, device=next(base.parameters()).device)[None]
     with quiet(model):
         logits = routed(
@@ -164,9 +163,8 @@ def router_loss(model: Any, wanted: float | str) -> RouterLoss:
         found = RouterLoss(float(coef), logits[0].shape[-1] if logits else 0, int(top_k))
         truth = float(own(logits, found.experts, found.top_k)) if logits else 0.0
     if not truth or not abs(found.of(logits) - truth) <= 1e-4 * abs(truth):
-        raise ConfigError(
-            KEY, f"the router of {kind} is balanced in a way of its own, which is not computed here", leave
-        )
+        what = f"the router of {kind} is balanced in a way of its own, which is not computed here"
+        raise ConfigError(KEY, what, leave)
     return found
 
 

@@ -156,16 +156,12 @@ def tree_attention(
     return flat.index_select(0, layout.inverse)
 
 
-def _softmax_dtype(scores: Tensor) -> torch.dtype:
-    return torch.float64 if scores.dtype == torch.float64 else torch.float32
-
-
 def _weights(scores: Tensor, sinks: Tensor | None) -> Tensor:
     """Softmax of scores (B, H, L, L'), with each head's sink in the sum where there are sinks (H,)."""
     if sinks is not None:
         sink = sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat((scores, sink), dim=-1)
-    weights = torch.softmax(scores, dim=-1, dtype=_softmax_dtype(scores))
+    weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     return weights if sinks is None else weights[..., :-1]
 
 

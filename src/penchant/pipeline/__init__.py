@@ -223,19 +223,15 @@ def _stage(
         raise ConfigError(place, f"stages.{name} is {own!r}", "it is a section: indent its keys below it")
     for where, section in ((("stages", name), own), (("defaults",), defaults)):
         if "output" in section:
-            raise ConfigError(
-                place_of((*where, "output"), places, source),
-                f"{'.'.join(where)}.output is set",
-                "leave it out: a stage's folder is the pipeline's output and its name",
-            )
+            how = "leave it out: a stage's folder is the pipeline's output and its name"
+            raise ConfigError(place_of((*where, "output"), places, source), f"{'.'.join(where)}.output is set", how)
     values = merged(defaults, own)
     mine = {p[1:]: w for p, w in places.items() if p[0] == "defaults" and p[1:]}
     mine |= {p[2:]: w for p, w in places.items() if p[:2] == ("stages", name) and p[2:]}
     return Stage(name, values, mine, place, folder / name)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# references
+# ---- references ----
 
 
 def references(values: Any, path: tuple[str, ...] = ()) -> tuple[Ref, ...]:
@@ -258,11 +254,8 @@ def parse_reference(text: str, path: tuple[str, ...]) -> Ref:
     """``stage:NAME[@best|@last|@STEP]``."""
     found = _REFERENCE.fullmatch(text.removeprefix("stage:"))
     if found is None:
-        raise ConfigError(
-            ".".join(path),
-            f"{text!r} is not a reference to a stage",
-            "write stage:NAME, or stage:NAME@best, @last, @STEP",
-        )
+        how = "write stage:NAME, or stage:NAME@best, @last, @STEP"
+        raise ConfigError(".".join(path), f"{text!r} is not a reference to a stage", how)
     return Ref(text, found[1], found[2], path)
 
 
@@ -286,23 +279,16 @@ def _check_references(stage: Stage, stages: Mapping[str, Stage]) -> None:
     for ref in stage.refs:
         where = place_of(ref.path, stage.places, stage.place)
         if ref.stage not in stages:
-            raise ConfigError(
-                where, f"stages.{stage.name}: there is no stage {ref.stage!r}", did_you_mean(ref.stage, order)
-            )
+            what = f"stages.{stage.name}: there is no stage {ref.stage!r}"
+            raise ConfigError(where, what, did_you_mean(ref.stage, order))
         if ref.stage == stage.name:
             raise ConfigError(where, f"stages.{stage.name}: it refers to itself", "name a stage that stands before it")
         if order.index(ref.stage) > order.index(stage.name):
             if stage.name in _reached(ref.stage, stages):
-                raise ConfigError(
-                    where,
-                    f"stages.{stage.name} and stages.{ref.stage} need each other: a cycle",
-                    "take one of the references out",
-                )
-            raise ConfigError(
-                where,
-                f"stages.{stage.name}: it needs {ref.stage!r}, which stands after it",
-                f"write {ref.stage} before {stage.name}",
-            )
+                what = f"stages.{stage.name} and stages.{ref.stage} need each other: a cycle"
+                raise ConfigError(where, what, "take one of the references out")
+            what = f"stages.{stage.name}: it needs {ref.stage!r}, which stands after it"
+            raise ConfigError(where, what, f"write {ref.stage} before {stage.name}")
 
 
 def _check_kinds(stage: Stage, stages: Mapping[str, Stage]) -> None:
@@ -321,11 +307,8 @@ def _check_kinds(stage: Stage, stages: Mapping[str, Stage]) -> None:
         elif ref.path == ("model", "adapter"):
             made = stages[ref.stage].config
             if (made.lora is None and made.model.adapter is None) or made.method.learns_reward:
-                raise ConfigError(
-                    where,
-                    f"stages.{stage.name}: model.adapter is {ref.text}, which trains no adapter of a language model",
-                    "name it as model.path, or give that stage a lora section",
-                )
+                what = f"stages.{stage.name}: model.adapter is {ref.text}, which trains no adapter of a language model"
+                raise ConfigError(where, what, "name it as model.path, or give that stage a lora section")
 
 
 def check_judge(ref: Ref, stages: Mapping[str, Stage], where: str, what: str) -> None:
@@ -356,8 +339,7 @@ def _reached(name: str, stages: Mapping[str, Stage]) -> set[str]:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the comparison
+# ---- the comparison ----
 
 
 def _comparison(
@@ -375,9 +357,8 @@ def _comparison(
         judges = {"reward": config.reward, "also": config.also}
         refs = references(judges, ("compare",))
     except ConfigError as error:
-        raise ConfigError(
-            place_of(tuple(error.where.split(".")), places, source), f"{error.where} {error.what}", error.how
-        ) from error
+        what, how = f"{error.where} {error.what}", error.how
+        raise ConfigError(place_of(tuple(error.where.split(".")), places, source), what, how) from error
     for ref in (*models, *refs):
         where = place_of(ref.path, places, place)
         if ref.stage not in stages:
@@ -388,9 +369,6 @@ def _comparison(
         check_judge(ref, stages, place_of(ref.path, places, place), f"compare.{ref.path[1]}")
     for ref in models:
         if stages[ref.stage].learns_reward:
-            raise ConfigError(
-                place_of(ref.path, places, place),
-                f"compare.models: {ref.stage} is a reward model, which writes nothing",
-                "leave it out; it can be compare.reward",
-            )
+            what = f"compare.models: {ref.stage} is a reward model, which writes nothing"
+            raise ConfigError(place_of(ref.path, places, place), what, "leave it out; it can be compare.reward")
     return Comparison(config, models, refs, place)

@@ -28,6 +28,7 @@ from penchant.compare.models import (
 from penchant.errors import ConfigError
 from penchant.models.load import load_tokenizer
 from penchant.models.merge import is_adapter, model_sha256
+from penchant.models.options import check_text_alone
 from penchant.pipeline import Comparison, Pipeline, Ref, Resolve
 from penchant.runfolder import COMPARISON, COMPARISON_ROWS
 from penchant.runs import Run
@@ -66,6 +67,8 @@ class Comparer:
         assert pipeline.compare is not None
         self.pipeline, self.runs, self.console = pipeline, runs, console
         self.compare: Comparison = pipeline.compare
+        for name, run in runs.items():
+            check_text_alone(run.config.model, f"{self.compare.place}: {name}", "a pipeline's comparison")
         c = self.compare.config
         self.sampling = Sampling(c.prompts, c.samples, c.max_new_tokens, c.seed, f"{self.compare.place}: compare")
         self.heldout = self._held_out()
@@ -84,17 +87,12 @@ class Comparer:
                 continue
             found = clear_of(name, rows, trained)
             if not found.rows.trees:
-                raise ConfigError(
-                    self.compare.place,
-                    f"compare: every prompt that {name} holds out is trained on by another stage",
-                    "give all stages the same data, train.seed and way of holding out",
-                )
+                what = f"compare: every prompt that {name} holds out is trained on by another stage"
+                how = "give all stages the same data, train.seed and way of holding out"
+                raise ConfigError(self.compare.place, what, how)
             return found
-        raise ConfigError(
-            self.compare.place,
-            "compare: no stage holds out rows with prompts",
-            "set defaults.data.validation_fraction, validation_rows or eval_path",
-        )
+        how = "set defaults.data.validation_fraction, validation_rows or eval_path"
+        raise ConfigError(self.compare.place, "compare: no stage holds out rows with prompts", how)
 
     # ---- what the models meet -------------------------------------------------------------------------------------
 
@@ -107,11 +105,9 @@ class Comparer:
         tokenizers = [load_tokenizer(str(folder_of(ref))) for ref in self.compare.models]
         for ref, other in zip(self.compare.models[1:], tokenizers[1:], strict=True):
             if not same_vocabulary(other, tokenizers[0]):
-                raise ConfigError(
-                    self.compare.place,
-                    f"compare: {ref.stage} has another tokenizer than {self.compare.models[0].stage}",
-                    "compare models that start from the same one: KL and likelihood are of the same tokens",
-                )
+                what = f"compare: {ref.stage} has another tokenizer than {self.compare.models[0].stage}"
+                how = "compare models that start from the same one: KL and likelihood are of the same tokens"
+                raise ConfigError(self.compare.place, what, how)
         reward, also = self.compare.reward(resolve), self.compare.also(resolve)
         return make_setting(self._run, tokenizers[0], self.heldout.rows, reward, self.sampling, self.console, also)
 

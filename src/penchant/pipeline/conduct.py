@@ -32,7 +32,6 @@ from penchant.runs.state import (
     files_of,
     inputs_of,
     judge,
-    locked,
     model_folder,
     outputs_of,
 )
@@ -63,7 +62,7 @@ def judge_stage(stage: Stage, record: Mapping[str, Any] | None, inputs: Inputs) 
 def _check(stage: Stage, planned: Planned) -> None:
     """Refuse a stage that would come out otherwise now, and say how to go on."""
     if planned.action == "changed":
-        how = f"--redo {stage.name} moves its folder aside and trains it anew, with every stage that uses it; "
+        how = f"--redo {stage.name} moves its folder aside and retrains it, with every stage that uses it; "
         raise stage.refusal(planned.why, how + "or undo the change, or choose another output")
 
 
@@ -251,7 +250,7 @@ class Conductor:
             self.pipeline.stage(only, "--only")
         again = self._redone(redo)
         _ = self.data, self.comparer  # everything is checked before anything trains
-        with locked(self.pipeline.output):
+        with RunLock(self.pipeline.output):
             self.state = State.read(self.pipeline.output)
             for sentence in move_aside(self.pipeline, again, self.state):
                 self.console.note(sentence)
@@ -282,11 +281,9 @@ class Conductor:
         for name in self.pipeline.needed(only):
             _check(self.pipeline.stages[name], planned[name])
             if planned[name].action != "done":
-                raise CheckpointError(
-                    self.pipeline.stages[only].place,
-                    f"stages.{only} needs {name}, which is not finished",
-                    f"run --only {name} first, or leave --only out",
-                )
+                what = f"stages.{only} needs {name}, which is not finished"
+                how = f"run --only {name} first, or leave --only out"
+                raise CheckpointError(self.pipeline.stages[only].place, what, how)
 
     def _stage(self, stage: Stage, number: str) -> str:
         """Skip, resume or train one stage; returns what was done, in words."""

@@ -155,7 +155,8 @@ def _on_shapes(
 ) -> Iterator[tuple[Any, list[PackedBatch]]]:
     """The engine of a run and its batches, ready for passes on the meta device; afterwards the model has no gradients."""
     hooks = _outlined_precision(model, run.dtype, fast)
-    packed = [replace(pack(list(b), shared=run.shared_prompts), seed=0) for b in batches]
+    pictureless = [[replace(t, pictures=None) for t in b] for b in batches]
+    packed = [replace(pack(b, shared=run.shared_prompts), seed=0) for b in pictureless]
     kernels = fast_forward(model) if fast else None
     engine = _engine(run, model, "auto" if fast else "off")
     try:
@@ -215,7 +216,8 @@ def _engine(run: OutlinedRun, model: Any, kernels: str) -> Any:
     packing = run.layout[0]
     if run.encoder:
         return EncoderRewards(model, pair_format(run.rows.tokenizer))
-    scorer = Scorer(model, packing, kernels, attention=run.attention[0])  # type: ignore[arg-type]
+    own = run.config.model.sees  # the model places its tokens itself
+    scorer = Scorer(model, packing, kernels, attention=run.attention[0], own_attention=own)  # type: ignore[arg-type]
     return scorer if not run.method.learns_reward else CausalRewards(scorer)
 
 
@@ -241,15 +243,6 @@ def _forget(p: Tensor) -> None:
 
 PREFILL_TOKENS = 4096  # `FastDecoder.prefill` reads so many at once
 BY_LENGTH_ROWS = 384  # rows that transformers' own cache holds at once
-
-
-def writing_bytes(run: OutlinedRun, size: int) -> int:
-    """Bytes of the largest round of decoding: packed weights, keys and values, a prompt's pass, logits; 0 where nothing is written.
-
-    Args:
-        size: bytes of one weight in the training dtype.
-    """
-    return max((decoding_bytes(run.model, size, p, n, new) for n, new, p in _askings(run)), default=0)
 
 
 def _askings(run: OutlinedRun) -> list[tuple[int, int, list[int]]]:
@@ -445,7 +438,8 @@ def memory_of(run: OutlinedRun, work: Work, baseline: int, rows: int, *, counted
         "before the first step": before + round(activations.forward * loss) + reference,
         "a training step": step,
     }
-    writing = writing_bytes(run, size)
+    # the largest round of decoding: packed weights, keys and values, a prompt's pass, logits; 0 where nothing is written
+    writing = max((decoding_bytes(run.model, size, p, n, new) for n, new, p in _askings(run)), default=0)
     evaluating = with_losses(max(activations.forward, _scoring(run, activations), writing))
     again = start_weights(run)
     if again:
@@ -487,7 +481,7 @@ def _activations(run: OutlinedRun, work: Work) -> tuple[Activations, str]:
         return found, "this model's operations cannot be counted on shapes alone; activations are a rule of thumb"
     if run.method.rollouts is not None:
         return found, "rollouts count as long as they may be; reward models are not counted"
-    return found, ""
+    return found, "of pictures their tokens are counted, and not what makes them" if run.config.model.sees else ""
 
 
 def _rule_of_thumb(run: OutlinedRun, work: Work) -> Activations:

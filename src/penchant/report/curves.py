@@ -39,7 +39,8 @@ class Panel:
 
     def plot(self, title: str, lines: Sequence[Line], note: str, levels: tuple[Level, ...] = ()) -> Plot:
         says = _says(lines, self.share)
-        return Plot(_slug(title), title, self.unit, "step", tuple(lines), says, note, self.share, self.log, levels)
+        key = "p-" + "".join(c if c.isascii() and c.isalnum() else "-" for c in title.lower()).strip("-")
+        return Plot(key, title, self.unit, "step", tuple(lines), says, note, self.share, self.log, levels)
 
 
 def _both(title: str, name: str, unit: str = "", *, log: bool = False, main: bool = True) -> Panel:
@@ -244,7 +245,3 @@ def _reliability(quality: Mapping[str, Any]) -> Plot | None:
     says = f"{len(points)} bins of held-out pairs; on the diagonal confidence and share right agree"
     title, unit, across = "Reliability on held-out pairs", "% right", "confidence, %"
     return Plot("reliability", title, unit, across, (diagonal, pairs), says, share=True)
-
-
-def _slug(title: str) -> str:
-    return "p-" + "".join(c if c.isascii() and c.isalnum() else "-" for c in title.lower()).strip("-")

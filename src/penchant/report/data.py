@@ -268,15 +268,12 @@ def group(runs: Sequence[RunData], sweep: Mapping[str, Any]) -> tuple[Setting, .
     """Runs by their setting, in written order."""
     members: dict[str, list[RunData]] = {}
     for run in runs:
-        members.setdefault(_identity(run, _varied(run, sweep)), []).append(run)
+        record = mapping(mapping(sweep.get("runs")).get(run.name))
+        varied = {k: v for k, v in mapping(record.get("varied")).items() if k != SEED}
+        members.setdefault(_identity(run, varied), []).append(run)
     names = _setting_names(list(members.values()), sweep)
     settings = enumerate(zip(names, members.values(), strict=True))
     return tuple(Setting(letter(i), i, name, tuple(of_one)) for i, (name, of_one) in settings)
-
-
-def _varied(run: RunData, sweep: Mapping[str, Any]) -> dict[str, Any]:
-    record = mapping(mapping(sweep.get("runs")).get(run.name))
-    return {k: v for k, v in mapping(record.get("varied")).items() if k != SEED}
 
 
 def _identity(run: RunData, varied: Mapping[str, Any]) -> str:

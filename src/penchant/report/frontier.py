@@ -162,9 +162,6 @@ def best_so_far(spots: Sequence[Spot]) -> list[Spot]:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def picture(found: Frontier) -> Element:
     """The picture with its table."""
     spots = found.spots
@@ -178,11 +175,12 @@ def picture(found: Frontier) -> Element:
     says = ", ".join(f"{s.name} ({shown(s.y, found.share)} at {number(s.x)} nats)" for s in edge)
     if len(spots) > 1:
         says = f"{len(spots)} models by KL to the start and {found.label}. None reaches as much with less KL: {says}"
+    steps = "".join(f"H{across(s.x):.1f}V{up(s.y):.1f}" for s in edge[1:])
     svg = el(
         "svg",
         el("desc", says),
         _axes(across, up, found),
-        _edge(edge, across, up) if len(edge) > 1 else None,
+        el("path", class_="edge", d=f"M{across(edge[0].x):.1f} {up(edge[0].y):.1f}{steps}") if steps else None,
         [_mark(s, across, up) for s in spots],
         _names(spots, across, up),
         viewBox=f"0 0 {WIDTH} {HEIGHT}",
@@ -216,11 +214,6 @@ def _axes(across: Axis, up: Axis, found: Frontier) -> list[Element]:
         text = el("text", words, x=across.end - 6, y=y - 6, text_anchor="end")
         made.append(el("g", line, text, class_="level"))
     return [*made, below]
-
-
-def _edge(edge: Sequence[Spot], across: Axis, up: Axis) -> Element:
-    d = f"M{across(edge[0].x):.1f} {up(edge[0].y):.1f}" + "".join(f"H{across(s.x):.1f}V{up(s.y):.1f}" for s in edge[1:])
-    return el("path", class_="edge", d=d)
 
 
 def _mark(spot: Spot, across: Axis, up: Axis) -> Element:

@@ -56,7 +56,7 @@ def render(data: ReportData, *, strict: bool = False) -> str:
     made = [(s, _guarded(s.make, data, strict)) for s in SECTIONS if s.wanted(data)]
     shown = [(s, node) for s, node in made if node is not None]
     missing = [el("li", el("b", s.title), ": ", s.missing) for s, node in made if node is None and s.missing]
-    absent = "Not in this report"
+    absent, complete = "Not in this report", ". This file is complete: it loads nothing, and nothing in it calls home."
     goals = cards(data.runs[0]) if data.kind == "run" and data.runs else None
     body = el(
         "main",
@@ -67,7 +67,7 @@ def render(data: ReportData, *, strict: bool = False) -> str:
         el("section", el("h2", absent), el("ul", missing, class_="soft small"), id="missing", aria_label=absent)
         if missing
         else None,  # together at the end, where it is in nobody's way
-        _footer(data),
+        el("footer", f"Written by Penchant {__version__}, ", _time(data.now), complete),
     )
     return _document(data, str(body))
 
@@ -147,11 +147,6 @@ def _glossary(data: ReportData) -> Node:
     logged = {k.removeprefix("eval/") for r in data.runs for m in (*r.evals[-1:], *r.trained[-1:]) for k in m}
     rows: list[list[Node]] = [[said(n), METRICS[n].meaning] for n in sorted(logged & METRICS.keys())]
     return fold(f"{len(rows)} names", panel([], rows), key="words") if rows else None
-
-
-def _footer(data: ReportData) -> Element:
-    complete = ". This file is complete: it loads nothing, and nothing in it calls home."
-    return el("footer", f"Written by Penchant {__version__}, ", _time(data.now), complete)
 
 
 def _time(seconds: float, **attributes: str) -> Element:

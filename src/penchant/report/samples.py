@@ -115,9 +115,6 @@ def of_runs(data: ReportData) -> Shelf:
     return Shelf(tuple(names), tuple(keys), cards)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def _turns(row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     """(role, text) of a prompt that is a conversation."""
     return tuple((text(m.get("role")), text(m.get("content"))) for m in mappings(row.get("messages")))
@@ -151,6 +148,7 @@ def samples(data: ReportData) -> Element | None:
 
 
 def _card(card: Card, found: Shelf, i: int) -> Element:
+    system = [words for role, words in card.turns if role == SYSTEM and len(card.turns) > 1]
     return el(
         "details",
         el(
@@ -159,7 +157,7 @@ def _card(card: Card, found: Shelf, i: int) -> Element:
             el("small", f"{card.times} times") if card.times > 1 else None,
             el("small", class_="diff"),
         ),
-        [_folded(words) for role, words in card.turns if role == SYSTEM and len(card.turns) > 1],
+        [el("details", el("summary", "system prompt"), said(_cut(s), tag="p"), class_="system") for s in system],
         el("div", [_answer(a, found) for a in card.answers], class_="answers"),
         class_="sample",
         open=i < OPEN,
@@ -173,10 +171,6 @@ def _prompt(card: Card) -> Element:
     shown = [t for t in card.turns if t[0] != SYSTEM] or card.turns
     turns = [el("span", el("b", said(role)), ": ", said(_cut(words)), el("br")) for role, words in shown]
     return el("span", turns, class_="prompt")
-
-
-def _folded(words: str) -> Element:
-    return el("details", el("summary", "system prompt"), said(_cut(words), tag="p"), class_="system")
 
 
 def _answer(a: Answer, found: Shelf) -> Element:

@@ -296,7 +296,8 @@ def figure(plot: Plot) -> Element | None:
     lines = [x for x in (_finite(x) for x in plot.lines) if x.points]
     if not lines:
         return None
-    right = _right_margin(lines)
+    longest = max(len(x.tag) for x in lines)
+    right = PLAIN_RIGHT if not longest else LETTER_RIGHT if longest <= 2 else WORD_RIGHT
     xs = [x for line in lines for x, _ in (line.points[0], line.points[-1])]
     ys = [y for line in lines for _, y in line.drawn or line.points]
     ys += [v for line in lines for _, low, high in line.ends for v in (low, high)]
@@ -338,11 +339,6 @@ def _finite(line: Line) -> Line:
     points = tuple((x, y) for x, y in line.points if math.isfinite(x) and abs(y) < LARGEST)
     drawn = None if line.drawn is None else tuple((x, y) for x, y in line.drawn if math.isfinite(x + y))
     return replace(line, points=points, drawn=drawn or None)
-
-
-def _right_margin(lines: Sequence[Line]) -> int:
-    longest = max((len(x.tag) for x in lines), default=0)
-    return PLAIN_RIGHT if not longest else LETTER_RIGHT if longest <= 2 else WORD_RIGHT
 
 
 def grid(
@@ -419,7 +415,12 @@ def _tags(lines: Sequence[Line], across: Axis, up: Axis) -> list[Element]:
     tagged = [(up((x.drawn or x.points)[-1][1]), across((x.drawn or x.points)[-1][0]), x) for x in lines if x.tag]
     if len(tagged) > MOST_TAGS:  # then the legend tells them apart
         return []
-    return [made for side in _sides(tagged) for made in _column(side)]
+    made = []
+    for side in _sides(tagged):
+        places = apart([y for y, _, _ in side], TOP + 4.0, HEIGHT - BOTTOM + 2.0, LABEL_GAP)
+        for y, (_, x, line) in zip(places, side, strict=True):
+            made.append(tag(line.tag, line.place, f"{x + 7:.1f}", y + 4, line.group))
+    return made
 
 
 def _sides(tagged: Sequence[tuple[float, float, Line]]) -> list[list[tuple[float, float, Line]]]:
@@ -431,14 +432,6 @@ def _sides(tagged: Sequence[tuple[float, float, Line]]) -> list[list[tuple[float
         else:
             found.append([item])
     return found
-
-
-def _column(tagged: Sequence[tuple[float, float, Line]]) -> list[Element]:
-    places = apart([y for y, _, _ in tagged], TOP + 4.0, HEIGHT - BOTTOM + 2.0, LABEL_GAP)
-    return [
-        tag(line.tag, line.place, f"{x + 7:.1f}", y + 4, line.group)
-        for y, (_, x, line) in zip(places, tagged, strict=True)
-    ]
 
 
 def apart(places: Sequence[float], low: float, high: float, gap: float) -> list[float]:

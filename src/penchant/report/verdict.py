@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from penchant.base.text import counted as count
-from penchant.metrics.names import METRICS, Metric, all_tied
+from penchant.metrics.names import CHOSEN, METRICS, Metric, all_tied
 from penchant.report.data import Comparison, ReportData, RunData
 from penchant.report.html import Element, Node, el, fold, keyed, note, panel, said, spoken, table
 from penchant.report.settings import Ranking, Row, held_out_rows, ranking, spread, tried
@@ -65,7 +65,9 @@ def of_comparison(comparison: Comparison) -> list[Node]:
     if not sentences:
         why = " holds no verdict: it was not finished, or is of an older version."
         return [statement("open", said(comparison.name), why, lead=True)]
-    spoken = [(text(a.get("by")), _tone(a), said(s, tag="span")) for s, a in zip(sentences, about, strict=False)]
+    tones: list[Tone] = [next((tone for tone in TONES if tone == a.get("tone")), "plain") for a in about]
+    bys = [text(a.get("by")) for a in about]
+    spoken = [(by, tone, said(s, tag="span")) for by, tone, s in zip(bys, tones, sentences, strict=False)]
     aside = [statement(tone, words) for by, tone, words in spoken if by]
     main = [(tone, words) for by, tone, words in spoken if not by]
     if not main:  # it is by a judge alone
@@ -83,10 +85,6 @@ def of_comparison(comparison: Comparison) -> list[Node]:
         items = [el("li", said(n.removeprefix("- "), tag="span")) for n in notes]
         made.append(el("ul", items, class_="soft small notes"))
     return made
-
-
-def _tone(about: Mapping[str, Any]) -> Tone:
-    return next((tone for tone in TONES if tone == about.get("tone")), "plain")
 
 
 # ---- a run --------------------------------------------------------------------------------------------------------
@@ -113,8 +111,9 @@ def of_run(run: RunData, first: bool = True) -> list[Node]:
         made.append(statement("plain" if stays and tone == "good" else tone, _sentence(change, run), lead=lead))
     if stays:
         made.insert(1 if made else 0, statement("open", f"{same} of {of} sampled answers are unchanged by training."))
-    if "kl/k3" in found:
-        made.append(statement("plain", _price(found["kl/k3"])))
+    if (kl := found.get("kl/k3")) is not None:
+        moved, ci = el("b", estimate(kl.after, kl.after_ci)), f" {kl.brackets}" if kl.brackets else ""
+        made.append(statement("plain", "It moved ", moved, ci, " nats per completion away from the start (KL)."))
     judged = [c for c in order if c.reading != "plain"]
     if judged and all(c.reading == "unclear" for c in judged):
         rows = num(run.last, "eval/rows")
@@ -183,12 +182,6 @@ def _against_start(c: Change) -> str:
     return f"; {c.reading} than the start by its interval." if c.reading in ("better", "worse") else "."
 
 
-def _price(c: Change) -> list[Node]:
-    brackets = f" {c.brackets}" if c.brackets else ""
-    moved = el("b", estimate(c.after, c.after_ci))
-    return ["It moved ", moved, brackets, " nats per completion away from the start (KL)."]
-
-
 def cards(run: RunData) -> Element | None:
     """The goals that a run brings with it (`penchant demo`), each with whether it was met."""
     made = []
@@ -223,7 +216,7 @@ def _goal(h: Mapping[str, Any]) -> Element | None:
 
 
 def of_runs(data: ReportData) -> list[Node]:
-    """The best by validation, and why that is no proof."""
+    """The best by validation, and why that proves nothing."""
     progress = _progress(data)
     ranked = ranking(data)
     if ranked is None:
@@ -232,7 +225,7 @@ def of_runs(data: ReportData) -> list[Node]:
         return [statement("open", none, lead=True), *progress]
     best = ranked.best
     if not best:
-        none = "No setting has come to its end with all its seeds, so none is called best."
+        none = "No setting has finished with all its seeds, so none is called best."
         return [statement("open", none, lead=True), *progress]
     share = ranked.figure.share
     names: list[Node] = []
@@ -246,8 +239,7 @@ def of_runs(data: ReportData) -> list[Node]:
     made: list[Node] = [statement("plain", start, names, figure.replace(" ()", ""), lead=True)]
     made += _doubts(ranked, best)
     if not only:
-        chose = "These held-out rows chose it, so its figure flatters it, and nothing is claimed of its lead: measure it on rows that no run has seen."
-        made.append(statement("plain", chose))
+        made.append(statement("plain", CHOSEN))
     return [*made, *_cut(data), *progress]
 
 

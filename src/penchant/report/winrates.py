@@ -8,6 +8,7 @@ from typing import Any
 
 from penchant.metrics.names import with_k3
 from penchant.metrics.stats import Interval
+from penchant.metrics.verdict import p_text
 from penchant.report.data import Comparison, ReportData
 from penchant.report.html import Element, Node, el, note, panel, said
 from penchant.report.svg import MISSING, estimate, interval, percent, shown, strip
@@ -136,9 +137,7 @@ def _pairs_table(pairs: Sequence[Mapping[str, Any]], judge: str, outcome: str) -
 
 def p_value(p: float | None) -> str:
     """A p-value with the digits that matter."""
-    if p is None:
-        return MISSING
-    return "<0.0001" if p < 1e-4 else f"{p:.4f}" if p < 0.1 else f"{p:.2f}"
+    return MISSING if p is None else p_text(p)
 
 
 def compared_figures(data: ReportData) -> Element | None:

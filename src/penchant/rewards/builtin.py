@@ -110,9 +110,8 @@ def words_between(given: str) -> RewardFunction:
     found = re.fullmatch(r"(\d*)-(\d*)", given)
     low, high = (int(n) if n else None for n in found.groups()) if found else (None, None)
     if found is None or (low is None and high is None) or (low is not None and high is not None and low > high):
-        raise ConfigError(
-            "reward", f"words:{given} is not a range of words", "write words:20-60, words:20- or words:-60"
-        )
+        how = "write words:20-60, words:20- or words:-60"
+        raise ConfigError("reward", f"words:{given} is not a range of words", how)
 
     def rule(prompts: Sequence[str], completions: Sequence[str]) -> Sequence[float]:
         counts = [len(c.split()) for c in completions]

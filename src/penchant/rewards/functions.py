@@ -229,21 +229,15 @@ class Reward:
             names |= dict.fromkeys(self.policy.columns)
         columns = {name: [None if r is None else r.columns.get(name) for r in rows] for name in names}
         ids = [c.tolist() for t in trees for c in t.completion_ids] if trees is not None else None
-        if (
-            names
-            and (at := next((i for i, s in enumerate(sources) if s in known and known[s] is None), None)) is not None
-        ):
-            raise _ambiguous(sources[at])
+        several = next((s for s in sources if s in known and known[s] is None), None)
+        if names and several is not None:
+            what = f"{several} stands for rows of several files, so the columns of its row are not known"
+            raise RewardError("reward", what, "give the data files different names")
         return Asked(prompts, completions, rows, sources, ids, columns, trees, step)
 
 
 def _is_model(term: RewardTerm) -> bool:
     return hasattr(term.function, "score_trees")
-
-
-def _ambiguous(source: str) -> RewardError:
-    what = f"{source} stands for rows of several files, so the columns of its row are not known"
-    return RewardError("reward", what, "give the data files different names")
 
 
 def _values(term: RewardTerm, asked: Asked, timeout: float | None) -> np.ndarray:
@@ -265,7 +259,7 @@ def _values(term: RewardTerm, asked: Asked, timeout: float | None) -> np.ndarray
         blamed = f" ({_named_completion(asked, at)})" if at is not None else ""
         if isinstance(error, TookTooLong):
             what = f"gave no answer within {timeout:g} seconds{blamed}"
-            raise RewardError(f"reward {term.name}", what, "mend the function, or raise reward.timeout") from error
+            raise RewardError(f"reward {term.name}", what, "fix the function, or raise reward.timeout") from error
         raise RewardError(
             f"reward {term.name}",
             f"{type(error).__name__}: {error}{blamed}",
@@ -276,20 +270,14 @@ def _values(term: RewardTerm, asked: Asked, timeout: float | None) -> np.ndarray
         shape = (
             "" if values.ndim == 1 else f" (an array of shape {list(values.shape)})" if values.ndim else " (no list)"
         )
-        raise RewardError(
-            f"reward {term.name}",
-            f"returned {values.size} values{shape} for {counted(n, 'completion')}",
-            "return one number for each completion, in order",
-        )
+        what = f"returned {values.size} values{shape} for {counted(n, 'completion')}"
+        raise RewardError(f"reward {term.name}", what, "return one number for each completion, in order")
     silent = np.array([v is None for v in given]) if isinstance(given, (list, tuple)) else np.zeros(n, dtype=bool)
     bad = np.flatnonzero(~np.isfinite(values) & ~silent)
     if len(bad):
         at = int(bad[0])
-        raise RewardError(
-            f"reward {term.name}",
-            f"returned {values[at]} for {_named_completion(asked, at)}",
-            "return finite numbers, or None where it says nothing of a completion",
-        )
+        how = "return finite numbers, or None where it says nothing of a completion"
+        raise RewardError(f"reward {term.name}", f"returned {values[at]} for {_named_completion(asked, at)}", how)
     return values
 
 
@@ -341,9 +329,8 @@ def _numbers(name: str, given: Any) -> np.ndarray:
     try:
         return np.asarray(given, dtype=np.float64)
     except Exception as error:  # whatever conversions the elements bring
-        raise RewardError(
-            f"reward {name}", f"returned {type(given).__name__} that holds no numbers", "return a list of numbers"
-        ) from error
+        what = f"returned {type(given).__name__} that holds no numbers"
+        raise RewardError(f"reward {name}", what, "return a list of numbers") from error
 
 
 def _first_to_blame(term: RewardTerm, asked: Asked, timeout: float | None) -> int | None:
@@ -466,9 +453,8 @@ def _function(name: str) -> RewardFunction:
         if name.startswith("stage:"):
             raise ConfigError("reward", f"{name!r} is a pipeline's stage", "here give that stage's run folder")
         if "/" in name:
-            raise ConfigError(
-                "reward", f"{name}: no such folder", "give a reward model's folder or run, or path.py:function"
-            )
+            how = "give a reward model's folder or run, or path.py:function"
+            raise ConfigError("reward", f"{name}: no such folder", how)
         near = closest(name, BUILT_IN)
         raise ConfigError(
             "reward",

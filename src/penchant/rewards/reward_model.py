@@ -15,7 +15,7 @@ from torch import Tensor
 
 from penchant.base.files import file_sha256
 from penchant.base.functions import imported_sha256, is_own, own_file
-from penchant.base.machine import moved
+from penchant.base.machine import moved, place_of
 from penchant.data.load import Dataset
 from penchant.data.options import DataConfig
 from penchant.data.packing import passes_over
@@ -232,7 +232,8 @@ class RewardModel:
 
     def score_trees(self, trees: Sequence[TokenTree]) -> list[float]:
         """The reward of each completion of rollouts, tree by tree; one that did not end by itself is judged without EOS."""
-        if self._same and all(_longest(t) <= self.max_length for t in trees):
+        longest = max((len(t.prompt_ids) + max(map(len, t.completion_ids)) for t in trees), default=0)
+        if self._same and longest <= self.max_length:
             return rewards_of(self.scorer, trees)
         assert self.policy is not None
         decode = self.policy.tokenizer.decode
@@ -244,11 +245,8 @@ class RewardModel:
             elif (row := known[tree.source]) is not None:
                 asked = row  # with its tools
             else:
-                raise DataError(
-                    tree.source,
-                    "stands for rows of several files, so the reward model cannot tell their prompts apart",
-                    "give the data files different names",
-                )
+                what = "stands for rows of several files, so the reward model cannot tell their prompts apart"
+                raise DataError(tree.source, what, "give the data files different names")
             for ids, cut in zip(tree.completion_ids, tree.truncated, strict=True):
                 pairs.append(replace(asked, completions=(Completion(decode(ids, skip_special_tokens=True)),)))
                 unfinished.append(cut)
@@ -280,10 +278,6 @@ class RewardModel:
         return [_without(ends, t) if cut else t for t, cut in zip(made, unfinished, strict=True)]
 
 
-def _longest(tree: TokenTree) -> int:
-    return len(tree.prompt_ids) + max(map(len, tree.completion_ids))
-
-
 def _without(ends: frozenset[int], tree: TokenTree) -> TokenTree:
     ids = tree.completion_ids[0]
     return replace(tree, completion_ids=(ids[:-1],)) if len(ids) > 1 and int(ids[-1]) in ends else tree
@@ -291,7 +285,7 @@ def _without(ends: frozenset[int], tree: TokenTree) -> TokenTree:
 
 def rewards_of(scorer: RewardScorer, trees: Sequence[TokenTree], tokens_per_step: int = TOKENS_PER_STEP) -> list[float]:
     """The reward of every completion, tree by tree, without gradient."""
-    device = next(scorer.model.parameters()).device
+    device = place_of(scorer.model)
     found: list[list[float]] = [[] for _ in trees]
     training = scorer.model.training
     scorer.model.eval()
@@ -319,19 +313,15 @@ def make_scorer(
     """The scorer that fits a reward model, and a sentence for the log; `runs_as` as for `choose_packing`."""
     if encoder:
         if attention in ("varlen", "flex"):
-            raise ConfigError(
-                "model.attention",
-                f"{attention} is for packed rows of causal models, and this is an encoder",
-                "set model.attention=auto",
-            )
+            what = f"{attention} is for packed rows of causal models, and this is an encoder"
+            raise ConfigError("model.attention", what, "set model.attention=auto")
         scorer = EncoderRewards(model, pair_format(tokenizer))
         return scorer, f"packing: {scorer.packing}"
     causal, note = choose_packing(model, packing, kernels, attention, runs_as)
     return CausalRewards(causal), note
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# loading
+# ---- loading ----
 
 
 def find_reward_model(path: str) -> Path | None:
@@ -358,11 +348,8 @@ def check_reward_folder(name: str, folder: Path) -> Any:
     config = load_model_config(str(folder))
     if not is_reward_model(config):
         kind = ", ".join(getattr(config, "architectures", None) or ()) or "no architecture named"
-        raise ConfigError(
-            "reward",
-            f"{name} is not a reward model ({kind})",
-            "give the run folder of one, trained with algorithm.name=reward_model, or a classifier with one label",
-        )
+        how = "give the run folder of one, trained with algorithm.name=reward_model, or a classifier with one label"
+        raise ConfigError("reward", f"{name} is not a reward model ({kind})", how)
     return config
 
 
@@ -477,10 +464,9 @@ class RewardModelParts:
     def save(
         self,
         model: Any,
-        masters: Mapping[str, Tensor],
         folder: Path,
+        whole: Mapping[str, Tensor] | None,
         sharded: Mapping[str, Tensor] | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         """Write the model; the last two as for `save_reward_model`."""
         settings = {
@@ -489,7 +475,7 @@ class RewardModelParts:
             "max_length": self.max_length,
             "add_eos": self.data.add_eos and self.tokenizer.eos_token_id is not None,
         }
-        save_reward_model(model, self.tokenizer, folder, masters, settings, sharded, dtype)
+        save_reward_model(model, self.tokenizer, folder, settings, whole, sharded)
 
     def encoder_lr(self, parameters: int) -> float:
         """Peak learning rate of a whole encoder where the config says auto; small ones take larger steps."""

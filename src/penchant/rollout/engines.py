@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from penchant.base.machine import place_of
 from penchant.base.text import shown
 from penchant.errors import ConfigError, PenchantError, RolloutError
 from penchant.judges.endpoint import Connection, NoReply, connect
@@ -157,7 +158,7 @@ class Probe:
         """The policy's log-probs of all tokens but each row's first, at temperature 1."""
         training = self.model.training
         self.model.eval()
-        device = next(self.model.parameters()).device
+        device = place_of(self.model)
         found = []
         with torch.inference_mode():
             for row in self.rows:
@@ -284,16 +285,13 @@ class VLLMServer(Remote):
         self.name = self.config.model or next(iter(models), "")
         if self.name not in models:
             there = ", ".join(map(shown, models)) or "nothing"
-            raise ConfigError(
-                "rollout.model", f"{self.where} serves {there}, not {shown(self.name)}", "name one of them"
-            )
+            what = f"{self.where} serves {there}, not {shown(self.name)}"
+            raise ConfigError("rollout.model", what, "name one of them")
         most = models[self.name]
         if isinstance(most, int) and most < longest:
-            raise ConfigError(
-                "algorithm.max_new_tokens",
-                f"the longest prompt and its completion make {longest} tokens, and {self.where} holds {most}",
-                "start it with a larger --max-model-len, or lower algorithm.max_new_tokens",
-            )
+            what = f"the longest prompt and its completion make {longest} tokens, and {self.where} holds {most}"
+            how = "start it with a larger --max-model-len, or lower algorithm.max_new_tokens"
+            raise ConfigError("algorithm.max_new_tokens", what, how)
 
     def sample(
         self, prompts: Sequence[Sequence[int]], settings: Settings, seed: int, prompt_seeds: Sequence[int]
@@ -358,9 +356,8 @@ class VLLMServer(Remote):
                 per_token = answer["choices"][0]["prompt_logprobs"][1:]
                 found += [float(p[str(token)]["logprob"]) for p, token in zip(per_token, row[1:], strict=True)]
             except (LookupError, TypeError, ValueError) as error:
-                raise RolloutError(
-                    self.where, "gives no log-probs of a prompt's tokens", "is it a vLLM server of this run's model?"
-                ) from error
+                how = "is it a vLLM server of this run's model?"
+                raise RolloutError(self.where, "gives no log-probs of a prompt's tokens", how) from error
         return np.array(found)
 
     def _confirm(self) -> None:
@@ -393,7 +390,8 @@ class VLLMServer(Remote):
             if nccl:
                 self._send_by_nccl()
             else:
-                self._reload()
+                how = {"weights_path": str(self.folder.resolve())}
+                self._ask("/collective_rpc", {"method": "reload_weights", "kwargs": how})
         except PenchantError:
             with suppress(NoReply):  # it may be gone
                 replace(self.connection, attempts=1).post("/resume", {}, threading.Event())
@@ -402,19 +400,14 @@ class VLLMServer(Remote):
             self.connection.post("/update_weight_version", {"new_version": tag}, threading.Event())
         except NoReply as error:  # an older vLLM keeps none: then its log-probs say whose weights it has
             if not error.final:
-                raise RolloutError(
-                    self.where, f"/update_weight_version {error}", "look at the server's own log"
-                ) from error
+                what = f"/update_weight_version {error}"
+                raise RolloutError(self.where, what, "look at the server's own log") from error
             self.versions = False
         self.tag = tag
         self._ask("/resume", {})
 
-    def _reload(self) -> None:
-        body = {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder.resolve())}}
-        self._ask("/collective_rpc", body)
-
     def _by_nccl(self) -> bool:
-        on_gpu = next(self.model.parameters()).device.type == "cuda"
+        on_gpu = place_of(self.model).type == "cuda"
         if self.config.update == "auto":
             return on_gpu and _has_vllm()
         if self.config.update == "nccl" and not (on_gpu and _has_vllm()):
@@ -578,11 +571,8 @@ class VLLMInProcess(Remote):
         try:
             from vllm import LLM
         except ImportError as error:
-            raise ConfigError(
-                "rollout.engine",
-                "is vllm without a url, and vllm is not installed here",
-                "install it, or give rollout.url",
-            ) from error
+            what = "is vllm without a url, and vllm is not installed here"
+            raise ConfigError("rollout.engine", what, "install it, or give rollout.url") from error
         options = {
             "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
             "max_model_len": self.longest,

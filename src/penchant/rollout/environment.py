@@ -92,9 +92,8 @@ def find_environment(name: str) -> Callable[[], Any]:
     """
     if not is_own(name):
         if name not in ENVIRONMENTS:
-            raise ConfigError(
-                WHERE, f"{name!r} is not an environment", f"{did_you_mean(name, ENVIRONMENTS)}, or write path.py:Class"
-            )
+            how = f"{did_you_mean(name, ENVIRONMENTS)}, or write path.py:Class"
+            raise ConfigError(WHERE, f"{name!r} is not an environment", how)
         return ENVIRONMENTS[name]
     found: Callable[[], Any] = python_object(name, WHERE)
     if missing := [m for m in ("reset", "step") if not callable(getattr(found, m, None))]:
@@ -143,12 +142,12 @@ class Stage:
             draw: (prompts as ids, a seed for each, tokens) -> a sample of each.
 
         Raises:
-            RewardError: the environment failed, or said what is no message; it names the row.
+            RewardError: the environment failed, or returned something that is not a message; the error names the row.
         """
         episodes = [self._begin(tree, i, max_tokens) for tree in prompts for i in range(samples)]
         for a, b in pairwise(episodes):
             if a.tree is b.tree and a.sample.prompt != b.sample.prompt:
-                what = f"{a.place}: reset of {self.name} says other things to the completions of one row"
+                what = f"{a.place}: reset of {self.name} gives different messages to completions of one row"
                 raise RewardError(WHERE, what, "let it be a function of the row: the completions share their prompt")
         for turn in range(self.turns):
             going = [e for e in episodes if e.going]
@@ -165,7 +164,7 @@ class Stage:
         row = self.asked.get(tree.source)
         if row is None:
             raise RewardError(
-                WHERE, f"{tree.source}: its row is not to be told from another one", "give files other names"
+                WHERE, f"{tree.source}: its row cannot be told apart from another", "give files other names"
             )
         turns = list(turns_of_prompt(row.prompt)) if not isinstance(row.prompt, str) else [Message("user", row.prompt)]
         prompt = row.prompt if isinstance(row.prompt, str) else [message_json(m) for m in row.prompt]
@@ -229,9 +228,8 @@ class Stage:
                 ANSWER
             )
             if not there:
-                raise ConfigError(
-                    WHERE, "the chat template leaves earlier answers out", "take another model, or data.template=plain"
-                )
+                what = "the chat template leaves earlier answers out"
+                raise ConfigError(WHERE, what, "take another model, or data.template=plain")
             if end is not None:
                 text = text.removeprefix(self.tokenizer.decode([end]))
         else:
@@ -247,11 +245,8 @@ class Stage:
         read, shown = self._asked(place, f"reading what {method} gives", lambda: (_read(said), str(said)[:60]))
         if read is None:
             what = f"{place}: {method} of {self.name} gives {shown!r}"
-            raise RewardError(
-                WHERE,
-                what,
-                'give a list of {"role": "user" (or tool, system), "content": TEXT}, or None for nothing more',
-            )
+            how = 'give a list of {"role": "user" (or tool, system), "content": TEXT}, or None for nothing more'
+            raise RewardError(WHERE, what, how)
         return list(read)
 
     def _asked(self, place: str, what: str, call: Callable[[], Any]) -> Any:
@@ -259,10 +254,10 @@ class Stage:
             return guarded(call, self.timeout)
         except TookTooLong as error:
             how = f"{place}: {self.name}: {what} took longer than {self.timeout:g} seconds"
-            raise RewardError(WHERE, how, "mend the environment, or raise rollout.environment_timeout") from error
+            raise RewardError(WHERE, how, "fix the environment, or raise rollout.environment_timeout") from error
         except (Exception, SystemExit) as error:
             how = f"{place}: {self.name}: {what} failed ({type(error).__name__}: {error})"
-            raise RewardError(WHERE, how, "mend the environment") from error
+            raise RewardError(WHERE, how, "fix the environment") from error
 
 
 def _read(said: Any) -> list[Message] | None:

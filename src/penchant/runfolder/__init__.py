@@ -21,6 +21,7 @@ from penchant.base.files import (
     disk_error,
     file_sha256,
     sweep,
+    whole_lines,
     write_atomically,
     write_text_atomically,
 )
@@ -87,11 +88,8 @@ class RunLock:
         except BlockingIOError as error:
             holder = os.read(handle, 200).decode(errors="replace").strip() or "another process"
             os.close(handle)
-            raise CheckpointError(
-                str(self.path.parent),
-                f"another run holds this folder ({holder})",
-                "wait for it, stop it, or choose another output",
-            ) from error
+            what, how = f"another run holds this folder ({holder})", "wait for it, stop it, or choose another output"
+            raise CheckpointError(str(self.path.parent), what, how) from error
         except OSError as error:
             os.close(handle)
             raise disk_error(self.path, error) from error
@@ -174,9 +172,8 @@ def check_whole(
         CheckpointError: it was changed; `how` it is mended.
     """
     if not is_whole(path):
-        raise CheckpointError(
-            str(path), "was changed after it was written", f"{how} (to take it as it is, delete {SUMS} beside it)"
-        )
+        what = "was changed after it was written"
+        raise CheckpointError(str(path), what, f"{how} (to take it as it is, delete {SUMS} beside it)")
 
 
 def damaged(folder: Path) -> list[str]:
@@ -223,7 +220,7 @@ def checkpoint_state(path: Path) -> dict[str, Any]:
 
 
 CONTENT = "content of "  # how keys of an identity begin that hold the SHA-256 of something beside config and data
-IN_CACHE = " in the hub's cache"  # where a file that comes later is no change: it was not read before
+IN_CACHE = " in the hub's cache"  # a file that appears there later is not a change: it was not read before
 TOKENS = f"{CONTENT}the rows as tokens"  # a run of an older version does not have it
 
 
@@ -263,11 +260,11 @@ def open_run(
             back = "put back what has changed, " if all(line.startswith((CONTENT, "data: ")) for line in found) else ""
             longer = all(line.startswith("config.train.") for line in found)
             last = checkpoints(folder)[-1] / "model" if longer else ""
-            on = f"to train on from its last checkpoint, set model.path={last} and another output; " if longer else ""
+            on = f"; to train on from its last checkpoint, set model.path={last} and another output" if longer else ""
             raise CheckpointError(
                 str(folder),
                 "holds checkpoints of a different run",
-                f"{back}choose another output, or delete the folder to start over; {on}old -> new:{shown}",
+                f"{back}choose another output, or delete the folder to start over{on}. What differs:{shown}",
             )
     new = [key for key in mine if theirs is not None and key.startswith(CONTENT) and key not in theirs]
     if new:
@@ -288,8 +285,10 @@ def changed(theirs: Mapping[str, Any], mine: Mapping[str, Any], defaults: Mappin
     if TOKENS not in mine:
         theirs = {key: value for key, value in theirs.items() if key != TOKENS}
     rows = [] if theirs.get("data") == mine.get("data") else [f"data: the rows of {_files_of(mine)} have changed"]
-    old, new = ({k: v for k, v in identity.items() if k != "data"} for identity in (theirs, mine))
-    return [*differences(old, new, defaults=defaults), *rows]
+    names = sorted(k for k in theirs.keys() | mine.keys() if k.startswith(CONTENT) and theirs.get(k) != mine.get(k))
+    files = [f"{k} {'is new' if k not in theirs else 'has changed' if k in mine else 'is gone'}" for k in names]
+    old, new = ({k: v for k, v in of.items() if k != "data" and not k.startswith(CONTENT)} for of in (theirs, mine))
+    return [*differences(old, new, defaults=defaults), *files, *rows]
 
 
 def _files_of(identity: Mapping[str, Any]) -> str:
@@ -325,7 +324,7 @@ def _identity_of(path: Path) -> tuple[dict[str, Any], list[str]]:
         gone = f"holds checkpoints but no {IDENTITY}" if damage == "is gone" else f"its {IDENTITY} {damage}"
         raise CheckpointError(
             str(path.parent),
-            f"{gone}, so it cannot be told which run they are of",
+            f"{gone}, so it is unknown which run they belong to",
             "restore it, choose another output, or delete the folder to start over",
         )
     return kept, [f"{path}: {damage}; it is written again as the newest checkpoint has it"]
@@ -357,7 +356,7 @@ class MetricsLog:
         self._file: Any = None
         try:
             self._file = path.open("ab+", buffering=0)
-            self._cut_half_line()
+            whole_lines(self._file.fileno())
         except OSError as error:
             self._failed(error)
 
@@ -404,18 +403,6 @@ class MetricsLog:
 
     def _size(self) -> int:
         return os.fstat(self._file.fileno()).st_size
-
-    def _cut_half_line(self) -> None:
-        end = size = self._size()
-        while end:
-            start = max(0, end - 65536)
-            block = os.pread(self._file.fileno(), end - start, start)
-            if b"\n" in block:
-                end = start + block.rindex(b"\n") + 1
-                break
-            end = start
-        if end != size:
-            self._file.truncate(end)
 
     def _failed(self, error: OSError) -> None:
         if self._say is None:

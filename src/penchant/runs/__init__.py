@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import date
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from penchant.data.templates import DATE, uses_chat, writes_date
 from penchant.distributed.shard import whole_weights
 from penchant.distributed.world import current
 from penchant.errors import CheckpointError, ConfigError, DiskError, PenchantError
-from penchant.logprobs.reference import Reference
 from penchant.metrics.completions import START_FILE
 from penchant.metrics.flags import run_flags, summary, write_flags
 from penchant.metrics.flags.rule import Flag
@@ -54,28 +53,20 @@ from penchant.runfolder.read import read
 from penchant.runfolder.values import mapping, number_of
 from penchant.runs.evaluating import START_LOSSES, HeldOut, prompts_of, writes_completions
 from penchant.runs.find import with_model_folders
+from penchant.runs.identity import contents_of, run_identity, trees_sha256
 from penchant.runs.parts import (
     Built,
     build,
     check_offload,
     check_places,
     checkpoint_bytes,
+    model_writer,
     peak_lr,
     placed,
     remarks,
     start_key,
-    write_model,
 )
-from penchant.runs.record import (
-    contents_of,
-    join_samples,
-    run_identity,
-    sampled,
-    trees_sha256,
-    versions,
-    write_manifest,
-    write_samples,
-)
+from penchant.runs.record import join_samples, sampled, versions, write_manifest, write_samples
 from penchant.runs.rows import Rows, within_context
 from penchant.runs.sharing import Alone
 from penchant.track import Mirrors, check_installed
@@ -211,11 +202,8 @@ class Run:
         check_offload(self.config, self.device)
         check_places(self.config)
         if self.world.many and self.device.type == "cuda" and torch.cuda.device_count() < self.world.local_size:
-            raise ConfigError(
-                "launch.processes",
-                f"{self.world.local_size} processes on this machine share {torch.cuda.device_count()} GPUs",
-                "start one for each GPU, or set model.device=cpu",
-            )
+            what = f"{self.world.local_size} processes on this machine share {torch.cuda.device_count()} GPUs"
+            raise ConfigError("launch.processes", what, "start one for each GPU, or set model.device=cpu")
         if not self.world.leads:
             return self._follow()
         try:
@@ -437,11 +425,8 @@ class Run:
             return
         needed = f"a checkpoint takes about {gigabytes(one)}"
         if free < one:
-            raise DiskError(
-                str(self.folder),
-                f"{needed} and its disk has {gigabytes(free)} free",
-                "free some space, or choose another output, then run the same command again",
-            )
+            how = "free some space, or choose another output, then run the same command again"
+            raise DiskError(str(self.folder), f"{needed} and its disk has {gigabytes(free)} free", how)
         self.console.note(
             f"{self.folder}: {needed}, up to {missing} more are kept at a time, and its disk has {gigabytes(free)} free; "
             "see checkpoint.keep_last and checkpoint.every"
@@ -464,7 +449,9 @@ class Run:
         if cfg.model.adapter is not None and cfg.lora is not None and cfg.lora.dropout:
             same_start = False  # a new adapter adds nothing at first, whatever dropout does; this one does
         if reference is not None and same_start and self.method.rollouts is None:
-            check = self._start_tolerance(reference)
+            # nats per completion and per token; a cache was packed otherwise: rounding errors add up over tokens
+            rounding = {torch.bfloat16: (1.0, 0.05), torch.float32: (1e-3, 1e-4), torch.float64: (1e-9, 1e-10)}
+            check = (0.0, 0.0) if reference.exact else rounding[self.dtype]
         return Loop(
             model=model,
             algorithm=built.algorithm,
@@ -478,7 +465,7 @@ class Run:
             evaluation=cfg.evaluation,
             checkpoint=cfg.checkpoint,
             logging=cfg.logging,
-            write_model=lambda folder: write_model(built, rows, folder),
+            write_model=partial(model_writer, built, rows),
             console=self.console,
             evaluate=None if held_out is None else self._evaluate_in_training,
             start_tolerance=check,
@@ -486,14 +473,8 @@ class Run:
             updates=self.method.updates,
             pause_at=self.pause_at,
             callbacks=self.callbacks,
+            background=cfg.launch.background if cfg.launch.background != "auto" else self.device.type == "cuda",
         )
-
-    def _start_tolerance(self, reference: Reference) -> tuple[float, float]:
-        """Nats per completion and per token; zero when reference and policy run the same kernels on the same batch."""
-        if reference.exact:
-            return 0.0, 0.0
-        # a cache was packed otherwise: rounding errors add up over tokens
-        return {torch.bfloat16: (1.0, 0.05), torch.float32: (1e-3, 1e-4), torch.float64: (1e-9, 1e-10)}[self.dtype]
 
     # ---- evaluate ---------------------------------------------------------------------------------------------------
 
@@ -507,16 +488,12 @@ class Run:
     def evaluate(self, step: str = "last") -> dict[str, Any]:
         """Held-out metrics of a checkpoint (``last``, ``best`` or a number), or of the start (``0``)."""
         if not self.rows.trees[1]:
-            raise ConfigError(
-                "data", "there is nothing held out to evaluate on", "set data.eval_path or data.validation_rows"
-            )
+            how = "set data.eval_path or data.validation_rows"
+            raise ConfigError("data", "there is nothing held out to evaluate on", how)
         path = find_checkpoint(self.folder, step)
         if path is None and step != "0" and (self.folder / IDENTITY).exists():
-            raise CheckpointError(
-                str(self.folder),
-                "this run has no checkpoint yet",
-                "train it on, or give --step 0 for the model it starts from",
-            )
+            how = "train it on, or give --step 0 for the model it starts from"
+            raise CheckpointError(str(self.folder), "this run has no checkpoint yet", how)
         built, held_out = self.built, self.held_out
         if path is not None:
             self._check_start(self._known_manifest())
@@ -568,11 +545,8 @@ class Run:
         if (known["hardware"]["dtype"], known.get("torch")) != (dtype, versions()["torch"]):
             return
         if self.built.start_sha256(self.shared) != known["model"]["sha256"]:
-            raise CheckpointError(
-                self.config.model.path,
-                f"its weights are not those that {self.folder} was trained from",
-                "put them back, or choose another output",
-            )
+            what = f"its weights are not those that {self.folder} was trained from"
+            raise CheckpointError(self.config.model.path, what, "put them back, or choose another output")
 
     def _known_manifest(self) -> dict[str, Any] | None:
         """What manifest.json says of the start; None where it is absent or damaged, which is told."""

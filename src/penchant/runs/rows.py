@@ -104,9 +104,8 @@ class Rows:
         data = self.config.data
         sources = {", ".join(s.files): s for s in data.sources}
         if len(sources) < len(data.sources):
-            raise ConfigError(
-                "data.sources", "two sources have the same path", "give one of them, and say repeat there"
-            )
+            how = "give one of them, and say repeat there"
+            raise ConfigError("data.sources", "two sources have the same path", how)
         return {name: self._load(s.path, s.reading()) for name, s in sources.items()} or {"": self._load(data.path)}
 
     @cached_property
@@ -117,7 +116,7 @@ class Rows:
         for name in names:
             if name in taken or not re.fullmatch(r"[A-Za-z][\w.-]*", name):
                 what = f"{name!r} cannot be the name of a held-out set"
-                raise ConfigError("data.eval_path", what, "take a word that is no metric's, such as general or math")
+                raise ConfigError("data.eval_path", what, "take a word that no metric uses, such as general or math")
         return names
 
     @cached_property
@@ -139,11 +138,9 @@ class Rows:
             return train, self.loaded["heldout"]
         if data.validation_rows is None and data.validation_fraction is None:
             if self.config.evaluation.reward is not None:
-                raise ConfigError(
-                    "evaluation.reward",
-                    "is set, but nothing is held out whose prompts could be answered",
-                    "set data.validation_rows, data.validation_fraction or data.eval_path, or leave it out",
-                )
+                what = "is set, but nothing is held out whose prompts could be answered"
+                how = "set data.validation_rows, data.validation_fraction or data.eval_path, or leave it out"
+                raise ConfigError("evaluation.reward", what, how)
             return train, None
         seed = self.config.train.seed if data.split_seed is None else data.split_seed
         train, heldout = self.shared.once(
@@ -263,11 +260,9 @@ class Rows:
         for trees in self.trees:
             partners = mismatch([t.prompt_key for t in trees])
             if partners is None and trees:
-                raise DataError(
-                    str(self.config.data.path),
-                    "all rows have the same prompt, so KTO's reference point cannot be estimated",
-                    "give data with at least two prompts (in the held-out part too), or choose bco or pmpo",
-                )
+                what = "all rows have the same prompt, so KTO's reference point cannot be estimated"
+                how = "give data with at least two prompts (in the held-out part too), or choose bco or pmpo"
+                raise DataError(str(self.config.data.path), what, how)
             for tree, partner in zip(trees, partners or [], strict=True):
                 other = trees[partner]
                 ids = other.completion_ids[tree.row % len(other.completion_ids)]
@@ -293,7 +288,7 @@ class Rows:
         return few
 
     def audit(self, tokenize: bool = True, *, languages: bool = False, counters: Sequence[Any] = ()) -> Audit:
-        """The data audit, over every split; `counters` are further ones (they are no part of what runs share)."""
+        """The data audit, over every split; `counters` are additional ones, which runs do not share."""
         train, heldout = self.datasets
         splits = {"train": train} | ({"held out": heldout} if heldout is not None else {})
         whole, path = self.loaded["train"], self.config.data.path

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from penchant.runfolder import (
     IDENTITY,
     MANIFEST,
     PIPELINE,
-    RunLock,
     check_whole,
     checkpoint_state,
     checkpoints,
@@ -73,17 +71,6 @@ def judge(
         assert last is not None
         return Planned(member.name, "resume", f"interrupted at {last.name.replace('-', ' ')}")
     return None
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """The folder of several runs, made and held.
-
-    Raises:
-        CheckpointError: it cannot be, or another process has it.
-    """
-    with RunLock(folder):
-        yield
 
 
 def read_state(path: Path, keys: Sequence[str]) -> dict[str, Any]:
@@ -153,16 +140,14 @@ def model_folder(folder: Path, which: str | None) -> Path:
         best = checkpoint_state(last).get("best_step")
         kept = best is not None and (folder / CHECKPOINTS / f"step-{best}" / MANIFEST).exists()
         if which == "best" and not kept:
-            raise CheckpointError(
-                str(folder), "has no best checkpoint", "hold something out and set checkpoint.keep_best, or use @last"
-            )
+            how = "hold something out and set checkpoint.keep_best, or use @last"
+            raise CheckpointError(str(folder), "has no best checkpoint", how)
         name = f"step-{best}" if kept else last.name
     path = folder / CHECKPOINTS / name
     if not (path / MANIFEST).exists():
         there = ", ".join(p.name for p in checkpoints(folder))
-        raise CheckpointError(
-            str(path), "no such checkpoint", f"there are {there}; checkpoint.keep_last says how many are kept"
-        )
+        how = f"there are {there}; checkpoint.keep_last says how many are kept"
+        raise CheckpointError(str(path), "no such checkpoint", how)
     return path / "model"
 
 

@@ -101,10 +101,6 @@ class TextPart(_Input):
     text: str
 
 
-def _as_parts(content: Any) -> Any:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
 def _text_part(part: Any) -> Any:
     if not isinstance(part, dict) or part.get("type") != "text":
         raise PydanticCustomError("part_type", "must be of type text: this server reads nothing else")
@@ -122,7 +118,9 @@ def _of_a_role(info: Any, wanted: str) -> None:
 class ChatMessage(_Input):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[
-        list[Annotated[TextPart, BeforeValidator(_text_part)]], BeforeValidator(_as_parts), Field(min_length=1)
+        list[Annotated[TextPart, BeforeValidator(_text_part)]],
+        BeforeValidator(lambda given: [{"type": "text", "text": given}] if isinstance(given, str) else given),
+        Field(min_length=1),
     ]
     reasoning_content: str = ""
     tool_calls: Objects = []
@@ -183,10 +181,6 @@ def _read(how: Callable[[], Any]) -> Any:
         raise PydanticCustomError("invalid_value", said) from error  # type: ignore[arg-type]
 
 
-def _as_list(stop: Any) -> Any:
-    return [stop] if isinstance(stop, str) else stop
-
-
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
@@ -202,7 +196,9 @@ class Request(_Input):
     n: Annotated[int, Field(ge=1, le=MAX_COMPLETIONS)] = 1
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1, default_factory=lambda: secrets.randbits(63))]
     stop: Annotated[
-        list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_list), Field(max_length=MAX_STOPS)
+        list[Annotated[str, Field(min_length=1)]],
+        BeforeValidator(lambda given: [given] if isinstance(given, str) else given),
+        Field(max_length=MAX_STOPS),
     ] = []
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()

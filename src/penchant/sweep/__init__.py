@@ -215,9 +215,8 @@ def load_sweep(given: Mapping[str, Any] | str | Path, overrides: Sequence[str] =
         return _search(values, places, source, maker, axes)
     variants = _variants(values.get("runs"), places, source)
     if not axes and list(variants) == [BASE]:
-        raise ConfigError(
-            source, "nothing varies", "add a grid: {loss.beta: [0.1, 0.3]}, or runs, or loss.beta=0.1,0.3"
-        )
+        how = "add a grid: {loss.beta: [0.1, 0.3]}, or runs, or loss.beta=0.1,0.3"
+        raise ConfigError(source, "nothing varies", how)
     runs = tuple(maker.run(*made) for made in _products(variants, axes))
     _check_names(runs, source)
     for run in runs:
@@ -281,8 +280,7 @@ def _base(values: Mapping[str, Any], places: Places, source: str) -> tuple[dict[
     return base, sources_named(base, found)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what varies
+# ---- what varies ----
 
 
 def _variants(section: Any, places: Places, source: str) -> dict[str, tuple[dict[str, Any], Places]]:
@@ -360,15 +358,12 @@ def _check_names(runs: Sequence[SweepRun], source: str) -> None:
 def _check_run(run: SweepRun) -> None:
     data = run.config.data
     if all(getattr(data, name) is None for name in HOLD_OUT):
-        raise ConfigError(
-            place_of(("data",), run.places, run.place),
-            "nothing is held out, so runs cannot be compared",
-            "set data.validation_fraction, data.validation_rows or data.eval_path",
-        )
+        what = "nothing is held out, so runs cannot be compared"
+        how = "set data.validation_fraction, data.validation_rows or data.eval_path"
+        raise ConfigError(place_of(("data",), run.places, run.place), what, how)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what is best
+# ---- what is best ----
 
 
 def _metric(
@@ -380,9 +375,8 @@ def _metric(
     if metric is None:
         usual = sorted({c.method.metric for c in configs})
         if len(usual) > 1:
-            raise ConfigError(
-                place, f"metric is missing, and these runs have no one ({', '.join(usual)})", "set metric"
-            )
+            what = f"metric is missing, and these runs have no one ({', '.join(usual)})"
+            raise ConfigError(place, what, "set metric")
         metric = usual[0]
     check_metric(metric, "metric", place)
     if direction not in (None, "min", "max"):
@@ -393,9 +387,8 @@ def _metric(
 def _search(values: Mapping[str, Any], places: Places, source: str, maker: _Maker, axes: Mapping[str, Any]) -> Sweep:
     place = place_of(("search",), places, source)
     if axes or values.get("runs") is not None:
-        raise ConfigError(
-            place, "search stands beside a grid or runs", "keep one; lists go into search.space as choices"
-        )
+        how = "keep one; lists go into search.space as choices"
+        raise ConfigError(place, "search stands beside a grid or runs", how)
     if values.get("halving") is not None:
         raise ConfigError(
             place_of(("halving",), places, source),

@@ -7,13 +7,14 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from penchant.base.text import did_you_mean
 from penchant.errors import CheckpointError, ConfigError, PenchantError
 from penchant.report import LiveReport
-from penchant.runfolder import IDENTITY, PIPELINE, SWEEP, differences, keep
+from penchant.runfolder import IDENTITY, PIPELINE, SWEEP, RunLock, differences, keep
 from penchant.runs import Run
 from penchant.runs.sharing import Shared
 from penchant.runs.state import (
@@ -25,7 +26,6 @@ from penchant.runs.state import (
     files_of,
     inputs_of,
     judge,
-    locked,
     read_state,
 )
 from penchant.sweep import Sweep, SweepRun
@@ -33,7 +33,7 @@ from penchant.sweep.cluster import Cluster, open_cluster
 from penchant.sweep.halving import Halving, Standing, standings
 from penchant.sweep.search import SearchConfig, draw
 from penchant.sweep.table import Table, make_table
-from penchant.sweep.worker import result_of, train_one
+from penchant.sweep.worker import result_of, taker_of, train_one
 from penchant.sweep.workers import Finished, Jobs, Workers
 from penchant.training.checkpoint import latest_checkpoint
 from penchant.training.console import PlainConsole, QuietConsole, duration
@@ -144,15 +144,12 @@ class State:
         trials = [name for name in self.runs if name.startswith("trial-")]
         found = differences(self.search, now) if trials and self.search is not None else []
         if found:
-            raise CheckpointError(
-                where,
-                f"search has changed since {len(trials)} of its trials were drawn: {'; '.join(found)}",
-                "undo the change, or choose another output",
-            )
+            what = f"search has changed since {len(trials)} of its trials were drawn: {'; '.join(found)}"
+            raise CheckpointError(where, what, "undo the change, or choose another output")
         self.search = now
 
     def same_halving(self, halving: Halving | None, runs: Sequence[str], where: str) -> None:
-        """Remember how settings are halved, or refuse where runs have begun that were not judged so; leaving it out is no matter."""
+        """Record how settings are halved. Refused if runs have begun that were judged differently; leaving it out is allowed."""
         old, begun = self.about.get("halving"), [name for name in runs if name in self.runs]
         if halving is None or not begun:
             self.about["halving"] = None if halving is None else {**halving.to_json(), "runs": list(runs), "judged": []}
@@ -165,11 +162,9 @@ class State:
             if not changed and old["judged"] and set(old["runs"]) != set(runs):
                 changed = "runs were added or left out after a rung was judged"
         if changed:
-            raise CheckpointError(
-                where,
-                f"halving has changed since {len(begun)} of the runs were begun: {changed}",
-                "undo the change, choose another output, or leave halving out to have every run trained to its end",
-            )
+            what = f"halving has changed since {len(begun)} of the runs were begun: {changed}"
+            how = "undo the change, choose another output, or leave halving out to have every run trained to its end"
+            raise CheckpointError(where, what, how)
         self.about["halving"] = now
 
 
@@ -195,9 +190,7 @@ def judge_run(run: SweepRun, record: Mapping[str, Any] | None, inputs: Inputs, h
 
 
 def _refusal(run: SweepRun, why: str) -> CheckpointError:
-    return run.refusal(
-        why, f"undo the change, choose another output, or move {run.folder} away to have it trained anew"
-    )
+    return run.refusal(why, f"undo the change, choose another output, or move {run.folder} away to retrain it")
 
 
 # ---- Running a sweep: its runs one after another in this process, or n at a time in others, each skipped, resumed or trained ----
@@ -293,11 +286,8 @@ class SweepConductor:
         named = (model.path, model.tokenizer, model.adapter, config.reference.path, json.dumps(rewards))
         with run.naming():
             if config.train.gradient_checkpointing == "auto":
-                raise ConfigError(
-                    "train.gradient_checkpointing",
-                    "auto decides for each run by itself, and runs of a sweep are compared",
-                    "set layers or off for all of them",
-                )
+                what = "auto decides for each run by itself, and runs of a sweep are compared"
+                raise ConfigError("train.gradient_checkpointing", what, "set layers or off for all of them")
             check_models(config)
             for reward in rewards:
                 check_reward(reward)
@@ -343,10 +333,20 @@ class SweepConductor:
                 self._rungs(self.sweep.halving, run)
         return planned
 
-    def _sent(self, run: SweepRun) -> Mapping[str, Any] | None:
-        """The job that a run is in, or was in when it ended while nobody was waiting for it."""
+    def _sent(self, run: SweepRun, take_back: bool = False) -> Mapping[str, Any] | None:
+        """The job that a run is in, or was in when it ended while nobody was waiting for it.
+
+        Args:
+            take_back: an order that no job has taken is deleted, where it is not known whether one was sent.
+        """
         record = self.state.runs.get(run.name, {})
         job = record.get("job") if record.get("state") == "running" else None
+        if job is not None and "id" not in job:  # the sweep was killed while it sent it
+            order = Path(job["order"])
+            if take_back:
+                order.unlink(missing_ok=True)
+            taker = taker_of(order)
+            job = None if taker is None else {**job, "id": taker}
         if job is None or result_of(Path(job["order"])).exists():
             return job
         return job if self._cluster(job["on"]).ended(job["id"]) is None else None
@@ -412,7 +412,7 @@ class SweepConductor:
             ConfigError, DataError, ModelError, RewardError: the user can fix it. CheckpointError: a run is done with other inputs, or
             the folder is in use. Interrupted: a signal; the same command continues.
         """
-        with locked(self.sweep.output):
+        with RunLock(self.sweep.output):
             self.state = State.read(self.sweep.output)
             if self.sweep.search is not None:
                 self.state.same_search(self.sweep.search, self.sweep.source)
@@ -428,7 +428,7 @@ class SweepConductor:
                         self.jobs,
                         self.sweep.output,
                         self._pause_at,
-                        self._sent,
+                        partial(self._sent, take_back=True),
                         self._remember_job,
                         self.console.note,
                     )
@@ -576,7 +576,7 @@ class SweepConductor:
         record.pop("job", None)
         seconds = round(record["seconds"] + made["seconds"], 2)
         self._trained.append(made["seconds"])
-        if made["state"] == "paused":  # its figures are no result: they stand at their rung
+        if made["state"] == "paused":  # its figures are not a result: they stand at their rung
             rungs = {**record["rungs"], str(self.rung): {"step": made["steps"], "metrics": made["metrics"]}}
             made = {"state": "paused", "steps": made["steps"], "rungs": rungs}
         self.state.runs[run.name] = {**record, **made, "seconds": seconds}
@@ -610,11 +610,8 @@ class SweepConductor:
         for metric, place in wanted:
             if metrics is not None and metric not in metrics:
                 there = sorted(m for m in metrics if m.startswith("eval/") and not m.endswith("/ci"))
-                raise ConfigError(
-                    place,
-                    f"metric is {metric}, which run {run.name} does not have",
-                    did_you_mean(metric, there) + " (what is trained is kept; fix it and run the command again)",
-                )
+                how = did_you_mean(metric, there) + " (what is trained is kept; fix it and run the command again)"
+                raise ConfigError(place, f"metric is {metric}, which run {run.name} does not have", how)
 
     def _number(self, run: SweepRun) -> str:
         at = next(i for i, r in enumerate(self.runs, 1) if r.name == run.name)

@@ -122,11 +122,9 @@ def read_halving(
         raise ConfigError(place, "there is one setting only, so nothing can be halved", "leave halving out")
     losses = {json.dumps(c.loss.to_mapping(), sort_keys=True) for c in settings.values()}
     if chosen in SCALED and len(losses) > 1:
-        raise ConfigError(
-            place,
-            f"settings would be halved by {chosen}, but the loss varies, so it is not on one scale",
-            "set halving.metric to a figure that means the same for all, e.g. eval/rewards/accuracies",
-        )
+        what = f"settings would be halved by {chosen}, but the loss varies, so it is not on one scale"
+        how = "set halving.metric to a figure that means the same for all, e.g. eval/rewards/accuracies"
+        raise ConfigError(place, what, how)
     better = higher if chosen == metric else higher_is_better(chosen)
     return Halving(config.rungs, config.factor, chosen, better, place)
 

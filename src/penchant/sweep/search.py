@@ -73,9 +73,8 @@ def draw(
     try:
         import optuna
     except ImportError as error:
-        raise ConfigError(
-            "search.sampler", "tpe needs Optuna", "pip install 'penchant[search]', or set search.sampler=random"
-        ) from error
+        how = "pip install 'penchant[search]', or set search.sampler=random"
+        raise ConfigError("search.sampler", "tpe needs Optuna", how) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     dists = {key: _distribution(values) for key, values in search.space.items()}
     # one seed a trial: what is drawn does not depend on how often the search was interrupted
@@ -87,12 +86,17 @@ def draw(
         params,
         value,
     ) in earlier:  # a trial that stopped itself counts as the worst, so that its neighborhood is avoided
-        given = {k: _as_choice(search.space[k], v) for k, v in params.items()}
+        # choices go by their place: Optuna takes no sections as choices
+        places = {k: s.index(v) for k, v in params.items() if isinstance(s := search.space[k], list)}
+        given = {**params, **{k: str(place) for k, place in places.items()}}
         study.add_trial(
             optuna.trial.create_trial(params=given, distributions=dists, value=worst if value is None else value)
         )
     asked = study.ask(dists).params
-    return {key: _of_choice(values, asked[key]) for key, values in search.space.items()}
+    return {
+        k: values[int(asked[k])] if isinstance(values, list) else _rounded(values, asked[k])
+        for k, values in search.space.items()
+    }
 
 
 def _at_random(rng: random.Random, values: Range | list[Any]) -> Any:
@@ -118,12 +122,3 @@ def _distribution(values: Range | list[Any]) -> Any:
     if values.whole:
         return distributions.IntDistribution(int(values.low), int(values.high), log=values.log)
     return distributions.FloatDistribution(float(values.low), float(values.high), log=values.log)
-
-
-def _as_choice(values: Range | list[Any], value: Any) -> Any:
-    """Choices go by their place: Optuna takes no sections as choices."""
-    return str(values.index(value)) if isinstance(values, list) else value
-
-
-def _of_choice(values: Range | list[Any], value: Any) -> Any:
-    return values[int(value)] if isinstance(values, list) else _rounded(values, value)

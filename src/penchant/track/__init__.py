@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from penchant.base.text import one_line
 from penchant.errors import CheckpointError, ConfigError
 from penchant.runfolder import CONFIG, METRICS, PIPELINE, SWEEP, RunLock
-from penchant.runfolder.read import Folder, read
+from penchant.runfolder.read import read
 from penchant.track.tracker import FOLDER, TRACKERS, RunInfo, Sent, TrackerSpec, sent_file, sent_to
 
 if TYPE_CHECKING:
@@ -262,9 +262,6 @@ def track_run(
         mirrors.begin(anew=anew)
         known = read(folder)
         last = next((row for row in reversed(known.metrics) if row.get("kind") == "eval"), {})
-        return mirrors.finish(_status(known), last, patient=True)
-
-
-def _status(run: Folder) -> str:
-    found = str(run.manifest.get("status", "killed"))
-    return "killed" if found == "running" else found  # it says so and holds no lock: its process is gone
+        status = str(known.manifest.get("status", "killed"))
+        # where it says that it runs and holds no lock, its process is gone
+        return mirrors.finish("killed" if status == "running" else status, last, patient=True)

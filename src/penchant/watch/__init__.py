@@ -122,9 +122,8 @@ def _size(console: Console, width: int, height: int) -> Size:
 def _print(shown: Watch, console: Console) -> int:
     shown.refresh()
     if shown.nothing:
-        raise CheckpointError(
-            clean(shown.paths[0]), waiting_words(shown.paths[0]).rpartition(": ")[2], "give a run's folder"
-        )
+        what = waiting_words(shown.paths[0]).rpartition(": ")[2]
+        raise CheckpointError(clean(shown.paths[0]), what, "give a run's folder")
     columns, lines = shutil.get_terminal_size(PRINTED)
     frame = shown.frame(_size(console, columns, lines - 1))
     console.width = max(20, columns)

@@ -163,8 +163,7 @@ def run_frame(view: RunView, size: Size) -> list[Text]:
     return whole_frame(lines, size)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# how far it is
+# ---- how far it is ----
 
 
 def header(view: RunView, size: Size) -> list[Text]:
@@ -241,8 +240,7 @@ def _flags(view: RunView, size: Size) -> list[Text]:
     return lines
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# curves
+# ---- curves ----
 
 
 def panels(view: RunView, size: Size) -> list[Text]:
@@ -275,8 +273,7 @@ def _panel(view: RunView, key: str, held_out: str, width: int, height: int, size
     return [shown, *plot(line, points, width, height - 1, size.glyphs, view.step)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the last evaluation beside the first, and answers
+# ---- the last evaluation beside the first, and answers ----
 
 
 def _table(view: RunView, size: Size) -> list[Text]:

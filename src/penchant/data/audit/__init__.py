@@ -148,8 +148,8 @@ def is_empty(row: Quarantined) -> bool:
     return any(said in row.what for said in ("is empty", "empty answer", "has no content"))
 
 
-LEAKING = "figures on such rows flatter: penchant data fix IN OUT --drop leakage --against THE_OTHER_FILE"
-WITHIN = "figures on such rows flatter: drop near-duplicates before the split, penchant data fix IN OUT --drop near_duplicates"
+LEAKING = "figures on such rows are optimistic: penchant data fix IN OUT --drop leakage --against THE_OTHER_FILE"
+WITHIN = "figures on such rows are optimistic: drop near-duplicates before the split, penchant data fix IN OUT --drop near_duplicates"
 
 
 class Leakage:
@@ -187,8 +187,8 @@ class Leakage:
                 same = _first_in(exact, split == i, split == j)
                 alike = np.where(same < 0, _first_in(near, split == i, split == j), -1)
                 for kind, title, first in (
-                    ("leakage", f"leakage: prompts of {b} that also stand in {a}", same),
-                    ("near_leakage", f"near leakage: prompts of {b} that nearly stand in {a}", alike),
+                    ("leakage", f"leakage: prompts of {b} that are also in {a}", same),
+                    ("near_leakage", f"near leakage: prompts of {b} that are nearly equal to one in {a}", alike),
                 ):
                     yield f"{kind}_{name}", linked_rows(title, first, self._places, "as", self.advice, of)
 
@@ -254,16 +254,12 @@ class _StoredPart:
     split: int = -1
 
     def counted(self) -> Auditor | Leakage:
-        made: Auditor | Leakage
-        if self.split < 0:
-            made = Auditor(self.shape, self.kind, languages=self.languages, most=sys.maxsize)
-            for tree in self.rows.open():
-                made.update(tree)
-            return made
-        made = Leakage([])
+        auditor = Auditor(self.shape, self.kind, languages=self.languages, most=sys.maxsize)
+        leakage = Leakage([])
+        take = auditor.update if self.split < 0 else partial(leakage.update, self.split)
         for tree in self.rows.open():
-            made.update(self.split, tree)
-        return made
+            take(tree)
+        return auditor if self.split < 0 else leakage
 
 
 def _counted(trees: Sequence[PromptTree], part: Callable[[RowsPart], _StoredPart], workers: int) -> Iterator[Any]:

@@ -7,7 +7,7 @@ import itertools
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import numpy as np
 
@@ -78,11 +78,11 @@ class NearIndex:
         once = np.flatnonzero(exact == np.arange(len(exact)))
         if len(once) < 2:
             return exact
-        sketch = _Some(self._bytes, once)
         parent = np.arange(len(once))
-        needed = _slots_needed(self.threshold)
+        # equal bytes of two sketches at this similarity: different slots have equal bytes once in 256 times
+        needed = SLOTS * (self.threshold + (1 - self.threshold) / 256)
         for band in self._bands:
-            for a, b in _candidates(band.all()[once], sketch, needed):
+            for a, b in _candidates(band.all()[once], self._bytes, once, needed):
                 parent = _unite(parent, a, b)
         found: np.ndarray = once[parent[np.searchsorted(once, exact)]]
         return found
@@ -189,20 +189,6 @@ class Kept:
         return numbers.reshape(-1, self.width) if self.width else numbers
 
 
-class _Rows(Protocol):
-    def __getitem__(self, at: np.ndarray) -> np.ndarray: ...
-
-
-class _Some:
-    """Some rows of others, by their place among these."""
-
-    def __init__(self, rows: Kept, which: np.ndarray) -> None:
-        self.rows, self.which = rows, which
-
-    def __getitem__(self, at: np.ndarray) -> np.ndarray:
-        return self.rows[self.which[at]]
-
-
 def text_hash(text: str) -> int:
     """A 64-bit hash that is the same in every process; two of a million texts share one with probability 3e-8."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
@@ -265,12 +251,9 @@ def first_with(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return np.where(known[at] == wanted, first[at], -1)
 
 
-def _slots_needed(threshold: float) -> float:
-    """Equal bytes of two sketches at this similarity: different slots have equal bytes once in 256 times."""
-    return SLOTS * (threshold + (1 - threshold) / 256)
-
-
-def _candidates(keys: np.ndarray, sketch: _Rows, needed: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _candidates(
+    keys: np.ndarray, sketches: Kept, which: np.ndarray, needed: float
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Checked pairs among texts with the same band hash: each against its bucket's first, then the rest among themselves.
 
     A bucket of many different texts (boilerplate) is not compared pair by pair: after `ROUNDS` leaders the rest is left to
@@ -290,7 +273,7 @@ def _candidates(keys: np.ndarray, sketch: _Rows, needed: float) -> Iterator[tupl
         near = np.zeros(len(order), bool)
         for i in range(0, len(order), CHECKED):
             part = slice(i, i + CHECKED)
-            near[part] = (sketch[order[part]] == sketch[leader[part]]).sum(axis=1) >= needed
+            near[part] = (sketches[which[order[part]]] == sketches[which[leader[part]]]).sum(axis=1) >= needed
         near &= ~starts
         yield leader[near], order[near]
         left = ~(near | starts)

@@ -91,8 +91,8 @@ KEYS = {
 _KEYS = {start: re.compile(r"(?<![0-9A-Za-z_])" + pattern) for start, pattern in KEYS.items()}
 
 
-def _mails(text: str) -> Found:
-    return (Span("email", *m.span()) for m in _MAIL.finditer(text))
+def _matches(kind: str, pattern: re.Pattern[str]) -> Callable[[str], Found]:
+    return lambda text: (Span(kind, *m.span()) for m in pattern.finditer(text))
 
 
 def _digits(text: str) -> bool:
@@ -146,18 +146,10 @@ def _addresses(text: str) -> Found:
                 yield Span("ip", *m.span())
 
 
-def _private_keys(text: str) -> Found:
-    return (Span("private_key", *m.span()) for m in _PRIVATE.finditer(text))
-
-
 def _keys(text: str) -> Found:
     for start, pattern in _KEYS.items():
         if start in text:
-            yield from (Span("api_key", *m.span()) for m in pattern.finditer(text))
-
-
-def _long_word(text: str) -> bool:
-    return max(map(len, text.split()), default=0) >= 32
+            yield from _matches("api_key", pattern)(text)
 
 
 def _random_tokens(text: str) -> Found:
@@ -185,10 +177,10 @@ GROUPS = {
     "secrets": ("private_key", "api_key", "random_token"),
 }
 FINDERS = (  # of two values that overlap the earlier finder's stays
-    Finder("secrets", lambda t: "PRIVATE KEY-----" in t, _private_keys),
+    Finder("secrets", lambda t: "PRIVATE KEY-----" in t, _matches("private_key", _PRIVATE)),
     Finder("secrets", lambda t: True, _keys),
-    Finder("secrets", _long_word, _random_tokens),
-    Finder("pii", lambda t: "@" in t, _mails),
+    Finder("secrets", lambda t: max(map(len, t.split()), default=0) >= 32, _random_tokens),
+    Finder("pii", lambda t: "@" in t, _matches("email", _MAIL)),
     Finder("pii", _digits, _ibans),
     # an address has three dots, or "::", or six colons and more: turns of a conversation have two or three
     Finder("pii", lambda t: t.count(".") > 2 or "::" in t or t.count(":") > 5, _addresses),

@@ -112,7 +112,8 @@ def _pattern(path: str, file: Path) -> list[Path] | None:
         if not names:
             raise DataError(path, "no file matches the pattern", "check the pattern, and where you start from")
         return [f for name in names for f in find_files(glob.escape(name) if name == path else name) or ()]
-    if _looks_like_hub_id(path):
+    named = re.fullmatch(r"[\w.-]+/[\w.-]+(:\w+)?", path) is not None
+    if named and not path.startswith(".") and Path(path).suffix not in (*ENDINGS, *_OTHERS):  # a hub id
         return None
     raise DataError(path, "no such file", _sibling(file))
 
@@ -124,9 +125,8 @@ _SPLITS = re.compile(r"(train|test|validation|valid|val|dev|eval|heldout|held_ou
 def _in_folder(path: str, folder: Path) -> list[Path]:
     files = sorted(f for f in folder.iterdir() if ending(f.name) and f.name[0] != "." and f.name not in _ABOUT)
     if not files:
-        raise DataError(
-            path, "is a folder without a file of rows", f"give a file ({READABLE}), or a pattern: {path}/**/*.parquet"
-        )
+        how = f"give a file ({READABLE}), or a pattern: {path}/**/*.parquet"
+        raise DataError(path, "is a folder without a file of rows", how)
     kinds = {ending(f.name) for f in files}
     splits = {m[0].lower() for f in files if (m := _SPLITS.match(f.name))}
     if len(kinds) > 1 or len(splits) > 1:
@@ -172,8 +172,3 @@ def _sibling(file: Path) -> str:
     except OSError:
         near = ""
     return f"did you mean {near}?" if near else "check the path; a hub id is written owner/name"
-
-
-def _looks_like_hub_id(path: str) -> bool:
-    named = re.fullmatch(r"[\w.-]+/[\w.-]+(:\w+)?", path) is not None
-    return named and not path.startswith(".") and Path(path).suffix not in (*ENDINGS, *_OTHERS)

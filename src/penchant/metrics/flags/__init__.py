@@ -87,9 +87,8 @@ def flags_of(path: Path | str) -> list[Flag]:
     try:
         return _flags_of(Path(path))
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(
-            str(path), f"its files are not as Penchant writes them ({type(error).__name__}: {error})", "restore them"
-        ) from error
+        what = f"its files are not as Penchant writes them ({type(error).__name__}: {error})"
+        raise CheckpointError(str(path), what, "restore them") from error
 
 
 def _flags_of(path: Path) -> list[Flag]:
@@ -104,9 +103,8 @@ def _flags_of(path: Path) -> list[Flag]:
         if not found.comparison:
             raise CheckpointError(str(folder / COMPARISON), "cannot be read", "compare again")
         return comparison_flags(found.comparison, found.comparison_rows)
-    raise CheckpointError(
-        str(folder), f"holds neither {METRICS} nor {COMPARISON}", "give a run's folder, or that of a comparison"
-    )
+    how = "give a run's folder, or that of a comparison"
+    raise CheckpointError(str(folder), f"holds neither {METRICS} nor {COMPARISON}", how)
 
 
 def write_flags(run: Path, say: Callable[[str], None] = lambda _: None) -> list[Flag]:
@@ -126,8 +124,7 @@ def _of_run(path: Path) -> list[Flag]:
     return run_flags(run.metrics, run.config, run.audit, trust=trust, samples=run.samples)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# for people
+# ---- for people ----
 
 
 def summary(flags: Sequence[Flag]) -> str:
@@ -138,7 +135,7 @@ def summary(flags: Sequence[Flag]) -> str:
 def as_text(flags: Sequence[Flag]) -> str:
     """Every flag with its evidence and what to do."""
     if not flags:
-        return "no flags: none of the rules in docs/trust.md speaks, which is no proof that nothing is wrong"
+        return "no flags: no rule of docs/trust.md fired, which does not prove that nothing is wrong"
     parts = []
     for f in flags:
         lines = [f"{_mark(f)}: {_about(f)}{f.title} ({f.name})", *_wrapped(f.sentence)]
@@ -180,7 +177,7 @@ def markdown() -> str:
     for rule in RULES.values():
         of = [what for what, check in (("runs", rule.of_run), ("comparisons", rule.of_comparison)) if check]
         keys = ", ".join(f"`trust.{t}` = {fields[t].default}" for t in rule.thresholds)
-        lines += ["", f"### {rule.name}", "", f"*{rule.title[0].upper()}{rule.title[1:]}.* Of {' and '.join(of)}.", ""]
+        lines += ["", f"### {rule.name}", "", f"*{rule.title[0].upper()}{rule.title[1:]}.* For {' and '.join(of)}.", ""]
         lines += [f"- **When:** {rule.what}", f"- **Needs:** {rule.needs}."]
         lines += [f"- **Threshold:** {keys}."] if keys else []
         lines += [f"- **False alarms:** {rule.alarms}.", f"- **What to do:** {rule.advice}"]
