@@ -303,7 +303,7 @@ def test_a_finished_export_is_pushed_as_it_stands(world: Path, tmp_path: Path, p
     said: list[str] = []
     again = api.export(world / "bf16", to="safetensors", output=tmp_path / "out", push="me/tuned", say=said.append)
     assert pushed == [first.folder] and again.url == "https://hub/me/tuned" and _files(first.folder) == before
-    assert (again.check, again.dtype, again.step) == (first.check, "bf16", 2) and "as it stands" in said[-1]
+    assert (again.check, again.dtype, again.step) == (first.check, "bf16", 2) and "as it is" in said[-1]
     with pytest.raises(CheckpointError, match="nothing is overwritten"):  # without a push it is refused as ever
         api.export(world / "bf16", to="safetensors", output=tmp_path / "out")
 

@@ -193,7 +193,7 @@ def test_commands_of_text_alone_refuse_such_a_run(folder: Path, tmp_path: Path) 
         lambda: api.export(run, to="safetensors"),
         lambda: api.evaluate(run, text=str(write_rows(tmp_path, [{"text": "a"}]))),
     ):
-        with pytest.raises(ConfigError, match="of text alone"):
+        with pytest.raises(ConfigError, match="handles text alone"):
             call()
     with pytest.raises(ConfigError, match="takes no pictures"):
         load_causal_model(ModelConfig(path=tiny_model_folder(tmp_path / "blind"), vision="frozen"), torch.device("cpu"))

@@ -270,7 +270,7 @@ def test_an_edit_of_a_row_that_is_another_one_now_is_refused(tmp_path: Path) -> 
     with pytest.raises(DataError, match="another row now"):
         copy(edits, tmp_path / "b.jsonl", also=False)
     write(path, pairs(1))
-    with pytest.raises(DataError, match="not there any more"):
+    with pytest.raises(DataError, match="no longer exists"):
         copy(edits, tmp_path / "b.jsonl", also=False)
     assert not (tmp_path / "b.jsonl").exists()
 

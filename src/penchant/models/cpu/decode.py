@@ -125,7 +125,7 @@ class FastDecoder:
     def _make_room(self, rows: int, groups: int, prompt_tokens: int, new_tokens: int) -> None:
         dtype = self._embedding.dtype
         wide = torch.promote_types(dtype, torch.float32)
-        cos, sin = self._rotary(torch.empty(0, dtype=wide), torch.arange(prompt_tokens + new_tokens)[None])
+        cos, sin = self._rotary(torch.empty(0, dtype=wide), torch.arange(_up(prompt_tokens) + new_tokens)[None])
         half = self.head_dim // 2
         self._cos, self._sin = cos[0, :, None, :half].to(dtype), sin[0, :, None, :half].to(dtype)
         self._room = _up(rows, _ROW_STEP)
@@ -138,7 +138,7 @@ class FastDecoder:
 
     # ---- prompts ----------------------------------------------------------------------------------------------------
 
-    def prefill(self, prompts: Sequence[Sequence[int]], first_group: int, tokens_at_once: int = 4096) -> Tensor:
+    def prefill(self, prompts: Sequence[Sequence[int]], first_group: int, tokens_at_once: int = 1024) -> Tensor:
         """Compute prompts into the groups from `first_group` on; the logits (len(prompts), V) that follow each."""
         found = []
         start = 0
@@ -154,7 +154,7 @@ class FastDecoder:
         return torch.cat(found)
 
     def _prefill(self, prompts: Sequence[Sequence[int]], first: int) -> Tensor:
-        count, length = len(prompts), max(map(len, prompts))
+        count, length = len(prompts), _up(max(map(len, prompts)))
         ids = torch.zeros(count, length, dtype=torch.int64)  # padded behind: a causal mask never looks there
         for i, p in enumerate(prompts):
             ids[i, : len(p)] = torch.tensor(p)

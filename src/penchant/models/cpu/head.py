@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from penchant.base.lanes import turn
-from penchant.models.cpu.ops import addmm_, mm
+from penchant.models.cpu.ops import addmm_, mm, more_rows
 
 _KEEP_BYTES = 512 << 20  # the largest D that is kept
 _MATMUL_ROWS = 512  # rows per head matmul where D is not kept
@@ -68,6 +69,9 @@ def _softmax_rows(
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, alignment: bool) -> tuple[Tensor, Tensor]:
+        ctx.rows, more = hidden.shape[0], more_rows(hidden.shape[0], hidden.dtype)
+        if more:
+            hidden, targets = F.pad(hidden, (0, 0, 0, more)), F.pad(targets, (0, more))
         rows, vocab = hidden.shape[0], weight.shape[0]
         wants_grad = any(ctx.needs_input_grad)
         keep = wants_grad and rows * vocab * hidden.element_size() <= _KEEP_BYTES
@@ -85,13 +89,14 @@ class _TokenLogps(torch.autograd.Function):
         if wants_grad:
             ctx.save_for_backward(hidden, targets)
             ctx.weight, ctx.kept = weight, kept
+        collision = collision[: ctx.rows]
         ctx.mark_non_differentiable(collision)
-        return torch.cat(logps), collision
+        return torch.cat(logps)[: ctx.rows], collision
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, targets = ctx.saved_tensors
-        weight, g = ctx.weight, grads[0].neg().unsqueeze(1)
+        weight, g = ctx.weight, F.pad(grads[0].neg(), (0, len(hidden) - ctx.rows)).unsqueeze(1)
         scaled = (hidden * g).to(hidden.dtype)
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
@@ -107,7 +112,7 @@ class _TokenLogps(torch.autograd.Function):
                 grad_weight = _add_weight_grad(weight, d, scaled[part], grad_weight, last)
             del d
         ctx.kept = None
-        return grad_hidden, grad_weight, None, None
+        return None if grad_hidden is None else grad_hidden[: ctx.rows], grad_weight, None, None
 
 
 def _rows_at_once(weight: Tensor) -> int:

@@ -33,6 +33,7 @@ from penchant.models.cpu.ops import (
     kept_bits,
     masked,
     mm,
+    more_rows,
     rms_norm,
     rms_norm_backward,
     rotary,
@@ -178,7 +179,8 @@ class FastForward:
         key = f"fast/below/{id(self)}"  # from a batch's first pass to its second: of the policy, and of the reference
         known: Any = batch.cache.pop(key, None) if lowest else None
         if known is None:
-            x = _Embedding.apply(batch.input_ids, weight, self._backbone.embed_tokens.padding_idx)
+            ids = F.pad(batch.input_ids, (0, more_rows(batch.tokens, weight.dtype)))
+            x = _Embedding.apply(ids, weight, self._backbone.embed_tokens.padding_idx)
         else:
             x = known[1]
         recompute = bool(getattr(self._backbone, "gradient_checkpointing", False)) and torch.is_grad_enabled()
@@ -197,7 +199,7 @@ class FastForward:
             adapters = {role: adapter for role, adapter in acting.items() if adapter is not None}
             updates = [p for adapter in adapters.values() for p in adapter.parts().values()]
             x = _DecoderLayer.apply(x, rows[layer.window], layer, adapters, *layer.params.all(), *updates)
-        return _Norm.apply(x, self._backbone.norm.weight, self._backbone.norm.variance_epsilon)
+        return _Norm.apply(x[: batch.tokens], self._backbone.norm.weight, self._backbone.norm.variance_epsilon)
 
     def _lowest_trained(self) -> int:
         """How many layers at the bottom are the same in every pass: frozen, and without an adapter. 0 where nothing is trained above."""
@@ -212,8 +214,7 @@ class FastForward:
     def _row(self, batch: PackedBatch, window: int | None, recompute: bool) -> Row:
         key, dtype = self._key(window)
         if key not in batch.cache:
-            made = attention_plan(tree_layout(batch, window), batch.tokens, self._shape, dtype)
-            batch.cache[key] = (made, *self._rotation(batch.position_ids, dtype))
+            batch.cache[key] = (self._plan(batch, window, dtype), *self._rotation(batch.position_ids, dtype))
         known: Any = batch.cache[key]
         plan, cos, sin = known
         return Row(plan, cos, sin, recompute, batch.seed)
@@ -222,14 +223,17 @@ class FastForward:
         dtype = self._backbone.embed_tokens.weight.dtype
         return f"fast/{window}/{dtype}/{self._shape}", dtype
 
+    def _plan(self, batch: PackedBatch, window: int | None, dtype: torch.dtype) -> AttentionPlan:
+        return attention_plan(
+            tree_layout(batch, window), batch.tokens, more_rows(batch.tokens, dtype), self._shape, dtype
+        )
+
     def outlined(self, batch: PackedBatch) -> PackedBatch:
         """A batch on the meta device, for a model that is there; its plans, which need numbers, are made here first."""
         there = batch.to(torch.device("meta"))
         for window in {layer.window for layer in self._layers}:
             key, dtype = self._key(window)
-            made = attention_plan(tree_layout(batch, window), batch.tokens, self._shape, dtype).to(
-                there.input_ids.device
-            )
+            made = self._plan(batch, window, dtype).to(there.input_ids.device)
             there.cache[key] = (made, *self._rotation(there.position_ids, dtype))
         there.cache |= batch.cache
         return there
@@ -237,6 +241,7 @@ class FastForward:
     def _rotation(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin of the model's own rotary module for q and k heads; those of q carry the attention scale."""
         shape = self._shape
+        position_ids = F.pad(position_ids, (0, more_rows(len(position_ids), dtype)))
         wide = torch.promote_types(dtype, torch.float32)
         cos, sin = self._backbone.rotary_emb(torch.empty(0, dtype=wide, device=position_ids.device), position_ids[None])
         scale = torch.ones(shape.heads + shape.kv_heads, 1, dtype=wide, device=position_ids.device)
@@ -712,6 +717,7 @@ def _attention_backward(dy: Tensor, row: Row, g: _Gradients) -> Tensor:
     d_heads = attention_backward(d_out, s.heads, row.plan)
     d_qkv = d_heads.index_select(0, row.plan.from_heads).view(dy.shape[0], -1, shape.head_dim)
     del d_out, d_heads
+    d_qkv[row.plan.tokens :] = 0
     rotary_backward(d_qkv[:, : shape.heads + shape.kv_heads], row.cos, row.sin)
     if s.head_rstd is not None and s.projected is not None:
         projected = s.projected.view_as(d_qkv)

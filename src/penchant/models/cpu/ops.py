@@ -14,6 +14,7 @@ from torch import Tensor
 from penchant.base.lanes import turn
 
 _ROWS_TOGETHER = 16  # passes whose gradients of an embedding are summed at a time
+_ROWS = 32  # what numbers of rows are multiples of, where that is worth a few rows more
 _TILE_ELEMENTS = 1 << 17  # numbers per tile: a few fp32 temporaries of this size fit the L2 cache of two cores
 
 
@@ -114,6 +115,11 @@ def addmm(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def addmm_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """The same in place of `total`."""
     return total.add_(mm(a, b)) if _by_onednn(a) else total.addmm_(a, b)
+
+
+def more_rows(rows: int, dtype: torch.dtype) -> int:
+    """How many rows of zeros bring a product of so many to a number that oneDNN has kernels for already: each new number costs it milliseconds."""
+    return -rows % _ROWS if dtype in (torch.float32, torch.bfloat16) and _has_wide_onednn() else 0
 
 
 def _by_onednn(a: Tensor) -> bool:
