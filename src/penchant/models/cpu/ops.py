@@ -183,7 +183,7 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 def kept_bits(like: Tensor, dropout: float, draws: torch.Generator | None) -> Tensor:
     """What dropout leaves of a tensor: int8 of its shape, 0 with this probability (in steps of 1/65536), otherwise all bits set.
 
-    torch's own draws one number at a time on a processor that is not Intel's: ten times as long.
+    (`bernoulli_` draws one number at a time on a processor that is not Intel's.)
     """
     numbers = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
     numbers.random_(-(2**63), None, generator=draws)
