@@ -66,9 +66,9 @@ def python_object(name: str, where: str, kind: Literal["function", "class"] = "f
         raise ConfigError(where, f"{path} cannot be imported ({type(error).__name__}: {error})", "fix it") from error
     found = getattr(module, attribute, None)
     if not callable(found):
-        own = {n: v for n, v in vars(module).items() if inspect.isfunction(v)}
+        own = [n for n, v in vars(module).items() if inspect.isfunction(v)]
         if kind == "class":  # of those that a file imports, few are meant to be named
-            own = {n: v for n, v in vars(module).items() if inspect.isclass(v) and v.__module__ == module.__name__}
+            own = [n for n, v in vars(module).items() if inspect.isclass(v) and v.__module__ == module.__name__]
         raise ConfigError(where, f"{path} has no {kind} {attribute!r}", f"there are {', '.join(sorted(own)) or 'none'}")
     return found
 
