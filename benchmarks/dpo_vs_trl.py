@@ -1,4 +1,4 @@
-"""DPO of SmolLM2-135M on hh-rlhf: Penchant against TRL's DPOTrainer, in turn, on the same token ids.
+"""DPO of SmolLM2-135M on hh-rlhf: Penchant against TRL's DPOTrainer, in turn, on the same token ids; and SFT against unsloth.
 
     .venv/bin/python benchmarks/dpo_vs_trl.py [--quick] [--cases bf16-full-live,...] [--model FOLDER] [--data FILE]
 
@@ -32,10 +32,16 @@ class Case:
     precision: str
     lora: bool
     cached: bool
+    sft: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.precision}-{'lora' if self.lora else 'full'}-{'cached' if self.cached else 'live'}"
+        kind = "sft" if self.sft else "cached" if self.cached else "live"
+        return f"{self.precision}-{'lora' if self.lora else 'full'}-{kind}"
+
+    @property
+    def peer(self) -> str:
+        return "unsloth" if self.sft else "trl"
 
     @property
     def lora_rank(self) -> int | None:
@@ -43,6 +49,8 @@ class Case:
 
 
 CASES = [Case(p, lora, cached) for p in ("bf16", "fp32") for lora in (False, True) for cached in (False, True)]
+# of these the chosen answers alone, against unsloth's path for CPUs
+SFT = [Case(p, lora, cached=True, sft=True) for p in ("bf16", "fp32") for lora in (False, True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +85,7 @@ def spec_of(
         "precision": case.precision,
         "lora_rank": case.lora_rank,
         "reference": "cached" if case.cached else "live",
+        "sft": case.sft,
         "batch": size.batch,
         "steps": size.steps(case.precision),
         "warmup_steps": size.warmup,
@@ -113,6 +122,8 @@ def summarize(
 ) -> dict[str, Any]:
     """A case's figures: speeds, ratio, memory, share of peak, loss curves."""
     timed = rows[size.batch * size.warmup : size.batch * size.steps(case.precision)]
+    if case.sft:
+        timed = [r | {"completion_ids": r["completion_ids"][:1]} for r in timed]
     work = work_of_rows(timed)
     needed = flops(shape, work, reference_runs=not case.cached, lora_rank=case.lora_rank)
     line: dict[str, Any] = {"case": case.name, "pairs": len(timed), "work": asdict(work), "flops": needed, "sides": {}}
@@ -126,7 +137,7 @@ def summarize(
             "peak_gb": r["peak_bytes"] / 1e9,
             "share_of_peak": needed / r["seconds"] / (peak[case.precision]["gflops"] * 1e9),
         }
-    ours, peer = (line["sides"].get(side, {}) for side in ("penchant", "trl"))
+    ours, peer = (line["sides"].get(side, {}) for side in ("penchant", case.peer))
     if "pairs_per_second" in ours and "pairs_per_second" in peer:
         line["ratio"] = ours["pairs_per_second"] / peer["pairs_per_second"]
         line["memory_ratio"] = ours["peak_bytes"] / peer["peak_bytes"]
@@ -145,9 +156,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--cases",
         default="all",
-        help=f"comma list of {', '.join(c.name for c in CASES)}; or a part of a name, e.g. bf16",
+        help=f"comma list of {', '.join(c.name for c in [*CASES, *SFT])}; or a part of a name, e.g. bf16; all: DPO's",
     )
-    parser.add_argument("--sides", default="penchant,trl", help="which sides run, in this order")
+    parser.add_argument("--sides", default="penchant,trl,unsloth", help="which sides run, in this order")
     parser.add_argument(
         "--timed-steps", type=int, help="timed steps of 16 pairs in each case (default: 3 in bf16, 1 in fp32)"
     )
@@ -166,12 +177,12 @@ def arguments() -> argparse.Namespace:
         parser.error(f"{args.data}: no such file; give --data FILE.jsonl with hh-rlhf rows (chosen, rejected)")
     if args.model is not None and not (args.model / "config.json").is_file():
         parser.error(f"{args.model}: no model folder there (config.json is missing)")
-    if unknown := set(args.sides.split(",")) - {"penchant", "trl"}:
-        parser.error(f"--sides: {', '.join(unknown)}: give penchant, trl or both")
-    wanted = args.cases.split(",")
-    args.chosen = [c for c in CASES if args.cases == "all" or any(w in c.name for w in wanted)]
+    if unknown := set(args.sides.split(",")) - {"penchant", "trl", "unsloth"}:
+        parser.error(f"--sides: {', '.join(unknown)}: give some of penchant, trl, unsloth")
+    wanted, every = args.cases.split(","), [*CASES, *SFT]
+    args.chosen = CASES if args.cases == "all" else [c for c in every if any(w in c.name for w in wanted)]
     if not args.chosen:
-        parser.error(f"--cases {args.cases}: no such case; there are {', '.join(c.name for c in CASES)}")
+        parser.error(f"--cases {args.cases}: no such case; there are {', '.join(c.name for c in every)}")
     return args
 
 
@@ -181,10 +192,9 @@ def main() -> int:
     size = QUICK if args.quick else FULL
     if args.timed_steps:
         size = Size(size.batch, size.warmup, dict.fromkeys(size.timed, args.timed_steps))
-    sides = {"penchant": (sys.executable, "worker_penchant.py"), "trl": ("", "worker_trl.py")}
-    sides = {s: sides[s] for s in args.sides.split(",")}
-    if "trl" in sides:
-        sides["trl"] = (str(peer_python()), "worker_trl.py")
+    sides = {"penchant": (sys.executable, "worker_penchant.py")}
+    for name in sorted({c.peer for c in args.chosen}.intersection(args.sides.split(","))):
+        sides[name] = (str(peer_python(name)), f"worker_{name}.py")
     model, logs = model_folder(args.model), args.out / "logs"
     ours = OURS | {"tokens_per_step": args.tokens_per_step, "kernels": args.kernels}
     peer = PEER | {"bf16": args.trl_bf16}
@@ -219,7 +229,8 @@ def main() -> int:
                 peer | {"micro": args.trl_batch or PEER_BATCH[case.precision]},
                 ours,
             )
-            outcomes.append(run_case(case, spec, sides, args.threads, logs))
+            taken = {s: sides[s] for s in args.sides.split(",") if s in ("penchant", case.peer)}
+            outcomes.append(run_case(case, spec, taken, args.threads, logs))
         after = run_worker(sys.executable, "gemm_peak.py", gemm, threads=args.threads, log=logs / "gemm.log")
     peak, shape = best_peaks(before, after), read_shape(model)
     lines = [summarize(c, size, o, rows, shape, peak) for c, o in zip(args.chosen, outcomes, strict=True)]

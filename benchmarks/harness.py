@@ -63,6 +63,8 @@ def peer_python(name: str = "trl") -> Path:
         subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
         pip = [str(python), "-m", "pip", "install", "-q", "-c", str(constraints)]
         subprocess.run([*pip, *PEER_PACKAGES], check=True)
+        if name == "unsloth":
+            subprocess.run([*pip, "--no-deps", "unsloth", "unsloth_zoo"], check=True)
         marker.write_text(wanted)
     return python
 

@@ -54,9 +54,9 @@ def settings_of(spec: Mapping[str, Any]) -> dict[str, Any]:
             if lora is None
             else {"lora": {"r": lora, "alpha": 2 * lora, "dropout": 0.0, "target_modules": "all-linear"}}
         ),
-        "reference": {"kind": live if spec["reference"] == "live" else "cached"},
+        **({} if spec["sft"] else {"reference": {"kind": live if spec["reference"] == "live" else "cached"}}),
         "data": {"path": spec["data"], "max_length": spec["max_length"]},
-        "loss": {"name": "dpo", "beta": spec["beta"]},
+        "loss": "sft" if spec["sft"] else {"name": "dpo", "beta": spec["beta"]},
         "train": {
             "max_steps": spec["steps"],
             "batch_size": spec["batch"],
@@ -86,9 +86,14 @@ def read_trees(spec: Mapping[str, Any]) -> list[Any]:
     def ids(values: list[int]) -> np.ndarray:
         return np.asarray(values, dtype=np.int32)
 
+    most = 1 if spec["sft"] else 2
     return [
         TokenTree(
-            i, ids(r["prompt_ids"]), tuple(map(ids, r["completion_ids"])), tuple(r["truncated"]), f"line {r['line']}"
+            i,
+            ids(r["prompt_ids"]),
+            tuple(map(ids, r["completion_ids"][:most])),
+            tuple(r["truncated"][:most]),
+            f"line {r['line']}",
         )
         for i, r in enumerate(rows)
     ]

@@ -471,12 +471,12 @@ def test_dropout_is_pefts_with_the_same_inputs_dropped(checkpointing: bool, monk
     model = adapted("qwen3", lora_dropout=0.4).train()
     batch = replace(pack(trees()), seed=5)
     g = weights_for(batch)
-    dropped: dict[int, dict[str, torch.Tensor]] = {}
+    kept: dict[int, dict[str, torch.Tensor]] = {}
     forward = layers._layer_forward
 
     def watched(x: torch.Tensor, row: Any, layer: Any, *rest: Any, **more: Any) -> Any:
         z, saved = forward(x, row, layer, *rest, **more)
-        dropped[layer.number] = saved.dropped
+        kept[layer.number] = saved.kept
         return z, saved
 
     monkeypatch.setattr(layers, "_layer_forward", watched)
@@ -485,15 +485,17 @@ def test_dropout_is_pefts_with_the_same_inputs_dropped(checkpointing: bool, monk
     model.get_base_model().model.gradient_checkpointing = checkpointing
     got = fast.logps(batch).tokens
     found = gradients_of(model, got, g)
-    every = torch.cat([d.flatten() for of_layer in dropped.values() for d in of_layer.values()])
-    assert 0.35 < every.double().mean() < 0.45
-    assert not torch.equal(dropped[0]["q"], dropped[1]["q"]) and not torch.equal(dropped[0]["q"], dropped[0]["k"])
+    every = torch.cat([k.flatten() for of_layer in kept.values() for k in of_layer.values()])
+    assert every.unique().tolist() == [-1, 0] and 0.35 < (every == 0).double().mean() < 0.45
+    assert not torch.equal(kept[0]["q"], kept[1]["q"]) and not torch.equal(kept[0]["q"], kept[0]["o"])
 
     model.get_base_model().model.gradient_checkpointing = False
     for number, layer in enumerate(model.get_base_model().model.layers):
-        for role in ("q", "k", "v", "o", "gate", "up", "down"):
-            part = layer.self_attn if role in "qkvo" else layer.mlp
-            part.get_submodule(f"{role}_proj").lora_dropout["default"] = Dropped(dropped[number][role], 0.4)
+        for first, roles in {"q": "qkv", "o": "o", "gate": ("gate", "up"), "down": ("down",)}.items():
+            for role in roles:  # those that share an input drop the same of it
+                part = layer.self_attn if role in "qkvo" else layer.mlp
+                dropout = Dropped(kept[number][first] == 0, 0.4)
+                part.get_submodule(f"{role}_proj").lora_dropout["default"] = dropout
     expected = Scorer(model).logps(batch).tokens
     wanted = gradients_of(model, expected, g)
     assert close(got, expected, 1e-6)  # transformers' norms go through fp32

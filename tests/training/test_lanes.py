@@ -51,8 +51,9 @@ def made(folder: Path, kind: str, dtype: torch.dtype = torch.float32, kernels: s
         model: Any = LlamaForSequenceClassification(config)
     else:
         model = tiny_model("smollm-tied", dtype=torch.float32)
-    if kind == "lora":
-        model = add_lora(model, LoraConfig(r=4, target_modules="all-linear"), 0)
+    if kind in ("lora", "dropout"):
+        dropout = 0.3 if kind == "dropout" else 0.0
+        model = add_lora(model, LoraConfig(r=4, target_modules="all-linear", dropout=dropout), 0)
     optimizer = MasterAdamW(model.named_parameters(), dtype=dtype)
     cast_parameters(model, dtype)
     if dtype == torch.float64:
@@ -62,9 +63,9 @@ def made(folder: Path, kind: str, dtype: torch.dtype = torch.float32, kernels: s
     if kind == "reward":
         algorithm = RewardTraining(CausalRewards(scorer), RewardModelConfig(name="reward_model"))
     else:
-        name = {"lora": "dpo", "divergence": "pmpo"}.get(kind, kind)
+        name = {"lora": "dpo", "dropout": "dpo", "divergence": "pmpo"}.get(kind, kind)
         frozen = cast_parameters_of(tiny_model("smollm-tied", dtype=torch.float32, seed=1), dtype)
-        reference = adapter_off(scorer) if kind == "lora" else LiveReference(Scorer(frozen, "shared", kernels))
+        reference = adapter_off(scorer) if kind in ("lora", "dropout") else LiveReference(Scorer(frozen, "shared", kernels))
         pairs = {t.row: t for t in some_pairs(14, seed=3)}
         algorithm = Offline(
             scorer, [Component(LOSSES[name], LOSSES[name].params())], reference, mismatched=pairs, tokens_per_step=200
@@ -104,7 +105,7 @@ OTHERS = ["kto", "sft", "lora", "reward"]
 @pytest.mark.parametrize(
     "kind,dtype",
     [
-        *[(kind, torch.float32) for kind in ("dpo", "aot")],
+        *[(kind, torch.float32) for kind in ("dpo", "aot", "dropout")],
         *[pytest.param(kind, torch.float32, marks=pytest.mark.slow) for kind in OTHERS],
         pytest.param("dpo", torch.bfloat16, marks=pytest.mark.slow),
     ],

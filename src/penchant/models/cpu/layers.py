@@ -30,6 +30,8 @@ from penchant.models.cpu.attention import (
 from penchant.models.cpu.ops import (
     addmm,
     addmm_,
+    kept_bits,
+    masked,
     mm,
     more_rows,
     rms_norm,
@@ -476,8 +478,8 @@ class Saved:
     rstd2: Tensor
     gate: Tensor  # before DoRA's scaling, as `up`
     up: Tensor
-    low: dict[str, Tensor]  # x A^T (T, r) of each adapter
-    dropped: dict[str, Tensor]  # (T, in): where its input was
+    low: dict[str, Tensor]  # scale x A^T (T, r) of each adapter
+    kept: dict[str, Tensor]  # (T, in): what dropout left of an input, by the first adapter that has it
     stretched: dict[
         str, tuple[Tensor, Tensor, Tensor]
     ]  # of DoRA, by role: the output before its scaling; and `Adapter.stretch`
@@ -489,22 +491,28 @@ def _layer_forward(
     p, shape = layer.params, row.plan.shape
     tokens = x.shape[0]
     low: dict[str, Tensor] = {}
-    dropped: dict[str, Tensor] = {}
+    kept: dict[str, Tensor] = {}
     stretched: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     dora = {role for role, adapter in adapters.items() if adapter.magnitude is not None}
     draws = (
         torch.Generator().manual_seed((row.seed + layer.number * 0x9E3779B1) % 2**32) if row.seed is not None else None
     )
 
-    def adapt(role: str, inputs: Tensor, out: Tensor) -> Tensor:
-        """``out += scale (inputs A^T) B^T``, and DoRA's scaling of that."""
+    def lower(inputs: Tensor, *roles: str) -> None:
+        """``scale x A^T`` of the adapters that share an input."""
+        if not (mine := [role for role in roles if role in adapters]):
+            return
+        if dropout := adapters[mine[0]].dropout:
+            kept[mine[0]] = kept_bits(inputs, dropout, draws)
+            inputs = masked(inputs, kept[mine[0]])
+        parts = mm(inputs, _joined(adapters, mine).t()).split([len(adapters[role].a) for role in mine], dim=1)
+        low.update((role, part * adapters[role].scale) for role, part in zip(mine, parts, strict=True))
+
+    def adapt(role: str, out: Tensor) -> Tensor:
+        """``out += scale (x A^T) B^T``, and DoRA's scaling of that."""
         if (adapter := adapters.get(role)) is None:
             return out
-        if adapter.dropout:
-            dropped[role] = torch.empty_like(inputs, dtype=torch.bool).bernoulli_(adapter.dropout, generator=draws)
-            inputs = inputs.masked_fill(dropped[role], 0.0)
-        low[role] = torch.mm(inputs, adapter.a.t())
-        out.addmm_(low[role], adapter.b.t(), alpha=adapter.scale)
+        addmm_(out, low[role], adapter.b.t())
         found = adapter.stretch(getattr(p, role))
         if found is None:
             return out
@@ -514,14 +522,16 @@ def _layer_forward(
     def onto(residual: Tensor, role: str, inputs: Tensor) -> Tensor:
         """``residual + W inputs``, with its adapter."""
         weight: Tensor = getattr(p, role)
+        lower(inputs, role)
         if role in dora:
-            return adapt(role, inputs, mm(inputs, weight.t())).add_(residual)
-        return adapt(role, inputs, addmm(residual, inputs, weight.t()))
+            return adapt(role, mm(inputs, weight.t())).add_(residual)
+        return adapt(role, addmm(residual, inputs, weight.t()))
 
     n1, rstd1 = rms_norm(x, p.norm1, layer.eps)
     alone = bool(dora.intersection("qkv"))  # DoRA scales no bias
     qkv = mm(n1, layer.qkv.t(), None if alone else layer.qkv_bias)
-    parts = [adapt(role, n1, part) for role, part in zip("qkv", _split_qkv(qkv, p), strict=True)]
+    lower(n1, *"qkv")
+    parts = [adapt(role, part) for role, part in zip("qkv", _split_qkv(qkv, p), strict=True)]
     if alone:
         qkv = torch.cat(parts, dim=1)
         qkv = qkv if layer.qkv_bias is None else qkv.add_(layer.qkv_bias)
@@ -546,9 +556,16 @@ def _layer_forward(
     n2, rstd2 = rms_norm(y, p.norm2, layer.eps)
     # gate and up are two matmuls: one fused output would leave their halves strided, and swiglu half as fast
     gate, up = mm(n2, p.gate.t()), mm(n2, p.up.t())
-    a = swiglu(adapt("gate", n2, gate), adapt("up", n2, up))
+    lower(n2, "gate", "up")
+    a = swiglu(adapt("gate", gate), adapt("up", up))
     z = onto(y, "down", a)
-    return z, Saved(rstd1, projected, head_rstd, heads, o, y, rstd2, gate, up, low, dropped, stretched)
+    return z, Saved(rstd1, projected, head_rstd, heads, o, y, rstd2, gate, up, low, kept, stretched)
+
+
+def _joined(adapters: Mapping[str, Adapter], roles: Sequence[str]) -> Tensor:
+    """Their A, one below the other."""
+    parts = [adapters[role].a for role in roles]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _split_qkv(qkv: Tensor, p: LayerParams) -> tuple[Tensor, ...]:
@@ -560,7 +577,7 @@ class _Gradients:
     """What the backward pass of one layer finds: gradients of the wanted parameters, by name (None where `main_grad` has them).
 
     Args:
-        low: gradients of ``scale x A^T`` (T, r) by role, for A's own once its input is at hand.
+        low: gradients of ``x A^T`` (T, r), for A's own once its input is at hand, by the first of the adapters that share it.
     """
 
     layer: Layer
@@ -606,26 +623,33 @@ class _Gradients:
         self.store(f"{role}.magnitude", (d_out * out).sum(0, dtype=norm.dtype) / norm)
         return self.stretched(role, d_out)
 
-    def through_adapter(self, role: str, d_out: Tensor, d_inputs: Tensor | None) -> None:
-        """``dB = scale d_out^T (x A^T)``, and ``dx += scale (d_out B) A`` in place."""
-        if (adapter := self.adapters.get(role)) is None:
+    def through_adapters(self, outs: Mapping[str, Tensor], d_inputs: Tensor | None) -> None:
+        """Of adapters that share an input: ``dB = d_out^T (scale x A^T)``, and ``dx += scale (d_out B) A`` in place."""
+        if not (mine := [role for role in outs if role in self.adapters]):
             return
-        self.low[role] = torch.mm(d_out, adapter.b).mul_(adapter.scale)
-        self.store(f"{role}.b", torch.mm(d_out.t(), self.saved.low[role]).mul_(adapter.scale))
+        parts = []
+        for role in mine:
+            adapter = self.adapters[role]
+            self.store(f"{role}.b", mm(outs[role].t(), self.saved.low[role]))
+            parts.append(mm(outs[role], adapter.b).mul_(adapter.scale))
+        low = self.low[mine[0]] = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         if d_inputs is None:
             return
-        if role in self.saved.dropped:
-            d_inputs += torch.mm(self.low[role], adapter.a).masked_fill_(self.saved.dropped[role], 0.0)
+        a = _joined(self.adapters, mine)
+        if mine[0] in self.saved.kept:
+            d_inputs += masked(mm(low, a), self.saved.kept[mine[0]])
         else:
-            d_inputs.addmm_(self.low[role], adapter.a)
+            addmm_(d_inputs, low, a)
 
     def into_adapters(self, roles: tuple[str, ...], inputs: Tensor) -> None:
         """``dA = (scale d_out B)^T x``."""
-        for role in roles:
-            if role in self.low:
-                dropped = self.saved.dropped.get(role)
-                given = inputs if dropped is None else inputs.masked_fill(dropped, 0.0)
-                self.store(f"{role}.a", torch.mm(self.low[role].t(), given))
+        if not (mine := [role for role in roles if role in self.adapters]):
+            return
+        if mine[0] in self.saved.kept:
+            inputs = masked(inputs, self.saved.kept[mine[0]])
+        parts = mm(self.low[mine[0]].t(), inputs).split([len(self.adapters[role].a) for role in mine])
+        for role, part in zip(mine, parts, strict=True):
+            self.store(f"{role}.a", part)
 
 
 def _layer_backward(dz: Tensor, x: Tensor, row: Row, g: _Gradients, want_x: bool) -> Tensor | None:
@@ -645,8 +669,7 @@ def _layer_backward(dz: Tensor, x: Tensor, row: Row, g: _Gradients, want_x: bool
             part.copy_(g.unstretched(role, part))
     through = want_x or "norm1" in g.wanted  # with frozen embeddings, the lowest layer's input needs no gradient
     dn1 = mm(d_qkv, layer.qkv) if through else None
-    for role, part in zip("qkv", _split_qkv(d_qkv, p), strict=True):
-        g.through_adapter(role, part, dn1)
+    g.through_adapters(dict(zip("qkv", _split_qkv(d_qkv, p), strict=True)), dn1)
     if n1 is not None:
         g.into_adapters(("q", "k", "v"), n1)
     if dn1 is None:
@@ -661,7 +684,7 @@ def _mlp_backward(dz: Tensor, g: _Gradients) -> Tensor:
     p, s = g.layer.params, g.saved
     d_down = g.unstretched("down", dz)
     da = mm(d_down, p.down)
-    g.through_adapter("down", d_down, da)
+    g.through_adapters({"down": d_down}, da)
     d_gate, d_up, a = swiglu_backward(da, g.stretched("gate", s.gate), g.stretched("up", s.up))
     d_gate, d_up = g.unstretched("gate", d_gate), g.unstretched("up", d_up)
     g.product(("down",), d_down, a)
@@ -670,8 +693,7 @@ def _mlp_backward(dz: Tensor, g: _Gradients) -> Tensor:
     g.product(("gate",), d_gate, n2)
     g.product(("up",), d_up, n2)
     dn2 = addmm_(mm(d_gate, p.gate), d_up, p.up)
-    g.through_adapter("gate", d_gate, dn2)
-    g.through_adapter("up", d_up, dn2)
+    g.through_adapters({"gate": d_gate, "up": d_up}, dn2)
     if n2 is not None:
         g.into_adapters(("gate", "up"), n2)
     del d_gate, d_up, a, da, n2
@@ -688,7 +710,7 @@ def _attention_backward(dy: Tensor, row: Row, g: _Gradients) -> Tensor:
     dy = g.unstretched("o", dy)
     g.product(("o",), dy, s.o)
     d_o = mm(dy, p.o)
-    g.through_adapter("o", dy, d_o)
+    g.through_adapters({"o": dy}, d_o)
     g.into_adapters(("o",), s.o)
     d_out = d_o.view(-1, shape.head_dim).index_select(0, row.plan.out_to_heads)
     del d_o

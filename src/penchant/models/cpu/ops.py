@@ -177,6 +177,26 @@ def rms_norm_backward(
     return dx.view(shape), dw
 
 
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def kept_bits(like: Tensor, dropout: float, draws: torch.Generator | None) -> Tensor:
+    """What dropout leaves of a tensor: int8 of its shape, 0 with this probability (in steps of 1/65536), otherwise all bits set.
+
+    (`bernoulli_` draws one number at a time on a processor that is not Intel's.)
+    """
+    numbers = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
+    numbers.random_(-(2**63), None, generator=draws)
+    kept = numbers.view(torch.int16)[: like.numel()] >= round(dropout * 65536) - 32768
+    return kept.view(torch.int8).neg_().view(like.shape)
+
+
+def masked(x: Tensor, kept: Tensor) -> Tensor:
+    """`x` where `kept_bits` left it, otherwise 0."""
+    bits = _BITS[x.element_size()]
+    return (x.view(bits) & kept.to(bits)).view(x.dtype)
+
+
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Rotate (T, heads, d) in place: ``x1' = x1 cos - x2 sin``, ``x2' = x2 cos + x1 sin`` for the halves x1, x2."""
     x1, x2 = x.chunk(2, dim=-1)
