@@ -152,18 +152,20 @@ MAKERS: dict[str, Callable[[Kind, Row, Words], Row | None]] = {
 }
 
 
-def small(path: Path, n: int, seed: int) -> dict[str, int]:
-    """Write `n` demonstrations of a line, fast: for what a row costs in memory; of 100 rows the last two are copies."""
+def small(path: Path, n: int, seed: int, layout: str = "small") -> dict[str, int]:
+    """Write `n` rows of a line, fast: for what a row costs. Demonstrations, or ("short") pairs; of 100 rows the last two are copies."""
     rng = np.random.default_rng(seed)
     letters = np.array(list("etaoinshrdlucmfwypvbgkqjxz"))
     words = ["".join(letters[rng.integers(0, 20, rng.integers(3, 9))]) for _ in range(20_000)]
+    row = {
+        "small": '{{"prompt": "{} {} {}?", "completion": "{} {} {} {} {} {}"}}\n',
+        "short": '{{"prompt": "{} {} {}?", "chosen": "{} {} {} {} {} {}", "rejected": "{} {} {} {} {} {}"}}\n',
+    }[layout]
     copies = 0
     with path.open("w") as out:
         for start in range(0, n, 100):
-            block = []
-            for a, b, c, d, e, f in rng.integers(0, len(words), (min(100, n - start), 6)).tolist():
-                said = f"{words[c]} {words[d]} {words[e]} {words[f]} {words[b]} {words[a]}"
-                block.append(f'{{"prompt": "{words[a]} {words[b]} {words[c]}?", "completion": "{said}"}}\n')
+            drawn = rng.integers(0, len(words), (min(100, n - start), row.count("{}"))).tolist()
+            block = [row.format(*map(words.__getitem__, which)) for which in drawn]
             if len(block) == 100:
                 block[98:] = block[:2]
                 copies += 2
@@ -173,8 +175,8 @@ def small(path: Path, n: int, seed: int) -> dict[str, int]:
 
 def generate(path: Path, n: int, seed: int, layout: str, scale: float = 1.0) -> dict[str, int]:
     """Write `n` rows with texts `scale` times as long as usual; how many of each kind were planted."""
-    if layout == "small":
-        return small(path, n, seed)
+    if layout in ("small", "short"):
+        return small(path, n, seed, layout)
     rng, kind = np.random.default_rng(seed), KINDS[layout]
     letters = np.array(list("etaoinshrdlucmfwypvbgkqjxz"))
     vocabulary = ["".join(letters[rng.integers(0, 20, rng.integers(2, 10))]) for _ in range(20_000)]

@@ -6,9 +6,12 @@
     python benchmarks/data_scale.py --no-tokens --workers 2 --rows 100000   # in two processes
     python benchmarks/data_scale.py --no-tokens --layout small --rows 10000000   # short rows: what a row costs in memory
     python benchmarks/data_scale.py --no-audit --scale 0.1 --rows 1000000   # start of training: short rows, cold and warm
+    python benchmarks/data_scale.py --whole --workers 2 --rows 10000 100000 1000000   # the commands themselves, on short pairs
+    python benchmarks/data_scale.py --whole --only audit --workers 1 2 --rows 1000000   # what a second process gains
 
 Rows are made by `data_rows.py`. Each size is measured in a process of its own; peak memory is that process's (VmHWM), Python and
-libraries included.
+libraries included. `--whole` runs `penchant data audit`, `penchant train` and `penchant train` of two mixed sources, as a person would,
+and counts all processes of each command together.
 """
 
 from __future__ import annotations
@@ -18,10 +21,13 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +35,16 @@ from data_rows import KINDS, generate
 
 LINEAR = 1.25  # the most that a row of one size may cost against a row of another to be called linear
 MEMORY = 2048.0  # MB that the largest may take
+COMMANDS = ["audit", "train", "mixed"]
+FEW = 1000  # rows: what a command costs on them is its start, and a row costs what is beyond it
+AGAIN = 10_000  # rows: up to so many a start takes longer than they do, and a command is run three times
+WHOLE_MEMORY = 4096.0  # MB that a whole command may take, all its processes together
 
 
 def main() -> None:
     """Generate, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layout", choices=[*KINDS, "small"], default="lmsys")
+    parser.add_argument("--layout", choices=[*KINDS, "small", "short"], default="lmsys")
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -43,7 +53,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where rows and cache go and stay (default: a temporary folder)")
     parser.add_argument("--no-tokens", action="store_true", help="leave tokenizing and starting out")
     parser.add_argument("--no-audit", action="store_true", help="leave the audit out")
-    parser.add_argument("--workers", type=int, default=1, help="processes of the audit")
+    parser.add_argument(
+        "--workers", type=int, nargs="+", default=[1], help="processes of the audit; with --whole, of each command"
+    )
+    parser.add_argument("--whole", action="store_true", help="measure whole commands, on short pairs")
+    parser.add_argument("--only", choices=COMMANDS, nargs="+", default=COMMANDS, help="which of them")
+    parser.add_argument("--steps", type=int, default=10, help="optimizer steps of their training")
     parser.add_argument("--no-threads", action="store_true", help="leave out tokenizing with one and two processes")
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--worker", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
@@ -54,8 +69,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        figures = [measure(folder, n, args) for n in args.rows]
-    if not args.no_audit:
+        figures = whole_commands(folder, args) if args.whole else [measure(folder, n, args) for n in args.rows]
+    if not args.no_audit and not args.whole:
         print(table(figures))
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1))
@@ -71,7 +86,7 @@ def measure(folder: Path, n: int, args: argparse.Namespace) -> dict[str, Any]:
     print(f"\n{n:,} rows ({args.layout}), {path.stat().st_size / 1e6:,.0f} MB", flush=True)
     figures: dict[str, Any] = {"rows": n, "bytes": path.stat().st_size, "planted": planted}
     if not args.no_audit:
-        figures["audit"] = made = worker("audit", str(path), str(args.workers))
+        figures["audit"] = made = worker("audit", str(path), str(args.workers[0]))
         for name, count in planted.items():
             print(f"    {name:<18} planted {count:>7,}  found {made['found'].get(name, 0):>7,}", flush=True)
     if not args.no_tokens:
@@ -99,6 +114,125 @@ def table(figures: list[dict[str, Any]]) -> str:
         lines.append(f"memory: {grown:,.0f} bytes a row, whatever is in it")
     lines.append(f"peak: {'below' if peak < MEMORY else 'ABOVE'} {MEMORY:,.0f} MB")
     return "\n".join(lines)
+
+
+def whole_commands(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Each command at each size, a line each as it ends, and the verdicts."""
+    head = f"| rows | command | workers | wall | CPU | {'CPU a row':>9} | peak memory | of it files |"
+    print(head + "\n" + "|---" * 8 + "|", flush=True)
+    figures: list[dict[str, Any]] = []
+    for n in [FEW, *args.rows]:
+        rows = folder / f"short-{n}"
+        rows.mkdir(exist_ok=True)
+        parts = enumerate(("a.jsonl", "b.jsonl"))
+        planted = sum(generate(rows / part, n // 2, args.seed + i, "short")["duplicates"] for i, part in parts)
+        for command in args.only:
+            for workers in args.workers:
+                made = {
+                    "rows": n,
+                    "command": command,
+                    "workers": workers,
+                    "planted": planted,
+                    **least(_command(rows, command, workers, args.steps) for _ in range(1 if n > AGAIN else 3)),
+                }
+                start = next((f["cpu"] for f in figures if f["rows"] == FEW and _same(f, made)), made["cpu"])
+                made["cpu_a_row"] = (made["cpu"] - start) / max(1, n - FEW)
+                figures.append(made)
+                print(
+                    f"| {n:,} | {command} | {workers} | {made['seconds']:.1f} s | {made['cpu']:.1f} s | {1e6 * made['cpu_a_row']:.0f} us "
+                    f"| {made['peak_mb']:,.0f} MB | {made['file_mb']:,.0f} MB |",
+                    flush=True,
+                )
+        shutil.rmtree(rows)
+    print()
+    for command in args.only:
+        for workers in args.workers:
+            costs = [
+                f["cpu_a_row"]
+                for f in figures
+                if _same(f, {"command": command, "workers": workers}) and f["rows"] > FEW
+            ]
+            ratio = max(costs) / min(costs)
+            print(
+                f"{command}, {workers} worker(s): {'linear' if ratio <= LINEAR else 'not linear'} (CPU a row x{ratio:.2f} at most)"
+            )
+        one, *others = (f for f in figures if f["command"] == command and f["rows"] == max(args.rows))
+        for other in others:
+            gain = one["seconds"] / other["seconds"]
+            print(f"{command}, {other['workers']} workers against {one['workers']}: {gain:.2f} times as fast")
+    for made in figures:
+        if made["command"] == "audit" and made["found"] != made["planted"]:
+            print(f"audit of {made['rows']:,} rows: {made['found']:,} duplicates found, {made['planted']:,} planted")
+    peak = max(f["peak_mb"] for f in figures)
+    print(f"peak: {'below' if peak < WHOLE_MEMORY else 'ABOVE'} {WHOLE_MEMORY:,.0f} MB")
+    return figures
+
+
+def least(made: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The run that took the least CPU: what else the machine does makes it more, never less."""
+    return min(made, key=lambda run: run["cpu"])
+
+
+def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(one[k] == other[k] for k in ("command", "workers"))
+
+
+def _command(rows: Path, command: str, workers: int, steps: int) -> dict[str, Any]:
+    """One command on the files of a folder, measured: its own cache is empty."""
+    with tempfile.TemporaryDirectory(dir=rows.parent) as temporary:
+        config = {
+            "model": {"path": _model()},
+            "data": {"path": str(rows), "max_length": 64, "validation_rows": 50, "workers": workers},
+            "loss": {"name": "dpo"},
+            "reference": {"kind": "frozen"},  # a few steps see few rows: those of all are not scored before
+            "train": {"max_steps": steps, "batch_size": 16},
+            "output": f"{temporary}/run",
+        }
+        told = ["data", "audit", str(rows), "--workers", str(workers), "--json", f"{temporary}/audit.json"]
+        if command != "audit":
+            if command == "mixed":
+                parts = [{"path": str(rows / part), "weight": w} for part, w in (("a.jsonl", 3), ("b.jsonl", 1))]
+                config["data"] = {k: v for k, v in config["data"].items() if k != "path"} | {"sources": parts}
+            Path(temporary, "run.yaml").write_text(json.dumps(config))  # JSON is YAML
+            told = ["train", f"{temporary}/run.yaml"]
+        environment = {**os.environ, "PENCHANT_CACHE": f"{temporary}/cache", "TMPDIR": temporary}
+        with Path(temporary, "log").open("w+") as log:
+            began = time.perf_counter()
+            process = subprocess.Popen(
+                [sys.executable, "-m", "penchant", *told], env=environment, stdout=log, stderr=log
+            )
+            peak = {"peak_mb": 0.0, "file_mb": 0.0}
+            while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
+                held = _held(process.pid)
+                if held["peak_mb"] > peak["peak_mb"]:
+                    peak = held
+                time.sleep(0.1)
+            seconds, (_, status, usage) = time.perf_counter() - began, ended
+            if status:
+                log.seek(0)
+                raise SystemExit(f"{' '.join(told)}\n{log.read()}")
+        found = {}
+        if command == "audit":
+            made = json.loads(Path(temporary, "audit.json").read_text())
+            found["found"] = made["findings"]["duplicates"]["count"]
+    return {"seconds": seconds, "cpu": usage.ru_utime + usage.ru_stime, **peak, **found}
+
+
+def _held(root: int) -> dict[str, float]:
+    """Memory of a process and all that it started, MB: what several share counts once, parts of files that are mapped count too."""
+    pids, found = {root}, {"Pss": 0, "Pss_File": 0}
+    for told in sorted(Path("/proc").glob("[0-9]*/stat"), key=lambda path: int(path.parent.name)):
+        with suppress(OSError):  # it has ended
+            parent = int(told.read_text().rpartition(")")[2].split()[1])
+            if parent in pids:
+                pids.add(int(told.parent.name))
+    for pid in pids:
+        with suppress(OSError):
+            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+                name, _, value = line.partition(":")
+                if name in found:
+                    found[name] += int(value.split()[0])
+    return {"peak_mb": found["Pss"] / 1024, "file_mb": found["Pss_File"] / 1024}
 
 
 def tokens(path: Path, n: int, folder: Path, args: argparse.Namespace) -> dict[str, Any]:

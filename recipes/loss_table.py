@@ -1,6 +1,6 @@
 """Every preference loss at its defaults, same data, budget and seeds.
 
-    .venv/bin/python recipes/loss_table.py                                         # the bundled model, about an hour
+    .venv/bin/python recipes/loss_table.py                                         # the bundled model
     .venv/bin/python recipes/loss_table.py --task hh --seeds 1 --data hh.jsonl     # SmolLM2-135M with LoRA
 
 Columns, all on held-out prompts, against the model that training started from: accuracy (share of pairs whose chosen answer
@@ -19,7 +19,7 @@ from penchant.losses import LOSSES
 def main() -> None:
     args = arguments(__doc__.splitlines()[0]).parse_args()
     task = make_task(args)
-    settings = {name: {"name": name} for name, spec in LOSSES.items() if spec.signal != "tokens" or name == "sft"}
+    settings = {name: {"name": name} for name in LOSSES}
     done = fill(args, task, "losses", selected(settings, args.only))
     print(task.describe(), "\n")
     print_table("loss", done)

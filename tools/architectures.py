@@ -358,11 +358,11 @@ def silent() -> Iterator[None]:
 
 
 _HEADS = {
-    "shared": "Run with shared prompts: a prompt is computed once for all its completions.",
-    "separate": "Run packed, each completion with its prompt: the attention takes a mask for rows side by side, not for trees.",
-    "padded": "Run as padded rows, one for each completion: layers that carry state along a row, or an attention that cannot be replaced. Slower.",
-    "refused": "Refused with a sentence: encoders, models that draw numbers in training, models that want more than text.",
-    "unbuilt": "Not tried: no tiny model of it could be made.",
+    "shared": "Trained with shared prompts: a prompt is computed once for all its completions.",
+    "separate": "Trained packed, each completion with its own copy of the prompt: the attention accepts a mask for rows side by side, but not for trees.",
+    "padded": "Trained as padded rows, one per completion, which is slower: layers carry state along a row, or the attention cannot be replaced.",
+    "refused": "Refused with a message: encoders, models with randomness in training, models that need more than text.",
+    "unbuilt": "Not tried: no tiny model could be made.",
     "wrong": "WRONG",
 }
 
@@ -372,11 +372,11 @@ def page(verdicts: list[Verdict]) -> str:
     import transformers
 
     written = (
-        (Path(__file__).resolve().parents[1] / "docs" / "models.md").read_text().split("\nBelow is what comes out")[0]
+        (Path(__file__).resolve().parents[1] / "docs" / "models.md").read_text().split("\nBelow are the results")[0]
     )
     lines = [
         written,
-        f"Below is what comes out for every causal architecture of transformers {transformers.__version__}, with tiny random models:",
+        f"Below are the results for every causal architecture of transformers {transformers.__version__}, with tiny random models.",
         "`python tools/architectures.py --page` tries them and prints this page.",
         "",
     ]

@@ -255,10 +255,10 @@ def fix(source: str | Path, output: str | Path, **asked: Any) -> Fixed:
     Args:
         asked: ``drop``: rules beyond the safe ones; ``keep``: safe ones that are not used; ``redact``: ``pii``, ``secrets``;
             ``against``: files whose prompts must not stand in the copy (rule ``leakage``); ``columns``: ``{our field: your column}``
-            (the copy keeps yours); ``shape``, ``overwrite``, ``edits``; see `penchant.requests.FixRequest`.
+            (the copy keeps yours); ``shape``, ``overwrite``, ``workers``, ``edits``; see `penchant.requests.FixRequest`.
 
     Raises:
-        DataError: a file that cannot be read, an unknown rule, an output that is the input or is there already.
+        DataError: a file that cannot be read, an unknown rule, an output that is the input or already exists.
     """
     from penchant.data.audit.fix import default_rules, read_edits
     from penchant.data.audit.fix import fix as run_fix
@@ -266,7 +266,13 @@ def fix(source: str | Path, output: str | Path, **asked: Any) -> Fixed:
     r = request_of(FixRequest, {"source": source, "output": output, **asked}, "data fix")
     rules, others = default_rules(names_in(r.drop), names_in(r.keep)), [str(a) for a in r.against]
     edits = None if r.edits is None else read_edits(r.edits)
-    reading: dict[str, Any] = {"shape": r.shape, "columns": r.columns, "overwrite": r.overwrite, "edits": edits}
+    reading: dict[str, Any] = {
+        "shape": r.shape,
+        "columns": r.columns,
+        "overwrite": r.overwrite,
+        "edits": edits,
+        "workers": r.workers,
+    }
     return run_fix(r.source, r.output, drop=rules, redact=names_in(r.redact), against=others, **reading)
 
 

@@ -37,7 +37,7 @@ class CheckpointError(PenchantError):
 
 
 class DiskError(CheckpointError):
-    """A disk that is full, fails, is read-only or closed to this user; the same command goes on once that is mended."""
+    """A disk that is full, fails, is read-only or closed to this user; the same command goes on once that is fixed."""
 
     exit_code = 5
 

@@ -236,7 +236,7 @@ def _as_file(value: Any, name: str, where: str) -> str:
 
 def _imports_of(function: FunctionType) -> str | None:
     """The import lines that a function needs; None where it needs more than libraries."""
-    # a default that is no literal is taken from where it was defined
+    # a default that is not a literal is taken from where it was defined
     defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     if function.__closure__ or not all(d is None or isinstance(d, (bool, int, float, str)) for d in defaults):
         return None

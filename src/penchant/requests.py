@@ -138,7 +138,7 @@ class EvalRequest:
         needs = {"--reward": self.reward, "--also": self.also, "--samples-output": self.samples_output}
         idle = next((flag for flag, value in needs.items() if value), None)
         if self.generate is None and idle is not None:
-            raise ConfigError(idle, "is about what the model writes, and it writes nothing", "add --generate 100")
+            raise ConfigError(idle, "is about what the model writes, and nothing is generated", "add --generate 100")
         if self.temperature == 0 and self.samples > 1:
             what = "greedy completions of one prompt are all alike"
             raise ConfigError("--samples", what, "give --temperature 1, or one sample")
@@ -344,8 +344,13 @@ class FixRequest:
     shape: str = option("layout of the rows (default: detected from the columns)", "auto")
     columns: Mapping[str, str] = option("", {})
     overwrite: bool = option("overwrite OUT", False)
+    workers: int | str | None = option(
+        "processes that look at parts of a large file, or ray: those of a cluster (default: one a core)",
+        metavar="N",
+        read=workers_in,
+    )
     edits: str | None = option(
-        "what a person made of single rows in penchant studio: a file of .studio/edits in its folder", metavar="FILE"
+        "edits of rows made in penchant studio: a file of .studio/edits in its folder", metavar="FILE"
     )
 
 

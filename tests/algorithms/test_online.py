@@ -15,7 +15,7 @@ from steps import step_gradient, train_until_killed
 from tiny import tiny_model_folder, write_jsonl
 
 from penchant import api
-from penchant.algorithms.group import GroupConfig, GroupPolicyGradient
+from penchant.algorithms.grpo import GroupConfig, GroupPolicyGradient
 from penchant.algorithms.online_dpo import best_against_worst
 from penchant.algorithms.rollouts import Group, pack_groups, unpack_groups
 from penchant.data.packing import pack
@@ -563,5 +563,5 @@ def test_the_entropy_in_the_loss_is_the_exact_one(temperature: float) -> None:
 
 
 def test_online_dpo_has_no_entropy_bonus(base: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="entropy_coef is of the policy gradient methods"):
+    with pytest.raises(ConfigError, match="entropy_coef is for policy gradient methods"):
         api.train({**base, "algorithm": {"name": "online_dpo", "entropy_coef": 0.1}}, quiet=True)

@@ -177,7 +177,7 @@ def test_the_ratio_guard_refuses_a_whole_step(tmp_path: Path, jump: float, taken
         evaluation=EvalConfig(),
         checkpoint=CheckpointConfig(),
         logging=LoggingConfig(),
-        write_model=lambda _: None,
+        write_model=lambda: lambda _: None,
         console=QuietConsole(),
     )
     line, _, _ = loop.take_step(0, loop.schedule)

@@ -22,7 +22,7 @@ from penchant.logprobs import Scorer
 from penchant.models.reward import choose_padding, head_of
 from penchant.rewards.reward_model import CausalRewards, by_length, make_scorer, rewards_of
 from penchant.runs import Run
-from penchant.runs.parts import write_model
+from penchant.runs.parts import model_writer
 
 
 @pytest.fixture
@@ -214,7 +214,7 @@ def test_a_stranger_gets_our_scores_from_the_saved_encoder(base: dict[str, Any],
     run = Run(api.as_config(base), quiet=True)
     ours = rewards_of(run.built.parts.engine, run.rows.trees[1])
     assert np.std(ours) > 1e-3
-    write_model(run.built, run.rows, tmp_path / "saved")
+    model_writer(run.built, run.rows)(tmp_path / "saved")
     model, tokenizer = stranger(tmp_path / "saved")
     pairs = [(t.prompt, c.text) for t in run.rows.datasets[1].trees for c in t.completions]  # type: ignore[union-attr]
     batch = tokenizer([p for p, _ in pairs], [c for _, c in pairs], padding=True, return_tensors="pt")
@@ -247,7 +247,7 @@ def test_a_new_padding_token_gets_a_row_of_its_own(base: dict[str, Any], tmp_pat
     base |= {"model": {"path": str(tmp_path / "gpt2"), "dtype": "fp32"}, "lora": lora}
     run = Run(api.as_config(base), quiet=True)
     ours = rewards_of(run.built.parts.engine, run.rows.trees[1])
-    write_model(run.built, run.rows, tmp_path / "saved")
+    model_writer(run.built, run.rows)(tmp_path / "saved")
     model, saved = stranger(tmp_path / "saved")
     assert saved.pad_token_id == 259 and model.get_input_embeddings().weight.shape[0] == 260
     rows = [np.concatenate([t.prompt_ids, c]).tolist() for t in run.rows.trees[1] for c in t.completion_ids]

@@ -14,7 +14,7 @@ from families import tiny_model
 from tiny import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from penchant.algorithms.group import GroupConfig, GroupPolicyGradient
+from penchant.algorithms.grpo import GroupConfig, GroupPolicyGradient
 from penchant.algorithms.rollouts import Ahead, Group, OnPolicy, Writer
 from penchant.data.packing import pack
 from penchant.errors import RewardError

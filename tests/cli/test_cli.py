@@ -57,7 +57,7 @@ def test_train_eval_audit_report(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["eval", str(tmp_path / "run"), "--step", "best"]) == 0
     assert "eval/rewards/accuracies" in capsys.readouterr().out
     assert main(["data", "audit", config, "--all"]) == 0
-    assert "leakage: prompts of held out that also stand in train" in capsys.readouterr().out
+    assert "leakage: prompts of held out that are also in train" in capsys.readouterr().out
     assert main(["data", "audit", str(tmp_path / "pairs.jsonl"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["findings"]["duplicates"]["count"] == 0
     (tmp_path / "run/report.html").unlink()

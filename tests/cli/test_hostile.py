@@ -128,7 +128,7 @@ def test_what_another_wrote_is_not_written_over(tmp_path: Path) -> None:
     mine.write_text('{"a": 1}')
     for file in (mine, tmp_path):
         if file.is_file():
-            with pytest.raises(ConfigError, match="is there already"):
+            with pytest.raises(ConfigError, match="already exists"):
                 check_output(file, FIGURES)
     mine.write_text('{\n "time": "2026-01-01"')
     assert check_output(mine, FIGURES) == mine
@@ -144,7 +144,7 @@ def test_a_report_is_written_over_a_report_alone(tmp_path: Path) -> None:
         file = run / name
         file.write_text(file.read_text() if file.exists() else "<html>mine</html>")
         before = file.read_text()
-        with pytest.raises(PenchantError, match="is there already"):
+        with pytest.raises(PenchantError, match="already exists"):
             api.report(run, output=file)
         assert file.read_text() == before
     page = api.report(run)

@@ -274,7 +274,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one_setting(world: Path) -> No
 
 def test_the_same_seed_twice_is_no_second_seed(world: Path, tmp_path: Path) -> None:
     other = copied(world, tmp_path, output="elsewhere", logging={"every": 2})
-    refused(world, CheckpointError, r"same setting as dpo with the same seed \(0\)", "dpo", other)
+    refused(world, CheckpointError, r"the setting and seed of dpo \(seed 0\)", "dpo", other)
     refused(world, CheckpointError, "is given twice", "dpo", "dpo")
 
 
@@ -337,9 +337,9 @@ def test_a_start_that_has_changed_is_not_the_start(world: Path, tmp_path: Path) 
     run = train(root, "lora", lora={"r": 2}, train={"max_steps": 1})
     compare(world, str(run))
     tiny_model_folder(root / "model", seed=3)
-    refused(world, ModelError, "is not the model any more that lora started from", run)
+    refused(world, ModelError, "is no longer the model that lora started from", run)
     # its adapter goes on that model, whatever it is compared with
-    refused(world, ModelError, "is not the model any more that lora started from", run, against=world / "runs/dpo")
+    refused(world, ModelError, "is no longer the model that lora started from", run, against=world / "runs/dpo")
 
 
 def test_the_same_start_in_another_precision_is_the_same(world: Path) -> None:
@@ -379,7 +379,7 @@ def test_data_that_has_changed_is_refused(world: Path, tmp_path: Path) -> None:
     shutil.copy(world / "train.jsonl", tmp_path / "train.jsonl")
     run = train(world, "gone", data={"path": str(tmp_path / "train.jsonl")}, train={"max_steps": 1})
     write_jsonl(tmp_path / "train.jsonl", ROWS[5:24])
-    refused(world, CheckpointError, "does not hold the rows any more that gone was trained on", run)
+    refused(world, CheckpointError, "no longer holds the rows that gone was trained on", run)
     test = write_jsonl(tmp_path / "test.jsonl", ROWS[24:])
     found = compare(world, str(run), data=test)
     assert any("What gone was trained on cannot be looked at" in n for n in found.figures["notes"])
@@ -477,7 +477,7 @@ def test_other_rows_are_said(world: Path, tmp_path: Path) -> None:
 def test_an_unfinished_run_is_said(world: Path, tmp_path: Path) -> None:
     run = copied(world, tmp_path, loss={"beta": 0.2})
     edit(run, lambda m: m.update(status="stopped"))
-    assert "copy has not come to its end: it stopped at step 2." in compare(world, run.as_posix()).figures["notes"][1]
+    assert "copy did not finish: it stopped at step 2." in compare(world, run.as_posix()).figures["notes"][1]
 
 
 def test_five_per_cent_are_no_difference() -> None:

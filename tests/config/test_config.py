@@ -72,6 +72,7 @@ def test_numbers_without_a_dot_are_numbers(tmp_path: Path, text: str) -> None:
             r"overlong has no option 'maximum'; there are max, cache",
         ),
         ("", ("foo.bar=1",), r'command line: unknown key "foo" in the top level'),
+        ("", ("data.colums.prompt=q",), r'command line: unknown key "colums" in data; did you mean "columns"\?'),
         ("", ("data.validation_fraction=0",), r"give a number > 0 and < 1, or null for none"),
         (
             "algorithm: rloo\nreward: words\nloss: {beta: 0.3}",

@@ -22,10 +22,11 @@ from penchant.base.files import cache_folder
 from penchant.data import cached as cache_module
 from penchant.data import cached as cached_module
 from penchant.data import mapped
+from penchant.data import read as reader
 from penchant.data.audit import _token_lengths, audit
 from penchant.data.cached import HASHES, DataCache, Entry, file_sha256, hashes_of
-from penchant.data.load import load_preferences
-from penchant.data.mapped import StoredRows, StoredTokens, TokenWriter, label_counts, write_rows
+from penchant.data.load import load_preferences, together
+from penchant.data.mapped import RowWriter, StoredRows, StoredTokens, TokenWriter, label_counts
 from penchant.data.split import split_by_prompt
 from penchant.data.tokenize import tokenize
 from penchant.errors import DataError
@@ -110,7 +111,10 @@ def test_what_comes_out_equals_what_is_made_anew(tmp_path: Path, name: str) -> N
 
 @pytest.mark.parametrize("name", ROWS)
 def test_several_processes_make_the_same(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, tokenizer = str(write(tmp_path / "a.jsonl", ROWS[name] * 2)), tiny_tokenizer()
+    path, tokenizer = str(write(tmp_path / "a.jsonl", [*ROWS[name] * 2, {"odd": 1}, ROWS[name][0]])), tiny_tokenizer()
+    other = str(write(tmp_path / "b.jsonl", ROWS[name]))
+    monkeypatch.setattr(reader, "SHARD", 60)
+    monkeypatch.setattr(reader, "CHUNK", 30)
     for module in ("data.cached", "data.audit"):
         monkeypatch.setattr(f"penchant.{module}.in_order", in_this_process)
     monkeypatch.setattr(mapped, "PART", 3)
@@ -121,13 +125,22 @@ def test_several_processes_make_the_same(tmp_path: Path, name: str, monkeypatch:
         cache = DataCache(workers=workers)
         assert cache._processes(100) == workers
         rows = cache.load(path, **READING)
+        mixed = cache.together([rows, cache.load(other, **READING)], [path, other])
         tokens = cache.tokenize(rows, tokenizer, **HOW | ({"max_length": 40} if name == "text" else {}))
         assert isinstance(tokens.trees, StoredTokens)
-        splits = {"train": rows, "held out": cache.split(rows, validation_rows=2)[1]} if name != "text" else {}
+        parts = cache.split(rows, validation_rows=2) if name != "text" else ()
+        splits = dict(zip(("train", "held out"), parts, strict=False))
         audited = cache.audit(rows, tokens, splits, path, languages=True)
-        files = {p.name: p.read_bytes() for p in sorted(tokens.trees.folder.iterdir()) if p.name != "meta.json"}
-        made.append((files, replace(tokens, trees=()), audited))
-    assert made[0] == made[1]
+        folders = [d.trees.folder for d in (rows, mixed, tokens) if isinstance(d.trees, (StoredRows, StoredTokens))]
+        files = [p.read_bytes() for f in folders for p in sorted(f.iterdir()) if p.name != "meta.json"]
+        told = [replace(d, trees=()) for d in (rows, mixed, *parts)]
+        made.append((len(folders), files, told, replace(tokens, trees=()), audited))
+    assert made[0] == made[1] and len(reader.shards_of(path)) > 1 and made[0][0] == 3
+    assert (
+        made[0][2][0].quarantined
+        and mixed.fingerprint
+        == together([load_preferences(p, **READING) for p in (path, other)], [path, other]).fingerprint
+    )
 
 
 def test_token_files_put_together_have_weights_and_masks(tmp_path: Path) -> None:
@@ -221,7 +234,9 @@ def test_opening_reads_nothing(tmp_path: Path) -> None:
     import pyarrow as pa
 
     count, ids = 5000, np.arange(40, dtype=np.int32)
-    write_rows(tmp_path, (PromptTree("p" * 100, (Completion("c" * 100, True),), f"a:{i}") for i in range(count)))
+    stored = RowWriter(tmp_path)
+    stored.write(PromptTree("p" * 100, (Completion("c" * 100, True),), f"a:{i}") for i in range(count))
+    stored.close()
     writer = TokenWriter(tmp_path)
     for i in range(count):
         writer.write(TokenTree(i, ids, (ids + i,), (False,), f"a:{i}", (True,), (0.5,)))

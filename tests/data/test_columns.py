@@ -353,7 +353,7 @@ def test_usual_names_of_a_prompt_an_answer_and_a_word_about_it_are_read_and_said
 def test_a_number_about_an_answer_and_two_answers_are_still_asked_about(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="judges the answer"):
         load_preferences(written(tmp_path, {"prompt": "p", "completion": "a", "rating": 4}))
-    with pytest.raises(DataError, match=r"of no known|several answers"):
+    with pytest.raises(DataError, match=r"no known layout|several answers"):
         load_preferences(written(tmp_path, {"prompt": "p", "answer": "a", "response": "b"}))
 
 

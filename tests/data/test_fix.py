@@ -12,9 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from audit_rows import pair, planted, write
+from rows import in_this_process
 
 from penchant import api
 from penchant.cli import main
+from penchant.data import read
 from penchant.data.audit.fix import DEFAULT, RULES, default_rules, fix
 from penchant.data.layouts import LAYOUTS
 from penchant.data.load import load_preferences
@@ -72,6 +74,21 @@ def test_every_rule(tmp_path: Path) -> None:
     assert done.rows == done.written + sum(done.dropped.values()) == 20
     again = fix(str(done.output), tmp_path / "c.jsonl", drop=ALL)
     assert again.written == again.rows == done.written and again.touched.read_text() == ""
+
+
+def test_several_processes_decide_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, other = write(tmp_path / "a.jsonl", planted()), write(tmp_path / "others.jsonl", [pair(6)])
+    with source.open("a") as out:
+        out.write("{broken\n")
+    monkeypatch.setattr(read, "SHARD", 500)
+    monkeypatch.setattr(read, "CHUNK", 100)
+    monkeypatch.setattr("penchant.data.audit.fix.in_order", in_this_process)
+    made = []
+    for workers in (1, 3):
+        done = fix(str(source), tmp_path / f"{workers}.jsonl", drop=tuple(RULES), against=[str(other)], workers=workers)
+        made.append((done.touched.read_bytes(), done.output.read_bytes(), done.dropped))
+    assert made[0] == made[1] and len(read.shards_of(str(source))) > 3
+    assert {"leakage", "cycles", "near_duplicates", "unreadable"} <= {r for r, n in made[0][2].items() if n}
 
 
 def test_masking_keeps_the_row(tmp_path: Path) -> None:
@@ -198,7 +215,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     for output, said in (
         ("a.jsonl", "is an input"),
         ("link.jsonl", "is an input"),
-        ("there.jsonl", "is there already"),
+        ("there.jsonl", "already exists"),
         ("b.parquet", "the copy is JSONL"),
         ("no/b.jsonl", "folder does not exist"),
     ):

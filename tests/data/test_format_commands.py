@@ -86,7 +86,7 @@ def test_nothing_of_a_file_reaches_the_terminal_as_it_is(tmp_path: Path, capsys:
     assert not [line for line in out.split("\n") if line.startswith("x.jsonl:9")]
     assert main(["data", "show", write(tmp_path / "y.jsonl", {evil: 1})]) == 2
     err = capsys.readouterr().err
-    assert "of no known shape" in err and all(c.isprintable() or c == "\n" for c in err)
+    assert "fit no known layout" in err and all(c.isprintable() or c == "\n" for c in err)
 
 
 def test_long_texts_are_cut_and_say_so() -> None:

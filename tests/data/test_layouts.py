@@ -252,7 +252,7 @@ def test_the_most_rows_decide_and_the_first_of_equals_wins() -> None:
     pair, text = {"prompt": "p", "chosen": "a", "rejected": "b"}, {"text": "t"}
     assert detect([text, pair, pair]).layout == "pairs"
     assert detect([pair, text, text]).layout == "text"
-    assert detect([]).layout is None and detect([{"q": 1}]).why == "the columns are of no known layout"
+    assert detect([]).layout is None and detect([{"q": 1}]).why == "the columns fit no known layout"
 
 
 def test_columns_are_renamed_before_detection() -> None:

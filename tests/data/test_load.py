@@ -136,7 +136,7 @@ def test_columns_can_be_mapped() -> None:
 
 
 def test_unknown_columns_are_listed() -> None:
-    with pytest.raises(DataError, match=r"the columns \(reply_a, subject\) are of no known shape.*data\.columns"):
+    with pytest.raises(DataError, match=r"the columns \(reply_a, subject\) fit no known layout.*data\.columns"):
         from_rows([{"subject": "p", "reply_a": "c"}])
 
 
@@ -237,5 +237,5 @@ def test_a_table_without_a_header_is_told_so(first: str, tmp_path: Path) -> None
     ):
         load_preferences(str(path))
     path.write_text("frage\tgut\tschlecht\nHow do I fry it?\tIn a pan.\tNo.\n")
-    with pytest.raises(DataError, match="of no known shape"):
+    with pytest.raises(DataError, match="fit no known layout"):
         load_preferences(str(path))

@@ -1,4 +1,4 @@
-"""Rows that are odd and legal, in every kind of file: what they mean is known before they are written, and is what is trained on.
+"""Rows that are odd and legal, in every kind of file: what they mean is known before they are written, and is the training data.
 
 `PENCHANT_SEED` gives other rows.
 """

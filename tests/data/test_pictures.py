@@ -117,7 +117,7 @@ def test_one_question_about_two_pictures_is_two_prompts(tmp_path: Path, picture:
     paint(tmp_path / "img" / "b.png", 2)
     rows = [{"prompt": "What?", "completion": c, "images": [f"img/{n}.png"]} for n in "ab" for c in ("1", "2")]
     data = load(tmp_path, *rows)
-    assert held_out_rows(data, validation_rows=2) in ([0, 1], [2, 3])
+    assert held_out_rows(data, validation_rows=2).tolist() in ([0, 1], [2, 3])
     before = data.fingerprint
     assert load(tmp_path, *rows).fingerprint == before
     paint(tmp_path / "img" / "b.png", 3)
@@ -132,11 +132,12 @@ def test_one_question_about_two_pictures_is_two_prompts(tmp_path: Path, picture:
         (["/etc/hosts"], "What?", "lies outside"),
         (["https://example.com/a.png"], "What?", "nothing is fetched"),
         (["img"], "What?", "no such file"),
-        (["img/text.png"], "What?", "no picture that can be read"),
-        (["data:image/png;base64,????"], "What?", "no base64"),
-        ([7], "What?", "is int"),
-        ([None], "What?", "is NoneType"),
+        (["img/text.png"], "What?", "not a picture that can be read"),
+        (["data:image/png;base64,????"], "What?", "not base64"),
+        ([7], "What?", "is a number"),
+        ([None], "What?", "is null"),
         ([{"width": 3}], "What?", "names no picture"),
+        ([{"image": {"image": "img/a.png"}}], "What?", "names no picture"),
         (["img/a.png"], "<image> or <image>?", "more places"),
         (["img/a.png", "img/a.png", "img/b.png"], "<image>?", "places for"),
     ],

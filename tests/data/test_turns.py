@@ -17,7 +17,7 @@ from tiny import tiny_tokenizer
 from penchant.data.cached import DataCache
 from penchant.data.layouts.page import preview
 from penchant.data.load import load_preferences
-from penchant.data.mapped import StoredRows, StoredTokens, TokenWriter, write_rows
+from penchant.data.mapped import RowWriter, StoredRows, StoredTokens, TokenWriter
 from penchant.data.packing import pack
 from penchant.data.tokenize import TokenizedDataset, tokenize
 from penchant.download.convert import WRITERS
@@ -299,7 +299,7 @@ def test_reasoning_that_the_template_leaves_out_makes_a_bad_row() -> None:
         _learned(UNTAGGED, _thoughtful())
     with pytest.raises(DataError, match="only a chat template"):
         _learned(None, _thoughtful(), turns="last")
-    with pytest.raises(DataError, match="no text of an assistant"):
+    with pytest.raises(DataError, match="not text of an assistant"):
         _learned(UNTAGGED, [{**TALK[1], "thinking": "hm"}, TALK[2]])
     with pytest.raises(DataError, match="differ"):
         _learned(UNTAGGED, [TALK[1], {**TALK[2], "thinking": "hm", "reasoning_content": "oh"}])
@@ -316,7 +316,9 @@ def test_answers_of_a_pair_have_reasoning_of_their_own_and_are_written_with_it(t
     assert texts == ["<think>2+2</think>Four.</s>", "<think>2+3</think>Five.</s>"]
     (written,) = WRITERS["pairs"](rows.trees[0])
     assert from_rows([written]).trees[0].completions == rows.trees[0].completions
-    write_rows(tmp_path, rows.trees)
+    stored = RowWriter(tmp_path)
+    stored.write(rows.trees)
+    stored.close()
     assert tuple(StoredRows(tmp_path, "key")) == tuple(rows.trees)
     bare = {**row, "chosen": [{**answers[0], "reasoning_content": None}]}
     assert from_rows([bare]).fingerprint != rows.fingerprint

@@ -26,27 +26,35 @@ def vector(rank: int, count: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def sent(world: World) -> dict[str, Any]:
-    """Whether each gather and each sum is right, of vectors that are below and above a slot's size."""
-    exchange.SLOT = 96
+    """Whether each gather and each sum is right, of vectors in shared memory, and of larger ones below and above a slot's size."""
+    exchange.SLOT, exchange.LIMIT = 96, 200
     made = Exchange.of(world)
     assert made is not None
-    group, found = dist.group.WORLD, {}
+    group, found, cpu = dist.group.WORLD, {}, torch.device("cpu")
+    gather, reduce = Gather(made, range(3)), ReduceScatter(made, range(3))
+    draw, shared = random.Random(world.rank), set()
     for round_ in range(12):
-        for count, dtype in ((1, torch.float32), (7, torch.float64), (50, torch.float32), (50, torch.bfloat16)):
-            if random.Random(round_ + world.rank).random() < 0.3:
-                time.sleep(0.01)
-            whole = torch.empty(world.size * count, dtype=dtype)
-            mine = whole[world.rank * count :][:count].copy_(vector(world.rank, count, dtype))
-            Gather(made)(whole, mine, group)
-            right = torch.cat([vector(r, count, dtype) for r in range(world.size)])
-            out = torch.empty(count, dtype=dtype)
-            of_all = [vector(r, world.size * count, dtype) for r in range(world.size)]
-            ReduceScatter(made)(out, of_all[world.rank].clone(), group, dist.ReduceOp.SUM)
+        sizes = [(1, torch.float32), (7, torch.float64), (9, torch.bfloat16), (50, torch.float32), (50, torch.bfloat16)]
+        random.Random(round_).shuffle(sizes)
+        for count, dtype in sizes:
+            whole = gather.allocate((world.size * count,), dtype=dtype, device=cpu)
+            mine = whole[world.rank * count :][:count].copy_(vector(world.rank, count + round_, dtype)[:count])
+            time.sleep(0.01 * (draw.random() < 0.2))
+            gather(whole, mine, group)
+            time.sleep(0.01 * (draw.random() < 0.2))  # and the others go on
+            right = torch.cat([vector(r, count + round_, dtype)[:count] for r in range(world.size)])
+            equal = torch.equal(whole, right)
+            of_all = [vector(r, world.size * count + round_, dtype)[: world.size * count] for r in range(world.size)]
+            given = reduce.allocate((world.size * count,), dtype=dtype, device=cpu).copy_(of_all[world.rank])
+            out = reduce.allocate((count,), dtype=dtype, device=cpu)
+            time.sleep(0.01 * (draw.random() < 0.2))
+            reduce(out, given, group, dist.ReduceOp.SUM)
             total = of_all[0] + of_all[1] + of_all[2]
-            equal = torch.equal(whole, right), torch.equal(out, total[world.rank * count :][:count])
-            found[f"{round_} {count} {dtype}"] = equal
+            found[f"{round_} {count} {dtype}"] = equal, torch.equal(out, total[world.rank * count :][:count])
+            shared |= {whole.data_ptr(), given.data_ptr()} if gather.piece and reduce.piece else set()
+    found["pieces are used again"] = (0 < len(shared) <= 2 * 2 * 3, True)
     with pytest.raises(NotImplementedError):
-        ReduceScatter(made)(out, out, group, dist.ReduceOp.MAX)
+        reduce(out, out, group, dist.ReduceOp.MAX)
     found["once"] = (Exchange.of(world) is made, True)
 
     Exchange.of.cache_clear()
@@ -58,15 +66,18 @@ def sent(world: World) -> dict[str, Any]:
     Exchange.of.cache_clear()
     real_open = os.open
     if world.rank == 2:  # the same numbers, on another machine, are another file
-
-        def elsewhere(path: str, flags: int) -> int:
-            other = real("other")
-            os.ftruncate(other, 2 * exchange.SLOT)
-            return other
-
-        os.open = elsewhere  # type: ignore[assignment]
+        os.open = lambda path, flags: real("other")  # type: ignore[assignment]
     found["one that is elsewhere"] = (Exchange.of(world) is None, True)
     os.open = real_open
+    # of two that share a model's shards, the other's file is as good as one's own
+    Exchange.of.cache_clear()
+    pair, made = dist.new_group([1, 2]), Exchange.of(world)
+    assert made is not None
+    if world.rank:
+        gather = Gather(made, [1, 2])
+        whole = gather.allocate((2,), dtype=torch.float64, device=cpu)
+        gather(whole, whole[world.rank - 1 :][:1].fill_(world.rank), pair)
+        found["of a pair"] = (whole.tolist() == [1, 2], True)
     return found
 
 

@@ -11,11 +11,17 @@ from typing import Any
 import pytest
 import torch
 from encoders import encoder_folder
+from test_own_algorithm import page_example
 from tiny import polite_rows, tiny_model_folder, write_jsonl
 from worlds import in_world
 
 from penchant import api
+from penchant.config import config_from_mapping
+from penchant.config.launching import check_launch
 from penchant.distributed.world import World
+from penchant.errors import ConfigError
+from penchant.runs import parts
+from penchant.runs.parts import check_offload
 
 PLAIN: dict[str, Any] = {
     "loss": {"name": "dpo"},
@@ -43,6 +49,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "reward": ALGORITHM,
     "reward-lora": {**ALGORITHM, "lora": LORA},
     "encoder": {**ALGORITHM, "model": {"path": "ROOT/encoder"}},
+    "own": {"loss": None, "algorithm": {"name": "ROOT/own.py:Fading", "push": 0.3}},
+    "half-file": {"model": {"path": "ROOT/half"}, "lora": LORA},  # in bf16, for a run in fp32
     "begun": {"lora": LORA},
     "adapter": {"lora": LORA, "model": {"adapter": "ROOT/one-begun/checkpoints/step-3/model"}},
     "two-rewards": {
@@ -85,6 +93,13 @@ def trained(root: Path, names: Sequence[str]) -> Path:
     tiny_model_folder(root / "model")
     write_jsonl(root / "pairs.jsonl", polite_rows(18))
     (root / "rewards.py").write_text(REWARD)
+    (root / "own.py").write_text(page_example())
+    if "half-file" in names:
+        from safetensors.torch import load_file, save_file
+
+        shutil.copytree(root / "model", root / "half")
+        weights = load_file(root / "half/model.safetensors")
+        save_file({n: w.bfloat16() for n, w in weights.items()}, root / "half/model.safetensors", {"format": "pt"})
     if "encoder" in names:
         encoder_folder(root / "encoder")
 
@@ -201,16 +216,13 @@ def test_one_process_reads_and_evaluates_what_two_have_trained(root: Path) -> No
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"train": {"optimizer": "adafactor", "lr": 0.1}}, "optimizer"),
+        ({"train": {"optimizer": "adamw_8bit"}}, "blocks that go over the borders of shards"),
+        ({"train": {"optimizer": "adafactor", "lr": 0.1}}, "columns in place"),
         ({"model": {"path": "m", "quantize": "int8"}, "lora": LORA}, "quantize"),
         ({"launch": {"replicas": 3}}, "replicas"),
     ],
 )
 def test_what_several_processes_cannot_train_is_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:
-    from penchant.config import config_from_mapping
-    from penchant.config.launching import check_launch
-    from penchant.errors import ConfigError
-
     values = {**PLAIN, "model": {"path": "m"}, "data": {"path": "d"}, "output": "o", **change}
     made = config_from_mapping({key: value for key, value in values.items() if value is not None})
     check_launch(made, 1)
@@ -219,3 +231,15 @@ def test_what_several_processes_cannot_train_is_refused(tmp_path: Path, change: 
         check_launch(asked, 1)
     with pytest.raises(ConfigError, match=words):
         check_launch(made, 2)
+
+
+def test_shards_are_offloaded_from_several_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"loss": "dpo", "model": {"path": "m"}, "data": {"path": "d"}, "output": "o", "launch": {"offload": True}}
+    made = config_from_mapping(values)
+    check_launch(made, 2)
+    with pytest.raises(ConfigError, match="this is one process"):
+        check_launch(made, 1)
+    monkeypatch.setattr(parts, "current", lambda: World(0, 2))
+    check_offload(made, torch.device("cuda"))
+    with pytest.raises(ConfigError, match="this run is on cpu"):
+        check_offload(made, torch.device("cpu"))

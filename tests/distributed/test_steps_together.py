@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from penchant.algorithms.rollouts import Group
 from penchant.data.packing import plan_dealt
 from penchant.distributed.shard import Root, Rooted, Sharding, full, rooted, whole_weights
 from penchant.distributed.world import World, current
-from penchant.errors import CheckpointError
+from penchant.errors import CheckpointError, DiskError, TrainingStopped
 from penchant.logprobs import Scorer
 from penchant.logprobs.reference import LiveReference, MovingReference, adapter_as_it_is
 from penchant.losses import LOSSES
@@ -52,22 +53,25 @@ RUNS: dict[str, dict[str, Any]] = {
     "dpo": {},
     "kto": {"name": "kto"},
     "sgd": {"optimizer_kind": "sgd", "max_steps": 3},
+    "offload": {"offload": True},
+    "muon": {"optimizer_kind": "muon"},
     "moving": {"name": "pmpo", "reference": "moving"},  # and the divergence over the whole vocabulary
     "adapter": {"lora": LoraConfig(r=2, dropout=0.0, dora=True), "reference": "as it was"},
     "moving-adapter": {"lora": LoraConfig(r=2, dropout=0.0, dora=True), "reference": "moving"},
     "ppo": {"ppo": "head", "max_steps": 4},
     "ppo-separate": {"ppo": "separate", "max_steps": 4},
 }
-RESUMED = ("dpo", "sgd", "moving", "ppo", "ppo-separate")
+RESUMED = ("dpo", "sgd", "muon", "moving", "ppo", "ppo-separate")
+ROUNDED = {"muon": 1e-2}  # its products are in bf16
 
 UNCLIPPED: dict[str, Any] = {"max_grad_norm": None}  # a norm that is clipped would hide a factor
 
 
-def scorer_of(model: Any, dtype: torch.dtype, replicas: int = 1, beside: Any = ()) -> Any:
+def scorer_of(model: Any, dtype: torch.dtype, replicas: int = 1, beside: Any = (), offload: bool = False) -> Any:
     scorer = Scorer(model, "shared")
     if not current().many:
         return scorer
-    Sharding(current(), torch.device("cpu"), dtype, replicas)(model, backbone_of(model), beside)
+    Sharding(current(), torch.device("cpu"), dtype, replicas, offload=offload)(model, backbone_of(model), beside)
     return rooted(scorer)
 
 
@@ -103,6 +107,8 @@ def make_loop(
     ppo: str | None = None,
     experts: bool = False,
     optimizer_kind: str = "adamw",
+    offload: bool = False,
+    background: bool = False,
     **train: Any,
 ) -> Loop:
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,14 +128,16 @@ def make_loop(
     if ppo is not None:
         algorithm, value = ppo_of(model, frozen, ppo, dtype)
         beside = [(f"value.{n}", p) for n, p in value.named_parameters()]
-    scorer = scorer_of(model, dtype, replicas) if ppo is None else algorithm.scorer
+    scorer = scorer_of(model, dtype, replicas, offload=offload) if ppo is None else algorithm.scorer
     if router is not None:
         plain = getattr(scorer, "_scorer", scorer)
         plain.router, router.run = router, scorer.hidden
     optimizer = MasterAdamW([*model.named_parameters(), *beside], dtype=dtype, kind=optimizer_kind)
     if ppo is None:
         held = (
-            adapter_as_it_is(scorer) if reference == "as it was" else LiveReference(scorer_of(frozen, dtype, replicas))
+            adapter_as_it_is(scorer)
+            if reference == "as it was"
+            else LiveReference(scorer_of(frozen, dtype, replicas, offload=offload))
         )
         if reference == "moving":
             policy = lambda: effective_weights(model, optimizer.masters)  # noqa: E731
@@ -157,11 +165,12 @@ def make_loop(
         evaluation=EvalConfig(every=2),
         checkpoint=CheckpointConfig(every=2, keep_last=9),
         logging=LoggingConfig(),
-        write_model=lambda f: f.mkdir() if current().leads else None,
+        write_model=lambda: lambda f: f.mkdir() if current().leads else None,
         console=QuietConsole(),
         evaluate=None if ppo is not None else lambda _step: evaluate_heldout(algorithm, pairs[10:], 40),
         router=router,
         updates=1 if ppo is None else 2,
+        background=background,
     )
 
 
@@ -221,6 +230,42 @@ class StopAtCheckpoint(Callback):
         return "stop"
 
 
+class Told(Callback):
+    """Of checkpoints, by step: the step that training had come to."""
+
+    def __init__(self, loop: Loop) -> None:
+        self.loop, self.steps = loop, dict[int, int]()
+
+    def on_checkpoint(self, step: int, folder: Path) -> None:
+        assert (folder / "manifest.json").exists()
+        self.steps[step] = self.loop.state.step
+
+
+def in_the_background(root: Path) -> dict[str, Any]:
+    """A run that trains on while it writes slowly, and one whose rank 1 has no room for what it writes meanwhile."""
+    real, found = checkpoints.file_sha256, {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "file_sha256", lambda path: (time.sleep(0.3), real(path))[1])
+        loop = make_loop(root / "two-background", background=True)
+        told = Told(loop)
+        loop.callbacks = Callbacks([told] if current().leads else [])
+        loop.run()
+        found["told"] = told.steps
+
+        def full_disk(path: Path) -> str:
+            if current().leads:
+                return real(path)
+            time.sleep(0.3)
+            raise OSError(28, "No space left on device")
+
+        patch.setattr(checkpoints, "file_sha256", full_disk)
+        loop = make_loop(root / "two-full", background=True)
+        with pytest.raises(DiskError, match="No space left"):
+            loop.run()
+        found["failed after"] = loop.state.step
+    return found
+
+
 def loaded(checkpoint: Path, loop: Loop | None = None) -> dict[str, torch.Tensor]:
     """A checkpoint's tensors, whole, as one process reads them or as several do."""
     tensors, _ = load_checkpoint(checkpoint, None if loop is None else loop.optimizer.masters)
@@ -243,11 +288,16 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
             resumed = make_loop(root / f"two-killed-{name}", **RUNS[name])
             resumed.run()
             found[f"resumed {name}"] = end_state(resumed)
+        found |= in_the_background(root)
         stopped = make_loop(root / "two-stopped")
         stopped.callbacks = Callbacks([StopAtCheckpoint()] if world.leads else [])
         with pytest.raises(Paused) as pause:
             stopped.run()
         found["stopped at"] = pause.value.step
+        odd = make_loop(root / "two-odd")
+        odd.algorithm.begin_step = lambda step, progress, trees: trees[world.rank :]
+        with pytest.raises(TrainingStopped, match="the processes have different rows for this step"):
+            odd.take_step(0, odd.schedule)
         resumed._seed(3, 2)
         found["drawn"] = torch.rand(4)
         root_of = resumed.algorithm.scorer.root
@@ -283,13 +333,15 @@ def test_two_processes_have_the_gradient_of_one(results: Any, what: str) -> None
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_take_the_steps_of_one(results: Any, name: str) -> None:
     root, one, (first, _) = results
-    assert close(one[f"end of {name}"], first[f"end of {name}"]) < 1e-10
+    rounded = ROUNDED.get(name, 1e-10)
+    assert close(one[f"end of {name}"], first[f"end of {name}"]) < rounded
     mine, theirs = lines(root / f"one-{name}"), lines(root / f"two-{name}")
     assert len(mine) == len(theirs) and {row["kind"] for row in mine} == {"train", *([] if "ppo" in name else ["eval"])}
     for a, b in zip(mine, theirs, strict=True):
         assert a.keys() == b.keys()
         for key, value in a.items():
-            assert b[key] == (pytest.approx(value, rel=1e-10, abs=1e-12) if isinstance(value, float | list) else value)
+            number = isinstance(value, float | list)
+            assert b[key] == (pytest.approx(value, rel=5 * rounded, abs=rounded / 20) if number else value)
 
 
 @pytest.mark.parametrize("name", RESUMED)
@@ -346,7 +398,24 @@ def test_every_rank_has_as_many_passes_and_every_tree_is_in_one(sizes: list[int]
     plan = plan_dealt(sizes, budget, ranks)
     assert len(plan) % ranks == 0
     assert sorted(i for members in plan for i in members) == list(range(len(sizes)))
-    assert all(sum(sizes[i] for i in members) <= max(budget, max(sizes, default=0)) for members in plan)
+    loads = [sum(sizes[i] for i in members) for members in plan]
+    assert all(load <= max(budget, max(sizes, default=0)) for load in loads)
+    assert loads == sorted(loads, reverse=True)  # ranks wait for the largest of a time
+
+
+def test_a_checkpoint_that_is_written_while_training_goes_on_is_the_same(results: Any) -> None:
+    root, _, found = results
+    assert found[0]["told"][2] > 2 and found[0]["told"][4] == 4
+    for step in (2, 4):
+        mine, theirs = (loaded(root / run / f"checkpoints/step-{step}") for run in ("two-background", "two-dpo"))
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in mine)
+    state = [(root / run / "checkpoints/step-2/state.json").read_text() for run in ("two-background", "two-dpo")]
+    assert state[0] == state[1]
+
+
+def test_what_one_rank_cannot_write_meanwhile_ends_all(results: Any) -> None:
+    root, _, found = results
+    assert all(rank["failed after"] > 2 for rank in found) and not list((root / "two-full/checkpoints").iterdir())
 
 
 def test_a_large_shard_is_written_in_several_files(results: Any) -> None:

@@ -82,6 +82,8 @@ def test_the_files_it_names_are_there() -> None:
     places = (ROOT, ROOT / "src/penchant", ROOT / "src/penchant/losses", ROOT / "src/penchant/data/layouts")
     missing = [n for n in named if not any((place / n).exists() for place in places) and n != "rewards/accuracies"]
     assert missing == []
+    there = {p.name for p in (ROOT / "src/penchant").iterdir() if p.suffix in ("", ".py") and p.name[:2] != "__"}
+    assert there - {n.rstrip("/") for n in named} == set()
 
 
 def test_its_loss_is_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:

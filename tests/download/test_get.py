@@ -383,7 +383,7 @@ def test_columns_and_detection(tmp_path: Path, capsys: pytest.CaptureFixture[str
     write(tmp_path / "x.jsonl", [{"q": f"question {i}", "plus": "a", "minus": "b"} for i in range(3)])
     arguments = ["data", "get", "mine", "--from", str(tmp_path / "x.jsonl"), "--output", str(tmp_path / "out")]
     assert main(arguments) == 2
-    assert "(minus, plus, q) are of no known shape; map your columns" in capsys.readouterr().err
+    assert "(minus, plus, q) fit no known layout; map your columns" in capsys.readouterr().err
     assert main([*arguments, "--columns", "prompt=q", "chosen=plus", "rejected=minus"]) == 0
     said = capsys.readouterr()
     assert "layout pairs (columns chosen, rejected" in said.err and "override with --layout" in said.err

@@ -237,7 +237,7 @@ def test_the_card_is_valid_says_what_is_known_and_names_no_folder_of_this_machin
         card = ModelCard(text)
         data = card.data.to_dict()
         assert data["pipeline_tag"] == "text-generation" and "dpo" in data["tags"] and "lora" in data["tags"]
-        assert "license" not in data and "No licence is chosen" in text
+        assert "license" not in data and "No license is chosen" in text
         assert "`-(1-eps) log sigmoid(beta h)" in text and "fingerprint" in text and "held out from training" in text
         files = json.loads((result.folder / "export.json").read_text())["sha256"]
         for name, digest in files.items():
@@ -303,7 +303,7 @@ def test_a_finished_export_is_pushed_as_it_stands(world: Path, tmp_path: Path, p
     said: list[str] = []
     again = api.export(world / "bf16", to="safetensors", output=tmp_path / "out", push="me/tuned", say=said.append)
     assert pushed == [first.folder] and again.url == "https://hub/me/tuned" and _files(first.folder) == before
-    assert (again.check, again.dtype, again.step) == (first.check, "bf16", 2) and "as it stands" in said[-1]
+    assert (again.check, again.dtype, again.step) == (first.check, "bf16", 2) and "as it is" in said[-1]
     with pytest.raises(CheckpointError, match="nothing is overwritten"):  # without a push it is refused as ever
         api.export(world / "bf16", to="safetensors", output=tmp_path / "out")
 
@@ -313,7 +313,7 @@ def test_what_is_not_the_export_asked_for_is_not_pushed(world: Path, tmp_path: P
     api.export(world / "full", to="safetensors", output=out)
 
     def refused(why: str, run: Path = world / "full", to: str = "safetensors", **more: Any) -> None:
-        with pytest.raises(CheckpointError, match=f"is there already, and it.*{why}.*nothing is overwritten"):
+        with pytest.raises(CheckpointError, match=f"already exists, and it.*{why}.*nothing is overwritten"):
             api.export(run, to=to, push="me/tuned", **{"output": out, **more})
 
     refused("another step", step="1")

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sight import paint
 from tiny import polite_rows, tiny_model_folder, write_jsonl
 
 from penchant import api
@@ -219,7 +220,7 @@ def test_names_in_dataset_info_are_looked_up(tmp_path: Path) -> None:
         "mine": {
             "file_name": "mine.jsonl",
             "ranking": True,
-            "columns": {"prompt": "question", "chosen": "good", "rejected": "bad", "system": "sys", "images": "pics"},
+            "columns": {"prompt": "question", "chosen": "good", "rejected": "bad", "system": "sys", "videos": "films"},
         },
         "chat": {"hf_hub_url": "me/chat", "formatting": "sharegpt", "columns": {"messages": "turns"}},
     }
@@ -227,7 +228,7 @@ def test_names_in_dataset_info_are_looked_up(tmp_path: Path) -> None:
     made, config = _import(tmp_path, "lf_dpo")
     assert config.data.path == "data/mine.jsonl"
     assert config.data.columns == {"instruction": "question", "chosen": "good", "rejected": "bad", "system": "sys"}
-    assert "mine.columns.images: pics" in made.text and made.unsupported == 0  # a column's trouble, not a key's
+    assert "mine.columns.videos: films" in made.text and made.unsupported == 0  # a column's trouble, not a key's
     _, config = _import(tmp_path, "lf_sft", dataset="chat")
     assert config.data.path == "me/chat:train" and config.data.columns == {"conversations": "turns"}
     with pytest.raises(ConfigError, match="there is no 'gone'"):
@@ -249,8 +250,8 @@ DATA_SETS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # their de
         {"turns": [TURN], "good": GOOD, "bad": BAD, "sys": "Be brief.", "prompt": "an id"}, "sharegpt_pairs",
     ),
     "conversations": (
-        {"formatting": "sharegpt", "columns": {"messages": "turns", "system": "sys"}},
-        {"turns": [TURN, GOOD], "sys": "Be brief."}, "sharegpt",
+        {"formatting": "sharegpt", "columns": {"messages": "turns", "system": "sys", "tools": "functions_of"}},
+        {"turns": [TURN, GOOD], "sys": "Be brief.", "functions_of": '[{"name": "look", "parameters": {}}]'}, "sharegpt",
     ),
     "kto": (
         {"formatting": "sharegpt", "columns": {"messages": "conversations", "kto_tag": "good"}},
@@ -284,9 +285,48 @@ def test_rows_of_a_described_data_set_load(tmp_path: Path, name: str) -> None:
     assert any("Name a prime." in text for text in said)
     assert found.trees[0].completions[0].text == "Seven."
     assert ("Be brief." in said) == ("sys" in row) and ("Hello" in said) == ("before" in row)
+    assert ("look" in found.trees[0].tools) == ("functions_of" in row)
     assert not any(
         line.status == "unsupported" for line in made.translation.lines if line.theirs[0][0].startswith("mine")
     )
+
+
+def _described(folder: Path, **sets: Any) -> None:
+    (folder / "data").mkdir()
+    (folder / "data" / "dataset_info.json").write_text(json.dumps(sets))
+
+
+CHATS = {"file_name": "chats.jsonl", "formatting": "sharegpt"}
+
+
+def test_turns_of_conversations_are_learned_as_theirs(tmp_path: Path) -> None:
+    _described(tmp_path, chats=CHATS, more=CHATS | {"file_name": "more.jsonl"}, mine={"file_name": "mine.jsonl"})
+    for more, options in (({}, {"turns": "all"}), ({"mask_history": True}, {})):
+        _, config = _import(tmp_path, "lf_sft", dataset="chats,more", **more)
+        assert config.data.layout_options == options and config.data.path == ["data/chats.jsonl", "data/more.jsonl"]
+    _, config = _import(tmp_path, "lf_dpo", dataset="chats")
+    assert config.data.layout_options == {}
+    _, config = _import(tmp_path, "lf_sft", dataset="chats,mine")  # each is read its own way
+    assert [s.reading() for s in config.data.sources] == [{"shape": "sharegpt", "layout_options": {"turns": "all"}}, {}]
+
+
+@pytest.mark.parametrize(
+    "change,vision",
+    [({}, "frozen"), (dict.fromkeys(("freeze_vision_tower", "freeze_multi_modal_projector"), False), "trained")],
+)
+def test_a_described_set_with_pictures(tmp_path: Path, change: dict[str, Any], vision: str) -> None:
+    _described(tmp_path, seen=CHATS | {"columns": {"messages": "conversations", "images": "pics"}})
+    paint(tmp_path / "media" / "a.png", 0)
+    row = {"conversations": [{**TURN, "value": "<image>What is it?"}, GOOD], "pics": ["a.png"]}
+    write_jsonl(tmp_path / "data" / "chats.jsonl", [row])
+    made, config = _import(tmp_path, "lf_sft", dataset="seen", media_dir="media", image_max_pixels=9000, **change)
+    data = config.data
+    assert (config.model.vision, data.image_dir, made.unsupported) == (vision, "media", 1)
+    reading: Any = data.model_dump(include={"shape", "columns", "layout_options"})
+    (tree,) = load_preferences(str(tmp_path / data.path), **reading, image_dir=str(tmp_path / "media")).trees
+    assert len(tree.images) == 1 and tree.completions[0].text == "Seven."
+    made, config = _import(tmp_path, "lf_sft", dataset="seen", freeze_vision_tower=False)
+    assert config.model.vision == "frozen" and made.unsupported == 1  # one of the two alone is not trained here
 
 
 @pytest.mark.parametrize(
@@ -298,7 +338,7 @@ def test_rows_of_a_described_data_set_load(tmp_path: Path, name: str) -> None:
         ({**MODEL, "gradient_accumulation_steps": "many"}, {"method": "dpo"}, "'many' is not a number"),
         ({**MODEL, "learning_rate": 1e-5}, {"method": "dpoo"}, 'did you mean dpo'),
         ({**MODEL, "learning_rate": 1e-5}, {"source": "trll"}, 'did you mean trl'),
-        ({**MODEL, "weight_decay": -1}, {"method": "dpo"}, "translates into no valid config"),
+        ({**MODEL, "weight_decay": -1}, {"method": "dpo"}, "does not translate into a valid config"),
     ],
 )  # fmt: skip
 def test_a_persons_mistake_is_a_sentence(tmp_path: Path, values: Any, more: Any, match: str) -> None:
@@ -336,7 +376,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["import", str(theirs), "train.lr=1e-3", "--output", str(ours)]) == 0
     assert load_config(ours).train.lr == 1e-3
     assert main(["import", str(theirs), "--output", str(ours)]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     theirs.write_text(theirs.read_text() + "load_in_4bit: true\n")
     assert main(["import", str(theirs), "--output", str(tmp_path / "no.yaml"), "--strict"]) == 2
     assert "1 key(s) are not supported" in capsys.readouterr().err and not (tmp_path / "no.yaml").exists()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from sight import paint
 from tiny import tiny_model_folder, write_jsonl
 
 from penchant import api
@@ -191,6 +192,59 @@ def test_rows_of_a_pair_are_a_conversation_and_what_was_worse(place: Path) -> No
         assert (found.shape, found.accepted) == ("swift_pairs", len(WORDS))
         assert [m if isinstance(m, str) else m.content for m in tree.prompt] == prompt
         assert tree.completions[1].text == "no"
+
+
+def _swift(folder: Path, **values: Any) -> Any:
+    (folder / "theirs.yaml").write_text(yaml.safe_dump({"model": "m", "use_hf": True, "max_length": 64} | values))
+    made = import_config(folder / "theirs.yaml")
+    (folder / "ours.yaml").write_text(made.yaml)
+    return made, load_config(folder / "ours.yaml")
+
+
+def test_what_rows_of_ms_swift_hold_is_looked_at(place: Path) -> None:
+    """Whether its answers are all learned, and whether a model with eyes is asked for, stands in no argument."""
+    for name, more, options in (
+        ("chats_of_roles", {}, {"turns": "all"}),
+        ("chats_of_roles", {"loss_scale": "last_round"}, {}),
+        ("instructions", {"loss_scale": "default"}, {}),
+    ):
+        made, config = _swift(place, dataset=[f"data/{name}.jsonl"], **more)
+        assert (config.data.layout_options, config.model.vision, made.unsupported) == (options, "off", 0)
+    made, config = _swift(place, dataset=["data/chats_of_roles.jsonl", "data/instructions.jsonl"])
+    assert config.data.layout_options == {} and "layout_options={turns: all}" in made.yaml
+    assert "layout_options={turns: all}" in _swift(place, dataset=["owner/chats"])[0].yaml
+
+
+@pytest.mark.parametrize("method", ["", "dpo"])
+def test_pictures_of_ms_swift(place: Path, method: str) -> None:
+    from penchant.data.load import load_preferences
+
+    paint(place / "data" / "a.png", 0)
+    asked = {"role": "user", "content": "<image>What is it?"}
+    rows = [{"messages": [asked, _answer(w)], "rejected_response": "no", "pics": ["a.png"]} for w in WORDS]
+    rows = rows if method else [{k: v for k, v in row.items() if k != "rejected_response"} for row in rows]
+    write_jsonl(place / "data" / "seen.jsonl", rows)
+    more = {"rlhf_type": method} if method else {}
+    for frozen, vision in ((True, "frozen"), (False, "trained")):
+        eyes = {"freeze_vit": frozen, "freeze_aligner": frozen, "freeze_llm": False, "columns": {"pics": "images"}}
+        made, config = _swift(place, dataset="data/seen.jsonl", **eyes, **more)
+        assert (config.model.vision, config.data.columns, made.unsupported) == (vision, {"images": "pics"}, 0)
+        found = load_preferences(str(config.data.path), columns=config.data.columns, image_dir="")
+        assert [len(t.images) for t in found.trees] == [1] * len(WORDS)
+
+
+def test_a_processor_of_axolotl_means_pictures(place: Path) -> None:
+    values = {"base_model": "m", "datasets": [{"path": "data/chats_of_roles.jsonl", "type": "chat_template"}]}
+    for more, vision in (
+        ({}, "off"),
+        ({"processor_type": "AutoProcessor"}, "trained"),
+        ({"processor_type": "AutoProcessor", "adapter": "lora", "lora_target_modules": ["q_proj"]}, "frozen"),
+    ):
+        (place / "theirs.yaml").write_text(yaml.safe_dump({**values, **more, "sequence_len": 64}))
+        made = import_config(place / "theirs.yaml", "axolotl")
+        (place / "ours.yaml").write_text(made.yaml)
+        assert load_config(place / "ours.yaml").model.vision == vision and made.unsupported == 0
+        assert "path: data/chats_of_roles.jsonl  # datasets[0].path" in made.yaml  # each key with where it comes from
 
 
 @pytest.mark.parametrize(

@@ -221,7 +221,7 @@ def test_held_out_rows_in_a_file_of_their_own(tmp_path: Path, model: str, capsys
     run = str(tmp_path / "run.yaml")
     assert api.train(run, *SMALL, f"output={tmp_path / 'run'}", quiet=True).model is not None
     labels = write_jsonl(tmp_path / "labels.jsonl", ROWS["unpaired"])
-    for wrong, said in ((labels, "holds unpaired"), (data, "is what is trained on"), ("gone.jsonl", "no such file")):
+    for wrong, said in ((labels, "holds unpaired"), (data, "is the training data"), ("gone.jsonl", "no such file")):
         flags = ["--data", data, "--eval-data", wrong, "--output", str(tmp_path / "no.yaml")]
         assert main(["init", "--model", model, "--goal", "dpo", *flags]) == 2
         assert said in capsys.readouterr().err and not (tmp_path / "no.yaml").exists()

@@ -268,7 +268,7 @@ def test_whose_key_goes_where(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"concurrency": 0}, "--judge-concurrency: is below 1"),
         ({"parameters": "{"}, "--judge-parameters: is not JSON"),
         ({"parameters": "[1]"}, "--judge-parameters: is not a mapping"),
-        ({"parameters": '{"messages": []}'}, "sets messages, which is not yours to set"),
+        ({"parameters": '{"messages": []}'}, "sets messages, which cannot be set"),
     ],
 )
 def test_mistakes_are_sentences(options: dict[str, Any], match: str) -> None:

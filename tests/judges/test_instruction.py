@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from penchant.errors import ConfigError
-from penchant.judges.endpoint import INSTRUCTION, filled, read_instruction, verdict_of
+from penchant.judges.instruction import INSTRUCTION, filled, read_instruction, verdict_of
 from penchant.judges.judge import Question
 
 

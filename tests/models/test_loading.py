@@ -146,6 +146,9 @@ def test_weights_are_held_in_bf16_where_fp32_would_hold_nothing_more(tmp_path: P
         assert held_in(ModelConfig(path=str(tmp_path / stored)), dtype, frozen) == wanted
     drawn = ModelConfig(path=str(tmp_path / "bf16"), init="random")
     assert held_in(drawn, torch.bfloat16, True) == torch.float32
+    for stored, kept in (("bf16", torch.bfloat16), ("fp32", torch.float32)):  # as in the file, where it is sharded
+        for dtype, frozen in ((torch.float32, False), (torch.bfloat16, True)):
+            assert held_in(ModelConfig(path=str(tmp_path / stored)), dtype, frozen, shards=True) == kept
 
 
 MEASURE = """

@@ -151,6 +151,19 @@ def test_every_value_has_its_source(tmp_path: Path) -> None:
     assert found["train.seed"].source == "default" and found["model.dtype"].became == "bf16"
 
 
+def test_each_source_has_its_own_lines(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "model: {path: m}\ndata:\n  - {path: a.jsonl, weight: 2}\n  - {path: b.jsonl, weight: 1}\noutput: o\n"
+    )
+    found = [s for s in settings_of(*load_config_with_places(file), {}) if s.key.startswith("data.sources")]
+    assert [(s.key, s.value, s.source) for s in found] == [
+        (f"data.sources.{i}.{key}", value, f"{file}:{3 + i}")
+        for i, entry in enumerate(({"path": "a.jsonl", "weight": 2.0}, {"path": "b.jsonl", "weight": 1.0}))
+        for key, value in entry.items()
+    ]
+
+
 def test_a_name_alone_says_nothing_of_its_settings(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("model: {path: m}\ndata: {path: a}\nalgorithm: ppo\nreward: words\noutput: o\n")

@@ -47,5 +47,5 @@ def test_the_command_writes_page_and_json(tmp_path: Path, capsys: object) -> Non
     page, figures = tmp_path / "a.html", tmp_path / "a.json"
     command = ["data", "audit", "--split", f"train={train}", "--split", f"test={test}", "--no-languages"]
     assert main([*command, "--html", str(page), "--json", str(figures)]) == 0
-    assert "leakage: prompts of test that also stand in train" in page.read_text()
+    assert "leakage: prompts of test that are also in train" in page.read_text()
     assert '"leakage_train_test"' in figures.read_text()

@@ -141,7 +141,7 @@ def test_a_sweeps_best_is_no_proof(tmp_path: Path) -> None:
     )
     assert "Seeds of it and of the next, A beta-0.1, do not overlap." in text
     assert "In 4 of 4 runs the 95% interval lies above one half." in text
-    assert "These held-out rows chose it, so its figure flatters it" in text
+    assert "It was chosen by these held-out rows" in text
     table = words(settings_table(read_report([sweep], 0.0)))
     assert table.index("beta-0.3") < table.index("beta-0.1") and "best by validation" in table
 

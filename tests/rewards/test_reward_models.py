@@ -33,7 +33,7 @@ from penchant.rewards.reward_model import (
     rows_by_source,
 )
 from penchant.runs import Run
-from penchant.runs.record import reward_contents
+from penchant.runs.identity import reward_contents
 from penchant.types import PromptTree, TokenTree
 
 CPU = torch.device("cpu")

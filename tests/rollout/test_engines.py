@@ -206,7 +206,7 @@ def test_a_server_that_is_away_or_another_one_is_one_sentence(base: dict[str, An
     fake.spoil = first("/v1/completions", 99, (200, {"choices": []}))
     assert "0 completions came back for 3 (3 attempts)" in said()
     assert "cannot be reached" in said(url="http://127.0.0.1:9") and "3 attempts" in said(url="http://127.0.0.1:9")
-    with pytest.raises(ConfigError, match="is of another engine than own"):
+    with pytest.raises(ConfigError, match="is for engines other than own"):
         api.train({**base, "rollout": {"url": fake.url}}, quiet=True)
 
 

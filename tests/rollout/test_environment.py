@@ -17,7 +17,7 @@ from steps import step_gradient, train_until_killed
 from tiny import tiny_model_folder, tiny_tokenizer, write_jsonl
 
 from penchant import api
-from penchant.algorithms.group import GroupConfig, GroupPolicyGradient
+from penchant.algorithms.grpo import GroupConfig, GroupPolicyGradient
 from penchant.algorithms.rollouts import Group, Writer, pack_groups, unpack_groups
 from penchant.errors import ConfigError, RewardError
 from penchant.logprobs import Scorer
@@ -189,7 +189,7 @@ def test_what_reset_says_is_part_of_the_prompt(chat: bool) -> None:
 def test_completions_of_a_row_share_what_reset_says() -> None:
     said = iter("abcd")
     at, trees = stage(type("Bad", (Echo,), {"reset": lambda *_: [{"role": "user", "content": next(said)}]}))
-    with pytest.raises(RewardError, match="x:0: reset of Echo says other things to the completions of one row"):
+    with pytest.raises(RewardError, match="x:0: reset of Echo gives different messages to completions of one row"):
         at.play(trees, 2, 64, says(at.tokenizer, "a"))
 
 

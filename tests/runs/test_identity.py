@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from datetime import date
@@ -21,7 +22,7 @@ from penchant.errors import CheckpointError, ModelError, PenchantError
 from penchant.runfolder import TOKENS, changed, keep
 from penchant.runs import Run
 from penchant.runs.find import check_config, find_model
-from penchant.runs.record import model_contents, run_identity
+from penchant.runs.identity import model_contents, run_identity
 from penchant.training.loop import Paused
 
 REWARD = """import sys
@@ -215,6 +216,7 @@ def test_a_changed_input_is_refused_by_name(world: Callable[[str], World], kind:
     inside = name.startswith("judge/") and path.suffix in (".json", ".safetensors")
     assert ("judge" if inside else what) in str(met.value)
     assert "put back" in str(met.value) or "put them back" in str(met.value)
+    assert not re.search(r"[0-9a-f]{64}", str(met.value))
 
 
 @pytest.mark.slow

@@ -260,8 +260,11 @@ def test_kill_9_then_the_same_command_ends_bit_for_bit_the_same(base: dict[str, 
         assert a.read_bytes() == b.read_bytes(), name
 
 
-def test_gradient_checkpointing_changes_nothing(base: dict[str, Any], trained: api.TrainResult) -> None:
+def test_gradient_checkpointing_changes_nothing(
+    base: dict[str, Any], trained: api.TrainResult, recwarn: pytest.WarningsRecorder
+) -> None:
     other = api.train(base, "train.gradient_checkpointing=true", quiet=True)
+    assert not [str(w.message) for w in recwarn if "gradient_checkpointing_enable" in str(w.message)]
     assert other.after["eval/loss"] == pytest.approx(trained.after["eval/loss"], rel=1e-4)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from penchant.config import config_from_mapping
 from penchant.data.load import load_preferences
 from penchant.data.packing import pack
 from penchant.data.tokenize_pictures import PicturedTokenization
-from penchant.errors import ConfigError, DataError
+from penchant.errors import CheckpointError, ConfigError, DataError
 from penchant.logprobs.packing import choose_pictured
 from penchant.models.load import load_causal_model, load_processor
 from penchant.models.options import ModelConfig
@@ -192,21 +191,63 @@ def test_commands_of_text_alone_refuse_such_a_run(folder: Path, tmp_path: Path) 
     for call in (
         lambda: load_chat_model(run),
         lambda: api.export(run, to="safetensors"),
-        lambda: api.compare(run, shutil.copytree(run, tmp_path / "other")),
         lambda: api.evaluate(run, text=str(write_rows(tmp_path, [{"text": "a"}]))),
-        lambda: api.plan(given),
     ):
-        with pytest.raises(ConfigError, match="of text alone"):
+        with pytest.raises(ConfigError, match="handles text alone"):
             call()
     with pytest.raises(ConfigError, match="takes no pictures"):
         load_causal_model(ModelConfig(path=tiny_model_folder(tmp_path / "blind"), vision="frozen"), torch.device("cpu"))
+
+
+def test_a_comparison_of_given_answers_to_pictures(folder: Path, tmp_path: Path) -> None:
+    """By how likely they are; nothing is written, and one question about several pictures is as many prompts."""
+    more = ("train.max_steps=1", "evaluation.at_start=false", "data.split_seed=0")
+    for name, changes in (("one", ("lora.r=4",)), ("other", ("train.lr=1e-2", "train.seed=1"))):
+        Run(config(folder, tmp_path / name, *more, *changes), quiet=True).train()
+    found = api.compare(tmp_path / "one", tmp_path / "other", quiet=True)
+    figures = found.figures
+    assert (figures["prompts"], figures["answers"], figures["outcome"]) == (2, 2, "held-out preference accuracy")
+    run = Run(config(folder, tmp_path / "one", *more, "lora.r=4"), quiet=True)
+    assert run.rows.datasets[1] is not None
+    rows = [pictured_rows(folder)[int(t.source.rpartition(":")[2]) - 1] for t in run.rows.datasets[1].trees]
+    model, processor = read(folder / "model")
+    own = [own_logp(model, processor, folder, r, r["chosen"][0]["content"]) for r in rows]
+    lengths = [len(r["chosen"][0]["content"]) + 1 for r in rows]
+    assert figures["models"]["start"]["perplexity"] == pytest.approx(math.exp(-sum(own) / sum(lengths)), rel=1e-4)
+    assert {"preference_accuracy", "perplexity"} <= figures["models"]["other"].keys()
+    assert "given answers" in found.to_text() and Path(api.report(found.folder)).is_file()
+    with pytest.raises(ConfigError, match="to pictures they write nothing"):
+        api.compare(tmp_path / "one", reward="words")
+    with pytest.raises(CheckpointError, match="it is a model: a run's start is compared with it anyway"):
+        api.compare(tmp_path / "one", folder / "model")
+
+
+def test_a_plan_of_a_run_with_pictures(folder: Path, tmp_path: Path) -> None:
+    given = config(folder, tmp_path / "run", "train.max_steps=2")
+    made = api.plan(given, probe=False)
+    run = Run(given, quiet=True)
+    assert made.work.tokens == sum(
+        t.separate_tokens for step in range(2) for t in (run.rows.trees[0][i] for i in run.schedule.batch(step))
+    )
+    model, _ = read(folder / "model")
+    language = {n: p for n, p in model.named_parameters() if "text_model" in n or "lm_head" in n}
+    assert made.parameters == (model.num_parameters(), sum(p.numel() for p in language.values()))
+    assert "what makes them" in made.memory.coarse and not (tmp_path / "run").exists()
+
+
+def test_the_text_part_is_a_model_by_itself(folder: Path) -> None:
+    """SmolVLM's folder without eyes: the weights of its language model, under another name."""
+    whole, _ = read(folder / "model")
+    part = load_causal_model(ModelConfig(path=str(folder / "model")), torch.device("cpu"))
+    own = whole.model.text_model.state_dict()
+    assert own and all(torch.equal(own[name], value) for name, value in part.model.state_dict().items())
 
 
 def test_settings_of_the_image_processor(folder: Path) -> None:
     model = {"path": str(folder / "model"), "vision": "frozen"}
     smaller = load_processor(ModelConfig(**model, image_options={"do_image_splitting": False}))
     assert smaller.image_processor.do_image_splitting is False
-    with pytest.raises(ConfigError, match=r"model\.image_options\.max_pixel.*no setting"):
+    with pytest.raises(ConfigError, match=r"model\.image_options\.max_pixel.*not a setting"):
         load_processor(ModelConfig(**model, image_options={"max_pixel": 7}))
     with pytest.raises(ConfigError, match="vision"):
         config(folder, folder, "model.vision=off", "model.image_options={size: 3}")

@@ -446,7 +446,7 @@ def test_arenas_are_made_of_runs_comparisons_and_data(studio: Any, tmp_path: Pat
     assert chatted.prompt == chat
     assert [p.answers for p in found["of-prompts"].pairs.values()] == [None, None]
     for wrong, words in (
-        ({"name": "of-pairs", "source": "pairs", "file": "pairs.jsonl"}, "there already"),
+        ({"name": "of-pairs", "source": "pairs", "file": "pairs.jsonl"}, "already exists"),
         ({"name": "../x", "source": "pairs", "file": "pairs.jsonl"}, "is not a name"),
         ({"name": "new", "source": "pairs", "file": "pairs.jsonl"}, "is not a name"),
         ({"name": "x", "source": "runs"}, "no prompt has two answers"),

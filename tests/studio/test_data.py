@@ -130,10 +130,10 @@ def test_rows_are_edited_dropped_and_taken_back(
     assert done.status_code == 200 and "rows that a person dropped" in done.text
     assert len((folder / "sub.jsonl").read_text().splitlines()) == 49
     assert (folder / "sub.jsonl.touched.jsonl").exists()
-    fails = "import sys; print('penchant: sub.jsonl: is there already', file=sys.stderr); sys.exit(2)"
+    fails = "import sys; print('penchant: sub.jsonl: already exists', file=sys.stderr); sys.exit(2)"
     monkeypatch.setattr(data, "command", lambda *_: [sys.executable, "-c", fails])
     again = client.post("/data/copy", data={"file": "rows.jsonl", "output": "sub.jsonl"})
-    assert again.status_code == 400 and again.text == "the copy: sub.jsonl: is there already"
+    assert again.status_code == 400 and again.text == "the copy: sub.jsonl: already exists"
     for output in ("../x.jsonl", "/tmp/x.jsonl"):
         assert client.post("/data/copy", data={"file": "rows.jsonl", "output": output}).status_code == 404
 

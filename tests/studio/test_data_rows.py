@@ -155,7 +155,7 @@ def test_rows_that_make_an_example_together_are_shown_together(tmp_path: Path) -
 def test_rows_of_no_layout_are_shown_as_they_are(tmp_path: Path) -> None:
     file = File(write(tmp_path / "a.jsonl", [{"x": 1, "y": [2]}]))
     (item,) = file.page(1).items
-    assert "no known shape" in file.problem and item.values == {"x": 1, "y": [2]} and not item.trees
+    assert "no known layout" in file.problem and item.values == {"x": 1, "y": [2]} and not item.trees
 
 
 def test_a_quarantine_is_shown_with_its_reasons(tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_an_edit_of_a_row_that_is_another_one_now_is_refused(tmp_path: Path) -> 
     with pytest.raises(DataError, match="another row now"):
         copy(edits, tmp_path / "b.jsonl", also=False)
     write(path, pairs(1))
-    with pytest.raises(DataError, match="not there any more"):
+    with pytest.raises(DataError, match="no longer exists"):
         copy(edits, tmp_path / "b.jsonl", also=False)
     assert not (tmp_path / "b.jsonl").exists()
 

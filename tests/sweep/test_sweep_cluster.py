@@ -18,7 +18,8 @@ from test_sweep import base, left, names, plan, run, trained, whole, written
 from penchant.cli import main
 from penchant.errors import CheckpointError, ConfigError
 from penchant.runfolder import RunLock
-from penchant.sweep import conduct, load_sweep, workers
+from penchant.sweep import cluster as cluster_module
+from penchant.sweep import conduct, load_sweep, worker, workers
 from penchant.sweep.cluster import ORDERS, Slurm
 from penchant.sweep.worker import carry_out, result_of
 from penchant.training.loop import Interrupted, Loop
@@ -47,7 +48,7 @@ class Pretended:
         return job
 
     def work(self, job: str) -> None:
-        carry_out(str(self.orders[job]))
+        carry_out(str(self.orders[job]), job)
         self.how.setdefault(job, "COMPLETED")
 
     def ended(self, job: str, stopped: bool = False) -> str | None:
@@ -57,7 +58,7 @@ class Pretended:
         return self.log_file
 
     def sent(self) -> list[str]:
-        return [order.stem for order in self.orders.values()]
+        return [order.stem.rpartition("-")[0] for order in self.orders.values()]
 
 
 @pytest.fixture
@@ -85,11 +86,11 @@ def short(base: dict[str, Any]) -> dict[str, Any]:
     [
         (["cluster.on=slurm"], r"cluster.gpus is missing; say how many GPUs each run gets"),
         (["cluster.on=slurm", "cluster.gpus=0", "model.device=cuda"], "cluster.gpus is 0, and model.device is cuda"),
-        (["cluster.on=ray", "cluster.gpus=1", "cluster.partition=gpu"], "cluster.partition says nothing to Ray"),
+        (["cluster.on=ray", "cluster.gpus=1", "cluster.partition=gpu"], "cluster.partition has no meaning for Ray"),
         (["cluster.on=slurm", "cluster.gpus=1", 'cluster.partition="a\\nrm x"'], "not an option of one line"),
         (["cluster.on=slurm", "cluster.gpus=1", "cluster.options={'--wrap x': y}"], "not an option of one line"),
         (["cluster.on=ray", "cluster.gpus=1", "cluster.memory=1e20"], "cluster.memory"),
-        (["cluster.on=slurm", "cluster.gpus=1", "cluster.address=auto"], "cluster.address says nothing to Slurm"),
+        (["cluster.on=slurm", "cluster.gpus=1", "cluster.address=auto"], "cluster.address has no meaning for Slurm"),
         (["cluster.on=slrum", "cluster.gpus=1"], "cluster.on"),
         (["cluster.gpu=1"], 'unknown key "gpu" in cluster; did you mean "gpus"'),
     ],
@@ -192,6 +193,53 @@ def test_a_job_that_ended_with_the_sweep_away_is_sent_again(
     result = run(short, *AWAY)
     assert cluster.sent() == ["beta-0.1", "beta-0.5", "beta-0.5"]
     assert {r["state"] for r in result.runs.values()} == {"finished"}
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_job_that_was_sent_and_not_noted_trains_nothing_twice(
+    short: dict[str, Any], cluster: Pretended, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, begun: bool
+) -> None:
+    real = cluster.submit
+
+    def killed(name: str, order: Path) -> str:
+        real(name, order)
+        if name == "beta-0.5":
+            raise MemoryError  # as a kill -9 when Slurm has the job and nobody knows its id
+        return "1"
+
+    cluster.held = {"beta-0.5"}
+    with monkeypatch.context() as patched:
+        patched.setattr(cluster, "submit", killed)
+        with pytest.raises(MemoryError):
+            run(short, *AWAY)
+    assert plan(short, *AWAY)[1].startswith("beta-0.5  to ")
+    cluster.held = set()
+    entered = trained(monkeypatch)
+    if begun:
+        cluster.work("2")
+        assert "Slurm job 2 has it" in plan(short, *AWAY)[1]
+    result = run(short, *AWAY)
+    if not begun:
+        cluster.work("2")  # its turn comes at last: its order is gone
+    assert entered == ["beta-0.5"] and len(cluster.orders) == (2 if begun else 3)
+    assert {r["state"] for r in result.runs.values()} == {"finished"}
+    assert not list((tmp_path / "sweep" / ORDERS).iterdir())
+
+
+def test_a_job_that_slurm_starts_once_more_goes_on(
+    short: dict[str, Any], cluster: Pretended, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, tries = worker.answer, []
+
+    def preempted(line: str, shared: Any) -> dict[str, Any]:
+        tries.append(line)
+        if len(tries) == 1:
+            carry_out(str(cluster.orders["1"]), "1")  # the job began, its node failed, and it began again
+        return real(line, shared)
+
+    monkeypatch.setattr(worker, "answer", preempted)
+    result = run(short, *AWAY, "loss.beta=0.5")
+    assert len(tries) == 2 and {r["state"] for r in result.runs.values()} == {"finished"}
 
 
 def test_a_job_at_its_limit_goes_on_in_a_new_one(
@@ -348,6 +396,22 @@ def test_what_slurm_is_told_and_no_secret_is_in_it(
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match="there is no Slurm here"):
         Slurm(sweep.cluster, folder)
+
+
+def test_without_accounting_the_queue_says_which_jobs_are_gone(
+    tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster_module, "QUEUE_AGE", 0.0)
+    sweep = load_sweep(written(tmp_path), [*AWAY])
+    jobs = Slurm(sweep.cluster, tmp_path / "sweep" / ORDERS / "slurm")
+    assert jobs.submit("beta-0.1", tmp_path / "order.json") == "101"
+    (slurm / "sacct").write_text("#!/bin/bash\necho 'Slurm accounting storage is disabled' >&2\nexit 1\n")
+    queue, found = slurm / "squeue", []
+    for said in ("echo 101 RUNNING", "echo 101 FAILED", "echo 7 RUNNING", "echo 'no contact' >&2; exit 1"):
+        queue.write_text(f"#!/bin/bash\n{said}\n")
+        queue.chmod(0o755)
+        found.append(jobs.ended("101"))
+    assert found == [None, "FAILED", "gone from the queue", None]
 
 
 def sweeping(base: dict[str, Any], folder: Path, *more: str) -> subprocess.Popen[bytes]:

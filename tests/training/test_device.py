@@ -15,7 +15,7 @@ from families import losses_by_default, some_pairs, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from penchant import cli
-from penchant.algorithms.group import GroupConfig, GroupPolicyGradient, ScoredTokens
+from penchant.algorithms.grpo import GroupConfig, GroupPolicyGradient, ScoredTokens
 from penchant.algorithms.offline import Component, Offline
 from penchant.algorithms.rollouts import Group
 from penchant.base import machine
@@ -198,7 +198,7 @@ def loop_of(algorithm: Any, device: torch.device, folder: Path) -> Loop:
         evaluation=EvalConfig(),
         checkpoint=CheckpointConfig(),
         logging=LoggingConfig(),
-        write_model=lambda _: None,
+        write_model=lambda: lambda _: None,
         console=QuietConsole(),
         start_tolerance=(0.0, 0.0),
     )
@@ -402,3 +402,14 @@ def test_a_gpu_is_seen_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     for hidden in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
         assert not machine.gpu_visible()
+
+
+def test_a_model_is_where_its_gathered_shards_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    def model(kind: str, mesh: str | None) -> Any:
+        more = {} if mesh is None else {"device_mesh": SimpleNamespace(device_type=mesh)}
+        return SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=torch.device(kind), **more)]))
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert machine.place_of(model("cpu", None)) == machine.place_of(model("cpu", "cpu")) == torch.device("cpu")
+    assert machine.place_of(model("cuda:0", "cuda")) == torch.device("cuda:0")
+    assert machine.place_of(model("cpu", "cuda")) == torch.device("cuda:1")  # offloaded

@@ -82,7 +82,7 @@ def made(folder: Path, kind: str, dtype: torch.dtype = torch.float32, kernels: s
         evaluation=EvalConfig(),
         checkpoint=CheckpointConfig(),
         logging=LoggingConfig(),
-        write_model=lambda f: model.save_pretrained(f),
+        write_model=lambda: lambda f: model.save_pretrained(f),
         console=QuietConsole(),
     )
 

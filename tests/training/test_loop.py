@@ -77,7 +77,7 @@ def make_loop(
         evaluation=EvalConfig(every=2),
         checkpoint=CheckpointConfig(every=2, keep_last=2),
         logging=LoggingConfig(),
-        write_model=lambda f: model.save_pretrained(f),
+        write_model=lambda: lambda f: model.save_pretrained(f),
         console=console or QuietConsole(),
         evaluate=lambda _step: evaluate_heldout(algorithm, pairs[10:], 64),
         start_tolerance=(0.0, 0.0) if name == "dpo" else None,

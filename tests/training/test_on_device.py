@@ -53,7 +53,7 @@ def loop_on(
         evaluation=EvalConfig(),
         checkpoint=CheckpointConfig(every=2),
         logging=LoggingConfig(),
-        write_model=lambda f: policy.save_pretrained(f),
+        write_model=lambda: lambda f: policy.save_pretrained(f),
         console=QuietConsole(),
         start_tolerance=(0.0, 0.0),  # policy and reference are one model at step 0: equal to the last bit
     )

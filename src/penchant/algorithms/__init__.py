@@ -9,7 +9,7 @@ import functools
 import inspect
 
 from penchant.algorithms.gkd import GKDConfig
-from penchant.algorithms.group import GroupConfig
+from penchant.algorithms.grpo import GroupConfig
 from penchant.algorithms.method import AlgorithmConfig, Method
 from penchant.algorithms.online_dpo import OnlineDPOConfig
 from penchant.algorithms.ppo import PPOConfig

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from penchant.algorithms.method import EvaluationContext, Method, Parts, Signal
 from penchant.base.lazy import Tensor, lazy, torch
+from penchant.base.machine import place_of
 from penchant.data.packing import passes_over
 from penchant.errors import ConfigError
 from penchant.losses.helpers import Metrics, reward_metrics, side_metrics
@@ -195,7 +196,7 @@ class Offline(Algorithm):
             size = batch.lengths if self.average_log_prob else 1
             return live.logps(batch) / size, reference.logps(batch) / size
 
-        shared, device = self.scorer.shared, next(self.scorer.model.parameters()).device
+        shared, device = self.scorer.shared, place_of(self.scorer.model)
         passes = passes_over(both, trees, self.tokens_per_step, shared=shared, device=device, lanes=self.side_by_side)
         order, made = zip(*passes, strict=True)
         policy, ref = map(torch.cat, zip(*made, strict=True))

@@ -32,7 +32,7 @@ class OnlineDPOConfig(OnlineConfig):
         if self.updates > 1:
             raise ValueError("online_dpo takes one step on each batch of rollouts; leave out epochs and minibatches")
         if self.entropy_coef:
-            raise ValueError("entropy_coef is of the policy gradient methods; leave it out of online_dpo")
+            raise ValueError("entropy_coef is for policy gradient methods; leave it out with online_dpo")
         if self.kl_weight == 0:
             raise ValueError("beta is 0; give a number above 0")
         return self
@@ -46,7 +46,9 @@ class OnlineDPOConfig(OnlineConfig):
         rollout = parts.config.rollout
         for key in ("lag", "correction"):
             if key in rollout.model_fields_set and getattr(rollout, key) not in (0, "none"):
-                raise ConfigError(f"rollout.{key}", "is of policy gradients, and online_dpo is none", "leave it out")
+                raise ConfigError(
+                    f"rollout.{key}", "is for policy gradient methods, and online_dpo is not one", "leave it out"
+                )
 
     def build(self, parts: Parts) -> OnlineDPO:
         writer, dpo = self.writer(parts), LOSSES["dpo"]

@@ -50,7 +50,7 @@ class PPOConfig(OnlineConfig):
         description="start of a separate value model: the reward model (auto: if it fits), or the policy with a zero head",
     )
     value_coef: float = Field(0.1, ge=0, description="weight of the value loss")
-    value_clip: float | None = Field(0.2, gt=0, description="clip the value to its old one +- this; null: do not")
+    value_clip: float | None = Field(0.2, gt=0, description="clip the value to its old one +- this; null: off")
     whiten_advantages: bool = Field(
         True,
         description="normalize advantages to zero mean and unit variance over all completion tokens of the rollouts",

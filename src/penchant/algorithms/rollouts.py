@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from penchant.algorithms.method import AlgorithmConfig, EvaluationContext, Parts, Rollouts, Signal
 from penchant.base.lazy import Tensor, torch
-from penchant.base.machine import moved
+from penchant.base.machine import moved, place_of
 from penchant.data.packing import passes_over
 from penchant.distributed.world import current
 from penchant.errors import ConfigError, RewardError, RolloutError
@@ -44,7 +44,7 @@ class SamplingConfig(AlgorithmConfig):
         1.0,
         gt=0,
         le=100,
-        description="divide logits of tokens that prompt and completion hold already by this; 1: do not",
+        description="divide the logits of tokens that prompt or completion already have by this; 1: off",
     )
 
     def check(self, parts: Parts) -> None:
@@ -84,7 +84,7 @@ class OnlineConfig(SamplingConfig):
     )
     scale_rewards: Literal["group", "batch", "none"] = Field(
         "group",
-        description="which standard deviation rewards are divided by, of all but rloo and reinforce_pp; none: Dr. GRPO",
+        description="the standard deviation that rewards are divided by (all but rloo and reinforce_pp); none: Dr. GRPO",
     )
     loss_mean: Literal["sequence", "token", "constant"] = Field(
         "sequence",
@@ -397,7 +397,7 @@ class Writer:
         trees, logps, version = self.written(prompts, iteration, k)
         asked = [self.tokenizer.decode(t.prompt_ids, skip_special_tokens=True) for t in prompts]
         texts = [[self.tokenizer.decode(ids, skip_special_tokens=True) for ids in t.completion_ids] for t in trees]
-        step = iteration * cfg.updates if iteration != EVALUATION else 0  # which is no step of the run
+        step = iteration * cfg.updates if iteration != EVALUATION else 0  # evaluations are not steps of the run
         said = self.reward.judge([p for p in asked for _ in range(k)], [t for row in texts for t in row], trees, step)
         if taken := [n for n in said.metrics if n in METRICS or n in ("kind", "step")]:
             what = f'log_metric("{taken[0]}") would replace a figure of the run'
@@ -620,7 +620,7 @@ def score_groups(
 ) -> None:
     """Keep what forward passes give, numbers per token (R,) by name (log-probs, values), as extras of those names."""
     trees = [g.tree for g in groups]
-    device = next(scorer.model.parameters()).device
+    device = place_of(scorer.model)
 
     def all_of(batch: PackedBatch) -> dict[str, Tensor]:
         return {name: values for of_batch in passes for name, values in of_batch(batch).items()}

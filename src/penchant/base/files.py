@@ -163,7 +163,7 @@ def check_output(path: str | Path, ours: str = "", inputs: Sequence[Any] = (), f
     """The file that a command may write to: a new or an empty one, or one that the same command wrote.
 
     Args:
-        ours: how such a file begins, a regular expression; inputs: files that the command reads (what is no file is passed over).
+        ours: how such a file begins, a regular expression; inputs: files that the command reads (anything that is not a file is skipped).
 
     Raises:
         ConfigError: it is one of the inputs, under whatever name, or holds something else.
@@ -182,7 +182,7 @@ def check_output(path: str | Path, ours: str = "", inputs: Sequence[Any] = (), f
         if file.is_file() and file.stat().st_size:
             with file.open(encoding="utf-8", errors="replace") as held:
                 if not (ours and re.match(ours, held.read(HEAD))):
-                    what = "is there already, and is nothing that this command wrote"
+                    what = "already exists, and this command did not write it"
                     raise refusal(what, "give another name, or move that file away")
     except (OSError, ValueError) as error:
         raise refusal(f"cannot be written ({error})", "give another place") from error
@@ -248,7 +248,7 @@ def disk_error(path: Path, error: OSError) -> DiskError:
     """The sentence about what a disk refused."""
     free = free_bytes(path)
     said = error.strerror if free is None else f"{error.strerror}, {gigabytes(free)} free there"
-    how = "look at the disk"
+    how = "check the disk"
     if error.errno in FULL:
         how = "free some space"
     elif error.errno in CLOSED:

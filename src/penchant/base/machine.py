@@ -100,6 +100,17 @@ def peak_memory(device: Any = None) -> int:
     return int(line.split()[1]) * 1024
 
 
+def place_of(model: Any) -> Any:
+    """The device that a model computes on: shards may lie in the host's memory meanwhile."""
+    parameter = next(model.parameters())
+    mesh = getattr(parameter, "device_mesh", None)
+    if mesh is None or parameter.device.type == mesh.device_type:
+        return parameter.device
+    import torch
+
+    return torch.device(mesh.device_type, accelerator(mesh.device_type).current_device())
+
+
 def moved(tensor: Any, device: Any) -> Any:
     """A tensor on a device; to a GPU from pinned memory, so that neither side waits for the copy; to MPS in fp32 at most."""
     if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.requires_grad:

@@ -31,7 +31,7 @@ def number_of(workers: Workers, tasks: int) -> int:
     """How many processes work: no more than there are tasks; 1 is this one.
 
     Raises:
-        ConfigError: it is no number.
+        ConfigError: it is not a number.
     """
     if workers == RAY:
         return tasks

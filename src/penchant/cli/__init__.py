@@ -42,7 +42,7 @@ COMMANDS = [
 EXIT_CODES = """exit codes:
   0  done                        3  the run stopped itself (NaN/Inf, failed step-0 check)
   1  a bug in penchant           4  interrupted; a checkpoint was written, run the command again to resume
-  2  something you can fix       5  a disk that is full, fails or cannot be written; once mended, run the command again
+  2  something you can fix       5  a disk that is full, fails or cannot be written; once fixed, run the command again
                                130  interrupted before there was anything to save"""
 
 # glibc gives freed activations back to the kernel and faults them in again each step, which costs a third of the time; a heap for each

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     check_output(args.output, "[\\s\\S]", [args.config])
     if Path(args.output).exists() and not args.force:
-        raise ConfigError(args.output, "is there already", "give another name, or --force")
+        raise ConfigError(args.output, "already exists", "give another name, or --force")
     path = write_output(args.output, made.yaml)
     print(made.text)
     print(f"\nwritten to {path}; look through it, then: penchant train {path}")

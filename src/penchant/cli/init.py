@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     from penchant.rewards.functions import check_reward
 
     if Path(args.output).exists():  # before a person has answered anything
-        raise ConfigError(args.output, "is there already", "give another --output; init never overwrites")
+        raise ConfigError(args.output, "already exists", "give another --output; init never overwrites")
     if args.reward is not None:  # before a person has answered anything
         check_reward(args.reward)
     named = column_pairs(args.columns)

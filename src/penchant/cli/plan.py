@@ -15,7 +15,11 @@ def add(commands: Any) -> None:
     )
     add_config(plan, "CONFIG.yaml")
     plan.add_argument(
-        "--gpus", metavar="N[,N...]", type=_counts, default=(), help="memory of each of so many GPUs, e.g. 8 or 8,16,32"
+        "--gpus",
+        metavar="N[,N...]",
+        type=_counts,
+        default=(),
+        help="estimate the memory per GPU with N GPUs, e.g. 8 or 8,16,32",
     )
     plan.add_argument("--no-probe", action="store_true", help="skip the trial steps, and so the estimate of time")
     plan.add_argument("--all", action="store_true", help="show every setting, and everything in parts")

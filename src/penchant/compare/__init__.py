@@ -42,13 +42,12 @@ from penchant.errors import ConfigError, DataError
 from penchant.judges import OF_ENDPOINTS, JudgeOptions, PairJudge, load_judge
 from penchant.metrics.flags import comparison_flags, summary
 from penchant.metrics.flags.rule import Flag
-from penchant.models.options import check_text_alone
 from penchant.requests import HUMANS, CompareRequest
 from penchant.rewards.functions import reads_columns
 from penchant.runfolder import COMPARISON, COMPARISON_ROWS, REPORT, make_folder
 from penchant.runfolder.read import read
 from penchant.runs.find import Source
-from penchant.runs.record import changed_since
+from penchant.runs.identity import changed_since
 from penchant.runs.state import check_reward, reward_hashes, reward_terms
 from penchant.training.checkpoint import checkpoint_state, latest_checkpoint
 from penchant.training.console import console
@@ -180,6 +179,7 @@ class RunComparer:
             layout_options=data.layout_options,
             bounds=data.bounds.model_dump(),
             keep_columns=self._reads_columns,
+            image_dir=(data.image_dir or "") if self._sees else None,
             rollouts=self._reads_columns and self.readers[0].config.method.signal == "prompts",
         )
         if rows.kind == "text":
@@ -233,7 +233,22 @@ class RunComparer:
     @property
     def sampling(self) -> Sampling:
         q = self.question
-        return Sampling(q.prompts, q.samples, q.max_new_tokens, q.seed)
+        new = (0, 0) if self._sees else (q.samples, q.max_new_tokens)  # no answers are written to pictures
+        return Sampling(q.prompts, *new, q.seed)
+
+    @property
+    def _sees(self) -> bool:
+        return self.everyone[0].config.model.sees
+
+    def _check_pictures(self) -> None:
+        other = next((r.name for r in self.everyone if r.config.model.sees != self._sees), None)
+        if other is not None:
+            what = f"one of {self.everyone[0].name} and {other} reads pictures, the other reads text alone"
+            raise ConfigError("compare", what, "compare runs on the same rows")
+        for name in ("reward", "judge"):
+            if self._sees and getattr(self.question, name) is not None:
+                how = "leave it out: the likelihood of given answers is compared"
+                raise ConfigError(f"--{name}", "judges what models write, and to pictures they write nothing here", how)
 
     def _about_reward(self) -> list[str]:
         """Which runs were trained to raise a reward by which they are judged."""
@@ -253,8 +268,7 @@ class RunComparer:
 
     def run(self) -> RunComparison:
         """Compare, write both files, and write a reading of the test set down."""
-        for run in self.everyone:
-            check_text_alone(run.config.model, run.name, "a comparison")
+        self._check_pictures()
         check_tokenizers(self.everyone)
         for reward in (self.question.reward, *self.question.also):
             check_reward(reward)
@@ -321,8 +335,8 @@ class RunComparer:
             "judge": None if self.judge is None else self.judge.describe(),
             "rewards": reward_hashes(q.reward) | reward_hashes(dict.fromkeys(q.also, 1.0)),
             "prompts_asked": q.prompts,
-            "samples": q.samples,
-            "max_new_tokens": q.max_new_tokens,
+            "samples": self.sampling.samples,
+            "max_new_tokens": self.sampling.max_new_tokens,
             "seed": q.seed,
             "step": q.step,
             "data": None if q.data is None else str(_whole(q.data)),
@@ -373,7 +387,7 @@ def compare_runs(paths: Sequence[str | Path], question: CompareRequest, *, quiet
 def _judge_of(question: CompareRequest) -> JudgeOptions | None:
     if isinstance(question.judge, str) and question.judge.startswith(HUMANS):
         how = "leave the runs out: penchant compare --judge humans:FILE"
-        raise ConfigError("--judge", "people judged answers that stand in their file, and runs would write others", how)
+        raise ConfigError("--judge", "people judged the answers in their file, and runs would write new ones", how)
     of_endpoint = {name: getattr(question, f"judge_{name}") for name in OF_ENDPOINTS}
     given = [OF_ENDPOINTS[name] for name, value in of_endpoint.items() if value is not None]
     if question.judge is None and given:

@@ -32,7 +32,7 @@ class Setting:
         tokenizer: of all models; prompts: token ids, each once; sources: where each came from; answers: held-out rows of those prompts, pairs (chosen first) or
             single answers; empty where there are none.
         judge: the reward, or None; also: other rewards by name; pairwise: who decides between two answers, or None.
-        samples: completions of each prompt; seed: of the draws; tokens_per_step: of a forward pass.
+        samples: completions of each prompt, 0: given answers alone are read; seed: of the draws; tokens_per_step: of a forward pass.
         turns: of each prompt what `turns_of` says of it, for files; may be empty.
     """
 
@@ -92,7 +92,8 @@ class Measured:
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each completion, (prompts, samples)."""
-        return np.array([len(i) for i in self.written.ids], dtype=np.float64).reshape(-1, self.setting.samples)
+        lengths = np.array([len(i) for i in self.written.ids], dtype=np.float64)
+        return lengths.reshape(len(self.setting.prompts), self.setting.samples)
 
     @cached_property
     def values(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -101,8 +102,9 @@ class Measured:
         found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         if w.rewards is not None:
             found["reward"] = w.rewards, w.prompts
-        found["ended"] = w.ended.astype(np.float64), w.prompts
-        found["tokens"] = self.lengths.reshape(-1), w.prompts
+        if w.trees:
+            found["ended"] = w.ended.astype(np.float64), w.prompts
+            found["tokens"] = self.lengths.reshape(-1), w.prompts
         for name, values in (("kl", self.kl), ("kl_k3", self.kl_k3)):
             if values is not None:
                 found[name] = values, w.prompts
@@ -126,17 +128,19 @@ def measure(
 ) -> Measured:
     """Have a model write and read; with the first model's own, also against it."""
     progress = setting.progress
-    written = write(
-        scorer.model,
-        setting.tokenizer,
-        setting.prompts,
-        n=setting.samples,
-        max_new_tokens=setting.max_new_tokens,
-        seed=setting.seed,
-        judge=setting.judge,
-        sources=setting.sources,
-        progress=progress(f"{name} writes, prompts") if progress else None,
-    )
+    written = Written([], [], None)
+    if setting.samples:
+        written = write(
+            scorer.model,
+            setting.tokenizer,
+            setting.prompts,
+            n=setting.samples,
+            max_new_tokens=setting.max_new_tokens,
+            seed=setting.seed,
+            judge=setting.judge,
+            sources=setting.sources,
+            progress=progress(f"{name} writes, prompts") if progress else None,
+        )
     answers = None
     if setting.answers:
         answers = compute_logps(LiveReference(scorer), setting.answers, tokens_per_step=setting.tokens_per_step)
@@ -146,6 +150,8 @@ def measure(
     correct = None
     if setting.paired and answers is not None and first.answers is not None:
         correct = pair_change(answers.sums, first.answers.sums).correct
+    if not written.trees:
+        return Measured(name, setting, written, answers, also, correct)
     kl, kl_k3 = kl_by_completion(
         LiveReference(scorer),
         LiveReference(first_scorer),
@@ -172,7 +178,8 @@ def figures(seeds: Sequence[Measured]) -> Metrics:
     if seeds[0].kl_k3 is not None:
         per_token = [m.kl_k3.sum() / m.lengths.sum() for m in seeds if m.kl_k3 is not None]
         metrics["kl_per_token"] = float(np.mean(per_token))
-    metrics["distinct_2"] = float(np.mean([distinct_n(m.written.ids) for m in seeds]))
+    if seeds[0].written.trees:
+        metrics["distinct_2"] = float(np.mean([distinct_n(m.written.ids) for m in seeds]))
     if seeds[0].answers is not None:
         nll = _interval([m.surprise for m in seeds], SEVERAL_DRAWS)
         metrics |= Interval(*(float(np.exp(v)) for v in (nll.estimate, nll.low, nll.high))).named("perplexity")

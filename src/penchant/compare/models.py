@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -75,13 +76,14 @@ class Compared:
 
     Args:
         models: figures by setting, the first model first; runs: by model, where a setting has several.
-        rows: every prompt's completions side by side; pairs: all comparisons; outcome: what they are of, in words.
+        prompts: how many; rows: every prompt's completions side by side; pairs: all comparisons; outcome: what they are of, in words.
         also: the same comparisons by other rewards, by name; judgement: by a pairwise judge; sentences: the verdict.
     """
 
     models: dict[str, Metrics]
     runs: dict[str, Metrics]
     rows: list[dict[str, Any]]
+    prompts: int
     pairs: list[Pair] = field(default_factory=list)
     outcome: str = ""
     also: dict[str, list[Pair]] = field(default_factory=dict)
@@ -132,7 +134,8 @@ def compare_models(
     families = [Family(judge, by_it, "mean reward", together) for judge, by_it in also.items()]
     families += [judgement.family] if judgement is not None else []
     said = verdict(candidates, pairs, outcome, families) if candidates else [Sentence(NO_OUTCOME, "open")]
-    return Compared(models, runs, _rows(measured, setting, judgement), pairs, outcome, also, judgement, said)
+    rows = _rows(measured, setting, judgement)
+    return Compared(models, runs, rows, len(setting.prompts), pairs, outcome, also, judgement, said)
 
 
 def _candidates(settings: Mapping[str, Sequence[Measured]], fixed: bool) -> tuple[list[Candidate], str]:
@@ -248,6 +251,8 @@ class Sampling:
 
     def heading(self, prompts: int, rows: str) -> str:
         """What the figures are of."""
+        if not self.samples:
+            return f"{prompts} held-out prompts of {rows} with their given answers (to pictures none are written)"
         return (
             f"{prompts} held-out prompts of {rows}, {self.samples} completion(s) each of at most "
             f"{self.max_new_tokens} tokens at temperature 1"
@@ -307,17 +312,17 @@ def make_setting(
     """
     # the run's config may name a model that is yet to be made
     trees = Rows(run.config, run.shared, run.console, tokenizer).tokenize(rows).trees
-    source_of = {tuple(t.prompt_ids.tolist()): t.source for t in reversed(trees)}
-    prompts = list(dict.fromkeys(tuple(t.prompt_ids.tolist()) for t in trees))[: sampling.prompts]
-    kept = set(prompts)
+    first_of = {t.prompt_key: t for t in reversed(trees)}
+    kept = dict.fromkeys(itertools.islice(dict.fromkeys(t.prompt_key for t in trees), sampling.prompts))
+    sources = [first_of[key].source for key in kept]
     data = run.config.data
     by_source = rows_by_source(rows.trees)
     policy = PolicyText(tokenizer, data.template, by_source, data.template_options)
     return Setting(
         tokenizer=tokenizer,
-        prompts=prompts,
-        sources=[source_of[p] for p in prompts],
-        answers=_answers([t for t in trees if tuple(t.prompt_ids.tolist()) in kept], rows.kind),
+        prompts=[tuple(first_of[key].prompt_ids.tolist()) for key in kept],
+        sources=sources,
+        answers=_answers([t for t in trees if t.prompt_key in kept], rows.kind),
         judge=None if reward is None else load_reward(reward, policy, run.device),
         samples=sampling.samples,
         max_new_tokens=sampling.max_new_tokens,
@@ -326,7 +331,7 @@ def make_setting(
         also={name: load_reward(r, policy, run.device) for name, r in (also or {}).items()},
         pairwise=pairwise,
         progress=console.counter,
-        turns=[turns_of(r.prompt) if (r := by_source.get(source_of[p])) else {} for p in prompts],
+        turns=[turns_of(r.prompt) if (r := by_source.get(s)) else {} for s in sources],
     )
 
 
@@ -354,7 +359,7 @@ def compare_sources(
     def load(name: str) -> Scorer:
         model = by_name[name].load(run.device)
         _check_context(model, name, longest, sampling.place)
-        return answering(model, run.config, run.dtype)
+        return answering(model, run.config, run.dtype, run.rows.processor if run.config.model.sees else None)
 
     return compare_models(list(by_name), load, setting, seeds=seeds, fixed=fixed)
 
@@ -386,7 +391,7 @@ def figures_of(compared: Compared) -> dict[str, Any]:
 
 
 def _tables(compared: Compared) -> str:
-    if len({row["prompt"] for row in compared.rows}) < FEW_ROWS:
+    if compared.prompts < FEW_ROWS:
         return ""
     tables = [comparisons_table(compared.pairs, compared.outcome)] if compared.pairs else []
     others = sum(map(len, compared.also.values()))

@@ -114,6 +114,8 @@ def _read(folder: Path, name: str, step: str | None) -> TrainedRun:
         if (folder / PIPELINE).exists():
             stages = sorted(p.parent.name for p in folder.glob(f"*/{MANIFEST}"))
             how = f"it is a pipeline: give its stages, such as {folder / stages[0] if stages else 'PIPELINE/STAGE'}"
+        if (folder / "config.json").exists() or is_adapter(folder):
+            how = f"it is a model: a run's start is compared with it anyway, and penchant eval {folder} --data FILE has its figures"
         raise CheckpointError(str(folder), "is not a run" if folder.is_dir() else "no such run", how)
     check_config(folder / CONFIG)
     config = load_config(folder / CONFIG)
@@ -145,7 +147,7 @@ def by_setting(runs: Sequence[TrainedRun]) -> dict[str, list[TrainedRun]]:
             if run.seed in seeds:
                 raise CheckpointError(
                     str(run.folder),
-                    f"is the same setting as {seeds[run.seed]} with the same seed ({run.seed}), so it is no second seed",
+                    f"has the setting and seed of {seeds[run.seed]} (seed {run.seed}), so it adds nothing",
                     "give one of them",
                 )
             seeds[run.seed] = run.name
@@ -209,7 +211,7 @@ def start_sha256(run: TrainedRun) -> str:
     wide = source_sha256(config, model)
     cast_parameters(model, getattr(torch, run.manifest["hardware"]["dtype"]))
     if source_sha256(config, model) != run.manifest["model"]["sha256"]:
-        raise ModelError(config.path, f"is not the model any more that {run.name} started from", "restore it")
+        raise ModelError(config.path, f"is no longer the model that {run.name} started from", "restore it")
     return wide
 
 
@@ -283,7 +285,7 @@ def _check_data(run: TrainedRun) -> None:
     if run.data.rows.datasets[0].fingerprint != known:
         raise CheckpointError(
             str(run.config.data.path),
-            f"does not hold the rows any more that {run.name} was trained on, so nothing says which rows are held out",
+            f"no longer holds the rows that {run.name} was trained on, so it is unknown which rows are held out",
             "restore the file, or give --data with other rows",
         )
 
@@ -381,7 +383,7 @@ def data_sentences(settings: Mapping[str, Sequence[TrainedRun]]) -> list[str]:
 def unfinished(budgets: Mapping[str, Budget]) -> list[str]:
     """A sentence for each run that did not come to its end."""
     return [
-        f"{name} has not come to its end: it stopped at step {b['steps']:.0f}."
+        f"{name} did not finish: it stopped at step {b['steps']:.0f}."
         for name, b in budgets.items()
         if not b["finished"]
     ]
@@ -468,7 +470,7 @@ class Readings:
     def sentence(self, earlier: Sequence[Mapping[str, Any]]) -> str:
         """How often it was read before."""
         if not earlier:
-            return f"This test set is read for the first time; the reading is written down in {self.log}."
+            return f"This test set is read for the first time; the reading is recorded in {self.log}."
         times = "once" if len(earlier) == 1 else f"{len(earlier)} times"
         first, last = earlier[0], earlier[-1]
         said = (

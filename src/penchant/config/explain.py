@@ -102,7 +102,7 @@ def with_place(error: ConfigError, places: Places, source: str) -> ConfigError:
     return ConfigError(place_of(path, places, source), f"{error.where} {error.what}", error.how)
 
 
-# parts of pydantic's path that are no keys: which member of a union it tried
+# parts of pydantic's path that are not keys: which member of a union it tried
 NO_KEYS = re.compile(r"float|int|str|bool|constrained-\w+|(literal\[|list\[|function).*")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from penchant.base.functions import is_own
 from penchant.config.schema import RunConfig
 from penchant.errors import ConfigError
 
@@ -25,6 +24,8 @@ def check_launch(config: RunConfig, processes: int) -> None:
             raise ConfigError(
                 "launch.context", f"is {launch.context}, and this is one process", "give --processes, or leave it out"
             )
+        if launch.offload:
+            raise ConfigError("launch.offload", "moves shards, and this is one process", "leave it out, or give --gpus")
         return
     if launch.processes not in ("auto", processes):
         raise ConfigError(
@@ -57,12 +58,11 @@ def check_launch(config: RunConfig, processes: int) -> None:
         raise ConfigError("model.vision", "pictures are read by one process", one)
     if config.method.name == "gkd":
         raise ConfigError("algorithm.name", "gkd has not been tried with a sharded teacher yet", one)
-    if config.algorithm is not None and is_own(config.algorithm.name):
-        raise ConfigError("algorithm.name", "an algorithm of your own is trained by one process", one)
-    if config.train.optimizer not in ("adamw", "sgd"):
-        raise ConfigError(
-            "train.optimizer", f"{config.train.optimizer} does not take shards yet", f"set adamw or sgd, or {one}"
-        )
+    if (kind := config.train.optimizer) not in ("adamw", "muon", "sgd"):
+        why = "adds up columns in place, which torch cannot do over shards"
+        if kind != "adafactor":
+            why = "keeps its moments in blocks that go over the borders of shards"
+        raise ConfigError("train.optimizer", f"{kind} {why}", f"set adamw, muon or sgd, or {one}")
     if config.model.quantize != "none":
         raise ConfigError("model.quantize", "quantized weights cannot be sharded yet", f"leave it out, or {one}")
     if isinstance(config.train.gradient_checkpointing, str):

@@ -95,7 +95,7 @@ class RunConfig(Section):
             raise ConfigError("teacher", "is not a model", "write teacher: {path: FOLDER}")
         algorithm = values.get("algorithm")
         if (algorithm.get("name") if isinstance(algorithm, Mapping) else algorithm) != "gkd":
-            raise ConfigError("teacher", "is of algorithm gkd alone", "set algorithm=gkd, or leave it out")
+            raise ConfigError("teacher", "is for algorithm gkd alone", "set algorithm=gkd, or leave it out")
         if reference.get("path", path) != path:
             raise ConfigError("teacher.path", "and reference.path are both set", "keep one")
         return {n: v for n, v in values.items() if n != "teacher"} | {"reference": {**reference, "path": path}}
@@ -126,7 +126,7 @@ class RunConfig(Section):
             )
         if self.method.learns_reward:
             raise ValueError(
-                "model.quantize is of language models, and a reward model is trained; set model.quantize=none"
+                "model.quantize is for language models, and a reward model is trained; set model.quantize=none"
             )
         return self
 
@@ -154,7 +154,7 @@ class RunConfig(Section):
     def _somebody_writes(self) -> RunConfig:
         if self.rollout != RolloutConfig() and self.method.rollouts is None:
             raise ValueError(
-                "rollout is of methods that write completions in training; leave it out, or set algorithm.name"
+                "rollout is for methods that write completions in training; leave it out, or set algorithm.name"
             )
         return self
 

@@ -119,10 +119,12 @@ def _lines(node: yaml.Node, source: str, prefix: tuple[str, ...], places: Places
 
 
 def place_of(path: tuple[str, ...], places: Mapping[tuple[str, ...], str], source: str) -> str:
-    """Where the key, or the nearest section around it, or a key in it, stands."""
-    around = (places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places)
+    """Where the key stands, or a key in it (an override makes its section), or the nearest section around it."""
+    if path in places:
+        return places[path]
     inside = (place for p, place in places.items() if p[: len(path)] == path)
-    return next(around, next(inside, source))
+    around = (places[path[:n]] for n in range(len(path) - 1, 0, -1) if path[:n] in places)
+    return next(inside, next(around, source))
 
 
 DATA_ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet", ".gz", ".xlsx")
@@ -201,7 +203,7 @@ def check_values(value: Any, places: Places, source: str, path: tuple[str, ...] 
     elif isinstance(value, list):
         for i, inner in enumerate(value):
             check_values(inner, places, source, (*path, str(i)))
-    what, how = "", "give a number that a computer can hold"
+    what, how = "", "give a number within the range of a float"
     if isinstance(value, float) and not math.isfinite(value):
         what, how = f"is {value}", "give a finite number"
     elif isinstance(value, (int, float)):

@@ -61,7 +61,7 @@ def adapt(dataset: Dataset, loss: str, signal: str, needs: Set[str], options: Da
         if not good:
             raise DataError(name, f'{setting(loss)} learns answers whose "label" is true, and there is none', how)
         bad = (t for t in dataset.trees if not t.completions[0].label)
-        what = f"{setting(loss)} does not learn answers labelled bad"
+        what = f"{setting(loss)} does not learn answers labeled bad"
         return _changed(dataset, good, [Quarantined(t.source, what, how, None) for t in bad])
     return dataset
 
@@ -114,7 +114,7 @@ def _as_pairs(dataset: Dataset, loss: str, options: DataConfig, name: str) -> Da
         what = f'{setting(loss)} needs pairs (chosen and rejected), but these rows are single answers with a "score"'
         how = "set data.pairs_from_scores=best_worst to set the best against the worst answer of each prompt"
         raise DataError(name, what, how)
-    # from here on a row is a prompt: the answers between its best and its worst are used for neither, and are no bad rows
+    # from here on a row is a prompt: the answers between its best and its worst are not used, and are not bad rows
     trees: list[PromptTree] = []
     aside: list[Quarantined] = []
     for group, ranked in _ranked(dataset):

@@ -8,10 +8,11 @@ import json
 import os
 import pickle
 import shutil
+import sys
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
@@ -30,10 +31,12 @@ from penchant.data.audit.findings import Audit, Finding
 from penchant.data.layouts import Detection
 from penchant.data.load import (
     Columns,
+    Conversion,
     Dataset,
+    How,
     Quarantined,
     Reading,
-    fingerprint,
+    content_of,
     load_preferences,
     stream_preferences,
     together,
@@ -41,16 +44,16 @@ from penchant.data.load import (
 from penchant.data.mapped import (
     PART,
     RowsPart,
+    RowWriter,
     StoredRows,
     StoredTokens,
     TokenWriter,
     parts_of,
     ranges,
     read_batch,
-    write_rows,
 )
-from penchant.data.read import named_files
-from penchant.data.split import held_out_rows, split_by_prompt
+from penchant.data.read import BOUNDS, Bounds, Shard, named_files, read_shard, shards_of
+from penchant.data.split import held_out_rows, prompt_digests, split_by_prompt
 from penchant.data.tokenize import CausalTokenization, Mark, TokenizedDataset, apart_of, forced, moved, tokenize
 from penchant.errors import DataError
 from penchant.types import PromptTree
@@ -67,6 +70,7 @@ META, HASHES = "meta.json", "files.json"
 RACY_NS = 2_000_000_000  # the coarsest clock of a file system (FAT) ticks every two seconds
 ABANDONED_NS = 86_400 * 10**9  # after which an entry that is still being made has lost its maker
 MANY_ROWS = 200_000  # from which on several processes are worth their start
+MANY_SHARDS = 8  # of files, where their rows are not counted yet
 FILES_KEPT = 1000  # in the table of hashes
 
 
@@ -237,11 +241,21 @@ class DataCache:
         key = key_of("rows", {"files": contents, **how, "on_bad_row": on_bad_row, "layout": layout})
 
         def write(folder: Path) -> Mapping[str, Any]:
-            stream = stream_preferences(path, **how)
-            try:
-                write_rows(folder, stream.trees(on_bad_row))
-            except TypeError as error:  # a column of bytes or dates
-                raise NotStorable from error
+            stream, writer = stream_preferences(path, **how), RowWriter(folder)
+            bounds = Bounds(**how["bounds"]) if "bounds" in how else BOUNDS.get() or Bounds()
+            shards = shards_of(path, bounds) if stream.apart else []
+            many = 1 if self.workers is None and len(shards) < MANY_SHARDS else number_of(self.workers, len(shards))
+            if many > 1:
+                tasks = (_Shard(shard, bounds, stream.how, on_bad_row) for shard in shards)
+                for rows, columns, accepted, aside, content in in_order(_Shard.made, tasks, many):
+                    writer.merge(_some(rows))
+                    stream.merge(columns, accepted, aside, content)
+            else:
+                try:
+                    writer.write(stream.trees(on_bad_row))
+                except TypeError as error:  # a column of bytes or dates
+                    raise NotStorable from error
+            writer.close()
             made = stream.dataset(StoredRows(folder, key))
             return {
                 **{name: getattr(made, name) for name in ("shape", "kind", "total", "accepted", "fingerprint")},
@@ -269,13 +283,15 @@ class DataCache:
             "rows", {"mixed": [[n, d.fingerprint, d.kind, len(d.trees)] for n, d in zip(names, parts, strict=True)]}
         )
 
-        def keep(trees: Iterable[PromptTree]) -> tuple[Sequence[PromptTree], str] | None:
+        def keep(_: Iterable[PromptTree]) -> tuple[Sequence[PromptTree], str] | None:
             def write(folder: Path) -> Mapping[str, Any]:
-                try:
-                    write_rows(folder, trees)
-                except TypeError as error:  # a column of bytes or dates
-                    raise NotStorable from error
-                return {"fingerprint": fingerprint(StoredRows(folder, key))}
+                writer, digest = RowWriter(folder), hashlib.sha256()
+                tasks = (_OfSource(part, i) for i, d in enumerate(parts) for part in _parts(d.trees))
+                for rows, content in in_order(_OfSource.made, tasks, self._processes(sum(len(d.trees) for d in parts))):
+                    writer.merge(_some(rows))
+                    digest.update(content)
+                writer.close()
+                return {"fingerprint": digest.hexdigest()}
 
             found: tuple[Sequence[PromptTree], str] | None = self._made(
                 "rows", key, write, lambda folder, meta: (StoredRows(folder, key), str(meta["fingerprint"]))
@@ -292,11 +308,23 @@ class DataCache:
         key = key_of("split", {"rows": rows.key, "kind": dataset.kind, **how})
 
         def write(folder: Path) -> Mapping[str, Any]:
-            held = np.array(held_out_rows(dataset, **how), dtype=np.int64)
+            def each(function: Callable[[RowsPart], bytes], which: StoredRows) -> Iterator[bytes]:
+                return in_order(function, parts_of(which), self._processes(len(which)))
+
+            def digests(_: Sequence[PromptTree], seed: int) -> bytes:
+                return b"".join(each(partial(_digests, seed), rows))
+
+            def sha256(which: np.ndarray) -> str:
+                made = hashlib.sha256()
+                for content in each(_contents, rows.take(which, "")):
+                    made.update(content)
+                return made.hexdigest()
+
+            held = held_out_rows(dataset, digests=digests, **how)
             kept = np.setdiff1d(np.arange(len(rows)), held)
             np.save(folder / "train.npy", kept)
             np.save(folder / "held.npy", held)
-            return {name: fingerprint(rows.take(which, "")) for name, which in (("train", kept), ("held", held))}
+            return {"train": sha256(kept), "held": sha256(held)}
 
         def read(folder: Path, meta: Mapping[str, Any]) -> tuple[Dataset, Dataset]:
             train, held = (
@@ -397,6 +425,66 @@ class DataCache:
             return None
         self.note(f"data cache: {kind} kept in {entry.folder}")
         return entry.get(read)
+
+
+def _some(rows: RowWriter | None) -> RowWriter:
+    if rows is None:
+        raise NotStorable
+    return rows
+
+
+def _parts(trees: Sequence[PromptTree]) -> Iterator[RowsPart | Sequence[PromptTree]]:
+    """Trees as they travel: where they are stored, or themselves."""
+    if isinstance(trees, StoredRows):
+        return parts_of(trees)
+    return (trees[i : i + PART] for i in range(0, len(trees), PART))
+
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """What a worker is asked: to convert the rows of a part of a file."""
+
+    shard: Shard
+    bounds: Bounds
+    how: How
+    on_bad_row: str
+
+    def made(self) -> tuple[RowWriter | None, Columns, int, list[Quarantined], bytes]:
+        content: list[bytes] = []
+        making = Conversion(self.how, read_shard(self.shard, self.bounds), content.append, sys.maxsize)
+        writer = _in_memory(making.trees(self.on_bad_row))
+        return writer, making.columns, making.accepted, making.aside, b"".join(content)
+
+
+@dataclass(frozen=True, slots=True)
+class _OfSource:
+    """What a worker is asked: to write some rows as those of a source."""
+
+    rows: RowsPart | Sequence[PromptTree]
+    origin: int
+
+    def made(self) -> tuple[RowWriter | None, bytes]:
+        trees = self.rows.open() if isinstance(self.rows, RowsPart) else self.rows
+        own = [replace(t, origin=self.origin) for t in trees]
+        return _in_memory(own), b"".join(map(content_of, own))
+
+
+def _in_memory(trees: Iterable[PromptTree]) -> RowWriter | None:
+    """The trees written, or None where they cannot be: a column of bytes or dates."""
+    writer = RowWriter(None)
+    try:
+        writer.write(trees)
+    except TypeError:
+        return None
+    return writer
+
+
+def _contents(part: RowsPart) -> bytes:
+    return b"".join(map(content_of, part.open()))
+
+
+def _digests(seed: int, part: RowsPart) -> bytes:
+    return prompt_digests(part.open(), seed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -227,7 +227,7 @@ def weight_of(row: Mapping[str, Any], column: str) -> float:
     """What a row counts in a loss.
 
     Raises:
-        LeftOut: 0. RowError: it is no number above 0.
+        LeftOut: it is 0. RowError: it is not a number above 0.
     """
     if row.get(column) is None:
         what = f'"{column}", the weight that data.weight names, is missing'
@@ -236,7 +236,7 @@ def weight_of(row: Mapping[str, Any], column: str) -> float:
     if found is None or found < 0:
         raise RowError(f'the weight "{column}" is {str(row[column])[:40]!r}', "make it a number, 0 or above")
     if found == 0:
-        raise LeftOut(f'"{column}" is 0: the row counts nothing', NOTHING_WRONG)
+        raise LeftOut(f'"{column}" is 0: the row counts for nothing', NOTHING_WRONG)
     return found
 
 
@@ -258,7 +258,7 @@ def _check_text(tree: PromptTree) -> None:
             text.encode()
         except UnicodeEncodeError as error:
             half = f"\\u{ord(text[error.start]):04x}"
-            what = f"holds half of a surrogate pair ({half}, character {error.start + 1} of a text), which is no text"
+            what = f"holds half of a surrogate pair ({half}, character {error.start + 1} of a text), which is not text"
             raise RowError(what, "the text was cut within an emoji or the like: fix it, or drop the row") from error
 
 
@@ -476,8 +476,52 @@ class How:
         return convert_rows(rows, layout_named(self.shape), *more)
 
 
-class Stream:
-    """Rows as they are read, each (or each group of them) with what became of it.
+class Conversion:
+    """Rows as they are read, each (or each group of them) with what became of it, and what is to be told of all at the end.
+
+    Args:
+        content: takes each tree's content, in order; most: languages told apart.
+    """
+
+    def __init__(
+        self, how: How, rows: Iterable[Row | BadRow], content: Callable[[bytes], object], most: int = LANGUAGES
+    ) -> None:
+        self.how = how
+        self.columns = Columns()
+        self.accepted = 0
+        self.aside: list[Quarantined] = []
+        self._converted, self._content, self._most = how.convert(rows), content, most
+
+    def __iter__(self) -> Iterator[Converted]:
+        return self._converted
+
+    def trees(self, on_bad_row: str) -> Iterator[PromptTree]:
+        """All trees, in order.
+
+        Raises:
+            DataError: a bad row, where those are errors.
+        """
+        for made in self:
+            self.columns.update(made.source, self._most)
+            if made.aside and on_bad_row == "error" and not made.left_out:
+                bad = made.aside[0]
+                raise DataError(bad.where, bad.what, bad.how + " (or set data.on_bad_row=skip to keep such rows aside)")
+            self.accepted += made.rows if made.trees else 0
+            self.aside += made.aside
+            for tree in made.trees:
+                self._content(content_of(tree))
+                yield tree
+
+    def merge(self, columns: Columns, accepted: int, aside: Sequence[Quarantined], content: bytes) -> None:
+        """Take what another one tells of the rows behind these."""
+        self.columns.merge(columns)
+        self.accepted += accepted
+        self.aside += aside
+        self._content(content)
+
+
+class Stream(Conversion):
+    """The rows of files, converted by the layout that is found in them.
 
     `shape` and `kind` are those of the rows; `detection` says why it is this layout (None where a person named it), `grouped`
     whether rows make examples together, `apart` whether the parts of a file can be read by themselves, as `how` says.
@@ -486,7 +530,7 @@ class Stream:
         rows: of one or several files; name: of those, for messages; the others: see `Reading`.
 
     Raises:
-        ConfigError: an unknown layout, or an option that it does not have. DataError: the columns are of no known layout.
+        ConfigError: an unknown layout, or an option that it does not have. DataError: the columns fit no known layout.
     """
 
     def __init__(
@@ -526,16 +570,14 @@ class Stream:
         values = [renamed(r.values, columns or {}) for r in first if isinstance(r, Row)]
         values = values if pictures is None else list(map(pictures.text, values))
         unused = [] if keep_columns else [c for c in layout.unused(values, options) if c not in COUNTED and c != weight]
-        self.columns = Columns(unused=unused)
         self.shape, self.kind, self.grouped = shape, layout.kind_of(options), layout.group is not None
         if not named:
-            self._ask_about_names(values)
-        self.how = How(shape, options, columns or {}, identical, keep_columns, weight, pictures)
-        self.apart = limit is None and not self.grouped and not self._absent  # whether a row needs no other
-        self._converted = self.how.convert(stream)
-        self._accepted = 0
-        self._aside: list[Quarantined] = []
+            self._ask_about_names(values, unused)
         self._digest = hashlib.sha256()
+        made = How(shape, options, columns or {}, identical, keep_columns, weight, pictures)
+        super().__init__(made, stream, self._digest.update)
+        self.columns.unused = unused
+        self.apart = limit is None and not self.grouped and not self._absent  # whether a row needs no other
 
     def _awaited(self, rows: Iterator[Row | BadRow]) -> Iterator[Row | BadRow]:
         """The same rows; a column that data.columns names and that none of them has is refused at the end."""
@@ -548,9 +590,9 @@ class Stream:
         for ours, theirs in self._absent.items():
             raise _no_column(self.name, ours, theirs, there)
 
-    def _ask_about_names(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def _ask_about_names(self, rows: Sequence[Mapping[str, Any]], unused: Sequence[str]) -> None:
         """Stops where an unused column is a slip away from the name of one that would be read."""
-        for column in self.columns.unused[:NAMES_ASKED_ABOUT]:
+        for column in unused[:NAMES_ASKED_ABOUT]:
             ours = near_name(column)
             if not ours or any(ours in row for row in rows):
                 continue
@@ -558,29 +600,9 @@ class Stream:
                 what = f'the column "{printable(column)}" would not be used (layout {self.shape}); is it "{ours}"?'
                 raise DataError(self.name, what, f"{_map_it(ours, printable(column))}, or set data.shape={self.shape}")
 
-    def __iter__(self) -> Iterator[Converted]:
-        return self._converted
-
     def load(self, on_bad_row: str) -> Dataset:
         """All trees in memory."""
         return self.dataset(tuple(self.trees(on_bad_row)))
-
-    def trees(self, on_bad_row: str) -> Iterator[PromptTree]:
-        """All trees, in order; what else is to be told is there at the end, in `dataset`.
-
-        Raises:
-            DataError: a bad row, where those are errors.
-        """
-        for made in self:
-            self.columns.update(made.source)
-            if made.aside and on_bad_row == "error" and not made.left_out:
-                bad = made.aside[0]
-                raise DataError(bad.where, bad.what, bad.how + " (or set data.on_bad_row=skip to keep such rows aside)")
-            self._accepted += made.rows if made.trees else 0
-            self._aside += made.aside
-            for tree in made.trees:
-                self._digest.update(_content(tree))
-                yield tree
 
     def dataset(self, trees: Sequence[PromptTree]) -> Dataset:
         """The whole, when all trees have come out.
@@ -588,14 +610,14 @@ class Stream:
         Raises:
             DataError: there are none.
         """
-        aside = tuple(self._aside)
+        aside = tuple(self.aside)
         if not trees:
             reasons = "; ".join(f"{n}x {what}" for what, n in Counter(q.what for q in aside).most_common(3))
             what = f"none of {counted(len(aside), 'row')} could be used ({reasons})"
             pictures = aside and all(q.how == PICTURES for q in aside)
             raise DataError(self.name, what, PICTURES if pictures else "fix the rows or set data.shape")
-        total, content = self._accepted + len(aside), self._digest.hexdigest()
-        more = self._accepted, self.detection, self.columns
+        total, content = self.accepted + len(aside), self._digest.hexdigest()
+        more = self.accepted, self.detection, self.columns
         return Dataset(trees, self.shape, self.kind, total, aside, content, *more)
 
 
@@ -671,16 +693,22 @@ def detected(
     slips = [(theirs, ours) for theirs in there if (ours := near_name(theirs)) and ours not in there]
     if slips:
         theirs, ours = slips[0]
-        what = f'the columns ({", ".join(there)}) are of no known shape; is "{theirs}" your "{ours}"?'
-        raise DataError(name, what, f"{_map_it(ours, theirs)}, or name the layout with data.shape")
+        raise DataError(
+            name,
+            f'the columns ({", ".join(there)}) fit no known layout; is "{theirs}" your "{ours}"?',
+            f"{_map_it(ours, theirs)}, or name the layout with data.shape",
+        )
     if _looks_like_a_row(name, [r for r in first if isinstance(r, Row)]):
         raise DataError(
             name,
             f"its first line is read as the names of its columns ({', '.join(there)}), and they look like a row",
             "put a line with names in front, such as prompt,chosen,rejected or prompt,completion with this file's delimiter",
         )
-    how = f"{_example_of(rows)}, or name the layout with data.shape (`penchant data formats` lists them)"
-    raise DataError(name, f"the columns ({', '.join(there) or 'none'}) are of no known shape", how)
+    raise DataError(
+        name,
+        f"the columns ({', '.join(there) or 'none'}) fit no known layout",
+        f"{_example_of(rows)}, or name the layout with data.shape (`penchant data formats` lists them)",
+    )
 
 
 def _texts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -715,11 +743,12 @@ def fingerprint(trees: Iterable[PromptTree]) -> str:
     """SHA-256 over prompts, completions and further columns, in order."""
     digest = hashlib.sha256()
     for tree in trees:
-        digest.update(_content(tree))
+        digest.update(content_of(tree))
     return digest.hexdigest()
 
 
-def _content(tree: PromptTree) -> bytes:
+def content_of(tree: PromptTree) -> bytes:
+    """What a fingerprint is made of."""
     further = json.dumps(tree.columns, sort_keys=True, default=str) if tree.columns else ""
     further += tree.tools + tree.template_options + ("" if tree.weight == 1.0 else repr(tree.weight))
     return (json.dumps(plain_content(tree)) + further + (str(tree.origin) if tree.origin else "")).encode()

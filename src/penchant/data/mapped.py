@@ -30,7 +30,7 @@ MASKS = "masks.npy"  # there where some tokens of completions are not trained
 
 
 class StoredRows(Sequence[PromptTree]):
-    """Prompt trees of a folder that `write_rows` made, or some of them; read like a tuple.
+    """Prompt trees of a folder that `RowWriter` made, or some of them; read like a tuple.
 
     Args:
         key: names the content, for what is derived from it; whole: the same of all rows of the folder.
@@ -110,22 +110,40 @@ def label_counts(trees: Sequence[PromptTree]) -> tuple[int, int]:
     return labels[True], labels[False]
 
 
-def write_rows(folder: Path, trees: Iterable[PromptTree]) -> None:
-    """Write prompt trees for `StoredRows`.
+class RowWriter:
+    """Writes prompt trees for `StoredRows`; they wait on disk, or in memory where there is no folder yet."""
 
-    Raises:
-        TypeError: a column holds something that is no JSON.
-    """
-    ends, good, bad = array("q", [0]), array("i"), array("i")
-    with tempfile.TemporaryFile(dir=folder) as spill:
-        for t in trees:
-            further = [t.columns, t.tools, t.template_options, t.weight, t.origin]
+    def __init__(self, folder: Path | None) -> None:
+        self.folder, self._spill = folder, _spill(folder)
+        self._ends, self._good, self._bad = array("q", [0]), array("i"), array("i")
+
+    def write(self, trees: Iterable[PromptTree]) -> None:
+        """More trees.
+
+        Raises:
+            TypeError: a column holds something that is no JSON.
+        """
+        for tree in trees:
+            further = [tree.columns, tree.tools, tree.template_options, tree.weight, tree.origin]
             told = next((i for i in range(5, 0, -1) if further[i - 1] != FURTHER[i - 1]), 0)
-            row = [*plain_content(t), t.source, *further[:told]]
-            ends.append(ends[-1] + spill.write(json.dumps(row, separators=(",", ":")).encode()))
-            good.append(sum(c.label is True for c in t.completions))
-            bad.append(sum(c.label is False for c in t.completions))
-        write_batch(folder / "rows.arrow", tree=_binary_array(ends, spill), good=np.array(good), bad=np.array(bad))
+            row = [*plain_content(tree), tree.source, *further[:told]]
+            self._ends.append(self._ends[-1] + self._spill.write(json.dumps(row, separators=(",", ":")).encode()))
+            self._good.append(sum(c.label is True for c in tree.completions))
+            self._bad.append(sum(c.label is False for c in tree.completions))
+
+    def merge(self, other: RowWriter) -> None:
+        """Take the rows of another one, in memory, which come behind these."""
+        _follow(self._spill, other._spill)
+        _go_on(self._ends, other._ends)
+        self._good.extend(other._good)
+        self._bad.extend(other._bad)
+
+    def close(self) -> None:
+        """Write the file."""
+        assert self.folder is not None
+        columns = {"good": np.array(self._good), "bad": np.array(self._bad)}
+        write_batch(self.folder / "rows.arrow", tree=_binary_array(self._ends, self._spill), **columns)
+        self._spill.close()
 
 
 class StoredTokens(Sequence[TokenTree]):
@@ -317,10 +335,9 @@ class TokenWriter:
                     writer._masks.write(b"\1" * writer._id_start[-1])
             self._masked = True
         for mine, theirs in zip(self._spills, other._spills, strict=True):
-            mine.write(theirs.getvalue())  # type: ignore[attr-defined]  # it is in memory
+            _follow(mine, theirs)
         for name in ("_part_start", "_id_start", "_source_ends"):
-            ends, more = getattr(self, name), np.array(getattr(other, name))[1:]
-            ends.frombytes((more + ends[-1]).tobytes())
+            _go_on(getattr(self, name), getattr(other, name))
         for name in ("_truncated", "_labels", "_scores", "_of_row", "_marks"):
             getattr(self, name).extend(getattr(other, name))
         for name, values in self._extras.items():
@@ -373,7 +390,7 @@ def read_batch(path: Path) -> Any:
     """The record batch of a file that `write_batch` made, mapped into memory: nothing is read until it is looked at.
 
     Raises:
-        ValueError: it is no such file.
+        ValueError: it is not such a file.
     """
     import pyarrow as pa
 
@@ -382,6 +399,16 @@ def read_batch(path: Path) -> Any:
 
 def _spill(folder: Path | None) -> IO[bytes]:
     return io.BytesIO() if folder is None else tempfile.TemporaryFile(dir=folder)
+
+
+def _follow(spill: IO[bytes], other: IO[bytes]) -> None:
+    """Write what another one holds, in memory, behind this one."""
+    spill.write(other.getvalue())  # type: ignore[attr-defined]
+
+
+def _go_on(ends: array[int], other: array[int]) -> None:
+    """The ends of another one's parts, which come behind these."""
+    ends.frombytes((np.array(other)[1:] + ends[-1]).tobytes())
 
 
 def _buffer(spill: IO[bytes]) -> Any:

@@ -81,7 +81,7 @@ class DataConfig(Section):
     )
     template_options: dict[str, Any] = Field(
         default_factory=dict,
-        description="handed to the chat template, e.g. {enable_thinking: false}; strftime_now: the day that it takes for today",
+        description="arguments of the chat template, e.g. {enable_thinking: false}; strftime_now: the date that it uses as today",
     )
     max_length: int = Field(
         1024,
@@ -108,7 +108,7 @@ class DataConfig(Section):
     weight: str | None = Field(
         None,
         min_length=1,
-        description="column with a number that says what a row counts in the loss and in held-out figures: 2 as if it stood there twice, 0 as if it did not",
+        description="column with each row's weight in the loss and in held-out figures: 2 counts as two rows, 0 not at all",
     )
     image_dir: str | None = Field(
         None,
@@ -120,7 +120,7 @@ class DataConfig(Section):
         None,
         ge=1,
         le=4096,
-        description="processes that tokenize and audit cached rows, with the results of one; default: one a core for 200,000 rows and more",
+        description="processes that read, split, tokenize and audit cached rows, with the results of one; default: one a core for 128 MB or 200,000 rows and more",
     )
     cache: Literal["auto", "off"] = Field(
         "auto",
@@ -172,7 +172,7 @@ class DataConfig(Section):
     @classmethod
     def _a_day(cls, options: dict[str, Any]) -> dict[str, Any]:
         if wrong := sorted(options.keys() & NOT_OPTIONS):
-            raise ValueError(f"{wrong[0]} is no variable of a chat template; take it out")
+            raise ValueError(f"{wrong[0]} is not a variable of a chat template; take it out")
         try:
             datetime.fromisoformat(options.get("strftime_now", "2026-01-01"))
         except (TypeError, ValueError) as error:

@@ -58,13 +58,15 @@ def plan_balanced(sizes: Sequence[int], budget: int) -> list[list[int]]:
 def plan_dealt(sizes: Sequence[int], budget: int, ranks: int) -> list[list[int]]:
     """The passes of a step that several processes share, the same on each: rank r takes every `ranks`-th one from r on.
 
-    Their number is a multiple of `ranks`; where there are fewer trees than that, the last passes are empty.
+    Their number is a multiple of `ranks`; where there are fewer trees than that, the last passes are empty. The largest come first: at
+    every layer the ranks wait for each other, so passes of one time should be equal.
     """
     plan = plan_microbatches(sizes, budget)
     count = -(-len(plan) // ranks) * ranks
     bins = _balanced(sizes, count)
     if max((sum(sizes[i] for i in members) for members in bins), default=0) > max(budget, max(sizes, default=0)):
         bins = plan
+    bins = sorted(bins, key=lambda members: -sum(sizes[i] for i in members))
     return [*bins, *([[]] * (count - len(bins)))]
 
 
@@ -121,7 +123,7 @@ def pack(trees: Sequence[TokenTree], *, shared: bool = True) -> PackedBatch:
 
     Returns:
         The packed batch; every completion token is predicted from the position before it, the first one from the
-        prompt's last position. Tokens that a tree's masks leave out are in the row and are no targets.
+        prompt's last position. Tokens that a tree's masks leave out are in the row, but not among the targets.
     """
     ids: list[np.ndarray] = []
     positions: list[np.ndarray] = []

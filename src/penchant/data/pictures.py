@@ -129,19 +129,22 @@ class Pictures:
         if isinstance(value, Mapping):
             names = ("bytes", "path", "url", "image", "base64")
             inner = next((n for n in names if holds_something(value.get(n))), None)
-            if inner is None:
+            if inner is None or isinstance(value[inner], Mapping):
                 raise RowError(f"{what} names no picture", _HOW)
             return self.picture(value[inner], what, encoded=inner == "base64")
         if isinstance(value, (bytes, bytearray)):
             return _stored(bytes(value), what)
         if not isinstance(value, str):
-            raise RowError(f"{what} is {type(value).__name__}, which is no picture", _HOW)
+            kind = {type(None): "null", list: "a list", tuple: "a list", bool: "true or false"}.get(
+                type(value), "a number"
+            )
+            raise RowError(f"{what} is {kind}, not a picture", _HOW)
         uri = _DATA_URI.match(value)
         if encoded or uri is not None:
             try:
                 return _stored(base64.b64decode(value if uri is None else value[uri.end() :], validate=True), what)
             except ValueError as error:
-                raise RowError(f"{what} is no base64", "encode the file's bytes") from error
+                raise RowError(f"{what} is not base64", "encode the file's bytes") from error
         if re.match(r"[a-z][a-z0-9+.-]+://", value, re.IGNORECASE):
             what = f"{what} is an address ({value[:60]}), and nothing is fetched"
             raise RowError(what, "download the picture, and give its path")
@@ -242,8 +245,9 @@ def _check(content: bytes, what: str) -> str:
         with image.open(io.BytesIO(content), formats=FORMATS) as opened:
             (width, height), kind = opened.size, str(opened.format)
     except Exception as error:  # whatever a decoder raises; and a bomb, by its size
-        how = "mend the file, or drop the row"
-        raise RowError(f"{what} is no picture that can be read ({', '.join(FORMATS)})", how) from error
+        raise RowError(
+            f"{what} is not a picture that can be read ({', '.join(FORMATS)})", "fix the file, or drop the row"
+        ) from error
     if width * height > MOST_PIXELS:
         raise RowError(f"{what} has {width:,} x {height:,} pixels (at most {MOST_PIXELS:,})", "make it smaller")
     return kind
@@ -276,10 +280,11 @@ def opened(picture: Picture) -> Any:
     except OSError as error:
         raise DataError(picture.path, f"this picture cannot be read ({error.strerror})", "put it back") from error
     if hashlib.sha256(content).hexdigest() != picture.sha256:
-        raise DataError(picture.path, "this picture was changed since the rows were read", "put it back, or start anew")
+        raise DataError(picture.path, "this picture was changed since the rows were read", "put it back, or start over")
     try:
         with image.open(io.BytesIO(content), formats=FORMATS) as whole:
             return ImageOps.exif_transpose(whole).convert("RGB")
     except Exception as error:  # whatever a decoder raises
-        what = f"this picture is broken ({str(error)[:100]})"
-        raise DataError(picture.path, what, "mend it, or drop its row") from error
+        raise DataError(
+            picture.path, f"this picture is broken ({str(error)[:100]})", "fix it, or drop its row"
+        ) from error

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from penchant.base.text import counted
 from penchant.data.audit.near import NearIndex, normalize, text_hash
 from penchant.data.load import Dataset, first_text, prompt_text
 from penchant.errors import DataError
+from penchant.types import PromptTree
 
 SPLITS = ("train", "validation", "test")
 
@@ -28,19 +28,33 @@ def prompt_key(prompt: object, text: str = "") -> str:
 def split_by_prompt(dataset: Dataset, **how: Any) -> tuple[Dataset, Dataset]:
     """(train, validation) without a prompt in both; arguments and errors as for `held_out_rows`."""
     held = held_out_rows(dataset, **how)
-    outside = set(held)
-    return dataset.subset([i for i in range(len(dataset.trees)) if i not in outside]), dataset.subset(held)
+    kept = np.setdiff1d(np.arange(len(dataset.trees)), held)
+    return dataset.subset(kept.tolist()), dataset.subset(held.tolist())
+
+
+DIGEST = 16  # bytes
+
+
+def prompt_digests(trees: Iterable[PromptTree], seed: int) -> bytes:
+    """`DIGEST` bytes of each row: those of one prompt have the same, and in their order prompts are drawn."""
+    keys = (prompt_key(t.prompt, first_text(t)) for t in trees)
+    return b"".join(hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=DIGEST).digest() for key in keys)
 
 
 def held_out_rows(
-    dataset: Dataset, *, validation_rows: int | None = None, validation_fraction: float | None = None, seed: int = 0
-) -> list[int]:
-    """The rows to hold out, ascending: all rows of a prompt or none.
+    dataset: Dataset,
+    *,
+    validation_rows: int | None = None,
+    validation_fraction: float | None = None,
+    seed: int = 0,
+    digests: Callable[[Sequence[PromptTree], int], bytes] = prompt_digests,
+) -> np.ndarray:
+    """(n,) int64: the rows to hold out, ascending: all rows of a prompt or none.
 
     Args:
         validation_rows: rows to hold out (met exactly where group sizes allow, else the most that fit);
             validation_fraction: the same as a share.
-        seed: of the order in which prompts are drawn.
+        seed: of the order in which prompts are drawn. digests: makes those of the rows; they are all that is held in memory.
 
     Raises:
         DataError: too few rows or prompts to leave something on both sides.
@@ -55,20 +69,25 @@ def held_out_rows(
             f"{given} of {counted(rows, 'row')} would hold out {wanted}",
             f"leave at least one row on both sides (data.{key}={'N' if key.endswith('rows') else '0.1'}), or set data.{key}=null",
         )
-    groups: dict[str, list[int]] = defaultdict(list)
-    for i, tree in enumerate(dataset.trees):
-        groups[prompt_key(tree.prompt, first_text(tree))].append(i)
-    held: list[int] = []
-    for key in sorted(groups, key=lambda key: hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=16).digest()):
-        if len(held) + len(groups[key]) <= wanted:
-            held += groups[key]
-    if not held:
+    drawn = np.frombuffer(digests(dataset.trees, seed), ">u8").reshape(rows, DIGEST // 8)
+    order = np.lexsort(drawn.T[::-1])  # by their bytes; rows of one prompt stay in the order of the file
+    drawn = drawn[order]
+    starts = np.flatnonzero(np.r_[True, (drawn[1:] != drawn[:-1]).any(axis=1)])
+    sizes = np.diff(np.r_[starts, rows])
+    held, room = [np.empty(0, np.int64)], wanted
+    for start, size in zip(starts, sizes, strict=True):
+        if size <= room:
+            held.append(order[start : start + size])
+            room -= size
+            if not room:
+                break
+    if room == wanted:
         raise DataError(
             f"data.{'validation_rows' if validation_rows is not None else 'validation_fraction'}",
-            f"the {len(groups)} prompt(s) have more rows each than the {wanted} that are to be held out, and prompts stay whole",
+            f"the {len(starts)} prompt(s) have more rows each than the {wanted} that are to be held out, and prompts stay whole",
             "hold out more rows, give data.eval_path, or leave both out (data.validation_fraction=null)",
         )
-    return sorted(held)
+    return np.sort(np.concatenate(held))
 
 
 # ---- Groups of nearly equal prompts ----

@@ -384,7 +384,7 @@ def chat(
     prompt for generation; such rows are counted.
 
     Args:
-        strict: False takes answers as the template changes them: what a model wrote is no bad row.
+        strict: False takes answers as the template changes them: what a model wrote is never a bad row.
 
     Raises:
         RowError: the template refuses the turns or leaves out a part of them.
@@ -524,7 +524,7 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def ended_once(text: str, ends: Sequence[str]) -> str:
-    """A text that ends where its first end of the last ones stands: white space and further ends behind it are none of it."""
+    """A text cut behind the first of its trailing ends: white space and further ends after it are not part of it."""
     whole = text
     while (bare := text.rstrip()).endswith(tuple(ends)):
         end = next(e for e in ends if bare.endswith(e))

@@ -378,7 +378,7 @@ class CausalTokenization(Tokenization):
         template_options: Mapping[str, Any] | None = None,
         strict: bool = True,
     ) -> None:
-        if kind == "scored":  # two answers with equal scores or texts are no pair
+        if kind == "scored":  # two answers with equal scores or texts are not a pair
             identical = "keep"
         super().__init__(tokenizer, max_length, truncation, identical, on_bad_row)
         if add_eos and tokenizer.eos_token_id is None:
@@ -400,7 +400,7 @@ class CausalTokenization(Tokenization):
         self.end_texts = tuple(tokenizer.convert_ids_to_tokens(sorted(self.ends)))
 
     def render(self, tree: PromptTree) -> list[Rendered]:
-        """Each answer ended once: what stands behind its end is none of it, a template's white space or a second EOS."""
+        """Each answer ended once: what follows its end (a template's white space, a second EOS) is not part of it."""
         several = any(c.more for c in tree.completions)
         if several and self.template == "chat":
             whole = conversation(tree, self.tokenizer, self.options, self.end_texts, end=self.eos is not None)
@@ -408,7 +408,7 @@ class CausalTokenization(Tokenization):
                 return [whole]
         if several and len(tree.completions) > 1:
             raise RowError(
-                "its answers differ in several turns, which only a chat template can write that leaves earlier turns as they are",
+                "its answers differ in several turns, which needs a chat template that leaves earlier turns as they are",
                 "give conversations that are equal before their last answer, or take a model with another chat template",
             )
         return [self._rendered_alone(t) for t in (apart(tree) if several else [tree])]
@@ -543,7 +543,7 @@ def pair_format(tokenizer: Any) -> PairFormat:
     """The layout, read off the tokenizer's own encoding of a pair.
 
     Raises:
-        ModelError: the tokenizer lays pairs out in another order, is no fast tokenizer, or has no padding.
+        ModelError: the tokenizer lays pairs out in another order, is not a fast tokenizer, or has no padding.
     """
     name = getattr(tokenizer, "name_or_path", "") or "tokenizer"
     if not getattr(tokenizer, "is_fast", False) or tokenizer.pad_token_id is None:

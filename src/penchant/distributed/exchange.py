@@ -1,7 +1,8 @@
 """How shards go from one process to another where all are on one machine's CPU: through memory that they share.
 
 gloo sends them through sockets, which takes three times the CPU time. FSDP2 has a place for a transport of one's
-own; gloo still says when everybody has written, so whoever dies or does not answer is found out as before.
+own, which says where its vectors lie: in memory that the other processes see, they need no sending. gloo still says when everybody has
+written, so whoever dies or does not answer is found out as before.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import mmap
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -20,46 +21,85 @@ from torch import Tensor
 
 from penchant.distributed.world import World
 
-SLOT = 8 << 20  # bytes that a process shows the others at a time
+LIMIT = (
+    32 << 20
+)  # bytes of a vector that lies in shared memory, which stays: a larger one would raise a run's highest mark
+SLOT = 8 << 20  # bytes of a larger one that a process shows the others at a time
 _TOKEN = 16
 
 
-class Exchange:
-    """Memory of each process that the others read. What is sent lies in one of two slots, in turn.
-
-    Whoever writes into a slot again has been told, in between, that everybody has read it: each must be done with one piece to say that
-    the next is there.
+@dataclass(slots=True)
+class Piece:
+    """A part of every process's file, at the same place in each.
 
     Args:
-        pages: of all processes by rank, this one's among them: two slots each.
+        used: the number of the exchange that it is for; seen: what is mapped of it, by rank.
     """
 
-    def __init__(self, pages: Sequence[Tensor], rank: int) -> None:
-        self._pages, self._rank, self._turn = [p.view(2, SLOT) for p in pages], rank, 0
+    at: int
+    size: int
+    used: int = 0
+    seen: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Exchange:
+    """A file in the memory of each process, which all of them map and cut into the same pieces.
+
+    Of one kind, a piece is used in every other exchange at most: whoever has come to the one in between is done with it.
+
+    Args:
+        files: descriptors of all processes' files by rank, this one's among them.
+    """
+
+    def __init__(self, files: Sequence[int], rank: int) -> None:
+        self.rank, self._files, self._end = rank, files, mmap.PAGESIZE
+        self._pieces: dict[tuple[str, int], list[Piece]] = {}
+        self._counts: dict[str, int] = {}
         self._there = torch.zeros(1)
 
     @classmethod
     @lru_cache(maxsize=1)
     def of(cls, world: World) -> Exchange | None:
         """Between all processes; None on each of them where one cannot see another's memory: another machine, another container."""
-        token, pages, descriptor = os.urandom(_TOKEN), None, -1
+        token, descriptor = os.urandom(_TOKEN), -1
         with suppress(OSError, AttributeError):  # not every system has them
             descriptor = os.memfd_create("penchant")
-            os.ftruncate(descriptor, 2 * SLOT)
-            pages = _mapped(descriptor)
-            pages[:_TOKEN] = torch.frombuffer(bytearray(token), dtype=torch.uint8)
-        found: list[Tensor] = []
+            os.write(descriptor, token)
+        files: list[int] = []
         for pid, number, said in world.gather((os.getpid(), descriptor, token)):
-            with suppress(OSError, ValueError):
-                other = os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR)
-                seen = _mapped(other)
-                os.close(other)
-                if bytes(seen[:_TOKEN].tolist()) == said:  # the same numbers may be another file on another machine
-                    found.append(seen)
-        everybody = world.gather(len(found) == world.size)
-        if pages is not None:
-            os.close(descriptor)
-        return cls(found, world.rank) if all(everybody) else None
+            with suppress(OSError):
+                files.append(os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR))
+                if os.pread(files[-1], _TOKEN, 0) != said:  # the same numbers may be another file on another machine
+                    os.close(files.pop())
+        if all(world.gather(len(files) == world.size)):
+            return cls(files, world.rank)
+        for file in files:
+            os.close(file)
+        return None
+
+    def piece(self, kind: str, size: int) -> Piece:
+        """Where the next exchange of a kind puts so many bytes: all processes ask for the same, in the same order."""
+        count = self._counts[kind] = self._counts.get(kind, 0) + 1
+        pieces = self._pieces.setdefault((kind, size), [])
+        found = next((p for p in pieces if p.used < count - 1), None)
+        if found is None:
+            found = Piece(self._end, size)
+            pieces.append(found)
+            self._end += -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        found.used = count
+        return found
+
+    def seen(self, piece: Piece, rank: int, dtype: torch.dtype) -> Tensor:
+        """A piece in a process's file, as a vector."""
+        if rank not in piece.seen:
+            os.posix_fallocate(self._files[rank], piece.at, piece.size)  # whoever comes first makes room for it
+            mapped = mmap.mmap(self._files[rank], piece.size, offset=piece.at)
+            piece.seen[rank] = torch.frombuffer(mapped, dtype=torch.uint8)
+        return piece.seen[rank].view(dtype)
+
+    def meet(self, group: Any) -> None:
+        """Wait for all of a group."""
+        dist.all_reduce(self._there, group=group)
 
     def shown(self, rows: Sequence[Tensor], group: Any) -> list[Tensor]:
         """Show the others rows of equal length, together at most `SLOT` bytes, and wait for theirs.
@@ -67,46 +107,69 @@ class Exchange:
         Returns:
             The rows of each rank of the group, this one's among them, to be read before the next call.
         """
-        at, self._turn = self._turn, 1 - self._turn
-        shape = len(rows), rows[0].numel()
-        size = shape[0] * shape[1] * rows[0].element_size()
-        slots = [page[at, :size].view(rows[0].dtype).view(shape) for page in self._pages]
-        for slot, row in zip(slots[self._rank], rows, strict=True):
+        dtype, shape = rows[0].dtype, (len(rows), rows[0].numel())
+        piece, count = self.piece("slot", SLOT), shape[0] * shape[1]
+        for slot, row in zip(self.seen(piece, self.rank, dtype)[:count].view(shape), rows, strict=True):
             slot.copy_(row)
-        dist.all_reduce(self._there, group=group)
-        return [slots[rank] for rank in dist.get_process_group_ranks(group)]
+        self.meet(group)
+        return [self.seen(piece, rank, dtype)[:count].view(shape) for rank in dist.get_process_group_ranks(group)]
 
 
-def _mapped(descriptor: int) -> Tensor:
-    return torch.frombuffer(mmap.mmap(descriptor, 2 * SLOT), dtype=torch.uint8)
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Transport:
-    """What FSDP2 asks of one: the methods of its `AllGather` and `ReduceScatter`, which older torch does not have."""
+    """What FSDP2 asks of one: the methods of its `AllGather` and `ReduceScatter`, which older torch does not have.
+
+    Args:
+        ranks: of those that share a model's shards; piece: where the vector lies that is next.
+    """
 
     exchange: Exchange
+    ranks: Sequence[int]
+    piece: Piece | None = None
 
-    @staticmethod
-    def allocate(size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Where FSDP2 puts a vector before it is sent, and what comes."""
-        return torch.empty(*size, dtype=dtype, device=device)
+    def placed(self, rank: int, size: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A vector in a process's file, or where it is large, anywhere."""
+        count = torch.Size(size).numel()
+        self.piece = None
+        if count * dtype.itemsize > LIMIT:
+            return torch.empty(size, dtype=dtype)
+        self.piece = self.exchange.piece(type(self).__name__, count * dtype.itemsize)
+        return self.exchange.seen(self.piece, rank, dtype).view(size)
 
 
 class Gather(Transport):
-    """All ranks' shards of a flat vector, on each of them."""
+    """All ranks' shards of a flat vector, on each of them: what fits lies in the first rank's file, and each writes its part."""
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Where FSDP2 puts this rank's part of a vector and finds the whole of it."""
+        return self.placed(self.ranks[0], size, dtype)
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> None:
-        size, mine = group.size(), group.rank()
-        parts = output_tensor.view(size, -1)
+        if self.piece is not None:
+            self.exchange.meet(group)
+            return
+        mine = group.rank()
+        parts = output_tensor.view(group.size(), -1)
         for piece in parts.split(SLOT // parts.element_size(), dim=1):
             for i, shown in enumerate(self.exchange.shown([piece[mine]], group)):
                 if i != mine:
                     piece[i].copy_(shown[0])
 
 
+@dataclass(slots=True)
 class ReduceScatter(Transport):
-    """Of the sum of all ranks' vectors this rank's part, added in their order."""
+    """Of the sum of all ranks' vectors this rank's part, added in their order.
+
+    Args:
+        given: whether FSDP2 has its vector, and asks for a place for the sum.
+    """
+
+    given: bool = False
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Where FSDP2 puts a rank's vector, and then where it finds the sum."""
+        self.given = not self.given
+        return self.placed(self.exchange.rank, size, dtype) if self.given else torch.empty(size, dtype=dtype)
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
@@ -114,12 +177,20 @@ class ReduceScatter(Transport):
         size, mine = group.size(), group.rank()
         if op != dist.ReduceOp.SUM:
             raise NotImplementedError(f"{op} of gradients")
+        if self.piece is not None:
+            self.exchange.meet(group)
+            whole = [self.exchange.seen(self.piece, rank, input_tensor.dtype).view(size, -1) for rank in self.ranks]
+            _add([vectors[mine] for vectors in whole], output_tensor)
+            return
         vectors = input_tensor.view(size, -1)
         room = SLOT // (vectors.element_size() * (size - 1))
         for total, piece in zip(output_tensor.split(room), vectors.split(room, dim=1), strict=True):
             shown = self.exchange.shown([row for i, row in enumerate(piece) if i != mine], group)
             # a rank shows what is for the others: without its own part
-            terms = [piece[mine] if i == mine else rows[mine - (mine > i)] for i, rows in enumerate(shown)]
-            torch.add(terms[0], terms[1], out=total)
-            for term in terms[2:]:
-                total.add_(term)
+            _add([piece[mine] if i == mine else rows[mine - (mine > i)] for i, rows in enumerate(shown)], total)
+
+
+def _add(terms: Sequence[Tensor], total: Tensor) -> None:
+    torch.add(terms[0], terms[1], out=total)
+    for term in terms[2:]:
+        total.add_(term)

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from penchant.distributed.world import CRASH, World, described, end_now, error_of, lost_another, record
+from penchant.distributed.world import CRASH, World, described, end_now, error_of, lost_another, record, store
 from penchant.errors import PenchantError, TrainingStopped
 
 LAUNCHED = "PENCHANT_LAUNCHED"  # set where the launcher prints what a process has to say
@@ -138,10 +138,10 @@ def waited_too_long(error: BaseException, world: World, timeout: float) -> Pench
         return None
     silent = [0]
     with suppress(Exception):  # rank 0 holds the store
-        store = _store()
-        store.set(f"penchant/late/{world.rank}", "")
+        met = store(GRACE)
+        met.set(f"penchant/late/{world.rank}", "")
         time.sleep(LATE)
-        silent = [r for r in range(world.size) if not store.check([f"penchant/late/{r}"])]
+        silent = [r for r in range(world.size) if not met.check([f"penchant/late/{r}"])]
     names = " and ".join(f"rank {r}" for r in silent) or "a rank"
     late = TrainingStopped(
         "launch.timeout",
@@ -152,17 +152,9 @@ def waited_too_long(error: BaseException, world: World, timeout: float) -> Pench
     return late
 
 
-def _store() -> Any:
-    """The store that the processes of this attempt met at; rank 0 holds it."""
-    import torch.distributed as dist
-
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=GRACE))
-
-
 def _first_to_tell() -> bool:
     with suppress(Exception):
-        told: int = _store().add(f"penchant/told/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1)
+        told: int = store(GRACE).add(f"penchant/told/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1)
         return told == 1
     return True
 
@@ -171,4 +163,4 @@ def _wait_for_leader() -> None:
     """Until rank 0 has ended, and its store with it; not for long. torch's C++ part says on stderr that the store is gone."""
     with suppress(Exception):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        _store().wait(["penchant/never"], timedelta(seconds=GRACE))
+        store(GRACE).wait(["penchant/never"], timedelta(seconds=GRACE))

@@ -27,6 +27,13 @@ class LaunchConfig(Section):
         0, ge=0, le=1000, description="how often the processes are started again when one of them crashes"
     )
     reshard: bool = Field(True, description="give back a layer's gathered weights after its forward pass")
+    offload: bool = Field(
+        False,
+        description="keep shards, their gradients and the optimizer in the host's memory; GPUs hold gathered layers alone",
+    )
+    background: bool | Literal["auto"] = Field(
+        "auto", description="write checkpoints while training goes on, from copies in the host's memory; auto: on GPUs"
+    )
     timeout: float = Field(
         600.0, ge=1, le=31_536_000, description="seconds that a process waits for the others before it gives up"
     )

@@ -44,7 +44,7 @@ class Sharding:
     Args:
         world: who takes part; device: where each process computes; dtype: what products are computed in (parameters are kept in
             fp32, or in fp64); replicas: groups that each hold the whole model (HSDP); reshard: whether a layer gives back
-            its gathered weights after its forward pass.
+            its gathered weights after its forward pass; offload: whether shards lie in the host's memory.
     """
 
     world: World
@@ -52,6 +52,7 @@ class Sharding:
     dtype: torch.dtype
     replicas: int = 1
     reshard: bool = True
+    offload: bool = False
 
     def mesh(self) -> Any:
         from torch.distributed.device_mesh import init_device_mesh
@@ -68,37 +69,40 @@ class Sharding:
         Gradients are sums over ranks: the loop divides by counts of the whole step. A factor of 1 alone would become a product in the
         reduction, which gloo does not have and NCCL gets wrong in bf16 (pytorch#190747).
         """
-        from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+        from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
         how: dict[str, Any] = {"mesh": self.mesh()}
+        if self.offload:
+            how["offload_policy"] = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
         if self.dtype in (torch.bfloat16, torch.float16):
             how["mp_policy"] = MixedPrecisionPolicy(
                 param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
         for layer in layers_of(backbone):
-            _widen(layer)
+            self._cast(layer)
             fully_shard(layer, reshard_after_forward=self.reshard, **how)
         root = Root(model, self.reshard, beside)
-        _widen(root)
+        self._cast(root)
         fully_shard(root, reshard_after_forward=False, **how)
-        exchange = (
-            Exchange.of(self.world) if self.device.type == "cpu" and hasattr(root, "set_custom_all_gather") else None
-        )
+        shared = self.device.type == "cpu" and hasattr(root, "set_custom_all_gather")
+        exchange = Exchange.of(self.world) if shared else None
+        ranks = how["mesh"]["shard"].mesh.tolist()
         for module in root.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
                 if exchange is not None:
-                    module.set_custom_all_gather(cast(Any, Gather(exchange)))
-                    module.set_custom_reduce_scatter(cast(Any, ReduceScatter(exchange)))
+                    # a vector that is there before its time would lie where the last one is still read
+                    module.set_modules_to_backward_prefetch([module])
+                    module.set_custom_all_gather(cast(Any, Gather(exchange, ranks)))
+                    module.set_custom_reduce_scatter(cast(Any, ReduceScatter(exchange, ranks)))
         return root
 
-
-def _widen(module: nn.Module) -> None:
-    """What is trained, and is whole still, in fp32: shards are their own masters."""
-    for p in module.parameters():
-        if p.requires_grad and not is_sharded(p) and p.dtype == torch.bfloat16:
-            p.data = p.data.float()
+    def _cast(self, module: nn.Module) -> None:
+        """What is whole still: trained parameters in fp32 (fp64), for shards are their own masters, frozen ones as they are used."""
+        for p in module.parameters():
+            if p.is_floating_point() and not is_sharded(p):
+                p.data = p.data.to(torch.promote_types(self.dtype, torch.float32) if p.requires_grad else self.dtype)
 
 
 def layers_of(backbone: nn.Module) -> list[nn.Module]:

@@ -28,13 +28,40 @@ PATIENCE = timedelta(days=7)  # for what rank 0 alone does first: reading and to
 MASTER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells each process
 
 
+def store(seconds: float) -> Any:
+    """The store that the processes of this attempt met at."""
+    import torch.distributed as dist
+
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=seconds))
+
+
+class First:
+    """Rank 0 comes first, and the others wait for that, as long as it takes: it reads the data, or asks the rewards.
+
+    What all do together afterwards has the time limit that everything has, so whoever hangs is found out meanwhile too.
+    """
+
+    def __init__(self, name: str, seconds: float) -> None:
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store, self._name, self._count = store(seconds), f"penchant/{attempt}/{name}", 0
+
+    def __call__(self, leads: bool) -> None:
+        self._count += 1
+        key = f"{self._name}/{self._count}"
+        if leads:
+            self._store.set(key, "")
+        else:
+            self._store.wait([key], PATIENCE)
+
+
 @dataclass(frozen=True, slots=True)
 class World:
     """Where this process stands among those that train together.
 
     Args:
         rank: from 0; size: how many there are; local_rank, local_size: the same among those of this machine.
-        group: for objects and numbers on the CPU (gloo); patient: the same, with no time limit worth the name.
+        group: for objects and numbers on the CPU (gloo); first: tells the others that rank 0 has come somewhere.
         context: processes that share each pass (`distributed.context`), neighbors by rank; context_group: they.
     """
 
@@ -43,7 +70,7 @@ class World:
     local_rank: int = 0
     local_size: int = 1
     group: Any = None
-    patient: Any = None
+    first: First | None = None
     context: int = 1
     context_group: Any = None
 
@@ -66,16 +93,29 @@ class World:
     def many(self) -> bool:
         return self.size > 1
 
+    def beside(self) -> World:
+        """The same processes with a group of its own, for what they do in threads meanwhile; every rank must ask for it."""
+        import torch.distributed as dist
+
+        group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        return replace(self, group=group, first=First("beside", PATIENCE.total_seconds()))
+
     # ---- numbers and objects, always in the order of the ranks ----------------------------------------------------------
 
     def gather(self, value: T, *, patient: bool = False) -> list[T]:
-        """What every rank gives, in the order of the ranks; tensors must be on the CPU."""
+        """What every rank gives, in the order of the ranks; tensors must be on the CPU.
+
+        Args:
+            patient: rank 0 may come late.
+        """
         if not self.many:
             return [value]
         import torch.distributed as dist
 
+        if patient and self.first is not None:
+            self.first(self.leads)
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self.patient if patient else self.group)
+        dist.all_gather_object(found, value, group=self.group)
         return found
 
     def share(self, value: T) -> T:
@@ -196,7 +236,7 @@ def join(timeout: float, context: int = 1) -> Iterator[World]:
         what = f"process {rank} of {size} did not find the others within {timeout:g} s ({type(error).__name__})"
         raise errors.TrainingStopped("launch.timeout", what, "raise it, or look at why they did not start") from error
     group = dist.new_group(backend="gloo", timeout=limit)
-    world = World(rank, size, local_rank, local_size, group, dist.new_group(backend="gloo", timeout=PATIENCE))
+    world = World(rank, size, local_rank, local_size, group, First("rank 0", timeout))
     if context > 1 and size % context == 0:  # another number is refused with the config
         neighbors = [dist.new_group(list(range(at, at + context)), timeout=limit) for at in range(0, size, context)]
         world = replace(world, context=context, context_group=neighbors[rank // context])
@@ -244,7 +284,7 @@ def described(error: BaseException) -> dict[str, Any]:
 
 
 def error_of(told: Mapping[str, Any]) -> PenchantError:
-    """The error that `described` described; what was no error of a person's is one that names its type."""
+    """The error that `described` described; a bug becomes an error that names its type."""
     kind = getattr(errors, told["kind"] or "", PenchantError)
     error: PenchantError = kind(told["where"], told["what"], told["how"])
     error.exit_code = told["exit_code"]
@@ -266,7 +306,7 @@ def record(error: BaseException) -> None:
 
 
 def ended_on_purpose() -> int | None:
-    """The exit code of an earlier attempt of these processes that was no crash: what stopped itself is not to be started again."""
+    """The exit code of an earlier attempt of these processes that did not crash: what stopped itself is not started again."""
     path = Path(os.environ.get(ERROR_FILE, ""))
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0 or len(path.parents) < 3:
         return None

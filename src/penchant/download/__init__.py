@@ -111,13 +111,13 @@ def on_stderr(line: str) -> None:
 
 
 def _check_folder(folder: Path, identity: Mapping[str, Any], redo: bool) -> Mapping[str, Any] | None:
-    """The result that is there already; None where there is none.
+    """The result that already exists; None where there is none.
 
     Raises:
         ConfigError: the folder holds something else.
     """
     done, mine = read_json(folder / "data.json"), dict(identity)
-    anew = "choose another --output, or add --redo to make it anew in this one"
+    anew = "choose another --output, or add --redo to start over in this one"
     converted = any((folder / WORK).glob("part-*[0-9].json"))  # what is only planned is not a loss
     begun = read_json(folder / WORK / "request.json") if converted else None
     if done is None and begun is None:
@@ -434,7 +434,7 @@ def _check_unchanged(plan: Plan) -> None:
             continue
         path = Path(source.local)
         if not path.exists() or path.stat().st_size != source.size or file_sha256(path) != source.sha256:
-            raise DataError(source.local, "was changed or removed since this was begun", "add --redo to begin anew")
+            raise DataError(source.local, "was changed or removed since this was begun", "add --redo to start over")
 
 
 # ---- the summary ----

@@ -36,7 +36,7 @@ class Spec:
         name: what a person types; aliases: other names for it; hub: its id there; revision: a branch other than main.
         subsets: name to files; default: the subsets that are read where nobody chooses.
         layout: of its rows (`penchant data formats`); gated: whether its terms must be accepted first.
-        terms: licence, in a few words; summary: one line.
+        terms: license, in a few words; summary: one line.
     """
 
     name: str

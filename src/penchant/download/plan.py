@@ -21,7 +21,7 @@ from penchant.download.hub import Hub, HubFile, Repository
 from penchant.errors import ConfigError, DataError
 from penchant.requests import GetRequest
 
-READABLE = tuple(e for e in ENDINGS if e != ".txt")  # a published text file is a licence or a readme
+READABLE = tuple(e for e in ENDINGS if e != ".txt")  # a published text file is a license or a readme
 
 
 # ---- the request ----
@@ -112,7 +112,7 @@ class Plan:
 
     Args:
         origin: the hub's page or the local path; hub_id, commit: of a data set on the hub, empty for a local copy.
-        sources: in the order in which they are read; terms: a word on its licence, where the catalogue has one.
+        sources: in the order in which they are read; terms: a word on its license, where the catalog has one.
         left_out: what else is there, as far as a person would want to know.
     """
 

@@ -33,8 +33,8 @@ from penchant.rewards import load_reward
 from penchant.rewards.reward_model import PolicyText, rows_by_source
 from penchant.runs import Run
 from penchant.runs.find import START, Source, find_model
+from penchant.runs.identity import changed_since
 from penchant.runs.parts import answering
-from penchant.runs.record import changed_since
 from penchant.types import TokenTree
 
 NO_REFERENCE = "none"
@@ -101,7 +101,7 @@ class Evaluation(Material):
         start = self.source.start
         if start is not None and looks_like_folder(start.base.path) and not Path(start.base.path).expanduser().is_dir():
             self.notes.append(
-                f"No reference: what it started from, {start.base.path}, is not there; name one with --reference."
+                f"No reference: what it started from, {start.base.path}, no longer exists; name one with --reference."
             )
             return None
         return start

@@ -40,8 +40,8 @@ def card(
         _front(subject, form),
         f"# {plain(name)}",
         _summary(subject, form, dtype, manifest),
-        "> **No licence is chosen.** Whoever publishes this decides on one: add `license:` to the first lines of this file, and see "
-        "what the base model's licence and that of the data ask for.",
+        "> **No license is chosen.** Whoever publishes this decides on one: add `license:` to the first lines of this file, and see "
+        "what the licenses of the base model and of the data require.",
         f"## Load it\n\n```python\n{_load(subject, form, files)}```",
         f"## Method\n\n{subject.config.method.about}\n\n<details><summary>Every setting</summary>\n\n```yaml\n{_settings(subject.config)}"
         "```\n\n</details>",

@@ -37,8 +37,8 @@ def finished(folder: Path, asked: Mapping[str, Any]) -> tuple[Check, tuple[str, 
         folder: what is there; asked: what its record must say (run, step, format, dtype, checkpoint).
 
     Raises:
-        CheckpointError: it is no export, one of something else, or its files are not as they were written. The card may be another:
-            whoever publishes adds a licence to it.
+        CheckpointError: it is not an export, or one of something else, or its files have changed since. The card may be another:
+            whoever publishes adds a license to it.
     """
     try:
         record = {} if folder.is_symlink() else json_object((folder / ABOUT).read_text(encoding="utf-8"))
@@ -66,7 +66,7 @@ def finished(folder: Path, asked: Mapping[str, Any]) -> tuple[Check, tuple[str, 
 def taken(folder: Path, why: str | None = None) -> CheckpointError:
     """What is there stays; why: it cannot be pushed as it is."""
     reason = "nothing is overwritten" if why is None else f"{why}, and nothing is overwritten"
-    return CheckpointError(str(folder), f"is there already, and {reason}", "give another --output")
+    return CheckpointError(str(folder), f"already exists, and {reason}", "give another --output")
 
 
 def _check(found: Any) -> Check | None:
@@ -153,7 +153,7 @@ def export_run(request: ExportRequest, say: Callable[[str], None] = lambda _: No
     With a push, a finished and untouched export of the same is not made again: it is pushed as it stands.
 
     Raises:
-        ConfigError: no such form, type or name; no token for a push. CheckpointError: no run or step, or the folder is there already.
+        ConfigError: no such form, type or name; no token for a push. CheckpointError: no run or step, or the folder already exists.
         ModelError: the form cannot hold this model, or what was read back is another one (it is kept as ``NAME.failed``).
     """
     form, subject, dtype = _checked(request)
@@ -165,7 +165,7 @@ def export_run(request: ExportRequest, say: Callable[[str], None] = lambda _: No
         if request.push is None:
             raise taken(folder)
         check, notes = finished(folder, _identity(subject, form, dtype))
-        notes = (*notes, "it was exported and compared before, and is pushed as it stands")
+        notes = (*notes, "it was exported and compared before, and is pushed as it is")
     else:
         check, notes = _make(subject, form, request, dtype, folder)
     for note in notes:

@@ -169,7 +169,7 @@ _GGUF = (
     'tokenizer = AutoTokenizer.from_pretrained("{folder}", gguf_file="{file}")\n'
 )
 
-_MERGED = "the same of a LoRA run, its adapter merged into the base"
+_MERGED = "a folder that transformers loads, with the LoRA adapter merged into the base"
 _ALL = (*DTYPES, Q8)
 FORMATS = {
     f.name: f
@@ -198,7 +198,7 @@ def dtype_of(form: Format, subject: Subject, asked: str) -> str:
 
 # ---- Whether what was written computes what the run's model computes, and how far rounding took it away ----
 
-# how far rounding weights may move a logit, relative to the largest one; what is beyond is no rounding any more
+# how far rounding weights may move a logit, relative to the largest one; more than that is not rounding
 ROUNDING = {"fp32": TOLERANCE, "fp16": 0.01, "bf16": 0.05, "q8_0": 0.1}
 
 

@@ -256,7 +256,7 @@ def write_gguf(path: Path, model: Any, tokenizer: Any, dtype: str, name: str) ->
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    note = f"{fallen} matrices have rows that are no multiple of {BLOCK} and are stored in fp16"
+    note = f"{fallen} matrices have rows whose length is not a multiple of {BLOCK}; they are stored in fp16"
     return (*vocabulary.notes, note) if fallen else vocabulary.notes
 
 

@@ -133,11 +133,7 @@ def _remarks(translation: Translation, found: Mapping[str, Any]) -> list[str]:
     held_out = {"data.eval_path", "data.validation_rows", "data.validation_fraction"} & {
         k for k, (value, _) in found.items() if value
     }
-    none = (
-        []
-        if held_out
-        else ["no rows are held out, so nothing will be known of what it learned: set data.validation_rows"]
-    )
+    none = [] if held_out else ["no rows are held out, so there will be no held-out figures: set data.validation_rows"]
     return [*map(shown, translation.remarks), *defaults, *none]
 
 
@@ -229,7 +225,7 @@ def import_config(
     try:
         build(config, {}, str(path))
     except ConfigError as error:
-        raise ConfigError(str(path), f"translates into no valid config: {error.what}", error.how) from error
+        raise ConfigError(str(path), f"does not translate into a valid config: {error.what}", error.how) from error
     return Imported(as_yaml(translation, found, Path(path).name), as_text(translation, found), translation)
 
 

@@ -119,6 +119,18 @@ def adapted(given: Given) -> Iterator[Line]:
         yield trl.peft_targets(given)
 
 
+def pictures(given: Given) -> Iterator[Line]:
+    """processor_type, which is there where a model reads pictures."""
+    if not given["processor_type"]:
+        if given.says("processor_type"):
+            yield given.line(["processor_type"], "same", note="text alone, as here")
+        return
+    whole_model = given["adapter"] in OFF
+    note = "" if whole_model else "adapters of the vision tower too: model.vision: trained"
+    ours = {"model.vision": "trained" if whole_model else "frozen"}
+    yield given.line(["processor_type"], "translated", ours, note)
+
+
 def longer(given: Given) -> Iterator[Line]:
     """Rows of more than sequence_len tokens."""
     known = {
@@ -140,6 +152,7 @@ def data_sets(given: Given) -> Iterator[Line]:
     method = str(given["rl"]) if given["rl"] else "reward" if given["reward_model"] else "sft"
     made: list[dict[str, Any]] = []
     keys = [k for k in ("datasets", "pretraining_dataset") if given[k]]
+    single = len(keys) == 1 and (not isinstance(given[keys[0]], list) or len(given[keys[0]]) == 1)
     for key in keys:
         kind = "pretrain" if key == "pretraining_dataset" else method
         for i, entry in enumerate(given[key] if isinstance(given[key], list) else [given[key]]):
@@ -153,7 +166,6 @@ def data_sets(given: Given) -> Iterator[Line]:
             if "path" in found:
                 made.append(found)
             theirs = tuple((f"{where}.{k}", entry[k]) for k in used)
-            single = len(keys) == 1 and (not isinstance(given[key], list) or len(given[key]) == 1)
             if theirs and single:
                 yield Line(theirs, "translated", tuple((f"data.{k}", v) for k, v in found.items()))
             elif theirs:
@@ -163,10 +175,9 @@ def data_sets(given: Given) -> Iterator[Line]:
         yield Line(
             tuple((k, f"{len(given[k])} data sets") for k in keys), "translated", (("data.sources", made),), note
         )
-    elif made:
-        yield Line(
-            tuple((k, "as follows") for k in keys), "translated", tuple((f"data.{k}", v) for k, v in made[0].items())
-        )
+    elif made:  # a single one has told its keys itself
+        ours = () if single else tuple((f"data.{k}", v) for k, v in made[0].items())
+        yield Line(tuple((k, "1 data set") for k in keys), "translated", ours)
     if given["test_datasets"]:
         yield from _held_out(given, method)
 
@@ -342,6 +353,18 @@ def guess(values: Mapping[str, Any], name: str) -> str:
 
 SOURCE = source(
     "axolotl",
-    (*hf.DERIVATIONS, *trl.DERIVATIONS, total_batch, floor, often, dtype, tracking, adapted, longer, data_sets),
+    (
+        *hf.DERIVATIONS,
+        *trl.DERIVATIONS,
+        total_batch,
+        floor,
+        often,
+        dtype,
+        tracking,
+        adapted,
+        pictures,
+        longer,
+        data_sets,
+    ),
     guess,
 )

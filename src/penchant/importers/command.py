@@ -59,9 +59,7 @@ def read_command(path: str | Path) -> Command:
         try:
             words = [_filled(w, variables) for w in _words(_computed(line, variables))]
         except ValueError as error:
-            raise ConfigError(
-                where, f"a line cannot be understood ({error}): {line[:60]}", "mend its quotes"
-            ) from error
+            raise ConfigError(where, f"a line cannot be understood ({error}): {line[:60]}", "fix its quotes") from error
         words = words[: next((i for i, w in enumerate(words) if w.startswith("#")), len(words))]
         while words and (words[0] == "export" or re.fullmatch(r"[A-Za-z_]\w*=.*", words[0], re.S)):
             name, equals, value = words.pop(0).partition("=")

@@ -6,9 +6,15 @@ import importlib.util
 import json
 import os
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from penchant.data.layouts.fields import holds_something
+from penchant.data.load import FIRST_ROWS, detected, renamed
+from penchant.data.pictures import COLUMNS
+from penchant.data.read import Row, read_rows
+from penchant.errors import DataError
 from penchant.importers.rules import Given, Line, NotHere, flag, number, whole
 from penchant.track.tracker import TRACKERS
 
@@ -207,6 +213,20 @@ FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".ndjson"
 def is_local(name: str, folder: str) -> bool:
     """Whether a data set is a file or a folder, and no hub id."""
     return name.endswith(FILES) or name.startswith(("/", ".", "~")) or os.path.exists(os.path.join(folder, name))
+
+
+def rows_of(path: str, columns: Mapping[str, str]) -> tuple[str, bool]:
+    """The layout of a local file's first rows, and whether they have pictures; empty where it is not here, or of none."""
+    if not Path(path).expanduser().exists():
+        return "", False
+    try:
+        first = list(islice(read_rows(path), FIRST_ROWS))
+        seen = any(
+            holds_something(renamed(r.values, columns).get(n)) for r in first if isinstance(r, Row) for n in COLUMNS
+        )
+        return detected(first, path, columns, {})[0], seen
+    except DataError:
+        return "", False
 
 
 def model_type(path: str) -> str | None:

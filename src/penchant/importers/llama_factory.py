@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from penchant.errors import ConfigError
 from penchant.importers import hf
-from penchant.importers.rules import Given, Line, layers, number, source, table, whole
+from penchant.importers.rules import Given, Line, flag, layers, number, source, table, whole
 
 TABLE = table("llama_factory")
 
@@ -49,40 +49,87 @@ def lora(given: Given) -> Iterator[Line]:
 
 
 def data(given: Given) -> Iterator[Line]:
-    """`dataset` names looked up in dataset_info.json beside the files, as they do."""
+    """`dataset` names looked up in dataset_info.json beside the files, as they do; pictures, where its descriptions have some."""
+    entries: list[Mapping[str, Any]] | None = []
     for key, ours in (("dataset", "data.path"), ("eval_dataset", "data.eval_path")):
         if given[key]:
-            yield from _named(given, key, ours)
+            found = yield from _named(given, key, ours)
+            entries = None if found is None or entries is None else entries + found
+    keys = [k for k in TABLE["derived"]["data"][3:] if given.says(k)]
+    if entries is None:
+        if keys:
+            how = "whether rows have pictures or turns stands in dataset_info.json: lay it beside the file"
+            yield given.line(keys, "unsupported", note=how)
+    elif any("images" in _described(entry) for entry in entries):
+        yield from _pictures(given, entries)
 
 
-def _named(given: Given, key: str, ours: str) -> Iterator[Line]:
+def _named(given: Given, key: str, ours: str) -> Generator[Line, None, list[Mapping[str, Any]] | None]:
+    """The sets of a key; their descriptions, or None where there are none."""
     listed = given[key]
     names = [str(n) for n in listed] if isinstance(listed, list) else [n.strip() for n in str(listed).split(",")]
     folder = Path(str(given["dataset_dir"]))
     known, where = _dataset_info(folder, Path(given.folder))
     if known is None:
         path = [str(folder / f"{n}.json") for n in names]
-        note = f"{where} is not here: the file's place is guessed; with it beside the file, its columns are read too"
+        note = f"{where} is not here: the file's place is guessed; with it beside the file, its columns, turns and pictures are read too"
         yield given.line([key, "dataset_dir"], "translated", {ours: path if len(path) > 1 else path[0]}, note)
-        return
-    paths: list[str] = []
-    columns: dict[str, str] = {}
-    ranked: list[bool] = []
+        return None
+    entries: list[Mapping[str, Any]] = []
     for name in names:
         entry = known.get(name)
         if not isinstance(entry, Mapping):
             raise ConfigError(where, f"there is no {name!r}", f"there are {', '.join(sorted(map(str, known)))[:200]}")
-        paths.append(_place(entry, folder))
-        columns |= _columns(entry)
-        ranked.append(bool(entry.get("ranking")) and entry.get("formatting", "alpaca") == "sharegpt")
+        entries.append(entry)
         yield from _left(name, entry)
+    paths = [_place(entry, folder) for entry in entries]
     made: dict[str, Any] = {ours: paths if len(paths) > 1 else paths[0]}
-    if columns and ours == "data.path":
-        made["data.columns"] = columns
-    if all(ranked) and ours == "data.path":
-        # the description says so; its rows may have a "prompt" of their own besides
-        made["data.shape"] = "sharegpt_pairs"
-    yield given.line([key, "dataset_dir"], "translated", made)
+    rows = [_rows(entry, given) for entry in entries]
+    if ours == "data.path" and any(r != rows[0] for r in rows):
+        made = {"data.sources": [{"path": path, **of} for path, of in zip(paths, rows, strict=True)]}
+    elif ours == "data.path":
+        made |= {f"data.{k}": v for k, v in rows[0].items()}
+    used = [key, "dataset_dir", *(["mask_history"] if given.says("mask_history") else [])]
+    yield given.line(used, "translated", made)
+    return entries
+
+
+def _rows(entry: Mapping[str, Any], given: Given) -> dict[str, Any]:
+    """How the rows of one set are read: the description says what they are, whatever columns they have besides."""
+    turns = entry.get("formatting", "alpaca") == "sharegpt"
+    made: dict[str, Any] = {"columns": _columns(entry)}
+    if turns and entry.get("ranking"):
+        made["shape"] = "sharegpt_pairs"
+    elif turns and str(given["stage"] or "sft") == "sft":
+        made |= {"shape": "sharegpt", "layout_options": {} if given["mask_history"] else {"turns": "all"}}
+    return {k: v for k, v in made.items() if v}
+
+
+def _pictures(given: Given, entries: Sequence[Mapping[str, Any]]) -> Iterator[Line]:
+    """What is trained of a model that reads pictures, and where they are."""
+    parts = ["freeze_vision_tower", "freeze_multi_modal_projector"]
+    frozen = [given[k] is None or flag(given[k]) for k in parts]
+    same = frozen[0] == frozen[1]
+    how = "" if same else "the vision tower and its projector are trained both (model.vision: trained) or neither"
+    ours = {"model.vision": "frozen" if any(frozen) else "trained"}
+    yield given.line(parts if given.says(*parts) else ["dataset"], "translated" if same else "unsupported", ours, how)
+    if given["freeze_language_model"]:
+        yield given.line(["freeze_language_model"], "unsupported", note="the language model is trained, or its adapter")
+    folder = Path(str(given["dataset_dir"]))
+    if given["media_dir"] or any(len(Path(str(e.get("file_name", ""))).parts) > 1 for e in entries):
+        place = str(given["media_dir"] or folder)
+        yield given.line(
+            ["media_dir"] if given["media_dir"] else ["dataset_dir"], "translated", {"data.image_dir": place}
+        )
+    pixels = whole(given["image_max_pixels"] or 768 * 768)
+    how = (
+        "of larger pictures theirs makes smaller ones first; set what the model's processor has in model.image_options"
+    )
+    yield Line((("image_max_pixels", pixels),), "unsupported", (), how, given.says("image_max_pixels"))
+    if given.says("image_min_pixels"):
+        yield given.line(
+            ["image_min_pixels"], "unsupported", note="set it in model.image_options, as the processor has it"
+        )
 
 
 def _dataset_info(folder: Path, beside: Path) -> tuple[Mapping[str, Any] | None, str]:
@@ -126,7 +173,7 @@ def _columns(entry: Mapping[str, Any]) -> dict[str, str]:
 def _left(name: str, entry: Mapping[str, Any]) -> Iterator[Line]:
     given = _described(entry)
     for column in (c for c in given if c in TABLE["not_read"]):
-        note = f"{TABLE['not_read'][column]} in a column of its own is not read: put it into the prompt (messages with a system turn)"
+        note = f"{TABLE['not_read'][column]} not read: leave such rows out"
         yield Line(((f"{name}.columns.{column}", given[column]),), "unsupported", (), note)
     for key in ("subset", "folder", "num_samples", "script_url", "ms_hub_url"):
         if entry.get(key):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from penchant.importers import hf, trl
-from penchant.importers.rules import OFF, Given, Line, layers, number, source, table, whole
+from penchant.importers.rules import OFF, Given, Line, flag, layers, number, source, table, whole
 
 TABLE = table("ms_swift")
 
@@ -120,17 +121,69 @@ def rows(given: Given) -> Iterator[Line]:
         ours = {"data.eval_path": paths if len(paths) > 1 else paths[0]}
         yield given.line(["val_dataset"], "translated", ours, f"{', '.join(left)}: all rows of the set" if left else "")
     if given["columns"]:
-        names = given["columns"] if isinstance(given["columns"], Mapping) else {}
-        columns = {TABLE["columns"].get(str(std), str(std)): str(theirs) for theirs, std in names.items()}
-        how = "it maps their columns to names of ms-swift"
-        yield given.line(
-            ["columns"],
-            "translated" if names else "unsupported",
-            {"data.columns": columns} if names else {},
-            "" if names else how,
-        )
+        names = _columns(given)
+        how = "" if names else "it maps their columns to names of ms-swift"
+        ours = {"data.columns": names} if names else {}
+        yield given.line(["columns"], "translated" if names else "unsupported", ours, how)
     if given.says("use_hf"):
         yield given.line(["use_hf"], "same", note="hub ids are Hugging Face's here")
+    if any(seen for _, seen in _looked_at(given)):
+        yield from _pictures(given)
+
+
+def _columns(given: Given) -> dict[str, str]:
+    """Our field: their column."""
+    names = given["columns"] if isinstance(given["columns"], Mapping) else {}
+    return {TABLE["columns"].get(str(std), str(std)): str(theirs) for theirs, std in names.items()}
+
+
+def _looked_at(given: Given) -> list[tuple[str, bool]]:
+    """The layout of each data set, and whether it has pictures, where it is a file that is here."""
+    places = [_place(name, given)[0]["path"] for name in _listed(given["dataset"])]
+    return [
+        hf.rows_of(path if os.path.exists(path) else os.path.join(given.folder, path), _columns(given))
+        for path in places
+    ]
+
+
+def _pictures(given: Given) -> Iterator[Line]:
+    """What is trained of a model that reads pictures."""
+    parts = ["freeze_vit", "freeze_aligner"]
+    frozen = [given[k] is None or flag(given[k]) for k in parts]
+    same = frozen[0] == frozen[1]
+    how = "" if same else "the vision tower and its projector are trained both (model.vision: trained) or neither"
+    ours = {"model.vision": "frozen" if any(frozen) else "trained"}
+    yield given.line(parts if given.says(*parts) else ["dataset"], "translated" if same else "unsupported", ours, how)
+    if given.says("freeze_llm"):
+        asks = flag(given["freeze_llm"])
+        how = "the language model is trained, or its adapter" if asks else "as here"
+        yield given.line(["freeze_llm"], "unsupported" if asks else "same", note=how)
+
+
+def turns(given: Given) -> Iterator[Line]:
+    """loss_scale: which answers of a conversation are learned, where a look at the rows says that they are conversations."""
+    kind = str(given["loss_scale"] or "default").partition("+")[0]
+    there = [shape in ("messages", "sharegpt") for shape, _ in _looked_at(given) if shape]
+    if kind == "last_round":
+        yield given.line(["loss_scale"], "same", note="of a conversation the last answer is learned")
+    elif kind != "default":
+        how = (
+            "weights of parts of an answer are not here; every answer is learned with data.layout_options={turns: all}"
+        )
+        yield given.line(["loss_scale"], "unsupported", note=how)
+    elif all(there) and there:
+        ours = {"data.layout_options": {"turns": "all"}}
+        yield given.line(
+            ["loss_scale"],
+            "translated",
+            ours,
+            "" if given.says("loss_scale") else "every answer of a conversation is learned",
+        )
+    elif any(there) or not there:
+        how = "every answer of a conversation is learned there: set layout_options={turns: all} for the data sets that hold some"
+        yield Line((("loss_scale", "default"),), "unsupported", (), how, given.says("loss_scale"))
+    elif given.says("loss_scale"):
+        yield given.line(["loss_scale"], "same", note="the rows are no conversations")
 
 
 def _listed(value: Any) -> list[str]:
@@ -199,5 +252,5 @@ def guess(values: Mapping[str, Any], name: str) -> str:
     return str(values.get("rlhf_type") or "sft")
 
 
-OWN = (sixteen, rate, dtype, tuner, rows, longest, estimator)
+OWN = (sixteen, rate, dtype, tuner, rows, turns, longest, estimator)
 SOURCE = source("ms-swift", (*hf.DERIVATIONS, *trl.DERIVATIONS, *OWN), guess)

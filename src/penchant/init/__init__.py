@@ -302,7 +302,7 @@ def write_config(start: Start, path: str | Path) -> Path:
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     except FileExistsError as error:
-        raise ConfigError(str(path), "is there already", "give another --output; init never overwrites") from error
+        raise ConfigError(str(path), "already exists", "give another --output; init never overwrites") from error
     except OSError as error:
         raise ConfigError(str(path), f"cannot be written ({error.strerror})", "give another --output") from error
     try:

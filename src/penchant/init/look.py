@@ -154,7 +154,7 @@ def look_at_held_out(path: str, data: DataFacts) -> HeldOut:
         DataError: it cannot be read. ConfigError: it is the file of training rows, or holds rows of another kind.
     """
     if {f and f.resolve() for _, f in named_files(path)} & {f and f.resolve() for _, f in named_files(data.path)}:
-        raise ConfigError("--eval-data", f"{path} is what is trained on", "give another file, or leave it out")
+        raise ConfigError("--eval-data", f"{path} is the training data", "give another file, or leave it out")
     found = load_preferences(path, columns=data.columns, on_bad_row="skip", identical="bad_row")
     if found.kind != data.kind:
         raise ConfigError("--eval-data", f"{path} holds {found.kind}, {data.path} {data.kind}", "give rows of one kind")

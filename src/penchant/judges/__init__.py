@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from penchant.errors import ConfigError
-from penchant.judges.endpoint import INSTRUCTION, PARAMETERS, EndpointJudge, connect, read_instruction
+from penchant.judges.endpoint import PARAMETERS, EndpointJudge, connect
+from penchant.judges.instruction import INSTRUCTION, read_instruction
 from penchant.judges.judge import Answers, BothWays, PairJudge, Question, ask_both_ways, load_function_judge
 
 __all__ = ["Answers", "BothWays", "JudgeOptions", "PairJudge", "Question", "ask_both_ways", "load_judge"]
@@ -50,7 +51,7 @@ def load_judge(options: JudgeOptions) -> PairJudge:
     if not options.spec.startswith(("http://", "https://")):
         given = [flag for name, flag in OF_ENDPOINTS.items() if getattr(options, name) is not None]
         if given:
-            raise ConfigError(given[0], f"is for endpoints, and {options.spec} is none", "leave it out")
+            raise ConfigError(given[0], f"is for endpoints, and {options.spec} is not one", "leave it out")
         return load_function_judge(options.spec)
     if not options.model:
         raise ConfigError("--judge-model", "is missing", "name the model as the endpoint calls it")
@@ -77,5 +78,5 @@ def _parameters(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
         raise ConfigError("--judge-parameters", "is not a mapping", """write '{"temperature": 0}'""")
     fixed = sorted({"model", "messages", "stream", "n"} & set(found))
     if fixed:
-        raise ConfigError("--judge-parameters", f"sets {fixed[0]}, which is not yours to set", "leave it out")
+        raise ConfigError("--judge-parameters", f"sets {fixed[0]}, which cannot be set", "leave it out")
     return found

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from penchant.base.files import spared, sweep, written_aside
-from penchant.base.machine import moved
+from penchant.base.machine import moved, place_of
 from penchant.data.mapped import StoredTokens
 from penchant.data.packing import passes_over
 from penchant.distributed.shard import Rooted, dealt_as, is_sharded, local, reshard
@@ -364,7 +364,7 @@ def compute_logps(
     """Log-probs of all completions, in tree order, without gradient: sums (sum of k,) and tokens."""
     shared = live.scorer.shared
     parts: dict[int, tuple[Tensor, Tensor]] = {}
-    device = next(live.scorer.model.parameters()).device
+    device = place_of(live.scorer.model)
     passes = passes_over(
         live.completion_logps, trees, tokens_per_step, shared=shared, device=device, lanes=live.side_by_side
     )

@@ -87,7 +87,7 @@ class LossSpec:
     def __post_init__(self) -> None:
         unknown = self.needs - NEEDS.keys()
         if unknown:
-            raise ValueError(f"{self.name} needs {sorted(unknown)}, which is nothing that an engine gives")
+            raise ValueError(f"{self.name} needs {sorted(unknown)}, which no engine provides")
 
 
 LOSSES: dict[str, LossSpec] = {}
@@ -136,7 +136,7 @@ def loss(
     Args:
         name, formula, paper, signal, needs, uses_lengths, lr: see `LossSpec`.
         equal: the loss when policy and reference are equal: a number, or a function of the hyperparameters.
-        params: a base with settings that are no arguments of the function (DPO-Shift's schedule).
+        params: a base with settings that are not arguments of the function (DPO-Shift's schedule).
 
     Raises:
         ValueError: another loss has the name, or a hyperparameter has no default, or a type that a config cannot give.

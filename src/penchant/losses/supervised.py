@@ -46,7 +46,7 @@ def bradley_terry(
 ) -> LossOutput:
     """The negative log-likelihood of the preferences under P(y_w > y_l) = sigmoid(r_w - r_l).
 
-    It is over rewards, not over log-probs, so it is no loss of the registry.
+    It is over rewards, not over log-probs, so the registry does not hold it.
 
     ``z = r_w - r_l - m``
     ``loss = -(1 - eps) log sigmoid(z) - eps log sigmoid(-z) + c (r_w + r_l)^2``

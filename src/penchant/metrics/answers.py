@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from penchant.base.machine import place_of
 from penchant.data.packing import pack, passes_over
 from penchant.errors import ModelError
 from penchant.logprobs.reference import LiveReference
@@ -181,7 +182,7 @@ def score_tokens(
     Raises:
         ModelError: the models' vocabularies differ in size.
     """
-    device = next(policy.scorer.model.parameters()).device
+    device = place_of(policy.scorer.model)
     shared, lanes = policy.scorer.shared, policy.side_by_side
     same = reference is None or reference.scorer.shared == shared
     if not same:  # rows are then numbered as trees are

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from penchant.base.machine import in_fp64
+from penchant.base.machine import in_fp64, place_of
 from penchant.base.text import counted
 from penchant.data.packing import passes_over
 from penchant.data.templates import end_ids
@@ -361,7 +361,7 @@ def kl_by_completion(
 ) -> tuple[np.ndarray, np.ndarray]:
     """k1 and k3 of every completion in nats, summed over its tokens, (completions,) each in order."""
     shared = policy.scorer.shared
-    device = next(policy.scorer.model.parameters()).device
+    device = place_of(policy.scorer.model)
     lanes = policy.side_by_side and reference.side_by_side
     by_tree: dict[int, torch.Tensor] = {}
 

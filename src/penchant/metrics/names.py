@@ -12,6 +12,9 @@ from penchant.runfolder.values import FEW_ROWS, ci_of, interval_of, num, rows_be
 # a cost is what a gain is paid with: less of it is better, but only at the same gain
 Better = Literal["higher", "lower", "cost"]
 
+# what is said of the best of several settings
+CHOSEN = "It was chosen by these held-out rows, so its figure is optimistic and its lead proves nothing: measure it on rows that no run has seen."
+
 
 @dataclass(frozen=True, slots=True)
 class Metric:

@@ -128,7 +128,7 @@ def _check_index(path: Path) -> None:
     index = read_object(path)
     shards = index.get("weight_map")
     if not isinstance(index.get("metadata", {}), dict):
-        raise ModelError(str(path), "has metadata that is no object", "get it again")
+        raise ModelError(str(path), "has metadata that is not an object", "get it again")
     if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
         raise ModelError(str(path), "has no weight_map from tensors to files", "get it again")
     for name in sorted(set(shards.values())):
@@ -255,7 +255,7 @@ def _step(written: int = 0) -> None:
     late = _spent.steps > STEPS and time.monotonic() - _spent.started > SECONDS
     if late or _spent.written > LONGEST:
         what = f"does not end within {SECONDS:.0f} s" if late else f"writes more than {LONGEST:,} characters"
-        raise ModelError("the chat template", what, "mend it in the tokenizer's folder, or take it out of it")
+        raise ModelError("the chat template", what, "fix it in the tokenizer's folder, or remove it")
 
 
 def _counted(items: Any) -> Iterator[Any]:
@@ -304,7 +304,7 @@ def bound_templates() -> None:
             else:
                 good = both or sum(lengths) <= LONGEST
             if not good:
-                raise ModelError("the chat template", f"computes something too large ({operator})", "mend it")
+                raise ModelError("the chat template", f"computes something too large ({operator})", "fix it")
             return super().call_binop(context, operator, left, right)
 
     class Limited(Template):
@@ -349,7 +349,7 @@ def check_template(path: str, tokenizer: Any) -> None:
         return
     templates = template.values() if isinstance(template, Mapping) else [template]
     if not all(isinstance(t, str) for t in templates):
-        raise ModelError(path, f"its chat_template is {type(template).__name__}, not a text", "mend or remove it")
+        raise ModelError(path, f"its chat_template is {type(template).__name__}, not a text", "fix or remove it")
     turns = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "That."}]
     for asked, generate in ((turns[:1], True), (turns, False)):
         try:
@@ -358,7 +358,7 @@ def check_template(path: str, tokenizer: Any) -> None:
         except ModelError as error:
             raise ModelError(path, f"its chat template {error.what}", error.how) from error
         except MemoryError as error:
-            raise ModelError(path, "its chat template takes more than 1 GB of memory", "mend or remove it") from error
+            raise ModelError(path, "its chat template takes more than 1 GB of memory", "fix or remove it") from error
         except Exception:  # jinja errors of the template's own: it may refuse such turns
             continue
 

@@ -145,7 +145,7 @@ def load_processor(cfg: ModelConfig) -> Any:
         unknown = [n for n in further if read(**{n: cfg.image_options[n]}).to_json_string() == read().to_json_string()]
         if unknown:
             how = f"it has {', '.join(sorted(n for n in vars(eyes) if not n.startswith('_')))}"
-            raise ConfigError(f"model.image_options.{unknown[0]}", f"is no setting of {type(eyes).__name__}", how)
+            raise ConfigError(f"model.image_options.{unknown[0]}", f"is not a setting of {type(eyes).__name__}", how)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = getattr(processor, "chat_template", None)
     check_template(cfg.path, tokenizer)
@@ -202,16 +202,19 @@ def load_causal_model(
     return model if held else dequantized(model)
 
 
-def held_in(cfg: ModelConfig, dtype: torch.dtype, frozen: bool) -> torch.dtype:
+def held_in(cfg: ModelConfig, dtype: torch.dtype, frozen: bool, shards: bool = False) -> torch.dtype:
     """What the weights of a model that runs in `dtype` are held in from the start: that, where fp32 would hold nothing more.
 
     Args:
         frozen: nothing is trained, or only an adapter; what is trained has masters in fp32, which a file in bf16 makes no better.
+        shards: it will be sharded, and is cast then, layer by layer: what is as in the file needs no memory until then.
     """
-    if dtype != torch.bfloat16 or cfg.quantize != "none" or cfg.init == "random":
+    if cfg.quantize != "none" or cfg.init == "random" or (dtype != torch.bfloat16 and not shards):
         return torch.float32
     folder = Path(check_model_path(cfg.path))
-    stored = {kind for kind, *_ in headers(folder).values()} if folder.is_dir() and not frozen else set()
+    stored = {kind for kind, *_ in headers(folder).values()} if folder.is_dir() and (shards or not frozen) else set()
+    if shards:
+        return torch.bfloat16 if stored == {"BF16"} else torch.float32
     return dtype if frozen or stored == {"BF16"} else torch.float32
 
 
@@ -423,7 +426,7 @@ def _text_part(config: Any) -> dict[str, Any]:
     if text is config:
         return {}
     weights = {r"^(model\.)?language_model\.lm_head": "lm_head"}  # where they stand, by age of the folder
-    weights[r"^(model\.)?language_model\.(?!lm_head)(model\.)?"] = "model."
+    weights[r"^(model\.)?(language|text)_model\.(?!lm_head)(model\.)?"] = "model."
     return {"config": text, "key_mapping": weights}
 
 
@@ -463,7 +466,7 @@ def _check_behavior(path: str, model: Any) -> None:
         if not float((first - other).abs().max()) <= 1e-4 * size:
             raise ModelError(
                 path,
-                f"{what} give different logits: the model has dropout (or draws otherwise) that cannot be turned off here",
+                f"{what} give different logits: the model has dropout (or other randomness) that cannot be turned off here",
                 "set its dropout to 0 in config.json",
             )
     if not float((first - later)[:, :8].abs().max()) <= (1e-3 if _in_fp32(model) else 0.1) * size:
@@ -750,17 +753,16 @@ def tensors_sha256(named: Iterable[tuple[str, Tensor]]) -> str:
 def save_model(model: Any, tokenizer: Any, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
     """A folder that transformers (full model) or peft (adapter) loads as it is, tokenizer included; `state`: other weights."""
     os.makedirs(folder, exist_ok=True)
-    base = base_model_of(model)
-    implementation = base.config._attn_implementation
-    base.config._attn_implementation = "sdpa"  # a stranger's transformers does not know the tree attention
-    try:
-        model.save_pretrained(folder, safe_serialization=True, **({} if state is None else {"state_dict": dict(state)}))
-        held = next((v.dtype for v in (state or {}).values() if v.is_floating_point()), None)
-        if base is model and held not in (None, base.config.dtype):  # shards are kept in a wider one
-            base.config.dtype = held
-            base.config.save_pretrained(folder)
-    finally:
-        base.config._attn_implementation = implementation
+    whole = base_model_of(model) is model
+    if whole:
+        model = copy.copy(model)  # which may be training meanwhile
+        model.config = copy.deepcopy(model.config)
+        model.config._attn_implementation = "sdpa"  # a stranger's transformers does not know the tree attention
+    model.save_pretrained(folder, safe_serialization=True, **({} if state is None else {"state_dict": dict(state)}))
+    held = next((v.dtype for v in (state or {}).values() if v.is_floating_point()), None)
+    if whole and held not in (None, model.config.dtype):  # shards are kept in a wider one
+        model.config.dtype = held
+        model.config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

@@ -43,15 +43,15 @@ class ModelConfig(Section):
     )
     vision: Literal["off", "frozen", "trained"] = Field(
         "off",
-        description="pictures in prompts (docs/vision.md); off: text alone; frozen: they are read, and what reads them stays as it is; "
-        "trained: that is trained too",
+        description="pictures in prompts (docs/vision.md); off: text only; frozen: they are read, and the vision tower stays as it is; "
+        "trained: the tower is trained too",
     )
     image_options: dict[str, Any] = Field(
         default_factory=dict,
         description="settings of the model's image processor, e.g. {max_pixels: 262144} or {size: {longest_edge: 512}}",
     )
     adapter: str | None = Field(
-        None, description="a LoRA adapter on `path` that is trained on: its folder, or a run's or a checkpoint's"
+        None, description="a LoRA adapter on `path` to continue training: its folder, or a run's or a checkpoint's"
     )
 
     @model_validator(mode="after")
@@ -86,8 +86,8 @@ def check_text_alone(model: ModelConfig, where: str, what: str) -> None:
         ConfigError: it is one; `what` is the thing that reads no pictures.
     """
     if model.sees:
-        how = "`penchant train` and `penchant eval RUN` read them, and transformers loads a checkpoint's model folder (docs/vision.md)"
-        raise ConfigError(where, f"reads pictures (model.vision={model.vision}), and {what} is of text alone", how)
+        how = "`penchant train`, `eval` and `compare` read them, and transformers loads a checkpoint's model folder (docs/vision.md)"
+        raise ConfigError(where, f"reads pictures (model.vision={model.vision}), and {what} handles text alone", how)
 
 
 class LoraConfig(Section):
@@ -98,7 +98,7 @@ class LoraConfig(Section):
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
     target_modules: str | list[str] = Field(
         "all-linear",
-        description="which layers get an adapter: all-linear, a list of names, or a regular expression for whole names",
+        description="layers that get an adapter: all-linear, a list of names, or a regular expression for whole names",
     )
     rslora: bool = Field(False, description="rank-stabilized LoRA: the update is multiplied by alpha / sqrt(r)")
     dora: bool = Field(False, description="DoRA: the norm of each output's weights is trained beside the update")

@@ -250,30 +250,39 @@ def save_reward_model(
     model: Any,
     tokenizer: Any,
     folder: Path,
-    masters: Mapping[str, Tensor],
     settings: Mapping[str, Any],
+    whole: Mapping[str, Tensor] | None,
     sharded: Mapping[str, Tensor] | None = None,
-    dtype: torch.dtype | None = None,
 ) -> None:
     """A folder that `AutoModelForSequenceClassification` loads as it is, and its tokenizer.
 
     Of a LoRA run it holds the merged model, and below it ``adapter/``, which peft loads.
 
     Args:
-        masters: the optimizer's fp32 weights; settings: template, max_length and add_eos, for those who score with it.
-        sharded: the whole state of a sharded model on rank 0, empty elsewhere; every rank calls. dtype: what it is saved in.
+        settings: template, max_length and add_eos, for those who score with it; whole: see `whole_reward`.
+        sharded: the state of a sharded model, put together.
     """
-    base, world = base_model_of(model), current()
-    state = None if base is model else whole_state_dict(model, masters)
-    if sharded is not None:
-        state = dict(sharded) if state is None else gathered(state.items(), world, dtype)
-    if not world.leads:
-        return
-    save_model(base, tokenizer, folder, state)
+    base = base_model_of(model)
+    save_model(base, tokenizer, folder, whole)
     if base is not model:
         more = {} if sharded is None else {"state_dict": dict(sharded)}
         model.save_pretrained(folder / ADAPTER, safe_serialization=True, **more)
     (folder / SETTINGS).write_text(json.dumps(dict(settings), indent=1))
+
+
+def whole_reward(
+    model: Any, masters: Mapping[str, Tensor], sharded: Mapping[str, Tensor] | None, dtype: torch.dtype
+) -> Mapping[str, Tensor] | None:
+    """The weights of a reward model without its adapter, which is merged; None where they are the model's own.
+
+    Args:
+        masters: the optimizer's fp32 weights; sharded: the state of a sharded model on rank 0, empty elsewhere; every rank calls.
+        dtype: what that is saved in.
+    """
+    if base_model_of(model) is model:
+        return sharded
+    state = whole_state_dict(model, masters)
+    return state if sharded is None else gathered(state.items(), current(), dtype)
 
 
 # ---- A value for every token: a linear head on the policy's own hidden states, or on those of a model of its own ----

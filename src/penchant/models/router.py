@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from penchant.base.machine import moved
+from penchant.base.machine import moved, place_of
 from penchant.distributed.world import current
 from penchant.errors import ConfigError
 from penchant.models.load import backbone_of, base_model_of, quiet, without_cache
@@ -55,7 +55,7 @@ class RouterLoss:
         self._tokens = world.sums({"tokens": sum(float(weights.sum()) for weights in map(_weights, batches))})["tokens"]
         self._shares, self._counted, self._losses = None, [], []
         if len(batches) > 1 or world.many:
-            device = next(model.parameters()).device
+            device = place_of(model)
             with quiet(model, training=model.training):
                 for batch in batches:
                     self.run(batch.to(device))

@@ -28,6 +28,7 @@ from penchant.compare.models import (
 from penchant.errors import ConfigError
 from penchant.models.load import load_tokenizer
 from penchant.models.merge import is_adapter, model_sha256
+from penchant.models.options import check_text_alone
 from penchant.pipeline import Comparison, Pipeline, Ref, Resolve
 from penchant.runfolder import COMPARISON, COMPARISON_ROWS
 from penchant.runs import Run
@@ -66,6 +67,8 @@ class Comparer:
         assert pipeline.compare is not None
         self.pipeline, self.runs, self.console = pipeline, runs, console
         self.compare: Comparison = pipeline.compare
+        for name, run in runs.items():
+            check_text_alone(run.config.model, f"{self.compare.place}: {name}", "a pipeline's comparison")
         c = self.compare.config
         self.sampling = Sampling(c.prompts, c.samples, c.max_new_tokens, c.seed, f"{self.compare.place}: compare")
         self.heldout = self._held_out()

@@ -62,7 +62,7 @@ def judge_stage(stage: Stage, record: Mapping[str, Any] | None, inputs: Inputs) 
 def _check(stage: Stage, planned: Planned) -> None:
     """Refuse a stage that would come out otherwise now, and say how to go on."""
     if planned.action == "changed":
-        how = f"--redo {stage.name} moves its folder aside and trains it anew, with every stage that uses it; "
+        how = f"--redo {stage.name} moves its folder aside and retrains it, with every stage that uses it; "
         raise stage.refusal(planned.why, how + "or undo the change, or choose another output")
 
 

@@ -155,7 +155,7 @@ def _on_shapes(
 ) -> Iterator[tuple[Any, list[PackedBatch]]]:
     """The engine of a run and its batches, ready for passes on the meta device; afterwards the model has no gradients."""
     hooks = _outlined_precision(model, run.dtype, fast)
-    packed = [pack(list(b), shared=run.shared_prompts) for b in batches]
+    packed = [pack([replace(t, pictures=None) for t in b], shared=run.shared_prompts) for b in batches]
     kernels = fast_forward(model) if fast else None
     engine = _engine(run, model, "auto" if fast else "off")
     try:
@@ -215,7 +215,8 @@ def _engine(run: OutlinedRun, model: Any, kernels: str) -> Any:
     packing = run.layout[0]
     if run.encoder:
         return EncoderRewards(model, pair_format(run.rows.tokenizer))
-    scorer = Scorer(model, packing, kernels, attention=run.attention[0])  # type: ignore[arg-type]
+    own = run.config.model.sees  # the model places its tokens itself
+    scorer = Scorer(model, packing, kernels, attention=run.attention[0], own_attention=own)  # type: ignore[arg-type]
     return scorer if not run.method.learns_reward else CausalRewards(scorer)
 
 
@@ -479,7 +480,7 @@ def _activations(run: OutlinedRun, work: Work) -> tuple[Activations, str]:
         return found, "this model's operations cannot be counted on shapes alone; activations are a rule of thumb"
     if run.method.rollouts is not None:
         return found, "rollouts count as long as they may be; reward models are not counted"
-    return found, ""
+    return found, "of pictures their tokens are counted, and not what makes them" if run.config.model.sees else ""
 
 
 def _rule_of_thumb(run: OutlinedRun, work: Work) -> Activations:

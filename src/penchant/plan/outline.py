@@ -59,6 +59,8 @@ class OutlinedRun(Run):
         """(packing, whether a fast path runs, why): what a run chooses, and then checks on the model itself."""
         if self.encoder:
             return "text pairs", False, "an encoder reads each text by itself, padded among texts of its length"
+        if self.config.model.sees:
+            return "padded", False, "pictures: each answer is a row of its own behind its prompt"
         packing, why = packing_by_config(self.model)
         requested = self.config.train.packing
         if requested != "auto":
@@ -109,17 +111,18 @@ def outline(source: ModelConfig, reward: bool = False) -> Any:
     Raises:
         ModelError: transformers has no such model, or the folder has no weights.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSequenceClassification
 
     config = load_model_config(source.path, source.revision)
     check_model_path(source.path)
-    family = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    family: Any = AutoModelForImageTextToText if source.sees else AutoModelForCausalLM
+    family = AutoModelForSequenceClassification if reward else family
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(source.path, "this is an encoder-decoder model", "give a causal (decoder-only) language model")
     if reward:
         config.num_labels, config.problem_type = 1, "regression"
     with loading(source.path, "the model could not be outlined", "give a causal model or an encoder"):
-        model = on_meta(family, config if reward else text_config(config))
+        model = on_meta(family, config if reward or source.sees else text_config(config))
     disable_dropout(model)
     return model
 

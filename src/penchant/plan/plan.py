@@ -12,7 +12,6 @@ from penchant.base.text import gigabytes
 from penchant.config import Places, RunConfig
 from penchant.config.launching import check_launch
 from penchant.errors import PenchantError
-from penchant.models.options import check_text_alone
 from penchant.plan.memory import Memory, memory_of
 from penchant.plan.outline import OutlinedRun, parameter_counts
 from penchant.plan.probe import Duration, Probe, duration_of, probe
@@ -20,8 +19,8 @@ from penchant.plan.ranks import ranks_of
 from penchant.plan.settings import Setting, derived_values, settings_of
 from penchant.plan.work import Disk, Rows, Work, disk_of, rows_of, to_json, work_of
 from penchant.runs import Run
+from penchant.runs.identity import reward_contents
 from penchant.runs.parts import check_offload, check_places, reference_kind, remarks
-from penchant.runs.record import reward_contents
 from penchant.training.checkpoint import latest_checkpoint
 
 LOOKED_AT = 100  # steps that `misfit` looks at
@@ -34,7 +33,7 @@ class Plan:
     """What `penchant plan` shows.
 
     Args:
-        method, output: of the run; folder: what is there already; settings: every key with its source.
+        method, output: of the run; folder: what already exists; settings: every key with its source.
         rows, work, memory, disk: counted and estimated; parameters: (all, trainable).
         reference: what it is, and whether its cache is there; probe, duration: measured, None without a probe; notes: what to know.
         ranks: by number of processes: bytes of each, by part; empty where they were not asked for.
@@ -86,7 +85,6 @@ def make_plan(config: RunConfig, places: Places, *, with_probe: bool = True, gpu
     Raises:
         ConfigError, DataError, ModelError, RewardError: what the run itself would stop at.
     """
-    check_text_alone(config.model, "model.vision", "penchant plan")
     asked = config
     for count in gpus:
         launch = config.launch.model_copy(update={"processes": count})
@@ -177,7 +175,7 @@ def _load_what_training_loads(run: OutlinedRun) -> None:
 
 
 def _reference(run: OutlinedRun) -> tuple[str, bool | None, list[str]]:
-    """(what it is, whether the cache is there already or None, notes)."""
+    """(what it is, whether the cache already exists or None, notes)."""
     if "reference" not in run.method.needs:
         return "none is needed", None, []
     kind = reference_kind(run.config)
@@ -190,7 +188,7 @@ def _reference(run: OutlinedRun) -> tuple[str, bool | None, list[str]]:
     try:
         there = run.cache_files()
     except (PenchantError, MemoryError) as error:
-        return f"computed once and cached (whether it is there could not be told: {error})", False, []
+        return f"computed once and cached (could not check whether it exists: {error})", False, []
     missing = [name for name, path in there.items() if not path.exists()]
     if not missing:
         return "cached, and there already", True, []
@@ -204,7 +202,7 @@ def _differences(run: OutlinedRun, found: Probe) -> list[str]:
     if (found.packing, found.fast) == (packing, fast):
         return []
     real = f"{found.packing}{' with' if found.fast else ' without'} the fast path"
-    return [f"the model takes {real}, other than its config says: token counts and memory above are for {packing}"]
+    return [f"the model takes {real}, unlike what its config says: token counts and memory above are for {packing}"]
 
 
 def _what_is_there(folder: Path) -> str:

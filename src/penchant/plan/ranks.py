@@ -50,6 +50,7 @@ def of_a_rank(
     moved: int = 0,
     replicas: int = 1,
     reshard: bool = True,
+    offload: bool = False,
 ) -> dict[str, int]:
     """Bytes by part, of a process on one of `ranks` GPUs.
 
@@ -61,7 +62,8 @@ def of_a_rank(
         width: bytes of a number in products; activations: of one pass.
         copies: models of this size that are trained beside it; frozen: sharded frozen models of this size (references); whole: those that
             each process holds whole (reward models); moved: references that move, which keep fp32 weights beside.
-        replicas: groups that each hold the whole model (HSDP); reshard: whether a layer gives back its gathered weights.
+        replicas: groups that each hold the whole model (HSDP); reshard: whether a layer gives back its gathered weights;
+        offload: whether shards lie in the host's memory, which is not counted.
     """
     if ranks == 1:  # nothing is sharded: bf16 weights are shadows of fp32 ones
         full = sizes.trained + copies * sizes.every
@@ -87,7 +89,7 @@ def of_a_rank(
         "the optimizer's moments": sizes.moments + copies * sizes.moments * sizes.every // max(1, sizes.trained),
         "reference": (width * (frozen + moved) + 4 * moved) * sizes.every,
     }
-    found = {name: -(-n // share) for name, n in parts.items() if n}
+    found = {name: -(-n // share) for name, n in parts.items() if n and not offload}
     beside = {
         "reward models": whole * width * sizes.every,
         "gathered weights": width * gathered * (2 if copies or frozen or moved else 1),
@@ -125,7 +127,7 @@ def ranks_of(run: OutlinedRun, memory: Memory, counts: Sequence[int]) -> dict[in
         "frozen": int(held and not run.config.reference.moves),
         "moved": int(held and run.config.reference.moves),
     }
-    several: dict[str, Any] = {"replicas": launch.replicas, "reshard": launch.reshard}
+    several: dict[str, Any] = {"replicas": launch.replicas, "reshard": launch.reshard, "offload": launch.offload}
     return {n: of_a_rank(sizes, n, **how, **({} if n == 1 else several)) for n in counts}
 
 

@@ -54,6 +54,9 @@ def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
     if isinstance(value, Mapping) and value:
         for key, inner in value.items():
             yield from _leaves(inner, (*path, str(key)))
+    elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+        for i, inner in enumerate(value):  # what an entry does not say is as for all of them
+            yield from _leaves({k: v for k, v in inner.items() if v is not None}, (*path, str(i)))
     else:
         yield path, value
 

@@ -219,7 +219,7 @@ class Disk:
 
 
 def disk_of(run: OutlinedRun, work: Work, cached: bool | None) -> Disk:
-    """The estimate; `cached`: whether the reference's cache is there already (None: none is used)."""
+    """The estimate; `cached`: whether the reference's cache already exists (None: none is used)."""
     keep = run.config.checkpoint
     kept = min(work.checkpoints, keep.keep_last + (1 if keep.keep_best and work.evaluations else 0))
     completions = sum(len(t.completion_ids) for part in run.rows.trees for t in part)

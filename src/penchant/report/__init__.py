@@ -83,7 +83,7 @@ def _target(data: ReportData, output: Path | str | None) -> Path:
     try:
         return check_output(target, PAGE)
     except ConfigError as error:
-        what = "is there already, and is not a report that Penchant wrote"
+        what = "already exists, and is not a report that Penchant wrote"
         raise CheckpointError(str(target), what, "give another --output") from error
 
 

@@ -127,7 +127,7 @@ def _commands(data: ReportData) -> Element | None:
     lines += filter(None, map(command, data.comparisons))
     if not lines:
         return None
-    return el("div", note("To make it again:"), el("pre", said("\n".join(lines), tag="code")))
+    return el("div", note("To reproduce it:"), el("pre", said("\n".join(lines), tag="code")))
 
 
 def command(comparison: Comparison) -> str:

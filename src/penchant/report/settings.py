@@ -178,7 +178,7 @@ def _remark(run: RunData, state: str, record: Mapping[str, Any]) -> str:
     who, why = f"seed {run.seed}" if run.seed else run.name, text(record.get("why"))
     if state == "stopped":
         return f"{who} stopped" + (f": {why}" if why else "")
-    if state == "cut":  # successive halving: a rank at a rung is no result
+    if state == "cut":  # successive halving: a rank at a rung is not a result
         return f"{who} was {why or 'stopped early'}"
     if state == "running":
         return f"{who} is running"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from penchant.base.text import counted as count
-from penchant.metrics.names import METRICS, Metric, all_tied
+from penchant.metrics.names import CHOSEN, METRICS, Metric, all_tied
 from penchant.report.data import Comparison, ReportData, RunData
 from penchant.report.html import Element, Node, el, fold, keyed, note, panel, said, spoken, table
 from penchant.report.settings import Ranking, Row, held_out_rows, ranking, spread, tried
@@ -216,7 +216,7 @@ def _goal(h: Mapping[str, Any]) -> Element | None:
 
 
 def of_runs(data: ReportData) -> list[Node]:
-    """The best by validation, and why that is no proof."""
+    """The best by validation, and why that proves nothing."""
     progress = _progress(data)
     ranked = ranking(data)
     if ranked is None:
@@ -225,7 +225,7 @@ def of_runs(data: ReportData) -> list[Node]:
         return [statement("open", none, lead=True), *progress]
     best = ranked.best
     if not best:
-        none = "No setting has come to its end with all its seeds, so none is called best."
+        none = "No setting has finished with all its seeds, so none is called best."
         return [statement("open", none, lead=True), *progress]
     share = ranked.figure.share
     names: list[Node] = []
@@ -239,8 +239,7 @@ def of_runs(data: ReportData) -> list[Node]:
     made: list[Node] = [statement("plain", start, names, figure.replace(" ()", ""), lead=True)]
     made += _doubts(ranked, best)
     if not only:
-        chose = "These held-out rows chose it, so its figure flatters it, and nothing is claimed of its lead: measure it on rows that no run has seen."
-        made.append(statement("plain", chose))
+        made.append(statement("plain", CHOSEN))
     return [*made, *_cut(data), *progress]
 
 

@@ -14,15 +14,8 @@ from typing import Any
 
 from penchant.base.text import counted, shown
 from penchant.errors import RewardError
-from penchant.judges.endpoint import (
-    INSTRUCTION,
-    PARAMETERS,
-    Connection,
-    EndpointJudge,
-    NoReply,
-    connect,
-    said_of,
-)
+from penchant.judges.endpoint import PARAMETERS, Connection, EndpointJudge, NoReply, connect
+from penchant.judges.instruction import INSTRUCTION, said_of
 from penchant.judges.judge import TIE, Question
 from penchant.rewards.builtin import EndpointReward, HttpReward, JudgeReward
 
@@ -63,7 +56,7 @@ _GRADE = re.compile(
 
 
 def grade_of(reply: str) -> float | None:
-    """The grade that a reply states, in [0, 1]; None where it states none, or two. Read as `judges.endpoint.verdict_of` reads verdicts."""
+    """The grade that a reply states, in [0, 1]; None where it states none, or two. Read as `judges.instruction.verdict_of` reads verdicts."""
     lines = said_of(reply)
     found = {float(m.group(1)) for x in (lines[:1] + lines[-1:]) if (m := _GRADE.fullmatch(x))}
     grade = found.pop() if len(found) == 1 else None
@@ -170,7 +163,7 @@ class Http:
         """One number, or None, for each completion.
 
         Raises:
-            RewardError: no reply, or one that is no number for each completion.
+            RewardError: no reply, or one without a number for each completion.
         """
         starts = range(0, len(completions), self.batch)
         stop = threading.Event()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from penchant.base.files import file_sha256
 from penchant.base.functions import imported_sha256, is_own, own_file
-from penchant.base.machine import moved
+from penchant.base.machine import moved, place_of
 from penchant.data.load import Dataset
 from penchant.data.options import DataConfig
 from penchant.data.packing import passes_over
@@ -285,7 +285,7 @@ def _without(ends: frozenset[int], tree: TokenTree) -> TokenTree:
 
 def rewards_of(scorer: RewardScorer, trees: Sequence[TokenTree], tokens_per_step: int = TOKENS_PER_STEP) -> list[float]:
     """The reward of every completion, tree by tree, without gradient."""
-    device = next(scorer.model.parameters()).device
+    device = place_of(scorer.model)
     found: list[list[float]] = [[] for _ in trees]
     training = scorer.model.training
     scorer.model.eval()
@@ -464,10 +464,9 @@ class RewardModelParts:
     def save(
         self,
         model: Any,
-        masters: Mapping[str, Tensor],
         folder: Path,
+        whole: Mapping[str, Tensor] | None,
         sharded: Mapping[str, Tensor] | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         """Write the model; the last two as for `save_reward_model`."""
         settings = {
@@ -476,7 +475,7 @@ class RewardModelParts:
             "max_length": self.max_length,
             "add_eos": self.data.add_eos and self.tokenizer.eos_token_id is not None,
         }
-        save_reward_model(model, self.tokenizer, folder, masters, settings, sharded, dtype)
+        save_reward_model(model, self.tokenizer, folder, settings, whole, sharded)
 
     def encoder_lr(self, parameters: int) -> float:
         """Peak learning rate of a whole encoder where the config says auto; small ones take larger steps."""

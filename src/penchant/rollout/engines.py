@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from penchant.base.machine import place_of
 from penchant.base.text import shown
 from penchant.errors import ConfigError, PenchantError, RolloutError
 from penchant.judges.endpoint import Connection, NoReply, connect
@@ -157,7 +158,7 @@ class Probe:
         """The policy's log-probs of all tokens but each row's first, at temperature 1."""
         training = self.model.training
         self.model.eval()
-        device = next(self.model.parameters()).device
+        device = place_of(self.model)
         found = []
         with torch.inference_mode():
             for row in self.rows:
@@ -402,7 +403,7 @@ class VLLMServer(Remote):
         self._ask("/resume", {})
 
     def _by_nccl(self) -> bool:
-        on_gpu = next(self.model.parameters()).device.type == "cuda"
+        on_gpu = place_of(self.model).type == "cuda"
         if self.config.update == "auto":
             return on_gpu and _has_vllm()
         if self.config.update == "nccl" and not (on_gpu and _has_vllm()):

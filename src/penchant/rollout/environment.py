@@ -142,12 +142,12 @@ class Stage:
             draw: (prompts as ids, a seed for each, tokens) -> a sample of each.
 
         Raises:
-            RewardError: the environment failed, or said what is no message; it names the row.
+            RewardError: the environment failed, or returned something that is not a message; the error names the row.
         """
         episodes = [self._begin(tree, i, max_tokens) for tree in prompts for i in range(samples)]
         for a, b in pairwise(episodes):
             if a.tree is b.tree and a.sample.prompt != b.sample.prompt:
-                what = f"{a.place}: reset of {self.name} says other things to the completions of one row"
+                what = f"{a.place}: reset of {self.name} gives different messages to completions of one row"
                 raise RewardError(WHERE, what, "let it be a function of the row: the completions share their prompt")
         for turn in range(self.turns):
             going = [e for e in episodes if e.going]
@@ -163,8 +163,9 @@ class Stage:
     def _begin(self, tree: TokenTree, at: int, max_tokens: int) -> Episode:
         row = self.asked.get(tree.source)
         if row is None:
-            what = f"{tree.source}: its row is not to be told from another one"
-            raise RewardError(WHERE, what, "give files other names")
+            raise RewardError(
+                WHERE, f"{tree.source}: its row cannot be told apart from another", "give files other names"
+            )
         turns = list(turns_of_prompt(row.prompt)) if not isinstance(row.prompt, str) else [Message("user", row.prompt)]
         prompt = row.prompt if isinstance(row.prompt, str) else [message_json(m) for m in row.prompt]
         place = tree.source or f"row {tree.row}"
@@ -253,10 +254,10 @@ class Stage:
             return guarded(call, self.timeout)
         except TookTooLong as error:
             how = f"{place}: {self.name}: {what} took longer than {self.timeout:g} seconds"
-            raise RewardError(WHERE, how, "mend the environment, or raise rollout.environment_timeout") from error
+            raise RewardError(WHERE, how, "fix the environment, or raise rollout.environment_timeout") from error
         except (Exception, SystemExit) as error:
             how = f"{place}: {self.name}: {what} failed ({type(error).__name__}: {error})"
-            raise RewardError(WHERE, how, "mend the environment") from error
+            raise RewardError(WHERE, how, "fix the environment") from error
 
 
 def _read(said: Any) -> list[Message] | None:

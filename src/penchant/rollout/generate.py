@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from penchant.base.machine import in_fp64
+from penchant.base.machine import in_fp64, place_of
 from penchant.data.templates import end_ids
 from penchant.errors import ModelError
 from penchant.models.cpu.decode import FastDecoder, cache_bytes_per_token, can_decode_fast
@@ -301,7 +301,7 @@ def sample(
     if not prompts:
         return []
     seeds = prompt_seeds if prompt_seeds is not None else range(len(prompts))
-    written = Written(prompts, settings, seed, seeds, next(model.parameters()).device)
+    written = Written(prompts, settings, seed, seeds, place_of(model))
     training = model.training
     model.eval()
     with torch.inference_mode():
@@ -525,7 +525,7 @@ def _keeps_a_cache(model: Any) -> bool:
     if known is None:
         rows = model.get_input_embeddings().weight.shape[0]
         made = torch.randint(0, rows, (2, 9), generator=torch.Generator().manual_seed(0))
-        made = made.to(next(model.parameters()).device)
+        made = made.to(place_of(model))
         try:
             cached, whole = (_decoded(way(model), made) for way in (_Cached, _Recomputed))
             known = bool((cached - whole).abs().max() <= 2e-2 * whole.abs().max())

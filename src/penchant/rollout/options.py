@@ -21,7 +21,7 @@ class RolloutConfig(Section):
         None, description="what the policy's completions are conversations with: calculator (a toy), or path.py:Class"
     )
     turns: int = Field(
-        4, ge=1, le=256, description="with an environment: answers of the policy in a completion, at most"
+        4, ge=1, le=256, description="with an environment: the most turns that the policy has in a completion"
     )
     environment_timeout: float | None = Field(
         600.0, gt=0, le=86_400, description="seconds for each call of the environment's code; null: no limit"
@@ -64,9 +64,9 @@ class RolloutConfig(Section):
             given = [n for n in (*PLACES, "options") if n in self.model_fields_set and getattr(self, n)]
             given = [n for n in given if getattr(self, n) != type(self).model_fields[n].get_default()]
             if given:
-                raise ValueError(f"{given[0]} is of another engine than own; set engine: vllm, or leave it out")
+                raise ValueError(f"{given[0]} is for engines other than own; set engine: vllm, or leave it out")
         if self.url is not None and self.options:
-            raise ValueError("options are of vLLM in this process; a server has its own, so leave out url or options")
+            raise ValueError("options are for vLLM in this process; a server has its own, so leave out url or options")
         if self.url is None and self.update == "nccl":
             raise ValueError("update is nccl, which is for a server; vLLM in this process reads a file")
         if self.correction == "mis" and self.correction_low >= self.correction_high:

@@ -220,7 +220,7 @@ def checkpoint_state(path: Path) -> dict[str, Any]:
 
 
 CONTENT = "content of "  # how keys of an identity begin that hold the SHA-256 of something beside config and data
-IN_CACHE = " in the hub's cache"  # where a file that comes later is no change: it was not read before
+IN_CACHE = " in the hub's cache"  # a file that appears there later is not a change: it was not read before
 TOKENS = f"{CONTENT}the rows as tokens"  # a run of an older version does not have it
 
 
@@ -260,9 +260,12 @@ def open_run(
             back = "put back what has changed, " if all(line.startswith((CONTENT, "data: ")) for line in found) else ""
             longer = all(line.startswith("config.train.") for line in found)
             last = checkpoints(folder)[-1] / "model" if longer else ""
-            on = f"to train on from its last checkpoint, set model.path={last} and another output; " if longer else ""
-            how = f"{back}choose another output, or delete the folder to start over; {on}old -> new:{shown}"
-            raise CheckpointError(str(folder), "holds checkpoints of a different run", how)
+            on = f"; to train on from its last checkpoint, set model.path={last} and another output" if longer else ""
+            raise CheckpointError(
+                str(folder),
+                "holds checkpoints of a different run",
+                f"{back}choose another output, or delete the folder to start over{on}. What differs:{shown}",
+            )
     new = [key for key in mine if theirs is not None and key.startswith(CONTENT) and key not in theirs]
     if new:
         told = ", ".join(key.removeprefix(CONTENT) for key in new)
@@ -282,8 +285,10 @@ def changed(theirs: Mapping[str, Any], mine: Mapping[str, Any], defaults: Mappin
     if TOKENS not in mine:
         theirs = {key: value for key, value in theirs.items() if key != TOKENS}
     rows = [] if theirs.get("data") == mine.get("data") else [f"data: the rows of {_files_of(mine)} have changed"]
-    old, new = ({k: v for k, v in identity.items() if k != "data"} for identity in (theirs, mine))
-    return [*differences(old, new, defaults=defaults), *rows]
+    names = sorted(k for k in theirs.keys() | mine.keys() if k.startswith(CONTENT) and theirs.get(k) != mine.get(k))
+    files = [f"{k} {'is new' if k not in theirs else 'has changed' if k in mine else 'is gone'}" for k in names]
+    old, new = ({k: v for k, v in of.items() if k != "data" and not k.startswith(CONTENT)} for of in (theirs, mine))
+    return [*differences(old, new, defaults=defaults), *files, *rows]
 
 
 def _files_of(identity: Mapping[str, Any]) -> str:
@@ -317,8 +322,11 @@ def _identity_of(path: Path) -> tuple[dict[str, Any], list[str]]:
     kept = newest_state(path.parent).get("identity")
     if not isinstance(kept, dict):
         gone = f"holds checkpoints but no {IDENTITY}" if damage == "is gone" else f"its {IDENTITY} {damage}"
-        how = "restore it, choose another output, or delete the folder to start over"
-        raise CheckpointError(str(path.parent), f"{gone}, so it cannot be told which run they are of", how)
+        raise CheckpointError(
+            str(path.parent),
+            f"{gone}, so it is unknown which run they belong to",
+            "restore it, choose another output, or delete the folder to start over",
+        )
     return kept, [f"{path}: {damage}; it is written again as the newest checkpoint has it"]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import date
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -53,28 +53,20 @@ from penchant.runfolder.read import read
 from penchant.runfolder.values import mapping, number_of
 from penchant.runs.evaluating import START_LOSSES, HeldOut, prompts_of, writes_completions
 from penchant.runs.find import with_model_folders
+from penchant.runs.identity import contents_of, run_identity, trees_sha256
 from penchant.runs.parts import (
     Built,
     build,
     check_offload,
     check_places,
     checkpoint_bytes,
+    model_writer,
     peak_lr,
     placed,
     remarks,
     start_key,
-    write_model,
 )
-from penchant.runs.record import (
-    contents_of,
-    join_samples,
-    run_identity,
-    sampled,
-    trees_sha256,
-    versions,
-    write_manifest,
-    write_samples,
-)
+from penchant.runs.record import join_samples, sampled, versions, write_manifest, write_samples
 from penchant.runs.rows import Rows, within_context
 from penchant.runs.sharing import Alone
 from penchant.track import Mirrors, check_installed
@@ -473,7 +465,7 @@ class Run:
             evaluation=cfg.evaluation,
             checkpoint=cfg.checkpoint,
             logging=cfg.logging,
-            write_model=lambda folder: write_model(built, rows, folder),
+            write_model=partial(model_writer, built, rows),
             console=self.console,
             evaluate=None if held_out is None else self._evaluate_in_training,
             start_tolerance=check,
@@ -481,6 +473,7 @@ class Run:
             updates=self.method.updates,
             pause_at=self.pause_at,
             callbacks=self.callbacks,
+            background=cfg.launch.background if cfg.launch.background != "auto" else self.device.type == "cuda",
         )
 
     # ---- evaluate ---------------------------------------------------------------------------------------------------

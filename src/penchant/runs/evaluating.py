@@ -32,8 +32,8 @@ from penchant.metrics.heldout import figures_by_set, loss_change, row_losses, sc
 from penchant.rewards import load_reward
 from penchant.rewards.reward_model import PolicyText
 from penchant.runfolder import is_whole, keep
+from penchant.runs.identity import reward_contents
 from penchant.runs.parts import Built, frozen_scorer, start_key
-from penchant.runs.record import reward_contents
 from penchant.runs.rows import Rows
 from penchant.runs.sharing import Alone
 from penchant.types import Algorithm, Scored, TokenTree

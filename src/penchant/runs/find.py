@@ -16,7 +16,7 @@ from penchant.config import RunConfig, default_settings, load_config, with_absol
 from penchant.errors import CheckpointError, ConfigError, ModelError, PenchantError
 from penchant.models.load import load_causal_model, source_sha256
 from penchant.models.merge import adapter_base, is_adapter, lora_section, merge_to_folder, merged_model, model_sha256
-from penchant.models.options import LoraConfig, ModelConfig, check_text_alone, looks_like_folder
+from penchant.models.options import LoraConfig, ModelConfig, looks_like_folder
 from penchant.runfolder import (
     CHECKPOINTS,
     CONFIG,
@@ -29,7 +29,7 @@ from penchant.runfolder import (
 )
 from penchant.runfolder.read import read
 from penchant.runfolder.values import mapping, text
-from penchant.runs.record import run_identity
+from penchant.runs.identity import run_identity
 from penchant.runs.state import model_folder
 from penchant.training.checkpoint import find_checkpoint
 
@@ -76,15 +76,16 @@ class Source:
 
 
 def trained_source(name: str, model: Path, config: RunConfig) -> Source:
-    """A checkpoint's model by its folder, of the run with this config.
-
-    Raises:
-        ConfigError: it reads pictures.
-    """
-    check_text_alone(config.model, name, "a comparison")
+    """A checkpoint's model by its folder, of the run with this config."""
     if is_adapter(model):
         return Source(name, config.model, adapter=model, seed=config.train.seed)
-    return Source(name, ModelConfig(path=str(model)))
+    return Source(name, _of_folder(model, config))
+
+
+def _of_folder(model: Path, config: RunConfig) -> ModelConfig:
+    """A checkpoint's whole model, which reads pictures where its run does."""
+    own_eyes = config.model.model_dump(include={"vision", "image_options"}, exclude_defaults=True)
+    return ModelConfig(path=str(model), **own_eyes)
 
 
 def find_run(given: str, step: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, str] | None:
@@ -283,7 +284,7 @@ def _adapter_folder(config: RunConfig, say: Callable[[str], None]) -> Path:
         raise ModelError(given, "holds no adapter" if path.is_dir() else "no such folder", how)
     folder, _ = found
     if not is_adapter(folder):
-        raise ModelError(given, "is a whole model, and no adapter", "name it as model.path")
+        raise ModelError(given, "is a whole model, not an adapter", "name it as model.path")
     under = model_of(config.model.path)
     if under is not None and under[0].resolve() == folder.resolve():
         base = adapter_base(folder)
@@ -307,7 +308,7 @@ def runs_in(given: str, limit: int = 4) -> list[str]:
 
 
 def check_there(given: str) -> None:
-    """Refuse what looks like a path and is none of a folder (CheckpointError), before the hub does in its own words."""
+    """Refuse what looks like a path but is not a folder (CheckpointError), before the hub does in its own words."""
     path = Path(given).expanduser()
     if path.exists():
         if path.is_file():
@@ -340,7 +341,7 @@ def of_config(config: RunConfig, step: str, base: str | None = None, given: str 
     """The model of a config: a checkpoint of its run, or what it starts from where there is none.
 
     Raises:
-        CheckpointError: no such checkpoint. ConfigError: a reward model, or a base for what is no adapter.
+        CheckpointError: no such checkpoint. ConfigError: a reward model, or a base for something that is not an adapter.
     """
     config = with_model_folders(with_absolute_paths(config))
     folder, given = Path(config.output), given or config.output
@@ -366,8 +367,7 @@ def of_config(config: RunConfig, step: str, base: str | None = None, given: str 
     made = replace(first, name=given, checkpoint=checkpoint.name, tokenizer=own, start=named or first)
     if is_adapter(model):
         return replace(made, base=config.model if base is None else ModelConfig(path=base), adapter=model)
-    own_eyes = config.model.model_dump(include={"vision", "image_options"}, exclude_defaults=True)
-    return replace(made, base=ModelConfig(path=str(model), **own_eyes), adapter=None)
+    return replace(made, base=_of_folder(model, config), adapter=None)
 
 
 def _named_start(config: RunConfig) -> Source | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -63,6 +63,7 @@ from penchant.models.load import (
 )
 from penchant.models.merge import adapter_base, merged_model, model_sha256, trained_on
 from penchant.models.options import ModelConfig, outside_fast_path
+from penchant.models.reward import whole_reward
 from penchant.models.router import RouterLoss, router_loss
 from penchant.rewards.reward_model import RewardScorer, make_scorer
 from penchant.runs.find import check_adapters_base
@@ -174,7 +175,7 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
 
 
 def _shard(parts: Parts, rows: Rows, shared: Alone, console: Any) -> tuple[str, RouterLoss | None]:
-    """Deal out the parameters to all ranks, trained ones in fp32, frozen ones as they are used, after all that looks at the whole model.
+    """Deal out the parameters to all ranks, after all that looks at the whole model.
 
     Returns:
         SHA-256 of the whole weights; the balance loss of the model's router.
@@ -182,9 +183,6 @@ def _shard(parts: Parts, rows: Rows, shared: Alone, console: Any) -> tuple[str, 
     world = current()
     set_precision(parts.device, parts.config.train.tf32)
     sha256: str = world.share(weights_sha256(parts.model, parts.dtype) if world.leads else "")
-    for p in (p for m in (parts.model, *parts.modules.values()) for p in m.parameters()):
-        if p.is_floating_point() and (not p.requires_grad or parts.dtype == torch.float64):
-            p.data = p.data.to(parts.dtype)
     parts.engine = _engine(parts, rows, shared, console)
     router = _router(parts)
     shard = sharding(parts)
@@ -204,7 +202,7 @@ def _shard(parts: Parts, rows: Rows, shared: Alone, console: Any) -> tuple[str, 
 def sharding(parts: Parts) -> Sharding:
     """How the models of a run are sharded."""
     launch = parts.config.launch
-    return Sharding(current(), parts.device, parts.dtype, launch.replicas, launch.reshard)
+    return Sharding(current(), parts.device, parts.dtype, launch.replicas, launch.reshard, launch.offload)
 
 
 # ---- the model ----
@@ -237,7 +235,8 @@ def fresh_model(
         return merged_model(source, Path(source.adapter), device, seed)
 
     if type(shared) is Alone:
-        return load(device, torch.float32 if frozen is None else held_in(source, placed(config)[1], frozen))
+        dtype = placed(config)[1]
+        return load(device, torch.float32 if frozen is None else held_in(source, dtype, frozen, current().many))
     key: Key = ("model", *weights_key(config, source))
     return shared.fresh(key, lambda: load(torch.device("cpu"))).to(device)
 
@@ -262,7 +261,9 @@ def prepared(model: Any, config: RunConfig, rows: Rows) -> Any:
     elif config.model.vision == "frozen":
         freeze_eyes(model)
     if config.train.gradient_checkpointing is True:  # an auto that nobody decided trains nothing
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers 5 renamed it on the way, and warns of the old name
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
         if config.lora is not None:
             model.enable_input_require_grads()
     return model
@@ -305,7 +306,10 @@ def check_places(config: RunConfig) -> None:
 
 
 def check_offload(config: RunConfig, device: torch.device) -> None:
-    """Refuse to offload activations where they are in the host's memory anyway."""
+    """Refuse to offload what is in the host's memory anyway."""
+    if config.launch.offload and current().many and device.type != "cuda":
+        what = f"moves shards from CUDA GPUs to the host's memory, and this run is on {device.type}"
+        raise ConfigError("launch.offload", what, "leave it out")
     if config.train.gradient_checkpointing == "offload" and device.type != "cuda":
         what = f"offload moves activations from a CUDA GPU to the host's memory, and this run is on {device.type}"
         raise ConfigError("train.gradient_checkpointing", what, "set layers, or auto")
@@ -375,16 +379,27 @@ def remarks(config: RunConfig, rows: Rows) -> list[str]:
     return said
 
 
-def write_model(built: Built, rows: Rows, folder: Path) -> None:
-    """The trained model as transformers or peft loads it."""
+def model_writer(built: Built, rows: Rows) -> Callable[[Path], None]:
+    """What writes the trained model as transformers or peft loads it; of several processes, once, as it is now: rank 0 has a copy of it."""
     parts, world = built.parts, current()
     state = gathered_state(parts.model, parts.dtype) if world.many else None
-    if rows.reward_parts is not None:
-        rows.reward_parts.save(parts.model, built.optimizer.masters, folder, state, parts.dtype)
-    elif world.leads:
-        save_model(parts.model, rows.processor if parts.config.model.sees else parts.tokenizer, folder, state)
-    if parts.config.checkpoint.pt and world.leads:
-        write_state_dict(folder)
+    reward = rows.reward_parts
+    whole = None if reward is None else whole_reward(parts.model, built.optimizer.masters, state, parts.dtype)
+    held = [(state, whole)]
+    del state, whole
+
+    def write(folder: Path) -> None:
+        state, whole = held.pop()  # nobody needs them afterwards
+        if not world.leads:
+            return
+        if reward is not None:
+            reward.save(parts.model, folder, whole, state)
+        else:
+            save_model(parts.model, rows.processor if parts.config.model.sees else parts.tokenizer, folder, state)
+        if parts.config.checkpoint.pt:
+            write_state_dict(folder)
+
+    return write
 
 
 def gathered_state(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -526,7 +541,8 @@ def frozen_scorer(parts: Parts, shared: Alone, *, start: bool = False) -> Scorer
     config = parts.config
     source, place = (config.model, parts.device) if start else (reference_source(config), reference_place(config))
     model = fresh_model(config, source, place, shared, frozen=True)
-    cast_parameters(model, parts.dtype)
+    if not current().many:  # else layer by layer, when it is sharded
+        cast_parameters(model, parts.dtype)
     model.requires_grad_(False).eval()
     alike = place.type == parts.device.type
     if not start and (config.reference.path is not None or not alike):  # maybe of another architecture
@@ -538,6 +554,7 @@ def frozen_scorer(parts: Parts, shared: Alone, *, start: bool = False) -> Scorer
         scorer = parts.scorer.on(model)
     if not current().many:
         return scorer if place == parts.device else cast(Scorer, Elsewhere(scorer, place))
+    base_model_of(model).config.dtype = parts.dtype
     sharding(parts)(model, backbone_of(model))
     return cast(Scorer, rooted(scorer))
 

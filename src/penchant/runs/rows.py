@@ -116,7 +116,7 @@ class Rows:
         for name in names:
             if name in taken or not re.fullmatch(r"[A-Za-z][\w.-]*", name):
                 what = f"{name!r} cannot be the name of a held-out set"
-                raise ConfigError("data.eval_path", what, "take a word that is no metric's, such as general or math")
+                raise ConfigError("data.eval_path", what, "take a word that no metric uses, such as general or math")
         return names
 
     @cached_property
@@ -288,7 +288,7 @@ class Rows:
         return few
 
     def audit(self, tokenize: bool = True, *, languages: bool = False, counters: Sequence[Any] = ()) -> Audit:
-        """The data audit, over every split; `counters` are further ones (they are no part of what runs share)."""
+        """The data audit, over every split; `counters` are additional ones, which runs do not share."""
         train, heldout = self.datasets
         splits = {"train": train} | ({"held out": heldout} if heldout is not None else {})
         whole, path = self.loaded["train"], self.config.data.path

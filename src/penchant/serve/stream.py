@@ -204,7 +204,7 @@ class Stream:
 
 # ---- tokens to text ----
 
-BROKEN = "\ufffd"  # what bytes decode to that are no whole character yet
+BROKEN = "\ufffd"  # what the bytes of an incomplete character decode to
 CONTEXT = 8  # tokens of the prompt that are decoded along where text is continued
 
 

@@ -276,7 +276,7 @@ def _taken(arena: Arena, annotator: str, given: list[tuple[str, str]]) -> str:
     values = dict(given)
     said = values.get("verdict", "")
     if said not in SAID:
-        raise HTTPException(400, "that is no verdict")
+        raise HTTPException(400, "that is not a verdict")
     item = item_of(arena, annotator, values.get("pair", ""))
     if item is None or values.get("order") != str(item.order):
         return "That pair was judged already; here is the next one."
@@ -323,7 +323,7 @@ def _take_back(rooms: Rooms, arena: Arena, annotator: str, order: str) -> str:
             return "There is nothing to take back."
         arena.preferences.undo(mine[-1])
         rooms.hold(arena, annotator, item_of(arena, annotator, mine[-1].pair))
-    return "Your last word was taken back; judge this pair again."
+    return "Your last verdict was taken back; judge this pair again."
 
 
 async def _written(rooms: Rooms, arena: Arena, item: Item) -> AsyncIterator[str]:

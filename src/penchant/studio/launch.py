@@ -296,7 +296,7 @@ class Processes:
             raise CheckpointError(made.folder, "holds a run already", "choose another output, or go on with that run")
         known = made.text, self._written.get(made.file)  # that of a start that failed may be mended
         if file.is_symlink() or (file.exists() and file.read_text(encoding="utf-8", errors="replace") not in known):
-            raise CheckpointError(made.file, "is there already, and says something else", "choose another output")
+            raise CheckpointError(made.file, "already exists, and says something else", "choose another output")
         make_folder(folder)
         write_text_atomically(file, made.text)
         self._written[made.file] = made.text

@@ -371,7 +371,7 @@ def _make_arena(target: Path, folder: Path, settings: Settings, pairs: Sequence[
     if not target.resolve().is_relative_to(folder.resolve()):
         raise DataError(ARENAS, "is a link that leads out of the studio's folder", "remove the link")
     if target.exists():
-        raise DataError(target.name, "an arena of this name is there already", "choose another name")
+        raise DataError(target.name, "an arena of this name already exists", "choose another name")
     made = {**asdict(settings), "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     aside = aside_of(target)
     with writing(target):

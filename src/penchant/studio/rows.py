@@ -150,7 +150,7 @@ class File:
         self._cursor: tuple[Iterator[Any], int] | None = None
         self._lock = threading.Lock()
         first = self._first()
-        self.problem = ""  # why its rows are no examples
+        self.problem = ""  # why its rows do not become examples
         self.columns: Mapping[str, str] = {}
         self.layout, self.why = "", ""
         try:
@@ -475,7 +475,7 @@ def read_edited(said: str) -> dict[str, Any]:
     """A row as a person wrote it.
 
     Raises:
-        DataError: it is no row.
+        DataError: it is not a row.
     """
     rows = [*json_lines(Source(io.BytesIO(json_line_of(said)), "the row", Bounds()))]
     if len(rows) != 1 or isinstance(rows[0], BadRow):

@@ -36,7 +36,7 @@ BEAT = 15  # looks without news after which a connection is told that it is stil
 MOST_RUNS = 24  # drawn over each other
 SHOWN = 12  # samples that a page shows
 REPORT_BYTES = 64 << 20
-# of a report: it runs its own script, in a frame that is no page of the studio and may ask for nothing
+# of a report: it runs its own script, in a frame that is not part of the studio and may request nothing
 REPORT_POLICY = (
     "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'self'"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
-import uuid
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +24,7 @@ ORDERS = (
 )
 OF_SLURM, OF_RAY = ("partition", "hours", "setup", "options"), ("address",)
 ALIVE = frozenset({"PENDING", "RUNNING", "REQUEUED", "COMPLETING", "CONFIGURING", "SUSPENDED", "RESIZING", "STAGE_OUT"})
+QUEUE_AGE = 10.0  # seconds between two looks into Slurm's queue; less than `workers.LATE`, so that two looks miss a job that is gone
 _NAMESPACE = "penchant"
 
 
@@ -77,8 +79,9 @@ def read_cluster(values: Mapping[str, Any], places: Places, source: str, runs: S
     other, names = ("Ray", OF_SLURM) if config.on == "ray" else ("Slurm", OF_RAY)
     for name in names:
         if getattr(config, name):
-            what, how = f"cluster.{name} says nothing to {other}", "leave it out"
-            raise ConfigError(place_of(("cluster", name), places, place), what, how)
+            raise ConfigError(
+                place_of(("cluster", name), places, place), f"cluster.{name} has no meaning for {other}", "leave it out"
+            )
     return config
 
 
@@ -126,6 +129,8 @@ class Slurm:
         self.folder = folder
         self.kind = getattr(submitit, self.job_class)
         self.jobs: dict[str, Any] = {}
+        self.queue: dict[str, str] | None = None
+        self.asked = -math.inf
         hours = 24.0 if config.hours is None else config.hours
         try:
             self.submitter = submitit.AutoExecutor(folder, cluster=self.executor)
@@ -143,10 +148,8 @@ class Slurm:
             raise ConfigError("cluster.on", what, "run it where sbatch and srun are") from error
 
     def submit(self, name: str, order: Path) -> str:
-        from penchant.sweep.worker import carry_out
-
         try:
-            job = self.submitter.submit(carry_out, str(order))
+            job = self.submitter.submit(_in_slurm, str(order))
         except Exception as error:  # submitit has classes of its own for what sbatch says
             said = str(error).strip().splitlines()
             what = f"sbatch did not take run {name}: {said[-1] if said else error!r}"
@@ -159,9 +162,20 @@ class Slurm:
         if stopped:
             found.get_info(mode="force")
         state = str(found.state)
-        if state == "UNKNOWN":  # not yet in the accounting, or there is none
-            return state if stopped else None
+        if state == "UNKNOWN" and not stopped:  # not yet in the accounting, or there is none
+            queue = self._queued()
+            state = "PENDING" if queue is None else queue.get(job, "gone from the queue")
         return None if state.split()[0] in ALIVE else state
+
+    def _queued(self) -> dict[str, str] | None:
+        """By job: its state, as Slurm's controller says, which forgets one soon after its end; None where it does not answer."""
+        if time.monotonic() - self.asked >= QUEUE_AGE:
+            self.asked, self.queue = time.monotonic(), None
+            command = ["squeue", "--me", "--noheader", "--states=all", "--format=%A %T"]
+            with suppress(OSError, subprocess.SubprocessError):
+                said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+                self.queue = dict(line.split() for line in said.splitlines())
+        return self.queue
 
     def log(self, job: str, order: Path) -> Path:
         return Path(self._job(job).paths.stderr)
@@ -170,6 +184,15 @@ class Slurm:
         if job not in self.jobs:
             self.jobs[job] = self.kind(self.folder, job)
         return self.jobs[job]
+
+
+def _in_slurm(order: str) -> None:
+    """What a job of Slurm does."""
+    from submitit import JobEnvironment
+
+    from penchant.sweep.worker import carry_out
+
+    carry_out(order, JobEnvironment().job_id)
 
 
 class Ray:
@@ -201,7 +224,7 @@ class Ray:
         self.ray, self.actor = ray, ray.remote(_Actor)
 
     def submit(self, name: str, order: Path) -> str:
-        job = f"{name}-{uuid.uuid4().hex[:8]}"
+        job = order.stem
         options = {"name": job, "namespace": _NAMESPACE, "lifetime": "detached", "max_restarts": 0, **self.options}
         self.actor.options(**options).remote(str(order), str(self.log(job, order)))
         return job

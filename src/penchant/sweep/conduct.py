@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from penchant.sweep.cluster import Cluster, open_cluster
 from penchant.sweep.halving import Halving, Standing, standings
 from penchant.sweep.search import SearchConfig, draw
 from penchant.sweep.table import Table, make_table
-from penchant.sweep.worker import result_of, train_one
+from penchant.sweep.worker import result_of, taker_of, train_one
 from penchant.sweep.workers import Finished, Jobs, Workers
 from penchant.training.checkpoint import latest_checkpoint
 from penchant.training.console import PlainConsole, QuietConsole, duration
@@ -145,7 +146,7 @@ class State:
         self.search = now
 
     def same_halving(self, halving: Halving | None, runs: Sequence[str], where: str) -> None:
-        """Remember how settings are halved, or refuse where runs have begun that were not judged so; leaving it out is no matter."""
+        """Record how settings are halved. Refused if runs have begun that were judged differently; leaving it out is allowed."""
         old, begun = self.about.get("halving"), [name for name in runs if name in self.runs]
         if halving is None or not begun:
             self.about["halving"] = None if halving is None else {**halving.to_json(), "runs": list(runs), "judged": []}
@@ -186,9 +187,7 @@ def judge_run(run: SweepRun, record: Mapping[str, Any] | None, inputs: Inputs, h
 
 
 def _refusal(run: SweepRun, why: str) -> CheckpointError:
-    return run.refusal(
-        why, f"undo the change, choose another output, or move {run.folder} away to have it trained anew"
-    )
+    return run.refusal(why, f"undo the change, choose another output, or move {run.folder} away to retrain it")
 
 
 # ---- Running a sweep: its runs one after another in this process, or n at a time in others, each skipped, resumed or trained ----
@@ -331,10 +330,20 @@ class SweepConductor:
                 self._rungs(self.sweep.halving, run)
         return planned
 
-    def _sent(self, run: SweepRun) -> Mapping[str, Any] | None:
-        """The job that a run is in, or was in when it ended while nobody was waiting for it."""
+    def _sent(self, run: SweepRun, take_back: bool = False) -> Mapping[str, Any] | None:
+        """The job that a run is in, or was in when it ended while nobody was waiting for it.
+
+        Args:
+            take_back: an order that no job has taken is deleted, where it is not known whether one was sent.
+        """
         record = self.state.runs.get(run.name, {})
         job = record.get("job") if record.get("state") == "running" else None
+        if job is not None and "id" not in job:  # the sweep was killed while it sent it
+            order = Path(job["order"])
+            if take_back:
+                order.unlink(missing_ok=True)
+            taker = taker_of(order)
+            job = None if taker is None else {**job, "id": taker}
         if job is None or result_of(Path(job["order"])).exists():
             return job
         return job if self._cluster(job["on"]).ended(job["id"]) is None else None
@@ -416,7 +425,7 @@ class SweepConductor:
                         self.jobs,
                         self.sweep.output,
                         self._pause_at,
-                        self._sent,
+                        partial(self._sent, take_back=True),
                         self._remember_job,
                         self.console.note,
                     )
@@ -564,7 +573,7 @@ class SweepConductor:
         record.pop("job", None)
         seconds = round(record["seconds"] + made["seconds"], 2)
         self._trained.append(made["seconds"])
-        if made["state"] == "paused":  # its figures are no result: they stand at their rung
+        if made["state"] == "paused":  # its figures are not a result: they stand at their rung
             rungs = {**record["rungs"], str(self.rung): {"step": made["steps"], "metrics": made["metrics"]}}
             made = {"state": "paused", "steps": made["steps"], "rungs": rungs}
         self.state.runs[run.name] = {**record, **made, "seconds": seconds}

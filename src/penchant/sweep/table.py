@@ -9,6 +9,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from penchant.base.text import columns
+from penchant.metrics.names import CHOSEN
 from penchant.runfolder.values import ci_of
 from penchant.sweep import SEED, SweepRun
 from penchant.sweep.halving import SCALED
@@ -106,14 +107,11 @@ class Table:
                 + (f", {len(cut)} of them only in part" if cut else "")
             )
             if n > 1:
-                found.append(
-                    "These held-out rows chose it, so its figure flatters it, and nothing is claimed of its lead; measure it on "
-                    "rows that no run has seen."
-                )
+                found.append(CHOSEN)
         else:
-            found.append("no setting has come to its end with all its seeds, so none is called best")
+            found.append("no setting has finished with all its seeds, so none is called best")
         if any(not r.whole and r.values for r in self.rows):
-            found.append("A setting of which a run stopped or is still to come is not called best.")
+            found.append("A setting with a run that stopped or has yet to finish is not called best.")
         if cut:
             were, have = ("setting was", "it has") if len(cut) == 1 else ("settings were", "they have")
             found.append(

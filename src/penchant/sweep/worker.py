@@ -9,11 +9,12 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from penchant import errors
-from penchant.base.files import write_atomically
+from penchant.base.files import write_atomically, write_text_atomically
 from penchant.errors import PenchantError, TrainingStopped
 from penchant.runs.sharing import Alone, Shared
 
@@ -76,7 +77,7 @@ def serve(cores: list[int]) -> None:
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)  # before torch counts them
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what a library prints is no answer
+    os.dup2(2, 1)  # what a library prints is not an answer
     threading.Thread(target=_follow_parent, args=(os.getppid(),), daemon=True).start()
     shared = Shared()
     for line in sys.stdin:
@@ -89,13 +90,37 @@ def result_of(order: Path) -> Path:
     return order.with_suffix(".result")
 
 
-def carry_out(order: str) -> None:
-    """Train the run that a file tells of, as a job of a cluster does, and leave what came of it beside the file."""
+def files_of(order: Path) -> list[Path]:
+    """What an order may be by now: itself, its job's id, the order once that job has taken it, and what came of it."""
+    return [order, *map(order.with_suffix, (".job", ".taken", ".result"))]
+
+
+def taker_of(order: Path) -> str | None:
+    """The job that has taken an order; None where none has."""
+    _, job, taken, _ = files_of(order)
+    return job.read_text() if taken.exists() else None
+
+
+def carry_out(order: str, job: str | None = None) -> None:
+    """Train the run that a file tells of, as a job of a cluster does, and leave what came of it beside the file.
+
+    A job takes its order by renaming it, and a sweep that does not know of any such job takes it back by deleting it: one of the two
+    succeeds, so no run is trained by two jobs. A job without an order has nothing to do.
+
+    Args:
+        job: its id (None: the order's name); the cluster starts one again under the same id.
+    """
+    path, said, taken, result = files_of(Path(order))
+    with suppress(FileNotFoundError):  # taken already, by this job, or taken back
+        write_text_atomically(said, job or path.stem)
+        os.rename(path, taken)
+    if not taken.exists():
+        said.unlink(missing_ok=True)
+        return
     if threading.current_thread() is threading.main_thread():
         # Slurm sends it some time before the limit: the run writes a checkpoint and ends
         signal.signal(signal.SIGUSR2, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    path = Path(order)
-    write_atomically(result_of(path), answer(path.read_text(encoding="utf-8"), Alone()))
+    write_atomically(result, answer(taken.read_text(encoding="utf-8"), Alone()))
 
 
 def _follow_parent(parent: int) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from penchant.errors import CheckpointError, PenchantError
 from penchant.runfolder import make_folder
 from penchant.sweep import SweepRun
 from penchant.sweep.cluster import ORDERS, Cluster
-from penchant.sweep.worker import error_of, result_of
+from penchant.sweep.worker import error_of, files_of, result_of
 from penchant.training.checkpoint import latest_checkpoint
 from penchant.training.loop import Interrupted
 
@@ -232,7 +233,7 @@ class Jobs:
                         self.note(f"{name} failed: {error}")
                         made = {"state": "interrupted", "seconds": made["seconds"]}
                     end(one.run, made)
-                    for file in (order := Path(one.job["order"]), result_of(order)):
+                    for file in files_of(Path(one.job["order"])):
                         file.unlink(missing_ok=True)
                     if error is None and made["state"] == "interrupted":
                         waiting[name] = self._send(one.run, begin)
@@ -248,12 +249,17 @@ class Jobs:
     def _send(self, run: SweepRun, begin: Callable[[SweepRun], None]) -> _Sent:
         begin(run)
         pause_at = self.pause_at(run)
-        order = self.folder / ORDERS / f"{run.name}.json"
+        order = self.folder / ORDERS / f"{run.name}-{uuid.uuid4().hex[:8]}.json"
         make_folder(order.parent)
-        result_of(order).unlink(missing_ok=True)
         with os.fdopen(os.open(order, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
             file.write(told(run, pause_at))  # for nobody else: a URL in a config may hold a password
-        job = {"on": self.cluster.name, "order": str(order), "pause_at": pause_at, "start": _newest(run)}
+        job: dict[str, Any] = {
+            "on": self.cluster.name,
+            "order": str(order),
+            "pause_at": pause_at,
+            "start": _newest(run),
+        }
+        self.remember(run, job)  # whoever is killed now may have sent a job, or may not
         job["id"] = self.cluster.submit(run.name, order)
         self.remember(run, job)
         self.note(f"{run.name}: {self.cluster.title} {job['id']}")

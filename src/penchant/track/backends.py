@@ -99,7 +99,7 @@ class TensorBoard:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.plugins.text.summary_v2 import text_pb
 
-        # four spaces before each line: the text plugin reads Markdown, and a person's names are no markup
+        # four spaces before each line: the text plugin reads Markdown, and a user's names must not become markup
         shown = "\n".join(f"    {line}" for line in text.split("\n"))
         self.writer.add_event(Event(wall_time=time.time(), step=step, summary=text_pb(tag, shown)))
 

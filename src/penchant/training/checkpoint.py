@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from penchant.base.files import aside_of, check_sums, file_sha256, fsync, sweep, writing
-from penchant.distributed.world import agreed, current
+from penchant.distributed.world import World, agreed, current
 from penchant.errors import CheckpointError, DiskError
 from penchant.runfolder import CHECKPOINTS, MANIFEST, checkpoint_state, checkpoints
 
@@ -72,13 +72,14 @@ def save_sharded(
     write_model: Callable[[Path], None],
     tensors: Mapping[str, Tensor],
     state: Mapping[str, Any],
+    world: World,
 ) -> Path:
     """The same checkpoint by all ranks: ``state/`` has safetensors files of each, with its part of every tensor.
 
     Every rank takes the sums of what it wrote, rank 0 gives the whole its name once all have written. Where one of them cannot, none goes on.
 
     Args:
-        write_model: called by every rank; rank 0 writes.
+        write_model: called by every rank; rank 0 writes. world: of all ranks, with groups that nobody else uses meanwhile.
 
     Raises:
         CheckpointError: the disk of one rank is full, or its folder cannot be written.
@@ -86,7 +87,7 @@ def save_sharded(
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-    world, root = current(), folder / CHECKPOINTS
+    root = folder / CHECKPOINTS
     final = root / f"step-{step}"
     aside: Path = world.share(aside_of(final))
     try:
@@ -96,7 +97,7 @@ def save_sharded(
                 sweep(root)
                 (aside / SHARDS).mkdir(parents=True)
         with world.together(), writing(final):
-            write_model(aside / "model")  # it fails where rank 0 writes, which is behind all that the ranks do together
+            write_model(aside / "model")
         try:
             with writing(final), _its_cause():
                 files = _numbered(tensors, world.size * FILE_BYTES)
@@ -124,6 +125,13 @@ def save_sharded(
             shutil.rmtree(aside, ignore_errors=True)
         raise
     return final
+
+
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's part of all tensors, in the host's memory: they may change while it is written."""
+    from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
+    return BlockingAsyncStager().stage(dict(tensors))  # type: ignore[return-value]
 
 
 def _numbered(tensors: Mapping[str, Tensor], room: int) -> dict[str, int]:

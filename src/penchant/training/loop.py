@@ -21,15 +21,22 @@ import torch
 
 from penchant.base.files import spared, write_atomically
 from penchant.base.lanes import Turns, in_order, side_by_side
-from penchant.base.machine import in_fp64, peak_memory
+from penchant.base.machine import in_fp64, peak_memory, place_of
 from penchant.data.packing import at_once, pack, plan_dealt, plan_passes, tree_tokens
 from penchant.distributed.world import World, agreed, current
-from penchant.errors import CheckpointError, TrainingStopped
+from penchant.errors import CheckpointError, PenchantError, TrainingStopped
 from penchant.losses.schedules import progress_at
 from penchant.models.router import RouterLoss
 from penchant.runfolder import CHECKPOINTS, METRICS, PERF, MetricsLog, NoLog, finite
 from penchant.training.callbacks import Callbacks
-from penchant.training.checkpoint import latest_checkpoint, load_checkpoint, prune, save_checkpoint, save_sharded
+from penchant.training.checkpoint import (
+    copied,
+    latest_checkpoint,
+    load_checkpoint,
+    prune,
+    save_checkpoint,
+    save_sharded,
+)
 from penchant.training.console import PlainConsole
 from penchant.training.optim import MasterAdamW, learning_rate
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
@@ -58,7 +65,7 @@ class Loop:
     Args:
         model: the trainable model; algorithm: turns its batches into losses.
         trees: the training set; shared: whether prompts are shared in packing.
-        write_model: saves the model folder of a checkpoint.
+        write_model: takes the model as it is; what it returns saves that as a checkpoint's model folder.
         evaluate: metrics of the held-out set (keys start with ``eval/``), or None.
         updates: optimizer steps on each batch (online methods: on each batch of rollouts).
         watched: told ``"start"`` when the logs stand at the first line to be written, ``"step"`` after each step and ``"eval"`` after
@@ -70,6 +77,7 @@ class Loop:
         start_tolerance: how far log-probs of policy and reference may be apart at step 0, where both are one model: nats per
             completion, and per token (0 and 0 for a reference that runs the same kernels on the same batch); None: no check.
         world: the processes that take each step together; rank 0 alone writes logs.
+        background: whether several processes write a checkpoint while they train on.
     """
 
     model: Any
@@ -83,7 +91,7 @@ class Loop:
     evaluation: EvalConfig
     checkpoint: CheckpointConfig
     logging: LoggingConfig
-    write_model: Callable[[Path], None]
+    write_model: Callable[[], Callable[[Path], None]]
     console: PlainConsole
     evaluate: Callable[[int], Metrics] | None = None
     start_tolerance: tuple[float, float] | None = None
@@ -98,6 +106,9 @@ class Loop:
     interrupted: int | None = None
     shares: tuple[Share, ...] = ()
     world: World = field(default_factory=current)
+    background: bool = False
+    _writing: tuple[Future[Path], Callable[[], None]] | None = None  # a checkpoint, and what is done when it is there
+    _writers: World | None = None  # the same processes, with a group for their threads
     _in_order: bool = False
     _ahead: tuple[int, Callable[[], tuple[Sequence[TokenTree], Sequence[PackedBatch]]]] | None = None
 
@@ -110,7 +121,7 @@ class Loop:
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        found: torch.device = next(self.model.parameters()).device
+        found: torch.device = place_of(self.model)
         return found
 
     def run(self) -> RunState:
@@ -131,7 +142,7 @@ class Loop:
         if not resumed and self.evaluate is not None and self.evaluation.at_start:
             self._evaluate(metrics, schedule)
         self._check_pause(total)
-        with _signals(self):
+        with _signals(self), self._to_the_end():
             for step in range(self.state.step, total):
                 started = time.perf_counter()
                 line, tokens, trees = self.take_step(step, schedule)
@@ -162,7 +173,7 @@ class Loop:
         asked, stop = self._asked_to_stop()
         paused = (stop or step == self.pause_at) and not last
         if last or paused or asked is not None or _due(self.checkpoint.every, step, schedule):
-            self._save(metrics)
+            self._save(metrics, waits=last or paused or asked is not None)
             asked, stop = self._asked_to_stop()  # once more: it took a while, and callbacks were told of it
             paused |= stop and not last
         if asked is not None and not last:
@@ -178,8 +189,12 @@ class Loop:
 
     def _asked_to_stop(self) -> tuple[int | None, bool]:
         """The signal that some rank was sent, and whether a callback of one ends the run."""
-        found = self.world.gather((self.interrupted, self.stop))
-        return next((n for n, _ in found if n is not None), None), any(stop for _, stop in found)
+        written = self._writing is not None and self._writing[0].done()
+        found = self.world.gather((self.interrupted, self.stop, written))
+        if all(done for *_, done in found):  # here, where an error of one rank is an error of all
+            self._written()
+            found = self.world.gather((self.interrupted, self.stop, written))
+        return next((n for n, *_ in found if n is not None), None), any(stop for _, stop, _ in found)
 
     def _tell(self, event: str, *said: Any) -> None:
         if self.callbacks.given and self.world.leads:
@@ -190,9 +205,11 @@ class Loop:
         if self.pause_at is None or self.state.step < self.pause_at or self.pause_at >= total:
             return
         if self.state.step > self.pause_at:
-            what = f"is at step {self.state.step} already, beyond step {self.pause_at}, at which it was to pause"
-            how = "let it come to its end, or move the folder away to have it trained anew"
-            raise CheckpointError(str(self.folder), what, how)
+            raise CheckpointError(
+                str(self.folder),
+                f"is at step {self.state.step} already, beyond step {self.pause_at}, at which it was to pause",
+                "let it finish, or move the folder away to retrain it",
+            )
         self._pause(total)
 
     def _pause(self, total: int) -> NoReturn:
@@ -222,9 +239,12 @@ class Loop:
         """
         total = schedule.total_steps
         given, ahead = self._rows_of(step, schedule)
-        self._seed(step, 0)
+        self._seed(step, 0, rank=0)
         self.model.train()
         trees = self.algorithm.begin_step(step, progress_at(step, total), given)
+        if self.world.many:
+            self._check_rows(step, trees)
+            self._seed(step, 0)
         self.algorithm.look_ahead(step, total, lambda later: [self.trees[i] for i in schedule.batch(later)])
         batches = ahead if ahead is not None and trees is given else self._micro_batches(trees)
         if not batches:
@@ -439,12 +459,24 @@ class Loop:
                 "raise loss.beta, lower train.lr, or raise the ceiling",
             )
 
-    def _seed(self, step: int, micro_batch: int) -> None:
+    def _check_rows(self, step: int, trees: Sequence[TokenTree]) -> None:
+        """A method of a person's own may write rows that differ from process to process."""
+        seen = self.world.gather([(t.row, tree_tokens(t, self.shared)) for t in trees])
+        if any(rows != seen[0] for rows in seen):
+            raise agreed(
+                TrainingStopped(
+                    f"{self.folder}: step {step}",
+                    "the processes have different rows for this step",
+                    "a method must write the same on each of them: seed what it draws by the step, or draw with torch alone",
+                )
+            )
+
+    def _seed(self, step: int, micro_batch: int, rank: int | None = None) -> None:
         """Dropout (LoRA's) is a function of seed, step and micro-batch: a resumed run draws what an uninterrupted one would.
 
         The generator of a CPU reads the low 32 bits alone, so the seed must reach them.
         """
-        micro_batch = micro_batch * self.world.size + self.world.rank
+        micro_batch = micro_batch * self.world.size + (self.world.rank if rank is None else rank)
         seed = (self.train.seed * 0x9E3779B1 + (step << 10) + micro_batch) % 2**32
         # torch.manual_seed formats the stack for each absent accelerator, a millisecond
         (torch.default_generator if self.device.type == "cpu" else torch).manual_seed(seed)
@@ -489,20 +521,49 @@ class Loop:
         if better:
             self.state.best_value, self.state.best_step = float(value), self.state.step
 
-    def _save(self, metrics: MetricsLog) -> None:
-        best, algorithm = self.state.best_step, self.algorithm.state_tensors()
+    def _save(self, metrics: MetricsLog, waits: bool = True) -> None:
+        """Write a checkpoint; in the background where that is wanted and nothing waits for it."""
+        self._written()
+        step, best, algorithm = self.state.step, self.state.best_step, self.algorithm.state_tensors()
         logged = {"metrics_offset": metrics.offset(), "metrics_sha256": metrics.sha256()}
-        save = save_sharded if self.world.many else save_checkpoint
-        save(
-            self.folder,
-            self.state.step,
-            write_model=self.write_model,
-            tensors=self.optimizer.state_tensors() | {f"algorithm/{name}": value for name, value in algorithm.items()},
-            state=finite(asdict(self.state)) | logged | {"identity": finite(self.identity)},
-        )
-        if self.world.leads:
-            prune(self.folder, self.checkpoint.keep_last, best if self.checkpoint.keep_best else None)
-            self._tell("on_checkpoint", self.state.step, self.folder / CHECKPOINTS / f"step-{self.state.step}")
+        what: dict[str, Any] = {
+            "write_model": self.write_model(),
+            "tensors": self.optimizer.state_tensors() | {f"algorithm/{n}": value for n, value in algorithm.items()},
+            "state": finite(asdict(self.state)) | logged | {"identity": finite(self.identity)},
+        }
+
+        def done() -> None:
+            if self.world.leads:
+                prune(self.folder, self.checkpoint.keep_last, best if self.checkpoint.keep_best else None)
+                self._tell("on_checkpoint", step, self.folder / CHECKPOINTS / f"step-{step}")
+
+        if self.world.many and self.background and not waits:
+            self._writers = writers = self._writers or self.world.beside()
+            what["tensors"] = copied(what["tensors"])
+            self._writing = started(lambda: save_sharded(self.folder, step, world=writers, **what)), done
+            return
+        if self.world.many:
+            save_sharded(self.folder, step, world=self.world, **what)
+        else:
+            save_checkpoint(self.folder, step, **what)
+        done()
+
+    def _written(self) -> None:
+        """Wait for the checkpoint that is being written; every rank does, and one's error is an error of all."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing[0].result()
+            writing[1]()
+
+    @contextmanager
+    def _to_the_end(self) -> Iterator[None]:
+        """What was begun to be written is written, whichever way the run ends, unless some rank may be gone."""
+        try:
+            yield
+        except PenchantError as error:
+            if getattr(error, "agreed", False):
+                self._written()
+            raise
 
     def _done(self) -> str:
         return (
@@ -558,6 +619,11 @@ def packs_ahead(device: torch.device) -> bool:
 
 def in_background(make: Callable[[], T]) -> Callable[[], T]:
     """Begin to make something in a thread; what is returned waits for it, and raises what it raised."""
+    return started(make).result
+
+
+def started(make: Callable[[], T]) -> Future[T]:
+    """Begin to make something in a thread."""
     made: Future[T] = Future()
 
     def run() -> None:
@@ -567,7 +633,7 @@ def in_background(make: Callable[[], T]) -> Callable[[], T]:
             made.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    return made.result
+    return made
 
 
 def _line(kind: str, step: int, schedule: BatchSchedule) -> Metrics:

@@ -35,7 +35,7 @@ class TrainConfig(Section):
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "muon", "sgd"] = Field(
         "adamw",
         description="adamw_8bit and paged_adamw_8bit keep moments in 8 bits (pip install 'penchant[bnb]'); adafactor keeps rows and "
-        "columns of them; muon is of the matrices within layers, with adamw of all else",
+        "columns of them; muon is used for the matrices within layers, adamw for everything else",
     )
     momentum: float | None = Field(None, ge=0, lt=1, description="of sgd and muon; default: 0.9 and 0.95")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of matrices; norms and biases never decay")
@@ -53,7 +53,7 @@ class TrainConfig(Section):
     )
     gradient_checkpointing: bool | Literal["off", "layers", "auto", "offload"] = Field(
         False,
-        description="what becomes of activations until the backward pass. layers (true): computed again, layer by layer; off (false): kept; "
+        description="what happens to activations until the backward pass. layers (true): recomputed, layer by layer; off (false): kept; "
         "auto: layers where the run would not fit otherwise; offload: kept in the host's memory, on CUDA",
     )
     packing: Literal["auto", "shared", "separate", "padded"] = Field(

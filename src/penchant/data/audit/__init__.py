@@ -148,8 +148,8 @@ def is_empty(row: Quarantined) -> bool:
     return any(said in row.what for said in ("is empty", "empty answer", "has no content"))
 
 
-LEAKING = "figures on such rows flatter: penchant data fix IN OUT --drop leakage --against THE_OTHER_FILE"
-WITHIN = "figures on such rows flatter: drop near-duplicates before the split, penchant data fix IN OUT --drop near_duplicates"
+LEAKING = "figures on such rows are optimistic: penchant data fix IN OUT --drop leakage --against THE_OTHER_FILE"
+WITHIN = "figures on such rows are optimistic: drop near-duplicates before the split, penchant data fix IN OUT --drop near_duplicates"
 
 
 class Leakage:
@@ -187,8 +187,8 @@ class Leakage:
                 same = _first_in(exact, split == i, split == j)
                 alike = np.where(same < 0, _first_in(near, split == i, split == j), -1)
                 for kind, title, first in (
-                    ("leakage", f"leakage: prompts of {b} that also stand in {a}", same),
-                    ("near_leakage", f"near leakage: prompts of {b} that nearly stand in {a}", alike),
+                    ("leakage", f"leakage: prompts of {b} that are also in {a}", same),
+                    ("near_leakage", f"near leakage: prompts of {b} that are nearly equal to one in {a}", alike),
                 ):
                     yield f"{kind}_{name}", linked_rows(title, first, self._places, "as", self.advice, of)
 

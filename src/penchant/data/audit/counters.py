@@ -95,7 +95,7 @@ class Copies(Counting):
     """Exact copies of an earlier row; the same pair the other way round; one answer called good and bad.
 
     Args:
-        people: each row is one person's word: what several say of one pair are no copies.
+        people: each row is one person's judgement: those of several people on one pair are not copies.
     """
 
     def __init__(self, kind: str, places: Places, people: bool = False) -> None:
@@ -104,7 +104,7 @@ class Copies(Counting):
         self._label, self._owner = array("b"), array("q")  # of each labelled answer: good or bad, and its row
 
     def update(self, row: View) -> None:
-        # an answer with another label is no duplicate: it is a contradiction
+        # an answer with another label is not a duplicate: it is a contradiction
         self._row.append(key(row.prompt, *(f"{c.whole}\0{c.label}\0{c.score}" for c in row.tree.completions)))
         if self.kind == "pairs":
             a, b = row.texts[:2]
@@ -154,14 +154,20 @@ class Copies(Counting):
         first, rows = self.duplicates(), np.arange(len(self._row))
         copies = np.where(first != rows, first, -1)
         if self.people:
-            yield "agreed", linked_rows("pairs of which somebody had said the same", copies, self.places, "as")
-            title, advice = "pairs of which somebody had said the opposite", "see how far people agree: " + BY_PEOPLE
+            yield (
+                "agreed",
+                linked_rows("pairs on which another person gave the same verdict", copies, self.places, "as"),
+            )
+            title, advice = (
+                "pairs on which another person gave the opposite verdict",
+                "see how far people agree: " + BY_PEOPLE,
+            )
             yield "disagreed", linked_rows(title, self.against(), self.places, "against", advice)
             return
         title = "exact duplicates of an earlier row"
         yield "duplicates", linked_rows(title, copies, self.places, "as", "drop them: data fix")
         if self.kind in ("pairs", "unpaired"):
-            what = "the same pair the other way round" if self.kind == "pairs" else "one answer labelled good and bad"
+            what = "the same pair the other way round" if self.kind == "pairs" else "one answer labeled good and bad"
             advice = "look at both and drop the wrong one; many mean noisy labels: a loss with label smoothing"
             found = linked_rows(f"contradictions: {what}", self.against(), self.places, "against", advice)
             yield "contradictions", found

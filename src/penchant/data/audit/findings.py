@@ -56,7 +56,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """All findings, and figures that are no defects: lengths in tokens and in characters."""
+    """All findings, and figures that are not defects: lengths in tokens and in characters."""
 
     summary: str
     findings: Mapping[str, Finding]

@@ -7,7 +7,7 @@ import hashlib
 import shlex
 from array import array
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 
 from penchant.base.files import written_aside
+from penchant.base.processes import RAY, Workers, in_order, number_of
 from penchant.base.text import counted
 from penchant.data.audit import Leakage, is_empty, sensitive
 from penchant.data.audit.counters import Copies, Near, View
 from penchant.data.audit.findings import Places
-from penchant.data.load import IDENTICAL, is_identical, json_line, stream_preferences
-from penchant.data.read import BadRow, Bounds, Row
+from penchant.data.load import IDENTICAL, Converted, How, is_identical, json_line, stream_preferences
+from penchant.data.read import BOUNDS, BadRow, Bounds, Row, Shard, read_shard, shards_of
 from penchant.data.read.json_text import json_lines
 from penchant.data.read.source import Source
 from penchant.errors import DataError
@@ -33,13 +34,14 @@ RULES = {  # in the order in which a row is told why it goes
     "identical": "pairs whose chosen equals rejected",
     "secrets": "rows that hold something like a key or a password token",
     "pii": "rows that hold something like personal data",
-    "leakage": "rows whose prompt stands, or nearly stands, in a file given with --against",
-    "contradictions": "both sides of pairs that stand there the other way round, or of an answer labelled good and bad",
-    "near_contradictions": "the same of nearly equal pairs",
+    "leakage": "rows whose prompt is in a file given with --against, or nearly equal to one there",
+    "contradictions": "both sides of pairs that also occur the other way round, or of an answer labeled good and bad",
+    "near_contradictions": "the same for nearly equal pairs",
     "cycles": "rows of cycles: A over B, B over C, C over A",
     "duplicates": "exact copies of an earlier row",
     "near_duplicates": "near copies of an earlier row",
 }
+BIT = {rule: 1 << i for i, rule in enumerate(RULES)}
 DEFAULT = ("unreadable", "bad_rows", "empty", "identical", "duplicates")
 BY_HAND = "by_hand"
 TOLD = RULES | {BY_HAND: "rows that a person dropped"}
@@ -130,6 +132,7 @@ def fix(
     columns: Mapping[str, str] | None = None,
     overwrite: bool = False,
     edits: Mapping[str, Edit] | None = None,
+    workers: Workers = None,
 ) -> Fixed:
     """Write a cleaned copy of `source` to `output`, and ``OUTPUT.touched.jsonl``; `source` is read twice.
 
@@ -138,15 +141,16 @@ def fix(
         against: files whose prompts must not stand in the copy (rule ``leakage``).
         shape, columns: as for `load_preferences`; the copy keeps the columns' own names. overwrite: whether `output` may be there already.
         edits: by a row's place: what a person made of it; no rule looks at such a row.
+        workers: processes that look at parts of a large file; None: one a core.
 
     Raises:
-        DataError: a row that was edited is another one now, or gone; an unknown rule, an output that is an input or is there already or has another format's ending.
+        DataError: a row that was edited is another one now, or gone; an unknown rule, an output that is an input or already exists or has another format's ending.
     """
     rules = _rules(drop, redact, against)
     target, notes = _target(source, Path(output).expanduser(), [source, *against], overwrite)
     touched = target.with_name(target.name + ".touched.jsonl")
     reading: dict[str, Any] = {"shape": shape, "columns": columns, "identical": "keep"}
-    why = _decide(source, rules, against, reading)
+    why = _decide(source, rules, against, reading, workers)
     dropped: Counter[str] = Counter(dict.fromkeys(rules, 0))
     redacted: Counter[str] = Counter()
     rows = written = changed = edited = 0
@@ -185,7 +189,7 @@ def fix(
         if rows != written + dropped.total():
             raise AssertionError(f"{rows} rows != {written} written + {dropped.total()} dropped")
         if left:
-            raise DataError(min(left), "was edited, and is not there any more", EDIT_AGAIN)
+            raise DataError(min(left), "was edited, and no longer exists", EDIT_AGAIN)
         if not written:
             raise DataError(source, "no row would be left", "drop less: --keep RULE")
     return Fixed(rows, written, dropped, changed, redacted, target, touched, rules, tuple(redact), edited, notes)
@@ -223,7 +227,7 @@ def _target(source: str, target: Path, inputs: Sequence[str], overwrite: bool) -
                 raise DataError(str(target), "is an input", "give another name; the input is never written to")
     for made in (target, touched):
         if made.exists() and not overwrite:
-            raise DataError(str(made), "is there already", "give another name, or --overwrite")
+            raise DataError(str(made), "already exists", "give another name, or --overwrite")
     parquet = source.lower().endswith(".parquet")
     wanted = (".parquet",) if parquet else JSONL
     if not target.name.lower().endswith(wanted):
@@ -242,62 +246,114 @@ def _first(source: str, shape: str, columns: Mapping[str, str]) -> str:
     """How to get a file that can be fixed: with an example a row."""
     named = "".join(f" --column {shlex.quote(f'{ours}={yours}')}" for ours, yours in columns.items())
     command = f"penchant data get mine --from {shlex.quote(source)} --layout {shape}{named} --split 1,0,0"
-    return f"write an example a row first: {command}"
+    return f"write one example per row first: {command}"
+
+
+class _Marks:
+    """By which rules each row of a file goes, as far as a row tells it, and what else of it others are compared with.
+
+    Args:
+        first: how to get a file that can be fixed, for a layout that this one cannot be.
+    """
+
+    def __init__(self, how: How, kind: str, rules: Sequence[str], first: str) -> None:
+        self.how, self.rules, self.first = how, rules, first
+        self.flags = array("H")  # a bit for each rule, by its place in RULES
+        self.accepted = array("q")  # numbers of the rows that are trees
+        places = Places()
+        self.copies = Copies(kind, places)
+        of_near = {"near_duplicates", "near_contradictions", "cycles"} & set(rules)
+        self.near = Near(kind, places, self.copies) if of_near else None
+        self.leakage = Leakage(["others", "this"]) if "leakage" in rules else None
+
+    def take(self, rows: Iterable[Converted]) -> None:
+        """Look at more rows."""
+        groups = tuple(g for g in sensitive.GROUPS if g in self.rules)
+        for made in rows:
+            (row,) = made.source
+            if len(made.trees) > 1:
+                raise DataError(row.where, f"a row of the layout {self.how.shape} gives several examples", self.first)
+            mark = 0
+            if made.trees:
+                (result,) = made.trees
+                view = View(len(self.accepted), result)
+                if is_identical(result):
+                    mark |= BIT["identical"]
+                self.copies.update(view)
+                if self.near is not None:
+                    self.near.update(view)
+                if self.leakage is not None:
+                    self.leakage.update(1, result)
+                self.accepted.append(len(self.flags))
+            elif not made.left_out:  # an option leaves it out of training; nothing is wrong with it
+                bad = made.aside[0]
+                of_row = "identical" if bad.what.startswith(IDENTICAL) else "empty" if is_empty(bad) else "bad_rows"
+                mark |= BIT[of_row if isinstance(row, Row) else "unreadable"]
+            if groups and isinstance(row, Row):
+                found: Counter[str] = Counter()
+                masked(row.values, groups, found)
+                mark |= sum(BIT[g] for g in groups if found.keys() & set(sensitive.GROUPS[g]))
+            self.flags.append(mark)
+
+    def merge(self, other: _Marks) -> None:
+        """Take the rows of another one, which come behind these."""
+        self.accepted.frombytes((np.array(other.accepted, np.int64) + len(self.flags)).tobytes())
+        self.flags.extend(other.flags)
+        self.copies.merge(other.copies)
+        for mine, theirs in ((self.near, other.near), (self.leakage, other.leakage)):
+            if mine is not None:
+                mine.merge(theirs)  # type: ignore[arg-type]
+
+    def by_row(self) -> Iterator[tuple[str, ...]]:
+        """The rules by which each row goes, in order."""
+        marks = np.array(self.flags, dtype=np.uint16)
+        at = np.array(self.accepted, dtype=np.int64)
+        for rule, which in _by_rule(self.copies, self.near, self.leakage, self.rules).items():
+            marks[at[which]] |= BIT[rule]
+        active = sum(BIT[r] for r in self.rules)
+        for mark in (marks & active).tolist():
+            yield tuple(rule for rule in self.rules if mark & BIT[rule]) if mark else ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What a worker is asked: to look at a part of a file."""
+
+    shard: Shard
+    bounds: Bounds
+    marks: _Marks  # of no rows
+
+    def looked_at(self) -> _Marks:
+        self.marks.take(self.marks.how.convert(read_shard(self.shard, self.bounds)))
+        return self.marks
 
 
 def _decide(
-    source: str, rules: Sequence[str], against: Sequence[str], reading: Mapping[str, Any]
+    source: str, rules: Sequence[str], against: Sequence[str], reading: dict[str, Any], workers: Workers
 ) -> Iterator[tuple[str, ...]]:
     """For each row of the file, in order, the rules by which it goes; one pass over the file."""
-    flags = array("H")  # a bit for each rule, by its place in RULES
-    bit = {rule: 1 << i for i, rule in enumerate(RULES)}
-    accepted = array("q")  # numbers of the rows that are trees
     stream = stream_preferences(source, **reading)
-    places = Places()
-    copies = Copies(stream.kind, places)
-    of_near = {"near_duplicates", "near_contradictions", "cycles"} & set(rules)
-    near = Near(stream.kind, places, copies) if of_near else None
-    leakage = Leakage(["others", "this"]) if "leakage" in rules else None
-    if leakage is not None:
+    first = _first(source, stream.shape, reading.get("columns") or {})
+    if stream.grouped:
+        raise DataError(source, f"rows of the layout {stream.shape} make examples together", first)
+
+    def empty() -> _Marks:
+        return _Marks(stream.how, stream.kind, rules, first)
+
+    whole, bounds = empty(), BOUNDS.get() or Bounds()
+    if whole.leakage is not None:
         for made in stream_preferences(list(against), **reading):
             for tree in made.trees:
-                leakage.update(0, tree)
-    groups = tuple(g for g in sensitive.GROUPS if g in rules)
-    how = _first(source, stream.shape, reading.get("columns") or {})
-    if stream.grouped:
-        raise DataError(source, f"rows of the layout {stream.shape} make examples together", how)
-    for made in stream:
-        (row,) = made.source
-        if len(made.trees) > 1:
-            raise DataError(row.where, f"a row of the layout {stream.shape} gives several examples", how)
-        mark = 0
-        if made.trees:
-            (result,) = made.trees
-            view = View(len(accepted), result)
-            if is_identical(result):
-                mark |= bit["identical"]
-            copies.update(view)
-            if near is not None:
-                near.update(view)
-            if leakage is not None:
-                leakage.update(1, result)
-            accepted.append(len(flags))
-        elif not made.left_out:  # an option leaves it out of training; nothing is wrong with it
-            bad = made.aside[0]
-            of_row = "identical" if bad.what.startswith(IDENTICAL) else "empty" if is_empty(bad) else "bad_rows"
-            mark |= bit[of_row if isinstance(row, Row) else "unreadable"]
-        if groups and isinstance(row, Row):
-            found: Counter[str] = Counter()
-            masked(row.values, groups, found)
-            mark |= sum(bit[g] for g in groups if found.keys() & set(sensitive.GROUPS[g]))
-        flags.append(mark)
-    marks = np.array(flags, dtype=np.uint16)
-    at = np.array(accepted, dtype=np.int64)
-    for rule, which in _by_rule(copies, near, leakage, rules).items():
-        marks[at[which]] |= bit[rule]
-    active = sum(bit[r] for r in rules)
-    for mark in (marks & active).tolist():
-        yield tuple(rule for rule in rules if mark & bit[rule]) if mark else ()
+                whole.leakage.update(0, tree)
+    shards = shards_of(source, bounds) if stream.apart else []
+    many = number_of(workers, len(shards))
+    if many > 1:
+        parts = (_Part(shard, bounds, empty()) for shard in shards)
+        for marks in in_order(_Part.looked_at, parts, RAY if workers == RAY else many):
+            whole.merge(marks)
+    else:
+        whole.take(stream)
+    return whole.by_row()
 
 
 def _by_rule(copies: Copies, near: Near | None, leakage: Leakage | None, rules: Sequence[str]) -> dict[str, np.ndarray]:

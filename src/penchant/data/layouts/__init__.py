@@ -110,7 +110,7 @@ STEPWISE = (
 )
 
 
-SEVERAL = "these rows have a prompt and several answers, or a ranking of them, in no layout that is known"
+SEVERAL = "these rows have a prompt and several answers, or a ranking of them, in an unknown layout"
 HOW_SEVERAL = (
     "write a row for each answer with prompt, completion and score (the higher the better), or pairs with prompt, chosen and "
     "rejected; with two answers in columns of their own, map them with --column chosen=BETTER --column rejected=WORSE"
@@ -137,7 +137,7 @@ def detect(rows: Iterable[Mapping[str, Any]]) -> Detection:
         fits.update(found)
         votes.update(found[:1])
     if not votes:
-        return Detection(None, "the columns are of no known layout")
+        return Detection(None, "the columns fit no known layout")
     name = max(votes, key=lambda n: votes[n])  # the earlier one of equals: a Counter keeps the order of what it met
     if name == "stepwise":
         return Detection(

@@ -96,7 +96,7 @@ def studio(row: Fields, options: Fields) -> PromptTree:
     elif row.get("repeat_of") is not None:
         why = why or "a repetition of an earlier pair"
     if why is not None:
-        raise LeftOut(why, f"{fields.NOTHING_WRONG}; it is no preference of its own")
+        raise LeftOut(why, f"{fields.NOTHING_WRONG}; it is not a preference by itself")
     if verdict in ("tie", "both_bad"):
         raise _tie(verdict, options)
     if verdict not in ("a", "b"):

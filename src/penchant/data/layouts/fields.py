@@ -216,7 +216,7 @@ def as_message(turn: Any, what: str) -> Message:
             raise RowError(f"{what} is a turn of the {role} with tool calls", "only an assistant calls tools")
         written, thought = as_json(_calls(calls, what)), _reasoning(turn, what)
         if content is not None and not isinstance(content, str):
-            raise RowError(f"{what} has a content that is no text", "give it a text, or null")
+            raise RowError(f"{what} has a content that is not text", "give it a text, or null")
         return Message("assistant", content or "", reasoning=thought, tool_calls=written)
     if ROLES[role] == "tool":
         if isinstance(content, (Mapping, int, float)):
@@ -280,7 +280,7 @@ def _call(call: Any, what: str) -> dict[str, Any]:
     written: Any = next((function[n] for n in ("arguments", "parameters") if function.get(n) is not None), {})
     arguments = read_json(written or {}, f"{what}: the arguments of {name}", 'write an object, {"city": "Paris"}')
     if not isinstance(arguments, Mapping):
-        raise RowError(f"{what}: the arguments of {name} are no object", 'write an object, {"city": "Paris"}')
+        raise RowError(f"{what}: the arguments of {name} are not an object", 'write an object, {"city": "Paris"}')
     known = {"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {}
     return {**known, "type": "function", "function": {"name": name, "arguments": arguments}}
 
@@ -292,7 +292,7 @@ def tools(row: Mapping[str, Any]) -> str:
     """The tools of a row's "tools" (or OpenAI's older "functions") as JSON; empty where it has none.
 
     Raises:
-        RowError: they are no tools.
+        RowError: they are not tools.
     """
     for column in ("tools", "functions"):
         given = row.get(column)
@@ -321,7 +321,7 @@ def template_options(row: Mapping[str, Any]) -> str:
     """What a row's "chat_template_kwargs" hands to the chat template, as JSON; empty where there is nothing.
 
     Raises:
-        RowError: it is no object, or holds what a row cannot decide.
+        RowError: it is not an object, or sets what a row cannot decide.
     """
     name = "chat_template_kwargs"
     given = row.get(name)
@@ -336,7 +336,7 @@ def template_options(row: Mapping[str, Any]) -> str:
     return as_json(kept) if kept else ""
 
 
-# what `apply_chat_template` takes that is no variable of the template
+# arguments of `apply_chat_template` that are not variables of the template
 NOT_OPTIONS = frozenset(
     ["conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "padding",
      "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"]
@@ -348,7 +348,7 @@ def _reasoning(turn: Mapping[str, Any], what: str) -> str:
     found = {n: v for n in ("reasoning_content", "reasoning", "thinking") if (v := turn.get(n)) not in (None, "")}
     for name, value in found.items():
         if not isinstance(value, str) or turn.get("role", turn.get("from")) not in ANSWERERS:
-            raise RowError(f'{what} has a "{name}" that is no text of an assistant', "take it out, or drop the row")
+            raise RowError(f'{what} has a "{name}" that is not text of an assistant', "take it out, or drop the row")
     if len(set(found.values())) > 1:
         raise RowError(f"{what} has {' and '.join(found)}, which differ", "keep one of them")
     return next(iter(found.values()), "")

@@ -82,7 +82,7 @@ def _shares_start(row: Fields) -> bool:
     )
 
 
-# names of columns that describe a row, and are no text of it
+# names of columns that describe a row and are not part of its text
 _ABOUT = re.compile(
     r"chosen.*|rejected.*|.*_(chosen|rejected)|.*_?id|source|origin|dataset|language|lang|split|subset|category|domain|topic|"
     r"task|type|model|.*_model|url|link|license|date|.*time(stamp)?|system|system_prompt",
@@ -91,7 +91,7 @@ _ABOUT = re.compile(
 
 
 def _may_ask(name: str, value: object) -> bool:
-    """Whether a column beside two answers may be what they answer: any text that is no number and does not describe the row."""
+    """Whether a column beside two answers may be what they answer: any text that is not a number and does not describe the row."""
     is_text = isinstance(value, str) and bool(value.strip()) and fields.finite(value) is None
     return is_text and not _ABOUT.fullmatch(name)
 

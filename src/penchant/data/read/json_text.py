@@ -341,7 +341,7 @@ class _Values:
         return self._line
 
     def _peek(self) -> str:
-        """The next character that is no white space; empty at the end."""
+        """The next character that is not white space; empty at the end."""
         while (here := _skip(self._held, self._at)) >= len(self._held) and not self._ended:
             self._at = len(self._held)
             self._more(CHUNK)

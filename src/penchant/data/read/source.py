@@ -93,7 +93,7 @@ class Source:
         shard: lines of it alone; nothing is looked at then.
 
     Raises:
-        DataError: it is no text that is read here, or unpacks to more than the bound.
+        DataError: it is not text in an encoding that is read here, or unpacks to more than the bound.
     """
 
     def __init__(self, stream: BinaryIO, name: str, bounds: Bounds, shard: Shard | None = None) -> None:
@@ -134,7 +134,7 @@ class Source:
         packed = max(1, self._stream.tell())
         if self._unpacked > max(SMALL, self.bounds.unpacked * packed):
             what = f"unpacks to more than {self.bounds.unpacked:g} times its size ({packed:,} bytes give {self._unpacked:,})"
-            raise DataError(self.name, what, self.bounds.how("unpacked", "look at what it holds"))
+            raise DataError(self.name, what, self.bounds.how("unpacked", "check what it holds"))
         return block
 
     def lines(self, blank: bool = False) -> Iterator[tuple[int, bytes]]:
@@ -163,7 +163,7 @@ class Source:
             yield number + 1, last if number else last.removeprefix(codecs.BOM_UTF8)
 
     def texts(self, blank: bool = False) -> Iterator[tuple[str, str | BadRow]]:
-        """(place, text) of every line; a line that is no text comes as a bad row."""
+        """(place, text) of every line; one that cannot be decoded becomes a bad row."""
         for number, line in self.lines(blank):
             where = f"{self.name}:{number}"
             yield where, _text(line.rstrip(b"\r"), where, self.name)

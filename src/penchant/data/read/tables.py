@@ -30,7 +30,7 @@ from penchant.errors import DataError
 # how pandas and databases write a missing value where a column is text; in Parquet, which has nulls, "None" is a word
 IN_PARQUET = frozenset(["nan", "NaN", "NaT", "<NA>"])
 IN_CSV = IN_PARQUET | {"None", "null", "NULL", "#N/A"}
-SHORT = 16  # characters: longer cells are no such word
+SHORT = 16  # characters: a longer cell is not such a word
 BATCH = 32  # Parquet rows that are Python objects at one time
 
 
@@ -145,13 +145,13 @@ def read_parquet(stream: BinaryIO, name: str, bounds: Bounds, shard: Shard | Non
         claims = max(meta.num_rows, sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups)))
         if claims > max(SMALL, bounds.unpacked * size):
             what = f"unpacks to more than {bounds.unpacked:g} times its size ({size:,} bytes give {claims:,})"
-            raise DataError(name, what, bounds.how("unpacked", "look at what it holds"))
+            raise DataError(name, what, bounds.how("unpacked", "check what it holds"))
         unpacked = 0
         for batch in file.iter_batches(batch_size=BATCH, row_groups=groups, use_threads=False):
             unpacked += batch.nbytes  # what stands once in a dictionary comes out as often as rows name it
             if unpacked > max(SMALL, bounds.unpacked * size):
                 what = f"unpacks to more than {bounds.unpacked:g} times its size ({size:,} bytes)"
-                raise DataError(f"{name}: row {number + 1}", what, bounds.how("unpacked", "look at what it holds"))
+                raise DataError(f"{name}: row {number + 1}", what, bounds.how("unpacked", "check what it holds"))
             if batch.nbytes > bounds.bytes:
                 for i in range(len(batch)):
                     if batch.slice(i, 1).nbytes > bounds.bytes:

@@ -135,7 +135,7 @@ def summary(flags: Sequence[Flag]) -> str:
 def as_text(flags: Sequence[Flag]) -> str:
     """Every flag with its evidence and what to do."""
     if not flags:
-        return "no flags: none of the rules in docs/trust.md speaks, which is no proof that nothing is wrong"
+        return "no flags: no rule of docs/trust.md fired, which does not prove that nothing is wrong"
     parts = []
     for f in flags:
         lines = [f"{_mark(f)}: {_about(f)}{f.title} ({f.name})", *_wrapped(f.sentence)]
@@ -177,7 +177,7 @@ def markdown() -> str:
     for rule in RULES.values():
         of = [what for what, check in (("runs", rule.of_run), ("comparisons", rule.of_comparison)) if check]
         keys = ", ".join(f"`trust.{t}` = {fields[t].default}" for t in rule.thresholds)
-        lines += ["", f"### {rule.name}", "", f"*{rule.title[0].upper()}{rule.title[1:]}.* Of {' and '.join(of)}.", ""]
+        lines += ["", f"### {rule.name}", "", f"*{rule.title[0].upper()}{rule.title[1:]}.* For {' and '.join(of)}.", ""]
         lines += [f"- **When:** {rule.what}", f"- **Needs:** {rule.needs}."]
         lines += [f"- **Threshold:** {keys}."] if keys else []
         lines += [f"- **False alarms:** {rule.alarms}.", f"- **What to do:** {rule.advice}"]

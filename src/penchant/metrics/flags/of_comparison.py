@@ -23,7 +23,7 @@ from penchant.runfolder.values import ci_of, mapping, num
 
 # ---- Accuracy and wins that length alone explains ----
 
-APART = 0.05  # raw and at equal length: a smaller difference is no news
+APART = 0.05  # raw and at equal length: a smaller difference is not reported
 
 
 def _length_of_run(run: RunView) -> Seen | None:
@@ -132,7 +132,7 @@ def _disagree(view: ComparisonView) -> Iterator[Seen]:
             if not (low > 0 > their_high or high < 0 < their_low):
                 continue
             change, theirs = float(figures["reward_change"]), float(by_it["reward_change"])
-            sentence = f"By the reward {name} gained {number(change)} over {view.first}, by {other} {number(theirs)}: they say the opposite of each other."
+            sentence = f"By the reward {name} gained {number(change)} over {view.first}, by {other} {number(theirs)}: they contradict each other."
             yield seen(sentence, "change of reward, by both", change, theirs, about=name)
 
 
@@ -173,7 +173,7 @@ def _one_seed(view: ComparisonView) -> Iterator[Seen]:
     counts = {name: len(runs) if isinstance(runs := given.get(name), (dict, list)) else 1 for name in view.others}
     one = [name for name, n in counts.items() if n < 2]
     if one:
-        sentence = f"{', '.join(one)}: trained with one seed, so nothing says what another seed would have given."
+        sentence = f"{', '.join(one)}: trained with one seed, so it is unknown what another seed would give."
         yield seen(sentence, "seeds of each setting", *counts.values(), level="note")
 
 

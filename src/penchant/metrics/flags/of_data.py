@@ -37,7 +37,7 @@ def _nothing_held_out(run: RunView) -> Seen | None:
     asked = [data.get(key) for key in ("eval_path", "validation_rows", "validation_fraction")]
     if not data or any(asked) or run.evals:
         return None
-    sentence = "Nothing is held out: nothing will say what training did for rows that it has not seen."
+    sentence = "Nothing is held out, so there is no way to tell how the model does on rows that it has not seen."
     return seen(sentence, "held-out rows", 0, level="note")
 
 

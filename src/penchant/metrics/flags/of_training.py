@@ -411,7 +411,7 @@ def _not_finite(run: RunView) -> Seen | None:
     more = f", and {len(places) - 1:,} more figures after it ({shown})" if len(places) > 1 else ""
     counts = [Point(s, float(n)) for s, n in sorted(Counter(s for s, _ in places).items())]
     sentence = f"{name} was NaN or infinite at step {step:,}{more}."
-    return Seen(sentence, (evidence("figures that are no numbers, by step", counts),))
+    return Seen(sentence, (evidence("figures that are not finite, by step", counts),))
 
 
 def _drift(run: RunView) -> Seen | None:

@@ -211,7 +211,7 @@ class RunView:
         return min(rows, asked) if asked else rows
 
     def training(self, name: str) -> list[Point]:
-        """A figure of every training line that has it; one of rollouts that only repeats the last (a second epoch on them) is no new one."""
+        """A figure of every training line that has it; one that only repeats the last, as in a second epoch on the same rollouts, does not count."""
         points: list[Point] = []
         of_rollouts = name in ("reward", "kl/policy_ref") or name.startswith("completions/")
         for m in self.train:

@@ -65,7 +65,7 @@ class GroupConfig(OnlineConfig):
     )
     kl_estimator: Literal["auto", "k1", "k2", "k3", "unbiased"] = Field(
         "auto",
-        description="of the KL; auto: k1 in the reward, k3 in the loss; unbiased: k3 times the probability ratio",
+        description="estimator of the KL; auto: k1 in the reward, k3 in the loss; unbiased: k3 times the probability ratio",
     )
     dynamic_sampling: int = Field(
         0, ge=0, le=100, description="rounds in which prompts with equal rewards are replaced by others (dapo: 3)"

@@ -1,0 +1,134 @@
+"""What must not change when a run is resumed: its settings, its rows, and the files that it uses beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from penchant.base.files import file_sha256
+from penchant.base.hub import snapshot
+from penchant.base.text import without_passwords
+from penchant.config import RunConfig, what_is_computed
+from penchant.data.cached import AUTO_BYTES, hashes_of
+from penchant.data.mapped import row_weights
+from penchant.errors import ModelError
+from penchant.logprobs.reference import hash_trees
+from penchant.models.merge import adapter_base, is_adapter
+from penchant.models.options import looks_like_folder
+from penchant.rewards.reward_model import content_sha256, contents_beside
+from penchant.runfolder import CONTENT, IDENTITY, IN_CACHE, TOKENS, is_whole
+from penchant.runfolder.read import read
+
+if TYPE_CHECKING:
+    from penchant.runs.rows import Rows
+
+
+def run_identity(config: RunConfig, fingerprints: list[str], contents: Mapping[str, str]) -> dict[str, Any]:
+    """All settings but those that only watch, the data, and what rewards, losses and algorithms of a user's own are made of."""
+    settings = what_is_computed(config)
+    for name in ("cache", "bounds", "workers"):  # they change no row that is read
+        settings["data"].pop(name, None)
+    if settings["algorithm"] is not None and settings["algorithm"].get("value_init") == "auto":
+        settings["algorithm"].pop("value_init")  # older runs do not have it
+    return json.loads(without_passwords(json.dumps({"config": settings, "data": fingerprints, **contents})))
+
+
+def contents_of(config: RunConfig) -> dict[str, str]:
+    """SHA-256 of all files that a run uses beside its config and rows, under the name that a person is told when one has changed."""
+    what = "loss" if config.algorithm is None else "algorithm"
+    own = {f"content of {what} {n}": sha256 for n, sha256 in config.own_contents().items()}
+    return reward_contents(config) | own | model_contents(config)
+
+
+def reward_contents(config: RunConfig) -> dict[str, str]:
+    """The same of every reward's Python file, and what it imports, or model."""
+    rewards = [r for r in (config.reward, config.evaluation.reward) if r is not None]
+    names = dict.fromkeys(name for reward in rewards for name in reward.terms)
+    found = {f"content of reward {name}": sha256 for name in names if (sha256 := content_sha256(name)) is not None}
+    return found | {f"content of reward {n}: {f}": sha256 for n in names for f, sha256 in contents_beside(n).items()}
+
+
+OF_MODEL = re.compile(r"(adapter_|generation_)?config\.json")
+OF_TOKENIZER = re.compile(
+    r"(tokenizer|special_tokens|added_tokens|vocab|merges|spiece|sentencepiece|chat_template).*\.(json|txt|model|jinja)"
+)
+OF_PROCESSOR = re.compile(r"(pre)?processor_config\.json")
+WEIGHTS = re.compile(r".*\.(safetensors|bin)")
+
+
+def model_contents(config: RunConfig) -> dict[str, str]:
+    """The same of the files of models and tokenizers in folders, and in the hub's cache.
+
+    Weights that training starts from are known by the sum of what was loaded (in manifest.json), unless a head is drawn beside them.
+    """
+    weights = [WEIGHTS] if config.method.learns_reward else []
+    tokenizer = "model.path" if config.model.tokenizer is None else "model.tokenizer"
+    asked = (
+        ("model.path", config.model.path, [OF_MODEL, *weights]),
+        (tokenizer, config.model.tokenizer or config.model.path, [OF_TOKENIZER, *([OF_PROCESSOR] * config.model.sees)]),
+        ("model.adapter", config.model.adapter, [OF_MODEL, WEIGHTS]),
+        ("reference.path", config.reference.path, [OF_MODEL, WEIGHTS]),
+    )
+    found: dict[str, str] = {}
+    for key, path, patterns in asked:
+        hub = path is not None and not looks_like_folder(path)
+        folders = _in_hub_cache(key, str(path), config.model.revision, patterns) if hub else _model_folders(key, path)
+        for at, folder in folders:
+            files = sorted(p for p in folder.iterdir() if p.is_file() and any(t.fullmatch(p.name) for t in patterns))
+            # a large file is read once; after that its size and times say whether it has changed
+            large = {p for p in files if p.stat().st_size >= AUTO_BYTES}
+            sums = {p: hashes_of([p])[0] if p in large else file_sha256(p) for p in files}
+            found |= {f"content of {at}: {p.name}": sha256 for p, sha256 in sums.items()}
+    return found
+
+
+def _in_hub_cache(
+    key: str, name: str, revision: str | None, patterns: Sequence[re.Pattern[str]]
+) -> Iterator[tuple[str, Path]]:
+    """The cache's folder of a hub id, with every file that is looked at in it."""
+    wanted = ["*.json", *(["*.txt", "*.model", "*.jinja"] if OF_TOKENIZER in patterns else [])]
+    folder = snapshot(name, revision, [*wanted, *(["*.safetensors"] if WEIGHTS in patterns else [])])
+    if folder is not None and WEIGHTS in patterns and not any(folder.glob("*.safetensors")):
+        folder = snapshot(name, revision, [*wanted, "*.bin"])
+    if folder is not None:
+        yield f"{key}{IN_CACHE}", folder
+
+
+def _model_folders(key: str, path: str | None) -> Iterator[tuple[str, Path]]:
+    """The folder that a path means, and that of the base where it holds an adapter; none of a hub id."""
+    folder = None if path is None else Path(path).expanduser()
+    if folder is None or not folder.is_dir():
+        return
+    yield key, folder
+    if is_adapter(folder) and key != "model.adapter" and not key.startswith("the base of the base"):
+        with suppress(ModelError):  # what loads the adapter says so
+            base = adapter_base(folder)
+            yield from _model_folders(f"the base of {key}", None if base == path else base)
+
+
+def changed_since(folder: Path, config: RunConfig) -> list[str]:
+    """A sentence for each thing beside config and rows that a run was trained with and is another now, or gone."""
+    theirs, mine = read(folder).identity if is_whole(folder / IDENTITY) else {}, contents_of(config)
+    kept = {key: value for key, value in theirs.items() if key.startswith(CONTENT) and key != TOKENS}
+    of_both = {key.partition(": ")[0] for key in kept} & {key.partition(": ")[0] for key in mine}  # not overridden
+    asked = {*kept, *mine} if TOKENS in theirs else {*kept}
+    names = [key for key in sorted(asked) if mine.get(key) != kept.get(key) and key.partition(": ")[0] in of_both]
+    so = f"has changed since {folder.name} was trained with it: these figures are of what it is now."
+    return [f"{key.removeprefix(CONTENT)} {so}" for key in names]
+
+
+def trees_sha256(rows: Rows) -> str:
+    """SHA-256 of the rows as tokens, in their order: whatever changes how they are written or read changes it."""
+    digest = hashlib.sha256()
+    for trees in (*rows.trees, list(rows.mismatched.values())):
+        digest.update(f"{len(trees)};".encode())
+        hash_trees(digest, trees)
+        weights = row_weights(trees)
+        if weights is not None:
+            digest.update(weights.astype("<f8").tobytes())
+    return digest.hexdigest()
