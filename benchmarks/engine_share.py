@@ -3,6 +3,7 @@
     .venv/bin/python benchmarks/engine_share.py                     # bf16, two threads
     .venv/bin/python benchmarks/engine_share.py --threads 1 --cpu   # CPU time of one thread, for a machine that is shared
     .venv/bin/python benchmarks/engine_share.py --kernels off       # plain transformers with the tree attention
+    .venv/bin/python benchmarks/engine_share.py --lora 16 --dora    # an adapter of this rank on every layer; --dropout 0.05
 
 SmolLM2-135M's shape with random weights: no download. No optimizer, no data pipeline: what is left is the engine's own.
 """
@@ -14,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from flops import ModelShape, flops, work_of
@@ -44,10 +46,14 @@ def made_up_pairs(count: int) -> list[Any]:
     return [TokenTree(i, ids(110), (ids(40), ids(40)), (False, False)) for i in range(count)]
 
 
-def build_model(dtype: Any) -> Any:
-    """A random model of that shape; bf16 parameters get fp32 gradient buffers, as in training."""
+def build_model(dtype: Any, **lora: Any) -> Any:
+    """A random model of that shape, with an adapter where one is described; bf16 parameters get fp32 gradient buffers, as in training."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from penchant.models.load import add_lora, cast_parameters
+    from penchant.models.options import LoraConfig
+    from penchant.training.optim import MasterAdamW
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -60,12 +66,12 @@ def build_model(dtype: Any) -> Any:
         head_dim=SHAPE.head_dim,
         tie_word_embeddings=True,
     )
-    model = LlamaForCausalLM(config)
-    if dtype == torch.bfloat16:
-        from penchant.training.optim import MasterAdamW
-
-        MasterAdamW(model.named_parameters(), dtype=dtype)
-    return model.to(dtype)
+    model: Any = LlamaForCausalLM(config)
+    if lora:
+        model = add_lora(model, LoraConfig(**lora), seed=0)
+    MasterAdamW(model.named_parameters(), dtype=dtype)
+    cast_parameters(model, dtype)
+    return model.train()
 
 
 def peak_gflops(dtype: Any, clock: Callable[[], float]) -> float:
@@ -88,6 +94,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--kernels", choices=["auto", "off"], default="auto")
+    parser.add_argument("--lora", type=int, metavar="RANK", help="train an adapter of this rank on every linear layer")
+    parser.add_argument("--dora", action="store_true", help="the adapter is DoRA's")
+    parser.add_argument("--dropout", type=float, default=0.0, help="on the adapter's input")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--tokens-per-step", type=int, default=2048)
@@ -101,21 +110,24 @@ def main() -> None:
     from penchant.base.lanes import Turns, side_by_side
     from penchant.data.packing import at_once, pack, plan_passes, tree_tokens
     from penchant.logprobs import Scorer
+    from penchant.logprobs.reference import LiveReference, adapter_off
 
     clock = time.process_time if args.cpu else time.perf_counter
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     torch.set_num_threads(args.threads)
     trees = made_up_pairs(args.pairs)
-    model = build_model(dtype)
+    lora = {} if args.lora is None else {"r": args.lora, "dora": args.dora, "dropout": args.dropout}
+    model = build_model(dtype, **lora)
     scorer = Scorer(model, "shared", args.kernels)
     plan = plan_passes([tree_tokens(t, True) for t in trees], args.tokens_per_step, scorer.side_by_side)
-    batches = [pack([trees[i] for i in members]) for members in plan]
+    batches = [replace(pack([trees[i] for i in members]), seed=number) for number, members in enumerate(plan)]
     most = at_once([b.tokens for b in batches], args.tokens_per_step, len(trees)) if scorer.side_by_side else 1
+
+    reference_of = adapter_off(scorer) if lora else LiveReference(scorer)
 
     def step(live: bool) -> None:
         def one(batch: Any) -> None:
-            with torch.no_grad():
-                reference = scorer.logps(batch).sums if live else torch.zeros(len(batch.lengths))
+            reference = reference_of.logps(batch) if live else torch.zeros(len(batch.lengths))
             policy = scorer.logps(batch).sums
             torch.nn.functional.softplus(-0.1 * (policy - reference)).sum().backward()
 
@@ -131,7 +143,8 @@ def main() -> None:
         best = {live: min(seconds, _timed(lambda live=live: step(live), clock)) for live, seconds in best.items()}
     peak = max(peak, peak_gflops(dtype, clock))
     work = work_of((len(t.prompt_ids), [len(c) for c in t.completion_ids]) for t in trees)
-    share = {live: flops(SHAPE, work, reference_runs=live) / best[live] / 1e9 / peak for live in best}
+    needed = {live: flops(SHAPE, work, reference_runs=live, lora_rank=args.lora) for live in best}
+    share = {live: needed[live] / best[live] / 1e9 / peak for live in best}
     sizes = ", ".join(str(b.tokens) for b in batches)
     print(
         f"{args.dtype}, {args.threads} thread(s), kernels {args.kernels}, passes of {sizes} tokens, {most} at once at most"

@@ -221,7 +221,7 @@ def _measure(
     from penchant.types import TokenTree
 
     # what is measured against is always the model that training started from: a loss without a reference makes no other
-    of_policy = {k: v for k, v in config.items() if k not in ("algorithm", "reward", "reference")}
+    of_policy = {k: v for k, v in config.items() if k not in ("algorithm", "reward", "reference", "teacher")}
     of_policy |= {"loss": {"name": "orpo"}, "data": task.config["data"], "output": "unused"}
     run = Run(as_config(of_policy), quiet=True)
     parts, tokenizer = run.built.parts, run.rows.tokenizer
@@ -278,6 +278,12 @@ def _measure(
 # a table
 
 
+def folder_of(args: argparse.Namespace, name: str, label: str, seed: int) -> Path:
+    """Where a setting's run of one seed is, of the table `name`."""
+    plain = label.replace(" ", "_").replace("=", "-")
+    return Path(args.output) / args.task / name / plain / f"seed-{seed}"
+
+
 def fill(
     args: argparse.Namespace, task: Task, name: str, settings: Mapping[str, Setting], *, unpaired: bool = False
 ) -> dict[str, list[dict[str, Any]]]:
@@ -291,7 +297,7 @@ def fill(
         done[START].append(before)
     for seed in range(args.seeds):
         for label, loss in settings.items():
-            folder = args.output / args.task / name / label.replace(" ", "_").replace("=", "-") / f"seed-{seed}"
+            folder = folder_of(args, name, label, seed)
             measured = run_setting(task, folder, loss, seed, before, unpaired=unpaired, print_only=args.print_only)
             if measured is not None:
                 done[label].append(measured)

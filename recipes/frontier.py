@@ -6,7 +6,7 @@
 Controlled sentiment with the lexicon as the true reward. Offline methods learn from the demo's pairs, the best and worst of eight
 completions of each opening; online ones write as many completions themselves and ask the lexicon. Each method runs at several betas with each seed; a point is a run's end on 130 held-out
 openings: mean reward against KL(policy || start) of sampled continuations. Perplexity of hand-written reviews, distinct-2 and
-the samples show what the reward does not.
+the samples show what the reward does not. Students of an aligned model (GKD) write as many completions, and ask that model in place of the lexicon.
 """
 
 from __future__ import annotations
@@ -18,59 +18,65 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from experiments import START, Task, arguments, fill, make_task, selected
+from experiments import START, Task, arguments, fill, folder_of, make_task, selected
 
 from penchant import demo
 from penchant.metrics.stats import bootstrap_ci
 
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 
-BETAS = {
-    "DPO": (0.03, 0.1, 0.3, 1.0),
-    "DPO-Shift": (0.03, 0.1, 0.3, 1.0),
-    "PMPO": (0.03, 0.1, 0.25, 1.0),
-    "PPO": (0.01, 0.03, 0.1, 0.3),
-    "RLOO": (0.01, 0.03, 0.1, 0.3),
-    "GRPO": (0.01, 0.03, 0.1, 0.3),
-}
 SAMPLES = 4  # completions of a prompt, online; passes over the prompts make them as many as the pairs were chosen from
-ONLINE = {
-    "PPO": {"name": "ppo", "temperature": 1.0, "epochs": 2, "samples": SAMPLES},
-    "RLOO": {"name": "rloo", "samples": SAMPLES},
-    "GRPO": {"name": "grpo", "samples": SAMPLES},
+TWO_STEPS = {"minibatches": 2}  # of a batch of rollouts: with one, the ratios that these methods differ by are all 1
+# by name: the section of a config that it is, and its betas
+METHODS: dict[str, tuple[dict[str, Any], Sequence[float]]] = {
+    "DPO": ({"loss": {"name": "dpo"}}, (0.03, 0.1, 0.3)),
+    "DPO-Shift": ({"loss": {"name": "dpo_shift", "lambda": 0.75}}, (0.03,)),
+    "PMPO": ({"loss": {"name": "pmpo"}}, (0.03, 0.1)),
+    "online DPO": ({"algorithm": {"name": "online_dpo"}}, (0.03, 0.1)),
+    "PPO": ({"algorithm": {"name": "ppo", "temperature": 1.0, "epochs": 2}}, (0.03, 0.1)),
+    "RLOO": ({"algorithm": {"name": "rloo", **TWO_STEPS}}, (0.03, 0.1)),
+    "GRPO": ({"algorithm": {"name": "grpo", **TWO_STEPS}}, (0.03, 0.1)),
+    # rewards keep their size here, so beta weighs about three times as much
+    "Dr. GRPO": ({"algorithm": {"name": "dr_grpo", **TWO_STEPS}}, (0.01, 0.03)),
+    # nearly every continuation is cut at its 40 tokens, and no two of an opening have the same reward
+    "DAPO": ({"algorithm": {"name": "dapo", "overlong_filter": False, **TWO_STEPS}}, (0.03, 0.1)),
+    "GSPO": ({"algorithm": {"name": "gspo", **TWO_STEPS}}, (0.03, 0.1)),
+    "CISPO": ({"algorithm": {"name": "cispo", **TWO_STEPS}}, (0.03, 0.1)),
 }
-ONLINE_LR = {"PPO": 3e-4, "RLOO": 3e-4, "GRPO": 3e-4}
+LR = 3e-4  # of online methods
+TEACHER = "RLOO beta=0.03"  # its first seed's model
+STUDENTS = {"GKD forward KL": {"divergence": "forward_kl"}, "GKD reverse KL": {"divergence": "reverse_kl"}}
+AT = (2.0, 4.0, 6.0, 8.0, 10.0)  # nats at which methods are compared
 
 
-def settings_of(task: Task, prompts: Path) -> dict[str, Mapping[str, Any]]:
-    """Every method at every beta: what is laid over the task's config."""
+def settings_of(task: Task, prompts: Path, teacher: Path) -> dict[str, Mapping[str, Any]]:
+    """Every method at every beta, and the students: what is laid over the task's config."""
+    online = {
+        "data": {"path": str(prompts), "shape": "prompts"},
+        "train": {"epochs": demo.SAMPLES // SAMPLES, "lr": LR},
+    }
     found: dict[str, Mapping[str, Any]] = {}
-    for method, betas in BETAS.items():
+    for method, (own, betas) in METHODS.items():
         for beta in betas:
-            label = f"{method} beta={beta:g}"
-            if method == "DPO":
-                found[label] = {"name": "dpo", "beta": beta}
-            elif method == "DPO-Shift":
-                found[label] = {"name": "dpo_shift", "lambda": 0.75, "beta": beta}
-            elif method == "PMPO":
-                found[label] = {
-                    "loss": {"name": "pmpo", "beta": beta},
+            setting = {name: {**section, "beta": beta} for name, section in own.items()}
+            if "algorithm" in setting:
+                setting["algorithm"] = {"samples": SAMPLES, "max_new_tokens": demo.NEW_TOKENS, **setting["algorithm"]}
+                setting |= {"reward": "sentiment", **online}
+            elif method == "PMPO":  # the same answers a step when pairs are taken apart
+                setting |= {
                     "data": {"path": task.unpaired},
-                    **_double(task),
+                    "train": {"batch_size": 2 * task.config["train"]["batch_size"]},
                 }
-            else:
-                found[label] = {
-                    "algorithm": {**ONLINE[method], "max_new_tokens": demo.NEW_TOKENS, "beta": beta},
-                    "reward": "sentiment",
-                    "data": {"path": str(prompts), "shape": "prompts"},
-                    "train": {"epochs": demo.SAMPLES // SAMPLES, "lr": ONLINE_LR[method]},
-                }
+            found[f"{method} beta={beta:g}"] = setting
+    for name, how in STUDENTS.items():
+        own = {"algorithm": {"name": "gkd", "lambda": 1.0, "max_new_tokens": demo.NEW_TOKENS, **how}}
+        batch = {"epochs": demo.SAMPLES, "lr": LR, "batch_size": SAMPLES * task.config["train"]["batch_size"]}
+        found[name] = {**online, **own, "train": batch, "teacher": {"path": str(teacher)}}
     return found
 
 
-def _double(task: Task) -> dict[str, Any]:
-    """The same answers a step when pairs are taken apart."""
-    return {"train": {"batch_size": 2 * task.config["train"]["batch_size"]}}
+def method_of(label: str) -> str:
+    return label.split(" beta=")[0]
 
 
 def write_prompts(folder: Path) -> Path:
@@ -106,11 +112,34 @@ def print_frontier(done: Runs) -> None:
         )
 
 
+def print_at(done: Runs) -> None:
+    """Reward at equal KL, on the lines between the start and a method's runs of one seed: mean of the seeds, lowest and highest."""
+    print(
+        "\nReward at a KL of so many nats, on the lines between neighboring betas (mean of the seeds; lowest, highest):\n"
+    )
+    print(f"| method | {' | '.join(f'{x:g}' for x in AT)} |\n|---|{'---|' * len(AT)}")
+    start = done[START][0]["reward"]
+    for method in METHODS:
+        lines: dict[int, list[tuple[float, float]]] = {}
+        for label, runs in done.items():
+            for seed, r in enumerate(runs if method_of(label) == method else ()):
+                if "stopped" not in r:
+                    lines.setdefault(seed, [(0.0, start)]).append((r["kl"], r["reward"]))
+        cells = []
+        for x in AT:
+            reached = [p for points in lines.values() if max(p := sorted(points))[0] >= x]
+            at = [float(np.interp(x, *zip(*points, strict=True))) for points in reached]
+            # where one seed did not get as far, the mean would be of the others
+            cells.append(f"{np.mean(at):.3f} ({min(at):.3f}, {max(at):.3f})" if at and len(at) == len(lines) else "")
+        if any(cells):
+            print(f"| {method} | {' | '.join(cells)} |")
+
+
 def print_samples(done: Runs) -> None:
     """The first two held-out openings' continuations of each method at its highest reward: not chosen by what they say."""
     print("\nFirst continuations of each method where its reward is highest:\n")
-    for method in [START, *BETAS]:
-        of_method = {k: v for k, v in done.items() if k.split(" beta=")[0] == method and "texts" in v[0]}
+    for method in [START, *METHODS, *STUDENTS]:
+        of_method = {k: v for k, v in done.items() if method_of(k) == method and "texts" in v[0]}
         if of_method:
             label = max(of_method, key=lambda k: float(np.mean([r.get("reward", -math.inf) for r in of_method[k]])))
             for text in of_method[label][0]["texts"][:2]:
@@ -133,26 +162,36 @@ def hull(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def draw(done: Runs, path: Path) -> None:
-    """The picture: a dot a run, a line around each method's best."""
+    """The picture: a dot a run, a line around each method's best; all runs' best behind both halves."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
     start = done[START][0]["reward"]
-    figure, axes = plt.subplots(figsize=(8, 5), dpi=120, layout="constrained")
-    colors = ("#0072b2", "#56b4e9", "#009e73", "#d55e00", "#e69f00", "#cc79a7")  # told apart by color-blind eyes too
-    for (method, _), color, mark in zip(BETAS.items(), colors, "osD^vP", strict=True):
-        runs = [r for k, v in done.items() if k.startswith(f"{method} beta") for r in v if "stopped" not in r]
-        points = [(r["kl"], r["reward"]) for r in runs]
-        if points:
-            axes.scatter(*zip(*points, strict=True), s=22, marker=mark, color=color, alpha=0.6, label=method)
-            axes.plot(*zip(*hull([(0.0, start), *points]), strict=True), color=color, linewidth=1.2)
-    axes.scatter([0], [start], marker="*", s=90, color="black", label="before training")
-    axes.set(xlabel="KL(policy || start), nats per continuation", ylabel="mean sentiment reward (lexicon)")
-    axes.set_title("What each method pays for reward: runs and their hulls", loc="left")
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    points: dict[str, list[tuple[float, float]]] = {method: [] for method in [*METHODS, *STUDENTS]}
+    for label, runs in done.items():
+        if label != START:
+            points[method_of(label)] += [(r["kl"], r["reward"]) for r in runs if "stopped" not in r]
+    names = [method for method, found in points.items() if found]
+    every = [p for found in points.values() for p in found]
+    halves = [names[: -(-len(names) // 2)], names[-(-len(names) // 2) :]]
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5), dpi=110, layout="constrained", sharey=True, sharex=True)
+    # told apart by color-blind eyes too
+    colors = ("#0072b2", "#56b4e9", "#009e73", "#d55e00", "#e69f00", "#cc79a7", "#555555")
+    for half, of in zip(axes, halves, strict=True):
+        half.plot(*zip(*hull([(0.0, start), *every]), strict=True), color="#cccccc", linewidth=4, label="best of all")
+        for method, color, mark in zip(of, colors, "osD^vPX", strict=False):
+            half.scatter(*zip(*points[method], strict=True), s=22, marker=mark, color=color, alpha=0.7, label=method)
+            if method in METHODS:  # students have no beta to go along
+                line = hull([(0.0, start), *points[method]])
+                half.plot(*zip(*line, strict=True), color=color, linewidth=1.2)
+        half.scatter([0], [start], marker="*", s=90, color="black", label="before training")
+        half.set(xlabel="KL(policy || start), nats per continuation")
+        half.grid(alpha=0.3)
+        half.legend(loc="lower right")
+    axes[0].set(ylabel="mean sentiment reward (lexicon)")
+    axes[0].set_title("What each method pays for reward: runs and their hulls", loc="left")
     figure.savefig(path)
 
 
@@ -163,10 +202,11 @@ def main() -> None:
     if args.task != "demo":
         parser.error("only --task demo has a true reward")
     task = make_task(args)
-    settings = settings_of(task, write_prompts(args.output / args.task))
+    settings = settings_of(task, write_prompts(args.output / args.task), folder_of(args, "frontier", TEACHER, 0))
     done = fill(args, task, "frontier", selected(settings, args.only))
     print(task.describe(), "\n")
     print_frontier(done)
+    print_at(done)
     print_samples(done)
     if args.picture:
         draw(done, args.picture)

@@ -185,6 +185,7 @@ class PackedBatch:
     pairs: bool = False  # every tree has exactly two completions, so slots are 0, 1, 0, 1, ...
     most: int | None = None  # completions of a tree, at most
     pictures: tuple[PicturedPrompt | None, ...] = ()  # of each segment, where one has some
+    seed: int | None = None  # of dropout, in a step of training
     idle: bool = False  # it keeps the passes of other processes company, and counts for nothing
     columns: dict[str, Tensor] = field(default_factory=dict)  # what an algorithm knows beforehand (`Algorithm.columns`)
     cache: dict[str, object] = field(default_factory=dict)  # layouts derived from `segments`, built once per batch

@@ -139,7 +139,7 @@ def test_a_relative_path_is_beside_the_config(config: dict[str, Any], tmp_path: 
     ("change", "words"),
     [
         ({"name": "nowhere.py:Fading"}, "no such file"),
-        ({"name": "my_algorithms.py:Nobody"}, "has no function 'Nobody'"),
+        ({"name": "my_algorithms.py:Nobody"}, "has no class 'Nobody'; there are"),
         ({"name": "my_algorithms.py:FadingStep"}, "is not an AlgorithmConfig"),
         ({"push": -1}, "greater than or equal to 0"),
         ({"puhs": 1}, "puhs"),

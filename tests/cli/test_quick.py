@@ -91,6 +91,9 @@ def test_no_tensors_no_torch(command: tuple[str, ...], tmp_path: Path, run: Call
     assert run(tmp_path, *command)[:2] == (0, [])
 
 
+PLAYING = "algorithm: grpo\nreward: sentiment\nrollout: {{environment: {}}}"
+
+
 @pytest.mark.parametrize(
     ("command", "change", "words"),
     [
@@ -101,6 +104,8 @@ def test_no_tensors_no_torch(command: tuple[str, ...], tmp_path: Path, run: Call
         ("pipeline", ("beta", "betta"), "run.yaml"),
         ("train", ("pairs.jsonl", "pears.jsonl"), "pears.jsonl: no such file"),
         ("train", ("./model", "./modle"), "modle: no such folder"),
+        ("train", ("loss: {name: dpo, beta: 0.1}", PLAYING.format("calculater")), 'did you mean "calculator"'),
+        ("train", ("loss: {name: dpo, beta: 0.1}", PLAYING.format("envs.py:Env")), "envs.py: no such file"),
     ],
 )
 def test_a_mistake_is_answered_before_torch(

@@ -84,9 +84,9 @@ def test_prompts_come_in_as_places_are_free(monkeypatch: pytest.MonkeyPatch) -> 
     _assert_equal(pooled, _slowly(monkeypatch, model, prompts, **options))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_an_adapter_is_merged(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = add_lora(tiny_model(family, dtype=torch.float32), LoraConfig(r=4, alpha=8), seed=0)
+@pytest.mark.parametrize(("family", "dora"), [("llama", False), ("qwen2", True)])
+def test_an_adapter_is_merged(family: str, dora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = add_lora(tiny_model(family, dtype=torch.float32), LoraConfig(r=4, alpha=8, dora=dora), seed=0)
     before = sample(model, PROMPTS, n=2, max_new_tokens=10, seed=0)
     for name, p in model.named_parameters():
         if "lora_B" in name:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import transformers
 from torch import nn
 
 from penchant.data.packing import pack
+from penchant.logprobs import Scorer
 from penchant.models.cpu import attention as fast_attention
 from penchant.models.cpu import head as fast_head
+from penchant.models.cpu import layers, ops
 from penchant.models.cpu.head import fast_token_logps
 from penchant.models.cpu.layers import FastForward, fast_forward
 from penchant.models.cpu.ops import rms_norm, rms_norm_backward, rotary, rotary_backward, swiglu, swiglu_backward
@@ -313,6 +316,27 @@ def test_head_is_exact_where_the_probability_underflows() -> None:
     assert logps.tolist() == [0.0, -800.0]
 
 
+@pytest.mark.parametrize("wide", [True, False], ids=["oneDNN", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_products_of_views(dtype: torch.dtype, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_has_wide_onednn", lambda: wide)
+    torch.manual_seed(0)
+    whole = torch.randn(40, 60).to(dtype)
+    a, b = whole[:7, 3:20], whole[20:37, 10:33]  # rows and columns of something larger
+    bias, x = whole[39, :23], whole[8:15, 20:43]
+
+    def near(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+        return torch.allclose(found.double(), wanted, atol=20 * torch.finfo(dtype).eps)
+
+    product = a.double() @ b.double()
+    assert near(ops.mm(a, b), product) and near(ops.mm(a, b, bias), product + bias.double())
+    assert near(ops.mm(a.t(), x), a.double().t() @ x.double()) and near(ops.mm(x, b.t()), x.double() @ b.double().t())
+    assert near(ops.addmm(x, a, b), x.double() + product)
+    total = x.clone()
+    assert ops.addmm_(total, a, b) is total and near(total, x.double() + product)
+    assert ops.mm(a[:0], b).shape == (0, 23) and ops.mm(a[:, :0], b[:0]).abs().max() == 0
+
+
 def test_pieces_have_the_right_gradients() -> None:
     torch.manual_seed(1)
     x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
@@ -358,6 +382,8 @@ def adapted(family: str, dtype: torch.dtype = torch.float64, rank: int = 3, **op
         for name, p in model.named_parameters():
             if "lora_B" in name:
                 p.copy_(torch.randn_like(p) * 0.2)
+            if "lora_magnitude" in name:
+                p.mul_(1 + 0.3 * torch.rand_like(p))
     return model
 
 
@@ -375,6 +401,8 @@ def gradients_of(model: Any, logps: torch.Tensor, g: torch.Tensor) -> dict[str, 
         ("llama", {"target_modules": ["q_proj", "down_proj"]}),
         ("llama", {"layers_to_transform": [1]}),
         ("llama", {"use_rslora": True}),
+        ("llama_untied_biased", {"use_dora": True}),
+        ("qwen3", {"use_dora": True, "target_modules": ["k_proj", "up_proj"]}),
     ],
 )
 def test_an_adapter_equals_pefts_own_modules(family: str, options: dict[str, Any], plain_norms: None) -> None:
@@ -423,7 +451,7 @@ def test_an_adapters_gradients_with_checkpointing_and_in_fp32_buffers() -> None:
     results = []
     for checkpointing, buffers in ((False, False), (True, False), (False, True)):
         torch.manual_seed(0)
-        model = adapted("llama")
+        model = adapted("llama", use_dora=True)
         base = model.get_base_model()
         base.model.gradient_checkpointing = checkpointing
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -438,9 +466,66 @@ def test_an_adapters_gradients_with_checkpointing_and_in_fp32_buffers() -> None:
         assert all(close(a, b, 1e-12) for a, b in zip(other, results[0], strict=True))
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dropout_is_pefts_with_the_same_inputs_dropped(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted("qwen3", lora_dropout=0.4).train()
+    batch = replace(pack(trees()), seed=5)
+    g = weights_for(batch)
+    dropped: dict[int, dict[str, torch.Tensor]] = {}
+    forward = layers._layer_forward
+
+    def watched(x: torch.Tensor, row: Any, layer: Any, *rest: Any, **more: Any) -> Any:
+        z, saved = forward(x, row, layer, *rest, **more)
+        dropped[layer.number] = saved.dropped
+        return z, saved
+
+    monkeypatch.setattr(layers, "_layer_forward", watched)
+    fast = Scorer(model, kernels="auto")
+    assert fast.fast
+    model.get_base_model().model.gradient_checkpointing = checkpointing
+    got = fast.logps(batch).tokens
+    found = gradients_of(model, got, g)
+    every = torch.cat([d.flatten() for of_layer in dropped.values() for d in of_layer.values()])
+    assert 0.35 < every.double().mean() < 0.45
+    assert not torch.equal(dropped[0]["q"], dropped[1]["q"]) and not torch.equal(dropped[0]["q"], dropped[0]["k"])
+
+    model.get_base_model().model.gradient_checkpointing = False
+    for number, layer in enumerate(model.get_base_model().model.layers):
+        for role in ("q", "k", "v", "o", "gate", "up", "down"):
+            part = layer.self_attn if role in "qkvo" else layer.mlp
+            part.get_submodule(f"{role}_proj").lora_dropout["default"] = Dropped(dropped[number][role], 0.4)
+    expected = Scorer(model).logps(batch).tokens
+    wanted = gradients_of(model, expected, g)
+    assert close(got, expected, 1e-6)  # transformers' norms go through fp32
+    assert found.keys() == wanted.keys() and all(close(found[name], grad, 1e-5) for name, grad in wanted.items())
+
+
+class Dropped(nn.Module):
+    """Dropout that drops what it is told to."""
+
+    def __init__(self, where: torch.Tensor, p: float) -> None:
+        super().__init__()
+        self.where, self.p = where, p
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.masked_fill(self.where, 0.0) / (1 - self.p)
+
+
+def test_only_passes_of_training_drop_and_each_as_its_seed_says() -> None:
+    model, plain = adapted("llama", lora_dropout=0.4).train(), pack(trees())
+    fast, base = recognized(model), model.get_base_model()
+    first, again, other = (fast_logps(base, fast, replace(plain, seed=s, cache={})) for s in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    whole = fast_logps(base, fast, plain)
+    with layers.adapters_as({p: p for n, p in model.named_parameters() if "lora_" in n}):  # the reference's, of a start
+        assert torch.equal(fast_logps(base, fast, replace(plain, seed=1)), whole)
+    model.eval()
+    assert torch.equal(fast_logps(base, fast, replace(plain, seed=1)), whole) and not torch.equal(first, whole)
+
+
 @pytest.mark.parametrize(
     "options",
-    [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}, {"modules_to_save": ["model.norm"]}],
+    [{"lora_dropout": 0.1, "use_dora": True}, {"lora_bias": True}, {"modules_to_save": ["model.norm"]}],
 )
 def test_other_adapters_stay_with_peft(options: dict[str, Any]) -> None:
     assert fast_forward(adapted("llama", **options)) is None
@@ -460,8 +545,6 @@ def test_two_active_adapters_and_merged_ones_stay_with_peft() -> None:
 
 
 def test_nothing_is_kept_below_the_lowest_adapter() -> None:
-    from penchant.models.cpu import layers
-
     kept: list[Any] = []
     forward = layers._layer_forward
     batch = pack(trees())
@@ -477,8 +560,6 @@ def test_nothing_is_kept_below_the_lowest_adapter() -> None:
 
 
 def test_layers_below_the_lowest_adapter_are_computed_once_for_policy_and_reference() -> None:
-    from penchant.models.cpu import layers
-
     model, passed = adapted("qwen3", torch.float32, layers_to_transform=[1]), []
     base, forward = model.get_base_model(), layers._layer_forward
     fast = fast_forward(model)

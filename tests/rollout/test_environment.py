@@ -195,12 +195,29 @@ def test_completions_of_a_row_share_what_reset_says() -> None:
 
 def test_a_persons_class_is_found_and_checked(tmp_path: Path) -> None:
     (tmp_path / "env.py").write_text(
-        "class Env:\n    def reset(self, row): ...\n    def step(self, messages): ...\nclass Half:\n    reset = id\n"
+        "from pathlib import Path\nclass Env:\n    def reset(self, row): ...\n    def step(self, messages): ...\n"
+        "class Half:\n    reset = id\ndef helper(): ...\n"
     )
     assert find_environment(f"{tmp_path}/env.py:Env").__name__ == "Env"  # type: ignore[attr-defined]
-    for name, what in ((f"{tmp_path}/env.py:Half", "has no method step"), ("calculater", "did you mean")):
+    for name, what in (
+        (f"{tmp_path}/env.py:Half", "has no method step"),
+        (f"{tmp_path}/env.py:Environment", "has no class 'Environment'; there are Env, Half$"),
+        (f"{tmp_path}/envs.py:Env", "no such file; give the path of a Python file, then :class"),
+        ("calculater", "did you mean"),
+    ):
         with pytest.raises(ConfigError, match=what):
             find_environment(name)
+    # before rows are read, let alone a model
+    config = {
+        "model": {"path": tiny_model_folder(tmp_path / "model")},
+        "data": {"path": write_jsonl(tmp_path / "p.jsonl", [{"nothing": 1}])},
+        "algorithm": {"name": "grpo"},
+        "reward": "sentiment",
+        "rollout": {"environment": f"{tmp_path}/env.py:Half"},
+        "output": str(tmp_path / "run"),
+    }
+    with pytest.raises(ConfigError, match="has no method step"):
+        api.train(config, quiet=True)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from penchant.data.packing import pack
 from penchant.logprobs import Scorer, per_completion
 from penchant.logprobs.reference import CachedReference, LiveReference, adapter_as_it_is, adapter_off
 from penchant.losses import LOSSES
+from penchant.losses.divergences import DivergenceKind, grad_of, value_of
 from penchant.models.load import add_lora
 from penchant.models.options import LoraConfig
 from penchant.models.tree_attention import tree_layout
@@ -262,6 +263,13 @@ def test_no_loss_waits_for_the_device(nll: float) -> None:
         if "z0" not in spec.needs:
             algorithm = offline_of(name, None, LiveReference(None), nll_weight=nll)
             algorithm.loss(scored)
+
+
+@pytest.mark.parametrize("kind", [DivergenceKind(k) for k in ("kl", "js", "renyi")], ids=lambda k: k.kind)
+def test_nor_does_a_divergence(kind: DivergenceKind) -> None:
+    logits = torch.zeros(3, 5, device=META)
+    value = value_of(logits, logits, kind)
+    assert grad_of(logits, logits, value, kind).shape == logits.shape and value.device == META
 
 
 # ---- what a step needs is on its way before it is needed ----

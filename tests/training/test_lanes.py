@@ -263,6 +263,9 @@ def test_passes_share_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     loads = [sum(sizes[i] for i in members) for members in plan]
     assert max(loads) <= 512 and len(plan) % 4 == 0 and loads == sorted(loads, reverse=True)
     assert at_once(loads, 2048, 16) == 4 and at_once(loads, 2048, 2) == 2
+    assert (
+        len(plan_passes([100] * 4, 4096, True)) == 2
+    )  # of LEAST_TOKENS there are three, which two threads do not share evenly
     # a tree that takes the budget alone has all threads to itself
     assert at_once([2000], 2048, 16) == 1
     assert plan_passes([], 2048, True) == [] and plan_passes([3000, 10], 2048, True) == [[0], [1]]

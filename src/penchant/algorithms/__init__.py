@@ -49,7 +49,7 @@ def find_algorithm(name: str, where: str = "algorithm.name") -> type[AlgorithmCo
 @functools.lru_cache(maxsize=16)
 def _own(name: str, sha256: str | None, where: str) -> type[AlgorithmConfig]:
     """Once for each content of a file: `sha256` is there so that an edited file is read again."""
-    found = python_object(name, where)
+    found = python_object(name, where, "class")
     if not inspect.isclass(found) or not issubclass(found, AlgorithmConfig):
         raise ConfigError(where, f"{name} is not an AlgorithmConfig", "docs/own_algorithms.md has an example")
     if found.build is Method.build:

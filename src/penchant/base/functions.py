@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from penchant.base.files import file_sha256
 from penchant.errors import ConfigError
@@ -40,16 +40,19 @@ def python_function(name: str, where: str = "reward", takes: Sequence[str] = ("p
     return function
 
 
-def python_object(name: str, where: str) -> Any:
+def python_object(name: str, where: str, kind: Literal["function", "class"] = "function") -> Any:
     """The function or class that ``path.py:name`` names; its file is run once.
 
+    Args:
+        kind: what is wanted, in errors.
+
     Raises:
-        ConfigError: no such file or function, or a file that cannot be imported.
+        ConfigError: no such file, function or class, or a file that cannot be imported.
     """
     path, _, attribute = name.rpartition(":")
     file = Path(path).expanduser()
     if not file.is_file():
-        raise ConfigError(where, f"{path}: no such file", "give the path of a Python file, then :function")
+        raise ConfigError(where, f"{path}: no such file", f"give the path of a Python file, then :{kind}")
     if (given := GIVEN.get(f"{file.resolve()}:{attribute}")) is not None:
         return given
     spec: Any = importlib.util.spec_from_file_location(f"penchant_own_{file.stem}", file)
@@ -61,11 +64,13 @@ def python_object(name: str, where: str) -> Any:
             exec(spec.loader.source_to_code(file.read_bytes(), str(file)), module.__dict__)
     except (Exception, SystemExit) as error:  # a script that ends itself must not end the run unsaid
         raise ConfigError(where, f"{path} cannot be imported ({type(error).__name__}: {error})", "fix it") from error
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        there = sorted(n for n, v in vars(module).items() if inspect.isfunction(v))
-        raise ConfigError(where, f"{path} has no function {attribute!r}", f"there are {', '.join(there) or 'none'}")
-    return function
+    found = getattr(module, attribute, None)
+    if not callable(found):
+        own = [n for n, v in vars(module).items() if inspect.isfunction(v)]
+        if kind == "class":  # of those that a file imports, few are meant to be named
+            own = [n for n, v in vars(module).items() if inspect.isclass(v) and v.__module__ == module.__name__]
+        raise ConfigError(where, f"{path} has no {kind} {attribute!r}", f"there are {', '.join(sorted(own)) or 'none'}")
+    return found
 
 
 @contextmanager

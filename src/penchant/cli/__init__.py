@@ -241,6 +241,7 @@ def _check_config(args: argparse.Namespace) -> Any:
     from penchant.data.read import named_files
     from penchant.models.options import check_model_path
     from penchant.rewards.functions import check_reward_name
+    from penchant.rollout.environment import check_environment_name
     from penchant.runfolder import stands_for_model
 
     config = load_config(args.config, args.overrides)
@@ -251,6 +252,8 @@ def _check_config(args: argparse.Namespace) -> Any:
     for reward in filter(None, (config.reward, config.evaluation.reward)):
         for name in reward.terms:
             check_reward_name(name)
+    if config.rollout.environment is not None:
+        check_environment_name(config.rollout.environment)
     for path in (config.data.path, *config.data.held_out_files.values()):
         named_files(path)
     return config

@@ -89,7 +89,7 @@ PASS_TOKENS, LEAST_TOKENS = 512, 128
 def plan_passes(sizes: Sequence[int], budget: int, lanes: bool) -> list[list[int]]:
     """The passes of a step: `plan_balanced`, or, for passes that run side by side (`base/lanes.py`), more and smaller ones.
 
-    Their number is a multiple of four where the trees allow it, so that two or four threads end together; the largest comes first.
+    Their number is a multiple of four where the trees allow it, else two, so that two or four threads end together; the largest comes first.
     The plan does not depend on the threads, so sums do not either.
     """
     if not lanes:
@@ -97,6 +97,7 @@ def plan_passes(sizes: Sequence[int], budget: int, lanes: bool) -> list[list[int
     most = max(pass_tokens(budget), max(sizes, default=0))
     least = -(-sum(sizes) // most)
     count = max(least, min(-(-least // 4) * 4, sum(sizes) // LEAST_TOKENS))
+    count -= count % 2 if count > max(1, least) else 0  # of three passes two threads would run one alone
     bins = _balanced(sizes, min(count, len(sizes)))
     while any(sum(sizes[i] for i in members) > most for members in bins):
         bins = _balanced(sizes, len(bins) + 1)

@@ -17,7 +17,7 @@ from penchant.data.packing import pack
 from penchant.errors import ConfigError, ModelError
 from penchant.logprobs import Packing, Scorer
 from penchant.models.folder import first_line
-from penchant.models.load import backbone_of, base_model_of, carries_state, quiet, without_cache
+from penchant.models.load import backbone_of, base_model_of, carries_state, quiet, widened, without_cache
 from penchant.models.tree_attention import CALLS, Call, packed_attention, restore_attention, select_attention
 from penchant.models.tree_kernels import HALF
 from penchant.types import TokenTree
@@ -93,7 +93,7 @@ def choose_pictured(model: Any, processor: Any) -> tuple[Scorer, str]:
     from penchant.logprobs.pictures import PicturedScorer
 
     tree, away = _probe_tree(model), 0.0
-    with _in_fp32(model), quiet(model):
+    with widened(model), quiet(model):
         own, allowed = _own(model, tree, False)
         for own_head in (False, True):
             scorer = PicturedScorer(model, "padded", own_attention=True, own_head=own_head, processor=processor)
@@ -123,7 +123,7 @@ def _first_right(
     base, tree = base_model_of(model), _probe_tree(model)
     headless = base.get_output_embeddings() is None
     wrong = ""
-    with _in_fp32(model), _short_windows(model), quiet(model):
+    with widened(model), _short_windows(model), quiet(model):
         restore_attention(base)
         own, allowed = _own(model, tree, headless)
         for way in _ways(candidates, attentions, headless):
@@ -286,19 +286,6 @@ def _triton() -> bool:
     from torch.utils._triton import has_triton
 
     return bool(has_triton()) and any(shutil.which(name) for name in ("cc", "gcc", "clang"))
-
-
-@contextmanager
-def _in_fp32(model: nn.Module) -> Iterator[None]:
-    """A model's bf16 (fp16) parameters in fp32 for a while; there and back loses nothing."""
-    low = [(p, p.dtype) for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
-    for p, _ in low:
-        p.data = p.data.float()
-    try:
-        yield
-    finally:
-        for p, dtype in low:
-            p.data = p.data.to(dtype)
 
 
 @contextmanager

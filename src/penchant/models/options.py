@@ -109,9 +109,9 @@ class LoraConfig(Section):
 
 def outside_fast_path(lora: LoraConfig | None) -> str:
     """Why an adapter is not in the CPU's fast path; "" where it is."""
-    if lora is None or not (lora.dora or lora.dropout):
-        return ""
-    return f"lora.{'dora' if lora.dora else 'dropout'} is not in the fast path"
+    return (
+        "lora.dora with lora.dropout is not in the fast path" if lora is not None and lora.dora and lora.dropout else ""
+    )
 
 
 class ReferenceConfig(Section):

@@ -155,7 +155,7 @@ def _on_shapes(
 ) -> Iterator[tuple[Any, list[PackedBatch]]]:
     """The engine of a run and its batches, ready for passes on the meta device; afterwards the model has no gradients."""
     hooks = _outlined_precision(model, run.dtype, fast)
-    packed = [pack([replace(t, pictures=None) for t in b], shared=run.shared_prompts) for b in batches]
+    packed = [replace(pack([replace(t, pictures=None) for t in b], shared=run.shared_prompts), seed=0) for b in batches]
     kernels = fast_forward(model) if fast else None
     engine = _engine(run, model, "auto" if fast else "off")
     try:

@@ -17,15 +17,21 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from penchant.base.functions import TookTooLong, guarded, is_own, python_object
+from penchant.base.functions import TookTooLong, guarded, is_own, own_file, python_object
+from penchant.base.lazy import lazy
 from penchant.base.text import did_you_mean
 from penchant.data.load import message_json, told
 from penchant.data.templates import ChatTemplate, turns_of_prompt
 from penchant.errors import ConfigError, RewardError
-from penchant.rollout.generate import Sample
 from penchant.types import Message, PromptTree, TokenTree
+
+if TYPE_CHECKING:
+    from penchant.rollout import generate
+    from penchant.rollout.generate import Sample
+else:
+    generate = lazy("penchant.rollout.generate")  # which needs torch, and a name can be refused without
 
 WHERE = "rollout.environment"
 ROLES = ("user", "tool", "system")  # of what an environment says
@@ -33,7 +39,7 @@ ANSWER = (
     "\u241eanswer\u241e"  # stands for the answer in a rendered conversation: what is behind it is the environment's
 )
 
-Draw = Callable[[Sequence[Sequence[int]], Sequence[int], int], Sequence[Sample]]
+Draw = Callable[[Sequence[Sequence[int]], Sequence[int], int], "Sequence[Sample]"]
 
 
 class Calculator:
@@ -95,10 +101,16 @@ def find_environment(name: str) -> Callable[[], Any]:
             how = f"{did_you_mean(name, ENVIRONMENTS)}, or write path.py:Class"
             raise ConfigError(WHERE, f"{name!r} is not an environment", how)
         return ENVIRONMENTS[name]
-    found: Callable[[], Any] = python_object(name, WHERE)
+    found: Callable[[], Any] = python_object(name, WHERE, "class")
     if missing := [m for m in ("reset", "step") if not callable(getattr(found, m, None))]:
         raise ConfigError(WHERE, f"{name} has no method {' and '.join(missing)}", "see docs/environments.md")
     return found
+
+
+def check_environment_name(name: str) -> None:
+    """Refuse an environment that is nowhere, by its name and whether its file is there; nothing is loaded."""
+    if not is_own(name) or not own_file(name).is_file():
+        find_environment(name)
 
 
 @dataclass(slots=True)
@@ -110,7 +122,7 @@ class Episode:
     environment: Any
     turns: list[Message]
     seed: int
-    sample: Sample = field(default_factory=Sample)
+    sample: Sample = field(default_factory=lambda: generate.Sample())
     going: bool = True
 
 

@@ -30,6 +30,7 @@ from penchant.metrics.flags.rule import Flag
 from penchant.models.options import check_model_path
 from penchant.rewards.functions import check_reward
 from penchant.rewards.reward_model import reward_writes_date
+from penchant.rollout.environment import find_environment
 from penchant.runfolder import (
     AUDIT,
     CALIBRATION,
@@ -249,6 +250,8 @@ class Run:
         for reward in filter(None, (self.config.reward, self.config.evaluation.reward)):
             for name in filter(is_own, reward.terms):
                 check_reward(name)  # before what the file holds is compared with what it held
+        if self.config.rollout.environment is not None:
+            find_environment(self.config.rollout.environment)
         self._tell_day()
         contents, rows = contents_of(self.config), self.rows
         if self.config.data.sources:

@@ -249,6 +249,7 @@ class Loop:
         batches = ahead if ahead is not None and trees is given else self._micro_batches(trees)
         if not batches:
             return self._empty_step(step, schedule), 0, 0
+        batches = [replace(b, seed=self._seed_of(step, i)) for i, b in enumerate(batches)]
         for batch in batches:
             batch.columns |= self.algorithm.columns(batch)
         if packs_ahead(self.device) and trees is given and step + 1 < total:
@@ -471,13 +472,16 @@ class Loop:
                 )
             )
 
-    def _seed(self, step: int, micro_batch: int, rank: int | None = None) -> None:
+    def _seed_of(self, step: int, micro_batch: int, rank: int | None = None) -> int:
         """Dropout (LoRA's) is a function of seed, step and micro-batch: a resumed run draws what an uninterrupted one would.
 
         The generator of a CPU reads the low 32 bits alone, so the seed must reach them.
         """
         micro_batch = micro_batch * self.world.size + (self.world.rank if rank is None else rank)
-        seed = (self.train.seed * 0x9E3779B1 + (step << 10) + micro_batch) % 2**32
+        return (self.train.seed * 0x9E3779B1 + (step << 10) + micro_batch) % 2**32
+
+    def _seed(self, step: int, micro_batch: int, rank: int | None = None) -> None:
+        seed = self._seed_of(step, micro_batch, rank)
         # torch.manual_seed formats the stack for each absent accelerator, a millisecond
         (torch.default_generator if self.device.type == "cpu" else torch).manual_seed(seed)
 

@@ -59,10 +59,11 @@ class AttentionPlan:
 
     `to_heads` takes the rows of (T, q | k | v heads) to each group's blocks: q (B, kv, g, rows) tile by tile, k (B, kv, L),
     v (B, kv, L); `from_heads` takes them back (padding is dropped); `out_to_heads`, `out_from_heads` do so for query
-    heads alone.
+    heads alone. Rows behind the `tokens` are there for the matrix library; in a gather they take something, and nothing takes them.
     """
 
     shape: AttentionShape
+    tokens: int
     groups: tuple[GroupPlan, ...]
     to_heads: Tensor
     from_heads: Tensor
@@ -76,8 +77,10 @@ class AttentionPlan:
         return replace(self, groups=tuple(groups), **indices)
 
 
-def attention_plan(layout: TreeLayout, tokens: int, shape: AttentionShape, dtype: torch.dtype) -> AttentionPlan:
-    """The gather indices and additive masks of one packed row of `tokens` tokens."""
+def attention_plan(
+    layout: TreeLayout, tokens: int, more: int, shape: AttentionShape, dtype: torch.dtype
+) -> AttentionPlan:
+    """The gather indices and additive masks of one packed row of `tokens` tokens, with `more` rows behind them."""
     sizes = [g.index.numel() for g in layout.groups]
     is_token = torch.zeros(sum(sizes), dtype=torch.bool).index_fill_(0, layout.inverse, True)  # False: padding
     per_token = shape.heads + 2 * shape.kv_heads
@@ -96,9 +99,9 @@ def attention_plan(layout: TreeLayout, tokens: int, shape: AttentionShape, dtype
         every.add(token, valid, per_token, k_heads)
         every.add(token, valid, per_token, k_heads + shape.kv_heads)
         groups.append(GroupPlan(token.shape[0], token.shape[1], tuple(tiles)))
-    there, back = every.indices(tokens * per_token)
-    out_there, out_back = queries.indices(tokens * shape.heads)
-    return AttentionPlan(shape, tuple(groups), there, back, out_there, out_back)
+    there, back = every.indices((tokens + more) * per_token)
+    out_there, out_back = queries.indices((tokens + more) * shape.heads)
+    return AttentionPlan(shape, tokens, tuple(groups), there, back, out_there, out_back)
 
 
 def _tile_bounds(length: int) -> list[tuple[int, int]]:
@@ -121,9 +124,9 @@ class _Rows:
         self._valid.append(valid[:, None].expand(-1, len(heads), -1).flatten())
 
     def indices(self, size: int) -> tuple[Tensor, Tensor]:
-        """The gather, and its inverse over `size` rows."""
+        """The gather, and its inverse over `size` rows, 0 where it takes none."""
         rows, valid = torch.cat(self._rows), torch.cat(self._valid)
-        inverse = torch.empty(size, dtype=torch.int64)
+        inverse = torch.zeros(size, dtype=torch.int64)
         inverse[rows[valid]] = torch.arange(len(rows))[valid]
         return rows, inverse
 

@@ -1,7 +1,7 @@
 """Decoding of Llama-type models on the CPU: weights packed once a call, caches that are written in place, prompts shared.
 
 Each prompt's keys and values stand once for all its samples. Rows come and go between steps, so that a step's matrix products
-never hold a finished row; what moves is one row of the caches, never the caches. An adapter (LoRA) is merged into the packed copy.
+never hold a finished row; what moves is one row of the caches, never the caches. An adapter is merged into the packed copy.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from penchant.models.cpu.layers import is_known_family, is_linear, is_plain_layer
 from penchant.models.cpu.ops import rms_norm, rotary
-from penchant.models.load import base_model_of
+from penchant.models.load import base_model_of, merged_weight
 
 _ROW_STEP, _COLUMN_STEP = 8, 16  # sizes are rounded up: every new shape costs the matrix library a start
 
@@ -125,7 +125,7 @@ class FastDecoder:
     def _make_room(self, rows: int, groups: int, prompt_tokens: int, new_tokens: int) -> None:
         dtype = self._embedding.dtype
         wide = torch.promote_types(dtype, torch.float32)
-        cos, sin = self._rotary(torch.empty(0, dtype=wide), torch.arange(prompt_tokens + new_tokens)[None])
+        cos, sin = self._rotary(torch.empty(0, dtype=wide), torch.arange(_up(prompt_tokens) + new_tokens)[None])
         half = self.head_dim // 2
         self._cos, self._sin = cos[0, :, None, :half].to(dtype), sin[0, :, None, :half].to(dtype)
         self._room = _up(rows, _ROW_STEP)
@@ -138,7 +138,7 @@ class FastDecoder:
 
     # ---- prompts ----------------------------------------------------------------------------------------------------
 
-    def prefill(self, prompts: Sequence[Sequence[int]], first_group: int, tokens_at_once: int = 4096) -> Tensor:
+    def prefill(self, prompts: Sequence[Sequence[int]], first_group: int, tokens_at_once: int = 1024) -> Tensor:
         """Compute prompts into the groups from `first_group` on; the logits (len(prompts), V) that follow each."""
         found = []
         start = 0
@@ -154,7 +154,7 @@ class FastDecoder:
         return torch.cat(found)
 
     def _prefill(self, prompts: Sequence[Sequence[int]], first: int) -> Tensor:
-        count, length = len(prompts), max(map(len, prompts))
+        count, length = len(prompts), _up(max(map(len, prompts)))
         ids = torch.zeros(count, length, dtype=torch.int64)  # padded behind: a causal mask never looks there
         for i, p in enumerate(prompts):
             ids[i, : len(p)] = torch.tensor(p)
@@ -317,7 +317,7 @@ def cache_bytes_per_token(model: Any) -> int:
 
 
 def can_decode_fast(model: Any, tokens: int) -> bool:
-    """Whether the model is exactly of a known family (with a plain LoRA adapter or none), on the CPU, up to `tokens` long."""
+    """Whether the model is exactly of a known family (with one LoRA or DoRA adapter, or none), on the CPU, up to `tokens` long."""
     base = base_model_of(model)
     if not is_known_family(base) or not all(map(is_plain_layer, base.model.layers)):
         return False
@@ -327,16 +327,11 @@ def can_decode_fast(model: Any, tokens: int) -> bool:
 
 
 def _weight_of(module: Any) -> Tensor:
-    """The weight that acts: with an active adapter ``W + scale B A``."""
-    if type(module) is nn.Linear:
-        return module.weight.detach()
-    weight: Tensor = module.base_layer.weight.detach()
-    if module.disable_adapters:
+    """The weight that acts, an active adapter's update in it."""
+    weight: Tensor = getattr(module, "base_layer", module).weight.detach()
+    if type(module) is nn.Linear or module.disable_adapters:
         return weight
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    for name in module.active_adapters:
-        wide = wide + module.get_delta_weight(name).detach().to(wide)
-    return wide.to(weight.dtype)
+    return merged_weight(module).to(weight.dtype)
 
 
 def _bias_of(module: Any) -> Tensor | None:

@@ -10,9 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from penchant.base.lanes import turn
+from penchant.models.cpu.ops import addmm_, mm, more_rows
 
 _KEEP_BYTES = 512 << 20  # the largest D that is kept
 _MATMUL_ROWS = 512  # rows per head matmul where D is not kept
@@ -67,29 +69,34 @@ def _softmax_rows(
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, alignment: bool) -> tuple[Tensor, Tensor]:
+        ctx.rows, more = hidden.shape[0], more_rows(hidden.shape[0], hidden.dtype)
+        if more:
+            hidden, targets = F.pad(hidden, (0, 0, 0, more)), F.pad(targets, (0, more))
         rows, vocab = hidden.shape[0], weight.shape[0]
         wants_grad = any(ctx.needs_input_grad)
         keep = wants_grad and rows * vocab * hidden.element_size() <= _KEEP_BYTES
-        kept = hidden.new_empty(rows, vocab) if keep else None
+        kept: Tensor | None = None
         logps = []
         wide = torch.promote_types(hidden.dtype, torch.float32)
         collision = torch.empty(rows if alignment else 0, dtype=wide, device=hidden.device)
-        for i in range(0, rows, _MATMUL_ROWS):
-            part = slice(i, i + _MATMUL_ROWS)
-            d = kept[part] if kept is not None else hidden.new_empty(hidden[part].shape[0], vocab)
-            torch.mm(hidden[part], weight.t(), out=d)
+        step = rows if keep else _MATMUL_ROWS
+        for i in range(0, rows, step):
+            part = slice(i, i + step)
+            d = mm(hidden[part], weight.t())
             logps.append(_softmax_rows(d, targets[part], d if keep else None, collision[part] if alignment else None))
+            kept = d if keep else None
             del d  # before the next rows get theirs
         if wants_grad:
             ctx.save_for_backward(hidden, targets)
             ctx.weight, ctx.kept = weight, kept
+        collision = collision[: ctx.rows]
         ctx.mark_non_differentiable(collision)
-        return torch.cat(logps), collision
+        return torch.cat(logps)[: ctx.rows], collision
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, targets = ctx.saved_tensors
-        weight, g = ctx.weight, grads[0].neg().unsqueeze(1)
+        weight, g = ctx.weight, F.pad(grads[0].neg(), (0, len(hidden) - ctx.rows)).unsqueeze(1)
         scaled = (hidden * g).to(hidden.dtype)
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
@@ -99,13 +106,13 @@ class _TokenLogps(torch.autograd.Function):
             part = slice(i, i + step)
             d = ctx.kept if ctx.kept is not None else _recomputed(hidden[part], weight, targets[part])
             if grad_hidden is not None:
-                torch.mul(torch.mm(d, weight), g[part], out=grad_hidden[part])
+                torch.mul(mm(d, weight), g[part], out=grad_hidden[part])
             if want_weight:
                 last = i + step >= hidden.shape[0]
                 grad_weight = _add_weight_grad(weight, d, scaled[part], grad_weight, last)
             del d
         ctx.kept = None
-        return grad_hidden, grad_weight, None, None
+        return None if grad_hidden is None else grad_hidden[: ctx.rows], grad_weight, None, None
 
 
 def _rows_at_once(weight: Tensor) -> int:
@@ -113,7 +120,7 @@ def _rows_at_once(weight: Tensor) -> int:
 
 
 def _recomputed(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    d = torch.mm(hidden, weight.t())
+    d = mm(hidden, weight.t())
     _softmax_rows(d, targets, d)
     return d
 
@@ -124,7 +131,7 @@ def _add_weight_grad(weight: Tensor, d: Tensor, scaled: Tensor, total: Tensor | 
     for i in range(0, weight.shape[0], VOCAB_TILE):
         tile = slice(i, i + VOCAB_TILE)
         of_tile = d[:, tile].t()
-        rounded = torch.mm(of_tile, scaled) if main is not None and main.dtype != d.dtype else None
+        rounded = mm(of_tile, scaled) if main is not None and main.dtype != d.dtype else None
         with turn((id(weight), i), last=last) as turns:
             if rounded is not None:
                 main[tile].add_(rounded)
@@ -137,5 +144,5 @@ def _add_weight_grad(weight: Tensor, d: Tensor, scaled: Tensor, total: Tensor | 
                 to = weight.grad
             else:
                 to = total = torch.zeros_like(weight) if total is None else total
-            to[tile].addmm_(of_tile, scaled)
+            addmm_(to[tile], of_tile, scaled)
     return total

@@ -4,7 +4,8 @@ One hand-written autograd function a decoder layer: fused q/k/v projection, atte
 tiles that stay in cache. The transformers module remains the owner of the weights: fused weights are one storage of
 which the module's own parameters are views, so `state_dict()` and `save_pretrained` see no change.
 Gradients go where `ops.store_grad` says: to `param.main_grad` or `param.grad` in a training step, to autograd otherwise.
-LoRA adapters (arXiv 2106.09685) run beside the fused weights: ``x W^T + scale (x A^T) B^T``. Frozen weights get no gradient.
+LoRA adapters (arXiv 2106.09685) run beside the fused weights: ``x W^T + scale (x A^T) B^T``; DoRA (2402.09353) scales the sum, output by
+output. Frozen weights get no gradient.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ from penchant.models.cpu.attention import (
     attention_plan,
 )
 from penchant.models.cpu.ops import (
+    addmm,
+    addmm_,
+    mm,
+    more_rows,
     rms_norm,
     rms_norm_backward,
     rotary,
@@ -36,6 +41,7 @@ from penchant.models.cpu.ops import (
     store_rows,
     swiglu,
     swiglu_backward,
+    wide,
 )
 from penchant.models.load import base_model_of
 from penchant.models.tree_attention import tree_layout
@@ -94,26 +100,46 @@ class Adapter:
     """A LoRA adapter of one projection.
 
     Args:
-        module: peft's layer; a: (r, in); b: (out, r); scale: of the update.
+        module: peft's layer; a: (r, in); b: (out, r); scale: of the update; dropout: on the input of A.
+        magnitude: (out,) of DoRA, the norm of each output's weights.
     """
 
     module: Any
     a: Tensor
     b: Tensor
     scale: float
+    dropout: float = 0.0
+    magnitude: Tensor | None = None
 
-    def acting(self) -> Adapter | None:
-        """What acts in this thread's passes."""
+    def acting(self, drops: bool) -> Adapter | None:
+        """What acts in this thread's passes; one that `drops` is a pass of training."""
         weights: Mapping[Tensor, Tensor] | None = getattr(_HERE, "weights", None)
         if self.module.disable_adapters or weights == {}:
             return None
-        return self if weights is None else replace(self, a=weights[self.a], b=weights[self.b])
+        dropout = self.dropout if drops and weights is None and self.module.training else 0.0
+        known = {} if weights is None else {name: weights[p] for name, p in self.parts().items()}
+        return replace(self, dropout=dropout, scale=self.scale / (1 - dropout), **known)
+
+    def parts(self) -> dict[str, Tensor]:
+        """Its parameters, by field."""
+        given = {"a": self.a, "b": self.b, "magnitude": self.magnitude}
+        return {name: p for name, p in given.items() if p is not None}
+
+    def stretch(self, weight: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Of DoRA: ``m / |W + scale B A|`` of each output, and the norm; peft too takes no gradient of the norm."""
+        if self.magnitude is None:
+            return None
+        norm = torch.linalg.vector_norm(
+            torch.addmm(weight, self.b, self.a, alpha=self.scale), dim=1, dtype=wide(weight.dtype)
+        )
+        return self.magnitude / norm, norm
 
 
 @dataclass(slots=True)
 class Layer:
     """One decoder layer: its parameters, its adapters by role, the fused weights, and its constants."""
 
+    number: int
     params: LayerParams
     adapters: Mapping[str, Adapter]
     qkv: Tensor
@@ -124,12 +150,13 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What every layer of one pass shares: the attention plan, cos and sin (T, H + H_kv, d/2), and the memory choice."""
+    """What every layer of one pass shares: the attention plan, cos and sin (T, H + H_kv, d/2), the memory choice, and the seed of dropout."""
 
     plan: AttentionPlan
     cos: Tensor
     sin: Tensor
     recompute: bool
+    seed: int | None = None
 
 
 class FastForward:
@@ -141,7 +168,7 @@ class FastForward:
         self._shape = AttentionShape(
             config.num_attention_heads, config.num_key_value_heads, self._backbone.layers[0].self_attn.head_dim
         )
-        self._layers = [_read_layer(m) for m in self._backbone.layers]
+        self._layers = [_read_layer(i, m) for i, m in enumerate(self._backbone.layers)]
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Last hidden states (T, d) after the final norm, differentiable with respect to the model's parameters."""
@@ -150,7 +177,8 @@ class FastForward:
         key = f"fast/below/{id(self)}"  # from a batch's first pass to its second: of the policy, and of the reference
         known: Any = batch.cache.pop(key, None) if lowest else None
         if known is None:
-            x = _Embedding.apply(batch.input_ids, weight, self._backbone.embed_tokens.padding_idx)
+            ids = F.pad(batch.input_ids, (0, more_rows(batch.tokens, weight.dtype)))
+            x = _Embedding.apply(ids, weight, self._backbone.embed_tokens.padding_idx)
         else:
             x = known[1]
         recompute = bool(getattr(self._backbone, "gradient_checkpointing", False)) and torch.is_grad_enabled()
@@ -165,11 +193,11 @@ class FastForward:
                 batch.cache[key] = self, x
             if layer.window not in rows:
                 rows[layer.window] = self._row(batch, layer.window, recompute)
-            acting = {role: adapter.acting() for role, adapter in layer.adapters.items()}
+            acting = {role: adapter.acting(batch.seed is not None) for role, adapter in layer.adapters.items()}
             adapters = {role: adapter for role, adapter in acting.items() if adapter is not None}
-            updates = [p for adapter in adapters.values() for p in (adapter.a, adapter.b)]
+            updates = [p for adapter in adapters.values() for p in adapter.parts().values()]
             x = _DecoderLayer.apply(x, rows[layer.window], layer, adapters, *layer.params.all(), *updates)
-        return _Norm.apply(x, self._backbone.norm.weight, self._backbone.norm.variance_epsilon)
+        return _Norm.apply(x[: batch.tokens], self._backbone.norm.weight, self._backbone.norm.variance_epsilon)
 
     def _lowest_trained(self) -> int:
         """How many layers at the bottom are the same in every pass: frozen, and without an adapter. 0 where nothing is trained above."""
@@ -184,24 +212,26 @@ class FastForward:
     def _row(self, batch: PackedBatch, window: int | None, recompute: bool) -> Row:
         key, dtype = self._key(window)
         if key not in batch.cache:
-            made = attention_plan(tree_layout(batch, window), batch.tokens, self._shape, dtype)
-            batch.cache[key] = (made, *self._rotation(batch.position_ids, dtype))
+            batch.cache[key] = (self._plan(batch, window, dtype), *self._rotation(batch.position_ids, dtype))
         known: Any = batch.cache[key]
         plan, cos, sin = known
-        return Row(plan, cos, sin, recompute)
+        return Row(plan, cos, sin, recompute, batch.seed)
 
     def _key(self, window: int | None) -> tuple[str, torch.dtype]:
         dtype = self._backbone.embed_tokens.weight.dtype
         return f"fast/{window}/{dtype}/{self._shape}", dtype
+
+    def _plan(self, batch: PackedBatch, window: int | None, dtype: torch.dtype) -> AttentionPlan:
+        return attention_plan(
+            tree_layout(batch, window), batch.tokens, more_rows(batch.tokens, dtype), self._shape, dtype
+        )
 
     def outlined(self, batch: PackedBatch) -> PackedBatch:
         """A batch on the meta device, for a model that is there; its plans, which need numbers, are made here first."""
         there = batch.to(torch.device("meta"))
         for window in {layer.window for layer in self._layers}:
             key, dtype = self._key(window)
-            made = attention_plan(tree_layout(batch, window), batch.tokens, self._shape, dtype).to(
-                there.input_ids.device
-            )
+            made = self._plan(batch, window, dtype).to(there.input_ids.device)
             there.cache[key] = (made, *self._rotation(there.position_ids, dtype))
         there.cache |= batch.cache
         return there
@@ -209,6 +239,7 @@ class FastForward:
     def _rotation(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin of the model's own rotary module for q and k heads; those of q carry the attention scale."""
         shape = self._shape
+        position_ids = F.pad(position_ids, (0, more_rows(len(position_ids), dtype)))
         wide = torch.promote_types(dtype, torch.float32)
         cos, sin = self._backbone.rotary_emb(torch.empty(0, dtype=wide, device=position_ids.device), position_ids[None])
         scale = torch.ones(shape.heads + shape.kv_heads, 1, dtype=wide, device=position_ids.device)
@@ -256,24 +287,27 @@ def _is_plain(p: Tensor) -> bool:
 
 
 def is_linear(module: Any) -> bool:
-    """An unwrapped Linear, or one with plain LoRA adapters that are not merged into it."""
+    """An unwrapped Linear, or one with one LoRA or DoRA adapter that is not merged into it."""
     if type(module) is nn.Linear:
         return True
     return (
         hasattr(module, "get_delta_weight")
         and type(getattr(module, "base_layer", None)) is nn.Linear
         and not module.merged_adapters
-        and not getattr(module, "lora_variant", None)
+        and len(module.active_adapters) == 1
+        and module.lora_variant.keys() == getattr(module, "lora_magnitude_vector", {}).keys()  # no other than DoRA
         and not any(getattr(module, "lora_bias", {}).values())
     )
 
 
 def _trains_alike(layer: Any) -> bool:
-    """Whether no projection has two active adapters, or dropout before one."""
+    """Whether no projection has DoRA behind dropout, where peft drops inputs of W too."""
     modules = [m for m in layer.modules() if hasattr(m, "get_delta_weight")]
-    return all(
-        len(m.active_adapters) == 1 and not any(getattr(d, "p", 0.0) for d in m.lora_dropout.values()) for m in modules
-    )
+    return not any(m.lora_variant and any(map(_dropout, m.lora_dropout.values())) for m in modules)
+
+
+def _dropout(module: Any) -> float:
+    return float(getattr(module, "p", 0.0))  # where nothing is dropped there is an Identity
 
 
 def is_plain_layer(layer: Any) -> bool:
@@ -299,7 +333,7 @@ def _hooked(model: Any) -> bool:
     return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.model.modules())
 
 
-def _read_layer(module: Any) -> Layer:
+def _read_layer(number: int, module: Any) -> Layer:
     attention, mlp = module.self_attn, module.mlp
     outer = {"q": attention.q_proj, "k": attention.k_proj, "v": attention.v_proj, "o": attention.o_proj}
     outer |= {"gate": mlp.gate_proj, "up": mlp.up_proj, "down": mlp.down_proj}
@@ -315,6 +349,7 @@ def _read_layer(module: Any) -> Layer:
     of_model = attention.config.sliding_window if attention.config.model_type == "mistral" else None
     window = getattr(attention, "sliding_window", of_model)
     return Layer(
+        number,
         params,
         adapters,
         _fuse((params.q, params.k, params.v)),
@@ -326,7 +361,9 @@ def _read_layer(module: Any) -> Layer:
 
 def _read_adapter(module: Any) -> Adapter:
     (name,) = module.active_adapters
-    return Adapter(module, module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name]))
+    a, b, scale = module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name])
+    magnitude = module.lora_magnitude_vector[name].weight if name in module.lora_variant else None
+    return Adapter(module, a, b, scale, _dropout(module.lora_dropout[name]), magnitude)
 
 
 def _qkv_biases(params: LayerParams) -> tuple[nn.Parameter, ...]:
@@ -418,7 +455,7 @@ class _DecoderLayer(torch.autograd.Function):
         layer: Layer = ctx.layer
         saved: Saved = ctx.saved or _layer_forward(ctx.x, ctx.row, layer, ctx.adapters, keep=True)[1]
         ctx.saved = None  # this layer's activations are free as soon as their gradients exist
-        names = [*LayerParams.__slots__, *(f"{role}.{side}" for role in ctx.adapters for side in "ab")]
+        names = [*LayerParams.__slots__, *(f"{role}.{name}" for role, a in ctx.adapters.items() for name in a.parts())]
         wanted = {n for n, need in zip(names, ctx.needs_input_grad[4:], strict=True) if need}
         found = _Gradients(layer, ctx.adapters, saved, wanted)
         grad_x = _layer_backward(grads[0], ctx.x, ctx.row, found, ctx.needs_input_grad[0])
@@ -437,9 +474,13 @@ class Saved:
     o: Tensor  # attention output (T, H d)
     y: Tensor
     rstd2: Tensor
-    gate: Tensor
+    gate: Tensor  # before DoRA's scaling, as `up`
     up: Tensor
     low: dict[str, Tensor]  # x A^T (T, r) of each adapter
+    dropped: dict[str, Tensor]  # (T, in): where its input was
+    stretched: dict[
+        str, tuple[Tensor, Tensor, Tensor]
+    ]  # of DoRA, by role: the output before its scaling; and `Adapter.stretch`
 
 
 def _layer_forward(
@@ -448,17 +489,42 @@ def _layer_forward(
     p, shape = layer.params, row.plan.shape
     tokens = x.shape[0]
     low: dict[str, Tensor] = {}
+    dropped: dict[str, Tensor] = {}
+    stretched: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    dora = {role for role, adapter in adapters.items() if adapter.magnitude is not None}
+    draws = (
+        torch.Generator().manual_seed((row.seed + layer.number * 0x9E3779B1) % 2**32) if row.seed is not None else None
+    )
 
-    def adapt(role: str, inputs: Tensor, out: Tensor) -> None:
-        """``out += scale (inputs A^T) B^T``."""
-        if (adapter := adapters.get(role)) is not None:
-            low[role] = torch.mm(inputs, adapter.a.t())
-            out.addmm_(low[role], adapter.b.t(), alpha=adapter.scale)
+    def adapt(role: str, inputs: Tensor, out: Tensor) -> Tensor:
+        """``out += scale (inputs A^T) B^T``, and DoRA's scaling of that."""
+        if (adapter := adapters.get(role)) is None:
+            return out
+        if adapter.dropout:
+            dropped[role] = torch.empty_like(inputs, dtype=torch.bool).bernoulli_(adapter.dropout, generator=draws)
+            inputs = inputs.masked_fill(dropped[role], 0.0)
+        low[role] = torch.mm(inputs, adapter.a.t())
+        out.addmm_(low[role], adapter.b.t(), alpha=adapter.scale)
+        found = adapter.stretch(getattr(p, role))
+        if found is None:
+            return out
+        stretched[role] = out, *found
+        return (out * found[0]).to(out.dtype)
+
+    def onto(residual: Tensor, role: str, inputs: Tensor) -> Tensor:
+        """``residual + W inputs``, with its adapter."""
+        weight: Tensor = getattr(p, role)
+        if role in dora:
+            return adapt(role, inputs, mm(inputs, weight.t())).add_(residual)
+        return adapt(role, inputs, addmm(residual, inputs, weight.t()))
 
     n1, rstd1 = rms_norm(x, p.norm1, layer.eps)
-    qkv = F.linear(n1, layer.qkv, layer.qkv_bias)
-    for role, part in zip("qkv", _split_qkv(qkv, p), strict=True):
-        adapt(role, n1, part)
+    alone = bool(dora.intersection("qkv"))  # DoRA scales no bias
+    qkv = mm(n1, layer.qkv.t(), None if alone else layer.qkv_bias)
+    parts = [adapt(role, n1, part) for role, part in zip("qkv", _split_qkv(qkv, p), strict=True)]
+    if alone:
+        qkv = torch.cat(parts, dim=1)
+        qkv = qkv if layer.qkv_bias is None else qkv.add_(layer.qkv_bias)
     by_head = qkv.view(tokens, -1, shape.head_dim)
     projected, head_rstd = None, None
     if p.q_norm is not None and p.k_norm is not None:
@@ -474,19 +540,15 @@ def _layer_forward(
     del qkv, by_head
     out = attention_forward(heads, row.plan)
     o = out.index_select(0, row.plan.out_from_heads).view(tokens, -1)
-    y = torch.addmm(x, o, p.o.t())
+    y = onto(x, "o", o)
     if p.o_bias is not None:
         y += p.o_bias
-    adapt("o", o, y)
     n2, rstd2 = rms_norm(y, p.norm2, layer.eps)
     # gate and up are two matmuls: one fused output would leave their halves strided, and swiglu half as fast
-    gate, up = torch.mm(n2, p.gate.t()), torch.mm(n2, p.up.t())
-    adapt("gate", n2, gate)
-    adapt("up", n2, up)
-    a = swiglu(gate, up)
-    z = torch.addmm(y, a, p.down.t())
-    adapt("down", a, z)
-    return z, Saved(rstd1, projected, head_rstd, heads, o, y, rstd2, gate, up, low)
+    gate, up = mm(n2, p.gate.t()), mm(n2, p.up.t())
+    a = swiglu(adapt("gate", n2, gate), adapt("up", n2, up))
+    z = onto(y, "down", a)
+    return z, Saved(rstd1, projected, head_rstd, heads, o, y, rstd2, gate, up, low, dropped, stretched)
 
 
 def _split_qkv(qkv: Tensor, p: LayerParams) -> tuple[Tensor, ...]:
@@ -526,10 +588,23 @@ class _Gradients:
         if len(names) == 1:
             self.found[names[0]] = store_product(getattr(self.layer.params, names[0]), d_out, inputs)
         else:
-            grad = torch.mm(d_out.t(), inputs)
+            grad = mm(d_out.t(), inputs)
             sizes = [getattr(self.layer.params, n).shape[0] for n in names]
             for name, part in zip(names, grad.split(sizes), strict=True):
                 self.store(name, part)
+
+    def stretched(self, role: str, out: Tensor) -> Tensor:
+        """What DoRA makes of a projection's output."""
+        found = self.saved.stretched.get(role)
+        return out if found is None else (out * found[1]).to(out.dtype)
+
+    def unstretched(self, role: str, d_out: Tensor) -> Tensor:
+        """Back through that, ``y' = c y`` with ``c = m / norm``: ``dm = sum over rows of d_out y / norm``, ``dy = c d_out``."""
+        if (found := self.saved.stretched.get(role)) is None:
+            return d_out
+        out, _, norm = found
+        self.store(f"{role}.magnitude", (d_out * out).sum(0, dtype=norm.dtype) / norm)
+        return self.stretched(role, d_out)
 
     def through_adapter(self, role: str, d_out: Tensor, d_inputs: Tensor | None) -> None:
         """``dB = scale d_out^T (x A^T)``, and ``dx += scale (d_out B) A`` in place."""
@@ -537,14 +612,20 @@ class _Gradients:
             return
         self.low[role] = torch.mm(d_out, adapter.b).mul_(adapter.scale)
         self.store(f"{role}.b", torch.mm(d_out.t(), self.saved.low[role]).mul_(adapter.scale))
-        if d_inputs is not None:
+        if d_inputs is None:
+            return
+        if role in self.saved.dropped:
+            d_inputs += torch.mm(self.low[role], adapter.a).masked_fill_(self.saved.dropped[role], 0.0)
+        else:
             d_inputs.addmm_(self.low[role], adapter.a)
 
     def into_adapters(self, roles: tuple[str, ...], inputs: Tensor) -> None:
         """``dA = (scale d_out B)^T x``."""
         for role in roles:
             if role in self.low:
-                self.store(f"{role}.a", torch.mm(self.low[role].t(), inputs))
+                dropped = self.saved.dropped.get(role)
+                given = inputs if dropped is None else inputs.masked_fill(dropped, 0.0)
+                self.store(f"{role}.a", torch.mm(self.low[role].t(), given))
 
 
 def _layer_backward(dz: Tensor, x: Tensor, row: Row, g: _Gradients, want_x: bool) -> Tensor | None:
@@ -559,8 +640,11 @@ def _layer_backward(dz: Tensor, x: Tensor, row: Row, g: _Gradients, want_x: bool
         sizes = [b.shape[0] for b in _qkv_biases(p)]
         for name, part in zip(("q_bias", "k_bias", "v_bias"), d_qkv.sum(0).split(sizes), strict=True):
             g.store(name, part)
+    for role, part in zip("qkv", _split_qkv(d_qkv, p), strict=True):
+        if role in g.saved.stretched:
+            part.copy_(g.unstretched(role, part))
     through = want_x or "norm1" in g.wanted  # with frozen embeddings, the lowest layer's input needs no gradient
-    dn1 = torch.mm(d_qkv, layer.qkv) if through else None
+    dn1 = mm(d_qkv, layer.qkv) if through else None
     for role, part in zip("qkv", _split_qkv(d_qkv, p), strict=True):
         g.through_adapter(role, part, dn1)
     if n1 is not None:
@@ -575,15 +659,17 @@ def _layer_backward(dz: Tensor, x: Tensor, row: Row, g: _Gradients, want_x: bool
 def _mlp_backward(dz: Tensor, g: _Gradients) -> Tensor:
     """From dz to dy: ``z = y + W_d a,  a = silu(g) * u,  g = W_g n2,  u = W_u n2``."""
     p, s = g.layer.params, g.saved
-    da = torch.mm(dz, p.down)
-    g.through_adapter("down", dz, da)
-    d_gate, d_up, a = swiglu_backward(da, s.gate, s.up)
-    g.product(("down",), dz, a)
+    d_down = g.unstretched("down", dz)
+    da = mm(d_down, p.down)
+    g.through_adapter("down", d_down, da)
+    d_gate, d_up, a = swiglu_backward(da, g.stretched("gate", s.gate), g.stretched("up", s.up))
+    d_gate, d_up = g.unstretched("gate", d_gate), g.unstretched("up", d_up)
+    g.product(("down",), d_down, a)
     g.into_adapters(("down",), a)
     n2 = g.normed(("gate", "up"), s.y, p.norm2)
     g.product(("gate",), d_gate, n2)
     g.product(("up",), d_up, n2)
-    dn2 = torch.mm(d_gate, p.gate).addmm_(d_up, p.up)
+    dn2 = addmm_(mm(d_gate, p.gate), d_up, p.up)
     g.through_adapter("gate", d_gate, dn2)
     g.through_adapter("up", d_up, dn2)
     if n2 is not None:
@@ -599,8 +685,9 @@ def _attention_backward(dy: Tensor, row: Row, g: _Gradients) -> Tensor:
     p, s, shape = g.layer.params, g.saved, row.plan.shape
     if p.o_bias is not None:
         g.store("o_bias", dy.sum(0))
+    dy = g.unstretched("o", dy)
     g.product(("o",), dy, s.o)
-    d_o = torch.mm(dy, p.o)
+    d_o = mm(dy, p.o)
     g.through_adapter("o", dy, d_o)
     g.into_adapters(("o",), s.o)
     d_out = d_o.view(-1, shape.head_dim).index_select(0, row.plan.out_to_heads)
@@ -608,6 +695,7 @@ def _attention_backward(dy: Tensor, row: Row, g: _Gradients) -> Tensor:
     d_heads = attention_backward(d_out, s.heads, row.plan)
     d_qkv = d_heads.index_select(0, row.plan.from_heads).view(dy.shape[0], -1, shape.head_dim)
     del d_out, d_heads
+    d_qkv[row.plan.tokens :] = 0
     rotary_backward(d_qkv[:, : shape.heads + shape.kv_heads], row.cos, row.sin)
     if s.head_rstd is not None and s.projected is not None:
         projected = s.projected.view_as(d_qkv)

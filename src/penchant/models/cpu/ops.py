@@ -5,6 +5,8 @@ Half-precision inputs are worked on in fp32 inside a tile; fp32 and fp64 as they
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,10 +14,11 @@ from torch import Tensor
 from penchant.base.lanes import turn
 
 _ROWS_TOGETHER = 16  # passes whose gradients of an embedding are summed at a time
+_ROWS = 32  # what numbers of rows are multiples of, where that is worth a few rows more
 _TILE_ELEMENTS = 1 << 17  # numbers per tile: a few fp32 temporaries of this size fit the L2 cache of two cores
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -41,13 +44,13 @@ def store_product(param: Tensor, d_out: Tensor, inputs: Tensor) -> Tensor | None
     """`store_grad` of ``d_out^T inputs``; the product itself adds where types allow it."""
     main = getattr(param, "main_grad", None)
     if d_out.dtype != (param if main is None else main).dtype:
-        return store_grad(param, torch.mm(d_out.t(), inputs))
+        return store_grad(param, mm(d_out.t(), inputs))
     with turn(id(param)) as turns:
         total = param.grad if main is None and turns is not None else main
         if total is not None:
-            total.addmm_(d_out.t(), inputs)
+            addmm_(total, d_out.t(), inputs)
             return None
-        grad = torch.mm(d_out.t(), inputs)
+        grad = mm(d_out.t(), inputs)
         if turns is None:
             return grad
         param.grad = grad
@@ -80,7 +83,7 @@ class _Rows:
         self._kept: list[tuple[Tensor, Tensor]] = []
 
     def add(self, ids: Tensor, grad: Tensor) -> None:
-        self._kept.append((ids, grad.to(_wide(grad.dtype))))
+        self._kept.append((ids, grad.to(wide(grad.dtype))))
         if len(self._kept) == _ROWS_TOGETHER:
             every, grads = (torch.cat(parts) for parts in zip(*self._kept, strict=True))
             ids, place = every.unique(return_inverse=True)
@@ -94,6 +97,46 @@ class _Rows:
             total = self._param.grad
         for ids, grad in self._kept:
             total.index_add_(0, ids, grad.to(total.dtype))
+
+
+def mm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``a b + bias`` of two matrices."""
+    if _by_onednn(a):
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
+        return out
+    return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+
+
+def addmm(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``x + a b``."""
+    return mm(a, b).add_(x) if _by_onednn(a) else torch.addmm(x, a, b)
+
+
+def addmm_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The same in place of `total`."""
+    return total.add_(mm(a, b)) if _by_onednn(a) else total.addmm_(a, b)
+
+
+def more_rows(rows: int, dtype: torch.dtype) -> int:
+    """How many rows of zeros bring a product of so many to a number that oneDNN has kernels for already: each new number costs it milliseconds."""
+    return -rows % _ROWS if dtype in (torch.float32, torch.bfloat16) and _has_wide_onednn() else 0
+
+
+def _by_onednn(a: Tensor) -> bool:
+    return a.dtype == torch.float32 and a.device.type == "cpu" and a.numel() > 0 and _has_wide_onednn()
+
+
+@lru_cache
+def _has_wide_onednn() -> bool:
+    """Whether fp32 products are oneDNN's: where a processor has AVX-512. MKL multiplies with AVX2 there if it is AMD's, at half the speed."""
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return False
+    a, b, bias = torch.arange(15.0).view(3, 5), torch.arange(20.0).view(4, 5), torch.arange(4.0)
+    try:
+        out = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+    return torch.equal(out, torch.addmm(bias, a, b.t()))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -114,16 +157,16 @@ def rms_norm_backward(
     ``dx = r w g - x r^3 mean(g x w) + residual``, ``dw = sum over rows of g x r``.
     """
     d = x.shape[-1]
-    shape, wide = x.shape, _wide(x.dtype)
+    shape, dtype = x.shape, wide(x.dtype)
     if x.ndim != 2:
         x, grad, rstd = x.reshape(-1, d), grad.reshape(-1, d), rstd.reshape(-1, 1)
-    w = weight.detach().to(wide)
+    w = weight.detach().to(dtype)
     dx = torch.empty_like(x)
-    dw = torch.zeros(d, dtype=wide, device=x.device)
+    dw = torch.zeros(d, dtype=dtype, device=x.device)
     step = max(1, _TILE_ELEMENTS // d)
     for i in range(0, x.shape[0], step):
         rows = slice(i, i + step)
-        xt, gt, r = x[rows].to(wide), grad[rows].to(wide), rstd[rows]
+        xt, gt, r = x[rows].to(dtype), grad[rows].to(dtype), rstd[rows]
         gx = gt * xt
         dw.addmv_(gx.t(), r.squeeze(1))
         mean = torch.mv(gx, w).div_(d).unsqueeze(1)
