@@ -17,8 +17,14 @@ from typing import Any
 
 import pytest
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome", "headless_shell")
-BINARY = next((path for name in NAMES if (path := shutil.which(name))), None)
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "headless_shell")
+INSTALLED = Path.home() / ".cache/ms-playwright"  # by `playwright install chromium`
+FOUND = (
+    os.environ.get("CHROMIUM"),
+    *map(shutil.which, NAMES),
+    *map(str, INSTALLED.glob("chromium-*/chrome-linux*/chrome")),
+)
+BINARY = next(filter(None, FOUND), None)
 WHY_NOT = "no chromium here: pages were not looked at in a browser"
 in_a_browser = pytest.mark.skipif(
     BINARY is None, reason=WHY_NOT
@@ -125,6 +131,10 @@ class Browser:
         self.send("Emulation.setEmulatedMedia", media=media, features=features)
         self.send("Page.navigate", url=path if isinstance(path, str) else path.resolve().as_uri())
         self.loaded()
+
+    def darken(self) -> None:
+        """The page that is open, as it is for somebody who wants it dark."""
+        self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
 
     def loaded(self) -> None:
         """Wait until the page that was asked for is loaded."""

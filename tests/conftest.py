@@ -71,7 +71,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     """What did not run for want of a browser; after `make test-gpu`, what ran there, and how it ended."""
     skipped = [r for r in terminalreporter.stats.get("skipped", []) if WHY_NOT in str(r.longrepr)]
     if skipped:
-        terminalreporter.write_line(f"{len(skipped)} tests or files were skipped: {WHY_NOT} (install chromium)")
+        terminalreporter.write_line(
+            f"{len(skipped)} tests or files were skipped: {WHY_NOT} (install chromium, or name one in CHROMIUM)"
+        )
     kind = config.getoption("--device").split(":")[0]
     if kind == "cpu":
         return

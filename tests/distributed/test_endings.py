@@ -21,10 +21,11 @@ from tiny import polite_rows, tiny_model_folder, write_jsonl
 from worlds import in_world
 
 import penchant
-from penchant.distributed.launch import LAUNCHED, waited_too_long
+from penchant.distributed.launch import LAUNCHED, end_silent, launch, waited_too_long
 from penchant.distributed.world import (
     CRASH,
     ERROR_FILE,
+    MACHINE,
     World,
     described,
     ended_on_purpose,
@@ -60,22 +61,30 @@ def test_what_one_rank_cannot_do_is_an_error_of_all(tmp_path: Path) -> None:
     assert in_world(call, tmp_path) == [expected, expected]
 
 
-def test_a_rank_that_does_not_answer_is_named_and_rank_0_may_be_late(tmp_path: Path) -> None:
-    def call(world: World) -> str | None:
+def test_a_rank_that_does_not_answer_is_named_and_ended_and_rank_0_may_be_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(MACHINE, "0")  # as torchrun does
+
+    def call(world: World) -> Any:
         if world.leads:
             time.sleep(1.5)
         assert world.share("read" if world.leads else "") == "read"
         if world.rank == 1:
             time.sleep(4)
-            return None
+            return os.getpid()
         try:
             world.agree(patient=True)
         except Exception as error:
-            return str(waited_too_long(error, world, 1.0))
-        return "nobody waited"
+            said, ended = str(waited_too_long(error, world, 1.0)), []
+            os.kill = lambda *what: ended.append(what)  # of this process alone
+            end_silent(world)
+            return said, ended
+        return "nobody waited", []
 
-    said, _ = in_world(call, tmp_path, timeout=1.0)
+    (said, ended), process = in_world(call, tmp_path, timeout=1.0)
     assert "rank 1 of 2 did not answer within 1 s" in said
+    assert ended == [(process, signal.SIGKILL)]
 
 
 def test_processes_that_do_not_find_each_other_are_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,6 +100,17 @@ def test_processes_that_do_not_find_each_other_are_a_sentence(monkeypatch: pytes
             monkeypatch.setenv(name, value)
         with pytest.raises(TrainingStopped, match="process 1 of 2 did not find the others"), join(0.1):
             pass
+
+
+def test_a_signal_leaves_as_much_time_as_ranks_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To finish a step and to write a checkpoint may take longer than torch's 30 s."""
+    asked = []
+    monkeypatch.setattr(
+        "torch.distributed.launcher.api.elastic_launch", lambda config, _: asked.append(config) or (lambda *_: None)
+    )
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    assert launch(["train", "run.yaml"], 2, 0, 600.0) == 0
+    assert asked[0].shutdown_timeout == 600
 
 
 def test_one_process_is_a_world_of_its_own() -> None:

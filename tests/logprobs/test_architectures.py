@@ -14,7 +14,7 @@ from penchant.errors import ConfigError, ModelError
 from penchant.logprobs import packing
 from penchant.logprobs.packing import choose_packing
 from penchant.models import tree_attention
-from penchant.models.load import load_causal_model
+from penchant.models.load import cast_parameters, load_causal_model
 from penchant.models.options import ModelConfig
 from penchant.rollout.generate import sample
 
@@ -126,6 +126,28 @@ def test_a_window_beyond_the_check_is_checked(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(tree_attention, "tree_layout", lambda batch, window: layout(batch, None))
     scorer, _ = choose_packing(model, "auto", "off")
     assert scorer.packing == "padded" and model.config.sliding_window == 4096
+
+
+def test_a_backbone_that_adds_up_in_fp32_runs_in_bf16(tmp_path: Path) -> None:
+    """Mamba's hidden states are in fp32 whatever its weights are in."""
+    model = load_causal_model(_saved("mamba", tmp_path), CPU)
+    cast_parameters(model, torch.bfloat16)
+    scorer, _ = choose_packing(model, "auto", "auto")
+    tree = packing._probe_tree(model)
+    found = scorer.logps(packing.pack([tree], shared=scorer.shared)).sums
+    own = torch.stack([tool._own_logp(model, tree.prompt_ids, c) for c in tree.completion_ids])
+    assert torch.allclose(found, own, rtol=2e-2)
+    found.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_model_that_does_not_run_in_16_bits_is_a_sentence(tmp_path: Path) -> None:
+    """XGLM adds up positions in fp32, which its norms in bf16 do not take."""
+    model = load_causal_model(_saved("xglm", tmp_path), CPU)
+    choose_packing(model, "auto", "auto")
+    cast_parameters(model, torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"does not run in 16 bits here .* set model\.dtype=fp32"):
+        choose_packing(model, "auto", "auto")
 
 
 @pytest.mark.parametrize("kind", ["mamba", "bloom", "gpt_oss", "recurrent_gemma", "opt"])

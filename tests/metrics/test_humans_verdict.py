@@ -63,6 +63,7 @@ def test_every_interval_holds_what_is_true_over_twenty_seeds(tmp_path: Path) -> 
     for seed in range(20):
         for what, held in hits(simulated(tmp_path, seed, 400)).items():
             counts[what] = counts.get(what, 0) + held
+    print(f"{sum(counts.values())} of {20 * len(counts)} intervals hold what is true: {counts}")
     assert len(counts) == 2 + 2 * len(PEOPLE)
     assert min(counts.values()) >= 16, counts  # at 95%, fewer than 16 of 20 come once in 400 times
     assert sum(counts.values()) >= 0.92 * 20 * len(counts), counts

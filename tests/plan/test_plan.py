@@ -93,7 +93,7 @@ def test_steps_tokens_passes_and_times_are_those_of_the_run(tmp_path: Path) -> N
     written = sum(p.stat().st_size for p in kept[0].rglob("*") if p.is_file())
     assert plan.disk.checkpoint == pytest.approx(written, rel=0.05)
     after = api.plan(config, probe=False)
-    assert "holds step-8" in after.folder
+    assert after.folder == "holds step-8: that is its end"
 
 
 def test_without_shared_prompts_every_prompt_is_repeated(tmp_path: Path) -> None:

@@ -199,6 +199,22 @@ def test_a_config_that_was_changed_is_refused_by_those_that_read_it(world: World
     assert "config.resolved.yaml" in (world.run / "report.html").read_text().split("Changed after the run wrote it")[1]
 
 
+def test_what_prints_a_runs_figures_says_which_file_was_changed(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = world.fresh(whole=True) / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"loss": 0.', '"loss": 1.', 1))
+    for command in (["watch", "--once"], ["flags"]):
+        assert main([*command, str(world.run)]) == 0
+        assert "metrics.jsonl was changed after it was written" in capsys.readouterr().err
+    exported = api.export(world.run, to="safetensors")
+    assert "the run's metrics.jsonl was changed after it was written" in exported.notes
+    assert exported.notes[-1] in (exported.folder / "README.md").read_text()
+    path.unlink()
+    compared = api.compare(world.run, prompts=2, max_new_tokens=2, quiet=True)
+    assert f"{path} was changed after it was written." in compared.figures["notes"]
+
+
 def test_a_comment_in_a_config_or_what_only_watches_changes_no_figure(world: World) -> None:
     path = world.fresh(whole=True) / "config.resolved.yaml"
     path.write_text("# mine\n" + path.read_text())

@@ -564,7 +564,7 @@ def test_mistakes_of_the_command_are_sentences(
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         assert main(["serve", "nothing", "--port", str(taken.getsockname()[1])]) == 2
-    assert "cannot be bound" in capsys.readouterr().err
+    assert "another program listens there already" in capsys.readouterr().err
     assert main(["serve", str(tmp_path / "nothing"), "--port", "0"]) == 2
     assert "no such run" in capsys.readouterr().err
     monkeypatch.setenv("PENCHANT_API_KEY", "two words")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -17,19 +19,23 @@ from typing import Any
 
 import httpx
 import pytest
+from endpoints import serve
+from processes import forked
 from studio_people import in_memory, say
-from studios import Person, answers_of, arena_of, judgements, lines, studio_of
+from studios import SOURCE, Person, answers_of, arena_of, judgements, lines, studio_of
 
 from penchant.cli import main
 from penchant.data.audit import audit
 from penchant.data.load import load_preferences
 from penchant.errors import DataError
 from penchant.judges.humans import Judgement
+from penchant.runfolder.read import lock_of
 from penchant.studio import pairs
 from penchant.studio.arena import _take
-from penchant.studio.pairs import Arena
-from penchant.studio.queue import next_item
+from penchant.studio.pairs import Answers, Arena
+from penchant.studio.queue import next_item, overlaps
 from penchant.studio.text import CUT, folds, rendered
+from penchant.studio.writers import Writers
 
 
 @pytest.fixture
@@ -63,7 +69,8 @@ def test_only_who_has_the_token_and_comes_by_a_name_of_this_machine_gets_in(stud
 
 def test_a_redirect_stays_here(studio: Any) -> None:
     client = httpx.Client(base_url=studio.address, trust_env=False)
-    gone = client.get(f"//evil.example/x?token={studio.studio.token}")
+    there = httpx.URL(studio.address).copy_with(raw_path=f"//evil.example/x?token={studio.studio.token}".encode())
+    gone = client.get(there)
     assert gone.headers["location"].startswith("/") and not gone.headers["location"].startswith("//")
 
 
@@ -97,7 +104,10 @@ def test_nothing_outside_the_folder_and_no_endless_body(studio: Any, tmp_path: P
         told = ada.post("/arena/new", {"name": "n", "source": "pairs", "file": given})
         assert told.status_code == 404 and "root:" not in told.text, given
     assert ada.post("/arena/new", {"name": "x" * (2 << 20)}).status_code == 413
-    assert ada.post("/arena/new", {f"f{i}": "" for i in range(3000)}).status_code == 400
+    (tmp_path / "pairs.jsonl").write_text((outside / "x.jsonl").read_text())
+    good = {"name": "n", "source": "pairs", "file": "pairs.jsonl"}
+    assert ada.post("/arena/new", {**good, **{f"f{i}": "" for i in range(3000)}}).status_code == 400
+    assert ada.post("/arena/new", good).status_code == 200
     many = ada.client.post("/arena/new", content=b"{}", headers={"x-csrf-token": ada.csrf})
     assert many.status_code == 415
 
@@ -120,10 +130,14 @@ def test_an_address_of_all_needs_a_key(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_a_verdict_is_written_whole_and_says_nothing_before(studio: Any, tmp_path: Path) -> None:
-    arena = arena_of(tmp_path, reasons=("clear", "helpful"))
+    names = ("zorro", "zelda")
+    rows = [
+        (f"Prompt {i}?", {name: f"Answer {i}{end}" for name, end in zip(names, ".!", strict=True)}) for i in range(9)
+    ]
+    arena = arena_of(tmp_path, answers=Answers(rows, dict.fromkeys(names, SOURCE)), reasons=("clear", "helpful"))
     ada = Person(studio, "ada")
     page = ada.get("/arena/test").text
-    assert "dpo" not in page.replace("Answer", "").split('id="sides"')[0], "no name of a model on the page"
+    assert not any(name in page for name in names) and SOURCE["sha256"] not in page
     left = re.search(r'id="left"[^>]*><p>(.*?)</p>', page)
     assert left is not None
     ada.judge("test", "left", reason=["clear", "nonsense"], edited="A better one.")
@@ -131,12 +145,26 @@ def test_a_verdict_is_written_whole_and_says_nothing_before(studio: Any, tmp_pat
     assert row[f"answer_{row['left']}"] == left[1] and row["verdict"] == row["left"]
     assert row["annotator"] == "ada" and row["seconds"] == 2.5 and row["order"] == 0
     assert row["reasons"] == ["clear"] and row["edited"] == "A better one."
-    assert {row["model_a"], row["model_b"]} == {"dpo", "start"} and row["sha256_a"] == "0" * 64
+    assert {row["model_a"], row["model_b"]} == {*names} and row["sha256_a"] == SOURCE["sha256"]
     for verdict in ("right", "tie", "both_bad", "skip"):
         ada.judge("test", verdict)
     made = [r["verdict"] for r in lines(arena)]
     assert made[1] == {"a": "b", "b": "a"}[lines(arena)[1]["left"]] and made[2:] == ["tie", "both_bad", "skip"]
     assert ada.judge("test", "nonsense").status_code == 400 and len(lines(arena)) == 5
+
+
+def test_an_answer_of_ones_own_is_never_lost(studio: Any, tmp_path: Path) -> None:
+    arena = arena_of(tmp_path, pairs=30, reasons=("clear", "helpful"), checks=0.0, repeats=0.0)
+    ada = Person(studio, "ada")
+    assert "not trained on" in ada.judge("test", "both_bad", edited="\nMine <b>.", reason="helpful").text
+    (row,) = lines(arena)
+    assert row["edited"] == "\nMine <b>." and row["verdict"] == "both_bad"
+    page = ada.post("/arena/test/undo", {"order": "1"}).text
+    # a browser drops one line end behind the tag
+    assert ">\n\nMine &lt;b&gt;.</textarea>" in page and 'value="helpful" checked>' in page
+    assert 'value="clear">' in page and '<details class="edit" open>' in page
+    again = ada.get("/arena/test").text
+    assert "Mine" not in again and " checked" not in again
 
 
 def test_a_key_pressed_twice_says_one_thing(studio: Any, tmp_path: Path) -> None:
@@ -149,7 +177,19 @@ def test_a_key_pressed_twice_says_one_thing(studio: Any, tmp_path: Path) -> None
     assert again.status_code == 200 and "judged already" in again.text and len(lines(arena)) == 1
 
 
-def test_a_key_pressed_many_times_at_once_says_one_thing(studio: Any, tmp_path: Path) -> None:
+@pytest.fixture
+def slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some time passes between the look at what was said and the word."""
+    made = Judgement.to_json
+
+    def to_json(self: Judgement) -> dict[str, Any]:
+        time.sleep(0.05)
+        return made(self)
+
+    monkeypatch.setattr(Judgement, "to_json", to_json)
+
+
+def test_a_key_pressed_many_times_at_once_says_one_thing(studio: Any, tmp_path: Path, slowly: None) -> None:
     arena = arena_of(tmp_path)
     ada = Person(studio, "ada")
     page = ada.get("/arena/test").text
@@ -164,15 +204,9 @@ def test_a_key_pressed_many_times_at_once_says_one_thing(studio: Any, tmp_path: 
     assert len(lines(arena)) == 1
 
 
-def test_two_studios_at_once_write_one_word_on_one_showing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_studios_at_once_write_one_word_on_one_showing(tmp_path: Path, slowly: None) -> None:
     """Two `Arena`s of one folder share nothing but the files, as two processes do."""
-    first, made = arena_of(tmp_path), Judgement.to_json
-
-    def slowly(self: Judgement) -> dict[str, Any]:
-        time.sleep(0.05)  # between the look and the word
-        return made(self)
-
-    monkeypatch.setattr(Judgement, "to_json", slowly)
+    first = arena_of(tmp_path)
     item = next_item(first, "ada")
     assert item is not None
     given = [("pair", item.pair.id), ("order", "0"), ("verdict", "left")]
@@ -182,6 +216,36 @@ def test_two_studios_at_once_write_one_word_on_one_showing(tmp_path: Path, monke
     for t in threads:
         t.join()
     assert [r["order"] for r in lines(first)] == [0]
+
+
+def test_a_studio_that_was_stopped_in_its_turn_is_named_with_a_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pairs, "PATIENCE", 0.2)
+    arena = arena_of(tmp_path)
+
+    def takes_its_turn() -> None:
+        with Arena(arena.folder).turn():
+            time.sleep(600)
+
+    other = forked(takes_its_turn)
+    try:
+        while lock_of(arena.folder) != "held":
+            time.sleep(0.01)
+        assert other.pid is not None
+        os.kill(other.pid, signal.SIGSTOP)
+        with studio_of(tmp_path) as studio:
+            ada = Person(studio, "ada")
+            assert 'id="judge"' in ada.get("/arena/test").text, "what is only looked at waits for nobody"
+            told = ada.judge("test", "left")
+            assert told.status_code == 400 and f"process {other.pid} has held" in told.text
+            assert f"kill -9 {other.pid}" in told.text and not arena.preferences.path.exists()
+            other.kill()
+            other.join()
+            assert ada.judge("test", "left").status_code == 200 and len(lines(arena)) == 1
+    finally:
+        other.kill()
+        other.join()
 
 
 def test_what_is_to_come_does_not_change_by_loading_the_page_again(studio: Any, tmp_path: Path) -> None:
@@ -196,6 +260,7 @@ def test_what_is_to_come_does_not_change_by_loading_the_page_again(studio: Any, 
 def test_undo_brings_the_pair_back_with_sides_drawn_anew(studio: Any, tmp_path: Path) -> None:
     arena = arena_of(tmp_path, pairs=30)
     ada, sides = Person(studio, "ada"), []
+    ada.judge("test", "right")
     for _ in range(12):
         ada.judge("test", "left")
         row = lines(arena)[-1]
@@ -204,7 +269,7 @@ def test_undo_brings_the_pair_back_with_sides_drawn_anew(studio: Any, tmp_path: 
         assert "taken back" in ada.post("/arena/test/undo", {"order": order}).text
         assert "nothing to take back" in ada.post("/arena/test/undo", {"order": order}).text.lower()
     assert len({p for p, _ in sides}) == 1 and {s for _, s in sides} == {"a", "b"}
-    assert judgements(arena) == [] and len(lines(arena)) == 24
+    assert [j.side for j in judgements(arena)] == ["right"] and len(lines(arena)) == 25
 
 
 def test_the_folder_goes_on_where_a_killed_studio_stopped(tmp_path: Path) -> None:
@@ -242,8 +307,8 @@ def test_two_people_at_once_lose_nothing_and_share_what_overlaps(studio: Any, tm
     said = judgements(arena)
     by = {n: {j.pair for j in said if j.annotator == n} for n in ends}
     assert by["ada"] | by["ben"] == set(arena.pairs)
-    shared = len(by["ada"] & by["ben"])
-    assert 4 <= shared <= 20 and len(said) == 24 + shared
+    shared = {p.id for p in arena.pairs.values() if overlaps(arena, p)}
+    assert by["ada"] & by["ben"] == shared and 4 <= len(shared) <= 20 and len(said) == 24 + len(shared)
 
 
 def test_a_pair_stays_before_somebody_whatever_others_say(studio: Any, tmp_path: Path) -> None:
@@ -292,26 +357,11 @@ def test_what_several_people_say_of_a_pair_is_no_copy(studio: Any, tmp_path: Pat
     assert (found["agreed"].count, found["disagreed"].count) == (2, 1)
 
 
-def test_a_judgement_is_on_the_disk_soon(studio: Any, tmp_path: Path) -> None:
-    """50 ms on a quiet machine; here only that nothing waits for seconds."""
-    arena_of(tmp_path, pairs=200)
-    ada, took = Person(studio, "ada"), []
-    for _ in range(5):
-        page = ada.get("/arena/test").text
-        hidden = {n: page.split(f'name="{n}" value="')[1].split('"')[0] for n in ("order", "pair")}
-        began = time.perf_counter()
-        ada.post("/arena/test/judge", {**hidden, "verdict": "left"})
-        took.append(time.perf_counter() - began)
-    assert min(took) < 1.0
-
-
 def test_hostile_texts_are_inert(studio: Any, tmp_path: Path) -> None:
     hostile = (
         "<script>alert(1)</script> </style> [x](javascript:alert(1)) ![i](http://evil.example/i.png) \u202eabc \x1b[2J"
     )
-    answers = pairs.Answers(
-        [(hostile, {"<b>dpo</b>": hostile, "start": f"`{hostile}`"})], {"<b>dpo</b>": {}, "start": {}}
-    )
+    answers = Answers([(hostile, {"<b>dpo</b>": hostile, "start": f"`{hostile}`"})], {"<b>dpo</b>": {}, "start": {}})
     arena_of(tmp_path, answers=answers, reasons=("<i>tag</i>",), question="<u>Which?</u>")
     ada = Person(studio, "ada</title>")
     for path in ("/arena", "/arena/test", "/arena/test/results", "/arena/test/report"):
@@ -332,7 +382,7 @@ def test_hostile_texts_are_inert(studio: Any, tmp_path: Path) -> None:
             "<img",
         ):
             assert bad not in body, (path, bad)
-    assert "U+202E" in ada.get("/arena/test/results").text or "U+202E" in str(rendered(hostile))
+    assert "U+202E" in ada.post("/arena/test/undo", {"order": "1"}).text
 
 
 def test_long_answers_fold_alike_and_endless_ones_are_cut() -> None:
@@ -382,6 +432,19 @@ def test_a_share_of_checks_is_not_left_to_luck(tmp_path: Path) -> None:
         assert any(b - a != 10 for a, b in pairwise(checks)), "nobody can count them off"
 
 
+def test_people_share_their_share_of_pairs_from_the_start(tmp_path: Path) -> None:
+    """Each judges 30 of 300 pairs, and every fifth of them is one that the others judge too: the same six."""
+    arena = in_memory(arena_of(tmp_path, pairs=300, overlap=0.2, checks=0.0, repeats=0.0))
+    for _ in range(30):
+        for who in ("ada", "ben", "cleo"):
+            item = next_item(arena, who)
+            assert item is not None
+            say(arena, item, who, "a")
+    by = {who: {j.pair for j in arena.preferences.of(who)} for who in ("ada", "ben", "cleo")}
+    assert by["ada"] & by["ben"] == by["ada"] & by["cleo"] == by["ben"] & by["cleo"]
+    assert len(by["ada"] & by["ben"]) == 6
+
+
 def test_the_queue_balances_models_or_asks_where_least_is_known(tmp_path: Path) -> None:
     met: dict[str, list[int]] = {}
     for first in ("balanced", "widest"):
@@ -418,6 +481,7 @@ def test_arenas_are_made_of_runs_comparisons_and_data(studio: Any, tmp_path: Pat
     for run in ("dpo", "ipo"):
         folder = tmp_path / "runs" / run
         folder.mkdir(parents=True)
+        (folder / "config.resolved.yaml").write_text("{}")
         rows = [{"prompt": f"P{i}", "before": "no", "after": f"{run} {i}"} for i in range(3)]
         (folder / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     compared = tmp_path / "runs/compared"
@@ -425,10 +489,23 @@ def test_arenas_are_made_of_runs_comparisons_and_data(studio: Any, tmp_path: Pat
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     row = {"prompt": "text", "messages": chat, "completions": {"dpo": {"text": "a"}, "start": {"text": "b"}}}
     (compared / "comparison.jsonl").write_text(json.dumps(row) + "\n")
+    (compared / "comparison.json").write_text("{}")
     (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "Q", "chosen": "good", "rejected": "bad"}) + "\n")
     ada = Person(studio, "ada")
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    another = arena_of(tmp_path, "another")
+    say(another, next_item(another, "ada"), "ada", "a")  # type: ignore[arg-type]
     page = ada.get("/arena/new").text
-    assert all(name in page for name in ("runs/dpo", "runs/ipo", "runs/compared", "pairs.jsonl"))
+    offered = {name: set(re.findall(rf'name="{name}" value="([^"]+)"', page)) for name in ("run",)}
+    for name in ("comparison", "file", "run_one", "run_two", "checks_file"):
+        offered[name] = set(
+            re.findall(r'<option value="([^"]+)"', page.split(f'<select name="{name}">')[1].split("</select>")[0])
+        )
+    assert offered["run"] == {"runs/dpo", "runs/ipo"} and offered["comparison"] == {"runs/compared"}
+    assert offered["file"] == offered["checks_file"] == {"pairs.jsonl"}, "no file of a run or of an arena"
+    assert offered["run_one"] == offered["run_two"] == {"runs/dpo", "runs/ipo", "model"}
     for name, given in {
         "of runs": {"source": "runs", "run": ["runs/dpo", "runs/ipo"], "checks_file": "pairs.jsonl"},
         "of-comparison": {"source": "comparison", "comparison": "runs/compared"},
@@ -449,7 +526,10 @@ def test_arenas_are_made_of_runs_comparisons_and_data(studio: Any, tmp_path: Pat
         ({"name": "of-pairs", "source": "pairs", "file": "pairs.jsonl"}, "already exists"),
         ({"name": "../x", "source": "pairs", "file": "pairs.jsonl"}, "is not a name"),
         ({"name": "new", "source": "pairs", "file": "pairs.jsonl"}, "is not a name"),
-        ({"name": "x", "source": "runs"}, "no prompt has two answers"),
+        ({"name": "x", "source": "runs"}, "none is ticked"),
+        ({"name": "x", "source": "runs", "run": "model"}, "no prompt has two answers"),
+        ({"name": "x", "source": "prompts", "run_one": "model", "run_two": "runs/dpo"}, "prompts: there is none"),
+        ({"name": "x", "source": "prompts", "prompts": "Hi", "run_one": "model"}, "second model: is not chosen"),
         ({"name": "x"}, "is not chosen"),
         ({"name": "x", "source": "pairs", "file": "pairs.jsonl", "overlap": "200"}, "not a share"),
         ({"name": "x", "source": "prompts", "prompts": "a", "url_one": "ftp://x", "model_one": "m"}, "not an address"),
@@ -459,7 +539,7 @@ def test_arenas_are_made_of_runs_comparisons_and_data(studio: Any, tmp_path: Pat
 
 
 def test_equal_answers_are_no_pair(tmp_path: Path) -> None:
-    same = pairs.Answers([("P", {"a": "x", "b": "x "})], {"a": {}, "b": {}})
+    same = Answers([("P", {"a": "x", "b": "x "})], {"a": {}, "b": {}})
     assert pairs.pairs_of(same, 0) == []
     with pytest.raises(DataError, match="no pair of two different answers"):
         arena_of(tmp_path, answers=same)
@@ -501,6 +581,9 @@ def test_answers_are_written_by_a_run_and_an_endpoint_and_kept(
     # the endpoint is gone: a sentence, and nothing is kept
     assert "event: failed" in (told := ada.get("/arena/live/live").text) and "cannot be asked" in told
     assert len(lines(arena)) == 1
+    assert ada.judge("live", "skip").status_code == 200 and lines(arena)[1]["verdict"] == "skip"
+    assert "That was the last pair" in ada.get("/arena/live").text
+    assert [q.what for q in load_preferences(str(arena.preferences.path)).quarantined] == ["skipped"]
 
 
 def test_a_key_goes_to_no_endpoint_that_another_person_put_into_an_arena(
@@ -517,15 +600,22 @@ def test_a_key_goes_to_no_endpoint_that_another_person_put_into_an_arena(
     monkeypatch.setenv("PENCHANT_CACHE", str(tmp_path / "of-another-person"))
     told = ada.get("/arena/live/live").text
     assert "event: failed" in told and "secret-of-mine" not in told
-    writers = pairs.arenas(tmp_path)[0].settings.writers
-    from penchant.studio.writers import Writers
 
-    async def ask() -> None:
-        async for _ in Writers()._of_endpoint(writers["writer"], "One?"):
-            raise AssertionError("it was asked")
+    async def asked(**writer: str) -> None:
+        async for _ in Writers()._of_endpoint({"model": "writer", **writer}, "One?"):
+            pass
 
-    with pytest.raises(DataError, match=r"\$MY_KEY.*not made in your studio"):
-        asyncio.run(ask())
+    for writer, words in (
+        ({"url": "http://127.0.0.1:9/v1", "key_env": "MY_KEY"}, r"\$MY_KEY.*not made in your studio"),
+        ({"url": "https://elsewhere.example/v1"}, "prompts.*not made in your studio"),
+    ):
+        with pytest.raises(DataError, match=words):
+            asyncio.run(asked(**writer))
+    monkeypatch.setenv("OPENAI_API_KEY", "the-usual-one")
+    with serve(lambda *_: (404, {}, '{"error": {"message": "no such model"}}')) as endpoint:
+        with pytest.raises(DataError, match="answered 404: no such model; look"):
+            asyncio.run(asked(url=endpoint.url))
+        assert "authorization" not in endpoint.asked[0].headers
 
 
 def test_a_link_in_an_arena_leads_nowhere(studio: Any, tmp_path: Path) -> None:
@@ -553,7 +643,7 @@ def test_a_link_in_an_arena_leads_nowhere(studio: Any, tmp_path: Path) -> None:
 
 
 def test_half_characters_and_odd_names_do_not_break_a_page(studio: Any, tmp_path: Path) -> None:
-    answers = pairs.Answers([("\ud800?", {"a": "x\udfff", "b": "y"})], {"a": {}, "b": {}})
+    answers = Answers([("\ud800?", {"a": "x\udfff", "b": "y"})], {"a": {}, "b": {}})
     arena_of(tmp_path, answers=answers, reasons=("goo\u200bd",))
     (tmp_path / "b\u202ed.jsonl").write_text('{"prompt": "p", "chosen": "c", "rejected": "r"}\n')
     (tmp_path / "bad\udcff.jsonl").write_text("{}\n")
@@ -593,13 +683,22 @@ def test_an_arena_that_does_not_fit_leaves_its_name_free(
         patched.setattr("penchant.studio.arena.pairs.of_pairs", full)  # whatever a disk refuses is a sentence
         answer = ada.post("/arena/new", asked)
         assert answer.status_code == 507 and "No space left" in answer.text
-    answers: list[int] = []
-    threads = [threading.Thread(target=lambda: answers.append(ada.post("/arena/new", asked).status_code)) for _ in "ab"]
+    made = pairs.write_atomically
+
+    def slowly(*what: Any) -> None:
+        time.sleep(0.05)
+        made(*what)
+
+    monkeypatch.setattr(pairs, "write_atomically", slowly)
+    answers: list[httpx.Response] = []
+    threads = [threading.Thread(target=lambda: answers.append(ada.post("/arena/new", asked))) for _ in "ab"]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(answers) == [200, 400] and [p.name for p in (tmp_path / "arenas").iterdir()] == ["new one"]
+    first, second = sorted(answers, key=lambda answer: answer.status_code)
+    assert first.status_code == 200 and "already exists" in second.text
+    assert [p.name for p in (tmp_path / "arenas").iterdir()] == ["new one"]
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:

@@ -54,7 +54,12 @@ def client(folder: Path) -> Iterator[TestClient]:
 
 
 def test_files_and_their_pages(client: TestClient, folder: Path) -> None:
-    assert 'href="/data/view?file=rows.jsonl"' in client.get("/data").text
+    made = folder / "arenas" / "mine"
+    made.mkdir(parents=True)
+    for name in ("arena.json", "pairs.jsonl", "written.jsonl", "preferences.jsonl"):
+        (made / name).write_text("{}\n")
+    listed = re.findall(r'href="/data/view\?file=([^"]*)"', client.get("/data").text)
+    assert listed == ["evil.jsonl", "rows.jsonl", "arenas/mine/preferences.jsonl"]
     page = client.get("/data/view?file=rows.jsonl").text
     assert "Layout pairs" in page and "Question 20?" in page and "Question 21?" not in page
     link = re.search(r'href="(/data/view[^"]*)">Next', page)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import tiny_tokenizer
 
 from penchant.data.audit.fix import DEFAULT, Fixed, fix, read_edits
 from penchant.data.load import load_preferences
@@ -323,9 +324,24 @@ def test_tokens_say_what_is_trained_and_what_is_cut(tmp_path: Path) -> None:
 
 
 def test_turns_of_others_are_masked() -> None:
-    from penchant.models.load import load_tokenizer
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<s>{{ m.role }}:{{ m.content }}</s>\n{% endfor %}{% if add_generation_prompt %}<s>assistant:{% endif %}"
+    more = (Message("user", "three", False), Message("assistant", "four"))
+    tree = PromptTree((Message("user", "one"),), (Completion("two", more=more),))
+    shown = dict(rows.tokens_of(tree, "sft", tokenizer, {}))
+    said = {kind: "".join(t.text for t in shown["answer"] if t.kind == kind) for kind in ("trained", "masked")}
+    assert said == {"trained": "two</s>four</s>", "masked": "\n<s>user:three</s>\n<s>assistant:"}
 
-    tree = PromptTree("one", (Completion("two", more=(Message("user", "three", False), Message("assistant", "four"))),))
-    parts = rows.tokens_of(tree, "sft", load_tokenizer(str(MODEL)), {})
-    kinds = [{t.kind for t in tokens} for _, tokens in parts]
-    assert {"trained", "masked"} in kinds or len(kinds) > 2, kinds  # in one text, or a part for each answer
+
+def test_a_token_is_shown_as_it_stands_behind_the_one_before_it() -> None:
+    """By a tokenizer of the kind that writes a word's space as a sign and drops it at the start of a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.WordLevel({"<unk>": 0, "▁good": 1, "▁day": 2, "s": 3}, unk_token="<unk>"))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+    kinds = ["trained", "trained", "trained", "cut"]
+    alone = rows._tokens(tokenizer, [1, 2, 3, 1], kinds)
+    assert [t.text for t in alone] == ["good", " day", "s", " good"] and [t.kind for t in alone] == kinds
+    assert [t.text for t in rows._tokens(tokenizer, [1, 2], kinds, before=[3])] == [" good", " day"]

@@ -77,11 +77,23 @@ def test_a_run_is_followed_live(browser: Browser, folder: Path) -> None:  # noqa
         assert not browser.complaints()
 
 
+@pytest.mark.slow
+def test_a_run_that_is_followed_says_what_became_of_the_studio(browser: Browser, folder: Path) -> None:  # noqa: F811
+    said = "document.getElementById('connection').textContent"
+    with studio_of(folder) as server:
+        enter(browser, server, "runs/view?run=first")
+        browser.wait(f"({LOSS}).includes('step 8:')")
+        port = int(server.address.rpartition(":")[2].strip("/"))
+    browser.wait(f"{said}.includes('trying again')")
+    with studio_of(folder, port):
+        browser.wait(f"{said}.includes('started anew')")
+
+
 def test_pages_are_inert_for_everybody_and_fit_a_phone(browser: Browser, folder: Path) -> None:  # noqa: F811
     with studio_of(folder) as server:
         enter(browser, server, "runs")
-        for number, page in enumerate(PAGES):
-            browser.open(server.address + page, width=390, height=844, dark=bool(number % 2))
+        for page in PAGES:
+            browser.open(server.address + page, width=390, height=844)
             browser.wait(f"document.readyState === 'complete' && !!window.htmx && {QUIET}")
             if "runs/view" in page:
                 browser.wait("document.querySelectorAll('#curves canvas').length > 2")
@@ -97,6 +109,8 @@ def test_pages_are_inert_for_everybody_and_fit_a_phone(browser: Browser, folder:
             assert not strangers, strangers
             assert not browser.complaints(), page
             assert serious(browser) == [], page
+            browser.darken()
+            assert serious(browser, "color-contrast") == [], f"{page}, dark"
 
 
 def test_a_report_runs_in_a_frame_of_its_own(browser: Browser, folder: Path) -> None:  # noqa: F811
@@ -107,6 +121,7 @@ def test_a_report_runs_in_a_frame_of_its_own(browser: Browser, folder: Path) -> 
         browser.run("document.querySelector('details.report summary').click(); 0")
         browser.wait("!!document.querySelector('iframe').src")
         browser.wait("[...document.querySelectorAll('iframe')].every((f) => f.contentDocument === null)")
+        assert browser.run("document.querySelector('iframe').sandbox.value") == "allow-scripts"
         assert "caught" not in browser.run("document.title")
 
 

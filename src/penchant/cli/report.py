@@ -55,7 +55,7 @@ def _flags(args: argparse.Namespace) -> int:
     from penchant import api
     from penchant.errors import ConfigError
     from penchant.metrics.flags import as_text, markdown
-    from penchant.runfolder import damaged
+    from penchant.runfolder import told_damage
 
     if args.rules:
         print(markdown(), end="")
@@ -63,8 +63,8 @@ def _flags(args: argparse.Namespace) -> int:
     if args.path is None:
         raise ConfigError("flags", "no folder is given", "give a run's folder, one with a comparison.json, or --rules")
     found = api.flags(args.path)
-    for name in damaged(Path(args.path)):
-        print(f"{args.path}: {name} was changed after it was written", file=sys.stderr)
+    for sentence in told_damage(Path(args.path)):
+        print(sentence, file=sys.stderr)
     if args.json:
         import json
 

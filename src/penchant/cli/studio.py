@@ -30,7 +30,7 @@ def _studio(args: argparse.Namespace) -> int:
     require_server("studio")
     key = key_from_environment(KEY)
     local = check_host(args.host, key)
-    folder = Path(args.folder).expanduser()
+    folder = Path(args.folder).expanduser().absolute()
     if not folder.is_dir():
         raise ConfigError(args.folder, "is not a folder", "give the folder that holds your runs and data")
     sock = listen(args.host, args.port)

@@ -90,7 +90,8 @@ def _launch(args: argparse.Namespace, config: Any) -> int:
         there = counted(cores(), "core")
         raise ConfigError("launch.processes", f"is {processes}, and this machine has {there}", f"give at most {most}")
     more = ["--quiet"] if args.quiet else []
-    return launch(["train", args.config, *args.overrides, *_launched(args), *more], processes, config.launch.restarts)
+    command = ["train", args.config, *args.overrides, *_launched(args), *more]
+    return launch(command, processes, config.launch.restarts, max(30.0, config.launch.timeout))
 
 
 def _held_out_line(metrics: Any) -> str:

@@ -44,7 +44,7 @@ from penchant.metrics.flags import comparison_flags, summary
 from penchant.metrics.flags.rule import Flag
 from penchant.requests import HUMANS, CompareRequest
 from penchant.rewards.functions import reads_columns
-from penchant.runfolder import COMPARISON, COMPARISON_ROWS, REPORT, make_folder
+from penchant.runfolder import COMPARISON, COMPARISON_ROWS, REPORT, make_folder, told_damage
 from penchant.runfolder.read import read
 from penchant.runs.find import Source
 from penchant.runs.identity import changed_since
@@ -138,6 +138,7 @@ class RunComparer:
             run.data.rows.keep_columns |= self._reads_columns
         trained, notes = all_trained_prompts(self.everyone, lenient=test)
         self.notes += notes + [said for run in self.everyone for said in changed_since(run.folder, run.config)]
+        self.notes += [said for run in self.everyone for said in told_damage(run.folder)]
         found = clear_of(self.readers[0].name, self.test_rows, trained) if test else self._validation(trained)
         if not found.rows.trees:
             raise DataError(

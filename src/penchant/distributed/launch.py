@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -17,7 +18,18 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
-from penchant.distributed.world import CRASH, World, described, end_now, error_of, lost_another, record, store
+from penchant.distributed.world import (
+    CRASH,
+    MACHINE,
+    World,
+    described,
+    end_now,
+    error_of,
+    lost_another,
+    process_key,
+    record,
+    store,
+)
 from penchant.errors import PenchantError, TrainingStopped
 
 LAUNCHED = "PENCHANT_LAUNCHED"  # set where the launcher prints what a process has to say
@@ -25,8 +37,11 @@ LATE = 3.0  # seconds within which all that wait for one rank give up
 GRACE = 20.0  # seconds that a process whose end is known waits for the one that says why
 
 
-def launch(command: Sequence[str], processes: int, restarts: int) -> int:
+def launch(command: Sequence[str], processes: int, restarts: int, timeout: float) -> int:
     """Run ``python -m penchant COMMAND`` in several processes of this machine, until all have ended or one has failed.
+
+    Args:
+        timeout: seconds that they have, behind a signal, to finish the step and write a checkpoint.
 
     Returns:
         0, or the exit code of the first one that failed.
@@ -59,6 +74,7 @@ def launch(command: Sequence[str], processes: int, restarts: int) -> int:
             local_addr="127.0.0.1",
             max_restarts=restarts,
             monitor_interval=0.1,
+            shutdown_timeout=math.ceil(timeout),
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
         try:
@@ -122,6 +138,8 @@ def leave(error: BaseException, world: World, timeout: float) -> NoReturn:
         _wait_for_leader()
     else:
         record(error)
+        if late is not None:
+            end_silent(world)
         if isinstance(error, PenchantError) and not os.environ.get(LAUNCHED) and _first_to_tell():
             print(f"penchant: {error}", file=sys.stderr)
         elif not isinstance(error, PenchantError):
@@ -150,6 +168,17 @@ def waited_too_long(error: BaseException, world: World, timeout: float) -> Pench
     )
     late.exit_code = CRASH
     return late
+
+
+def end_silent(world: World) -> None:
+    """Kill those of this machine that do not answer: what is stopped heeds no SIGTERM, and torch's agent would wait 30 s for it."""
+    with suppress(Exception):
+        met = store(GRACE)
+        for rank in range(world.size):
+            if not met.check([f"penchant/late/{rank}"]):
+                machine, process = met.get(process_key(rank)).decode().split()
+                if machine == os.environ.get(MACHINE):
+                    os.kill(int(process), signal.SIGKILL)
 
 
 def _first_to_tell() -> bool:

@@ -36,6 +36,14 @@ def store(seconds: float) -> Any:
     return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=seconds))
 
 
+MACHINE = "GROUP_RANK"  # set by torchrun, and the same for all of its processes
+
+
+def process_key(rank: int) -> str:
+    """Where the store has the machine and the number of a rank's process."""
+    return f"penchant/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/process/{rank}"
+
+
 class First:
     """Rank 0 comes first, and the others wait for that, as long as it takes: it reads the data, or asks the rewards.
 
@@ -235,6 +243,8 @@ def join(timeout: float, context: int = 1) -> Iterator[World]:
     except dist.DistError as error:
         what = f"process {rank} of {size} did not find the others within {timeout:g} s ({type(error).__name__})"
         raise errors.TrainingStopped("launch.timeout", what, "raise it, or look at why they did not start") from error
+    if MACHINE in os.environ:
+        store(timeout).set(process_key(rank), f"{os.environ[MACHINE]} {os.getpid()}")
     group = dist.new_group(backend="gloo", timeout=limit)
     world = World(rank, size, local_rank, local_size, group, First("rank 0", timeout))
     if context > 1 and size % context == 0:  # another number is refused with the config

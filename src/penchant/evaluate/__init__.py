@@ -11,7 +11,7 @@ from penchant.errors import ConfigError
 from penchant.evaluate.evaluator import Evaluation, held_out_of_run
 from penchant.evaluate.output import keep
 from penchant.requests import EvalRequest
-from penchant.runfolder import damaged
+from penchant.runfolder import told_damage
 from penchant.runs.find import check_there, find_model, find_run, of_config, runs_in
 
 __all__ = ["evaluate_model"]
@@ -46,7 +46,7 @@ def evaluate_model(
         evaluated = Evaluation(source, request, tuple(overrides), quiet).measure()
         folder = source.folder
     if folder is not None:
-        evaluated.notes.extend(f"{folder / file} was changed after it was written." for file in damaged(folder))
+        evaluated.notes.extend(told_damage(folder))
     evaluated.notes.extend(keep(evaluated, folder, request))
     notes = {"notes": evaluated.notes} if evaluated.notes else {}
     return evaluated.metrics | notes | ({"rows": evaluated.answers} if rows else {})

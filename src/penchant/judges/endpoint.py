@@ -174,7 +174,7 @@ class Connection:
         if reply.is_success:
             return (_json(received, self.largest),), 0.0
         what = f"answered {reply.status_code} {shown(reply.reason_phrase)}".rstrip()
-        said = _message(received)
+        said = refusal(received)
         what += f": {shown(self.without_key(said)[:300])}" if said else ""
         if reply.status_code in RETRIED or reply.status_code >= 500:
             return what, _seconds(reply.headers.get("Retry-After"))
@@ -248,7 +248,7 @@ def _json(data: bytes | bytearray, largest: int = LARGEST) -> Any:
         return None
 
 
-def _message(data: bytes | bytearray) -> str:
+def refusal(data: bytes | bytearray) -> str:
     """What a refusal says: the message in its JSON, or its text."""
     found = _json(data)
     error = found.get("error", found) if isinstance(found, dict) else found

@@ -271,6 +271,8 @@ class Scorer:
     def _tempered(self, hidden: Tensor) -> tuple[Tensor, Any, float, float | None]:
         """Hidden states, head, scale and cap that give logits / temperature."""
         head, scale, softcap = self._head()
+        if type(head) is nn.Linear:
+            hidden = hidden.to(head.weight.dtype)  # a backbone that adds up in fp32 (Mamba) gives fp32 in bf16 too
         if self.temperature == 1.0:
             return hidden, head, scale, softcap
         if softcap is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -73,6 +74,8 @@ def choose_packing(
     scorer = Scorer(model, kernels=kernels, **found._asdict())
     if scorer.fast and not _fast_is_right(scorer):
         scorer = replace(scorer, kernels="off", _fast=None)
+    if not scorer.fast:
+        _check_precision(scorer)
     if found.packing == "shared":
         reason = "a prompt is computed once for all its answers"
     elif by_config != "padded":
@@ -201,6 +204,21 @@ def _fast_is_right(scorer: Scorer) -> bool:
     with quiet(model):
         slow, fast = (_probe(s, tree, headless) for s in (replace(scorer, kernels="off", _fast=None), scorer))
     return _away(fast, slow) <= (5e-2 if next(model.parameters()).dtype == torch.bfloat16 else MOST)
+
+
+def _check_precision(scorer: Scorer) -> None:
+    """The model runs in the precision that its weights are in; above it was in fp32."""
+    model = scorer.model
+    if all(p.dtype not in HALF for p in model.parameters()):
+        return
+    try:
+        with quiet(model):
+            _probe(scorer, _probe_tree(model), base_model_of(model).get_output_embeddings() is None)
+    except RuntimeError as error:
+        if not re.search("dtype|scalar type", str(error)):
+            raise
+        what = f"{base_model_of(model).config.model_type} does not run in 16 bits here ({first_line(error)})"
+        raise ConfigError("model.dtype", what, "set model.dtype=fp32") from error
 
 
 # ---- Which attention, by what the model hands to it; its kernels are then run against the groups' in the model's own precision ----

@@ -177,11 +177,11 @@ def headers(folder: Path) -> dict[str, tuple[str, tuple[int, ...], str]]:
 
 
 def _check_ranks(path: Path, sizes: Iterable[int]) -> None:
-    """An adapter's ranks are sizes that its weights have."""
+    """An adapter's ranks are sizes that its weights have, or those of several experts beside each other are multiples of."""
     config, known = read_object(path), set(sizes)
     pattern = config.get("rank_pattern")
     for rank in (config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())):
-        if rank is not None and rank not in known:
+        if rank is not None and not (type(rank) is int and rank > 0 and any(size % rank == 0 for size in known)):
             raise ModelError(str(path), f"says rank {rank!r}, which no weight of the adapter has", "get it again")
 
 

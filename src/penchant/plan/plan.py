@@ -126,7 +126,7 @@ def make_plan(config: RunConfig, places: Places, *, with_probe: bool = True, gpu
             notes += _differences(run, found)
     notes += remarks(asked if gpus else run.config, run.rows)
     return Plan(
-        run.method.name, str(run.folder), _what_is_there(run.folder), settings, rows, work, parameters, memory, disk, reference,
+        run.method.name, str(run.folder), _what_is_there(run.folder, work.steps), settings, rows, work, parameters, memory, disk, reference,
         found, duration, tuple(notes), ranks_of(run, memory, gpus),
     )  # fmt: skip
 
@@ -205,8 +205,11 @@ def _differences(run: OutlinedRun, found: Probe) -> list[str]:
     return [f"the model takes {real}, unlike what its config says: token counts and memory above are for {packing}"]
 
 
-def _what_is_there(folder: Path) -> str:
+def _what_is_there(folder: Path, steps: int) -> str:
     if not folder.exists():
         return "new"
     last, _ = latest_checkpoint(folder)
-    return f"holds {last.name}: training goes on from there" if last is not None else "exists, without a checkpoint"
+    if last is None:
+        return "exists, without a checkpoint"
+    end = last.name == f"step-{steps}"
+    return f"holds {last.name}: {'that is its end' if end else 'training goes on from there'}"

@@ -63,6 +63,12 @@ def make_folder(folder: Path) -> None:
         raise disk_error(folder, error) from error
 
 
+def sign(handle: int) -> None:
+    """Say in a lock's file which process holds it."""
+    os.ftruncate(handle, 0)
+    os.write(handle, f"PID {os.getpid()} on {socket.gethostname()}\n".encode())
+
+
 class RunLock:
     """One process a run folder: an advisory lock on ``.lock``, which the kernel drops when its holder dies."""
 
@@ -83,8 +89,7 @@ class RunLock:
             if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
                 raise self._odd()  # to write into it would be to write into another file
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(handle, 0)
-            os.write(handle, f"PID {os.getpid()} on {socket.gethostname()}\n".encode())
+            sign(handle)
         except BlockingIOError as error:
             holder = os.read(handle, 200).decode(errors="replace").strip() or "another process"
             os.close(handle)
@@ -184,6 +189,11 @@ def damaged(folder: Path) -> list[str]:
     if at.get("metrics_sha256") and not prefix_is(folder / METRICS, at.get("metrics_offset"), at["metrics_sha256"]):
         found.append(METRICS)
     return sorted(found)
+
+
+def told_damage(folder: Path) -> list[str]:
+    """A sentence for each of them, for whoever reads the run's figures."""
+    return [f"{folder / name} was changed after it was written." for name in damaged(folder)]
 
 
 def prefix_is(path: Path, offset: Any, sha256: Any) -> bool:

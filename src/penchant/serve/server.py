@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 import signal
@@ -80,7 +81,9 @@ def listen(host: str, port: int) -> socket.socket:
         both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # :: is every address of this machine
         return socket.create_server(address, family=family, backlog=128, dualstack_ipv6=both)
     except (OSError, UnicodeError, OverflowError) as error:
-        raise ConfigError(f"{host}:{port}", f"cannot be bound ({error})", "choose another --port or --host") from error
+        taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+        why = "another program listens there already" if taken else str(error)
+        raise ConfigError(f"{host}:{port}", f"cannot be bound: {why}", "choose another --port or --host") from error
 
 
 def address_of(made: socket.socket, path: str = "/v1") -> str:

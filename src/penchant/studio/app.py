@@ -246,7 +246,8 @@ class Studio:
     # ---- errors ----------------------------------------------------------------------------------------------------
 
     async def _failed(self, request: Request, error: HTTPException) -> Response:
-        return self._error(request, error.status_code, error.detail)
+        what = error.detail if error.detail != "Not Found" else "there is no such page"
+        return self._error(request, error.status_code, what)
 
     async def _refused(self, request: Request, error: PenchantError) -> Response:
         return self._error(request, 400, str(error))

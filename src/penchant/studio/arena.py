@@ -26,10 +26,12 @@ from penchant.judges.humans import PREFERENCES, Judgement, turns_of
 from penchant.metrics.humans import human_verdict
 from penchant.runfolder import COMPARISON_ROWS, MANIFEST, SAMPLES, checkpoints
 from penchant.studio import pairs
-from penchant.studio.app import Area, Studio, can_be_linked, fields, form
+from penchant.studio.app import Area, Studio, fields, form
+from penchant.studio.launch import suggestions
 from penchant.studio.pairs import Arena, Settings
 from penchant.studio.queue import Item, item_of, next_item
 from penchant.studio.results import results_body, results_page
+from penchant.studio.shelf import find
 from penchant.studio.text import folds, rendered
 from penchant.studio.writers import Writers, allow
 
@@ -157,8 +159,10 @@ def area(studio: Studio) -> Area:
     async def leave(request: Request) -> Response:
         return _go(f"/arena/{quote(rooms.named(request).name)}", "")
 
-    async def panel(request: Request, arena: Arena, annotator: str, note: str = "") -> Response:
-        values = await run_in_threadpool(_shown, rooms, arena, annotator, note)
+    async def panel(
+        request: Request, arena: Arena, annotator: str, note: str = "", back: Judgement | None = None
+    ) -> Response:
+        values = await run_in_threadpool(_shown, rooms, arena, annotator, note, back)
         return studio.page(request, "arena_pair.html", **values)
 
     async def item(request: Request) -> Response:
@@ -172,8 +176,8 @@ def area(studio: Studio) -> Area:
 
     async def undo(request: Request) -> Response:
         arena, annotator = rooms.named(request), _known(request)
-        note = await run_in_threadpool(_take_back, rooms, arena, annotator, (await form(request)).get("order", ""))
-        return await panel(request, arena, annotator, note)
+        told = await run_in_threadpool(_take_back, rooms, arena, annotator, (await form(request)).get("order", ""))
+        return await panel(request, arena, annotator, *told)
 
     async def live(request: Request) -> Response:
         arena, annotator = rooms.named(request), _known(request)
@@ -245,11 +249,12 @@ def _go(where: str, annotator: str | None = None) -> Response:
 # ---- one pair ----
 
 
-def _shown(rooms: Rooms, arena: Arena, annotator: str, note: str = "") -> dict[str, Any]:
+def _shown(rooms: Rooms, arena: Arena, annotator: str, note: str = "", back: Judgement | None = None) -> dict[str, Any]:
     """What the page of a pair says; nothing of it tells whose answer is whose."""
     item = rooms.next(arena, annotator)
     mine = arena.preferences.of(annotator)
     values: dict[str, Any] = {"arena": arena, "annotator": annotator, "item": item, "note": note, "keys": KEYS}
+    values["reasons"], values["edited"] = ((), "") if back is None else (back.reasons, back.edited or "")
     values["order"] = arena.preferences.records.get(annotator, 0)
     values["judged"] = len([j for j in mine if j.repeat_of is None])
     values["can_undo"] = bool(mine)
@@ -280,7 +285,7 @@ def _taken(arena: Arena, annotator: str, given: list[tuple[str, str]]) -> str:
     item = item_of(arena, annotator, values.get("pair", ""))
     if item is None or values.get("order") != str(item.order):
         return "That pair was judged already; here is the next one."
-    if item.pair.answers is None:
+    if item.pair.answers is None and said != "skip":
         raise HTTPException(409, "the answers are still being written")
     try:
         seconds = min(max(float(values.get("seconds", "")), 0.0), 86_400.0)
@@ -298,7 +303,7 @@ def _taken(arena: Arena, annotator: str, given: list[tuple[str, str]]) -> str:
         annotator=annotator,
         order=item.order,
         prompt=item.pair.prompt,
-        answers=item.pair.answers,
+        answers=item.pair.answers or ("", ""),
         models=item.pair.models,
         hashes=(hashes[0], hashes[1]),
         verdict=verdict,
@@ -307,23 +312,22 @@ def _taken(arena: Arena, annotator: str, given: list[tuple[str, str]]) -> str:
         gold=item.pair.gold,
         repeat_of=item.repeat_of,
         reasons=tuple(v for k, v in given if k == "reason" and v in allowed),
-        edited=edited[:EDITED] if edited.strip() and verdict in ("a", "b") else None,
+        edited=edited[:EDITED] if edited.strip() else None,
     )
     arena.preferences.append(judgement.to_json())
-    return (
-        "" if not edited.strip() or judgement.edited else "Your own answer was left out: it belongs to a better answer."
-    )
+    trained = judgement.edited is None or verdict in ("a", "b")
+    return "" if trained else "Your own answer is kept, but not trained on: it would take the place of the better one."
 
 
-def _take_back(rooms: Rooms, arena: Arena, annotator: str, order: str) -> str:
-    """Undo somebody's last word, once; what is to be said about it."""
+def _take_back(rooms: Rooms, arena: Arena, annotator: str, order: str) -> tuple[str, Judgement | None]:
+    """Undo somebody's last word, once; what is to be said about it, and the word: its reasons and answer stand there again."""
     with arena.turn():
         mine = arena.preferences.refresh().of(annotator)
         if not mine or order != str(arena.preferences.records.get(annotator, 0)):
-            return "There is nothing to take back."
+            return "There is nothing to take back.", None
         arena.preferences.undo(mine[-1])
         rooms.hold(arena, annotator, item_of(arena, annotator, mine[-1].pair))
-    return "Your last verdict was taken back; judge this pair again."
+    return "Your last verdict was taken back; judge this pair again.", mine[-1]
 
 
 async def _written(rooms: Rooms, arena: Arena, item: Item) -> AsyncIterator[str]:
@@ -353,39 +357,17 @@ async def _written(rooms: Rooms, arena: Arena, item: Item) -> AsyncIterator[str]
 
 def _sources(studio: Studio) -> dict[str, Any]:
     """Where answers could come from, in this folder."""
-    found: dict[str, list[str]] = {"runs": [], "comparisons": [], "files": []}
-    for path in sorted(_walk(studio.folder)):
-        name = studio.relative(path)
-        if path.name == SAMPLES:
-            found["runs"].append(studio.relative(path.parent))
-        elif path.name == COMPARISON_ROWS:
-            found["comparisons"].append(studio.relative(path.parent))
-        elif path.suffix in (".jsonl", ".parquet", ".csv") and path.name != PREFERENCES:
-            found["files"].append(name)
-    return found
+    found, offered = find(studio.folder)[0], suggestions(studio.folder)
 
+    def having(kind: str, file: str) -> list[str]:
+        return [f.path for f in found if f.kind == kind and (studio.folder / f.path / file).is_file()]
 
-SKIPPED = {pairs.ARENAS, "checkpoints", "node_modules", "__pycache__"}
-INSIDE = {SAMPLES, "samples.before.jsonl", "metrics.jsonl", "perf.jsonl", "evaluations.jsonl", "quarantine.jsonl"}
-DEEP, MANY = 4, 4000
-
-
-def _walk(folder: Path, deep: int = 0) -> list[Path]:
-    """Files that may hold answers, some folders deep; hidden folders and links are left out."""
-    found: list[Path] = []
-    try:
-        entries = sorted(folder.iterdir())[:MANY]
-    except OSError:
-        return []
-    for path in entries:
-        if path.name.startswith(".") or path.is_symlink() or not can_be_linked(path.name):
-            continue
-        if path.is_dir():
-            if deep < DEEP and path.name not in SKIPPED:
-                found += _walk(path, deep + 1)
-        elif path.is_file() and (path.name == SAMPLES or path.name not in INSIDE):
-            found.append(path)
-    return found
+    return {
+        "runs": having("run", SAMPLES),
+        "comparisons": having("comparison", COMPARISON_ROWS),
+        "files": [name for name in offered["data.path"] if not name.startswith(f"{pairs.ARENAS}/")],
+        "models": offered["model.path"],
+    }
 
 
 async def _make(studio: Studio, given: list[tuple[str, str]]) -> Response:
@@ -398,7 +380,10 @@ def _made(studio: Studio, given: list[tuple[str, str]]) -> Arena:
     settings, writers = _settings(values), {}
     kind = values.get("source", "")
     if kind == "runs":
-        found = pairs.of_runs([studio.inside(f"{v}/{SAMPLES}").parent for k, v in given if k == "run"])
+        runs = [studio.inside(f"{v}/{SAMPLES}").parent for k, v in given if k == "run"]
+        if not runs:
+            raise DataError("runs", "none is ticked", "tick one or more")
+        found = pairs.of_runs(runs)
     elif kind == "comparison":
         found = pairs.of_comparison(studio.inside(f"{values.get('comparison', '')}/{COMPARISON_ROWS}").parent)
     elif kind == "pairs":
@@ -429,6 +414,8 @@ def _file(studio: Studio, name: str) -> Path:
 
 def _prompts(studio: Studio, values: Mapping[str, str]) -> list[Any]:
     typed = pairs.prompts_of(values.get("prompts", ""))
+    if not typed and not values.get("prompts_file"):
+        raise DataError("prompts", "there is none", "type some, or choose a file that holds some")
     if not values.get("prompts_file"):
         return list(typed)
     from penchant.data.load import load_preferences, prompt_json
@@ -439,18 +426,16 @@ def _prompts(studio: Studio, values: Mapping[str, str]) -> list[Any]:
 
 def _writer(studio: Studio, values: Mapping[str, str], which: str) -> dict[str, str]:
     run, url = values.get(f"run_{which}", ""), values.get(f"url_{which}", "").strip()
+    name = {"one": "first model", "two": "second model"}[which]
     if url:
         model, key = values.get(f"model_{which}", "").strip(), values.get(f"key_{which}", "").strip()
         if not model:
-            raise DataError(f"writer {which}", "has no model", "name it as the endpoint calls it")
-        connect(
-            url, key or None, f"writer {which}", "its own field"
-        )  # refuses an address that is none, and a key that is not there
-        if key:
-            allow(url, key)
+            raise DataError(name, "the endpoint has no model", "name it as the endpoint calls it")
+        connect(url, key or None, name, f"{name}, key")  # refuses an address that is none, and a key that is not there
+        allow(url, key)
         return {"url": url, "model": model, "key_env": key}
     if not run:
-        raise DataError(f"writer {which}", "is not chosen", "choose a run, or give an endpoint's address")
+        raise DataError(name, "is not chosen", "choose a run or a model, or give an endpoint's address")
     studio.inside(run)
     return {"run": run}
 

@@ -230,7 +230,7 @@ class Data:
         file = await run_in_threadpool(self.file_of, path, shape)
         item = await run_in_threadpool(self._item, file, where, _number(given.get("line"), 1))
         edits = self.edits_of(path)
-        values: dict[str, Any] = {"name": path, "shape": shape, "error": "", "became": None}
+        values: dict[str, Any] = {"name": path, "shape": shape, "error": "", "aside": False}
         if request.method == "GET":
             known = edits.made().get(where)
             said = as_json(item.values if known is None or known.values is None else known.values)
@@ -252,7 +252,8 @@ class Data:
                 )
             if became.aside is not None and given.get("anyway") != "on":
                 why = f"it would be kept aside: {became.aside[0]}; {became.aside[1]}"
-                return self.studio.page(request, "data_edit.html", item=item, said=said, **{**values, "error": why})
+                values |= {"error": why, "aside": True}
+                return self.studio.page(request, "data_edit.html", item=item, said=said, **values)
             await run_in_threadpool(edits.add, where, "changed", sum_of(item), row)
         return await self._row(request, file, path, shape, item)
 

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -24,6 +25,7 @@ from penchant.config.page import Key, Part, parts
 from penchant.config.yaml import dump_yaml, set_key, sources_named
 from penchant.data.read import ending
 from penchant.errors import CheckpointError, ConfigError
+from penchant.judges.humans import PREFERENCES
 from penchant.losses import LOSSES
 from penchant.losses.page import parameters
 from penchant.runfolder import (
@@ -40,6 +42,7 @@ from penchant.runfolder import (
 from penchant.runfolder.read import holder, lock_of, read
 from penchant.runfolder.values import flat, mapping, text
 from penchant.studio.app import can_be_linked
+from penchant.studio.pairs import ARENA
 
 FORM = "the form"  # where a setting stands, for messages
 INTERRUPTED = 4  # the exit code of a run that was stopped by a signal, and can go on
@@ -189,6 +192,8 @@ def suggestions(root: Path) -> dict[str, list[str]]:
         if "config.json" in names:
             models.append(here.rstrip("/") or ".")
             folders.clear()
+        elif ARENA in names:
+            files += [here + PREFERENCES] * (PREFERENCES in names)
         elif CONFIG in names:
             models.append(here.rstrip("/"))  # a run stands for its model
             folders[:] = [name for name in folders if name != CHECKPOINTS]
@@ -346,6 +351,8 @@ class Processes:
         found = holder(self.root / path)
         if found is not None and lock_of(self.root / path) == "held":
             os.kill(found[0], signal.SIGTERM)
+            with suppress(ProcessLookupError):  # it has ended already
+                os.kill(found[0], signal.SIGCONT)  # one that was stopped (Ctrl-Z) would not hear it
         elif (process := self.started.get(path)) is not None and process.poll() is None:
             process.terminate()
         else:

@@ -22,8 +22,8 @@ from typing import Any
 from penchant.base.files import aside_of, file_sha256, fsync, write_atomically, write_text_atomically, writing
 from penchant.errors import DataError
 from penchant.judges.humans import PREFERENCES, Preferences, prompt_key
-from penchant.runfolder import COMPARISON, COMPARISON_ROWS, LOCK, SAMPLES
-from penchant.runfolder.read import json_object, read_lines, read_text
+from penchant.runfolder import COMPARISON, COMPARISON_ROWS, LOCK, SAMPLES, sign
+from penchant.runfolder.read import holder, json_object, lock_of, read_lines, read_text
 from penchant.runfolder.values import mapping
 
 ARENAS, ARENA, PAIRS, WRITTEN = "arenas", "arena.json", "pairs.jsonl", "written.jsonl"
@@ -31,6 +31,7 @@ START = "start"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,59}")
 REASONS = ("correct", "clear", "helpful", "honest", "concise", "safe", "style")
 MOST_PAIRS = 20_000
+PATIENCE = 5.0  # seconds for which another process may hold an arena: its turns take milliseconds
 MAKING = threading.Lock()  # a button pressed twice makes one arena
 
 
@@ -150,15 +151,31 @@ class Arena:
 
         Raises:
             DiskError: the folder cannot be written.
+            DataError: another process does not let go of it.
         """
-        with self.lock:
+        with writing(self.folder):
+            handle = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        try:
+            until = time.monotonic() + PATIENCE
+            while not _hold(handle):
+                if time.monotonic() > until:
+                    raise self._held()
+                time.sleep(0.005)
             with writing(self.folder):
-                handle = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX)  # the kernel drops it when its holder dies
+                sign(handle)
+            with self.lock:  # not before: pages that are only looked at wait for nobody
                 yield
-            finally:
-                os.close(handle)
+        finally:
+            os.close(handle)
+
+    def _held(self) -> DataError:
+        """What is said where another process was stopped in the middle of its turn."""
+        held = holder(self.folder) if lock_of(self.folder) == "held" else None
+        who, how = "another process", "end the other studio of this folder, then try again"
+        if held is not None:
+            who, wake = f"process {held[0]}", f"wake it with kill -CONT {held[0]} or end it with kill -9 {held[0]}"
+            how = f"if it was stopped (Ctrl-Z), {wake}, then try again"
+        return DataError(self.name, f"{who} has held this arena for {PATIENCE:g} seconds, so nothing was written", how)
 
     def wrote(self, pair: Pair, answers: tuple[str, str]) -> Pair:
         """Keep answers that were just written; those that somebody else's request wrote first stay."""
@@ -170,6 +187,15 @@ class Arena:
                 Preferences(self.folder / WRITTEN).append(row)
                 there = self.pairs[pair.id] = with_answers(pair, answers)
             return there
+
+
+def _hold(handle: int) -> bool:
+    """Take a lock, if it is free; the kernel drops it when its holder dies."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def with_answers(pair: Pair, answers: tuple[str, str]) -> Pair:
@@ -258,7 +284,7 @@ def of_comparison(folder: Path) -> Answers:
             rows.append((prompt, answers))
             names |= set(answers)
     source = {"source": str(file), "sha256": file_sha256(file) if file.is_file() else ""}
-    return _enough(Answers(rows, dict.fromkeys(sorted(names), source)), str(folder), COMPARISON)
+    return _enough(Answers(rows, dict.fromkeys(sorted(names), source)), folder.name, COMPARISON)
 
 
 def of_pairs(file: Path) -> Answers:
@@ -276,7 +302,7 @@ def of_pairs(file: Path) -> Answers:
         if len(texts) == 2 and tree.prompt:
             rows.append((prompt_json(tree.prompt), {"chosen": texts[True], "rejected": texts[False]}))
     source = {"source": str(file), "sha256": file_sha256(file)}
-    return _enough(Answers(rows, {"chosen": source, "rejected": source}), str(file), "pairs")
+    return _enough(Answers(rows, {"chosen": source, "rejected": source}), file.name, "pairs")
 
 
 def of_prompts(

@@ -50,8 +50,9 @@ def chance(*parts: object) -> float:
 def next_item(arena: Arena, annotator: str, taken: Collection[str] = ()) -> Item | None:
     """The next pair for an annotator; None where nothing is left.
 
-    Checks and repetitions come by their shares. Of the rest, pairs that everybody judges and pairs that nobody judged are left; of
-    these come first the models that met least (or whose win rate is known least), then the prompts that were asked least.
+    Checks and repetitions come by their shares, and so do pairs that everybody judges, which everybody meets in one order: a few words
+    of two people already say whether they agree. Of the rest, those that nobody judged are left. First come the models that met least
+    (or whose win rate is known least), then the prompts that were asked least.
 
     Args:
         taken: pairs that others have before them now.
@@ -64,7 +65,8 @@ def next_item(arena: Arena, annotator: str, taken: Collection[str] = ()) -> Item
     if not open_:
         return None
     order = judged.records.get(annotator, 0)
-    check, again = (_due(getattr(settings, of), order, settings.seed, of, annotator) for of in ("checks", "repeats"))
+    shares = "checks", "repeats", "overlap"
+    check, again, shared = (_due(getattr(settings, of), order, settings.seed, of, annotator) for of in shares)
     golds = [p for p in arena.pairs.values() if p.gold is not None and p.id not in seen]
     repeated = {j.repeat_of for j in mine}
     old = [j for j in mine[:-REPEAT_AFTER] if j.counts and j.id not in repeated and j.pair in arena.pairs]
@@ -73,7 +75,7 @@ def next_item(arena: Arena, annotator: str, taken: Collection[str] = ()) -> Item
     elif old and again:
         pair = arena.pairs[min(old, key=lambda j: chance(settings.seed, annotator, order, j.id)).pair]
     else:
-        pair = _first(arena, everyone, open_)
+        pair = _first(arena, everyone, open_, shared)
     return item_of(arena, annotator, pair.id, taken)
 
 
@@ -114,7 +116,7 @@ def _open(arena: Arena, everyone: list[Judgement], seen: set[str], taken: Collec
     return [p for p in ordinary if overlaps(arena, p) or (p.id not in judged and p.id not in taken)]
 
 
-def _first(arena: Arena, everyone: list[Judgement], open_: list[Pair]) -> Pair:
+def _first(arena: Arena, everyone: list[Judgement], open_: list[Pair], shared: bool) -> Pair:
     wins: dict[tuple[str, str], list[float]] = {}
     prompts: Counter[str] = Counter()
     for j in everyone:
@@ -132,7 +134,13 @@ def _first(arena: Arena, everyone: list[Judgement], open_: list[Pair]) -> Pair:
     contests = {m: urgency(m) for m in {p.models for p in open_}}
     seed = arena.settings.seed
     best = min(contests, key=lambda m: (contests[m], chance(seed, *m)))
+    found = [(p, overlaps(arena, p)) for p in open_ if p.models == best]
+    # counts of prompts would send everybody to another of the pairs that are to be shared
     return min(
-        (p for p in open_ if p.models == best),
-        key=lambda p: (not overlaps(arena, p), prompts[prompt_key(p.prompt)], chance(seed, p.id)),
-    )
+        found,
+        key=lambda one: (
+            one[1] != shared,
+            0 if one[1] else prompts[prompt_key(one[0].prompt)],
+            chance(seed, one[0].id),
+        ),
+    )[0]

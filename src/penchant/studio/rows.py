@@ -532,23 +532,28 @@ def tokens_of(tree: PromptTree, kind: str, tokenizer: Any, how: Mapping[str, Any
             if gone and len(one.prompt_ids) and full.prompt_ids[0] == one.prompt_ids[0] == tokenizer.bos_token_id
             else 0
         )
-        prompt = [
-            *_tokens(tokenizer, full.prompt_ids[:bos], "prompt"),
-            *_tokens(tokenizer, full.prompt_ids[bos : gone + bos], "cut"),
-        ]
-        prompt += _tokens(tokenizer, one.prompt_ids[bos:], "prompt")
+        kinds = ["prompt"] * bos + ["cut"] * gone + ["prompt"] * len(full.prompt_ids)
+        prompt = _tokens(tokenizer, full.prompt_ids, kinds)
         shown.append(("prompt" if len(cut) == 1 else f"part {number + 1}", prompt))
         for i, ids in enumerate(one.completion_ids):
             masks = one.masks[i] if one.masks else [True] * len(ids)
-            tokens = [
-                t
-                for x, m in zip(ids, masks, strict=True)
-                for t in _tokens(tokenizer, [x], "trained" if m else "masked")
-            ]
-            tokens += _tokens(tokenizer, full.completion_ids[i][len(ids) :], "cut")
+            whole_ids = [*ids, *full.completion_ids[i][len(ids) :]]
+            kinds = ["trained" if m else "masked" for m in masks] + ["cut"] * len(whole_ids)
+            tokens = _tokens(tokenizer, whole_ids, kinds, one.prompt_ids[-1:])
             shown.append((names[i] if len(names) == len(one.completion_ids) else "answer", tokens))
     return shown
 
 
-def _tokens(tokenizer: Any, ids: Sequence[int], kind: str) -> list[Token]:
-    return [Token(tokenizer.decode([int(i)], skip_special_tokens=False), int(i), kind) for i in ids]
+def _tokens(tokenizer: Any, ids: Sequence[int], kinds: Sequence[str], before: Sequence[int] = ()) -> list[Token]:
+    """Each with what it adds to the token before it: alone, many tokenizers write it without its leading space."""
+
+    def said(*some: int) -> str:
+        return str(tokenizer.decode(list(some), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    made: list[Token] = []
+    last = [int(i) for i in before]
+    for one, kind in zip(map(int, ids), kinds, strict=False):
+        # a part of a character adds nothing, and stands as what it is alone
+        made.append(Token(said(*last, one)[len(said(*last)) :] or said(one), one, kind))
+        last = [one]
+    return made

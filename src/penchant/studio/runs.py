@@ -20,13 +20,14 @@ from starlette.routing import Route
 
 from penchant.base.text import gigabytes
 from penchant.errors import ConfigError, PenchantError
+from penchant.metrics.names import metric
 from penchant.report.data import read_report
 from penchant.report.page import render
 from penchant.report.svg import duration, number
 from penchant.runfolder import CONFIG, REPORT, SAMPLES, SAMPLES_BEFORE
 from penchant.runfolder.read import lock_of, read, read_text
 from penchant.runfolder.values import mapping, mappings, number_of, sequence, text
-from penchant.studio.app import Area, Studio, fields, form
+from penchant.studio.app import Area, Studio, can_be_linked, fields, form
 from penchant.studio.launch import Processes, draft, first_keys, form_parts, settings_of, suggestions
 from penchant.studio.shelf import Feed, Shelf, facts_of, titles
 from penchant.watch.views import OPEN_STATES, is_run
@@ -42,6 +43,7 @@ REPORT_POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
 )
 ENDING = "it was asked to end, and writes a checkpoint first"
+STARTING = "its process was started, and reads its model and rows"
 ENDED_EARLY = ("stopped", "interrupted", "paused")
 STATES = {"running": "good", "preparing": "good", "stopped": "bad", "interrupted": "warn", "paused": "warn"}
 
@@ -118,17 +120,21 @@ class Runs:
         if len(paths) == 1:
             values |= {"config": read_text(self.studio.inside(f"{paths[0]}/{CONFIG}"))[:100_000]}
             values |= self._can(paths[0], facts[paths[0]]["state"])
+            asides = self.studio.inside(paths[0]).glob("quarantine.*.jsonl")
+            values["aside"] = sorted(f.name for f in asides if can_be_linked(f.name))
         return self.studio.page(request, "run.html" if len(paths) == 1 else "overlay.html", **values)
 
     def _can(self, path: str, state: str) -> dict[str, Any]:
         """What can be done with a run, and what went wrong with its process."""
         folder = self.studio.inside(path)
-        held = lock_of(folder) == "held" or self.processes.running(path)
-        ends = not held or self.processes.stopped(path)
+        locked, stopped = lock_of(folder) == "held", self.processes.stopped(path)
+        held = locked or self.processes.running(path)
+        ends = not held or stopped
+        starting = held and not stopped and state not in OPEN_STATES
         return {
             "failure": "" if state in OPEN_STATES else self.processes.failure(path),
             "can_stop": held and not ends,
-            "ending": ENDING if held and ends else "",
+            "doing": ENDING if locked and stopped else STARTING if starting else "",
             "can_resume": ends and state in ENDED_EARLY and (folder / CONFIG).is_file(),
         }
 
@@ -150,8 +156,8 @@ class Runs:
         inside = [e for e in lines if e is not line and e.path.startswith(prefix)]
         table = mapping(read(self.studio.inside(path)).sweep.get("table"))
         return self.studio.page(
-            request, "group.html", line=line, lines=inside, table=table, settings=mappings(table.get("settings")),
-            best=sequence(table.get("best")), now=time(),
+            request, "group.html", line=line, lines=inside, settings=mappings(table.get("settings")),
+            metric=metric(text(table.get("metric")).removeprefix("eval/")).title, best=sequence(table.get("best")), now=time(),
         )  # fmt: skip
 
     async def feed(self, request: Request) -> Response:

@@ -329,4 +329,4 @@ def facts_of(view: RunView, path: str) -> dict[str, Any]:
 
 def titles() -> dict[str, str]:
     """What the curves are called, in their order."""
-    return {key: metric(key).picture or metric(key).label or key for key in FIGURES}
+    return {key: metric(key).picture or metric(key).row or metric(key).label or key for key in FIGURES}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from penchant.base.files import cache_folder, write_atomically
 from penchant.base.text import one_line
 from penchant.errors import DataError
-from penchant.judges.endpoint import connect, is_local
+from penchant.judges.endpoint import connect, is_local, refusal
 from penchant.judges.humans import turns_of
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 MAX_TOKENS = 512
 SECONDS = 600.0  # for one answer
-KEYS = "keys.json"  # which environment variable's key may go to which endpoint
+KEYS = "keys.json"  # which endpoints may be asked, and which environment variable's key may go there
 LONGEST = 200_000  # characters of one answer
 TEMPERATURE = 0.7
 
@@ -113,16 +113,16 @@ class Writers:
     async def _of_endpoint(self, writer: Mapping[str, str], prompt: Any) -> AsyncIterator[str]:
         import httpx
 
-        key = writer.get("key_env") or None
-        if key is not None and [writer["url"], key] not in _allowed():
+        key, name = writer.get("key_env", ""), f"writer {writer.get('model')}"
+        there = connect(writer["url"], key or None, name, name)
+        if (key or not is_local(there.url)) and [writer["url"], key] not in _allowed():
             raise DataError(
-                f"writer {writer.get('model')}",
-                f"this arena would send the key in ${key} to {writer['url']}, and it was not made in your studio",
+                name,
+                f"this arena would send {f'the key in ${key}' if key else 'prompts'} to {writer['url']}, and it was not made in your studio",
                 "make a new arena with this endpoint if you trust it",
             )
-        there = connect(writer["url"], key, "writer")
         headers = {"accept": "text/event-stream"}
-        if there.key is not None:
+        if key:  # `connect` knows a usual one, which goes to nobody who was not named
             headers["authorization"] = f"Bearer {there.key}"
         body = {
             "model": writer.get("model", ""),
@@ -138,7 +138,7 @@ class Writers:
                 client.stream("POST", f"{there.url}/chat/completions", json=body, headers=headers) as reply,
             ):
                 if reply.status_code != 200:
-                    said = there.without_key(one_line((await reply.aread())[:2000].decode(errors="replace")))
+                    said = there.without_key(one_line(refusal(await reply.aread()))[:300])
                     raise DataError(where, f"answered {reply.status_code}: {said}", "look at its address and model")
                 async for line in reply.aiter_lines():
                     if piece := _piece(line):
@@ -154,7 +154,7 @@ class Writers:
 
 
 def allow(url: str, key_env: str) -> None:
-    """Note that this user chose to send the key of an environment variable to an endpoint: an arena's folder may come from others."""
+    """Note that this user chose an endpoint, and to send it the key of an environment variable: an arena's folder may come from others."""
     known = _allowed()
     if [url, key_env] not in known:
         path = cache_folder("studio") / KEYS

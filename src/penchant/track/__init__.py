@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from penchant.base.text import one_line
 from penchant.errors import CheckpointError, ConfigError
-from penchant.runfolder import CONFIG, METRICS, PIPELINE, SWEEP, RunLock
+from penchant.runfolder import CONFIG, METRICS, PIPELINE, SWEEP, RunLock, told_damage
 from penchant.runfolder.read import read
 from penchant.track.tracker import FOLDER, TRACKERS, RunInfo, Sent, TrackerSpec, sent_file, sent_to
 
@@ -260,6 +260,8 @@ def track_run(
     with RunLock(folder):
         mirrors = Mirrors(folder, logging, config.model_dump(mode="json"), say)
         mirrors.begin(anew=anew)
+        for sentence in told_damage(folder):
+            say(sentence)
         known = read(folder)
         last = next((row for row in reversed(known.metrics) if row.get("kind") == "eval"), {})
         status = str(known.manifest.get("status", "killed"))

@@ -37,7 +37,8 @@
     }
     stream.addEventListener("failed", (event) => {
       mine.close();
-      studio.say(JSON.parse(event.data).text);
+      for (const side of ["left", "right"]) document.getElementById(side).removeAttribute("aria-busy");
+      studio.say(`${JSON.parse(event.data).text}. Load the page to try again, or skip the pair.`);
     });
     stream.addEventListener("done", () => {
       mine.close();

@@ -17,6 +17,7 @@
   const logarithmic = document.getElementById("logarithmic");
   const connection = document.getElementById("connection");
   const hidden = new Set();
+  const states = {}; // by run
   const charts = new Map(); // by metric
   let known = {}; // by run: {line: {metric: [xs, ys]}, points: {metric: [xs, ys, lows, highs]}}
 
@@ -61,6 +62,7 @@
   };
 
   const tell = (path, facts) => {
+    states[path] = facts.state;
     const at = [...document.querySelectorAll("[data-of]")].find((one) => one.dataset.of === path);
     if (!at) return;
     for (const place of at.querySelectorAll("[data-fact]")) {
@@ -103,7 +105,7 @@
       if (line) {
         tables.push([line[0], line[1]], [line[0], smooth(line[1], weight)]);
         series.push({ stroke: faint(name, weight ? 0.25 : 0), width: 1, points: { show: false }, spanGaps: true });
-        series.push({ label: "training", run: path, stroke: color(name), width: 2, points: { show: line[0].length < 3 }, spanGaps: true });
+        series.push({ label: "training", raw: weight > 0, run: path, stroke: color(name), width: 2, points: { show: line[0].length < 3 }, spanGaps: true });
       }
       if (points) {
         tables.push([points[0], points[1]]);
@@ -129,7 +131,8 @@
       while (place >= 0 && values[place] == null) place -= 1;
       if (place < 0) return;
       const name = paths.length > 1 ? `${one.run.split("/").pop()} ${one.label}` : one.label;
-      parts.push(`${name} ${figure(values[place])}`);
+      const smoothed = one.raw && paths.length === 1 ? ` (smoothed ${figure(values[place])})` : "";
+      parts.push(`${name} ${figure((one.raw ? u.data[i - 1] : values)[place])}${smoothed}`);
     });
     const steps = u.data[0];
     const step = steps.length ? steps[at == null ? steps.length - 1 : at] : 0;
@@ -189,9 +192,12 @@
     source.onmessage = (event) => {
       take(JSON.parse(event.data));
       redraw();
-      connection.textContent = "live";
+      connection.textContent = Object.values(states).some((state) => state === "running" || state === "preparing") ? "live" : "";
     };
-    source.onerror = () => { connection.textContent = "the studio cannot be reached; trying again"; };
+    source.onerror = () => {
+      const ended = source.readyState === EventSource.CLOSED; // it was refused: a studio with another token
+      connection.textContent = ended ? "the studio was started anew: open the address that it printed" : "the studio cannot be reached; trying again";
+    };
   };
   const close = () => { if (source) source.close(); source = null; };
   root.querySelector("p").textContent = "No step yet.";
