@@ -46,9 +46,8 @@ class OnlineDPOConfig(OnlineConfig):
         rollout = parts.config.rollout
         for key in ("lag", "correction"):
             if key in rollout.model_fields_set and getattr(rollout, key) not in (0, "none"):
-                raise ConfigError(
-                    f"rollout.{key}", "is for policy gradient methods, and online_dpo is not one", "leave it out"
-                )
+                what = "is for policy gradient methods, and online_dpo is not one"
+                raise ConfigError(f"rollout.{key}", what, "leave it out")
 
     def build(self, parts: Parts) -> OnlineDPO:
         writer, dpo = self.writer(parts), LOSSES["dpo"]

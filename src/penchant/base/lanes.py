@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 from penchant.base.lazy import torch
@@ -107,16 +107,12 @@ def in_order(parameter: Any) -> None:
     """Have autograd add to `parameter.grad` in the order of passes too. To be called after other hooks are in place."""
     key = (id(parameter), "autograd")
 
-    def wait_for_it(_: Any) -> None:
-        with turn(key, last=False):
-            pass
-
-    def pass_it_on(_: Any) -> None:
-        with turn(key):
+    def wait_for_it(_: Any, last: bool = False) -> None:
+        with turn(key, last=last):
             pass
 
     parameter.register_hook(wait_for_it)
-    parameter.register_post_accumulate_grad_hook(pass_it_on)
+    parameter.register_post_accumulate_grad_hook(partial(wait_for_it, last=True))  # and passes it on
 
 
 @lru_cache(maxsize=4)

@@ -352,7 +352,11 @@ class RunComparer:
 
     def _folder(self) -> Path:
         """Where both files go: beside the first run, named after what is compared."""
-        folder = _whole(self.question.output) if self.question.output is not None else self._default_folder()
+        names = [n.replace("/", "-") for n in self.settings]
+        more = f"-and-{len(names) - NAMED}-more" if len(names) > NAMED else ""
+        rows = f"-on-{Path(self.question.data).stem}" if self.question.data is not None else ""
+        folder = self.everyone[0].folder.parent / f"compare-{'-'.join(names[:NAMED])}{more}{rows}"
+        folder = folder if self.question.output is None else _whole(self.question.output)
         ours = {COMPARISON: r'\{\n "', COMPARISON_ROWS: r'\{"prompt": .*"completions": \{', REPORT: PAGE}
         for name, begins in ours.items():
             check_output(folder / name, begins)
@@ -361,12 +365,6 @@ class RunComparer:
             tempfile.TemporaryFile(dir=folder).close()
         return folder
 
-    def _default_folder(self) -> Path:
-        names = [n.replace("/", "-") for n in self.settings]
-        more = f"-and-{len(names) - NAMED}-more" if len(names) > NAMED else ""
-        rows = f"-on-{Path(self.question.data).stem}" if self.question.data is not None else ""
-        return self.everyone[0].folder.parent / f"compare-{'-'.join(names[:NAMED])}{more}{rows}"
-
 
 def compare_runs(paths: Sequence[str | Path], question: CompareRequest, *, quiet: bool = False) -> RunComparison:
     """Compare runs with what they start from and with each other; see `RunComparer`."""
@@ -374,7 +372,12 @@ def compare_runs(paths: Sequence[str | Path], question: CompareRequest, *, quiet
         raise ConfigError("--step", f"{question.step!r} is not a step", "give best, last or a step's number")
     if not paths:
         raise ConfigError("compare", "no run is given", "give the folders of one run or more")
-    _check_also(question)
+    also = list(question.also)
+    twice = sorted({n for n in also if also.count(n) > 1 or n == question.reward})
+    if twice:
+        raise ConfigError("--also", f"names {', '.join(twice)} twice, or as --reward too", "leave it out of --also")
+    if also and question.reward is None:
+        raise ConfigError("--also", "is given without a reward", "name the first one as --reward")
     _judge_of(question)  # refuses an endpoint's option without a judge
     for name in ("prompts", "samples", "max_new_tokens"):
         if getattr(question, name) < 1:
@@ -391,15 +394,6 @@ def _judge_of(question: CompareRequest) -> JudgeOptions | None:
     if question.judge is None and given:
         raise ConfigError(given[0], "is given without --judge", "name the judge")
     return JudgeOptions(question.judge, **of_endpoint) if isinstance(question.judge, str) else question.judge
-
-
-def _check_also(question: CompareRequest) -> None:
-    also = list(question.also)
-    twice = sorted({n for n in also if also.count(n) > 1 or n == question.reward})
-    if twice:
-        raise ConfigError("--also", f"names {', '.join(twice)} twice, or as --reward too", "leave it out of --also")
-    if also and question.reward is None:
-        raise ConfigError("--also", "is given without a reward", "name the first one as --reward")
 
 
 def _was_chosen(run: TrainedRun) -> bool:

@@ -145,11 +145,8 @@ def by_setting(runs: Sequence[TrainedRun]) -> dict[str, list[TrainedRun]]:
         seeds: dict[int, str] = {}
         for run in group:
             if run.seed in seeds:
-                raise CheckpointError(
-                    str(run.folder),
-                    f"has the setting and seed of {seeds[run.seed]} (seed {run.seed}), so it adds nothing",
-                    "give one of them",
-                )
+                what = f"has the setting and seed of {seeds[run.seed]} (seed {run.seed}), so it adds nothing"
+                raise CheckpointError(str(run.folder), what, "give one of them")
             seeds[run.seed] = run.name
     return {min((r.name for r in group), key=len): group for group in groups.values()}
 
@@ -283,11 +280,8 @@ def all_trained_prompts(runs: Sequence[TrainedRun], *, lenient: bool) -> tuple[s
 def _check_data(run: TrainedRun) -> None:
     known = run.manifest["data"].get("train split", run.manifest["data"]["train"])["fingerprint"]
     if run.data.rows.datasets[0].fingerprint != known:
-        raise CheckpointError(
-            str(run.config.data.path),
-            f"no longer holds the rows that {run.name} was trained on, so it is unknown which rows are held out",
-            "restore the file, or give --data with other rows",
-        )
+        what = f"no longer holds the rows that {run.name} was trained on, so it is unknown which rows are held out"
+        raise CheckpointError(str(run.config.data.path), what, "restore the file, or give --data with other rows")
 
 
 # ---- What each run spent, from its own files: steps, rows, completions, tokens, learning rates, data; and a sentence for each that differs ----

@@ -693,22 +693,16 @@ def detected(
     slips = [(theirs, ours) for theirs in there if (ours := near_name(theirs)) and ours not in there]
     if slips:
         theirs, ours = slips[0]
-        raise DataError(
-            name,
-            f'the columns ({", ".join(there)}) fit no known layout; is "{theirs}" your "{ours}"?',
-            f"{_map_it(ours, theirs)}, or name the layout with data.shape",
-        )
+        what = f'the columns ({", ".join(there)}) fit no known layout; is "{theirs}" your "{ours}"?'
+        raise DataError(name, what, f"{_map_it(ours, theirs)}, or name the layout with data.shape")
     if _looks_like_a_row(name, [r for r in first if isinstance(r, Row)]):
         raise DataError(
             name,
             f"its first line is read as the names of its columns ({', '.join(there)}), and they look like a row",
             "put a line with names in front, such as prompt,chosen,rejected or prompt,completion with this file's delimiter",
         )
-    raise DataError(
-        name,
-        f"the columns ({', '.join(there) or 'none'}) fit no known layout",
-        f"{_example_of(rows)}, or name the layout with data.shape (`penchant data formats` lists them)",
-    )
+    how = f"{_example_of(rows)}, or name the layout with data.shape (`penchant data formats` lists them)"
+    raise DataError(name, f"the columns ({', '.join(there) or 'none'}) fit no known layout", how)
 
 
 def _texts(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -245,9 +245,8 @@ def _check(content: bytes, what: str) -> str:
         with image.open(io.BytesIO(content), formats=FORMATS) as opened:
             (width, height), kind = opened.size, str(opened.format)
     except Exception as error:  # whatever a decoder raises; and a bomb, by its size
-        raise RowError(
-            f"{what} is not a picture that can be read ({', '.join(FORMATS)})", "fix the file, or drop the row"
-        ) from error
+        how = "fix the file, or drop the row"
+        raise RowError(f"{what} is not a picture that can be read ({', '.join(FORMATS)})", how) from error
     if width * height > MOST_PIXELS:
         raise RowError(f"{what} has {width:,} x {height:,} pixels (at most {MOST_PIXELS:,})", "make it smaller")
     return kind
@@ -285,6 +284,5 @@ def opened(picture: Picture) -> Any:
         with image.open(io.BytesIO(content), formats=FORMATS) as whole:
             return ImageOps.exif_transpose(whole).convert("RGB")
     except Exception as error:  # whatever a decoder raises
-        raise DataError(
-            picture.path, f"this picture is broken ({str(error)[:100]})", "fix it, or drop its row"
-        ) from error
+        what = f"this picture is broken ({str(error)[:100]})"
+        raise DataError(picture.path, what, "fix it, or drop its row") from error

@@ -432,7 +432,10 @@ class CausalTokenization(Tokenization):
         if any(not c for c in completions):
             raise RowError("a completion has no tokens", "drop the row")
         if self.text:
-            return self._chunks(source, prompt, completions[0])
+            document, room = completions[0], self.max_length - len(prompt)
+            parts = [document[i : i + room] for i in range(0, len(document), room)]
+            self.mark |= Mark.SPLIT * (len(parts) > 1)
+            return [_tree(source, prompt, [part], (i < len(parts) - 1,)) for i, part in enumerate(parts)]
         longest = max(map(len, completions), default=0)
         cut = (False,) * len(completions)
         if len(prompt) + longest > self.max_length:
@@ -472,12 +475,6 @@ class CausalTokenization(Tokenization):
         cut = tuple(len(c) > room for c in completions)
         self.mark |= Mark.CUT_COMPLETION * any(cut)
         return prompt, [c[:room] for c in completions], cut
-
-    def _chunks(self, source: str, prompt: Ids, document: Ids) -> list[TokenTree]:
-        room = self.max_length - len(prompt)
-        parts = [document[i : i + room] for i in range(0, len(document), room)]
-        self.mark |= Mark.SPLIT * (len(parts) > 1)
-        return [_tree(source, prompt, [part], (i < len(parts) - 1,)) for i, part in enumerate(parts)]
 
 
 def _parts(rendered: Rendered) -> list[Rendered]:

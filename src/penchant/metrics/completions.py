@@ -286,9 +286,13 @@ def overlap_figures(
     Papers: Papineni et al. (2002); arXiv 1804.08771 (sacrebleu); Lin (2004).
     """
     require_overlap()
+    from rouge_score.rouge_scorer import RougeScorer
+
     bleu, signature = _bleu(texts, references, clusters)
-    how = "on" if stemmer else "off"
-    return [bleu, *_rouge(texts, references, clusters, stemmer)], f"BLEU|{signature}; ROUGE F1|stemmer:{how}"
+    scorer, how = RougeScorer(list(ROUGE), use_stemmer=stemmer), "on" if stemmer else "off"
+    scores = [scorer.score_multi(list(refs), text) for text, refs in zip(texts, references, strict=True)]
+    rouge = [mean_of(f"generated/{ours}", [s[n].fmeasure for s in scores], clusters) for n, ours in ROUGE.items()]
+    return [bleu, *rouge], f"BLEU|{signature}; ROUGE F1|stemmer:{how}"
 
 
 def _bleu(
@@ -324,16 +328,6 @@ def bleu_of_sums(sums: np.ndarray) -> float:
     return BLEU.compute_bleu(
         counts[2 : 2 + ORDERS], counts[2 + ORDERS :], counts[0], counts[1], smooth_method="exp"
     ).score
-
-
-def _rouge(
-    texts: Sequence[str], references: Sequence[Sequence[str]], clusters: Sequence[int] | np.ndarray, stemmer: bool
-) -> list[Figure]:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(list(ROUGE), use_stemmer=stemmer)
-    scores = [scorer.score_multi(list(refs), text) for text, refs in zip(texts, references, strict=True)]
-    return [mean_of(f"generated/{ours}", [s[name].fmeasure for s in scores], clusters) for name, ours in ROUGE.items()]
 
 
 # ---- KL(policy || reference) from completions that the policy itself writes ----

@@ -142,11 +142,8 @@ def _check_trainable(file: Path, values: Mapping[str, Any]) -> None:
     more += ["bias"] if values.get("bias", "none") != "none" or values.get("lora_bias") else []
     more += [f"init_lora_weights: {start}"] if str(start).startswith(("pissa", "olora", "corda", "loftq")) else []
     if more:
-        raise ModelError(
-            str(file),
-            f"holds more than low-rank updates ({', '.join(more)}), and only those can be trained further here",
-            "merge it (name it as model.path) and train a new adapter",
-        )
+        what = f"holds more than low-rank updates ({', '.join(more)}), and only those can be trained further here"
+        raise ModelError(str(file), what, "merge it (name it as model.path) and train a new adapter")
 
 
 def _contradicted(name: str, theirs: Any, ours: Any, adapter: Path) -> None:

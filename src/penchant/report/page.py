@@ -69,7 +69,12 @@ def render(data: ReportData, *, strict: bool = False) -> str:
         else None,  # together at the end, where it is in nobody's way
         el("footer", f"Written by Penchant {__version__}, ", _time(data.now), complete),
     )
-    return _document(data, str(body))
+    state = {"running": data.going_on, "written": round(data.now), "every": RELOAD_SECONDS}
+    refresh = f'<noscript><meta http-equiv="refresh" content="{2 * RELOAD_SECONDS}"></noscript>'
+    script = (
+        f'<script type="application/json" id="state">{json_html(state)}</script>\n<script>{asset("page.js")}</script>'
+    )
+    return document(f"{data.title} \u00b7 Penchant report", f"{body}\n{script}\n", refresh if data.going_on else "")
 
 
 def _guarded(make: Callable[[ReportData], Node], data: ReportData, strict: bool) -> Node:
@@ -152,15 +157,6 @@ def _glossary(data: ReportData) -> Node:
 def _time(seconds: float, **attributes: str) -> Element:
     shown, exact = (time.strftime(f"%Y-%m-%d{form}", time.gmtime(seconds)) for form in (" %H:%M:%S UTC", "T%H:%M:%SZ"))
     return el("time", shown, datetime=exact, **attributes)
-
-
-def _document(data: ReportData, body: str) -> str:
-    state = {"running": data.going_on, "written": round(data.now), "every": RELOAD_SECONDS}
-    refresh = f'<noscript><meta http-equiv="refresh" content="{2 * RELOAD_SECONDS}"></noscript>'
-    script = (
-        f'<script type="application/json" id="state">{json_html(state)}</script>\n<script>{asset("page.js")}</script>'
-    )
-    return document(f"{data.title} \u00b7 Penchant report", f"{body}\n{script}\n", refresh if data.going_on else "")
 
 
 SECTIONS = (

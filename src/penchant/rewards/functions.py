@@ -260,11 +260,8 @@ def _values(term: RewardTerm, asked: Asked, timeout: float | None) -> np.ndarray
         if isinstance(error, TookTooLong):
             what = f"gave no answer within {timeout:g} seconds{blamed}"
             raise RewardError(f"reward {term.name}", what, "fix the function, or raise reward.timeout") from error
-        raise RewardError(
-            f"reward {term.name}",
-            f"{type(error).__name__}: {error}{blamed}",
-            "fix the function; it gets lists of prompts and completions and returns one number each",
-        ) from error
+        how = "fix the function; it gets lists of prompts and completions and returns one number each"
+        raise RewardError(f"reward {term.name}", f"{type(error).__name__}: {error}{blamed}", how) from error
     values = _numbers(term.name, given)
     if values.shape != (n,):
         shape = (

@@ -366,18 +366,14 @@ class VLLMServer(Remote):
         Raises:
             Forgotten.
         """
-        same = self._tagged() == self.tag if self.versions else self._as_before()
+        if self.versions:
+            found = self._ask("/weight_info")
+            same = (found.get("weight_version") if isinstance(found, dict) else None) == self.tag
+        else:
+            same = bool(np.abs(self._scores() - self.probe.engine).mean() <= max(NOISE, 4 * self.probe.noise))
         if not same:
             self.version = None
             raise Forgotten
-
-    def _tagged(self) -> str | None:
-        found = self._ask("/weight_info")
-        return found.get("weight_version") if isinstance(found, dict) else None
-
-    def _as_before(self) -> bool:
-        engine = self._scores()
-        return bool(np.abs(engine - self.probe.engine).mean() <= max(NOISE, 4 * self.probe.noise))
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 

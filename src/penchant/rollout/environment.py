@@ -175,9 +175,8 @@ class Stage:
     def _begin(self, tree: TokenTree, at: int, max_tokens: int) -> Episode:
         row = self.asked.get(tree.source)
         if row is None:
-            raise RewardError(
-                WHERE, f"{tree.source}: its row cannot be told apart from another", "give files other names"
-            )
+            what = f"{tree.source}: its row cannot be told apart from another"
+            raise RewardError(WHERE, what, "give files other names")
         turns = list(turns_of_prompt(row.prompt)) if not isinstance(row.prompt, str) else [Message("user", row.prompt)]
         prompt = row.prompt if isinstance(row.prompt, str) else [message_json(m) for m in row.prompt]
         place = tree.source or f"row {tree.row}"

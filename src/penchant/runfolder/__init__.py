@@ -271,11 +271,8 @@ def open_run(
             longer = all(line.startswith("config.train.") for line in found)
             last = checkpoints(folder)[-1] / "model" if longer else ""
             on = f"; to train on from its last checkpoint, set model.path={last} and another output" if longer else ""
-            raise CheckpointError(
-                str(folder),
-                "holds checkpoints of a different run",
-                f"{back}choose another output, or delete the folder to start over{on}. What differs:{shown}",
-            )
+            how = f"{back}choose another output, or delete the folder to start over{on}. What differs:{shown}"
+            raise CheckpointError(str(folder), "holds checkpoints of a different run", how)
     new = [key for key in mine if theirs is not None and key.startswith(CONTENT) and key not in theirs]
     if new:
         told = ", ".join(key.removeprefix(CONTENT) for key in new)
@@ -332,11 +329,8 @@ def _identity_of(path: Path) -> tuple[dict[str, Any], list[str]]:
     kept = newest_state(path.parent).get("identity")
     if not isinstance(kept, dict):
         gone = f"holds checkpoints but no {IDENTITY}" if damage == "is gone" else f"its {IDENTITY} {damage}"
-        raise CheckpointError(
-            str(path.parent),
-            f"{gone}, so it is unknown which run they belong to",
-            "restore it, choose another output, or delete the folder to start over",
-        )
+        how = "restore it, choose another output, or delete the folder to start over"
+        raise CheckpointError(str(path.parent), f"{gone}, so it is unknown which run they belong to", how)
     return kept, [f"{path}: {damage}; it is written again as the newest checkpoint has it"]
 
 

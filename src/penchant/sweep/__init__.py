@@ -126,12 +126,6 @@ def label(value: Any) -> str:
     return re.sub(r"[^A-Za-z0-9_.+-]+", "_", str(value)).strip("_.")[-LONGEST_LABEL:] or "none"
 
 
-def short_keys(keys: Sequence[str]) -> dict[str, str]:
-    """The last part of each key, or the whole of it where two end alike."""
-    last = [k.split(".")[-1] for k in keys]
-    return {k: end if last.count(end) == 1 else k for k, end in zip(keys, last, strict=True)}
-
-
 # ---- A sweep's config: one run's config, what varies in it, and the runs that follow, each named by what it varies ----
 
 SHAPE = "a sweep is a mapping with output, base and one or more of grid, runs and search; see docs/sweep.md"
@@ -326,7 +320,8 @@ class _Maker:
     output: Path
 
     def run(self, variant: str, over: tuple[dict[str, Any], Places], settings: Sequence[Setting]) -> SweepRun:
-        short = short_keys([key for key, *_ in settings])
+        last = [key.split(".")[-1] for key, *_ in settings]  # of each key, the whole of it where two end alike
+        short = {key: end if last.count(end) == 1 else key for (key, *_), end in zip(settings, last, strict=True)}
         before = [variant] if variant != BASE else []
         values, places = merged(copy.deepcopy(self.base), copy.deepcopy(over[0])), {**self.places, **over[1]}
         # a loss's name first: it takes the settings of another loss away
@@ -336,15 +331,11 @@ class _Maker:
         name = "-".join([*before, *(piece for _, piece in pieces)])
         setting = "-".join([*before, *(piece for key, piece in pieces if key != SEED)]) or "all"
         varied = ({"run": variant} if variant != BASE else {}) | {key: value for key, value, *_ in settings}
-        self._hold_out_alike(values)
-        return SweepRun(name, values, places, self.source, self.output / name, setting, varied)
-
-    def _hold_out_alike(self, values: dict[str, Any]) -> None:
-        """What is held out stays the same whatever train.seed is: runs are compared on the same rows."""
-        data = values.get("data")
+        data, train = values.get("data"), self.base.get("train")
         if isinstance(data, dict) and data.get("split_seed") is None and not data.get("eval_path"):
-            train = self.base.get("train")
+            # what is held out stays the same whatever train.seed is: runs are compared on the same rows
             data["split_seed"] = (train.get("seed") if isinstance(train, dict) else None) or 0
+        return SweepRun(name, values, places, self.source, self.output / name, setting, varied)
 
 
 def _check_names(runs: Sequence[SweepRun], source: str) -> None:

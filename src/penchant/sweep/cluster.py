@@ -79,9 +79,8 @@ def read_cluster(values: Mapping[str, Any], places: Places, source: str, runs: S
     other, names = ("Ray", OF_SLURM) if config.on == "ray" else ("Slurm", OF_RAY)
     for name in names:
         if getattr(config, name):
-            raise ConfigError(
-                place_of(("cluster", name), places, place), f"cluster.{name} has no meaning for {other}", "leave it out"
-            )
+            what, how = f"cluster.{name} has no meaning for {other}", "leave it out"
+            raise ConfigError(place_of(("cluster", name), places, place), what, how)
     return config
 
 

@@ -71,13 +71,10 @@ def stop_the_rest(
             if not standing.kept and run.setting == standing.setting and record.get("state") == "paused":
                 cut: dict[str, Any] = {"rung": rung, "of": halving.rungs, "rank": standing.rank, "among": len(found)}
                 cut |= {"metric": halving.metric, "mean": standing.mean}
-                record |= {"state": "cut", "cut": cut, "why": why_cut(cut)}
-
-
-def why_cut(cut: Mapping[str, Any]) -> str:
-    """``stopped at rung 1 of 3: rank 5 of 9``."""
-    stood = f"rank {cut['rank']} of {cut['among']}" if cut["mean"] is not None else "another seed of it stopped itself"
-    return f"stopped at rung {cut['rung']} of {cut['of']}: {stood}"
+                by_rank = f"rank {standing.rank} of {len(found)}"
+                stood = by_rank if standing.mean is not None else "another seed of it stopped itself"
+                why = f"stopped at rung {rung} of {halving.rungs}: {stood}"
+                record |= {"state": "cut", "cut": cut, "why": why}
 
 
 def _value(records: Records, run: SweepRun, halving: Halving, rung: int) -> float | None:

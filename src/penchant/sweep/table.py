@@ -92,13 +92,10 @@ class Table:
         """The table as a person reads it."""
         body = [(r.setting, _figure(r.mean), _spread(r), _runs(r)) for r in self.rows]
         table = columns([("setting", "mean", "spread", "runs"), *body])
-        return "\n".join([self._title(), "", table, "", *self._words()])
-
-    def _title(self) -> str:
         ends = dict.fromkeys(self.held_out[i] for i in (0, -1)) if self.held_out else ()
-        rows = " to ".join(f"{n:,}" for n in ends) or "no"
-        better = "higher" if self.higher else "lower"
-        return f"{self.metric} ({better} is better) at the end of each run, {rows} held-out {'row' if [*ends] == [1] else 'rows'}"
+        rows = f"{' to '.join(f'{n:,}' for n in ends) or 'no'} held-out {'row' if [*ends] == [1] else 'rows'}"
+        title = f"{self.metric} ({'higher' if self.higher else 'lower'} is better) at the end of each run, {rows}"
+        return "\n".join([title, "", table, "", *self._words()])
 
     def _words(self) -> list[str]:
         found = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from penchant.base.text import printable, repeated
@@ -208,17 +208,14 @@ class _Values:
                 row, names = yield from self._object()
                 kind = "object"
                 if row is not None and found == 1 and not self._peek():
-                    raise self._no_list(names)
+                    some = ", ".join(printable(n) for n in names[:6]) or "nothing"
+                    what = f'is one JSON object over several lines without a "data" list (it holds {some})'
+                    raise DataError(self.name, what, "give a list of objects, or JSONL")
                 if row is not None:
                     yield row
             else:
                 what = f"is not JSON, after a JSON {kind}" if kind else "is not JSON"
                 raise DataError(self._place(), what, "give a list of objects, or JSONL")
-
-    def _no_list(self, names: Sequence[str]) -> DataError:
-        some = ", ".join(printable(n) for n in names[:6]) or "nothing"
-        what = f'is one JSON object over several lines without a "data" list (it holds {some})'
-        return DataError(self.name, what, "give a list of objects, or JSONL")
 
     def _list(self) -> Rows:
         self._at += 1
