@@ -65,7 +65,9 @@ def made(folder: Path, kind: str, dtype: torch.dtype = torch.float32, kernels: s
     else:
         name = {"lora": "dpo", "dropout": "dpo", "divergence": "pmpo"}.get(kind, kind)
         frozen = cast_parameters_of(tiny_model("smollm-tied", dtype=torch.float32, seed=1), dtype)
-        reference = adapter_off(scorer) if kind in ("lora", "dropout") else LiveReference(Scorer(frozen, "shared", kernels))
+        reference = (
+            adapter_off(scorer) if kind in ("lora", "dropout") else LiveReference(Scorer(frozen, "shared", kernels))
+        )
         pairs = {t.row: t for t in some_pairs(14, seed=3)}
         algorithm = Offline(
             scorer, [Component(LOSSES[name], LOSSES[name].params())], reference, mismatched=pairs, tokens_per_step=200
