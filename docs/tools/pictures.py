@@ -79,9 +79,9 @@ def first_arena(folder: Path) -> Arena:
 def world(folder: Path, demo: Path) -> None:
     """Two arenas, and two files of rows."""
     first_arena(folder)
-    answers, quality = texts(140, 3)
-    second = arena_of(folder, "two-models", answers=answers, gold=12, overlap=0.4, checks=0.1, repeats=0.1, seed=3)
-    judged(second, quality, 3, file=True)
+    answers, quality = texts(140, 8)
+    second = arena_of(folder, "two-models", answers=answers, gold=12, overlap=0.4, checks=0.1, repeats=0.1, seed=8)
+    judged(second, quality, 8, file=True)
     shutil.copy(demo / "pairs.jsonl", folder / "pairs.jsonl")
     rows: list[dict[str, Any]] = [
         {"prompt": [SYSTEM, {"role": "user", "content": asked}], "chosen": [said(good)], "rejected": [said(bad)]}
@@ -94,44 +94,56 @@ def said(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
+def show(browser: Browser, address: str, height: int = 900) -> None:
+    browser.send("Emulation.setScrollbarsHidden", hidden=True)
+    browser.open(address, width=1200, height=height)
+    browser.wait(READY)
+
+
+def arena_and_data(browser: Browser, address: str) -> None:
+    show(browser, f"{address}arena/dpo-or-start", 760)
+    browser.send("Input.insertText", text="Ada")
+    browser.press("Enter")
+    browser.wait("!!document.querySelector('.tag input')")
+    browser.run("document.querySelectorAll('.tag input')[1].click()")
+    browser.picture(IMAGES / "arena.png")
+    show(browser, f"{address}arena/two-models/results")
+    browser.picture(IMAGES / "arena_results.png", whole=True)
+    show(browser, f"{address}data/view?file=reviews.jsonl&show=diff")
+    browser.picture(IMAGES / "studio_data.png")
+
+
+def a_run(browser: Browser, server: Any, folder: Path) -> None:
+    """One that is started here, when most of its steps are done."""
+    person, output = Person(server), "runs/dpo-beta-0.1"
+    form = {
+        **{"model.path": str(asset("model")), "data.path": "pairs.jsonl", "output": output, "loss.beta": "0.1"},
+        **{"train.epochs": "3", "train.lr": "3e-4", "train.batch_size": "16", "data.validation_fraction": "0.1"},
+        **{"data.max_length": "256", "data.add_eos": "false", "evaluation.every": "15"},
+    }  # fmt: skip
+    started = person.post("/runs/start", form)
+    assert started.is_success, started.text
+    done = 0.0
+    while done < 0.7:
+        time.sleep(2)
+        show(browser, f"{server.address}runs/view?run={output}")
+        done = browser.run("+(document.querySelector('progress')?.value || 0)")
+    browser.wait("document.querySelectorAll('#curves canvas').length > 2")
+    browser.picture(IMAGES / "studio_run.png")
+    person.post("/runs/stop", {"run": output})
+    while lock_of(folder / output) == "held":  # it writes a checkpoint
+        time.sleep(0.2)
+
+
 def main(demo: Path) -> None:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made) / "film"
         folder.mkdir()
         world(folder, demo)
         with studio_of(folder) as server, Browser() as browser:
-            person = Person(server)
-            run = {
-                **{"model.path": str(asset("model")), "data.path": "pairs.jsonl", "output": "runs/dpo-beta-0.1", "loss.beta": "0.1"},
-                **{"train.epochs": "3", "train.lr": "3e-4", "train.batch_size": "16", "data.validation_fraction": "0.1"},
-                **{"data.max_length": "256", "data.add_eos": "false", "evaluation.every": "15"},
-            }  # fmt: skip
-            assert person.post("/runs/start", run).headers["hx-redirect"]
-
-            def show(path: str, width: int, height: int) -> None:
-                browser.open(server.address + path, width=width, height=height)
-                browser.wait(READY)
-
             browser.open(server.open)
-            show("arena/dpo-or-start", 1200, 760)
-            browser.send("Input.insertText", text="Ada")
-            browser.press("Enter")
-            browser.wait("!!document.querySelector('.tag input')")
-            browser.run("document.querySelectorAll('.tag input')[1].click()")
-            browser.picture(IMAGES / "arena.png")
-            show("arena/two-models/results", 1200, 900)
-            browser.picture(IMAGES / "arena_results.png", whole=True)
-            show("data/view?file=reviews.jsonl&show=diff", 1200, 900)
-            browser.picture(IMAGES / "studio_data.png")
-            share = "+(document.querySelector('progress')?.value || 0)"
-            while "runs/view" not in (browser.run("location.href") or "") or browser.run(share) < 0.7:
-                show("runs/view?run=runs/dpo-beta-0.1", 1200, 900)
-                time.sleep(2)
-            browser.wait("document.querySelectorAll('#curves canvas').length > 2")
-            browser.picture(IMAGES / "studio_run.png")
-            person.post("/runs/stop", {"run": "runs/dpo-beta-0.1"})
-            while lock_of(folder / "runs/dpo-beta-0.1") == "held":  # it writes a checkpoint
-                time.sleep(0.2)
+            arena_and_data(browser, server.address)
+            a_run(browser, server, folder)
 
 
 if __name__ == "__main__":

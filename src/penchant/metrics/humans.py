@@ -153,7 +153,7 @@ class HumanVerdict:
             a = self.alpha
             word = "weak" if a.estimate < 0.4 else "moderate" if a.estimate < 0.667 else "good"
             said.append(
-                f"Agreement is {word}: Krippendorff's alpha {a.estimate:.2f} [{a.low:.2f}, {a.high:.2f}] on "
+                f"Agreement is {word}: Krippendorff's alpha {a.estimate:z.2f} [{a.low:z.2f}, {a.high:z.2f}] on "
                 f"{counted(self.shared, 'pair')} that several people judged (1 is perfect, 0 is chance)."
             )
         said += [f"{person.name} {what}." for person in self.people for what in person.warnings()]

@@ -64,8 +64,8 @@ def _tally(found: HumanVerdict) -> Element:
     ]
     if found.alpha is not None:
         a = found.alpha
-        about = f"[{a.low:.2f}, {a.high:.2f}] on {counted(found.shared, 'shared pair')}"
-        cards.insert(1, ("Krippendorff's alpha", f"{a.estimate:.2f}", about))
+        about = f"[{a.low:z.2f}, {a.high:z.2f}] on {counted(found.shared, 'shared pair')}"
+        cards.insert(1, ("Krippendorff's alpha", f"{a.estimate:z.2f}", about))
     return el(
         "dl",
         [
