@@ -76,10 +76,11 @@ def test_a_rank_that_does_not_answer_is_named_and_ended_and_rank_0_may_be_late(
         try:
             world.agree(patient=True)
         except Exception as error:
-            said, ended = str(waited_too_long(error, world, 1.0)), []
+            late, ended = waited_too_long(error, world, 1.0), []
+            assert late is not None
             os.kill = lambda *what: ended.append(what)  # of this process alone
-            end_silent(world)
-            return said, ended
+            end_silent(world, late.silent)
+            return str(late), ended
         return "nobody waited", []
 
     (said, ended), process = in_world(call, tmp_path, timeout=1.0)

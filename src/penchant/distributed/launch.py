@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -26,7 +27,6 @@ from penchant.distributed.world import (
     end_now,
     error_of,
     lost_another,
-    process_key,
     record,
     store,
 )
@@ -139,7 +139,7 @@ def leave(error: BaseException, world: World, timeout: float) -> NoReturn:
     else:
         record(error)
         if late is not None:
-            end_silent(world)
+            end_silent(world, late.silent)
         if isinstance(error, PenchantError) and not os.environ.get(LAUNCHED) and _first_to_tell():
             print(f"penchant: {error}", file=sys.stderr)
         elif not isinstance(error, PenchantError):
@@ -150,35 +150,46 @@ def leave(error: BaseException, world: World, timeout: float) -> NoReturn:
     end_now(int(described(error)["exit_code"]))  # no goodbye: a collective that others never enter would hang
 
 
-def waited_too_long(error: BaseException, world: World, timeout: float) -> PenchantError | None:
+class Late(TrainingStopped):
+    """Ranks that did not answer in time."""
+
+    exit_code = CRASH
+    silent: Sequence[int] = ()
+
+
+def waited_too_long(error: BaseException, world: World, timeout: float) -> Late | None:
     """The sentence about ranks that did not answer in time; None for any other error."""
     if not isinstance(error, RuntimeError) or not re.search("[Tt]imed ?out|[Tt]imeout", str(error)):
         return None
-    silent = [0]
-    with suppress(Exception):  # rank 0 holds the store
-        met = store(GRACE)
-        met.set(f"penchant/late/{world.rank}", "")
-        time.sleep(LATE)
-        silent = [r for r in range(world.size) if not met.check([f"penchant/late/{r}"])]
-    names = " and ".join(f"rank {r}" for r in silent) or "a rank"
-    late = TrainingStopped(
+    silent = [0]  # rank 0 holds the store: where that does not answer, it is rank 0 that is silent
+
+    def ask() -> None:
+        with suppress(Exception):
+            met = store(GRACE)
+            met.set(f"penchant/late/{world.rank}", "")
+            time.sleep(LATE)
+            silent[:] = [r for r in range(world.size) if not met.check([f"penchant/late/{r}"])]
+
+    asking = threading.Thread(target=ask, daemon=True)  # a stopped process is connected to, and never answers
+    asking.start()
+    asking.join(GRACE / 2)
+    found = [*silent]
+    names = " and ".join(f"rank {r}" for r in found) or "a rank"
+    late = Late(
         "launch.timeout",
         f"{names} of {world.size} did not answer within {timeout:g} s",
         "look at what that process says and does; raise launch.timeout if a step really takes that long",
     )
-    late.exit_code = CRASH
+    late.silent = found
     return late
 
 
-def end_silent(world: World) -> None:
+def end_silent(world: World, silent: Sequence[int]) -> None:
     """Kill those of this machine that do not answer: what is stopped heeds no SIGTERM, and torch's agent would wait 30 s for it."""
-    with suppress(Exception):
-        met = store(GRACE)
-        for rank in range(world.size):
-            if not met.check([f"penchant/late/{rank}"]):
-                machine, process = met.get(process_key(rank)).decode().split()
-                if machine == os.environ.get(MACHINE):
-                    os.kill(int(process), signal.SIGKILL)
+    for machine, process in (world.processes[rank] for rank in silent if rank != world.rank):
+        if machine is not None and machine == os.environ.get(MACHINE):
+            with suppress(OSError):
+                os.kill(process, signal.SIGKILL)
 
 
 def _first_to_tell() -> bool:

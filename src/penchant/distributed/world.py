@@ -26,6 +26,7 @@ end_now = os._exit  # the real one, which `base.functions.no_exit` replaces whil
 CRASH = 1  # the exit code of what is started again: a bug, a process that is gone or does not answer
 PATIENCE = timedelta(days=7)  # for what rank 0 alone does first: reading and tokenizing may take hours
 MASTER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells each process
+MACHINE = "GROUP_RANK"  # the same for all processes that one torchrun started
 
 
 def store(seconds: float) -> Any:
@@ -34,14 +35,6 @@ def store(seconds: float) -> Any:
 
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=seconds))
-
-
-MACHINE = "GROUP_RANK"  # set by torchrun, and the same for all of its processes
-
-
-def process_key(rank: int) -> str:
-    """Where the store has the machine and the number of a rank's process."""
-    return f"penchant/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/process/{rank}"
 
 
 class First:
@@ -71,6 +64,7 @@ class World:
         rank: from 0; size: how many there are; local_rank, local_size: the same among those of this machine.
         group: for objects and numbers on the CPU (gloo); first: tells the others that rank 0 has come somewhere.
         context: processes that share each pass (`distributed.context`), neighbors by rank; context_group: they.
+        processes: of each rank, its machine (None: not known) and the number of its process there.
     """
 
     rank: int = 0
@@ -81,6 +75,7 @@ class World:
     first: First | None = None
     context: int = 1
     context_group: Any = None
+    processes: tuple[tuple[str | None, int], ...] = ()
 
     @property
     def dealers(self) -> int:
@@ -243,10 +238,10 @@ def join(timeout: float, context: int = 1) -> Iterator[World]:
     except dist.DistError as error:
         what = f"process {rank} of {size} did not find the others within {timeout:g} s ({type(error).__name__})"
         raise errors.TrainingStopped("launch.timeout", what, "raise it, or look at why they did not start") from error
-    if MACHINE in os.environ:
-        store(timeout).set(process_key(rank), f"{os.environ[MACHINE]} {os.getpid()}")
     group = dist.new_group(backend="gloo", timeout=limit)
-    world = World(rank, size, local_rank, local_size, group, First("rank 0", timeout))
+    processes: list[Any] = [None] * size
+    dist.all_gather_object(processes, (os.environ.get(MACHINE), os.getpid()), group=group)
+    world = World(rank, size, local_rank, local_size, group, First("rank 0", timeout), processes=tuple(processes))
     if context > 1 and size % context == 0:  # another number is refused with the config
         neighbors = [dist.new_group(list(range(at, at + context)), timeout=limit) for at in range(0, size, context)]
         world = replace(world, context=context, context_group=neighbors[rank // context])
