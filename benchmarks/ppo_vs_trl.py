@@ -21,7 +21,7 @@ from typing import Any
 from harness import BUNDLED, DATA, HERE, WorkerFailed, model_folder, peer_python, run_worker, stop_with_workers
 from report import markdown, processor
 
-TARGET, TARGET_MEMORY = 4.0, 1.0
+TARGET, TARGET_MEMORY = 3.0, 1.0
 SCRIPTS = {"penchant": "worker_ppo_penchant.py", "trl": "worker_ppo_trl.py"}
 
 
