@@ -549,14 +549,11 @@ def test_equal_answers_are_no_pair(tmp_path: Path) -> None:
 # ---- answers that are written while a person waits ----
 
 
-def test_answers_are_written_by_a_run_and_an_endpoint_and_kept(
-    studio: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from serving import model_of, random_folder, serving
+def test_answers_are_written_by_a_run_and_an_endpoint_and_kept(studio: Any, tmp_path: Path) -> None:
+    from serving import model_of, serving, writer_folder
 
-    monkeypatch.setattr("penchant.studio.writers.MAX_TOKENS", 24)
-    run = random_folder(tmp_path / "runs/dpo")
-    with serving(model_of(random_folder(tmp_path / "writer", seed=3)), name="writer") as endpoint:
+    run = writer_folder(tmp_path / "runs/dpo", "Yes!")
+    with serving(model_of(writer_folder(tmp_path / "writer", "no-way")), name="writer") as endpoint:
         ada = Person(studio, "ada")
         given = {"source": "prompts", "prompts": "One?\nTwo?", "run_one": "runs/dpo", "url_two": endpoint.url}
         made = ada.post("/arena/new", {"name": "live", **given, "model_two": "writer"})
@@ -570,7 +567,7 @@ def test_answers_are_written_by_a_run_and_an_endpoint_and_kept(
         for kind, data in re.findall(r"event: (\w+)\ndata: (.*)\n", events):
             if kind in pieces:
                 pieces[kind] += json.loads(data)["text"]
-        assert "event: done" in events and all(pieces.values()), events
+        assert "event: done" in events and sorted(pieces.values()) == ["Yes!", "no-way"], events
         (arena,) = pairs.arenas(tmp_path)
         written = arena.pairs[hidden["pair"]].answers
         assert written is not None and set(written) == set(pieces.values())
