@@ -162,7 +162,8 @@ class Browser:
         end = time.monotonic() + PATIENCE
         while time.monotonic() < end:
             with contextlib.suppress(RuntimeError):  # between two pages there is none to ask
-                if found := self.run(script):
+                # what htmx has put into the page gets its handlers when it settles, 20 ms later
+                if found := self.run(f"document.querySelector('.htmx-settling') ? null : ({script})"):
                     return found
             time.sleep(0.03)
         raise TimeoutError(why or script)
