@@ -21,9 +21,8 @@ from torch import Tensor
 
 from penchant.distributed.world import World
 
-LIMIT = (
-    32 << 20
-)  # bytes of a vector that lies in shared memory, which stays: a larger one would raise a run's highest mark
+# Bytes of a vector that lies in shared memory, which stays: a larger one would raise a run's highest mark.
+LIMIT = 32 << 20
 SLOT = 8 << 20  # bytes of a larger one that a process shows the others at a time
 _TOKEN = 16
 

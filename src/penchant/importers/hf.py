@@ -239,3 +239,12 @@ def model_type(path: str) -> str | None:
 
 
 DERIVATIONS = (batch, length, schedule, saving, precision, val_size, report_to, ppo_batch)
+
+
+def vision_parts(given: Given, parts: list[str]) -> Line:
+    """What is trained of a model that reads pictures, by the keys that freeze its vision tower and its projector (both frozen by default)."""
+    frozen = [given[k] is None or flag(given[k]) for k in parts]
+    same = frozen[0] == frozen[1]
+    how = "" if same else "the vision tower and its projector are trained both (model.vision: trained) or neither"
+    ours = {"model.vision": "frozen" if any(frozen) else "trained"}
+    return given.line(parts if given.says(*parts) else ["dataset"], "translated" if same else "unsupported", ours, how)

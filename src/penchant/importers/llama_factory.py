@@ -9,7 +9,7 @@ from typing import Any
 
 from penchant.errors import ConfigError
 from penchant.importers import hf
-from penchant.importers.rules import Given, Line, flag, layers, number, source, table, whole
+from penchant.importers.rules import Given, Line, layers, number, source, table, whole
 
 TABLE = table("llama_factory")
 
@@ -107,12 +107,7 @@ def _rows(entry: Mapping[str, Any], given: Given) -> dict[str, Any]:
 
 def _pictures(given: Given, entries: Sequence[Mapping[str, Any]]) -> Iterator[Line]:
     """What is trained of a model that reads pictures, and where they are."""
-    parts = ["freeze_vision_tower", "freeze_multi_modal_projector"]
-    frozen = [given[k] is None or flag(given[k]) for k in parts]
-    same = frozen[0] == frozen[1]
-    how = "" if same else "the vision tower and its projector are trained both (model.vision: trained) or neither"
-    ours = {"model.vision": "frozen" if any(frozen) else "trained"}
-    yield given.line(parts if given.says(*parts) else ["dataset"], "translated" if same else "unsupported", ours, how)
+    yield hf.vision_parts(given, ["freeze_vision_tower", "freeze_multi_modal_projector"])
     if given["freeze_language_model"]:
         yield given.line(["freeze_language_model"], "unsupported", note="the language model is trained, or its adapter")
     folder = Path(str(given["dataset_dir"]))

@@ -148,12 +148,7 @@ def _looked_at(given: Given) -> list[tuple[str, bool]]:
 
 def _pictures(given: Given) -> Iterator[Line]:
     """What is trained of a model that reads pictures."""
-    parts = ["freeze_vit", "freeze_aligner"]
-    frozen = [given[k] is None or flag(given[k]) for k in parts]
-    same = frozen[0] == frozen[1]
-    how = "" if same else "the vision tower and its projector are trained both (model.vision: trained) or neither"
-    ours = {"model.vision": "frozen" if any(frozen) else "trained"}
-    yield given.line(parts if given.says(*parts) else ["dataset"], "translated" if same else "unsupported", ours, how)
+    yield hf.vision_parts(given, ["freeze_vit", "freeze_aligner"])
     if given.says("freeze_llm"):
         asks = flag(given["freeze_llm"])
         how = "the language model is trained, or its adapter" if asks else "as here"
