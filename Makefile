@@ -7,7 +7,8 @@ TOOLS := .venv/.ready-tools
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 # One thread a worker: as many workers as cores share the machine without getting into each other's way.
 # A file's tests go to one worker: what they share is made once.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+# A worker that hangs ends itself (tests/conftest.py) and is not replaced: the suite fails instead of waiting for it.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .PHONY: demo test test-all test-gpu bench docs docker-check lint clean

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import itertools
 import os
@@ -34,8 +35,13 @@ if os.access(MEMORY, os.W_OK | os.X_OK) and shutil.disk_usage(MEMORY).free > 4e9
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 
+HUNG = 300.0  # seconds for one test, and for a worker's wait before its next one; twelve times that for a slow one
+ERRORS = pytest.StashKey[int]()  # standard error, where no test's capture reaches
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Few examples by default, many in `make test-all`; how long one takes is the machine's affair."""
+    config.stash[ERRORS] = os.dup(2)
     many = config.getoption("markexpr") == ""
     settings.register_profile(
         "ours", max_examples=200 if many else 20, deadline=None, suppress_health_check=[HealthCheck.too_slow]
@@ -53,6 +59,23 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         sys.path.insert(0, str(file.parent))
         with suppress(Exception, pytest.skip.Exception):  # pytest says so when it comes to the file
             import_module(file.stem)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """A worker that hangs, in a test or before the next one, prints where its threads are and ends; the suite then fails at once."""
+    limit = HUNG * (12 if item.get_closest_marker("slow") else 1)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        faulthandler.dump_traceback_later(limit, exit=True, file=item.config.stash[ERRORS])
+    try:
+        return (yield)
+    finally:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            faulthandler.dump_traceback_later(limit, exit=True, file=item.config.stash[ERRORS])
+
+
+def pytest_sessionfinish() -> None:
+    faulthandler.cancel_dump_traceback_later()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -82,6 +82,23 @@ def test_a_device_that_torch_cannot_use_is_refused_with_the_reason(monkeypatch: 
     assert resolve_device("auto").type == "cpu"  # no other device is taken unasked
 
 
+@pytest.mark.parametrize(
+    ("capability", "native", "dtype"),
+    [
+        ("AVX512", True, torch.bfloat16),
+        ("AVX512", False, torch.float32),
+        ("AVX2", True, torch.float32),
+        ("DEFAULT", True, torch.float32),
+    ],
+)
+def test_a_cpu_has_bf16_where_torch_uses_it(
+    capability: str, native: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    assert resolve_dtype("auto", torch.device("cpu")) == dtype
+
+
 def test_mps_gets_no_fp64() -> None:
     """A stand-in for a tensor there: torch refuses fp64 on MPS."""
 

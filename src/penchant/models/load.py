@@ -101,6 +101,9 @@ def bitsandbytes(key: str, value: str) -> Any:
 
 
 def cpu_has_bf16() -> bool:
+    """Whether the processor multiplies in bf16 natively, and torch was not told (ATEN_CPU_CAPABILITY) to do without its kernels for it."""
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return False
     check = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return bool(check()) if callable(check) else False
 
