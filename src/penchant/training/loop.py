@@ -243,7 +243,7 @@ class Loop:
         self.model.train()
         trees = self.algorithm.begin_step(step, progress_at(step, total), given)
         if self.world.many:
-            self._check_rows(step, trees)
+            self._check_rows(step, None if trees is given else trees)
             self._seed(step, 0)
         self.algorithm.look_ahead(step, total, lambda later: [self.trees[i] for i in schedule.batch(later)])
         batches = ahead if ahead is not None and trees is given else self._micro_batches(trees)
@@ -460,9 +460,9 @@ class Loop:
                 "raise loss.beta, lower train.lr, or raise the ceiling",
             )
 
-    def _check_rows(self, step: int, trees: Sequence[TokenTree]) -> None:
-        """A method of a person's own may write rows that differ from process to process."""
-        seen = self.world.gather([(t.row, tree_tokens(t, self.shared)) for t in trees])
+    def _check_rows(self, step: int, trees: Sequence[TokenTree] | None) -> None:
+        """A method of a person's own may write rows that differ from process to process; None: it takes the data's own."""
+        seen = self.world.gather(None if trees is None else [(t.row, tree_tokens(t, self.shared)) for t in trees])
         if any(rows != seen[0] for rows in seen):
             raise agreed(
                 TrainingStopped(
