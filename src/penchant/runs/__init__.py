@@ -340,6 +340,8 @@ class Run:
                     self.console.note(
                         f"{self.folder}: the day of its prompts was not kept; they have {day} from now on"
                     )
+        elif day is not None and day != date.today().isoformat():
+            self.console.note(f"the chat template writes the date: {day} as at this run's first start, not today's")
         if day is not None:
             self._with_options({**data.template_options, DATE: day})
 
