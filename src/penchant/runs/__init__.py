@@ -310,7 +310,8 @@ class Run:
                 flags = write_flags(self.folder, self.console.note)
                 live.now()
                 mirrors.finish("finished", finite(loop.state.last_eval))
-        self.console.note(f"report: {live.path}")
+        if live.path.is_file():
+            self.console.note(f"report: {live.path}")
         evals = [line for line in read(self.folder).metrics if line["kind"] == "eval"]
         result = TrainResult(
             folder=self.folder,
