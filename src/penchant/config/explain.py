@@ -142,8 +142,8 @@ def _explain(error: Any, places: Places, source: str, suggest: Callable[[str], s
 
 def _place_of_words(what: str, path: tuple[str, ...], places: Places) -> str:
     """Where the keys of a section are that a sentence about the section names: on the command line, if one of them is, else the first."""
-    words = re.findall(r"\w+", what)
-    found = [places[key] for word in words if (key := (*path, word)) in places]
+    words = re.findall(r"\w+(?:\.\w+)*", what)
+    found = [places[key] for word in words if (key := (*path, *word.split("."))) in places]
     return next((place for place in found if place == "command line"), next(iter(found), ""))
 
 
