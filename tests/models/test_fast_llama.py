@@ -319,7 +319,7 @@ def test_head_is_exact_where_the_probability_underflows() -> None:
 @pytest.mark.parametrize("wide", [True, False], ids=["oneDNN", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_products_of_views(dtype: torch.dtype, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_has_wide_onednn", lambda: wide)
+    monkeypatch.setattr(ops, "_fp32_by_onednn", lambda: wide)
     torch.manual_seed(0)
     whole = torch.randn(40, 60).to(dtype)
     a, b = whole[:7, 3:20], whole[20:37, 10:33]  # rows and columns of something larger

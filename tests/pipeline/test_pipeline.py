@@ -209,11 +209,11 @@ def test_what_a_stage_inherits() -> None:
             "[sft, dpo]\n  reward: {{words: much}}",
             "pipeline.yaml:16: compare.reward: words is 'much'; give each reward a number",
         ),
-        ("[sft, dpo, ppo]", "[sft, dpo]\n  also: [words]", "pipeline.yaml:14: compare: also is set without a reward"),
+        ("[sft, dpo, ppo]", "[sft, dpo]\n  also: [words]", "pipeline.yaml:16: compare: also is set without a reward"),
         (
             "[sft, dpo, ppo]",
             "[sft, dpo]\n  reward: words\n  also: [words]",
-            "pipeline.yaml:14: compare: also names words twice, or as reward too",
+            "pipeline.yaml:17: compare: also names words twice, or as reward too",
         ),
         ("compare:", "comprae:", 'pipeline.yaml:14: unknown key "comprae" at the top level; did you mean "compare"?'),
         (

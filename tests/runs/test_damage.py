@@ -8,6 +8,8 @@ import os
 import random
 import resource
 import shutil
+import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -357,6 +359,37 @@ def test_a_disk_that_fails_is_a_sentence_and_the_run_goes_on(world: World, at: i
     check_full(world, at, number)
 
 
+def without(folder: Path, name: str, patch: pytest.MonkeyPatch) -> None:
+    """No file of this name is ever written."""
+    real = os.replace
+
+    def refused(source: Any, to: Any, **more: Any) -> None:
+        if Path(to) == folder / name:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        real(source, to, **more)
+
+    patch.setattr(os, "replace", refused)
+
+
+@pytest.mark.parametrize("method", ["sft", "grpo"])
+def test_what_the_start_was_worth_is_in_every_evaluation_though_a_disk_does_not_keep_it(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = {"loss": "sft"} if method == "sft" else {"algorithm": {"name": "grpo", **ROLLOUTS}, **ONLINE}
+    world = World(
+        tmp_path, reference={"kind": "auto", "cache_dir": None}, **{k: v for k, v in how.items() if k != "reference"}
+    )
+    kept = (world.kept / "metrics.jsonl").read_bytes()
+    name, figure = ("start.losses.json", b"loss_change") if method == "sft" else ("start.completions.json", b"win_rate")
+    assert kept.count(figure + b'":') == 2 + (method == "grpo")
+    shutil.rmtree(world.fresh() / "checkpoints")
+    with monkeypatch.context() as patch:
+        without(world.run, name, patch)
+        world.train()
+    assert not (world.run / name).exists()
+    world.check()
+
+
 @pytest.mark.slow
 def test_wherever_a_disk_fails_it_is_a_sentence_and_the_run_goes_on(world: World) -> None:
     for at in range(1, writes_of(world) + 1):
@@ -379,14 +412,32 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def check_killed(world: World, at: int) -> None:
-    world.fresh()
+def ended(call: Callable[[], int | None]) -> int:
+    """How a process of its own ends that does nothing but this: its exit code, or minus the signal."""
     child = os.fork()
     if not child:
+        status = 99  # a child that raises must not go on as a second run of these tests
+        try:
+            status = call() or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_child_that_raises_ends() -> None:
+    assert ended(lambda: sys.exit(0)) == 99 and ended(lambda: None) == 0
+
+
+def check_killed(world: World, at: int) -> None:
+    world.fresh()
+
+    def killed() -> None:
         with failing(at, 0, kill=True):
             world.train()
-        os._exit(0)
-    os.waitpid(child, 0)
+
+    assert ended(killed) in (0, -9)
     world.train()
     world.check()
 
@@ -529,17 +580,16 @@ def test_a_reader_that_goes_away_ends_no_run(world: World, tmp_path: Path) -> No
     run = world.fresh()
     config = tmp_path / "run.yaml"
     config.write_text(json.dumps(world.config))  # JSON is YAML
-    child = os.fork()
-    if not child:
+
+    def unread() -> int:
         read, write = os.pipe()
         os.close(read)
         os.dup2(write, 1)
         os.dup2(write, 2)
-        import sys
-
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        os._exit(main(["train", str(config)]))
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        return main(["train", str(config)])
+
+    assert ended(unread) == 0
     assert checkpoints(run)[-1].name == "step-4"
     world.check()
 

@@ -346,7 +346,7 @@ def set_day(patch: pytest.MonkeyPatch, day: date) -> None:
 
 @pytest.mark.parametrize("kind", ["pairs", "reward_model"])
 def test_a_template_with_todays_date_keeps_the_day_of_the_first_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     model = tmp_path / "model"
     tiny_model_folder(model, chat=True)
@@ -371,8 +371,10 @@ def test_a_template_with_todays_date_keeps_the_day_of_the_first_start(
     with pytest.raises(Paused):
         first.train()
     set_day(monkeypatch, date(2026, 12, 27))
-    second = Run(api.as_config(config, ()), quiet=True)
+    second = Run(api.as_config(config, ()))
     result = second.train()
+    told = capsys.readouterr()
+    assert (told.out + told.err).count("2026-11-01 as at this run's first start") == 1
     ids = [r.rows.trees[0][0].prompt_ids.tolist() for r in (first, second)]
     assert ids[0] == ids[1]
     assert "01 Nov 2026" in second.rows.tokenizer.decode(ids[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import resource
 import sys
 from pathlib import Path
@@ -14,6 +15,15 @@ MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes of getrusage's ru
 def cores() -> int:
     """CPU cores that this process may run on; all of them where the system does not restrict processes."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def of_processor(key: str) -> str:
+    """What Linux says of the processor (`/proc/cpuinfo`: ``model name``, ``vendor_id``); elsewhere what Python knows of it."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), "")
+    except OSError:
+        return platform.processor()
 
 
 def gpu_visible() -> bool:

@@ -50,7 +50,8 @@ def _train(args: argparse.Namespace) -> int:
         if metrics:
             print(f"{name:>6}: {_held_out_line(metrics)}")
     print(f" model: {result.model}")
-    print(f"report: {result.folder / 'report.html'}")
+    if (report := result.folder / "report.html").is_file():
+        print(f"report: {report}")
     if result.flags:
         from penchant.metrics.flags import summary
 

@@ -103,7 +103,7 @@ def with_place(error: ConfigError, places: Places, source: str) -> ConfigError:
 
 
 # parts of pydantic's path that are not keys: which member of a union it tried
-NO_KEYS = re.compile(r"float|int|str|bool|constrained-\w+|(literal\[|list\[|function).*")
+NO_KEYS = re.compile(r"float|int|str|bool|\[key\]|constrained-\w+|(literal\[|list\[|dict\[|function).*")
 
 
 def _explain(error: Any, places: Places, source: str, suggest: Callable[[str], str] | None) -> ConfigError:
@@ -111,6 +111,8 @@ def _explain(error: Any, places: Places, source: str, suggest: Callable[[str], s
     path = tuple(str(p) for p in error["loc"] if not NO_KEYS.fullmatch(str(p)))
     where, dotted = place_of(path, places, source), ".".join(path)
     kind, value = error["type"], error.get("input")
+    kinds = {dict: "a mapping", list: "a list", bool: f"{as_yaml(value)} (a boolean)", type(None): "null"}
+    shown = kinds.get(type(value), short(repr(value)))
     if kind == "extra_forbidden":
         section = ".".join(path[:-1]) or "the top level"
         own = suggest is None or (path[0] == "loss" and path[-1] in SYNONYMS)
@@ -118,23 +120,31 @@ def _explain(error: Any, places: Places, source: str, suggest: Callable[[str], s
         return ConfigError(where, f'unknown key "{path[-1]}" in {section}', hint)
     if kind == "missing":
         return ConfigError(where, f"{dotted} is missing", f"add it: {_description(path)}")
+    if kind == "dict_type" and str(error["loc"][-1]).startswith("dict["):  # one of several forms
+        return ConfigError(where, f"{dotted} is {shown}", "give a mapping")
     if kind in ("model_type", "dict_type"):
         how = "indent its keys below it"
         if where == "command line":
             first = next(iter(_fields_of((*path, ""))), "KEY")
-            shown = as_yaml(value) if isinstance(value, (int, float)) else "..."
-            how = f"set its keys, as in {dotted}.{first}={shown}"
+            example = as_yaml(value) if isinstance(value, (int, float)) else "..."
+            how = f"set its keys, as in {dotted}.{first}={example}"
         return ConfigError(where, f"{dotted} is {as_yaml(value)}", f"it is a section: {how}")
     if kind == "value_error" and not isinstance(value, bool):
         what, _, how = str(error["msg"]).removeprefix("Value error, ").partition("; ")
+        where = _place_of_words(what, path, places) or where
         return ConfigError(where, f"{dotted}: {what}" if dotted else what, how)
     if isinstance(value, str) and kind.split("_")[0] in ("float", "finite", "int", "bool", "literal"):
         plain = _unquoted(value)
         if plain is not None:
             return ConfigError(where, f"{dotted} is the text {value!r}", f"write {plain} without quotes")
-    kinds = {dict: "a mapping", list: "a list", bool: f"{as_yaml(value)} (a boolean)", type(None): "null"}
-    shown = kinds.get(type(value), short(repr(value)))
     return ConfigError(where, f"{dotted} is {shown}", f"give {_wanted(error, path)}")
+
+
+def _place_of_words(what: str, path: tuple[str, ...], places: Places) -> str:
+    """Where the keys of a section are that a sentence about the section names: on the command line, if one of them is, else the first."""
+    words = re.findall(r"\w+(?:\.\w+)*", what)
+    found = [places[key] for word in words if (key := (*path, *word.split("."))) in places]
+    return next((place for place in found if place == "command line"), next(iter(found), ""))
 
 
 def sections_of(info: FieldInfo) -> list[type[BaseModel]]:

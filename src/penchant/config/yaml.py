@@ -264,6 +264,9 @@ def set_key(values: dict[str, Any], places: Places, path: tuple[str, ...], value
         if part in BY_NAME and isinstance(at[part], str):
             at[part] = {"name": at[part]}
         at = at[part]
+        if isinstance(at, list):
+            what = f"{'.'.join(path[: i + 1])} is a list, so {'.'.join(path)} cannot be set"
+            raise ConfigError(where, what, "give the whole list, or change it in the file")
         if not isinstance(at, dict):
             what = f"{'.'.join(path[: i + 1])} is a value, not a section, so {'.'.join(path)} cannot be set"
             raise ConfigError(where, what, "see `penchant config` for the keys that there are")

@@ -14,7 +14,7 @@ from penchant.config.yaml import dump_yaml
 from penchant.errors import ConfigError
 from penchant.importers import axolotl, flat, llama_factory, ms_swift, trl
 from penchant.importers.command import ENDINGS, read_command
-from penchant.importers.rules import Line, Source, Status, Translation, choose, translate
+from penchant.importers.rules import Line, NotHere, Source, Status, Translation, choose, translate
 
 SOURCES: dict[str, Source] = {
     s.name: s for s in (trl.SOURCE, llama_factory.SOURCE, axolotl.SOURCE, ms_swift.SOURCE, flat.SOURCE)
@@ -214,9 +214,11 @@ def import_config(
     chosen = choose(name, tool.methods, str(path), f"method of {tool.title}")
     try:
         translation = translate(values, tool, chosen, devices, str(Path(path).parent))
-    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
-        what = f"a value cannot be understood ({error})"
-        raise ConfigError(str(path), what, "fix it, or leave the key out") from error
+    except NotHere as error:
+        what, _, how = str(error).partition("; ")
+        raise ConfigError(
+            str(path), what, f"{how}, or leave the key out" if how else "fix it, or leave the key out"
+        ) from error
     found = settings(translation, _given(overrides))
     if "output" not in found:
         found["output"] = (f"runs/{Path(path).stem}", "the file names no folder")

@@ -54,8 +54,10 @@ class Given:
         self, values: Mapping[str, Any], defaults: Mapping[str, Any], devices: int = 1, folder: str = "."
     ) -> None:
         self.values, self.defaults, self.devices, self.folder = values, defaults, devices, folder
+        self.last = ""  # the key that was looked at last: the one to name where its value cannot be understood
 
     def __getitem__(self, key: str) -> Any:
+        self.last = key
         return self.values[key] if key in self.values else self.defaults.get(key)
 
     def says(self, *keys: str) -> bool:
@@ -325,9 +327,26 @@ def translate(
     Args:
         devices: GPUs that their run used: an optimizer step there holds so many batches.
         folder: where their file stands; files that it names are looked for there.
+
+    Raises:
+        NotHere: a value cannot be understood; its text names the key.
     """
-    found, called, lines = source.read(values)
+    found, called, said = source.read(values)
     given = Given(found, method.defaults, devices, folder)
+    try:
+        lines = _lines(found, called, source, method, given)
+    except (ValueError, TypeError, AttributeError, LookupError, ZeroDivisionError) as error:
+        why = str(error) if isinstance(error, NotHere) else f"{repr(given[given.last])[:60]} cannot be understood"
+        raise NotHere(f"{called.get(given.last, given.last)}: {why}") from error
+    named = [replace(line, theirs=tuple((called.get(k, k), v) for k, v in line.theirs)) for line in lines]
+    return Translation(source, method, values, (*said, *named), method.remarks)  # `said` has the file's own words
+
+
+def _lines(
+    found: Mapping[str, Any], called: Mapping[str, str], source: Source, method: Method, given: Given
+) -> list[Line]:
+    """A line for every key that is set (`found`), in the rules' names, and for their defaults."""
+    lines: list[Line] = []
     rules = {**source.rules, **method.rules}
     for k in (k for k in found if k not in method.parts):
         rule = rules.get(k) or next((r for n, r in rules.items() if n.endswith("*") and k.startswith(n[:-1])), None)
@@ -338,8 +357,7 @@ def translate(
     seen = {k for line in lines for k, _ in line.theirs}
     idle = "without effect there: nothing that uses it is on"
     lines += [given.line([k], "same", note=idle) for k in found if k not in seen and called.get(k, k) not in seen]
-    named = [replace(line, theirs=tuple((called.get(k, k), v) for k, v in line.theirs)) for line in lines]
-    return Translation(source, method, values, tuple(named), method.remarks)
+    return lines
 
 
 def _unknown(key: str, given: Given, source: Source, method: Method, called: Mapping[str, str]) -> Line:

@@ -145,18 +145,18 @@ def _component(given: Given, loss: Mapping[str, str]) -> dict[str, Any]:
 
 def _changed(given: Given, plain: dict[str, Any]) -> tuple[dict[str, Any], list[str], str]:
     """Keys that make another of our losses of plain DPO: that loss, the keys, and what to say."""
-    beta = plain["beta"]
+    beta = {"beta": plain["beta"]} if "beta" in plain else {}
     kind = DIVERGENCES.get(given["f_divergence_type"])
     if kind == "alpha":
         alpha = 1 - number(given["f_alpha_divergence_coef"])
-        made = {"name": "f_dpo", "beta": beta, "divergence": kind, "alpha": alpha}
+        made = {"name": "f_dpo", **beta, "divergence": kind, "alpha": alpha}
         return made, ["f_divergence_type", "f_alpha_divergence_coef"], "our alpha is one minus theirs"
     if kind:
-        return {"name": "f_dpo", "beta": beta, "divergence": kind}, ["f_divergence_type"], ""
+        return {"name": "f_dpo", **beta, "divergence": kind}, ["f_divergence_type"], ""
     if given["use_weighting"]:
-        return {"name": "wpo", "beta": beta}, ["use_weighting"], ""
+        return {"name": "wpo", **beta}, ["use_weighting"], ""
     if given["ld_alpha"] is not None:
-        return {"name": "ld_dpo", "beta": beta, "alpha": number(given["ld_alpha"])}, ["ld_alpha"], ""
+        return {"name": "ld_dpo", **beta, "alpha": number(given["ld_alpha"])}, ["ld_alpha"], ""
     return plain, [], ""
 
 

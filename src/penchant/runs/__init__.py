@@ -310,7 +310,8 @@ class Run:
                 flags = write_flags(self.folder, self.console.note)
                 live.now()
                 mirrors.finish("finished", finite(loop.state.last_eval))
-        self.console.note(f"report: {live.path}")
+        if live.path.is_file():
+            self.console.note(f"report: {live.path}")
         evals = [line for line in read(self.folder).metrics if line["kind"] == "eval"]
         result = TrainResult(
             folder=self.folder,
@@ -340,6 +341,8 @@ class Run:
                     self.console.note(
                         f"{self.folder}: the day of its prompts was not kept; they have {day} from now on"
                     )
+        elif day is not None and day != date.today().isoformat():
+            self.console.note(f"the chat template writes the date: {day} as at this run's first start, not today's")
         if day is not None:
             self._with_options({**data.template_options, DATE: day})
 

@@ -93,6 +93,7 @@ class HeldOut:
         fresh: what is asked of the policy beside the method's own evaluation, or None.
         tables: of the last evaluation (a reward model's calibration).
         step: optimizer steps of the policy that is evaluated; keep: what the start's completions were worth goes into the run's folder.
+        of_start: what goes there, by file: a disk that does not take it changes no figure.
     """
 
     config: RunConfig
@@ -106,6 +107,7 @@ class HeldOut:
     tables: dict[str, Any] = field(default_factory=dict)
     step: int = 0
     keep: bool = False
+    of_start: dict[str, Any] = field(default_factory=dict)
 
     def at(self, step: int, *, keep: bool = False) -> dict[str, Any]:
         """Metrics of the policy after `step` optimizer steps."""
@@ -153,7 +155,7 @@ class HeldOut:
         """
         path = self.folder / START_FILE
         if written is None:
-            found = current().share(kept_start(path, fresh.asked))
+            found = current().share(self._known_rewards(fresh.asked))
             if found is not None:
                 return found
             start = self._start_policy()
@@ -163,7 +165,12 @@ class HeldOut:
             with spared(path, self.console.note):
                 keep_start(path, fresh.asked, rows_of(written, self.rows.tokenizer))
         assert written.rewards is not None
+        self.of_start[START_FILE] = written.rewards
         return written.rewards
+
+    def _known_rewards(self, asked: dict[str, Any]) -> np.ndarray | None:
+        known = self.of_start.get(START_FILE)
+        return kept_start(self.folder / START_FILE, asked) if known is None else known
 
     # ---- what `Method.evaluate` can use (`algorithms.method.EvaluationContext`) ---------------------------------------------
 
@@ -198,22 +205,22 @@ class HeldOut:
         )
 
     def loss_change(self, algorithm: Any, scored: Scored, trees: list[TokenTree]) -> dict[str, Any]:
-        """The rows' losses at the start are kept, so that a resumed run compares with the same; where they were damaged, found anew."""
+        """The rows' losses at the start are kept, so that a resumed run compares with the same; where they are damaged or gone, found anew."""
         path, losses = self.folder / START_LOSSES, row_losses(algorithm, scored, trees)
         if not losses or not self.config.evaluation.at_start:
             return {}
-        if self.step == 0:
-            if self.keep and current().leads:
-                with spared(path, self.console.note):
-                    keep(path, json.dumps({str(row): losses[row] for row in sorted(losses)}))
-            return {}
-        before, damaged = current().share((kept_losses(path), not is_whole(path)))  # all ranks score anew, or none
-        if before is None and self.keep and damaged:
+        before = losses if self.step == 0 else current().share(self.of_start.get(START_LOSSES) or kept_losses(path))
+        if before is None and self.keep:  # all ranks score anew, or none
             start = self._start_policy()
             with start.off():
                 scored, order = self._score(replace(algorithm, scorer=start.scorer), progress_at(0, self.total_steps))
                 before = row_losses(algorithm, scored, [self.parts.trees[1][i] for i in order])
-        return loss_change(before or {}, losses, trees)
+        if self.keep and START_LOSSES not in self.of_start and before is not None:
+            self.of_start[START_LOSSES] = before
+            if current().leads and (self.step == 0 or not (path.is_file() and is_whole(path))):
+                with spared(path, self.console.note):
+                    keep(path, json.dumps({str(row): before[row] for row in sorted(before)}))
+        return {} if self.step == 0 else loss_change(before or {}, losses, trees)
 
     def completions(self) -> dict[str, Any]:
         """KL to the start (or reference.path), length and variety of sampled completions, and their reward against the start's.
@@ -251,7 +258,8 @@ class HeldOut:
         fresh = Fresh(self.rows.tokenizer, prompts, [], max_new_tokens, config.train.seed, None, judge)
         asked, path = {**fresh.asked, **sampling}, self.folder / START_FILE
         if self.step:
-            return current().share(kept_start(path, asked))
+            return current().share(self._known_rewards(asked))
+        self.of_start[START_FILE] = rewards
         if self.keep and current().leads:
             with spared(path, self.console.note):
                 keep_start(path, asked, [{"reward": float(r)} for r in rewards])

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import penchant
 from penchant.base.files import spared
-from penchant.base.machine import cores, device_name, why_not
+from penchant.base.machine import cores, device_name, of_processor, why_not
 from penchant.base.text import redact, without_passwords
 from penchant.config import RunConfig, dump_config
 from penchant.data.load import turns_of
@@ -53,21 +53,13 @@ def hardware() -> dict[str, Any]:
 
     gpu = next((device_name(k) for k in ("cuda", "xpu", "mps") if not why_not(k)), None)
     return {
-        "cpu": _cpu_name(),
+        "cpu": of_processor("model name"),
         "cores": cores(),
         "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "gpu": gpu,
         "threads": torch.get_num_threads(),
         "platform": platform.system(),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    except OSError:
-        return platform.processor()
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:
