@@ -123,6 +123,16 @@ def test_numbers_that_no_run_can_have(tmp_path: Path, override: str) -> None:
         load_config(path, [override])
 
 
+@pytest.mark.parametrize("key", ["data", "train", "data.template_options", "rollout.options"])
+def test_what_stands_in_place_of_a_section_is_shown_in_short(key: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(BASE)
+    for value in ("x" * 5000, f"[{'1,' * 5000}1]"):
+        with pytest.raises(ConfigError, match=f"^command line: {key}") as caught:
+            load_config(path, [f"{key}={value}"])
+        assert len(str(caught.value)) < 3000 and str(caught.value).count("\n") < 25
+
+
 def test_numpys_numbers_are_numbers() -> None:
     values = {"model": {"path": "m"}, "data": {"path": "d"}, "output": "o", "train": {"lr": np.float64(1e-4)}}
     assert config_from_mapping(values).train.lr == 1e-4

@@ -73,6 +73,9 @@ SYNONYMS = {
 }
 
 
+MOST = 20  # sentences about one section, beside the first
+
+
 def explain_all(
     error: ValidationError,
     prefix: tuple[str, ...],
@@ -88,7 +91,9 @@ def explain_all(
         if p.how != known.how:  # a union of types reports each of its members
             found[p.where, p.what] = ConfigError(p.where, p.what, f"{known.how} or {p.how.removeprefix('give ')}")
     first, *others = found.values()
-    more = "".join(f"\n{p}" for p in others)
+    more = "".join(f"\n{p}" for p in others[:MOST])
+    if len(others) > MOST:
+        more += f"\nand {len(others) - MOST:,} more like these"
     if not first.how:
         return ConfigError(first.where, first.what + more)
     return ConfigError(first.where, first.what, first.how + more)
@@ -117,7 +122,7 @@ def _explain(error: Any, places: Places, source: str, suggest: Callable[[str], s
         section = ".".join(path[:-1]) or "the top level"
         own = suggest is None or (path[0] == "loss" and path[-1] in SYNONYMS)
         hint = _suggest_key(path, places) if own else suggest(path[-1])  # type: ignore[misc]
-        return ConfigError(where, f'unknown key "{path[-1]}" in {section}', hint)
+        return ConfigError(where, f'unknown key "{short(path[-1])}" in {section}', hint)
     if kind == "missing":
         return ConfigError(where, f"{dotted} is missing", f"add it: {_description(path)}")
     if kind == "dict_type" and str(error["loc"][-1]).startswith("dict["):  # one of several forms
@@ -128,7 +133,7 @@ def _explain(error: Any, places: Places, source: str, suggest: Callable[[str], s
             first = next(iter(_fields_of((*path, ""))), "KEY")
             example = as_yaml(value) if isinstance(value, (int, float)) else "..."
             how = f"set its keys, as in {dotted}.{first}={example}"
-        return ConfigError(where, f"{dotted} is {as_yaml(value)}", f"it is a section: {how}")
+        return ConfigError(where, f"{dotted} is {short(as_yaml(value))}", f"it is a section: {how}")
     if kind == "value_error" and not isinstance(value, bool):
         what, _, how = str(error["msg"]).removeprefix("Value error, ").partition("; ")
         where = _place_of_words(what, path, places) or where
@@ -136,7 +141,9 @@ def _explain(error: Any, places: Places, source: str, suggest: Callable[[str], s
     if isinstance(value, str) and kind.split("_")[0] in ("float", "finite", "int", "bool", "literal"):
         plain = _unquoted(value)
         if plain is not None:
-            return ConfigError(where, f"{dotted} is the text {value!r}", f"write {plain} without quotes")
+            return ConfigError(
+                where, f"{dotted} is the text {short(repr(value))}", f"write {short(plain)} without quotes"
+            )
     return ConfigError(where, f"{dotted} is {shown}", f"give {_wanted(error, path)}")
 
 

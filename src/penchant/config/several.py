@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from penchant.base.text import did_you_mean
+from penchant.base.text import did_you_mean, short
 from penchant.config import (
     Places,
     RunConfig,
@@ -69,7 +69,7 @@ def read_section(
     section = values[name]
     if not isinstance(section, dict):
         place = place_of((name,), places, source)
-        raise ConfigError(place, f"{name} is {section!r}", how)
+        raise ConfigError(place, f"{name} is {short(repr(section))}", how)
     try:
         return kind.model_validate(section)
     except ValidationError as error:
