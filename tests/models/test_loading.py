@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -76,7 +77,7 @@ def test_loading_draws_no_random_numbers(tmp_path: Path) -> None:
     assert torch.equal(found, torch.manual_seed(3) and torch.rand(1))
 
 
-def test_of_a_model_of_text_and_images_the_text_part_is_loaded(tmp_path: Path) -> None:
+def test_of_a_model_of_text_and_images_the_text_part_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     config = transformers.Gemma3Config(
         text_config={**sizes, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 31},
@@ -85,7 +86,11 @@ def test_of_a_model_of_text_and_images_the_text_part_is_loaded(tmp_path: Path) -
     )
     whole = transformers.Gemma3ForConditionalGeneration(config).eval()
     whole.save_pretrained(tmp_path)
+    said: list[str] = []
+    monkeypatch.setattr(transformers.modeling_utils.logger, "handle", lambda record: said.append(record.getMessage()))
+    monkeypatch.setattr(logging.getLogger("transformers"), "level", logging.WARNING)
     model = load_causal_model(ModelConfig(path=str(tmp_path)), torch.device("cpu")).eval()
+    assert not said  # transformers would list the weights of the vision tower
     ids = torch.tensor([[1, 2, 3, 4, 5]])
     with torch.no_grad():
         assert type(model).__name__ == "Gemma3ForCausalLM"

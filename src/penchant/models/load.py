@@ -16,7 +16,7 @@ import sys
 import types
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -256,7 +256,8 @@ def _load(
         else:
             how = {"revision": cfg.revision, "dtype": within, "trust_remote_code": False} | _quantization(cfg, device)
             part = {} if cfg.sees else _text_part(config)
-            loaded: Any = auto.from_pretrained(path, output_loading_info=True, **how, **part)
+            with _without_report() if part else nullcontext():
+                loaded: Any = auto.from_pretrained(path, output_loading_info=True, **how, **part)
             model, info = loaded
             if (
                 text is not config
@@ -434,6 +435,18 @@ def _text_part(config: Any) -> dict[str, Any]:
     weights = {r"^(model\.)?language_model\.lm_head": "lm_head"}  # where they are, by age of the folder
     weights[r"^(model\.)?(language|text)_model\.(?!lm_head)(model\.)?"] = "model."
     return {"config": text, "key_mapping": weights}
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """transformers lists the weights that it leaves out: here they are those of the towers, which nobody asked for."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _check_behavior(path: str, model: Any) -> None:
