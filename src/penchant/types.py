@@ -186,6 +186,7 @@ class PackedBatch:
     most: int | None = None  # completions of a tree, at most
     pictures: tuple[PicturedPrompt | None, ...] = ()  # of each segment, where one has some
     seed: int | None = None  # of dropout, in a step of training
+    strand: str = ""  # of `Algorithm.strands`: what a pass is for; empty: for all
     idle: bool = False  # it keeps the passes of other processes company, and counts for nothing
     columns: dict[str, Tensor] = field(default_factory=dict)  # what an algorithm knows beforehand (`Algorithm.columns`)
     cache: dict[str, object] = field(default_factory=dict)  # layouts derived from `segments`, built once per batch
@@ -421,6 +422,12 @@ class Algorithm(Protocol):
     def side_by_side(self) -> bool:
         """Whether a CPU may run `score` and `loss` of several micro-batches at once, in threads of their own."""
         return False
+
+    @property
+    def strands(self) -> tuple[str, ...]:
+        """What `score` can do of a batch in passes of their own that train no weight in common, by `PackedBatch.strand`: each beside the others
+        on a CPU."""
+        return ("",)
 
     def begin_step(self, step: int, progress: float, trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
         """Fix what holds for optimizer step `step` (0-based), and say what it trains on: `trees`, or what was written to them.

@@ -18,7 +18,7 @@ from penchant.data.tokenize import same_tokens
 from penchant.errors import ConfigError
 from penchant.losses.policy_gradient import at_last_token, clipped_surrogate, clipped_value_loss, gae, whitened
 from penchant.models.options import ModelConfig
-from penchant.types import LossOutput, PackedBatch
+from penchant.types import LossOutput, PackedBatch, Weighted
 
 if TYPE_CHECKING:
     from penchant.logprobs import Scorer
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 else:
     divergences = lazy("penchant.losses.divergences")
     references = lazy("penchant.logprobs.reference")
+
+
+POLICY, VALUE = "policy", "value"  # `PPO.strands`
 
 
 class PPOConfig(OnlineConfig):
@@ -106,10 +109,10 @@ class PPOConfig(OnlineConfig):
 
 @dataclass(frozen=True, slots=True)
 class ScoredSteps:
-    """A forward pass over completions, token by token (R,)."""
+    """A forward pass over completions, token by token (R,). A pass of one of `PPO.strands` has log-probs or values, not both."""
 
-    logps: Tensor
-    values: Tensor
+    logps: Tensor | None
+    values: Tensor | None
     old_logps: Tensor
     old_values: Tensor
     ref_logps: Tensor
@@ -146,6 +149,11 @@ class PPO(OnPolicy):
     def side_by_side(self) -> bool:
         of_value = self.value_scorer is None or self.value_scorer.side_by_side
         return of_value and self.scorer.side_by_side and self.reference.side_by_side
+
+    @property
+    def strands(self) -> tuple[str, ...]:
+        """A value model of its own has passes of its own."""
+        return ("",) if self.value_scorer is None else (POLICY, VALUE)
 
     def prepare(self, groups: list[Group]) -> None:
         """Old log-probs and values by the engine that trains, token rewards, advantages and returns."""
@@ -192,18 +200,22 @@ class PPO(OnPolicy):
         clip = self.config.score_clip
         return scores if clip is None else scores.clamp(-clip, clip)
 
-    def _logps_and_values(self, batch: PackedBatch, entropy: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(R,) each, and the entropy on request: with a head on the policy, one forward pass gives all."""
-        if self.value_scorer is not None:
-            logps, values = self.scorer.logps(batch, entropy=entropy), self.value_scorer.values(batch, self.value_head)
-        else:
+    def _logps_and_values(
+        self, batch: PackedBatch, entropy: bool = False
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(R,) each, and the entropy on request: with a head on the policy, one forward pass gives all; else those of the batch's strand."""
+        if self.value_scorer is None:
             logps, values = self.scorer.valued(batch, self.value_head, entropy=entropy)
-        return logps.tokens, values, logps.entropy
+            return logps.tokens, values, logps.entropy
+        found = None if batch.strand == VALUE else self.scorer.logps(batch, entropy=entropy)
+        own = None if batch.strand == POLICY else self.value_scorer.values(batch, self.value_head)
+        return (None, own, None) if found is None else (found.tokens, own, found.entropy)
 
     def _old_and_values(self, batch: PackedBatch) -> dict[str, Tensor]:
         """Log-probs and values of the policy that wrote."""
         with references.LiveReference(self.scorer).at_rest():
             logps, values, _ = self._logps_and_values(batch)
+            assert logps is not None and values is not None
             return {"old": logps, "values": values}
 
     # ---- the update ---------------------------------------------------------------------------------------------------
@@ -211,7 +223,7 @@ class PPO(OnPolicy):
     def weights(self, batch: PackedBatch) -> Mapping[str, float]:
         keep = self._keep(batch)
         tokens = float(batch.lengths.sum()) if keep is None else float(keep.sum())
-        return {"main": tokens, "value": tokens}
+        return {"main": tokens * (batch.strand != VALUE), "value": tokens * (batch.strand != POLICY)}
 
     def _keep(self, batch: PackedBatch) -> Tensor | None:
         """(R,) 1 or 0: whether a token is in the update; None where all are."""
@@ -219,39 +231,49 @@ class PPO(OnPolicy):
 
     def score(self, batch: PackedBatch) -> ScoredSteps:
         logps, values, entropy = self._logps_and_values(batch, bool(self.config.entropy_coef))
+        like = (logps if values is None else values).detach()  # type: ignore[union-attr]
         old, old_values, ref, advantages, returns = (
-            self.extra(batch, name).to(logps) for name in ("old", "values", "ref", "advantages", "returns")
+            self.extra(batch, name).to(like) for name in ("old", "values", "ref", "advantages", "returns")
         )
         keep = self._keep(batch)
-        weights = torch.ones_like(logps.detach()) if keep is None else keep.to(logps)
-        importance = self.importance(batch, logps)
+        weights = torch.ones_like(like) if keep is None else keep.to(like)
+        importance = self.importance(batch, like)
         return ScoredSteps(logps, values, old, old_values, ref, advantages, returns, weights, entropy, importance)
 
     def loss(self, scored: ScoredSteps) -> LossOutput:
-        s, cfg = scored, self.config
+        s, none = scored, scored.keep.new_zeros(0)
+        losses, weights, metrics = (none, none, {}) if s.logps is None else self._policy_loss(s, s.logps)
+        terms = {}
+        if s.values is not None:
+            value_losses, bound = clipped_value_loss(s.values, s.old_values, s.returns, clip=self.config.value_clip)
+            terms["value"] = (self.config.value_coef * value_losses * s.keep, s.keep)
+            metrics |= {
+                "value/clip_fraction": (bound, None),
+                "value/error": ((s.returns - s.values.detach()).square(), None),
+                "value/mean": (s.values.detach(), None),
+            }
+        return LossOutput(losses, weights, metrics, terms)
+
+    def _policy_loss(self, s: ScoredSteps, logps: Tensor) -> tuple[Tensor, Tensor, dict[str, Weighted]]:
+        """Losses and weights (R,), and metrics."""
+        cfg, now = self.config, logps.detach()
         losses, ratios, bound = clipped_surrogate(
-            s.logps, s.old_logps, s.advantages, clip=cfg.clip, clip_high=cfg.clip_high, dual=cfg.clip_dual
+            logps, s.old_logps, s.advantages, clip=cfg.clip, clip_high=cfg.clip_high, dual=cfg.clip_dual
         )
         if s.importance is not None:
             losses = losses * s.importance
-        value_losses, value_bound = clipped_value_loss(s.values, s.old_values, s.returns, clip=cfg.value_clip)
-        explained = (s.returns - s.values.detach()).square()
-        metrics = {
+        metrics: dict[str, Weighted] = {
             "ratio": (ratios, None),
             "clip_fraction": (bound, None),
-            "value/clip_fraction": (value_bound, None),
-            "value/error": (explained, None),
-            "value/mean": (s.values.detach(), None),
-            "kl/per_token": (divergences.kl_estimate(s.logps.detach(), s.ref_logps, "k3"), None),
-            "kl/old_new": (divergences.kl_estimate(s.old_logps, s.logps.detach(), "k3"), None),
-            "entropy/sampled": (-s.logps.detach(), None),
-            "logps/per_token": (s.logps.detach(), None),
+            "kl/per_token": (divergences.kl_estimate(now, s.ref_logps, "k3"), None),
+            "kl/old_new": (divergences.kl_estimate(s.old_logps, now, "k3"), None),
+            "entropy/sampled": (-now, None),
+            "logps/per_token": (now, None),
         }
         if s.entropy is not None:
             losses = losses - cfg.entropy_coef * s.entropy
             metrics["policy/entropy"] = (s.entropy.detach(), None)
-        value = (cfg.value_coef * value_losses * s.keep, s.keep)
-        return LossOutput(losses * s.keep, s.keep, metrics, {"value": value})
+        return losses * s.keep, s.keep, metrics
 
     # ---- around a step ------------------------------------------------------------------------------------------------
 

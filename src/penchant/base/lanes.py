@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from penchant.base.lazy import torch
 T = TypeVar("T")
 R = TypeVar("R")
 
-_HERE = threading.local()  # `.at`: (turns, number) of the pass that this thread is in
+_HERE = threading.local()  # `.at`: (turns, strand, number) of the pass that this thread is in
 
 
 class _Abandoned(Exception):
@@ -31,21 +32,28 @@ class Turns:
     """Who may add to a shared sum: pass i after pass i - 1 has, or has ended without.
 
     Args:
+        strands: of each pass; those of different strands have no sum in common, and do not wait for each other. Empty: all are of one.
         collected: what passes put aside for the end (`close`), by key.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, strands: Sequence[Hashable] = ()) -> None:
         self.collected: dict[Hashable, Any] = {}
+        met: Counter[Hashable] = Counter()
+        self._places = []  # of each pass: its strand, and its number in that
+        for strand in strands:
+            self._places.append((strand, met[strand]))
+            met[strand] += 1
         self._changed = threading.Condition()
         self._next: dict[Hashable, int] = {}
-        self._ended: set[int] = set()
-        self._all_ended = 0  # every pass below has
+        self._ended: set[tuple[Hashable, int]] = set()
+        self._all_ended: Counter[Hashable] = Counter()  # of a strand: every pass below has
         self._failed = False
 
     @contextmanager
     def of(self, number: int) -> Iterator[None]:
         """Be pass `number` (from 0, in any order) in this thread."""
-        _HERE.at = self, number
+        strand, number = self._places[number] if self._places else ("", number)
+        _HERE.at = self, strand, number
         try:
             yield
         except BaseException:
@@ -54,15 +62,15 @@ class Turns:
         finally:
             _HERE.at = None
         with self._changed:
-            self._ended.add(number)
-            while self._all_ended in self._ended:
-                self._ended.remove(self._all_ended)
-                self._all_ended += 1
+            self._ended.add((strand, number))
+            while (first := (strand, self._all_ended[strand])) in self._ended:
+                self._ended.remove(first)
+                self._all_ended[strand] += 1
             self._changed.notify_all()
 
-    def wait(self, key: Hashable, number: int) -> None:
+    def wait(self, key: Hashable, strand: Hashable, number: int) -> None:
         with self._changed:
-            while max(self._next.get(key, 0), self._all_ended) < number:
+            while max(self._next.get(key, 0), self._all_ended[strand]) < number:
                 if self._failed:
                     raise _Abandoned
                 self._changed.wait()
@@ -92,12 +100,12 @@ def turn(key: Hashable, *, last: bool = True) -> Iterator[Turns | None]:
     Args:
         last: whether this pass adds to `key` for the last time.
     """
-    at: tuple[Turns, int] | None = getattr(_HERE, "at", None)
+    at: tuple[Turns, Hashable, int] | None = getattr(_HERE, "at", None)
     if at is None:
         yield None
         return
-    turns, number = at
-    turns.wait(key, number)
+    turns, strand, number = at
+    turns.wait(key, strand, number)
     yield turns
     if last:
         turns.pass_on(key, number)

@@ -87,18 +87,23 @@ SIDE_BY_SIDE = 8  # passes that share `tokens_per_step` where a CPU runs one a t
 PASS_TOKENS, LEAST_TOKENS = 512, 128
 
 
-def plan_passes(sizes: Sequence[int], budget: int, lanes: bool) -> list[list[int]]:
+def plan_passes(sizes: Sequence[int], budget: int, lanes: bool, strands: int = 1) -> list[list[int]]:
     """The passes of a step: `plan_balanced`, or, for passes that run side by side (`base/lanes.py`), more and smaller ones.
 
     Their number is a multiple of four where the trees allow it, else two, so that two or four threads end together; the largest comes first.
     The plan does not depend on the threads, so sums do not either.
+
+    Args:
+        strands: passes that each of these becomes (`Algorithm.strands`); with several, threads have enough to do with the fewest.
     """
     if not lanes:
         return plan_balanced(sizes, budget)
     most = max(pass_tokens(budget), max(sizes, default=0))
     least = -(-sum(sizes) // most)
-    count = max(least, min(-(-least // 4) * 4, sum(sizes) // LEAST_TOKENS))
-    count -= count % 2 if count > max(1, least) else 0  # of three passes two threads would run one alone
+    count = least
+    if strands == 1:
+        count = max(least, min(-(-least // 4) * 4, sum(sizes) // LEAST_TOKENS))
+        count -= count % 2 if count > max(1, least) else 0  # of three passes two threads would run one alone
     bins = _balanced(sizes, min(count, len(sizes)))
     while any(sum(sizes[i] for i in members) > most for members in bins):
         bins = _balanced(sizes, len(bins) + 1)
@@ -227,6 +232,9 @@ def passes_over(
     """
     sizes = tree_sizes(trees, shared)
     plan = plan_microbatches(sizes, pass_tokens(tokens_per_step) if lanes else tokens_per_step)
+    if lanes and not current().many:  # of one size, and an even number: two threads end together
+        even = _balanced(sizes, len(plan) + len(plan) % 2)
+        plan = plan if any(sum(sizes[i] for i in members) > pass_tokens(tokens_per_step) for members in even) else even
 
     def one(members: list[int]) -> T:
         return call(pack([trees[i] for i in members], shared=shared).to(device))

@@ -134,10 +134,10 @@ def activations_of(run: OutlinedRun, model: Any, batches: Sequence[Sequence[Toke
 
 def _share(run: OutlinedRun, sizes: Sequence[int]) -> float:
     """Tokens of the largest passes that run at once, as a multiple of those of the largest."""
-    train = run.config.train
-    most = at_once(sizes, train.tokens_per_step, train.batch_size) if run.side_by_side else 1
+    train, models = run.config.train, 1 + run.method.copies  # of each a pass
+    most = at_once(sizes, train.tokens_per_step, train.batch_size * models) if run.side_by_side else 1
     threads = threads_for(run.config, parameter_counts(run.model)[0])
-    return sum(sorted(sizes, reverse=True)[: min(threads, most)]) / max(sizes)
+    return sum(sorted([*sizes] * models, reverse=True)[: min(threads, most)]) / max(sizes)
 
 
 def forward_bytes(run: OutlinedRun, model: Any, batch: Sequence[TokenTree], fast: bool) -> int:

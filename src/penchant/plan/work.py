@@ -124,7 +124,7 @@ def work_of(run: OutlinedRun, exact_steps: int = EXACT_STEPS) -> Work:
         if rollouts is not None:  # an update takes a part of the rollouts
             batch = batch[: -(-len(batch) // rollouts.minibatches)]
         sizes = [tree_tokens(t, shared) for t in batch]
-        plan = plan_passes(sizes, train.tokens_per_step, run.side_by_side)
+        plan = plan_passes(sizes, train.tokens_per_step, run.side_by_side, 1 + run.method.copies)
         passes += len(plan)
         tokens += sum(sizes)
         separate += sum(t.separate_tokens for t in batch)

@@ -320,8 +320,10 @@ class Loop:
             smallest = min(range(len(sizes)), key=lambda i: sizes[i], default=0)
             made = [(m, pack([trees[i] for i in m or [smallest]], shared=self.shared)) for m in dealt]
             return [replace(batch, idle=not members) for members, batch in made]
-        plan = plan_passes(sizes, self.train.tokens_per_step, self.algorithm.side_by_side)
-        return [pack([trees[i] for i in members], shared=self.shared) for members in plan]
+        lanes, strands = self.algorithm.side_by_side, self.algorithm.strands
+        plan = plan_passes(sizes, self.train.tokens_per_step, lanes, len(strands))
+        packed = [pack([trees[i] for i in members], shared=self.shared) for members in plan]
+        return [replace(b, strand=s) for s in strands for b in packed] if lanes else packed
 
     def _backward(
         self, step: int, batches: Sequence[PackedBatch], counts: Mapping[str, float]
@@ -407,8 +409,9 @@ class Loop:
             for p in self.optimizer.params.values():
                 in_order(p)
             self._in_order = True
-        turns = Turns()
-        most = at_once([b.tokens for b in batches], self.train.tokens_per_step, self.train.batch_size)
+        turns = Turns([b.strand for b in batches])
+        trees = self.train.batch_size * len(set(b.strand for b in batches))
+        most = at_once([b.tokens for b in batches], self.train.tokens_per_step, trees)
         yield from side_by_side(lambda i: call(i, batches[i]), range(len(batches)), most=most, turns=turns)
         with torch.no_grad():
             turns.close()
