@@ -37,6 +37,13 @@ def test_what_is_printed_is_printable_and_hides_secrets(monkeypatch: pytest.Monk
     assert not re.search("user|pass|sk-abc|hf_abc|sesame", said)
 
 
+@pytest.mark.parametrize("secret", [*SECRETS.split()[1:], "Bearer abcdefghijk1", "token=abcdefgh"])
+@pytest.mark.parametrize("before", ["\n", "\x1b", "\u2066", "\x07", "\U000e0001", "\\n"])
+def test_a_secret_behind_an_escape_is_hidden(before: str, secret: str) -> None:
+    for text in (f"a{before}{secret}", repr(f"a{before}{secret}"), json.dumps([f"a{before}{secret}"])):
+        assert secret[-7:] not in for_terminal(text), text
+
+
 def test_what_is_escaped_in_json_is_the_same_json() -> None:
     value = {"a": "\x7f\x9b\u202e\u2028\U000e0001 \u00a0", "b": "é\x1b"}
     assert json.loads(for_terminal(json.dumps(value, ensure_ascii=False, indent=1))) == value

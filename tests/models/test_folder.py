@@ -16,14 +16,16 @@ import torch
 from hostile import LOOPS, damage, make, uses
 from processes import forked
 from safetensors.torch import load_file, save_file
-from tiny import tiny_model_folder, tiny_tokenizer
+from tiny import polite_rows, tiny_model_folder, tiny_tokenizer, write_jsonl
 
+from penchant import api
 from penchant.errors import ModelError, PenchantError
 from penchant.models.folder import bound_templates, check_folder, check_template
 from penchant.models.load import load_causal_model, load_tokenizer
 from penchant.models.merge import with_adapter
 from penchant.models.options import ModelConfig
 from penchant.models.reward import load_reward_model
+from penchant.serve.model import TemplateRefused, load_chat_model
 
 CPU = torch.device("cpu")
 
@@ -112,6 +114,26 @@ def test_an_odd_folder_is_one_sentence(tmp_path: Path, name: str) -> None:
         load(folder)
     assert time.process_time() - started < 60
     assert "\n" not in str(error.value)
+
+
+def test_a_token_far_beyond_the_embeddings_is_a_sentence(tmp_path: Path) -> None:
+    """The tokenizer has no more tokens than the model; one of them has an id that the model does not know."""
+    folder = Path(tiny_model_folder(tmp_path / "m"))
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace('"e": ', '"e": 1000'))
+    rows = write_jsonl(tmp_path / "rows.jsonl", polite_rows(6))
+    values = {
+        "model": {"path": str(folder), "device": "cpu"},
+        "data": {"path": rows, "max_length": 128},
+        "loss": {"name": "sft"},
+        "output": str(tmp_path / "run"),
+    }
+    for call in (api.train, api.plan, lambda *_, **__: api.evaluate(str(folder), data=rows, quiet=True)):
+        with pytest.raises(PenchantError, match=r"the tokenizer( has)? [0-9,]{6,} tokens") as error:
+            call(values)
+        assert "\n" not in str(error.value)
+    with pytest.raises(TemplateRefused, match="the model knows"):
+        load_chat_model(str(folder)).encode("Hello")
 
 
 def test_sizes_are_no_counts_and_a_folder_that_changes_is_looked_at_again(tmp_path: Path) -> None:

@@ -436,6 +436,21 @@ def test_a_body_that_never_comes(chat_model: ChatModel) -> None:
             assert b" 408 " in sock.recv(4096).split(b"\r\n")[0]
 
 
+def test_a_body_that_is_no_http_is_refused_once(chat_model: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What reads it has answered by the time that the request is looked at."""
+    failed: list[Any] = []
+    monkeypatch.setattr("penchant.serve.http.told", failed.append)
+    with serving(chat_model) as server:
+        parts = urlsplit(server.url)
+        with socket.create_connection((parts.hostname, parts.port), timeout=60) as sock:
+            head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+            sock.sendall(f"{head}ZZ\r\n".encode())
+            reply = b"".join(iter(lambda: sock.recv(4096), b""))
+        assert reply.startswith(b"HTTP/1.1 400 ") and reply.count(b"HTTP/1.1") == 1
+        assert _raw(server, "GET", "/health")[0] == 200
+    assert not failed
+
+
 def test_connections_that_are_not_used_are_given_up(chat_model: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
     from penchant.serve import server as module
 

@@ -153,12 +153,18 @@ def did_you_mean(word: str, names: Iterable[str]) -> str:
 SECRET_NAMES = re.compile(r"TOKEN|API_?KEY|PASSWORD|PASSWD|SECRET|CREDENTIAL", re.IGNORECASE)
 SHORTEST = 6  # shorter values are words of the text as often as not
 IN_A_URL = re.compile(r"""(:/{1,2})[^/\s"'<>]+@""")  # one slash: of a URL that was taken for a path
-IN_A_QUERY = re.compile(r"""(?i)\b((?:api_?key|access_token|token|password|signature)=)[^&\s"'<>\\]+""")
+ESCAPED = r"(?<=\\[abfnrtv0])|(?<=\\x[0-9a-f]{2})|(?<=\\u[0-9a-f]{4})|(?<=\\U[0-9a-f]{8})"  # behind an escape's letters
+START = rf"(?:\b|{ESCAPED})"
+IN_A_QUERY = re.compile(rf"""{START}((?i:api_?key|access_token|token|password|signature)=)[^&\s"'<>\\]+""")
 BEARER = re.compile(
-    r"\b((?i:bearer))\s+[A-Za-z0-9._~+/=-]{10,}|\b((?i:basic))\s+(?=\w*(?:[0-9=]|[a-z][A-Z]))[A-Za-z0-9+/=]{8,}"
+    rf"{START}((?i:bearer))\s+[A-Za-z0-9._~+/=-]{{10,}}"
+    rf"|{START}((?i:basic))\s+(?=\w*(?:[0-9=]|[a-z][A-Z]))[A-Za-z0-9+/=]{{8,}}"
 )
 KNOWN_SHAPES = re.compile(
-    r"(?<![/\w])hf_[A-Za-z0-9]{8,}\b(?![./-]\w)|\b(?:hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|xox[a-z]-[\w-]{10,}|AKIA[A-Z0-9]{16})\b"
+    rf"(?:(?<![/\w])|{ESCAPED})"
+    r"hf_[A-Za-z0-9]{8,}\b(?![./-]\w)|"
+    rf"{START}"
+    r"(?:hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|xox[a-z]-[\w-]{10,}|AKIA[A-Z0-9]{16})\b"
 )
 HIDDEN = "[hidden]"
 

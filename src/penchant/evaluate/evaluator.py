@@ -27,7 +27,7 @@ from penchant.metrics.completions import (
     write,
 )
 from penchant.metrics.figures import Figure, flat
-from penchant.models.load import load_tokenizer
+from penchant.models.load import load_tokenizer, tokens_of
 from penchant.models.options import check_text_alone, looks_like_folder
 from penchant.rewards import load_reward
 from penchant.rewards.reward_model import PolicyText, rows_by_source
@@ -115,9 +115,9 @@ class Evaluation(Material):
 
     def _check_context(self, source: Source, model: Any) -> None:
         rows = model.get_input_embeddings().weight.shape[0]
-        if len(self.run.rows.tokenizer) > rows:
-            what = f"has {rows:,} embeddings, the tokenizer {len(self.run.rows.tokenizer):,} tokens"
-            raise ModelError(source.name, what, "")
+        if (tokens := tokens_of(self.run.rows.tokenizer)) > rows:
+            what = f"has {rows:,} embeddings, the tokenizer {tokens:,} tokens"
+            raise ModelError(source.name, what, "give the tokenizer that the model was trained with")
         context = getattr(model.config, "max_position_embeddings", None)
         longest = max((len(t.prompt_ids) for t in self.prompts), default=0) if self.request.generate else 0
         new = self.request.max_new_tokens if self.request.generate else 0

@@ -121,6 +121,11 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
     return tokenizer
 
 
+def tokens_of(tokenizer: Any) -> int:
+    """How many embeddings a model needs for a tokenizer: ids may have gaps."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
+
+
 def load_processor(cfg: ModelConfig) -> Any:
     """The processor of a vision-language model: its tokenizer, and what makes pictures into tokens.
 

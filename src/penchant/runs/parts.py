@@ -58,6 +58,7 @@ from penchant.models.load import (
     resolve_place,
     save_model,
     source_sha256,
+    tokens_of,
     weights_sha256,
     write_state_dict,
 )
@@ -244,8 +245,8 @@ def fresh_model(
 def prepared(model: Any, config: RunConfig, rows: Rows) -> Any:
     """A loaded model as it is trained: with its adapter; checked against the tokenizer."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    if len(rows.tokenizer) > vocabulary:
-        what = f"the tokenizer has {len(rows.tokenizer):,} tokens but the model's embedding only {vocabulary:,}"
+    if (tokens := tokens_of(rows.tokenizer)) > vocabulary:
+        what = f"the tokenizer has {tokens:,} tokens but the model's embedding only {vocabulary:,}"
         raise ConfigError("model.tokenizer", what, "give the tokenizer that the model was trained with")
     if rows.reward_parts is None:
         name_ends(model, rows.tokenizer)

@@ -246,7 +246,10 @@ PATHS = ("/health", "/healthz", "/v1/models", "/v1/chat/completions", "/v1/compl
 def token_ids(model: ChatModel, prompt: Prompt, told: Json) -> tuple[list[int], bool]:
     """(token ids, whether a text is continued rather than messages answered)."""
     if isinstance(prompt, str):
-        return model.encode(prompt), True
+        try:
+            return model.encode(prompt), True
+        except TemplateRefused as error:
+            raise invalid("prompt", str(error)) from error
     ids = [i for i in prompt if isinstance(i, int)]
     if not ids:
         try:

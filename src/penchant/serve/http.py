@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 
+from h11 import LocalProtocolError
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -50,6 +51,8 @@ async def answer(
     state = scope.setdefault("state", {})
     try:
         await by()(scope, receive, send_with_headers)
+    except LocalProtocolError:  # the body was no HTTP, and what reads it has refused it already
+        state["status"] = 400
     except Exception as error:
         log.error("a request failed: %s", told(error), exc_info=error)
         if not status:

@@ -22,7 +22,7 @@ from penchant.types import Message, PromptTree
 
 
 class TemplateRefused(Exception):
-    """The chat template does not take these messages."""
+    """The chat template does not take these messages, or the model not what they become."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +142,11 @@ class ChatModel:
         return self.tokenizer.bos_token_id if uses_bos(self.tokenizer) else None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids as in training: BOS once where the tokenizer uses it; an empty text is BOS, or EOS as document separator."""
+        """Token ids as in training: BOS once where the tokenizer uses it; an empty text is BOS, or EOS as document separator.
+
+        Raises:
+            TemplateRefused: the text has a token that the model has no embedding for.
+        """
         ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         first = self._starts_with
         if first is not None and ids[:1] != [first]:
@@ -150,6 +154,8 @@ class ChatModel:
         if not ids:
             first = self.tokenizer.bos_token_id
             ids = [self.tokenizer.eos_token_id if first is None else first]
+        if max(ids) >= (known := self.model.get_input_embeddings().weight.shape[0]):
+            raise TemplateRefused(f"the tokenizer makes token {max(ids):,} of it, and the model knows {known:,}")
         return ids
 
     def prompt_of(self, messages: Sequence[Message], told: Mapping[str, Any] | None = None) -> list[int]:
