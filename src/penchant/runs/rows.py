@@ -128,7 +128,12 @@ class Rows:
             return ()
         origins = extra_of(self.trees[0], "origin").astype(int)
         counts = np.bincount(origins, minlength=len(sources)).tolist()
-        return shares_of(counts, [s.weight for s in sources], [s.repeat for s in sources])
+        found = shares_of(counts, [s.weight for s in sources], [s.repeat for s in sources])
+        names = [", ".join(s.files) for s, count in zip(sources, counts, strict=True) if count]
+        parts = [f"{take:,} of {name} (of {there:,})" for name, (_, there, take) in zip(names, found, strict=False)]
+        if parts:
+            self.console.note(f"rows that an epoch takes: {', '.join(parts)}")
+        return found
 
     @cached_property
     def datasets(self) -> tuple[Dataset, Dataset | None]:
