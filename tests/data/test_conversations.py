@@ -12,8 +12,9 @@ import pytest
 import torch
 from families import tiny_model
 from rows import from_rows
-from tiny import tiny_tokenizer
+from tiny import tiny_model_folder, tiny_tokenizer, write_jsonl
 
+from penchant.config import config_from_mapping
 from penchant.data.adapt import repeated_prompts
 from penchant.data.cached import DataCache
 from penchant.data.load import load_preferences, told
@@ -23,8 +24,11 @@ from penchant.data.tokenize import TokenizedDataset, tokenize
 from penchant.download.convert import written_rows
 from penchant.errors import DataError
 from penchant.logprobs import Scorer
+from penchant.runs.rows import Rows
+from penchant.runs.sharing import Alone
 from penchant.serve.model import TemplateRefused, style_of
 from penchant.serve.openai import ChatMessage, ChatRequest, read_request
+from penchant.training.console import console
 from penchant.types import TokenTree
 
 TOOLS = [
@@ -278,6 +282,20 @@ def test_a_rows_options_go_before_the_configs() -> None:
     texts = [_text(_made(THINKS, r, template_options={"enable_thinking": False}).trees[0].prompt_ids)
              for r in (row, {"prompt": ASKED})]  # fmt: skip
     assert texts == ["<s>user:Rain?</s>\n<s>assistant:", "<s>user:Rain?</s>\n<s>assistant:<think></think>"]
+
+
+def test_options_that_the_template_never_names_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row, model = {"prompt": "Rain?", "completion": "No."}, tiny_model_folder(tmp_path / "model", chat=True)
+    said = "the chat template does not read documents and enable_thinkng (data.template_options"
+    for more, options, told_of in (
+        ({"chat_template_kwargs": {"documents": []}}, {"enable_thinkng": False, "role": "x"}, True),
+        ({"chat_template_kwargs": {"role": "y"}}, {"role": "x"}, False),
+    ):
+        path = write_jsonl(tmp_path / "rows.jsonl", [row | more] * 2)
+        data = {"path": path, "template_options": options}
+        config = config_from_mapping({"model": {"path": model}, "data": data, "loss": "sft", "output": "run"})
+        _ = Rows(config, Alone(), console(quiet=False)).tokenized
+        assert (said in "".join(capsys.readouterr())) is told_of
 
 
 def test_tools_and_options_are_part_of_what_rows_and_tokens_are_known_by(

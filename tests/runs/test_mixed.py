@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -139,11 +140,12 @@ def test_a_mixture_on_disk_is_the_same_run_and_its_rows_are_mapped(
     assert (resumed.model / "model.safetensors").read_bytes() == (in_memory.model / "model.safetensors").read_bytes()
 
 
-def test_the_rows_of_each_source_are_dealt_by_weight(tmp_path: Path) -> None:
+def test_the_rows_of_each_source_are_dealt_by_weight(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = config_from_mapping(_with_data(_base(tmp_path)))
-    rows = Rows(config, Alone(), console(quiet=True))
+    rows = Rows(config, Alone(), console(quiet=False))
     assert [t.origin for t in rows.trees[0]] == [0] * 12 + [1] * 6
     assert rows.shares == ((0, 12, 4), (12, 6, 14)) and rows.datasets[0].total == 18
+    assert re.search(r"that an epoch takes: 4 of \S+ \(of 12\), 14 of \S+ \(of 6\)", "".join(capsys.readouterr()))
     held = Rows(config_from_mapping(_with_data(_base(tmp_path), validation_rows=5)), Alone(), console(quiet=True))
     assert sum(n for _, n, _ in held.shares) == 13 and len(held.trees[1]) == 5
 

@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import date, datetime
@@ -14,6 +14,7 @@ from functools import cache
 from string import ascii_letters
 from typing import Any, NamedTuple
 
+from penchant.base.text import closest
 from penchant.data.layouts import RowError
 from penchant.data.load import answer_turn, message_json, told
 from penchant.data.pictures import MARK
@@ -72,6 +73,14 @@ def _clock(day: str) -> str:
     told = [("%%", "\0"), *((c, s) for c in codes if "%" not in (s := then.strftime(c))), ("\0", "%")]
     text = "".join(f" | replace({json.dumps(code)}, {json.dumps(said)})" for code, said in told)
     return f"{{% macro {DATE}(format) %}}{{{{ format{text} }}}}{{% endmacro %}}\n"  # a line of its own: see trim_blocks
+
+
+def unread_options(tokenizer: Any, options: Iterable[str]) -> str:
+    """What to say of options that the chat template never names; empty where it names all."""
+    words = set(re.findall(r"\w+", str(getattr(tokenizer, "chat_template", None))))
+    unread = sorted({*options} - words)
+    near = [f'{name} (did you mean "{word}"?)' if (word := closest(name, words, 0.8)) else name for name in unread]
+    return f"the chat template does not read {' and '.join(near)}" if near else ""
 
 
 # ---- How a chat template is asked: what it is told beside the turns, and in which form it takes them ----

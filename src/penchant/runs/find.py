@@ -154,8 +154,10 @@ def check_base(run: Path, base: ModelConfig, model: Any) -> None:
     if not start.get("sha256") or not isinstance(dtype, torch.dtype):
         return
     if source_sha256(base, model, dtype) != start["sha256"]:
-        what = f"its weights are not those that the adapter of {run} was trained on"
-        raise ModelError(text(start.get("path")), what, "put them back, or name the right base")
+        there = text(start.get("path"))
+        of = "" if there == base.path else f" ({there})"
+        what = f"its weights are not those that the adapter of {run} was trained on{of}"
+        raise ModelError(base.path, what, "put them back, or name the right base")
 
 
 def check_config(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,9 +19,9 @@ from penchant.data.adapt import adapt, mismatch, repeated_prompts
 from penchant.data.audit import audit as run_audit
 from penchant.data.audit.findings import Audit
 from penchant.data.cached import DataCache
-from penchant.data.load import Dataset, layout_line, summary
+from penchant.data.load import FIRST_ROWS, Dataset, layout_line, summary, told
 from penchant.data.mapped import StoredTokens, extra_of, first_completions, label_counts, row_weights
-from penchant.data.templates import dated, uses_chat
+from penchant.data.templates import dated, unread_options, uses_chat
 from penchant.data.tokenize import TokenizedDataset
 from penchant.data.tokenize_pictures import PicturedTokenization
 from penchant.errors import ConfigError, DataError, PenchantError
@@ -127,7 +128,12 @@ class Rows:
             return ()
         origins = extra_of(self.trees[0], "origin").astype(int)
         counts = np.bincount(origins, minlength=len(sources)).tolist()
-        return shares_of(counts, [s.weight for s in sources], [s.repeat for s in sources])
+        found = shares_of(counts, [s.weight for s in sources], [s.repeat for s in sources])
+        names = [", ".join(s.files) for s, count in zip(sources, counts, strict=True) if count]
+        parts = [f"{take:,} of {name} (of {there:,})" for name, (_, there, take) in zip(names, found, strict=False)]
+        if parts:
+            self.console.note(f"rows that an epoch takes: {', '.join(parts)}")
+        return found
 
     @cached_property
     def datasets(self) -> tuple[Dataset, Dataset | None]:
@@ -204,7 +210,13 @@ class Rows:
 
     @cached_property
     def tokenized(self) -> tuple[TokenizedDataset, TokenizedDataset | None]:
-        train, heldout = self.datasets
+        (train, heldout), data = self.datasets, self.config.data
+        if uses_chat(data.template, self.tokenizer):
+            of_rows = (told(tree).keys() - {"tools"} for tree in itertools.islice(train.trees, FIRST_ROWS))
+            if said := unread_options(
+                self.tokenizer, {*data.template_options, *itertools.chain.from_iterable(of_rows)}
+            ):
+                self.console.note(f"{said} (data.template_options, or chat_template_kwargs of the rows)")
         return self.tokenize(train), None if heldout is None else self.tokenize(heldout)
 
     def tokenize(self, dataset: Dataset, on_bad_row: str | None = None) -> TokenizedDataset:

@@ -205,7 +205,8 @@ def as_message(turn: Any, what: str) -> Message:
         raise RowError(f"{what} is not a message", 'write {"role": "user", "content": "..."}')
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     if not isinstance(role, str) or role not in ROLES:
-        raise RowError(f"{what} has the role {shown(role)!r}", f"roles are {', '.join(sorted(set(ROLES.values())))}")
+        has = "no role" if role is None else f"the role {shown(role)!r}"
+        raise RowError(f"{what} has {has}", f"roles are {', '.join(sorted(set(ROLES.values())))}")
     if role in CALLERS:
         return Message("assistant", "", reasoning=_reasoning(turn, what), tool_calls=as_json(_calls(content, what)))
     if isinstance(content, Sequence) and not isinstance(content, (str, bytes)):
@@ -278,7 +279,7 @@ def _call(call: Any, what: str) -> dict[str, Any]:
     if not isinstance(function, Mapping) or not isinstance(name, str) or not name:
         raise RowError(f"{what}: a tool call names no function", _CALL)
     written: Any = next((function[n] for n in ("arguments", "parameters") if function.get(n) is not None), {})
-    arguments = read_json(written or {}, f"{what}: the arguments of {name}", 'write an object, {"city": "Paris"}')
+    arguments = read_json(written or {}, f"{what}: what {name} is called with", 'write an object, {"city": "Paris"}')
     if not isinstance(arguments, Mapping):
         raise RowError(f"{what}: the arguments of {name} are not an object", 'write an object, {"city": "Paris"}')
     known = {"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {}
