@@ -134,7 +134,9 @@ def _fp32_by_onednn() -> bool:
     """Whether fp32 products are oneDNN's: with AVX-512, but for Intel's processors. Of others, MKL knows AVX2 alone, at half the speed; on
     Intel's own it is the faster one, by a tenth, and by a third where a weight's gradient is added up.
     """
-    return _has_wide_onednn() and not (torch.backends.mkl.is_available() and of_processor("vendor_id") == "GenuineIntel")
+    return _has_wide_onednn() and not (
+        torch.backends.mkl.is_available() and of_processor("vendor_id") == "GenuineIntel"
+    )
 
 
 @lru_cache
