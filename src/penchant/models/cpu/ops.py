@@ -118,6 +118,11 @@ def addmm_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return total.add_(mm(a, b)) if _by_onednn(a) else total.addmm_(a, b)
 
 
+def mm_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``a b``, written to `out`."""
+    return out.copy_(mm(a, b)) if _by_onednn(a) else torch.mm(a, b, out=out)
+
+
 def more_rows(rows: int, dtype: torch.dtype) -> int:
     """How many rows of zeros bring a product of so many to a number that oneDNN has kernels for already: each new number costs it milliseconds."""
     if dtype == torch.bfloat16:
