@@ -12,6 +12,7 @@ from steps import step_gradient
 
 from penchant.algorithms.ppo import PPO, PPOConfig, _with
 from penchant.algorithms.rollouts import Group
+from penchant.data import packing
 from penchant.data.packing import pack
 from penchant.logprobs import Scorer
 from penchant.logprobs.reference import LiveReference
@@ -47,6 +48,25 @@ def made(seed: int = 0, **config: Any) -> PPO:
 
 def gradients(ppo: PPO, sizes: list[int]) -> torch.Tensor:
     return step_gradient(ppo, [], sizes, ppo.value_head.parameters())
+
+
+def loop_of(ppo: PPO, folder: Path, **train: Any) -> Loop:
+    model = ppo.scorer.model
+    return Loop(
+        model=model,
+        algorithm=ppo,
+        optimizer=MasterAdamW(model.named_parameters(), dtype=torch.float64),
+        trees=[g.tree for g in ppo.writer.write([], 0)],
+        shared=True,
+        folder=folder,
+        train=TrainConfig(batch_size=4, warmup_fraction=0.0, **train),
+        peak_lr=1e-3,
+        evaluation=EvalConfig(),
+        checkpoint=CheckpointConfig(),
+        logging=LoggingConfig(),
+        write_model=lambda: lambda _: None,
+        console=QuietConsole(),
+    )
 
 
 def extras(ppo: PPO, name: str) -> torch.Tensor:
@@ -122,6 +142,36 @@ def test_a_value_model_of_its_own_leaves_the_policys_hidden_states_alone() -> No
     assert any(p.grad is not None and p.grad.any() for p in ppo.value_scorer.model.parameters())
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_policy_and_value_model_in_passes_side_by_side(
+    threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step that both take in one pass after the other, by transformers' own layers: its metrics, and each weight afterwards."""
+    monkeypatch.setattr(packing, "PASS_TOKENS", 16)
+    before, found = torch.get_num_threads(), []
+    torch.set_num_threads(threads)
+    for kernels in ("off", "auto"):
+        ppo = made(epochs=2, minibatches=2)
+        ppo.scorer = Scorer(ppo.scorer.model, "shared", kernels)
+        ppo.reference = LiveReference(Scorer(ppo.reference.scorer.model, "shared", kernels))
+        own = tiny_model("llama", seed=3)
+        ppo.value_scorer = Scorer(own, "shared", kernels)
+        both = torch.nn.ModuleList([ppo.scorer.model, own, ppo.value_head])
+        optimizer = MasterAdamW(both.named_parameters(), dtype=torch.float64, eps=1.0)
+        loop = loop_of(ppo, tmp_path, tokens_per_step=200, max_grad_norm=None)
+        loop.optimizer = optimizer
+        strands = [b.strand for b in loop._micro_batches([g.tree for g in ppo.writer.write([], 0)])]
+        assert ppo.side_by_side == (kernels == "auto")
+        assert strands == (["policy", "policy", "value", "value"] if kernels == "auto" else [""])
+        lines = [loop.take_step(i, loop.schedule)[0] for i in range(4)]
+        found.append((lines, [p.detach().clone() for p in both.parameters()]))
+    torch.set_num_threads(before)
+    (plain_lines, plain), (lines, weights) = found
+    for line, plain_line in zip(lines, plain_lines, strict=True):
+        assert line.pop("kind") == plain_line.pop("kind") and line == pytest.approx(plain_line, rel=1e-6, abs=1e-9)
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(weights, plain, strict=True))
+
+
 def test_adaptive_control_follows_its_target() -> None:
     near, far = (
         made(kl_control="adaptive", kl_target=1e-3, kl_horizon=10),
@@ -164,22 +214,8 @@ def test_the_ratio_guard_refuses_a_whole_step(tmp_path: Path, jump: float, taken
         g.extras["old"] = g.extras["old"] - jump  # as if the policy had jumped
     parameters = list(ppo.scorer.model.parameters())
     before = [p.detach().clone() for p in parameters]
-    model = ppo.scorer.model
-    loop = Loop(
-        model=model,
-        algorithm=ppo,
-        optimizer=MasterAdamW(model.named_parameters(), dtype=torch.float64),
-        trees=trees,
-        shared=True,
-        folder=tmp_path,
-        train=TrainConfig(batch_size=4, tokens_per_step=tokens_per_step, warmup_fraction=0.0),
-        peak_lr=1e-3,
-        evaluation=EvalConfig(),
-        checkpoint=CheckpointConfig(),
-        logging=LoggingConfig(),
-        write_model=lambda: lambda _: None,
-        console=QuietConsole(),
-    )
+    loop = loop_of(ppo, tmp_path, tokens_per_step=tokens_per_step)
+    loop.trees = trees
     line, _, _ = loop.take_step(0, loop.schedule)
     moved = any(bool((p != b).any()) for p, b in zip(parameters, before, strict=True))
     assert moved == taken and ("skipped" not in line) == taken

@@ -110,8 +110,7 @@ def plain_logps(model: nn.Module, data: list[TokenTree]) -> torch.Tensor:
 
 
 def fast_logps(model: Any, fast: FastForward, batch: PackedBatch) -> torch.Tensor:
-    hidden = fast.hidden(batch).index_select(0, batch.predict_index)
-    return fast_token_logps(hidden, model.lm_head.weight, batch.target_ids)[0]
+    return fast_token_logps(fast.predicting(batch), model.lm_head.weight, batch.target_ids)[0]
 
 
 def recognized(model: nn.Module) -> FastForward:
@@ -494,7 +493,11 @@ def test_dropout_is_pefts_with_the_same_inputs_dropped(checkpointing: bool, monk
         for first, roles in {"q": "qkv", "o": "o", "gate": ("gate", "up"), "down": ("down",)}.items():
             for role in roles:  # those that share an input drop the same of it
                 part = layer.self_attn if role in "qkvo" else layer.mlp
-                dropout = Dropped(kept[number][first] == 0, 0.4)
+                where = kept[number][first] == 0
+                if len(where) < batch.tokens:  # of the last layer, which goes on with the predicting tokens alone
+                    some = batch.predict_index.unique()
+                    where = torch.zeros(batch.tokens, where.shape[1], dtype=torch.bool).index_copy_(0, some, where)
+                dropout = Dropped(where, 0.4)
                 part.get_submodule(f"{role}_proj").lora_dropout["default"] = dropout
     expected = Scorer(model).logps(batch).tokens
     wanted = gradients_of(model, expected, g)
@@ -511,6 +514,25 @@ class Dropped(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.masked_fill(self.where, 0.0) / (1 - self.p)
+
+
+@pytest.mark.parametrize("rows", [True, False], ids=["rows of zeros", "no more rows"])
+@pytest.mark.parametrize("family", ["llama_untied_biased", "qwen3"])
+def test_the_last_layer_of_predicting_tokens_alone(family: str, rows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "more_rows", lambda n, dtype: -n % 32 if rows else 0)
+    model, batch = build(family), pack(trees())
+    found = []
+    for of in (
+        lambda fast: fast.predicting(batch),
+        lambda fast: fast.hidden(batch).index_select(0, batch.predict_index),
+    ):
+        out = of(recognized(model))
+        g = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+        found.append((out, gradients_of(model, out, g)))
+    (some, of_some), (every, of_every) = found
+    assert len(batch.predict_index.unique()) < len(batch.predict_index) < batch.tokens
+    assert close(some, every, 1e-12) and of_some.keys() == of_every.keys() and len(of_some) > 20
+    assert all(close(of_some[name], grad, 1e-10) for name, grad in of_every.items())
 
 
 def test_only_passes_of_training_drop_and_each_as_its_seed_says() -> None:

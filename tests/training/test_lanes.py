@@ -247,6 +247,22 @@ def test_nobody_waits_for_a_pass_that_ended_without_adding() -> None:
     assert added == [1, 3, 5]
 
 
+def test_passes_of_different_strands_do_not_wait_for_each_other() -> None:
+    turns, added, other = Turns(["a", "a", "b", "b"]), [], threading.Event()
+
+    def one(i: int) -> None:
+        if i == 0:
+            assert other.wait(timeout=30)  # pass 2 adds before this one has
+        with turn(i // 2):
+            added.append(i)
+        if i == 2:
+            other.set()
+
+    torch.set_num_threads(3)
+    list(side_by_side(one, range(4), most=3, turns=turns))
+    assert added.index(0) < added.index(1) and added.index(2) < added.index(3)
+
+
 def test_gradient_mode_is_the_callers() -> None:
     torch.set_num_threads(2)
     with torch.no_grad():
@@ -269,6 +285,7 @@ def test_passes_share_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (
         len(plan_passes([100] * 4, 4096, True)) == 2
     )  # of LEAST_TOKENS there are three, which two threads do not share evenly
+    assert len(plan_passes([100] * 4, 4096, True, 2)) == 1 and len(plan_passes(sizes, 2048, True, 2)) == 8
     # a tree that takes the budget alone has all threads to itself
     assert at_once([2000], 2048, 16) == 1
     assert plan_passes([], 2048, True) == [] and plan_passes([3000, 10], 2048, True) == [[0], [1]]

@@ -241,12 +241,12 @@ class PPO(OnPolicy):
         return ScoredSteps(logps, values, old, old_values, ref, advantages, returns, weights, entropy, importance)
 
     def loss(self, scored: ScoredSteps) -> LossOutput:
-        s, none = scored, scored.keep.new_zeros(0)
+        s, cfg, none = scored, self.config, scored.keep.new_zeros(0)
         losses, weights, metrics = (none, none, {}) if s.logps is None else self._policy_loss(s, s.logps)
         terms = {}
         if s.values is not None:
-            value_losses, bound = clipped_value_loss(s.values, s.old_values, s.returns, clip=self.config.value_clip)
-            terms["value"] = (self.config.value_coef * value_losses * s.keep, s.keep)
+            value_losses, bound = clipped_value_loss(s.values, s.old_values, s.returns, clip=cfg.value_clip)
+            terms["value"] = (cfg.value_coef * value_losses * s.keep, s.keep)
             metrics |= {
                 "value/clip_fraction": (bound, None),
                 "value/error": ((s.returns - s.values.detach()).square(), None),

@@ -186,6 +186,9 @@ class Scorer:
 
     def predicting(self, batch: PackedBatch) -> Tensor:
         """The hidden states (R, d) that predict the completion tokens."""
+        if self._fast is not None:
+            found: Tensor = self._fast.predicting(batch)
+            return found
         return self.hidden(batch).index_select(0, batch.predict_index)
 
     def logps(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from penchant.base.lanes import side_by_side
 from penchant.base.machine import in_fp64, place_of
 from penchant.data.templates import end_ids
 from penchant.errors import ModelError
@@ -132,6 +134,8 @@ CACHE_BYTES = 1 << 30  # keys and values held at once
 PROMPTS_HELD = (
     2  # times the prompts whose rows run together: those with a last row or two stay, and new ones come in beside them
 )
+POOL_ROWS = 16  # the fewest rows for which a thread's own pool is worth its steps
+POOL_BYTES = 64 << 20  # of weights: what processors keep in a cache that all their cores share
 LOGITS_AT_ONCE = 1 << 23  # logits of a step: 2^23 of them are 170 rows of a vocabulary of 49,152
 
 
@@ -330,23 +334,50 @@ def _decode_pooled(
         vocabulary = model.get_input_embeddings().weight.shape[0]
         rows_at_once = rows_by_memory(cache_bytes_per_token(model), vocabulary, n, longest, new_tokens)
     at_once = max(1, min(len(prompts), rows_at_once // n))  # prompts whose rows all run together
+    pools = pools_of(at_once * n, sum(p.nbytes for p in base_model_of(model).parameters()))
+    pools = min(pools, at_once)
+    at_once = -(-at_once // pools)  # of one pool
     rows, groups = at_once * n, min(len(prompts), PROMPTS_HELD * at_once)
     decoder = FastDecoder(model, rows=rows, groups=groups, prompt_tokens=longest, new_tokens=new_tokens)
-    pool = Pool(decoder, prompts, written)
-    # by length, so that prompts that are read together are of about one length
-    waiting = deque(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
-    reported = 0
-    while waiting or pool.rows:
-        free = min(groups - len(pool.prompts), (rows - pool.rows) // n)
-        # several prompts at once: computing a prompt alone wastes most of the machine
-        if waiting and (free >= max(1, at_once // 4) or not pool.rows):
-            pool.admit([waiting.popleft() for _ in range(min(free, len(waiting)))])
-        if pool.rows:
-            pool.step()
-        done = len(prompts) - len(waiting) - len(pool.prompts)
-        if progress is not None and done > reported:
-            progress(done, len(prompts))
-            reported = done
+    # by length, so that prompts that are read together are of about one length, and pools have about as much to do
+    in_order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    finished, counting = 0, threading.Lock()
+
+    def told(more: int) -> None:
+        nonlocal finished
+        with counting:
+            finished += more
+            if progress is not None and more:
+                progress(finished, len(prompts))
+
+    def decode(number: int) -> None:
+        own = decoder if number == 0 else decoder.with_room(rows=rows, groups=groups, prompt_tokens=longest, new_tokens=new_tokens)  # fmt: skip
+        waiting = deque(in_order[number::pools])
+        with torch.inference_mode():
+            pool, total, reported = Pool(own, prompts, written), len(waiting), 0
+            while waiting or pool.rows:
+                free = min(groups - len(pool.prompts), (rows - pool.rows) // n)
+                # several prompts at once: computing a prompt alone wastes most of the machine
+                if waiting and (free >= max(1, at_once // 4) or not pool.rows):
+                    pool.admit([waiting.popleft() for _ in range(min(free, len(waiting)))])
+                if pool.rows:
+                    pool.step()
+                done = total - len(waiting) - len(pool.prompts)
+                told(done - reported)
+                reported = done
+
+    list(side_by_side(decode, range(pools), most=pools))
+
+
+def pools_of(rows: int, weight_bytes: int) -> int:
+    """In how many pools rows are decoded, each on a thread of its own: products of few rows and small matrices are too short for several.
+
+    Large weights are read by all threads together, once a step: a pool of its own would read them again. The number is even, and does
+    not depend on the threads, so neither do the bits of what is written.
+    """
+    if rows < 2 * POOL_ROWS or weight_bytes > POOL_BYTES:
+        return 1
+    return min(8, max(2, rows // (4 * POOL_ROWS) * 2))
 
 
 def rows_by_memory(token_bytes: int, vocabulary: int, n: int, longest: int, new_tokens: int) -> int:

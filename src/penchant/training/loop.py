@@ -410,7 +410,7 @@ class Loop:
                 in_order(p)
             self._in_order = True
         turns = Turns([b.strand for b in batches])
-        trees = self.train.batch_size * len(set(b.strand for b in batches))
+        trees = self.train.batch_size * len({b.strand for b in batches})
         most = at_once([b.tokens for b in batches], self.train.tokens_per_step, trees)
         yield from side_by_side(lambda i: call(i, batches[i]), range(len(batches)), most=most, turns=turns)
         with torch.no_grad():

@@ -155,21 +155,31 @@ class FastDecoder:
 
     def _prefill(self, prompts: Sequence[Sequence[int]], first: int) -> Tensor:
         count, length = len(prompts), _up(max(map(len, prompts)))
-        ids = torch.zeros(count, length, dtype=torch.int64)  # padded behind: a causal mask never looks there
-        for i, p in enumerate(prompts):
-            ids[i, : len(p)] = torch.tensor(p)
-        x = F.embedding(ids.view(-1), self._embedding)
-        cos, sin = (t[:length].repeat(count, 1, 1) for t in (self._cos, self._sin))
+        sizes = torch.tensor(list(map(len, prompts)))
+        # products are of the tokens alone; only attention sees prompts padded behind, where a causal mask never looks
+        ends, every = sizes.cumsum(0), int(sizes.sum())
+        more = _up(every, 2 * _COLUMN_STEP) - every  # the first token again
+        age = F.pad(torch.arange(every) - (ends - sizes).repeat_interleave(sizes), (0, more))
+        place = F.pad(torch.arange(count).repeat_interleave(sizes) * length, (0, more)) + age
+        ids = torch.tensor([t for p in prompts for t in p] + [prompts[0][0]] * more)
+        x, cos, sin = F.embedding(ids, self._embedding), self._cos[age], self._sin[age]
         lines = slice(first * self.kv_heads, (first + count) * self.kv_heads)
         for depth, layer in enumerate(self._layers):
-            q, k, v = self._qkv(x, layer, cos, sin)
-            q, k, v = (t.view(count, length, -1, self.head_dim).transpose(1, 2) for t in (q, k, v))
+            q, k, v = (
+                t.new_zeros(count * length, *t.shape[1:])
+                .index_copy_(0, place, t)
+                .view(count, length, -1, self.head_dim)
+                .transpose(1, 2)
+                for t in self._qkv(x, layer, cos, sin)
+            )
             self._prompt_keys[depth, lines, :length] = k.reshape(-1, length, self.head_dim)
             self._prompt_values[depth, lines, :length] = v.reshape(-1, length, self.head_dim)
             o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self._scale, enable_gqa=True)
-            x = self._finish(x, o.transpose(1, 2).reshape(count * length, -1), layer)
-        last = torch.tensor([i * length + len(p) - 1 for i, p in enumerate(prompts)])
-        return self._logits(x[last])
+            o = o.transpose(1, 2).reshape(count * length, -1)
+            if layer is self._layers[-1]:  # the tokens that are followed alone
+                x, place = x[ends - 1], place[ends - 1]
+            x = self._finish(x, o.index_select(0, place), layer)
+        return self._logits(x)
 
     # ---- one token of every row -----------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from penchant.base.lanes import turn
-from penchant.models.cpu.ops import addmm_, mm, more_rows
+from penchant.models.cpu.ops import addmm_, mm, mm_into, more_rows
 
 _KEEP_BYTES = 512 << 20  # the largest D that is kept
 _MATMUL_ROWS = 512  # rows per head matmul where D is not kept
@@ -128,6 +128,7 @@ def _recomputed(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def _add_weight_grad(weight: Tensor, d: Tensor, scaled: Tensor, total: Tensor | None, last: bool) -> Tensor | None:
     """Add D^T (g h) tile by tile of the vocabulary to where `store_grad` would, or to `total`, which is returned for autograd."""
     main: Any = getattr(weight, "main_grad", None)
+    fresh = False  # whether nothing is in the tiles yet: they are written, not added to
     for i in range(0, weight.shape[0], VOCAB_TILE):
         tile = slice(i, i + VOCAB_TILE)
         of_tile = d[:, tile].t()
@@ -140,9 +141,13 @@ def _add_weight_grad(weight: Tensor, d: Tensor, scaled: Tensor, total: Tensor | 
                 to = main
             elif turns is not None:
                 if weight.grad is None:
-                    weight.grad = torch.zeros_like(weight)
+                    weight.grad, fresh = torch.empty_like(weight), True
                 to = weight.grad
             else:
-                to = total = torch.zeros_like(weight) if total is None else total
-            addmm_(to[tile], of_tile, scaled)
+                fresh = fresh or total is None
+                to = total = torch.empty_like(weight) if total is None else total
+            if fresh:
+                mm_into(to[tile], of_tile, scaled)
+            else:
+                addmm_(to[tile], of_tile, scaled)
     return total

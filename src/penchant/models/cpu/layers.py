@@ -151,14 +151,44 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True)
+class Wanted:
+    """The tokens of a row whose last hidden states somebody reads.
+
+    Args:
+        tokens: (U,) ascending, then zeros for the matrix library; count: of real ones.
+        places: (R,) where each predicting position is among them; None: they are the predicting positions.
+    """
+
+    tokens: Tensor
+    count: int
+    places: Tensor | None
+
+    def spread(self, values: Tensor, rows: int) -> Tensor:
+        """(U, d) of these tokens, among zeros for the others (rows, d)."""
+        return values.new_zeros(rows, values.shape[1]).index_copy_(0, self.tokens[: self.count], values[: self.count])
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
-    """What every layer of one pass shares: the attention plan, cos and sin (T, H + H_kv, d/2), the memory choice, and the seed of dropout."""
+    """What every layer of one pass shares: the attention plan, cos and sin (T, H + H_kv, d/2), the memory choice, and the seed of dropout.
+
+    Args:
+        wanted: the tokens that go on behind a layer's attention; None: all. The last layer's others are read by nobody.
+    """
 
     plan: AttentionPlan
     cos: Tensor
     sin: Tensor
     recompute: bool
     seed: int | None = None
+    wanted: Wanted | None = None
+
+    @property
+    def out_from_heads(self) -> Tensor:
+        """Of the tokens that go on."""
+        if self.wanted is None:
+            return self.plan.out_from_heads
+        return self.plan.out_from_heads.view(-1, self.plan.shape.heads).index_select(0, self.wanted.tokens).flatten()
 
 
 class FastForward:
@@ -174,6 +204,32 @@ class FastForward:
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Last hidden states (T, d) after the final norm, differentiable with respect to the model's parameters."""
+        return self._normed(self._run(batch, None)[: batch.tokens])
+
+    def predicting(self, batch: PackedBatch) -> Tensor:
+        """Those (R, d) that predict the completion tokens: the last layer computes no others behind its attention."""
+        wanted = self._wanted(batch)
+        out = self._normed(self._run(batch, wanted)[: wanted.count])
+        return out if wanted.places is None else out.index_select(0, wanted.places)
+
+    def _normed(self, x: Tensor) -> Tensor:
+        norm = self._backbone.norm
+        found: Tensor = _Norm.apply(x, norm.weight, norm.variance_epsilon)
+        return found
+
+    def _wanted(self, batch: PackedBatch) -> Wanted:
+        dtype = self._backbone.embed_tokens.weight.dtype
+        key = f"predicting/{dtype}"
+        if key not in batch.cache:
+            tokens, places = batch.predict_index.unique(return_inverse=True)
+            padded = F.pad(tokens, (0, more_rows(len(tokens), dtype)))
+            alike = torch.equal(tokens, batch.predict_index)
+            batch.cache[key] = Wanted(padded, len(tokens), None if alike else places)
+        known: Any = batch.cache[key]
+        return known  # type: ignore[no-any-return]
+
+    def _run(self, batch: PackedBatch, wanted: Wanted | None) -> Tensor:
+        """What the last layer gives, for all tokens or for the wanted ones, with rows for the matrix library behind them."""
         weight = self._backbone.embed_tokens.weight
         lowest = self._lowest_trained()
         key = f"fast/below/{id(self)}"  # from a batch's first pass to its second: of the policy, and of the reference
@@ -198,8 +254,11 @@ class FastForward:
             acting = {role: adapter.acting(batch.seed is not None) for role, adapter in layer.adapters.items()}
             adapters = {role: adapter for role, adapter in acting.items() if adapter is not None}
             updates = [p for adapter in adapters.values() for p in adapter.parts().values()]
-            x = _DecoderLayer.apply(x, rows[layer.window], layer, adapters, *layer.params.all(), *updates)
-        return _Norm.apply(x[: batch.tokens], self._backbone.norm.weight, self._backbone.norm.variance_epsilon)
+            row = rows[layer.window]
+            if layer is self._layers[-1]:
+                row = replace(row, wanted=wanted)
+            x = _DecoderLayer.apply(x, row, layer, adapters, *layer.params.all(), *updates)
+        return x  # type: ignore[no-any-return]
 
     def _lowest_trained(self) -> int:
         """How many layers at the bottom are the same in every pass: frozen, and without an adapter. 0 where nothing is trained above."""
@@ -235,7 +294,10 @@ class FastForward:
             key, dtype = self._key(window)
             made = self._plan(batch, window, dtype).to(there.input_ids.device)
             there.cache[key] = (made, *self._rotation(there.position_ids, dtype))
-        there.cache |= batch.cache
+        wanted = self._wanted(batch)
+        places = None if wanted.places is None else wanted.places.to(there.input_ids.device)
+        moved = replace(wanted, tokens=wanted.tokens.to(there.input_ids.device), places=places)
+        there.cache |= {key: moved if made is wanted else made for key, made in batch.cache.items()}
         return there
 
     def _rotation(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -473,7 +535,7 @@ class Saved:
     projected: Tensor | None  # W_qkv n1 before the head norms (Qwen 3 only)
     head_rstd: tuple[Tensor, Tensor] | None
     heads: Tensor  # rotated q, k and v as head rows
-    o: Tensor  # attention output (T, H d)
+    o: Tensor  # attention output (T, H d); this and what follows of the wanted tokens alone
     y: Tensor
     rstd2: Tensor
     gate: Tensor  # before DoRA's scaling, as `up`
@@ -549,8 +611,8 @@ def _layer_forward(
     heads = by_head.reshape(-1, shape.head_dim).index_select(0, row.plan.to_heads)
     del qkv, by_head
     out = attention_forward(heads, row.plan)
-    o = out.index_select(0, row.plan.out_from_heads).view(tokens, -1)
-    y = onto(x, "o", o)
+    o = out.index_select(0, row.out_from_heads).view(-1, shape.heads * shape.head_dim)
+    y = onto(x if row.wanted is None else x.index_select(0, row.wanted.tokens), "o", o)
     if p.o_bias is not None:
         y += p.o_bias
     n2, rstd2 = rms_norm(y, p.norm2, layer.eps)
@@ -593,10 +655,13 @@ class _Gradients:
             owner: Any = self.adapters[role] if side else self.layer.params
             self.found[name] = store_grad(getattr(owner, side or name), grad)
 
-    def normed(self, roles: tuple[str, ...], x: Tensor, weight: Tensor) -> Tensor | None:
+    def normed(self, roles: tuple[str, ...], x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor | None:
         """norm(x), where a weight or an adapter of `roles` is trained: to compute it again takes less than to keep it costs."""
         trained = self.wanted.intersection(roles) or any(role in self.adapters for role in roles)
-        return rms_norm(x, weight, self.layer.eps)[0] if trained else None
+        if not trained:
+            return None
+        # the same bits, but for types that the norm's own kernel widens
+        return (x * rstd).mul_(weight) if x.dtype == rstd.dtype else rms_norm(x, weight, self.layer.eps)[0]
 
     def product(self, names: tuple[str, ...], d_out: Tensor, inputs: Tensor | None) -> None:
         """dW = d_out^T inputs, one matmul for all parts."""
@@ -658,7 +723,7 @@ def _layer_backward(dz: Tensor, x: Tensor, row: Row, g: _Gradients, want_x: bool
     d_qkv = _attention_backward(dy, row, g)
     # qkv = W_qkv n1 + b
     layer, p = g.layer, g.layer.params
-    n1 = g.normed(("q", "k", "v"), x, p.norm1)
+    n1 = g.normed(("q", "k", "v"), x, g.saved.rstd1, p.norm1)
     g.product(("q", "k", "v"), d_qkv, n1)
     if g.wanted.intersection(("q_bias", "k_bias", "v_bias")):
         sizes = [b.shape[0] for b in _qkv_biases(p)]
@@ -674,7 +739,8 @@ def _layer_backward(dz: Tensor, x: Tensor, row: Row, g: _Gradients, want_x: bool
         g.into_adapters(("q", "k", "v"), n1)
     if dn1 is None:
         return None
-    dx, d_norm1 = rms_norm_backward(dn1, x, g.saved.rstd1, p.norm1, dy)
+    around = dy if row.wanted is None else row.wanted.spread(dy, len(x))
+    dx, d_norm1 = rms_norm_backward(dn1, x, g.saved.rstd1, p.norm1, around)
     g.store("norm1", d_norm1)
     return dx
 
@@ -689,7 +755,7 @@ def _mlp_backward(dz: Tensor, g: _Gradients) -> Tensor:
     d_gate, d_up = g.unstretched("gate", d_gate), g.unstretched("up", d_up)
     g.product(("down",), d_down, a)
     g.into_adapters(("down",), a)
-    n2 = g.normed(("gate", "up"), s.y, p.norm2)
+    n2 = g.normed(("gate", "up"), s.y, s.rstd2, p.norm2)
     g.product(("gate",), d_gate, n2)
     g.product(("up",), d_up, n2)
     dn2 = addmm_(mm(d_gate, p.gate), d_up, p.up)
@@ -712,10 +778,12 @@ def _attention_backward(dy: Tensor, row: Row, g: _Gradients) -> Tensor:
     d_o = mm(dy, p.o)
     g.through_adapters({"o": dy}, d_o)
     g.into_adapters(("o",), s.o)
+    rows = len(row.cos)
+    d_o = d_o if row.wanted is None else row.wanted.spread(d_o, rows)
     d_out = d_o.view(-1, shape.head_dim).index_select(0, row.plan.out_to_heads)
     del d_o
     d_heads = attention_backward(d_out, s.heads, row.plan)
-    d_qkv = d_heads.index_select(0, row.plan.from_heads).view(dy.shape[0], -1, shape.head_dim)
+    d_qkv = d_heads.index_select(0, row.plan.from_heads).view(rows, -1, shape.head_dim)
     del d_out, d_heads
     d_qkv[row.plan.tokens :] = 0
     rotary_backward(d_qkv[:, : shape.heads + shape.kv_heads], row.cos, row.sin)
@@ -730,4 +798,4 @@ def _attention_backward(dy: Tensor, row: Row, g: _Gradients) -> Tensor:
             grad, d_weight = rms_norm_backward(d_qkv[:, heads], projected[:, heads], rstd, getattr(p, name), None)
             d_qkv[:, heads] = grad
             g.store(name, d_weight)
-    return d_qkv.view(dy.shape[0], -1)
+    return d_qkv.view(rows, -1)

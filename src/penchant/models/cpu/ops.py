@@ -118,6 +118,11 @@ def addmm_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return total.add_(mm(a, b)) if _by_onednn(a) else total.addmm_(a, b)
 
 
+def mm_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``a b``, written to `out`."""
+    return out.copy_(mm(a, b)) if _by_onednn(a) else torch.mm(a, b, out=out)
+
+
 def more_rows(rows: int, dtype: torch.dtype) -> int:
     """How many rows of zeros bring a product of so many to a number that oneDNN has kernels for already: each new number costs it milliseconds."""
     if dtype == torch.bfloat16:
@@ -134,7 +139,9 @@ def _fp32_by_onednn() -> bool:
     """Whether fp32 products are oneDNN's: with AVX-512, but for Intel's processors. Of others, MKL knows AVX2 alone, at half the speed; on
     Intel's own it is the faster one, by a tenth, and by a third where a weight's gradient is added up.
     """
-    return _has_wide_onednn() and not (torch.backends.mkl.is_available() and of_processor("vendor_id") == "GenuineIntel")
+    return _has_wide_onednn() and not (
+        torch.backends.mkl.is_available() and of_processor("vendor_id") == "GenuineIntel"
+    )
 
 
 @lru_cache
