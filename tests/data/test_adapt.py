@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rows import from_rows
 
 from penchant.data.adapt import adapt, mismatch
-from penchant.data.load import Dataset
+from penchant.data.load import Dataset, summary
 from penchant.data.options import DataConfig
 from penchant.errors import DataError
 from penchant.losses import LOSSES
@@ -61,7 +61,12 @@ def test_scores_become_pairs_by_an_explicit_rule() -> None:
     (tree,) = dataset.trees
     assert [c.text for c in tree.completions] == ["best", "worst"]
     assert [c.score for c in tree.completions] == [3.0, -1.0]
-    assert dataset.kind == "pairs" and dataset.total == len(dataset.trees) + len(dataset.quarantined) == 2
+    assert dataset.kind == "pairs"
+    assert summary(dataset).startswith("4 rows (scored) = 3 accepted + 1 kept aside") and "1 example" in summary(
+        dataset
+    )
+    lists = made(SCORED, "plackett_luce")
+    assert (lists.total, lists.accepted, len(lists.trees), len(lists.quarantined)) == (4, 3, 1, 1)
     assert [q.what for q in dataset.quarantined] == ["no two different scores among the prompt's 1 answer"]
 
 

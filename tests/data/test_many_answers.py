@@ -62,10 +62,8 @@ def test_a_list_holds_all_answers_of_a_prompt_the_best_first() -> None:
     rows = [{"prompt": "p", "completion": f"a{i}", "score": s} for i, s in enumerate((1, 3, 2))]
     single = adapted(from_rows([*rows, {"prompt": "q", "completion": "b", "score": 1}]), "lists")
     assert [[c.text for c in t.completions] for t in single.trees] == [["a1", "a2", "a0"]]
-    assert (single.total, [q.what for q in single.quarantined]) == (
-        2,
-        ["no two different scores among the prompt's 1 answer"],
-    )
+    assert (single.total, single.accepted) == (4, 3)
+    assert [q.what for q in single.quarantined] == ["no two different scores among the prompt's 1 answer"]
     pairs = [{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": "a", "rejected": "b"}]
     pairs[1] |= {"chosen_score": 0.5, "rejected_score": 0.25}  # type: ignore[dict-item]
     two = adapted(from_rows(pairs), "lists")

@@ -217,6 +217,17 @@ def test_what_prints_a_runs_figures_says_which_file_was_changed(
     assert f"{path} was changed after it was written." in compared.figures["notes"]
 
 
+@pytest.mark.parametrize("name", ["samples.before.jsonl", "samples.jsonl"])
+def test_a_report_says_that_a_sampled_answer_was_changed(
+    world: World, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flip(world.fresh(whole=True) / name, 0.9)
+    assert main(["report", str(world.run)]) == 0
+    assert f"{name} was changed after it was written" in capsys.readouterr().err
+    page = (world.run / "report.html").read_text()
+    assert name in page.split("Changed after the run wrote it")[1][:300]
+
+
 def test_a_comment_in_a_config_or_what_only_watches_changes_no_figure(world: World) -> None:
     path = world.fresh(whole=True) / "config.resolved.yaml"
     path.write_text("# mine\n" + path.read_text())

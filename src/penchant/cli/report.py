@@ -46,8 +46,12 @@ def add(commands: Any) -> None:
 
 def _report(args: argparse.Namespace) -> int:
     from penchant import api
+    from penchant.runfolder import told_damage
 
-    print(api.report(*args.paths, output=args.output))
+    page = api.report(*args.paths, output=args.output)
+    for sentence in (s for path in args.paths for s in told_damage(Path(path))):
+        print(sentence, file=sys.stderr)
+    print(page)
     return 0
 
 

@@ -66,11 +66,20 @@ def adapt(dataset: Dataset, loss: str, signal: str, needs: Set[str], options: Da
     return dataset
 
 
-def _changed(dataset: Dataset, trees: Sequence[PromptTree], aside: Sequence[Quarantined] = (), **more: Any) -> Dataset:
-    """The data set with other trees. From here on an example counts as a row."""
+def _changed(
+    dataset: Dataset,
+    trees: Sequence[PromptTree],
+    aside: Sequence[Quarantined] = (),
+    used: int | None = None,
+    **more: Any,
+) -> Dataset:
+    """The data set with other trees, made of `used` of its own: by default one of each. Where a row gave one tree rows keep their count;
+    elsewhere an example counts as a row from here on.
+    """
     made = dataset.with_trees(tuple(trees), fingerprint(trees))
     kept = (*dataset.quarantined, *aside)
-    return replace(made, quarantined=kept, total=len(trees) + len(kept), columns=dataset.columns, **more)
+    rows = used if used is not None and dataset.accepted == len(dataset.trees) else len(trees)
+    return replace(made, quarantined=kept, total=rows + len(kept), accepted=rows, columns=dataset.columns, **more)
 
 
 def _as_prompts(dataset: Dataset, name: str) -> Dataset:
@@ -114,16 +123,16 @@ def _as_pairs(dataset: Dataset, loss: str, options: DataConfig, name: str) -> Da
         what = f'{setting(loss)} needs pairs (chosen and rejected), but these rows are single answers with a "score"'
         how = "set data.pairs_from_scores=best_worst to set the best against the worst answer of each prompt"
         raise DataError(name, what, how)
-    # from here on a row is a prompt: the answers between its best and its worst are not used, and are not bad rows
+    # the answers between a prompt's best and its worst are not used, and are not bad rows
     trees: list[PromptTree] = []
     aside: list[Quarantined] = []
     for group, ranked in _ranked(dataset):
         best, worst = ranked[0], ranked[-1]
         if len(ranked) > 1 and best.score != worst.score and best.whole.strip() != worst.whole.strip():
-            trees.append(replace(group, completions=(replace(best, label=True), replace(worst, label=False))))
+            trees.append(replace(group[0], completions=(replace(best, label=True), replace(worst, label=False))))
         else:
-            aside.append(_no_two_scores(group, ranked))
-    return _changed(dataset, _some(trees, name), aside, kind="pairs")
+            aside += _no_two_scores(group, ranked)
+    return _changed(dataset, _some(trees, name), aside, len(dataset.trees) - len(aside), kind="pairs")
 
 
 def _as_lists(dataset: Dataset, loss: str, name: str) -> Dataset:
@@ -138,10 +147,10 @@ def _as_lists(dataset: Dataset, loss: str, name: str) -> Dataset:
     aside: list[Quarantined] = []
     for group, ranked in _ranked(dataset):
         if ranked[0].score == ranked[-1].score:
-            aside.append(_no_two_scores(group, ranked))
+            aside += _no_two_scores(group, ranked)
         else:
-            trees.append(replace(group, completions=tuple(ranked)))
-    return _changed(dataset, _some(trees, name), aside)
+            trees.append(replace(group[0], completions=tuple(ranked)))
+    return _changed(dataset, _some(trees, name), aside, len(dataset.trees) - len(aside))
 
 
 def _two_scored(tree: PromptTree) -> tuple[Completion, ...]:
@@ -152,8 +161,8 @@ def _two_scored(tree: PromptTree) -> tuple[Completion, ...]:
     return replace(chosen, score=1.0), replace(rejected, score=0.0)
 
 
-def _ranked(dataset: Dataset) -> Iterator[tuple[PromptTree, list[Completion]]]:
-    """Of scored rows each prompt once, its first tree, and all its answers, the best first."""
+def _ranked(dataset: Dataset) -> Iterator[tuple[list[PromptTree], list[Completion]]]:
+    """Of scored rows each prompt once: its trees, and all its answers, the best first."""
     by_prompt: dict[object, list[PromptTree]] = defaultdict(list)
     for tree in dataset.trees:
         by_prompt[_asked(tree)].append(tree)
@@ -161,12 +170,12 @@ def _ranked(dataset: Dataset) -> Iterator[tuple[PromptTree, list[Completion]]]:
         if other := next((t for t in group if t.weight != group[0].weight), None):
             what = f"counts {other.weight:g}, and another answer of its prompt ({group[0].source}) {group[0].weight:g}"
             raise DataError(other.source, what, "all answers of a prompt are one row here: give them one weight")
-        yield group[0], sorted((c for t in group for c in t.completions), key=lambda c: -(c.score or 0.0))
+        yield group, sorted((c for t in group for c in t.completions), key=lambda c: -(c.score or 0.0))
 
 
-def _no_two_scores(tree: PromptTree, ranked: Sequence[Completion]) -> Quarantined:
+def _no_two_scores(group: Sequence[PromptTree], ranked: Sequence[Completion]) -> list[Quarantined]:
     what = f"no two different scores among the prompt's {counted(len(ranked), 'answer')}"
-    return Quarantined(tree.source, what, "give it answers with different scores, or drop it", None)
+    return [Quarantined(t.source, what, "give it answers with different scores, or drop it", None) for t in group]
 
 
 def _some(trees: list[PromptTree], name: str) -> list[PromptTree]:

@@ -818,7 +818,7 @@ def summary(dataset: Dataset) -> str:
 def summary_of(shape: str, accepted: int, reasons: Counter[str], aside: int, examples: int) -> str:
     """The same from counts."""
     shown = f" ({_counted(reasons)})" if reasons else ""
-    more = f", {examples:,} examples" if examples != accepted else ""
+    more = f", {counted(examples, 'example')}" if examples != accepted else ""
     return f"{counted(accepted + aside, 'row')} ({shape}) = {accepted:,} accepted + {aside:,} kept aside{shown}{more}"
 
 
