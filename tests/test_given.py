@@ -86,6 +86,11 @@ def test_an_argument_takes_the_place_of_a_key_of_the_file(model: str, tmp_path: 
     )
     assert Path(str(config.data.path)).parent == tmp_path / "b" / "given"
     assert config.data.limit == 20 and str(config.data.path) != str(config.data.eval_path)
+    config = api.as_config(
+        file, ("output=" + str(tmp_path / "b"),), {"eval_data": {"a": polite_rows(3), "b": "b.jsonl"}}
+    )
+    assert isinstance(config.data.eval_path, dict) and config.data.eval_path["b"] == "b.jsonl"
+    assert len(Path(str(config.data.eval_path["a"])).read_text().splitlines()) == 3
     assert not (tmp_path / "a").exists()
 
 

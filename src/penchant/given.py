@@ -17,6 +17,7 @@ import keyword
 import math
 import os
 import pickle
+import re
 import shutil
 import sys
 import textwrap
@@ -51,10 +52,12 @@ def named(value: Any, folder: Path, where: str = "") -> Any:
     Raises:
         ConfigError: an object that nothing can be made of. DataError: rows that cannot be written as JSON, or none.
     """
-    key = where.rpartition(".")[2]
+    parts = where.split(".")
     if value is None or isinstance(value, (str, bytes, int, float, bool, os.PathLike)):
         return value
-    if is_rows(value) and key in ("path", "eval_path", "data"):
+    if is_rows(value) and (
+        "eval_path" in parts[-2:] or parts[-1] in ("path", "data")
+    ):  # or one of several held-out sets
         return str(write_rows(value, folder, where))
     if isinstance(value, Mapping):
         # a reward may be the key of its weight
@@ -128,7 +131,8 @@ def write_rows(value: Any, folder: Path, where: str) -> Path:
         DataError: a value that cannot be written as JSON, or no rows. DiskError: the disk does not take it.
     """
     digest, count = hashlib.sha256(), 0
-    stem = "-".join(where.removeprefix("data.").replace("eval_path", "eval").replace("path", "train").split("."))
+    stem = where.removeprefix("data.").replace("eval_path", "eval").replace("path", "train")
+    stem = re.sub(r"[^\w-]", "-", stem)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         aside = aside_of(folder / stem)

@@ -60,6 +60,7 @@ def test_numbers_without_a_dot_are_numbers(tmp_path: Path, text: str) -> None:
         ),
         ("train: {lr: 1e-4}\nreward: words", (), r"run\.yaml:5: reward is set without an algorithm"),
         ("", ("data.eval_path=3",), r"command line: data\.eval_path is 3; give text \(.*\) or a list or a mapping$"),
+        ("", ("data.path=[]",), r"command line: data\.path: names no file; give one or more"),
         ("", ("data.columns={1: text}",), r"command line: data\.columns\.1 is 1; give text"),
         ("", ("data=[{path: a}, {path: b, weight: 2}]",), r"command line: data: sources\.0 has no weight"),
         (

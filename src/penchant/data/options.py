@@ -168,6 +168,13 @@ class DataConfig(Section):
         auto = isinstance(values, dict) and values.get("max_length") == "auto"
         return {k: v for k, v in values.items() if k != "max_length"} if auto else values
 
+    @field_validator("path", "eval_path", mode="before")
+    @classmethod
+    def _some_files(cls, files: Any) -> Any:
+        if isinstance(files, (list, dict)) and not files:
+            raise ValueError("names no file; give one or more, or leave it out")
+        return files
+
     @field_validator("template_options")
     @classmethod
     def _a_day(cls, options: dict[str, Any]) -> dict[str, Any]:

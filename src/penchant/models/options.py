@@ -179,6 +179,9 @@ def check_model_path(path: str, holds: str = "config.json") -> str:
         raise ModelError(path, "no such folder", f"did you mean {folder.parent / near}?" if near else how)
     if not (folder / holds).exists():
         inside = folder / "model"
-        hint = f"did you mean {inside}?" if (inside / holds).exists() else "it must hold a transformers model"
+        lacks = "it must hold a transformers model"
+        if holds != "config.json":
+            lacks = "put the model's tokenizer there, or name one as model.tokenizer (`tokenizer=` in Python)"
+        hint = f"did you mean {inside}?" if (inside / holds).exists() else lacks
         raise ModelError(path, f"the folder has no {holds}", hint)
     return str(folder)
