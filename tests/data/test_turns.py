@@ -108,6 +108,42 @@ def test_every_answer_is_trained_with_its_end_once(template: str) -> None:
     assert made.apart == 0 and tree.trained == (len("Yo.Five.Four.") + 3,)
 
 
+@pytest.mark.parametrize(
+    ("answer", "opened", "learned", "moved"),
+    [
+        ("{% generation %}{{ '<think></think>' + m.content + '</s>' }}", "<think>", "</think>", 0),
+        ("{% generation %}{{ '<think></think>' + m.content + '</s>' }}", "<think>\n", "</think>", 1),
+        ("{% generation %}{{ '<think></think>' + m.content + '</s>' }}", "<think></think>", "", 0),
+        ("{% generation %}{{ m.content + '</s>' }}", "", "", 0),
+    ],
+)
+def test_what_the_prompt_opens_within_the_tags_is_not_learned(
+    answer: str, opened: str, learned: str, moved: int
+) -> None:
+    """One answer or several: the model is never asked to write it."""
+    template = _template(answer + "{% endgeneration %}").replace(
+        "'<s>assistant:' }}{% endif %}", f"'<s>assistant:{opened}' }}}}{{% endif %}}".replace("\n", "\\n")
+    )
+    for talk, wanted in ((TALK, ["Yo.</s>", "Five.</s>", "Four.</s>"]), (TALK[:3], ["Yo.</s>"])):
+        tokenizer, made = _learned(template, talk)
+        assert _trained(tokenizer, made.trees[0]) == [learned + text for text in wanted]
+        assert tokenizer.decode(made.trees[0].prompt_ids).endswith(f"<s>assistant:{opened.strip()}")
+        assert (made.moved_prompts, made.forced_prompts, made.apart) == (moved, 0, 0)
+
+
+def test_answers_that_share_other_parts_of_what_the_prompt_opens_have_one_prompt() -> None:
+    template = TAGGED.replace("'<s>assistant:' }}{% endif %}", "'<s>assistant:<think> ' }}{% endif %}")
+    said = {}
+    for name, texts in (("chosen", ("<think> Hm.", "Yes.")), ("rejected", ("<think>Bah.", "No."))):
+        said[name] = [*TALK[:2], {"role": "assistant", "content": texts[0]}, TALK[3]]
+        said[name].append({"role": "assistant", "content": texts[1]})
+    tokenizer = _tokenizer(template)
+    (tree,) = tokenize(from_rows([said]), tokenizer, max_length=512).trees
+    assert tokenizer.decode(tree.prompt_ids).endswith("<s>assistant:<think>")
+    learned = [tokenizer.decode(ids[mask]) for ids, mask in zip(tree.completion_ids, tree.masks, strict=True)]
+    assert learned == [" Hm.</s>Yes.</s>", "Bah.</s>No.</s>"]
+
+
 @pytest.mark.parametrize("flags", [{"weight": 0}, {"train": False}, {"training": False}])
 def test_flags_of_turns_are_honored(flags: dict[str, Any]) -> None:
     """OpenAI and Mistral (weight), Axolotl (train, training)."""

@@ -412,9 +412,7 @@ def chat(
         raise RowError(f"the chat template refuses it ({error})", "fix the turns or set data.template=plain") from error
     how = ""
     if moved and all(whole.startswith(unanswered) for whole in wholes):
-        shared = os.path.commonprefix([prompt, *wholes])  # noqa: RUF071 (characters, not paths)
-        word_end = re.match(r"(?s).*[\s>\])}:]", shared)  # "<" of "<think>" and of "<b>" is not a place to stop
-        prompt, how = shared[: max(len(unanswered), word_end.end() if word_end else 0)], "shared"
+        prompt, how = prompt[: _shared([prompt, *wholes], len(unanswered))], "shared"
     elif moved:
         answers = [c.text.strip() for c in tree.completions]
         said = [t.strip() for m in turns for t in MARK.split(m.content)[::2] if t.strip()]
@@ -441,13 +439,21 @@ def chat(
     return Rendered(prompt, texts, how)
 
 
+def _shared(texts: Sequence[str], least: int) -> int:
+    """Up to where all of these texts are the same, but for a word that is cut; at least so far."""
+    shared = os.path.commonprefix(texts)  # noqa: RUF071 (characters, not paths)
+    word_end = re.match(r"(?s).*[\s>\])}:]", shared)  # "<" of "<think>" and of "<b>" is not a place to stop
+    return max(least, word_end.end() if word_end else 0)
+
+
 def conversation(
     tree: PromptTree, tokenizer: Any, options: Mapping[str, Any] | None, ends: Sequence[str], *, end: bool = True
 ) -> Rendered | None:
     """Conversations of which several answers are learned, each written once by the tokenizer's chat template.
 
-    What the model would write of it is what is in the template's ``{% generation %}`` tags, where it has them for every answer; else what
-    the conversation up to an answer has more than the prompt for that answer. The end of a turn belongs to it.
+    What the model would write of it is what is in the template's ``{% generation %}`` tags, where it has them for every answer, but for
+    what the prompt for that answer has of it already (an opened thought); else what the conversation up to an answer has more than the
+    prompt for that answer. The end of a turn belongs to it.
 
     Args:
         ends: texts that end an answer; end: whether there must be one behind each answer (the last one is given one).
@@ -459,23 +465,38 @@ def conversation(
     template = ChatTemplate(tokenizer, options, told(tree))
     made = [_in_one(template, turns_with_answer(tree, c), ends, end) for c in tree.completions]
     whole = [m for m in made if m is not None]
-    if len(whole) < len(made) or len({prompt for prompt, _ in whole}) > 1:
+    if len(whole) < len(made) or len({text for text, *_ in whole}) > 1:
         return None
-    parts = tuple(p for _, p in whole)
-    return Rendered(whole[0][0], tuple(map("".join, parts)), turns=parts)
+    # an opened thought may be shared with one of them only
+    begun = [begins for _, begins, *_ in whole]
+    prompt = min(begun, key=len)
+    if not all(b.startswith(prompt) for b in begun):
+        return None
+    parts = tuple((b[len(prompt) :] + first, *more) for _, b, (first, *more), _ in whole)
+    moved = "shared" if any(m for *_, m in whole) else ""
+    return Rendered(prompt, tuple(map("".join, parts)), moved, turns=parts)
 
 
 def _in_one(
     template: ChatTemplate, turns: Sequence[Message], ends: Sequence[str], end: bool
-) -> tuple[str, tuple[str, ...]] | None:
-    """A conversation as the text before its first answer that is learned, and the parts behind it; None: see `conversation`."""
+) -> tuple[str, str, tuple[str, ...], bool] | None:
+    """A conversation as the text before the tags of its first answer that is learned, the prompt for that answer, the parts behind it, and
+    whether such a prompt is not how the conversation begins; None: see `conversation`."""
     learned = [i for i, m in enumerate(turns) if m.role == "assistant" and m.trained]
     try:
         whole, spans = template.generated(turns)
         if len(spans) != sum(m.role == "assistant" for m in turns):
             whole, spans = template.write(turns), {}
-        for i in () if spans else learned:
+        tagged, moved, before = bool(spans), False, 0
+        for i in learned:
             asked = template.write(turns[:i], generate=True)
+            if tagged:
+                start, stop = spans[i]
+                before = before or start
+                begun = len(asked) if whole.startswith(asked) else _shared([asked, whole], start)
+                moved |= start < begun < len(asked)
+                spans[i] = (begun if start < begun < stop else start), stop
+                continue
             written = ended_once(template.write(turns[: i + 1]), ends)
             if not (whole.startswith(written) and written.startswith(asked)):
                 return None
@@ -500,7 +521,8 @@ def _in_one(
             return None
         template.check_tools([turns[i]], whole[start:stop], offered=False)
         cuts += start, stop
-    return whole[: cuts[0]], tuple(whole[a:b] for a, b in itertools.pairwise(cuts))
+    parts = tuple(whole[a:b] for a, b in itertools.pairwise(cuts))
+    return whole[: before or cuts[0]], whole[: cuts[0]], parts, moved
 
 
 def turns_with_answer(tree: PromptTree, answer: Completion | None = None) -> list[Message]:
