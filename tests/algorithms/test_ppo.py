@@ -164,6 +164,7 @@ def test_policy_and_value_model_in_passes_side_by_side(
         assert ppo.side_by_side == (kernels == "auto")
         assert strands == (["policy", "policy", "value", "value"] if kernels == "auto" else [""])
         lines = [loop.take_step(i, loop.schedule)[0] for i in range(4)]
+        assert not ppo._begun and (kernels == "off" or lines[0]["ratio"] == 1.0)
         found.append((lines, [p.detach().clone() for p in both.parameters()]))
     torch.set_num_threads(before)
     (plain_lines, plain), (lines, weights) = found

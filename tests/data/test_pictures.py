@@ -139,7 +139,8 @@ def test_one_question_about_two_pictures_is_two_prompts(tmp_path: Path, picture:
         ([{"width": 3}], "What?", "names no picture"),
         ([{"image": {"image": "img/a.png"}}], "What?", "names no picture"),
         (["img/a.png"], "<image> or <image>?", "more places"),
-        (["img/a.png", "img/a.png", "img/b.png"], "<image>?", "places for"),
+        (["img/a.png", "img/a.png", "img/b.png"], "<image>?", "has 3 pictures, and its prompt has places for 1"),
+        (["img/a.png", "img/a.png"], "<image>?", "has 2 pictures, and its prompt has places for 1"),
     ],
 )
 def test_a_picture_that_cannot_be_used_is_a_bad_row(
@@ -157,7 +158,7 @@ def test_a_picture_that_cannot_be_used_is_a_bad_row(
 
 def test_a_picture_of_a_column_that_is_not_used_is_not_lost(tmp_path: Path, picture: Path) -> None:
     shown = [user({"type": "image", "path": "img/a.png"}, "What?")]
-    with pytest.raises(DataError, match="has 1 pictures, and its prompt has places for 0"):
+    with pytest.raises(DataError, match="has 1 picture, and its prompt has places for 0"):
         load(tmp_path, {"prompt": "What?", "completion": "a cat", "shown": shown})
 
 

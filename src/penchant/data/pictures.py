@@ -11,12 +11,14 @@ import hashlib
 import io
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from penchant.base.files import cache_folder, written_aside
+from penchant.base.text import counted
 from penchant.data.layouts.fields import RowError, holds_something
 from penchant.errors import ConfigError, DataError
 from penchant.types import Message, Picture, Prompt, PromptTree
@@ -198,13 +200,16 @@ class Taken:
                 "give it in the prompt; of a conversation learn each answer by itself (data.layout_options.turns=every)"
             )
             raise RowError("a picture stands in an answer, or behind one that is learned", how)
-        used = {m.group() for text in texts for m in MARK.finditer(text)}
-        if not used:
-            front = "".join(map(mark_of, self.listed))
-            trees = [replace(t, prompt=_in_front(t.prompt, front)) for t in trees]
-            texts, used = [_text(t.prompt) for t in trees], set(map(mark_of, self.listed))
-        if len(used & self.found.keys()) < len(self.found) or used - self.found.keys():
-            what = f"has {len(self.found)} pictures, and its prompt has places for {len(used)}"
+        listed = list(map(mark_of, self.listed))
+        if not any(map(MARK.search, texts)):
+            trees = [replace(t, prompt=_in_front(t.prompt, "".join(listed))) for t in trees]
+            texts = [_text(t.prompt) for t in trees]
+        places: Counter[str] = Counter()  # of each picture: one may be shown several times
+        for text in texts:
+            places |= Counter(m.group() for m in MARK.finditer(text))
+        there = Counter(listed) | Counter(self.found.keys())
+        if there - places or places.keys() - self.found.keys():
+            what = f"has {counted(there.total(), 'picture')}, and its prompt has places for {places.total()}"
             raise RowError(what, "write one <image> for each where it belongs, or none at all")
         return tuple(
             replace(t, images=tuple(self.found[m.group()] for m in MARK.finditer(text)))
