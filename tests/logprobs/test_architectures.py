@@ -15,6 +15,7 @@ from penchant.logprobs import packing
 from penchant.logprobs.packing import choose_packing
 from penchant.models import tree_attention
 from penchant.models.load import cast_parameters, load_causal_model
+from penchant.models.merge import _probe
 from penchant.models.options import ModelConfig
 from penchant.rollout.generate import sample
 
@@ -148,6 +149,30 @@ def test_a_model_that_does_not_run_in_16_bits_is_a_sentence(tmp_path: Path) -> N
     cast_parameters(model, torch.bfloat16)
     with pytest.raises(ConfigError, match=r"does not run in 16 bits here .* set model\.dtype=fp32"):
         choose_packing(model, "auto", "auto")
+
+
+def test_nor_is_one_that_is_held_in_16_bits_under_an_adapter(tmp_path: Path) -> None:
+    model = load_causal_model(_saved("xlstm", tmp_path), CPU, within=torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"does not run in 16 bits here .* set model\.dtype=fp32"):
+        choose_packing(model, "auto", "auto")
+
+
+def test_an_encoder_in_16_bits_is_refused_too(tmp_path: Path) -> None:
+    """What a later token does to an earlier one is lost among roundings, and seen in fp32."""
+    with tool.silent():
+        model = tool.tiny_model("bert")
+        for p in model.parameters():
+            p.data /= 3 if p.ndim > 1 else 1
+        model.save_pretrained(tmp_path)
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(ModelError, match="depend on later tokens"):
+            load_causal_model(ModelConfig(path=str(tmp_path)), CPU, within=dtype)
+
+
+def test_a_probe_of_a_merged_model_asks_for_no_cache(tmp_path: Path) -> None:
+    """Bamba makes one that its own tiny layers cannot fill; training never does."""
+    model = load_causal_model(_saved("bamba", tmp_path), CPU)
+    assert bool(_probe(model).isfinite().all())
 
 
 @pytest.mark.parametrize("kind", ["mamba", "bloom", "gpt_oss", "recurrent_gemma", "opt"])

@@ -15,7 +15,7 @@ from penchant.config import RunConfig, with_absolute_paths
 from penchant.data.templates import name_ends
 from penchant.errors import CheckpointError
 from penchant.models.folder import check_folder, loading
-from penchant.models.load import load_causal_model, load_tokenizer, own_memory
+from penchant.models.load import load_causal_model, load_tokenizer, own_memory, without_cache
 from penchant.models.merge import is_adapter, merged_model, with_adapter
 from penchant.models.options import ModelConfig, check_text_alone
 from penchant.models.reward import ADAPTER, choose_padding, load_model_config, load_reward_model, set_padding
@@ -173,7 +173,7 @@ def read_model(folder: Path, reward: bool = False, **options: Any) -> Any:
 def outputs(model: Any, rows: list[list[int]]) -> Tensor:
     """Logits of every token of every row, one under the other; of a reward model its scores."""
     with torch.inference_mode():
-        found = [model(input_ids=torch.tensor([row])).logits[0].float() for row in rows]
+        found = [model(input_ids=torch.tensor([row]), **without_cache(model)).logits[0].float() for row in rows]
     return torch.cat([f.reshape(-1, f.shape[-1]) for f in found])
 
 

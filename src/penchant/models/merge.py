@@ -27,6 +27,7 @@ from penchant.models.load import (
     load_tokenizer,
     plain_name,
     save_model,
+    without_cache,
 )
 from penchant.models.options import LoraConfig, ModelConfig
 
@@ -273,7 +274,7 @@ def _probe(model: Any, length: int = 12) -> Tensor:
     rows, device = model.get_input_embeddings().weight.shape[0], next(model.parameters()).device
     ids = torch.randint(0, rows, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
     with torch.inference_mode():
-        return model(input_ids=ids).logits[0].float().cpu()
+        return model(input_ids=ids, **without_cache(model)).logits[0].float().cpu()
 
 
 def _check_equal(where: str, one: Tensor, other: Tensor) -> None:

@@ -27,7 +27,7 @@ from penchant.base.machine import place_of
 from penchant.base.text import shown
 from penchant.errors import ConfigError, PenchantError, RolloutError
 from penchant.judges.endpoint import Connection, NoReply, connect
-from penchant.models.load import base_model_of, effective_weights, plain_name
+from penchant.models.load import base_model_of, effective_weights, plain_name, without_cache
 from penchant.rollout.generate import Sample, Settings, sample
 from penchant.rollout.options import RolloutConfig
 
@@ -163,7 +163,7 @@ class Probe:
         with torch.inference_mode():
             for row in self.rows:
                 ids = torch.tensor([row], device=device)
-                logps = self.model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
+                logps = self.model(input_ids=ids, **without_cache(self.model)).logits[0, :-1].float().log_softmax(-1)
                 found.append(logps.gather(1, ids[0, 1:, None]).squeeze(1).cpu().numpy())
         self.model.train(training)
         return np.concatenate(found).astype(np.float64)
