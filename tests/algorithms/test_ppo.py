@@ -142,16 +142,17 @@ def test_a_value_model_of_its_own_leaves_the_policys_hidden_states_alone() -> No
     assert any(p.grad is not None and p.grad.any() for p in ppo.value_scorer.model.parameters())
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("threads", "minibatches"), [(1, 2), (3, 2), (3, 1)])
 def test_policy_and_value_model_in_passes_side_by_side(
-    threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    threads: int, minibatches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The step that both take in one pass after the other, by transformers' own layers: its metrics, and each weight afterwards."""
     monkeypatch.setattr(packing, "PASS_TOKENS", 16)
     before, found = torch.get_num_threads(), []
     torch.set_num_threads(threads)
     for kernels in ("off", "auto"):
-        ppo = made(epochs=2, minibatches=2)
+        ppo = made(epochs=2, minibatches=minibatches)
+        ppo.tokens_per_step = 200
         ppo.scorer = Scorer(ppo.scorer.model, "shared", kernels)
         ppo.reference = LiveReference(Scorer(ppo.reference.scorer.model, "shared", kernels))
         own = tiny_model("llama", seed=3)
@@ -163,6 +164,8 @@ def test_policy_and_value_model_in_passes_side_by_side(
         strands = [b.strand for b in loop._micro_batches([g.tree for g in ppo.writer.write([], 0)])]
         assert ppo.side_by_side == (kernels == "auto")
         assert strands == (["policy", "policy", "value", "value"] if kernels == "auto" else [""])
+        ppo.begin_step(0, 0.0, [])
+        assert bool(ppo._begun) == (kernels == "auto")
         lines = [loop.take_step(i, loop.schedule)[0] for i in range(4)]
         assert not ppo._begun and (kernels == "off" or lines[0]["ratio"] == 1.0)
         found.append((lines, [p.detach().clone() for p in both.parameters()]))
