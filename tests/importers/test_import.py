@@ -232,6 +232,11 @@ def test_a_key_that_nobody_knows_is_reported(tmp_path: Path) -> None:
     assert "#   betta: 3" in made.yaml
 
 
+def test_thinking_is_an_option_of_the_template(tmp_path: Path) -> None:
+    _, config = _import(tmp_path, "lf_sft", enable_thinking=False)
+    assert config.data.template_options == {"enable_thinking": False}
+
+
 def test_defaults_that_differ_are_written_with_a_comment(tmp_path: Path) -> None:
     made, config = _import(tmp_path, "trl_kto")
     assert "schedule: linear  # TRL's default (lr_scheduler_type: linear)" in made.yaml

@@ -141,6 +141,7 @@ CONVERSIONS: dict[str, Convert] = {
     "steps": lambda v: whole(v) if whole(v) > 0 else None,
     "whole_or_zero": lambda v: whole(v or 0),
     "single_number": lambda v: number(v[0] if isinstance(v, list) and len(v) == 1 else v),
+    "enable_thinking": lambda v: {"enable_thinking": flag(v)},
     "text_column": lambda v: {} if v == "text" else {"text": str(v)},
 }
 
