@@ -124,6 +124,14 @@ FROZEN = 0  # modules that the garbage collector no longer walks through
 
 
 @pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """A test, or what it calls, may set another number; a process that a later test forks would wait for threads that it does not have."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
 def _short_collections() -> Iterator[None]:
     """torch and transformers bring a million objects; each `gc.collect` would look at all of them."""
     global FROZEN

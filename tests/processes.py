@@ -56,6 +56,8 @@ def forked(call: Callable[[], object], streams: Sequence[int] = ()) -> BaseProce
             sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, mode, 1) for n, mode in enumerate("rww"))
         # a suite that runs in the background ignores Ctrl-C, and its children would inherit that
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if "torch" in sys.modules:  # OpenMP's other threads are not in a fork: it would wait for them for ever
+            sys.modules["torch"].set_num_threads(1)
         result = call()
         sys.exit(result if isinstance(result, int) else 0)
 

@@ -180,7 +180,7 @@ def check_model_path(path: str, holds: str = "config.json") -> str:
     if not (folder / holds).exists():
         inside = folder / "model"
         lacks = "it must hold a transformers model"
-        if holds != "config.json":
+        if (folder / "config.json").exists():
             lacks = "put the model's tokenizer there, or name one as model.tokenizer (`tokenizer=` in Python)"
         hint = f"did you mean {inside}?" if (inside / holds).exists() else lacks
         raise ModelError(path, f"the folder has no {holds}", hint)
