@@ -32,6 +32,23 @@ def test_an_adapter_on_a_tied_weight_is_refused(target: str) -> None:
     add_lora(tiny_model("llama", dtype=torch.float32), LoraConfig(r=2, target_modules=["q_proj", target]), 0)
 
 
+class _InGroups(torch.nn.Linear):
+    """As DeepSeek-V4 projects its attention's output: each group of the inputs goes through the same weight."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input.unflatten(-1, (2, -1))).sum(-2)
+
+
+def test_a_layer_that_peft_does_not_know_is_named() -> None:
+    model = tiny_model("llama", dtype=torch.float32)
+    attention = model.model.layers[0].self_attn
+    attention.o_proj = _InGroups(attention.o_proj.in_features // 2, attention.o_proj.out_features, bias=False)
+    with pytest.raises(
+        ConfigError, match=r"does not fit model\.layers\.0\.self_attn\.o_proj\.weight .* without o_proj"
+    ):
+        add_lora(model, LoraConfig(r=2, target_modules="all-linear"), 0)
+
+
 def _with_an_update(model: Any) -> None:
     torch.manual_seed(1)
     for name, p in model.named_parameters():

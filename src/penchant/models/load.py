@@ -656,7 +656,8 @@ def check_adapter(model: Any) -> None:
     """Prove on the start model that its adapters can be merged: one layer of each kind, with an update that changes something.
 
     Raises:
-        ConfigError: an adapter's weight belongs to another layer too, or the merged weights give other logits than the adapter.
+        ConfigError: an adapter's weight belongs to another layer too, a layer multiplies in a way of its own that peft does not know, or the
+            merged weights give other logits than the adapter.
     """
     base = base_model_of(model)
     holders: dict[int, list[str]] = {}
@@ -697,7 +698,8 @@ def check_adapter(model: Any) -> None:
         try:
             for p in updates:
                 p.data.add_(torch.randn_like(p), alpha=0.1)
-            adapter = logits(others)
+            with _names_where_it_fails(kinds.values()):
+                adapter = logits(others)
             whole = {name: (_adapted(module), merged_weight(module)) for name, module in kinds.values()}
         finally:
             for p, own in zip(updates, before, strict=True):
@@ -717,6 +719,26 @@ def check_adapter(model: Any) -> None:
             f"merging an adapter of this model changes its logits by {away:.2g}",
             "name the attention's projections only, e.g. [q_proj, v_proj]",
         )
+
+
+@contextmanager
+def _names_where_it_fails(layers: Iterable[tuple[str, Any]]) -> Iterator[None]:
+    """A pass that an adapter does not fit (a linear layer in groups, whose inputs are wider than its weight) is a sentence with the layer's name."""
+    entered: list[str] = []
+    hooks = [m.register_forward_pre_hook(lambda *_, name=name: entered.append(name)) for name, m in layers]
+    try:
+        yield
+    except RuntimeError as error:
+        if not entered:
+            raise
+        kind = entered[-1].split(".")[-2]
+        what = f"peft's adapter does not fit {entered[-1]} ({first_line(error)})"
+        raise ConfigError(
+            "lora.target_modules", what, f"name this model's other linear layers, without {kind}"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _starts_at_zero(name: str) -> bool:
