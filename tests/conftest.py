@@ -35,7 +35,7 @@ if os.access(MEMORY, os.W_OK | os.X_OK) and shutil.disk_usage(MEMORY).free > 4e9
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 
-HUNG = 300.0  # seconds for one test, and for a worker's wait before its next one; twelve times that for a slow one
+HUNG = 300.0  # seconds for one test and a worker's wait for its next one; twelve times that for a slow one
 ERRORS = pytest.StashKey[int]()  # standard error, where no test's capture reaches
 
 
@@ -61,17 +61,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
             import_module(file.stem)
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> None:
     """A worker that hangs, in a test or before the next one, prints where its threads are and ends; the suite then fails at once."""
-    limit = HUNG * (12 if item.get_closest_marker("slow") else 1)
     if "PYTEST_XDIST_WORKER" in os.environ:
+        limit = HUNG * (12 if item.get_closest_marker("slow") else 1)
         faulthandler.dump_traceback_later(limit, exit=True, file=item.config.stash[ERRORS])
-    try:
-        return (yield)
-    finally:
-        if "PYTEST_XDIST_WORKER" in os.environ:
-            faulthandler.dump_traceback_later(limit, exit=True, file=item.config.stash[ERRORS])
 
 
 def pytest_sessionfinish() -> None:

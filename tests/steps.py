@@ -1,8 +1,9 @@
-"""Steps as the loop takes them, for equality tests: one cut into micro-batches, and a run that is killed behind one."""
+"""Steps as the loop takes them, for equality tests: a loop with defaults, a step cut into micro-batches, a run that is killed after one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +11,35 @@ import torch
 
 from penchant import api
 from penchant.data.packing import pack
+from penchant.training.console import QuietConsole
 from penchant.training.loop import Loop
+from penchant.training.optim import MasterAdamW
+from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
 from penchant.training.steps import reduced
 from penchant.types import TokenTree
+
+
+def small_loop(
+    algorithm: Any,
+    optimizer: MasterAdamW,
+    trees: Sequence[TokenTree],
+    train: Mapping[str, Any],
+    folder: Path,
+    **more: Any,
+) -> Loop:
+    """A loop that trains the algorithm's policy, says nothing, and saves the policy by its own method; `more` as Loop has it."""
+    model = algorithm.scorer.model
+    defaults: dict[str, Any] = {
+        "shared": True,
+        "peak_lr": 1e-2,
+        "evaluation": EvalConfig(),
+        "checkpoint": CheckpointConfig(),
+        "logging": LoggingConfig(),
+        "write_model": lambda: lambda to: model.save_pretrained(to),
+        "console": QuietConsole(),
+    }
+    own = {"model": model, "algorithm": algorithm, "optimizer": optimizer, "trees": trees, "folder": folder}
+    return Loop(**(defaults | own | {"train": TrainConfig(**train)} | more))
 
 
 def step_gradient(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import make_tree, tiny_model
-from steps import step_gradient
+from steps import small_loop, step_gradient
 
 from penchant.algorithms.ppo import PPO, PPOConfig, _with
 from penchant.algorithms.rollouts import Group
@@ -18,10 +18,8 @@ from penchant.logprobs import Scorer
 from penchant.logprobs.reference import LiveReference
 from penchant.losses.policy_gradient import at_last_token, gae
 from penchant.models.reward import ValueHead
-from penchant.training.console import QuietConsole
 from penchant.training.loop import Loop
 from penchant.training.optim import MasterAdamW
-from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
 
 LENGTHS = [3, 1, 6, 2]
 REWARDS = [1.0, -0.5, 2.0, 0.25]
@@ -51,22 +49,10 @@ def gradients(ppo: PPO, sizes: list[int]) -> torch.Tensor:
 
 
 def loop_of(ppo: PPO, folder: Path, **train: Any) -> Loop:
-    model = ppo.scorer.model
-    return Loop(
-        model=model,
-        algorithm=ppo,
-        optimizer=MasterAdamW(model.named_parameters(), dtype=torch.float64),
-        trees=[g.tree for g in ppo.writer.write([], 0)],
-        shared=True,
-        folder=folder,
-        train=TrainConfig(batch_size=4, warmup_fraction=0.0, **train),
-        peak_lr=1e-3,
-        evaluation=EvalConfig(),
-        checkpoint=CheckpointConfig(),
-        logging=LoggingConfig(),
-        write_model=lambda: lambda _: None,
-        console=QuietConsole(),
-    )
+    optimizer = MasterAdamW(ppo.scorer.model.named_parameters(), dtype=torch.float64)
+    trees = [g.tree for g in ppo.writer.write([], 0)]
+    settings = {"batch_size": 4, "warmup_fraction": 0.0, **train}
+    return small_loop(ppo, optimizer, trees, settings, folder, peak_lr=1e-3)
 
 
 def extras(ppo: PPO, name: str) -> torch.Tensor:

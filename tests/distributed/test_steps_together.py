@@ -15,6 +15,7 @@ import torch
 from families import evaluate_heldout, make_tree, mixture_of_experts, some_pairs, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
+from steps import small_loop
 from worlds import in_world
 
 from penchant.algorithms.offline import Component, Offline
@@ -37,7 +38,7 @@ from penchant.training.checkpoint import load_checkpoint
 from penchant.training.console import QuietConsole
 from penchant.training.loop import Loop, Paused
 from penchant.training.optim import MasterAdamW
-from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
+from penchant.training.options import CheckpointConfig, EvalConfig
 from penchant.types import TokenTree
 
 LOSS_NAMES = (
@@ -153,20 +154,16 @@ def make_loop(
             tokens_per_step=40,
         )
     settings = dict(epochs=2.0, batch_size=5, tokens_per_step=40, lr=1e-2, max_grad_norm=0.5) | train
-    return Loop(
+    return small_loop(
+        algorithm,
+        optimizer,
+        pairs[:10],
+        settings,
+        folder,
         model=model,
-        algorithm=algorithm,
-        optimizer=optimizer,
-        trees=pairs[:10],
-        shared=True,
-        folder=folder,
-        train=TrainConfig(**settings),
-        peak_lr=1e-2,
         evaluation=EvalConfig(every=2),
         checkpoint=CheckpointConfig(every=2, keep_last=9),
-        logging=LoggingConfig(),
         write_model=lambda: lambda f: f.mkdir() if current().leads else None,
-        console=QuietConsole(),
         evaluate=None if ppo is not None else lambda _step: evaluate_heldout(algorithm, pairs[10:], 40),
         router=router,
         updates=1 if ppo is None else 2,

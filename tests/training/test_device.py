@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from families import losses_by_default, some_pairs, tiny_model
+from steps import small_loop
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from penchant import cli
@@ -29,10 +30,8 @@ from penchant.models.options import LoraConfig
 from penchant.models.tree_attention import tree_layout
 from penchant.training import loop as loop_module
 from penchant.training import steps
-from penchant.training.console import QuietConsole
 from penchant.training.loop import Loop
 from penchant.training.optim import MasterAdamW
-from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
 from penchant.types import Scored
 
 # what a GPU adds in the order in which its threads arrive
@@ -187,22 +186,9 @@ def loop_of(algorithm: Any, device: torch.device, folder: Path) -> Loop:
     optimizer = MasterAdamW(algorithm.scorer.model.named_parameters(), dtype=torch.float32)
     if device == META:
         optimizer.parts[0].step = lambda: None  # type: ignore[method-assign, misc, assignment]  # torch's own: it refuses the meta device
-    return Loop(
-        model=algorithm.scorer.model,
-        algorithm=algorithm,
-        optimizer=optimizer,
-        trees=trees,
-        shared=True,
-        folder=folder,
-        train=TrainConfig(batch_size=6, tokens_per_step=40),
-        peak_lr=1e-3,
-        evaluation=EvalConfig(),
-        checkpoint=CheckpointConfig(),
-        logging=LoggingConfig(),
-        write_model=lambda: lambda _: None,
-        console=QuietConsole(),
-        start_tolerance=(0.0, 0.0),
-    )
+    train = {"batch_size": 6, "tokens_per_step": 40}
+    more = {"write_model": lambda: lambda _: None, "start_tolerance": (0.0, 0.0)}  # the meta device has nothing to save
+    return small_loop(algorithm, optimizer, trees, train, folder, **more)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from families import family_configs, some_pairs, tiny_model
+from steps import small_loop
 
 from penchant.algorithms.offline import Component, Offline
 from penchant.algorithms.reward_model import RewardModelConfig, RewardTraining
@@ -23,10 +24,8 @@ from penchant.losses import LOSSES
 from penchant.models.load import add_lora, cast_parameters
 from penchant.models.options import LoraConfig
 from penchant.rewards.reward_model import CausalRewards
-from penchant.training.console import QuietConsole
 from penchant.training.loop import Loop
 from penchant.training.optim import MasterAdamW
-from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
 
 
 @pytest.fixture(autouse=True)
@@ -73,21 +72,8 @@ def made(folder: Path, kind: str, dtype: torch.dtype = torch.float32, kernels: s
             scorer, [Component(LOSSES[name], LOSSES[name].params())], reference, mismatched=pairs, tokens_per_step=200
         )
     settings = dict(epochs=1.0, batch_size=14, tokens_per_step=200, max_grad_norm=0.1) | train
-    return Loop(
-        model=model,
-        algorithm=algorithm,
-        optimizer=optimizer,
-        trees=[replace(t, labels=(True, False)) for t in some_pairs(14)],
-        shared=True,
-        folder=folder,
-        train=TrainConfig(**settings),
-        peak_lr=1e-2,
-        evaluation=EvalConfig(),
-        checkpoint=CheckpointConfig(),
-        logging=LoggingConfig(),
-        write_model=lambda: lambda f: model.save_pretrained(f),
-        console=QuietConsole(),
-    )
+    trees = [replace(t, labels=(True, False)) for t in some_pairs(14)]
+    return small_loop(algorithm, optimizer, trees, settings, folder)
 
 
 def cast_parameters_of(model: Any, dtype: torch.dtype) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from families import evaluate_heldout, some_pairs, tiny_model
+from steps import small_loop
 
 from penchant.algorithms.offline import Component, Offline
 from penchant.base.machine import peak_memory
@@ -25,7 +26,7 @@ from penchant.models.load import cast_parameters
 from penchant.training.console import PlainConsole, QuietConsole, figures
 from penchant.training.loop import Interrupted, Loop
 from penchant.training.optim import MasterAdamW, learning_rate
-from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
+from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig
 
 
 class Killed(BaseException):
@@ -65,19 +66,14 @@ def make_loop(
     )
     pairs = some_pairs(14)
     settings = dict(epochs=2.0, batch_size=4, tokens_per_step=40, lr=1e-2) | train
-    return Loop(
-        model=model,
-        algorithm=algorithm,
-        optimizer=optimizer,
-        trees=pairs[:10],
-        shared=True,
-        folder=folder,
-        train=TrainConfig(**settings),
-        peak_lr=1e-2,
+    return small_loop(
+        algorithm,
+        optimizer,
+        pairs[:10],
+        settings,
+        folder,
         evaluation=EvalConfig(every=2),
         checkpoint=CheckpointConfig(every=2, keep_last=2),
-        logging=LoggingConfig(),
-        write_model=lambda: lambda f: model.save_pretrained(f),
         console=console or QuietConsole(),
         evaluate=lambda _step: evaluate_heldout(algorithm, pairs[10:], 64),
         start_tolerance=(0.0, 0.0) if name == "dpo" else None,

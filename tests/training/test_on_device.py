@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import family_configs, losses_by_default, make_tree, some_pairs, some_trees, tiny_model
+from steps import small_loop
 
 from penchant.algorithms.offline import Component, Offline
 from penchant.data.packing import pack
@@ -20,10 +21,9 @@ from penchant.models.load import cast_parameters
 from penchant.models.tree_attention import tree_attention, tree_layout, tree_mask
 from penchant.models.tree_kernels import flex_plan, flex_tree_attention, varlen_attention, varlen_plan
 from penchant.rollout.generate import sample
-from penchant.training.console import QuietConsole
 from penchant.training.loop import Loop
 from penchant.training.optim import MasterAdamW
-from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
+from penchant.training.options import CheckpointConfig
 
 pytestmark = pytest.mark.device
 
@@ -37,26 +37,16 @@ def loop_on(
         cast_parameters(model, dtype)
     losses = [Component(LOSSES[name], LOSSES[name].params())]
     folder.mkdir(exist_ok=True)
-    return Loop(
-        model=policy,
-        algorithm=Offline(
-            Scorer(policy, "shared", attention=attention),
-            losses,
-            LiveReference(Scorer(frozen, "shared", attention=attention)),
-        ),
-        optimizer=optimizer,
-        trees=[replace(t, labels=(True, False), scores=(1.0, 0.5)) for t in some_pairs(8)],
-        shared=True,
-        folder=folder,
-        train=TrainConfig(batch_size=4, tokens_per_step=40, epochs=2.0, max_steps=steps),
-        peak_lr=1e-2,
-        evaluation=EvalConfig(),
-        checkpoint=CheckpointConfig(every=2),
-        logging=LoggingConfig(),
-        write_model=lambda: lambda f: policy.save_pretrained(f),
-        console=QuietConsole(),
-        start_tolerance=(0.0, 0.0),  # policy and reference are one model at step 0: equal to the last bit
+    algorithm = Offline(
+        Scorer(policy, "shared", attention=attention),
+        losses,
+        LiveReference(Scorer(frozen, "shared", attention=attention)),
     )
+    trees = [replace(t, labels=(True, False), scores=(1.0, 0.5)) for t in some_pairs(8)]
+    train = {"batch_size": 4, "tokens_per_step": 40, "epochs": 2.0, "max_steps": steps}
+    # policy and reference are one model at step 0: equal to the last bit
+    same = {"start_tolerance": (0.0, 0.0), "checkpoint": CheckpointConfig(every=2)}
+    return small_loop(algorithm, optimizer, trees, train, folder, **same)
 
 
 def state(loop: Loop) -> dict[str, torch.Tensor]:

@@ -261,7 +261,7 @@ def _load(
         else:
             how = {"revision": cfg.revision, "dtype": within, "trust_remote_code": False} | _quantization(cfg, device)
             part = {} if cfg.sees else _text_part(config)
-            with _without_report() if part else nullcontext():
+            with without_report() if part else nullcontext():
                 loaded: Any = auto.from_pretrained(path, output_loading_info=True, **how, **part)
             model, info = loaded
             if (
@@ -443,15 +443,16 @@ def _text_part(config: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def _without_report() -> Iterator[None]:
-    """transformers lists the weights that it leaves out: here they are those of the towers, which nobody asked for."""
-    logger = logging.getLogger("transformers.modeling_utils")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+def without_report() -> Iterator[None]:
+    """transformers reports weights that it leaves out or draws anew; around here that is meant to happen."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
-        logger.setLevel(before)
+        logging.set_verbosity(before)
 
 
 def _check_behavior(path: str, model: Any) -> None:

@@ -24,6 +24,7 @@ from penchant.models.load import (
     on_meta,
     plain_name,
     save_model,
+    without_report,
 )
 from penchant.models.options import ModelConfig, check_model_path
 
@@ -111,12 +112,10 @@ def load_reward_model(cfg: ModelConfig, device: torch.device, seed: int = 0) -> 
     encoder = is_encoder(config, cfg.path)
     had_head = is_reward_model(config) and cfg.init == "pretrained"
     config.num_labels, config.problem_type = 1, "regression"
-    verbosity = logging.get_verbosity()
     logging.disable_progress_bar()
-    logging.set_verbosity_error()  # that the head is new, and the language model's left out, is what is meant to happen
     folder, fresh = Path(cfg.path).expanduser(), set()
-    try:
-        how = "give a causal model or an encoder"
+    how = "give a causal model or an encoder"
+    with without_report():  # the head may be new, and a language model's is left out
         with loading(config_of(cfg.path), "the model could not be loaded", how):
             if folder.is_dir():
                 check_built(folder, on_meta(AutoModelForSequenceClassification, config), whole=False)
@@ -137,8 +136,6 @@ def load_reward_model(cfg: ModelConfig, device: torch.device, seed: int = 0) -> 
                 )
                 fresh = set(_missing(info))
                 check_layers(cfg.path, info["unexpected_keys"], config)
-    finally:
-        logging.set_verbosity(verbosity)
     beyond = sorted(n for n in fresh if not _may_be_new(n)) if cfg.init == "pretrained" else []
     if beyond:
         raise ModelError(cfg.path, f"weights are missing in the folder ({', '.join(beyond[:3])})", "give a whole model")
