@@ -13,11 +13,8 @@ from pydantic import Field, model_validator
 
 from penchant.algorithms.method import Parts
 from penchant.algorithms.rollouts import Group, OnlineConfig, OnPolicy, kept, reward_metrics_of, score_groups
-from penchant.base.lanes import side_by_side
 from penchant.base.lazy import Tensor, lazy, torch
-from penchant.data.packing import pack_passes
 from penchant.data.tokenize import same_tokens
-from penchant.distributed.world import current
 from penchant.errors import ConfigError
 from penchant.losses.policy_gradient import at_last_token, clipped_surrogate, clipped_value_loss, gae, whitened
 from penchant.models.options import ModelConfig
@@ -110,9 +107,6 @@ class PPOConfig(OnlineConfig):
         return PPO(scorer, parts.live_reference, writer, self, parts.config.train.tokens_per_step, value.head, own)
 
 
-Passed = tuple["Tensor | None", "Tensor | None", "Tensor | None"]  # (R,) each: log-probs, values, entropy
-
-
 @dataclass(frozen=True, slots=True)
 class ScoredSteps:
     """A forward pass over completions, token by token (R,). A pass of one of `PPO.strands` has log-probs or values, not both."""
@@ -144,7 +138,6 @@ class PPO(OnPolicy):
     value_head: ValueHead
     value_scorer: Scorer | None = None
     beta: float = field(init=False)
-    _begun: dict[tuple[str, tuple[int, ...]], Passed] = field(default_factory=dict, init=False)
     _moments: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))  # count, mean, sum of squares
 
     def __post_init__(self) -> None:
@@ -165,11 +158,8 @@ class PPO(OnPolicy):
     def prepare(self, groups: list[Group]) -> None:
         """Old log-probs and values by the engine that trains, token rewards, advantages and returns."""
         cfg = self.config
-        first = self._begin_first_update()
-        for begun in (False, True):
-            some = [g for g in groups if (g.tree.row in first) == begun]
-            passes = [self._referred] if begun else [self._old_and_values, self._referred]
-            score_groups(some, passes, self.scorer, self.tokens_per_step, self.side_by_side)
+        passes = [self._old_and_values, lambda batch: {"ref": self.reference.token_logps(batch)}]
+        score_groups(groups, passes, self.scorer, self.tokens_per_step, self.side_by_side)
         lengths = torch.tensor([n for g in groups for n in g.tree.trained])
         old, ref, values = (torch.cat([g.extras[name] for g in groups]) for name in ("old", "ref", "values"))
         sizes = [sum(g.tree.trained) for g in groups]
@@ -195,39 +185,6 @@ class PPO(OnPolicy):
             error = min(0.2, max(-0.2, kl / cfg.kl_target - 1.0))
             self.beta *= 1.0 + error * len(lengths) / cfg.kl_horizon
 
-    def _begin_first_update(self) -> set[int]:
-        """The first update's forward passes, which nothing has been trained before: their log-probs and values are the old ones too.
-
-        Only where these passes, all held at once, take no more than a step may, and where no dropout sets them apart.
-
-        Returns:
-            The rows that they are of.
-        """
-        from penchant.models.load import base_model_of
-
-        self._begun.clear()
-        mine = {g.tree.row: g for g in self.minibatch(0)}
-        plain = base_model_of(self.scorer.model) is self.scorer.model
-        if not (plain and self.side_by_side and torch.is_grad_enabled()) or current().many:
-            return set()
-        how: dict[str, Any] = {"shared": self.scorer.shared, "lanes": True, "strands": self.strands}
-        batches = pack_passes([g.tree for g in mine.values()], self.tokens_per_step, **how)
-        if sum(b.tokens for b in batches) > self.tokens_per_step:
-            return set()
-
-        def forward(batch: PackedBatch) -> Passed:
-            return self._logps_and_values(batch, bool(self.config.entropy_coef))
-
-        made = side_by_side(forward, batches, most=len(batches))
-        for batch, passed in zip(batches, made, strict=True):
-            self._begun[batch.strand, batch.rows] = passed
-            sizes = [sum(mine[row].tree.trained) for row in batch.rows]
-            for name, values in zip(("old", "values"), passed, strict=False):
-                if values is not None:
-                    for row, part in zip(batch.rows, values.detach().split(sizes), strict=True):
-                        mine[row].extras[name] = part
-        return set(mine)
-
     def _shaped(self, scores: Tensor, known: Tensor | None = None) -> Tensor:
         """Rewards over their running standard deviation, and held within +- score_clip, where asked for; unknown ones are 0."""
         if known is not None:
@@ -243,7 +200,9 @@ class PPO(OnPolicy):
         clip = self.config.score_clip
         return scores if clip is None else scores.clamp(-clip, clip)
 
-    def _logps_and_values(self, batch: PackedBatch, entropy: bool = False) -> Passed:
+    def _logps_and_values(
+        self, batch: PackedBatch, entropy: bool = False
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(R,) each, and the entropy on request: with a head on the policy, one forward pass gives all; else those of the batch's strand."""
         if self.value_scorer is None:
             logps, values = self.scorer.valued(batch, self.value_head, entropy=entropy)
@@ -251,9 +210,6 @@ class PPO(OnPolicy):
         found = None if batch.strand == VALUE else self.scorer.logps(batch, entropy=entropy)
         own = None if batch.strand == POLICY else self.value_scorer.values(batch, self.value_head)
         return (None, own, None) if found is None else (found.tokens, own, found.entropy)
-
-    def _referred(self, batch: PackedBatch) -> dict[str, Tensor]:
-        return {"ref": self.reference.token_logps(batch)}
 
     def _old_and_values(self, batch: PackedBatch) -> dict[str, Tensor]:
         """Log-probs and values of the policy that wrote."""
@@ -274,8 +230,7 @@ class PPO(OnPolicy):
         return self.extra(batch, "keep") if "keep" in self._by_row[batch.rows[0]].extras else None
 
     def score(self, batch: PackedBatch) -> ScoredSteps:
-        begun = self._begun.pop((batch.strand, batch.rows), None)
-        logps, values, entropy = begun or self._logps_and_values(batch, bool(self.config.entropy_coef))
+        logps, values, entropy = self._logps_and_values(batch, bool(self.config.entropy_coef))
         like = (logps if values is None else values).detach()  # type: ignore[union-attr]
         old, old_values, ref, advantages, returns = (
             self.extra(batch, name).to(like) for name in ("old", "values", "ref", "advantages", "returns")

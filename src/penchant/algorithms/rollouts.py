@@ -458,20 +458,17 @@ class OnPolicy(Algorithm):
         iteration, update = divmod(step, self.config.updates)
         self.writer.version = step
         if iteration != self.iteration:
-            self.groups, self.iteration = self.written(trees, iteration), iteration
-            self.prepare(self.groups)
-            if measured(self.groups):
-                self._compare(self.groups, step)
-        chosen = self.minibatch(update)
+            groups = self.written(trees, iteration)
+            self.prepare(groups)
+            if measured(groups):
+                self._compare(groups, step)
+            self.groups, self.iteration = groups, iteration
+        epoch, at = divmod(update, self.config.minibatches)
+        order = np.random.default_rng([self.writer.seed, iteration, epoch]).permutation(len(self.groups))
+        mine = sorted(np.array_split(order, self.config.minibatches)[at].tolist())
+        chosen = [g for i in mine if self.teaches(g := self.groups[i])]
         self._by_row = {g.tree.row: g for g in chosen}
         return [g.tree for g in chosen]
-
-    def minibatch(self, update: int) -> list[Group]:
-        """The groups that an update of the current rollouts trains on."""
-        epoch, at = divmod(update, self.config.minibatches)
-        order = np.random.default_rng([self.writer.seed, self.iteration, epoch]).permutation(len(self.groups))
-        mine = sorted(np.array_split(order, self.config.minibatches)[at].tolist())
-        return [g for i in mine if self.teaches(g := self.groups[i])]
 
     def look_ahead(self, step: int, total: int, rows: Callable[[int], Sequence[TokenTree]]) -> None:
         """With rollout.lag: the next iteration's completions are begun, by the weights of this one's start."""

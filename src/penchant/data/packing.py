@@ -5,7 +5,6 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
@@ -109,15 +108,6 @@ def plan_passes(sizes: Sequence[int], budget: int, lanes: bool, strands: int = 1
     while any(sum(sizes[i] for i in members) > most for members in bins):
         bins = _balanced(sizes, len(bins) + 1)
     return sorted(bins, key=lambda members: -sum(sizes[i] for i in members))
-
-
-def pack_passes(
-    trees: Sequence[TokenTree], budget: int, *, shared: bool, lanes: bool, strands: Sequence[str]
-) -> list[PackedBatch]:
-    """The micro-batches of a step, as `plan_passes` has them; side by side, each strand (`Algorithm.strands`) has its own."""
-    plan = plan_passes([tree_tokens(t, shared) for t in trees], budget, lanes, len(strands))
-    packed = [pack([trees[i] for i in members], shared=shared) for members in plan]
-    return [replace(b, strand=s) for s in strands for b in packed] if lanes else packed
 
 
 def pass_tokens(budget: int) -> int:

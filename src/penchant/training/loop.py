@@ -22,7 +22,7 @@ import torch
 from penchant.base.files import spared, write_atomically
 from penchant.base.lanes import Turns, in_order, side_by_side
 from penchant.base.machine import in_fp64, peak_memory, place_of
-from penchant.data.packing import at_once, pack, pack_passes, plan_dealt, tree_tokens
+from penchant.data.packing import at_once, pack, plan_dealt, plan_passes, tree_tokens
 from penchant.distributed.world import World, agreed, current
 from penchant.errors import CheckpointError, PenchantError, TrainingStopped
 from penchant.losses.schedules import progress_at
@@ -312,8 +312,8 @@ class Loop:
         Of several processes each has its part of one plan, and as many passes as every other: it runs the smallest tree for nothing
         where it has none left.
         """
+        sizes = [tree_tokens(t, self.shared) for t in trees]
         if self.world.many:
-            sizes = [tree_tokens(t, self.shared) for t in trees]
             dealt = plan_dealt(sizes, self.train.tokens_per_step, self.world.dealers)[
                 self.world.dealer :: self.world.dealers
             ]
@@ -321,7 +321,9 @@ class Loop:
             made = [(m, pack([trees[i] for i in m or [smallest]], shared=self.shared)) for m in dealt]
             return [replace(batch, idle=not members) for members, batch in made]
         lanes, strands = self.algorithm.side_by_side, self.algorithm.strands
-        return pack_passes(trees, self.train.tokens_per_step, shared=self.shared, lanes=lanes, strands=strands)
+        plan = plan_passes(sizes, self.train.tokens_per_step, lanes, len(strands))
+        packed = [pack([trees[i] for i in members], shared=self.shared) for members in plan]
+        return [replace(b, strand=s) for s in strands for b in packed] if lanes else packed
 
     def _backward(
         self, step: int, batches: Sequence[PackedBatch], counts: Mapping[str, float]
