@@ -19,6 +19,7 @@ CACHE = HERE / ".cache"
 BUNDLED = HERE.parent / "src" / "penchant" / "assets" / "model"
 DATA = HERE.parent.parent / "shared" / "data" / "hh-harmless-1700.jsonl"
 PEER_PACKAGES = ("torch", "trl", "transformers", "peft", "datasets")
+UNSLOTH_NEEDS = ("requests", "msgspec", "einops", "tyro", "pillow", "protobuf", "sentencepiece")  # what it imports on a CPU
 
 # page faults cost either side up to a third, so both get an allocator that keeps its pages
 ALLOCATOR = {
@@ -64,6 +65,7 @@ def peer_python(name: str = "trl") -> Path:
         pip = [str(python), "-m", "pip", "install", "-q", "-c", str(constraints)]
         subprocess.run([*pip, *PEER_PACKAGES], check=True)
         if name == "unsloth":
+            subprocess.run([*pip, *UNSLOTH_NEEDS], check=True)
             subprocess.run([*pip, "--no-deps", "unsloth", "unsloth_zoo"], check=True)
         marker.write_text(wanted)
     return python
