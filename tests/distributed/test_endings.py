@@ -109,13 +109,18 @@ def test_processes_that_do_not_find_each_other_are_a_sentence(monkeypatch: pytes
 
 def test_a_signal_leaves_as_much_time_as_ranks_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """To finish a step and to write a checkpoint may take longer than torch's 30 s."""
-    asked = []
+    from torch.distributed.launcher.api import LaunchConfig
+
+    asked, given = [], []
     monkeypatch.setattr(
         "torch.distributed.launcher.api.elastic_launch", lambda config, _: asked.append(config) or (lambda *_: None)
     )
+    monkeypatch.setattr(
+        "torch.distributed.launcher.api.LaunchConfig", lambda **how: given.extend(how) or LaunchConfig(**how)
+    )
     monkeypatch.setattr(os, "environ", dict(os.environ))
     assert launch(["train", "run.yaml"], 2, 0, 600.0) == 0
-    assert asked[0].shutdown_timeout == 600
+    assert asked[0].shutdown_timeout == 600 and "shutdown_timeout" not in given  # which older torch does not take
 
 
 def test_others_wait_for_rank_0s_report_as_long_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
