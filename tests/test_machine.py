@@ -71,13 +71,16 @@ def test_of_a_gpu_it_is_the_gpus_memory(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_device_that_torch_cannot_use_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in machine.NAMES:
-        there = SimpleNamespace(is_available=lambda: False, is_bf16_supported=lambda: True, _is_compiled=lambda: False)
+        there: Any = SimpleNamespace(is_available=lambda: False, _is_compiled=lambda: False)
         monkeypatch.setattr(torch, kind, there)
         with pytest.raises(ConfigError, match=r"model\.device.*set model\.device=cpu"):
             resolve_device(kind)
         there.is_available = lambda: True
         assert resolve_device(kind) == torch.device(kind)
-        assert resolve_dtype("auto", torch.device(kind)) == (torch.float32 if kind == "mps" else torch.bfloat16)
+        for native in (True, False):  # torch emulates bf16 where a GPU has no products in it (Volta, Turing)
+            there.is_bf16_supported = lambda including_emulation=True, native=native: native or including_emulation
+            expected = torch.bfloat16 if native and kind != "mps" else torch.float32
+            assert resolve_dtype("auto", torch.device(kind)) == expected
     monkeypatch.setattr(torch, "cuda", SimpleNamespace(is_available=lambda: False))
     assert resolve_device("auto").type == "cpu"  # no other device is taken unasked
 

@@ -10,8 +10,11 @@ import socket
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +24,7 @@ from tiny import polite_rows, tiny_model_folder, write_jsonl
 from worlds import in_world
 
 import penchant
+from penchant.cli.train import _train as train_command
 from penchant.distributed.launch import LAUNCHED, end_silent, launch, waited_too_long
 from penchant.distributed.world import (
     CRASH,
@@ -105,13 +109,30 @@ def test_processes_that_do_not_find_each_other_are_a_sentence(monkeypatch: pytes
 
 def test_a_signal_leaves_as_much_time_as_ranks_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """To finish a step and to write a checkpoint may take longer than torch's 30 s."""
-    asked = []
+    from torch.distributed.launcher.api import LaunchConfig
+
+    asked, given = [], []
     monkeypatch.setattr(
         "torch.distributed.launcher.api.elastic_launch", lambda config, _: asked.append(config) or (lambda *_: None)
     )
+    monkeypatch.setattr(
+        "torch.distributed.launcher.api.LaunchConfig", lambda **how: given.extend(how) or LaunchConfig(**how)
+    )
     monkeypatch.setattr(os, "environ", dict(os.environ))
     assert launch(["train", "run.yaml"], 2, 0, 600.0) == 0
-    assert asked[0].shutdown_timeout == 600
+    assert asked[0].shutdown_timeout == 600 and "shutdown_timeout" not in given  # which older torch does not take
+
+
+def test_others_wait_for_rank_0s_report_as_long_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[bool] = []
+    world = SimpleNamespace(leads=False, agree=lambda patient=False: waits.append(patient))
+    config = SimpleNamespace(launch=SimpleNamespace(timeout=1.0, context=1))
+    monkeypatch.setattr("penchant.cli.train.started_by_torchrun", lambda: True)
+    monkeypatch.setattr("penchant.cli.train.join", lambda *_: nullcontext(world))
+    monkeypatch.setattr("penchant.api.as_config", lambda *_: config)
+    monkeypatch.setattr("penchant.api.train", lambda *_, **__: None)
+    args = Namespace(config="run.yaml", overrides=[], gpus=None, processes=None, quiet=True)
+    assert train_command(args) == 0 and waits == [True]
 
 
 def test_one_process_is_a_world_of_its_own() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import tiny_model_folder
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from penchant.models import activations
 from penchant.models.activations import Offloaded, offload
@@ -51,6 +52,26 @@ def test_gradients_are_equal_and_weights_stay(tmp_path: Path, monkeypatch: pytes
     with torch.no_grad():
         model(input_ids=ids)
     assert len(moved) == seen
+
+
+def test_copies_to_the_host_do_not_wait_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Page-locked memory is for that."""
+    waits: list[bool] = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.copy_.default:
+                waits.append(len(args) < 3 or not args[2])
+            return func(*args, **(kwargs or {}))
+
+    empty = torch.empty
+    monkeypatch.setattr(
+        torch, "empty", lambda *size, pin_memory=False, **how: empty(*size, **how)
+    )  # there is none on a CPU
+    hooks = Offloaded(torch.nn.Linear(1, 1), pin=True)
+    with Copies():
+        hooks.pack_hook(torch.ones(1 << 15))
+    assert waits == [False]
 
 
 def test_a_pass_that_fails_leaves_nothing_entered() -> None:

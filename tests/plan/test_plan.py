@@ -222,10 +222,12 @@ def test_the_probe_times_any_method_and_leaves_nothing(tmp_path: Path, more: dic
     assert "optimizer steps" in plan_text(plan, whole=True)
 
 
-def test_probed_steps_are_the_runs_first_steps(tmp_path: Path) -> None:
+def test_probed_steps_are_the_runs_first_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = _config(tmp_path)
+    asked: list[Any] = []  # where memory was looked at: on a GPU it is the GPU's
+    monkeypatch.setattr("penchant.plan.probe.peak_memory", lambda *device: asked.extend(device) or 7)
     plan = api.plan(config)
-    assert plan.probe is not None
+    assert plan.probe is not None and plan.probe.peak == 7 and asked == [torch.device("cpu")]
     lines = _lines(api.train(config, quiet=True).folder / "metrics.jsonl")
     tokens = [m["tokens"] for m in lines if m["kind"] == "train"]
     assert plan.probe.tokens == (tokens[1] - tokens[0], tokens[2] - tokens[1])

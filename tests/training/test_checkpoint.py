@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import pytest
 import torch
 from processes import forked
 
+from penchant.distributed.world import World
 from penchant.errors import CheckpointError
 from penchant.runfolder import MetricsLog, RunLock, damaged, is_whole, keep, newest_state, open_run
+from penchant.training import checkpoint as module
 from penchant.training.checkpoint import (
     checkpoints,
     find_checkpoint,
@@ -277,3 +280,31 @@ def test_a_checkpoint_is_found_by_its_name(tmp_path: Path) -> None:
     assert {n: p and p.name for n, p in found.items()} == {"last": "step-3", "best": "step-2", "1": "step-1", "0": None}
     with pytest.raises(CheckpointError, match="there are step-1, step-2, step-3"):
         find_checkpoint(tmp_path, "4")
+
+
+def test_others_wait_as_long_as_it_takes_for_what_rank_0_does_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It writes the whole model, and sums up every file: of a large one that takes longer than they wait for each other."""
+    waits, seen, together = [False], [], World.together
+
+    @contextmanager
+    def noted(world: World, *, patient: bool = False) -> Iterator[None]:
+        waits.append(patient)
+        with together(world, patient=patient):
+            yield
+        waits.pop()
+
+    def model(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"")
+        seen.append(("model", waits[-1]))
+
+    monkeypatch.setattr(World, "together", noted)
+    monkeypatch.setattr(module, "file_sha256", lambda _: seen.append(("sum", waits[-1])) or "")
+    monkeypatch.setattr(module, "check_sums", lambda _: seen.append(("check", waits[-1])))
+    tensors = {"master/w": torch.arange(6.0)}
+    path = module.save_sharded(tmp_path, 1, write_model=model, tensors=tensors, state={}, world=World())
+    found, _ = module.load_checkpoint(path)
+    assert torch.equal(found["master/w"], tensors["master/w"])
+    assert {name for name, _ in seen} == {"model", "sum", "check"} and all(patient for _, patient in seen)

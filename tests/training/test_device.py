@@ -25,14 +25,14 @@ from penchant.logprobs import Scorer, per_completion
 from penchant.logprobs.reference import CachedReference, LiveReference, adapter_as_it_is, adapter_off
 from penchant.losses import LOSSES
 from penchant.losses.divergences import DivergenceKind, grad_of, value_of
-from penchant.models.load import add_lora
+from penchant.models.load import add_lora, widened
 from penchant.models.options import LoraConfig
 from penchant.models.tree_attention import tree_layout
 from penchant.training import loop as loop_module
 from penchant.training import steps
 from penchant.training.loop import Loop
 from penchant.training.optim import MasterAdamW
-from penchant.types import Scored
+from penchant.types import LossOutput, Scored
 
 # what a GPU adds in the order in which its threads arrive
 UNORDERED = {
@@ -93,15 +93,16 @@ def test_sums_of_completions_are_those_in_token_order() -> None:
     assert torch.equal(grad, weights[completion])
 
 
-@pytest.mark.parametrize("name", ["rloo", "grpo"])
+@pytest.mark.parametrize("name", ["rloo", "grpo", "gspo"])
 def test_losses_of_groups_are_summed_in_token_order_too(name: str) -> None:
+    """And no number of tokens is asked for."""
     method = GroupPolicyGradient(None, None, None, GroupConfig(name=name, max_new_tokens=4), 64)  # type: ignore[arg-type]
     batch = pack(some_pairs(2))
     tokens = torch.randn(len(batch.target_ids), requires_grad=True)
     scored = ScoredTokens(tokens, tokens.detach(), tokens.detach(), torch.ones(4), batch.completion_of, batch.lengths)
     with Ops() as ops:
         method.loss(scored)
-    assert not UNORDERED & ops.seen.keys()
+    assert not (UNORDERED | {"repeat_interleave", "nonzero"}) & ops.seen.keys()
 
 
 # ---- the optimizer: passes over all parameters are one call each, and nothing is read ----
@@ -249,6 +250,15 @@ def test_no_loss_waits_for_the_device(nll: float) -> None:
         if "z0" not in spec.needs:
             algorithm = offline_of(name, None, LiveReference(None), nll_weight=nll)
             algorithm.loss(scored)
+            algorithm.loss(replace(scored, row_weights=column))
+
+
+def test_a_norm_in_the_hosts_memory_is_read_with_losses_on_the_device(reads: list[int]) -> None:
+    """With launch.offload gradients are in the host's memory, and losses are not."""
+    totals = steps.Totals()
+    totals.add(LossOutput(torch.ones(3, device=META)))
+    totals.read(torch.tensor(1.0))
+    assert reads == [2]
 
 
 @pytest.mark.parametrize("kind", [DivergenceKind(k) for k in ("kl", "js", "renyi")], ids=lambda k: k.kind)
@@ -279,6 +289,15 @@ def test_batches_that_are_packed_ahead_train_the_same(tmp_path: Path, monkeypatc
 def test_what_fails_in_the_background_is_raised_where_it_is_needed() -> None:
     with pytest.raises(KeyError, match="lost"):
         loop_module.in_background(lambda: {}["lost"])()
+
+
+def test_what_runs_in_the_background_is_on_the_gpu_of_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new thread is on the first GPU, where it would take memory for each process of the machine."""
+    asked: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", asked.append)
+    assert loop_module.in_background(lambda: [*asked])() == [3]
 
 
 def test_cached_log_probs_come_with_the_batch() -> None:
@@ -352,6 +371,17 @@ def test_products_of_a_gpu_are_as_precise_as_asked(monkeypatch: pytest.MonkeyPat
     assert matmul.allow_tf32 is tf32 and matmul.allow_bf16_reduced_precision_reduction is False
 
 
+def test_what_is_proved_in_fp32_is_not_multiplied_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    matmul = SimpleNamespace(allow_tf32=True)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
+    parameters = [SimpleNamespace(device=CUDA, dtype=torch.float32)]
+    with widened(SimpleNamespace(parameters=lambda: iter(parameters))):  # type: ignore[arg-type]
+        assert not matmul.allow_tf32
+    assert matmul.allow_tf32
+    with widened(tiny_model("llama", dtype=torch.float32)):
+        assert matmul.allow_tf32  # a CPU has none
+
+
 # ---- the process: the CPU's allocator settings would keep a GPU host's memory for ever ----
 
 
@@ -379,6 +409,21 @@ def test_a_command_is_one_of_several_by_its_option_its_config_or_torchrun(monkey
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     assert cli._is_one_of_several(Namespace(), None)
+
+
+def test_gpus_that_were_asked_for_are_in_the_config_that_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Asked(Exception):
+        pass
+
+    def load(path: str, overrides: list[str]) -> Any:
+        raise Asked(overrides)
+
+    monkeypatch.delenv("PENCHANT_REEXECUTED", raising=False)
+    monkeypatch.setattr("penchant.config.load_config", load)
+    args = Namespace(command="train", reads="run", config="r.yaml", overrides=["train.lr=1"], gpus=8, processes=None)
+    with pytest.raises(Asked) as asked:
+        cli._check_config(args)
+    assert asked.value.args[0] == ["train.lr=1", "launch.processes=8", "model.device=cuda"]
 
 
 def test_where_a_command_computes_is_asked_of_its_option_its_config_and_the_machine() -> None:

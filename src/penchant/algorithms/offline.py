@@ -277,7 +277,7 @@ class Offline(Algorithm):
         if scored.row_weights is None:
             return out
         learned, _ = _learned(scored, scored.row_weights)
-        return out.weighted(scored.row_weights, scored.row_weights[scored.slot == 0], learned)
+        return out.weighted(scored.row_weights, scored.matrix(scored.row_weights)[:, 0], learned)
 
     def _component(self, c: Component, params: LossParams, scored: Scored) -> LossOutput:
         out = c.spec.fn(self._view(c.spec, scored), **params.arguments())

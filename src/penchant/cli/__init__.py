@@ -244,7 +244,8 @@ def _check_config(args: argparse.Namespace) -> Any:
     from penchant.rollout.environment import check_environment_name
     from penchant.runfolder import stands_for_model
 
-    config = load_config(args.config, args.overrides)
+    more = import_module("penchant.cli.train").launched(args) if args.command == "train" else []
+    config = load_config(args.config, [*args.overrides, *more])
     if args.command == "eval":
         return config  # a finished run needs neither the model that it started from nor, with --data, its own rows
     if not stands_for_model(Path(config.model.path).expanduser()):

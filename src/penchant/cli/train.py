@@ -28,14 +28,14 @@ def _train(args: argparse.Namespace) -> int:
     from penchant.runfolder.read import read
     from penchant.runfolder.values import unchanged
 
-    config = api.as_config(args.config, [*args.overrides, *_launched(args)])
+    config = api.as_config(args.config, [*args.overrides, *launched(args)])
     if started_by_torchrun():
         from penchant.distributed.launch import leave
 
         with join(config.launch.timeout, config.launch.context) as world:
             try:
                 result = api.train(config, quiet=args.quiet)
-                world.agree()
+                world.agree(patient=True)  # rank 0 alone writes the report and waits for trackers
             except KeyboardInterrupt:
                 raise
             except BaseException as error:
@@ -65,7 +65,7 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
-def _launched(args: argparse.Namespace) -> list[str]:
+def launched(args: argparse.Namespace) -> list[str]:
     """What --processes and --gpus say, as settings."""
     if args.gpus is not None:
         return [f"launch.processes={args.gpus}", "model.device=cuda"]
@@ -91,7 +91,7 @@ def _launch(args: argparse.Namespace, config: Any) -> int:
         there = counted(cores(), "core")
         raise ConfigError("launch.processes", f"is {processes}, and this machine has {there}", f"give at most {most}")
     more = ["--quiet"] if args.quiet else []
-    command = ["train", args.config, *args.overrides, *_launched(args), *more]
+    command = ["train", args.config, *args.overrides, *launched(args), *more]
     return launch(command, processes, config.launch.restarts, max(30.0, config.launch.timeout))
 
 

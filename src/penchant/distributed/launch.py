@@ -51,6 +51,9 @@ def launch(command: Sequence[str], processes: int, restarts: int, timeout: float
     """
     # a store that every attempt shares hands the addresses of dead processes to the next attempt, which hangs (pytorch#135712)
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    os.environ.setdefault(
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(math.ceil(timeout))
+    )  # older torch has 30 s, and no argument for it
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does; train.threads decides
     os.environ[LAUNCHED] = "1"
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of every connection that ends with its process
@@ -74,7 +77,6 @@ def launch(command: Sequence[str], processes: int, restarts: int, timeout: float
             local_addr="127.0.0.1",
             max_restarts=restarts,
             monitor_interval=0.1,
-            shutdown_timeout=math.ceil(timeout),
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
         try:

@@ -181,9 +181,7 @@ def sequence_log_ratio(logps: Tensor, old_logps: Tensor, lengths: Tensor) -> Ten
     Paper: arXiv 2507.18071.
     """
     require_vectors(logps, old_logps)
-    of = torch.repeat_interleave(torch.arange(len(lengths), device=logps.device), lengths)
-    sums = logps.new_zeros(len(lengths)).index_add(0, of, logps - old_logps)
-    return sums / lengths
+    return torch.segment_reduce(logps - old_logps, "sum", lengths=lengths, unsafe=True) / lengths
 
 
 def importance_weights(

@@ -27,7 +27,7 @@ class Offloaded(saved_tensors_hooks):
             if saved.nbytes < SMALL or saved.untyped_storage().data_ptr() in own:
                 return saved
             kept = torch.empty(saved.size(), dtype=saved.dtype, layout=saved.layout, pin_memory=pin)
-            return saved.device, kept.copy_(saved)
+            return saved.device, kept.copy_(saved, non_blocking=pin)  # of one stream, as its way back is
 
         def unpack(kept: Tensor | tuple[torch.device, Tensor]) -> Tensor:
             return kept if isinstance(kept, Tensor) else kept[1].to(kept[0], non_blocking=pin)

@@ -77,7 +77,8 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype != "auto":
         return DTYPES[dtype]
     if device.type in ("cuda", "xpu"):
-        return torch.bfloat16 if accelerator(device.type).is_bf16_supported() else torch.float32
+        native = accelerator(device.type).is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float32
     if device.type == "mps":
         return torch.float32
     return torch.bfloat16 if cpu_has_bf16() else torch.float32
@@ -540,13 +541,19 @@ def quiet(model: nn.Module, training: bool = False) -> Iterator[None]:
 
 @contextmanager
 def widened(model: nn.Module) -> Iterator[None]:
-    """A model's bf16 (fp16) parameters in fp32 for a while; there and back loses nothing."""
+    """A model's bf16 (fp16) parameters in fp32 for a while, where there and back loses nothing; a GPU's products are in fp32 then, not in TF32."""
     low = [(p, p.dtype) for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
+    matmul = torch.backends.cuda.matmul
+    tf32 = next(model.parameters()).device.type == "cuda" and matmul.allow_tf32
     for p, _ in low:
         p.data = p.data.float()
+    if tf32:
+        matmul.allow_tf32 = False
     try:
         yield
     finally:
+        if tf32:
+            matmul.allow_tf32 = True
         for p, dtype in low:
             p.data = p.data.to(dtype)
 

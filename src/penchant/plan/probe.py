@@ -85,7 +85,7 @@ def probe(run: OutlinedRun, work: Work, checkpoint_bytes: int, cached: bool | No
         evaluation,
         checkpoint_bytes * writing,
         load,
-        peak_memory(),
+        peak_memory(loop.device),
         engine.packing,
         engine.fast,
     )

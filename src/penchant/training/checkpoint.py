@@ -96,7 +96,7 @@ def save_sharded(
                 root.mkdir(parents=True, exist_ok=True)
                 sweep(root)
                 (aside / SHARDS).mkdir(parents=True)
-        with world.together(), writing(final):
+        with world.together(patient=True), writing(final):  # rank 0 alone writes the model, however long its disk takes
             write_model(aside / "model")
         try:
             with writing(final), _its_cause():
@@ -106,7 +106,7 @@ def save_sharded(
         except DiskError as error:  # DCP tells all ranks what happened to one
             raise agreed(error) from None
         sums: dict[str, str] = {}
-        with world.together(), writing(final):
+        with world.together(patient=True), writing(final):
             if world.leads:
                 (aside / "state.json").write_text(json.dumps(dict(state), indent=1, allow_nan=False))
             for path in sorted(p for p in aside.rglob("*") if p.is_file()):
@@ -231,7 +231,7 @@ def load_checkpoint(
     from safetensors.torch import load_file
 
     world = current()
-    with world.together():
+    with world.together(patient=True):
         if world.leads:  # one rank reads it all
             check_sums(path)
     try:

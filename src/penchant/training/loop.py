@@ -630,11 +630,14 @@ def in_background(make: Callable[[], T]) -> Callable[[], T]:
 
 
 def started(make: Callable[[], T]) -> Future[T]:
-    """Begin to make something in a thread."""
+    """Begin to make something in a thread, which computes on the caller's GPU: a new one would take the first, and memory there."""
     made: Future[T] = Future()
+    gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
     def run() -> None:
         try:
+            if gpu is not None:
+                torch.cuda.set_device(gpu)
             made.set_result(make())
         except BaseException as error:
             made.set_exception(error)

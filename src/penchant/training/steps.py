@@ -172,7 +172,9 @@ class Totals:
 
     def read(self, *more: Tensor) -> list[float]:
         """Bring what was added to the host, and `more` single numbers, which are returned, in one transfer."""
-        vectors = [*(v for _, v in self._added), *(in_fp64(m.detach()).reshape(1) for m in more)]
+        vectors = [v for _, v in self._added]
+        # offloaded gradients have their norm in the host's memory, and losses are on the GPU
+        vectors += [in_fp64(m.detach()).reshape(1).to((vectors or more)[0].device) for m in more]
         found = iter(on_host(torch.cat(vectors)) if vectors else [])
         for names, _ in self._added:
             for name, _ in names:
