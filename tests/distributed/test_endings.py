@@ -123,16 +123,23 @@ def test_a_signal_leaves_as_much_time_as_ranks_wait_for_each_other(monkeypatch: 
     assert asked[0].shutdown_timeout == 600 and "shutdown_timeout" not in given  # which older torch does not take
 
 
-def test_others_wait_for_rank_0s_report_as_long_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_others_wait_for_rank_0s_report_as_long_as_it_takes(
+    deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And NCCL is told to add in one order, before there are groups."""
     waits: list[bool] = []
+    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k != "NCCL_ALGO"})
     world = SimpleNamespace(leads=False, agree=lambda patient=False: waits.append(patient))
-    config = SimpleNamespace(launch=SimpleNamespace(timeout=1.0, context=1))
+    train = SimpleNamespace(deterministic=deterministic)
+    config = SimpleNamespace(launch=SimpleNamespace(timeout=1.0, context=1), train=train)
     monkeypatch.setattr("penchant.cli.train.started_by_torchrun", lambda: True)
     monkeypatch.setattr("penchant.cli.train.join", lambda *_: nullcontext(world))
     monkeypatch.setattr("penchant.api.as_config", lambda *_: config)
     monkeypatch.setattr("penchant.api.train", lambda *_, **__: None)
     args = Namespace(config="run.yaml", overrides=[], gpus=None, processes=None, quiet=True)
     assert train_command(args) == 0 and waits == [True]
+    assert os.environ.get("NCCL_ALGO") == ("^NVLS" if deterministic else None)
 
 
 def test_one_process_is_a_world_of_its_own() -> None:

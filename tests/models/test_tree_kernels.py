@@ -269,8 +269,6 @@ def test_flex_is_the_groups(
     batch = pack([*some_trees(), make_tree(9, 60, (40, 7))])
     q, k, v = (x.detach() for x in numbers(batch, 4, 2, 16, FP32)[:3])
     sink = torch.linspace(-1, 2, 4) if sinks else None
-    if not sinks:  # as in torch 2.8
-        monkeypatch.delattr("torch.nn.attention.flex_attention.AuxRequest")
     found = flex_tree_attention(q, k, v, flex_plan(batch, window), 0.3, softcap, sink)
     assert torch.allclose(found, tree_attention(q, k, v, tree_layout(batch, window), 0.3, softcap, sink), atol=1e-5)
 

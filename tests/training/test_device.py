@@ -340,6 +340,7 @@ class Watching(Offline):
 
     def score(self, batch: Any) -> Any:
         self.seen["score"] = torch.are_deterministic_algorithms_enabled()
+        assert torch.backends.cuda.cudnn_sdp_enabled() is not self.seen["score"]  # it has no order
         return Offline.score(self, batch)
 
 
@@ -358,6 +359,7 @@ def test_a_step_is_deterministic_and_sampling_is_outside(
     loop.take_step(0, loop.schedule)
     assert Watching.seen == {"begin_step": False, "score": expected}
     assert not torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @pytest.mark.parametrize("tf32", [False, True])

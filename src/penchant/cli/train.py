@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from penchant.base.machine import cores
@@ -32,6 +33,9 @@ def _train(args: argparse.Namespace) -> int:
     if started_by_torchrun():
         from penchant.distributed.launch import leave
 
+        if config.train.deterministic:
+            # NVLink switches add in no fixed order; torch turns them off by itself where its mode is on before there are groups
+            os.environ.setdefault("NCCL_ALGO", "^NVLS")
         with join(config.launch.timeout, config.launch.context) as world:
             try:
                 result = api.train(config, quiet=args.quiet)

@@ -414,7 +414,7 @@ def flex_tree_attention(
 
     Compiled on a GPU; elsewhere torch computes all scores, and has no gradient.
     """
-    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
     run = flex_attention if query.device.type == "cpu" else _compiled()
     q, k, v = (F.pad(x, (0, 0, 0, 0, 0, plan.length - len(x))).transpose(0, 1)[None] for x in (query, key, value))
@@ -424,8 +424,6 @@ def flex_tree_attention(
     if sinks is None:
         out = run(q, k, v, **how)
     else:
-        from torch.nn.attention.flex_attention import AuxRequest  # of torch 2.9 and later
-
         out, more = run(q, k, v, **how, return_aux=AuxRequest(lse=True))
         # exp(l) of exp(l) + exp(sink)
         out = (out * torch.sigmoid(more.lse - sinks[:, None].to(more.lse.dtype))[..., None]).to(out.dtype)

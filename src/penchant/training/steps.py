@@ -235,12 +235,15 @@ def repeatable(device: torch.device, wanted: bool) -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill: Any = torch.utils.deterministic
     filled = fill.fill_uninitialized_memory
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     fill.fill_uninitialized_memory = False  # a pass over every buffer that only finds bugs
+    torch.backends.cuda.enable_cudnn_sdp(False)  # first choice on Hopper, unordered, and warn_only lets it pass
     try:
         yield
     finally:
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         fill.fill_uninitialized_memory = filled
 
