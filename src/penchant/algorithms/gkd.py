@@ -27,7 +27,7 @@ else:
 
 
 class GKDConfig(SamplingConfig):
-    """On-policy distillation: learn what a teacher of the same tokenizer would have said, at every token of given and own answers."""
+    """On-policy distillation: learn what a teacher with the same tokenizer would have said, at every token of given answers and the student's own."""
 
     name: Literal["gkd"] = Field(description="gkd")
     samples: Literal[1] = Field(1, description="completions of each prompt")

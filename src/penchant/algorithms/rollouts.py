@@ -44,7 +44,7 @@ class SamplingConfig(AlgorithmConfig):
         1.0,
         gt=0,
         le=100,
-        description="divide the logits of tokens that prompt or completion already have by this; 1: off",
+        description="divide the logits of tokens already in the prompt or completion by this; 1: off",
     )
 
     def check(self, parts: Parts) -> None:
@@ -90,7 +90,9 @@ class OnlineConfig(SamplingConfig):
         "sequence",
         description="all but rloo: average over each completion's tokens, over all tokens (DAPO), or divide by a constant",
     )
-    missing_eos_penalty: float = Field(0.0, ge=0, description="taken off the reward of a completion that did not end")
+    missing_eos_penalty: float = Field(
+        0.0, ge=0, description="subtracted from the reward of a completion that did not end"
+    )
 
     signal: ClassVar[Signal] = "prompts"
     needs: ClassVar[frozenset[str]] = frozenset({"reference"})

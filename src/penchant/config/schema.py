@@ -28,7 +28,7 @@ WATCHING_ONLY = ("output", "logging", "trust", "launch")  # sections that change
 
 
 class EvaluationConfig(EvalConfig):
-    """The `evaluation` section, with what judges the sampled completions."""
+    """When to evaluate, and what judges the sampled completions."""
 
     reward: RewardConfig | None = Field(
         None,
