@@ -220,7 +220,7 @@ class ExportRequest:
 def workers_in(text: str) -> int | str:
     """A number of processes, or ``ray``."""
     if text != "ray" and not (text.isdecimal() and 1 <= int(text) <= 4096):
-        raise ConfigError("--workers", f"is {text!r}", "give a number from 1 on, or ray for a cluster's")
+        raise ConfigError("--workers", f"is {text!r}", "give 1 or more, or ray for a cluster's")
     return text if text == "ray" else int(text)
 
 

@@ -73,7 +73,7 @@ class GKDConfig(SamplingConfig):
         if rollout.engine != "own" or rollout.environment is not None:
             raise ConfigError("rollout", "is set, and gkd samples by itself", "leave out engine and environment")
         if parts.config.data.weight is not None:
-            raise ConfigError("data.weight", "is set, and gkd does not weigh rows", "leave it out")
+            raise ConfigError("data.weight", "is set, and gkd does not weight rows", "leave it out")
         if path is None:
             how = "give a model with the student's tokenizer"
             raise ConfigError("teacher.path", "is missing: gkd has no teacher", how)

@@ -361,7 +361,7 @@ class Writer:
                 continue
             return found
         what = f"lost the weights that it was sent, {self.rollout.attempts} times in a row"
-        raise RolloutError(self.sampler.where, what, "does another run use it, or is it restarted all the time?")
+        raise RolloutError(self.sampler.where, what, "is another run using it, or does it keep restarting?")
 
     def begin(self, prompts: Sequence[TokenTree], iteration: int) -> None:
         """Have a later iteration's completions written by the weights of now: by another engine, while something else goes on."""
@@ -497,7 +497,7 @@ class OnPolicy(Algorithm):
         if how.elsewhere and whole and same and not away <= self.writer.sampler.tolerance:
             raise RolloutError(
                 self.writer.sampler.where,
-                f"the log-probs of what it wrote are {away:.2g} nats a token from the policy's in the mean "
+                f"the log-probs of what it wrote differ from the policy's by {away:.2g} nats a token on average "
                 f"(rollout.tolerance: {self.writer.sampler.tolerance:g})",
                 "start it with --logprobs-mode processed_logprobs and the run's dtype; where that is bf16, raise rollout.tolerance",
             )

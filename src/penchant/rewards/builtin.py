@@ -359,7 +359,7 @@ def _listed(value: Sequence[Any]) -> dict[str, Any]:
         if not isinstance(one, dict):
             raise ValueError(f"{item!r} is not a reward; write a name, or {{name: weight}}")
         if twice := next((n for n in one if n in found), None):
-            raise ValueError(f"{twice} stands there twice; give it one weight")
+            raise ValueError(f"{twice} is listed twice; give it one weight")
         found |= one
     return found
 
