@@ -1,4 +1,4 @@
-"""What mkdocs does to a page beyond Markdown: formulas become MathML, and links into the repository become names of files."""
+"""What mkdocs does to a page beyond Markdown: formulas become MathML, links into the repository become names of files, options stay whole."""
 
 from __future__ import annotations
 
@@ -9,21 +9,35 @@ MATH = re.compile(r"^```math\n(.*?)\n```$", re.S | re.M)
 OUTSIDE = re.compile(
     r"\[([^\]]+)\]\((?:\.\./)+((?:src|recipes|benchmarks|tests|docker|CONTRIBUTING\.md)(?:/[^)\s]*)?)\)"
 )
+BAR, CLOSE_BAR = '<mo stretchy="false">&#x0007C;', '<mo stretchy="false" lspace="0.1em" rspace="0.1em">&#x0007C;'
+LOG = re.compile("<mi>log</mi>(?!<mo)")
+INLINE = re.compile(r"<code>([^<]*--[^<]*)</code>")
+OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 
 
 def mathml(latex: str) -> str:
-    """A formula as MathML, which browsers draw themselves: no script, no font from elsewhere."""
+    """A formula as MathML, which browsers draw themselves: no script, no font from elsewhere.
+
+    What `\\qquad` separates becomes parts of its own, which the page may put below each other.
+    """
     from latex2mathml.converter import convert
 
-    return f'<div class="math">{convert(latex.strip(), display="block")}</div>'
+    parts = "".join(f"<div>{convert(part.strip(), display='block')}</div>" for part in latex.split("\\qquad"))
+    spaced = LOG.sub('<mi>log</mi><mspace width="0.17em"/>', parts.replace(BAR, CLOSE_BAR))
+    return f'<div class="math">{spaced}</div>'
 
 
 def named(match: re.Match[str]) -> str:
-    """A link to a file of the repository as its name and place."""
+    """A link to a file of the repository as its name and place, or its place alone where that says the name."""
     text, path = match.groups()
-    return text if text.endswith(path.rsplit("/", 1)[-1]) and "`" in text else f"{text} (`{path}`)"
+    return f"`{path}`" if path.removesuffix(".md").endswith(text.strip("`")) else f"{text} (`{path}`)"
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """mkdocs calls this for every page."""
     return OUTSIDE.sub(named, MATH.sub(lambda m: mathml(m[1]), markdown))
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """An option's name is not broken at its hyphens."""
+    return INLINE.sub(lambda m: OPTION.sub(r'<span class="option">\g<0></span>', m[0]), html)

@@ -220,7 +220,7 @@ class ExportRequest:
 def workers_in(text: str) -> int | str:
     """A number of processes, or ``ray``."""
     if text != "ray" and not (text.isdecimal() and 1 <= int(text) <= 4096):
-        raise ConfigError("--workers", f"is {text!r}", "give a number from 1 on, or ray for a cluster's")
+        raise ConfigError("--workers", f"is {text!r}", "give 1 or more, or ray for a cluster's")
     return text if text == "ray" else int(text)
 
 
@@ -272,7 +272,7 @@ class GetRequest:
     redo: bool = option("start again if the folder holds another result", False)
     quiet: bool = option("do not show progress", False)
     workers: int | str | None = option(
-        "processes that share the files of a large set, or ray: those of a cluster (default: one a core)",
+        "processes that share the files of a large set, or ray: those of a cluster (default: one per core)",
         metavar="N",
         read=workers_in,
     )
@@ -345,7 +345,7 @@ class FixRequest:
     columns: Mapping[str, str] = option("", {})
     overwrite: bool = option("overwrite OUT", False)
     workers: int | str | None = option(
-        "processes that look at parts of a large file, or ray: those of a cluster (default: one a core)",
+        "processes that look at parts of a large file, or ray: those of a cluster (default: one per core)",
         metavar="N",
         read=workers_in,
     )

@@ -142,10 +142,10 @@ def test_a_run_comes_nearer_to_its_teacher_and_goes_on_exactly(
     "change,what",
     [
         ({"teacher": None}, "gkd has no teacher"),
-        ({"algorithm": None, "loss": "sft"}, "teacher: is for algorithm gkd alone"),
+        ({"algorithm": None, "loss": "sft"}, "teacher: is only for algorithm gkd"),
         ({"reference": {"path": "elsewhere"}}, "teacher.path: and reference.path are both set"),
         ({"reward": "words"}, "takes none"),
-        ({"weight": "counts"}, "data.weight.*gkd does not weigh rows"),
+        ({"weight": "counts"}, "data.weight.*gkd does not weight rows"),
     ],
     ids=str,
 )

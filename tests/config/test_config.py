@@ -203,7 +203,7 @@ def test_max_length_auto_is_the_default(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.json", "rows.jsonl.gz"])
 def test_data_in_place_of_a_config_leads_to_init(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text('[{"prompt": "p", "chosen": "c", "rejected": "r"}]\n')
-    with pytest.raises(ConfigError, match=r"is a file of data.*penchant init --data .*" + name):
+    with pytest.raises(ConfigError, match=r"is a data file.*penchant init --data .*" + name):
         load_config(tmp_path / name)
 
 

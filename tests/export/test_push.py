@@ -125,7 +125,7 @@ def test_a_push_makes_the_repository_and_one_commit_and_a_refusal_is_one_paragra
     assert {given for _, _, (given, _) in hub.asked} <= {None, f"Bearer {TOKEN}"}
     assert "/me/tuned/" in out and "Traceback" not in err
     # the hub repeats the token and a terminal's control sequence in what it says
-    assert code == 2 and "the hub did not take it" in err and "is written and whole" in err
+    assert code == 2 and "the hub rejected it" in err and "is written and whole" in err
     assert TOKEN not in out + err and "\x1b" not in err
 
 

@@ -260,7 +260,7 @@ def test_a_processor_of_axolotl_means_pictures(place: Path) -> None:
         ("swift sft --model a --dataset $(ls)\n", "or a shell"),
         ("swift sft --model a --dataset a `ls`\n", "or a shell"),
         ('swift sft --model a --dataset a "$@"\n', "or a shell"),
-        ("A=x\n" + "A=$A$A$A$A\n" * 30 + "swift sft --dataset $B\n", "say too much"),
+        ("A=x\n" + "A=$A$A$A$A\n" * 30 + "swift sft --dataset $B\n", "hold too much text"),
         ("#" * 300_000, "more than 256 kB"),
         (f"swift sft --config {'a' * 5000}\n", "cannot be read"),
     ],

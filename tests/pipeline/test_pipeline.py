@@ -158,7 +158,7 @@ def test_what_a_stage_inherits() -> None:
             "pipeline.yaml:15: compare: there is no stage 'dpoo'; did you mean \"dpo\"?",
         ),
         ("[sft, dpo, ppo]", "[sft]", "pipeline.yaml:15: compare.models: name at least two stages"),
-        ("[sft, dpo, ppo]", "[sft, sft]", "pipeline.yaml:15: compare.models: sft stands there twice"),
+        ("[sft, dpo, ppo]", "[sft, sft]", "pipeline.yaml:15: compare.models: sft is listed twice"),
         (
             "  models: [sft, dpo, ppo]",
             "  modles: [sft, dpo]",

@@ -373,7 +373,7 @@ def test_a_list_of_rewards() -> None:
 @pytest.mark.parametrize(
     ("written", "what"),
     [
-        (["words", {"words": 2.0}], "words stands there twice"),
+        (["words", {"words": 2.0}], "words is listed twice"),
         ([1.0], "1.0 is not a reward"),
         ({"words": {"n": 3}}, "words has no options"),
         ({"overlong": {"mx": 3}}, "max"),

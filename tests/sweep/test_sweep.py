@@ -124,10 +124,10 @@ def test_a_base_in_a_file_of_its_own(tmp_path: Path) -> None:
         ("  seed:", "  seeed:", 'sweep.yaml:8: unknown key "seeed"; did you mean "seed"?'),
         ("  seed:", "  learning_rate:", 'sweep.yaml:8: unknown key "learning_rate"; did you mean "train.lr"?'),
         ("  seed:", "  every:", '"every" may be evaluation.every or checkpoint.every or logging.every; write it out'),
-        ("[0, 1]", "[0, 0]", "sweep.yaml:8: train.seed: 0 stands there twice; keep one"),
+        ("[0, 1]", "[0, 0]", "sweep.yaml:8: train.seed: 0 is listed twice; keep one"),
         ("[0, 1]", "0", "sweep.yaml:8: grid.train.seed is 0; give a list of values"),
         ("[0, 1]", "[]", "sweep.yaml:8: grid.train.seed is []; give a list of values"),
-        ("[0, 1]\n", "[0]\n  train: {{seed: [1]}}\n", "train.seed stands twice in the grid"),
+        ("[0, 1]\n", "[0]\n  train: {{seed: [1]}}\n", "train.seed is in the grid twice"),
         (", validation_fraction: 0.1", "", "sweep.yaml:4: nothing is held out, so runs cannot be compared"),
         ("grid:", "gird:", 'sweep.yaml:6: unknown key "gird" at the top level; did you mean "grid"?'),
         (
@@ -144,7 +144,7 @@ def test_a_base_in_a_file_of_its_own(tmp_path: Path) -> None:
         (
             "grid:",
             "search: {{trials: 2, space: {{seed: [0, 1]}}}}\ngrid:",
-            "search stands beside a grid or runs; keep one",
+            "search is combined with a grid or runs; keep one",
         ),
     ],
 )

@@ -122,7 +122,7 @@ def test_what_cannot_be_halved(tmp_path: Path) -> None:
     path = written(
         tmp_path, written(tmp_path).read_text().split("grid:")[0].replace("{", "{{").replace("}", "}}") + search
     )
-    with pytest.raises(ConfigError, match=r"sweep.yaml:7: halving stands beside a search, .*; keep one"):
+    with pytest.raises(ConfigError, match=r"sweep.yaml:7: halving is combined with a search, .*; keep one"):
         load_sweep(path)
 
 

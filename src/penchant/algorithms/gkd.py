@@ -27,7 +27,7 @@ else:
 
 
 class GKDConfig(SamplingConfig):
-    """On-policy distillation: learn what a teacher of the same tokenizer would have said, at every token of given and own answers."""
+    """On-policy distillation: learn what a teacher with the same tokenizer would have said, at every token of given answers and the student's own."""
 
     name: Literal["gkd"] = Field(description="gkd")
     samples: Literal[1] = Field(1, description="completions of each prompt")
@@ -73,7 +73,7 @@ class GKDConfig(SamplingConfig):
         if rollout.engine != "own" or rollout.environment is not None:
             raise ConfigError("rollout", "is set, and gkd samples by itself", "leave out engine and environment")
         if parts.config.data.weight is not None:
-            raise ConfigError("data.weight", "is set, and gkd does not weigh rows", "leave it out")
+            raise ConfigError("data.weight", "is set, and gkd does not weight rows", "leave it out")
         if path is None:
             how = "give a model with the student's tokenizer"
             raise ConfigError("teacher.path", "is missing: gkd has no teacher", how)

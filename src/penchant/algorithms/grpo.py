@@ -55,7 +55,7 @@ BETAS = {"rloo": 0.05, "grpo": 0.04, "reinforce_pp": 0.01}  # the others have no
 
 
 class GroupConfig(OnlineConfig):
-    """RLOO, GRPO and what came of them: completions of one prompt are judged against each other."""
+    """RLOO, GRPO and their descendants: completions of one prompt are judged against each other."""
 
     name: Literal["rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce_pp"] = Field(
         description="rloo, grpo, dr_grpo, dapo, gspo, cispo or reinforce_pp"
@@ -72,7 +72,7 @@ class GroupConfig(OnlineConfig):
     )
     overlong_filter: bool = Field(False, description="leave cut completions out of the update (dapo: true)")
     group_baseline: bool = Field(
-        False, description="reinforce_pp: take the mean reward of the prompt's completions off first"
+        False, description="reinforce_pp: first subtract the mean reward of the prompt's completions"
     )
 
     @model_validator(mode="before")

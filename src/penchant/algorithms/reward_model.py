@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class RewardModelConfig(AlgorithmConfig):
-    """Training a reward model on pairs; present: neither `loss` nor `reward` is used. See docs/reward_models.md."""
+    """Training a reward model on pairs, with neither `loss` nor `reward`. See docs/reward_models.md."""
 
     name: Literal["reward_model"] = Field(description="reward_model")
     margin: Literal["none", "scores"] = Field(

@@ -44,7 +44,7 @@ class SamplingConfig(AlgorithmConfig):
         1.0,
         gt=0,
         le=100,
-        description="divide the logits of tokens that prompt or completion already have by this; 1: off",
+        description="divide the logits of tokens already in the prompt or completion by this; 1: off",
     )
 
     def check(self, parts: Parts) -> None:
@@ -90,7 +90,9 @@ class OnlineConfig(SamplingConfig):
         "sequence",
         description="all but rloo: average over each completion's tokens, over all tokens (DAPO), or divide by a constant",
     )
-    missing_eos_penalty: float = Field(0.0, ge=0, description="taken off the reward of a completion that did not end")
+    missing_eos_penalty: float = Field(
+        0.0, ge=0, description="subtracted from the reward of a completion that did not end"
+    )
 
     signal: ClassVar[Signal] = "prompts"
     needs: ClassVar[frozenset[str]] = frozenset({"reference"})
@@ -359,7 +361,7 @@ class Writer:
                 continue
             return found
         what = f"lost the weights that it was sent, {self.rollout.attempts} times in a row"
-        raise RolloutError(self.sampler.where, what, "does another run use it, or is it restarted all the time?")
+        raise RolloutError(self.sampler.where, what, "is another run using it, or does it keep restarting?")
 
     def begin(self, prompts: Sequence[TokenTree], iteration: int) -> None:
         """Have a later iteration's completions written by the weights of now: by another engine, while something else goes on."""
@@ -495,7 +497,7 @@ class OnPolicy(Algorithm):
         if how.elsewhere and whole and same and not away <= self.writer.sampler.tolerance:
             raise RolloutError(
                 self.writer.sampler.where,
-                f"the log-probs of what it wrote are {away:.2g} nats a token from the policy's in the mean "
+                f"the log-probs of what it wrote differ from the policy's by {away:.2g} nats a token on average "
                 f"(rollout.tolerance: {self.writer.sampler.tolerance:g})",
                 "start it with --logprobs-mode processed_logprobs and the run's dtype; where that is bf16, raise rollout.tolerance",
             )

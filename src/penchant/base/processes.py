@@ -36,7 +36,7 @@ def number_of(workers: Workers, tasks: int) -> int:
     if workers == RAY:
         return tasks
     if workers is not None and (not isinstance(workers, int) or workers < 1):
-        raise ConfigError("workers", f"is {workers!r}", f"give a number from 1 on, or {RAY}")
+        raise ConfigError("workers", f"is {workers!r}", f"give 1 or more, or {RAY}")
     return max(1, min(tasks, workers or cores()))
 
 

@@ -135,7 +135,7 @@ def _add_audit(verbs: Any) -> None:
     audit.add_argument(
         "--workers",
         metavar="N",
-        help="processes that share large files, or ray: those of a cluster (default: one a core)",
+        help="processes that share large files, or ray: those of a cluster (default: one per core)",
     )
     audit.add_argument("--no-languages", action="store_true", help="do not guess languages")
     audit.add_argument(

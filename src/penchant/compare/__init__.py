@@ -249,7 +249,9 @@ class RunComparer:
         for name in ("reward", "judge"):
             if self._sees and getattr(self.question, name) is not None:
                 how = "leave it out: the likelihood of given answers is compared"
-                raise ConfigError(f"--{name}", "judges what models write, and to pictures they write nothing here", how)
+                raise ConfigError(
+                    f"--{name}", "judges what models write, and here they write nothing about pictures", how
+                )
 
     def _about_reward(self) -> list[str]:
         """Which runs were trained to raise a reward by which they are judged."""

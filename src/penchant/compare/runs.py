@@ -161,7 +161,7 @@ def check_tokenizers(runs: Sequence[TrainedRun]) -> None:
         if run.manifest["tokenizer_sha256"] != first.manifest["tokenizer_sha256"]:
             raise ConfigError(
                 "compare",
-                f"{run.name} and {first.name} have different tokenizers, so their tokens, KL and likelihoods are of different things",
+                f"{run.name} and {first.name} have different tokenizers, so their tokens, KL and likelihoods cannot be compared",
                 "compare runs that have the same one",
             )
 

@@ -219,8 +219,8 @@ def markdown() -> str:
         "",
         "Written by `penchant config --markdown` from the schema; a test compares the two. `penchant config SECTION` or `penchant config train.lr` prints a part of it.",
         "",
-        "Any key can be set on the command line too: `penchant train run.yaml train.lr=1e-4`. A value of another type, outside its range or under",
-        "a name that is not here stops before anything is loaded, with the file's line and, for a mistyped name, the nearest one.",
+        "Any key can be set on the command line too: `penchant train run.yaml train.lr=1e-4`. A value of the wrong type or out of range,",
+        "or an unknown key, is refused before anything is loaded, with the file's line and, for a mistyped name, the nearest one.",
         "",
     ]
     for part in parts():
@@ -234,7 +234,7 @@ def markdown() -> str:
     lines += [
         "## What is refused",
         "",
-        "Settings that contradict each other, and common slips, with the answer that they get:",
+        "Settings that contradict each other, and common slips, with the error message that each gets:",
         "",
     ]
     lines += ["| settings | answer |", "|---|---|"]

@@ -28,7 +28,7 @@ WATCHING_ONLY = ("output", "logging", "trust", "launch")  # sections that change
 
 
 class EvaluationConfig(EvalConfig):
-    """The `evaluation` section, with what judges the sampled completions."""
+    """When to evaluate, and what judges the sampled completions."""
 
     reward: RewardConfig | None = Field(
         None,
@@ -95,7 +95,7 @@ class RunConfig(Section):
             raise ConfigError("teacher", "is not a model", "write teacher: {path: FOLDER}")
         algorithm = values.get("algorithm")
         if (algorithm.get("name") if isinstance(algorithm, Mapping) else algorithm) != "gkd":
-            raise ConfigError("teacher", "is for algorithm gkd alone", "set algorithm=gkd, or leave it out")
+            raise ConfigError("teacher", "is only for algorithm gkd", "set algorithm=gkd, or leave it out")
         if reference.get("path", path) != path:
             raise ConfigError("teacher.path", "and reference.path are both set", "keep one")
         return {n: v for n, v in values.items() if n != "teacher"} | {"reference": {**reference, "path": path}}

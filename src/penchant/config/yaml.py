@@ -133,7 +133,7 @@ RESOLVED = "config.resolved.yaml"  # in a run's folder
 
 def _data_file(path: Path) -> ConfigError:
     how = f"write one for this file with `penchant init --data {path}`"
-    return ConfigError(str(path), "is a file of data, and what is wanted here is a config (YAML)", how)
+    return ConfigError(str(path), "is a data file, and a config (YAML) is expected here", how)
 
 
 def read_mapping(path: str | Path, shape: str) -> tuple[dict[str, Any], Places]:
@@ -269,7 +269,7 @@ def set_key(values: dict[str, Any], places: Places, path: tuple[str, ...], value
             raise ConfigError(where, what, "give the whole list, or change it in the file")
         if not isinstance(at, dict):
             what = f"{'.'.join(path[: i + 1])} is a value, not a section, so {'.'.join(path)} cannot be set"
-            raise ConfigError(where, what, "see `penchant config` for the keys that there are")
+            raise ConfigError(where, what, "see `penchant config` for all keys")
     if path[-2:] == ("loss", "name") and at.get("name", "dpo") != value:
         # another loss starts from its own defaults: a beta that was meant for the file's loss is not meant for it
         given = {p[-1] for p, place in places.items() if p[:-1] == path[:-1] and place == "command line"}

@@ -421,7 +421,7 @@ class DataCache:
         except NotStorable:
             return None
         if not kept:
-            self.note(f"data cache: {cache_folder('data')} cannot be written; going on without")
+            self.note(f"data cache: {cache_folder('data')} cannot be written; continuing without it")
             return None
         self.note(f"data cache: {kind} kept in {entry.folder}")
         return entry.get(read)

@@ -120,7 +120,7 @@ class DataConfig(Section):
         None,
         ge=1,
         le=4096,
-        description="processes that read, split, tokenize and audit cached rows, with the results of one; default: one a core for 128 MB or 200,000 rows and more",
+        description="processes that read, split, tokenize and audit cached rows, with the same results as one; default: one per core for 128 MB or 200,000 rows and more",
     )
     cache: Literal["auto", "off"] = Field(
         "auto",

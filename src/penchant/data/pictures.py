@@ -199,7 +199,7 @@ class Taken:
             how = (
                 "give it in the prompt; of a conversation learn each answer by itself (data.layout_options.turns=every)"
             )
-            raise RowError("a picture stands in an answer, or behind one that is learned", how)
+            raise RowError("a picture is in an answer, or after one that is learned", how)
         listed = list(map(mark_of, self.listed))
         if not any(map(MARK.search, texts)):
             trees = [replace(t, prompt=_in_front(t.prompt, "".join(listed))) for t in trees]

@@ -101,7 +101,7 @@ def check_push(repo: str, base: str | None = None) -> None:
     if get_token() is None:
         raise ConfigError("--push", "there is no token of the hub", "set HF_TOKEN, or log in with `hf auth login`")
     if base is not None and looks_like_folder(base):
-        raise ConfigError("--push", "the adapter's base is a folder of this machine", "push --to merged instead")
+        raise ConfigError("--push", "the adapter's base is a folder on this machine", "push --to merged instead")
 
 
 def push(folder: Path, repo: str, *, private: bool, message: str) -> str:
@@ -121,7 +121,7 @@ def push(folder: Path, repo: str, *, private: bool, message: str) -> str:
         return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message))
     except (HfHubHTTPError, OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:
         how = f"{folder} is written and whole; try again later"
-        raise ModelError("--push", f"the hub did not take it ({told(error)})", how) from None
+        raise ModelError("--push", f"the hub rejected it ({told(error)})", how) from None
 
 
 # ---- One export: write aside, read back, compare, describe, rename; then perhaps push ----

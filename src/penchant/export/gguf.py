@@ -71,7 +71,7 @@ def vocabulary_of(tokenizer: Any, rows: int, where: str) -> Vocabulary:
     definition = json.loads(backend.to_str())
     model = definition["model"]
     if model["type"] != "BPE":
-        raise ModelError(where, f"GGUF export knows BPE tokenizers, not {model['type']}", "use --to safetensors")
+        raise ModelError(where, f"GGUF export supports BPE tokenizers, not {model['type']}", "use --to safetensors")
     kind, pre, adds_space, notes = _kind(definition, where)
     by_id = {int(i): str(t) for t, i in backend.get_vocab(with_added_tokens=True).items()}
     added = {int(t["id"]): bool(t["special"]) for t in definition["added_tokens"]}

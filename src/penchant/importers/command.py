@@ -95,7 +95,7 @@ def _tool(word: str) -> str:
 def _filled(word: str, variables: Mapping[str, str]) -> str:
     names = re.compile(r"\$\{(\w+)\}|\$(\w+)")
     if sum(len(variables.get(m[1] or m[2], "")) for m in names.finditer(word)) > MOST_BYTES:
-        raise ValueError("its variables say too much")
+        raise ValueError("its variables hold too much text")
     return names.sub(lambda m: variables.get(m[1] or m[2], m[0]), word)
 
 

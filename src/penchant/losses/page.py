@@ -81,7 +81,7 @@ def markdown() -> str:
     lines = [
         "# Losses",
         "",
-        "Written by `penchant losses --markdown` from the registry; a test compares the two. `penchant losses NAME` tells more.",
+        "Written by `penchant losses --markdown` from the registry; a test compares the two. `penchant losses NAME` describes one in full.",
         "",
         f"Notation: {NOTATION}.",
         "",

@@ -56,7 +56,7 @@ def resolve_device(device: str) -> torch.device:
     place = torch.device(device)
     if place.index is not None and place.index >= (count := accelerator(place.type).device_count()):
         there = ", ".join(f"{place.type}:{i}" for i in range(count))
-        raise ConfigError("model.device", f"there is no {device} here, only {there}", "give one that is there")
+        raise ConfigError("model.device", f"there is no {device} here, only {there}", "give one of those")
     return place
 
 

@@ -91,7 +91,7 @@ def check_text_alone(model: ModelConfig, where: str, what: str) -> None:
 
 
 class LoraConfig(Section):
-    """A low-rank adapter; present = trained instead of the full model."""
+    """A low-rank adapter; if this section is present, it is trained instead of the full model."""
 
     r: int = Field(16, ge=1, le=65536, description="rank")
     alpha: float = Field(32.0, gt=0, description="scale of the update, which is multiplied by alpha / r")
@@ -101,7 +101,7 @@ class LoraConfig(Section):
         description="layers that get an adapter: all-linear, a list of names, or a regular expression for whole names",
     )
     rslora: bool = Field(False, description="rank-stabilized LoRA: the update is multiplied by alpha / sqrt(r)")
-    dora: bool = Field(False, description="DoRA: the norm of each output's weights is trained beside the update")
+    dora: bool = Field(False, description="DoRA: the norm of each output's weights is trained along with the update")
     lr_ratio: float = Field(
         1.0, gt=0, le=1e4, description="learning rate of the B matrices, as a multiple of the others' (LoRA+: 16)"
     )

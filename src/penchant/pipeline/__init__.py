@@ -99,7 +99,7 @@ class CompareConfig(Section):
     @classmethod
     def _at_least_two(cls, models: list[str]) -> list[str]:
         if twice := sorted(repeated(models)):
-            raise ValueError(f"{', '.join(twice)} stands there twice")
+            raise ValueError(f"{', '.join(twice)} is listed twice")
         if len(models) < 2:
             raise ValueError("name at least two stages, the one to compare with first")
         return models

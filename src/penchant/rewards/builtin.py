@@ -176,7 +176,7 @@ class OverlongReward(Section):
     0 up to ``max - cache`` tokens, then falling as ``((max - cache) - length) / cache`` to -1 at `max`, and -1 beyond.
     """
 
-    max: int = Field(ge=1, description="tokens of a completion from which the penalty is -1")
+    max: int = Field(ge=1, description="completion length in tokens from which the penalty is -1")
     cache: int | None = Field(None, ge=1, description="tokens before max over which it grows; null: a fifth of max")
 
     @model_validator(mode="after")
@@ -198,8 +198,8 @@ class OverlongReward(Section):
 class RepetitionReward(Section):
     """A price on n-grams of words that a completion repeats: ``max_penalty (1 - distinct / all)``; 0 of texts below n words."""
 
-    n: int = Field(3, ge=1, description="words of a gram")
-    max_penalty: float = Field(-1.0, le=0, description="where every gram is the same")
+    n: int = Field(3, ge=1, description="words per n-gram")
+    max_penalty: float = Field(-1.0, le=0, description="penalty if every n-gram is the same")
 
     def function(self) -> RewardFunction:
         def repetition(completions: Sequence[str]) -> list[float]:
@@ -218,7 +218,7 @@ class EndpointReward(Section):
     url: str = Field(description="http(s)://HOST...")
     key_env: str | None = Field(None, description="environment variable with the key, sent as a bearer token")
     concurrency: int = Field(8, ge=1, le=1024, description="requests at a time")
-    attempts: int = Field(6, ge=1, le=100, description="of one request, with pauses that double")
+    attempts: int = Field(6, ge=1, le=100, description="attempts per request, with pauses that double")
     timeout: float = Field(120.0, gt=0, description="seconds without a byte before an attempt is given up")
 
 
@@ -230,7 +230,9 @@ class JudgeReward(EndpointReward):
     against: Literal["none", "group"] = Field(
         "none", description="none: each completion gets a grade; group: each is compared with the prompt's others"
     )
-    parameters: dict[str, Any] | None = Field(None, description="of sampling; null: temperature 0, max_tokens 512")
+    parameters: dict[str, Any] | None = Field(
+        None, description="sampling parameters; null: temperature 0, max_tokens 512"
+    )
 
     def function(self) -> RewardFunction:
         from penchant.rewards.remote import Judge
@@ -241,7 +243,7 @@ class JudgeReward(EndpointReward):
 class HttpReward(EndpointReward):
     """A POST of ``{"prompts", "completions", "columns"}`` that is answered by ``{"rewards": [...]}``, a number or null each."""
 
-    batch: int = Field(64, ge=1, description="completions of one request")
+    batch: int = Field(64, ge=1, description="completions per request")
 
     def function(self) -> RewardFunction:
         from penchant.rewards.remote import Http
@@ -304,7 +306,7 @@ class RewardConfig(Section):
         "auto", description="device of reward models, e.g. cpu, or cuda:1 for the second GPU; auto: the policy's"
     )
     timeout: float | None = Field(
-        600.0, gt=0, description="seconds that each reward may take for a step's completions; null: as long as it takes"
+        600.0, gt=0, description="seconds that each reward may take for a step's completions; null: no limit"
     )
     single: bool = Field(False, description="written as one name")
 
@@ -357,7 +359,7 @@ def _listed(value: Sequence[Any]) -> dict[str, Any]:
         if not isinstance(one, dict):
             raise ValueError(f"{item!r} is not a reward; write a name, or {{name: weight}}")
         if twice := next((n for n in one if n in found), None):
-            raise ValueError(f"{twice} stands there twice; give it one weight")
+            raise ValueError(f"{twice} is listed twice; give it one weight")
         found |= one
     return found
 

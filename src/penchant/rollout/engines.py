@@ -445,7 +445,7 @@ class VLLMServer(Remote):
             self.trainer = None
             raise RolloutError(
                 self.where,
-                f"the weights did not go over by NCCL ({shown(str(error)[:300])})",
+                f"the weights could not be sent by NCCL ({shown(str(error)[:300])})",
                 'start it with VLLM_SERVER_DEV_MODE=1 and --weight-transfer-config \'{"backend": "nccl"}\', or set rollout.update=file',
             ) from error
 

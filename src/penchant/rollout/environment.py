@@ -160,7 +160,7 @@ class Stage:
         for a, b in pairwise(episodes):
             if a.tree is b.tree and a.sample.prompt != b.sample.prompt:
                 what = f"{a.place}: reset of {self.name} gives different messages to completions of one row"
-                raise RewardError(WHERE, what, "let it be a function of the row: the completions share their prompt")
+                raise RewardError(WHERE, what, "make it depend on the row alone: the completions share their prompt")
         for turn in range(self.turns):
             going = [e for e in episodes if e.going]
             if not going:
@@ -190,7 +190,7 @@ class Stage:
             whole = len(made.sample.prompt) + max_tokens
             if self.context is not None and whole > self.context:
                 what = f"{place}: with what reset of {self.name} says, prompt and completion make {whole} tokens, beyond the model's {self.context}"
-                raise RewardError(WHERE, what, "let it say less, or lower algorithm.max_new_tokens")
+                raise RewardError(WHERE, what, "make it say less, or lower algorithm.max_new_tokens")
         return made
 
     def _prompt(self, tree: TokenTree, row: PromptTree, turns: Sequence[Message], more: Sequence[Message]) -> list[int]:

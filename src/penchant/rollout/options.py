@@ -18,7 +18,7 @@ class RolloutConfig(Section):
         "own", description="own: Penchant's sampler; vllm: a vLLM server at `url`, or vLLM in this process without one"
     )
     environment: str | None = Field(
-        None, description="what the policy's completions are conversations with: calculator (a toy), or path.py:Class"
+        None, description="what the policy converses with in its completions: calculator (a toy), or path.py:Class"
     )
     turns: int = Field(
         4, ge=1, le=256, description="with an environment: the most turns that the policy has in a completion"
@@ -26,24 +26,25 @@ class RolloutConfig(Section):
     environment_timeout: float | None = Field(
         600.0, gt=0, le=86_400, description="seconds for each call of the environment's code; null: no limit"
     )
-    url: str | None = Field(None, description="of a vLLM server, without /v1: http://127.0.0.1:8000")
+    url: str | None = Field(None, description="address of a vLLM server, without /v1: http://127.0.0.1:8000")
     model: str | None = Field(None, description="the model's name at the server; null: the one that it serves")
     key_env: str | None = Field(None, description="environment variable with the server's key; null: no key")
     timeout: float = Field(600.0, gt=0, le=86_400, description="seconds without a byte from the server")
-    attempts: int = Field(8, ge=1, le=100, description="times that a request, and a batch, is asked for")
+    attempts: int = Field(8, ge=1, le=100, description="how many times a request, or a batch, is tried")
     update: Literal["auto", "nccl", "file"] = Field(
         "auto",
         description="how weights reach the engine; auto: nccl from a GPU where vllm is installed here too, else by file",
     )
     folder: str | None = Field(
-        None, description="file: where weights are written, a path that the server sees too; null: in the run's folder"
+        None,
+        description="file: where weights are written, a path that the server can read too; null: in the run's folder",
     )
     options: dict[str, Any] = Field(
         default_factory=dict, description="vLLM in this process: further arguments of vllm.LLM"
     )
     tolerance: float | Literal["auto"] = Field(
         "auto",
-        description="most that the engine's log-probs may differ from the policy's, nats a token in the mean; auto: 1e-3 in fp32, 0.05 else",
+        description="largest mean difference between the engine's log-probs and the policy's, nats per token; auto: 1e-3 in fp32, otherwise 0.05",
     )
     correction: Literal["none", "tis", "mis"] = Field(
         "none",
@@ -55,7 +56,7 @@ class RolloutConfig(Section):
     correction_high: float = Field(2.0, gt=0, description="tis: largest weight; mis: beyond it a weight is 0")
     correction_low: float = Field(0.0, ge=0, description="mis: below it a weight is 0")
     lag: Literal[0, 1] = Field(
-        0, description="1: the next batch is written by the weights of before this one's updates, while it trains"
+        0, description="1: the next batch is written while this one trains, by the weights from before its updates"
     )
 
     @model_validator(mode="after")

@@ -355,7 +355,9 @@ def of_config(config: RunConfig, step: str, base: str | None = None, given: str 
         )
     checkpoint = find_checkpoint(folder, step)
     if checkpoint is None and step != "0" and (folder / IDENTITY).exists():
-        raise CheckpointError(given, "this run has no checkpoint yet", "train it on, or give --step 0 for its start")
+        raise CheckpointError(
+            given, "this run has no checkpoint yet", "continue training it, or give --step 0 for its start"
+        )
     seed, tokenizer = config.train.seed, config.model.tokenizer or config.model.path
     adapter = None if config.model.adapter is None else Path(config.model.adapter)
     first = Source(START, config.model, tokenizer, adapter, seed, config, folder, START)

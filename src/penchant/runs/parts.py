@@ -301,7 +301,9 @@ def check_places(config: RunConfig) -> None:
         resolve_place(key, wanted, config.model.device)
         if current().many and (":" in wanted or (key == "reference.device" and wanted != "auto")):
             what = f"is {wanted}, and each of the {current().size} processes has a device of its own"
-            raise ConfigError(key, what, "leave it out: what is held beside the policy is dealt out as the policy is")
+            raise ConfigError(
+                key, what, "leave it out: models beside the policy are sharded the same way as the policy"
+            )
     if "reference" in config.method.needs:
         reference_kind(config)
 

@@ -255,8 +255,8 @@ class Rows:
         for name, part in (("train", numbered[0]), ("held out", numbered[1])):
             if (weights := row_weights(part)) is not None:
                 self.console.note(
-                    f"{name}: rows count what {self.config.data.weight} says, {weights.min():g} to {weights.max():g}, "
-                    f"in the mean {weights.mean():.4g}"
+                    f"{name}: rows are weighted by {self.config.data.weight}, from {weights.min():g} to {weights.max():g}, "
+                    f"{weights.mean():.4g} on average"
                 )
         if not numbered[0]:
             raise DataError(str(self.config.data.path), "no row is left to train on", "look at the quarantine file")

@@ -486,7 +486,9 @@ def _help(chat: Chat, _: str) -> None:
         chat.terminal.note("  an empty line        continue the text so far")
     if len(chat.models) == 2:
         both = "both models see one conversation"
-        chat.terminal.note(f"{both}: it goes on with the better answer, without a choice with the left one")
+        chat.terminal.note(
+            f"{both}: the conversation continues with the better answer, or with the left one if you do not choose"
+        )
 
 
 def _reset(chat: Chat, _: str) -> None:

@@ -296,7 +296,7 @@ class Processes:
     def _start_anew(self, made: Draft) -> None:
         folder, file = self.root / made.folder, self.root / made.file
         if self.running(made.folder):  # a second click, or a second window
-            raise CheckpointError(made.folder, "was started already", "look at it among the runs")
+            raise CheckpointError(made.folder, "was started already", "find it among the runs")
         if (folder / CHECKPOINTS).exists() or (folder / CONFIG).exists():
             raise CheckpointError(made.folder, "holds a run already", "choose another output, or go on with that run")
         known = made.text, self._written.get(made.file)  # that of a start that failed may be mended

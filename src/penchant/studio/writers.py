@@ -139,12 +139,12 @@ class Writers:
             ):
                 if reply.status_code != 200:
                     said = there.without_key(one_line(refusal(await reply.aread()))[:300])
-                    raise DataError(where, f"answered {reply.status_code}: {said}", "look at its address and model")
+                    raise DataError(where, f"answered {reply.status_code}: {said}", "check its address and model")
                 async for line in reply.aiter_lines():
                     if piece := _piece(line):
                         yield piece
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise DataError(where, f"cannot be asked ({type(error).__name__})", "look whether it is running") from error
+            raise DataError(where, f"cannot be asked ({type(error).__name__})", "check that it is running") from error
 
     def close(self) -> None:
         """No further token is written."""

@@ -88,7 +88,7 @@ def grid(section: Any, places: Places, source: str, base: Mapping[str, Any]) -> 
         if not isinstance(values, list) or not values:
             raise ConfigError(at, f"grid.{key} is {values!r}", "give a list of values")
         if key in axes:
-            raise ConfigError(at, f"{key} stands twice in the grid", "keep one")
+            raise ConfigError(at, f"{key} is in the grid twice", "keep one")
         axes[key] = axis(key, values, [place_of((*path, str(i)), places, at) for i in range(len(values))])
     return axes
 
@@ -105,7 +105,7 @@ def axis(key: str, values: Sequence[Any], places: Sequence[str]) -> list[Setting
     """A key with its values, each once."""
     for i, value in enumerate(values):
         if any(value == other and type(value) is type(other) for other in values[:i]):
-            raise ConfigError(places[i], f"{key}: {value!r} stands there twice", "keep one")
+            raise ConfigError(places[i], f"{key}: {value!r} is listed twice", "keep one")
     labels: list[str] = []
     for value in values:
         made = label(value)
@@ -379,11 +379,11 @@ def _search(values: Mapping[str, Any], places: Places, source: str, maker: _Make
     place = place_of(("search",), places, source)
     if axes or values.get("runs") is not None:
         how = "keep one; lists go into search.space as choices"
-        raise ConfigError(place, "search stands beside a grid or runs", how)
+        raise ConfigError(place, "search is combined with a grid or runs", how)
     if values.get("halving") is not None:
         raise ConfigError(
             place_of(("halving",), places, source),
-            "halving stands beside a search, whose trials follow one another and cannot wait for each other at a rung",
+            "halving is combined with a search, whose trials run one after another and cannot wait for each other at a rung",
             "keep one; halving goes with a grid or runs",
         )
     config = read_section(SearchConfig, "search", values, places, source)

@@ -75,7 +75,7 @@ def read_cluster(values: Mapping[str, Any], places: Places, source: str, runs: S
     for name, said in {"partition": config.partition or "", **config.options}.items():
         if not name.replace("-", "").isalnum() or not str(said).isprintable():  # they are lines of the job's script
             what = f"cluster.options.{name}" if name in config.options else f"cluster.{name}"
-            raise ConfigError(place, f"{what!r} is not an option of one line", "write it as sbatch has it, without --")
+            raise ConfigError(place, f"{what!r} is not a one-line option", "write it as sbatch has it, without --")
     other, names = ("Ray", OF_SLURM) if config.on == "ray" else ("Slurm", OF_RAY)
     for name in names:
         if getattr(config, name):

@@ -37,7 +37,7 @@ class TrainConfig(Section):
         description="adamw_8bit and paged_adamw_8bit keep moments in 8 bits (pip install 'penchant[bnb]'); adafactor keeps rows and "
         "columns of them; muon is used for the matrices within layers, adamw for everything else",
     )
-    momentum: float | None = Field(None, ge=0, lt=1, description="of sgd and muon; default: 0.9 and 0.95")
+    momentum: float | None = Field(None, ge=0, lt=1, description="momentum of sgd and muon; default: 0.9 and 0.95")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of matrices; norms and biases never decay")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay rate of the gradient's running mean")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="decay rate of the gradient's running square")

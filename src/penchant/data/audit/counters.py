@@ -251,7 +251,7 @@ NEAR_FINDINGS = {  # title, what joins the two places, advice
         "near contradictions: nearly the same pair the other way round", "against", "look at both"),
     "near_identical": (
         '"chosen" nearly equals "rejected"', "",
-        "the signal of such pairs is small: look whether it is the one you mean"),
+        "the signal of such pairs is small: check that it is the one you mean"),
     "cycles": (
         "cycles: A over B, B over C, C over A for one prompt", "", "at least one label of each cycle is wrong"),
 }  # fmt: skip

@@ -333,7 +333,7 @@ def template_options(row: Mapping[str, Any]) -> str:
         raise RowError(f'"{name}" is not an object', 'write {"enable_thinking": false}')
     kept = {str(k): v for k, v in read.items() if v is not None}
     if wrong := sorted(kept.keys() & NOT_OPTIONS):
-        raise RowError(f'"{name}" holds {wrong[0]}, which is not for a row to say', "take it out")
+        raise RowError(f'"{name}" holds {wrong[0]}, which a row may not set', "take it out")
     return as_json(kept) if kept else ""
 
 

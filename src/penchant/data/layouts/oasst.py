@@ -20,7 +20,7 @@ def fold(rows: Sequence[Fields]) -> Fields:
     for row in rows:
         name = fields.as_text(row.get("message_id"), '"message_id"')
         if name in nodes:
-            raise RowError(f"the message {fields.shown(name)} stands there twice", "drop one of them")
+            raise RowError(f"the message {fields.shown(name)} is listed twice", "drop one of them")
         nodes[name] = {**row, "replies": []}
     roots = []
     for node in nodes.values():

@@ -184,7 +184,7 @@ def _displacement(run: RunView) -> Seen | None:
             ", no more than the chosen ones: what both lose goes to answers that nobody has seen." if spared else "."
         )
         sentence += f" Rejected answers {moved}{ending}"
-        shown.append(evidence("the same of rejected answers, last", [rejected]))
+        shown.append(evidence("the same for rejected answers, last", [rejected]))
     strong = spared or rejected is None or (per_token is not None and per_token < -LARGE)
     return Seen(sentence, tuple(shown), "warning" if strong else "note")
 

@@ -100,7 +100,10 @@ class TrustConfig(Section):
     )
     judge_failures: float = Field(0.05, ge=0, lt=1, description="share of a judge's replies that may be unreadable")
     ties: float = Field(
-        0.9, gt=0, le=1, description="share of prompts or pairs that a reward may tie before it is said to tell nothing"
+        0.9,
+        gt=0,
+        le=1,
+        description="share of prompts or pairs that a reward may tie before a flag says that it tells nothing",
     )
     cut_rows: float = Field(0.1, ge=0, lt=1, description="share of rows that data.max_length may cut")
     bad_rows: float = Field(0.1, ge=0, lt=1, description="share of rows that may be left out as bad")
