@@ -362,6 +362,35 @@ def test_a_step_is_deterministic_and_sampling_is_outside(
     assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
+def test_a_models_own_attention_goes_back_in_order_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An encoder's, or that of padded rows: in a step, whose mode only warns."""
+    seen: list[bool] = []
+    warns = torch.is_deterministic_algorithms_warn_only_enabled
+
+    class Noting(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, q: Any, k: Any, v: Any) -> Any:
+            return q + k + v
+
+        @staticmethod
+        def backward(ctx: Any, grad: Any) -> Any:
+            seen.append(warns())
+            return grad, grad, grad
+
+    def attention(q: Any, k: Any, v: Any, **_: Any) -> Any:
+        return Noting.apply(q, *(x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v)))
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    model = tiny_model("llama", dtype=torch.float32)
+    model.set_attn_implementation("sdpa")
+    with steps.repeatable(CUDA, True):
+        model(input_ids=torch.arange(6)[None]).logits.sum().backward()
+        assert warns()
+    assert len(seen) == model.config.num_hidden_layers and not any(seen)
+    assert torch.nn.functional.scaled_dot_product_attention is attention
+
+
 @pytest.mark.parametrize("tf32", [False, True])
 def test_products_of_a_gpu_are_as_precise_as_asked(monkeypatch: pytest.MonkeyPatch, tf32: bool) -> None:
     matmul = SimpleNamespace(allow_tf32=None, allow_bf16_reduced_precision_reduction=None)

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from penchant.base.machine import in_fp64
 from penchant.distributed.world import World
+from penchant.models.tree_kernels import with_strict_backward
 from penchant.types import LossOutput
 
 # ---- Which trees a step trains on: a pure function of seed and step, so that a resumed run needs no data cursor but the step ----
@@ -241,11 +243,27 @@ def repeatable(device: torch.device, wanted: bool) -> Iterator[None]:
     fill.fill_uninitialized_memory = False  # a pass over every buffer that only finds bugs
     torch.backends.cuda.enable_cudnn_sdp(False)  # first choice on Hopper, unordered, and warn_only lets it pass
     try:
-        yield
+        with _ordered_attention():
+            yield
     finally:
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         fill.fill_uninitialized_memory = filled
+
+
+@contextmanager
+def _ordered_attention() -> Iterator[None]:
+    """Whatever attends by SDPA has an ordered backward pass: encoders and models with an attention of their own too."""
+    plain = F.scaled_dot_product_attention
+
+    def ordered(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return with_strict_backward(plain(query, key, value, *args, **kwargs), query, key, value)
+
+    F.scaled_dot_product_attention = ordered  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = plain  # type: ignore[assignment]
 
 
 def set_precision(device: torch.device, tf32: bool) -> None:
