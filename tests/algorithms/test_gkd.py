@@ -144,6 +144,7 @@ def test_a_run_comes_nearer_to_its_teacher_and_goes_on_exactly(
         ({"teacher": None}, "gkd has no teacher"),
         ({"algorithm": None, "loss": "sft"}, "teacher: is only for algorithm gkd"),
         ({"reference": {"path": "elsewhere"}}, "teacher.path: and reference.path are both set"),
+        ({"reference": {"ema": 0.9}}, "is the teacher"),
         ({"reward": "words"}, "takes none"),
         ({"weight": "counts"}, "data.weight.*gkd does not weight rows"),
     ],

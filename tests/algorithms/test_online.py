@@ -236,6 +236,29 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_ends(
         assert any(kept[:at]) and any(kept[at:])
 
 
+@pytest.mark.parametrize("name", ["grpo", "rloo", "ppo"])
+def test_a_reference_that_follows_the_policy(
+    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Copied after each step it is the policy that writes, and their KL is 0; a killed run goes on from where it was."""
+    base["algorithm"] |= {"name": name, "beta": 0.1, "epochs": 1}
+    base["train"] |= {"max_steps": 4}
+    base |= {"checkpoint": {"every": 1}, "data": {**base["data"], "validation_rows": None}}
+    still = lines(api.train({**base, "output": str(tmp_path / "still")}, quiet=True).folder)
+    copied = lines(
+        api.train({**base, "output": str(tmp_path / "copied"), "reference": {"sync_every": 1}}, quiet=True).folder
+    )
+    assert max(x["kl/k3"] for x in still) > 1e-3
+    assert max(x["kl/k3"] for x in copied) < 1e-6
+
+    base["reference"] = {"ema": 0.9}
+    whole = api.train(base, quiet=True)
+    base["output"] = str(tmp_path / "killed")
+    train_until_killed(base, 2, monkeypatch)
+    resumed = api.train(base, quiet=True)
+    assert written(resumed.folder, resumed.steps) == written(whole.folder, whole.steps)
+
+
 def test_groups_survive_as_tensors() -> None:
     some = groups()
     for g in some:
@@ -283,6 +306,25 @@ def test_any_data_gives_its_prompts_once(base: dict[str, Any], tmp_path: Path) -
     assert result.steps == 1
 
 
+def test_long_prompts_lose_their_start(base: dict[str, Any], tmp_path: Path) -> None:
+    """Not the row: what the policy writes needs no room in max_length, which prompts alone fill."""
+    rows = [{"prompt": "a" * 40 + str(i)} for i in range(12)]
+    base["data"] = {"path": write_jsonl(tmp_path / "long.jsonl", rows), "max_length": 16}
+    base["train"] |= {"batch_size": 6, "epochs": 1}
+    assert api.train(base, quiet=True).steps == 2
+
+
+def test_how_far_the_policy_is_from_who_wrote_is_logged(base: dict[str, Any]) -> None:
+    base["algorithm"] |= {
+        "name": "grpo",
+        "epochs": 2,
+        "entropy_coef": 1.0,
+    }  # which moves the policy whatever the rewards are
+    base["train"]["epochs"] = 1
+    found = [x["kl/old_new"] for x in lines(api.train(base, quiet=True).folder) if x["kind"] == "train"]
+    assert abs(found[0]) < 1e-9 and found[1] > 1e-6
+
+
 def test_the_missing_eos_penalty_lowers_the_reward(base: dict[str, Any], tmp_path: Path) -> None:
     base["train"]["epochs"] = 0.5
     plain = api.train(base, quiet=True)
@@ -301,6 +343,7 @@ def test_the_missing_eos_penalty_lowers_the_reward(base: dict[str, Any], tmp_pat
         ({"algorithm": {"name": "rlo"}}, 'did you mean "rloo"'),
         ({"algorithm": {"name": "rloo", "samples": 1}}, "samples is 1; rloo judges"),
         ({"algorithm": {"name": "reinforce_pp", "samples": 1, "dynamic_sampling": 2}}, "samples is 1; reinforce_pp"),
+        ({"algorithm": {"name": "grpo", "minibatches": 11}}, "minibatches: is 11, and a batch of rollouts is of 10"),
         ({"algorithm": {"name": "online_dpo", "epochs": 2}}, "takes one step"),
         ({"algorithm": {"name": "online_dpo", "beta": 0.0}}, "beta is 0; give a number above 0"),
         ({"algorithm": {"name": "grpo", "beta": -1.0}}, "of at least 0"),
@@ -484,6 +527,12 @@ def test_cut_completions_are_left_out_but_count_in_their_groups_mean() -> None:
         assert torch.equal(a.extras["advantages"], b.extras["advantages"])
     # a prompt whose completions are all cut teaches nothing
     cut[0] = Group(replace(cut[0].tree, truncated=(True,) * 3), cut[0].rewards)
+    algorithm = made(model, cut, name="dapo", dynamic_sampling=0)
+    assert [t.row for t in algorithm.begin_step(0, 0.0, [])] == [cut[1].tree.row]
+    # nor does one whose only whole completion has no reward: a step of such prompts is none
+    rewards = cut[0].rewards.clone()
+    rewards[0] = torch.nan
+    cut[0] = Group(replace(cut[0].tree, truncated=(False, True, True)), rewards)
     algorithm = made(model, cut, name="dapo", dynamic_sampling=0)
     assert [t.row for t in algorithm.begin_step(0, 0.0, [])] == [cut[1].tree.row]
 

@@ -98,7 +98,9 @@ def test_files_that_do_not_fit(tmp_path: Path, code: str, what: str) -> None:
         ("return [1 / len(c) for c in completions]", r"ZeroDivisionError: division by zero \(completion 1: ''\)"),
         ("return [1.0]", "returned 1 values for 2 completions"),
         ("return [float('nan') if not c else 1.0 for c in completions]", "returned nan for completion 1: ''"),
-        ("return ['good' for c in completions]", "returned list that holds no numbers"),
+        ("return ['good' if not c else 1.0 for c in completions]", "returned 'good' for completion 1: ''"),
+        ("return [1.0, [2.0, 3.0]]", "returned list that holds no numbers"),
+        ("return [1e39 if not c else 1.0 for c in completions]", r"returned 1e\+39 for completion 1: ''"),
         ("return None", "returned None; return a list"),
         ("return 1.0", r"returned 1 values \(no list\) for 2"),
         ("return [[1.0], [2.0]]", r"returned 2 values \(an array of shape \[2, 1\]\) for 2"),
@@ -113,9 +115,16 @@ def test_errors_inside_name_the_completion(tmp_path: Path, body: str, what: str)
 
 
 def test_tensors_serve_with_a_gradient_and_in_bf16_too(tmp_path: Path) -> None:
-    for made in ("torch.tensor([1.0, 2.5], requires_grad=True)", "torch.tensor([1.0, 2.5], dtype=torch.bfloat16)"):
+    tensors = "torch.tensor([1.0, 2.5], requires_grad=True)", "torch.tensor([1.0, 2.5], dtype=torch.bfloat16)"
+    for made in (*tensors, *(f"list({t})" for t in tensors)):
         path = write(tmp_path, f"import torch\ndef f(prompts, completions):\n    return {made}\n")
         assert load_reward(f"{path}:f")(["p", "p"], ["x", "y"]).tolist() == [1.0, 2.5]
+
+
+def test_an_array_of_objects_may_hold_none(tmp_path: Path) -> None:
+    code = "import numpy as np\ndef f(prompts, completions):\n    return np.array([None, 2.0], dtype=object)\n"
+    found = load_reward(f"{write(tmp_path, code)}:f")(["p", "p"], ["x", "y"])
+    assert np.isnan(found[0]) and found[1] == 2.0
 
 
 def test_a_file_with_a_dataclass_can_be_imported(tmp_path: Path) -> None:
@@ -200,6 +209,12 @@ def test_conversations_come_as_messages_and_texts_as_they_are_in_the_data(tmp_pa
     assert said == [[{"role": "assistant", "content": "x"}], "x"]
     # what is built in reads the texts of both
     assert load_reward("words", policy)(prompts, texts, trees).tolist() == [1.0, 1.0]
+
+
+def test_columns_do_not_take_the_place_of_what_the_policy_wrote(tmp_path: Path) -> None:
+    code = "def f(prompts, completions, **columns):\n    return [float((p, c) == ('a', 'x')) for p, c in zip(prompts, completions)]\n"
+    prompts, texts, trees, policy = rollouts(row("a", 1, prompts="theirs", completions="theirs"))
+    assert load_reward(f"{write(tmp_path, code)}:f", policy)(prompts, texts, trees).tolist() == [1.0]
 
 
 def test_functions_of_trls_documented_signature_paste_unchanged(tmp_path: Path) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from endpoints import Asked, serve
+from tiny import tiny_model_folder, write_jsonl
 
+from penchant import api
 from penchant.errors import ConfigError, RewardError
 from penchant.rewards import load_reward
 from penchant.rewards.remote import grade_of
@@ -69,6 +72,32 @@ def test_a_judge_that_always_says_the_first_prefers_nobody() -> None:
         assert judge_at(server.url, against="group")(["p", "p"], ["a", "b"]).tolist() == [0.5, 0.5]
 
 
+def test_a_run_whose_reward_compares_has_no_held_out_reward(tmp_path: Path) -> None:
+    """Held-out prompts get one completion each, which has nothing to be compared with: the run trains, and says so in its figures."""
+    rows = [{"prompt": f"p{i}"} for i in range(6)]
+    with serve(lambda asked, n: "A" if asked.texts[1] > asked.texts[2] else "B") as server:
+        judge = {"url": server.url, "model": "m", "against": "group", **FAST}
+        config = {
+            "model": {"path": tiny_model_folder(tmp_path / "model"), "dtype": "fp32"},
+            "data": {"path": write_jsonl(tmp_path / "p.jsonl", rows), "max_length": 32, "validation_rows": 2},
+            "algorithm": {"name": "grpo", "samples": 3, "max_new_tokens": 3},
+            "reward": {"judge": judge},
+            "train": {"max_steps": 1, "batch_size": 2},
+            "evaluation": {"samples": 0},
+            "output": str(tmp_path / "run"),
+        }
+        result = api.train(config, quiet=True)
+        both = api.train(
+            config | {"reward": {"judge": judge, "words": 1.0}, "output": str(tmp_path / "both")}, quiet=True
+        )
+    assert result.after["eval/rewards/judge/none"] == 1.0 and "eval/kl/k3" in result.after
+    assert not {"eval/reward", "eval/loss", "eval/win_rate"} & set(result.after)
+    assert (
+        both.after["eval/rewards/judge/none"] == 1.0
+        and both.after["eval/reward"] == both.after["eval/rewards/words/mean"]
+    )
+
+
 def test_a_reply_that_cannot_be_read_is_no_zero() -> None:
     with serve(lambda asked, n: "well" if graded(asked) == "b" else "5") as server:
         found = judge_at(server.url)(["p", "p"], ["a", "b"])
@@ -106,7 +135,8 @@ def test_an_endpoint_gets_texts_and_columns_and_answers_with_numbers() -> None:
         ((200, {}, "[1.0]"), "answered 1 rewards for 2 completions"),
         ((200, {}, '{"rewards": [1.0, "good"]}'), r"answered \"good\" for completion 1: 'b'"),
         ((200, {}, '{"rewards": [1.0, true]}'), "answered true for completion 1"),
-        ((200, {}, "fine"), "answered null for 2 completions"),
+        ((200, {}, f'{{"rewards": [1.0, {10**400}]}}'), "answered 1000.* for completion 1"),
+        ((200, {}, "fine"), "answered no JSON for 2 completions"),
         (500, r"answered 500"),
     ],
 )

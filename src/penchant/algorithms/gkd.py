@@ -74,6 +74,10 @@ class GKDConfig(SamplingConfig):
             raise ConfigError("rollout", "is set, and gkd samples by itself", "leave out engine and environment")
         if parts.config.data.weight is not None:
             raise ConfigError("data.weight", "is set, and gkd does not weight rows", "leave it out")
+        if parts.config.reference.moves:
+            raise ConfigError(
+                "reference", "would follow the student, and it is the teacher", "leave out ema and sync_every"
+            )
         if path is None:
             how = "give a model with the student's tokenizer"
             raise ConfigError("teacher.path", "is missing: gkd has no teacher", how)

@@ -178,9 +178,10 @@ class GroupPolicyGradient(OnPolicy):
     def teaches(self, group: Group) -> bool:
         if not OnPolicy.teaches(self, group):
             return False
-        if self.config.overlong_filter and all(group.tree.truncated):
+        spoken = ~group.rewards.isnan()
+        if self.config.overlong_filter and not bool((spoken & ~torch.tensor(group.tree.truncated)).any()):
             return False
-        known = group.rewards[~group.rewards.isnan()]
+        known = group.rewards[spoken]
         return not self.config.dynamic_sampling or bool((known != known[0]).any())
 
     def rescored(self, groups: Sequence[Group]) -> bool:
@@ -289,6 +290,7 @@ class GroupPolicyGradient(OnPolicy):
             "ratio": (ratios, None),
             "clip_fraction": (bound, None),
             "kl/per_token": (k3.detach(), None),
+            "kl/old_new": (divergences.kl_estimate(s.old_logps, s.logps.detach(), "k3"), None),
             "logps/per_token": (s.logps.detach(), None),
         }
         if s.sampled is not None:

@@ -319,8 +319,7 @@ class Offline(Algorithm):
                 for side, name in enumerate(("rewards/chosen", "rewards/rejected")):
                     if prefix + name in means:
                         self._reward_means[side] += torch.tensor([means[prefix + name], 1.0], dtype=torch.float64)
-        if isinstance(self.reference, references.MovingReference):
-            self.reference.after_step(step)
+        references.followed(self.reference, step)
 
     @property
     def delta(self) -> float:
@@ -344,17 +343,12 @@ class Offline(Algorithm):
 
     def state_tensors(self) -> dict[str, Tensor]:
         state = {"reward_means": self._reward_means.clone()} if "delta" in self.needs else {}
-        if isinstance(self.reference, references.MovingReference):
-            state |= {f"reference/{name}": value for name, value in self.reference.state_tensors().items()}
-        return state
+        return state | references.moved_state(self.reference)
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         if "reward_means" in tensors:
             self._reward_means = tensors["reward_means"].clone()
-        if isinstance(self.reference, references.MovingReference):
-            prefix = "reference/"
-            moved = {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
-            self.reference.load_state_tensors(moved)
+        references.load_moved_state(self.reference, tensors)
 
 
 # ---- views ----

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from penchant.algorithms.method import AlgorithmConfig, EvaluationContext, Parts, Rollouts, Signal
-from penchant.base.lazy import Tensor, torch
+from penchant.base.lazy import Tensor, lazy, torch
 from penchant.base.machine import moved, place_of
 from penchant.data.packing import passes_over
 from penchant.distributed.world import current
@@ -23,10 +23,13 @@ from penchant.types import Algorithm, PackedBatch, PromptTree, TokenTree
 
 if TYPE_CHECKING:
     from penchant.logprobs import Scorer
+    from penchant.logprobs import reference as references
     from penchant.logprobs.reference import LiveReference
     from penchant.rewards import Reward
     from penchant.rollout.environment import Stage
     from penchant.rollout.generate import Sample
+else:
+    references = lazy("penchant.logprobs.reference")
 
 
 class SamplingConfig(AlgorithmConfig):
@@ -84,11 +87,11 @@ class OnlineConfig(SamplingConfig):
     )
     scale_rewards: Literal["group", "batch", "none"] = Field(
         "group",
-        description="the standard deviation that rewards are divided by (all but rloo and reinforce_pp); none: Dr. GRPO",
+        description="the standard deviation that rewards are divided by (grpo, dr_grpo, dapo, gspo, cispo); none: Dr. GRPO",
     )
     loss_mean: Literal["sequence", "token", "constant"] = Field(
         "sequence",
-        description="all but rloo: average over each completion's tokens, over all tokens (DAPO), or divide by a constant",
+        description="grpo and its descendants, reinforce_pp: average over each completion's tokens, over all tokens (DAPO), or divide by a constant",
     )
     missing_eos_penalty: float = Field(
         0.0, ge=0, description="subtracted from the reward of a completion that did not end"
@@ -130,6 +133,13 @@ class OnlineConfig(SamplingConfig):
     @property
     def rollouts(self) -> Rollouts:
         return Rollouts(self.samples, self.samples, self.max_new_tokens, self.minibatches)
+
+    def check(self, parts: Parts) -> None:
+        SamplingConfig.check(self, parts)
+        rows = min(parts.config.train.batch_size, len(parts.trees[0]))
+        if self.minibatches > rows:
+            what = f"is {self.minibatches}, and a batch of rollouts is of {rows} prompts, each of which is in one minibatch"
+            raise ConfigError("algorithm.minibatches", what, f"lower it to at most {rows}, or raise train.batch_size")
 
     def writer(self, parts: Parts) -> Writer:
         """What samples and judges; policy and reference get the method's temperature."""
@@ -391,7 +401,7 @@ class Writer:
             RewardError: the reward function failed; it names the completion.
         """
         from penchant.metrics.completions import EVALUATION
-        from penchant.metrics.names import METRICS
+        from penchant.metrics.names import METRICS, REWARDS
 
         cfg = self.config
         assert isinstance(cfg, OnlineConfig) and self.reward is not None
@@ -401,7 +411,12 @@ class Writer:
         texts = [[self.tokenizer.decode(ids, skip_special_tokens=True) for ids in t.completion_ids] for t in trees]
         step = iteration * cfg.updates if iteration != EVALUATION else 0  # evaluations are not steps of the run
         said = self.reward.judge([p for p in asked for _ in range(k)], [t for row in texts for t in row], trees, step)
-        if taken := [n for n in said.metrics if n in METRICS or n in ("kind", "step")]:
+        ours = (
+            METRICS.keys()
+            | {"kind", "step", "skipped"}
+            | {f"rewards/{name}/{of}" for name in said.terms for of in REWARDS}
+        )
+        if taken := [n for n in said.metrics if n in ours]:
             what = f'log_metric("{taken[0]}") would replace a figure of the run'
             raise RewardError("reward", what, "log another name")
         rewards = torch.from_numpy(said.total).view(len(prompts), k)
@@ -483,6 +498,7 @@ class OnPolicy(Algorithm):
 
     def end_step(self, step: int, means: Mapping[str, float]) -> None:
         self.writer.version = step
+        references.followed(self.reference, step)
 
     def _compare(self, groups: Sequence[Group], step: int) -> None:
         """Weights of tokens by who wrote them; an engine whose log-probs are not the policy's is not believed.
@@ -566,15 +582,16 @@ class OnPolicy(Algorithm):
         return {name: self.extra(batch, name) for name in self._by_row[batch.rows[0]].extras}
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The current rollouts, and those of the next batch: a run that stops between two updates goes on with the same ones."""
+        """The current rollouts, those of the next batch, and a reference that moves: a run that stops between two updates goes on exactly."""
         ahead = getattr(self.writer, "ahead", None)
-        found = {} if ahead is None else ahead.tensors()
+        found = ({} if ahead is None else ahead.tensors()) | references.moved_state(self.reference)
         if self.iteration < 0 or self.config.updates == 1:
             return found
         packed = {f"rollouts/{name}": value.contiguous() for name, value in pack_groups(self.groups).items()}
         return found | packed | {"iteration": torch.tensor(self.iteration)}
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        references.load_moved_state(self.reference, tensors)
         if (ahead := Ahead.of_tensors(tensors)) is not None:
             self.writer.ahead = ahead
         if "iteration" in tensors:

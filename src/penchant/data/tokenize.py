@@ -463,13 +463,15 @@ class CausalTokenization(Tokenization):
         if self.truncation == "bad_row":
             tokens = f"{len(prompt) + longest} tokens"
             raise RowError(f"{tokens} are more than max_length {self.max_length}", "raise data.max_length")
-        keep = min(len(prompt), max(self.max_length - longest, self.max_length // 2))
+        keep = min(
+            len(prompt), max(self.max_length - longest, self.max_length // 2)
+        )  # all of it, where there is a prompt alone
         if keep < len(prompt):
             bos = prompt[:1] if prompt[0] == self.bos_id else []
             prompt = [*bos, *prompt[len(prompt) - keep + len(bos) :]]
             self.mark |= Mark.CUT_PROMPT
         room = self.max_length - len(prompt)
-        if room < 1:
+        if room < 1 and completions:
             what = f"max_length {self.max_length} leaves no room for a completion token"
             raise RowError(what, "raise data.max_length")
         cut = tuple(len(c) > room for c in completions)

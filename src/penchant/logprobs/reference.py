@@ -163,9 +163,10 @@ class MovingReference(LiveReference):
             return
         parameters = self._parameters()
         with torch.no_grad():
-            now = {
-                n: dealt_as(p, moved(value, p.device)) for n, value in self.policy().items() for p in [parameters[n]]
-            }
+            trained = {
+                n: value for n, value in self.policy().items() if n in parameters
+            }  # PPO's value is not of the policy
+            now = {n: dealt_as(parameters[n], moved(value, parameters[n].device)) for n, value in trained.items()}
             for name, value in now.items():
                 if name not in self.masters:
                     self.masters[name] = parameters[name].detach().to(value.dtype, copy=True)
@@ -189,6 +190,30 @@ class MovingReference(LiveReference):
             for name, value in tensors.items():
                 self.masters[name] = dealt_as(parameters[name], value.clone().to(parameters[name].device))
                 local(parameters[name]).copy_(local(self.masters[name]))
+
+
+# what a reference that follows the policy has in a checkpoint
+OF_REFERENCE = "reference/"
+
+
+def followed(reference: Reference | None, step: int) -> None:
+    """Move a reference that follows the policy, where optimizer step `step` (1-based) is one to do so."""
+    if isinstance(reference, MovingReference):
+        reference.after_step(step)
+
+
+def moved_state(reference: Reference | None) -> dict[str, Tensor]:
+    """What a checkpoint holds of a reference: nothing, unless it follows the policy."""
+    if not isinstance(reference, MovingReference):
+        return {}
+    return {f"{OF_REFERENCE}{name}": value for name, value in reference.state_tensors().items()}
+
+
+def load_moved_state(reference: Reference | None, tensors: Mapping[str, Tensor]) -> None:
+    """The inverse of `moved_state`; further tensors are left alone."""
+    if isinstance(reference, MovingReference):
+        found = {n.removeprefix(OF_REFERENCE): v for n, v in tensors.items() if n.startswith(OF_REFERENCE)}
+        reference.load_state_tensors(found)
 
 
 @dataclass(slots=True)

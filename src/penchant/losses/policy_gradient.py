@@ -28,7 +28,7 @@ def leave_one_out(rewards: Tensor) -> Tensor:
     Paper: arXiv 2402.14740.
     """
     _require_group(rewards)
-    k = rewards.shape[1]
+    rewards, k = _above_least(rewards), rewards.shape[1]
     if not bool(rewards.isnan().any()):
         return (rewards - rewards.mean(1, keepdim=True)) * (k / (k - 1))
     known = (~rewards.isnan()).sum(1, keepdim=True)
@@ -53,6 +53,7 @@ def group_normalized(rewards: Tensor, scale: Literal["group", "batch", "none"] =
     _require_group(rewards)
     unknown = rewards.isnan()
     partial = bool(unknown.any())
+    whole, rewards = rewards, _above_least(rewards)
     centered = (
         (rewards - rewards.nanmean(1, keepdim=True)).nan_to_num()
         if partial
@@ -61,7 +62,7 @@ def group_normalized(rewards: Tensor, scale: Literal["group", "batch", "none"] =
     if scale == "none":
         return centered
     if scale == "batch":
-        return centered / (rewards[~unknown].std() + eps)
+        return centered / (whole[~unknown].std() + eps)
     if partial:
         free = (~unknown).sum(1, keepdim=True) - 1
         std = (centered.square().sum(1, keepdim=True) / free.clamp(min=1)).sqrt()
@@ -73,6 +74,11 @@ def group_normalized(rewards: Tensor, scale: Literal["group", "batch", "none"] =
 def _require_group(rewards: Tensor) -> None:
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be (groups, k) with k >= 2, got {tuple(rewards.shape)}")
+
+
+def _above_least(rewards: Tensor) -> Tensor:
+    """Rewards minus the least of their group: equal ones are 0, whereas their mean may be another number by rounding."""
+    return rewards - torch.where(rewards.isnan(), torch.inf, rewards).amin(1, keepdim=True)
 
 
 def gae(

@@ -471,7 +471,7 @@ def reward_figures(rewards: np.ndarray) -> Metrics:
     known = np.isfinite(rewards)
     if not known.any():
         what = f"says nothing of any of the {counted(len(rewards), 'held-out completion')}"
-        raise RewardError("reward", what, "give one that does, or leave evaluation out")
+        raise RewardError("reward", what, "hold out rows of which it says something (data.eval_path), or none")
     silent = {} if known.all() else {"reward/none": 1.0 - float(known.mean())}
     return bootstrap_ci(rewards[known], draws=DRAWS).named("reward") | silent
 
@@ -525,15 +525,17 @@ def evaluate_online(
 
     Returns:
         ``eval/reward``, ``eval/win_rate`` against the start (ties half) and ``eval/kl/policy_ref`` with ``/ci``, ``eval/completions/length``, ``eval/completions/ended``, ``eval/rows``;
-        ``eval/loss`` is minus the reward, so that the best checkpoint is the one with the highest.
+        ``eval/loss`` is minus the reward, so that the best checkpoint is the one with the highest. No reward where it compares completions of
+        a prompt with each other.
     """
     groups = writer.write(prompts, EVALUATION, 1)
     rewards = np.array([float(g.rewards[0]) for g in groups])
     trees = [g.tree for g in groups]
     k1, k3 = kl_by_completion(LiveReference(scorer), start, trees, tokens_per_step=tokens_per_step)
-    of_rewards = reward_figures(rewards)
-    metrics: dict[str, Any] = {"eval/loss": -float(of_rewards["reward"]), "eval/rows": len(trees)}
-    metrics |= {f"eval/{name}": value for name, value in of_rewards.items()}
+    # one completion alone has nothing to be compared with
+    of_rewards = {} if writer.reward.compares else reward_figures(rewards)
+    metrics: dict[str, Any] = {"eval/loss": -float(of_rewards["reward"])} if of_rewards else {}
+    metrics |= {"eval/rows": len(trees)} | {f"eval/{name}": value for name, value in of_rewards.items()}
     for name, values in {"kl/policy_ref": k1, "kl/k3": k3}.items():
         metrics |= bootstrap_ci(values, draws=DRAWS).named(f"eval/{name}")
     for name in groups[0].terms:
@@ -541,7 +543,9 @@ def evaluate_online(
         if (known := np.isfinite(values)).any():
             metrics |= bootstrap_ci(values[known], draws=DRAWS).named(f"eval/rewards/{name}/mean")
             metrics[f"eval/rewards/{name}/std"] = float(values[known].std(ddof=min(1, known.sum() - 1)))
-    start_rewards = rewards_of_start(rewards)
+        if not known.all():
+            metrics[f"eval/rewards/{name}/none"] = 1.0 - float(known.mean())
+    start_rewards = rewards_of_start(rewards) if of_rewards else None
     if start_rewards is not None:
         gained = gain_figures(rewards, start_rewards)
         metrics |= {f"eval/{name}": value for name, value in gained.items() if name.startswith("win_rate")}

@@ -94,6 +94,8 @@ def think_format(completions: Sequence[str]) -> list[float]:
     return [float(_THINKS.fullmatch(c) is not None) for c in completions]
 
 
+LARGEST = (2.0 - 2.0**-23) * 2.0**127  # of a reward: what fp32 holds, in which the update computes
+
 BUILT_IN: dict[str, RewardFunction] = {
     "sentiment": lambda prompts, completions: [float(v) for v in sentiment(completions)],
     "words": lambda prompts, completions: [float(len(c.split())) for c in completions],  # by a negative weight a price

@@ -17,11 +17,20 @@ import numpy as np
 from pydantic import ValidationError
 
 from penchant.base.functions import TookTooLong, guarded, in_thread, is_own, python_object
-from penchant.base.text import closest, counted
+from penchant.base.text import closest, counted, short
 from penchant.data.load import prompt_json, prompt_text
 from penchant.distributed.world import current
 from penchant.errors import ConfigError, PenchantError, RewardError
-from penchant.rewards.builtin import BUILT_IN, RULES, RewardConfig, RewardFunction, built_in, kind_of, lacks_math_verify
+from penchant.rewards.builtin import (
+    BUILT_IN,
+    LARGEST,
+    RULES,
+    RewardConfig,
+    RewardFunction,
+    built_in,
+    kind_of,
+    lacks_math_verify,
+)
 from penchant.types import PromptTree, TokenTree
 
 if TYPE_CHECKING:
@@ -122,7 +131,9 @@ class Asked:
         more["log_extra"] = lambda column, values: None
         if self.ids is None and "completion_ids" not in takes.required:
             del more["completion_ids"]
-        named = offered | more if takes.by_name else more
+        named = (
+            more | offered if takes.by_name else more
+        )  # whatever columns are called, these are what the policy wrote
         kept = {n: v for n, v in named.items() if takes.rest or n in takes.names}
         return ([] if takes.by_name else [prompts, completions]), kept
 
@@ -171,6 +182,11 @@ class Reward:
     terms: tuple[RewardTerm, ...]
     policy: PolicyText | None = None
     timeout: float | None = None
+
+    @property
+    def compares(self) -> bool:
+        """Whether it says something only of several completions of a prompt."""
+        return all(getattr(term.function, "group", False) for term in self.terms)
 
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], trees: Sequence[TokenTree] | None = None
@@ -262,18 +278,21 @@ def _values(term: RewardTerm, asked: Asked, timeout: float | None) -> np.ndarray
             raise RewardError(f"reward {term.name}", what, "fix the function, or raise reward.timeout") from error
         how = "fix the function; it gets lists of prompts and completions and returns one number each"
         raise RewardError(f"reward {term.name}", f"{type(error).__name__}: {error}{blamed}", how) from error
-    values = _numbers(term.name, given)
+    values = _numbers(term.name, given, asked)
     if values.shape != (n,):
         shape = (
             "" if values.ndim == 1 else f" (an array of shape {list(values.shape)})" if values.ndim else " (no list)"
         )
         what = f"returned {values.size} values{shape} for {counted(n, 'completion')}"
         raise RewardError(f"reward {term.name}", what, "return one number for each completion, in order")
-    silent = np.array([v is None for v in given]) if isinstance(given, (list, tuple)) else np.zeros(n, dtype=bool)
-    bad = np.flatnonzero(~np.isfinite(values) & ~silent)
+    each = (
+        given if isinstance(given, (list, tuple)) or getattr(getattr(given, "dtype", None), "hasobject", False) else ()
+    )
+    silent = np.array([v is None for v in each]) if len(each) else np.zeros(n, dtype=bool)
+    bad = np.flatnonzero(~(np.abs(values) <= LARGEST) & ~silent)  # NaN too
     if len(bad):
         at = int(bad[0])
-        how = "return finite numbers, or None where it says nothing of a completion"
+        how = "return finite numbers (float32 holds them), or None where it says nothing of a completion"
         raise RewardError(f"reward {term.name}", f"returned {values[at]} for {_named_completion(asked, at)}", how)
     return values
 
@@ -318,16 +337,36 @@ def _awaited(given: Any) -> Any:
     return in_thread(lambda: asyncio.run(wait()), None)  # a notebook has a loop of its own
 
 
-def _numbers(name: str, given: Any) -> np.ndarray:
+def _numbers(name: str, given: Any, asked: Asked) -> np.ndarray:
     if given is None:
         raise RewardError(f"reward {name}", "returned None", "return a list of numbers")
-    if hasattr(given, "detach"):  # a tensor: numpy takes none with a gradient, on a GPU or in bf16
-        given = given.detach().cpu().double().numpy()
     try:
-        return np.asarray(given, dtype=np.float64)
+        if isinstance(given, (list, tuple)):
+            given = [_plain(v) for v in given]
+        return np.asarray(_plain(given), dtype=np.float64)
     except Exception as error:  # whatever conversions the elements bring
         what = f"returned {type(given).__name__} that holds no numbers"
+        at = _first_without_number(given)
+        if at is not None and at < len(asked.texts):
+            what = f"returned {short(repr(given[at]), 60)} for {_named_completion(asked, at)}"
         raise RewardError(f"reward {name}", what, "return a list of numbers") from error
+
+
+def _plain(value: Any) -> Any:
+    """A tensor as an array: numpy takes none with a gradient, on a GPU or in bf16."""
+    return value.detach().cpu().double().numpy() if hasattr(value, "detach") else value
+
+
+def _first_without_number(given: Any) -> int | None:
+    """The first element of a list that is neither a number nor None."""
+    if not isinstance(given, (list, tuple)):
+        return None
+    for i, value in enumerate(given):
+        try:
+            np.asarray(_plain(value), dtype=np.float64)
+        except Exception:
+            return i
+    return None
 
 
 def _first_to_blame(term: RewardTerm, asked: Asked, timeout: float | None) -> int | None:

@@ -17,7 +17,7 @@ from penchant.errors import RewardError
 from penchant.judges.endpoint import PARAMETERS, Connection, EndpointJudge, NoReply, connect
 from penchant.judges.instruction import INSTRUCTION, said_of
 from penchant.judges.judge import TIE, Question
-from penchant.rewards.builtin import EndpointReward, HttpReward, JudgeReward
+from penchant.rewards.builtin import LARGEST, EndpointReward, HttpReward, JudgeReward
 
 
 def connection_of(options: EndpointReward, where: str) -> Connection:
@@ -190,10 +190,11 @@ class Http:
         how = 'answer {"rewards": [...]} with a number or null for each completion, in order'
         where = f"reward {self.connection.url}"
         if not isinstance(found, list) or len(found) != len(completions):
-            what = f"{len(found)} rewards" if isinstance(found, list) else shown(json.dumps(reply)[:80])
+            said = "no JSON" if reply is None else shown(json.dumps(reply)[:80])
+            what = f"{len(found)} rewards" if isinstance(found, list) else said
             raise RewardError(where, f"answered {what} for {counted(len(completions), 'completion')}", how)
         for i, value in enumerate(found):
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
             if value is not None and not number:
                 said = (
                     f"answered {shown(json.dumps(value)[:40])} for completion {start + i}: {str(completions[i])[:60]!r}"
