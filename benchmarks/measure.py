@@ -1,4 +1,4 @@
-"""What both workers share: a clock on whole optimizer steps, peak memory, the closing line (standard library only)."""
+"""What both workers share: a clock on whole optimizer steps, peak memory, the closing line (torch for a GPU only)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ class Clock:
     """Marks the end of each optimizer step; step i takes from the end of step i-1, so nothing falls between."""
 
     warmup_steps: int
+    device: str = "cpu"
     ends: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
 
     def step(self) -> None:
         """An optimizer step has ended."""
+        wait_for(self.device)
         self.ends.append(time.perf_counter())
         self.cpu.append(time.process_time())
 
@@ -33,9 +35,27 @@ class Clock:
             "seconds": sum(seconds),
             "cpu_seconds": self.cpu[-1] - self.cpu[first],
             "losses": self.losses,
-            "peak_bytes": peak_bytes(),
+            **peaks(self.device),
             **more,
         }
+
+
+def wait_for(device: str) -> None:
+    """Wait until a GPU has done its queued work; a CPU has no queue."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def peaks(device: str) -> dict[str, int]:
+    """Peak memory so far, bytes: of this process, or on a GPU of its tensors and of what its allocator reserved for them."""
+    if device != "cuda":
+        return {"peak_bytes": peak_bytes()}
+    import torch
+
+    reserved = torch.cuda.max_memory_reserved()
+    return {"peak_bytes": torch.cuda.max_memory_allocated(), "peak_reserved_bytes": reserved}
 
 
 def peak_bytes() -> int:

@@ -46,7 +46,7 @@ def settings_of(spec: Mapping[str, Any]) -> dict[str, Any]:
         "model": {
             "path": spec["model"],
             "dtype": spec["precision"],
-            "device": "cpu",
+            "device": spec["device"],
             "kernels": spec["ours"]["kernels"],
         },
         **(
@@ -112,7 +112,7 @@ def main() -> None:
     from penchant.runs.sharing import Alone
 
     spec = json.loads(sys.argv[1])
-    clock = Clock(spec["warmup_steps"])
+    clock = Clock(spec["warmup_steps"], spec["device"])
     config, console, trees = config_from_mapping(settings_of(spec), []), ClockConsole(clock), read_trees(spec)
     rows = Rows(config, Alone(), console)
     rows.trees = (trees, [])  # in place of the cached property that reads a data file

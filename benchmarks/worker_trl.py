@@ -60,7 +60,7 @@ def padded_tokens(rows: list[dict[str, Any]], micro: int) -> int:
 
 def config_of(spec: dict[str, Any]) -> trl.DPOConfig:
     """TRL's settings for a spec."""
-    peer = spec["peer"]
+    peer, on_gpu = spec["peer"], spec["device"] == "cuda"
     weights_bf16 = spec["precision"] == "bf16" and peer["bf16"] == "weights"
     return trl.DPOConfig(
         output_dir=spec["work"],
@@ -68,7 +68,7 @@ def config_of(spec: dict[str, Any]) -> trl.DPOConfig:
             "dtype": "bfloat16" if weights_bf16 else "float32",
             "attn_implementation": peer["attention"],
         },
-        use_cpu=True,
+        use_cpu=not on_gpu,
         bf16=spec["precision"] == "bf16" and not weights_bf16,
         per_device_train_batch_size=peer["micro"],
         gradient_accumulation_steps=spec["batch"] // peer["micro"],
@@ -88,7 +88,8 @@ def config_of(spec: dict[str, Any]) -> trl.DPOConfig:
         torch_compile=peer["compile"],
         train_sampling_strategy="sequential",
         dataloader_num_workers=0,
-        dataloader_pin_memory=False,
+        dataloader_pin_memory=on_gpu,
+        use_liger_kernel=on_gpu and transformers.utils.is_liger_kernel_available(),
         logging_steps=1,
         logging_strategy="steps",
         save_strategy="no",
@@ -117,7 +118,7 @@ def main() -> None:
             target_modules="all-linear",
             task_type="CAUSAL_LM",
         )
-    clock = Clock(spec["warmup_steps"])
+    clock = Clock(spec["warmup_steps"], spec["device"])
     trainer = GivenTokens(
         model=spec["model"],
         args=config_of(spec),
@@ -133,7 +134,7 @@ def main() -> None:
             name=f"trl {trl.__version__}",
             pairs=len(timed),
             computed_tokens=padded_tokens(timed, spec["peer"]["micro"]),
-            settings=spec["peer"],
+            settings=spec["peer"] | ({"liger": True} if trainer.args.use_liger_kernel else {}),
             versions={m.__name__: m.__version__ for m in (trl, torch, transformers, peft, datasets)},
             trainable=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
             dtypes=sorted({str(p.dtype) for p in trainer.model.parameters()}),
