@@ -164,7 +164,7 @@ def test_a_picture_of_a_column_that_is_not_used_is_not_lost(tmp_path: Path, pict
 
 def test_an_answer_has_no_picture(tmp_path: Path, picture: Path) -> None:
     turns = [user("Draw"), {"role": "assistant", "content": [{"type": "image"}]}]
-    with pytest.raises(DataError, match="stands in an answer"):
+    with pytest.raises(DataError, match="a picture is in an answer"):
         load(tmp_path, {"messages": turns, "images": ["img/a.png"]})
 
 

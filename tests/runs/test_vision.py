@@ -216,7 +216,7 @@ def test_a_comparison_of_given_answers_to_pictures(folder: Path, tmp_path: Path)
     assert figures["models"]["start"]["perplexity"] == pytest.approx(math.exp(-sum(own) / sum(lengths)), rel=1e-4)
     assert {"preference_accuracy", "perplexity"} <= figures["models"]["other"].keys()
     assert "given answers" in found.to_text() and Path(api.report(found.folder)).is_file()
-    with pytest.raises(ConfigError, match="to pictures they write nothing"):
+    with pytest.raises(ConfigError, match="write nothing about pictures"):
         api.compare(tmp_path / "one", reward="words")
     with pytest.raises(CheckpointError, match="it is a model: a run's start is compared with it anyway"):
         api.compare(tmp_path / "one", folder / "model")

@@ -610,7 +610,7 @@ def test_a_key_goes_to_no_endpoint_that_another_person_put_into_an_arena(
             asyncio.run(asked(**writer))
     monkeypatch.setenv("OPENAI_API_KEY", "the-usual-one")
     with serve(lambda *_: (404, {}, '{"error": {"message": "no such model"}}')) as endpoint:
-        with pytest.raises(DataError, match="answered 404: no such model; look"):
+        with pytest.raises(DataError, match="answered 404: no such model; check"):
             asyncio.run(asked(url=endpoint.url))
         assert "authorization" not in endpoint.asked[0].headers
 
