@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from tiny import polite_rows, tiny_model_folder, write_jsonl
 
 from penchant import api
@@ -43,20 +41,6 @@ def test_weights_deal_an_epoch_and_every_row_of_a_source_comes_up_equally_often(
     seen = Counter(i for e in epochs for i in e)
     assert {seen[i] for i in range(8)} == {5} and {seen[i] for i in (8, 9)} == {20}
     assert epochs[0] != epochs[1] != _epochs(BatchSchedule(10, 3, 8.0, seed=1, shares=shares))[1]
-
-
-@given(st.lists(st.tuples(st.integers(0, 30), st.floats(0.01, 100.0)), min_size=1, max_size=6))
-def test_shares_by_weight_add_up_to_the_rows_and_are_within_one_of_their_part(sources: list[tuple[int, float]]) -> None:
-    rows, weights = [n for n, _ in sources], [w for _, w in sources]
-    taken = dict.fromkeys((i for i, n in enumerate(rows) if n), 0)
-    shares = shares_of(rows, weights, [None] * len(rows))
-    for i, count in zip(taken, [c for *_, c in shares] or [n for n in rows if n], strict=True):
-        taken[i] = count
-    assert sum(taken.values()) == sum(rows)
-    whole = sum(weights[i] for i in taken)
-    parts = {i: sum(rows) * weights[i] / whole for i in taken}
-    raised = sum(part < 1 for part in parts.values())  # these take a row all the same, which the others give
-    assert all(count >= 1 and abs(count - parts[i]) <= 1 + raised for i, count in taken.items())
 
 
 def test_repeat_says_how_often_an_epoch_goes_through_a_source() -> None:

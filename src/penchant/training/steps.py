@@ -52,8 +52,8 @@ def shares_of(
 ) -> tuple[Share, ...]:
     """How many rows of each source an epoch takes; nothing where that is all of them, once.
 
-    With weights, an epoch has as many rows as there are, dealt by weight: ``n_i = N w_i / sum w``, at least 1, rounded so that they add up
-    to N. Otherwise ``n_i = rows_i repeat_i``.
+    With weights, an epoch has as many rows as there are, dealt by weight: ``n_i = N w_i / sum w`` (at least 1, to the nearest). Otherwise
+    ``n_i = rows_i repeat_i``.
 
     Args:
         rows: of each source, which follow one another; weights, repeats: of each source. A source without rows takes no part.
@@ -62,10 +62,6 @@ def shares_of(
     whole = sum(weights[i] or 0.0 for i in there)
     wanted = {i: sum(rows) * (weights[i] or 0.0) / whole if whole else rows[i] * (repeats[i] or 1.0) for i in there}
     counts = {i: max(1, round(n)) for i, n in wanted.items()}
-    while whole and sum(counts.values()) > sum(rows):
-        counts[max((i for i in there if counts[i] > 1), key=lambda i: counts[i] - wanted[i])] -= 1
-    while whole and sum(counts.values()) < sum(rows):
-        counts[max(there, key=lambda i: wanted[i] - counts[i])] += 1
     if all(counts[i] == rows[i] for i in there):
         return ()
     return tuple((sum(rows[:i]), rows[i], counts[i]) for i in there)
