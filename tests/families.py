@@ -143,3 +143,19 @@ def losses_by_default() -> list[Any]:
     """Every loss that is computed from a micro-batch alone, as parameters of a test: one of each kind of pass by default, the others slow."""
     names = [n for n, spec in LOSSES.items() if "z0" not in spec.needs]  # one number of the whole step
     return one_of_each(names, lambda n: LOSSES[n].needs & {"shared_logps", "alignment", "batch", "divergence"})
+
+
+def noted_attention(warned: list[bool]) -> Callable[..., Any]:
+    """In place of an attention kernel, ``q + k + v``: each of its backward passes notes whether deterministic mode only warned."""
+
+    class Noted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, q: Any, k: Any, v: Any) -> Any:
+            return q + k + v
+
+        @staticmethod
+        def backward(ctx: Any, grad: Any) -> Any:
+            warned.append(torch.is_deterministic_algorithms_warn_only_enabled())
+            return grad, grad, grad
+
+    return Noted.apply

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import family_configs, make_tree, some_trees, tiny_model
+from families import family_configs, make_tree, noted_attention, some_trees, tiny_model
 from torch.autograd import Function, gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -199,18 +199,9 @@ def test_backward_kernels_take_their_deterministic_way(monkeypatch: pytest.Monke
     """Flash and memory-efficient kernels stay unordered where the mode only warns, which is the mode of a step."""
     batch, warns = pack(some_trees()), torch.is_deterministic_algorithms_warn_only_enabled
     seen: list[bool] = []
+    noted = noted_attention(seen)
 
-    class Noting(Function):
-        @staticmethod
-        def forward(ctx: Any, q: Any, k: Any, v: Any) -> Any:
-            return q + k + v
-
-        @staticmethod
-        def backward(ctx: Any, grad: Any) -> Any:
-            seen.append(warns())
-            return grad, grad, grad
-
-    monkeypatch.setattr(module.F, "scaled_dot_product_attention", lambda q, k, v, **_: Noting.apply(q, k, v))
+    monkeypatch.setattr(module.F, "scaled_dot_product_attention", lambda q, k, v, **_: noted(q, k, v))
     monkeypatch.setattr(module, "_EAGER_MAX_LENGTH", 0)
     parts = numbers(batch, 2, 2)[:3]
     there, on_meta = batch.to(META), [x.detach().to(META, BF16).requires_grad_() for x in parts]

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from families import losses_by_default, some_pairs, tiny_model
+from families import losses_by_default, noted_attention, some_pairs, tiny_model
 from steps import small_loop
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -365,20 +365,11 @@ def test_a_step_is_deterministic_and_sampling_is_outside(
 def test_a_models_own_attention_goes_back_in_order_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """An encoder's, or that of padded rows: in a step, whose mode only warns."""
     seen: list[bool] = []
+    noted = noted_attention(seen)
     warns = torch.is_deterministic_algorithms_warn_only_enabled
 
-    class Noting(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, q: Any, k: Any, v: Any) -> Any:
-            return q + k + v
-
-        @staticmethod
-        def backward(ctx: Any, grad: Any) -> Any:
-            seen.append(warns())
-            return grad, grad, grad
-
     def attention(q: Any, k: Any, v: Any, **_: Any) -> Any:
-        return Noting.apply(q, *(x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v)))
+        return noted(q, *(x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v)))
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
