@@ -35,6 +35,7 @@ from penchant.models.tree_kernels import (
     varlen_plan,
     visible_blocks,
 )
+from penchant.training.steps import repeatable
 from penchant.types import PackedBatch, Segment
 
 META = torch.device("meta")
@@ -194,8 +195,7 @@ def test_flash_kernels_take_the_plan_on_the_device() -> None:
     assert copies[0] == copies[1] and copies[0][0] <= 3  # one to the device, two of indices from int32 to int64
 
 
-@pytest.mark.parametrize("warn_only", [True, False])
-def test_backward_kernels_take_their_deterministic_way(monkeypatch: pytest.MonkeyPatch, warn_only: bool) -> None:
+def test_backward_kernels_take_their_deterministic_way_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Flash and memory-efficient kernels stay unordered where the mode only warns, which is the mode of a step."""
     batch, warns = pack(some_trees()), torch.is_deterministic_algorithms_warn_only_enabled
     seen: list[bool] = []
@@ -203,18 +203,19 @@ def test_backward_kernels_take_their_deterministic_way(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(module.F, "scaled_dot_product_attention", lambda q, k, v, **_: noted(q, k, v))
     monkeypatch.setattr(module, "_EAGER_MAX_LENGTH", 0)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     parts = numbers(batch, 2, 2)[:3]
     there, on_meta = batch.to(META), [x.detach().to(META, BF16).requires_grad_() for x in parts]
-    torch.use_deterministic_algorithms(True, warn_only=warn_only)
-    try:
+    with repeatable(torch.device("cuda"), True):
         # through other operations, as in a model: a leaf's hook would come first
         tree_attention(*(x * 2 for x in parts), tree_layout(batch), 0.3).sum().backward()
-        with Ops() as ops:
-            varlen_attention(*on_meta, varlen_plan(there), 0.3).sum().backward()
-        seen += ops.warned
-        assert len(ops.warned) == 2 and len(seen) >= 4 and not any(seen) and warns() is warn_only
-    finally:
-        torch.use_deterministic_algorithms(False)
+        assert len(seen) >= 2 and warns()
+        for warn_only in (True, False):
+            torch.use_deterministic_algorithms(True, warn_only=warn_only)
+            with Ops() as ops:
+                varlen_attention(*on_meta, varlen_plan(there), 0.3).sum().backward()
+            assert len(ops.warned) == 2 and not any(ops.warned) and warns() is warn_only
+    assert not any(seen)
 
 
 def test_rows_without_a_second_pass_have_none() -> None:

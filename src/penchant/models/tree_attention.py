@@ -27,7 +27,6 @@ from penchant.models.tree_kernels import (
     moved_together,
     varlen_attention,
     varlen_plan,
-    with_strict_backward,
 )
 from penchant.types import PackedBatch, Segment
 
@@ -150,7 +149,6 @@ def tree_attention(
             out = torch.matmul(_weights(scores, sinks).to(v.dtype), v)
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask, scale=scaling)
-            out = with_strict_backward(out, q, k, v)
         outputs.append(out.transpose(1, 2).flatten(0, 1))  # (B * L, H, d)
     flat = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return flat.index_select(0, layout.inverse)
@@ -286,8 +284,7 @@ def _attention_interface(
             return _eager_attention(query, key, value, attention_mask, scaling, softcap, sinks), None
         if attention_mask is None:  # some decoders' own attention relies on the mask alone
             kwargs["is_causal"] = True
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-        return with_strict_backward(output, query, key, value), None
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if attention_mask is not None and attention_mask.numel() != 1:
         raise NotImplementedError("the model adds to its attention's mask")
     window, kind = kwargs.get("sliding_window"), kwargs.get("penchant_attention", "groups")

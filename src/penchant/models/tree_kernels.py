@@ -134,16 +134,6 @@ def strict(wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def with_strict_backward(out: Tensor, *inputs: Tensor) -> Tensor:
-    """An attention's output as it is; the backward pass between it and its inputs (no leaves) is strictly deterministic in that mode."""
-    if out.requires_grad and _only_warns():
-        out.register_hook(lambda _: torch.use_deterministic_algorithms(True))
-        for x in inputs:
-            if x.requires_grad:
-                x.register_hook(lambda _: torch.use_deterministic_algorithms(True, warn_only=True))
-    return out
-
-
 # ---- The kernels: forward (q, k, v) -> out (T, H, d_v), log-sum-exp (H, T); backward -> gradients of q, k, v ----
 
 

@@ -94,7 +94,7 @@ def think_format(completions: Sequence[str]) -> list[float]:
     return [float(_THINKS.fullmatch(c) is not None) for c in completions]
 
 
-LARGEST = (2.0 - 2.0**-23) * 2.0**127  # of a reward: what fp32 holds, in which the update computes
+LARGEST = float(np.finfo(np.float32).max)  # of a reward: the update computes in fp32
 
 BUILT_IN: dict[str, RewardFunction] = {
     "sentiment": lambda prompts, completions: [float(v) for v in sentiment(completions)],

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from penchant.base.machine import in_fp64
 from penchant.distributed.world import World
-from penchant.models.tree_kernels import with_strict_backward
 from penchant.types import LossOutput
 
 # ---- Which trees a step trains on: a pure function of seed and step, so that a resumed run needs no data cursor but the step ----
@@ -249,11 +248,17 @@ def repeatable(device: torch.device, wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def _ordered_attention() -> Iterator[None]:
-    """Whatever attends by SDPA has an ordered backward pass: encoders and models with an attention of their own too."""
+    """Within a step, SDPA's backward kernels take their ordered way, which they do not where the mode only warns."""
     plain = F.scaled_dot_product_attention
 
     def ordered(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return with_strict_backward(plain(query, key, value, *args, **kwargs), query, key, value)
+        out = plain(query, key, value, *args, **kwargs)
+        if out.requires_grad:  # its gradient comes just before the kernel, those of its inputs (no leaves) just behind
+            out.register_hook(lambda _: torch.use_deterministic_algorithms(True))
+            for x in (query, key, value):
+                if x.requires_grad:
+                    x.register_hook(lambda _: torch.use_deterministic_algorithms(True, warn_only=True))
+        return out
 
     F.scaled_dot_product_attention = ordered  # type: ignore[assignment]
     try:
