@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from penchant import errors
 from penchant.base.lazy import torch
+from penchant.base.mistakes import mistake
 from penchant.errors import PenchantError
 
 T = TypeVar("T")
@@ -270,14 +271,14 @@ def agreed(error: E) -> E:
 
 def described(error: BaseException) -> dict[str, Any]:
     """An error in plain values."""
-    if isinstance(error, PenchantError):
-        kind = next(k.__name__ for k in type(error).__mro__ if getattr(errors, k.__name__, None) is k)
+    if (told := mistake(error)) is not None:
+        kind = next(k.__name__ for k in type(told).__mro__ if getattr(errors, k.__name__, None) is k)
         return {
             "kind": kind,
-            "where": error.where,
-            "what": error.what,
-            "how": error.how,
-            "exit_code": error.exit_code,
+            "where": told.where,
+            "what": told.what,
+            "how": told.how,
+            "exit_code": told.exit_code,
             "time": time.time(),
         }
     what = f"{type(error).__name__}: {error}"
