@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import re
 import signal
 import socket
@@ -27,7 +28,8 @@ from worlds import HANGS, in_world
 
 import penchant
 from penchant.cli.train import _train as train_command
-from penchant.distributed.launch import LAUNCHED, end_silent, launch, waited_too_long
+from penchant.distributed import launch as launching
+from penchant.distributed.launch import LAUNCHED, end_silent, launch, waited_too_long, watched
 from penchant.distributed.world import (
     CRASH,
     ERROR_FILE,
@@ -97,6 +99,33 @@ def test_a_rank_that_does_not_answer_is_named_and_ended_and_rank_0_may_be_late(
     (said, ended), process = in_world(call, tmp_path)
     assert "rank 1 of 2 did not answer within 1 s" in said
     assert ended == [(process, signal.SIGKILL)]
+
+
+@pytest.mark.parametrize(("found", "told"), [("TIMEOUT", "late"), ("COMM_ERROR", "lost another"), ("SUCCESS", None)])
+def test_what_nccls_watchdog_has_found_is_told_before_it_aborts(
+    found: str, told: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a wait for the GPU nothing is raised. There is no NCCL here: its group is a stand-in."""
+    from torch._C._distributed_c10d import ErrorType
+
+    def no_backend(device: torch.device) -> None:
+        raise RuntimeError("No backend type associated with device type cuda")
+
+    nccl = SimpleNamespace(get_error=lambda: getattr(ErrorType, found))
+    backends = (no_backend, lambda device: {"cuda": nccl}[device.type])
+    groups = [SimpleNamespace(_get_backend=backend) for backend in backends]
+    monkeypatch.setattr("torch.distributed.distributed_c10d._world", SimpleNamespace(pg_map=groups))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(launching, "LOOK", 0.01)
+    left: queue.Queue[RuntimeError] = queue.Queue()
+    monkeypatch.setattr(launching, "leave", lambda error, *_: left.put(error))
+    with watched(World(0, 2), 1.0):
+        if told is None:
+            assert launching.nccl_error() is None
+            return
+        error = left.get(timeout=HANGS)
+    monkeypatch.setattr(launching, "store", None)  # there is no other process to ask
+    assert lost_another(error) and (waited_too_long(error, World(0, 2), 1.0) is not None) == (told == "late")
 
 
 def test_processes_that_do_not_find_each_other_are_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,6 +204,9 @@ def test_last_words_are_read_by_the_next_attempt(tmp_path: Path, monkeypatch: py
     assert ended_on_purpose() == 5
     told = described(DiskError("out", "is full", "free some"))
     assert (type(error_of(told)), str(error_of(told))) == (DiskError, "out: is full; free some")
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), OSError(28, "No space left on device")):
+        assert described(error)["kind"] is not None and described(error)["exit_code"] != CRASH  # not started again
+    assert described(KeyError("x"))["kind"] is None
     assert lost_another(RuntimeError("[pair.cc:553] Connection closed by peer")) and not lost_another(
         DataError("gloo", "x")
     )
