@@ -178,6 +178,28 @@ def test_others_wait_for_rank_0s_report_as_long_as_it_takes(
     assert os.environ.get("NCCL_ALGO") == ("^NVLS" if deterministic else None)
 
 
+def test_rank_0_says_that_all_are_started_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    config = SimpleNamespace(launch=SimpleNamespace(timeout=1.0, context=1), train=SimpleNamespace(deterministic=False))
+    monkeypatch.setattr("penchant.cli.train.started_by_torchrun", lambda: True)
+    monkeypatch.setattr("penchant.api.as_config", lambda *_: config)
+    monkeypatch.setattr("penchant.api.train", interrupted)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    args = Namespace(config="run.yaml", overrides=[], gpus=None, processes=None, quiet=True)
+    said = []
+    for count, rank in (("0", 0), ("2", 0), ("2", 1)):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        monkeypatch.setattr("penchant.cli.train.join", lambda *_, rank=rank: nullcontext(World(rank, 2)))
+        with pytest.raises(KeyboardInterrupt):
+            train_command(args)
+        said.append(capsys.readouterr().err)
+    assert said[0] == said[2] == "" and "2 of 3" in said[1]
+
+
 def test_one_process_is_a_world_of_its_own() -> None:
     world = World()
     assert world.gather(3) == [3] and world.share(3) == 3 and world.sums({"a": 1.0}) == {"a": 1.0}
@@ -335,6 +357,7 @@ def test_a_killed_rank_is_started_again_and_the_end_is_the_same(folder: Path, ra
     os.kill(ranks(running)[rank], signal.SIGKILL)
     _, said = running.communicate(timeout=HANGS)
     assert running.returncode == 0, said
+    assert len(sentences(said)) == 1 and "(1 of 1)" in said
     assert (folder / "out/metrics.jsonl").read_bytes() == (folder / "whole/metrics.jsonl").read_bytes()
     for name in ("shard-00001", "shard-00002"):
         # tensors, not bytes: safetensors writes a header's entries in an order that differs from process to process

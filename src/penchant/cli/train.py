@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from typing import Any
 
 from penchant.base.machine import cores
@@ -38,6 +39,9 @@ def _train(args: argparse.Namespace) -> int:
             os.environ.setdefault("NCCL_ALGO", "^NVLS")
         limit = config.launch.timeout
         with join(limit, config.launch.context) as world, watched(world, limit):
+            count, most = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+            if world.leads and count != "0":
+                print(f"penchant: a process crashed; all are started again ({count} of {most})", file=sys.stderr)
             try:
                 result = api.train(config, quiet=args.quiet)
                 world.agree(patient=True)  # rank 0 alone writes the report and waits for trackers
