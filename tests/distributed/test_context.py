@@ -76,7 +76,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
     return (
         root,
         {"gradients": gradients(root, "one"), "run": run(root, "one")},
-        in_world(two, root / "w", seconds=400.0, timeout=120.0, context=2),
+        in_world(two, root / "w", context=2),
     )
 
 

@@ -297,6 +297,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
         found["drawn"] = torch.rand(4)
         root_of = resumed.algorithm.scorer.root
         found["through"] = [type(g._all_gather_comm).__name__ for g in root_of._get_fsdp_state()._fsdp_param_groups]
+        mesh = Sharding(world, torch.device("cpu"), torch.float64, replicas=2).mesh()
+        waits = (mesh.get_group(name)._get_backend(torch.device("cpu")).options for name in ("replicate", "shard"))
+        found["replicas wait"] = [options._timeout for options in waits]
+        found["all wait"] = world.timeout
         found["fast"] = [Scorer(resumed.model, "shared", "auto").fast]
         with whole_weights(resumed.algorithm.scorer):
             found["fast"].append(Scorer(resumed.model, "shared", "auto").fast)
@@ -440,6 +444,11 @@ def test_weights_are_whole_where_completions_are_sampled(results: Any) -> None:
 
 def test_shards_go_through_memory_on_one_machine(results: Any) -> None:
     assert all(rank["through"] == ["Gather"] for rank in results[2])
+
+
+def test_replicas_wait_for_each_other_as_long_as_all_do(results: Any) -> None:
+    _, _, found = results
+    assert all(rank["replicas wait"] == [rank["all wait"]] * 2 for rank in found)
 
 
 def test_a_fast_path_and_shards_do_not_meet(results: Any) -> None:

@@ -94,6 +94,17 @@ def test_a_run_goes_on_with_the_same_file_and_not_with_another(config: dict[str,
         api.train(path, quiet=True)
 
 
+def test_what_it_raises_while_it_trains_is_a_sentence_about_its_line(
+    config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = MINE.count("\n", 0, MINE.index("    losses =")) + 1
+    raises = '    assert len(chosen) == 6, "odd"\n'  # as many rows as it is tried on
+    (tmp_path / "my_losses.py").write_text(MINE.replace("    losses =", f"{raises}    losses ="))
+    assert main(["train", str(written(config, tmp_path)), "--quiet"]) == 2
+    said = capsys.readouterr().err
+    assert f"my_losses.py:{line}: AssertionError: odd" in said and "Traceback" not in said
+
+
 def test_several_are_an_axis_of_a_sweep(config: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "other.py").write_text(MINE.replace("1 - chosen", "2 - chosen"))  # another loss of the same name
     sweep = {"base": {**config, "loss": "dpo"}, "output": str(tmp_path / "sweep")}

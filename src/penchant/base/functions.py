@@ -18,6 +18,7 @@ from typing import Any, Literal, NoReturn
 from penchant.base.files import file_sha256
 from penchant.errors import ConfigError
 
+OWN = "penchant_own_"  # what the modules of own files are called, before the file's name
 GIVEN: dict[str, Any] = {}  # by path.py:name: objects that this process was given, in place of what is in the file
 
 
@@ -55,7 +56,7 @@ def python_object(name: str, where: str, kind: Literal["function", "class"] = "f
         raise ConfigError(where, f"{path}: no such file", f"give the path of a Python file, then :{kind}")
     if (given := GIVEN.get(f"{file.resolve()}:{attribute}")) is not None:
         return given
-    spec: Any = importlib.util.spec_from_file_location(f"penchant_own_{file.stem}", file)
+    spec: Any = importlib.util.spec_from_file_location(f"{OWN}{file.stem}", file)
     module: Any = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up there
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import re
 import sys
@@ -16,7 +15,7 @@ from typing import Any, NoReturn
 
 from penchant import __version__
 from penchant.base.machine import gpu_visible
-from penchant.base.text import Shown, did_you_mean, short, unescaped
+from penchant.base.text import Shown, did_you_mean, unescaped
 from penchant.requests import HUMANS
 
 # modules of this package, in the order of `penchant --help`
@@ -141,10 +140,9 @@ def _run(argv: Sequence[str] | None) -> int:
 
         if (code := ended_on_purpose()) is not None:
             return code
-    from penchant.base.files import ANYWHERE, disk_error, os_error
     from penchant.base.functions import no_exit
+    from penchant.base.mistakes import mistake
     from penchant.cli.arguments import bounded
-    from penchant.errors import PenchantError
 
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
@@ -170,9 +168,6 @@ def _run(argv: Sequence[str] | None) -> int:
                     stream.leaves = not stream.isatty()
         with no_exit(), bounded(args):
             return int(args.handler(args) or 0)
-    except PenchantError as error:
-        print(f"penchant: {error}", file=sys.stderr)
-        return error.exit_code
     except KeyboardInterrupt:
         print("penchant: interrupted", file=sys.stderr)
         return 130
@@ -183,19 +178,9 @@ def _run(argv: Sequence[str] | None) -> int:
         print(f"penchant: something that was run called exit({stop.code}), so this is not finished", file=sys.stderr)
         return stop.code if isinstance(stop.code, int) and stop.code > 0 else 2
     except Exception as error:
-        if isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error)):
-            print(f"penchant: not enough memory ({short(str(error), 200)}); ask for less at a time", file=sys.stderr)
-            return PenchantError.exit_code
-        if isinstance(error, NotImplementedError) and (lacks := re.search(r"for the (MPS|XPU) device", str(error))):
-            print(
-                f"penchant: torch lacks an operation {lacks[0]} ({short(str(error), 200)}); set model.device=cpu",
-                file=sys.stderr,
-            )
-            return PenchantError.exit_code
-        found = os_error(error)
-        if found is None or found.errno not in ANYWHERE | {errno.ENAMETOOLONG}:
+        told = mistake(error)
+        if told is None:
             raise
-        told = disk_error(Path(getattr(error, "filename", None) or "."), found)
         print(f"penchant: {told}", file=sys.stderr)
         return told.exit_code
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from typing import Any
 
 from penchant.base.machine import cores
@@ -31,19 +32,23 @@ def _train(args: argparse.Namespace) -> int:
 
     config = api.as_config(args.config, [*args.overrides, *launched(args)])
     if started_by_torchrun():
-        from penchant.distributed.launch import leave
+        from penchant.distributed.launch import leave, watched
 
         if config.train.deterministic:
             # NVLink switches add in no fixed order; torch turns them off by itself where its mode is on before there are groups
             os.environ.setdefault("NCCL_ALGO", "^NVLS")
-        with join(config.launch.timeout, config.launch.context) as world:
+        limit = config.launch.timeout
+        with join(limit, config.launch.context) as world, watched(world, limit):
+            count, most = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+            if world.leads and count != "0":
+                print(f"penchant: a process crashed; all are started again ({count} of {most})", file=sys.stderr)
             try:
                 result = api.train(config, quiet=args.quiet)
                 world.agree(patient=True)  # rank 0 alone writes the report and waits for trackers
             except KeyboardInterrupt:
                 raise
             except BaseException as error:
-                leave(error, world, config.launch.timeout)
+                leave(error, world, limit)
             if not world.leads:
                 return 0
     elif config.launch.processes not in ("auto", 1):

@@ -13,12 +13,14 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
+from penchant.base.lazy import torch
+from penchant.base.mistakes import mistake
 from penchant.distributed.world import (
     CRASH,
     MACHINE,
@@ -34,6 +36,7 @@ from penchant.errors import PenchantError, TrainingStopped
 
 LAUNCHED = "PENCHANT_LAUNCHED"  # set where the launcher prints what a process has to say
 LATE = 3.0  # seconds within which all that wait for one rank give up
+LOOK = 1.0  # seconds between two looks at NCCL
 GRACE = 20.0  # seconds that a process whose end is known waits for the one that says why
 
 
@@ -129,13 +132,14 @@ def leave(error: BaseException, world: World, timeout: float) -> NoReturn:
     An error that all ranks have agreed on is rank 0's to tell, and the others stay until it has closed its files: whoever leaves first
     is taken for a crash, and all are ended.
     """
-    late = waited_too_long(error, world, timeout)
+    agreed, late = getattr(error, "agreed", False), waited_too_long(error, world, timeout)
     if late is not None:
         error = late
+    elif (told := mistake(error)) is not None:
+        error = told
     elif lost_another(error):
         time.sleep(GRACE)  # the agent ends this process as soon as it has seen what happened to the other one
         end_now(1)
-    agreed = getattr(error, "agreed", False)
     if agreed and not world.leads:
         _wait_for_leader()
     else:
@@ -150,6 +154,39 @@ def leave(error: BaseException, world: World, timeout: float) -> NoReturn:
         with suppress(OSError, ValueError):
             stream.flush()
     end_now(int(described(error)["exit_code"]))  # no goodbye: a collective that others never enter would hang
+
+
+@contextmanager
+def watched(world: World, timeout: float) -> Iterator[None]:
+    """End this process with its sentence where NCCL finds that another does not answer, or is gone.
+
+    A wait for NCCL is a wait for the GPU, in which nothing is raised: its watchdog notes the error, and aborts the process a minute later.
+    """
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(LOOK):
+            if (error := nccl_error()) is not None:
+                leave(error, world, timeout)
+
+    if torch.cuda.is_available():
+        threading.Thread(target=look, daemon=True, name="watches NCCL").start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def nccl_error() -> RuntimeError | None:
+    """What NCCL's watchdog has found in any group."""
+    from torch.distributed.distributed_c10d import _world
+
+    for group in list(_world.pg_map):
+        with suppress(RuntimeError):  # it has no NCCL
+            found = group._get_backend(torch.device("cuda")).get_error().name
+            if found != "SUCCESS":
+                return RuntimeError("NCCL timed out" if found == "TIMEOUT" else f"NCCL: {found}")
+    return None
 
 
 class Late(TrainingStopped):

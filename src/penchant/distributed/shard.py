@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, cast
 
 import torch
@@ -57,11 +57,9 @@ class Sharding:
     def mesh(self) -> Any:
         from torch.distributed.device_mesh import init_device_mesh
 
-        size = self.world.size
         if self.replicas > 1:
-            shape = (self.replicas, size // self.replicas)
-            return init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
-        return init_device_mesh(self.device.type, (size,), mesh_dim_names=("shard",))
+            return _replicated(self.world, self.device.type, self.replicas)
+        return init_device_mesh(self.device.type, (self.world.size,), mesh_dim_names=("shard",))
 
     def __call__(self, model: nn.Module, backbone: nn.Module, beside: Sequence[nn.Module] = ()) -> Root:
         """Shard a model in place: every layer of its backbone, then what is left, and what is computed from its hidden states.
@@ -103,6 +101,17 @@ class Sharding:
         for p in module.parameters():
             if p.is_floating_point() and not is_sharded(p):
                 p.data = p.data.to(torch.promote_types(self.dtype, torch.float32) if p.requires_grad else self.dtype)
+
+
+@lru_cache(maxsize=1)
+def _replicated(world: World, device: str, replicas: int) -> Any:
+    """The mesh of HSDP, the same for all models, over groups that wait as long as all others: its own would have torch's limit."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+
+    ranks = torch.arange(world.size).view(replicas, -1)
+    groups = [dist.new_subgroups_by_enumeration(r.tolist(), timeout=world.timeout)[0] for r in (ranks.T, ranks)]
+    return DeviceMesh.from_group(groups, device, ranks, mesh_dim_names=("replicate", "shard"))
 
 
 def layers_of(backbone: nn.Module) -> list[nn.Module]:

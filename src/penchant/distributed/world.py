@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from penchant import errors
 from penchant.base.lazy import torch
+from penchant.base.mistakes import mistake
 from penchant.errors import PenchantError
 
 T = TypeVar("T")
@@ -65,6 +66,7 @@ class World:
         group: for objects and numbers on the CPU (gloo); first: tells the others that rank 0 has come somewhere.
         context: processes that share each pass (`distributed.context`), neighbors by rank; context_group: they.
         processes: of each rank, its machine (None: not known) and the number of its process there.
+        timeout: how long they wait for each other.
     """
 
     rank: int = 0
@@ -76,6 +78,7 @@ class World:
     context: int = 1
     context_group: Any = None
     processes: tuple[tuple[str | None, int], ...] = ()
+    timeout: timedelta | None = None
 
     @property
     def dealers(self) -> int:
@@ -241,7 +244,8 @@ def join(timeout: float, context: int = 1) -> Iterator[World]:
     group = dist.new_group(backend="gloo", timeout=limit)
     processes: list[Any] = [None] * size
     dist.all_gather_object(processes, (os.environ.get(MACHINE), os.getpid()), group=group)
-    world = World(rank, size, local_rank, local_size, group, First("rank 0", timeout), processes=tuple(processes))
+    first = First("rank 0", timeout)
+    world = World(rank, size, local_rank, local_size, group, first, processes=tuple(processes), timeout=limit)
     if context > 1 and size % context == 0:  # another number is refused with the config
         neighbors = [dist.new_group(list(range(at, at + context)), timeout=limit) for at in range(0, size, context)]
         world = replace(world, context=context, context_group=neighbors[rank // context])
@@ -267,14 +271,14 @@ def agreed(error: E) -> E:
 
 def described(error: BaseException) -> dict[str, Any]:
     """An error in plain values."""
-    if isinstance(error, PenchantError):
-        kind = next(k.__name__ for k in type(error).__mro__ if getattr(errors, k.__name__, None) is k)
+    if (told := mistake(error)) is not None:
+        kind = next(k.__name__ for k in type(told).__mro__ if getattr(errors, k.__name__, None) is k)
         return {
             "kind": kind,
-            "where": error.where,
-            "what": error.what,
-            "how": error.how,
-            "exit_code": error.exit_code,
+            "where": told.where,
+            "what": told.what,
+            "how": told.how,
+            "exit_code": told.exit_code,
             "time": time.time(),
         }
     what = f"{type(error).__name__}: {error}"

@@ -1,0 +1,39 @@
+"""What is said of an exception that is no bug in Penchant: one sentence in place of a traceback."""
+
+from __future__ import annotations
+
+import errno
+import re
+from pathlib import Path
+from traceback import walk_tb
+
+from penchant.base.files import ANYWHERE, disk_error, os_error
+from penchant.base.functions import OWN
+from penchant.base.text import short
+from penchant.errors import PenchantError
+
+
+def mistake(error: BaseException) -> PenchantError | None:
+    """An exception as one that a person can act on: short memory, a device that lacks something, a disk, a file of their own; else None."""
+    if isinstance(error, PenchantError):
+        return error
+    said = short(str(error), 200)
+    if isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error)):
+        return PenchantError("not enough memory", said or "there is none left", "ask for less at a time")
+    if isinstance(error, NotImplementedError) and (lacks := re.search(r"for the (MPS|XPU) device", str(error))):
+        return PenchantError(f"torch lacks an operation {lacks[0]}", said, "set model.device=cpu")
+    found = os_error(error)
+    if found is not None and found.errno in ANYWHERE | {errno.ENAMETOOLONG}:
+        return disk_error(Path(getattr(error, "filename", None) or "."), found)
+    return _own(error)
+
+
+def _own(error: BaseException) -> PenchantError | None:
+    """Of an exception that a file of somebody's own has raised, or what it called outside Penchant."""
+    for frame, line in reversed(list(walk_tb(error.__traceback__))):
+        module = frame.f_globals.get("__name__", "")
+        if module.startswith(OWN):
+            return PenchantError(f"{frame.f_code.co_filename}:{line}", f"{type(error).__name__}: {error}", "fix it")
+        if module.partition(".")[0] == "penchant":
+            return None
+    return None
