@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -167,13 +167,14 @@ def _models_are_read_once() -> Iterator[None]:
     import torch
 
     from penchant import plan
-    from penchant.logprobs import packing
+    from penchant.logprobs import Scorer, packing, reference
     from penchant.models import load
 
     kept: dict[str, tuple[Any, torch.Tensor]] = {}
     seen: set[str] = set()  # what is read a second time is kept: most trained models never are
     ways: dict[Any, Any] = {}
     real_load, real_way, real_fast = load._load, packing._first_right, packing._fast_is_right
+    real_logps = reference.compute_logps
 
     def loaded(cfg: Any, path: str, device: torch.device, seed: int, *how: Any) -> Any:
         files = sorted(p for p in Path(path).iterdir() if p.is_file()) if Path(path).is_dir() else []
@@ -229,6 +230,20 @@ def _models_are_read_once() -> Iterator[None]:
             ways[key] = right
         return bool(ways[key])
 
+    def reference_logps(live: Any, trees: Any, *, tokens_per_step: int, progress: Any = None) -> Any:
+        """A frozen reference's log-probs of the same rows: what a run would find in a person's cache."""
+        scorer, digest = live.scorer, hashlib.sha256()
+        reference.hash_trees(digest, trees)
+        plain = (type(live), type(scorer), live.off) == (reference.LiveReference, Scorer, nullcontext)
+        how = (digest.digest(), tokens_per_step, live.side_by_side, torch.get_num_threads())
+        key = way_of("reference", scorer.model, scorer.packing, *scorer.how.values(), *how) if plain else None
+        if key is None or key not in ways:
+            found = real_logps(live, trees, tokens_per_step=tokens_per_step, progress=progress)
+            if key is None:
+                return found
+            ways[key] = found
+        return copy.deepcopy(ways[key])
+
     look = plan.misfit
     with pytest.MonkeyPatch.context() as patch:
         # every tiny run fits, and outlining it is a twentieth of its time
@@ -236,6 +251,7 @@ def _models_are_read_once() -> Iterator[None]:
         patch.setattr(load, "_load", loaded)
         patch.setattr(packing, "_first_right", first_right)
         patch.setattr(packing, "_fast_is_right", fast_is_right)
+        patch.setattr(reference, "compute_logps", reference_logps)
         yield
 
 

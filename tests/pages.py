@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -169,6 +170,10 @@ class Shell:
         elif "| penchant " in command:
             first, rest = command.split("| penchant ", 1)
             self._penchant(where, command, shlex.split(rest), self._bash(where, first))
+        elif parts[:2] == ["python", "-c"]:
+            with redirect_stdout(io.StringIO()) as said:
+                exec(parts[2], {"__name__": "page"})
+            assert said.getvalue() in (ROOT / where.page).read_text(), f"{where}: the page shows something else"
         else:
             self._bash(where, command)
 

@@ -37,7 +37,7 @@ from penchant.plan.memory import (
     packed_weights,
 )
 from penchant.plan.outline import OutlinedRun, outline, parameter_counts
-from penchant.plan.ranks import SHAPES, Sizes
+from penchant.plan.ranks import SHAPES, Sizes, sizes_of
 from penchant.plan.settings import settings_of
 from penchant.plan.text import plan_text, size
 from penchant.rollout.generate import sample
@@ -549,12 +549,16 @@ def test_known_models_have_their_known_sizes() -> None:
     """Llama 2 7B has 6,738,415,616 parameters, and Llama 3 70B has 70,553,706,496: the table in docs/many_gpus.md is of those shapes."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from penchant.models.load import on_meta
+    from penchant.models.load import add_lora, on_meta
+    from penchant.models.options import LoraConfig
 
-    made = {n: on_meta(AutoModelForCausalLM, LlamaConfig(**SHAPES[n])) for n in ("7B", "70B")}  # type: ignore[arg-type]
-    sizes = {name: Sizes.of(model) for name, model in made.items()}
+    sizes = {name: sizes_of(SHAPES[name]) for name in ("7B", "70B")}
     assert {name: s.every for name, s in sizes.items()} == {"7B": 6_738_415_616, "70B": 70_553_706_496}
     assert sizes["70B"].every == 80 * sizes["70B"].layer + sizes["70B"].root
+    shape = {**SHAPES["7B"], "num_hidden_layers": 4}
+    whole = on_meta(AutoModelForCausalLM, LlamaConfig(**shape))  # type: ignore[arg-type]
+    assert sizes_of(shape) == Sizes.of(whole)
+    assert sizes_of(shape, lora=True) == Sizes.of(add_lora(whole, LoraConfig(), 0))
 
 
 def test_advice_where_it_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from penchant.distributed.shard import layers_of
@@ -149,20 +149,27 @@ GPUS = (1, 2, 4, 8, 16, 32, 64)
 TOKENS = 8192
 
 
-def table() -> list[str]:
-    """GB (of 10^9 bytes) of each process, as Markdown."""
+def sizes_of(shape: Mapping[str, int], lora: bool = False) -> Sizes:
+    """Of a Llama of this shape, with an adapter or without: each layer adds what the second one does."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from penchant.models.load import add_lora, on_meta
     from penchant.models.options import LoraConfig
 
+    made = [on_meta(AutoModelForCausalLM, LlamaConfig(**{**shape, "num_hidden_layers": n})) for n in (1, 2)]  # type: ignore[arg-type]
+    one, two = (astuple(Sizes.of(add_lora(model, LoraConfig(), 0) if lora else model)) for model in made)
+    return Sizes(*(a + (shape["num_hidden_layers"] - 1) * (b - a) for a, b in zip(one, two, strict=True)))
+
+
+def table() -> list[str]:
+    """GB (of 10^9 bytes) of each process, as Markdown."""
+    from transformers import LlamaConfig
+
     lines = [f"| | {' | '.join(map(str, GPUS))} |", "|---" * (len(GPUS) + 1) + "|"]
     for name, shape in SHAPES.items():
         config: Any = LlamaConfig(**shape)  # type: ignore[arg-type]
-        plain = Sizes.of(on_meta(AutoModelForCausalLM, config))
-        adapted = Sizes.of(add_lora(on_meta(AutoModelForCausalLM, config), LoraConfig(), 0))
         for kind, how in KINDS.items():
-            sizes = adapted if "lora" in how else plain
+            sizes = sizes_of(shape, "lora" in how)
             more = {key: value for key, value in how.items() if key != "lora"}
             passing = activations_of(config, TOKENS)
             cells = [
