@@ -347,7 +347,7 @@ def test_the_missing_eos_penalty_lowers_the_reward(base: dict[str, Any], tmp_pat
         ({"algorithm": {"name": "online_dpo", "epochs": 2}}, "takes one step"),
         ({"algorithm": {"name": "online_dpo", "beta": 0.0}}, "beta is 0; give a number above 0"),
         ({"algorithm": {"name": "grpo", "beta": -1.0}}, "of at least 0"),
-        ({"reference": {"kind": "cached"}}, "yet to be written"),
+        ({"reference": {"kind": "cached"}}, "a cache does not hold"),
         ({"algorithm": {"name": "rloo", "max_new_tokens": 300}}, "beyond the model's context of 256"),
     ],
 )
@@ -562,7 +562,12 @@ def test_prompts_that_teach_nothing_are_replaced_so_many_times() -> None:
     assert writer.asked[0] == [0, 1, 2, 3] and len(rows) == 4 and set(rows) <= writer.teaching
     flat = [row for asked in writer.asked for row in asked]
     assert len(flat) == len(set(flat)) and len(writer.asked) <= 4
-    assert algorithm.step_values()["dynamic_sampling/kept"] == 4 / len(flat)
+    said = algorithm.step_values()
+    assert said["dynamic_sampling/kept"] == 4 / len(flat)
+    # the figures are of all that was sampled, as those of other methods
+    taught = sum(row in writer.teaching for row in flat)
+    assert said["reward"] == pytest.approx((taught * 2 / 3 + len(flat) - taught) / len(flat))
+    assert said["frac_reward_zero_std"] == pytest.approx(1 - taught / len(flat)) and taught < len(flat)
     # a bound, and an empty step where nothing teaches
     algorithm = made(tiny_model("llama"), name="dapo")
     algorithm.pool, nothing = pool, Level(set())

@@ -226,5 +226,9 @@ def test_how_long_something_may_take_is_no_part_of_what_is_computed() -> None:
     def computed(reward: dict[str, Any], **rollout: Any) -> dict[str, Any]:
         return what_is_computed(config_from_mapping({**base, "reward": reward, "rollout": rollout}, []))
 
-    short = computed({"words": 1.0, "timeout": 5.0}, environment_timeout=1.0)
-    assert short == computed({"words": 1.0}) != computed({"words": 2.0})
+    short = computed({"words": 1.0, "timeout": 5.0}, environment="calculator", environment_timeout=1.0)
+    assert (
+        short
+        == computed({"words": 1.0}, environment="calculator")
+        != computed({"words": 2.0}, environment="calculator")
+    )

@@ -14,6 +14,7 @@ from penchant.algorithms.rollouts import SamplingConfig, Writer
 from penchant.base.lazy import Tensor, lazy
 from penchant.data.tokenize import same_tokens
 from penchant.errors import ConfigError
+from penchant.rollout.options import RolloutConfig
 from penchant.types import Algorithm, LossOutput, PackedBatch, Scored, TokenTree
 
 if TYPE_CHECKING:
@@ -58,6 +59,18 @@ class GKDConfig(SamplingConfig):
     default_lr: ClassVar[tuple[float, float]] = (2e-5, 2e-4)
 
     @property
+    def idle(self) -> dict[str, str]:
+        why = "with gkd, which samples by itself; leave it out"
+        found = dict.fromkeys((f"rollout.{name}" for name in RolloutConfig.model_fields), why)
+        found["data.weight"] = "with gkd, which does not weight rows; leave it out"
+        if self.divergence != "jsd":
+            found["beta"] = "on a KL; set divergence: jsd, or leave beta out"
+        if not self.lam:
+            written = ("max_new_tokens", "top_p", "min_p", "top_k", "repetition_penalty")
+            found |= dict.fromkeys(written, "where lambda is 0 and the policy writes nothing; leave it out")
+        return found
+
+    @property
     def signal(self) -> Signal:
         """Answers are needed where the policy does not write all of them."""
         return "prompts" if self.lam == 1.0 else "tokens"
@@ -69,11 +82,7 @@ class GKDConfig(SamplingConfig):
     def check(self, parts: Parts) -> None:
         from penchant.models.load import load_tokenizer
 
-        path, rollout = parts.config.reference.path, parts.config.rollout
-        if rollout.engine != "own" or rollout.environment is not None:
-            raise ConfigError("rollout", "is set, and gkd samples by itself", "leave out engine and environment")
-        if parts.config.data.weight is not None:
-            raise ConfigError("data.weight", "is set, and gkd does not weight rows", "leave it out")
+        path = parts.config.reference.path
         if parts.config.reference.moves:
             raise ConfigError(
                 "reference", "would follow the student, and it is the teacher", "leave out ema and sync_every"

@@ -51,6 +51,11 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "cispo": {"clip_high": 4.0, "loss_mean": "token"},
     "reinforce_pp": {"loss_mean": "token"},
 }
+IDLE = {
+    "rloo": ("scale_rewards", "loss_mean"),
+    "cispo": ("clip_dual",),
+    "reinforce_pp": ("scale_rewards",),
+}
 BETAS = {"rloo": 0.05, "grpo": 0.04, "reinforce_pp": 0.01}  # the others have no KL
 
 
@@ -85,6 +90,18 @@ class GroupConfig(OnlineConfig):
         if self.kl_in_reward and self.kl_estimator == "unbiased":
             raise ValueError("kl_estimator is unbiased, which corrects a gradient; in the reward take k1, k2 or k3")
         return self
+
+    @property
+    def idle(self) -> dict[str, str]:
+        found = dict.fromkeys(IDLE.get(self.name, ()), f"with {self.name}; leave it out")
+        if self.name == "cispo" and self.clip_high is not None:
+            found["clip"] = "with cispo, which has an upper clip alone; set clip_high"
+        if not self.kl_weight:
+            why = "where beta is 0; set beta, or leave {} out"
+            found |= {key: why.format(key) for key in ("kl_in", "kl_estimator")}
+        if self.name != "reinforce_pp":
+            found["group_baseline"] = f"with {self.name}, which compares completions of one prompt anyway; leave it out"
+        return found
 
     @property
     def least_samples(self) -> int:  # type: ignore[override]
@@ -158,7 +175,7 @@ class GroupPolicyGradient(OnPolicy):
             return groups
         used = {t.row for t in prompts}
         good = [g for g in groups if self.teaches(g)]
-        asked = len(groups)
+        every = list(groups)
         for attempt in range(cfg.dynamic_sampling):
             lacking = len(groups) - len(good)
             rng = np.random.default_rng([self.writer.seed, iteration, attempt, len(used)])
@@ -168,12 +185,13 @@ class GroupPolicyGradient(OnPolicy):
                 break
             more = self.writer.write(others, iteration)
             used |= {t.row for t in others}
-            asked += len(more)
+            every += more
             good += [g for g in more if self.teaches(g)]
         # the first ones stay where nothing teaches: the step is empty, and its line says what was written
         found = good or groups
-        share = {"dynamic_sampling/kept": len(good) / asked}
-        return [replace(g, logged={**g.logged, **share}) for g in found]
+        # figures of all that was sampled: those of the kept prompts alone say nothing of how good the policy is
+        said = reward_metrics_of(every) | {"dynamic_sampling/kept": len(good) / len(every)}
+        return [replace(g, logged={**g.logged, **said}) for g in found]
 
     def teaches(self, group: Group) -> bool:
         if not OnPolicy.teaches(self, group):

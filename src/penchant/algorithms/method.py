@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
-from penchant.base.section import Section
+from penchant.base.section import Section, refuse_idle
 from penchant.types import Algorithm, PromptTree, Scored, TokenTree
 
 if TYPE_CHECKING:
@@ -102,6 +102,10 @@ class EvaluationContext(Protocol):
     def budget(self) -> int:
         """Tokens of a forward pass."""
 
+    @property
+    def keep(self) -> bool:
+        """Whether the run is being trained; else it is evaluated by itself, later."""
+
     def start(self) -> LiveReference:
         """The model that training starts from (or reference.path), run live; it may be loaded for this."""
 
@@ -191,6 +195,11 @@ class Method:
         return {}
 
     @property
+    def idle(self) -> Mapping[str, str]:
+        """Keys that change nothing with it, its own and those of other sections (``rollout.lag``): see `refuse_idle`."""
+        return {}
+
+    @property
     def default_lr(self) -> tuple[float, float]:
         """Peak learning rate where the config says auto: of the whole model, of an adapter. `auto_lr` reads it."""
         return 1e-6, 5e-5
@@ -229,3 +238,8 @@ class AlgorithmConfig(Section, Method):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", populate_by_name=True)
 
     name: str = Field(description="an algorithm's name, or path.py:Class")
+
+    @model_validator(mode="after")
+    def _nothing_in_vain(self) -> AlgorithmConfig:
+        refuse_idle(self, {key: why for key, why in self.idle.items() if "." not in key})
+        return self

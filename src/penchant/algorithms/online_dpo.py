@@ -11,7 +11,6 @@ from pydantic import Field, model_validator
 from penchant.algorithms.method import Parts, Rollouts
 from penchant.algorithms.offline import Component, Offline
 from penchant.algorithms.rollouts import Group, OnlineConfig, Writer, reward_metrics_of
-from penchant.errors import ConfigError
 from penchant.losses import LOSSES
 from penchant.types import TokenTree
 
@@ -31,8 +30,6 @@ class OnlineDPOConfig(OnlineConfig):
     def _one_step_on_each_pair(self) -> OnlineDPOConfig:
         if self.updates > 1:
             raise ValueError("online_dpo takes one step on each batch of rollouts; leave out epochs and minibatches")
-        if self.entropy_coef:
-            raise ValueError("entropy_coef is for policy gradient methods; leave it out with online_dpo")
         if self.kl_weight == 0:
             raise ValueError("beta is 0; give a number above 0")
         return self
@@ -41,13 +38,11 @@ class OnlineDPOConfig(OnlineConfig):
     def rollouts(self) -> Rollouts:
         return Rollouts(self.samples, 2, self.max_new_tokens)
 
-    def check(self, parts: Parts) -> None:
-        OnlineConfig.check(self, parts)
-        rollout = parts.config.rollout
-        for key in ("lag", "correction"):
-            if key in rollout.model_fields_set and getattr(rollout, key) not in (0, "none"):
-                what = "is for policy gradient methods, and online_dpo is not one"
-                raise ConfigError(f"rollout.{key}", what, "leave it out")
+    @property
+    def idle(self) -> dict[str, str]:
+        own = ("entropy_coef", "clip", "clip_high", "clip_dual", "scale_rewards", "loss_mean")
+        why = "with online_dpo, which is no policy gradient method; leave it out"
+        return dict.fromkeys((*own, "rollout.lag", "rollout.correction"), why)
 
     def build(self, parts: Parts) -> OnlineDPO:
         writer, dpo = self.writer(parts), LOSSES["dpo"]

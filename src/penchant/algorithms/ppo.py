@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from penchant.algorithms.method import Parts
 from penchant.algorithms.rollouts import Group, OnlineConfig, OnPolicy, kept, reward_metrics_of, score_groups
@@ -64,11 +64,21 @@ class PPOConfig(OnlineConfig):
     adam_eps: float = Field(1e-5, gt=0, description="Adam's epsilon, instead of train.adam_eps")
     ratio_limit: float = Field(10.0, gt=1, description="skip a minibatch whose mean probability ratio exceeds this")
 
-    @model_validator(mode="after")
-    def _a_value_model_to_start(self) -> PPOConfig:
-        if self.value_init == "reward" and self.value != "separate":
-            raise ValueError("value_init is reward, but a head on the policy cannot start there; set value: separate")
-        return self
+    @property
+    def idle(self) -> dict[str, str]:
+        found = dict.fromkeys(("scale_rewards", "loss_mean"), "with ppo; leave it out")
+        found["train.adam_eps"] = "with ppo, which has its own; set algorithm.adam_eps"
+        if self.value != "separate":
+            found["value_init"] = "on a head on the policy; set value: separate, or leave value_init out"
+        if not self.value_coef:
+            found["value_clip"] = "where value_coef is 0; leave it out"
+        if self.kl_control == "fixed":
+            why = "while beta is fixed; set kl_control: adaptive, or leave {} out"
+            found |= {key: why.format(key) for key in ("kl_target", "kl_horizon")}
+        if not self.start_beta:
+            why = "where beta is 0; set beta, or leave {} out"
+            found |= {key: why.format(key) for key in ("kl_estimator", "kl_control")}
+        return found
 
     @property
     def start_beta(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
@@ -27,6 +28,22 @@ class Section(BaseModel):
     """A config section: strict, frozen, unknown keys refused; every field carries a one-line `description`."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+
+def refuse_idle(section: BaseModel, idle: Mapping[str, str], prefix: str = "") -> None:
+    """Refuse a key that is set to something else than its default and changes nothing.
+
+    Args:
+        idle: such keys, each with when it changes nothing and what to do: ``without environment; set environment, or leave turns out``.
+        prefix: of keys in the sentence, where that is not about the section itself.
+
+    Raises:
+        ValueError: a validator's.
+    """
+    for name, why in idle.items():
+        info = type(section).model_fields[name]
+        if getattr(section, name) != info.get_default(call_default_factory=True):  # a resolved config has every key
+            raise ValueError(f"{prefix}{info.alias or name} has no effect {why}")
 
 
 def as_yaml(value: Any) -> str:

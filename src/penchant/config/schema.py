@@ -12,7 +12,7 @@ from penchant.algorithms import ALGORITHMS, AlgorithmConfig, Method, find_algori
 from penchant.algorithms.offline import Losses
 from penchant.base.files import file_sha256
 from penchant.base.functions import imported_sha256, is_own, own_file
-from penchant.base.section import Section
+from penchant.base.section import Section, refuse_idle
 from penchant.data.options import DataConfig
 from penchant.distributed.options import LaunchConfig
 from penchant.errors import ConfigError
@@ -156,6 +156,14 @@ class RunConfig(Section):
             raise ValueError(
                 "rollout is for methods that write completions in training; leave it out, or set algorithm.name"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_in_vain(self) -> RunConfig:
+        for key, why in self.method.idle.items():
+            section, _, name = key.partition(".")
+            if name:
+                refuse_idle(getattr(self, section), {name: why}, f"{section}.")
         return self
 
     @model_validator(mode="after")

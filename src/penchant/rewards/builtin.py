@@ -12,7 +12,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, ValidationError, model_serializer, model_validator
 
-from penchant.base.section import Place, Section
+from penchant.base.functions import is_own
+from penchant.base.section import Place, Section, refuse_idle
 from penchant.errors import ConfigError, RewardError
 
 # (prompts, completions, **columns) -> one number each, or None where it says nothing of a completion; it may be async
@@ -339,6 +340,15 @@ class RewardConfig(Section):
         if isinstance(settings.get("timeout"), int) and not isinstance(settings["timeout"], bool):
             settings["timeout"] = float(settings["timeout"])
         return {"terms": terms, **({"options": options} if options else {}), **settings}
+
+    @model_validator(mode="after")
+    def _nothing_in_vain(self) -> RewardConfig:
+        models = [kind_of(name) is None and not is_own(name) for name in self.terms]
+        idle = {} if any(models) else {"device": "without a reward model; leave it out"}
+        if models and all(models):
+            idle["timeout"] = "on reward models, which take the time that they need; leave it out"
+        refuse_idle(self, idle)
+        return self
 
     @model_serializer
     def _to_shorthand(self) -> Any:

@@ -341,6 +341,8 @@ def _numbers(name: str, given: Any, asked: Asked) -> np.ndarray:
     if given is None:
         raise RewardError(f"reward {name}", "returned None", "return a list of numbers")
     try:
+        if getattr(getattr(given, "dtype", None), "kind", "") in ("O", "S", "U"):  # an array of texts, or of objects
+            given = list(given)
         if isinstance(given, (list, tuple)):
             given = [_plain(v) for v in given]
         return np.asarray(_plain(given), dtype=np.float64)
@@ -353,7 +355,13 @@ def _numbers(name: str, given: Any, asked: Asked) -> np.ndarray:
 
 
 def _plain(value: Any) -> Any:
-    """A tensor as an array: numpy takes none with a gradient, on a GPU or in bf16."""
+    """A tensor as an array: numpy takes none with a gradient, on a GPU or in bf16.
+
+    Raises:
+        TypeError: a text, which numpy would read as a number.
+    """
+    if isinstance(value, (str, bytes)):
+        raise TypeError(value)
     return value.detach().cpu().double().numpy() if hasattr(value, "detach") else value
 
 

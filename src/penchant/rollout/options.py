@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from penchant.base.section import Section
+from penchant.base.section import Section, refuse_idle
 
 PLACES = ("url", "model", "key_env", "timeout", "attempts", "update", "folder")  # where and how, not what is computed
 
@@ -72,7 +72,26 @@ class RolloutConfig(Section):
             raise ValueError("update is nccl, which is for a server; vLLM in this process reads a file")
         if self.correction == "mis" and self.correction_low >= self.correction_high:
             raise ValueError("correction_low must be below correction_high")
+        refuse_idle(self, self._idle())
         return self
+
+    def _idle(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        if self.environment is None:
+            why = "without environment; set environment, or leave {} out"
+            found |= {key: why.format(key) for key in ("turns", "environment_timeout")}
+        if self.engine == "own":
+            found["tolerance"] = "on the own engine; set engine: vllm, or leave it out"
+        elif self.url is None:
+            found |= dict.fromkeys(("model", "key_env", "timeout"), "without a server; set url, or leave it out")
+        if self.update == "nccl":
+            found["folder"] = "where update is nccl; set update: file, or leave folder out"
+        if self.correction != "mis":
+            found["correction_low"] = "without correction: mis; set that, or leave correction_low out"
+        if self.correction == "none":
+            why = "without correction; set correction, or leave {} out"
+            found |= {key: why.format(key) for key in ("correction_level", "correction_high")}
+        return found
 
     @property
     def elsewhere(self) -> bool:

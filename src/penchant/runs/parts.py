@@ -501,8 +501,8 @@ def reference_kind(config: RunConfig) -> str:
             f"is {config.reference.device}, and a reference of kind {kind} is the policy itself, which is where the policy is",
             "leave one of them out; reference.kind=frozen is a model of its own",
         )
-    if kind == "cached" and config.method.signal == "prompts":
-        what = "a cache does not hold completions that are yet to be written"
+    if kind == "cached" and config.algorithm is not None and config.method.live_reference:
+        what = f"a cache does not hold what {config.method.name} needs: its reference runs in each step"
         raise ConfigError("reference.kind", what, "set reference.kind=frozen (or adapter, with LoRA)")
     return kind
 
