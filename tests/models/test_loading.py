@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,16 @@ import transformers
 from families import family_configs
 
 from penchant.errors import ModelError
-from penchant.models.load import cast_parameters, held_in, load_causal_model, save_model
+from penchant.models.load import (
+    cast_parameters,
+    held_in,
+    load_causal_model,
+    save_model,
+    stays_wide,
+    weights_sha256,
+)
 from penchant.models.options import ModelConfig
+from penchant.training.optim import MasterAdamW
 
 CONFIGS: dict[str, Any] = {
     "gpt2": lambda: transformers.GPT2Config(
@@ -198,3 +207,55 @@ def test_loading_takes_no_more_memory_than_what_is_held(tmp_path: Path) -> None:
     assert len(found) == 3, said.stderr
     for bytes_a_weight, held in zip(found, (2.0, 0.0, 4.0), strict=True):
         assert held - 1.0 <= bytes_a_weight <= held + 1.0, found
+
+
+@pytest.fixture(scope="module")
+def routed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model of a family whose router transformers keeps in fp32."""
+    folder = tmp_path_factory.mktemp("routed")
+    config = transformers.Ernie4_5_MoeConfig(
+        vocab_size=31,
+        hidden_size=16,
+        intermediate_size=16,
+        moe_intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        moe_num_experts=4,
+        moe_k=2,
+        moe_layer_start_index=1,
+    )
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+def test_parameters_that_transformers_keeps_in_fp32_stay_there(routed: Path) -> None:
+    own = transformers.AutoModelForCausalLM.from_pretrained(routed, dtype=torch.bfloat16)
+    model = load_causal_model(ModelConfig(path=str(routed)), torch.device("cpu"))
+    before = weights_sha256(model, torch.bfloat16)
+    cast_parameters(model, torch.bfloat16)
+    wanted = {n: p.dtype for n, p in own.named_parameters()}
+    assert set(wanted.values()) == {torch.float32, torch.bfloat16}
+    assert {n: p.dtype for n, p in model.named_parameters()} == wanted
+    assert weights_sha256(model) == before
+    cast_parameters(model, torch.float64)
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+
+
+def test_what_stays_in_fp32_is_its_own_master(routed: Path) -> None:
+    model = load_causal_model(ModelConfig(path=str(routed)), torch.device("cpu"))
+    optimizer = MasterAdamW(model.named_parameters(), dtype=torch.bfloat16, stays_wide=partial(stays_wide, model))
+    cast_parameters(model, torch.bfloat16)
+    own = {n for n, p in model.named_parameters() if optimizer.masters[n] is p}
+    assert own == {n for n, p in model.named_parameters() if p.dtype == torch.float32} != set()
+    before = {n: optimizer.masters[n].clone() for n in own}
+    model(torch.tensor([[1, 2, 3, 4]])).logits.float().square().sum().backward()
+    optimizer.step(0.1)
+    assert any(not torch.equal(optimizer.masters[n], value) for n, value in before.items())
+
+
+def test_an_adapter_on_what_stays_in_fp32_is_cast(routed: Path) -> None:
+    model = load_causal_model(ModelConfig(path=str(routed)), torch.device("cpu"))
+    assert stays_wide(model, "base_model.model.model.layers.1.mlp.gate.base_layer.weight")
+    assert not stays_wide(model, "base_model.model.model.layers.1.mlp.gate.weight.lora_A.default.weight")
+    assert not stays_wide(model, "model.layers.1.mlp.experts.gate_up_proj")

@@ -19,7 +19,7 @@ from penchant.cli import main
 from penchant.config import config_from_mapping, load_config, load_config_with_places
 from penchant.data.packing import pack, plan_passes, tree_tokens
 from penchant.errors import ConfigError
-from penchant.logprobs import Scorer
+from penchant.logprobs import Scorer, head
 from penchant.models.cpu.decode import FastDecoder
 from penchant.models.load import cast_parameters, load_causal_model
 from penchant.models.options import ModelConfig
@@ -301,6 +301,20 @@ def test_attention_without_a_mask_is_counted_so(tmp_path: Path) -> None:
         found.append(activations_of(run, run.model, [_trees((300, 250, 260), (280, 240, 270))], fast=False))
     groups, varlen = found
     assert varlen.total < groups.total / 2 and varlen.layouts < groups.layouts / 20
+
+
+def test_chunks_of_the_head_are_counted_as_where_the_run_will_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, chunks, rows_at_once = _config(tmp_path), [], head.rows_at_once
+    config["model"]["kernels"] = "off"
+    monkeypatch.setattr(head, "rows_at_once", lambda *of: chunks.append(rows_at_once(*of)) or chunks[-1])
+    run = OutlinedRun(api.as_config(config), quiet=True)
+    for device in ("cpu", "cuda"):
+        run.device = torch.device(device)
+        forward_bytes(run, run.model, _trees((4, 10, 10)), fast=False)
+    vocabulary = run.model.config.vocab_size
+    assert chunks == [(head._CHUNK_ELEMENTS * times) // vocabulary for times in (1, head._GPU_TIMES)]
 
 
 def test_a_head_too_large_to_keep_is_counted_by_its_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from families import tiny_model
+from torch.overrides import TorchFunctionMode
 
 from penchant.data.packing import pack
 from penchant.logprobs import Scorer
@@ -98,5 +101,107 @@ def test_progress_counts_up_to_the_end(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 def test_a_cache_that_is_right_is_used(family: str) -> None:
-    """Decoding whole rows anew would be right too, and slow."""
-    assert generate._keeps_a_cache(tiny_model(family, dtype=torch.float32))
+    """Decoding whole rows anew, or prompts of one length alone, would be right too, and slow."""
+    assert generate._way(tiny_model(family, dtype=torch.float32)) is generate._Padded
+
+
+# ---- transformers' own cache: any model on a GPU, and those without a fast path here ----
+
+MIXED = [[5, 6, 7], [9, 8], [11, 12, 13, 14, 15, 16, 17], [4], [3, 1, 2], [8] * 12]
+
+
+@pytest.fixture
+def no_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where the pool of rows does not run."""
+    monkeypatch.setattr(generate, "can_decode_fast", lambda *_: False)
+
+
+def at_a_time(model: Any, way: type, monkeypatch: pytest.MonkeyPatch, **how: Any) -> tuple[list[Any], int]:
+    """What is sampled when prompts are decoded in one way, and how often prompts were computed."""
+    waves = []
+    first = way.first  # type: ignore[attr-defined]
+    monkeypatch.setattr(way, "first", lambda row, ids, n, pads: waves.append(len(ids)) or first(row, ids, n, pads))
+    monkeypatch.setattr(generate, "_way", lambda _: way)
+    return sample(model, MIXED, max_new_tokens=10, seed=3, **how), len(waves)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize("how", [{"temperature": 0}, {"n": 3, "eos_token_id": [2, 7, 11]}])
+def test_prompts_of_any_length_run_together_and_get_what_they_get_alone(
+    family: str, how: dict[str, Any], no_pool: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(family, dtype=torch.float64)
+    rows, together = at_a_time(model, generate._Padded, monkeypatch, **how)
+    alone, by_length = at_a_time(model, generate._Cached, monkeypatch, **how)
+    assert (together, by_length) == (1, 5)
+    assert [[s.ids for s in r] for r in rows] == [[s.ids for s in r] for r in alone]
+    for mine, theirs in zip(rows, alone, strict=True):
+        assert mine[0].logps == pytest.approx(theirs[0].logps, abs=1e-6)  # they are kept in fp32
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_padded_prompts_equal_transformers(family: str, no_pool: None) -> None:
+    model = tiny_model(family, dtype=torch.float64)
+    rows = sample(model, MIXED, max_new_tokens=10, temperature=0)
+    for prompt, (row,) in zip(MIXED, rows, strict=True):
+        asked = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        expected = model.generate(torch.tensor([prompt]), max_new_tokens=10, **asked)
+        assert row.ids == expected[0, len(prompt) :].tolist()
+
+
+def test_a_model_that_reads_padding_gets_prompts_of_one_length(no_pool: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("gpt2", dtype=torch.float64)
+    expected = sample(model, MIXED, max_new_tokens=5, temperature=0)
+    del model._penchant_way
+    forward = model.forward
+    blind = lambda attention_mask=None, position_ids=None, **more: forward(**more)  # noqa: E731
+    monkeypatch.setattr(model, "forward", blind)
+    assert generate._way(model) is generate._Cached
+    assert sample(model, MIXED, max_new_tokens=5, temperature=0) == expected
+
+
+def test_rows_at_once_are_what_memory_has_room_for(no_pool: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", dtype=torch.float32)
+    expected = sample(model, MIXED, n=2, max_new_tokens=6, temperature=0)
+    sizes: list[int] = []
+    together = generate._decode_together
+    monkeypatch.setattr(
+        generate, "_decode_together", lambda row, ps, part, w: sizes.append(len(part)) or together(row, ps, part, w)
+    )
+    longest = generate.row_bytes(model, 4, 12, 2, 6)
+    monkeypatch.setattr(generate, "cache_room", lambda _: int(4 * longest))
+    rows = sample(model, MIXED, n=2, max_new_tokens=6, temperature=0)
+    assert [[s.ids for s in r] for r in rows] == [[s.ids for s in r] for r in expected]
+    assert sum(sizes) == len(MIXED) and len(sizes) > 1
+    monkeypatch.setattr(generate, "cache_room", lambda _: 0)  # one prompt runs in any case
+    sizes.clear()
+    sample(model, MIXED, n=2, max_new_tokens=6, temperature=0)
+    assert sizes == [1] * len(MIXED)
+
+
+def test_a_gpus_room_is_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (10 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 7 << 30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: 5 << 30)
+    assert generate.cache_room(torch.device("cuda")) == 6 << 30
+    assert generate.cache_room(torch.device("cpu")) == generate.CACHE_BYTES
+    assert [generate.rows_that_fit(1.0, n) for n in (0, 1, 7, 8, 300, 1000)] == [1, 1, 4, 8, 256, generate.MOST_ROWS]
+
+
+def test_a_token_waits_for_the_device_once(no_pool: None) -> None:
+    """Of a token in the middle, where no row ends, and without padding, which transformers looks at."""
+
+    class Reads(TorchFunctionMode):
+        seen = 0
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.seen += getattr(func, "__name__", "") in ("__int__", "__bool__", "item", "tolist", "nonzero")
+            return func(*args, **(kwargs or {}))
+
+    model = tiny_model("llama", dtype=torch.float32)
+    counts = []
+    for tokens in (4, 9, 14):
+        with Reads() as reads:
+            sample(model, [[5, 6, 7], [9, 8, 4]], max_new_tokens=tokens, temperature=1.0)
+        counts.append(reads.seen)
+    assert counts[2] - counts[1] == 5

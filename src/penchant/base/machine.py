@@ -6,6 +6,8 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -37,6 +39,24 @@ Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
 DEVICES: tuple[str, ...] = get_args(Device)
 INDEXED = ("cuda", "xpu")  # kinds of which a machine may have several
 NAMES = {"cuda": "CUDA device", "mps": "Apple GPU (MPS)", "xpu": "Intel GPU (XPU)"}
+
+
+_META = ["cpu"]
+
+
+def kind_of(device: Any) -> str:
+    """A device's type; of torch's meta device that of the one that it stands for, which is the CPU outside of `meta_as`."""
+    return _META[-1] if device.type == "meta" else str(device.type)
+
+
+@contextmanager
+def meta_as(kind: str) -> Iterator[None]:
+    """Have the meta device stand for a kind of device: what its memory would hold is counted there."""
+    _META.append(kind)
+    try:
+        yield
+    finally:
+        _META.pop()
 
 
 def accelerator(kind: str) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from penchant.base.lanes import Turns, turn
+from penchant.base.machine import kind_of
 from penchant.losses.divergences import DivergenceKind, divergence, grad_of, log_probs, value_of
 from penchant.models.cpu.head import VOCAB_TILE
 
@@ -34,7 +35,7 @@ class HeadDivergence(NamedTuple):
 
 def rows_at_once(weight: Tensor, elements: int) -> int:
     """Rows of a chunk under a head (V, d): so many that about `elements` logits are alive on a CPU, and `_GPU_TIMES` as many on a GPU."""
-    return max(16, elements * (1 if weight.device.type in ("cpu", "meta") else _GPU_TIMES) // weight.shape[0])
+    return max(16, elements * (1 if kind_of(weight.device) == "cpu" else _GPU_TIMES) // weight.shape[0])
 
 
 def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:

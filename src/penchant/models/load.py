@@ -577,19 +577,26 @@ def own_memory(model: nn.Module) -> None:
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast floating-point parameters in place.
+    """Cast floating-point parameters in place; those that `stays_wide` names to fp32 where `dtype` has 16 bits.
 
     Buffers (rotary frequencies) stay in fp32: in bf16 they would rotate far positions wrongly.
     """
-    for p in model.parameters():
-        if p.is_floating_point() and p.dtype != dtype:
-            p.data = p.data.to(dtype)
+    for name, p in model.named_parameters():
+        wanted = torch.promote_types(dtype, torch.float32) if stays_wide(model, name) else dtype
+        if p.is_floating_point() and p.dtype != wanted:
+            p.data = p.data.to(wanted)
     for layer in model.modules():
         if type(getattr(layer, "weight", None)).__name__ == "Params4bit":
             layer.compute_dtype = layer.weight.quant_state.dtype = dtype  # type: ignore[union-attr, assignment]
     config = getattr(base_model_of(model), "config", None)
     if config is not None:
         config.dtype = dtype
+
+
+def stays_wide(model: nn.Module, name: str) -> bool:
+    """Whether a parameter of this name is in fp32 in a model of 16 bits, as in transformers: in some families a router's."""
+    kept = getattr(base_model_of(model), "_keep_in_fp32_modules_strict", None) or ()
+    return "lora_" not in name and any(part in plain_name(name) for part in kept)
 
 
 def add_lora(
@@ -808,7 +815,9 @@ def weights_sha256(model: nn.Module, dtype: torch.dtype | None = None) -> str:
     named = (
         (n.replace(".base_layer", ""), full(p)) for n, p in base_model_of(model).named_parameters() if "lora_" not in n
     )
-    return tensors_sha256((n, p if dtype is None or not p.is_floating_point() else p.to(dtype)) for n, p in named)
+    return tensors_sha256(
+        (n, p if dtype is None or not p.is_floating_point() or stays_wide(model, n) else p.to(dtype)) for n, p in named
+    )
 
 
 # what a config says beside how its model computes
@@ -867,6 +876,12 @@ def base_model_of(model: nn.Module) -> Any:
     """The transformers causal model itself, without peft's wrapping."""
     get_base = getattr(model, "get_base_model", None)
     return get_base() if callable(get_base) else model
+
+
+def size_of(model: nn.Module, name: str) -> int:
+    """A size out of the config of a model's text part, the largest where layers differ; 0 where it has none."""
+    found = getattr(base_model_of(model).config.get_text_config(), name, None) or 0
+    return int(max(found) if isinstance(found, list | tuple) else found)
 
 
 def backbone_of(model: nn.Module) -> Any:

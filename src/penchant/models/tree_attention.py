@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from penchant.base.machine import kind_of
 from penchant.distributed.context import SPLIT, my_heads, part_of_heads, part_of_tokens
 from penchant.models.tree_kernels import (
     FLASH_MAX_HEAD,
@@ -140,7 +141,7 @@ def tree_attention(
         q, k, v = (x[group.index].transpose(1, 2) for x in (query, key, value))  # (B, heads, L, d)
         if repeat > 1:
             k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))
-        on_cpu = query.device.type in ("cpu", "meta")  # meta: a plan counts what the CPU would hold
+        on_cpu = kind_of(query.device) == "cpu"
         if softcap is not None or sinks is not None or (on_cpu and q.shape[2] <= _EAGER_MAX_LENGTH):
             scores = torch.matmul(q, k.transpose(-1, -2)) * scaling
             if softcap is not None:

@@ -17,18 +17,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from penchant.base.lanes import Turns
-from penchant.base.machine import machine_memory
+from penchant.base.machine import machine_memory, meta_as
 from penchant.data.packing import at_once, pack, tree_tokens
 from penchant.data.tokenize import pair_format
 from penchant.errors import PenchantError
 from penchant.logprobs import Scorer
 from penchant.models.cpu.decode import cached_tokens, can_decode_fast
 from penchant.models.cpu.layers import fast_forward
-from penchant.models.load import base_model_of, quantized_bytes
+from penchant.models.load import base_model_of, cast_parameters, quantized_bytes, size_of
 from penchant.plan.outline import META, OutlinedRun, outline, parameter_counts, weight_file_bytes
 from penchant.plan.work import Work, passes_over
 from penchant.rewards.reward_model import CausalRewards, EncoderRewards, find_reward_model
-from penchant.rollout.generate import PROMPTS_HELD, rows_by_memory
+from penchant.rollout.generate import (
+    CACHE_BYTES,
+    PROMPTS_HELD,
+    key_value_bytes,
+    passing_bytes,
+    row_bytes,
+    rows_by_memory,
+    rows_that_fit,
+)
 from penchant.runs.evaluating import writes_completions
 from penchant.runs.parts import reference_kind, reference_place, starts_adapted, threads_for
 from penchant.runs.record import sampled
@@ -159,7 +167,7 @@ def _on_shapes(
     kernels = fast_forward(model) if fast else None
     engine = _engine(run, model, "auto" if fast else "off")
     try:
-        with _flash_attention():
+        with _flash_attention(), meta_as(run.device.type):
             yield engine, [b.to(META) if kernels is None else kernels.outlined(b) for b in packed]
     finally:
         for hook in hooks:
@@ -223,14 +231,12 @@ def _engine(run: OutlinedRun, model: Any, kernels: str) -> Any:
 def _outlined_precision(model: Any, dtype: torch.dtype, fast: bool) -> list[Any]:
     """The model in its training dtype, whose gradients go where they go in a run: into an fp32 buffer as soon as they exist."""
     hooks = []
+    cast_parameters(model, dtype)
     for p in model.parameters():
-        if p.is_floating_point() and p.dtype != dtype:
-            p.data = p.data.to(dtype)
-        if p.requires_grad and dtype == torch.bfloat16:
+        if p.requires_grad and p.dtype == torch.bfloat16:
             if fast:
                 p.main_grad = torch.empty_like(p, dtype=torch.float32)
             hooks.append(p.register_post_accumulate_grad_hook(_forget))
-    base_model_of(model).config.dtype = dtype
     return hooks
 
 
@@ -241,7 +247,6 @@ def _forget(p: Tensor) -> None:
 # ---- Bytes beyond weights that a run holds while it evaluates or writes rollouts: passes over rows, what decodes answers, the start's weights ----
 
 PREFILL_TOKENS = 4096  # `FastDecoder.prefill` reads so many at once
-BY_LENGTH_ROWS = 384  # rows that transformers' own cache holds at once
 
 
 def _askings(run: OutlinedRun) -> list[tuple[int, int, list[int]]]:
@@ -275,29 +280,17 @@ def decoding_bytes(model: Any, size: int, prompts: Sequence[int], n: int, new_to
     Args:
         size: bytes of one weight; prompts: tokens of each; n: completions of a prompt; new_tokens: of a completion, at most.
     """
-    width, depth, vocabulary = (_size(model, name) for name in ("hidden_size", "num_hidden_layers", "vocab_size"))
-    heads = _size(model, "num_attention_heads")  # 0: layers that carry a state
-    kv_heads = _size(model, "num_key_value_heads") or heads
-    head_dim = _size(model, "head_dim") or width // max(1, heads)
-    a_token = 2 * depth * kv_heads * head_dim * size
     longest = max(prompts)
     if not can_decode_fast(model, longest + new_tokens):
-        together = min(BY_LENGTH_ROWS, n * max(Counter(prompts).values()))
-        # a step writes its layer's keys and values anew before the old ones go
-        return round(together * (a_token * (longest + new_tokens) * (1 + 1 / max(1, depth)) + vocabulary * (size + 8)))
+        per_row = row_bytes(model, size, longest, n, new_tokens)
+        return round(min(n * len(prompts), rows_that_fit(per_row, CACHE_BYTES)) * per_row)
+    a_token, vocabulary = key_value_bytes(model, size), size_of(model, "vocab_size")
     at_once = max(1, min(len(prompts), rows_by_memory(a_token, vocabulary, n, longest, new_tokens) // n))
     rows, groups = at_once * n, min(len(prompts), PROMPTS_HELD * at_once)
     caches = a_token * cached_tokens(rows, groups, longest, new_tokens)
     read = min(at_once * longest, max(longest, PREFILL_TOKENS))
-    wide = max((heads + 2 * kv_heads) * head_dim * 2, 3 * (_size(model, "intermediate_size") or 4 * width))
-    passing = max(size * read * (2 * width + wide), rows * vocabulary * (size + 8))
+    passing = max(read * passing_bytes(model, size), rows * vocabulary * (size + 8))
     return packed_weights(model) * size + caches + passing
-
-
-def _size(model: Any, name: str) -> int:
-    """A size out of the config of a model's text part, the largest where layers differ; 0 where it has none."""
-    found = getattr(base_model_of(model).config.get_text_config(), name, None) or 0
-    return int(max(found) if isinstance(found, list | tuple) else found)
 
 
 def packed_weights(model: Any) -> int:
@@ -486,11 +479,11 @@ def _activations(run: OutlinedRun, work: Work) -> tuple[Activations, str]:
 def _rule_of_thumb(run: OutlinedRun, work: Work) -> Activations:
     """34 numbers of width d a token and layer, as the literature counts a transformer layer's activations."""
     size = torch.empty(0, dtype=run.dtype).element_size()
-    between = work.largest * _size(run.model, "hidden_size") * size
-    a_layer, depth = between * 17, _size(run.model, "num_hidden_layers") or 12
+    between = work.largest * size_of(run.model, "hidden_size") * size
+    a_layer, depth = between * 17, size_of(run.model, "num_hidden_layers") or 12
     again = run.config.train.gradient_checkpointing is not False  # only what stands between the layers is kept
     layers = between * depth + a_layer if again else a_layer * depth
-    found = Activations(layers, work.largest * _size(run.model, "vocab_size"), 0, a_layer, "rule of thumb")
+    found = Activations(layers, work.largest * size_of(run.model, "vocab_size"), 0, a_layer, "rule of thumb")
     return found.times(_share(run, [sum(tree_tokens(t, run.shared_prompts) for t in b) for b in work.batch]))
 
 

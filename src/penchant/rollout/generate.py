@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -18,7 +18,7 @@ from penchant.base.machine import in_fp64, place_of
 from penchant.data.templates import end_ids
 from penchant.errors import ModelError
 from penchant.models.cpu.decode import FastDecoder, cache_bytes_per_token, can_decode_fast
-from penchant.models.load import base_model_of, without_cache
+from penchant.models.load import base_model_of, size_of, without_cache
 
 # ---- One token of every row: temperature, top-k, top-p, and a draw that belongs to the row alone ----
 
@@ -127,10 +127,11 @@ def _draw_among_likely(weights: Tensor, total: Tensor, uniforms: Tensor, top_p: 
 
 # ---- Sampling: many completions of each prompt, each a function of its own seed, whatever else is decoded beside it ----
 # Known families decode in one pool of rows (models/cpu/decode.py): the prompt is computed once for its samples, a finished row
-# leaves its place to another, and new prompts come in as places are free. Other models take transformers' own cache, prompts of
-# one length together.
+# leaves its place to another, and new prompts come in as places are free. Other models, and GPUs, take transformers' own cache,
+# where shorter prompts are padded in front.
 
 CACHE_BYTES = 1 << 30  # keys and values held at once
+MOST_ROWS = 384
 PROMPTS_HELD = (
     2  # times the prompts whose rows run together: those with a last row or two stay, and new ones come in beside them
 )
@@ -312,7 +313,7 @@ def sample(
         if can_decode_fast(model, max(map(len, prompts)) + max_new_tokens):
             _decode_pooled(model, prompts, written, rows_at_once, progress)
         else:
-            _decode_by_length(model, prompts, written, rows_at_once or 384, progress)
+            _decode_in_waves(model, prompts, written, rows_at_once, progress)
     model.train(training)
     return written.samples()
 
@@ -387,7 +388,7 @@ def rows_by_memory(token_bytes: int, vocabulary: int, n: int, longest: int, new_
         token_bytes: of keys and values of one token in every layer; n: completions of a prompt; longest, new_tokens: of prompts and completions.
     """
     per_row = token_bytes * (new_tokens + PROMPTS_HELD * longest / n)
-    return int(min(384, CACHE_BYTES / per_row, LOGITS_AT_ONCE / vocabulary))
+    return int(min(MOST_ROWS, CACHE_BYTES / per_row, LOGITS_AT_ONCE / vocabulary))
 
 
 class Pool:
@@ -462,56 +463,122 @@ class Pool:
 # any model of transformers
 
 
-def _decode_by_length(
+def _decode_in_waves(
     model: Any,
     prompts: Sequence[Sequence[int]],
     written: Written,
-    rows_at_once: int,
+    rows_at_once: int | None,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    by_length: dict[int, list[int]] = defaultdict(list)
-    for i, prompt in enumerate(prompts):
-        by_length[len(prompt)].append(i)
-    done = 0
-    for _, members in sorted(by_length.items()):
-        size = max(1, rows_at_once // written.settings.n)
-        for start in range(0, len(members), size):
-            part = members[start : start + size]
-            for i in part:
-                written.begin(i)
-            _decode_together(model, prompts, part, written)
-            done += len(part)
-            if progress is not None:
-                progress(done, len(prompts))
+    """Prompts of about one length together; of exactly one where the model does not take padding."""
+    way, n, room = _way(model), written.settings.n, cache_room(written.device)
+    size = model.get_input_embeddings().weight.element_size()
+
+    def fits(count: int, longest: int) -> bool:
+        most = rows_at_once or rows_that_fit(row_bytes(model, size, longest, n, written.settings.max_new_tokens), room)
+        return count * n <= most
+
+    waiting, done = deque(sorted(range(len(prompts)), key=lambda i: len(prompts[i]))), 0
+    while waiting:
+        part = [waiting.popleft()]
+        while waiting and fits(len(part) + 1, longest := len(prompts[waiting[0]])):
+            if not way.pads and longest > len(prompts[part[0]]):
+                break
+            part.append(waiting.popleft())
+        for i in part:
+            written.begin(i)
+        _decode_together(way(model), prompts, part, written)
+        done += len(part)
+        if progress is not None:
+            progress(done, len(prompts))
 
 
-def _decode_together(model: Any, prompts: Sequence[Sequence[int]], part: Sequence[int], written: Written) -> None:
-    """Prompts of one length, with transformers' cache; finished rows are taken out of it."""
-    n = written.settings.n
-    ids = torch.tensor([list(prompts[i]) for i in part], device=written.device)
-    row = _Cached(model) if _keeps_a_cache(model) else _Recomputed(model)
-    logits = row.first(ids, n)
+def row_bytes(model: Any, size: int, longest: int, n: int, new_tokens: int) -> float:
+    """Of a row that is decoded with transformers' cache: its keys and values, its logits, and its part of its prompt's pass.
+
+    Args:
+        size: bytes of one weight; longest: tokens of a prompt; n: completions of a prompt; new_tokens: of a completion, at most.
+    """
+    depth = size_of(model, "num_hidden_layers")
+    # a step writes its layer's keys and values anew before the old ones go
+    cache = key_value_bytes(model, size) * (longest + new_tokens) * (1 + 1 / max(1, depth))
+    return cache + size_of(model, "vocab_size") * (size + 8) + longest / n * passing_bytes(model, size)
+
+
+def key_value_bytes(model: Any, size: int) -> int:
+    """Of the keys and values of one token in every layer, by the model's config."""
+    heads = size_of(model, "num_attention_heads")  # 0: layers that carry a state
+    kv_heads = size_of(model, "num_key_value_heads") or heads
+    head_dim = size_of(model, "head_dim") or size_of(model, "hidden_size") // max(1, heads)
+    return 2 * size_of(model, "num_hidden_layers") * kv_heads * head_dim * size
+
+
+def passing_bytes(model: Any, size: int) -> int:
+    """What one token holds in a layer of a pass without gradient, by the model's config."""
+    width, heads = size_of(model, "hidden_size"), size_of(model, "num_attention_heads")
+    head_dim = size_of(model, "head_dim") or width // max(1, heads)
+    kv_heads = size_of(model, "num_key_value_heads") or heads
+    wide = max((heads + 2 * kv_heads) * head_dim * 2, 3 * (size_of(model, "intermediate_size") or 4 * width))
+    return size * (2 * width + wide)
+
+
+def cache_room(device: torch.device) -> int:
+    """Bytes that rows may take: of a GPU half of what is free, elsewhere `CACHE_BYTES`, so that bits do not depend on the machine's memory."""
+    if device.type != "cuda":
+        return CACHE_BYTES
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return (torch.cuda.mem_get_info(device)[0] + unused) // 2
+
+
+def rows_that_fit(per_row: float, room: int) -> int:
+    """Rows that are decoded together: a power of two, which a little memory more or less seldom changes, or `MOST_ROWS`."""
+    return min(MOST_ROWS, 1 << max(1, int(room / per_row)).bit_length() - 1)
+
+
+def _decode_together(
+    row: _Cached | _Recomputed, prompts: Sequence[Sequence[int]], part: Sequence[int], written: Written
+) -> None:
+    """Finished rows are taken out; a token waits for the device once."""
+    longest = max(len(prompts[i]) for i in part)
+    pads = [longest - len(prompts[i]) for i in part]
+    ids = torch.tensor([[0] * pad + list(prompts[i]) for i, pad in zip(part, pads, strict=True)], device=written.device)
+    logits = row.first(ids, written.settings.n, pads)
     lines = written.lines_of(part)
     while True:
         tokens, going = written.add(lines, logits)
-        if not bool(going.any()):
+        left = int(going.sum())
+        if not left:
             return
-        if not bool(going.all()):
+        if left < len(lines):
             lines, tokens = lines[going], tokens[going]
             row.keep(going.nonzero().squeeze(1))
         logits = row.step(tokens)
 
 
 class _Cached:
-    """Rows of one length that are decoded with transformers' cache."""
+    """Rows that are decoded with transformers' cache, all of one length."""
+
+    pads = False
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self.mask: Tensor | None = None  # (B, tokens so far), 0 for padding; None: there is none
 
-    def first(self, ids: Tensor, n: int) -> Tensor:
-        """The logits (B * n, V) behind prompts (B, L), each for n rows."""
-        out = self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        self.cache, self.at = out.past_key_values, ids.shape[1]
+    def first(self, ids: Tensor, n: int, pads: Sequence[int]) -> Tensor:
+        """The logits (B * n, V) behind prompts (B, L), each for n rows.
+
+        Args:
+            pads: of each prompt, how many ids in front of it are padding.
+        """
+        before = torch.tensor(pads, device=ids.device)[:, None]
+        how: dict[str, Any] = {}
+        if any(pads):
+            places = torch.arange(ids.shape[1], device=ids.device) - before
+            self.mask = (places >= 0).long()
+            how = {"attention_mask": self.mask, "position_ids": places.clamp(min=0)}
+            self.mask = self.mask.repeat_interleave(n, dim=0)
+        out = self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **how)
+        self.cache, self.at = out.past_key_values, (ids.shape[1] - before).repeat_interleave(n, dim=0)
         if n > 1:
             self.cache.batch_repeat_interleave(n)
         return cast(Tensor, out.logits[:, -1].repeat_interleave(n, dim=0))
@@ -519,22 +586,34 @@ class _Cached:
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only."""
         self.cache.batch_select_indices(rows)
+        self.at = self.at[rows]
+        self.mask = None if self.mask is None else self.mask[rows]
 
     def step(self, tokens: Tensor) -> Tensor:
         """The logits (B, V) behind one more token of each row."""
-        position = torch.full((len(tokens), 1), self.at, device=tokens.device)
-        out = self.model(input_ids=tokens[:, None], past_key_values=self.cache, use_cache=True, position_ids=position)
-        self.at += 1
+        how: dict[str, Any] = {"position_ids": self.at}
+        if self.mask is not None:
+            self.mask = how["attention_mask"] = F.pad(self.mask, (0, 1), value=1)
+        out = self.model(input_ids=tokens[:, None], past_key_values=self.cache, use_cache=True, **how)
+        self.at = self.at + 1
         return cast(Tensor, out.logits[:, -1])
+
+
+class _Padded(_Cached):
+    """The same of any lengths: shorter prompts are padded in front."""
+
+    pads = True
 
 
 class _Recomputed:
     """The same by the model's own `forward` on whole rows, for models without a cache that rows can be taken out of: slow."""
 
+    pads = False
+
     def __init__(self, model: Any) -> None:
         self.model, self.ids = model, torch.zeros(0)
 
-    def first(self, ids: Tensor, n: int) -> Tensor:
+    def first(self, ids: Tensor, n: int, pads: Sequence[int]) -> Tensor:
         self.ids = ids.repeat_interleave(n, dim=0)
         return self._logits()
 
@@ -549,29 +628,33 @@ class _Recomputed:
         return cast(Tensor, self.model(input_ids=self.ids, **without_cache(self.model)).logits[:, -1])
 
 
-def _keeps_a_cache(model: Any) -> bool:
-    """Whether decoding with transformers' cache gives what whole rows give: tried once on a model, on a few tokens."""
+def _way(model: Any) -> type[_Cached | _Recomputed]:
+    """The first way of decoding that gives what a pass over whole rows gives: tried once on a model, on a few tokens."""
     base = base_model_of(model)
-    known = getattr(base, "_penchant_keeps_a_cache", None)
+    known: type[_Cached | _Recomputed] | None = getattr(base, "_penchant_way", None)
     if known is None:
         rows = model.get_input_embeddings().weight.shape[0]
-        made = torch.randint(0, rows, (2, 9), generator=torch.Generator().manual_seed(0))
-        made = made.to(place_of(model))
-        try:
-            cached, whole = (_decoded(way(model), made) for way in (_Cached, _Recomputed))
-            known = bool((cached - whole).abs().max() <= 2e-2 * whole.abs().max())
-        except Exception:  # whatever a stranger's model raises where it has no such cache
-            known = False
-        base._penchant_keeps_a_cache = known
-    return bool(known)
+        ids = torch.randint(0, rows, (2, 9), generator=torch.Generator().manual_seed(0)).to(place_of(model))
+        known = next((way for way in (_Padded, _Cached) if _is_right(way(model), ids)), _Recomputed)
+        base._penchant_way = known
+    return known
 
 
-def _decoded(row: _Cached | _Recomputed, ids: Tensor) -> Tensor:
-    """The logits behind a few tokens, with two rows a prompt and one of the rows taken out on the way."""
-    row.first(ids[:, :5], 2)
-    row.keep(torch.tensor([0, 2, 3], device=ids.device))
-    rows = ids[[0, 1, 1]]
-    return torch.stack([row.step(rows[:, at]).float() for at in range(5, ids.shape[1])])
+def _is_right(row: _Cached, ids: Tensor) -> bool:
+    """Two rows of each of two prompts, one of which is taken out on the way."""
+    lengths = (5, 3) if row.pads else (5, 5)
+    try:
+        asked = torch.stack([F.pad(line[:length], (5 - length, 0)) for line, length in zip(ids, lengths, strict=True)])
+        row.first(asked, 2, [5 - length for length in lengths])
+        row.keep(torch.tensor([0, 2, 3], device=ids.device))
+        whole = row.model(input_ids=ids, **without_cache(row.model)).logits.float()
+        lines = torch.tensor([0, 1, 1], device=ids.device)
+        at = torch.tensor([lengths[0], lengths[1], lengths[1]], device=ids.device)
+        steps = range(ids.shape[1] - 5)
+        away = [(row.step(ids[lines, at + i]).float() - whole[lines, at + i]).abs().max() for i in steps]
+        return bool(max(away) <= 2e-2 * whole.abs().max())
+    except Exception:  # whatever a stranger's model raises where it has no such cache
+        return False
 
 
 def greedy(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[str]:

@@ -58,6 +58,7 @@ from penchant.models.load import (
     resolve_place,
     save_model,
     source_sha256,
+    stays_wide,
     tokens_of,
     weights_sha256,
     write_state_dict,
@@ -155,6 +156,7 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
         momentum=how.momentum,
         weight_decay=how.weight_decay,
         rate_of=lambda name: config.lora.lr_ratio if config.lora is not None and is_b_matrix(name) else 1.0,
+        stays_wide=partial(stays_wide, model),
     )
     if not current().many:
         beside_it = (m.backbone for m in parts.modules.values() if getattr(m, "backbone", None) is not None)

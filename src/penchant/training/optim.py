@@ -66,6 +66,7 @@ class MasterAdamW:
             AdamW of everything else; ``sgd``.
         betas, eps: of AdamW; momentum: of ``sgd`` (None: 0.9) and ``muon`` (None: 0.95).
         rate_of: by a parameter's name, its learning rate as a multiple of the step's.
+        stays_wide: by a parameter's name, whether it is in fp32 (its own master) whatever `dtype` is.
 
     Raises:
         ConfigError: bitsandbytes is not installed.
@@ -84,12 +85,13 @@ class MasterAdamW:
         momentum: float | None = None,
         weight_decay: float = 0.0,
         rate_of: Callable[[str], float] = lambda _: 1.0,
+        stays_wide: Callable[[str], bool] = lambda _: False,
     ) -> None:
         self.params = {name: p for name, p in named if p.requires_grad}
         self.masters: dict[str, Tensor] = {}
         self._hooks = []
         for name, p in self.params.items():
-            shadow = dtype in (torch.bfloat16, torch.float16)
+            shadow = dtype in (torch.bfloat16, torch.float16) and not stays_wide(name)
             master = p.detach().float().clone() if shadow else p
             if shadow:
                 p.data = p.data.to(dtype)  # the master keeps what the file said, to the last bit
