@@ -52,11 +52,13 @@ class FakeVLLM:
 
     def restart(self) -> None:
         """Forget every weight and version."""
-        self.model = AutoModelForCausalLM.from_pretrained(self.start, dtype=torch.float32).eval()
-        self.version = None
+        with self.lock:  # a run that was killed may still be asking
+            self.model = AutoModelForCausalLM.from_pretrained(self.start, dtype=torch.float32).eval()
+            self.version = None
 
     def answer(self, path: str, body: dict[str, Any]) -> Answer:
         with self.lock:
+            torch.set_num_threads(1)  # of this request's own thread: the bits depend on how many there are
             self.asked.append((path, body))
             return self.spoil(path, body, self._right(path, body))
 
@@ -66,6 +68,8 @@ class FakeVLLM:
         if path == "/v1/completions":
             if body["model"] != self.name:
                 return 404, {"error": {"message": f"The model {body['model']} does not exist."}}
+            if len(body["prompt"]) + body["max_tokens"] > self.longest:
+                return 400, {"error": {"message": f"This model's maximum context length is {self.longest} tokens."}}
             return 200, {"choices": self._scored(body) if "prompt_logprobs" in body else self._written(body)}
         if path in ("/update_weight_version", "/weight_info") and not self.versions:
             return 404, {"detail": "Not Found"}
@@ -107,6 +111,7 @@ class FakeVLLM:
             top_p=body["top_p"],
             top_k=body["top_k"],
             min_p=body["min_p"],
+            repetition_penalty=body["repetition_penalty"],
             seed=seed,
             prompt_seeds=[row],
             eos_token_id=body["stop_token_ids"],
@@ -129,13 +134,14 @@ class FakeVLLM:
             for i, s in enumerate(rows)
         ]
 
-    # what a request's seed was made of: run seed 0, a few iterations, a few rows
+    # what a request's seed was made of: run seed 0, a few iterations, a few rows, turns of a few conversations
     @property
     def drawn(self) -> dict[int, tuple[int, int]]:
         if not _DRAWN:
             for iteration in (*range(12), EVALUATION):
                 seed = iteration % 2**63
-                _DRAWN.update({request_seed(seed, row): (seed, row) for row in range(40)})
+                turns = [(((row << 16) | at) << 8) + t for row in range(8) for at in range(3) for t in range(3)]
+                _DRAWN.update({request_seed(seed, row): (seed, row) for row in (*range(40), *turns)})
         return _DRAWN
 
     def of(self, path: str) -> list[dict[str, Any]]:
@@ -149,6 +155,9 @@ _DRAWN: dict[int, tuple[int, int]] = {}
 @contextmanager
 def served(fake: FakeVLLM) -> Iterator[FakeVLLM]:
     """The fake behind an address of this machine."""
+
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 128  # a busy machine accepts late, and a full queue costs a client a second
 
     class Handler(BaseHTTPRequestHandler):
         disable_nagle_algorithm = True
@@ -171,7 +180,7 @@ def served(fake: FakeVLLM) -> Iterator[FakeVLLM]:
             """Say nothing."""
 
     fake.restart()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = Server(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     fake.url = f"http://127.0.0.1:{server.server_port}"

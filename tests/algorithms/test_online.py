@@ -614,8 +614,3 @@ def test_the_entropy_in_the_loss_is_the_exact_one(temperature: float) -> None:
     batch = pack([g.tree for g in some])
     out = algorithm.loss(algorithm.score(batch))
     assert torch.allclose(out.metrics["policy/entropy"][0], torch.cat(values).detach(), rtol=1e-9)
-
-
-def test_online_dpo_has_no_entropy_bonus(base: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="entropy_coef is for policy gradient methods"):
-        api.train({**base, "algorithm": {"name": "online_dpo", "entropy_coef": 0.1}}, quiet=True)

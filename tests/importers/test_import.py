@@ -540,3 +540,12 @@ def test_what_no_group_method_has_is_reported(tmp_path: Path, change: dict[str, 
     (tmp_path / "theirs.yaml").write_text(yaml.safe_dump({**values, **change}))
     made = import_config(tmp_path / "theirs.yaml", "trl", "grpo")
     assert key in {k for line in made.translation.lines if line.status == "unsupported" for k, _ in line.theirs}
+
+
+def test_what_changes_nothing_with_the_method_is_left_out(tmp_path: Path) -> None:
+    """Such a key would be refused here: the import stays a config that trains."""
+    values = {**FIXTURES["trl_grpo"][2], "loss_type": "cispo", "epsilon": 0.1, "epsilon_high": 5.0, "delta": 4.0}
+    (tmp_path / "theirs.yaml").write_text(yaml.safe_dump(values))
+    made = import_config(tmp_path / "theirs.yaml", "trl", "grpo")
+    idle = {k for line in made.translation.lines if line.status == "same" for k, _ in line.theirs}
+    assert {"epsilon", "delta"} <= idle and "clip_dual" not in made.yaml and "clip_high" in made.yaml

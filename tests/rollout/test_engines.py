@@ -12,7 +12,7 @@ import torch
 from fake_vllm import Answer, FakeVLLM, served
 from steps import train_until_killed
 from tiny import tiny_model_folder, write_jsonl
-from transformers import AutoModelForCausalLM
+from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
 
 from penchant import api
 from penchant.errors import ConfigError, PenchantError, RolloutError
@@ -102,6 +102,69 @@ def test_a_server_that_draws_as_we_do_trains_the_same_model(
     assert all(isinstance(t, int) for b in asked for t in b["prompt"])
     assert all(b["ignore_eos"] and b["stop_token_ids"] == [1] and not b["add_special_tokens"] for b in asked)
     assert len({b["seed"] for b in asked}) == len(asked)
+
+
+ENV = """
+class Env:
+    def reset(self, row):
+        self.asked = 0
+        return [{"role": "user", "content": row["prompt"][-1] + "?"}]
+
+    def step(self, messages):
+        self.asked += 1
+        return [{"role": "user", "content": "[" + messages[-1]["content"][:2] + "]" * self.asked}] if self.asked < 3 else None
+"""
+
+
+def _ends_often(folder: Path) -> None:
+    """Let more than half of the tokens end a turn, so that an environment has its say."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ends = [t for t in tokenizer.get_vocab() if len(t) == 1 and ord(t) > 127]
+    tokenizer.add_tokens([AddedToken(t, special=True) for t in ends], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    known = json.loads((folder / "generation_config.json").read_text())
+    ids = [1, *tokenizer.convert_tokens_to_ids(ends)]
+    (folder / "generation_config.json").write_text(json.dumps(known | {"eos_token_id": ids}))
+
+
+@pytest.mark.parametrize("lag", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_conversation_by_a_server_trains_the_same_model(
+    base: dict[str, Any], fake: FakeVLLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lag: int
+) -> None:
+    """With a server that holds no more than prompt and completion together; killed and resumed, it is the same run."""
+    (tmp_path / "env.py").write_text(ENV)
+    base["algorithm"] |= {"samples": 2, "max_new_tokens": 40}
+    for folder in {base["model"]["path"], fake.start}:
+        _ends_often(Path(folder))
+    fake.restart()
+    fake.longest = 2 + 4 + 40  # BOS, three letters and a digit, what reset adds
+    how = {"environment": f"{tmp_path}/env.py:Env", "turns": 3, "lag": lag}
+    own = api.train({**base, "rollout": how}, quiet=True)
+    config = by_server(base, fake, **how) | {"checkpoint": {"every": 1}}
+    result = api.train(config, quiet=True)
+    alike(lines(result.folder), lines(own.folder))
+    asked = [b for b in fake.of("/v1/completions") if "seed" in b]
+    assert len({b["max_tokens"] for b in asked}) > 2 and all(b["n"] == 1 for b in asked)
+    assert len({b["seed"] for b in asked}) == len(asked)
+    config["output"] += "-again"
+    fake.restart()
+    train_until_killed(config, 3, monkeypatch)
+    fake.restart()
+    assert lines(api.train(config, quiet=True).folder) == lines(result.folder)
+
+
+def test_a_run_by_a_server_is_evaluated_without_it(base: dict[str, Any], tmp_path: Path) -> None:
+    base["data"] |= {"validation_rows": 2}
+    base["train"]["epochs"] = 1
+    with served(FakeVLLM(base["model"]["path"])) as fake:
+        config = by_server(base, fake)
+        trained = api.train(config, quiet=True)
+        asked = len(fake.asked)
+    later = api.evaluate(config, quiet=True)
+    assert len(fake.asked) == asked
+    for key, value in trained.after.items():
+        if key.startswith("eval/") and isinstance(value, float):
+            assert later[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
 
 
 def test_draws_of_a_request_belong_to_seed_and_row() -> None:

@@ -76,6 +76,15 @@ def test_seeds() -> None:
     assert one[0][0].ids != one[0][1].ids
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_each_prompts_completions_have_a_bound_of_their_own(family: str) -> None:
+    """What is written up to there is the same as without it."""
+    model, rooms = tiny_model(family), [1 + i % 6 for i in range(len(PROMPTS))]
+    whole, bounded = (sample(model, PROMPTS, n=2, max_new_tokens=6, seed=1, rooms=r) for r in ((), rooms))
+    for long, short, room in zip(whole, bounded, rooms, strict=True):
+        assert [s.ids for s in short] == [s.ids[:room] for s in long]
+
+
 def test_eos_ends_a_row_and_the_others_go_on() -> None:
     model = tiny_model("llama", dtype=torch.float32)
     rows = [s for row in sample(model, PROMPTS, n=24, max_new_tokens=40, seed=0, eos_token_id=2) for s in row]

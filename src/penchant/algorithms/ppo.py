@@ -67,7 +67,6 @@ class PPOConfig(OnlineConfig):
     @property
     def idle(self) -> dict[str, str]:
         found = dict.fromkeys(("scale_rewards", "loss_mean"), "with ppo; leave it out")
-        found["train.adam_eps"] = "with ppo, which has its own; set algorithm.adam_eps"
         if self.value != "separate":
             found["value_init"] = "on a head on the policy; set value: separate, or leave value_init out"
         if not self.value_coef:

@@ -189,8 +189,11 @@ class OnlineConfig(SamplingConfig):
         asked = self.model_dump(mode="json", include={"temperature", "top_p", "top_k", "missing_eos_penalty"})
         asked |= {"min_p": self.min_p} if self.min_p else {}
         asked |= {"repetition_penalty": self.repetition_penalty} if self.repetition_penalty != 1.0 else {}
+        writer: Writer = held_out.algorithm.writer
+        if not held_out.keep:  # the policy is here, and the server of its training need not be
+            writer = replace(writer, rollout=writer.rollout.model_copy(update={"engine": "own"}))
         return evaluate_online(
-            held_out.algorithm.writer,
+            writer,
             held_out.parts.scorer,
             held_out.start(),
             held_out.parts.trees[1],
@@ -330,8 +333,9 @@ class Writer:
         """`k` completions of each prompt, conversations where there is an environment."""
         asked, settings, seed, seeds = self._asked_of(prompts, iteration, k)
 
-        def draw(rows: Sequence[Sequence[int]], seeds: Sequence[int], room: int) -> list[Sample]:
-            found = self.sampler.sample(rows, replace(settings, n=1, max_new_tokens=room), seed, seeds)
+        def draw(rows: Sequence[Sequence[int]], seeds: Sequence[int], rooms: Sequence[int]) -> list[Sample]:
+            how = replace(settings, n=1, max_new_tokens=max(rooms), rooms=tuple(rooms))
+            found = self.sampler.sample(rows, how, seed, seeds)
             return [one for (one,) in found]
 
         if self.stage is None:

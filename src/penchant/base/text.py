@@ -103,6 +103,11 @@ def short(text: str, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
+def any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Any of these texts, a longer one first; nothing where there is none."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
+
+
 def columns(lines: Sequence[Sequence[str]]) -> str:
     """Cells as a plain table."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]

@@ -14,7 +14,7 @@ from functools import cache
 from string import ascii_letters
 from typing import Any, NamedTuple
 
-from penchant.base.text import closest
+from penchant.base.text import any_of, closest
 from penchant.data.layouts import RowError
 from penchant.data.load import answer_turn, message_json, told
 from penchant.data.pictures import MARK
@@ -616,7 +616,7 @@ def _template_ends(tokenizer: Any, special: Mapping[int, str]) -> set[int]:
     if not uses_chat("auto", tokenizer):
         return set()
     ids = {content: i for i, content in special.items() if content}
-    known = re.compile("|".join(map(re.escape, sorted(ids, key=len, reverse=True))) or r"(?!)")
+    known = any_of(ids)
     asked, answer = Message("user", "Which?"), Message("assistant", ANSWER)
 
     def run(turns: Sequence[Message]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from penchant.base.text import counted
+from penchant.base.text import any_of, counted
 from penchant.data.layouts import RowError
 from penchant.data.load import IDENTICAL, Dataset, Quarantined, prompt_json, prompt_text
 from penchant.data.mapped import StoredTokens
@@ -251,8 +251,7 @@ def encode_in_context(
     Args:
         strict: a row whose ids do not decode to its text is a bad row; False: its completion is encoded as a text of its own.
     """
-    special = [t.content for t in getattr(tokenizer, "added_tokens_decoder", {}).values()]
-    begins = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+    begins = any_of(t.content for t in getattr(tokenizer, "added_tokens_decoder", {}).values())
     contexts = {p: _end_of(p, begins) for p in {r.prompt: None for r in rendered if not isinstance(r, RowError)}}
     texts: dict[str, None] = {}
     for r in rendered:

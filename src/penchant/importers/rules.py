@@ -20,6 +20,9 @@ from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
+from penchant.algorithms import ALGORITHMS
 from penchant.base.files import packaged_yaml
 from penchant.base.text import closest
 from penchant.errors import ConfigError
@@ -340,7 +343,33 @@ def translate(
         why = str(error) if isinstance(error, NotHere) else f"{repr(given[given.last])[:60]} cannot be understood"
         raise NotHere(f"{called.get(given.last, given.last)}: {why}") from error
     named = [replace(line, theirs=tuple((called.get(k, k), v) for k, v in line.theirs)) for line in lines]
-    return Translation(source, method, values, (*said, *named), method.remarks)  # `said` has the file's own words
+    kept = _without_idle(named, method)
+    return Translation(source, method, values, (*said, *kept), method.remarks)  # `said` has the file's own words
+
+
+def _without_idle(lines: list[Line], method: Method) -> list[Line]:
+    """The same without keys that change nothing with the algorithm which the lines make, and which a config may not have."""
+    made = dict(method.base) | {k: v for line in lines for k, v in line.ours}
+    name = made.get("algorithm.name")
+    if name not in ALGORITHMS:
+        return lines
+    kind, own = ALGORITHMS[name], {k.partition(".")[2]: v for k, v in made.items() if k.startswith("algorithm.")}
+    perhaps = kind.model_validate({"name": name}).idle
+    try:
+        idle = kind.model_validate({k: v for k, v in own.items() if k not in perhaps}).idle
+    except ValidationError:
+        return lines  # the config says so
+    gone = {f"algorithm.{k}" for k in idle if k in own and own[k] != kind.model_fields[k].default}
+
+    def left(line: Line) -> Line:
+        ours = tuple((k, v) for k, v in line.ours if k not in gone)
+        if ours == line.ours:
+            return line
+        if ours:
+            return replace(line, ours=ours)
+        return replace(line, status="same", ours=(), note=f"without effect on {name}")
+
+    return [left(line) for line in lines]
 
 
 def _lines(

@@ -343,11 +343,8 @@ class RewardConfig(Section):
 
     @model_validator(mode="after")
     def _nothing_in_vain(self) -> RewardConfig:
-        models = [kind_of(name) is None and not is_own(name) for name in self.terms]
-        idle = {} if any(models) else {"device": "without a reward model; leave it out"}
-        if models and all(models):
-            idle["timeout"] = "on reward models, which take the time that they need; leave it out"
-        refuse_idle(self, idle)
+        if self.terms and not any(kind_of(name) is not None or is_own(name) for name in self.terms):
+            refuse_idle(self, {"timeout": "on reward models, which take the time that they need; leave it out"})
         return self
 
     @model_serializer

@@ -90,6 +90,7 @@ class OwnSampler:
             seed=seed,
             prompt_seeds=prompt_seeds,
             eos_token_id=s.ends,
+            rooms=s.rooms,
         )
 
     def update(self, version: int) -> None:
@@ -102,6 +103,11 @@ class OwnSampler:
 def request_seed(seed: int, prompt_seed: int) -> int:
     """The seed of one prompt's request, below 2^62: vLLM adds the completion's index to it."""
     return int(np.random.SeedSequence([seed, prompt_seed]).generate_state(1, np.uint64)[0] >> np.uint64(2))
+
+
+def of_prompt(settings: Settings, i: int) -> Settings:
+    """The settings of one prompt among those that are asked for together."""
+    return replace(settings, max_new_tokens=settings.rooms[i], rooms=()) if settings.rooms else settings
 
 
 # ---- the policy's weights, for another engine ---------------------------------------------------------------------------
@@ -297,7 +303,7 @@ class VLLMServer(Remote):
         self, prompts: Sequence[Sequence[int]], settings: Settings, seed: int, prompt_seeds: Sequence[int]
     ) -> list[list[Sample]]:
         def one(i: int) -> list[Sample]:
-            return self._answer(list(prompts[i]), settings, request_seed(seed, prompt_seeds[i]))
+            return self._answer(list(prompts[i]), of_prompt(settings, i), request_seed(seed, prompt_seeds[i]))
 
         with ThreadPoolExecutor(min(CONCURRENT, max(1, len(prompts))), thread_name_prefix="rollout") as pool:
             written = list(pool.map(one, range(len(prompts))))
@@ -526,7 +532,7 @@ class VLLMInProcess(Remote):
         params = [
             SamplingParams(
                 n=s.n,
-                max_tokens=s.max_new_tokens,
+                max_tokens=of_prompt(s, i).max_new_tokens,
                 temperature=s.temperature,
                 top_p=s.top_p,
                 top_k=s.top_k,
@@ -538,18 +544,18 @@ class VLLMInProcess(Remote):
                 stop_token_ids=sorted(s.ends),
                 detokenize=False,
             )
-            for row in prompt_seeds
+            for i, row in enumerate(prompt_seeds)
         ]
         asked = [{"prompt_token_ids": list(p)} for p in prompts]
         words = int(self.model.get_input_embeddings().weight.shape[0])
         written = []
-        for out in self.llm.generate(asked, params, use_tqdm=False):
+        for i, out in enumerate(self.llm.generate(asked, params, use_tqdm=False)):
             row = []
             for c in sorted(out.outputs, key=lambda c: c.index):
                 ids = list(c.token_ids)
                 logps = [float(p[t].logprob) for p, t in zip(c.logprobs, ids, strict=True)]
                 try:
-                    row.append(_sample(ids, logps, c.finish_reason, s, words))
+                    row.append(_sample(ids, logps, c.finish_reason, of_prompt(s, i), words))
                 except Nonsense as error:
                     raise RolloutError(self.where, str(error), "look at vLLM's own log") from error
             written.append(row)

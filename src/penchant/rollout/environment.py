@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from penchant.base.functions import TookTooLong, guarded, is_own, own_file, python_object
 from penchant.base.lazy import lazy
-from penchant.base.text import did_you_mean
+from penchant.base.text import any_of, did_you_mean
 from penchant.data.load import message_json, told
 from penchant.data.templates import ChatTemplate, turns_of_prompt
 from penchant.errors import ConfigError, RewardError
@@ -39,7 +39,9 @@ ANSWER = (
     "\u241eanswer\u241e"  # stands for the answer in a rendered conversation: what is behind it is the environment's
 )
 
-Draw = Callable[[Sequence[Sequence[int]], Sequence[int], int], "Sequence[Sample]"]
+SPLIT = "\u241fsplit\u241f"  # where a text is cut before it is tokenized
+
+Draw = Callable[[Sequence[Sequence[int]], Sequence[int], Sequence[int]], "Sequence[Sample]"]
 
 
 class Calculator:
@@ -98,7 +100,7 @@ def find_environment(name: str) -> Callable[[], Any]:
     """
     if not is_own(name):
         if name not in ENVIRONMENTS:
-            how = f"{did_you_mean(name, ENVIRONMENTS)}, or write path.py:Class"
+            how = f"{did_you_mean(name, ENVIRONMENTS)} (or write path.py:Class)"
             raise ConfigError(WHERE, f"{name!r} is not an environment", how)
         return ENVIRONMENTS[name]
     found: Callable[[], Any] = python_object(name, WHERE, "class")
@@ -146,12 +148,19 @@ class Stage:
     ends: frozenset[int]
     timeout: float | None = None
     context: int | None = None
+    special: re.Pattern[str] = field(init=False)  # texts that are more than text
+
+    def __post_init__(self) -> None:
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+        ends = self.tokenizer.convert_ids_to_tokens(sorted(self.ends))
+        special = {t.content for t in added if t.special} | {*self.tokenizer.all_special_tokens, *ends, ANSWER}
+        object.__setattr__(self, "special", any_of(t for t in special if t and len(t) > 1))
 
     def play(self, prompts: Sequence[TokenTree], samples: int, max_tokens: int, draw: Draw) -> list[list[Sample]]:
         """`samples` conversations of each prompt, each one completion of at most `max_tokens` tokens; `own` says what the policy wrote.
 
         Args:
-            draw: (prompts as ids, a seed for each, tokens) -> a sample of each.
+            draw: (prompts as ids, a seed and the most tokens for each) -> a sample of each.
 
         Raises:
             RewardError: the environment failed, or returned something that is not a message; the error names the row.
@@ -167,8 +176,8 @@ class Stage:
                 break
             left = [max_tokens - len(e.sample.ids) for e in going]
             rows = [[*(e.sample.prompt or e.tree.prompt_ids.tolist()), *e.sample.ids] for e in going]
-            for e, said, room in zip(going, draw(rows, [e.seed + turn for e in going], max(left)), left, strict=True):
-                self._said(e, said, room, last=turn == self.turns - 1, max_tokens=max_tokens)
+            for e, said in zip(going, draw(rows, [e.seed + turn for e in going], left), strict=True):
+                self._said(e, said, last=turn == self.turns - 1, max_tokens=max_tokens)
         flat = [e.sample for e in episodes]
         return [flat[i : i + samples] for i in range(0, len(flat), samples)]
 
@@ -197,24 +206,23 @@ class Stage:
         """The prompt's ids with what `reset` added."""
         before = tree.prompt_ids.tolist()
         if not self.chat:
-            return before + self._ids("".join(m.content for m in more))
+            return before + self._ids("".join(m.content for m in self._harmless(more)))
         template = ChatTemplate(self.tokenizer, self.template_options, told(row))
-        ids = self._ids(template.write(turns, generate=True))
+        ids = self._ids(template.write([*turns[: -len(more)], *self._harmless(more)], generate=True))
         bos = [i for i in before[:1] if i == self.tokenizer.bos_token_id and ids[:1] != [i]]
         return bos + ids
 
-    def _said(self, e: Episode, said: Sample, room: int, *, last: bool, max_tokens: int) -> None:
+    def _said(self, e: Episode, said: Sample, *, last: bool, max_tokens: int) -> None:
         """What the policy wrote joins the conversation, and what the environment answers."""
-        whole = said.finished and len(said.ids) <= room
-        ids, sample = said.ids[:room], e.sample
+        ids, sample = said.ids, e.sample
         sample.ids += ids
-        sample.logps += said.logps[:room]
+        sample.logps += said.logps
         sample.own += [True] * len(ids)
-        sample.finished, e.going = whole, False
+        sample.finished, e.going = said.finished, False
         ended = bool(ids) and ids[-1] in self.ends
         text = self.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
         e.turns.append(Message("assistant", text))
-        if not whole:
+        if not said.finished:
             return
         shown = [message_json(m) for m in e.turns]
         answer = self._messages(e.place, "step", self._asked(e.place, "step", lambda: e.environment.step(shown)))
@@ -232,6 +240,7 @@ class Stage:
 
     def _behind(self, e: Episode, answer: Sequence[Message], end: int | None) -> list[int]:
         """The environment's turns as they follow the policy's tokens, up to where it answers."""
+        answer = self._harmless(answer)
         if self.chat:
             before = e.turns[: -len(answer) - 1]
             template = ChatTemplate(self.tokenizer, self.template_options)
@@ -247,8 +256,16 @@ class Stage:
             text = "".join(m.content for m in answer)
         return self._ids(text)
 
+    def _harmless(self, said: Sequence[Message]) -> list[Message]:
+        """Messages whose texts are cut within what would else be a special token, such as the end of a turn."""
+
+        def cut(found: re.Match[str]) -> str:
+            return found[0][0] + SPLIT + found[0][1:]
+
+        return [replace(m, content=self.special.sub(cut, m.content)) for m in said]
+
     def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return [i for part in text.split(SPLIT) for i in self.tokenizer(part, add_special_tokens=False)["input_ids"]]
 
     def _messages(self, place: str, method: str, said: Any) -> list[Message] | None:
         if said is None or said is True or (isinstance(said, Sequence) and not said):

@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any, cast
 
 import numpy as np
@@ -162,7 +163,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How to sample; `sample` says what each means."""
+    """How to sample; `sample` says what each means. `rooms` are tokens of each prompt's completions, at most; empty: max_new_tokens."""
 
     n: int
     max_new_tokens: int
@@ -172,6 +173,7 @@ class Settings:
     ends: frozenset[int]
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    rooms: tuple[int, ...] = ()
 
     def draw(self, logits: Tensor, uniforms: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
         s = self
@@ -217,6 +219,8 @@ class Written:
         self.lengths = torch.zeros(lines, dtype=torch.int64, device=device)
         self.finished = torch.zeros(lines, dtype=torch.bool, device=device)
         self._seed, self._prompt_seeds = seed, prompt_seeds
+        rooms = torch.tensor(settings.rooms or [columns] * len(prompts), device=device)
+        self._rooms = rooms.repeat_interleave(settings.n)
         self._uniforms = in_fp64(torch.zeros(lines, columns, device=device))
         self._ends = torch.tensor(sorted(settings.ends), dtype=torch.int64, device=device)
         self._asked: Tensor | None = None  # (prompts, longest) ids, filled up with a prompt's own first one
@@ -254,7 +258,7 @@ class Written:
         self.lengths[lines] = at + 1
         ended = torch.isin(tokens, self._ends)
         self.finished[lines] = ended
-        return tokens, ~ended & (at + 1 < self.settings.max_new_tokens)
+        return tokens, ~ended & (at + 1 < self._rooms[lines])
 
     def samples(self) -> list[list[Sample]]:
         check_logps(self.logps)
@@ -282,6 +286,7 @@ def sample(
     seed: int = 0,
     prompt_seeds: Sequence[int] | None = None,
     eos_token_id: int | Collection[int] | None = None,
+    rooms: Sequence[int] = (),
     rows_at_once: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[Sample]]:
@@ -296,13 +301,16 @@ def sample(
         seed: of the draws; prompt_seeds: one number a prompt (default: its index). A completion is a function of weights, prompt,
             both numbers and its index among the n, up to rounding: not of the other prompts, nor of how many rows run together.
         eos_token_id: the id, or ids, at which a completion ends: `penchant.data.templates.end_ids` of model and tokenizer.
+        rooms: tokens of each prompt's completions, at most, where that is less than max_new_tokens for some.
         rows_at_once: completions decoded together; by default what memory allows.
 
     Returns:
         For each prompt, in order, its `n` samples.
     """
     ends = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or ()
-    settings = Settings(n, max_new_tokens, temperature, top_p, top_k, frozenset(ends), min_p, repetition_penalty)
+    settings = Settings(
+        n, max_new_tokens, temperature, top_p, top_k, frozenset(ends), min_p, repetition_penalty, tuple(rooms)
+    )
     if not prompts:
         return []
     seeds = prompt_seeds if prompt_seeds is not None else range(len(prompts))
@@ -310,7 +318,7 @@ def sample(
     training = model.training
     model.eval()
     with torch.inference_mode():
-        if can_decode_fast(model, max(map(len, prompts)) + max_new_tokens):
+        if can_decode_fast(model, max(map(sum, zip(map(len, prompts), rooms or repeat(max_new_tokens))))):
             _decode_pooled(model, prompts, written, rows_at_once, progress)
         else:
             _decode_in_waves(model, prompts, written, rows_at_once, progress)
