@@ -30,7 +30,7 @@ def read_rows() -> list[dict[str, Any]]:
     rows = [
         {
             "input_ids": r["prompt_ids"] + r["completion_ids"][0],
-            "completion_mask": [0] * len(r["prompt_ids"]) + [1] * len(r["completion_ids"][0]),
+            "labels": [-100] * len(r["prompt_ids"]) + r["completion_ids"][0],
         }
         for r in given
     ]
@@ -80,7 +80,6 @@ def main() -> None:
         weight_decay=0.0,
         max_grad_norm=SPEC["max_grad_norm"],
         gradient_checkpointing=False,
-        completion_only_loss=True,
         dataset_kwargs={"skip_prepare_dataset": True},
         train_sampling_strategy="sequential",
         dataloader_num_workers=0,

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 from processes import forked
+from safetensors.torch import load_file, save_file
 
 from penchant.distributed.world import World
 from penchant.errors import CheckpointError
+from penchant.plan.memory import LiveBytes
 from penchant.runfolder import MetricsLog, RunLock, damaged, is_whole, keep, newest_state, open_run
 from penchant.training import checkpoint as module
 from penchant.training.checkpoint import (
@@ -308,3 +310,22 @@ def test_others_wait_as_long_as_it_takes_for_what_rank_0_does_alone(
     found, _ = module.load_checkpoint(path)
     assert torch.equal(found["master/w"], tensors["master/w"])
     assert {name for name, _ in seen} == {"model", "sum", "check"} and all(patient for _, patient in seen)
+
+
+def test_a_file_of_tensors_is_what_safetensors_writes_and_needs_one_tensor_at_a_time(tmp_path: Path) -> None:
+    tensors: dict[str, torch.Tensor] = {
+        "exp_avg/w": torch.randn(64, 32).t(),  # not contiguous: it is copied, as a GPU's would be
+        "master/w": torch.randn(64, 32).t(),
+        "state1/w": torch.arange(7, dtype=torch.uint8),
+        "step/w": torch.tensor(3.0),
+        "none": torch.zeros(0, 5),
+        **{f"algorithm/{dtype}": torch.arange(-2, 3).to(dtype) for dtype in module._STORED_AS},
+    }
+    with LiveBytes(tensors.values()) as live:
+        module.write_tensors(tmp_path / "ours", tensors)
+    assert live.peak == tensors["master/w"].nbytes
+    save_file({name: t.contiguous() for name, t in tensors.items()}, tmp_path / "theirs")
+    ours, theirs = (load_file(tmp_path / name) for name in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert ours[name].dtype == value.dtype and torch.equal(ours[name], value)

@@ -28,6 +28,7 @@ from penchant.losses.divergences import DivergenceKind, grad_of, value_of
 from penchant.models.load import add_lora, widened
 from penchant.models.options import LoraConfig
 from penchant.models.tree_attention import tree_layout
+from penchant.runs import record
 from penchant.training import loop as loop_module
 from penchant.training import steps
 from penchant.training.loop import Loop
@@ -474,3 +475,17 @@ def test_a_model_is_where_its_gathered_shards_compute(monkeypatch: pytest.Monkey
     assert machine.place_of(model("cpu", None)) == machine.place_of(model("cpu", "cpu")) == torch.device("cpu")
     assert machine.place_of(model("cuda:0", "cuda")) == torch.device("cuda:0")
     assert machine.place_of(model("cpu", "cuda")) == torch.device("cuda:1")  # offloaded
+
+
+def test_the_manifest_says_which_gpus_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not {"gpus", "cuda", "nccl"} & set(record.hardware()) or torch.cuda.is_available()
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13010, raising=False)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 29, 3))
+    found = record.hardware()
+    wanted = {"gpu": "a GPU", "gpus": 8, "driver_cuda": "13.1", "cuda": "12.8", "nccl": "2.29.3"}
+    assert {k: found[k] for k in wanted} == wanted

@@ -48,15 +48,22 @@ def _version(package: str) -> str | None:
 
 
 def hardware() -> dict[str, Any]:
-    """CPU, cores, memory and threads."""
+    """CPU, cores, memory and threads; of NVIDIA's GPUs how many this process sees, the driver's CUDA, and what torch was built with."""
     import torch
 
+    cuda: dict[str, Any] = {}
+    if torch.version.cuda and not why_not("cuda"):
+        bindings: Any = torch._C
+        major, minor = divmod(bindings._cuda_getDriverVersion() // 10, 100)
+        cuda = {"gpus": torch.cuda.device_count(), "driver_cuda": f"{major}.{minor}", "cuda": torch.version.cuda}
+        cuda["nccl"] = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else None
     gpu = next((device_name(k) for k in ("cuda", "xpu", "mps") if not why_not(k)), None)
     return {
         "cpu": of_processor("model name"),
         "cores": cores(),
         "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "gpu": gpu,
+        **cuda,
         "threads": torch.get_num_threads(),
         "platform": platform.system(),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -38,8 +39,6 @@ def save_checkpoint(
     Raises:
         CheckpointError: the disk is full or the folder cannot be written.
     """
-    from safetensors.torch import save_file
-
     root = folder / CHECKPOINTS
     final = root / f"step-{step}"
     aside = aside_of(final)
@@ -49,7 +48,7 @@ def save_checkpoint(
             sweep(root)
             aside.mkdir()
             write_model(aside / "model")
-            save_file({k: v.contiguous() for k, v in tensors.items()}, aside / "state.safetensors")
+            write_tensors(aside / "state.safetensors", tensors)
             (aside / "state.json").write_text(json.dumps(dict(state), indent=1, allow_nan=False))
             sums = {str(p.relative_to(aside)): file_sha256(p) for p in sorted(aside.rglob("*")) if p.is_file()}
             for path in aside.rglob("*"):
@@ -59,6 +58,37 @@ def save_checkpoint(
         shutil.rmtree(aside, ignore_errors=True)
         raise
     return final
+
+
+# what safetensors calls the types of numbers
+_STORED_AS = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file, written tensor by tensor: `save_file` would have all of a GPU's in the host's memory at once."""
+    in_order = sorted(tensors.items(), key=lambda named: (-named[1].element_size(), named[0]))
+    ends = itertools.accumulate((t.nbytes for _, t in in_order), initial=0)
+    parts = {
+        name: {"dtype": _STORED_AS[t.dtype], "shape": list(t.shape), "data_offsets": place}
+        for (name, t), place in zip(in_order, itertools.pairwise(ends), strict=True)
+    }
+    header = json.dumps(parts).encode()
+    header += b" " * (-len(header) % 8)  # tensors begin where their numbers are aligned
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for _, tensor in in_order:
+            file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 SHARDS = "state"  # a folder with files of each rank, where several processes wrote it
