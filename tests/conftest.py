@@ -235,7 +235,7 @@ def _models_are_read_once() -> Iterator[None]:
         scorer, digest = live.scorer, hashlib.sha256()
         reference.hash_trees(digest, trees)
         plain = (type(live), type(scorer), live.off) == (reference.LiveReference, Scorer, nullcontext)
-        how = (digest.digest(), tokens_per_step, live.side_by_side, torch.get_num_threads())
+        how = (digest.digest(), tokens_per_step, live.side_by_side, scorer.fast, torch.get_num_threads())
         key = way_of("reference", scorer.model, scorer.packing, *scorer.how.values(), *how) if plain else None
         if key is None or key not in ways:
             found = real_logps(live, trees, tokens_per_step=tokens_per_step, progress=progress)

@@ -6,6 +6,19 @@ from pathlib import Path
 from typing import Any
 
 SIZE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+VOCAB = dict(vocab_size=260, max_position_embeddings=160)
+DISTILLED = dict(dim=32, n_layers=2, n_heads=4, hidden_dim=48)
+RELATIVE = dict(type_vocab_size=0, relative_attention=True, pos_att_type=["p2c", "c2p"])
+MODERN = dict(cls_token_id=0, sep_token_id=2, bos_token_id=0, eos_token_id=2, reference_compile=False)
+# by family: transformers' class of its config, the tokenizer's style, the config's arguments
+ENCODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "bert": ("BertConfig", "bert", SIZE | dict(pad_token_id=0)),
+    "roberta": ("RobertaConfig", "roberta", SIZE | dict(pad_token_id=1, type_vocab_size=1)),
+    "electra": ("ElectraConfig", "bert", SIZE | dict(pad_token_id=0, embedding_size=16)),
+    "distilbert": ("DistilBertConfig", "roberta", DISTILLED | dict(pad_token_id=0)),
+    "deberta-v2": ("DebertaV2Config", "bert", SIZE | RELATIVE | dict(pad_token_id=0)),
+    "modernbert": ("ModernBertConfig", "roberta", SIZE | MODERN | dict(pad_token_id=1)),
+}
 SPREAD = 0.3  # random weights so large that two texts get different scores
 
 
@@ -39,56 +52,15 @@ def encoder_tokenizer(style: str = "bert") -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=names, **roles)
 
 
-def encoder_configs() -> dict[str, tuple[Any, str]]:
-    """(config, tokenizer style) by family."""
-    import transformers as t
-
-    sized = dict(vocab_size=260, max_position_embeddings=160, **SIZE)
-    return {
-        "bert": (t.BertConfig(**sized, pad_token_id=0), "bert"),
-        "roberta": (t.RobertaConfig(**sized, pad_token_id=1, type_vocab_size=1), "roberta"),
-        "electra": (t.ElectraConfig(**sized, embedding_size=16, pad_token_id=0), "bert"),
-        "distilbert": (
-            t.DistilBertConfig(
-                vocab_size=260,
-                max_position_embeddings=160,
-                dim=32,
-                n_layers=2,
-                n_heads=4,
-                hidden_dim=48,
-                pad_token_id=0,
-            ),
-            "roberta",
-        ),
-        "deberta-v2": (
-            t.DebertaV2Config(
-                **sized, pad_token_id=0, type_vocab_size=0, relative_attention=True, pos_att_type=["p2c", "c2p"]
-            ),
-            "bert",
-        ),
-        "modernbert": (
-            t.ModernBertConfig(
-                **sized,
-                pad_token_id=1,
-                cls_token_id=0,
-                sep_token_id=2,
-                bos_token_id=0,
-                eos_token_id=2,
-                reference_compile=False,
-            ),
-            "roberta",
-        ),
-    }
-
-
 def encoder_folder(folder: Path, family: str = "bert", *, seed: int = 0) -> str:
     """Save a tiny random encoder (its body alone) and its tokenizer; returns the folder as a string."""
     import torch
-    from transformers import AutoModel
+    import transformers
 
     torch.manual_seed(seed)
-    config, style = encoder_configs()[family]
+    name, style, arguments = ENCODERS[family]
+    config = getattr(transformers, name)(**VOCAB, **arguments)
     config.initializer_range = SPREAD
-    AutoModel.from_config(config).save_pretrained(folder)
+    transformers.AutoModel.from_config(config).save_pretrained(folder)
     encoder_tokenizer(style).save_pretrained(folder)
     return str(folder)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from encoders import encoder_configs, encoder_folder
+from encoders import ENCODERS, encoder_folder
 from families import family_configs, some_pairs, tiny_model
 from steps import train_until_killed
 from tiny import polite_rows, tiny_model_folder, tiny_tokenizer, write_jsonl
@@ -208,7 +208,7 @@ def test_a_stranger_gets_our_scores_from_the_saved_causal_model(base: dict[str, 
     assert theirs == pytest.approx(ours[::2], abs=2e-4)
 
 
-@pytest.mark.parametrize("family", list(encoder_configs()))
+@pytest.mark.parametrize("family", ENCODERS)
 def test_a_stranger_gets_our_scores_from_the_saved_encoder(base: dict[str, Any], tmp_path: Path, family: str) -> None:
     base |= {"model": {"path": encoder_folder(tmp_path / "encoder", family), "dtype": "fp32"}}
     run = Run(api.as_config(base), quiet=True)
