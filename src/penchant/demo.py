@@ -254,12 +254,13 @@ def _perplexity(model: Any, tokenizer: Any, path: str) -> float:
 def _write_samples(folder: Path, openings: Sequence[str], before: Written, after: Written, count: int = 12) -> None:
     """The first continuation of the first openings, before and after: not chosen by what they say."""
     assert before.rewards is not None and after.rewards is not None
-    with (folder / runfolder.SAMPLES).open("w", encoding="utf-8") as out:
-        for i, opening in enumerate(openings[:count]):
-            at = i * EVAL_SAMPLES
-            rewards = {"reward_before": float(before.rewards[at]), "reward_after": float(after.rewards[at])}
-            row = {"prompt": opening, "before": before.texts[at], "after": after.texts[at], **rewards}
-            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+    lines = []
+    for i, opening in enumerate(openings[:count]):
+        at = i * EVAL_SAMPLES
+        rewards = {"reward_before": float(before.rewards[at]), "reward_after": float(after.rewards[at])}
+        row = {"prompt": opening, "before": before.texts[at], "after": after.texts[at], **rewards}
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    runfolder.keep(folder / runfolder.SAMPLES, "".join(lines))
 
 
 # ---- What a person sees ----

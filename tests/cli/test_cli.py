@@ -168,6 +168,19 @@ def test_a_mistyped_command_is_named(command: list[str], meant: str, capsys: pyt
     assert repr(command[-1]) in said and f'did you mean "{meant}"' in said
 
 
+@pytest.mark.parametrize("command", [["train"], ["data", "audit"]])
+def test_the_help_of_a_command_says_what_it_does(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    said = []
+    for asked in (command[:-1], command):
+        with pytest.raises(SystemExit):
+            main([*asked, "--help"])
+        said.append(" ".join(capsys.readouterr().out.split()))
+    listed = said[0].split(f" {command[-1]} ", 1)[1]
+    about = said[1].split("] ", 1)[1]
+    (sentence,) = re.findall(r"([A-Z][^.\[\]]*)\. positional arguments", about)
+    assert sentence[0].lower() + sentence[1:] in listed
+
+
 def test_an_unknown_option_says_whose_help_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["data", "fix", "a.jsonl", "b.jsonl", "--rules", "pii"])

@@ -242,6 +242,7 @@ MISTAKES = {
     "a file": (["{test}", "--data", "{test}"], "is a file"),
     "a folder with nothing in it": (["{folder}", "--data", "{test}"], "it must hold a transformers model"),
     "nothing to evaluate on": (["{base}"], "give --data FILE or --text FILE"),
+    "no such run": (["runs/frist"], "no such run here; check the path"),
     "nothing to evaluate on, but a reference": (["{base}", "--reference", "{run}"], "nothing to evaluate on"),
     "no such data": (["{base}", "--data", "{folder}/tst.jsonl"], "did you mean {folder}/test.jsonl?"),
     "texts as rows": (["{base}", "--data", "{text}"], "give it as --text"),

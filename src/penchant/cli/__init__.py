@@ -81,8 +81,20 @@ CUDA_ENV = {
 FALLBACK_ENV = {"mps": {"PYTORCH_ENABLE_MPS_FALLBACK": "1"}, "xpu": {"PYTORCH_ENABLE_XPU_FALLBACK": "1"}}
 
 
+class _Commands(argparse._SubParsersAction):  # type: ignore[type-arg]
+    """Commands whose own help begins with what the list of commands says of them."""
+
+    def add_parser(self, name: str, **given: Any) -> Any:
+        about = given.get("help", "")
+        return super().add_parser(name, **{"description": f"{about[:1].upper()}{about[1:]}.", **given})
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse with suggestions for mistyped commands."""
+
+    def __init__(self, *args: Any, **given: Any) -> None:
+        super().__init__(*args, **given)
+        self.register("action", "parsers", _Commands)
 
     def error(self, message: str) -> NoReturn:
         wrong = re.search(r"invalid choice: '(.*?)'", message)

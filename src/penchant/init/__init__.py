@@ -97,7 +97,7 @@ class Start:
             f"# {self.goal.name}: {self.goal.about}.",
             f"# Written by penchant init for {_one_line(self.data.path)}: {self.data.to_text()}.",
             f"#   penchant data audit {file}    what is wrong or lopsided in the data",
-            f"#   penchant plan {file}          what it will be: steps, memory, disk, time",
+            f"#   penchant plan {file}          steps, memory, disk and time, without training",
             f"#   penchant train {file}         train; the same command continues after an interruption",
         ]
         for name, keys in self.sections.items():
@@ -235,7 +235,7 @@ def _data(data: DataFacts, model: ModelFacts, goal: Goal, held_out: HeldOut | No
         held = ENOUGH
     documents = data.kind == "text"  # they have no prompts, and are held out whole
     if held_out is None and (data.prompts > 1 or documents) and rows > 3:
-        why = "whole documents" if documents else "held out by prompt: no prompt stands on both sides"
+        why = "whole documents" if documents else "held out by prompt: no prompt is on both sides"
         keys["validation_rows"] = (held, why)
     keys["max_length"] = _length(data, model, goal)
     return keys

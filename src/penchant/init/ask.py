@@ -120,7 +120,7 @@ def answers(
     asker.say(
         f"  {found.parameters:,} parameters"
         if known_size
-        else f"  {found.path}: not looked at, for it is not in the cache and the hub cannot be reached; it may not be there"
+        else f"  {found.path}: not in the cache, and the hub cannot be reached: check the name"
     )
     if goal is not None:
         return Answers(facts, found, check_goal(goal, facts, found).name, held_out)

@@ -70,7 +70,8 @@ def text() -> str:
 def describe(name: str) -> str:
     """One loss: its own description, hyperparameters with ranges, and how to name it."""
     spec = find_loss(given := loss_name(name, ("losses",)))
-    lines = [f"loss.name={given}", "", MARKUP.sub(r"\1", inspect.cleandoc(spec.fn.__doc__ or "")), ""]
+    about = re.sub(r"(?:Args|Returns|Raises):\n(?: +.*\n)+\n*", "", inspect.cleandoc(spec.fn.__doc__ or "") + "\n")
+    lines = [f"loss.name={given}", "", MARKUP.sub(r"\1", about.strip()), ""]
     lines += [f"needs {NEEDS[n]}" for n in sorted(spec.needs)]
     lines += [f"loss.{key} = {default}" + f": {meaning}" * bool(meaning) for key, default, meaning in parameters(spec)]
     return "\n".join(lines)

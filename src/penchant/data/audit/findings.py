@@ -92,6 +92,7 @@ class Audit:
         for f in sorted(found.values(), key=lambda f: -f.share):
             lines += f.lines(FEW_SHOWN)
         fine = [name.replace("_", " ") for name, f in self.findings.items() if f.of and name not in found]
+        fine = [words.replace("tokenising", "tokenizing") for words in fine]  # an old name in audit.json
         lines += [""] * bool(found) + [
             f"{'Checked too, nothing found' if found else 'Checked, nothing found'}: {', '.join(fine)}."
         ]
