@@ -145,8 +145,10 @@ def test_a_run_comes_nearer_to_its_teacher_and_goes_on_exactly(
         ({"algorithm": None, "loss": "sft"}, "teacher: is only for algorithm gkd"),
         ({"reference": {"path": "elsewhere"}}, "teacher.path: and reference.path are both set"),
         ({"reference": {"ema": 0.9}}, "is the teacher"),
+        ({"reference": {"kind": "cached"}}, "a cache does not hold what gkd needs"),
+        ({"rollout": {"lag": 1}}, "rollout.lag has no effect with gkd"),
         ({"reward": "words"}, "takes none"),
-        ({"weight": "counts"}, "data.weight.*gkd does not weight rows"),
+        ({"weight": "counts"}, "data.weight.*gkd, which does not weight rows"),
     ],
     ids=str,
 )
