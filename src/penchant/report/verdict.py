@@ -178,7 +178,7 @@ def _against_null(c: Change, null: str) -> str:
 
 def _against_start(c: Change) -> str:
     if c.reading == "unclear":
-        return "; the interval does not tell it from the start."
+        return "; the interval includes the start."
     return f"; {c.reading} than the start by its interval." if c.reading in ("better", "worse") else "."
 
 

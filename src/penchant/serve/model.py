@@ -74,7 +74,7 @@ def _tells_nothing(told: Mapping[str, Any]) -> None:
 
 
 _WRITTEN = 'no chat template: the conversation is written as "\\n\\nHuman: ...\\n\\nAssistant:"'
-_PLAIN = "plain text: the model continues what you write; it answers nothing"
+_PLAIN = "plain text: the model continues what you write; it does not answer"
 STYLES = {
     "chat": Style("chat", _chat, (), True, "the model's own chat template"),
     "transcript": Style("transcript", _transcript, ("\n\nHuman:",), True, _WRITTEN),
