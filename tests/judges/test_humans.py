@@ -143,7 +143,7 @@ def test_no_file_and_an_empty_one_are_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         read_preferences(tmp_path / "none.jsonl")
     (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(DataError, match="holds no judgement"):
+    with pytest.raises(DataError, match="holds no judgment"):
         read_preferences(tmp_path / "empty.jsonl")
 
 

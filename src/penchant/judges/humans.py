@@ -208,7 +208,7 @@ def read_preferences(path: Path | str) -> Preferences:
         raise DataError(str(file), "no such file", "give the preferences.jsonl of an arena")
     found = Preferences(file).refresh()
     if not found.judgements and not found.undone:
-        raise DataError(str(file), "holds no judgement", "give the preferences.jsonl of an arena of penchant studio")
+        raise DataError(str(file), "holds no judgment", "give the preferences.jsonl of an arena of penchant studio")
     return found
 
 

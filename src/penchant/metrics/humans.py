@@ -159,7 +159,7 @@ class HumanVerdict:
         said += [f"{person.name} {what}." for person in self.people for what in person.warnings()]
         if self.tally["both_bad"] > 0.2 * max(1, self.judged):
             said.append(
-                f"Both answers were bad in {self.tally['both_bad']:,} of {self.judged:,} judgements; they count as ties."
+                f"Both answers were bad in {self.tally['both_bad']:,} of {self.judged:,} judgments; they count as ties."
             )
         if self.over_people:
             said.append("Intervals are over prompts and people: other people could have said otherwise.")

@@ -57,7 +57,7 @@ def results_body(found: HumanVerdict) -> Element:
 def _tally(found: HumanVerdict) -> Element:
     t = found.tally
     cards: list[tuple[str, str, str]] = [
-        ("Judgements", f"{found.judged:,}", f"by {found.by}"),
+        ("Judgments", f"{found.judged:,}", f"by {found.by}"),
         ("Ties", f"{t['tie']:,}", "neither is better"),
         ("Both bad", f"{t['both_bad']:,}", "neither is any good"),
         ("Skipped", f"{t['skip']:,}", f"{t['undone']:,} taken back"),

@@ -351,7 +351,7 @@ class Labels(Counting):
         self.good += sum(bool(c.label) for c in row.tree.completions)
 
     def findings(self) -> Named:
-        yield "good_answers", Finding("answers labelled good", self.good, self.answers, ())
+        yield "good_answers", Finding("answers labeled good", self.good, self.answers, ())
 
 
 class Scores(Counting):
