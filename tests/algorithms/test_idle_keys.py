@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,8 @@ from penchant.algorithms.offline import Component
 from penchant.algorithms.online_dpo import OnlineDPO
 from penchant.algorithms.ppo import PPO
 from penchant.algorithms.rollouts import Writer
-from penchant.config import config_from_mapping, dump_config
-from penchant.config.yaml import parse_yaml
+from penchant.config import config_from_mapping, dump_config, load_config
+from penchant.config.yaml import RESOLVED, parse_yaml
 from penchant.data.packing import pack
 from penchant.errors import ConfigError
 from penchant.logprobs import Scorer
@@ -292,3 +293,14 @@ def test_a_resolved_config_has_every_key_and_is_taken(name: str) -> None:
     again = parse_yaml(dump_config(config), "")[0]
     assert again["rollout"].keys() == RolloutConfig.model_fields.keys()
     assert config_from_mapping(again, []) == config
+
+
+def test_a_run_of_an_earlier_version_keeps_a_key_that_changes_nothing(tmp_path: Path) -> None:
+    given = (
+        "model: {path: m}\ndata: {path: d}\nalgorithm: {name: grpo}\nreward: words\nrollout: {turns: 2}\noutput: o\n"
+    )
+    for name in ("run.yaml", RESOLVED):
+        (tmp_path / name).write_text(given)
+    assert load_config(tmp_path / RESOLVED).rollout.turns == 2
+    with pytest.raises(ConfigError, match="turns has no effect"):
+        load_config(tmp_path / "run.yaml")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
@@ -30,6 +32,19 @@ class Section(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
 
+_RECORDED: ContextVar[bool] = ContextVar("recorded", default=False)
+
+
+@contextmanager
+def recorded() -> Iterator[None]:
+    """Take a run's recorded config as it is: `refuse_idle` would refuse keys that earlier versions accepted."""
+    token = _RECORDED.set(True)
+    try:
+        yield
+    finally:
+        _RECORDED.reset(token)
+
+
 def refuse_idle(section: BaseModel, idle: Mapping[str, str], prefix: str = "") -> None:
     """Refuse a key that is set to something else than its default and changes nothing.
 
@@ -40,6 +55,8 @@ def refuse_idle(section: BaseModel, idle: Mapping[str, str], prefix: str = "") -
     Raises:
         ValueError: a validator's.
     """
+    if _RECORDED.get():
+        return
     for name, why in idle.items():
         info = type(section).model_fields[name]
         if getattr(section, name) != info.get_default(call_default_factory=True):  # a resolved config has every key

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from penchant.base.functions import is_own
+from penchant.base.section import recorded
 from penchant.config.explain import SYNONYMS, explain_all, with_place  # noqa: F401
 from penchant.config.schema import (  # noqa: F401
     BOTH,
@@ -21,6 +23,7 @@ from penchant.config.schema import (  # noqa: F401
 )
 from penchant.config.yaml import (  # noqa: F401
     BY_NAME,
+    RESOLVED,
     Places,
     apply_overrides,
     check_values,
@@ -50,7 +53,8 @@ def load_config_with_places(path: str | Path, overrides: Sequence[str] = ()) -> 
     values, places = read_mapping(path, "a config is a mapping with model, data and output; see recipes/")
     places = sources_named(values, places)
     places = apply_overrides(values, places, overrides)
-    return build(values, places, str(path)), places
+    with recorded() if Path(path).name == RESOLVED else nullcontext():
+        return build(values, places, str(path)), places
 
 
 def config_from_mapping(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
