@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 
 from penchant import errors
 from penchant.base.lazy import torch
-from penchant.base.mistakes import mistake
 from penchant.errors import PenchantError
 
 T = TypeVar("T")
@@ -271,6 +270,8 @@ def agreed(error: E) -> E:
 
 def described(error: BaseException) -> dict[str, Any]:
     """An error in plain values."""
+    from penchant.base.mistakes import mistake  # it needs yaml, and `penchant --help` imports this module
+
     if (told := mistake(error)) is not None:
         kind = next(k.__name__ for k in type(told).__mro__ if getattr(errors, k.__name__, None) is k)
         return {
