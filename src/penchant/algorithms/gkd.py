@@ -64,7 +64,7 @@ class GKDConfig(SamplingConfig):
         found = dict.fromkeys((f"rollout.{name}" for name in RolloutConfig.model_fields), why)
         found["data.weight"] = "with gkd, which does not weight rows; leave it out"
         if self.divergence != "jsd":
-            found["beta"] = "on a KL; set divergence: jsd, or leave beta out"
+            found["beta"] = "on a KL; set divergence: jsd, or leave {} out"
         if not self.lam:
             written = ("max_new_tokens", "top_p", "min_p", "top_k", "repetition_penalty")
             found |= dict.fromkeys(written, "where lambda is 0 and the policy writes nothing; leave it out")

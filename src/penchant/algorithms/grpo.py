@@ -97,8 +97,7 @@ class GroupConfig(OnlineConfig):
         if self.name == "cispo" and self.clip_high is not None:
             found["clip"] = "with cispo, which has an upper clip alone; set clip_high"
         if not self.kl_weight:
-            why = "where beta is 0; set beta, or leave {} out"
-            found |= {key: why.format(key) for key in ("kl_in", "kl_estimator")}
+            found |= dict.fromkeys(("kl_in", "kl_estimator"), "where beta is 0; set beta, or leave {} out")
         if self.name != "reinforce_pp":
             found["group_baseline"] = f"with {self.name}, which compares completions of one prompt anyway; leave it out"
         return found

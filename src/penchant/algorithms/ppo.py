@@ -68,15 +68,14 @@ class PPOConfig(OnlineConfig):
     def idle(self) -> dict[str, str]:
         found = dict.fromkeys(("scale_rewards", "loss_mean"), "with ppo; leave it out")
         if self.value != "separate":
-            found["value_init"] = "on a head on the policy; set value: separate, or leave value_init out"
+            found["value_init"] = "on a head on the policy; set value: separate, or leave {} out"
         if not self.value_coef:
             found["value_clip"] = "where value_coef is 0; leave it out"
         if self.kl_control == "fixed":
             why = "while beta is fixed; set kl_control: adaptive, or leave {} out"
-            found |= {key: why.format(key) for key in ("kl_target", "kl_horizon")}
+            found |= dict.fromkeys(("kl_target", "kl_horizon"), why)
         if not self.start_beta:
-            why = "where beta is 0; set beta, or leave {} out"
-            found |= {key: why.format(key) for key in ("kl_estimator", "kl_control")}
+            found |= dict.fromkeys(("kl_estimator", "kl_control"), "where beta is 0; set beta, or leave {} out")
         return found
 
     @property

@@ -49,7 +49,8 @@ def refuse_idle(section: BaseModel, idle: Mapping[str, str], prefix: str = "") -
     """Refuse a key that is set to something else than its default and changes nothing.
 
     Args:
-        idle: such keys, each with when it changes nothing and what to do: ``without environment; set environment, or leave turns out``.
+        idle: such keys, each with when it changes nothing and what to do: ``without environment; set environment, or leave {} out``,
+            where ``{}`` stands for the key.
         prefix: of keys in the sentence, where that is not about the section itself.
 
     Raises:
@@ -60,7 +61,8 @@ def refuse_idle(section: BaseModel, idle: Mapping[str, str], prefix: str = "") -
     for name, why in idle.items():
         info = type(section).model_fields[name]
         if getattr(section, name) != info.get_default(call_default_factory=True):  # a resolved config has every key
-            raise ValueError(f"{prefix}{info.alias or name} has no effect {why}")
+            key = info.alias or name
+            raise ValueError(f"{prefix}{key} has no effect {why.format(key)}")
 
 
 def as_yaml(value: Any) -> str:

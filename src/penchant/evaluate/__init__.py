@@ -34,14 +34,11 @@ def evaluate_model(
             runs = runs_in(name)
             if runs:
                 raise ConfigError(name, "is not a run but a folder of runs", f"give one of them: {', '.join(runs)}")
-            there = Path(name).expanduser().exists()
-            what = "is not a run, so it does not say what to evaluate on" if there else "no such run here"
-            how = (
-                "give --data FILE or --text FILE"
-                if there
-                else "check the path; a model also needs --data FILE or --text FILE"
-            )
-            raise ConfigError(name, what, how)
+            if not Path(name).expanduser().exists():
+                how = "check the path; a model also needs --data FILE or --text FILE"
+                raise ConfigError(name, "no such run here", how)
+            what = "is not a run, so it does not say what to evaluate on"
+            raise ConfigError(name, what, "give --data FILE or --text FILE")
         evaluated = held_out_of_run(*found, quiet)
         folder: Path | None = Path(found[0].output)
     else:

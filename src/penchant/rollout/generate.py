@@ -18,7 +18,7 @@ from penchant.base.lanes import side_by_side
 from penchant.base.machine import in_fp64, place_of
 from penchant.data.templates import end_ids
 from penchant.errors import ModelError
-from penchant.models.cpu.decode import FastDecoder, cache_bytes_per_token, can_decode_fast
+from penchant.models.cpu.decode import FastDecoder, can_decode_fast
 from penchant.models.load import base_model_of, size_of, without_cache
 
 # ---- One token of every row: temperature, top-k, top-p, and a draw that belongs to the row alone ----
@@ -340,8 +340,9 @@ def _decode_pooled(
     n, new_tokens = written.settings.n, written.settings.max_new_tokens
     longest = max(map(len, prompts))
     if rows_at_once is None:
-        vocabulary = model.get_input_embeddings().weight.shape[0]
-        rows_at_once = rows_by_memory(cache_bytes_per_token(model), vocabulary, n, longest, new_tokens)
+        words = model.get_input_embeddings().weight
+        a_token = key_value_bytes(model, words.element_size())
+        rows_at_once = rows_by_memory(a_token, words.shape[0], n, longest, new_tokens)
     at_once = max(1, min(len(prompts), rows_at_once // n))  # prompts whose rows all run together
     pools = pools_of(at_once * n, sum(p.nbytes for p in base_model_of(model).parameters()))
     pools = min(pools, at_once)
@@ -515,19 +516,22 @@ def row_bytes(model: Any, size: int, longest: int, n: int, new_tokens: int) -> f
 
 def key_value_bytes(model: Any, size: int) -> int:
     """Of the keys and values of one token in every layer, by the model's config."""
-    heads = size_of(model, "num_attention_heads")  # 0: layers that carry a state
-    kv_heads = size_of(model, "num_key_value_heads") or heads
-    head_dim = size_of(model, "head_dim") or size_of(model, "hidden_size") // max(1, heads)
+    _, kv_heads, head_dim = _heads(model)
     return 2 * size_of(model, "num_hidden_layers") * kv_heads * head_dim * size
 
 
 def passing_bytes(model: Any, size: int) -> int:
     """What one token holds in a layer of a pass without gradient, by the model's config."""
-    width, heads = size_of(model, "hidden_size"), size_of(model, "num_attention_heads")
-    head_dim = size_of(model, "head_dim") or width // max(1, heads)
-    kv_heads = size_of(model, "num_key_value_heads") or heads
+    width, (heads, kv_heads, head_dim) = size_of(model, "hidden_size"), _heads(model)
     wide = max((heads + 2 * kv_heads) * head_dim * 2, 3 * (size_of(model, "intermediate_size") or 4 * width))
     return size * (2 * width + wide)
+
+
+def _heads(model: Any) -> tuple[int, int, int]:
+    """Query heads, heads of keys and values, and the size of one, by the model's config; no heads where layers carry a state."""
+    heads = size_of(model, "num_attention_heads")
+    head_dim = size_of(model, "head_dim") or size_of(model, "hidden_size") // max(1, heads)
+    return heads, size_of(model, "num_key_value_heads") or heads, head_dim
 
 
 def cache_room(device: torch.device) -> int:

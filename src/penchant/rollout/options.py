@@ -79,18 +79,18 @@ class RolloutConfig(Section):
         found: dict[str, str] = {}
         if self.environment is None:
             why = "without environment; set environment, or leave {} out"
-            found |= {key: why.format(key) for key in ("turns", "environment_timeout")}
+            found |= dict.fromkeys(("turns", "environment_timeout"), why)
         if self.engine == "own":
             found["tolerance"] = "on the own engine; set engine: vllm, or leave it out"
         elif self.url is None:
             found |= dict.fromkeys(("model", "key_env", "timeout"), "without a server; set url, or leave it out")
         if self.update == "nccl":
-            found["folder"] = "where update is nccl; set update: file, or leave folder out"
+            found["folder"] = "where update is nccl; set update: file, or leave {} out"
         if self.correction != "mis":
-            found["correction_low"] = "without correction: mis; set that, or leave correction_low out"
+            found["correction_low"] = "without correction: mis; set that, or leave {} out"
         if self.correction == "none":
             why = "without correction; set correction, or leave {} out"
-            found |= {key: why.format(key) for key in ("correction_level", "correction_high")}
+            found |= dict.fromkeys(("correction_level", "correction_high"), why)
         return found
 
     @property

@@ -314,14 +314,6 @@ def cached_tokens(rows: int, groups: int, prompt_tokens: int, new_tokens: int) -
     return _up(rows, _ROW_STEP) * _up(new_tokens) + groups * _up(prompt_tokens)
 
 
-def cache_bytes_per_token(model: Any) -> int:
-    """Bytes of keys and values that one token keeps in every layer."""
-    base = base_model_of(model)
-    attention = base.model.layers[0].self_attn
-    size = base.model.embed_tokens.weight.element_size()
-    return 2 * len(base.model.layers) * base.config.num_key_value_heads * attention.head_dim * size
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # recognition
 
