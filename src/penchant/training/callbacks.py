@@ -1,4 +1,4 @@
-"""What a program is told while a run trains, from Python: `penchant.api.train(..., callbacks=[...])`."""
+"""Callbacks for a training run started from Python: `penchant.api.train(..., callbacks=[...])`."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ EVENTS = ("on_step", "on_evaluation", "on_checkpoint", "on_end")
 
 
 class Callback:
-    """A base class: define what you need. Each method may return ``"stop"``: the run writes a checkpoint and ends there.
+    """Base class for callbacks; override the methods you need. Return ``"stop"`` from one to save a checkpoint and end the run.
 
-    Called again without the callback, it goes on from that checkpoint. Metrics have the names of ``metrics.jsonl``.
+    Calling train again without it continues from that checkpoint. Metric names are those of ``metrics.jsonl``.
     """
 
     def on_step(self, step: int, metrics: Mapping[str, Any]) -> str | None:
-        """After an optimizer step, with its figures."""
+        """After an optimizer step, with its metrics."""
 
     def on_evaluation(self, step: int, metrics: Mapping[str, Any]) -> str | None:
-        """After an evaluation on held-out rows; names start with ``eval/``."""
+        """After an evaluation on the held-out set; metric names start with ``eval/``."""
 
     def on_checkpoint(self, step: int, folder: Path) -> str | None:
         """After a checkpoint was written."""
 
     def on_end(self, result: Any) -> None:
-        """After the run, with what `train` returns."""
+        """After the run, with the result that `train` returns."""
 
 
 class Callbacks:
     """Several callbacks as one.
 
     Args:
-        given: objects with some of the methods of `Callback`; a function stands for its `on_step`.
+        given: objects with some of the methods of `Callback`; a plain function is used as `on_step`.
 
     Raises:
-        ConfigError: one of them is neither.
+        ConfigError: an item is neither.
     """
 
     def __init__(self, given: Sequence[Any] = ()) -> None:
@@ -49,10 +49,10 @@ class Callbacks:
                 raise ConfigError(f"callbacks[{i}]", f"is of type {type(one).__name__}", how)
 
     def __call__(self, event: str, *said: Any) -> bool:
-        """Tell all of them; whether one of them stops the run.
+        """Notify every callback of an event; return whether any of them asked to stop the run.
 
         Raises:
-            ConfigError: one of them returned something else than None or ``"stop"``.
+            ConfigError: a callback returned something other than None or ``"stop"``.
         """
         stop = False
         for one in self.given:

@@ -1,4 +1,4 @@
-"""Checkpoints: written aside, fsynced, summed, renamed; a reader sees all of one or nothing. Safetensors and JSON, no pickle."""
+"""Atomic checkpoints: written to a temporary folder, fsynced, hashed, then renamed. Safetensors and JSON, no pickle."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def save_checkpoint(
 
     Args:
         folder: the run folder; step: optimizer steps done.
-        write_model: writes the model into the folder that it is given.
-        tensors, state: what a resumed run needs beside the model; `state` must be JSON.
+        write_model: writes the model into the given folder.
+        tensors, state: what a resumed run needs besides the model; `state` must be JSON.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written.
@@ -60,7 +60,7 @@ def save_checkpoint(
     return final
 
 
-# what safetensors calls the types of numbers
+# safetensors' names for dtypes
 _STORED_AS = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -76,7 +76,7 @@ _STORED_AS = {
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file, written tensor by tensor: `save_file` would have all of a GPU's in the host's memory at once."""
+    """Write a safetensors file one tensor at a time; `save_file` would copy all GPU tensors to host memory at once."""
     in_order = sorted(tensors.items(), key=lambda named: (-named[1].element_size(), named[0]))
     ends = itertools.accumulate((t.nbytes for _, t in in_order), initial=0)
     parts = {
@@ -84,15 +84,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         for (name, t), place in zip(in_order, itertools.pairwise(ends), strict=True)
     }
     header = json.dumps(parts).encode()
-    header += b" " * (-len(header) % 8)  # tensors begin where their numbers are aligned
+    header += b" " * (-len(header) % 8)  # the data must start 8-byte aligned
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for _, tensor in in_order:
             file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
-SHARDS = "state"  # a folder with files of each rank, where several processes wrote it
-FILE_BYTES = 128 << 20  # of a rank's part in one file: DCP holds what goes into a file twice before it writes it
+SHARDS = "state"  # folder with one set of files per rank, in checkpoints written by several processes
+FILE_BYTES = 128 << 20  # of a rank's shard per file: DCP holds a file's contents in memory twice before writing it
 
 
 def save_sharded(
@@ -104,15 +104,16 @@ def save_sharded(
     state: Mapping[str, Any],
     world: World,
 ) -> Path:
-    """The same checkpoint by all ranks: ``state/`` has safetensors files of each, with its part of every tensor.
+    """Write the same checkpoint from all ranks; each writes its shard of every tensor to its own files in ``state/``.
 
-    Every rank takes the sums of what it wrote, rank 0 gives the whole its name once all have written. Where one of them cannot, none goes on.
+    Each rank hashes the files it wrote; rank 0 renames the folder once all are done. If one fails, all of them stop.
 
     Args:
-        write_model: called by every rank; rank 0 writes. world: of all ranks, with groups that nobody else uses meanwhile.
+        write_model: called on every rank, writes on rank 0.
+        world: all ranks, with process groups that nothing else uses meanwhile.
 
     Raises:
-        CheckpointError: the disk of one rank is full, or its folder cannot be written.
+        CheckpointError: a rank's disk is full, or its folder cannot be written.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
@@ -126,14 +127,14 @@ def save_sharded(
                 root.mkdir(parents=True, exist_ok=True)
                 sweep(root)
                 (aside / SHARDS).mkdir(parents=True)
-        with world.together(patient=True), writing(final):  # rank 0 alone writes the model, however long its disk takes
+        with world.together(patient=True), writing(final):  # only rank 0 writes the model, perhaps slowly
             write_model(aside / "model")
         try:
             with writing(final), _its_cause():
                 files = _numbered(tensors, world.size * FILE_BYTES)
                 writer = HuggingFaceStorageWriter(str(aside / SHARDS), files, save_distributed=True)
                 dcp.save(dict(tensors), storage_writer=writer, process_group=world.group)
-        except DiskError as error:  # DCP tells all ranks what happened to one
+        except DiskError as error:  # DCP raises one rank's error on all ranks
             raise agreed(error) from None
         sums: dict[str, str] = {}
         with world.together(patient=True), writing(final):
@@ -158,14 +159,14 @@ def save_sharded(
 
 
 def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """This rank's part of all tensors, in the host's memory: they may change while it is written."""
+    """Copy this rank's shard of all tensors to host memory, as they may change during the write."""
     from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
     return BlockingAsyncStager().stage(dict(tensors))  # type: ignore[return-value]
 
 
 def _numbered(tensors: Mapping[str, Tensor], room: int) -> dict[str, int]:
-    """By name: the number of the file that a tensor goes into, from 1; a file takes `room` bytes of all ranks, or one tensor."""
+    """Map each tensor to the number (from 1) of its file, which holds up to `room` bytes over all ranks, or one tensor."""
     found, number, held = {}, 1, 0
     for name, tensor in tensors.items():
         size = tensor.numel() * tensor.element_size()
@@ -177,7 +178,7 @@ def _numbered(tensors: Mapping[str, Tensor], room: int) -> dict[str, int]:
 
 @contextmanager
 def _its_cause() -> Iterator[None]:
-    """What DCP raises on every rank is no Exception; in its place the first rank's own."""
+    """Raise the first failing rank's own exception in place of DCP's, which is not an Exception."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
@@ -188,7 +189,7 @@ def _its_cause() -> Iterator[None]:
 
 
 def _give_its_name(aside: Path, final: Path, step: int, sums: Mapping[str, str]) -> None:
-    """The last step of a checkpoint whose files are on the disk: its manifest, and its name."""
+    """Finish a checkpoint whose files are on disk: write its manifest and rename it."""
     (aside / MANIFEST).write_text(json.dumps({"step": step, "sha256": dict(sums)}, indent=1))
     fsync(aside / MANIFEST)
     fsync(aside)
@@ -198,7 +199,7 @@ def _give_its_name(aside: Path, final: Path, step: int, sums: Mapping[str, str])
 
 
 def _remove(path: Path) -> None:
-    """Delete a checkpoint; renamed first, so that whoever is killed in it leaves no half of one at its name."""
+    """Delete a checkpoint; it is renamed first, so that a kill midway leaves no partial checkpoint under its name."""
     if not path.exists():
         return
     gone = aside_of(path.with_name(f"{path.name}-gone"))
@@ -207,7 +208,7 @@ def _remove(path: Path) -> None:
 
 
 def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint of a run, and a warning for each newer one that is not whole."""
+    """The newest complete checkpoint of a run, and a warning for each newer one that is incomplete."""
     warnings: list[str] = []
     for path in reversed(checkpoints(folder)):
         if (path / MANIFEST).exists():
@@ -217,10 +218,10 @@ def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def find_checkpoint(folder: Path, step: str) -> Path | None:
-    """A run's checkpoint by name; None for the start (``0``), and for ``last`` of a run that has none.
+    """Find a run's checkpoint by name; None for the start (``0``), and for ``last`` if the run has none.
 
     Args:
-        step: ``last``, ``best``, ``0`` or a step's number.
+        step: ``last``, ``best``, ``0`` or a step number.
 
     Raises:
         CheckpointError: there is no such checkpoint.
@@ -249,10 +250,10 @@ def find_checkpoint(folder: Path, step: str) -> Path | None:
 def load_checkpoint(
     path: Path, masters: Mapping[str, Tensor] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and state of a checkpoint, whoever wrote it: one process or several.
+    """Load the tensors and state of a checkpoint, whether written by one process or several.
 
     Args:
-        masters: the optimizer's, by parameter name: where they are sharded, its tensors come back sharded like them.
+        masters: the optimizer's master weights by parameter name; state tensors are sharded like these, if they are.
 
     Raises:
         CheckpointError: a file is missing or was changed after it was written.
@@ -262,7 +263,7 @@ def load_checkpoint(
 
     world = current()
     with world.together(patient=True):
-        if world.leads:  # one rank reads it all
+        if world.leads:  # one rank reads and hashes every file
             check_sums(path)
     try:
         state = json.loads((path / "state.json").read_text())
@@ -275,14 +276,14 @@ def load_checkpoint(
 
 
 def _read_shards(folder: Path, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All tensors of the safetensors files in a folder, put together, or sharded as `masters` are."""
+    """Load all tensors from the safetensors files of a folder, whole or sharded as `masters` are."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     world, tensors = current(), {}
     for name, found in HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata.items():
-        assert isinstance(found, TensorStorageMetadata)  # safetensors hold nothing else
+        assert isinstance(found, TensorStorageMetadata)  # safetensors files hold only tensors
         master = masters.get(name.rpartition("/")[2])
         if world.many and master is not None and master.shape == found.size:
             tensors[name] = torch.zeros_like(master.detach(), dtype=found.properties.dtype)
@@ -292,13 +293,13 @@ def _read_shards(folder: Path, masters: Mapping[str, Tensor]) -> dict[str, Tenso
     with warnings.catch_warnings(), _its_cause():
         warnings.filterwarnings(
             "ignore", "torch.distributed is disabled"
-        )  # of one process that reads what several wrote
+        )  # one process reading a checkpoint of several
         dcp.load(tensors, storage_reader=reader, process_group=world.group, no_dist=not world.many)
     return tensors
 
 
 def prune(folder: Path, keep_last: int, best_step: int | None) -> None:
-    """Delete all checkpoints but the newest `keep_last` and the best one; also those that are not whole."""
+    """Delete all checkpoints except the newest `keep_last` and the best one; incomplete ones are deleted too."""
     there = checkpoints(folder)
     whole = [p for p in there if (p / MANIFEST).exists()]
     kept = {*whole[-keep_last:], folder / CHECKPOINTS / f"step-{best_step}"} & {*whole}

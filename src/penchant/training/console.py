@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live bar in a terminal, plain lines elsewhere."""
+"""Progress output of a run: a live bar in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ SHOWN = {
 
 
 def duration(seconds: float) -> str:
-    """``45s``, ``3m20s``, ``1h05m``."""
+    """Format seconds as ``45s``, ``3m20s`` or ``1h05m``."""
     s = round(seconds)
     if s < 60:
         return f"{s}s"
     return f"{s // 60}m{s % 60:02d}s" if s < 3600 else f"{s // 3600}h{s % 3600 // 60:02d}m"
 
 
-FEW = 4  # rows: an accuracy of fewer says nothing
+FEW = 4  # rows: accuracy over fewer is meaningless
 
 
 def figures(metrics: Mapping[str, Any], prefix: str = "") -> str:
-    """The few figures of a line that fit beside a progress bar."""
+    """The few metrics of a line that fit beside a progress bar."""
     parts, few = [], metrics.get("rows", FEW) < FEW
     for name, label in SHOWN.items():
         value = metrics.get(prefix + name)
@@ -54,7 +54,7 @@ class PlainConsole:
     def step(self, step: int, total: int, metrics: Mapping[str, Any]) -> None:
         now = time.monotonic()
         if self.started is None:
-            # the first step's own time is not in the estimate: it pays for warming up
+            # the first step is left out of the estimate, as it includes warm-up
             self.started, self.first_step = now, step
         if now - self.last < self.every and step != total:
             return
@@ -73,7 +73,7 @@ class PlainConsole:
         self._print(text)
 
     def counter(self, label: str) -> Callable[[int, int], None]:
-        """A callback (done, total) that shows how far a pass over the data is, with its ETA."""
+        """A callback (done, total) that shows the progress and ETA of a pass over the data."""
         started = last = time.monotonic()
 
         def update(done: int, total: int) -> None:
@@ -86,12 +86,12 @@ class PlainConsole:
         return update
 
     def _print(self, text: str) -> None:
-        with suppress(OSError, ValueError):  # a reader that goes away does not end a run
+        with suppress(OSError, ValueError):  # a closed pipe must not end the run
             print(text, file=self.stream, flush=True)
 
 
 class RichConsole(PlainConsole):
-    """A live bar with ETA and the current figures."""
+    """A live bar with ETA and current metrics."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,14 +123,14 @@ class RichConsole(PlainConsole):
 
 
 class QuietConsole(PlainConsole):
-    """Nothing at all: for tests and library use."""
+    """No output, for tests and library use."""
 
     def _print(self, text: str) -> None:
         pass
 
 
 def console(quiet: bool = False) -> PlainConsole:
-    """The console that fits: quiet, live in a terminal, plain lines elsewhere."""
+    """Choose a console: none if `quiet`, a live bar in a terminal, plain lines elsewhere."""
     if quiet:
         return QuietConsole()
     return RichConsole() if sys.stderr.isatty() else PlainConsole()

@@ -1,7 +1,7 @@
 """The training loop: accumulation by global counts, clipping, logging, evaluation, checkpoints, exact resume.
 
-Everything that a step does is a function of (config, seed, step): the rows, the learning rate, the dropout seed. A run that
-was killed continues from its last checkpoint and ends bit for bit where an uninterrupted one ends.
+The rows, learning rate and dropout seed of a step depend only on (config, seed, step). A killed run continues from its
+last checkpoint and ends bit for bit where an uninterrupted run ends.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class RunState:
-    """What a checkpoint carries beside tensors."""
+    """Progress of a run, saved in each checkpoint."""
 
     step: int = 0
     tokens: int = 0
@@ -60,24 +60,25 @@ class RunState:
 
 @dataclass(slots=True)
 class Loop:
-    """One run.
+    """Trains one run.
 
     Args:
-        model: the trainable model; algorithm: turns its batches into losses.
-        trees: the training set; shared: whether prompts are shared in packing.
-        write_model: takes the model as it is; what it returns saves that as a checkpoint's model folder.
+        model: the trainable model; algorithm: computes losses from its batches.
+        trees: the training set; shared: whether packing shares prompts.
+        write_model: takes a snapshot of the model and returns a function that writes it as a checkpoint's model folder.
         evaluate: metrics of the held-out set (keys start with ``eval/``), or None.
-        updates: optimizer steps on each batch (online methods: on each batch of rollouts).
-        watched: told ``"start"`` when the logs stand at the first line to be written, ``"step"`` after each step and ``"eval"`` after
-            each evaluation, when their lines are written.
-        callbacks: are told of steps, evaluations and checkpoints, and may set `stop`: it ends then as at `pause_at`.
-        identity: of the run, kept in its checkpoints too.
-        pause_at: a step before the end at which it writes a checkpoint, evaluates and ends with `Paused`; None: it goes on to its end.
-        router: the balance loss of the model's router, which goes along with the method's own; None: there is none.
-        start_tolerance: how far log-probs of policy and reference may be apart at step 0, where both are one model: nats per
-            completion, and per token (0 and 0 for a reference that runs the same kernels on the same batch); None: no check.
-        world: the processes that take each step together; rank 0 alone writes logs.
-        background: whether several processes write a checkpoint while they train on.
+        updates: optimizer steps per batch (online methods: per batch of rollouts).
+        watched: called with ``"start"`` once the logs are truncated to where the run continues, and with ``"step"`` and
+            ``"eval"`` after the line of each step and evaluation is written.
+        callbacks: notified of steps, evaluations and checkpoints; may set `stop`, which ends the run as `pause_at` does.
+        identity: of the run, also stored in its checkpoints.
+        pause_at: a step before the end at which to write a checkpoint, evaluate and raise `Paused`; None: no pause.
+        router: balance loss of the model's router, added to the method's loss; None: none.
+        start_tolerance: allowed difference between the log-probs of policy and reference at step 0, when both are one
+            model: nats per completion, and per token (0 and 0 for a reference that runs the same kernels on the same
+            batch); None: no check.
+        world: the ranks that take each step together; only rank 0 writes logs.
+        background: whether several processes keep training while a checkpoint is written.
     """
 
     model: Any
@@ -107,8 +108,8 @@ class Loop:
     shares: tuple[Share, ...] = ()
     world: World = field(default_factory=current)
     background: bool = False
-    _writing: tuple[Future[Path], Callable[[], None]] | None = None  # a checkpoint, and what is done when it is there
-    _writers: World | None = None  # the same processes, with a group for their threads
+    _writing: tuple[Future[Path], Callable[[], None]] | None = None  # a checkpoint in progress, and its callback
+    _writers: World | None = None  # the same ranks, with a process group for the writing threads
     _in_order: bool = False
     _ahead: tuple[int, Callable[[], tuple[Sequence[TokenTree], Sequence[PackedBatch]]]] | None = None
 
@@ -120,16 +121,16 @@ class Loop:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
         found: torch.device = place_of(self.model)
         return found
 
     def run(self) -> RunState:
-        """Train to the end, from the last checkpoint if there is one.
+        """Train to the end, resuming from the last checkpoint if there is one.
 
         Raises:
-            TrainingStopped: NaN/Inf, a failed step-0 check, or a signal (after a checkpoint was written). Paused: at `pause_at`.
-            CheckpointError: it is beyond `pause_at` already.
+            TrainingStopped: NaN/Inf, a failed step-0 check, or a signal (after writing a checkpoint).
+            Paused: at `pause_at`. CheckpointError: the run is already beyond `pause_at`.
         """
         schedule = self.schedule
         total = schedule.total_steps
@@ -174,7 +175,7 @@ class Loop:
         paused = (stop or step == self.pause_at) and not last
         if last or paused or asked is not None or _due(self.checkpoint.every, step, schedule):
             self._save(metrics, waits=last or paused or asked is not None)
-            asked, stop = self._asked_to_stop()  # once more: it took a while, and callbacks were told of it
+            asked, stop = self._asked_to_stop()  # again, as saving takes a while and calls callbacks
             paused |= stop and not last
         if asked is not None and not last:
             raise agreed(
@@ -188,10 +189,10 @@ class Loop:
             self._pause(total)
 
     def _asked_to_stop(self) -> tuple[int | None, bool]:
-        """The signal that some rank was sent, and whether a callback of one ends the run."""
+        """The signal that any rank received, or None, and whether a callback asked to stop the run."""
         written = self._writing is not None and self._writing[0].done()
         found = self.world.gather((self.interrupted, self.stop, written))
-        if all(done for *_, done in found):  # here, where an error of one rank is an error of all
+        if all(done for *_, done in found):  # all ranks get here together, so one rank's error is raised on all
             self._written()
             found = self.world.gather((self.interrupted, self.stop, written))
         return next((n for n, *_ in found if n is not None), None), any(stop for _, stop, _ in found)
@@ -201,7 +202,7 @@ class Loop:
             self.stop |= self.callbacks(event, *said)
 
     def _check_pause(self, total: int) -> None:
-        """Where a resumed run stands at the step at which it is to pause, or beyond it."""
+        """Pause now if a resumed run is already at `pause_at`; CheckpointError if it is beyond."""
         if self.pause_at is None or self.state.step < self.pause_at or self.pause_at >= total:
             return
         if self.state.step > self.pause_at:
@@ -213,9 +214,9 @@ class Loop:
         self._pause(total)
 
     def _pause(self, total: int) -> NoReturn:
-        """End with the held-out figures of this step.
+        """Raise `Paused` with the held-out metrics of this step.
 
-        They go into no log where no evaluation was due: the run's own files stay those of a run that never paused.
+        They are not logged if no evaluation was due, so that the run's files match those of a run that never paused.
         """
         step, known = self.state.step, self.state.last_eval
         if known.get("step") == step:
@@ -226,10 +227,10 @@ class Loop:
         raise Paused(str(self.folder), step, total, finite(values))
 
     def take_step(self, step: int, schedule: BatchSchedule) -> tuple[Metrics, int, int]:
-        """One optimizer step, and nothing around it: no log, no evaluation, no checkpoint.
+        """Take one optimizer step, without logging, evaluation or checkpoints.
 
         Args:
-            step: counted from 0; schedule: the loop's own, made once for many steps.
+            step: 0-based; schedule: the loop's `schedule`, made once for many steps.
 
         Returns:
             Its metrics line, its tokens and its trees.
@@ -286,7 +287,7 @@ class Loop:
         return line, tokens, len(trees)
 
     def _empty_step(self, step: int, schedule: BatchSchedule) -> Metrics:
-        """Nothing to learn from (every group's rewards are equal): the weights stay, the line says so."""
+        """The metrics line of a step with nothing to learn from (every group's rewards are equal); the weights stay unchanged."""
         return {
             **_line("train", step + 1, schedule),
             **self.algorithm.step_values(),
@@ -295,7 +296,7 @@ class Loop:
         }
 
     def _rows_of(self, step: int, schedule: BatchSchedule) -> tuple[Sequence[TokenTree], Sequence[PackedBatch] | None]:
-        """The rows of a step, and their batches where those were packed during the last one."""
+        """The rows of a step, and its batches if they were packed during the previous step."""
         held, self._ahead = self._ahead, None
         if held is not None and held[0] == step:
             return held[1]()
@@ -307,10 +308,10 @@ class Loop:
         return trees, [b.pinned() if self.device.type == "cuda" else b for b in self._micro_batches(trees)]
 
     def _micro_batches(self, trees: Sequence[TokenTree]) -> list[PackedBatch]:
-        """A step's batches, on the CPU: there their weights are known without waiting for the device.
+        """Pack a step's micro-batches on the CPU, so that their weights can be read without waiting for the device.
 
-        Of several processes each has its part of one plan, and as many passes as every other: it runs the smallest tree for nothing
-        where it has none left.
+        With several processes, each takes its share of one plan and runs the same number of passes; a rank without trees left
+        runs the smallest tree with zero weight.
         """
         sizes = [tree_tokens(t, self.shared) for t in trees]
         if self.world.many:
@@ -328,7 +329,7 @@ class Loop:
     def _backward(
         self, step: int, batches: Sequence[PackedBatch], counts: Mapping[str, float]
     ) -> tuple[dict[str, float], float]:
-        """The step's gradients, clipped; the means of its loss and metrics, and the gradients' norm before."""
+        """Compute and clip the step's gradients; return the means of its loss and metrics, and the norm before clipping."""
         totals = Totals()
         with repeatable(self.device, self.train.deterministic):
             if self.algorithm.coupled and (len(batches) > 1 or self.world.many):
@@ -363,10 +364,10 @@ class Loop:
     def _backward_coupled(
         self, step: int, batches: Sequence[PackedBatch], counts: Mapping[str, float], totals: Totals
     ) -> None:
-        """A loss that couples the examples of a step, in micro-batches that each fit.
+        """Backward pass, in micro-batches, for a loss that couples the examples of a step.
 
-        One pass without gradient gives the step's log-probs; the loss of them all gives d loss / d log-prob of each; a second
-        pass carries those back, or the first one where the step fits as a whole. The gradient is that of one big batch.
+        A pass without gradient gives the step's log-probs, and the loss over all of them gives d loss / d log-prob for each.
+        A second pass (or the first one, if the step fits as a whole) propagates those back. The gradient is that of one big batch.
         """
         fits = self.algorithm.side_by_side and sum(b.tokens for b in batches) <= self.train.tokens_per_step
 
@@ -383,7 +384,7 @@ class Loop:
         leaf = whole.policy_logps.detach().requires_grad_()
         out = self._loss(step, replace(whole, policy_logps=leaf))
         (grad,) = torch.autograd.grad(reduced(out, counts), leaf)
-        if self.world.leads:  # every rank has the whole step's
+        if self.world.leads:  # every rank computed the whole step's loss
             totals.add(out)
         before = sum(len(part.lengths) for of_rank in everyone[: self.world.rank] for part in of_rank)
         own = iter(
@@ -401,7 +402,7 @@ class Loop:
         list(self._of_batches(back, batches))
 
     def _of_batches(self, call: Callable[[int, PackedBatch], T], batches: Sequence[PackedBatch]) -> Iterator[T]:
-        """`call` of every batch and its number, side by side where the algorithm bears that; gradients are summed in the order of the batches."""
+        """Map `call` over (number, batch), in parallel if the algorithm allows; gradients are summed in batch order."""
         if not self.algorithm.side_by_side:
             yield from map(call, range(len(batches)), batches)
             return
@@ -422,7 +423,7 @@ class Loop:
         return self.algorithm.loss(scored)
 
     def _check_start(self, scored: Scored) -> None:
-        """Policy and reference are one model before the first step: their log-probs must be equal."""
+        """Check that policy and reference, which are the same model before the first step, give equal log-probs."""
         assert self.start_tolerance is not None
         if not isinstance(scored, Scored) or scored.ref_logps is None:
             return
@@ -441,7 +442,7 @@ class Loop:
             )
 
     def _check_floor(self, step: int, means: Mapping[str, float], batches: Sequence[PackedBatch]) -> None:
-        """Some objectives have no lower bound; a run that falls without end is stopped before it is nothing but NaN."""
+        """Stop a run that diverges under an objective without a lower bound, before everything is NaN."""
         t = self.train
         logp = means.get("logps/per_token", 0.0)
         if t.logp_floor is not None and logp < t.logp_floor:
@@ -464,7 +465,7 @@ class Loop:
             )
 
     def _check_rows(self, step: int, trees: Sequence[TokenTree] | None) -> None:
-        """A method of a person's own may write rows that differ from process to process; None: it takes the data's own."""
+        """Refuse a step if ranks have different rows, as with a user's own method; None: the rows come from the data."""
         seen = self.world.gather(None if trees is None else [(t.row, tree_tokens(t, self.shared)) for t in trees])
         if any(rows != seen[0] for rows in seen):
             raise agreed(
@@ -476,16 +477,16 @@ class Loop:
             )
 
     def _seed_of(self, step: int, micro_batch: int, rank: int | None = None) -> int:
-        """Dropout (LoRA's) is a function of seed, step and micro-batch: a resumed run draws what an uninterrupted one would.
+        """Seed of a micro-batch from the run's seed and the step, so that (LoRA) dropout is the same after a resume.
 
-        The generator of a CPU reads the low 32 bits alone, so the seed must reach them.
+        A CPU generator reads only the low 32 bits, so the seed must reach them.
         """
         micro_batch = micro_batch * self.world.size + (self.world.rank if rank is None else rank)
         return (self.train.seed * 0x9E3779B1 + (step << 10) + micro_batch) % 2**32
 
     def _seed(self, step: int, micro_batch: int, rank: int | None = None) -> None:
         seed = self._seed_of(step, micro_batch, rank)
-        # torch.manual_seed formats the stack for each absent accelerator, a millisecond
+        # torch.manual_seed formats the stack for each absent accelerator, which takes a millisecond
         (torch.default_generator if self.device.type == "cpu" else torch).manual_seed(seed)
 
     def _dump_and_stop(
@@ -529,7 +530,7 @@ class Loop:
             self.state.best_value, self.state.best_step = float(value), self.state.step
 
     def _save(self, metrics: MetricsLog, waits: bool = True) -> None:
-        """Write a checkpoint; in the background where that is wanted and nothing waits for it."""
+        """Write a checkpoint, in the background if that is enabled and `waits` is False."""
         self._written()
         step, best, algorithm = self.state.step, self.state.best_step, self.algorithm.state_tensors()
         logged = {"metrics_offset": metrics.offset(), "metrics_sha256": metrics.sha256()}
@@ -556,7 +557,7 @@ class Loop:
         done()
 
     def _written(self) -> None:
-        """Wait for the checkpoint that is being written; every rank does, and one's error is an error of all."""
+        """Wait for the checkpoint being written; all ranks do, and one rank's error is raised on all."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing[0].result()
@@ -564,7 +565,7 @@ class Loop:
 
     @contextmanager
     def _to_the_end(self) -> Iterator[None]:
-        """What was begun to be written is written, whichever way the run ends, unless some rank may be gone."""
+        """Finish a pending checkpoint if the run ends with an error raised on all ranks; otherwise a rank may be gone."""
         try:
             yield
         except PenchantError as error:
@@ -594,16 +595,16 @@ class Loop:
 
 
 class Interrupted(TrainingStopped):
-    """SIGINT or SIGTERM: a checkpoint was written; the same command continues."""
+    """SIGINT or SIGTERM, after writing a checkpoint; the same command continues."""
 
     exit_code = 4
 
 
 class Paused(TrainingStopped):
-    """The step to pause at was reached: a checkpoint was written, and the held-out figures are here.
+    """Raised at `Loop.pause_at`, after writing a checkpoint; carries the held-out metrics.
 
     Args:
-        folder: the run's; step, total: optimizer steps done and of the whole run; metrics: keys start with ``eval/``.
+        folder: the run folder; step, total: optimizer steps done and in all; metrics: keys start with ``eval/``.
     """
 
     exit_code = 4
@@ -614,23 +615,23 @@ class Paused(TrainingStopped):
 
 
 def algorithm_state(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The algorithm's own part of a checkpoint's tensors."""
+    """The algorithm's own tensors in a checkpoint."""
     prefix = "algorithm/"
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def packs_ahead(device: torch.device) -> bool:
-    """Whether the next step's rows are packed while this one runs: a CPU has no time left for it."""
+    """Whether the next step's rows are packed while this one runs; on a CPU there is no spare time for it."""
     return device.type == "cuda"
 
 
 def in_background(make: Callable[[], T]) -> Callable[[], T]:
-    """Begin to make something in a thread; what is returned waits for it, and raises what it raised."""
+    """Run `make` in a thread; the returned function waits for its result or re-raises its exception."""
     return started(make).result
 
 
 def started(make: Callable[[], T]) -> Future[T]:
-    """Begin to make something in a thread, which computes on the caller's GPU: a new one would take the first, and memory there."""
+    """Run `make` in a thread on the caller's current GPU; a new thread would use the first GPU, and memory there."""
     made: Future[T] = Future()
     gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
@@ -647,7 +648,7 @@ def started(make: Callable[[], T]) -> Future[T]:
 
 
 def _line(kind: str, step: int, schedule: BatchSchedule) -> Metrics:
-    """How every line of metrics.jsonl begins."""
+    """The common fields of every line in metrics.jsonl."""
     return {"kind": kind, "step": step, "epoch": round(schedule.epoch_at(step), 6)}
 
 
@@ -659,7 +660,7 @@ def _due(every: int | str | None, step: int, schedule: BatchSchedule) -> bool:
 
 @contextmanager
 def _signals(loop: Loop) -> Iterator[None]:
-    """SIGINT and SIGTERM finish the step and write a checkpoint; a second one of them acts at once."""
+    """On SIGINT or SIGTERM, finish the step and write a checkpoint; a second signal takes effect at once."""
     old: dict[int, Any] = {}
 
     def restore() -> None:

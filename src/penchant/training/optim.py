@@ -14,10 +14,10 @@ from penchant.base.lanes import side_by_side
 from penchant.distributed.shard import full, is_sharded, local
 from penchant.models.load import bitsandbytes
 
-_NORM_ELEMENTS = 1 << 22  # numbers of a gradient that one thread takes at a time
-_HIDDEN = re.compile(r"\.\d+\.")  # names of what is in a numbered layer: not the embedding, nor a head
+_NORM_ELEMENTS = 1 << 22  # gradient elements per thread at a time
+_HIDDEN = re.compile(r"\.\d+\.")  # parameters of a numbered layer, so not of the embedding or a head
 _EIGHT_BIT = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit"}
-# what a checkpoint keeps of a parameter beside its master, under its library's names
+# a parameter's optimizer state in a checkpoint, under the names that its library uses
 _STATE = (
     "exp_avg",
     "exp_avg_sq",
@@ -41,7 +41,7 @@ def learning_rate(step: int, total: int, peak: float, schedule: str, warmup_frac
     cosine ``peak (floor + (1 - floor) (1 + cos(pi t)) / 2)``.
 
     Args:
-        peak: the highest rate; floor: the last rate as a fraction of it.
+        peak: the highest rate; floor: the final rate as a fraction of it.
     """
     warmup = round(warmup_fraction * total)
     if step < warmup:
@@ -54,19 +54,19 @@ def learning_rate(step: int, total: int, peak: float, schedule: str, warmup_frac
 
 
 class MasterAdamW:
-    """AdamW (fused), or another optimizer, on fp32 copies of the trainable parameters; fp32 and fp64 parameters are their own master.
+    """AdamW (fused) or another optimizer on fp32 master copies of the trainable parameters.
 
-    A bf16 parameter is a shadow: its gradient is added to an fp32 buffer, `param.main_grad`, as soon as it exists (so that
-    micro-batches are summed in fp32 and no bf16 gradient stays alive); after each step the shadow is rewritten from its
-    master. Matrices decay, vectors (norms, biases) do not.
+    fp32 and fp64 parameters are their own master. A bf16 parameter is a shadow: its gradient is added to an fp32 buffer,
+    `param.main_grad`, as soon as it is computed (so that micro-batches are summed in fp32 and no bf16 gradient stays alive);
+    after each step the shadow is copied from its master. Weight decay applies to matrices, not to vectors (norms, biases).
 
     Args:
         kind: ``adamw``; ``adamw_8bit``, ``paged_adamw_8bit``: bitsandbytes, moments in 8 bits in blocks; ``adafactor``: torch's, with
-            factored second moments; ``muon``: torch's, of the matrices within layers, with an update of AdamW's size (0.2 RMS), and
-            AdamW of everything else; ``sgd``.
+            factored second moments; ``muon``: torch's, for the matrices within layers, with updates of AdamW's size (0.2 RMS), and
+            AdamW for everything else; ``sgd``.
         betas, eps: of AdamW; momentum: of ``sgd`` (None: 0.9) and ``muon`` (None: 0.95).
-        rate_of: by a parameter's name, its learning rate as a multiple of the step's.
-        stays_wide: by a parameter's name, whether it is in fp32 (its own master) whatever `dtype` is.
+        rate_of: maps a parameter's name to its learning rate as a multiple of the step's.
+        stays_wide: maps a parameter's name to whether it stays in fp32 (as its own master) whatever `dtype` is.
 
     Raises:
         ConfigError: bitsandbytes is not installed.
@@ -94,7 +94,7 @@ class MasterAdamW:
             shadow = dtype in (torch.bfloat16, torch.float16) and not stays_wide(name)
             master = p.detach().float().clone() if shadow else p
             if shadow:
-                p.data = p.data.to(dtype)  # the master keeps what the file said, to the last bit
+                p.data = p.data.to(dtype)  # the master keeps the exact values of the file
                 p.main_grad = torch.zeros_like(master)  # type: ignore[attr-defined]
                 master.grad = p.main_grad  # type: ignore[attr-defined]
                 self._hooks.append(p.register_post_accumulate_grad_hook(_add_to_main_grad))
@@ -126,16 +126,16 @@ class MasterAdamW:
         self.parts = [made(hidden) for hidden in groups]
 
     def clip(self, max_norm: float | None) -> Tensor:
-        """Scale gradients to at most `max_norm` in L2 norm; returns the norm before, which is not read here."""
+        """Scale gradients to at most `max_norm` in L2 norm; return the norm before clipping, without a GPU synchronization."""
         grads = [m.grad for m in self.masters.values() if m.grad is not None]
         norm = _norm(grads)
-        # the CPU looks first and spares itself a pass; a GPU would be waited for
+        # on a CPU, comparing first may save a pass; on a GPU it would synchronize
         if max_norm is not None and (norm.device.type != "cpu" or bool(norm > max_norm)):
             torch._foreach_mul_([local(g) for g in grads], (max_norm / norm).clamp(max=1.0))
         return norm
 
     def step(self, lr: float) -> None:
-        """One step at rate `lr`, then the shadows are rewritten and the gradients zeroed."""
+        """Take one step at learning rate `lr`, then update the shadows and zero the gradients."""
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = lr * group["rate"]
@@ -153,22 +153,22 @@ class MasterAdamW:
             torch._foreach_zero_([m.grad for _, m in shadows if m.grad is not None])
 
     def _shadows(self) -> list[tuple[Tensor, Tensor]]:
-        """Parameters that are not their own master, with it."""
+        """(parameter, master) pairs of the parameters that are not their own master."""
         return [(p, m) for p, m in zip(self.params.values(), self.masters.values(), strict=True) if p is not m]
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Everything that a resumed run needs, by name: the weights themselves and what the optimizer keeps of each."""
+        """All tensors that a resumed run needs, by name: the master weights and their optimizer state."""
         tensors: dict[str, Tensor] = {}
         for name, master in self.masters.items():
             tensors[f"master/{name}"] = master.detach()
             state: Mapping[str, Any] = next((part.state[master] for part in self.parts if master in part.state), {})
             for key in _STATE:
                 if state.get(key) is not None:
-                    tensors[f"{key}/{name}"] = torch.as_tensor(state[key])  # bitsandbytes counts steps in an int
+                    tensors[f"{key}/{name}"] = torch.as_tensor(state[key])  # bitsandbytes' step count is an int
         return tensors
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """The inverse of `state_tensors`."""
+        """Load what `state_tensors` returned."""
         for name, p in self.params.items():
             master = self.masters[name]
             master.data.copy_(tensors[f"master/{name}"])
@@ -185,10 +185,10 @@ class MasterAdamW:
 
 
 def state_bytes(kind: str, named: Iterable[tuple[str, Tensor]], momentum: float | None = None) -> int:
-    """What an optimizer keeps of trained parameters beside their masters and gradients.
+    """Bytes of optimizer state for the trained parameters, besides their masters and gradients.
 
     Args:
-        kind, momentum: of `MasterAdamW`; named: the parameters, of which only shapes are looked at.
+        kind, momentum: of `MasterAdamW`; named: the parameters, of which only the shapes are used.
     """
     total = 0
     for name, p in named:
@@ -209,8 +209,8 @@ def _is_muons(kind: str, name: str, p: Tensor) -> bool:
 
 
 def _restore(part: Any, at: tuple[int, int], master: Tensor, stored: Mapping[str, Tensor]) -> None:
-    """Give an optimizer what it kept of a parameter, which is number `at` (group, within it)."""
-    if hasattr(part, "init_state"):  # bitsandbytes: it makes tables, and memory that may be paged
+    """Restore the optimizer state of the parameter at index `at` (group, position in the group)."""
+    if hasattr(part, "init_state"):  # bitsandbytes: creates quantization tables and possibly paged memory
         part.init_state(part.param_groups[at[0]], master, *at)
         for key, value in stored.items():
             if key == "step":
@@ -228,7 +228,7 @@ def _restore(part: Any, at: tuple[int, int], master: Tensor, stored: Mapping[str
 
 
 def _norm(grads: Sequence[Tensor]) -> Tensor:
-    """L2 norm of all; on a CPU in parts that do not depend on its threads, so that its bits do not either."""
+    """L2 norm of all gradients; on a CPU in fixed chunks, so that its bits do not depend on the number of threads."""
     if not grads or grads[0].device.type != "cpu" or is_sharded(grads[0]):
         return full(torch.nn.utils.get_total_norm(grads))
     parts = [part for g in grads for part in g.reshape(-1).split(_NORM_ELEMENTS)]

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from penchant.base.section import Section
 
-Every = Annotated[int, Field(ge=1, le=10**9)] | Literal["epoch"] | None  # how many optimizer steps lie between two
+Every = Annotated[int, Field(ge=1, le=10**9)] | Literal["epoch"] | None  # interval in optimizer steps
 
 
 class TrainConfig(Section):
@@ -74,7 +74,7 @@ class TrainConfig(Section):
     @field_validator("gradient_checkpointing")
     @classmethod
     def _one_word_for_each(cls, value: bool | str) -> bool | str:
-        """Two of the words are true and false, as run folders have them."""
+        """Map ``off`` and ``layers`` to False and True, the values that run folders store."""
         return {"off": False, "layers": True}.get(value, value) if isinstance(value, str) else value
 
     @model_validator(mode="after")
@@ -148,7 +148,7 @@ class LoggingConfig(Section):
     @field_validator("trackers", mode="before")
     @classmethod
     def _one_alone(cls, value: Any) -> Any:
-        """`logging.trackers=wandb` is a list of one; a tracker named twice is one tracker."""
+        """Turn a single name into a list of one, and drop duplicates."""
         names = [value] if isinstance(value, str) else value
         return (
             list(dict.fromkeys(names)) if isinstance(names, list) and all(isinstance(n, str) for n in names) else names

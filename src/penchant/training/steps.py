@@ -1,4 +1,4 @@
-"""Which rows a step has, and sums over global counts."""
+"""The rows of each step, and sums over global counts."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from penchant.base.machine import in_fp64
 from penchant.distributed.world import World
 from penchant.types import LossOutput
 
-# ---- Which trees a step trains on: a pure function of seed and step, so that a resumed run needs no data cursor but the step ----
+# ---- Which trees a step trains on: a pure function of seed and step, so that resuming needs only the step ----
 
 
-@lru_cache(maxsize=2)  # drawn once an epoch, not at every step: a million rows take 20 ms
+@lru_cache(maxsize=2)  # once per epoch instead of every step: a million rows take 20 ms
 def _order(rows: int, seed: int | None, epoch: int) -> np.ndarray:
     order = np.arange(rows) if seed is None else np.random.default_rng([seed, epoch]).permutation(rows)
     order.flags.writeable = False
     return order
 
 
-Share = tuple[int, int, int]  # of a source: its first tree, how many it has, how many of them an epoch takes
+Share = tuple[int, int, int]  # of a source: its first tree, its number of trees, how many of them an epoch takes
 
 
 @lru_cache(maxsize=2)
 def _mixed_order(shares: tuple[Share, ...], seed: int | None, epoch: int) -> np.ndarray:
-    """Each source goes on where the epoch before it ended, pass after pass through its rows, so that all of them come up equally often."""
+    """Continue each source where the previous epoch stopped, pass after pass, so that its rows come up equally often."""
     taken = []
     for i, (first, rows, count) in enumerate(shares):
         passes, at = np.divmod(np.arange(epoch * count, (epoch + 1) * count), rows)
@@ -49,13 +49,13 @@ def _mixed_order(shares: tuple[Share, ...], seed: int | None, epoch: int) -> np.
 def shares_of(
     rows: Sequence[int], weights: Sequence[float | None], repeats: Sequence[float | None]
 ) -> tuple[Share, ...]:
-    """How many rows of each source an epoch takes; nothing where that is all of them, once.
+    """Number of rows that an epoch takes from each source; empty if it takes every row once.
 
-    With weights, an epoch has as many rows as there are, dealt by weight: ``n_i = N w_i / sum w`` (at least 1, to the nearest). Otherwise
+    With weights, an epoch has N rows in all, split by weight: ``n_i = N w_i / sum w`` (rounded, at least 1). Otherwise
     ``n_i = rows_i repeat_i``.
 
     Args:
-        rows: of each source, which follow one another; weights, repeats: of each source. A source without rows takes no part.
+        rows: row count of each source, in their order; weights, repeats: of each source. Sources without rows are skipped.
     """
     there = [i for i, n in enumerate(rows) if n]
     whole = sum(weights[i] or 0.0 for i in there)
@@ -73,10 +73,10 @@ class BatchSchedule:
     Args:
         rows: trees in the training set; batch_size: trees per optimizer step (an epoch's last batch may be smaller; no row
             is ever left out).
-        epochs: passes over the data, may be a fraction; max_steps: an upper bound, or None.
-        seed: of the order; shuffle: False keeps the file's order.
-        repeat: optimizer steps on each batch (online methods take several on the same rollouts).
-        shares: of mixed sources; empty: an epoch has every tree once.
+        epochs: passes over the data, may be fractional; max_steps: an upper bound, or None.
+        seed: of the order; shuffle: False keeps the order of the file.
+        repeat: optimizer steps per batch (online methods take several on the same rollouts).
+        shares: of mixed sources; empty: an epoch takes every tree once.
     """
 
     rows: int
@@ -102,7 +102,7 @@ class BatchSchedule:
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
     def order(self, epoch: int) -> np.ndarray:
-        """The order of rows in an epoch (0-based)."""
+        """Row indices in the order of an epoch (0-based)."""
         seed = self.seed if self.shuffle else None
         return _mixed_order(self.shares, seed, epoch) if self.shares else _order(self.rows, seed, epoch)
 
@@ -114,11 +114,11 @@ class BatchSchedule:
         return [int(i) for i in order[at * self.batch_size : (at + 1) * self.batch_size]]
 
     def epoch_at(self, step: int) -> float:
-        """Epochs done after `step` steps."""
+        """Epochs completed after `step` steps."""
         return step / self.steps_per_epoch
 
     def ends_epoch(self, step: int) -> bool:
-        """Whether `step` steps done is the end of an epoch."""
+        """Whether an epoch ends after `step` steps."""
         return step % self.steps_per_epoch == 0
 
 
@@ -126,20 +126,20 @@ class BatchSchedule:
 
 
 def reduced(output: LossOutput, totals: Mapping[str, float]) -> Tensor:
-    """The micro-batch's part of the step's loss: each term over its global count; a term without a count is exactly zero."""
+    """A micro-batch's share of the step's loss: each term over its global count, or zero if that count is zero."""
     parts = [values.sum() / totals[name] for name, (values, _) in output.summands().items() if totals[name] > 0]
-    # no term at all counts (a batch of only bad answers with no weight on them): zero, with a graph to go back through
+    # no term counts (e.g. a batch of only bad answers with zero weight): a zero that still has a graph for backward
     return torch.stack(parts).sum() if parts else output.losses.sum() * 0.0
 
 
-# of a micro-batch: names with their counts where those are known; sums, then the other counts
+# of a micro-batch: names and counts (None: on the device); names of loss terms; sums followed by the counts on the device
 Summed = tuple[list[tuple[str, int | None]], set[str], Tensor]
 
 
 class Totals:
     """Sums and counts of losses and metrics over any number of micro-batches, in fp64.
 
-    They stay on the device until `read`: a GPU that is asked for a number in the middle of a step stands still.
+    They stay on the device until `read`, as reading a number in the middle of a step would stall a GPU.
     """
 
     def __init__(self) -> None:
@@ -150,7 +150,7 @@ class Totals:
 
     @staticmethod
     def summed(output: LossOutput) -> Summed:
-        """One micro-batch, to be appended."""
+        """The sums and counts of one micro-batch, for `append`."""
         terms = {f"loss/{name}": (values.detach(), weights) for name, (values, weights) in output.summands().items()}
         figures = {**terms, **output.metrics}
         names = [(name, values.numel() if weights is None else None) for name, (values, weights) in figures.items()]
@@ -168,9 +168,9 @@ class Totals:
         self.append(self.summed(output))
 
     def read(self, *more: Tensor) -> list[float]:
-        """Bring what was added to the host, and `more` single numbers, which are returned, in one transfer."""
+        """Move everything added so far to the host in one transfer, along with the scalars `more`, which are returned."""
         vectors = [v for _, v in self._added]
-        # offloaded gradients have their norm in the host's memory, and losses are on the GPU
+        # with offloaded gradients the norm is in host memory, while losses are on the GPU
         vectors += [in_fp64(m.detach()).reshape(1).to((vectors or more)[0].device) for m in more]
         found = iter(on_host(torch.cat(vectors)) if vectors else [])
         for names, _ in self._added:
@@ -182,7 +182,7 @@ class Totals:
         return list(found)
 
     def join(self, world: World) -> None:
-        """Add what the other ranks have read, in the order of the ranks: the same numbers on each."""
+        """Add the totals that the other ranks have read, in rank order, so that all ranks get the same numbers."""
         if not world.many:
             return
         parts = world.gather((self.sums, self.counts, self.terms))
@@ -195,11 +195,11 @@ class Totals:
 
     @property
     def finite(self) -> bool:
-        """Whether every loss that was read is: in fp64 no sum of finite fp32 numbers overflows."""
+        """Whether every loss read so far is finite; in fp64, sums of finite fp32 numbers do not overflow."""
         return all(math.isfinite(self.sums[name]) for name in self.terms)
 
     def means(self, prefix: str = "") -> dict[str, float]:
-        """``loss``, its terms where it has several, and every metric; one without a single example is left out."""
+        """``loss``, its terms if there are several, and every metric; those with a zero count are left out."""
         self.read()
         means = {name: s / self.counts[name] for name, s in self.sums.items() if self.counts[name] > 0}
         loss = {"loss": sum(v for name, v in means.items() if name in self.terms)}
@@ -211,7 +211,7 @@ class Totals:
 
 
 def on_host(vector: Tensor) -> list[float]:
-    """The numbers of a vector: where a step waits for the GPU, and the only place where it may."""
+    """Copy a vector to the host: the only place where a step may wait for the GPU."""
     numbers: list[float] = vector.tolist()
     return numbers
 
@@ -221,10 +221,10 @@ def on_host(vector: Tensor) -> list[float]:
 
 @contextmanager
 def repeatable(device: torch.device, wanted: bool) -> Iterator[None]:
-    """A step in which a GPU takes only operations that give the same bits each time; a CPU does so anyway.
+    """Use only deterministic GPU operations within a step; a CPU is deterministic anyway.
 
-    No wider than a step: sampling needs operations of which there is no such kind (floating-point cumsum). An operation of a step
-    that has none is warned of by torch, by name.
+    It covers only the step, as sampling needs operations without a deterministic version (floating-point cumsum). If a
+    step uses such an operation, torch warns and names it.
     """
     if device.type != "cuda" or not wanted:
         yield
@@ -235,8 +235,8 @@ def repeatable(device: torch.device, wanted: bool) -> Iterator[None]:
     cudnn = torch.backends.cuda.cudnn_sdp_enabled()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
-    fill.fill_uninitialized_memory = False  # a pass over every buffer that only finds bugs
-    torch.backends.cuda.enable_cudnn_sdp(False)  # first choice on Hopper, unordered, and warn_only lets it pass
+    fill.fill_uninitialized_memory = False  # an extra pass over every buffer, useful only for debugging
+    torch.backends.cuda.enable_cudnn_sdp(False)  # first choice on Hopper, nondeterministic, and allowed by warn_only
     try:
         with _ordered_attention():
             yield
@@ -248,12 +248,12 @@ def repeatable(device: torch.device, wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def _ordered_attention() -> Iterator[None]:
-    """Within a step, SDPA's backward kernels take their ordered way, which they do not where the mode only warns."""
+    """Make SDPA's backward kernels deterministic within a step, which they are not in warn-only mode."""
     plain = F.scaled_dot_product_attention
 
     def ordered(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         out = plain(query, key, value, *args, **kwargs)
-        if out.requires_grad:  # its gradient comes just before the kernel, those of its inputs (no leaves) just behind
+        if out.requires_grad:  # this hook runs just before the backward kernel, those of its (non-leaf) inputs after
             out.register_hook(lambda _: torch.use_deterministic_algorithms(True))
             for x in (query, key, value):
                 if x.requires_grad:
@@ -268,7 +268,7 @@ def _ordered_attention() -> Iterator[None]:
 
 
 def set_precision(device: torch.device, tf32: bool) -> None:
-    """How a GPU multiplies: fp32 as it is or in TF32; sums of bf16 products never in bf16."""
+    """Set a GPU's matmul precision: fp32 as is or in TF32; bf16 products are never accumulated in bf16."""
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = tf32
         torch.backends.cudnn.allow_tf32 = tf32
