@@ -1,4 +1,4 @@
-"""One run: rows, parts, train, evaluate, record. Reads from top to bottom."""
+"""A run from its config to its result: rows, parts, training, evaluation, record. Reads from top to bottom."""
 
 from __future__ import annotations
 
@@ -80,13 +80,13 @@ from penchant.training.steps import BatchSchedule
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """What a finished run leaves.
+    """The result of a run.
 
     Args:
-        folder: the run folder; model: the last checkpoint's model folder, which transformers or peft loads as it is.
+        folder: the run folder; model: the last checkpoint's model folder, which transformers or peft can load.
         steps: optimizer steps done; before, after: held-out metrics at step 0 and at the end (empty without a held-out set).
-        best_step: the step of the best checkpoint, or None; flags: what to know before trusting it, warnings first.
-        stopped: whether a callback ended it before its end.
+        best_step: the step of the best checkpoint, or None; flags: reasons not to trust the result, warnings first.
+        stopped: whether a callback ended the run early.
     """
 
     folder: Path
@@ -100,12 +100,12 @@ class TrainResult:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """Every logged line: ``kind`` (train or eval), ``step``, ``epoch`` and the figures by name."""
+        """All logged lines, each with ``kind`` (train or eval), ``step``, ``epoch`` and the metrics by name."""
         return list(read(self.folder).metrics)
 
     @property
     def metrics(self) -> Any:
-        """The same as a pandas frame.
+        """`rows` as a pandas DataFrame.
 
         Raises:
             ConfigError: pandas is not installed.
@@ -118,26 +118,26 @@ class TrainResult:
         return DataFrame(self.rows)
 
     def plot(self) -> Any:
-        """The curves of the report; a notebook shows them, ``str`` gives them as HTML."""
+        """The report's curves, which a notebook displays and ``str`` renders as HTML."""
         from penchant.report import curves_of
 
         return curves_of(self.folder)
 
 
 class Run:
-    """Everything between a config and a result.
+    """Trains and evaluates one run.
 
     Args:
-        shared: keeps what other runs of this process can use as it is; it changes no figure.
-        pause_at: an optimizer step at which training pauses, see `Loop`; a later call goes on from there.
-        console: where progress goes, in place of the terminal; tokenizer: in place of the config's; rows: in place of those it would read.
-        look: returns, before the first model is loaded, a sentence on why the run may not fit, see `penchant.plan.misfit`.
+        shared: caches what other runs of this process can reuse; does not affect any metric.
+        pause_at: an optimizer step at which training pauses, see `Loop`; a later call continues from there.
+        console: for progress, instead of the terminal; tokenizer, rows: used instead of those of the config.
+        look: called before the first model is loaded; returns a sentence if the run may not fit, see `penchant.plan.misfit`.
         checkpointing: decides `train.gradient_checkpointing: auto`, see `penchant.plan.checkpointing`.
-        cache: False leaves the files of a cached reference alone: it is computed anew.
-        callbacks: what is told while it trains, see `penchant.training.callbacks`.
+        cache: False recomputes a cached reference and leaves its files alone.
+        callbacks: notified during training, see `penchant.training.callbacks`.
     """
 
-    merges = True  # whether an adapter that the config names as a model is merged, or its base stands for it
+    merges = True  # whether to merge an adapter given as a model into its base; False: use the base instead
 
     def __init__(
         self,
@@ -168,23 +168,23 @@ class Run:
         self.callbacks = Callbacks(callbacks)
         self._is_open = False
 
-    # ---- what is made of the config, once ---------------------------------------------------------------------------
+    # ---- built from the config, once --------------------------------------------------------------------------------
 
     @cached_property
     def built(self) -> Built:
-        """Model, optimizer, engine, reference, algorithm."""
+        """Model, optimizer, engine, reference and algorithm."""
         return build(self.config, self.rows, self.shared, self.console, cache=self.cache)
 
     @property
     def schedule(self) -> BatchSchedule:
-        """Which rows each optimizer step trains on; needs the data, and no model."""
+        """Which rows each optimizer step trains on; needs the data, but no model."""
         t, rows = self.config.train, len(self.rows.trees[0])
         order = t.epochs, t.max_steps, t.seed, t.shuffle, self.method.updates, self.rows.shares
         return BatchSchedule(rows, t.batch_size, *order)
 
     @cached_property
     def held_out(self) -> HeldOut:
-        """What evaluates the run."""
+        """The evaluation on the held-out set."""
         fresh = None
         if self.rows.trees[1] and writes_completions(self.config, self.rows):
             fresh = prompts_of(self.config, self.rows, self.device)
@@ -195,9 +195,9 @@ class Run:
     # ---- train ------------------------------------------------------------------------------------------------------
 
     def train(self) -> TrainResult:
-        """Train to the end (resuming by itself), evaluate, sample, write the report.
+        """Train to the end (resuming automatically), evaluate, sample, write the report.
 
-        Of several processes rank 0 does this, and the others take part in what they make together.
+        With several processes, rank 0 leads and the others take part in the collective steps.
         """
         check_launch(self.config, self.world.size)
         check_offload(self.config, self.device)
@@ -211,18 +211,18 @@ class Run:
             return self._lead()
         except Exception as error:
             if not self._is_open:
-                self.world.agree(error, patient=True)  # the others wait for the rows
+                self.world.agree(error, patient=True)  # the other ranks are waiting for the rows
             raise
 
     def _opened(self) -> None:
-        """Let the other processes follow: the folder is this run's, and what its rows are is in the cache."""
+        """Release the other ranks: the run folder is open and the rows are cached."""
         self._is_open = True
         self.world.agree(patient=True)
         self.world.share(self.config.data.template_options)
         self.world.agree()
 
     def _follow(self) -> TrainResult:
-        """What a process does that does not lead: the same as `_lead` wherever that waits for the others."""
+        """Train on a rank other than 0: the parts of `_lead` that involve all ranks."""
         world, rows = self.world, self.rows
         world.agree(patient=True)  # the folder is open, and the rows are in the cache
         self._with_options(world.share(self.config.data.template_options))
@@ -249,7 +249,7 @@ class Run:
             check_model_path(self.config.model.path)  # before the rows are read
         for reward in filter(None, (self.config.reward, self.config.evaluation.reward)):
             for name in filter(is_own, reward.terms):
-                check_reward(name)  # before what the file holds is compared with what it held
+                check_reward(name)  # before its content is compared with the recorded hash
         if self.config.rollout.environment is not None:
             find_environment(self.config.rollout.environment)
         self._tell_day()
@@ -271,7 +271,7 @@ class Run:
             self._opened()
             anew = latest_checkpoint(self.folder)[0] is None
             for start in (self.folder / START_FILE, self.folder / START_LOSSES):
-                if anew:  # what another start wrote is not this one's
+                if anew:  # left over from an earlier start
                     start.unlink(missing_ok=True)
                 elif not is_whole(start):
                     self.console.note(f"{start}: was changed after it was written, so it is left out")
@@ -298,7 +298,7 @@ class Run:
                 manifest("finished", None)
             except BaseException as error:
                 status, why = _ended_by(error)
-                with suppress(OSError):  # the same disk, perhaps; what is there stays whole
+                with suppress(OSError):  # perhaps the same full disk; an existing manifest stays intact
                     manifest(status, why)
                 flags = write_flags(self.folder, self.console.note)
                 live.now()
@@ -327,7 +327,7 @@ class Run:
         return result
 
     def _tell_day(self) -> None:
-        """A chat template that asks for today's date is told the day of the run's first start on every later one."""
+        """Give a chat template that inserts today's date the day of the run's first start, also when resuming."""
         data, (known, _) = self.config.data, kept_identity(self.folder)
         if DATE in data.template_options:
             return
@@ -351,7 +351,7 @@ class Run:
         self.config = self.rows.config = self.config.model_copy(update={"data": data})
 
     def _day_of_sweep(self) -> str | None:
-        """The day that the other members of this run's sweep have in their prompts: they are compared with each other."""
+        """The date in the prompts of this sweep's other runs, which it is compared with; None if there is none."""
         if not (self.folder.parent / SWEEP).is_file():
             return None
         others = (read(p.parent).identity for p in sorted(self.folder.parent.glob(f"*/{IDENTITY}")))
@@ -362,7 +362,7 @@ class Run:
         return min((str(day) for day in days if day), default=None)
 
     def _defaults(self) -> dict[str, Any]:
-        """What a run of an older version that did not know a setting was run with."""
+        """Values of the settings that an older version's run folder does not record."""
         found = default_settings()
         if self.config.algorithm is not None:
             fields = type(self.config.algorithm).model_fields.items()
@@ -371,11 +371,11 @@ class Run:
         return {"config": found}
 
     def _spared(self, name: str) -> AbstractContextManager[None]:
-        """A file that the run can do without."""
+        """Write a file that the run can do without: a failure is only noted."""
         return spared(self.folder / name, self.console.note)
 
     def _write_rows(self) -> None:
-        """What became of the rows: those kept aside, and the audit."""
+        """Write the quarantined rows and the audit."""
         rows = self.rows
         for name, dataset in rows.loaded.items():
             with self._spared(f"quarantine.{name}.jsonl"):
@@ -392,7 +392,7 @@ class Run:
             self.console.note(said)
 
     def _choose_checkpointing(self) -> None:
-        """Decide an auto; a run that goes on keeps what it began with."""
+        """Resolve `gradient_checkpointing: auto`; a resumed run keeps its first choice."""
         if self.config.train.gradient_checkpointing != "auto":
             return
         known = mapping(read(self.folder).manifest).get("gradient_checkpointing")
@@ -401,25 +401,25 @@ class Run:
         else:
             try:
                 again, why = (False, "nobody counted") if self.checkpointing is None else self.checkpointing(self)
-            except Exception:  # an outline that cannot be made
+            except Exception:  # the estimate failed
                 again, why = True, "what the run needs cannot be counted"
         self.console.note(f"gradient checkpointing: {'layers' if again else 'off'} ({why})")
         train = self.config.train.model_copy(update={"gradient_checkpointing": again})
         self.config = self.rows.config = self.config.model_copy(update={"train": train})
 
     def _look(self) -> None:
-        """Ask whether the run will fit; whoever cannot tell stops nothing."""
-        if self.look is None or self.world.many or self.config.model.sees:  # it looks at one process, and at text
+        """Note it if the run may not fit. A failed estimate never stops the run."""
+        if self.look is None or self.world.many or self.config.model.sees:  # it covers one process, and text only
             return
         try:
             said = self.look(self)
-        except Exception:  # an outline that cannot be made: the run itself will say why, or train
+        except Exception:  # the estimate failed; the run itself will either train or report why
             said = None
         if said:
             self.console.note(said)
 
     def _check_space(self) -> None:
-        """Say before the first step that the checkpoints will not fit.
+        """Note before the first step if the disk has no room for all checkpoints.
 
         Raises:
             DiskError: there is no room for a single one.
@@ -439,23 +439,23 @@ class Run:
         )
 
     def make_loop(self, known: Mapping[str, Any] | None = None) -> Loop:
-        """The loop of this run, ready to start; nothing is written before it does.
+        """Create the run's training loop; nothing is written until it runs.
 
         Args:
-            known: manifest.json of what is continued: its learning rate is kept, where auto has become another since.
+            known: manifest.json of the run being resumed; its learning rate is kept even if auto has changed since.
         """
         cfg, rows = self.config, self.rows
         held_out = (
             self.held_out if rows.trees[1] else None
-        )  # a judge that cannot be loaded is met before any work is done
+        )  # a judge that cannot be loaded fails before any work is done
         built = self.built
         model = built.parts.model
         check, reference = None, built.parts.reference
         same_start = cfg.reference.path is None and cfg.model.init == "pretrained"
         if cfg.model.adapter is not None and cfg.lora is not None and cfg.lora.dropout:
-            same_start = False  # a new adapter adds nothing at first, whatever dropout does; this one does
+            same_start = False  # a new adapter adds zero despite dropout; a trained one does not
         if reference is not None and same_start and self.method.rollouts is None:
-            # nats per completion and per token; a cache was packed otherwise: rounding errors add up over tokens
+            # nats per completion and per token: a cache may be packed differently, and rounding errors add up over tokens
             rounding = {torch.bfloat16: (1.0, 0.05), torch.float32: (1e-3, 1e-4), torch.float64: (1e-9, 1e-10)}
             check = (0.0, 0.0) if reference.exact else rounding[self.dtype]
         return Loop(
@@ -514,7 +514,7 @@ class Run:
     # ---- record -----------------------------------------------------------------------------------------------------
 
     def _samples(self, name: str, anew: bool) -> list[dict[str, Any]]:
-        """Greedy completions before or after training; read back where the run goes on."""
+        """Greedy completions before or after training; a resumed run reads back those from before."""
         path = self.folder / f"samples.{name}.jsonl"
         if not sampled(self.config, self.rows):
             return []
@@ -526,7 +526,7 @@ class Run:
             return write_samples(path, self.rows, self.built.parts.model, self.shared, key, self.console.note)
 
     def _kept_samples(self, path: Path) -> list[dict[str, Any]] | None:
-        """The completions of the start, as they were written; None where they have to be written again."""
+        """The stored completions from before training; None, with a note, if they have to be generated again."""
         found = read(self.folder)
         rows = found.samples_before
         whole = is_whole(path) and path.exists() and not found.unreadable.get(path.name)
@@ -536,15 +536,15 @@ class Run:
         return None
 
     def _check_start(self, known: Mapping[str, Any] | None) -> None:
-        """Refuse to go on from another model than the one that the checkpoints were trained from.
+        """Refuse to resume if the starting weights are not those that the checkpoints were trained from.
 
         Args:
-            known: what manifest.json says of the start, where it says it.
+            known: the run's manifest.json, or None to skip the check.
 
         Raises:
-            CheckpointError: the weights at model.path have changed. With another torch or dtype nothing can be said.
+            CheckpointError: the weights at model.path have changed. Not checked with another torch version or dtype.
         """
-        drawn = self.method.learns_reward or self.config.model.init == "random"  # another processor draws other weights
+        drawn = self.method.learns_reward or self.config.model.init == "random"  # weights vary by processor
         if drawn or known is None:
             return
         dtype = str(self.dtype).removeprefix("torch.")
@@ -555,7 +555,7 @@ class Run:
             raise CheckpointError(self.config.model.path, what, "put them back, or choose another output")
 
     def _known_manifest(self) -> dict[str, Any] | None:
-        """What manifest.json says of the start; None where it is absent or damaged, which is told."""
+        """The run's manifest.json; None if it is missing or, with a note, damaged."""
         path = self.folder / MANIFEST
         if not path.exists():
             return None
@@ -575,10 +575,10 @@ class Run:
     def _manifest(
         self, loop: Loop, started: float, began: float, known: Mapping[str, Any] | None
     ) -> Callable[[str, str | None], None]:
-        """What writes manifest.json; the hash of the weights is of the start, so it is taken now, or is known where the run goes on.
+        """A function that writes manifest.json; the starting weights are hashed now, or their hash is taken from `known`.
 
         Args:
-            started: seconds since the epoch; began: the same of the monotonic clock, which no one sets.
+            started: seconds since the epoch; began: the same moment on the monotonic clock, which is never adjusted.
         """
         path, built = self.folder / MANIFEST, self.built
         sha256 = built.start_sha256(self.shared) if known is None else known["model"]["sha256"]
@@ -605,7 +605,7 @@ def _watchers(report: Callable[[str], None], mirrors: Mirrors, anew: bool) -> Ca
 
 
 def _ended_by(error: BaseException) -> tuple[str, str | None]:
-    """(status, why) of a run that did not come to its end."""
+    """(status, why) of a run that ended early."""
     if isinstance(error, Paused):
         return "paused", f"at step {error.step}"
     if isinstance(error, (Interrupted, KeyboardInterrupt)):

@@ -1,4 +1,4 @@
-"""Held-out figures of a run, in training and after it; what the start's completions were worth."""
+"""Held-out evaluation of a run, during and after training, also compared with the starting model."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ from penchant.runs.rows import Rows
 from penchant.runs.sharing import Alone
 from penchant.types import Algorithm, Scored, TokenTree
 
-START_LOSSES = "start.losses.json"  # of a run folder: held-out rows' losses before the first step
+START_LOSSES = "start.losses.json"  # in the run folder: losses of held-out rows before the first step
 
 
 def kept_losses(path: Path) -> dict[int, tuple[float, float]] | None:
-    """By data row: its loss at the start, and what it counts; None where the file was damaged."""
+    """Map each data row to its loss at the start and its weight; None if the file is missing or damaged."""
     try:
         if is_whole(path):
             return {int(row): (float(v), float(w)) for row, (v, w) in json.loads(path.read_text()).items()}
@@ -52,7 +52,7 @@ def kept_losses(path: Path) -> dict[int, tuple[float, float]] | None:
 
 
 def writes_completions(config: RunConfig, rows: Rows) -> bool:
-    """Whether the policy answers held-out prompts at evaluations beside its method's own: on given answers always, SFT where somebody judges."""
+    """Whether evaluations also sample completions: with offline preference losses always, with SFT only if evaluation.reward is set."""
     method, asked = config.method, config.evaluation
     if method.rollouts is not None or method.learns_reward or not asked.kl_prompts or rows.datasets[0].kind == "text":
         return False
@@ -60,10 +60,10 @@ def writes_completions(config: RunConfig, rows: Rows) -> bool:
 
 
 def prompts_of(config: RunConfig, rows: Rows, device: Any) -> Fresh:
-    """What is asked of the policy at every evaluation, and who judges it.
+    """The prompts to complete at every evaluation, and the reward that scores the completions.
 
     Raises:
-        ConfigError, RewardError: the judge cannot be loaded.
+        ConfigError, RewardError: the reward cannot be loaded.
     """
     sources: dict[tuple[int, ...], str] = {}
     for tree in rows.trees[1]:
@@ -86,14 +86,14 @@ def prompts_of(config: RunConfig, rows: Rows, device: Any) -> Fresh:
 
 @dataclass
 class HeldOut:
-    """Evaluates a run on the rows that it holds out.
+    """Evaluates a run on its held-out set.
 
     Args:
-        folder: the run's, where the start's completions are kept; total_steps: of the whole run.
-        fresh: what is asked of the policy beside the method's own evaluation, or None.
+        folder: the run folder, which stores results of the starting model; total_steps: of the whole run.
+        fresh: prompts to complete besides the method's own evaluation, or None.
         tables: of the last evaluation (a reward model's calibration).
-        step: optimizer steps of the policy that is evaluated; keep: what the start's completions were worth goes into the run's folder.
-        of_start: what goes there, by file: a disk that does not take it changes no figure.
+        step: optimizer steps of the evaluated policy; keep: whether to store results of the starting model in the folder.
+        of_start: these results by file name, in memory too, so that a failed write does not change any metric.
     """
 
     config: RunConfig
@@ -131,7 +131,7 @@ class HeldOut:
     # ---- the start --------------------------------------------------------------------------------------------------
 
     def start(self) -> LiveReference:
-        """The model that training starts from (or reference.path), run live; it may be loaded for this."""
+        """The starting model (or reference.path) as a live reference, loaded if necessary."""
         parts = self.parts
         if type(parts.reference) is LiveReference:
             return parts.reference
@@ -140,7 +140,7 @@ class HeldOut:
         return LiveReference(frozen_scorer(parts, self.shared))
 
     def _start_policy(self) -> LiveReference:
-        """The model that training starts from, whatever reference.path says; it may be loaded for this."""
+        """The starting model, whatever reference.path is, loaded if necessary."""
         if self.config.reference.path is None:
             return self.start()
         if self.built.start is not None:
@@ -148,10 +148,10 @@ class HeldOut:
         return LiveReference(frozen_scorer(self.parts, self.shared, start=True))
 
     def _start_rewards(self, fresh: Fresh, written: Written | None) -> np.ndarray:
-        """What the start's completions of the same prompts were worth; asked once and kept, so that a resumed run has the same.
+        """Rewards of the starting model's completions of the same prompts, computed once and stored for resumed runs.
 
         Args:
-            written: the start's own, where the policy is still the start.
+            written: these completions, if the policy is still the starting model.
         """
         path = self.folder / START_FILE
         if written is None:
@@ -179,7 +179,7 @@ class HeldOut:
         at = progress_at(max(0, self.step - 1), self.total_steps)
 
         if self.step == 0 and alike:
-            # the start's log-probs are the same under every loss; what a loss makes of them is not
+            # the starting model's log-probs are the same under every loss, its loss values are not
             algorithm.begin_step(0, at, trees)
             needs = tuple(sorted(self.config.method.needs))
             scored, order = self.shared.once(
@@ -193,7 +193,7 @@ class HeldOut:
         return figures_by_set(algorithm, scored, trees, self.rows.held_out_sets)
 
     def _score(self, algorithm: Algorithm, at: float) -> tuple[Scored, list[int]]:
-        """The held-out trees as they are scored at progress `at`, and their order."""
+        """Score the held-out trees at progress `at`; return the scores and the trees' order."""
         return score_heldout(
             algorithm,
             self.parts.trees[1],
@@ -205,12 +205,12 @@ class HeldOut:
         )
 
     def loss_change(self, algorithm: Any, scored: Scored, trees: list[TokenTree]) -> dict[str, Any]:
-        """The rows' losses at the start are kept, so that a resumed run compares with the same; where they are damaged or gone, found anew."""
+        """Change of the rows' losses since the start. The starting losses are stored, and recomputed if missing or damaged."""
         path, losses = self.folder / START_LOSSES, row_losses(algorithm, scored, trees)
         if not losses or not self.config.evaluation.at_start:
             return {}
         before = losses if self.step == 0 else current().share(self.of_start.get(START_LOSSES) or kept_losses(path))
-        if before is None and self.keep:  # all ranks score anew, or none
+        if before is None and self.keep:  # all ranks recompute, or none
             start = self._start_policy()
             with start.off():
                 scored, order = self._score(replace(algorithm, scorer=start.scorer), progress_at(0, self.total_steps))
@@ -223,9 +223,9 @@ class HeldOut:
         return {} if self.step == 0 else loss_change(before or {}, losses, trees)
 
     def completions(self) -> dict[str, Any]:
-        """KL to the start (or reference.path), length and variety of sampled completions, and their reward against the start's.
+        """KL to the start (or reference.path), length and diversity of sampled completions, and their reward versus the start's.
 
-        Where no model to compare with is held, one is loaded and let go again.
+        If no model to compare with is in memory, one is loaded temporarily.
         """
         fresh = self.fresh
         if fresh is None:

@@ -1,4 +1,4 @@
-"""From what a person calls a model to the model: a run, a config, a checkpoint, an adapter, a model folder or a hub id."""
+"""Find the model behind a name: a run, a config, a checkpoint, an adapter, a model folder or a hub id."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class Source:
     """A model that can be loaded.
 
     Args:
-        name: as a person gave it; base: the whole model, or the one that `adapter` goes on; seed: where the base starts from random
-            weights. tokenizer: folder or hub id, where it is asked for.
-        run: the config of the run that made it, or of the run that would start from it; folder: that run's, where there is one.
-        checkpoint: ``step-N``, ``start``, or "" for a model by itself.
-        start: what it started from, where that is known.
+        name: as the user gave it; base: the whole model, or the base of `adapter`; seed: for a base with random weights.
+        tokenizer: folder or hub id, if needed.
+        run: the config of the run that trained it, or of the run that would start from it; folder: that run's, if any.
+        checkpoint: ``step-N``, ``start``, or "" for a standalone model.
+        start: the model that it started from, if known.
     """
 
     name: str
@@ -60,13 +60,13 @@ class Source:
 
     @property
     def step(self) -> int | None:
-        """Optimizer steps of a run's checkpoint, 0 at its start; None for a model by itself."""
+        """Optimizer steps of a run's checkpoint, 0 at its start; None for a standalone model."""
         if not self.checkpoint:
             return None
         return 0 if self.checkpoint == START else int(self.checkpoint.removeprefix("step-"))
 
     def load(self, device: torch.device) -> Any:
-        """The model in fp32; an adapter is merged into its base."""
+        """Load the model in fp32, with the adapter merged into its base."""
         if self.adapter is not None:
             check = None
             if self.folder is not None and self.run is not None and self.base == self.run.model:
@@ -76,23 +76,23 @@ class Source:
 
 
 def trained_source(name: str, model: Path, config: RunConfig) -> Source:
-    """A checkpoint's model by its folder, of the run with this config."""
+    """The model in a checkpoint's model folder, for a run with this config."""
     if is_adapter(model):
         return Source(name, config.model, adapter=model, seed=config.train.seed)
     return Source(name, _of_folder(model, config))
 
 
 def _of_folder(model: Path, config: RunConfig) -> ModelConfig:
-    """A checkpoint's whole model, which reads pictures where its run does."""
+    """The config of a checkpoint's whole model, with the run's vision settings."""
     own_eyes = config.model.model_dump(include={"vision", "image_options"}, exclude_defaults=True)
     return ModelConfig(path=str(model), **own_eyes)
 
 
 def find_run(given: str, step: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, str] | None:
-    """The config and the step that `given` means where it is a config, a run's folder or a checkpoint in one; None: it is another thing.
+    """The config and step if `given` is a config, a run folder or a checkpoint in one; None otherwise.
 
     Raises:
-        CheckpointError: a run's folder without its config. ConfigError: a step beside a checkpoint that has one.
+        CheckpointError: a run folder without its config. ConfigError: a step given together with a checkpoint.
     """
     path = Path(given).expanduser()
     if path.suffix in (".yaml", ".yml"):
@@ -112,14 +112,15 @@ def find_run(given: str, step: str, overrides: Sequence[str] = ()) -> tuple[RunC
 
 
 def find_model(given: str, *, step: str = "last", base: str | None = None, overrides: Sequence[str] = ()) -> Source:
-    """What `given` names.
+    """Find the model that `given` names.
 
     Args:
-        given: a run's folder, a config, a checkpoint's folder (``RUN/checkpoints/step-N``), an adapter's or a model's folder, a hub id.
-        step: of a run; base: of an adapter, where its own name for it does not help; overrides: of a run's or a config's settings.
+        given: a run folder, a config, a checkpoint (``RUN/checkpoints/step-N``), an adapter or model folder, or a hub id.
+        step: of a run; base: of an adapter that does not name an available one; overrides: settings of a run or config.
 
     Raises:
-        CheckpointError: no such run, checkpoint or folder. ConfigError: an option that does not go with it. ModelError: no whole model.
+        CheckpointError: no such run, checkpoint or folder. ConfigError: an option that does not apply to it.
+        ModelError: no complete model.
     """
     run = find_run(given, step, overrides)
     if run is not None:
@@ -141,12 +142,12 @@ def _config_of(folder: Path, overrides: Sequence[str]) -> RunConfig:
 
 
 def check_base(run: Path, base: ModelConfig, model: Any) -> None:
-    """Check that `model`, loaded from `base`, is the one that the run's adapter was trained on, as far as its manifest says.
+    """Check that `model`, loaded from `base`, is the one that the run's adapter was trained on, if its manifest tells.
 
     Raises:
-        ModelError: it is another one.
+        ModelError: it is a different one.
     """
-    if base.init == "random":  # another processor draws other weights
+    if base.init == "random":  # random weights depend on the processor
         return
     known = read(run).manifest if is_whole(run / MANIFEST) else {}
     start = mapping(known.get("model"))
@@ -161,10 +162,10 @@ def check_base(run: Path, base: ModelConfig, model: Any) -> None:
 
 
 def check_config(path: Path) -> None:
-    """A run's config says what the run was trained with, wherever its text was changed.
+    """Check that a run's config, if it was edited, still has the settings that the run was trained with.
 
     Raises:
-        CheckpointError: it says something else, or nothing. Figures would be of other settings, and nobody would see it.
+        CheckpointError: it has not, or this cannot be checked; metrics would silently be those of other settings.
     """
     if is_whole(path):
         return
@@ -173,7 +174,7 @@ def check_config(path: Path) -> None:
         now = run_identity(with_absolute_paths(load_config(path)), [], {})["config"]
         found = differences(known, now, defaults=default_settings()) if known else []
         if known and not found:
-            return  # only comments, or settings that change no figure
+            return  # only comments, or settings that do not affect the result
     except PenchantError as error:
         found = [f"it cannot be read: {error.what}"]
     said = f" ({'; '.join(found[:3])}{'; ...' if found[3:] else ''})" if found else ""
@@ -185,14 +186,14 @@ def check_config(path: Path) -> None:
     )
 
 
-# ---- A config may name a run, a checkpoint or an adapter where a model is asked for ----
+# ---- A config may name a run, a checkpoint or an adapter as a model ----
 
 
 def model_of(given: str | None) -> tuple[Path, RunConfig | None] | None:
-    """The folder of the model or adapter in a run's, a checkpoint's or an adapter's folder, and the run's config.
+    """The model or adapter folder inside a run, checkpoint or adapter folder, and the run's config.
 
-    Of a run it is the best checkpoint where that is tracked and kept, else the last, as for a pipeline's ``stage:NAME``. None for
-    everything else: a model's folder, a hub id, a stage.
+    For a run it is in the best checkpoint if that is tracked and kept, else in the last, as for a pipeline's ``stage:NAME``.
+    None for everything else: a model folder, a hub id, a stage.
 
     Raises:
         CheckpointError: a run without a checkpoint.
@@ -210,18 +211,18 @@ def model_of(given: str | None) -> tuple[Path, RunConfig | None] | None:
 def with_model_folders(
     config: RunConfig, say: Callable[[str], None] = lambda _: None, *, merge: bool = True
 ) -> RunConfig:
-    """The same config with each model that it names replaced by a folder that transformers loads.
+    """A copy of the config with each model replaced by a folder that transformers can load.
 
     Args:
-        say: gets a line for each run's or adapter's folder that was replaced.
-        merge: merge an adapter into its base, once, in ``RUN/merged/step-N`` (in the cache for an adapter without a run); False
-            takes the base alone, which has the same shapes.
+        say: called with a line for each run or adapter folder that was replaced.
+        merge: merge an adapter into its base, once, in ``RUN/merged/step-N`` (in the cache for an adapter without a run).
+            False: use the base, which has the same shapes, unless a merged model exists already.
 
     Raises:
         CheckpointError: a run without a checkpoint. ModelError: an adapter that cannot be merged.
     """
     path, tokenizer, reference = config.model.path, config.model.tokenizer, config.reference.path
-    adapter_too = tokenizer is None and not merge  # the base's folder may have another tokenizer
+    adapter_too = tokenizer is None and not merge  # the base may have another tokenizer
     own = model_of(path if adapter_too else tokenizer)
     model = {
         "path": _model_folder("model.path", path, say, merge),
@@ -229,7 +230,7 @@ def with_model_folders(
     }
     reference = None if reference is None else _model_folder("reference.path", reference, say, merge)
     lora = config.lora
-    if str(config.model.adapter).startswith("stage:"):  # of a pipeline that has not come there yet
+    if str(config.model.adapter).startswith("stage:"):  # of a pipeline stage that has not run yet
         lora = lora or LoraConfig()
     elif config.model.adapter is not None:
         folder = _adapter_folder(config, say)
@@ -267,10 +268,10 @@ def _model_folder(key: str, given: str, say: Callable[[str], None], merge: bool)
 
 
 def _adapter_folder(config: RunConfig, say: Callable[[str], None]) -> Path:
-    """Where the adapter is that `model.adapter` means.
+    """The folder of the adapter that `model.adapter` names.
 
     Raises:
-        ConfigError: nothing that such an adapter goes on. ModelError: there is none, or there are several.
+        ConfigError: the method or model.path does not fit an adapter. ModelError: there is no adapter, or several.
     """
     given = str(config.model.adapter)
     if config.method.learns_reward:
@@ -297,20 +298,20 @@ def _adapter_folder(config: RunConfig, say: Callable[[str], None]) -> Path:
 
 
 def check_adapters_base(adapter: Path, base: ModelConfig, model: Any) -> None:
-    """`check_base` for the adapter of a run's checkpoint; one that stands alone does not know its base's weights."""
+    """`check_base` for the adapter of a run's checkpoint; a standalone adapter does not record its base's weights."""
     inside = _checkpoint_of(adapter)
     if inside is not None:
         check_base(inside[0], base, model)
 
 
 def runs_in(given: str, limit: int = 4) -> list[str]:
-    """The run folders right inside a folder (a sweep's, a pipeline's), the first `limit` of them."""
+    """The first `limit` run folders directly inside a folder (a sweep or pipeline), then "..." if there are more."""
     found = sorted(str(p.parent) for p in Path(given).expanduser().glob(f"*/{CONFIG}"))
     return found if len(found) <= limit else [*found[:limit], "..."]
 
 
 def check_there(given: str) -> None:
-    """Refuse what looks like a path but is not a folder (CheckpointError), before the hub does in its own words."""
+    """Raise CheckpointError for a name that looks like a path but is not a folder; the hub's own error would be unclear."""
     path = Path(given).expanduser()
     if path.exists():
         if path.is_file():
@@ -325,7 +326,7 @@ def check_there(given: str) -> None:
 
 
 def _checkpoint_of(path: Path) -> tuple[Path, str] | None:
-    """(run, step) where a folder is a run's checkpoint, or the model in it."""
+    """(run, step) if a folder is a run's checkpoint or the model folder in it, else None."""
     whole = path.resolve()
     for at in (whole, whole.parent if whole.name == "model" else whole):
         run = at.parent.parent
@@ -340,7 +341,7 @@ def _no_base(given: str, base: str | None) -> None:
 
 
 def of_config(config: RunConfig, step: str, base: str | None = None, given: str = "") -> Source:
-    """The model of a config: a checkpoint of its run, or what it starts from where there is none.
+    """The model of a config: a checkpoint of its run, or the starting model if there is none.
 
     Raises:
         CheckpointError: no such checkpoint. ConfigError: a reward model, or a base for something that is not an adapter.
@@ -375,7 +376,7 @@ def of_config(config: RunConfig, step: str, base: str | None = None, given: str 
 
 
 def _named_start(config: RunConfig) -> Source | None:
-    """The reference that a run names itself."""
+    """The model at `reference.path`, or None."""
     path = config.reference.path
     if path is None:
         return None

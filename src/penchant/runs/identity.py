@@ -1,4 +1,4 @@
-"""What must not change when a run is resumed: its settings, its rows, and the files that it uses beside them."""
+"""A run's identity, which must not change on resume: its settings, its rows and the other files it uses."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 
 def run_identity(config: RunConfig, fingerprints: list[str], contents: Mapping[str, str]) -> dict[str, Any]:
-    """All settings but those that only watch, the data, and what rewards, losses and algorithms of a user's own are made of."""
+    """All settings that affect the result, the fingerprints of the data, and the hashes in `contents`."""
     settings = what_is_computed(config)
-    for name in ("cache", "bounds", "workers"):  # they change no row that is read
+    for name in ("cache", "bounds", "workers"):  # they do not affect the rows
         settings["data"].pop(name, None)
     if settings["algorithm"] is not None and settings["algorithm"].get("value_init") == "auto":
         settings["algorithm"].pop("value_init")  # older runs do not have it
@@ -39,14 +39,14 @@ def run_identity(config: RunConfig, fingerprints: list[str], contents: Mapping[s
 
 
 def contents_of(config: RunConfig) -> dict[str, str]:
-    """SHA-256 of all files that a run uses beside its config and rows, under the name that a person is told when one has changed."""
+    """SHA-256 of all files that a run uses besides its config and rows, keyed by the name to report if one has changed."""
     what = "loss" if config.algorithm is None else "algorithm"
     own = {f"content of {what} {n}": sha256 for n, sha256 in config.own_contents().items()}
     return reward_contents(config) | own | model_contents(config)
 
 
 def reward_contents(config: RunConfig) -> dict[str, str]:
-    """The same of every reward's Python file, and what it imports, or model."""
+    """SHA-256 of every reward's Python file and its imports, or of its model."""
     rewards = [r for r in (config.reward, config.evaluation.reward) if r is not None]
     names = dict.fromkeys(name for reward in rewards for name in reward.terms)
     found = {f"content of reward {name}": sha256 for name in names if (sha256 := content_sha256(name)) is not None}
@@ -62,9 +62,10 @@ WEIGHTS = re.compile(r".*\.(safetensors|bin)")
 
 
 def model_contents(config: RunConfig) -> dict[str, str]:
-    """The same of the files of models and tokenizers in folders, and in the hub's cache.
+    """SHA-256 of the files of models and tokenizers, in folders and in the hub cache.
 
-    Weights that training starts from are known by the sum of what was loaded (in manifest.json), unless a head is drawn beside them.
+    Starting weights are covered by the hash of the loaded model in manifest.json, except for reward models, whose head is
+    initialized randomly.
     """
     weights = [WEIGHTS] if config.method.learns_reward else []
     tokenizer = "model.path" if config.model.tokenizer is None else "model.tokenizer"
@@ -80,7 +81,7 @@ def model_contents(config: RunConfig) -> dict[str, str]:
         folders = _in_hub_cache(key, str(path), config.model.revision, patterns) if hub else _model_folders(key, path)
         for at, folder in folders:
             files = sorted(p for p in folder.iterdir() if p.is_file() and any(t.fullmatch(p.name) for t in patterns))
-            # a large file is read once; after that its size and times say whether it has changed
+            # a large file is hashed once; afterwards its size and timestamps tell whether it has changed
             large = {p for p in files if p.stat().st_size >= AUTO_BYTES}
             sums = {p: hashes_of([p])[0] if p in large else file_sha256(p) for p in files}
             found |= {f"content of {at}: {p.name}": sha256 for p, sha256 in sums.items()}
@@ -90,7 +91,7 @@ def model_contents(config: RunConfig) -> dict[str, str]:
 def _in_hub_cache(
     key: str, name: str, revision: str | None, patterns: Sequence[re.Pattern[str]]
 ) -> Iterator[tuple[str, Path]]:
-    """The cache's folder of a hub id, with every file that is looked at in it."""
+    """The cached folder of a hub id, with all the files to hash."""
     wanted = ["*.json", *(["*.txt", "*.model", "*.jinja"] if OF_TOKENIZER in patterns else [])]
     folder = snapshot(name, revision, [*wanted, *(["*.safetensors"] if WEIGHTS in patterns else [])])
     if folder is not None and WEIGHTS in patterns and not any(folder.glob("*.safetensors")):
@@ -100,19 +101,19 @@ def _in_hub_cache(
 
 
 def _model_folders(key: str, path: str | None) -> Iterator[tuple[str, Path]]:
-    """The folder that a path means, and that of the base where it holds an adapter; none of a hub id."""
+    """The folder at a path and, if it holds an adapter, that of its base; nothing for a hub id."""
     folder = None if path is None else Path(path).expanduser()
     if folder is None or not folder.is_dir():
         return
     yield key, folder
     if is_adapter(folder) and key != "model.adapter" and not key.startswith("the base of the base"):
-        with suppress(ModelError):  # what loads the adapter says so
+        with suppress(ModelError):  # loading the adapter will report it
             base = adapter_base(folder)
             yield from _model_folders(f"the base of {key}", None if base == path else base)
 
 
 def changed_since(folder: Path, config: RunConfig) -> list[str]:
-    """A sentence for each thing beside config and rows that a run was trained with and is another now, or gone."""
+    """A sentence for each file besides config and rows that has changed or disappeared since the run was trained."""
     theirs, mine = read(folder).identity if is_whole(folder / IDENTITY) else {}, contents_of(config)
     kept = {key: value for key, value in theirs.items() if key.startswith(CONTENT) and key != TOKENS}
     of_both = {key.partition(": ")[0] for key in kept} & {key.partition(": ")[0] for key in mine}  # not overridden
@@ -123,7 +124,7 @@ def changed_since(folder: Path, config: RunConfig) -> list[str]:
 
 
 def trees_sha256(rows: Rows) -> str:
-    """SHA-256 of the rows as tokens, in their order: whatever changes how they are written or read changes it."""
+    """SHA-256 of the tokenized rows in order, with their weights; it covers every change in how rows are read or tokenized."""
     digest = hashlib.sha256()
     for trees in (*rows.trees, list(rows.mismatched.values())):
         digest.update(f"{len(trees)};".encode())

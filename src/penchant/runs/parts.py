@@ -1,4 +1,4 @@
-"""The parts of a run, made in the one order that is right: model, masters, cast, packing, reference, algorithm."""
+"""Build the parts of a run in the required order: model, masters, cast, packing, reference, algorithm."""
 
 from __future__ import annotations
 
@@ -82,11 +82,11 @@ class Built:
     """Everything that a run trains with.
 
     Args:
-        parts: the model and what runs it; optimizer: holds the fp32 masters; algorithm: what the loop trains.
-        router: the balance loss of the model's router, where `model.router_aux_loss` asks for it.
+        parts: the model and its engine; optimizer: holds the fp32 masters; algorithm: what the loop trains.
+        router: balance loss of the model's router, if `model.router_aux_loss` is set.
         reference_kind: ``frozen``, ``adapter``, ``cached``, or None.
-        start: of a run with an adapter: the policy as it was at the start, without a copy of the model.
-        reference_seconds, reference_tokens: what a cached reference took, where it was computed now.
+        start: the starting policy of a run with an adapter, without a copy of the model.
+        reference_seconds, reference_tokens: time and tokens spent on a cached reference, if computed now.
     """
 
     parts: Parts
@@ -100,7 +100,7 @@ class Built:
     _start: str | None = None
 
     def start_sha256(self, shared: Alone) -> str:
-        """SHA-256 of the weights before training, an adapter left out: to be asked for the first time before they change."""
+        """SHA-256 of the weights before training, without an adapter; first called before they change."""
         if self._start is None:
             config = self.parts.config
             self._start = start_sha256(config, self.parts.model, config.model, shared)
@@ -108,30 +108,30 @@ class Built:
 
 
 def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: bool = True) -> Built:
-    """Make every part.
+    """Build every part of a run.
 
     Args:
-        shared: keeps what other runs of this process can use as it is; console: says what was chosen.
-        cache: False computes a cached reference anew, for these rows, and leaves the cache's files alone.
+        shared: caches what other runs of this process can reuse; console: for notes on what was chosen.
+        cache: False recomputes a cached reference for these rows and leaves the cache files alone.
 
     Raises:
-        ConfigError, DataError, ModelError, RewardError: the user can fix it.
+        ConfigError, DataError, ModelError, RewardError: an error that the user can fix.
     """
     method, train = config.method, config.train
     device, dtype = placed(config)
     if train.optimizer.endswith("_8bit"):
-        bitsandbytes("train.optimizer", train.optimizer)  # before a model is read
+        bitsandbytes("train.optimizer", train.optimizer)  # before a model is loaded
     kind = reference_kind(config) if "reference" in method.needs else None
     if "reference" not in method.needs and config.reference.moves:
         what = f"{method.name} has no reference that could move"
         raise ConfigError("reference", what, "leave out ema and sync_every")
 
-    # the model in fp32, and what is trained beside it; a reward model has its adapter already, for its head is trained with it
+    # the model in fp32 and the modules trained with it; a reward model already has its adapter, which is trained with its head
     if rows.reward_parts is not None:
         model = rows.reward_parts.load(torch.device("cpu") if current().many else device, train.seed)
     else:
         bare = config.model.model_copy(update={"adapter": None})
-        # what an adapter starts from is counted in fp32: DoRA's norms, and the adapter that was there
+        # an adapter's starting point is computed in fp32: DoRA's norms, or the existing adapter
         frozen = None if starts_adapted(config) else config.lora is not None
         model = fresh_model(config, bare, device, shared, held=True, frozen=frozen)
     set_threads(config, model)
@@ -162,12 +162,12 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
         beside_it = (m.backbone for m in parts.modules.values() if getattr(m, "backbone", None) is not None)
         for trained in (model, *beside_it):
             cast_parameters(trained, dtype)
-        parts.engine = _engine(parts, rows, shared, console)  # what runs it
+        parts.engine = _engine(parts, rows, shared, console)
         router = _router(parts)
         if train.gradient_checkpointing == "offload" and device.type == "cuda":
             offload(backbone_of(model))
 
-    # what it is compared with, what trains it
+    # the reference and the algorithm
     built = Built(parts, optimizer, reference_kind=kind, router=router, _start=start)
     if config.lora is not None and not method.learns_reward:
         built.start = (adapter_as_it_is if starts_adapted(config) else adapter_off)(parts.scorer)
@@ -178,7 +178,7 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
 
 
 def _shard(parts: Parts, rows: Rows, shared: Alone, console: Any) -> tuple[str, RouterLoss | None]:
-    """Deal out the parameters to all ranks, after all that looks at the whole model.
+    """Shard the parameters over all ranks, after everything that needs the whole model.
 
     Returns:
         SHA-256 of the whole weights; the balance loss of the model's router.
@@ -203,7 +203,7 @@ def _shard(parts: Parts, rows: Rows, shared: Alone, console: Any) -> tuple[str, 
 
 
 def sharding(parts: Parts) -> Sharding:
-    """How the models of a run are sharded."""
+    """The sharding settings of a run's models."""
     launch = parts.config.launch
     return Sharding(current(), parts.device, parts.dtype, launch.replicas, launch.reshard, launch.offload)
 
@@ -220,14 +220,14 @@ def fresh_model(
     held: bool = False,
     frozen: bool | None = None,
 ) -> Any:
-    """A causal model as loaded, of which nobody else holds a part; the adapter that the source names is merged into it.
+    """Load a causal model that shares no memory with another one, with the source's adapter merged into it.
 
     Args:
-        held: quantized weights stay quantized; frozen: whether none of its weights are trained, to hold them in the run's dtype where
-            that loses nothing (`held_in`); None: in fp32.
+        held: keep quantized weights quantized; frozen: whether none of its weights are trained, to hold them in the run's
+            dtype if that loses nothing (`held_in`); None: in fp32.
     """
     seed = config.train.seed
-    device = torch.device("cpu") if current().many else device  # each rank's part goes to its device when it is sharded
+    device = torch.device("cpu") if current().many else device  # each rank's shard is moved to its device later
 
     if held and source.quantize != "none":
         return load_causal_model(source, device, seed, held=True)
@@ -245,7 +245,7 @@ def fresh_model(
 
 
 def prepared(model: Any, config: RunConfig, rows: Rows) -> Any:
-    """A loaded model as it is trained: with its adapter; checked against the tokenizer."""
+    """Prepare a loaded model for training: tokenizer check, adapter, gradient checkpointing."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if (tokens := tokens_of(rows.tokenizer)) > vocabulary:
         what = f"the tokenizer has {tokens:,} tokens but the model's embedding only {vocabulary:,}"
@@ -263,8 +263,8 @@ def prepared(model: Any, config: RunConfig, rows: Rows) -> Any:
             model = trained_on(model, adapter, config.lora, config.train.seed)
     elif config.model.vision == "frozen":
         freeze_eyes(model)
-    if config.train.gradient_checkpointing is True:  # an auto that nobody decided trains nothing
-        # transformers 5 renamed it on the way, and warns of the old name
+    if config.train.gradient_checkpointing is True:  # an unresolved auto never trains
+        # transformers 5 renamed this method and warns about the old name
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
         if config.lora is not None:
@@ -273,29 +273,29 @@ def prepared(model: Any, config: RunConfig, rows: Rows) -> Any:
 
 
 def threads_for(config: RunConfig, parameters: int) -> int:
-    """As `train.threads` says for a model of this size."""
+    """CPU threads for a model of this size, ``auto`` resolved."""
     threads = config.train.threads
-    if threads == "auto":  # in a small model, a second thread costs more in waiting than it brings
+    if threads == "auto":  # in a small model, a second thread costs more than it gains
         return 1 if parameters < SMALL_MODEL else max(1, cores() // current().local_size)
     return int(threads)
 
 
 def placed(config: RunConfig) -> tuple[torch.device, torch.dtype]:
-    """(device, dtype) of training, ``auto`` resolved."""
+    """(device, dtype) of training, with ``auto`` resolved."""
     device = resolve_device(config.model.device)
     return device, resolve_dtype(config.model.dtype, device)
 
 
 def reference_place(config: RunConfig) -> torch.device:
-    """Where a reference that is a model of its own is."""
+    """The device of a reference that is a separate model."""
     return resolve_place("reference.device", config.reference.device, resolve_device(config.model.device))
 
 
 def check_places(config: RunConfig) -> None:
-    """Refuse devices of models beside the policy that are not there, or that several processes cannot have.
+    """Refuse devices of the reference and reward that are missing, or that do not work with several processes.
 
     Raises:
-        ConfigError: which key says what.
+        ConfigError: names the key and its value.
     """
     places = {"reference.device": config.reference.device}
     places |= {} if config.reward is None else {"reward.device": config.reward.device}
@@ -311,7 +311,7 @@ def check_places(config: RunConfig) -> None:
 
 
 def check_offload(config: RunConfig, device: torch.device) -> None:
-    """Refuse to offload what is in the host's memory anyway."""
+    """Refuse offload settings (ConfigError) outside CUDA, where everything is in host memory anyway."""
     if config.launch.offload and current().many and device.type != "cuda":
         what = f"moves shards from CUDA GPUs to the host's memory, and this run is on {device.type}"
         raise ConfigError("launch.offload", what, "leave it out")
@@ -321,16 +321,16 @@ def check_offload(config: RunConfig, device: torch.device) -> None:
 
 
 def set_threads(config: RunConfig, model: Any) -> None:
-    """torch's threads as `train.threads` says for this model, and a GPU's precision as `train.tf32` does."""
+    """Set torch's threads for this model as in `train.threads`, and a GPU's precision as in `train.tf32`."""
     torch.set_num_threads(threads_for(config, sum(p.numel() for p in model.parameters())))
     set_precision(next(model.parameters()).device, config.train.tf32)
 
 
 def answering(model: Any, config: RunConfig, dtype: torch.dtype, processor: Any = None) -> Scorer:
-    """A loaded language model that only answers: frozen, in `dtype`, with threads and packing as its config says.
+    """A loaded language model for inference only: frozen, in `dtype`, with the threads and packing of its config.
 
     Args:
-        processor: of one that reads pictures.
+        processor: of a vision-language model.
     """
     set_threads(config, model)
     cast_parameters(model, dtype)
@@ -341,7 +341,7 @@ def answering(model: Any, config: RunConfig, dtype: torch.dtype, processor: Any 
 
 
 def peak_lr(config: RunConfig, rows: Rows, parameters: int, known: Mapping[str, Any] | None = None) -> float:
-    """`train.lr`, or what auto is for this method and a model of so many parameters; `known`: the manifest of a run that goes on."""
+    """`train.lr`, with auto resolved for the method and number of parameters; `known`: the manifest of a resumed run."""
     if config.train.lr != "auto":
         return float(config.train.lr)
     if known is not None and "peak_lr" in known:
@@ -350,7 +350,7 @@ def peak_lr(config: RunConfig, rows: Rows, parameters: int, known: Mapping[str, 
     if parts is not None and parts.encoder and config.lora is None:
         return parts.encoder_lr(parameters)
     rates = config.method.default_lr
-    if known is not None and config.lora is None:  # what auto was before manifests had it
+    if known is not None and config.lora is None:  # auto before manifests recorded it
         return 1e-6 if config.algorithm is None and config.method.signal != "tokens" else rates[0]
     return auto_lr(rates, config.lora is not None, parameters)
 
@@ -359,7 +359,7 @@ FAR = 5  # times the usual rate, or less than a fifth of it
 
 
 def remarks(config: RunConfig, rows: Rows) -> list[str]:
-    """What a person may not have meant."""
+    """Notes on settings that the user may not have intended."""
     said, lr, count = [], config.train.lr, len(rows.trees[0])
     if config.model.dtype == "bf16" and placed(config)[0].type == "cpu" and not cpu_has_bf16():
         said.append(
@@ -385,7 +385,7 @@ def remarks(config: RunConfig, rows: Rows) -> list[str]:
 
 
 def model_writer(built: Built, rows: Rows) -> Callable[[Path], None]:
-    """What writes the trained model as transformers or peft loads it; of several processes, once, as it is now: rank 0 has a copy of it."""
+    """A function that writes the model for transformers or peft, once; several processes write the weights of this moment."""
     parts, world = built.parts, current()
     state = gathered_state(parts.model, parts.dtype) if world.many else None
     reward = rows.reward_parts
@@ -394,7 +394,7 @@ def model_writer(built: Built, rows: Rows) -> Callable[[Path], None]:
     del state, whole
 
     def write(folder: Path) -> None:
-        state, whole = held.pop()  # nobody needs them afterwards
+        state, whole = held.pop()  # free them after writing
         if not world.leads:
             return
         if reward is not None:
@@ -408,7 +408,7 @@ def model_writer(built: Built, rows: Rows) -> Callable[[Path], None]:
 
 
 def gathered_state(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The state of a sharded model, whole on rank 0 and empty elsewhere; weights that are tied share their memory there too."""
+    """The state dict of a sharded model, complete on rank 0 and empty elsewhere; tied weights share memory there too."""
     named = list(model.state_dict(keep_vars=True).items())
     of = {id(p): name for name, p in reversed(named)}
     found = gathered(((name, p) for name, p in named if of[id(p)] == name), current(), dtype)
@@ -416,7 +416,7 @@ def gathered_state(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def checkpoint_bytes(config: RunConfig, model: Any, dtype: torch.dtype) -> int:
-    """About what a checkpoint takes: the model in its dtype, masters with both moments in fp32, the tokenizer."""
+    """Approximate size of a checkpoint: the model in its dtype, fp32 masters with optimizer state, the tokenizer."""
     parameters = list(model.parameters())
     every, trainable = (sum(p.numel() for p in parameters if p.requires_grad or not only) for only in (False, True))
     each = torch.empty(0, dtype=dtype).element_size()
@@ -431,7 +431,7 @@ def checkpoint_bytes(config: RunConfig, model: Any, dtype: torch.dtype) -> int:
 
 
 def _engine(parts: Parts, rows: Rows, shared: Alone, console: Any) -> Scorer | RewardScorer:
-    """What runs the model: how rows are packed is its business."""
+    """The engine that runs the model, with its packing chosen."""
     wanted = parts.config.model
     packing, attention = parts.config.train.packing, wanted.attention
     kernels = "off" if current().many else wanted.kernels  # a fast path holds whole parameters
@@ -461,18 +461,18 @@ def _engine(parts: Parts, rows: Rows, shared: Alone, console: Any) -> Scorer | R
 
 
 def _runs_as(parts: Parts) -> tuple[torch.device, torch.dtype] | None:
-    """Where a model will run and in what, where it is not there yet: before it is sharded it is on the CPU."""
+    """Device and dtype that a model will run in, if it is on the CPU until it is sharded; else None."""
     return (parts.device, parts.dtype) if current().many else None
 
 
 def _router(parts: Parts) -> RouterLoss | None:
-    """The balance loss of the policy's (reward model's) router, joined to what its engine computes in training."""
+    """Attach a balance loss for the router of the policy (or reward model) to its engine; None if not wanted."""
     wanted, engine = parts.config.model.router_aux_loss, parts.engine
     scorer = engine if isinstance(engine, Scorer) else getattr(engine, "scorer", None)
     if wanted is None:
         return None
     found = router_loss(parts.model, wanted)
-    assert isinstance(scorer, Scorer)  # no encoder has experts with a loss of their own
+    assert isinstance(scorer, Scorer)  # encoders have no router loss
     scorer.router, found.run = found, scorer.hidden
     return found
 
@@ -481,10 +481,10 @@ def _router(parts: Parts) -> RouterLoss | None:
 
 
 def reference_kind(config: RunConfig) -> str:
-    """Where the reference's log-probs come from, ``auto`` resolved.
+    """Where the reference's log-probs come from, with ``auto`` resolved.
 
     Raises:
-        ConfigError: the method or the model cannot have it so.
+        ConfigError: it does not fit the method or the model.
     """
     kind, own = str(config.reference.kind), config.reference.path is not None
     away = config.reference.device != "auto"
@@ -511,7 +511,7 @@ def reference_kind(config: RunConfig) -> str:
 
 def _reference(built: Built, kind: str, rows: Rows, shared: Alone, console: Any, cache: bool) -> Reference:
     parts, cfg = built.parts, built.parts.config.reference
-    # in a copy an adapter is merged, and quantized weights are dequantized
+    # a copy has the adapter merged and quantized weights dequantized
     exact = not starts_adapted(parts.config) and parts.config.model.quantize == "none"
     exact = exact and reference_place(parts.config).type == parts.device.type
     if cfg.moves:
@@ -527,7 +527,7 @@ def _reference(built: Built, kind: str, rows: Rows, shared: Alone, console: Any,
         return built.start
     if kind == "frozen":
         return LiveReference(frozen_scorer(parts, shared), exact=exact)
-    # the initial policy itself where it is the reference, so no copy is held
+    # if the initial policy is the reference, it is used directly, without a copy
     live = built.start or LiveReference(parts.scorer)
     if cfg.path is not None:
         live = LiveReference(frozen_scorer(parts, shared))
@@ -537,25 +537,25 @@ def _reference(built: Built, kind: str, rows: Rows, shared: Alone, console: Any,
 
 
 def starts_adapted(config: RunConfig) -> bool:
-    """Whether the start is another model than the one under its adapter; DoRA's norms are rounded apart from their weights."""
+    """Whether the starting model differs from its base; with DoRA, norms are rounded separately from their weights."""
     return config.model.adapter is not None or (config.lora is not None and config.lora.dora)
 
 
 def frozen_scorer(parts: Parts, shared: Alone, *, start: bool = False) -> Scorer:
-    """A frozen model in the policy's precision: the reference, or the `start` of training where they differ."""
+    """A frozen model in the policy's precision: the reference or, if `start`, the starting model."""
     config = parts.config
     source, place = (config.model, parts.device) if start else (reference_source(config), reference_place(config))
     model = fresh_model(config, source, place, shared, frozen=True)
-    if not current().many:  # else layer by layer, when it is sharded
+    if not current().many:  # otherwise layer by layer, when sharded
         cast_parameters(model, parts.dtype)
     model.requires_grad_(False).eval()
     alike = place.type == parts.device.type
-    if not start and (config.reference.path is not None or not alike):  # maybe of another architecture
+    if not start and (config.reference.path is not None or not alike):  # possibly another architecture
         kernels = "auto" if parts.scorer.fast else "off"
         attention = config.model.attention if alike else "auto"
         scorer = choose_packing(model, parts.scorer.packing, kernels, attention, _runs_as(parts))[0]
     else:
-        # the policy's own numeric path: with an adapter it has no fast one, and the start would not be equal
+        # same kernels as the policy: with an adapter that has no fast path, and log-probs at the start would differ
         scorer = parts.scorer.on(model)
     if not current().many:
         return scorer if place == parts.device else cast(Scorer, Elsewhere(scorer, place))
@@ -565,7 +565,7 @@ def frozen_scorer(parts: Parts, shared: Alone, *, start: bool = False) -> Scorer
 
 
 def reference_source(config: RunConfig) -> ModelConfig:
-    """The model that is the reference: `reference.path`, or what training starts from."""
+    """The reference model: `reference.path`, or the starting model."""
     if config.reference.path is None:
         return config.model
     return config.model.model_copy(
@@ -574,10 +574,10 @@ def reference_source(config: RunConfig) -> ModelConfig:
 
 
 def _cached(built: Built, live: LiveReference, rows: Rows, shared: Alone, console: Any) -> CachedReference:
-    """From disk, or computed now."""
+    """A cached reference, read from disk or computed now."""
     found_for: list[CachedReference] = []
     parts, own = built.parts, built.parts.config.reference.path
-    if own is None:  # the start itself
+    if own is None:  # the starting model itself
         sha256 = with_adapter_sha256(parts.config, built.start_sha256(shared))
     else:
         sha256 = start_sha256(parts.config, live.scorer.model, reference_source(parts.config), shared)
@@ -599,7 +599,7 @@ def _cached(built: Built, live: LiveReference, rows: Rows, shared: Alone, consol
 
 
 def with_adapter_sha256(config: RunConfig, weights: str) -> str:
-    """What names the start's weights: SHA-256 of those under an adapter, and more where training starts from an adapter, or a DoRA one."""
+    """Hash of the starting weights: SHA-256 of the base, plus that of a given adapter or the settings of a new DoRA one."""
     if config.reference.path is not None or not starts_adapted(config):
         return weights
     adapter, lora = config.model.adapter, config.lora
@@ -607,7 +607,7 @@ def with_adapter_sha256(config: RunConfig, weights: str) -> str:
 
 
 def _computed(built: Built, live: LiveReference) -> CachedReference:
-    """Computed anew, and timed."""
+    """A reference computed now, with its time and tokens stored in `built`."""
     parts = built.parts
     trees = [*parts.trees[0], *parts.trees[1], *parts.mismatched.values()]
     started = time.perf_counter()
@@ -621,10 +621,10 @@ def _computed(built: Built, live: LiveReference) -> CachedReference:
 
 
 def cache_paths(config: RunConfig, rows: Rows, weights: str, model: Any) -> dict[str, tuple[Sequence[TokenTree], Path]]:
-    """By name of the rows: them, and the file that holds (or will hold) their log-probs under the reference.
+    """Map the name of each set of rows to the rows and the cache file for their reference log-probs.
 
     Args:
-        weights: SHA-256 of the reference model's; model: it, or another one of its config.
+        weights: SHA-256 of the reference's weights; model: the reference, or another model with its config.
     """
     cfg = config.reference
     folder = Path(cfg.cache_dir).expanduser() if cfg.cache_dir else cache_folder("reference")
@@ -641,24 +641,24 @@ def cache_paths(config: RunConfig, rows: Rows, weights: str, model: Any) -> dict
 
 
 def _seen(trees: Sequence[TokenTree]) -> str:
-    """SHA-256 of the pictures of some trees; empty where they have none, as all trees on disk."""
+    """SHA-256 of the pictures of some trees; empty if there are none, as in all trees on disk."""
     if isinstance(trees, StoredTokens):
         return ""
     found = [[i.sha256 for i in t.pictures.images] if t.pictures else [] for t in trees]
     return hashlib.sha256(repr(found).encode()).hexdigest() if any(found) else ""
 
 
-# ---- what runs can share: keys ----
+# ---- keys for what runs can share ----
 
 
 def weights_key(config: RunConfig, source: ModelConfig) -> Key:
-    """Everything that a model's weights in fp32 depend on before it is trained."""
+    """Everything that a model's fp32 weights depend on before training."""
     seed = config.train.seed if source.init == "random" else None
     return (source.path, source.revision, source.init, seed, source.adapter, source.quantize, source.vision)
 
 
 def start_key(config: RunConfig) -> Key:
-    """Everything that figures of the untrained policy depend on, apart from the rows and from what is asked of them."""
+    """Everything that metrics of the untrained policy depend on, apart from the rows and evaluation settings."""
     adapter = None if config.lora is None else (config.lora.model_dump_json(), config.train.seed)
     t, (device, dtype) = config.train, placed(config)
     m = config.model
@@ -668,7 +668,7 @@ def start_key(config: RunConfig) -> Key:
 
 
 def start_sha256(config: RunConfig, model: Any, source: ModelConfig, shared: Alone) -> str:
-    """SHA-256 of an untrained model that was loaded from `source`."""
+    """SHA-256 of an untrained model loaded from `source`."""
     if config.method.learns_reward:  # its head depends on the seed
         return weights_sha256(model)
     dtype = str(placed(config)[1])

@@ -1,4 +1,4 @@
-"""What a run leaves beside its checkpoints: manifest, samples; versions, hardware, hashes."""
+"""The record of a run besides its checkpoints: manifest, samples; versions, hardware, hashes."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numpy
 
 
 def versions() -> dict[str, Any]:
-    """Versions of Penchant, Python and the libraries whose changes could change a number."""
+    """Versions of Penchant, Python and the libraries that can affect results."""
     found: dict[str, Any] = {"penchant": penchant.__version__, "python": platform.python_version()}
     for package in PACKAGES:
         found[package] = _version(package)
     return found
 
 
-@cache  # reading the metadata of a package takes as long as a step of a small model
+@cache  # reading a package's metadata takes as long as a step of a small model
 def _version(package: str) -> str | None:
     try:
         return version(package)
@@ -48,7 +48,7 @@ def _version(package: str) -> str | None:
 
 
 def hardware() -> dict[str, Any]:
-    """CPU, cores, memory and threads; of NVIDIA's GPUs how many this process sees, the driver's CUDA, and what torch was built with."""
+    """CPU, cores, memory and threads; for NVIDIA GPUs how many are visible, the driver's CUDA version and torch's."""
     import torch
 
     cuda: dict[str, Any] = {}
@@ -81,7 +81,7 @@ def tokenizer_sha256(tokenizer: Any) -> str:
 
 
 def _given(config: RunConfig) -> list[str]:
-    """What no config can name by itself: the files of objects that the run was given from Python."""
+    """The files in the run folder of objects given from Python that the config refers to."""
     text = dump_config(config)
     folder = Path(config.output) / GIVEN_FOLDER
     return sorted(p.name for p in folder.iterdir() if str(p) in text) if folder.is_dir() else []
@@ -99,12 +99,12 @@ def write_manifest(
     why: str | None,
     lr: float,
 ) -> None:
-    """What the run is made of and how far it came.
+    """Write manifest.json: the run's components and progress.
 
     Args:
-        sha256: of the weights before training, an adapter left out; started: seconds since the epoch; seconds: of all sessions;
-            steps: (done, of the whole run).
-        status: running, finished, paused, interrupted or stopped; why: where it did not come to its end; lr: the peak.
+        sha256: of the weights before training, without an adapter; started: seconds since the epoch; seconds: of all
+            sessions; steps: (done, of the whole run).
+        status: running, finished, paused, interrupted or stopped; why: it ended early, or None; lr: the peak.
     """
     config, parts = built.parts.config, built.parts
     again = config.train.gradient_checkpointing
@@ -158,7 +158,7 @@ def write_manifest(
 
 
 def sampled(config: RunConfig, rows: Rows) -> bool:
-    """Whether the model answers some prompts before and after training."""
+    """Whether completions of some prompts are sampled before and after training."""
     texts = config.method.signal == "tokens" and rows.datasets[0].kind == "text"
     return bool(config.evaluation.samples) and not config.method.learns_reward and not texts
 
@@ -166,11 +166,11 @@ def sampled(config: RunConfig, rows: Rows) -> bool:
 def write_samples(
     path: Path, rows: Rows, model: Any, shared: Alone, key: tuple[Any, ...] | None, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Greedy completions of the first held-out prompts, kept in a file: a resumed run still has those of its start.
+    """Generate greedy completions of the first held-out prompts and store them in a file for resumed runs.
 
     Args:
-        key: what the start's completions depend on, so that other runs from it share them; None after training.
-        say: where it is told that the file cannot be written.
+        key: what the starting model's completions depend on, so that runs from it share them; None after training.
+        say: called with a note if the file cannot be written.
     """
     from penchant.rollout.generate import greedy
 
@@ -197,7 +197,7 @@ def write_samples(
 
 
 def _turns(rows: Rows, sources: Sequence[str]) -> list[dict[str, Any]]:
-    """``{"messages": ...}`` of each prompt that is a conversation, as its row has it; empty for a text."""
+    """``{"messages": ...}`` of each prompt that is a conversation, as in its row; empty for a plain text."""
     dataset, wanted = rows.datasets[1] if rows.trees[1] else rows.datasets[0], set(sources)
     found: dict[str, Prompt] = {}
     for tree in dataset.trees if dataset is not None else ():
@@ -209,7 +209,7 @@ def _turns(rows: Rows, sources: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def join_samples(path: Path, before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> None:
-    """samples.jsonl: each prompt with its completion before and after training."""
+    """Write samples.jsonl: each prompt with its completion before and after training."""
     rows = [
         {**{k: v for k, v in a.items() if k != "completion"}, "before": b["completion"], "after": a["completion"]}
         for b, a in zip(before, after, strict=False)

@@ -1,4 +1,4 @@
-"""The rows of a run: what its files hold, split, made into tokens and numbered; the audit."""
+"""The rows of a run: loaded from files, split, tokenized and numbered; the audit."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ from penchant.types import PromptTree, TokenTree
 
 
 class Rows:
-    """Rows and tokens as a run's config says; each is read or made when it is first asked for, and nothing else depends on that moment.
+    """Rows and tokens for a run's config, each loaded or computed on first use, in any order.
 
     Args:
-        shared: keeps what other runs of this process can use as it is; console: for what a person should know of the rows.
-        tokenizer: in place of the config's (a checkpoint's own, where what it started from may be gone).
+        shared: caches what other runs of this process can reuse; console: for notes on the rows.
+        tokenizer: used instead of the config's (a checkpoint's own, as the starting model may be gone).
     """
 
     def __init__(self, config: RunConfig, shared: Alone, console: Any, tokenizer: Any = None) -> None:
         self.config, self.shared, self.console = config, shared, console
         self.method = config.method
-        # pictures are files that no key of the cache names
+        # cache keys do not cover picture files
         cached = config.data.cache != "off" and not config.model.sees
         self.cache = DataCache(cached, console.note, config.data.workers)
         self._tokenizer = tokenizer
 
     @cached_property
     def processor(self) -> Any:
-        """What reads pictures, of a vision-language model."""
+        """The processor of a vision-language model."""
         return load_processor(self.config.model)
 
     @cached_property
@@ -69,17 +69,17 @@ class Rows:
 
     @cached_property
     def keep_columns(self) -> bool:
-        """Whether rows keep their further columns: for a reward that asks for them, or an environment."""
+        """Whether rows keep their extra columns, for a reward that reads them or an environment."""
         if self.config.rollout.environment is not None:
             return True
         try:
             return reads_columns(self.config.reward) or reads_columns(self.config.evaluation.reward)
         except ConfigError:
-            return False  # its file may be gone by now; what needs it says so
+            return False  # its file may be gone; whatever needs it will report that
 
     @cached_property
     def loaded(self) -> dict[str, Dataset]:
-        """What the files hold, with the rows kept aside: ``train``, and ``heldout`` where it has a file of its own."""
+        """The loaded files with their quarantined rows: ``train``, and ``heldout`` if it has files of its own."""
         names, parts = self.held_out_sets, self.of_sources
         found = {
             "train": self.cache.together(list(parts.values()), list(parts))
@@ -101,7 +101,7 @@ class Rows:
 
     @cached_property
     def of_sources(self) -> dict[str, Dataset]:
-        """What is trained on, by source."""
+        """The training data by source."""
         data = self.config.data
         sources = {", ".join(s.files): s for s in data.sources}
         if len(sources) < len(data.sources):
@@ -111,7 +111,7 @@ class Rows:
 
     @cached_property
     def held_out_sets(self) -> list[str]:
-        """The names of several held-out sets, in the order of their trees' `origin`; empty where there is one without a name."""
+        """The names of several held-out sets, in the order of their trees' `origin`; empty for a single unnamed one."""
         names = [name for name in self.config.data.held_out_files if name]
         taken = {n.partition("/")[0] for n in METRICS} | {"loss"}
         for name in names:
@@ -122,7 +122,7 @@ class Rows:
 
     @cached_property
     def shares(self) -> tuple[Share, ...]:
-        """Of mixed sources: how many rows of each an epoch takes; empty where that is all of them, once."""
+        """How many rows of each mixed source an epoch takes; empty if it takes every row once."""
         sources = self.config.data.sources
         if not any(s.weight or s.repeat for s in sources):
             return ()
@@ -137,7 +137,7 @@ class Rows:
 
     @cached_property
     def datasets(self) -> tuple[Dataset, Dataset | None]:
-        """(train, held out): as files say, or split off by prompt."""
+        """(train, held out), from separate files or split by prompt."""
         data = self.config.data
         train = self.loaded["train"]
         if "heldout" in self.loaded:
@@ -162,7 +162,7 @@ class Rows:
         return train, heldout
 
     def _load(self, path: Any, own: Mapping[str, Any] | None = None) -> Dataset:
-        """Rows of files, as this run learns from them; `own` is what their source says of its own of how they are read."""
+        """Load files as rows to train on; `own` holds the source's own settings for reading them."""
         data, method = self.config.data, self.method
         reading = data.model_dump(include={"shape", "columns", "on_bad_row", "identical", "limit", "layout_options"})
         if data.weight is not None:
@@ -192,7 +192,7 @@ class Rows:
 
     @cached_property
     def reward_parts(self) -> RewardModelParts | None:
-        """How a reward model's rows are made into tokens, and what else it has of its own; None where a language model is trained."""
+        """How a reward model's rows are tokenized, and its other parts; None if a language model is trained."""
         if not self.method.learns_reward:
             return None
         cfg = self.config
@@ -205,7 +205,7 @@ class Rows:
 
     @property
     def max_length(self) -> int:
-        """Tokens of a row, at most."""
+        """Maximum number of tokens per row."""
         return self.config.data.max_length if self.reward_parts is None else self.reward_parts.max_length
 
     @cached_property
@@ -220,7 +220,7 @@ class Rows:
         return self.tokenize(train), None if heldout is None else self.tokenize(heldout)
 
     def tokenize(self, dataset: Dataset, on_bad_row: str | None = None) -> TokenizedDataset:
-        """Rows as this run would train on them."""
+        """Tokenize rows as this run trains on them."""
         data = self.config.data
         if self.reward_parts is not None:
             return self.reward_parts.tokenize(dataset, on_bad_row or data.on_bad_row)
@@ -239,7 +239,7 @@ class Rows:
 
     @cached_property
     def trees(self) -> tuple[Sequence[TokenTree], Sequence[TokenTree]]:
-        """(train, held out) token trees; rows are numbered through both, so that one reference cache holds both."""
+        """(train, held out) token trees, numbered consecutively so that one reference cache covers both."""
         train, heldout = self.tokenized
         parts: list[Sequence[TokenTree]] = [train.trees, heldout.trees if heldout is not None else ()]
         if self.method.signal == "tokens":  # SFT on pairs learns the chosen completion only
@@ -264,7 +264,7 @@ class Rows:
 
     @cached_property
     def mismatched(self) -> Mapping[int, TokenTree]:
-        """By row: its prompt with a completion of the next row that has another prompt. Rows go on counting behind the others."""
+        """Map each row to its prompt with a completion from the next row with another prompt, numbered after all other rows."""
         if "z0" not in self.method.needs:
             return {}
         found: dict[int, TokenTree] = {}
@@ -286,12 +286,12 @@ class Rows:
 
     @cached_property
     def asked(self) -> Mapping[str, PromptTree | None]:
-        """Every prompt as the data has it, with further columns, by its row's source; None where files of one name differ there."""
+        """Map each row's source to its prompt with extra columns; None if files of the same name differ there."""
         return rows_by_source(t for d in self.datasets if d is not None for t in d.trees)
 
     def part(self, train: Sequence[int], heldout: int, config: RunConfig) -> Rows:
-        """Some of the rows for a run of another config: these of training, and the first `heldout` ones of the others."""
-        few = copy.copy(self)  # with everything that was read already
+        """A subset for a run with another config: the given training rows and the first `heldout` held-out rows."""
+        few = copy.copy(self)  # with everything loaded so far
         few.config = config
         vars(few).pop("shares", None)
         few.trees = [self.trees[0][i] for i in train], self.trees[1][:heldout]
@@ -300,7 +300,7 @@ class Rows:
         return few
 
     def audit(self, tokenize: bool = True, *, languages: bool = False, counters: Sequence[Any] = ()) -> Audit:
-        """The data audit, over every split; `counters` are additional ones, which runs do not share."""
+        """The data audit of every split; an audit with additional `counters` is not shared between runs."""
         train, heldout = self.datasets
         splits = {"train": train} | ({"held out": heldout} if heldout is not None else {})
         whole, path = self.loaded["train"], self.config.data.path
@@ -312,10 +312,10 @@ class Rows:
             return self.cache.audit(whole, tokens, splits, path, languages=languages)
 
         if counters:
-            return made()  # a person's own functions are in no key
+            return made()  # keys do not cover a user's own functions
         return self.shared.once(("audit", tokenize, languages, *content_of(whole), *self.key), made)
 
-    # ---- what runs can share: keys -------------------------------------------------------------------------------------
+    # ---- keys for what runs can share ----------------------------------------------------------------------------------
 
     @property
     def tokenizer_key(self) -> Key:
@@ -332,7 +332,7 @@ class Rows:
 
 
 def within_context(config: RunConfig, note: Callable[[str], None] = lambda text: None) -> RunConfig:
-    """The same config with the default of `data.max_length` cut to the model's context.
+    """The config, with the default `data.max_length` reduced to fit the model's context.
 
     Raises:
         ConfigError: the config sets a `data.max_length` beyond the model's context.
@@ -342,9 +342,9 @@ def within_context(config: RunConfig, note: Callable[[str], None] = lambda text:
         found = load_model_config(source.path, source.revision)
         limit = getattr(found.get_text_config(), "max_position_embeddings", None)
         if not isinstance(limit, int) or limit < 1 or (config.method.learns_reward and is_encoder(found)):
-            return config  # an encoder's rows are cut to its limit (`RewardModelParts`)
+            return config  # an encoder's rows are truncated to its limit (`RewardModelParts`)
     except PenchantError:
-        return config  # the model may be gone by now; whatever needs it says so
+        return config  # the model may be gone; whatever needs it will report that
     rollouts = config.method.rollouts
     room = max(8, limit - (rollouts.max_new_tokens if rollouts is not None else 0))
     given = "max_length" in data.model_fields_set
@@ -358,5 +358,5 @@ def within_context(config: RunConfig, note: Callable[[str], None] = lambda text:
 
 
 def content_of(dataset: Dataset) -> Key:
-    """What tells a data set from every other that comes from the same files."""
+    """A key that distinguishes a dataset from others made of the same files."""
     return (dataset.fingerprint, dataset.kind, dataset.accepted, dataset.total)

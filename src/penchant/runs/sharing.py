@@ -1,4 +1,4 @@
-"""What several runs of one process have in common, made once: rows, tokens, weights, the figures of the model they start from."""
+"""Objects shared by several runs in one process: rows, tokens, weights, metrics of the starting model."""
 
 from __future__ import annotations
 
@@ -9,40 +9,40 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 Key = tuple[Hashable, ...]
-MANY = 16  # of what takes little room, for each model
+MANY = 16  # small objects kept per model
 
 
 class Alone:
-    """A run by itself: everything is made when it is asked for, and nothing is kept."""
+    """For a single run: objects are made on request and nothing is cached."""
 
     def once(self, key: Key, make: Callable[[], T]) -> T:
-        """What `make` gives. Nobody may change it.
+        """Return the result of `make`, which the caller must not modify.
 
         Args:
-            key: its kind, and everything that it depends on.
+            key: the kind of object, followed by everything that it depends on.
         """
         return make()
 
     def fresh(self, key: Key, make: Callable[[], T]) -> T:
-        """The same, to be changed by whoever asked."""
+        """Like `once`, but the caller may modify the result."""
         return make()
 
 
 class Shared(Alone):
-    """Keeps what was made, by key.
+    """Caches objects by key; the least recently used are dropped first.
 
     Args:
-        kept: the most models that are kept, and a MANYth of what is kept of every other kind; what was not asked for longest goes first.
+        kept: the number of models to keep; of every other kind, `MANY` times as many are kept.
     """
 
     def __init__(self, kept: int = 4) -> None:
         self.kept = kept
-        self.made: Counter[Hashable] = Counter()  # by kind: how often something was really made
+        self.made: Counter[Hashable] = Counter()  # by kind: how many objects were made
         self._found: dict[Key, Any] = {}
 
     def once(self, key: Key, make: Callable[[], T]) -> T:
         if key in self._found:
-            self._found[key] = self._found.pop(key)  # the newest stands last
+            self._found[key] = self._found.pop(key)  # most recently used last
             return self._found[key]
         value = make()
         self.made[key[0]] += 1
@@ -53,5 +53,5 @@ class Shared(Alone):
         return value
 
     def fresh(self, key: Key, make: Callable[[], T]) -> T:
-        """A deep copy of what is kept: a run that trains it changes nothing for the next."""
+        """A deep copy of the cached object, so that training it does not affect the next run."""
         return copy.deepcopy(self.once(key, make))

@@ -1,4 +1,4 @@
-"""What a run starts from, and what several runs of one file (a sweep's runs, a pipeline's stages) are and have done."""
+"""A run's inputs, and the state of several runs from one file (a sweep's runs, a pipeline's stages)."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from penchant.training.checkpoint import latest_checkpoint
 
 Inputs = dict[str, Any]
 
-# ---- What several runs of one file have done, and what is to be done with each ----
+# ---- The state of several runs from one file, and what to do with each ----
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """What is to be done with a run (``done``: nothing; ``run``, ``resume``, ``changed``, ``later``), and why."""
+    """What to do with a run (``done``: nothing; ``run``, ``resume``, ``changed``, ``later``), and why."""
 
     name: str
     action: str
@@ -49,11 +49,11 @@ class Planned:
 def judge(
     member: Member, record: Mapping[str, Any] | None, inputs: Inputs, what: str, ended: Collection[str] = ("finished",)
 ) -> Planned | None:
-    """What is to be done with a run that cannot go on from a checkpoint as it is, or has not ended; None: its record says.
+    """Decide what to do with a run that is new, changed or interrupted; None for any other, whose record decides.
 
     Args:
-        record: what the state says of it, None where it says nothing; inputs: as they are now; what: made it, a sweep or a pipeline.
-        ended: states of runs that came to an end.
+        record: its stored record, or None; inputs: the current ones; what: "sweep" or "pipeline", whichever made it.
+        ended: states of runs that have ended.
     """
     last, _ = latest_checkpoint(member.folder)
     if record is None:
@@ -74,7 +74,7 @@ def judge(
 
 
 def read_state(path: Path, keys: Sequence[str]) -> dict[str, Any]:
-    """What several runs have done; empty where nothing is written yet."""
+    """Read the state of several runs; empty if nothing is stored yet."""
     if not path.exists():
         return {}
     check_whole(path, "restore it, or choose another output")
@@ -85,7 +85,7 @@ def read_state(path: Path, keys: Sequence[str]) -> dict[str, Any]:
         raise CheckpointError(str(path), f"cannot be read ({error})", "restore it, or choose another output") from error
 
 
-CHANGED = {  # parts of the inputs other than settings, and how a change in them is said
+CHANGED = {  # inputs other than settings, with the message for a change in each
     "data": "the {} rows have changed",
     "upstream": "the model of {} has changed",
     "models": "the model of {} has changed",
@@ -96,10 +96,10 @@ CHANGED = {  # parts of the inputs other than settings, and how a change in them
 
 @dataclass(slots=True)
 class State:
-    """`pipeline.json`: one record a stage, and one of the comparison.
+    """`pipeline.json`: one record per stage, and one for the comparison.
 
     A stage's record holds its state (``running``, ``stopped``, ``finished``), the inputs it was started with, seconds, steps, and
-    the checkpoints it left with the SHA-256 of their models. Only a run that came to its end is ever ``finished``.
+    the checkpoints it left with the SHA-256 of their models. Only a completed run is ``finished``.
     """
 
     path: Path
@@ -108,24 +108,25 @@ class State:
 
     @classmethod
     def read(cls, folder: Path) -> State:
-        """The state of the pipeline in `folder`; an empty one where there is none."""
+        """Read the state of the pipeline in `folder`, empty if there is none."""
         return cls(folder / PIPELINE, **read_state(folder / PIPELINE, ("stages", "comparison")))
 
     def save(self) -> None:
-        """Write the file so that a reader, or a crash, sees the old or the new one."""
+        """Write the file atomically."""
         keep(
             self.path, json.dumps({"stages": self.stages, "comparison": self.comparison}, indent=1, ensure_ascii=False)
         )
 
 
-# ---- What a run starts from ----
+# ---- The inputs of a run ----
 
 
 def model_folder(folder: Path, which: str | None) -> Path:
     """The model folder of a run's checkpoint.
 
     Args:
-        folder: the run's; which: ``last``, ``best``, a step's number, or None: the best where it is tracked and kept, else the last.
+        folder: the run folder.
+        which: ``last``, ``best``, a step number, or None: the best if it is tracked and kept, else the last.
 
     Raises:
         CheckpointError: there is no such checkpoint.
@@ -152,7 +153,7 @@ def model_folder(folder: Path, which: str | None) -> Path:
 
 
 def outputs_of(folder: Path) -> dict[str, str]:
-    """``{checkpoint: SHA-256 of its model}`` for the best and the last one."""
+    """``{checkpoint: SHA-256 of its model}`` for the best and the last checkpoint."""
     found = {model_folder(folder, which) for which in (None, "last")}
     return {model.parent.name: model_sha256(model) for model in sorted(found)}
 
@@ -163,8 +164,8 @@ def inputs_of(
     """Everything that a run's result depends on, apart from the program.
 
     Args:
-        config: with references to stages as written (a folder that is moved changes nothing); splits: training and held-out rows.
-        files: of `files_of`; upstream: the model folder behind each reference.
+        config: with references to stages as written (so moving a folder changes nothing); splits: training and held-out rows.
+        files: from `files_of`; upstream: the model folder behind each reference.
     """
     data = {n: d.fingerprint for n, d in zip(("training", "held-out"), splits, strict=True) if d is not None}
     return {
@@ -177,7 +178,7 @@ def inputs_of(
 
 
 def files_of(config: RunConfig, *rewards: Any) -> Inputs:
-    """SHA-256 of the models that a config names, and of what its rewards (as they are written) are made of."""
+    """SHA-256 of the models that a config names, and of the files behind its rewards (given as written in the config)."""
     paths = {
         "model.path": config.model.path,
         "model.tokenizer": config.model.tokenizer,
@@ -191,14 +192,14 @@ def files_of(config: RunConfig, *rewards: Any) -> Inputs:
 
 
 def _own_folder(folder: Path) -> Path:
-    """A model's folder; of a run's or a checkpoint's folder the one in it."""
+    """A model folder; for a run or checkpoint folder, the one inside it."""
     if (folder / CHECKPOINTS).is_dir():
         return model_folder(folder, None)
     return folder / "model" if (folder / MANIFEST).exists() and (folder / "model").is_dir() else folder
 
 
 def check_models(config: RunConfig, *, stages: bool = False) -> None:
-    """Refuse folders of models that are not there (ModelError, CheckpointError); `stages`: a ``stage:NAME`` stands for one that will be."""
+    """Raise ModelError or CheckpointError for missing model folders; `stages` allows ``stage:NAME`` for one made later."""
     for path in (config.model.path, config.reference.path):
         if path is not None and not (stages and path.startswith("stage:")):
             folder = _own_folder(Path(path).expanduser())
@@ -207,7 +208,7 @@ def check_models(config: RunConfig, *, stages: bool = False) -> None:
 
 
 def reward_terms(reward: Any) -> list[str]:
-    """The names in a reward as it is written in a config; references to stages are left out."""
+    """The names in a reward as written in a config, without references to stages."""
     names = [reward] if isinstance(reward, str) else list(RewardConfig.model_validate(reward).terms) if reward else []
     return [n for n in names if not n.startswith("stage:")]
 
@@ -228,7 +229,7 @@ def reward_hashes(reward: Any) -> dict[str, str]:
 
 
 def changes(old: Inputs, new: Inputs) -> list[str]:
-    """What differs between two stages' inputs, in words; empty where nothing does."""
+    """Describe each difference between two inputs of a stage; empty if there is none."""
     defaults = json.loads(json.dumps(default_settings()))
     new = json.loads(json.dumps(new))
     found = differences(old.get("config"), new.get("config"), defaults=defaults)
@@ -236,7 +237,7 @@ def changes(old: Inputs, new: Inputs) -> list[str]:
         before, now = old.get(part, {}), new.get(part, {})
         for key in sorted({*before, *now}):
             if ": " in key and part not in ("data", "models") and not any(": " in k for k in before):
-                continue  # an older version did not look at what a file imports
+                continue  # an older version did not hash a file's imports
             if before.get(key) != now.get(key):
                 found.append(words.format(key) + f" ({_short(before.get(key))} -> {_short(now.get(key))})")
     return found
@@ -247,10 +248,11 @@ def _short(sha256: str | None) -> str:
 
 
 def check_reward(reward: Any) -> None:
-    """A reward's built-in names and files are there and can be called; of a model's folder its config is looked at.
+    """Check that a reward's functions exist and can be called, and that a model folder's config fits.
 
     Raises:
-        ConfigError: no such reward, file or function, or a folder with another model. ModelError, CheckpointError: with none.
+        ConfigError: no such reward, file or function, or a folder with another kind of model.
+        ModelError, CheckpointError: a folder without a model.
     """
     if not reward:
         return
