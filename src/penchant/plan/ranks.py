@@ -114,7 +114,7 @@ def activations_of(config: Any, tokens: int, width: int = 2) -> int:
 
 
 def ranks_of(run: OutlinedRun, memory: Memory, counts: Sequence[int]) -> dict[int, dict[str, int]]:
-    """``{number of processes: {part: bytes per process}}`` for a run, with the activations that `memory` counted."""
+    """``{number of processes: {part: bytes per process}}`` for a run. The activations in `memory` are split over `launch.context` ranks."""
     launch = run.config.launch
     passing = sum(n for name, n in memory.parts.items() if name.startswith("head"))
     passing += sum(n for name, n in memory.parts.items() if name.startswith("activations")) // launch.context
