@@ -19,9 +19,7 @@ from penchant.config import Places, RunConfig, place_of
 from penchant.config.several import read_section
 from penchant.errors import ConfigError
 
-ORDERS = (
-    ".jobs"  # in the sweep's folder: the jobs' orders, results and logs; no run can have this name
-)
+ORDERS = ".jobs"  # in the sweep's folder: the jobs' orders, results and logs; no run can have this name
 OF_SLURM, OF_RAY = ("partition", "hours", "setup", "options"), ("address",)
 ALIVE = frozenset({"PENDING", "RUNNING", "REQUEUED", "COMPLETING", "CONFIGURING", "SUSPENDED", "RESIZING", "STAGE_OUT"})
 QUEUE_AGE = 10.0  # seconds between queries of Slurm's queue; less than `workers.LATE`, so that a lost job is missing from two of them
@@ -73,7 +71,7 @@ def read_cluster(values: Mapping[str, Any], places: Places, source: str, runs: S
     if config.gpus == 0 and any(c.model.device == "cuda" for c in runs):
         raise ConfigError(place, "cluster.gpus is 0, and model.device is cuda", "set cluster.gpus to 1")
     for name, said in {"partition": config.partition or "", **config.options}.items():
-        if not name.replace("-", "").isalnum() or not str(said).isprintable():  # options become lines of the job's script
+        if not name.replace("-", "").isalnum() or not str(said).isprintable():  # both go into the job's script
             what = f"cluster.options.{name}" if name in config.options else f"cluster.{name}"
             raise ConfigError(place, f"{what!r} is not a one-line option", "write it as sbatch has it, without --")
     other, names = ("Ray", OF_SLURM) if config.on == "ray" else ("Slurm", OF_RAY)

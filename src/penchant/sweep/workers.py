@@ -261,7 +261,7 @@ class Jobs:
             "pause_at": pause_at,
             "start": _newest(run),
         }
-        self.remember(run, job)  # recorded without an id first: if killed now, it is unknown whether a job was submitted
+        self.remember(run, job)  # without an id first, in case this process is killed while submitting
         job["id"] = self.cluster.submit(run.name, order)
         self.remember(run, job)
         self.note(f"{run.name}: {self.cluster.title} {job['id']}")
