@@ -153,7 +153,7 @@ def _every(given: Given, strategy: str, steps: str, ours: str) -> Iterator[Line]
 
 
 def precision(given: Given) -> Iterator[Line]:
-    """bf16, fp16 and the dtype that weights are loaded in."""
+    """bf16, fp16 and pure_bf16, which set the training dtype."""
     keys = ("bf16", "fp16", "pure_bf16")
     if given["fp16"]:
         note = "there is no fp16 with loss scaling; bf16 has its range and needs none"
@@ -165,7 +165,7 @@ def precision(given: Given) -> Iterator[Line]:
 
 
 def val_size(given: Given) -> Iterator[Line]:
-    """A share of the rows, or so many of them."""
+    """val_size: a fraction of the rows if below 1, else a number of rows."""
     if not given.says("val_size"):
         return
     size = number(given["val_size"])

@@ -297,7 +297,7 @@ def _as_file(dotted: str) -> str:
 
 
 def ppo_length(given: Given) -> Iterator[Line]:
-    """PPO's length: total_episodes counts completions."""
+    """PPO's length: total_episodes counts prompts with one completion each."""
     if given["total_episodes"] is None:
         yield from hf.length(given)
         return
