@@ -1,4 +1,4 @@
-"""`penchant data get`: published data sets to a folder that `penchant train` reads."""
+"""`penchant data get`: download a published data set into a folder that `penchant train` reads."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ from penchant.types import Message
 
 WORK = ".get"
 OURS = (*(f"{s}.jsonl" for s in SPLITS), "quarantine.jsonl", "data.json")
-GROWTH = {".gz": 3.5, ".parquet": 2.5}  # how much larger than the file its text is, roughly
+GROWTH = {".gz": 3.5, ".parquet": 2.5}  # approximate ratio of a file's text to its size
 DETECT_ROWS = 100
 
 
 @dataclass(frozen=True, slots=True)
 class GetResult:
-    """What `get` wrote.
+    """Result of `get_data`.
 
     Args:
-        folder: of the files; data: the content of its data.json; fresh: false where it was there already.
+        folder: where the files are; data: content of its data.json; fresh: False if the result already existed.
     """
 
     folder: Path
@@ -66,14 +66,14 @@ class GetResult:
 
 
 def get_data(asked: GetRequest, say: Callable[[str], None] = lambda line: None) -> GetResult:
-    """A published data set as train.jsonl, validation.jsonl and test.jsonl, which `penchant train` reads as they are.
+    """Download a published data set as train.jsonl, validation.jsonl and test.jsonl.
 
     Args:
-        asked: what to get, and how; say: takes progress lines.
+        asked: what to get, and how; say: called with progress lines.
 
     Raises:
-        ConfigError: the request cannot be done, or the folder holds the result of another one.
-        DataError: no access, no network, a damaged file, a full disk. RewardError: a reward or function went wrong.
+        ConfigError: the request is invalid, or the folder holds the result of another one.
+        DataError: no access, no network, a damaged file, or a full disk. RewardError: a reward or labeling function failed.
     """
     check_request(asked)
     folder = Path(asked.output or default_output(asked.name)).expanduser()
@@ -100,25 +100,25 @@ def get_data(asked: GetRequest, say: Callable[[str], None] = lambda line: None) 
 
 
 def default_output(name: str) -> str:
-    """The folder that a data set is written to where nobody says: its name in the catalogue, or the last part of its id."""
+    """Default output folder: ``data/`` and the data set's name in the catalogue, or the last part of its id."""
     spec = find(name)
     return str(Path("data", spec.name if spec else name.rstrip("/").rpartition("/")[2]))
 
 
 def on_stderr(line: str) -> None:
-    """Progress as plain lines; control characters are shown, not obeyed."""
+    """Print a progress line to stderr, with control characters escaped."""
     print(f"penchant: {printable(line)}", file=sys.stderr, flush=True)
 
 
 def _check_folder(folder: Path, identity: Mapping[str, Any], redo: bool) -> Mapping[str, Any] | None:
-    """The result that already exists; None where there is none.
+    """Return the existing result's data.json, or None if the folder is empty or holds this request's unfinished work.
 
     Raises:
-        ConfigError: the folder holds something else.
+        ConfigError: the folder holds something else, or a file of the result was changed.
     """
     done, mine = read_json(folder / "data.json"), dict(identity)
     anew = "choose another --output, or add --redo to start over in this one"
-    converted = any((folder / WORK).glob("part-*[0-9].json"))  # what is only planned is not a loss
+    converted = any((folder / WORK).glob("part-*[0-9].json"))  # a plan alone may be replaced
     begun = read_json(folder / WORK / "request.json") if converted else None
     if done is None and begun is None:
         taken = [name for name in OURS if (folder / name).exists()]
@@ -179,7 +179,7 @@ class _Job:
                     if source.layout and source.layout not in conversions:
                         conversions[source.layout] = self._conversion(source)
                     how, transcripts = conversions[source.layout], self._transcripts(source)
-                    # a part that is done has one
+                    # every finished part has this file
                     write_json(part.layout, [how.layout.name, how.kind, dict(how.options)])
                     converter = Converter(how, dict(columns), filters, labeller, transcripts)
                     counts = converter.convert(taken, source.path, part, Pace(self.say, source.path))
@@ -198,7 +198,7 @@ class _Job:
         return self._write(plan, parts, read, layouts, total, labeller.sha256 if labeller else None)
 
     def _plan(self) -> Plan:
-        """What is read, decided once: a resumed `get` reads the same commit and the same files."""
+        """Make the plan, or read the saved one, so that a resumed `get` reads the same commit and files."""
         held = read_json(self.work / "plan.json")
         if held is not None:
             plan = Plan.from_json(held)
@@ -210,7 +210,7 @@ class _Job:
             plan = replace(plan, sources=tuple(replace(s, layout=self.asked.layout) for s in plan.sources))
         for source in plan.sources:
             if source.layout is not None:
-                self._conversion(source)  # says now what cannot be converted
+                self._conversion(source)  # raises now if it cannot be converted
         write_json(self.work / "plan.json", asdict(plan))
         write_json(self.work / "request.json", identity(self.asked))
         if plan.left_out:
@@ -228,7 +228,7 @@ class _Job:
         return conversion_of(source.layout, self.asked)
 
     def _detected(self, name: str, rows: list[Row | BadRow]) -> tuple[Conversion, Mapping[str, str]]:
-        """How the first rows are converted, and the names under which their columns are read."""
+        """(conversion, column names) detected from the first rows."""
         layout, found, columns = detected(rows, name, self.asked.columns, {})
         self.say(found.sentence(name, "--layout"))
         return conversion_of(layout, self.asked), columns
@@ -267,13 +267,13 @@ class _Job:
             yield read_stream(stream, source.path)
 
     def _convert_in_processes(self, plan: Plan, filters: Filters) -> None:
-        """Convert the files that are not done, several at a time, where they are large and need nothing of each other."""
+        """Convert the unfinished files in parallel, if they are large and can be converted independently."""
         left = [(n, s) for n, s in enumerate(plan.sources) if Part(self.work, n).counts() is None]
         many = number_of(self.asked.workers, len(left))
         if many < 2 or self.asked.first or self.asked.labels or sum(s.size for _, s in left) < SHARD:
             return
         columns = self.asked.columns
-        named: str | None = None  # the layout of those files whose layout nobody says, by the first of them
+        named: str | None = None  # detected layout of the first file without a given one, used for all such files
 
         def tasks() -> Iterator[_Task]:
             nonlocal columns, named
@@ -283,7 +283,7 @@ class _Job:
                         found, columns = self._detected(source.path, list(islice(rows, DETECT_ROWS)))
                     named = found.layout.name
                 elif source.layout is not None:
-                    self._conversion(source)  # says what cannot be converted
+                    self._conversion(source)  # raises if it cannot be converted
                 layout, bounds = source.layout or str(named), BOUNDS.get() or Bounds()
                 path = str(self._file(plan, source))
                 more = dict(columns), self._transcripts(source), path, source.path, bounds
@@ -298,7 +298,7 @@ class _Job:
         return self.hub.fetch(plan.repository, source) if plan.hub_id else Path(source.local or "")
 
     def _check_kept(self, plan: Plan, total: Counts, languages: Mapping[str, int]) -> None:
-        """Something is left; otherwise nothing of this is worth continuing."""
+        """Raise DataError if no row was accepted, and discard the request, since there is nothing to continue."""
         if total.accepted:
             return
         (self.work / "request.json").unlink()
@@ -325,7 +325,7 @@ class _Job:
         total: Counts,
         label_sha256: str | None,
     ) -> GetResult:
-        # of what --redo replaces: until the new one is there, nothing is done
+        # drop the old data.json that --redo replaces, so that the result does not count as complete until the new one is written
         (self.folder / "data.json").unlink(missing_ok=True)
         assignment = self._assign(parts, [r["split"] for r in read])
         rows, examples = self._write_splits(parts, assignment)
@@ -385,7 +385,7 @@ class _Job:
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """What a worker is asked: to convert a file into its part."""
+    """A worker's task: convert one file into its part."""
 
     asked: GetRequest
     work: Path
@@ -398,7 +398,7 @@ class _Task:
     bounds: Bounds
 
     def converted(self) -> tuple[Counts, Counter[str]]:
-        """What was counted, and the languages that were met."""
+        """Convert the file. Returns the counts, and how often each language occurred."""
         how, filters, part = conversion_of(self.layout, self.asked), Filters(self.asked), Part(self.work, self.number)
         write_json(part.layout, [how.layout.name, how.kind, dict(how.options)])
         converter = Converter(how, self.columns, filters, None, self.transcripts)
@@ -409,7 +409,7 @@ class _Task:
 
 
 def _prompts_of(task: tuple[Part, str]) -> Splitter:
-    """The prompts of a part, of a published split."""
+    """A splitter with the prompts of one part, given (part, published split)."""
     part, split = task
     splitter = Splitter()
     splitter.add((key_text(rows[0]), split) for rows in part.lines())
@@ -417,7 +417,7 @@ def _prompts_of(task: tuple[Part, str]) -> Splitter:
 
 
 def key_text(row: Mapping[str, Any]) -> str:
-    """What a written row is grouped by: its prompt, or its text where it has none."""
+    """The text by which a written row is grouped: its prompt, or else its text or completion."""
     prompt = row.get("prompt") or row.get("text") or row.get("completion") or ""
     return prompt if isinstance(prompt, str) else prompt_text(tuple(Message(m["role"], m["content"]) for m in prompt))
 
@@ -437,11 +437,11 @@ def _check_unchanged(plan: Plan) -> None:
             raise DataError(source.local, "was changed or removed since this was begun", "add --redo to start over")
 
 
-# ---- the summary ----
+# ---- The summary ----
 
 
 def summary(result: GetResult) -> str:
-    """What was read, what became of it, and what to do next."""
+    """Format what was read, how many rows were accepted, filtered and kept aside, and what to do next."""
     data, counts = result.data, result.counts
     left = "; ".join(f"{n:,} {reason}" for reason, n in counts.filtered.most_common())
     filtered = f"{sum(counts.filtered.values()):,} filtered" + (f" ({left})" if left else "")

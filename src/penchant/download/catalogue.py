@@ -1,4 +1,4 @@
-"""The data sets that have a name (catalogue.yaml): where each is published, in which files, and in which layout."""
+"""The catalogue of known data sets (catalogue.yaml): hub id, files and layout of each."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Files:
     """A subset's files.
 
     Args:
-        splits: published split (train, validation or test) to a pattern of paths, as `fnmatch` has them.
-        layout: of these rows, where it is not the data set's; prompts_only: these rows are for prompts alone (`--as prompts`).
+        splits: ``{published split (train, validation or test): fnmatch pattern of paths}``.
+        layout: of these rows, if it differs from the data set's; prompts_only: the rows may only be used as prompts (`--as prompts`).
     """
 
     splits: Mapping[str, str]
@@ -33,8 +33,8 @@ class Spec:
     """A data set of the catalogue.
 
     Args:
-        name: what a person types; aliases: other names for it; hub: its id there; revision: a branch other than main.
-        subsets: name to files; default: the subsets that are read where nobody chooses.
+        name: name on the command line; aliases: other names for it; hub: its hub id; revision: branch to read.
+        subsets: ``{name: files}``; default: subsets read by default.
         layout: of its rows (`penchant data formats`); gated: whether its terms must be accepted first.
         terms: license, in a few words; summary: one line.
     """
@@ -79,7 +79,7 @@ _NAMES: dict[str, Spec] = {
 
 
 def find(name: str) -> Spec | None:
-    """The data set that a name, an alias or a hub id stands for; None where the catalogue has none."""
+    """Look up a data set by name, alias or hub id; None if it is not in the catalogue."""
     return _NAMES.get(_plain(name))
 
 
@@ -89,7 +89,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def unknown(name: str) -> ConfigError:
-    """What to say of a name that is neither in the catalogue nor a hub id."""
+    """The error for a name that is neither in the catalogue nor a hub id."""
     near = closest(_plain(name), _NAMES)
     guess = f"did you mean {_NAMES[near].name}? " if near else ""
     how = f"{guess}there are {', '.join(CATALOGUE)}, or any owner/name"
@@ -100,7 +100,7 @@ def chosen_subsets(spec: Spec, asked: tuple[str, ...]) -> tuple[str, ...]:
     """The subsets to read, in the catalogue's order.
 
     Raises:
-        ConfigError: one of them is not there.
+        ConfigError: the data set has no such subset.
     """
     wanted = spec.subsets if asked == ("all",) else asked or spec.default
     for name in wanted:
@@ -112,6 +112,6 @@ def chosen_subsets(spec: Spec, asked: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def table() -> str:
-    """The catalogue as text, a line a data set."""
+    """Format the catalogue, one line per data set."""
     wide = max(len(s.name) for s in SPECS)
     return "\n".join(f"{s.name:<{wide}}  {'gated  ' if s.gated else '       '}{s.summary} ({s.terms})" for s in SPECS)

@@ -1,4 +1,4 @@
-"""Published rows to the rows that training reads, one file at a time: filters, layout, labels, counts."""
+"""Convert published rows to the rows that training reads, one file at a time: filters, layout, labels, counts."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ from penchant.errors import ConfigError, DataError, RewardError
 from penchant.requests import GetRequest
 from penchant.types import Completion, Prompt, PromptTree
 
-# ---- files that are there whole or not at all, and counts ----
+# ---- Atomic files, and counts ----
 
 
 @dataclass(slots=True)
 class Counts:
-    """What became of the rows that were read.
+    """Counts of the rows that were read.
 
     Args:
-        rows: read; accepted: that gave at least one example; examples: rows that training reads; quarantined: kept aside;
-            filtered: left out, by reason; unlabelled: answers without a label, of rows that have others.
+        rows: rows read; accepted: rows that gave at least one example; examples: rows written for training; quarantined: rows kept
+            aside; filtered: rows left out, by reason; unlabelled: answers left out for want of a label, in rows with labeled ones.
     """
 
     rows: int = 0
@@ -52,8 +52,8 @@ class Counts:
     unlabelled: int = 0
 
     def add(self, other: Counts) -> None:
-        """Take another file's counts."""
-        for f in fields(self):  # numbers, and counters of reasons
+        """Add another file's counts."""
+        for f in fields(self):  # ints and Counters
             setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
 
     def to_json(self) -> dict[str, Any]:
@@ -65,19 +65,19 @@ class Counts:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees all of it or what was there before."""
+    """Write a JSON file atomically."""
     with whole(path) as out:
         out.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file's content; None where it is not there."""
+    """Read a JSON file; None if it does not exist."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that gets its name when all of it is on disk."""
+    """Open a file for writing that is renamed to `path` once it is completely on disk."""
     made = path.with_name(path.name + ".part")
     with made.open("wb") as out:
         yield out
@@ -87,10 +87,10 @@ def whole(path: Path) -> Iterator[IO[bytes]]:
 
 
 class Pace:
-    """Says every few seconds how many rows are done and how fast.
+    """Reports every few seconds how many rows are done and how fast.
 
     Args:
-        say: takes a line; what: is being done; every: seconds.
+        say: called with a line; what: is being done; every: seconds between lines.
     """
 
     def __init__(self, say: Callable[[str], None], what: str, every: float = 5.0) -> None:
@@ -106,7 +106,7 @@ class Pace:
             self._say(f"{self._what}: {counted(self.rows, 'row')}, {speed:,.0f} rows/s")
 
 
-# ---- filters: language, redaction, moderation ----
+# ---- Filters: language, redaction, moderation ----
 
 
 Fields = Mapping[str, Any]
@@ -114,15 +114,15 @@ MODERATION = ("openai_moderation", "moderation")
 
 
 class MissingColumn(Exception):
-    """A row does not have the column that a filter reads."""
+    """A row lacks the column that a filter reads."""
 
 
 class Filters:
-    """The filters that a request asks for, in one pass; `languages`: how often each one was met, for a message where none is left."""
+    """The filters of a request. `languages` counts each language, for the message if no row is left."""
 
     def __init__(self, asked: GetRequest) -> None:
         self.languages: Counter[str] = Counter()
-        # a row is counted under the first reason whose test it does not pass
+        # a row is counted under the first test that it fails
         self.tests: dict[str, Callable[[Fields], bool]] = {}
         if asked.language:
             wanted = {name.casefold() for name in asked.language}
@@ -135,10 +135,10 @@ class Filters:
             self.tests["moderation"] = lambda row: not _objected(row, limit)
 
     def reason(self, row: Fields, where: str) -> str | None:
-        """Why a row is left out; None where it stays.
+        """Why a row is left out, or None if it is kept.
 
         Raises:
-            DataError: it has not the column that a filter reads.
+            DataError: the row lacks the column that a filter reads.
         """
         for reason, passes in self.tests.items():
             try:
@@ -171,7 +171,7 @@ def _redacted(row: Fields) -> bool:
 
 
 def _objected(row: Fields, limit: float | None) -> bool:
-    """Whether any message was flagged, or scored `limit` or more in any category; one without a result counts as that."""
+    """Whether any message was flagged or, with a limit, scored at least `limit` in any category. Messages without a result count."""
     column = next((c for c in MODERATION if c in row), None)
     if column is None:
         raise MissingColumn("moderation")
@@ -191,30 +191,30 @@ def _bad(result: Any, limit: float | None) -> bool:
     return any(isinstance(s, (int, float)) and s >= limit for s in scores.values())
 
 
-# ---- labels: from a reward and a threshold, or from a user's own function ----
+# ---- Labels: from a reward and a threshold, or from a user's own function ----
 
 
-BATCH = 256  # answers that are judged at a time
+BATCH = 256  # answers labeled at a time
 Judged = Callable[[Sequence[Prompt], Sequence[str]], list[tuple[bool | None, float | None]]]
 
 
 @dataclass(frozen=True, slots=True)
 class Labeller:
-    """Labels trees of one answer each, many at a time.
+    """Labels trees of one answer each, in batches.
 
     Args:
-        judge: prompts and answers to (label, score); a label of None leaves the answer out.
-        sha256: of what it is made of; None for a built-in reward.
+        judge: maps prompts and answers to (label, score) pairs; a label of None leaves the answer out.
+        sha256: hash of the reward's or function's files; None for a built-in reward.
     """
 
     judge: Judged
     sha256: str | None
 
     def label(self, trees: Sequence[PromptTree]) -> list[PromptTree | None]:
-        """The trees with labels; None for each that gets none.
+        """The trees with labels, and None for each tree without one.
 
         Raises:
-            RewardError: the function raised, or gave something else than it should.
+            RewardError: the function raised, or returned something other than labels.
         """
         answers = [t.completions[0].text for t in trees]
         found = self.judge([t.prompt for t in trees], answers)
@@ -225,10 +225,10 @@ class Labeller:
 
 
 def labeller_of(asked: GetRequest) -> Labeller | None:
-    """What labels the answers of a request; None where nothing does.
+    """The labeller of a request, or None if it asks for no labels.
 
     Raises:
-        ConfigError: no such reward, file or function.
+        ConfigError: there is no such reward, file or function.
     """
     from penchant.rewards.reward_model import content_sha256, contents_beside
 
@@ -247,7 +247,7 @@ def _by_reward(name: str, threshold: float) -> Judged:
     from penchant.rewards import load_reward
 
     reward = load_reward(name)
-    # a reward model puts messages into its own chat template; a function is promised text
+    # a reward model applies its own chat template to messages; functions expect text
     whole = all(hasattr(term.function, "score_trees") for term in reward.terms)
 
     def judge(prompts: Sequence[Prompt], answers: Sequence[str]) -> list[tuple[bool | None, float | None]]:
@@ -284,22 +284,22 @@ def _label(name: str, value: Any) -> bool:
         raise RewardError(name, f"returned {str(value)[:40]!r} as a label", "return True, False or None") from error
 
 
-# ---- by layout, then as what was asked for ----
+# ---- From layout to the requested kind of data ----
 
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """How the rows of a file are converted: their layout, its options, the kind of data that comes out."""
+    """How to convert a file's rows: their layout, its options, and the resulting kind of data."""
 
     layout: Layout
     options: Mapping[str, Any]
     kind: str
 
     def turning(self, before: Callable[[Fields], Fields]) -> Layout:
-        """The layout, with what was asked for in place of what it gives by itself.
+        """The layout, changed to give data of the requested kind.
 
         Args:
-            before: a row (or folded group) to what is converted; it raises `LeftOut` for one that a filter leaves out.
+            before: applied to each row (or folded group) before conversion; raises `LeftOut` if a filter leaves it out.
         """
 
         def turn(values: Fields, options: Fields) -> tuple[PromptTree, ...]:
@@ -314,16 +314,16 @@ class Conversion:
 
 
 def conversion_of(name: str, asked: GetRequest) -> Conversion:
-    """How a layout's rows are converted.
+    """Choose the conversion of a layout's rows for a request.
 
     Raises:
-        ConfigError: no such layout or option, or it cannot become what is asked.
+        ConfigError: there is no such layout or option, or its rows cannot become the requested kind.
     """
     layout, as_, labelled = layout_named(name), asked.as_, asked.labels
     wanted = dict(asked.options)
     use = layout.options.get("use")
     if as_ is not None and use is not None and "use" not in wanted:
-        fitting = "sft" if labelled else as_  # single answers are labelled
+        fitting = "sft" if labelled else as_  # labeling needs single answers
         wanted |= {"use": fitting} if fitting in use.choices else {}
     options = layout.settings(wanted, "--set")
     kind = layout.kind_of(options)
@@ -344,7 +344,7 @@ def _as_pairs(tree: PromptTree) -> list[PromptTree]:
 
 
 def _as_sft(tree: PromptTree) -> list[PromptTree]:
-    """The preferred answer: the one with the best score, else the first one that is not labelled bad."""
+    """The preferred answer: among those not labeled bad, the best by score, or the first if one has no score."""
     good = [c for c in tree.completions if c.label is not False]
     if not good:
         return []
@@ -353,7 +353,7 @@ def _as_sft(tree: PromptTree) -> list[PromptTree]:
 
 
 def _as_unpaired(tree: PromptTree) -> list[PromptTree]:
-    """Each answer by itself; of a pair the first one is good."""
+    """Each answer by itself, keeping its label. In a pair without labels, the first answer is the good one."""
     pair = len(tree.completions) == 2
     if is_identical(tree):
         raise RowError(IDENTICAL, "it cannot be good and bad at once")
@@ -372,13 +372,13 @@ TURNS: dict[str, Callable[[PromptTree], list[PromptTree]]] = {
 }
 
 
-# ---- rows as they are written: those of a tree in the plain layout of its kind, which `penchant train` reads ----
+# ---- Written rows: a tree in the plain layout of its kind, which `penchant train` reads ----
 
 
 def _pair_row(tree: PromptTree) -> list[dict[str, Any]]:
     good, bad = tree.completions
     row: dict[str, Any] = {"prompt": prompt_json(tree.prompt)}
-    if any(c.reasoning or c.tool_calls or c.more for c in tree.completions):  # both as turns
+    if any(c.reasoning or c.tool_calls or c.more for c in tree.completions):  # then both are written as turns
         row |= {
             n: [message_json(m) for m in (answer_turn(c), *c.more)]
             for n, c in zip(("chosen", "rejected"), tree.completions, strict=True)
@@ -403,7 +403,7 @@ def _answers(tree: PromptTree, more: Callable[[Completion], Mapping[str, Any]]) 
 
 
 def _conversation_row(tree: PromptTree) -> list[dict[str, Any]]:
-    """A conversation of which several answers are learned (`data.layout_options.turns: all`); nothing for others."""
+    """The row of a conversation with several trained answers (`data.layout_options.turns: all`); empty for other trees."""
     if not any(c.more for c in tree.completions):
         return []
     turns = [
@@ -426,14 +426,14 @@ WRITERS: dict[str, Callable[[PromptTree], list[dict[str, Any]]]] = {
 
 
 def written_rows(kind: str, tree: PromptTree) -> list[dict[str, Any]]:
-    """The rows of a tree, with what it hands to the chat template."""
+    """The rows of a tree, with its tools and chat template options."""
     own = {"tools": tree.tools, "chat_template_kwargs": tree.template_options}
     more = {name: json.loads(text) for name, text in own.items() if text}
     return [{**row, **more} for row in WRITERS[kind](tree)]
 
 
 def prompts_of_transcript(values: Fields) -> Fields:
-    """A red-team transcript as its first prompt, which is all that its publishers mean it to be used for here."""
+    """The first prompt of a red-team transcript. Its publishers intend no other use of it for training."""
     text = values.get("transcript")
     if not isinstance(text, str) or "\n\nHuman:" not in text:
         raise RowError('"transcript" is no "\\n\\nHuman:" transcript', "drop the row")
@@ -443,16 +443,16 @@ def prompts_of_transcript(values: Fields) -> Fields:
     return {"prompt": [{"role": "user", "content": said}]}
 
 
-# ---- one published file to one file of converted rows ----
+# ---- One published file to one file of converted rows ----
 
 
 @dataclass(frozen=True, slots=True)
 class Converter:
-    """What happens to the rows of a file.
+    """Converts the rows of a file.
 
     Args:
-        conversion: layout and kind; columns: our names to a person's; filters: what is left out; labeller: what labels answers.
-        transcripts: rows are red-team transcripts, of which the first prompt is taken.
+        conversion: layout and kind; columns: ``{our name: the file's name}``; filters: rows to leave out; labeller: labels answers.
+        transcripts: whether rows are red-team transcripts, of which only the first prompt is used.
     """
 
     conversion: Conversion
@@ -462,13 +462,13 @@ class Converter:
     transcripts: bool = False
 
     def convert(self, rows: Iterable[Row | BadRow], name: str, part: Part, pace: Pace) -> Counts:
-        """Write a part: all of it, or nothing.
+        """Convert rows and write them as a part, completely or not at all.
 
         Args:
             name: of the file, for messages.
 
         Raises:
-            DataError: the file is damaged, or has not the column that a filter reads. RewardError: a function went wrong.
+            DataError: the file is damaged, or lacks the column that a filter reads. RewardError: a labeling function failed.
         """
         counts = Counts()
         layout = self.conversion.turning(lambda values: self._before(values, name))
@@ -491,7 +491,7 @@ class Converter:
 
 
 class Part:
-    """Where the converted rows of file `number` are kept: one line for each published row (or group), a list of rows to write."""
+    """Files with the converted rows of source `number`: one line per published row (or group), a JSON list of rows to write."""
 
     def __init__(self, folder: Path, number: int) -> None:
         self.rows = folder / f"part-{number:05d}.jsonl"
@@ -500,12 +500,12 @@ class Part:
         self.layout = folder / f"layout-{number:05d}.json"
 
     def counts(self) -> Counts | None:
-        """What was counted; None where the part is not done."""
+        """The part's counts, or None if it is not finished."""
         held = read_json(self.done)
         return None if held is None else Counts.from_json(held)
 
     def lines(self) -> Iterator[list[dict[str, Any]]]:
-        """The rows to write, of one published row at a time."""
+        """Yield the rows to write, for one published row at a time."""
         with self.rows.open("rb") as stream:
             for line in stream:
                 yield json.loads(line)
@@ -513,7 +513,7 @@ class Part:
 
 @dataclass(slots=True)
 class _Writer:
-    """Writes what was converted, in its order; answers are labelled many at a time."""
+    """Writes converted rows in order, labeling answers in batches."""
 
     out: IO[bytes]
     aside: IO[bytes]
@@ -540,7 +540,7 @@ class _Writer:
                 self.flush()
 
     def flush(self) -> None:
-        """Label what waits, and write it."""
+        """Label and write the waiting rows."""
         if not self.waiting or self.how.labeller is None:
             return
         labelled = iter(self.how.labeller.label([t for made in self.waiting for t in made.trees]))

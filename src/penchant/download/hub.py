@@ -1,6 +1,6 @@
-"""The Hugging Face hub through its own client: what a data set consists of, files with checked hashes, and parts of files.
+"""Access the Hugging Face hub through its own client: list a data set's files, fetch them with checked hashes, and read parts of them.
 
-A token is read by that client from where a person keeps it (`hf auth login`, HF_TOKEN); this module never holds or shows one.
+Only that client reads the user's token (`hf auth login`, HF_TOKEN); this module never handles or prints it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from penchant.download.catalogue import HUB
 from penchant.errors import DataError
 
 T = TypeVar("T")
-Told = tuple[str, str]  # what went wrong, and what to do
-WAITS = (1.0, 2.0, 4.0)  # seconds before each further try
+Told = tuple[str, str]  # (what went wrong, what to do)
+WAITS = (1.0, 2.0, 4.0)  # seconds before each retry
 TRANSIENT = {408, 429, 500, 502, 503, 504}
-BLOCK = 1 << 18  # bytes of a part of a file that is read in order
+BLOCK = 1 << 18  # buffer size in bytes when a remote file is read sequentially
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 AGAIN = "run the same command again"
 
@@ -33,8 +33,8 @@ class HubFile:
     """A file of a repository.
 
     Args:
-        path: in the repository; size: bytes; sha256: of its content, where the hub keeps it in large file storage;
-            git_sha1: the git object id of the others.
+        path: in the repository; size: bytes; sha256: of its content, for files in large file storage;
+            git_sha1: git object id, for other files.
     """
 
     path: str
@@ -45,7 +45,7 @@ class HubFile:
 
 @dataclass(frozen=True, slots=True)
 class Repository:
-    """A data set's repository at one commit; `configs` is what its card says of subsets and splits."""
+    """A data set's repository at one commit. `configs` holds the subsets and splits that its card lists."""
 
     hub_id: str
     commit: str
@@ -55,10 +55,10 @@ class Repository:
 
 @dataclass(slots=True)
 class Hub:
-    """The hub that HF_ENDPOINT names, or huggingface.co.
+    """Client of the hub at HF_ENDPOINT, or huggingface.co.
 
     Args:
-        say: takes a line for the person who waits.
+        say: called with progress lines.
     """
 
     say: Callable[[str], None]
@@ -68,15 +68,15 @@ class Hub:
     def __post_init__(self) -> None:
         from huggingface_hub.utils import disable_progress_bars, logging
 
-        logging.set_verbosity_error()  # its warnings show addresses that are signed
+        logging.set_verbosity_error()  # its warnings show signed URLs
         if not sys.stderr.isatty():
             disable_progress_bars()
 
     def look(self, hub_id: str, revision: str) -> Repository:
-        """What a data set consists of, at the commit that `revision` is now.
+        """List a data set's files at the current commit of `revision`.
 
         Raises:
-            DataError: no such data set or revision, no access, no network.
+            DataError: no such data set or revision, no access, or no network.
         """
         from huggingface_hub import HfApi
         from huggingface_hub.hf_api import RepoFile
@@ -101,10 +101,10 @@ class Hub:
         return Repository(hub_id, commit, tuple(sorted(files, key=lambda f: f.path)), usable)
 
     def check_access(self, repository: Repository, file: HubFile) -> None:
-        """Whether files may be fetched at all, before anything else is done.
+        """Check that files may be fetched, before anything else is done.
 
         Raises:
-            DataError: the terms were not accepted, nobody is logged in, no network.
+            DataError: the terms were not accepted, no user is logged in, or no network.
         """
         from huggingface_hub import get_hf_file_metadata
 
@@ -112,10 +112,10 @@ class Hub:
         self._tried(repository.hub_id, file.path, lambda: get_hf_file_metadata(url, token=None, endpoint=self.endpoint))
 
     def fetch(self, repository: Repository, file: HubFile) -> Path:
-        """The file in the hub's cache on this machine, with its hash checked; fetched once more if that is wrong.
+        """Fetch a file into the hub's local cache and check its hash, with one more download if it is wrong.
 
         Raises:
-            DataError: it cannot be fetched, or its hash is wrong twice.
+            DataError: the file cannot be fetched, or its hash is wrong twice.
         """
         path = self._download(repository, file, anew=False)
         if matches(path, file):
@@ -145,7 +145,7 @@ class Hub:
         return Path(self._tried(repository.hub_id, file.path, fetch))
 
     def part(self, repository: Repository, file: HubFile, start: int, end: int) -> bytes:
-        """Bytes from `start` up to `end` of a file."""
+        """Fetch bytes `start` to `end` (exclusive) of a file."""
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
         def ask() -> bytes:
@@ -170,7 +170,7 @@ class Hub:
         )
 
     def cached_bytes(self, repository: Repository, files: Sequence[HubFile]) -> int:
-        """How much of these files is in the hub's cache already."""
+        """Bytes of these files that are already in the hub's cache."""
         from huggingface_hub import try_to_load_from_cache
 
         where = (self.cache, repository.commit)
@@ -178,7 +178,7 @@ class Hub:
         return sum(f.size for f, place in zip(files, there, strict=True) if isinstance(place, str))
 
     def cache_folder(self) -> Path:
-        """Where fetched files are kept."""
+        """The folder of the hub's cache."""
         from huggingface_hub import constants
 
         return Path(self.cache or constants.HF_HUB_CACHE)
@@ -189,14 +189,14 @@ class Hub:
                 return call()
             except _known() as error:
                 if wait is None or not is_transient(error):
-                    raise explained(error, hub_id, what) from None  # its own words may hold a signed address
+                    raise explained(error, hub_id, what) from None  # the original message may contain a signed URL
                 self.say(f"{what}: {_short(error)}; trying again in {wait:g} s")
                 time.sleep(wait)
         raise AssertionError("unreachable")
 
 
 class PartFile(io.RawIOBase):
-    """A file on the hub that is read over the network, as far as it is read; `fetched` counts the bytes that came."""
+    """A file on the hub that is read over the network on demand. `fetched` counts the bytes received."""
 
     def __init__(self, hub: Hub, repository: Repository, file: HubFile) -> None:
         super().__init__()
@@ -228,7 +228,7 @@ class PartFile(io.RawIOBase):
 
 
 def matches(path: Path, file: HubFile) -> bool:
-    """Whether a file on disk is the published one: SHA-256, or the git object id where there is only that."""
+    """Whether a file on disk equals the published one, by SHA-256, or by git object id if there is no SHA-256."""
     if path.stat().st_size != file.size:
         return False
     if file.sha256 is not None:
@@ -242,26 +242,26 @@ def matches(path: Path, file: HubFile) -> bool:
     return found.hexdigest() == file.git_sha1
 
 
-# ---- what went wrong ----
+# ---- Errors ----
 
 
 def logged_in() -> bool:
-    """Whether the hub's client finds a token on this machine."""
+    """Whether the hub's client finds a token."""
     from huggingface_hub import get_token
 
     return get_token() is not None
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status that an error carries."""
+    """The HTTP status of an error, or None."""
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether trying again may help: the hub is busy, or a connection broke."""
+    """Whether a retry may help: the hub is busy, or the connection broke."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):  # the client has tried several times itself
+    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):  # the client has already retried
         return False
     if isinstance(error, HfHubHTTPError):
         return status_of(error) in TRANSIENT
@@ -271,7 +271,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def _known() -> tuple[type[Exception], ...]:
-    """What the hub's client raises; anything else is a mistake in this program."""
+    """Exceptions that the hub's client raises. Anything else is a bug in this program."""
     from huggingface_hub import errors
 
     return errors.HTTPError, errors.EntryNotFoundError, OSError, ValueError, KeyError
@@ -283,7 +283,7 @@ def _short(error: BaseException) -> str:
 
 
 def explained(error: BaseException, hub_id: str, what: str) -> DataError:
-    """An error of the hub's client in words that say what to do. Its own text is not repeated."""
+    """Convert an error of the hub's client to a DataError that says what to do, without the original text."""
     from huggingface_hub import errors
 
     private = "" if logged_in() else f"; if it is private, {LOGIN}"

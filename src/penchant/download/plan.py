@@ -1,4 +1,4 @@
-"""What a person asked `data get` for, and the files that this takes."""
+"""Check a `data get` request, and choose the files to read."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from penchant.requests import GetRequest
 READABLE = tuple(e for e in ENDINGS if e != ".txt")  # a published text file is a license or a readme
 
 
-# ---- the request ----
+# ---- The request ----
 
 AS = ("sft", "prompts", "unpaired")
 REDACTED = ("keep", "only", "drop")
 
 
 def identity(asked: GetRequest) -> dict[str, Any]:
-    """What decides the result, as JSON holds it: everything but where and how it is written."""
+    """The options that determine the result, as JSON values: all but output, redo, quiet and workers."""
     held = json.loads(
         json.dumps({k: v for k, v in asdict(asked).items() if k not in ("output", "redo", "quiet", "workers")})
     )
@@ -41,10 +41,10 @@ def identity(asked: GetRequest) -> dict[str, Any]:
 
 
 def check_request(asked: GetRequest) -> None:
-    """Refuse what cannot be meant.
+    """Check a request's options.
 
     Raises:
-        ConfigError: it names the option.
+        ConfigError: an option is invalid; the error names it.
     """
     _check_split(asked.split)
     if asked.first is not None and asked.first < 1:
@@ -81,7 +81,7 @@ def _check_labels(asked: GetRequest) -> None:
         raise ConfigError("--threshold", f"is {asked.threshold}", "give a finite number")
 
 
-# ---- the files, on the hub or in a local copy: subset, published split, layout of each ----
+# ---- The files, on the hub or in a local copy: subset, published split and layout of each ----
 
 _WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -95,8 +95,8 @@ class Source(HubFile):
     """One file to read.
 
     Args:
-        split: the published one; subset: of the catalogue, empty where there is none; local: where it is, when it is a local copy.
-        layout: of its rows, None where it is looked at; prompts_only: its rows are prompts and nothing else.
+        split: its published split; subset: its subset, empty if there are none; local: its path in a local copy, else None.
+        layout: of its rows, None to detect it; prompts_only: the rows may only be used as prompts.
     """
 
     split: str
@@ -108,12 +108,12 @@ class Source(HubFile):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is read.
+    """The files that a request reads.
 
     Args:
-        origin: the hub's page or the local path; hub_id, commit: of a data set on the hub, empty for a local copy.
-        sources: in the order in which they are read; terms: a word on its license, where the catalog has one.
-        left_out: what else is there, as far as a person would want to know.
+        origin: the hub page or the local path; hub_id, commit: of a data set on the hub, empty for a local copy.
+        sources: in reading order; terms: its license, if it is in the catalogue.
+        left_out: a note on missing or unread subsets and files.
     """
 
     origin: str
@@ -129,16 +129,16 @@ class Plan:
 
     @staticmethod
     def from_json(held: Mapping[str, Any]) -> Plan:
-        known = {f.name for f in fields(Source)}  # a plan of 0.1.0 has more
+        known = {f.name for f in fields(Source)}  # plans written by 0.1.0 have more fields
         sources = tuple(Source(**{k: v for k, v in s.items() if k in known}) for s in held["sources"])
         return Plan(**{**held, "sources": sources})
 
 
 def make_plan(asked: GetRequest, hub: Hub) -> Plan:
-    """What a request reads.
+    """Choose the files that a request reads.
 
     Raises:
-        ConfigError: no such name, subset or path. DataError: no access, no network, or nothing that can be read.
+        ConfigError: no such name or subset. DataError: no such path, no access, no network, or no readable file.
     """
     spec = find(asked.name)
     if spec is None and asked.subsets and asked.source is not None:
@@ -149,7 +149,7 @@ def make_plan(asked: GetRequest, hub: Hub) -> Plan:
     if spec is None and not is_hub_id(asked.name):
         raise unknown(asked.name)
     if spec is not None:
-        chosen_subsets(spec, asked.subsets)  # says what is not there before the network is asked
+        chosen_subsets(spec, asked.subsets)  # raises for an unknown subset before any network access
     repository = hub.look(spec.hub if spec else asked.name, asked.revision or (spec.revision if spec else "main"))
     sources, left_out = hub_sources(repository.files, repository.configs, asked, spec)
     if not sources:
@@ -165,13 +165,13 @@ def make_plan(asked: GetRequest, hub: Hub) -> Plan:
     return plan
 
 
-# ---- on the hub ----
+# ---- On the hub ----
 
 
 def hub_sources(
     files: Sequence[HubFile], configs: Sequence[Mapping[str, Any]], asked: GetRequest, spec: Spec | None
 ) -> tuple[tuple[Source, ...], str]:
-    """The files of a repository that a request reads, and a word on what was left out."""
+    """(files of a repository that a request reads, note on what is left out)."""
     if spec is not None:
         paths = {f.path: f for f in files}
         found = tuple(
@@ -213,7 +213,7 @@ Chosen = list[tuple[HubFile, str, str]]
 def _of_card(
     files: Sequence[HubFile], configs: Sequence[Mapping[str, Any]], asked: tuple[str, ...]
 ) -> tuple[Chosen, str]:
-    """By the subsets and splits that a data set's card names."""
+    """(files, note on unread subsets) by the subsets and splits in a data set's card."""
     named = {str(c.get("config_name", "default")): c for c in configs}
     default = next((n for n, c in named.items() if c.get("default")), None)
     default = default or ("default" if "default" in named else next(iter(named)))
@@ -249,7 +249,7 @@ def _patterns(value: Any) -> list[str]:
 
 
 def _by_name(files: Sequence[HubFile], asked: tuple[str, ...]) -> tuple[Chosen, str]:
-    """Where a card says nothing: the kind of file that there is most of, splits by their names."""
+    """(files, note on unread files) without a card: the file type with the most bytes, splits by file name."""
     if asked:
         raise ConfigError("--subset", "this data set's page names no subsets", "leave it out")
     sizes: dict[str, int] = {}
@@ -266,16 +266,16 @@ def _kind(path: str) -> str:
 
 
 def split_of(path: str) -> str:
-    """The published split that a path speaks of: the last word in it that names one; train where none does."""
+    """The published split of a path: the last word in it that names one, or else train."""
     found = [_WORDS[w] for w in re.findall(r"[a-z]+", path.lower()) if w in _WORDS]
     return found[-1] if found else "train"
 
 
-# ---- a local copy ----
+# ---- A local copy ----
 
 
 def local_plan(root: Path, asked: GetRequest, spec: Spec | None) -> Plan:
-    """The files of a local copy: in the published folders, or any files that can be read."""
+    """Plan for a local copy: its files at the published paths, or else any readable files."""
     if not os.path.lexists(root):
         raise DataError(str(root), "no such file or folder", "give a file or folder with --from")
     paths = _files(root)
@@ -308,7 +308,7 @@ Found = list[tuple[str, str, str, tuple[Any, ...]]]
 
 
 def _any(spec: Spec | None, subsets: tuple[str, ...], paths: Mapping[str, Path]) -> Found:
-    """Files that lie otherwise than published: a subset by a part of the path that is its name, splits by their words."""
+    """Files that are not at the published paths: the subset is a path part that equals its name, the split a word in the path."""
     found: Found = []
     for name in paths:
         if spec is None:

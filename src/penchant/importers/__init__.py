@@ -1,4 +1,4 @@
-"""Other tools' config files in our terms: TRL's, LLaMA-Factory's, Axolotl's, ms-swift's, and flat ones with the usual words."""
+"""`penchant import`: translate configs of TRL, LLaMA-Factory, Axolotl and ms-swift, and flat files with common key names."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COUNTED: dict[Status, str] = {
     "same": "without need of one here",
     "unsupported": "not supported",
 }
-# keys of tools that are not read; two of them, and a file of plain keys is none
+# sections of tools that cannot be imported; a file with two of a tool's sections is rejected as that tool's
 STRANGERS = {
     "torchtune": ("tokenizer", "checkpointer", "model", "dataset", "loss", "optimizer", "recipe_checkpoint"),
     "verl": ("actor_rollout_ref", "critic", "trainer", "algorithm", "reward_model"),
@@ -33,10 +33,10 @@ STRANGERS = {
 
 
 def settings(translation: Translation, extra: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
-    """Our key -> (value, comment): what the file says, and their defaults wherever ours would be another.
+    """``{our key: (value, comment)}`` of what the file sets, and of the other tool's defaults that differ from ours.
 
     Args:
-        extra: our keys from the command line; they win.
+        extra: our keys from the command line, which take precedence.
     """
     found = dict(translation.settings)
     defaults = _our_defaults(found)
@@ -49,7 +49,7 @@ def settings(translation: Translation, extra: Mapping[str, Any]) -> dict[str, tu
 
 
 def _our_defaults(found: Mapping[str, tuple[Any, str]]) -> dict[str, Any]:
-    """Our default of every key, of this loss and of this algorithm."""
+    """Our defaults of every key, including those of the chosen loss and algorithm."""
     from penchant.losses import LOSSES
 
     flat = {
@@ -67,7 +67,7 @@ def _our_defaults(found: Mapping[str, tuple[Any, str]]) -> dict[str, Any]:
 
 
 def nested(found: Mapping[str, tuple[Any, str]]) -> dict[str, Any]:
-    """The settings as a config's mapping."""
+    """Nest dotted settings into a config mapping."""
     made: dict[str, Any] = {}
     for key, (value, _) in found.items():
         section, _, rest = key.partition(".")
@@ -79,7 +79,7 @@ def nested(found: Mapping[str, tuple[Any, str]]) -> dict[str, Any]:
 
 
 def as_yaml(translation: Translation, found: Mapping[str, tuple[Any, str]], name: str) -> str:
-    """The config file: sections in our order, one key a line, each with where it comes from."""
+    """Format the config file: sections in our order, one key per line, each with its origin as a comment."""
     lines = [f"# {shown(name)} ({translation.source.title}, {translation.method.title}), written by `penchant import`"]
     left = _left(translation)
     if left:
@@ -121,12 +121,12 @@ def _pairs(theirs: Sequence[tuple[str, Any]]) -> str:
 
 
 def _left(translation: Translation) -> list[Line]:
-    """What their file asks for and is not here: the same lines in our file and on the screen."""
+    """Unsupported settings that the file sets. They are listed both in our file and on the terminal."""
     return [line for line in translation.lines if line.given and line.status == "unsupported"]
 
 
 def _remarks(translation: Translation, found: Mapping[str, Any]) -> list[str]:
-    """What differs though the file does not say it: by nature, by a default of theirs that has no counterpart, and what is missing."""
+    """Differences that no key of the file states: the method's own, unsupported defaults of the other tool, and missing held-out rows."""
     tool = translation.source.title
     silent = [line for line in translation.lines if not line.given and line.status == "unsupported"]
     defaults = [f"{tool}'s default {_pairs(line.theirs)}: {shown(line.note)}" for line in silent]
@@ -138,7 +138,7 @@ def _remarks(translation: Translation, found: Mapping[str, Any]) -> list[str]:
 
 
 def as_text(translation: Translation, found: Mapping[str, tuple[Any, str]]) -> str:
-    """What became of every key, one line each, and how many of each kind."""
+    """Format a report with one line per key, and the number of keys of each status."""
     asked = [line for line in translation.lines if line.given]
     lines = [f"{translation.source.title}, {translation.method.title}"]
     for status, title in STATUS.items():
@@ -163,7 +163,7 @@ def _line(line: Line) -> str:
 
 @dataclass(frozen=True)
 class Imported:
-    """A file translated: our YAML, what became of every key, and how many were not supported."""
+    """Result of `import_config`: our YAML, the report on every key, and the translation itself."""
 
     yaml: str
     text: str
@@ -171,24 +171,24 @@ class Imported:
 
     @property
     def unsupported(self) -> int:
-        """Keys of their file that have no counterpart."""
+        """Number of keys in the file that have no counterpart."""
         return self.translation.count("unsupported")
 
 
 def import_config(
     path: str | Path, source: str = "auto", method: str = "auto", devices: int = 1, overrides: Sequence[str] = ()
 ) -> Imported:
-    """Translate another tool's YAML or JSON file, or a shell script with its command, into a config of ours; every key of it is accounted for.
+    """Translate another tool's YAML or JSON file, or a shell script with its command, into our config. Reports on every key.
 
     Args:
         source: trl, llama-factory, axolotl, ms-swift, flat, or auto.
-        method: of TRL, whose files do not say it: sft, dpo, kto ...; or auto.
-        devices: GPUs that the other tool's run used; its optimizer step holds so many batches.
-        overrides: our settings as ``key.path=value``, for what the file leaves to a command line; they win.
+        method: for TRL, whose files do not state it: sft, dpo, kto, ...; or auto.
+        devices: number of GPUs of the other tool's run, which multiplies its batch size.
+        overrides: our settings as ``key.path=value``, which take precedence, for what the file leaves to the command line.
 
     Raises:
-        ConfigError: the file cannot be read, is of no known tool or of several of TRL's trainers, lacks model, data or reward,
-            or translates into something that is not a valid config.
+        ConfigError: the file cannot be read, is of no known tool or could be of several of TRL's trainers, lacks a model, data or
+            reward, or does not translate into a valid config.
     """
     if Path(path).suffix in ENDINGS:
         command = read_command(path)
@@ -232,7 +232,7 @@ def import_config(
 
 
 def _refuse_strangers(values: Mapping[str, Any], path: str) -> None:
-    """Another tool's file would lose half of its meaning as one of plain keys."""
+    """Raise ConfigError for a file of a tool that cannot be imported, which read as a flat file would lose most of its settings."""
     nested = {k for k, v in values.items() if isinstance(v, Mapping)}
     counts = {name: len(nested & set(keys)) for name, keys in STRANGERS.items()}
     tool = max(counts, key=lambda name: counts[name])
@@ -246,9 +246,9 @@ def _refuse_strangers(values: Mapping[str, Any], path: str) -> None:
 
 
 def _tool(values: Mapping[str, Any]) -> str:
-    """Whose file it is: the tool that has most keys of its own in it; TRL where only the shared ones are there.
+    """Detect the tool by the number of keys that only its files have. TRL if there are only shared keys, else flat.
 
-    Keys that a flat file may have too (`model`) say nothing by themselves.
+    Keys that a flat file may also have (`model`) are not enough by themselves.
     """
     marks = {name: source.marks & values.keys() for name, source in SOURCES.items()}
     best = max(marks, key=lambda name: len(marks[name]))
@@ -257,7 +257,7 @@ def _tool(values: Mapping[str, Any]) -> str:
 
 
 def _given(overrides: Sequence[str]) -> dict[str, Any]:
-    """``{"model.path": value}`` of the command line."""
+    """Command-line overrides as ``{"model.path": value}``."""
     made: dict[str, Any] = {}
     apply_overrides(made, {}, overrides)
     sections = {k: v if isinstance(v, dict) and k != "reward" else {"": v} for k, v in made.items()}
@@ -265,7 +265,7 @@ def _given(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _complete(found: Mapping[str, Any], translation: Translation, path: str) -> None:
-    """Model, data and an online method's reward often stand on their command line or in a script."""
+    """Raise ConfigError if model, data or an online method's reward is missing. Other tools often take them from the command line."""
     method = ALGORITHMS.get(found.get("algorithm.name", ("", ""))[0])
     wanted = {"model.path": "MODEL", "data.path": "train.jsonl"}
     if method is not None and method.takes_reward:

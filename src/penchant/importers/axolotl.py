@@ -1,4 +1,4 @@
-"""Axolotl's files (`axolotl train FILE`): what several keys make together; the plain ones are in axolotl.yaml."""
+"""Import Axolotl's files (`axolotl train FILE`). Keys that translate one to one are in axolotl.yaml."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TABLE = table("axolotl")
 
 
 def total_batch(given: Given) -> Iterator[Line]:
-    """micro_batch_size with an accumulation, or with batch_size, which counts both."""
+    """micro_batch_size with gradient accumulation, or batch_size, which includes both."""
     if not given.says("batch_size"):
         yield from hf.batch(given)
         return
@@ -25,7 +25,7 @@ def total_batch(given: Given) -> Iterator[Line]:
 
 
 def floor(given: Given) -> Iterator[Line]:
-    """The schedule, and cosine_min_lr_ratio."""
+    """The learning rate schedule, and cosine_min_lr_ratio."""
     yield from hf.schedule(given)
     if given.says("cosine_min_lr_ratio"):
         ours = {"train.min_lr_fraction": number(given["cosine_min_lr_ratio"])}
@@ -35,7 +35,7 @@ def floor(given: Given) -> Iterator[Line]:
 
 
 def often(given: Given) -> Iterator[Line]:
-    """When checkpoints are written and held-out rows evaluated: steps, epochs, or so many times an epoch."""
+    """When to checkpoint and evaluate: every N steps, every epoch, or N times per epoch."""
     yield from hf.saving(given)
     for key, ours in (("saves_per_epoch", "checkpoint.every"), ("evals_per_epoch", "evaluation.every")):
         if given.says(key):
@@ -52,7 +52,7 @@ def often(given: Given) -> Iterator[Line]:
 
 
 def dtype(given: Given) -> Iterator[Line]:
-    """bf16 (auto, true, full), fp16, and what is without mixed precision."""
+    """bf16 (auto, true, full), fp16, and the keys without mixed precision."""
     keys = ["bf16", "fp16", "bfloat16", "float16", "float32"]
     there = [k for k in keys if given.says(k)] or ["bf16"]
     half = given["bf16"] if given.says("bf16") else None if given["fp16"] or given["float16"] else given["bf16"]
@@ -68,7 +68,7 @@ def dtype(given: Given) -> Iterator[Line]:
 
 
 def tracking(given: Given) -> Iterator[Line]:
-    """W&B, MLflow and TensorBoard, each with its project and the run's name."""
+    """W&B, MLflow and TensorBoard, with project and run name."""
     wanted = {
         "wandb": bool(given["wandb_project"]) if given["use_wandb"] is None else bool(given["use_wandb"]),
         "mlflow": bool(given["use_mlflow"]),
@@ -90,7 +90,7 @@ def tracking(given: Given) -> Iterator[Line]:
 
 
 def adapted(given: Given) -> Iterator[Line]:
-    """adapter: lora or qlora, and what goes with it."""
+    """adapter (lora or qlora) and its related keys."""
     kind, keys = given["adapter"], TABLE["derived"]["adapted"]
     lora = kind in ("lora", "qlora")
     for key, ours in (("load_in_4bit", "nf4"), ("load_in_8bit", "int8")):
@@ -120,7 +120,7 @@ def adapted(given: Given) -> Iterator[Line]:
 
 
 def pictures(given: Given) -> Iterator[Line]:
-    """processor_type, which is there where a model reads pictures."""
+    """processor_type, which is set for models that read pictures."""
     if not given["processor_type"]:
         if given.says("processor_type"):
             yield given.line(["processor_type"], "same", note="text alone, as here")
@@ -132,7 +132,7 @@ def pictures(given: Given) -> Iterator[Line]:
 
 
 def longer(given: Given) -> Iterator[Line]:
-    """Rows of more than sequence_len tokens."""
+    """excess_length_strategy: what to do with rows longer than sequence_len tokens."""
     known = {
         "drop": {"data.truncation": "bad_row", "data.on_bad_row": "skip"},
         "raise": {"data.truncation": "bad_row"},
@@ -148,7 +148,7 @@ def longer(given: Given) -> Iterator[Line]:
 
 
 def data_sets(given: Given) -> Iterator[Line]:
-    """The sets to train on as `data.path`, or as `data.sources` where there are several; held-out ones as `data.eval_path`."""
+    """Training sets as `data.path`, or as `data.sources` if there are several, and test sets as `data.eval_path`."""
     method = str(given["rl"]) if given["rl"] else "reward" if given["reward_model"] else "sft"
     made: list[dict[str, Any]] = []
     keys = [k for k in ("datasets", "pretraining_dataset") if given[k]]
@@ -175,7 +175,7 @@ def data_sets(given: Given) -> Iterator[Line]:
         yield Line(
             tuple((k, f"{len(given[k])} data sets") for k in keys), "translated", (("data.sources", made),), note
         )
-    elif made:  # a single one has told its keys itself
+    elif made:  # a single set has its own line above
         ours = () if single else tuple((f"data.{k}", v) for k, v in made[0].items())
         yield Line(tuple((k, "1 data set") for k in keys), "translated", ours)
     if given["test_datasets"]:
@@ -199,7 +199,7 @@ def _held_out(given: Given, method: str) -> Iterator[Line]:
 def _data_set(
     entry: Mapping[str, Any], where: str, method: str, folder: str
 ) -> tuple[dict[str, Any], list[str], list[Line]]:
-    """One set: our settings of it, the keys that they come from, and lines about the others."""
+    """(our settings, the keys that they come from, lines about the other keys) of one data set."""
     lines = [
         Line(((f"{where}.{k}", None),), "same", note="not set")
         for k, v in entry.items()
@@ -242,7 +242,7 @@ def _at(entry: Mapping[str, Any], key: str) -> Any:
 
 
 def _place(kept: Given, folder: str) -> tuple[dict[str, Any], list[str], Notes]:
-    """Where the rows are: files, a hub id with its split, or nowhere that is read."""
+    """(our path and limit, keys used, notes): local files, a hub id with its split, or nothing if the location is unsupported."""
     name, files, split = str(kept["path"] or ""), kept["data_files"], kept["split"]
     listed = [str(f) for f in (files if isinstance(files, list) else [files] if files else [])]
     if name in ("json", "csv", "parquet", "text", "arrow") and listed:
@@ -266,7 +266,7 @@ def _place(kept: Given, folder: str) -> tuple[dict[str, Any], list[str], Notes]:
 
 
 def _layout(kept: Given, method: str) -> tuple[str, dict[str, str], list[str], Notes]:
-    """What a row is: our layout, our fields' columns, the keys that say so, and what they say besides."""
+    """(our layout, columns by field, keys used, notes) of a data set's rows."""
     kind = TABLE["kinds"].get(method, "pairs" if method == "reward" else "sft")
     given = kept["type"]
     if method == "pretrain":
@@ -296,7 +296,7 @@ def _layout(kept: Given, method: str) -> tuple[str, dict[str, str], list[str], N
 
 
 def _messages(kept: Given, shape: str) -> Notes:
-    """How the turns of a conversation say who speaks and what."""
+    """Notes on the keys that name the role and content fields of a conversation's turns."""
     notes: Notes = []
     mapping = {"role": kept["message_field_role"], "content": kept["message_field_content"]}
     mapping |= kept["message_property_mappings"] or {}
@@ -316,7 +316,7 @@ def _messages(kept: Given, shape: str) -> Notes:
 
 
 def _turns(entry: Mapping[str, Any]) -> tuple[str, list[str], Notes]:
-    """Which answers of a conversation are learned."""
+    """(turns, keys used, notes): which answers of a conversation are trained on."""
     if "roles_to_train" not in entry:
         return "all", [], []
     roles = entry["roles_to_train"]
@@ -328,7 +328,7 @@ def _turns(entry: Mapping[str, Any]) -> tuple[str, list[str], Notes]:
 
 
 def _written(given: Mapping[str, Any], kind: str) -> tuple[str, dict[str, str], list[str], Notes]:
-    """A type that says its columns and its prompt's wording by itself."""
+    """(our layout, columns, keys used, notes) of a `type` mapping, which names columns and the prompt format."""
     own, columns, notes = TABLE["written"][kind], {}, []
     for key, value in given.items():
         name = f"type.{key}"
@@ -346,7 +346,7 @@ def _written(given: Mapping[str, Any], kind: str) -> tuple[str, dict[str, str], 
 
 
 def guess(values: Mapping[str, Any], name: str) -> str:
-    """A file without `rl` is for sft, or for a reward model."""
+    """The method that a file is for: `rl`, or else reward for a reward model, or sft."""
     rl = values.get("rl")
     return str(rl) if rl else "reward" if values.get("reward_model") else "sft"
 

@@ -1,4 +1,4 @@
-"""A tool's command in a shell script (`swift rlhf --beta 0.1 ...`) as the mapping that its file would be."""
+"""Read a training command in a shell script (`swift rlhf --beta 0.1 ...`) as a mapping, like a config file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from penchant.errors import ConfigError
 
 ENDINGS = (".sh", ".bash")
 MOST_BYTES = 256 << 10
-# command: the tool, and which of its subcommands train (what they say of the method)
+# command: (tool, {training subcommand: its method, or "" if an argument gives it})
 COMMANDS: dict[str, tuple[str, Mapping[str, str]]] = {
     "swift": ("ms-swift", {"sft": "sft", "pt": "pt", "rlhf": ""}),
     "trl": ("trl", {m: m for m in ("sft", "dpo", "kto", "reward", "grpo", "rloo")}),
@@ -28,7 +28,7 @@ COMMANDS: dict[str, tuple[str, Mapping[str, str]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """What a script says: its arguments, whose they are, the method where the subcommand says it, and the GPUs that it asks for."""
+    """A training command: its arguments, the tool, the method if the subcommand gives it (else ""), and the number of GPUs."""
 
     values: dict[str, Any]
     tool: str
@@ -37,10 +37,10 @@ class Command:
 
 
 def read_command(path: str | Path) -> Command:
-    """The one command of a script that trains.
+    """Find the single training command in a script.
 
     Raises:
-        ConfigError: it cannot be read, there is none or more than one, or a value is in a variable that the script does not set.
+        ConfigError: the script cannot be read, has no such command or several, or a value needs a variable that it does not set.
     """
     where = str(path)
     try:
@@ -81,7 +81,7 @@ def read_command(path: str | Path) -> Command:
 
 
 def _words(line: str) -> list[str]:
-    """The words of a line; what ends a command is one of its own, also without a space."""
+    """Split a line into words. Command separators are words of their own, even without spaces around them."""
     lexer = shlex.shlex(line, posix=True, punctuation_chars=";|&")
     lexer.whitespace_split, lexer.commenters = True, ""
     return list(lexer)
@@ -100,7 +100,7 @@ def _filled(word: str, variables: Mapping[str, str]) -> str:
 
 
 def _computed(line: str, variables: Mapping[str, str]) -> str:
-    """`$(expr 16 / $n)` and `$((16 / n))` as the shell computes them; what is not two numbers stays, and is refused later."""
+    """Evaluate `$(expr 16 / $n)` and `$((16 / n))` like the shell. Other expressions are kept, and rejected later."""
 
     def value(found: re.Match[str]) -> str:
         left, operator, right = (g for g in found.groups() if g is not None)
@@ -123,7 +123,7 @@ def _devices(variables: Mapping[str, str]) -> int:
 
 
 def _arguments(words: list[str], where: str) -> dict[str, Any]:
-    """``--key value``, ``--key=value``, a key alone for true, several values for a list; a file of `--config` lies below them."""
+    """Parse ``--key value`` and ``--key=value``. No value means true, several make a list. Arguments override a `--config` file."""
     values: dict[str, Any] = {}
     key = ""
     for word in words:

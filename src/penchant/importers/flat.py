@@ -1,4 +1,4 @@
-"""Flat files that name things in the usual words (model_path, dataset_path, lora_r, max_seq_length ...) and belong to no tool we know."""
+"""Import flat files with common key names (model_path, dataset_path, lora_r, max_seq_length, ...) that belong to no known tool."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TABLE = table("flat")
 
 
 def method_of(given: Given) -> Iterator[Line]:
-    """Which loss: loss_type, method or algorithm."""
+    """The loss, from loss_type, method or algorithm."""
     for key in (k for k in TABLE["derived"]["method_of"] if given.says(k)):
         ours = TABLE["losses"].get(str(given[key]).lower().replace("-", "_"))
         if ours:
@@ -22,7 +22,7 @@ def method_of(given: Given) -> Iterator[Line]:
 
 
 def batches(given: Given) -> Iterator[Line]:
-    """A batch size a device with an accumulation, or one that is whole."""
+    """The batch size: per device or plain, times gradient accumulation and devices."""
     one = "per_device_train_batch_size" if given.says("per_device_train_batch_size") else "batch_size"
     more = "gradient_accumulation_steps" if given.says("gradient_accumulation_steps") else "grad_accum"
     if given.says(one, more):
@@ -32,7 +32,7 @@ def batches(given: Given) -> Iterator[Line]:
 
 
 def columns(given: Given) -> Iterator[Line]:
-    """prompt_column, chosen_column and the like."""
+    """prompt_column, chosen_column and similar keys."""
     named = {key.partition("_")[0]: key for key in TABLE["derived"]["columns"] if given.says(key)}
     if named:
         found = {field: str(given[key]) for field, key in named.items()}

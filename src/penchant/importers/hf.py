@@ -1,4 +1,4 @@
-"""What the tools on top of transformers' Trainer share."""
+"""Translations of keys shared by the tools built on transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from penchant.errors import DataError
 from penchant.importers.rules import Given, Line, NotHere, flag, number, whole
 from penchant.track.tracker import TRACKERS
 
-# ---- Where their figures are sent: `report_to` as our `logging.trackers` ----
+# ---- Trackers: `report_to` as our `logging.trackers` ----
 
 
 def report_to(given: Given) -> Iterator[Line]:
-    """A name, several, `none` or `all`; those that there are none of here are reported."""
+    """report_to (one or several names, `none` or `all`) and use_wandb. Unknown trackers are reported as unsupported."""
     names: list[str] = []
     if given.says("report_to"):
         asked = _names(given["report_to"])
@@ -52,25 +52,25 @@ def _wandb(given: Given, names: list[str]) -> Line:
 
 
 def _names(value: Any) -> list[str]:
-    """Their names, as a list or as a text with commas."""
+    """Tracker names from a list or a comma-separated string, in lower case."""
     listed = value if isinstance(value, list) else [] if value is None or value is False else str(value).split(",")
     return [name for name in (str(v).strip().lower() for v in listed) if name]
 
 
 def _installed() -> list[str]:
-    """A folder of that name in the current one (W&B makes one) is not a package."""
+    """Installed trackers. A folder of the same name in the working directory (W&B creates one) does not count."""
     found = {name: importlib.util.find_spec(spec.module) for name, spec in TRACKERS.items()}
     return [name for name, spec in found.items() if spec is not None and spec.origin is not None]
 
 
-# ---- What several keys make together ----
+# ---- Settings that combine several keys ----
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant"}
 MIN_LR = ("cosine_with_min_lr", "cosine_warmup_with_min_lr")
 
 
 def batch(given: Given) -> Iterator[Line]:
-    """per device x accumulation x devices: rows of one optimizer step."""
+    """Rows of one optimizer step: per-device batch size x accumulation x devices."""
     one, more = keys = ("per_device_train_batch_size", "gradient_accumulation_steps")
     ours = {"train.batch_size": whole(given[one]) * whole(given[more]) * given.devices}
     note = f"{given[one]} x {given[more]} x {given.devices} device(s); memory is train.tokens_per_step here"
@@ -78,7 +78,7 @@ def batch(given: Given) -> Iterator[Line]:
 
 
 def length(given: Given) -> Iterator[Line]:
-    """Epochs, or steps: theirs ignores the epochs where max_steps is set, ours takes the smaller."""
+    """Epochs or steps. If max_steps is set, transformers ignores the epochs, but we stop at whichever comes first."""
     steps = whole(given["max_steps"]) if given["max_steps"] is not None else -1
     if steps > 0:
         ours = {"train.max_steps": steps, "train.epochs": 1000.0}
@@ -91,7 +91,7 @@ def length(given: Given) -> Iterator[Line]:
 
 
 def schedule(given: Given) -> Iterator[Line]:
-    """Shape, warm-up and floor of the learning rate."""
+    """Shape, warm-up and floor of the learning rate schedule."""
     name = str(given["lr_scheduler_type"])
     keys = ["lr_scheduler_type"]
     if name in MIN_LR and isinstance(given["lr_scheduler_kwargs"], Mapping):
@@ -121,7 +121,7 @@ def _warmup(given: Given) -> Line:
     ratio, steps = given["warmup_ratio"], number(given["warmup_steps"] or 0)
     if steps == 0 and ratio is not None and (given.says("warmup_ratio") or not given.says("warmup_steps")):
         return given.line(["warmup_ratio"], "translated", {"train.warmup_fraction": number(ratio)})
-    if steps < 1:  # transformers 5 reads a number below one as a share
+    if steps < 1:  # transformers 5 reads a value below 1 as a fraction
         return given.line(["warmup_steps"], "translated", {"train.warmup_fraction": steps})
     total = number(given["max_steps"] or -1)
     if total > steps:
@@ -132,7 +132,7 @@ def _warmup(given: Given) -> Line:
 
 
 def saving(given: Given) -> Iterator[Line]:
-    """When checkpoints are written and held-out rows evaluated."""
+    """When to write checkpoints and when to evaluate."""
     yield from _every(given, "save_strategy", "save_steps", "checkpoint.every")
     name = "evaluation_strategy" if given.says("evaluation_strategy") else "eval_strategy"
     yield from _every(given, name, "eval_steps", "evaluation.every")
@@ -153,7 +153,7 @@ def _every(given: Given, strategy: str, steps: str, ours: str) -> Iterator[Line]
 
 
 def precision(given: Given) -> Iterator[Line]:
-    """bf16, fp16 and the dtype that weights are loaded in."""
+    """bf16, fp16 and pure_bf16, which set the training dtype."""
     keys = ("bf16", "fp16", "pure_bf16")
     if given["fp16"]:
         note = "there is no fp16 with loss scaling; bf16 has its range and needs none"
@@ -165,7 +165,7 @@ def precision(given: Given) -> Iterator[Line]:
 
 
 def val_size(given: Given) -> Iterator[Line]:
-    """A share of the rows, or so many of them."""
+    """val_size: a fraction of the rows if below 1, else a number of rows."""
     if not given.says("val_size"):
         return
     size = number(given["val_size"])
@@ -177,7 +177,7 @@ def val_size(given: Given) -> Iterator[Line]:
 
 
 def ppo_batch(given: Given) -> Iterator[Line]:
-    """PPO's batch: one batch of rollouts is all its minibatches (in LLaMA-Factory a buffer of as many batches)."""
+    """PPO's batch: one batch of rollouts holds all its minibatches (LLaMA-Factory: a buffer of that many batches)."""
     split = "ppo_buffer_size" if "ppo_buffer_size" in given.defaults else "num_mini_batches"
     keys = ("per_device_train_batch_size", "gradient_accumulation_steps", split)
     parts = whole(given[split])
@@ -187,14 +187,14 @@ def ppo_batch(given: Given) -> Iterator[Line]:
 
 
 def adapter(given: Given, keys: list[str], rank: int, alpha: float, **targets: Any) -> Line:
-    """LoRA's keys."""
+    """A line about the LoRA keys."""
     more = {ours: True for key, ours in (("use_rslora", "lora.rslora"), ("use_dora", "lora.dora")) if given[key]}
     ours = {"lora.r": rank, "lora.alpha": alpha, "lora.dropout": number(given["lora_dropout"]), **more, **targets}
     return given.line(keys, "translated", ours)
 
 
 def quantized(given: Given, key: str, ours: str | None, adapted: bool) -> Iterator[Line]:
-    """Weights in 4 or 8 bits, which are below an adapter here; `ours`: None where nobody asks, empty where ours has no such bits."""
+    """4- or 8-bit weights, which need an adapter here. `ours`: our setting, None if not requested, "" if unsupported."""
     if ours is None:
         if given.says(key):
             yield given.line([key], "same", note="off, as here")
@@ -205,18 +205,18 @@ def quantized(given: Given, key: str, ours: str | None, adapted: bool) -> Iterat
         yield given.line([key], "unsupported", note=how)
 
 
-# ---- Where models and rows are ----
+# ---- Local models and rows ----
 
 FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".ndjson")
 
 
 def is_local(name: str, folder: str) -> bool:
-    """Whether a data set is a file or a folder, and no hub id."""
+    """Whether a data set is a file or folder rather than a hub id."""
     return name.endswith(FILES) or name.startswith(("/", ".", "~")) or os.path.exists(os.path.join(folder, name))
 
 
 def rows_of(path: str, columns: Mapping[str, str]) -> tuple[str, bool]:
-    """The layout of a local file's first rows, and whether they have pictures; empty where it is not here, or of none."""
+    """(layout, whether there are pictures) of a local file's first rows. ``("", False)`` if it is missing or has no known layout."""
     if not Path(path).expanduser().exists():
         return "", False
     try:
@@ -230,7 +230,7 @@ def rows_of(path: str, columns: Mapping[str, str]) -> tuple[str, bool]:
 
 
 def model_type(path: str) -> str | None:
-    """What a local model folder's config.json calls its architecture; None for a hub id."""
+    """`model_type` in a local model folder's config.json, or None for a hub id."""
     try:
         found = json.loads((Path(path).expanduser() / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -242,7 +242,7 @@ DERIVATIONS = (batch, length, schedule, saving, precision, val_size, report_to, 
 
 
 def vision_parts(given: Given, parts: list[str]) -> Line:
-    """What is trained of a model that reads pictures, by the keys that freeze its vision tower and its projector (both frozen by default)."""
+    """model.vision, from the keys `parts` that freeze the vision tower and the projector (both frozen by default)."""
     frozen = [given[k] is None or flag(given[k]) for k in parts]
     same = frozen[0] == frozen[1]
     how = "" if same else "the vision tower and its projector are trained both (model.vision: trained) or neither"

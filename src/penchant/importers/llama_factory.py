@@ -1,4 +1,4 @@
-"""LLaMA-Factory's files (`llamafactory-cli train FILE`): what several keys make together; the plain ones are in llama_factory.yaml."""
+"""Import LLaMA-Factory's files (`llamafactory-cli train FILE`). Keys that translate one to one are in llama_factory.yaml."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TABLE = table("llama_factory")
 
 
 def lora(given: Given) -> Iterator[Line]:
-    """finetuning_type and the adapter's keys."""
+    """finetuning_type and the adapter keys."""
     kind_key, *keys, bits_key = TABLE["derived"]["lora"]
     kind, bits = given[kind_key], given[bits_key]
     yield from hf.quantized(given, bits_key, {4: "nf4", 8: "int8"}.get(bits, "") if bits else None, kind == "lora")
@@ -49,7 +49,7 @@ def lora(given: Given) -> Iterator[Line]:
 
 
 def data(given: Given) -> Iterator[Line]:
-    """`dataset` names looked up in dataset_info.json beside the files, as they do; pictures, where its descriptions have some."""
+    """Look up `dataset` and `eval_dataset` in dataset_info.json, as LLaMA-Factory does, and translate picture keys if a set has images."""
     entries: list[Mapping[str, Any]] | None = []
     for key, ours in (("dataset", "data.path"), ("eval_dataset", "data.eval_path")):
         if given[key]:
@@ -65,7 +65,7 @@ def data(given: Given) -> Iterator[Line]:
 
 
 def _named(given: Given, key: str, ours: str) -> Generator[Line, None, list[Mapping[str, Any]] | None]:
-    """The sets of a key; their descriptions, or None where there are none."""
+    """Translate the data sets of a key. Returns their descriptions, or None without dataset_info.json."""
     listed = given[key]
     names = [str(n) for n in listed] if isinstance(listed, list) else [n.strip() for n in str(listed).split(",")]
     folder = Path(str(given["dataset_dir"]))
@@ -95,7 +95,7 @@ def _named(given: Given, key: str, ours: str) -> Generator[Line, None, list[Mapp
 
 
 def _rows(entry: Mapping[str, Any], given: Given) -> dict[str, Any]:
-    """How the rows of one set are read: the description says what they are, whatever columns they have besides."""
+    """How to read the rows of one set, from its description alone."""
     turns = entry.get("formatting", "alpaca") == "sharegpt"
     made: dict[str, Any] = {"columns": _columns(entry)}
     if turns and entry.get("ranking"):
@@ -106,7 +106,7 @@ def _rows(entry: Mapping[str, Any], given: Given) -> dict[str, Any]:
 
 
 def _pictures(given: Given, entries: Sequence[Mapping[str, Any]]) -> Iterator[Line]:
-    """What is trained of a model that reads pictures, and where they are."""
+    """Which parts of a vision model are trained, and where the pictures are."""
     yield hf.vision_parts(given, ["freeze_vision_tower", "freeze_multi_modal_projector"])
     if given["freeze_language_model"]:
         yield given.line(["freeze_language_model"], "unsupported", note="the language model is trained, or its adapter")
@@ -128,7 +128,7 @@ def _pictures(given: Given, entries: Sequence[Mapping[str, Any]]) -> Iterator[Li
 
 
 def _dataset_info(folder: Path, beside: Path) -> tuple[Mapping[str, Any] | None, str]:
-    """The list of data sets, looked for from here and from their file; None where there is none."""
+    """(dataset_info.json or None, its path), looked for in the working directory and beside the imported file."""
     for root in (Path(), beside):
         path = root / folder / "dataset_info.json"
         if path.is_file():
@@ -149,13 +149,13 @@ def _place(entry: Mapping[str, Any], folder: Path) -> str:
 
 
 def _described(entry: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Their column names, where the description has some."""
+    """The description's column names, or an empty mapping."""
     found = entry.get("columns")
     return found if isinstance(found, Mapping) else {}
 
 
 def _columns(entry: Mapping[str, Any]) -> dict[str, str]:
-    """Our field: their column, where the two differ."""
+    """``{our field: their column}`` for names that differ."""
     given = _described(entry)
     if entry.get("formatting", "alpaca") == "sharegpt":
         given, fields = {"messages": "conversations", **given}, TABLE["sharegpt"]
@@ -183,7 +183,7 @@ def _left(name: str, entry: Mapping[str, Any]) -> Iterator[Line]:
 
 
 def preference(given: Given) -> Iterator[Line]:
-    """pref_loss, pref_beta and what goes with them."""
+    """pref_loss, pref_beta and related keys."""
     name, beta = str(given["pref_loss"]), number(given["pref_beta"])
     used = ["pref_loss", "pref_beta"]
     if name not in TABLE["pref_losses"]:
@@ -214,7 +214,7 @@ def preference(given: Given) -> Iterator[Line]:
                 yield given.line([key], "unsupported", note="choose one loss that has it: `penchant losses`")
 
 
-# a file that names no stage is for sft
+# a file without a stage is for sft
 SOURCE = source(
     "llama-factory",
     (*hf.DERIVATIONS, lora, data, preference),

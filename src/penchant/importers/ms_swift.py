@@ -1,4 +1,4 @@
-"""ms-swift's arguments (`swift sft`, `swift rlhf`, `args.json`): what several of them make together; the plain ones are in ms_swift.yaml."""
+"""Import ms-swift's arguments (`swift sft`, `swift rlhf`, `args.json`). Those that translate one to one are in ms_swift.yaml."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TABLE = table("ms_swift")
 
 
 def sixteen(given: Given) -> Iterator[Line]:
-    """Rows of a step; without an accumulation theirs makes them at least 16."""
+    """Rows of one optimizer step. Without gradient accumulation, ms-swift accumulates to at least 16."""
     devices = max(given.devices, whole(given["global_world_size"] or 1))
     one = whole(given["per_device_train_batch_size"]) * devices
     more = whole(given["gradient_accumulation_steps"] or math.ceil(16 / one))
@@ -26,7 +26,7 @@ def sixteen(given: Given) -> Iterator[Line]:
 
 
 def rate(given: Given) -> Iterator[Line]:
-    """The learning rate, whose default depends on what is trained."""
+    """The learning rate, whose default depends on train_type."""
     if given.says("learning_rate"):
         yield given.line(["learning_rate"], "translated", {"train.lr": number(given["learning_rate"])})
     else:
@@ -35,7 +35,7 @@ def rate(given: Given) -> Iterator[Line]:
 
 
 def dtype(given: Given) -> Iterator[Line]:
-    """torch_dtype, and bf16 and fp16, which follow it."""
+    """torch_dtype, or else bf16 and fp16."""
     there = [k for k in TABLE["derived"]["dtype"] if given.says(k)]
     kind = str(given["torch_dtype"] or ("bfloat16" if given["bf16"] else "float16" if given["fp16"] else ""))
     kind = kind.removeprefix("torch.")
@@ -51,7 +51,7 @@ def dtype(given: Given) -> Iterator[Line]:
 
 
 def tuner(given: Given) -> Iterator[Line]:
-    """train_type and the adapter's keys."""
+    """train_type and the adapter keys."""
     kind, adapters = (
         given["train_type"],
         given["adapters"] if isinstance(given["adapters"], list) else [given["adapters"]],
@@ -97,7 +97,7 @@ def tuner(given: Given) -> Iterator[Line]:
 
 
 def rows(given: Given) -> Iterator[Line]:
-    """`dataset` and `val_dataset`, each of `[HF::]name[:subset][#rows]`, as `data.path` or `data.sources`, and `data.eval_path`."""
+    """`dataset` as `data.path` or `data.sources`, and `val_dataset` as `data.eval_path`. Entries are `[HF::]name[:subset][#rows]`."""
     made, notes = [], []
     for name in _listed(given["dataset"]):
         where, note, problem = _place(name, given)
@@ -132,13 +132,13 @@ def rows(given: Given) -> Iterator[Line]:
 
 
 def _columns(given: Given) -> dict[str, str]:
-    """Our field: their column."""
+    """``{our field: their column}``."""
     names = given["columns"] if isinstance(given["columns"], Mapping) else {}
     return {TABLE["columns"].get(str(std), str(std)): str(theirs) for theirs, std in names.items()}
 
 
 def _looked_at(given: Given) -> list[tuple[str, bool]]:
-    """The layout of each data set, and whether it has pictures, where it is a file that is here."""
+    """(layout, whether it has pictures) of each data set that is a local file, and ``("", False)`` of others."""
     places = [_place(name, given)[0]["path"] for name in _listed(given["dataset"])]
     return [
         hf.rows_of(path if os.path.exists(path) else os.path.join(given.folder, path), _columns(given))
@@ -147,7 +147,7 @@ def _looked_at(given: Given) -> list[tuple[str, bool]]:
 
 
 def _pictures(given: Given) -> Iterator[Line]:
-    """What is trained of a model that reads pictures."""
+    """Which parts of a vision model are trained."""
     yield hf.vision_parts(given, ["freeze_vit", "freeze_aligner"])
     if given.says("freeze_llm"):
         asks = flag(given["freeze_llm"])
@@ -156,7 +156,7 @@ def _pictures(given: Given) -> Iterator[Line]:
 
 
 def turns(given: Given) -> Iterator[Line]:
-    """loss_scale: which answers of a conversation are learned, where a look at the rows says that they are conversations."""
+    """loss_scale: which answers of a conversation are trained on. Looks at the rows to see if they are conversations."""
     kind = str(given["loss_scale"] or "default").partition("+")[0]
     there = [shape in ("messages", "sharegpt") for shape, _ in _looked_at(given) if shape]
     if kind == "last_round":
@@ -188,7 +188,7 @@ def _listed(value: Any) -> list[str]:
 
 
 def _place(name: str, given: Given) -> tuple[dict[str, Any], str, str]:
-    """Where one set is, what differs, and what is not read of it."""
+    """(our path and limit, what differs, what is not supported) of one data set."""
     hub, _, rest = name.rpartition("::")
     rest, _, rows = rest.partition("#")
     limit = {"limit": int(rows)} if re.fullmatch(r"\d+", rows) else {}
@@ -204,7 +204,7 @@ def _place(name: str, given: Given) -> tuple[dict[str, Any], str, str]:
 
 
 def longest(given: Given) -> Iterator[Line]:
-    """max_length, and what becomes of longer rows."""
+    """max_length, and how longer rows are handled."""
     if given.says("max_length"):
         yield given.line(["max_length"], "translated", {"data.max_length": whole(given["max_length"])})
     else:
@@ -225,7 +225,7 @@ def longest(given: Given) -> Iterator[Line]:
 
 
 def estimator(given: Given) -> Iterator[Line]:
-    """advantage_estimator, which is another algorithm here, and dynamic_sample."""
+    """advantage_estimator, which selects an algorithm here, and dynamic_sample."""
     names = {"grpo": None, "rloo": "rloo", "reinforce_plus_plus": "reinforce_pp"}
     if given.says("advantage_estimator"):
         kind = str(given["advantage_estimator"])
@@ -243,7 +243,7 @@ def estimator(given: Given) -> Iterator[Line]:
 
 
 def guess(values: Mapping[str, Any], name: str) -> str:
-    """rlhf_type; a file without it is for sft."""
+    """The method that a file is for: rlhf_type, or else sft."""
     return str(values.get("rlhf_type") or "sft")
 
 

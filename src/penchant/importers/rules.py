@@ -1,15 +1,16 @@
-"""What becomes of another tool's keys: a table of rules for each source (NAME.yaml), and the one engine that applies them.
+"""Translate another tool's keys with a table of rules for each tool (NAME.yaml). No key is dropped silently.
 
 A table may hold, each optional:
-  defaults     their defaults that a run's meaning rests on; null takes one of the tool's away
-  translated   key: {to: our key, as: how its value is read (`CONVERSIONS`), values: {theirs: ours}, note: ...}; with `otherwise`, a
-               value that is not among `values` has no counterpart, and `otherwise` says what to do
-  ignored      key: why there is nothing to write; or {why, when: values for which that holds, otherwise: what to do about another}
-  unsupported  key: what to do instead; or {how: the same, idle: values, beside none and false, that ask for nothing}
-Keys with one rule may stand together, with commas; `vllm_*` is every key that begins so and has no rule of its own. A tool's table has its `methods` and `groups` of keys that methods share (`like`) as
-tables too, and under `derived` the keys of every function that makes something of several. A tool that wraps another one says its keys in
-the other's names: `names` (theirs: the other's) and `inner` (sections whose keys are the other's own); it `shares` whole tables and
-`borrows` groups and functions. `sections` lists mappings whose keys count one by one. Nothing is dropped silently.
+  defaults     the tool's defaults that affect the meaning of a run; null removes one
+  translated   key: {to: our key, as: how to read its value (`CONVERSIONS`), values: {theirs: ours}, note: ...}; with `otherwise`, a
+               value that is not in `values` is unsupported, and `otherwise` says what to do
+  ignored      key: why no key is needed; or {why, when: values for which that holds, otherwise: what to do about other values}
+  unsupported  key: what to do instead; or {how: the same, idle: values that change nothing, besides none and false}
+Keys with the same rule may share an entry, separated by commas. `vllm_*` matches every key with that prefix and no rule of its own.
+A tool's table also holds its `methods`, and `groups` of keys that methods share (`like`), as tables of the same form, and under
+`derived` the keys that each function combines. A tool that wraps another one maps its keys to the other's names: `names` (theirs: the
+other's) and `inner` (sections whose keys already have the other's names). It `shares` whole tables and `borrows` groups and functions.
+`sections` lists mappings whose keys are translated one by one.
 """
 
 from __future__ import annotations
@@ -28,19 +29,20 @@ from penchant.base.text import closest
 from penchant.errors import ConfigError
 
 Status = Literal["translated", "same", "unsupported"]
-OFF: tuple[Any, ...] = (None, False, "", "none", "no", "None", [], {})  # a key with such a value asks for nothing
+OFF: tuple[Any, ...] = (None, False, "", "none", "no", "None", [], {})  # values that leave a feature off
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """What became of one key, or of several that make one thing together.
+    """The translation of one key, or of several that are combined.
 
     Args:
-        theirs: their keys and values, as ``(key, value)``; empty for what their tool does without being asked.
-        status: translated (`ours` holds our keys), same (nothing to write: it is so here, or changes nothing), unsupported.
+        theirs: their keys and values, as ``(key, value)``; empty for built-in behavior of their tool.
+        status: translated (`ours` holds our keys), same (no key needed: the behavior is the same here, or it has no effect), or
+            unsupported.
         ours: our keys and values.
-        note: why, or what to do.
-        given: whether their file says it, or it is their default.
+        note: the reason, or what to do.
+        given: True if the file sets it, False if it is their default.
     """
 
     theirs: tuple[tuple[str, Any], ...]
@@ -51,28 +53,28 @@ class Line:
 
 
 class Given:
-    """Their settings: what the file says over what their tool takes where it says nothing."""
+    """Their settings: the file's values over their tool's defaults."""
 
     def __init__(
         self, values: Mapping[str, Any], defaults: Mapping[str, Any], devices: int = 1, folder: str = "."
     ) -> None:
         self.values, self.defaults, self.devices, self.folder = values, defaults, devices, folder
-        self.last = ""  # the key that was looked at last: the one to name where its value cannot be understood
+        self.last = ""  # the last key read, which an error about its value names
 
     def __getitem__(self, key: str) -> Any:
         self.last = key
         return self.values[key] if key in self.values else self.defaults.get(key)
 
     def says(self, *keys: str) -> bool:
-        """Whether the file itself has one of the keys."""
+        """Whether the file itself sets one of the keys."""
         return any(k in self.values for k in keys)
 
     def theirs(self, *keys: str) -> tuple[tuple[str, Any], ...]:
-        """The keys with the values that hold, those left out that nobody sets."""
+        """``(key, value)`` for the keys that the file or a default sets."""
         return tuple((k, self[k]) for k in keys if k in self.values or k in self.defaults)
 
     def line(self, keys: Iterable[str], status: Status, ours: Mapping[str, Any] | None = None, note: str = "") -> Line:
-        """A line about some of these keys."""
+        """Make a line about some of their keys."""
         names = tuple(keys)
         return Line(self.theirs(*names), status, tuple((ours or {}).items()), note, self.says(*names))
 
@@ -84,11 +86,11 @@ Guess = Callable[[Mapping[str, Any], str], str | None]
 
 
 class NotHere(ValueError):
-    """A value that has no counterpart; its text says what to do."""
+    """A value has no counterpart. The message says what to do."""
 
 
 def number(value: Any) -> float:
-    """A number, also where YAML 1.1 has left ``1e-5`` a text."""
+    """Convert to float, including strings such as ``1e-5``, which YAML 1.1 does not parse as a number."""
     if isinstance(value, bool):
         raise NotHere(f"{value!r} is not a number; set the key by hand")
     try:
@@ -98,7 +100,7 @@ def number(value: Any) -> float:
 
 
 def whole(value: Any) -> int:
-    """A whole number."""
+    """Convert to int."""
     found = number(value)
     if not found.is_integer():
         raise NotHere(f"{repr(value)[:60]} is not a whole number; set the key by hand")
@@ -106,7 +108,7 @@ def whole(value: Any) -> int:
 
 
 def flag(value: Any) -> bool:
-    """true or false, also in YAML 1.1's words."""
+    """Convert to bool, including YAML 1.1's yes, no, on and off."""
     words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
     found = words.get(str(value).strip().lower())
     if found is None:
@@ -115,14 +117,14 @@ def flag(value: Any) -> bool:
 
 
 def name(value: Any) -> str:
-    """One word or several, as a text."""
+    """Convert to a non-empty string."""
     if not isinstance(value, (str, int, float)) or not str(value).strip():
         raise NotHere(f"{value!r} is not a name; set the key by hand")
     return str(value)
 
 
 def layers(value: Any) -> str | list[str]:
-    """Layers of an adapter: a list, a text with commas, a regular expression, or all of them."""
+    """Convert an adapter's target layers: a list, a comma-separated string, a regular expression, or all of them."""
     if isinstance(value, str) and re.search(r"[\\()|*^$\[]", value):
         return value
     names = [v.strip() for v in value.split(",")] if isinstance(value, str) else [str(v) for v in value]
@@ -150,7 +152,7 @@ CONVERSIONS: dict[str, Convert] = {
 
 
 def _translated(rule: Mapping[str, Any], key: str, given: Given) -> Line:
-    """The key is `to`, its value read and then looked up in `values`; `otherwise` refuses one that is not there."""
+    """Translate a key to `to`, mapping its converted value through `values`. With `otherwise`, unmapped values are unsupported."""
     if given[key] is None:
         return given.line([key], "same", note="not set")
     values, otherwise = rule.get("values", {}), rule.get("otherwise")
@@ -165,18 +167,18 @@ def _translated(rule: Mapping[str, Any], key: str, given: Given) -> Line:
 
 
 def _ignored(rule: Mapping[str, Any], key: str, given: Given) -> Line:
-    """Nothing to write: with one of `when` (with any, where none is named) it is so here already."""
+    """A key that needs no counterpart for the values in `when`, or for any value if there is no `when`."""
     asks = "when" in rule and given[key] not in rule["when"] and given[key] is not None
     return given.line([key], "unsupported" if asks else "same", note=rule["otherwise" if asks else "why"])
 
 
 def _unsupported(rule: Mapping[str, Any], key: str, given: Given) -> Line:
-    """Not here: `how` says what to do instead. A value in `idle` (or false, none, empty) asks for nothing."""
+    """A key without a counterpart; `how` says what to do instead. Values in `idle`, false, none and empty have no effect."""
     asks = not any(type(given[key]) is type(v) and given[key] == v for v in (*OFF, *rule.get("idle", ())))
     return given.line([key], "unsupported" if asks else "same", note=rule["how"] if asks else "off, as here")
 
 
-# the parts of a table: what applies their rules, and what a rule that is only a text says
+# (part of a table, function that applies its rules, field that a plain string stands for)
 KINDS = (("translated", _translated, "to"), ("ignored", _ignored, "why"), ("unsupported", _unsupported, "how"))
 
 
@@ -185,11 +187,11 @@ class Method:
     """One of their trainers.
 
     Args:
-        title: as a person calls it; base: our keys that say which method it is.
-        defaults: their defaults that a run's meaning rests on.
-        rules: key -> rule, over the source's own.
-        derive: what several keys make together; the keys that a derivation looks at are in `parts`.
-        remarks: what differs whatever the file says.
+        title: display name; base: our keys that select the method.
+        defaults: their defaults that affect the meaning of a run.
+        rules: ``{key: rule}``, which take precedence over the source's.
+        derive: functions that combine several keys; `parts` holds all keys that they read.
+        remarks: differences that hold for any file.
     """
 
     title: str
@@ -203,10 +205,12 @@ class Method:
 
 @dataclass(frozen=True)
 class Source:
-    """A tool whose files are read: its trainers, its keys, and how to tell them.
+    """A tool whose files can be imported: its trainers, its keys, and how to recognize its files.
 
     Args:
-        marks: keys that only this tool's files have; guess: which method a file is for, or None.
+        marks: keys that only this tool's files have; guess: returns the method that a file is for, or None.
+        names: ``{its key: name in the rules}``; sections: mappings whose keys are translated one by one.
+        inner: sections whose keys already have the rules' names.
     """
 
     name: str
@@ -220,9 +224,9 @@ class Source:
     inner: frozenset[str] = frozenset()
 
     def read(self, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str], list[Line]]:
-        """The file's keys in the names that the rules have, what the file calls them, and lines of keys that say nothing more.
+        """(values by the rules' key names, the file's name of each, lines about keys that have no effect).
 
-        A tool with names of its own leaves a key empty to mean that it is not set.
+        For a tool with its own names, a null value means that the key is not set.
         """
         flat = {
             f"{k}.{inner}" if inner else k: v
@@ -249,12 +253,12 @@ class Source:
 
 @cache
 def table(name: str) -> dict[str, Any]:
-    """NAME.yaml beside this file."""
+    """Load NAME.yaml from this package."""
     return packaged_yaml(__package__, f"{name}.yaml")
 
 
 def rules_of(part: Mapping[str, Any]) -> dict[str, Rule]:
-    """The rules of one table."""
+    """``{key: rule}`` of one table."""
     made: dict[str, Rule] = {}
     for kind, apply, text in KINDS:
         for keys, rule in part.get(kind, {}).items():
@@ -264,12 +268,12 @@ def rules_of(part: Mapping[str, Any]) -> dict[str, Rule]:
 
 
 def _together(parts: Iterable[Mapping[str, Any]], what: str) -> dict[str, Any]:
-    """One part of several tables, the later ones over the earlier."""
+    """Merge one part of several tables. Later tables take precedence."""
     return {key: value for part in parts for key, value in part.get(what, {}).items()}
 
 
 def source(name: str, derivations: Iterable[Derive], guess: Guess) -> Source:
-    """The tool that NAME.yaml describes; the functions that it derives things with are among `derivations`."""
+    """Build the `Source` described by NAME.yaml, looking up the functions that it names in `derivations`."""
     tool = table(name.replace("-", "_"))
     tables = [*map(table, tool.get("shares", ())), tool]
     lent = [*map(table, tool.get("borrows", ())), *tables]
@@ -298,7 +302,7 @@ def source(name: str, derivations: Iterable[Derive], guess: Guess) -> Source:
 
 @dataclass(frozen=True)
 class Translation:
-    """A file in our terms: our keys with a comment each, and a line for everything that theirs (`values`) said."""
+    """A translated file: our keys with a comment each, and a line for every key of the original (`values`)."""
 
     source: Source
     method: Method
@@ -307,13 +311,13 @@ class Translation:
     remarks: tuple[str, ...]
 
     def count(self, status: Status) -> int:
-        """Keys of their file of which a line of this status speaks."""
+        """Number of keys in their file that have a line of this status."""
         keys = {k for line in self.lines if line.status == status for k, _ in line.theirs}
         return sum(re.split(r"[.\[]", k)[0] in self.values for k in keys)
 
     @property
     def settings(self) -> dict[str, tuple[Any, str]]:
-        """Our key -> (value, where it comes from)."""
+        """``{our key: (value, its origin)}``."""
         found: dict[str, tuple[Any, str]] = {k: (v, "") for k, v in self.method.base.items()}
         for line in self.lines:
             origin = ", ".join(f"{k}: {v}" for k, v in line.theirs)
@@ -326,14 +330,14 @@ class Translation:
 def translate(
     values: Mapping[str, Any], source: Source, method: Method, devices: int = 1, folder: str = "."
 ) -> Translation:
-    """Every key of `values` by the source's rules, then what their defaults make.
+    """Translate every key of `values` by the source's rules, and the tool's defaults.
 
     Args:
-        devices: GPUs that their run used: an optimizer step there holds so many batches.
-        folder: where their file stands; files that it names are looked for there.
+        devices: number of GPUs of their run, which multiplies the batch size.
+        folder: the file's folder, where files that it names are looked up.
 
     Raises:
-        NotHere: a value cannot be understood; its text names the key.
+        NotHere: a value cannot be understood; the message names the key.
     """
     found, called, said = source.read(values)
     given = Given(found, method.defaults, devices, folder)
@@ -344,11 +348,13 @@ def translate(
         raise NotHere(f"{called.get(given.last, given.last)}: {why}") from error
     named = [replace(line, theirs=tuple((called.get(k, k), v) for k, v in line.theirs)) for line in lines]
     kept = _without_idle(named, method)
-    return Translation(source, method, values, (*said, *kept), method.remarks)  # `said` has the file's own words
+    return Translation(
+        source, method, values, (*said, *kept), method.remarks
+    )  # `said` already has the file's key names
 
 
 def _without_idle(lines: list[Line], method: Method) -> list[Line]:
-    """The same without keys that change nothing with the algorithm which the lines make, and which a config may not have."""
+    """Drop our keys that have no effect with the resulting algorithm, because a config that sets them is rejected."""
     made = dict(method.base) | {k: v for line in lines for k, v in line.ours}
     name = made.get("algorithm.name")
     if name not in ALGORITHMS:
@@ -358,7 +364,7 @@ def _without_idle(lines: list[Line], method: Method) -> list[Line]:
     try:
         idle = kind.model_validate({k: v for k, v in own.items() if k not in perhaps}).idle
     except ValidationError:
-        return lines  # the config says so
+        return lines  # building the config reports the error
     gone = {f"algorithm.{k}" for k in idle if k in own and own[k] != kind.model_fields[k].default}
 
     def left(line: Line) -> Line:
@@ -375,7 +381,7 @@ def _without_idle(lines: list[Line], method: Method) -> list[Line]:
 def _lines(
     found: Mapping[str, Any], called: Mapping[str, str], source: Source, method: Method, given: Given
 ) -> list[Line]:
-    """A line for every key that is set (`found`), in the rules' names, and for their defaults."""
+    """A line for every key that is set (`found`, by the rules' names), and for the tool's defaults."""
     lines: list[Line] = []
     rules = {**source.rules, **method.rules}
     for k in (k for k in found if k not in method.parts):
@@ -391,7 +397,7 @@ def _lines(
 
 
 def _unknown(key: str, given: Given, source: Source, method: Method, called: Mapping[str, str]) -> Line:
-    """A key without a rule: another method's, or one that nobody knows."""
+    """A line about a key without a rule: it belongs to another method, or is unknown."""
     others = [m.title for m in source.methods.values() if key in m.rules or key in m.parts]
     if others and source.names:
         return given.line([key], "same", note=f"without effect on {method.title}: it is of {others[0]}")
@@ -404,7 +410,7 @@ def _unknown(key: str, given: Given, source: Source, method: Method, called: Map
 
 
 def choose(name: str, there: Mapping[str, Any], where: str, what: str) -> Any:
-    """``there[name]``, or an error that lists what there is."""
+    """Return ``there[name]``, or raise ConfigError with the closest name or all names."""
     if name not in there:
         near = closest(name, there)
         how = f"did you mean {near}?" if near else f"there are {', '.join(there)}"

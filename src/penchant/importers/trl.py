@@ -1,4 +1,4 @@
-"""TRL's files (`trl dpo --config FILE` and the others): what several keys make together; the plain ones are in trl.yaml."""
+"""Import TRL's files (`trl dpo --config FILE` and the others). Keys that translate one to one are in trl.yaml."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TABLE = table("trl")
 
 
 def lora(given: Given) -> Iterator[Line]:
-    """An adapter, where use_peft is on; their lora_* keys alone do nothing."""
+    """use_peft and the adapter keys. Without use_peft, lora_* keys have no effect."""
     keys = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora")
     for key, ours in (("load_in_4bit", "nf4"), ("load_in_8bit", "int8")):
         yield from hf.quantized(given, key, ours if given[key] else None, bool(given["use_peft"]))
@@ -35,7 +35,7 @@ def _targets(given: Given) -> Line:
 
 
 def peft_targets(given: Given) -> Line:
-    """The layers that PEFT adapts where nobody names any."""
+    """The layers that PEFT adapts by default."""
     known, kind = TABLE["peft_targets"], hf.model_type(str(given["model_name_or_path"]))
     note = f"PEFT's default for {kind}"
     if kind not in known:
@@ -45,7 +45,7 @@ def peft_targets(given: Given) -> Line:
 
 
 def data(given: Given) -> Iterator[Line]:
-    """Where rows come from: a hub id with its splits, a file, or their mixture of several."""
+    """The data: a hub id with its splits, a file, or a mixture of several."""
     evaluated = str(given["eval_strategy"] or given["evaluation_strategy"] or "no") not in ("no", "False")
     if given["datasets"]:
         yield from _mixture(given)
@@ -89,7 +89,7 @@ def _mixture(given: Given) -> Iterator[Line]:
 
 
 def reference(given: Given) -> Iterator[Line]:
-    """A reference that follows the policy (TR-DPO)."""
+    """A reference that is synced with the policy (TR-DPO)."""
     keys = ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps")
     if given["sync_ref_model"]:
         steps, share = whole(given["ref_model_sync_steps"] or 512), number(given["ref_model_mixup_alpha"] or 0.6)
@@ -102,7 +102,7 @@ DIVERGENCES = {"forward_kl": "forward_kl", "js_divergence": "js", "alpha_diverge
 
 
 def dpo_loss(given: Given) -> Iterator[Line]:
-    """loss_type (one or several) and everything that changes it."""
+    """loss_type (one or several) and every key that modifies it."""
     losses = TABLE["dpo_losses"]
     names = given["loss_type"] if isinstance(given["loss_type"], list) else [given["loss_type"]]
     weights = given["loss_weights"] or [1.0] * len(names)
@@ -139,12 +139,12 @@ def _component(given: Given, loss: Mapping[str, str]) -> dict[str, Any]:
     read = {ours: key for ours, key in loss.items() if ours != "name" and given[key] is not None}
     made = {"name": loss["name"], **{ours: number(given[key]) for ours, key in read.items()}}
     if made["name"] == "exo" and made.get("label_smoothing") == 0:
-        made["label_smoothing"] = 1e-3  # theirs puts it up, as a target of 0 would be infinite
+        made["label_smoothing"] = 1e-3  # TRL does the same, since a target of 0 would be infinite
     return made
 
 
 def _changed(given: Given, plain: dict[str, Any]) -> tuple[dict[str, Any], list[str], str]:
-    """Keys that make another of our losses of plain DPO: that loss, the keys, and what to say."""
+    """(loss, keys used, note) for the keys that turn plain DPO into another of our losses."""
     beta = {"beta": plain["beta"]} if "beta" in plain else {}
     kind = DIVERGENCES.get(given["f_divergence_type"])
     if kind == "alpha":
@@ -160,7 +160,7 @@ def _changed(given: Given, plain: dict[str, Any]) -> tuple[dict[str, Any], list[
     return plain, [], ""
 
 
-# values with which a key changes nothing; the others that a loss does not read are idle with any
+# values without effect; keys not listed here have no effect with any value on a loss that does not read them
 _IDLE = {
     "f_divergence_type": ("reverse_kl",),
     "use_weighting": (False,),
@@ -179,7 +179,7 @@ def _of_other_losses(key: str, given: Given, names: list[Any]) -> Line:
 
 
 def grpo_loss(given: Given) -> Iterator[Line]:
-    """What a GRPO of theirs is here: loss_type says how tokens are averaged, or that it is another method; sequence-level ratios are GSPO."""
+    """GRPO's loss_type, which selects the token averaging or another method, and importance_sampling_level, which may select GSPO."""
     kind, level, high = str(given["loss_type"]), given["importance_sampling_level"] or "token", given["epsilon_high"]
     keys = ["loss_type", *(["importance_sampling_level"] if given.says("importance_sampling_level") else [])]
     found = TABLE["grpo_losses"].get(kind)
@@ -187,7 +187,7 @@ def grpo_loss(given: Given) -> Iterator[Line]:
         how = f"there is no {kind} with ratios of each {level}: take algorithm.name dapo, dr_grpo, gspo or cispo"
         yield given.line(keys, "unsupported", {}, how)
     elif kind == "cispo":
-        # theirs holds the ratio at epsilon_high itself, ours at 1 + clip_high
+        # TRL caps the ratio at epsilon_high, we cap it at 1 + clip_high
         bound = number(high if high is not None else given["epsilon"]) - 1
         ours = {"algorithm.name": "cispo", "algorithm.loss_mean": found}
         note = (
@@ -206,12 +206,12 @@ def grpo_loss(given: Given) -> Iterator[Line]:
         yield given.line(["epsilon_high"], "translated", {"algorithm.clip_high": number(high)})
     elif given.says("epsilon_high"):
         yield given.line(["epsilon_high"], "same", note="not set")
-    elif level == "sequence":  # gspo's own would be another
+    elif level == "sequence":  # GSPO's own default differs
         yield Line((), "translated", (("algorithm.clip_high", number(given["epsilon"])),), "epsilon", given=False)
 
 
 def gkd_loss(given: Given) -> Iterator[Line]:
-    """Their beta: 0 is the forward KL, 1 the reverse one."""
+    """GKD's beta: 0 is the forward KL, 1 the reverse KL."""
     beta = number(given["beta"])
     if beta in (0.0, 1.0):
         ours: dict[str, Any] = {"algorithm.divergence": "reverse_kl" if beta else "forward_kl"}
@@ -221,7 +221,7 @@ def gkd_loss(given: Given) -> Iterator[Line]:
 
 
 def cpo_loss(given: Given) -> Iterator[Line]:
-    """CPO, SimPO and AlphaPO, which share a trainer there."""
+    """CPO, SimPO and AlphaPO, which share a trainer in TRL."""
     keys = ["loss_type", "beta", "cpo_alpha"]
     beta, nll = number(given["beta"]), number(given["cpo_alpha"])
     if given["loss_type"] == "simpo":
@@ -244,7 +244,7 @@ def cpo_loss(given: Given) -> Iterator[Line]:
 
 
 def groups(given: Given) -> Iterator[Line]:
-    """Prompts of a step, of GRPO and RLOO, whose batch counts completions."""
+    """Prompts per step of GRPO and RLOO, whose batch sizes in TRL count completions."""
     keys = TABLE["derived"]["groups"]
     try:
         group, one = whole(given["num_generations"]), whole(given["per_device_train_batch_size"]) * given.devices
@@ -297,7 +297,7 @@ def _as_file(dotted: str) -> str:
 
 
 def ppo_length(given: Given) -> Iterator[Line]:
-    """Episodes are prompts answered."""
+    """PPO's length: total_episodes counts prompts with one completion each."""
     if given["total_episodes"] is None:
         yield from hf.length(given)
         return
@@ -310,7 +310,7 @@ def ppo_length(given: Given) -> Iterator[Line]:
 
 
 def guess(values: Mapping[str, Any], name: str) -> str | None:
-    """Which trainer a file is for: by a key that only one has, by its loss, by the file's name; None where nothing tells."""
+    """The trainer that a file is for, by keys that only one trainer has, by its loss or by the file's name; None if unclear."""
     told = TABLE["guess"]
     words = name.lower().replace("-", "_")
     by_name = next((method for word, method in told["names"].items() if word in words), None)

@@ -1,4 +1,4 @@
-"""A pipeline's config: stages that start from shared defaults, use each other's models, and are compared at the end."""
+"""Read a pipeline's config: stages that share defaults, use each other's models, and are compared at the end."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Ref:
     """``stage:NAME`` or ``stage:NAME@which`` in a value or as a key.
 
     Args:
-        text: as written; stage: its name; which: ``best``, ``last``, a step's number, or None: the best where one is tracked, else
-            the last.
-        path: the key path at which it stands (it is the last part itself where it is a key).
+        text: as written; stage: the stage's name; which: ``best``, ``last``, a step number, or None for the best checkpoint if one is
+            tracked, else the last.
+        path: the key path of the value; if the reference is itself a key, the path ends with it.
     """
 
     text: str
@@ -43,7 +43,7 @@ class Ref:
 
     @property
     def full_model(self) -> bool:
-        """Whether what stands here must be a whole model rather than an adapter."""
+        """Whether this key needs a whole model rather than an adapter."""
         return self.path in FULL_MODEL
 
 
@@ -52,13 +52,13 @@ Resolve = Callable[[Ref], str]
 
 @dataclass(frozen=True)
 class Stage(Member):
-    """One stage: defaults and its own keys, merged, with references still as written."""
+    """One stage: the defaults merged with its own keys, references unresolved."""
 
     title: ClassVar[str] = "stages.{}"
 
     @cached_property
     def refs(self) -> tuple[Ref, ...]:
-        """The stages that it uses, in written order."""
+        """References to other stages, in file order."""
         with self.naming():
             return references(self.values)
 
@@ -69,16 +69,16 @@ class Stage(Member):
 
     @cached_property
     def config(self) -> RunConfig:
-        """The config with its references as written: typed and checked, but not to be run."""
+        """The validated config with unresolved references. It cannot be run."""
         return self.resolved(lambda ref: ref.text)
 
     def resolved(self, resolve: Resolve) -> RunConfig:
-        """The config with every reference replaced by what `resolve` says of it."""
+        """The config with every reference replaced by `resolve(reference)`."""
         return self.made_of(resolved(self.values, resolve))
 
     @property
     def upstream(self) -> tuple[str, ...]:
-        """Names of the stages that it uses, each once."""
+        """Names of the stages that it uses, without duplicates."""
         return tuple(dict.fromkeys(r.stage for r in self.refs))
 
 
@@ -109,7 +109,7 @@ class CompareConfig(Section):
     def _a_reward(cls, reward: Any) -> Any:
         try:
             RewardConfig.model_validate(reward if reward is not None else "words")
-        except ValidationError as error:  # said now, not when everything is trained
+        except ValidationError as error:  # report it now, not after all stages have trained
             first = error.errors()[0]
             raise ValueError(
                 ": ".join([*map(str, first["loc"]), first["msg"].removeprefix("Value error, ")])
@@ -128,7 +128,7 @@ class CompareConfig(Section):
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What is compared at the end: its settings, the models and the stages that its reward uses."""
+    """The comparison at the end: its settings, its models, and the stages that its rewards use."""
 
     config: CompareConfig
     models: tuple[Ref, ...]
@@ -140,7 +140,7 @@ class Comparison:
         return resolved({"reward": self.config.reward}, resolve)["reward"]
 
     def also(self, resolve: Resolve) -> dict[str, str]:
-        """The other rewards as written, and with their references replaced."""
+        """``{other reward as written: the same with its references replaced}``."""
         return dict(zip(self.config.also, resolved({"also": self.config.also}, resolve)["also"], strict=True))
 
     @property
@@ -150,7 +150,7 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """A whole pipeline, checked as far as it can be without data and models."""
+    """A whole pipeline, checked as far as possible without data and models."""
 
     source: str
     output: Path
@@ -158,26 +158,26 @@ class Pipeline:
     compare: Comparison | None
 
     def downstream(self, names: Sequence[str]) -> list[str]:
-        """The stages `names` and every stage that uses one of them, directly or through others, in order."""
+        """The stages `names` and every stage that uses one of them, directly or indirectly, in order."""
         return [n for n in self.stages if {n, *_reached(n, self.stages)} & set(names)]
 
     def needed(self, name: str) -> list[str]:
-        """Every stage that `name` uses, directly or through others, in order."""
+        """Every stage that `name` uses, directly or indirectly, in order."""
         found = _reached(name, self.stages)
         return [n for n in self.stages if n in found]
 
     def stage(self, name: str, where: str) -> Stage:
-        """A stage by name."""
+        """Look up a stage by name. Raises ConfigError at `where` if there is none."""
         if name not in self.stages:
             raise ConfigError(where, f"there is no stage {name!r}", did_you_mean(name, self.stages))
         return self.stages[name]
 
 
 def load_pipeline(given: Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> Pipeline:
-    """Read a pipeline from a YAML file, or from a mapping, and apply ``stages.NAME.key=value`` overrides.
+    """Read a pipeline from a YAML file or a mapping, and apply ``stages.NAME.key=value`` overrides.
 
     Raises:
-        ConfigError: with ``file:line: what, how to fix``; every stage's config is checked.
+        ConfigError: with ``file:line: what, how to fix``. Every stage's config is checked.
     """
     values, places, source = read_values(given, SHAPE, "pipeline")
     named = list(values["stages"]) if isinstance(values.get("stages"), dict) else []
@@ -193,7 +193,7 @@ def load_pipeline(given: Mapping[str, Any] | str | Path, overrides: Sequence[str
     for stage in made.values():
         _check_references(stage, made)
     for stage in made.values():
-        _ = stage.config  # every stage is checked before anything trains
+        _ = stage.config  # check every stage before anything trains
     for stage in made.values():
         _check_kinds(stage, made)
         check_names(
@@ -231,14 +231,14 @@ def _stage(
     return Stage(name, values, mine, place, folder / name)
 
 
-# ---- references ----
+# ---- References ----
 
 
 def references(values: Any, path: tuple[str, ...] = ()) -> tuple[Ref, ...]:
-    """Every ``stage:...`` in values and keys, in written order.
+    """Every ``stage:...`` in values and keys, in file order.
 
     Raises:
-        ConfigError: one that is not well formed; `where` is its key path.
+        ConfigError: a reference is malformed; `where` is its key path.
     """
     found: list[Ref] = []
 
@@ -251,7 +251,7 @@ def references(values: Any, path: tuple[str, ...] = ()) -> tuple[Ref, ...]:
 
 
 def parse_reference(text: str, path: tuple[str, ...]) -> Ref:
-    """``stage:NAME[@best|@last|@STEP]``."""
+    """Parse ``stage:NAME[@best|@last|@STEP]``."""
     found = _REFERENCE.fullmatch(text.removeprefix("stage:"))
     if found is None:
         how = "write stage:NAME, or stage:NAME@best, @last, @STEP"
@@ -260,7 +260,7 @@ def parse_reference(text: str, path: tuple[str, ...]) -> Ref:
 
 
 def resolved(values: Any, resolve: Resolve, path: tuple[str, ...] = ()) -> Any:
-    """A copy of `values` with every reference replaced, in keys too."""
+    """Copy `values` with every reference replaced, in keys too."""
     if isinstance(values, dict):
         made = {}
         for key, value in values.items():
@@ -292,7 +292,7 @@ def _check_references(stage: Stage, stages: Mapping[str, Stage]) -> None:
 
 
 def _check_kinds(stage: Stage, stages: Mapping[str, Stage]) -> None:
-    """A reward that a stage trained comes from a reward model, and no policy starts as one."""
+    """Check that rewards refer to reward models, that no policy starts from one, and that adapters come from stages that train one."""
     for ref in stage.refs:
         where = place_of(ref.path, stage.places, stage.place)
         if ref.path[0] == "reward" or ref.path[:2] == ("evaluation", "reward"):
@@ -312,7 +312,7 @@ def _check_kinds(stage: Stage, stages: Mapping[str, Stage]) -> None:
 
 
 def check_judge(ref: Ref, stages: Mapping[str, Stage], where: str, what: str) -> None:
-    """Refuse a reward that is a stage of another kind."""
+    """Raise ConfigError if a reward refers to a stage that trains no reward model."""
     if not stages[ref.stage].learns_reward:
         there = [name for name, other in stages.items() if other.learns_reward]
         hint = f"there is stage:{', stage:'.join(there)}" if there else "add one: {algorithm: {name: reward_model}}"
@@ -320,7 +320,7 @@ def check_judge(ref: Ref, stages: Mapping[str, Stage], where: str, what: str) ->
 
 
 def check_names(reward: Any, stages: Mapping[str, Stage], where: str, what: str) -> None:
-    """Refuse a stage's bare name as a reward."""
+    """Raise ConfigError if a reward is a stage's bare name without ``stage:``."""
     items = reward if isinstance(reward, list) else [reward or ()]
     for name in (n for item in items for n in ([item] if isinstance(item, str) else item)):
         if name in stages and name not in BUILT_IN and not Path(name).exists():
@@ -328,7 +328,7 @@ def check_names(reward: Any, stages: Mapping[str, Stage], where: str, what: str)
 
 
 def _reached(name: str, stages: Mapping[str, Stage]) -> set[str]:
-    """Every stage that `name` needs, directly or through others; unknown ones are passed over."""
+    """Every stage that `name` needs, directly or indirectly. Unknown names are skipped."""
     found: set[str] = set()
     open_ = [name]
     while open_:
@@ -339,7 +339,7 @@ def _reached(name: str, stages: Mapping[str, Stage]) -> set[str]:
     return found
 
 
-# ---- the comparison ----
+# ---- The comparison ----
 
 
 def _comparison(

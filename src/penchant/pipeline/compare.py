@@ -1,4 +1,4 @@
-"""The end of a pipeline: its models on the same held-out prompts, printed, kept, and not done again where nothing changed."""
+"""Compare a pipeline's models on the same held-out prompts, and reuse the saved result if nothing changed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ FolderOf = Callable[[Ref], Path]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A comparison's figures as written in its file; `done`: whether it was made now rather than read."""
+    """A comparison's figures as saved in its file. `done` is False if they were read instead of computed."""
 
     figures: Mapping[str, Any]
     heading: str
@@ -52,7 +52,7 @@ class Outcome:
         return dict(self.figures["models"])
 
     def to_text(self) -> str:
-        """The tables, then the sentences."""
+        """Format the tables, followed by the conclusions."""
         return text_of(self.figures, self.heading)
 
 
@@ -60,7 +60,10 @@ class Comparer:
     """A pipeline's comparison.
 
     Args:
-        runs: of every stage, with its data read. Raises ConfigError where nothing is held out.
+        runs: a run per stage, with its data read.
+
+    Raises:
+        ConfigError: nothing is held out, every held-out prompt is trained on, or a reward or model cannot be used.
     """
 
     def __init__(self, pipeline: Pipeline, runs: Mapping[str, Run], console: PlainConsole) -> None:
@@ -79,7 +82,7 @@ class Comparer:
             raise ConfigError(self.compare.place, f"compare.{error.where}: {error.what}", error.how) from error
 
     def _held_out(self) -> HeldOut:
-        """Held-out rows of the first stage that has some with prompts, without prompts that any stage trains on."""
+        """Held-out rows of the first stage that has any with prompts, without prompts that any stage trains on."""
         trained: set[str] = set().union(*(trained_prompts(run) for run in self.runs.values()))
         for name, run in self.runs.items():
             rows = run.rows.datasets[1]
@@ -94,14 +97,14 @@ class Comparer:
         how = "set defaults.data.validation_fraction, validation_rows or eval_path"
         raise ConfigError(self.compare.place, "compare: no stage holds out rows with prompts", how)
 
-    # ---- what the models meet -------------------------------------------------------------------------------------
+    # ---- Common setting of all models -----------------------------------------------------------------------------
 
     @property
     def _run(self) -> Run:
         return self.runs[self.heldout.owner]
 
     def setting(self, resolve: Resolve, folder_of: FolderOf) -> Setting:
-        """The same tokenizer, prompts, answers and reward for every model."""
+        """The tokenizer, prompts, answers and rewards that are the same for every model."""
         tokenizers = [load_tokenizer(str(folder_of(ref))) for ref in self.compare.models]
         for ref, other in zip(self.compare.models[1:], tokenizers[1:], strict=True):
             if not same_vocabulary(other, tokenizers[0]):
@@ -115,12 +118,12 @@ class Comparer:
         folder, stage = folder_of(ref), self.pipeline.stages[ref.stage]
         return trained_source(_name(ref), folder, stage.resolved(resolve) if is_adapter(folder) else stage.config)
 
-    # ---- doing it, once -------------------------------------------------------------------------------------------
+    # ---- Comparing, unless unchanged ------------------------------------------------------------------------------
 
     def _inputs(self, setting: Setting, folder_of: FolderOf) -> dict[str, Any]:
         c = self.compare
         return {
-            # older ones have no `also`
+            # records of earlier versions have no `also`
             "settings": {k: v for k, v in c.config.model_dump(mode="json").items() if v != []},
             "models": {ref.text: model_sha256(folder_of(ref)) for ref in c.models},
             "rewards": reward_hashes(c.config.reward)
@@ -131,7 +134,7 @@ class Comparer:
         }
 
     def unchanged(self, record: Mapping[str, Any], resolve: Resolve, folder_of: FolderOf) -> bool:
-        """Whether the comparison on disk is of these models, prompts and settings."""
+        """Whether the comparison on disk has the same models, prompts and settings."""
         if not record or self._files() != record.get("files"):
             return False
         return bool(record.get("inputs") == self._inputs(self.setting(resolve, folder_of), folder_of))
@@ -141,7 +144,7 @@ class Comparer:
         return {p.name: file_sha256(p) for p in paths if p.exists()}
 
     def run(self, state: State, resolve: Resolve, folder_of: FolderOf) -> Outcome:
-        """Compare and write both files, or read them where nothing changed."""
+        """Compare the models and write both files, or read the saved figures if nothing changed."""
         if self.unchanged(state.comparison, resolve, folder_of):
             self.console.note("comparison: unchanged")
             figures = json.loads((self.pipeline.output / COMPARISON).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""A pipeline carried out: stages in order."""
+"""Run a pipeline: skip, resume or train its stages in order, then compare their models."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ from penchant.runs.state import (
 )
 from penchant.training.console import console, duration
 
-# ---- What a pipeline has done: `pipeline.json`, the inputs of its stages, and what follows from them for the next call ----
+# ---- The state of a pipeline, `pipeline.json`, and what it implies for the next call ----
 
 
 def judge_stage(stage: Stage, record: Mapping[str, Any] | None, inputs: Inputs) -> Planned:
-    """What is to be done with a stage whose inputs are all there.
+    """Decide whether a stage whose inputs all exist is done, is to be trained or resumed, or has changed.
 
     Args:
-        record: what `pipeline.json` says of it, None where it says nothing; inputs: as they are now.
+        record: the stage's record in `pipeline.json`, or None; inputs: its current inputs.
     """
     made = judge(stage, record, inputs, "pipeline")
     if made is not None:
@@ -60,20 +60,19 @@ def judge_stage(stage: Stage, record: Mapping[str, Any] | None, inputs: Inputs) 
 
 
 def _check(stage: Stage, planned: Planned) -> None:
-    """Refuse a stage that would come out otherwise now, and say how to go on."""
+    """Raise if a stage's inputs or models have changed since it was trained."""
     if planned.action == "changed":
         how = f"--redo {stage.name} moves its folder aside and retrains it, with every stage that uses it; "
         raise stage.refusal(planned.why, how + "or undo the change, or choose another output")
 
 
 def move_aside(pipeline: Pipeline, names: Sequence[str], state: State) -> list[str]:
-    """Rename stages' folders to ``NAME.1`` (the first number that is free for all of them) and forget their records.
+    """Rename stages' folders to ``NAME.1`` (or the first number that is free for all of them) and delete their records.
 
-    Paths into a moved folder that are in a moved run's own config follow it, so that `penchant eval` of an old run looks at the
-    old models.
+    Paths in a moved run's config that point into a moved folder are updated, so that `penchant eval` of an old run uses the old models.
 
     Returns:
-        One sentence a folder.
+        One sentence per folder.
     """
     if not names:
         return []
@@ -84,7 +83,7 @@ def move_aside(pipeline: Pipeline, names: Sequence[str], state: State) -> list[s
     moved = {str(s.folder): str(_numbered(s.folder, number)) for s in there}
     with ExitStack() as locks:
         for stage in there:
-            locks.enter_context(RunLock(stage.folder))  # a run that still trains there is left alone
+            locks.enter_context(RunLock(stage.folder))  # fails if a run is still training there
         for stage in there:
             os.rename(stage.folder, moved[str(stage.folder)])
             state.stages.pop(stage.name, None)
@@ -120,7 +119,7 @@ def _follow(folder: Path, moved: Mapping[str, str]) -> None:
         keep(identity, json.dumps(renamed(json.loads(identity.read_text())), indent=1))
 
 
-# ---- Running a pipeline: its stages in order, each an ordinary run that is resumed or skipped, and the comparison at the end ----
+# ---- Running a pipeline: each stage is an ordinary run that is trained, resumed or skipped, and the comparison comes last ----
 
 WORDS = {
     "done": "unchanged",
@@ -133,11 +132,11 @@ WORDS = {
 
 @dataclass(frozen=True, slots=True)
 class PipelineResult:
-    """What a call left.
+    """Result of a pipeline.
 
     Args:
-        folder: the pipeline's; models: by stage, the model folder that ``stage:NAME`` stands for; done: what was done with each
-            stage that was asked for; outcome: the comparison, or None.
+        folder: the pipeline's folder; models: ``{stage: model folder that stage:NAME refers to}``; done: what was done with each
+            requested stage; outcome: the comparison, or None.
     """
 
     folder: Path
@@ -146,17 +145,17 @@ class PipelineResult:
     outcome: Outcome | None
 
     def to_text(self) -> str:
-        """One line a stage, then the comparison."""
+        """Format one line per stage, then the comparison."""
         width = max(map(len, self.done), default=0)
         lines = [f"{name:<{width}}  {did}  {self.models[name]}" for name, did in self.done.items()]
         return "\n".join([*lines, *(["", self.outcome.to_text()] if self.outcome is not None else [])])
 
 
 class Conductor:
-    """One call of a pipeline.
+    """Carries out one call of `penchant pipeline`.
 
     Args:
-        pipeline: checked; quiet: no progress.
+        quiet: no progress.
     """
 
     def __init__(self, pipeline: Pipeline, *, quiet: bool = False) -> None:
@@ -165,11 +164,11 @@ class Conductor:
         self.console = console(quiet)
         self.state = State.read(pipeline.output)
 
-    # ---- before anything trains -----------------------------------------------------------------------------------
+    # ---- Before training ------------------------------------------------------------------------------------------
 
     @cached_property
     def data(self) -> dict[str, Run]:
-        """A run of every stage whose data is read; its references are still as written, so it cannot be trained."""
+        """A run per stage, with its data read. References are unresolved, so these runs cannot be trained."""
         found = {}
         for stage in self.pipeline.stages.values():
             with stage.naming():
@@ -181,27 +180,27 @@ class Conductor:
 
     @cached_property
     def comparer(self) -> Comparer | None:
-        """The comparison, checked; None where the pipeline has none."""
+        """The comparison, checked, or None if the pipeline has none."""
         if self.pipeline.compare is None:
             return None
         return Comparer(self.pipeline, self.data, self.console)
 
     def inputs(self, stage: Stage) -> Inputs:
-        """What the stage starts from as things are; every stage that it uses must be done."""
+        """A stage's current inputs. Every stage that it uses must be done."""
         judging = (stage.values.get("evaluation") or {}).get("reward")
         files = files_of(stage.config, stage.values.get("reward"), judging)
         upstream = {ref.text: self.folder_of(ref) for ref in stage.refs}
         return inputs_of(stage.config, self.data[stage.name].rows.datasets, files, upstream)
 
     def folder_of(self, ref: Ref) -> Path:
-        """The model folder that a reference stands for; an adapter's own."""
+        """The model folder that a reference points to. For an adapter, the adapter's folder."""
         try:
             return model_folder(self.pipeline.stages[ref.stage].folder, ref.which)
         except CheckpointError as error:
             raise CheckpointError(error.where, f"{ref.text}: {error.what}", error.how) from error
 
     def plan(self) -> list[Planned]:
-        """What would be done with each stage, in order; nothing is trained or written."""
+        """What a call would do with each stage, in order. Nothing is trained or written."""
         planned: dict[str, Planned] = {}
         for stage in self.pipeline.stages.values():
             record = self.state.stages.get(stage.name)
@@ -217,7 +216,7 @@ class Conductor:
         return list(planned.values())
 
     def plan_text(self, redo: Sequence[str] = ()) -> str:
-        """The plan as a person reads it; with `redo`, what that would move aside."""
+        """Format the plan for the terminal. `redo` marks the stages that would be moved aside."""
         moved = set(self._redone(redo))
         planned = self.plan()
         width = max(len(n) for n in (*self.pipeline.stages, "compare"))
@@ -233,23 +232,24 @@ class Conductor:
             lines.append(f"{len(planned) + 1}  {'compare':<{width}}  {'unchanged' if same else 'to run'}")
         return "\n".join(lines)
 
-    # ---- doing it -------------------------------------------------------------------------------------------------
+    # ---- Training -------------------------------------------------------------------------------------------------
 
     def run(self, only: str | None = None, redo: Sequence[str] = ()) -> PipelineResult:
-        """Train what is to be trained, in order, and compare.
+        """Train every stage that is not done, in order, and compare the models.
 
         Args:
-            only: one stage, whose inputs must be done; nothing is compared then.
-            redo: stages to train anew, with every stage that uses them; their folders are moved aside.
+            only: train only this stage, whose inputs must be done; nothing is compared.
+            redo: stages to retrain, with every stage that uses them; their folders are moved aside.
 
         Raises:
-            ConfigError, DataError, ModelError, RewardError: the user can fix it. CheckpointError: a stage is done with other inputs,
-            or the folder is in use. TrainingStopped: NaN/Inf or a signal; the same command continues.
+            ConfigError, DataError, ModelError, RewardError: an error that the user can fix.
+            CheckpointError: a stage was trained with other inputs, or the folder is in use.
+            TrainingStopped: NaN/Inf or a signal; the same command continues.
         """
         if only is not None:
             self.pipeline.stage(only, "--only")
         again = self._redone(redo)
-        _ = self.data, self.comparer  # everything is checked before anything trains
+        _ = self.data, self.comparer  # check everything before anything trains
         with RunLock(self.pipeline.output):
             self.state = State.read(self.pipeline.output)
             for sentence in move_aside(self.pipeline, again, self.state):
@@ -286,7 +286,7 @@ class Conductor:
                 raise CheckpointError(self.pipeline.stages[only].place, what, how)
 
     def _stage(self, stage: Stage, number: str) -> str:
-        """Skip, resume or train one stage; returns what was done, in words."""
+        """Skip, resume or train one stage, and return a phrase that says what was done."""
         inputs = self.inputs(stage)
         planned = judge_stage(stage, self.state.stages.get(stage.name), inputs)
         _check(stage, planned)
@@ -307,15 +307,15 @@ class Conductor:
         try:
             result = Run(config, quiet=self.quiet, look=misfit, checkpointing=checkpointing).train()
             ended = {"state": "finished", "steps": result.steps, "checkpoints": outputs_of(stage.folder)}
-        finally:  # a kill that nothing can catch leaves "running", which is not finished either
+        finally:  # after a SIGKILL the record stays "running", which does not count as finished either
             seconds = round(record["seconds"] + time.monotonic() - started, 1)
             self.state.stages[stage.name] = {**record, **ended, "seconds": seconds}
             self.state.save()
-            gc.collect()  # the next stage needs the room
+            gc.collect()  # free memory for the next stage
         return f"{result.steps} steps, {duration(seconds)}"
 
     def resolve(self, ref: Ref) -> str:
-        """A reference as a config needs it: a model folder; where an adapter cannot serve, the merged model's."""
+        """The model folder that replaces a reference in a config. Merges an adapter first if a whole model is needed."""
         folder = self.folder_of(ref)
         if not (ref.full_model and is_adapter(folder)):
             return str(folder)

@@ -1,4 +1,4 @@
-"""What a run will be, before it trains: settings and their sources, work, memory, disk, time."""
+"""`penchant plan`: a run's settings and their sources, its work, memory, disk and time, estimated before it trains."""
 
 from penchant.plan.plan import Plan, checkpointing, make_plan, misfit
 from penchant.plan.text import plan_text

@@ -1,4 +1,4 @@
-"""Bytes that a run needs, counted on the meta device."""
+"""Estimate a run's peak memory by running its forward and backward passes on the meta device."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ from penchant.runs.record import sampled
 from penchant.training.optim import state_bytes
 from penchant.types import PackedBatch, TokenTree
 
-# ---- How many bytes of tensors are alive at a time: counted at every operation, on real tensors or on shapes alone (meta) ----
+# ---- Bytes of live tensors, counted at every operation, on real tensors or on the meta device ----
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operations inside it make, until each is freed.
+    """Context manager that counts the bytes of storages created inside it, until each is freed.
 
     Args:
-        known: tensors that are there already and are counted elsewhere (weights).
+        known: existing tensors that are counted elsewhere, such as weights.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
@@ -62,7 +62,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return False  # "is nothing padded?" asks for a number that is not there: the general case is counted
+            return False  # a check for padding reads a value that meta tensors lack: count the general, padded case
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
@@ -83,19 +83,19 @@ class LiveBytes(TorchDispatchMode):
         self._seen[key] = weakref.ref(storage, freed)
 
 
-# ---- Bytes of one forward and backward pass beyond weights: read off the model's own operations on shapes alone ----
-# The very code of a training step, transformers' layers or the CPU kernels, runs on the meta device (every shape and no numbers),
-# and `LiveBytes` counts what it would have held. Tests compare both with a real pass.
+# ---- Bytes of one forward and backward pass beyond the weights, counted on the meta device ----
+# The code of a real training step (transformers' layers or the CPU kernels) runs on the meta device, where tensors have shapes but no
+# data, and `LiveBytes` counts what it would have allocated. Tests compare both with a real pass.
 
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """Bytes beyond weights at the worst moment of a pass.
+    """Peak bytes of a pass beyond the weights.
 
     Args:
-        layers: what the layers keep for the backward pass; head: what comes on top at the worst moment.
-        layouts: attention plans of every micro-batch of a step; forward: of a pass without gradient.
-        by: whose operations were counted, ``kernels`` or ``transformers``; or ``rule of thumb``.
+        layers: saved by the layers for the backward pass; head: additional bytes at the peak.
+        layouts: attention plans of all micro-batches of a step; forward: peak of a pass without gradients.
+        by: the implementation that was counted, ``kernels`` or ``transformers``, or ``rule of thumb``.
     """
 
     layers: int
@@ -109,16 +109,20 @@ class Activations:
         return self.layers + self.head + self.layouts
 
     def times(self, share: float) -> Activations:
-        """Of several passes at once."""
+        """Scale to several concurrent passes, which together have `share` times the tokens of this one."""
         layers, head, forward = (round(share * n) for n in (self.layers, self.head, self.forward))
         return replace(self, layers=layers, head=head, forward=forward)
 
 
 def activations_of(run: OutlinedRun, model: Any, batches: Sequence[Sequence[TokenTree]], fast: bool) -> Activations:
-    """Of a training step whose micro-batches are `batches`, the largest first."""
+    """Activations of a training step.
+
+    Args:
+        batches: the step's micro-batches, largest first.
+    """
     with _on_shapes(run, model, batches if fast else batches[:1], fast) as (engine, packed):
         model.train()
-        if fast and run.dtype != torch.bfloat16 and len(packed) > 1:  # those of the micro-batches before
+        if fast and run.dtype != torch.bfloat16 and len(packed) > 1:  # gradients of the earlier micro-batches
             for p in model.parameters():
                 p.grad = torch.empty_like(p) if p.requires_grad else None
         known, layers = _known(model), 0
@@ -129,7 +133,7 @@ def activations_of(run: OutlinedRun, model: Any, batches: Sequence[Sequence[Toke
                 del hidden
         with LiveBytes(known) as live, Turns().of(0) if fast else nullcontext():
             _of_completions(engine, packed[0]).backward()
-        # gradients that stay are a part of their own; what is left of the peak is activations and passing gradients
+        # lasting gradients are reported separately; the rest of the peak is activations and temporary gradients
         there = {id(t) for t in known}
         gradients = (p.grad for p in model.parameters() if p.grad is not None and id(p.grad) not in there)
         peak = max(layers, live.peak - sum(g.nbytes for g in gradients))
@@ -141,15 +145,15 @@ def activations_of(run: OutlinedRun, model: Any, batches: Sequence[Sequence[Toke
 
 
 def _share(run: OutlinedRun, sizes: Sequence[int]) -> float:
-    """Tokens of the largest passes that run at once, as a multiple of those of the largest."""
-    train, models = run.config.train, 1 + run.method.copies  # of each a pass
+    """Tokens of the largest concurrent passes, as a multiple of the tokens of the largest pass."""
+    train, models = run.config.train, 1 + run.method.copies  # one pass for each model
     most = at_once(sizes, train.tokens_per_step, train.batch_size * models) if run.side_by_side else 1
     threads = threads_for(run.config, parameter_counts(run.model)[0])
     return sum(sorted([*sizes] * models, reverse=True)[: min(threads, most)]) / max(sizes)
 
 
 def forward_bytes(run: OutlinedRun, model: Any, batch: Sequence[TokenTree], fast: bool) -> int:
-    """Of a pass without gradient."""
+    """Peak bytes of a pass without gradients, beyond the weights."""
     with _on_shapes(run, model, [batch], fast) as (engine, packed):
         model.eval()
         with LiveBytes(_known(model)) as live, torch.no_grad():
@@ -161,7 +165,7 @@ def forward_bytes(run: OutlinedRun, model: Any, batch: Sequence[TokenTree], fast
 def _on_shapes(
     run: OutlinedRun, model: Any, batches: Sequence[Sequence[TokenTree]], fast: bool
 ) -> Iterator[tuple[Any, list[PackedBatch]]]:
-    """The engine of a run and its batches, ready for passes on the meta device; afterwards the model has no gradients."""
+    """Yield a run's engine and packed batches, ready for passes on the meta device. Clears the model's gradients on exit."""
     hooks = _outlined_precision(model, run.dtype, fast)
     packed = [replace(pack([replace(t, pictures=None) for t in b], shared=run.shared_prompts), seed=0) for b in batches]
     kernels = fast_forward(model) if fast else None
@@ -183,7 +187,7 @@ def _known(model: Any) -> list[Tensor]:
 
 
 def _held(made: Any) -> int:
-    """Bytes of all tensors within what a batch keeps of its layouts."""
+    """Bytes of all tensors in a batch's cached layouts, however nested."""
     if isinstance(made, torch.Tensor):
         return made.nbytes
     parts = [getattr(made, f.name) for f in fields(made)] if is_dataclass(made) else made
@@ -192,7 +196,7 @@ def _held(made: Any) -> int:
 
 @contextmanager
 def _flash_attention() -> Iterator[None]:
-    """SDPA as it is on the CPU, which keeps no scores: on the meta device torch would take the plain one, which does."""
+    """Use the CPU's flash SDPA, which saves no attention scores. On the meta device torch would pick the math kernel, which does."""
     plain = F.scaled_dot_product_attention
 
     def flash(
@@ -223,13 +227,13 @@ def _engine(run: OutlinedRun, model: Any, kernels: str) -> Any:
     packing = run.layout[0]
     if run.encoder:
         return EncoderRewards(model, pair_format(run.rows.tokenizer))
-    own = run.config.model.sees  # the model places its tokens itself
+    own = run.config.model.sees  # a vision model computes its own positions
     scorer = Scorer(model, packing, kernels, attention=run.attention[0], own_attention=own)  # type: ignore[arg-type]
     return scorer if not run.method.learns_reward else CausalRewards(scorer)
 
 
 def _outlined_precision(model: Any, dtype: torch.dtype, fast: bool) -> list[Any]:
-    """The model in its training dtype, whose gradients go where they go in a run: into an fp32 buffer as soon as they exist."""
+    """Cast the model to its training dtype and return hooks that free each bf16 gradient at once, as a run adds it to an fp32 buffer."""
     hooks = []
     cast_parameters(model, dtype)
     for p in model.parameters():
@@ -244,13 +248,13 @@ def _forget(p: Tensor) -> None:
     p.grad = None
 
 
-# ---- Bytes beyond weights that a run holds while it evaluates or writes rollouts: passes over rows, what decodes answers, the start's weights ----
+# ---- Bytes beyond the weights during evaluations and rollouts: passes over rows, decoding, the initial model's weights ----
 
-PREFILL_TOKENS = 4096  # `FastDecoder.prefill` reads so many at once
+PREFILL_TOKENS = 4096  # tokens that `FastDecoder.prefill` processes at once
 
 
 def _askings(run: OutlinedRun) -> list[tuple[int, int, list[int]]]:
-    """(completions of a prompt, new tokens, lengths of the prompts) of every round of decoding that a run does."""
+    """(completions per prompt, new tokens, prompt lengths) of each kind of decoding that a run does."""
     if run.method.learns_reward:
         return []
     asked, found = run.config.evaluation, []
@@ -270,15 +274,15 @@ def _askings(run: OutlinedRun) -> list[tuple[int, int, list[int]]]:
 
 
 def _steps(run: OutlinedRun) -> range:
-    """Steps that write rollouts, of the first epoch."""
+    """Steps of the first epoch that generate rollouts."""
     return range(0, min(run.schedule.total_steps, run.schedule.steps_per_epoch), run.schedule.repeat)
 
 
 def decoding_bytes(model: Any, size: int, prompts: Sequence[int], n: int, new_tokens: int) -> int:
-    """Of one call of `rollout.generate.sample`.
+    """Peak bytes of one call of `rollout.generate.sample`.
 
     Args:
-        size: bytes of one weight; prompts: tokens of each; n: completions of a prompt; new_tokens: of a completion, at most.
+        size: bytes per weight; prompts: length of each in tokens; n: completions per prompt; new_tokens: most tokens of a completion.
     """
     longest = max(prompts)
     if not can_decode_fast(model, longest + new_tokens):
@@ -294,7 +298,7 @@ def decoding_bytes(model: Any, size: int, prompts: Sequence[int], n: int, new_to
 
 
 def packed_weights(model: Any) -> int:
-    """Numbers in the decoder's own copy of the weights: every matrix of the layers, and the head."""
+    """Number of weights in the decoder's own packed copy: every matrix of the layers, and the head."""
     base = base_model_of(model)
     head = base.get_output_embeddings().weight
     layers = sum(p.numel() for name, p in base.model.layers.named_parameters() if p.ndim > 1 and "lora_" not in name)
@@ -302,7 +306,10 @@ def packed_weights(model: Any) -> int:
 
 
 def start_weights(run: OutlinedRun) -> int:
-    """Parameters of the start that an evaluation loads and lets go again: where answers are compared with it and no reference runs live."""
+    """Parameters of the initial model that an evaluation loads temporarily, or 0.
+
+    It is loaded if completions are compared with the initial model's and no frozen reference is in memory.
+    """
     if (
         not run.rows.trees[1]
         or run.method.learns_reward
@@ -316,35 +323,35 @@ def start_weights(run: OutlinedRun) -> int:
     return parameter_counts(base_model_of(run.model))[0]
 
 
-# ---- How much memory a run needs, part by part, from the shapes of its model and of its largest step ----
-# A process on the CPU keeps its high-water mark: the command line starts with allocator settings under which freed pages stay (they
-# would only be faulted in again at the next step). So the peak is the largest of the moments below, and each of them is a sum.
+# ---- A run's memory, part by part, from the shapes of its model and of its largest step ----
+# A CPU process stays at its high-water mark: the command line sets the allocator to keep freed pages, which would only be faulted in
+# again at the next step. So the peak is the largest of the moments below, and each of them is a sum.
 
 MIB = 1 << 20
-# Measured on one machine (benchmarks/plan_memory.py); everything else is counted.
-# What is loaded only when training begins: peft, the optimizer, kernels and their scratch space.
+# These constants were measured on one machine (benchmarks/plan_memory.py); everything else is counted.
+# Loaded only when training starts: peft, the optimizer, kernels and their scratch space.
 TRAINING_LIBRARIES = 110 * MIB
-# What the heap loses between tensors of different sizes. The fast path makes the same few tensors layer by layer; autograd keeps
-# hundreds of many sizes, and frees them in another order than they came in.
+# Heap fragmentation between tensors of different sizes, as a share. The fast path allocates the same few sizes layer by layer; autograd
+# keeps hundreds of tensors of many sizes and frees them in a different order.
 HEAP_LOSS = {"kernels": 0.02, "transformers": 0.20, "rule of thumb": 0.20}
-# oneDNN prepares every bf16 product of a new size. The kernel that it generates stays for good, whatever is set; the product around it
-# stays while it is among the last ones (the command line keeps 128, oneDNN itself 1,024).
+# oneDNN creates a primitive for every bf16 matmul of a new size. The kernel that it generates is never freed, whatever the settings; the
+# primitive around it stays in an LRU cache (of 128 entries under the command line, of 1,024 by oneDNN's default).
 CAPACITY, CAPACITY_WITHOUT = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", 1024
-KERNEL, PRODUCT = 262 << 10, 275 << 10  # bytes of one
-WITH_GRADIENT, WITHOUT = (17, 31), (7, 12)  # (kernels, products) of a pass whose size was not met before
+KERNEL, PRODUCT = 262 << 10, 275 << 10  # bytes of each
+WITH_GRADIENT, WITHOUT = (17, 31), (7, 12)  # (kernels, primitives) that a pass of a new size adds
 
 
-MOMENTS = "optimizer (two moments)"  # adamw has two, others less
+MOMENTS = "optimizer (two moments)"  # AdamW has two, other optimizers fewer
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes.
+    """Estimated memory of a run, in bytes.
 
     Args:
-        parts: of the training step, by name; moments: high-water marks of the phases of a run; machine: what there is in all, free: now.
-        coarse: why this is a rough estimate, or an empty string; advice: what to set, and bytes that it would save.
-        elsewhere: on other devices, by device.
+        parts: of a training step, by name; moments: peak of each phase of the run, by name; machine: total memory; free: free now.
+        coarse: why this is a rough estimate, or an empty string; advice: (setting to change, bytes it would save).
+        elsewhere: bytes on other devices, by device.
     """
 
     parts: dict[str, int]
@@ -365,22 +372,22 @@ class Memory:
 
 
 def memory_of(run: OutlinedRun, work: Work, baseline: int, rows: int, *, counted: bool = True) -> Memory:
-    """The estimate.
+    """Estimate a run's memory.
 
     Args:
-        baseline: bytes of this process with its libraries and tokenizer; rows: what the rows and their tokens added to it.
-        counted: activations are counted on shapes; else a rule of thumb stands for them, which takes no time.
+        baseline: bytes of this process with its libraries and tokenizer; rows: bytes that the rows and their tokens added to it.
+        counted: count activations on the meta device; otherwise use a rule of thumb, which takes no time.
     """
     model, on_cpu = run.model, run.device.type == "cpu"
     every, trainable = parameter_counts(model)
-    copies = run.method.copies * every  # models that are trained beside the policy
+    copies = run.method.copies * every  # models trained beside the policy
     trainable += copies
     size = torch.empty(0, dtype=run.dtype).element_size()
     shadow = size < 4  # bf16 weights are shadows of fp32 masters
     of_reference, away = _frozen_models(run), reference_place(run.config) != run.device
     reference = (of_reference[0] + of_reference[1] * (not away)) * size
     activations, coarse = _activations(run, work) if counted else (_rule_of_thumb(run, work), "a rule of thumb")
-    if run.config.train.gradient_checkpointing == "offload":  # the GPU has what a pass holds that keeps nothing
+    if run.config.train.gradient_checkpointing == "offload":  # the GPU holds no more than a pass that saves nothing
         activations = replace(activations, layers=min(activations.layers, activations.forward))
     train, bits = run.config.train, run.config.model.quantize
     quantized, few, largest = quantized_bytes(model, bits)
@@ -395,7 +402,7 @@ def memory_of(run: OutlinedRun, work: Work, baseline: int, rows: int, *, counted
         "fp32 master weights": trainable * 4 if shadow else 0,
         "gradients": trainable * 4,  # in fp32, summed over micro-batches
         MOMENTS: kept[0] + kept[1] * run.method.copies,
-        # frozen weights turn from fp32 to bf16 one by one, and what each leaves is too small for an activation
+        # frozen weights are cast from fp32 to bf16 one at a time, and the gaps they leave are too small for an activation
         "left by fp32 weights": (every - quantized - trainable) * 2 if shadow and on_cpu else 0,
         "prepared products, by size of pass": _prepared(run, work) if shadow else 0,
         "reference": reference,
@@ -420,7 +427,7 @@ def memory_of(run: OutlinedRun, work: Work, baseline: int, rows: int, *, counted
     loss = 1.0 + HEAP_LOSS[activations.by]
 
     def with_losses(more: int) -> int:
-        """The process, and all that it holds, with what the heap loses."""
+        """Total bytes of the process with `more` bytes of tensors, including heap fragmentation."""
         return process + round((sum(lasting.values()) - process + more) * loss)
 
     before = process + (every - quantized) * size + few + trainable * (8 if shadow else 0)
@@ -430,12 +437,12 @@ def memory_of(run: OutlinedRun, work: Work, baseline: int, rows: int, *, counted
         "before the first step": before + round(activations.forward * loss) + reference,
         "a training step": step,
     }
-    # the largest round of decoding: packed weights, keys and values, a prompt's pass, logits; 0 where nothing is written
+    # the largest round of decoding: packed weights, KV cache, prefill, logits; 0 if nothing is generated
     writing = max((decoding_bytes(run.model, size, p, n, new) for n, new, p in _askings(run)), default=0)
     evaluating = with_losses(max(activations.forward, _scoring(run, activations), writing))
     again = start_weights(run)
     if again:
-        # its fp32 weights take the place of activations, whose pages stay; the file that it is read from comes on top
+        # its fp32 weights reuse the pages of freed activations; the file that it is read from comes on top
         evaluating = max(step, evaluating, with_losses(again * 4))
         evaluating += weight_file_bytes(run.config.reference.path or run.config.model.path, model)
     if run.rows.trees[1]:
@@ -451,7 +458,7 @@ def memory_of(run: OutlinedRun, work: Work, baseline: int, rows: int, *, counted
 
 
 def _prepared(run: OutlinedRun, work: Work) -> int:
-    """What oneDNN keeps of bf16 products: by the sizes of passes that the run meets, and the cache's capacity in this process."""
+    """Bytes that oneDNN keeps for bf16 matmuls, from the number of distinct pass sizes and this process's cache capacity."""
     if run.device.type != "cpu":
         return 0
     once = run.rows.trees[0] if "reference" in run.method.needs and reference_kind(run.config) == "cached" else []
@@ -477,18 +484,18 @@ def _activations(run: OutlinedRun, work: Work) -> tuple[Activations, str]:
 
 
 def _rule_of_thumb(run: OutlinedRun, work: Work) -> Activations:
-    """34 numbers of width d a token and layer, as the literature counts a transformer layer's activations."""
+    """Activations by the usual rule of 34 d bytes per token and layer in bf16 (17 values of width d)."""
     size = torch.empty(0, dtype=run.dtype).element_size()
     between = work.largest * size_of(run.model, "hidden_size") * size
     a_layer, depth = between * 17, size_of(run.model, "num_hidden_layers") or 12
-    again = run.config.train.gradient_checkpointing is not False  # only what stands between the layers is kept
+    again = run.config.train.gradient_checkpointing is not False  # only the inputs of the layers are kept
     layers = between * depth + a_layer if again else a_layer * depth
     found = Activations(layers, work.largest * size_of(run.model, "vocab_size"), 0, a_layer, "rule of thumb")
     return found.times(_share(run, [sum(tree_tokens(t, run.shared_prompts) for t in b) for b in work.batch]))
 
 
 def _frozen_models(run: OutlinedRun) -> tuple[int, int]:
-    """Parameters that are held beside the trained model for the whole run: of an adapter as it was at the start, and of the reference."""
+    """(initial adapter, reference): parameters held frozen beside the trained model for the whole run."""
     adapted = starts_adapted(run.config) and not run.method.learns_reward
     adapter = parameter_counts(run.model)[1] if adapted else 0
     if "reference" not in run.method.needs or reference_kind(run.config) != "frozen":
@@ -497,7 +504,7 @@ def _frozen_models(run: OutlinedRun) -> tuple[int, int]:
 
 
 def _elsewhere(run: OutlinedRun, reference: int) -> dict[str, int]:
-    """Bytes on other devices than the policy's: of a reference with a pass of it, and of reward models' weights."""
+    """Bytes on devices other than the policy's, by device: `reference` (its weights and a pass), and reward models' weights."""
     found = Counter({str(reference_place(run.config)): reference})
     if run.config.reward is not None and run.config.reward.device not in ("auto", str(run.device)):
         folders = filter(None, map(find_reward_model, run.config.reward.terms))
@@ -506,7 +513,7 @@ def _elsewhere(run: OutlinedRun, reference: int) -> dict[str, int]:
 
 
 def _scoring(run: OutlinedRun, known: Activations) -> int:
-    """A pass over the largest micro-batch of held-out rows; `known` stands for it where training has a larger one."""
+    """Bytes of scoring the largest micro-batch of held-out rows, or 0 if there is none or `known` is a rule of thumb."""
     trees = run.rows.trees[1]
     passes = passes_over(run, trees) if trees and run.method.rollouts is None else []
     if not passes or known.by == "rule of thumb":
@@ -519,7 +526,7 @@ def _scoring(run: OutlinedRun, known: Activations) -> int:
 def _advice(
     run: OutlinedRun, parts: dict[str, int], a: Activations, trainable: int, every: int
 ) -> tuple[tuple[str, int], ...]:
-    """What to set where it does not fit, and about what it would save, the largest saving first."""
+    """(setting to change, approximate bytes saved) for a run that does not fit, largest saving first."""
     train, reference = run.config.train, run.config.reference
     of_training = parts["fp32 master weights"] + parts["gradients"] + parts[MOMENTS]
     longest = max((t.shared_tokens for t in run.rows.trees[0]), default=0)

@@ -1,4 +1,4 @@
-"""A run whose models are outlines: every shape and no numbers, so that a model that does not fit can be planned for."""
+"""A run whose models are on the meta device, so that even a model too large for this machine can be planned for."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ META = torch.device("meta")
 
 
 class OutlinedRun(Run):
-    """A run as far as it can be known without its weights. It trains nothing and writes nothing."""
+    """A run without its weights. It trains nothing and writes nothing."""
 
     merges = False
 
     @cached_property
     def model(self) -> Any:
-        """The trained model's outline, with its adapter."""
+        """The trained model on the meta device, with its adapter."""
         config, reward = self.config, self.rows.reward_parts
         made = outline(config.model, reward=reward is not None)
         if reward is not None and not reward.encoder:
@@ -51,12 +51,12 @@ class OutlinedRun(Run):
 
     @property
     def encoder(self) -> bool:
-        """Whether an encoder is trained, as a reward model."""
+        """Whether the run trains an encoder as a reward model."""
         return self.rows.reward_parts is not None and self.rows.reward_parts.encoder
 
     @cached_property
     def layout(self) -> tuple[str, bool, str]:
-        """(packing, whether a fast path runs, why): what a run chooses, and then checks on the model itself."""
+        """(packing, whether a fast path runs, reason). The real run then checks this choice on the model itself."""
         if self.encoder:
             return "text pairs", False, "an encoder reads each text by itself, padded among texts of its length"
         if self.config.model.sees:
@@ -77,7 +77,7 @@ class OutlinedRun(Run):
 
     @cached_property
     def attention(self) -> tuple[str, str]:
-        """(kind, why) of attention within packed rows, which a run then checks on the model itself."""
+        """(kind, reason) of attention within packed rows. The real run then checks this choice on the model itself."""
         asked, device = self.config.model.attention, self.device.type
         if self.layout[0] not in ("shared", "separate"):
             return "groups", "rows are not packed"
@@ -89,11 +89,11 @@ class OutlinedRun(Run):
 
     @property
     def side_by_side(self) -> bool:
-        """Whether a CPU runs several passes at once, one a thread."""
+        """Whether a CPU runs several passes concurrently, one per thread."""
         return self.layout[1]
 
     def cache_files(self) -> dict[str, Path]:
-        """By name of the rows: the file of their reference log-probs. The weights are read for it, and let go again."""
+        """``{name of the rows: file of their reference log-probs}``. Loads the weights temporarily to compute the names."""
         config = self.config
         model = load_causal_model(reference_source(config), torch.device("cpu"), config.train.seed)
         cast_parameters(model, self.dtype)
@@ -106,7 +106,7 @@ class OutlinedRun(Run):
 
 
 def outline(source: ModelConfig, reward: bool = False) -> Any:
-    """A transformers model on the meta device, in fp32, dropout off.
+    """Return a transformers model on the meta device, in fp32, with dropout disabled.
 
     Raises:
         ModelError: transformers has no such model, or the folder has no weights.
@@ -128,13 +128,13 @@ def outline(source: ModelConfig, reward: bool = False) -> Any:
 
 
 def parameter_counts(model: Any) -> tuple[int, int]:
-    """(all, trainable) parameters; tied ones count once."""
+    """(all, trainable) parameter counts. Tied parameters count once."""
     every = list(model.parameters())
     return sum(p.numel() for p in every), sum(p.numel() for p in every if p.requires_grad)
 
 
 def weight_file_bytes(path: str, model: Any) -> int:
-    """Bytes of a model folder's weights on disk; of a hub id that is not here, as many as bf16 weights have."""
+    """Bytes of a model folder's safetensors files. For a hub id without a local folder, the size of its weights in bf16."""
     folder = Path(path).expanduser()
     found = sum(p.stat().st_size for p in folder.glob("*.safetensors")) if folder.is_dir() else 0
     return found or 2 * parameter_counts(base_model_of(model))[0]

@@ -1,4 +1,4 @@
-"""Everything that a run will be, found before it trains."""
+"""Put a run's plan together: settings, rows, work, memory, disk, and the time by a probe."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from penchant.runs.identity import reward_contents
 from penchant.runs.parts import check_offload, check_places, reference_kind, remarks
 from penchant.training.checkpoint import latest_checkpoint
 
-LOOKED_AT = 100  # steps that `misfit` looks at
-ROOM = 0.9  # of the machine's memory: a run that is counted to need more has its activations computed again
-PROBE_ROOM = 0.9  # of the free memory: a probe that would need more is not taken
+LOOKED_AT = 100  # steps that `misfit` counts
+ROOM = 0.9  # share of the machine's memory above which gradient_checkpointing=auto turns checkpointing on
+PROBE_ROOM = 0.9  # share of the free memory above which no probe is taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +33,10 @@ class Plan:
     """What `penchant plan` shows.
 
     Args:
-        method, output: of the run; folder: what already exists; settings: every key with its source.
-        rows, work, memory, disk: counted and estimated; parameters: (all, trainable).
-        reference: what it is, and whether its cache is there; probe, duration: measured, None without a probe; notes: what to know.
-        ranks: by number of processes: bytes of each, by part; empty where they were not asked for.
+        method, output: of the run; folder: what it already holds; settings: every key with its source.
+        rows, work, memory, disk: counted or estimated; parameters: (all, trainable).
+        reference: its kind, and whether its cache exists; probe, duration: measured, None without a probe; notes: warnings.
+        ranks: ``{number of processes: {part: bytes per process}}``; empty unless `gpus` was given.
     """
 
     method: str
@@ -55,7 +55,7 @@ class Plan:
     ranks: dict[int, dict[str, int]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as JSON: bytes, seconds, tokens."""
+        """The plan as JSON values, in bytes, seconds and tokens."""
         memory = asdict(self.memory) | {"peak": self.memory.peak, "fits": self.memory.fits}
         disk = asdict(self.disk) | {"peak": self.disk.peak, "fits": self.disk.fits}
         return {
@@ -76,14 +76,14 @@ class Plan:
 
 
 def make_plan(config: RunConfig, places: Places, *, with_probe: bool = True, gpus: Sequence[int] = ()) -> Plan:
-    """Plan a run; nothing is trained that stays, and nothing is written to its folder or cache.
+    """Plan a run, without writing to its folder or cache.
 
     Args:
-        places: where each key of the config is; with_probe: also take a few steps in a copy, to tell the time.
-        gpus: numbers of processes, each on a GPU: for each of them, memory is counted instead, and nothing is probed.
+        places: source of each config key; with_probe: also time a few steps in a temporary copy.
+        gpus: numbers of processes, one GPU each, to count memory for. Nothing is probed if given.
 
     Raises:
-        ConfigError, DataError, ModelError, RewardError: what the run itself would stop at.
+        ConfigError, DataError, ModelError, RewardError: the run itself would fail with this.
     """
     asked = config
     for count in gpus:
@@ -96,7 +96,7 @@ def make_plan(config: RunConfig, places: Places, *, with_probe: bool = True, gpu
     baseline = resident()
     _ = run.rows.trees, run.rows.mismatched
     if config.reward is not None or config.evaluation.reward is not None:
-        reward_contents(config)  # a file or folder that is not there is met now
+        reward_contents(config)  # so that a missing file or folder is reported now
     held = max(0, resident() - baseline)
     check_offload(run.config, run.device)
     check_places(run.config)
@@ -132,13 +132,13 @@ def make_plan(config: RunConfig, places: Places, *, with_probe: bool = True, gpu
 
 
 def _as_on_gpus(config: RunConfig) -> RunConfig:
-    """The run as several GPUs take it, counted where there may be none: in bf16, on transformers' own layers."""
+    """The config for several GPUs, countable without any: on the CPU device, with transformers' layers and bf16 for dtype auto."""
     model = {"kernels": "off", "device": "cpu", "dtype": "bf16" if config.model.dtype == "auto" else config.model.dtype}
     return config.model_copy(update={"model": config.model.model_copy(update=model)})
 
 
 def checkpointing(run: Run) -> tuple[bool, str]:
-    """What ``train.gradient_checkpointing: auto`` becomes, and why: True (layers) where the run would not fit otherwise."""
+    """(value, reason) that ``train.gradient_checkpointing: auto`` resolves to: True (layers) if the run would not fit otherwise."""
     train = run.config.train.model_copy(update={"gradient_checkpointing": False})
     planned = OutlinedRun(run.config.model_copy(update={"train": train}), quiet=True, rows=run.rows)
     memory = memory_of(planned, work_of(planned), resident(), 0)
@@ -147,9 +147,9 @@ def checkpointing(run: Run) -> tuple[bool, str]:
 
 
 def misfit(run: Run) -> str | None:
-    """A warning for a run that seems to need more memory than the machine has; None where it seems to fit.
+    """A warning if the run probably needs more memory than the machine has, else None.
 
-    The plan's own estimate, but for activations: to count them takes longer than a start should.
+    Uses the plan's estimate with a rule of thumb for activations, because counting them would delay the start of training.
     """
     planned = OutlinedRun(run.config, quiet=True, rows=run.rows)
     memory = memory_of(planned, work_of(planned, LOOKED_AT), resident(), 0, counted=False)
@@ -163,7 +163,7 @@ def misfit(run: Run) -> str | None:
 
 
 def _load_what_training_loads(run: OutlinedRun) -> None:
-    """Libraries and tokenizer: what a process weighs before it has any data."""
+    """Load the libraries and the tokenizer, so that the process's memory before any data can be measured."""
     import transformers  # noqa: F401
 
     import penchant.report
@@ -175,7 +175,7 @@ def _load_what_training_loads(run: OutlinedRun) -> None:
 
 
 def _reference(run: OutlinedRun) -> tuple[str, bool | None, list[str]]:
-    """(what it is, whether the cache already exists or None, notes)."""
+    """(description, whether the cache exists or None if none is used, notes) of the reference."""
     if "reference" not in run.method.needs:
         return "none is needed", None, []
     kind = reference_kind(run.config)

@@ -1,7 +1,7 @@
-"""How long a run will take: a few of its own steps, on its own rows, in a copy that is thrown away.
+"""Estimate how long a run takes by timing a few of its steps in a temporary copy.
 
-The copy is a run like any other, with its first batches as its data and a temporary folder as its output and cache; the folder and
-the cache of the real run are not touched.
+The copy is an ordinary run on the real run's first batches, with a temporary folder as its output and no cache, so the real run's folder
+and cache stay untouched.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from penchant.runs import Run
 from penchant.runs.evaluating import writes_completions
 from penchant.training.loop import Loop
 
-HELD_OUT_ROWS = 12  # of a probed evaluation
+HELD_OUT_ROWS = 12  # rows of the probe's evaluation
 WRITE_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Seconds, as measured.
+    """Measurements of a probe, in seconds unless stated.
 
     Args:
-        steps: of each step after the first, which warms up; tokens: of each of them; reference, evaluation: of their whole passes,
-            scaled from a few rows; checkpoint: of writing one; load: until the model stood; peak: bytes of this process at most.
-        packing: what the real model takes; fast: whether a fast path runs.
+        steps: time of each step after the first, which warms up; tokens: tokens of each of them; reference, evaluation: time of a whole
+            pass, scaled from a few rows; checkpoint: time of writing one; load: time to load the model; peak: peak bytes of this process.
+        packing: packing that the real model uses; fast: whether a fast path runs.
     """
 
     steps: tuple[float, ...]
@@ -50,7 +50,7 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Duration:
-    """Seconds of the whole run: the least, the likely, the most."""
+    """Estimated seconds of the whole run: lower bound, likely value, upper bound, and the likely value by part."""
 
     low: float
     likely: float
@@ -59,10 +59,10 @@ class Duration:
 
 
 def probe(run: OutlinedRun, work: Work, checkpoint_bytes: int, cached: bool | None, *, steps: int = 3) -> Probe:
-    """Take `steps` optimizer steps of the run (the first one warms up), and a small evaluation, and time them.
+    """Time `steps` optimizer steps of the run, of which the first warms up, and a small evaluation.
 
     Raises:
-        ConfigError, DataError, ModelError, RewardError: what the run itself would raise.
+        ConfigError, DataError, ModelError, RewardError: the run itself would fail with this.
     """
     with tempfile.TemporaryDirectory(prefix="penchant-plan-") as folder:
         copy = _copy_of(run, Path(folder) / "run", steps)
@@ -92,7 +92,7 @@ def probe(run: OutlinedRun, work: Work, checkpoint_bytes: int, cached: bool | No
 
 
 def _copy_of(run: OutlinedRun, folder: Path, steps: int) -> Run:
-    """The first batches of the run's own schedule in their order, so that its steps are the run's steps."""
+    """A run in `folder` on the first batches of the real run's schedule, in order, so that it takes the same steps."""
     schedule, repeat = run.schedule, run.method.updates
     picked = [
         i for n in range(-(-steps // repeat)) for i in schedule.batch(n * repeat) if n * repeat < schedule.total_steps
@@ -102,7 +102,7 @@ def _copy_of(run: OutlinedRun, folder: Path, steps: int) -> Run:
     )
     config: RunConfig = run.config.model_copy(update={"train": train, "output": str(folder)})
     folder.mkdir(parents=True)
-    # what is known of the data is taken over; the trees are the copy's own few
+    # reuse what is known about the data, with only the picked trees
     return Run(config, quiet=True, rows=run.rows.part(picked, HELD_OUT_ROWS, config), cache=False)
 
 
@@ -118,7 +118,7 @@ def _timed_steps(loop: Loop) -> tuple[list[float], list[int]]:
 
 
 def _timed_evaluation(copy: Run, run: OutlinedRun, loop: Loop) -> float:
-    """Seconds of a whole evaluation: scoring grows with the held-out rows, answers to `kl_prompts` prompts do not."""
+    """Seconds of a whole evaluation, scaled by the larger of two ratios: held-out tokens, and prompts to generate for."""
     if loop.evaluate is None:
         return 0.0
     loop.model.eval()
@@ -136,7 +136,7 @@ def _timed_evaluation(copy: Run, run: OutlinedRun, loop: Loop) -> float:
 
 
 def _write_speed(folder: Path) -> float:
-    """Seconds a byte of a checkpoint: written, forced to the disk, and summed."""
+    """Seconds per byte of a checkpoint: write, fsync and SHA-256."""
     block = os.urandom(1 << 20) * (WRITE_BYTES >> 20)
     path = folder / "speed"
     started = time.perf_counter()
@@ -149,7 +149,7 @@ def _write_speed(folder: Path) -> float:
 
 
 def duration_of(found: Probe, work: Work) -> Duration:
-    """From seconds a token of the probed steps: the slowest, their mean, the fastest."""
+    """Extrapolate from seconds per token of the probed steps: the lowest, their mean, and the highest."""
     rates = [s / max(1, t) for s, t in zip(found.steps, found.tokens, strict=True)]
     mean = sum(found.steps) / max(1, sum(found.tokens))
     once = {

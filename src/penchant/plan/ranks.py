@@ -1,4 +1,4 @@
-"""Bytes that each of several processes holds: arithmetic over shapes, which nobody has measured on several GPUs."""
+"""Memory of each rank of a multi-GPU run, computed from shapes. It has not been checked against measurements on several GPUs."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from penchant.training.optim import state_bytes
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Numbers of parameters of a model.
+    """Parameter counts of a model.
 
     Args:
-        every, trained: all, and those that are trained; layer: of the largest layer; root: outside of the layers.
-        moments: bytes that the optimizer keeps of the trained ones.
+        every, trained: all parameters, and the trained ones; layer: of the largest layer; root: outside the layers.
+        moments: bytes of the optimizer's state for the trained ones.
     """
 
     every: int
@@ -52,20 +52,20 @@ def of_a_rank(
     reshard: bool = True,
     offload: bool = False,
 ) -> dict[str, int]:
-    """Bytes by part, of a process on one of `ranks` GPUs.
+    """Bytes by part of each of `ranks` processes, one per GPU.
 
-    Trained parameters are fp32 shards with fp32 gradients and the optimizer's moments, frozen ones shards in the dtype of products. Beside
-    its shards a process holds the root and two layers whole (the next one is gathered while one computes), and the gradients of the
-    root and of two layers on their way to the others.
+    Trained parameters are fp32 shards with fp32 gradients and the optimizer's moments; frozen ones are shards in the compute dtype. A rank
+    also holds the root and two layers unsharded (the next layer is gathered while one computes), and the gradients of the root and of
+    two layers until they are reduced.
 
     Args:
-        width: bytes of a number in products; activations: of one pass.
-        copies: models of this size that are trained beside it; frozen: sharded frozen models of this size (references); whole: those that
-            each process holds whole (reward models); moved: references that move, which keep fp32 weights beside.
-        replicas: groups that each hold the whole model (HSDP); reshard: whether a layer gives back its gathered weights;
-        offload: whether shards lie in the host's memory, which is not counted.
+        width: bytes per number of the compute dtype; activations: bytes of one pass.
+        copies: models of this size that are also trained; frozen: sharded frozen models of this size (references); whole: unsharded frozen
+            models on every rank (reward models); moved: references that are updated, which also keep fp32 weights.
+        replicas: groups that each hold the whole model (HSDP); reshard: whether a layer frees its gathered weights after use.
+        offload: whether the shards are in host memory, which is not counted.
     """
-    if ranks == 1:  # nothing is sharded: bf16 weights are shadows of fp32 ones
+    if ranks == 1:  # nothing is sharded; bf16 weights have fp32 masters
         full = sizes.trained + copies * sizes.every
         alone = {
             "weights": width * (sizes.every + copies * sizes.every),
@@ -79,7 +79,7 @@ def of_a_rank(
         return {name: n for name, n in alone.items() if n}
     share = ranks // replicas
     gathered = sizes.root + (2 * sizes.layer if reshard else sizes.every - sizes.root)
-    trains = sizes.trained > sizes.every // 2  # else an adapter: its gradients are small, and so is what is on its way
+    trains = sizes.trained > sizes.every // 2  # otherwise an adapter, whose gradients are small
     full = sizes.trained + copies * sizes.every
     passing = 4 * (sizes.root + 2 * sizes.layer) if trains else 4 * sizes.trained
     parts = {
@@ -100,10 +100,10 @@ def of_a_rank(
 
 
 def activations_of(config: Any, tokens: int, width: int = 2) -> int:
-    """Of a pass over so many tokens whose layers are computed again: what each of a Llama's layers is given, and one layer's own numbers.
+    """Bytes of a pass over `tokens` tokens with gradient checkpointing: the input of each of a Llama's layers, and one layer's activations.
 
     Args:
-        config: transformers' of the model; width: bytes of a number.
+        config: the model's transformers config; width: bytes per number.
     """
     d, heads = config.hidden_size, config.num_attention_heads
     kv = getattr(config, "num_key_value_heads", heads) * (getattr(config, "head_dim", None) or d // heads)
@@ -114,7 +114,7 @@ def activations_of(config: Any, tokens: int, width: int = 2) -> int:
 
 
 def ranks_of(run: OutlinedRun, memory: Memory, counts: Sequence[int]) -> dict[int, dict[str, int]]:
-    """By number of processes: bytes by part of each, for a run; its passes are counted on transformers' own layers, and shared as the run says."""
+    """``{number of processes: {part: bytes per process}}`` for a run. The activations in `memory` are split over `launch.context` ranks."""
     launch = run.config.launch
     passing = sum(n for name, n in memory.parts.items() if name.startswith("head"))
     passing += sum(n for name, n in memory.parts.items() if name.startswith("activations")) // launch.context
@@ -131,7 +131,7 @@ def ranks_of(run: OutlinedRun, memory: Memory, counts: Sequence[int]) -> dict[in
     return {n: of_a_rank(sizes, n, **how, **({} if n == 1 else several)) for n in counts}
 
 
-# ---- The table of docs/many_gpus.md: well-known shapes on 1 to 64 GPUs ----
+# ---- The table of docs/many_gpus.md: common model sizes on 1 to 64 GPUs ----
 
 SHAPES: dict[str, dict[str, int]] = {
     "7B": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32, vocab_size=32000),
@@ -150,7 +150,7 @@ TOKENS = 8192
 
 
 def sizes_of(shape: Mapping[str, int], lora: bool = False) -> Sizes:
-    """Of a Llama of this shape, with an adapter or without: each layer adds what the second one does."""
+    """Sizes of a Llama of this shape, with or without an adapter, extrapolated from models of one and two layers."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from penchant.models.load import add_lora, on_meta
@@ -162,7 +162,7 @@ def sizes_of(shape: Mapping[str, int], lora: bool = False) -> Sizes:
 
 
 def table() -> list[str]:
-    """GB (of 10^9 bytes) of each process, as Markdown."""
+    """Lines of a Markdown table of GB (10^9 bytes) per process."""
     from transformers import LlamaConfig
 
     lines = [f"| | {' | '.join(map(str, GPUS))} |", "|---" * (len(GPUS) + 1) + "|"]

@@ -1,4 +1,4 @@
-"""Where each value of a config comes from: a line of a file, the command line, or a default; and what an `auto` became."""
+"""The source of each config value (a line of a file, the command line, or a default), and what each `auto` resolves to."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from penchant.models.options import outside_fast_path
 from penchant.plan.outline import OutlinedRun, parameter_counts
 from penchant.runs.parts import peak_lr, reference_kind, threads_for
 
-Derived = tuple[Any, str]  # what a value became, and why
+Derived = tuple[Any, str]  # resolved value, and the reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Setting:
 
     Args:
         key: dotted; value: as the config has it; source: ``run.yaml:7``, ``command line``, ``default`` or ``default of dpo``.
-        became, why: what an ``auto``, or a value that stands for another, is in this run.
+        became, why: what an ``auto`` or other placeholder resolves to in this run, and the reason.
     """
 
     key: str
@@ -41,7 +41,7 @@ class Setting:
 
 
 def settings_of(config: RunConfig, places: Places, derived: Mapping[str, Derived]) -> list[Setting]:
-    """Every key in the config's order."""
+    """Every config key as a `Setting`, in the config's order."""
     found = []
     for path, value in _leaves(config.model_dump(mode="json")):
         key = ".".join(path)
@@ -55,7 +55,7 @@ def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
         for key, inner in value.items():
             yield from _leaves(inner, (*path, str(key)))
     elif isinstance(value, list) and value and isinstance(value[0], Mapping):
-        for i, inner in enumerate(value):  # what an entry does not say is as for all of them
+        for i, inner in enumerate(value):  # a null in an entry means the common value
             yield from _leaves({k: v for k, v in inner.items() if v is not None}, (*path, str(i)))
     else:
         yield path, value
@@ -64,7 +64,7 @@ def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
 def _source(path: tuple[str, ...], places: Places, config: RunConfig) -> str:
     if path in places:
         return places[path]
-    if path[1:] == ("name",) and path[:1] in places:  # `loss: kto` says the name and nothing else
+    if path[1:] == ("name",) and path[:1] in places:  # `loss: kto` gives only the name
         return places[path[:1]]
     if path == ("reference", "ema") and ("loss", "ref_ema") in places:
         return places["loss", "ref_ema"]
@@ -76,15 +76,15 @@ def _source(path: tuple[str, ...], places: Places, config: RunConfig) -> str:
 
 
 def places_in(values: Mapping[str, Any], where: str) -> Places:
-    """Every key of a mapping that a Python caller gave, at one place."""
+    """Places for a mapping that a Python caller gave: every key comes from `where`."""
     return {path[:n]: where for path, _ in _leaves(values) for n in range(1, len(path) + 1)}
 
 
-# ---- what an `auto` becomes ----
+# ---- What an `auto` resolves to ----
 
 
 def derived_values(run: OutlinedRun) -> dict[str, Derived]:
-    """By key: what a value that stands for another becomes in this run, and why."""
+    """``{key: (resolved value, reason)}`` for every key that is ``auto`` or another placeholder."""
     asked = dict(_leaves(run.config.model_dump(mode="json")))
     found = {}
     for key, (stands, derive) in DERIVED.items():

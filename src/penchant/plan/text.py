@@ -1,4 +1,4 @@
-"""A plan as text for a terminal."""
+"""Format a plan as text for the terminal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def size(n: float) -> str:
 
 
 def plan_text(plan: Plan, whole: bool = False) -> str:
-    """Whether it fits, the time, steps and rows, then the settings that were given or worked out; `whole`: every section and setting."""
+    """Format a plan: whether it fits, time, steps, rows, and the given or resolved settings. With `whole`, every section and setting."""
     data = [line for name, rows in plan.rows.items() for line in _data(name, rows)]
     given = [s for s in plan.settings if s.why or not s.source.startswith("default")]
     short = {"": _fits(plan), "SETTINGS, given or worked out": _settings(given)}
@@ -41,7 +41,7 @@ def plan_text(plan: Plan, whole: bool = False) -> str:
 
 
 def _ranks(plan: Plan) -> list[str]:
-    """Memory of each of several processes."""
+    """Lines of the table of memory per GPU; empty if it was not requested."""
     if not plan.ranks:
         return []
     counts = list(plan.ranks)
@@ -83,7 +83,7 @@ def _fits(plan: Plan) -> list[str]:
 
 
 def columns(rows: Iterable[Sequence[str]]) -> list[str]:
-    """Cells as aligned lines; the last column is left as it is."""
+    """Format rows of cells as aligned lines. The last column is not padded."""
     cells = [tuple(r) for r in rows]
     widths = [
         max((len(r[i]) for r in cells if len(r) > i + 1), default=0) for i in range(max(map(len, cells), default=0))

@@ -1,4 +1,4 @@
-"""Rows, tokens, steps, passes and files of a run."""
+"""Count a run's rows, tokens, steps and passes, and estimate its disk use."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from penchant.runs.parts import checkpoint_bytes
 from penchant.training.steps import BatchSchedule
 from penchant.types import TokenTree
 
-# ---- What a run will do, counted with its own rows, schedule and packer: rows, tokens, steps, passes, evaluations, checkpoints ----
+# ---- Rows, tokens, steps, passes, evaluations and checkpoints, counted with the run's own rows, schedule and packer ----
 
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
-EXACT_STEPS = 2000  # steps whose passes are counted one by one; beyond, these stand for the rest
+EXACT_STEPS = 2000  # steps whose passes are counted one by one; a longer run is extrapolated from them
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A part of the data.
+    """Row and token counts of one part of the data.
 
     Args:
-        read, accepted, aside: rows of the file(s) it comes from; used: token trees in this part; layout, kind: as detected.
+        read, accepted, aside: rows of its file(s); used: token trees in this part; layout, kind: as detected.
         prompts, completions: quantiles of tokens (50%, 90%, 99%, longest); cut: share of trees that lost tokens to max_length.
     """
 
@@ -44,14 +44,15 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The whole run in numbers.
+    """Steps, passes and tokens of a whole run.
 
     Args:
-        steps, steps_per_epoch, warmup: optimizer steps; passes: micro-batches of them all; largest: tokens of the largest one.
-        sizes: how many different numbers of tokens the micro-batches have.
-        tokens: tokens computed over the run; separate: what they would be with every prompt repeated; trained: completion tokens.
-        evaluations, checkpoints: how often.
-        batch: the step with the largest micro-batch, as its micro-batches, largest first.
+        steps, steps_per_epoch, warmup: optimizer steps; passes: micro-batches of all steps; largest: tokens of the largest micro-batch.
+        sizes: number of distinct micro-batch sizes in tokens.
+        tokens: tokens computed over the run; separate: the same with every prompt repeated; trained: completion tokens.
+        evaluations, checkpoints: how many of each.
+        batch: micro-batches of the step with the largest micro-batch, largest first.
+        exact: whether every step was counted and no rollouts were assumed.
     """
 
     steps: int
@@ -70,12 +71,12 @@ class Work:
 
     @property
     def saving(self) -> float:
-        """Share of tokens that shared prompts save."""
+        """Share of tokens saved by sharing prompts."""
         return 1.0 - self.tokens / self.separate if self.separate else 0.0
 
 
 def rows_of(run: OutlinedRun) -> dict[str, Rows]:
-    """By part: ``train``, and ``held out`` where there is one."""
+    """`Rows` of the parts ``train`` and, if there is one, ``held out``."""
     found = {}
     names = ("train", "held out")
     for name, tokenized, trees in zip(names, run.rows.tokenized, run.rows.trees, strict=True):
@@ -99,7 +100,7 @@ def rows_of(run: OutlinedRun) -> dict[str, Rows]:
 
 
 def _token_quantiles(trees: Sequence[TokenTree]) -> list[tuple[int, ...]]:
-    """Of the tokens of prompts, and of completions."""
+    """Quantiles of prompt lengths and of completion lengths, in tokens."""
     counts, lengths = part_lengths(trees)
     asked = np.zeros(len(lengths), bool)
     asked[np.cumsum(counts) - counts] = True
@@ -110,7 +111,7 @@ def _token_quantiles(trees: Sequence[TokenTree]) -> list[tuple[int, ...]]:
 
 
 def work_of(run: OutlinedRun, exact_steps: int = EXACT_STEPS) -> Work:
-    """Counted step by step with the run's own schedule and packer; rollouts of an online method count as long as they may be."""
+    """Count the run's work step by step. Rollouts of an online method count with their maximum length."""
     trees = with_rollouts(run, run.rows.trees[0])
     schedule, train, rollouts = run.schedule, run.config.train, run.method.rollouts
     total = schedule.total_steps
@@ -121,7 +122,7 @@ def work_of(run: OutlinedRun, exact_steps: int = EXACT_STEPS) -> Work:
     met: set[int] = set()
     for step in range(counted):
         batch = [trees[i] for i in schedule.batch(step)]
-        if rollouts is not None:  # an update takes a part of the rollouts
+        if rollouts is not None:  # an update takes one minibatch of the rollouts
             batch = batch[: -(-len(batch) // rollouts.minibatches)]
         sizes = [tree_tokens(t, shared) for t in batch]
         plan = plan_passes(sizes, train.tokens_per_step, run.side_by_side, 1 + run.method.copies)
@@ -154,7 +155,7 @@ def work_of(run: OutlinedRun, exact_steps: int = EXACT_STEPS) -> Work:
 
 
 def with_rollouts(run: OutlinedRun, trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
-    """The trees that a step trains on: for an online method each prompt with completions as long as they may be."""
+    """The trees that a step trains on. For an online method, each prompt gets completions of the maximum length."""
     rollouts = run.method.rollouts
     if rollouts is None:
         return trees
@@ -163,7 +164,7 @@ def with_rollouts(run: OutlinedRun, trees: Sequence[TokenTree]) -> Sequence[Toke
 
 
 def _times(every: int | str | None, schedule: BatchSchedule) -> int:
-    """How often something is due in a run, its end counted always."""
+    """How often something happens in a run, including once at the end."""
     total = schedule.total_steps
     if every is None:
         return 1
@@ -179,7 +180,7 @@ def _evaluations(run: OutlinedRun) -> int:
 
 
 def passes_over(run: OutlinedRun, trees: Sequence[TokenTree]) -> list[list[int]]:
-    """The passes without gradient over these trees, as evaluations and a cached reference make them."""
+    """Micro-batches (indices into `trees`) of passes without gradients, as used by evaluations and a cached reference."""
     budget = run.config.evaluation.tokens_per_step or run.config.train.tokens_per_step
     sizes = tree_sizes(trees, run.shared_prompts)
     return plan_microbatches(sizes, pass_tokens(budget) if run.side_by_side else budget)
@@ -190,19 +191,19 @@ def to_json(work: Work) -> dict[str, Any]:
     return {name: getattr(work, name) for name in names} | {"saving": work.saving}
 
 
-# ---- What a run leaves on disk: checkpoints as they are written, the reference's cache, logs; against the free space there ----
+# ---- Disk use: checkpoints, the reference cache and logs, compared with the free space ----
 
-LINE_BYTES = 900  # of metrics.jsonl and perf.jsonl, a step; an evaluation's line is longer and rarer
+LINE_BYTES = 900  # of metrics.jsonl and perf.jsonl, per step; an evaluation's line is longer and rarer
 REPORT_BYTES = 2 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Disk:
-    """Bytes.
+    """Estimated disk use of a run, in bytes.
 
     Args:
-        checkpoint: one of them; kept: how many stay; writing: the one that is written while the others are still there.
-        cache: of the reference, where it is not there yet; logs: metrics, report, samples; free: where the run's folder will be.
+        checkpoint: size of one; kept: how many are kept.
+        cache: of the reference, 0 if it already exists; logs: metrics, report, samples; free: on the disk of the run's folder.
     """
 
     checkpoint: int
@@ -217,7 +218,7 @@ class Disk:
 
     @property
     def peak(self) -> int:
-        """While a checkpoint is written the oldest is still there."""
+        """Includes one more checkpoint: the oldest is deleted only after the new one is written."""
         return self.lasting + self.checkpoint
 
     @property
@@ -226,7 +227,7 @@ class Disk:
 
 
 def disk_of(run: OutlinedRun, work: Work, cached: bool | None) -> Disk:
-    """The estimate; `cached`: whether the reference's cache already exists (None: none is used)."""
+    """Estimate the disk use. `cached` tells whether the reference cache already exists; None if none is used."""
     keep = run.config.checkpoint
     kept = min(work.checkpoints, keep.keep_last + (1 if keep.keep_best and work.evaluations else 0))
     completions = sum(len(t.completion_ids) for part in run.rows.trees for t in part)

@@ -1,4 +1,4 @@
-"""The keys that vary in a sweep: short ones written out, their values, and how those stand in a folder's name."""
+"""Read a sweep's config: the keys that vary, their values, and the runs that result."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from penchant.sweep.cluster import ClusterConfig, read_cluster
 from penchant.sweep.halving import Halving, check_metric, read_halving
 from penchant.sweep.search import Range, SearchConfig
 
-LONGEST_LABEL = 40  # characters of a value in a folder's name
+LONGEST_LABEL = 40  # most characters of a value in a folder's name
 
 _SECTIONS = {
     name: {f for a in (i.annotation, *getattr(i.annotation, "__args__", ())) for f in getattr(a, "model_fields", ())}
@@ -45,15 +45,15 @@ _SECTIONS = {
 _OF_A_LOSS = {i.alias or n for s in LOSSES.values() for n, i in s.params.model_fields.items()}
 
 
-# a key that varies, a value, how it stands in a folder's name, and its place in the file
+# (key that varies, value, its label in a folder's name, its place in the file)
 Setting = tuple[str, Any, str, str]
 
 
 def long_key(key: str, base: Mapping[str, Any], where: str) -> str:
-    """The key path that a short key stands for: ``seed`` is ``train.seed``, ``beta`` is ``loss.beta``.
+    """Expand a short key to its full path: ``seed`` to ``train.seed``, ``beta`` to ``loss.beta``.
 
     Raises:
-        ConfigError: there is none such, or several.
+        ConfigError: the key is unknown or ambiguous.
     """
     if "." in key or key in RunConfig.model_fields:
         return key
@@ -75,7 +75,7 @@ def long_key(key: str, base: Mapping[str, Any], where: str) -> str:
 
 
 def grid(section: Any, places: Places, source: str, base: Mapping[str, Any]) -> dict[str, list[Setting]]:
-    """The axes of a sweep's `grid` section, by key."""
+    """Return the axes of a sweep's `grid` section, by key."""
     place = place_of(("grid",), places, source)
     if section is None:
         return {}
@@ -102,7 +102,11 @@ def _leaves(values: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[
 
 
 def axis(key: str, values: Sequence[Any], places: Sequence[str]) -> list[Setting]:
-    """A key with its values, each once."""
+    """The settings of one key, with distinct labels.
+
+    Raises:
+        ConfigError: a value is listed twice.
+    """
     for i, value in enumerate(values):
         if any(value == other and type(value) is type(other) for other in values[:i]):
             raise ConfigError(places[i], f"{key}: {value!r} is listed twice", "keep one")
@@ -114,7 +118,7 @@ def axis(key: str, values: Sequence[Any], places: Sequence[str]) -> list[Setting
 
 
 def label(value: Any) -> str:
-    """A value as part of a folder's name."""
+    """Format a value as part of a folder's name."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, float):
@@ -126,7 +130,7 @@ def label(value: Any) -> str:
     return re.sub(r"[^A-Za-z0-9_.+-]+", "_", str(value)).strip("_.")[-LONGEST_LABEL:] or "none"
 
 
-# ---- A sweep's config: one run's config, what varies in it, and the runs that follow, each named by what it varies ----
+# ---- A sweep's config: a base config, what varies in it, and the resulting runs, each named after its values ----
 
 SHAPE = "a sweep is a mapping with output, base and one or more of grid, runs and search; see docs/sweep.md"
 KEYS = ("output", "base", "grid", "runs", "search", "halving", "metric", "direction", "cluster")
@@ -141,8 +145,8 @@ class SweepRun(Member):
     """One run of a sweep.
 
     Args:
-        setting: its name without its seed: runs of one setting are put together in the table.
-        varied: ``{key path: value}`` that tells it from the others.
+        setting: its name without the seed; runs of one setting share a row of the table.
+        varied: ``{key path: value}`` that distinguishes it from the other runs.
     """
 
     setting: str
@@ -160,12 +164,13 @@ class SweepRun(Member):
 
 @dataclass(frozen=True)
 class Sweep:
-    """A whole sweep, checked as far as it can be without data and models.
+    """A whole sweep, checked as far as possible without data and models.
 
     Args:
-        runs: in the order in which they are trained; empty for a search.
-        metric, higher: what is best, and whether higher is better.
-        cluster: who trains the runs; halving: how settings are stopped early, or None; search: its settings, or None; trial: the run of a search by number and ``{key: value}``.
+        runs: in training order; empty for a search.
+        metric, higher: the metric that ranks settings, and whether higher is better.
+        cluster: where the runs are trained; halving: rule for stopping settings early, or None; search: its settings, or None.
+        trial: makes a search's run from its number and ``{key: value}``.
     """
 
     source: str
@@ -181,13 +186,13 @@ class Sweep:
 
 
 def load_sweep(given: Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> Sweep:
-    """Read a sweep from a YAML file or a mapping, or make one of a run's config and the lists on the command line.
+    """Read a sweep from a YAML file or a mapping, or make one from a run's config and override lists.
 
     Args:
-        overrides: ``key.path=value`` of the sweep's own keys or of the base's; ``key.path=a,b,c`` makes the key vary.
+        overrides: ``key.path=value`` for the sweep's own keys or the base's; ``key.path=a,b,c`` makes the key vary.
 
     Raises:
-        ConfigError: with ``file:line: what, how to fix``; every run's config is checked.
+        ConfigError: with ``file:line: what, how to fix``. Every run's config is checked.
     """
     values, places, source = read_values(given, SHAPE, "sweep")
     if not set(values) & {"base", "grid", "runs", "search"} and "model" in values:
@@ -224,7 +229,7 @@ def load_sweep(given: Mapping[str, Any] | str | Path, overrides: Sequence[str] =
 
 
 def _of_a_run(values: dict[str, Any], places: Places) -> tuple[dict[str, Any], Places]:
-    """A run's config as the base of a sweep that stands beside its folder."""
+    """Use a run's config as a sweep's base. The sweep's output is the run's output with ``-sweep`` appended."""
     base = {k: v for k, v in values.items() if k != "output"}
     made: dict[str, Any] = {"base": base}
     if isinstance(values.get("output"), str):
@@ -233,7 +238,7 @@ def _of_a_run(values: dict[str, Any], places: Places) -> tuple[dict[str, Any], P
 
 
 def _told_apart(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Overrides of the sweep's own keys, and of its base's."""
+    """Split overrides into those of the sweep's own keys and those of its base."""
     own, of_base = [], []
     for text in overrides:
         first = text.split("=")[0].split(".")[0].strip()
@@ -245,19 +250,19 @@ def _told_apart(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _listed(text: str) -> tuple[str, list[Any]]:
-    """``key=a,b,c`` taken apart at the commas that stand outside brackets, braces and quotes."""
+    """Split ``key=a,b,c`` at the commas outside brackets, braces and quotes."""
     key, equals, raw = text.partition("=")
     if not equals or not key.strip():
         raise ConfigError("command line", f"{text!r} is not an override", "write key.path=value, or key.path=a,b,c")
     try:
         listed, _ = parse_yaml(f"[{raw}]", "command line")
     except ConfigError:
-        listed = [raw]  # no list; whether it is a value is found where it is set
+        listed = [raw]  # not a list; an invalid value is reported when it is set
     return key.strip(), listed
 
 
 def _base(values: Mapping[str, Any], places: Places, source: str) -> tuple[dict[str, Any], Places]:
-    """The run's config that everything starts from: inline, or of a file beside the sweep's."""
+    """The base config: inline, or from a file, looked up beside the sweep's file first."""
     base = values.get("base")
     place = place_of(("base",), places, source)
     if isinstance(base, str):
@@ -274,11 +279,11 @@ def _base(values: Mapping[str, Any], places: Places, source: str) -> tuple[dict[
     return base, sources_named(base, found)
 
 
-# ---- what varies ----
+# ---- What varies ----
 
 
 def _variants(section: Any, places: Places, source: str) -> dict[str, tuple[dict[str, Any], Places]]:
-    """``runs`` by name: what each lays over the base."""
+    """The `runs` section: the keys that each named variant overrides in the base."""
     if section is None:
         return {BASE: ({}, {})}
     place = place_of(("runs",), places, source)
@@ -301,7 +306,7 @@ def _variants(section: Any, places: Places, source: str) -> dict[str, tuple[dict
 def _products(
     variants: Mapping[str, tuple[dict[str, Any], Places]], axes: Mapping[str, list[Setting]]
 ) -> Iterator[tuple[str, tuple[dict[str, Any], Places], list[Setting]]]:
-    """Every run's variant and settings: seeds outermost, so that an interrupted sweep has treated all settings alike."""
+    """Variant and settings of every run. Seeds vary slowest, so that an interrupted sweep has trained all settings equally often."""
     rest = [a for key, a in axes.items() if key != SEED]
     seeds: list[tuple[Setting, ...]] = [(s,) for s in axes[SEED]] if SEED in axes else [()]
     for seed in seeds:
@@ -312,7 +317,7 @@ def _products(
 
 @dataclass(frozen=True)
 class _Maker:
-    """Runs of one base."""
+    """Makes runs from one base config."""
 
     base: dict[str, Any]
     places: Places
@@ -320,11 +325,11 @@ class _Maker:
     output: Path
 
     def run(self, variant: str, over: tuple[dict[str, Any], Places], settings: Sequence[Setting]) -> SweepRun:
-        last = [key.split(".")[-1] for key, *_ in settings]  # of each key, the whole of it where two end alike
+        last = [key.split(".")[-1] for key, *_ in settings]  # the last part names a key, the whole key if two share it
         short = {key: end if last.count(end) == 1 else key for (key, *_), end in zip(settings, last, strict=True)}
         before = [variant] if variant != BASE else []
         values, places = merged(copy.deepcopy(self.base), copy.deepcopy(over[0])), {**self.places, **over[1]}
-        # a loss's name first: it takes the settings of another loss away
+        # the loss's name first, because setting it drops the settings of another loss
         for key, value, _, where in sorted(settings, key=lambda s: not s[0].endswith("name")):
             places = set_key(values, places, tuple(key.split(".")), copy.deepcopy(value), where)
         pieces = [(key, t if key in ("loss", "loss.name") else f"{short[key]}-{t}") for key, _, t, _ in settings]
@@ -333,7 +338,7 @@ class _Maker:
         varied = ({"run": variant} if variant != BASE else {}) | {key: value for key, value, *_ in settings}
         data, train = values.get("data"), self.base.get("train")
         if isinstance(data, dict) and data.get("split_seed") is None and not data.get("eval_path"):
-            # what is held out stays the same whatever train.seed is: runs are compared on the same rows
+            # hold out the same rows for every train.seed, so that runs are comparable
             data["split_seed"] = (train.get("seed") if isinstance(train, dict) else None) or 0
         return SweepRun(name, values, places, self.source, self.output / name, setting, varied)
 
@@ -354,13 +359,13 @@ def _check_run(run: SweepRun) -> None:
         raise ConfigError(place_of(("data",), run.places, run.place), what, how)
 
 
-# ---- what is best ----
+# ---- Which run is best ----
 
 
 def _metric(
     values: Mapping[str, Any], places: Places, source: str, configs: Sequence[RunConfig]
 ) -> tuple[str, bool, str]:
-    """(metric, higher is better, its place)."""
+    """(metric, whether higher is better, its place in the file)."""
     metric, direction = values.get("metric"), values.get("direction")
     place = place_of(("metric",), places, source)
     if metric is None:
@@ -398,7 +403,7 @@ def _search(values: Mapping[str, Any], places: Places, source: str, maker: _Make
         return replace(made, name=name, setting=name, folder=maker.output / name)
 
     configs = []
-    for corner in _corners(config.space):  # every end and choice is checked before anything trains
+    for corner in _corners(config.space):  # check every bound and choice before anything trains
         made = trial(0, corner)
         _check_run(made)
         configs.append(made.config)

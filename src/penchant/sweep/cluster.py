@@ -1,4 +1,4 @@
-"""Where a sweep's runs are trained: the `cluster` section, and the jobs that Slurm (through submitit) or Ray make of runs."""
+"""Train a sweep's runs on a cluster: the `cluster` section, Slurm jobs (through submitit) and Ray actors."""
 
 from __future__ import annotations
 
@@ -19,12 +19,10 @@ from penchant.config import Places, RunConfig, place_of
 from penchant.config.several import read_section
 from penchant.errors import ConfigError
 
-ORDERS = (
-    ".jobs"  # in the sweep's folder: what jobs are told, what came of them, and their logs; no run can have this name
-)
+ORDERS = ".jobs"  # in the sweep's folder: the jobs' orders, results and logs; no run can have this name
 OF_SLURM, OF_RAY = ("partition", "hours", "setup", "options"), ("address",)
 ALIVE = frozenset({"PENDING", "RUNNING", "REQUEUED", "COMPLETING", "CONFIGURING", "SUSPENDED", "RESIZING", "STAGE_OUT"})
-QUEUE_AGE = 10.0  # seconds between two looks into Slurm's queue; less than `workers.LATE`, so that two looks miss a job that is gone
+QUEUE_AGE = 10.0  # seconds between queries of Slurm's queue; less than `workers.LATE`, so that a lost job is missing from two of them
 _NAMESPACE = "penchant"
 
 
@@ -54,13 +52,13 @@ class ClusterConfig(Section):
 
 
 def read_cluster(values: Mapping[str, Any], places: Places, source: str, runs: Sequence[RunConfig]) -> ClusterConfig:
-    """The `cluster` section of a sweep.
+    """Read the `cluster` section of a sweep.
 
     Args:
-        runs: their configs, or some that stand for all.
+        runs: configs of the runs, or of representative ones.
 
     Raises:
-        ConfigError: it asks for what the cluster does not have, or does not say how many GPUs a run gets.
+        ConfigError: an option does not apply to the cluster, or the number of GPUs per run is missing or contradicts the runs.
     """
     if values.get("cluster") is None:
         return ClusterConfig()
@@ -73,7 +71,7 @@ def read_cluster(values: Mapping[str, Any], places: Places, source: str, runs: S
     if config.gpus == 0 and any(c.model.device == "cuda" for c in runs):
         raise ConfigError(place, "cluster.gpus is 0, and model.device is cuda", "set cluster.gpus to 1")
     for name, said in {"partition": config.partition or "", **config.options}.items():
-        if not name.replace("-", "").isalnum() or not str(said).isprintable():  # they are lines of the job's script
+        if not name.replace("-", "").isalnum() or not str(said).isprintable():  # both go into the job's script
             what = f"cluster.options.{name}" if name in config.options else f"cluster.{name}"
             raise ConfigError(place, f"{what!r} is not a one-line option", "write it as sbatch has it, without --")
     other, names = ("Ray", OF_SLURM) if config.on == "ray" else ("Slurm", OF_RAY)
@@ -85,36 +83,36 @@ def read_cluster(values: Mapping[str, Any], places: Places, source: str, runs: S
 
 
 class Cluster(Protocol):
-    """A place where runs are trained as jobs, which go on when whoever sent them is gone."""
+    """A cluster that trains runs as jobs. Jobs keep running after the sweep's process has ended."""
 
     name: str
-    title: str  # how a message calls one of its jobs: "Slurm job"
-    cancel: str  # what a person does to end jobs, with {} for their ids
+    title: str  # name of a job in messages: "Slurm job"
+    cancel: str  # command that ends jobs, with {} for their ids
 
     def submit(self, name: str, order: Path) -> str:
-        """Have a run trained; the job's id."""
+        """Submit a job that trains a run, and return its id."""
 
     def ended(self, job: str, stopped: bool = False) -> str | None:
-        """None while a job waits or runs, else a word for how it ended, some time after it has; `stopped`: its run says that it has."""
+        """How a job ended, or None if it is pending or running. May lag behind; `stopped`: its run has reported that it stopped."""
 
     def log(self, job: str, order: Path) -> Path:
-        """Where a job's messages are."""
+        """Path of a job's log."""
 
 
 def open_cluster(config: ClusterConfig, folder: Path) -> Cluster:
-    """The cluster of a sweep in `folder`.
+    """Connect to the cluster of a sweep in `folder`.
 
     Raises:
-        ConfigError: it is not to be had here.
+        ConfigError: the cluster or its Python package is not available.
     """
     return Slurm(config, folder / ORDERS / "slurm") if config.on == "slurm" else Ray(config)
 
 
 class Slurm:
-    """Jobs of Slurm, by submitit.
+    """Slurm jobs, submitted with submitit.
 
     Args:
-        folder: of the jobs' scripts and logs.
+        folder: for the jobs' scripts and logs.
     """
 
     name, title, cancel = "slurm", "Slurm job", "scancel {}"
@@ -149,7 +147,7 @@ class Slurm:
     def submit(self, name: str, order: Path) -> str:
         try:
             job = self.submitter.submit(_in_slurm, str(order))
-        except Exception as error:  # submitit has classes of its own for what sbatch says
+        except Exception as error:  # submitit wraps sbatch's errors in its own classes
             said = str(error).strip().splitlines()
             what = f"sbatch did not take run {name}: {said[-1] if said else error!r}"
             raise ConfigError("cluster", what, "see its options") from error
@@ -161,13 +159,13 @@ class Slurm:
         if stopped:
             found.get_info(mode="force")
         state = str(found.state)
-        if state == "UNKNOWN" and not stopped:  # not yet in the accounting, or there is none
+        if state == "UNKNOWN" and not stopped:  # not yet in Slurm's accounting, or accounting is off
             queue = self._queued()
             state = "PENDING" if queue is None else queue.get(job, "gone from the queue")
         return None if state.split()[0] in ALIVE else state
 
     def _queued(self) -> dict[str, str] | None:
-        """By job: its state, as Slurm's controller says, which forgets one soon after its end; None where it does not answer."""
+        """``{job: state}`` from Slurm's controller, which forgets a job soon after its end. None if squeue fails."""
         if time.monotonic() - self.asked >= QUEUE_AGE:
             self.asked, self.queue = time.monotonic(), None
             command = ["squeue", "--me", "--noheader", "--states=all", "--format=%A %T"]
@@ -186,7 +184,7 @@ class Slurm:
 
 
 def _in_slurm(order: str) -> None:
-    """What a job of Slurm does."""
+    """Entry point of a Slurm job."""
     from submitit import JobEnvironment
 
     from penchant.sweep.worker import carry_out
@@ -195,7 +193,7 @@ def _in_slurm(order: str) -> None:
 
 
 class Ray:
-    """Runs as detached actors of a Ray cluster: each lives until its run has ended, whether the sweep is there or not."""
+    """Runs as detached actors of a Ray cluster. Each lives until its run has ended, even if the sweep's process is gone."""
 
     name, title, cancel = "ray", "Ray actor", "ray.kill(ray.get_actor(NAME, 'penchant')) ends one of {}"
 
@@ -240,12 +238,12 @@ class Ray:
 
 
 class _Actor:
-    """What trains a run in Ray: a process of its own, which ends as a sweep's workers do when this one is gone."""
+    """Ray actor that trains a run in a subprocess. The subprocess checkpoints and ends if the actor dies."""
 
     def __init__(self, order: str, log: str) -> None:
         import ray
 
-        # a call of whoever made it could be lost with them; this one is the actor's own
+        # the actor calls itself, because a call from the creator could be lost if the creator dies
         ray.get_runtime_context().current_actor.train.remote(order, log)
 
     def train(self, order: str, log: str) -> None:

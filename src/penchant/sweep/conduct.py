@@ -1,4 +1,4 @@
-"""A sweep carried out: skip, resume, train; rungs."""
+"""Run a sweep: skip, resume or train each run, and stop settings at rungs."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ from penchant.training.checkpoint import latest_checkpoint
 from penchant.training.console import PlainConsole, QuietConsole, duration
 from penchant.training.loop import Interrupted
 
-# ---- Rungs of a sweep with successive halving: how settings stand at them, as the runs' records say, and who is stopped there ----
+# ---- Successive halving: ranking settings at a rung by the runs' records, and stopping the worse ones ----
 
 Records = Mapping[str, dict[str, Any]]
 
 
 def at_rung(record: Mapping[str, Any], rung: int) -> Mapping[str, Any] | None:
-    """The held-out figures of a run at a rung; None where it has not come so far."""
+    """Held-out metrics of a run at a rung, or None if it has not reached it."""
     found = record.get("rungs", {}).get(str(rung))
     return None if found is None else found["metrics"]
 
 
 def standings_at(runs: Sequence[SweepRun], records: Records, halving: Halving, rung: int) -> list[Standing]:
-    """How the settings that entered a rung stand there, best first: a function of the records alone, so it comes out the same again."""
+    """Rank the settings that entered a rung, best first. Depends on the records alone, so it can be repeated."""
     entered = list(dict.fromkeys(r.setting for r in runs))
     found: list[Standing] = []
     for k in range(1, rung + 1):
@@ -64,7 +64,7 @@ def standings_at(runs: Sequence[SweepRun], records: Records, halving: Halving, r
 def stop_the_rest(
     runs: Sequence[SweepRun], records: Records, halving: Halving, rung: int, found: Sequence[Standing]
 ) -> None:
-    """Mark the runs of every setting that does not go on; those that stopped themselves stay what they are."""
+    """Mark the paused runs of every dropped setting as cut. Runs that stopped themselves keep their state."""
     for standing in found:
         for run in runs:
             record = records.get(run.name, {})
@@ -83,20 +83,20 @@ def _value(records: Records, run: SweepRun, halving: Halving, rung: int) -> floa
     return None if found is None else float(found)
 
 
-# ---- What a sweep has done: `sweep.json`, and what follows from it for the next call ----
+# ---- The state of a sweep, `sweep.json`, and what it implies for the next call ----
 
 LINES = "sweep.jsonl"
-ENDED = ("finished", "stopped")  # a run that stopped itself is a result, one that was interrupted is not
+ENDED = ("finished", "stopped")  # a run that stopped itself counts as a result, an interrupted one does not
 
 
 @dataclass(slots=True)
 class State:
-    """`sweep.json`: a record of each run, the search that drew them, the table, and what the last call was about.
+    """`sweep.json`: a record of each run, the search that drew them, the table, and a description of the last call.
 
     A record holds the run's state (``running``, ``interrupted``, ``finished``, ``stopped``; with halving ``paused`` at a rung and ``cut``),
-    what it varied, the inputs that it was started with, seconds, and its steps and held-out metrics or why it stopped itself. With
-    halving, its metrics at the end stand apart from those at its rungs. `about` holds the metric, its direction, every run's name, and
-    halving with how settings stood at its rungs.
+    its varied keys, the inputs that it started with, seconds, and its steps and held-out metrics or why it stopped itself. With halving,
+    final metrics and metrics at rungs are kept separately. `about` holds the metric, its direction, every run's name, and halving with
+    the standings at its rungs.
     """
 
     path: Path
@@ -107,10 +107,10 @@ class State:
 
     @classmethod
     def read(cls, folder: Path) -> State:
-        """The state of the sweep in `folder`; an empty one where there is none.
+        """Read the state of the sweep in `folder`, or an empty state if there is none.
 
         Raises:
-            CheckpointError: the file was damaged, or the folder holds something else.
+            CheckpointError: the file is damaged, or the folder holds something else.
         """
         path = folder / SWEEP
         for other, what in ((IDENTITY, "one run"), (PIPELINE, "a pipeline")):
@@ -120,12 +120,12 @@ class State:
         return cls(path, about=values.pop("sweep", {}), **values)
 
     def save(self) -> None:
-        """Write the file so that a reader, or a crash, sees the old or the new one."""
+        """Write the file atomically."""
         said = {"sweep": self.about, "table": self.table, "search": self.search, "runs": self.runs}
         keep(self.path, json.dumps(said, indent=1, ensure_ascii=False))
 
     def write_lines(self, runs: Sequence[SweepRun]) -> None:
-        """`sweep.jsonl`: one line a run that came to an end, in the sweep's order."""
+        """Write `sweep.jsonl`: one line per finished, stopped or cut run, in the sweep's order."""
         lines = []
         for run in runs:
             record = self.runs.get(run.name)
@@ -136,7 +136,7 @@ class State:
         keep(self.path.with_name(LINES), text)
 
     def same_search(self, search: SearchConfig, where: str) -> None:
-        """Remember what draws the trials, or refuse where it is not what drew those that are there (CheckpointError)."""
+        """Record the search. Raises CheckpointError if it differs from the one that drew the existing trials."""
         now = json.loads(search.model_dump_json(by_alias=True, exclude={"trials"}))
         trials = [name for name in self.runs if name.startswith("trial-")]
         found = differences(self.search, now) if trials and self.search is not None else []
@@ -146,7 +146,7 @@ class State:
         self.search = now
 
     def same_halving(self, halving: Halving | None, runs: Sequence[str], where: str) -> None:
-        """Record how settings are halved. Refused if runs have begun that were judged differently; leaving it out is allowed."""
+        """Record the halving rule. Raises CheckpointError if runs began under a different one; dropping halving is allowed."""
         old, begun = self.about.get("halving"), [name for name in runs if name in self.runs]
         if halving is None or not begun:
             self.about["halving"] = None if halving is None else {**halving.to_json(), "runs": list(runs), "judged": []}
@@ -166,13 +166,13 @@ class State:
 
 
 def judge_run(run: SweepRun, record: Mapping[str, Any] | None, inputs: Inputs, halved: bool = False) -> Planned:
-    """What is to be done with a run.
+    """Decide whether a run is done, is to be trained or resumed, or has changed.
 
     Args:
-        record: what `sweep.json` says of it, None where it says nothing; inputs: as they are now; halved: whether what was cut stays so.
+        record: the run's record in `sweep.json`, or None; inputs: its current inputs; halved: whether cut runs stay cut.
     """
     if record is not None and record["state"] == "cut" and halved and not changes(record["inputs"], inputs):
-        return Planned(run.name, "done", record["why"])  # whether its folder is still there or not
+        return Planned(run.name, "done", record["why"])  # even if its folder is gone
     made = judge(run, record, inputs, "sweep", ENDED)
     if made is not None:
         return made
@@ -190,17 +190,17 @@ def _refusal(run: SweepRun, why: str) -> CheckpointError:
     return run.refusal(why, f"undo the change, choose another output, or move {run.folder} away to retrain it")
 
 
-# ---- Running a sweep: its runs one after another in this process, or n at a time in others, each skipped, resumed or trained ----
+# ---- Running a sweep: runs one after another in this process, or several at a time in worker processes or cluster jobs ----
 
 WORDS = {"done": "unchanged", "run": "to run", "resume": "to continue", "wait": "to wait for", "changed": "CHANGED"}
 
 
 @dataclass(frozen=True, slots=True)
 class SweepResult:
-    """What a call left.
+    """Result of a sweep.
 
     Args:
-        folder: the sweep's; table: its settings; runs: the record of each run.
+        folder: the sweep's folder; table: its settings; runs: record of each run, by name.
     """
 
     folder: Path
@@ -212,13 +212,13 @@ class SweepResult:
 
 
 class _Lines(PlainConsole):
-    """Progress of one run of several: now and then a line with its name, nothing of how it began."""
+    """Progress of one of several runs: an occasional line with the run's name, without the usual header."""
 
     def __init__(self, prefix: str, report: Callable[[str], None]) -> None:
         super().__init__(every_seconds=15.0)
         self.prefix = prefix
         self.report = report
-        self.last = time.monotonic()  # short runs have no line but that of their end
+        self.last = time.monotonic()  # so that short runs print only their last line
 
     def evaluated(self, step: int, metrics: Mapping[str, Any]) -> None:
         self.report("eval")
@@ -235,10 +235,11 @@ class _Lines(PlainConsole):
 
 
 class SweepConductor:
-    """One call of a sweep.
+    """Carries out one call of `penchant sweep`.
 
     Args:
-        sweep: checked; jobs: runs at a time, None: one here, and all of a grid at once on a cluster; quiet: no progress; look: see `Run`.
+        jobs: concurrent runs; None: one on this machine, all runs of a grid on a cluster; quiet: no progress.
+        look: returns a warning about a run, or None.
     """
 
     def __init__(
@@ -259,22 +260,22 @@ class SweepConductor:
         self.look, self._looked = look, set[str]()
         self.shared = Shared()
         self.state = State.read(sweep.output)
-        self.runs: list[SweepRun] = []  # as far as they are known: a search draws them one by one
+        self.runs: list[SweepRun] = []  # known so far; a search draws them one by one
         self.report = LiveReport(sweep.output, self.console.note)
         self._inputs: dict[str, Inputs] = {}
-        self._steps: dict[str, int] = {}  # of each whole run
-        self._trained: list[float] = []  # seconds of each run of this call, or of this rung
+        self._steps: dict[str, int] = {}  # total optimizer steps of each run
+        self._trained: list[float] = []  # seconds of each run of this call, or of the current rung
         self._clusters: dict[str, Cluster] = {}
-        self.rung = 0  # the one to which runs are trained now; 0: to the end, without halving
+        self.rung = 0  # the rung that runs are being trained to; 0 without halving
 
-    # ---- before anything trains -----------------------------------------------------------------------------------
+    # ---- Before training ------------------------------------------------------------------------------------------
 
     @property
     def total(self) -> int:
         return self.sweep.search.trials if self.sweep.search is not None else len(self.sweep.runs)
 
     def inputs(self, run: SweepRun) -> Inputs:
-        """What a run starts from as things are: its settings, rows, models and reward files."""
+        """A run's current inputs: its settings, rows, models and reward files."""
         if run.name in self._inputs:
             return self._inputs[run.name]
         config = run.config
@@ -296,7 +297,7 @@ class SweepConductor:
         return self._inputs[run.name]
 
     def _look(self, run: Run) -> None:
-        """Say that a run may not fit; members that differ in nothing of it are looked at once."""
+        """Note it if a run may not fit. Runs with the same memory-related settings are checked once."""
         config, t = run.config, run.config.train
         of_train = (t.tokens_per_step, t.batch_size, t.optimizer, t.gradient_checkpointing, t.packing)
         key = (config.model, config.lora, config.data.max_length, config.reference, config.method.name, *of_train)
@@ -305,13 +306,13 @@ class SweepConductor:
         self._looked.add(str(key))
         try:
             said = self.look(run)
-        except Exception:  # whoever cannot tell stops nothing
+        except Exception:  # a failed estimate must not stop the sweep
             said = None
         if said:
             self.console.note(said)
 
     def known_runs(self) -> list[SweepRun]:
-        """The runs of a grid, or the trials of a search that were drawn already."""
+        """The runs of a grid, or the already drawn trials of a search."""
         if self.sweep.search is None:
             return list(self.sweep.runs)
         names = [f"trial-{i}" for i in range(self.sweep.search.trials)]
@@ -319,7 +320,7 @@ class SweepConductor:
         return [self.sweep.trial(i, self.state.runs[n]["varied"]) for i, n in enumerate(names) if n in self.state.runs]
 
     def plan(self) -> list[Planned]:
-        """What would be done with each run, in order; nothing is trained or written."""
+        """What a call would do with each run, in order. Nothing is trained or written."""
         halved = self.sweep.halving is not None
         planned = [
             self._in_a_job(run, judge_run(run, self.state.runs.get(run.name), self.inputs(run), halved))
@@ -331,14 +332,14 @@ class SweepConductor:
         return planned
 
     def _sent(self, run: SweepRun, take_back: bool = False) -> Mapping[str, Any] | None:
-        """The job that a run is in, or was in when it ended while nobody was waiting for it.
+        """The cluster job of a run if it is still active or left a result that was not collected, else None.
 
         Args:
-            take_back: an order that no job has taken is deleted, where it is not known whether one was sent.
+            take_back: if the sweep was killed while submitting, delete the order unless a job has taken it.
         """
         record = self.state.runs.get(run.name, {})
         job = record.get("job") if record.get("state") == "running" else None
-        if job is not None and "id" not in job:  # the sweep was killed while it sent it
+        if job is not None and "id" not in job:  # the sweep was killed while submitting the job
             order = Path(job["order"])
             if take_back:
                 order.unlink(missing_ok=True)
@@ -355,10 +356,10 @@ class SweepConductor:
         return self._clusters[on]
 
     def _in_a_job(self, run: SweepRun, planned: Planned) -> Planned:
-        """What is to be done with a run that a job of a cluster may have: to wait for it.
+        """Change the action to ``wait`` if a cluster job already has the run.
 
         Raises:
-            CheckpointError: it has it still, and this call would train it elsewhere.
+            CheckpointError: the job is still active, and this call would train the run elsewhere.
         """
         job = self._sent(run) if planned.action in ("run", "resume") else None
         if job is None:
@@ -374,7 +375,7 @@ class SweepConductor:
         return Planned(run.name, "wait", f"{self._cluster(job['on']).title} {job['id']} has it")
 
     def _rungs(self, halving: Halving, run: SweepRun) -> list[int]:
-        """The steps of a run's rungs, the last one its end; ConfigError where it is too short for them."""
+        """Steps of a run's rungs, the last one its end. Raises ConfigError if the run is too short for them."""
         if run.name not in self._steps:
             with run.naming():
                 self._steps[run.name] = Run(run.config, quiet=True, shared=self.shared).schedule.total_steps
@@ -389,7 +390,7 @@ class SweepConductor:
         return steps
 
     def plan_text(self) -> str:
-        """The plan as a person reads it."""
+        """Format the plan for the terminal."""
         planned = self.plan()
         width = max((len(p.name) for p in planned), default=0)
         digits = len(str(self.total))
@@ -400,14 +401,15 @@ class SweepConductor:
             lines.append(self.sweep.halving.to_text())
         return "\n".join([*lines, f"in {self.sweep.output}; best by {self.sweep.metric}"])
 
-    # ---- doing it -------------------------------------------------------------------------------------------------
+    # ---- Training -------------------------------------------------------------------------------------------------
 
     def run(self) -> SweepResult:
-        """Train what is to be trained, in order.
+        """Train every run that is not done, in order.
 
         Raises:
-            ConfigError, DataError, ModelError, RewardError: the user can fix it. CheckpointError: a run is done with other inputs, or
-            the folder is in use. Interrupted: a signal; the same command continues.
+            ConfigError, DataError, ModelError, RewardError: an error that the user can fix.
+            CheckpointError: a run was trained with other inputs, or the folder is in use.
+            Interrupted: a signal arrived; the same command continues.
         """
         with RunLock(self.sweep.output):
             self.state = State.read(self.sweep.output)
@@ -441,7 +443,7 @@ class SweepConductor:
         return SweepResult(self.sweep.output, table, {r.name: self.state.runs[r.name] for r in self.runs})
 
     def _remember_what_it_is(self) -> None:
-        """What `sweep.json` says of the whole, for whoever watches."""
+        """Record the metric, the runs and the halving rule in `sweep.json`, for `penchant watch` and others."""
         trials = [f"trial-{i}" for i in range(self.total)] if self.sweep.search is not None else []
         names = [r.name for r in self.sweep.runs] or trials
         self.state.same_halving(self.sweep.halving, names, self.sweep.source)
@@ -449,7 +451,7 @@ class SweepConductor:
         self.state.about |= {"metric": self.sweep.metric, "direction": direction, "runs": names}
 
     def _rung_by_rung(self, train: Callable[[Iterator[SweepRun]], None]) -> None:
-        """Train every run to its end, or with halving all of them to a rung before any goes on to the next."""
+        """Train every run to its end. With halving, train all of them to a rung before any continues to the next."""
         halving = self.sweep.halving
         if halving is None:
             train(self._to_train())
@@ -462,7 +464,7 @@ class SweepConductor:
                 self._judge_rung(halving)
 
     def _judge_rung(self, halving: Halving) -> None:
-        """Stop the settings that are not among the best at this rung, and say it."""
+        """Stop the settings that are not among the best at this rung, and report the rest."""
         found = standings_at(self.runs, self.state.runs, halving, self.rung)
         stop_the_rest(self.runs, self.state.runs, halving, self.rung, found)
         judged = self.state.about["halving"]["judged"]
@@ -474,14 +476,14 @@ class SweepConductor:
         self.console.note(f"rung {self.rung} of {halving.rungs}: {kept} of {len(found)} settings {goes} on: {names}")
 
     def _pause_at(self, run: SweepRun) -> int | None:
-        """The step at which a run is to pause now; None: it goes to its end."""
+        """Step at which a run pauses next, or None if it runs to its end."""
         halving = self.sweep.halving
         if halving is None or self.rung == halving.rungs:
             return None
         return self._rungs(halving, run)[self.rung - 1]
 
     def _settled(self, run: SweepRun) -> bool:
-        """Whether nothing more is to be done with a run, or not before the next rung."""
+        """Whether a run is done, or done until the next rung."""
         record = self.state.runs.get(run.name, {})
         return record.get("state") in (*ENDED, "cut") or (self.rung > 0 and at_rung(record, self.rung) is not None)
 
@@ -501,13 +503,13 @@ class SweepConductor:
             )
 
     def _to_train(self) -> Iterator[SweepRun]:
-        """The runs that are not done, in order; those of a search are drawn when they are asked for."""
+        """Yield the runs that are not done, in order. A search's trials are drawn lazily."""
         if self.sweep.search is None:
             self.runs = list(self.sweep.runs)
         for number in range(self.total):
             run = self._drawn(number) if self.sweep.search is not None else self.sweep.runs[number]
             if self.rung and at_rung(self.state.runs.get(run.name, {}), self.rung) is not None:
-                continue  # it is there, or was further already
+                continue  # it has already reached this rung
             planned = judge_run(run, self.state.runs.get(run.name), self.inputs(run), self.rung > 0)
             if planned.action == "changed":
                 raise _refusal(run, planned.why)
@@ -548,11 +550,11 @@ class SweepConductor:
                 if isinstance(error, PenchantError) and not isinstance(error, Interrupted):
                     raise run.named(error) from error
                 raise
-            gc.collect()  # the next run needs the room
+            gc.collect()  # free memory for the next run
             self._end(run, {**made, "seconds": time.monotonic() - started})
 
     def _begin(self, run: SweepRun) -> None:
-        """Remember that a run has begun: a kill that nothing can catch leaves that it is not finished."""
+        """Record that a run has begun, so that after a SIGKILL it does not count as finished."""
         before = self.state.runs.get(run.name, {})
         resumed = before.get("state") in ("running", "interrupted", "paused", "cut")
         seconds = before.get("seconds", 0.0) if resumed else 0.0
@@ -568,12 +570,12 @@ class SweepConductor:
         self.state.save()
 
     def _end(self, run: SweepRun, made: Finished) -> None:
-        """Remember what a run brought, and say it in a line."""
+        """Record a run's outcome, and print a line about it."""
         record = self.state.runs[run.name]
         record.pop("job", None)
         seconds = round(record["seconds"] + made["seconds"], 2)
         self._trained.append(made["seconds"])
-        if made["state"] == "paused":  # its figures are not a result: they stand at their rung
+        if made["state"] == "paused":  # metrics at a rung are kept there, not as the run's result
             rungs = {**record["rungs"], str(self.rung): {"step": made["steps"], "metrics": made["metrics"]}}
             made = {"state": "paused", "steps": made["steps"], "rungs": rungs}
         self.state.runs[run.name] = {**record, **made, "seconds": seconds}
@@ -593,7 +595,7 @@ class SweepConductor:
         self._check_metric(run)
 
     def _figure(self, run: SweepRun) -> tuple[str, float | None]:
-        """(name, value) of what a run is compared by: at its end, or at the rung that it has reached."""
+        """(name, value) of the metric that ranks a run, at its end or at the current rung."""
         metrics, halving = at_rung(self.state.runs[run.name], self.rung), self.sweep.halving
         if metrics is None or halving is None:
             return self.sweep.metric, self._value(run)

@@ -1,4 +1,4 @@
-"""Successive halving: settings are compared at rungs before the end, and only the better ones are trained on (arXiv:1502.07943)."""
+"""Successive halving: compare settings at rungs before the end, and continue only the best ones (arXiv:1502.07943)."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class HalvingConfig(Section):
 
 @dataclass(frozen=True, slots=True)
 class Halving:
-    """How settings are halved.
+    """The rule of successive halving.
 
     Args:
-        rungs: with the end; factor: of steps between rungs, and of settings that stay; metric, higher: what is better there.
-        place: of the metric in the file.
+        rungs: number of rungs, including the end; factor: ratio of steps between rungs, and of settings that are kept.
+        metric, higher: the metric that ranks settings, and whether higher is better; place: of the metric in the file.
     """
 
     rungs: int
@@ -45,11 +45,11 @@ class Halving:
     place: str
 
     def steps(self, total: int) -> list[int]:
-        """The optimizer steps of the rungs of a run: ``total / factor^(rungs - k)``, rounded, for rung k = 1 to rungs."""
+        """Optimizer steps of a run's rungs: ``total / factor^(rungs - k)``, rounded, for rung k = 1 to rungs."""
         return [max(1, round(total / self.factor ** (self.rungs - k))) for k in range(1, self.rungs + 1)]
 
     def kept(self, settings: int) -> int:
-        """How many of so many settings go on: one in `factor`, rounded up."""
+        """How many of `settings` settings continue: one in `factor`, rounded up."""
         return -(-settings // self.factor)
 
     def to_json(self) -> dict[str, Any]:
@@ -57,7 +57,7 @@ class Halving:
         return {"rungs": self.rungs, "factor": self.factor, "metric": self.metric, "direction": direction}
 
     def to_text(self) -> str:
-        """The rule in a sentence."""
+        """Describe the rule in a sentence."""
         shares = [f"1/{self.factor ** (self.rungs - k)}" for k in range(1, self.rungs)]
         return (
             f"successive halving: after {' and '.join(shares)} of its steps a setting goes on if it is among the best 1 in "
@@ -67,7 +67,7 @@ class Halving:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How a setting stands at a rung: its mean over seeds (None where one of them has no figure), its rank, and whether it goes on."""
+    """A setting at a rung: its mean over seeds (None if a seed has no value), its rank, and whether it continues."""
 
     setting: str
     mean: float | None
@@ -79,13 +79,14 @@ class Standing:
 
 
 def standings(values: Mapping[str, Sequence[float | None]], halving: Halving) -> list[Standing]:
-    """Every setting of a rung, best first; seeds stay or go together.
+    """Rank the settings at a rung, best first. All seeds of a setting continue or stop together.
 
-    The best ``ceil(n / factor)`` of n go on, and every setting whose mean equals the last of those: no tie is broken by the order in the
-    file. One of which a seed stopped itself stands last and does not go on: the mean of those that survived would flatter it.
+    The best ``ceil(n / factor)`` of n settings continue, and so does every setting tied with the last of those, so that file order never
+    breaks a tie. A setting with a seed that stopped itself ranks last and does not continue, because the mean of the remaining seeds
+    would flatter it.
 
     Args:
-        values: the metric of each run of a setting at the rung.
+        values: ``{setting: metric of each of its runs at the rung}``.
     """
     means = {s: mean(v) if v and None not in v else None for s, v in values.items()}  # type: ignore[type-var]
     sign = -1.0 if halving.higher else 1.0
@@ -106,10 +107,13 @@ def read_halving(
     metric: str,
     higher: bool,
 ) -> Halving | None:
-    """The `halving` section of a sweep, or None.
+    """Read the `halving` section of a sweep; None if there is none.
 
     Args:
-        settings: a config of each; metric, higher: the sweep's.
+        settings: one config per setting; metric, higher: the sweep's.
+
+    Raises:
+        ConfigError: there is only one setting, or the metric is unknown or not comparable across the settings' losses.
     """
     if values.get("halving") is None:
         return None
@@ -130,6 +134,6 @@ def read_halving(
 
 
 def check_metric(given: Any, key: str, place: str) -> None:
-    """Runs are told apart by figures of held-out rows."""
+    """Raise ConfigError unless `given` is a held-out metric."""
     if not isinstance(given, str) or not given.startswith("eval/") or given.endswith("/ci"):
         raise ConfigError(place, f"{key} is {given!r}", "give a held-out figure, e.g. eval/rewards/accuracies")

@@ -1,4 +1,4 @@
-"""A search: numbers and choices drawn for one trial after another, at random or from what earlier trials brought (Optuna)."""
+"""Hyperparameter search: draw values for one trial after another, at random or with Optuna's TPE sampler."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pydantic import ConfigDict, Field, model_validator
 from penchant.base.section import Section
 from penchant.errors import ConfigError
 
-DIGITS = 4  # significant ones of a drawn number: more say nothing, and a person must be able to type it
+DIGITS = 4  # significant digits of a drawn number: more would mean nothing and be hard to type
 
 
 class Range(Section):
-    """Numbers that a search draws from; whole ones where both ends are."""
+    """A range of numbers to draw from. Draws integers if both ends are integers."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", populate_by_name=True)
 
@@ -58,14 +58,14 @@ class SearchConfig(Section):
 def draw(
     search: SearchConfig, number: int, earlier: Sequence[tuple[Mapping[str, Any], float | None]], higher: bool
 ) -> dict[str, Any]:
-    """What trial `number` is run with: a function of the search, the number and the earlier trials, so that it can be drawn again.
+    """Draw the values of trial `number`. The result depends only on the arguments, so it can be reproduced.
 
     Args:
-        earlier: what earlier trials were run with, and what each brought; None for one that stopped itself.
-        higher: whether higher values are better.
+        earlier: (values, result) of earlier trials, in order; the result is None for a trial that stopped itself.
+        higher: whether higher results are better.
 
     Raises:
-        ConfigError: Optuna is wanted and not installed.
+        ConfigError: the sampler is tpe and Optuna is not installed.
     """
     if search.sampler == "random":
         rng = random.Random(f"{search.seed}:{number}")
@@ -77,7 +77,7 @@ def draw(
         raise ConfigError("search.sampler", "tpe needs Optuna", how) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     dists = {key: _distribution(values) for key, values in search.space.items()}
-    # one seed a trial: what is drawn does not depend on how often the search was interrupted
+    # one seed per trial, so that draws do not depend on how often the search was interrupted
     sampler = optuna.samplers.TPESampler(seed=(search.seed * 1_000_003 + number) % 2**32)
     study = optuna.create_study(direction="maximize" if higher else "minimize", sampler=sampler)
     values = [v for _, v in earlier if v is not None]
@@ -86,7 +86,7 @@ def draw(
         params,
         value,
     ) in earlier:  # a trial that stopped itself counts as the worst, so that its neighborhood is avoided
-        # choices go by their place: Optuna takes no sections as choices
+        # choices are passed by index, because Optuna accepts no mappings as choices
         places = {k: s.index(v) for k, v in params.items() if isinstance(s := search.space[k], list)}
         given = {**params, **{k: str(place) for k, place in places.items()}}
         study.add_trial(

@@ -1,4 +1,4 @@
-"""What a sweep found: one line a setting, its seeds together, the best by validation, and nothing claimed beyond that."""
+"""A sweep's results: one row per setting over its seeds, and the best setting by held-out metric."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One setting.
+    """One setting of the table.
 
     Args:
-        values: the metric of each run that came to its end; interval: of the only one, over held-out rows; seeds: of all its runs.
-        stopped: why a run stopped itself, by the run's name; varied: what tells it from other settings; open_: runs not done yet.
-        cut: where and why its runs were stopped early (successive halving), None where they were not.
+        values: metric of each finished run; interval: of the only run, over held-out rows; seeds: of all its runs.
+        stopped: ``{run: why it stopped itself}``; varied: what distinguishes it from other settings; open_: number of unfinished runs.
+        cut: where and why successive halving stopped its runs, or None.
     """
 
     setting: str
@@ -42,7 +42,7 @@ class Row:
 
     @property
     def whole(self) -> bool:
-        """Whether every run of it came to its end with a figure: a mean over those that survived would flatter it."""
+        """Whether every run finished with a value. A mean over the surviving runs alone would flatter the setting."""
         return bool(self.values) and len(self.values) == len(self.seeds)
 
     def to_json(self) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class Table:
 
     @property
     def best(self) -> tuple[Row, ...]:
-        """The setting with the best mean (all of them where several share it); only whole ones can be it."""
+        """The setting with the best mean, or all that tie for it. Only whole settings qualify."""
         whole = [r for r in self.rows if r.whole]
         if not whole:
             return ()
@@ -89,7 +89,7 @@ class Table:
         }
 
     def to_text(self) -> str:
-        """The table as a person reads it."""
+        """Format the table for the terminal."""
         body = [(r.setting, _figure(r.mean), _spread(r), _runs(r)) for r in self.rows]
         table = columns([("setting", "mean", "spread", "runs"), *body])
         ends = dict.fromkeys(self.held_out[i] for i in (0, -1)) if self.held_out else ()
@@ -125,13 +125,13 @@ class Table:
 
 
 def make_table(runs: Sequence[SweepRun], records: Mapping[str, Record], metric: str, higher: bool) -> Table:
-    """The table of a sweep's runs as far as they are done."""
+    """Build the table from the records of a sweep's runs, finished or not."""
     by_setting: dict[str, list[SweepRun]] = {}
     for run in runs:
         by_setting.setdefault(run.setting, []).append(run)
     rows = [_row(name, members, records, metric) for name, members in by_setting.items()]
     sign = -1.0 if higher else 1.0
-    # settings with nothing to show stand last, the others best first, ties in written order; those that were cut as they stood
+    # whole settings first, best first, ties in file order; then those that were cut, last rung first; then the rest
     rows.sort(key=lambda r: (not r.whole, _stood(r), sign * (r.mean if r.mean is not None else math.inf * sign)))
     held = [m["eval/rows"] for r in runs if (m := records.get(r.name, {}).get("metrics")) and "eval/rows" in m]
     return Table(metric, higher, tuple(rows), tuple(sorted(set(held))))

@@ -1,4 +1,4 @@
-"""One run of a sweep: in this process, in a worker that is told runs line by line, or in a job of a cluster."""
+"""Train one run of a sweep: in this process, in a worker that reads runs from stdin, or in a cluster job."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from penchant.base.files import write_atomically, write_text_atomically
 from penchant.errors import PenchantError, TrainingStopped
 from penchant.runs.sharing import Alone, Shared
 
-PARENT_LOOKED_AT = 2.0  # seconds between two looks whether the sweep is still there
+PARENT_LOOKED_AT = 2.0  # seconds between checks that the sweep is still running
 
 
 def train_one(config: Any, shared: Alone, console: Any = None, pause_at: int | None = None) -> dict[str, Any]:
-    """Train one run to its end, or to where it stops itself, which is a result too.
+    """Train one run until it finishes, pauses or stops itself.
 
     Args:
-        config: a `RunConfig`; shared: what runs of this process have in common; console: where its progress goes; None: nowhere.
-        pause_at: a step before its end at which it pauses.
+        config: a `RunConfig`; shared: objects shared by the runs of this process; console: for progress, None for no output.
+        pause_at: a step before the end at which to pause.
 
     Returns:
         ``state`` (``finished``, ``paused`` or ``stopped``), ``steps`` and ``metrics`` or ``why``.
 
     Raises:
-        Interrupted: a signal; a checkpoint was written. PenchantError: the user can fix it.
+        Interrupted: a signal arrived; a checkpoint was written. PenchantError: an error that the user can fix.
     """
     from penchant.runs import Run
     from penchant.training.loop import Interrupted, Paused
@@ -51,7 +51,7 @@ def train_one(config: Any, shared: Alone, console: Any = None, pause_at: int | N
 
 
 def answer(line: str, shared: Alone) -> dict[str, Any]:
-    """Train the run that a line tells of (its config, and where to pause); whatever comes of it as JSON."""
+    """Train the run described by a JSON line (its config, and where to pause), and return its outcome or error as JSON values."""
     from penchant.config import config_from_mapping
     from penchant.training.loop import Interrupted
 
@@ -67,17 +67,17 @@ def answer(line: str, shared: Alone) -> dict[str, Any]:
 
 
 def error_of(made: Mapping[str, Any]) -> PenchantError:
-    """The error that a worker met, as it met it."""
+    """Rebuild the error that a worker reported."""
     kind = getattr(errors, made["error"], PenchantError)
     return kind(made["where"], made["what"], made["how"])
 
 
 def serve(cores: list[int]) -> None:
-    """Answer runs from standard input until it ends; nothing but answers goes to standard output."""
+    """Train the runs read from stdin until it closes. Only their outcomes go to stdout."""
     if cores and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, cores)  # before torch counts them
+        os.sched_setaffinity(0, cores)  # before torch counts the cores
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what a library prints is not an answer
+    os.dup2(2, 1)  # send libraries' prints to stderr
     threading.Thread(target=_follow_parent, args=(os.getppid(),), daemon=True).start()
     shared = Shared()
     for line in sys.stdin:
@@ -86,45 +86,45 @@ def serve(cores: list[int]) -> None:
 
 
 def result_of(order: Path) -> Path:
-    """Where a job leaves what came of the run that it was told to train."""
+    """Path of the file in which a job leaves its run's outcome."""
     return order.with_suffix(".result")
 
 
 def files_of(order: Path) -> list[Path]:
-    """What an order may be by now: itself, its job's id, the order once that job has taken it, and what came of it."""
+    """All files of an order: the order, the id of its job, the order after a job took it, and the result."""
     return [order, *map(order.with_suffix, (".job", ".taken", ".result"))]
 
 
 def taker_of(order: Path) -> str | None:
-    """The job that has taken an order; None where none has."""
+    """Id of the job that has taken an order, or None."""
     _, job, taken, _ = files_of(order)
     return job.read_text() if taken.exists() else None
 
 
 def carry_out(order: str, job: str | None = None) -> None:
-    """Train the run that a file tells of, as a job of a cluster does, and leave what came of it beside the file.
+    """Train the run described by an order file, as a cluster job does, and write the outcome beside the file.
 
-    A job takes its order by renaming it, and a sweep that does not know of any such job takes it back by deleting it: one of the two
+    A job takes its order by renaming it, and a sweep that knows of no job takes the order back by deleting it. Only one of the two
     succeeds, so no run is trained by two jobs. A job without an order has nothing to do.
 
     Args:
-        job: its id (None: the order's name); the cluster starts one again under the same id.
+        job: the job's id (None: the order's name). A requeued job keeps its id.
     """
     path, said, taken, result = files_of(Path(order))
-    with suppress(FileNotFoundError):  # taken already, by this job, or taken back
+    with suppress(FileNotFoundError):  # already taken by this job, or taken back
         write_text_atomically(said, job or path.stem)
         os.rename(path, taken)
     if not taken.exists():
         said.unlink(missing_ok=True)
         return
     if threading.current_thread() is threading.main_thread():
-        # Slurm sends it some time before the limit: the run writes a checkpoint and ends
+        # Slurm sends SIGUSR2 shortly before the time limit: checkpoint and end
         signal.signal(signal.SIGUSR2, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     write_atomically(result, answer(taken.read_text(encoding="utf-8"), Alone()))
 
 
 def _follow_parent(parent: int) -> None:
-    """A sweep that was killed leaves no run behind: its checkpoint is written, then the worker ends."""
+    """Send this process SIGTERM when its parent dies, so that it writes a checkpoint and ends."""
     while os.getppid() == parent:
         time.sleep(PARENT_LOOKED_AT)
     os.kill(os.getpid(), signal.SIGTERM)

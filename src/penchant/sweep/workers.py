@@ -1,4 +1,4 @@
-"""Runs of a sweep n at a time: worker processes with their share of the cores, or jobs of a cluster."""
+"""Train several runs of a sweep at a time, in worker processes that split the cores or in cluster jobs."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from penchant.training.checkpoint import latest_checkpoint
 from penchant.training.loop import Interrupted
 
 Finished = dict[str, Any]
-LOOK = 2.0  # seconds between two looks for what jobs have left
-LATE = 15.0  # seconds after a job's end in which its last file may still be on its way over a shared disk
+LOOK = 2.0  # seconds between checks for results of jobs
+LATE = 15.0  # seconds after a job's end during which its last file may not have reached the shared disk
 
 
 def shares(jobs: int) -> list[list[int]]:
-    """The cores of each of `jobs` workers: all of them dealt out, or one each where there are fewer than workers."""
+    """Split the available cores among `jobs` workers. With fewer cores than workers, each gets one, and some share one."""
     if not hasattr(os, "sched_getaffinity"):
         return [[] for _ in range(jobs)]
     cores = sorted(os.sched_getaffinity(0))
@@ -39,12 +39,12 @@ def shares(jobs: int) -> list[list[int]]:
 
 
 def told(run: SweepRun, pause_at: int | None) -> str:
-    """The line that tells a worker of a run."""
+    """The JSON line that describes a run to a worker."""
     return json.dumps({"config": run.config.model_dump(mode="json"), "pause_at": pause_at})
 
 
 class Worker:
-    """A process that trains one run after another; it holds what they share."""
+    """A process that trains one run after another, sharing objects between them."""
 
     def __init__(self, cores: list[int], quiet: bool) -> None:
         path = os.pathsep.join([str(Path(penchant.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -55,11 +55,11 @@ class Worker:
             stderr=subprocess.DEVNULL if quiet else None,
             text=True,
             env={**os.environ, "PYTHONPATH": path},
-            start_new_session=True,  # Ctrl-C reaches the sweep alone, which hands it on once
+            start_new_session=True,  # Ctrl-C reaches only the sweep, which forwards it once
         )
 
     def train(self, run: SweepRun, pause_at: int | None = None) -> Finished | None:
-        """What came of a run; None where the process died."""
+        """Train a run and return its outcome, or None if the process died."""
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
             self.process.stdin.write(told(run, pause_at) + "\n")
@@ -74,17 +74,17 @@ class Worker:
             self.process.send_signal(number)
 
     def close(self) -> None:
-        """Let an idle worker end."""
+        """End an idle worker."""
         with suppress(BrokenPipeError):
             self.process.stdin.close()  # type: ignore[union-attr]
         self.process.wait()
 
 
 class Workers:
-    """Trains runs in `jobs` processes, which live as long as this does: ``with Workers(...) as workers``.
+    """Context manager that trains runs in `jobs` worker processes.
 
     Args:
-        folder: the sweep's, for messages; quiet: what workers print to stderr is dropped; pause_at: the step at which a run is to pause.
+        folder: the sweep's, for messages; quiet: drop the workers' stderr; pause_at: returns the step at which a run pauses, or None.
     """
 
     def __init__(self, jobs: int, folder: Path, quiet: bool, pause_at: Callable[[SweepRun], int | None]) -> None:
@@ -98,10 +98,11 @@ class Workers:
     def run(
         self, todo: Iterator[SweepRun], begin: Callable[[SweepRun], None], end: Callable[[SweepRun, Finished], None]
     ) -> None:
-        """Train every run of `todo`; it, `begin`, `end` and `pause_at` are called by one thread at a time.
+        """Train every run of `todo`. `todo`, `begin`, `end` and `pause_at` are called by one thread at a time.
 
         Raises:
-            Interrupted: SIGINT or SIGTERM; each run left a checkpoint. Whatever a run, or `begin` and `end`, raised first.
+            Interrupted: SIGINT or SIGTERM arrived; each run left a checkpoint.
+            BaseException: the first error raised by a run, `begin` or `end`.
         """
         threads = [threading.Thread(target=self._serve, args=(w, todo, begin, end)) for w in self.workers]
         caught = 0
@@ -112,7 +113,7 @@ class Workers:
                 while any(t.is_alive() for t in threads):
                     for t in threads:
                         t.join(0.1)
-                    if len(seen) > caught:  # a second signal is handed on too: then a run does not finish its step
+                    if len(seen) > caught:  # forward a second signal too: it stops a run in the middle of a step
                         caught = len(seen)
                         self._stop()
         finally:
@@ -156,7 +157,7 @@ class Workers:
             raise CheckpointError(f"run {run.name}", what, "the same command continues; fewer --jobs take less memory")
 
     def _stop(self, but: Worker | None = None) -> None:
-        """Let every run write a checkpoint and end."""
+        """Interrupt every worker but `but`, so that its run writes a checkpoint and ends."""
         self.stopping.set()
         for worker in self.workers:
             if worker is not but:
@@ -172,11 +173,11 @@ class Workers:
 
 @dataclass(slots=True)
 class _Sent:
-    """A run in a job of a cluster.
+    """A run that was submitted as a cluster job.
 
     Args:
-        job: what is kept of it in `sweep.json`: ``on``, ``id``, ``order`` (the file), ``pause_at``, ``start`` (the checkpoint it began from).
-        ended: when it was first seen to have ended without its run having.
+        job: its entry in `sweep.json`: ``on``, ``id``, ``order`` (the file), ``pause_at``, ``start`` (the checkpoint it began from).
+        ended: time at which the job was first seen to have ended before its run.
     """
 
     run: SweepRun
@@ -185,11 +186,11 @@ class _Sent:
 
 
 class Jobs:
-    """Trains runs as jobs of a cluster, which go on when the sweep is gone: the next call finds them again.
+    """Trains runs as cluster jobs. The jobs outlive the sweep's process, and the next call finds them again.
 
     Args:
-        at_once: jobs at a time; folder: the sweep's; pause_at: the step at which a run is to pause.
-        sent: the job that a run is in, None where it is in none; remember: keep a run's job; note: a line for whoever looks on.
+        at_once: jobs at a time; folder: the sweep's; pause_at: returns the step at which a run pauses, or None.
+        sent: returns the job that already has a run, or None; remember: records a run's job; note: prints a line.
     """
 
     def __init__(
@@ -206,10 +207,11 @@ class Jobs:
         self.pause_at, self.sent, self.remember, self.note = pause_at, sent, remember, note
 
     def run(self, todo: Iterator[SweepRun], begin: Callable[[SweepRun], None], end: Callable[..., None]) -> None:
-        """Train every run of `todo`. After one that failed no more are sent; those that were sent go on to their end.
+        """Train every run of `todo`. After a failure no further runs are submitted, but those already submitted finish.
 
         Raises:
-            Interrupted: SIGINT or SIGTERM; the jobs go on. PenchantError: what the first run that failed met, and which others failed.
+            Interrupted: SIGINT or SIGTERM arrived; the jobs keep running.
+            PenchantError: the error of the first run that failed, naming the others that failed.
         """
         waiting: dict[str, _Sent] = {}
         failed: dict[str, PenchantError] = {}
@@ -252,45 +254,45 @@ class Jobs:
         order = self.folder / ORDERS / f"{run.name}-{uuid.uuid4().hex[:8]}.json"
         make_folder(order.parent)
         with os.fdopen(os.open(order, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-            file.write(told(run, pause_at))  # for nobody else: a URL in a config may hold a password
+            file.write(told(run, pause_at))  # mode 0600, because a URL in a config may hold a password
         job: dict[str, Any] = {
             "on": self.cluster.name,
             "order": str(order),
             "pause_at": pause_at,
             "start": _newest(run),
         }
-        self.remember(run, job)  # whoever is killed now may have sent a job, or may not
+        self.remember(run, job)  # without an id first, in case this process is killed while submitting
         job["id"] = self.cluster.submit(run.name, order)
         self.remember(run, job)
         self.note(f"{run.name}: {self.cluster.title} {job['id']}")
         return _Sent(run, job)
 
     def _made(self, one: _Sent) -> Finished | None:
-        """What came of a job; None while it waits or runs."""
+        """Outcome of a job, or None while it is pending or running."""
         made: Finished = {"state": "interrupted", "seconds": 0.0}
         with suppress(FileNotFoundError):
             made = json.loads(result_of(Path(one.job["order"])).read_text(encoding="utf-8"))
             if made.get("state") == "paused" and one.job["pause_at"] != self.pause_at(one.run):
-                return {"state": "interrupted", "seconds": made["seconds"]}  # halving has been changed or taken out
+                return {"state": "interrupted", "seconds": made["seconds"]}  # the halving rule was changed or removed
             if made.get("state") != "interrupted":
                 return made
         how = self.cluster.ended(one.job["id"], "why" in made)
         if how is None:
-            one.ended = None  # also where the cluster starts it once more by itself
+            one.ended = None  # reset it, since the cluster may have requeued the job
             return None
         if one.ended is None:
             one.ended = time.monotonic()
         return {**made, "how": how} if time.monotonic() - one.ended >= LATE else None
 
     def _problem(self, one: _Sent, made: Finished) -> PenchantError | None:
-        """Why a run is not to be sent again: it met an error, somebody ended its job, or its job came nowhere."""
+        """The error that keeps a run from being resubmitted: its own, a canceled job, or a job that made no progress."""
         if "error" in made:
             return one.run.named(error_of(made))
         if made["state"] != "interrupted" or "how" not in made:
             return None
         how = made.pop("how")
         if _newest(one.run) != one.job["start"] and not how.startswith("CANCELLED"):
-            return None  # a time limit, or another's job that came first
+            return None  # a time limit, or preemption by another job
         return CheckpointError(
             f"run {one.run.name}",
             f"its {self.cluster.title} {one.job['id']} ended ({how}) before the run did",
@@ -318,10 +320,10 @@ def _newest(run: SweepRun) -> str | None:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM are noted in a list while this lasts."""
+    """Collect SIGINT and SIGTERM in a list instead of handling them."""
     seen: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield seen  # handlers can only be set there
+        yield seen  # handlers can only be set in the main thread
         return
     old = {n: signal.signal(n, lambda number, _: seen.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
