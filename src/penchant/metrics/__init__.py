@@ -1,1 +1,1 @@
-"""Evaluation: figures over rows, with intervals."""
+"""Metrics: figures over rows with confidence intervals, verdicts and trust flags."""

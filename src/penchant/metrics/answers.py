@@ -1,4 +1,4 @@
-"""What a model makes of given answers: log-probs, KL, perplexity."""
+"""Figures of given answers under a model: log-probs, KL, perplexity."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from penchant.losses.divergences import DivergenceKind, log_probs, value_of
 from penchant.metrics.figures import Figure, exp, mean_of, prompt_clusters, ratio_of, share_of
 from penchant.types import PackedBatch, TokenTree
 
-# ---- What a model makes of given answers: log-probs, preference accuracy and margin against a reference, perplexity, exact KL ----
+# ---- Figures of given answers: log-probs, preference accuracy and margin against a reference, perplexity, exact KL ----
 
 
 @dataclass(frozen=True, slots=True)
 class _Completions:
-    """Arrays over completions, tree by tree."""
+    """Arrays over completions, in the order of the trees."""
 
     tree: np.ndarray
     slot: np.ndarray
@@ -34,16 +34,16 @@ class _Completions:
 
 
 def is_answer(tree: TokenTree) -> bool:
-    """Whether a row says which of its completions are good: a pair, one labelled answer, or one answer without label."""
+    """Whether it is known which completions of a row are good: a pair, one labeled answer, or one answer without a label."""
     k = len(tree.completion_ids)
     return k == 1 or (k == 2 and (not any(label is not None for label in tree.labels) or tree.labels == (True, False)))
 
 
 def answer_figures(scores: TokenScores, trees: Sequence[TokenTree], beta: float) -> list[Figure]:
-    """Every figure of given answers, over rows, with intervals by prompt.
+    """Compute every figure of given answers, over rows, with intervals by prompt.
 
     Args:
-        scores: of `trees`; trees: pairs (chosen first) or single answers (bad where their label says so); beta: of ``implicit_reward/...``.
+        scores: of `trees`; trees: pairs (chosen first) or single answers (rejected if labeled so); beta: for ``implicit_reward/...``.
     """
     c = _completions(trees)
     policy = completion_sums(scores.policy, c.lengths)
@@ -64,10 +64,12 @@ def answer_figures(scores: TokenScores, trees: Sequence[TokenTree], beta: float)
 def figures_by_answer(
     scores: TokenScores, trees: Sequence[TokenTree], beta: float
 ) -> Iterator[tuple[dict[str, Any], TokenTree, int]]:
-    """``logps``, ``ref_logps``, ``logratios``, ``implicit_reward`` and exact KL of each answer, its tree and its slot there.
+    """Yield the ``logps``, ``ref_logps``, ``logratios``, ``implicit_reward`` and exact KL of each answer, its tree and its slot in it.
+
+    Values are sums over the answer's tokens, in nats.
 
     Args:
-        scores, trees, beta: as for `answer_figures`. All are sums over the answer's tokens, in nats.
+        scores, trees, beta: as for `answer_figures`.
     """
     c = _completions(trees)
     named = {"logps": scores.policy, "ref_logps": scores.reference}
@@ -82,7 +84,7 @@ def figures_by_answer(
 
 
 def kl_figures(name: str, scores: TokenScores, lengths: np.ndarray, clusters: np.ndarray) -> list[Figure]:
-    """Exact KL both ways round, summed over a completion and a token; nothing where it was not computed.
+    """Exact KL in both directions, per completion and per token; empty if it was not computed.
 
     Args:
         lengths, clusters: tokens and prompt of each completion, in order.
@@ -116,7 +118,7 @@ def _good(tree: TokenTree, slot: int) -> bool:
 
 
 def _sides(name: str, c: _Completions) -> Iterator[tuple[str, np.ndarray]]:
-    """A figure's name and the completions of each side that there is."""
+    """Yield ``NAME/chosen`` and ``NAME/rejected`` with their masks over completions, if there are any."""
     sides = ((f"{name}/chosen", c.good), (f"{name}/rejected", ~c.good))
     return ((side, mine) for side, mine in sides if mine.any())
 
@@ -126,7 +128,7 @@ def _by_side(name: str, values: np.ndarray, c: _Completions) -> list[Figure]:
 
 
 def _perplexities(name: str, nats: np.ndarray, c: _Completions) -> list[Figure]:
-    """``exp(sum nats / sum tokens)`` of each side."""
+    """``exp(sum nats / sum tokens)`` for chosen and rejected answers."""
     return [ratio_of(s, nats[mine], c.lengths[mine], c.clusters[mine], exp) for s, mine in _sides(name, c)]
 
 
@@ -141,19 +143,19 @@ def _pair_share(name: str, values: np.ndarray, c: _Completions) -> list[Figure]:
     return [share_of(name, (gaps > 0) + 0.5 * (gaps == 0), clusters)] if len(gaps) else []
 
 
-# ---- Both models' log-probs of every completion token, and the exact KL between them there: the whole vocabulary, chunk by chunk ----
+# ---- Both models' log-probs of every completion token, and the exact KL there over the whole vocabulary, computed in chunks ----
 
-CHUNK_ELEMENTS = 1 << 22  # logits of one model alive at once: 16 MB in fp32
+CHUNK_ELEMENTS = 1 << 22  # logits of one model in memory at once: 16 MB in fp32
 POLICY_REF, REF_POLICY = DivergenceKind("kl", "policy_ref"), DivergenceKind("kl", "ref_policy")
 
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """One number a completion token, in the trees' order, nats, float64, (R,) each.
+    """Scores of every completion token, in the trees' order, in nats, float64, (R,) each.
 
     Args:
-        policy, reference: log-probs; policy_ref: ``KL(policy || reference)`` of the next token there, ref_policy: the other way round.
-            None where there is no reference, or the exact KL was not asked for.
+        policy, reference: log-probs; policy_ref: ``KL(policy || reference)`` of the next-token distributions; ref_policy: the other
+            direction. None without a reference, or if the exact KL was not requested.
     """
 
     policy: np.ndarray
@@ -171,13 +173,13 @@ def score_tokens(
     tokens_per_step: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> TokenScores:
-    """Run the models over `trees`, without gradient.
+    """Score `trees` with the models, without gradient.
 
-    ``KL(p || q) = sum_v p_v (log p_v - log q_v)`` at every position that predicts a completion token, in fp32 log space; logits are
-    never held for more than a few rows.
+    ``KL(p || q) = sum_v p_v (log p_v - log q_v)`` at every position that predicts a completion token, in fp32 log space. Logits are
+    kept for only a few rows at a time.
 
     Args:
-        exact: also the exact KL, both ways round; tokens_per_step: of a forward pass.
+        exact: also compute the exact KL in both directions; tokens_per_step: tokens per forward pass.
 
     Raises:
         ModelError: the models' vocabularies differ in size.
@@ -185,13 +187,13 @@ def score_tokens(
     device = place_of(policy.scorer.model)
     shared, lanes = policy.scorer.shared, policy.side_by_side
     same = reference is None or reference.scorer.shared == shared
-    if not same:  # rows are then numbered as trees are
+    if not same:  # row = index into trees, so that a batch can be repacked for the reference below
         trees = [replace(t, row=i) for i, t in enumerate(trees)]
 
     def found_of(batch: PackedBatch) -> Tensor:
         if reference is None:
             return policy.completion_logps(batch).tokens[None]
-        # completions are numbered tree by tree however they are laid out
+        # completions are ordered tree by tree in either layout
         other = batch if same else pack([trees[i] for i in batch.rows], shared=reference.scorer.shared).to(device)
         if exact:
             return _exact(policy, reference, batch, other)
@@ -209,7 +211,7 @@ def score_tokens(
 
 
 def _exact(policy: LiveReference, reference: LiveReference, batch: PackedBatch, other: PackedBatch) -> Tensor:
-    """(4, R): both log-probs, both divergences."""
+    """(4, R): log-probs of both models, then KL in both directions."""
     of_policy, of_reference = policy.row_logits(batch), reference.row_logits(other)
     models: list[Any] = [policy.scorer.model, reference.scorer.model]
     rows = max(16, CHUNK_ELEMENTS // max(m.get_input_embeddings().weight.shape[0] for m in models))
@@ -229,7 +231,7 @@ def _exact(policy: LiveReference, reference: LiveReference, batch: PackedBatch, 
 
 
 def without_eos(trees: Sequence[TokenTree], eos: int | None) -> list[TokenTree]:
-    """Chunks of documents without the EOS that was put behind them: the text is measured, not that it ends."""
+    """Strip the appended EOS from chunks of documents, so that only the text itself is measured."""
     found: list[TokenTree] = []
     for t in trees:
         ids = t.completion_ids[0]
@@ -244,7 +246,7 @@ def text_figures(scores: TokenScores, trees: Sequence[TokenTree], size: Mapping[
     """``perplexity = exp(-sum log p / tokens)`` and ``bits per byte = -sum log2 p / bytes`` over all documents.
 
     Args:
-        scores: of `trees`; trees: chunks of documents, one completion each, by `source`; size: bytes (UTF-8) of each document.
+        scores: of `trees`; trees: chunks of documents, one completion each, `source` names the document; size: UTF-8 bytes by document.
     """
     lengths = np.array([len(t.completion_ids[0]) for t in trees])
     numbers = {source: i for i, source in enumerate(dict.fromkeys(t.source for t in trees))}

@@ -1,4 +1,4 @@
-"""What a model writes: reward, length, variety, overlap, KL."""
+"""Sampled completions of a model and their figures: reward, length, diversity, overlap with references, KL."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from penchant.rollout.generate import sample
 from penchant.runfolder import is_whole, keep
 from penchant.types import PackedBatch, TokenTree
 
-# ---- Figures of generated text: how varied it is over all samples, and how much a sample repeats itself ----
+# ---- Diversity over all samples, and repetition within a sample ----
 
 
 def distinct_n(samples: Sequence[Sequence[int]], n: int = 2) -> float:
-    """Share of n-grams that are different, over all samples together: ``unique / total`` (arXiv 1510.03055).
+    """Share of distinct n-grams over all samples together: ``unique / total`` (arXiv 1510.03055).
 
     Args:
-        samples: token ids of each text; n: length of the grams.
+        samples: token ids of each text; n: length of the n-grams.
     """
     grams = [g for ids in samples for g in _grams(ids, n)]
     return len(set(grams)) / len(grams) if grams else 0.0
@@ -46,10 +46,10 @@ def distinct_n(samples: Sequence[Sequence[int]], n: int = 2) -> float:
 def distinct_n_interval(
     samples: Sequence[Sequence[int]], clusters: Sequence[int], n: int = 2, level: float = 0.95
 ) -> Interval | None:
-    """`distinct_n` with a jackknife interval that leaves out one prompt at a time; None where there are fewer than two prompts.
+    """`distinct_n` with a jackknife interval that leaves out one prompt at a time; None if there are fewer than two prompts.
 
-    ``D +- t_{k-1} s``, ``s^2 = (k-1)/k sum_c (D_(c) - mean D_(.))^2``, D_(c) without prompt c. A bootstrap would draw prompts twice, whose
-    grams are then no longer distinct: its draws lie below the figure itself.
+    ``D +- t_{k-1} s``, ``s^2 = (k-1)/k sum_c (D_(c) - mean D_(.))^2``, D_(c) without prompt c. Not a bootstrap: it would draw prompts
+    twice, and their n-grams would no longer be distinct, so its draws would lie below the estimate.
 
     Args:
         clusters: the prompt of each sample.
@@ -66,7 +66,7 @@ def distinct_n_interval(
         return None
     left = []
     for grams in by_cluster.values():
-        alone = sum(owners[g] == 1 for g in grams)  # grams that nobody else wrote
+        alone = sum(owners[g] == 1 for g in grams)  # n-grams that occur for no other prompt
         rest = total - sum(grams.values())
         left.append((len(owners) - alone) / rest if rest else 0.0)
     without = np.array(left)
@@ -76,7 +76,7 @@ def distinct_n_interval(
 
 
 def repetition(ids: Sequence[int], n: int = 4) -> float | None:
-    """Share of a text's n-grams that occurred before in it: ``1 - unique / total``; None where it is shorter than n tokens.
+    """Share of a text's n-grams that occurred earlier in it: ``1 - unique / total``; None if it is shorter than n tokens.
 
     Paper: arXiv 1908.04319 (seq-rep-n).
     """
@@ -88,19 +88,19 @@ def _grams(ids: Sequence[int], n: int) -> list[tuple[int, ...]]:
     return [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
 
 
-# ---- What a model writes for held-out prompts, judged or not: the raw material of every comparison ----
+# ---- Completions for held-out prompts, with or without rewards: the basis of every comparison ----
 
-# (prompts, completions, the trees that they are the texts of) -> one number each
+# (prompts, completions, the trees of these texts) -> one reward per completion
 Judge = Callable[[Sequence[str], Sequence[str], Sequence[TokenTree]], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Written:
-    """Completions, prompt by prompt.
+    """Completions, grouped by prompt.
 
     Args:
-        trees: each prompt with its n completions; `truncated` where one did not end by itself.
-        texts: of all completions in order, (prompts x n); rewards: (prompts x n,), None where nobody judged.
+        trees: each prompt with its n completions; `truncated` marks those that did not end with EOS.
+        texts: of all completions in order, (prompts x n); rewards: (prompts x n,), None without a reward.
     """
 
     trees: list[TokenTree]
@@ -114,23 +114,23 @@ class Written:
 
     @cached_property
     def ended(self) -> np.ndarray:
-        """Whether each completion ended by itself, (prompts x n,)."""
+        """Whether each completion ended with EOS, (prompts x n,)."""
         return np.array([not cut for t in self.trees for cut in t.truncated])
 
     @property
     def prompts(self) -> np.ndarray:
-        """The number of each completion's prompt, (prompts x n,): the clusters of an interval."""
+        """The index of each completion's prompt, (prompts x n,): the clusters for intervals."""
         return np.array([i for i, t in enumerate(self.trees) for _ in t.completion_ids])
 
     def row(self, at: int, also: Mapping[str, np.ndarray] | None = None) -> dict[str, Any]:
-        """What files say of a completion beside its text; `also`: other rewards of all completions, by name."""
+        """Fields written to files next to a completion's text; `also`: other rewards of all completions, by name."""
         row: dict[str, Any] = {"tokens": len(self.ids[at]), "ended": bool(self.ended[at])}
         row |= {} if self.rewards is None else {"reward": _or_none(self.rewards[at])}
         return row | ({"also": {name: _or_none(v[at]) for name, v in also.items()}} if also else {})
 
 
 def _or_none(value: Any) -> float | None:
-    """A reward for JSON, where it is null of what no reward says anything."""
+    """A reward for JSON: None (null) if no reward applies to the completion."""
     return None if np.isnan(value) else float(value)
 
 
@@ -147,11 +147,11 @@ def write(
     sources: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Written:
-    """Sample `n` completions of each prompt and have them judged; of several processes each samples a part.
+    """Sample `n` completions of each prompt and score them. The ranks share the sampling.
 
     Args:
-        prompts: token ids; seed: of the draws; judge: a reward, called once with all of them.
-        sources: where each prompt came from, by which a reward model knows it in its own tokens; may be empty.
+        prompts: token ids; seed: of sampling; judge: a reward, called once with all completions.
+        sources: where each prompt came from, so that a reward model can find it in its own tokens; may be empty.
     """
     world = current()
     mine = range(world.rank, len(prompts), world.size)
@@ -182,7 +182,7 @@ def write(
 
 
 def judged(judge: Judge, tokenizer: Any, trees: Sequence[TokenTree], texts: Sequence[str]) -> np.ndarray:
-    """A reward's value of each completion, (completions,).
+    """Return the reward of each completion, (completions,).
 
     Args:
         trees: prompts with their completions; texts: of all completions in order.
@@ -191,13 +191,13 @@ def judged(judge: Judge, tokenizer: Any, trees: Sequence[TokenTree], texts: Sequ
     return judge([prompt for prompt, n in asked for _ in range(n)], texts, trees)
 
 
-# ---- Figures of what a model wrote itself: rewards, length, variety, repetition, and how far it went from a reference on the way ----
+# ---- Figures of a model's own completions: rewards, length, diversity, repetition, KL from a reference ----
 
-REPEATED = 4  # length of the grams that count as repeated
+REPEATED = 4  # n of the n-grams for repetition
 
 
 def text_of_written(written: Written, also: Mapping[str, np.ndarray]) -> list[Figure]:
-    """Rewards, length, share ended by EOS, distinct-1 and -2, and repetition, with intervals by prompt.
+    """Compute rewards, length, share ended by EOS, distinct-1 and -2, and repetition, with intervals by prompt.
 
     Args:
         also: other rewards of every completion, by name.
@@ -222,20 +222,20 @@ def text_of_written(written: Written, also: Mapping[str, np.ndarray]) -> list[Fi
 
 
 def _mean_reward(name: str, values: np.ndarray, prompts: np.ndarray) -> list[Figure]:
-    """The mean over the completions of which the reward says something; none where it says nothing."""
+    """Mean over the completions that the reward applies to; empty if there are none."""
     known = np.isfinite(values)
     return [mean_of(name, values[known], prompts[known])] if known.any() else []
 
 
 def kl_of_written(scores: TokenScores, written: Written, *, sampled: bool) -> list[Figure]:
-    """KL from a reference on own completions.
+    """KL from a reference on the model's own completions.
 
-    With ``d_t = log policy(y_t) - log reference(y_t)``: ``k1 = sum_t d_t`` a completion, ``k3 = exp(-d_t) - 1 + d_t`` a token, both
-    unbiased where the completions were drawn at temperature 1. The exact KL at every token, summed over a completion, estimates the same
-    as k1 with a variance that is never larger.
+    With ``d_t = log policy(y_t) - log reference(y_t)``: ``k1 = sum_t d_t`` per completion, ``k3 = exp(-d_t) - 1 + d_t`` per token, both
+    unbiased if the completions were sampled at temperature 1. The exact KL at every token, summed over a completion, estimates the same
+    quantity as k1 with a variance that is never larger.
 
     Args:
-        scores: of the completions, with a reference; sampled: also k1 and k3.
+        scores: of the completions, with a reference; sampled: whether to add k1 and k3.
 
     Papers: Schulman, "Approximating KL divergence" (2020); arXiv 2504.10637.
     """
@@ -250,14 +250,14 @@ def kl_of_written(scores: TokenScores, written: Written, *, sampled: bool) -> li
     return found + kl_figures("generated/kl", scores, lengths, written.prompts)
 
 
-# ---- BLEU (sacrebleu) and ROUGE (rouge-score) of completions against reference answers; the two packages are an extra ----
+# ---- BLEU (sacrebleu) and ROUGE (rouge-score) of completions against reference answers; both packages are optional ----
 
 ROUGE = {"rouge1": "rouge_1", "rouge2": "rouge_2", "rougeL": "rouge_L"}
 ORDERS = 4
 
 
 def require_overlap() -> None:
-    """Say how to install both packages where they are not there (ConfigError)."""
+    """Raise a ConfigError with the install command if sacrebleu or rouge_score is missing."""
     try:
         import rouge_score  # noqa: F401
         import sacrebleu  # noqa: F401
@@ -271,14 +271,14 @@ def overlap_figures(
 ) -> tuple[list[Figure], str]:
     """Corpus BLEU and mean ROUGE F1 over completions, with intervals by prompt.
 
-    BLEU is of the whole corpus, ``BP exp(mean_n log p_n)`` of summed n-gram counts; its interval draws prompts and computes it anew from
-    their counts. ROUGE is a mean over completions, each against the reference answer that gives it the highest F1.
+    BLEU is over the whole corpus: ``BP exp(mean_n log p_n)`` from summed n-gram counts. Its interval resamples prompts and recomputes it
+    from their counts. ROUGE is a mean over completions, each against the reference answer that gives it the highest F1.
 
     Args:
-        texts: completions; references: of each, at least one; clusters: each one's prompt; stemmer: Porter's, for ROUGE.
+        texts: completions; references: at least one for each; clusters: prompt of each; stemmer: use Porter's stemmer for ROUGE.
 
     Returns:
-        ``generated/bleu`` (0 to 100) and ``generated/rouge_...`` (0 to 1), and how they were computed in the packages' words.
+        ``generated/bleu`` (0 to 100) and ``generated/rouge_...`` (0 to 1), and a signature of how they were computed.
 
     Raises:
         ConfigError: a package is missing.
@@ -302,8 +302,8 @@ def _bleu(
 
     rows = sentence_statistics(texts, references)
     interval = bootstrap_sums(rows, bleu_of_sums, clusters=clusters, draws=DRAWS)
-    metric = BLEU(force=True)  # completions that look tokenized are no reason to warn
-    # also says with which settings; streams of references are as many as the most that one completion has
+    metric = BLEU(force=True)  # no warning about completions that look tokenized
+    # the metric object also gives the signature; one stream per reference, as many as the longest list has
     streams = [[r[i] if i < len(r) else None for r in references] for i in range(max(map(len, references)))]
     whole = metric.corpus_score(list(texts), streams)  # type: ignore[arg-type]
     if abs(whole.score - interval.estimate) > 1e-6:
@@ -312,16 +312,16 @@ def _bleu(
 
 
 def sentence_statistics(texts: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
-    """What corpus BLEU sums over completions, (n, 10): own and reference length, n-grams that match, n-grams in all."""
+    """Counts that corpus BLEU sums over completions, (n, 10): own and reference length, matching n-grams, all n-grams."""
     from sacrebleu.metrics import BLEU
 
-    metric: Any = BLEU(effective_order=True)  # of one sentence it is the counts alone that are taken
+    metric: Any = BLEU(effective_order=True)  # only the counts of each sentence are used
     scores = [metric.sentence_score(text, list(refs)) for text, refs in zip(texts, references, strict=True)]
     return np.array([[s.sys_len, s.ref_len, *s.counts, *s.totals] for s in scores], dtype=np.float64)
 
 
 def bleu_of_sums(sums: np.ndarray) -> float:
-    """Corpus BLEU of summed `sentence_statistics`, as sacrebleu computes it by default (smoothing: exp)."""
+    """Corpus BLEU from summed `sentence_statistics`, as sacrebleu computes it by default (smoothing: exp)."""
     from sacrebleu.metrics import BLEU
 
     counts = [round(v) for v in sums]
@@ -330,19 +330,19 @@ def bleu_of_sums(sums: np.ndarray) -> float:
     ).score
 
 
-# ---- KL(policy || reference) from completions that the policy itself writes ----
+# ---- KL(policy || reference) from the policy's own completions ----
 
 
 def kl_on(
     policy: LiveReference, reference: LiveReference, trees: Sequence[TokenTree], *, tokens_per_step: int
 ) -> dict[str, Any]:
-    """KL of the policy from the reference on completions that the policy wrote at temperature 1; any number of a prompt.
+    """Estimate KL(policy || reference) on completions that the policy sampled at temperature 1, any number per prompt.
 
     With ``d_t = log pi(y_t) - log ref(y_t)``: per completion ``k1 = sum_t d_t`` (unbiased), per token
     ``k3 = exp(-d_t) - 1 + d_t`` (unbiased, never negative; Schulman, "Approximating KL divergence", 2020).
 
     Args:
-        policy, reference: both run live, without gradient; trees: each prompt with its completions; the interval draws whole trees.
+        policy, reference: both run live, without gradient; trees: each prompt with its completions; intervals resample whole trees.
 
     Returns:
         ``kl/policy_ref`` (k1) and ``kl/k3`` in nats per completion with their 95% intervals by prompt, ``kl/per_token`` (k3),
@@ -359,7 +359,7 @@ def kl_on(
 def kl_by_completion(
     policy: LiveReference, reference: LiveReference, trees: Sequence[TokenTree], *, tokens_per_step: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """k1 and k3 of every completion in nats, summed over its tokens, (completions,) each in order."""
+    """k1 and k3 of every completion, summed over its tokens, in nats; (completions,) each, in order."""
     shared = policy.scorer.shared
     device = place_of(policy.scorer.model)
     lanes = policy.side_by_side and reference.side_by_side
@@ -376,7 +376,7 @@ def kl_by_completion(
     return k1, k3
 
 
-# ---- What a policy writes for held-out prompts while it is trained: length, ends, variety, and its reward against what its start wrote ----
+# ---- Completions for held-out prompts during training: length, share ended, diversity, and reward against the initial model's ----
 
 Metrics = dict[str, Any]
 
@@ -385,11 +385,11 @@ START_FILE = "start.completions.json"  # of a run folder
 
 @dataclass(frozen=True, slots=True)
 class Fresh:
-    """What is asked of the policy at every evaluation.
+    """Samples fresh completions from the policy at every evaluation.
 
     Args:
-        tokenizer: of the policy; prompts: token ids, each once; sources: where each came from, by which a reward model knows it.
-        max_new_tokens: of a completion; seed: of the run; judge: of completions, or None; judge_name: what tells it from another one (JSON).
+        tokenizer: of the policy; prompts: token ids, no duplicates; sources: where each came from, so that a reward model can find it.
+        max_new_tokens: of a completion; seed: of the run; judge: reward of completions, or None; judge_name: its identity, as JSON.
     """
 
     tokenizer: Any
@@ -401,7 +401,7 @@ class Fresh:
     judge_name: Any = None
 
     def write(self, model: Any, step: int) -> Written:
-        """One completion of each prompt at temperature 1, judged: a function of weights, seed and optimizer step."""
+        """Sample and score one completion per prompt at temperature 1, determined by weights, seed and optimizer step."""
         return write(
             model,
             self.tokenizer,
@@ -415,7 +415,7 @@ class Fresh:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """What completions and their rewards depend on, apart from weights and step; JSON."""
+        """Everything that completions and their rewards depend on except weights and step, as JSON."""
         digest = hashlib.sha256()
         for ids in self.prompts:
             digest.update(np.array(ids, dtype="<i4").tobytes() + b"|")
@@ -428,7 +428,7 @@ class Fresh:
 
 
 def completion_figures(written: Written) -> Metrics:
-    """``completions/length`` in tokens and ``completions/ended`` with intervals by prompt, ``completions/distinct_2`` over all together."""
+    """``completions/length`` in tokens and ``completions/ended``, with intervals by prompt; ``completions/distinct_2`` over all."""
     ids = written.ids
     lengths = np.array([len(i) for i in ids], dtype=np.float64)
     return {
@@ -439,20 +439,21 @@ def completion_figures(written: Written) -> Metrics:
 
 
 def gain_figures(rewards: Sequence[float] | np.ndarray, start: Sequence[float] | np.ndarray) -> Metrics:
-    """``reward``, and ``win_rate`` against the start's completion of the same prompt, each with its interval by prompt.
+    """``reward``, and ``win_rate`` against the initial model's completion of the same prompt, with intervals by prompt.
 
     ``win_rate = mean_prompts 1[r > r_start] + 1[r = r_start] / 2``: one half is no gain; ``win_rate/ties``: the share of ties.
 
     Args:
-        rewards, start: (prompts,), one completion each.
+        rewards, start: (prompts,), one completion each; NaN if the reward does not apply to it.
 
     Raises:
-        ValueError: shapes that differ, or nothing.
+        ValueError: the shapes differ.
+        RewardError: every reward is NaN.
     """
     now, then = np.asarray(rewards, dtype=np.float64), np.asarray(start, dtype=np.float64)
     if now.shape != then.shape:
         raise ValueError(f"rewards of the same prompts are wanted, not {now.shape} and {then.shape}")
-    both = np.isfinite(now) & np.isfinite(then)  # a reward may say nothing of a completion
+    both = np.isfinite(now) & np.isfinite(then)  # NaN: the reward does not apply to the completion
     wins = (now > then) + 0.5 * (now == then)
     won = (
         share_ci(wins[both], draws=DRAWS).named("win_rate") | {"win_rate/ties": float((now == then)[both].mean())}
@@ -463,10 +464,10 @@ def gain_figures(rewards: Sequence[float] | np.ndarray, start: Sequence[float] |
 
 
 def reward_figures(rewards: np.ndarray) -> Metrics:
-    """``reward`` with its interval by prompt, over the prompts of which a reward says something; ``reward/none``: the share of others.
+    """``reward`` with its interval by prompt, over the prompts with a reward; ``reward/none``: the share of prompts without one.
 
     Raises:
-        RewardError: it says nothing of any.
+        RewardError: no prompt has a reward.
     """
     known = np.isfinite(rewards)
     if not known.any():
@@ -476,23 +477,23 @@ def reward_figures(rewards: np.ndarray) -> Metrics:
     return bootstrap_ci(rewards[known], draws=DRAWS).named("reward") | silent
 
 
-# ---- what the start wrote ----
+# ---- the initial model's completions ----
 
 
 def rows_of(written: Written, tokenizer: Any) -> list[dict[str, Any]]:
-    """Judged completions, one of each prompt, as they are kept."""
+    """Scored completions, one per prompt, as rows for the file."""
     prompts = [tokenizer.decode(tree.prompt_ids.tolist(), skip_special_tokens=True) for tree in written.trees]
     both = enumerate(zip(prompts, written.texts, strict=True))
     return [{"prompt": prompt, "completion": text, **written.row(i)} for i, (prompt, text) in both]
 
 
 def keep_start(path: Path, asked: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
-    """Write down what the start wrote and what it was worth: whole or not at all, so that a resumed run compares with the same."""
+    """Save the initial model's completions and rewards atomically, so that a resumed run compares against the same ones."""
     keep(path, json.dumps({"asked": asked, "completions": list(rows)}, indent=1, ensure_ascii=False))
 
 
 def kept_start(path: Path, asked: dict[str, Any]) -> np.ndarray | None:
-    """The rewards of what the start wrote, (prompts,); None where nothing was kept, something else was asked, or it was damaged."""
+    """Return the rewards of the initial model's completions, (prompts,); None if missing, damaged, or made with other settings."""
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         if not is_whole(path) or kept["asked"] != json.loads(json.dumps(asked)):
@@ -502,9 +503,9 @@ def kept_start(path: Path, asked: dict[str, Any]) -> np.ndarray | None:
         return None
 
 
-# ---- What an online method gained on held-out prompts: reward of fresh completions, and how far the policy went for it ----
+# ---- Evaluation of online methods on held-out prompts: reward of fresh completions, and KL from the initial model ----
 
-EVALUATION = 2**40  # an iteration of its own: training never draws with this seed
+EVALUATION = 2**40  # an iteration number that training never reaches, so its sampling seed is never shared
 
 
 def evaluate_online(
@@ -516,23 +517,24 @@ def evaluate_online(
     *,
     rewards_of_start: Callable[[np.ndarray], np.ndarray | None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Mean reward of one completion a held-out prompt, with its 95% interval by prompt, and KL(policy || start) on them.
+    """Mean reward of one completion per held-out prompt, with its 95% interval by prompt, and KL(policy || start) on these completions.
 
     Args:
-        writer: writes completions and judges them, the `Writer` of `algorithms/rollouts.py`.
-        rewards_of_start: what the start's completions of the same prompts were worth, (prompts,), given the policy's own rewards (which they
-            are at the start); None: nobody knows.
+        writer: samples completions and scores them, the `Writer` of `algorithms/rollouts.py`.
+        rewards_of_start: returns the rewards of the initial model's completions of the same prompts, (prompts,), given the policy's own
+            rewards (the same at the start), or None if they are unknown.
 
     Returns:
-        ``eval/reward``, ``eval/win_rate`` against the start (ties half) and ``eval/kl/policy_ref`` with ``/ci``, ``eval/completions/length``, ``eval/completions/ended``, ``eval/rows``;
-        ``eval/loss`` is minus the reward, so that the best checkpoint is the one with the highest. No reward where it compares completions of
-        a prompt with each other.
+        ``eval/reward``, ``eval/win_rate`` against the start (ties half), ``eval/kl/policy_ref`` and ``eval/kl/k3``, with ``/ci``;
+        ``eval/rewards/NAME/...`` of each reward in a sum; ``eval/completions/length``, ``eval/completions/ended``, ``eval/rows``.
+        ``eval/loss`` is minus the reward, so that the best checkpoint has the highest reward. Rewards that compare completions of a
+        prompt with each other give none of reward, win rate and loss.
     """
     groups = writer.write(prompts, EVALUATION, 1)
     rewards = np.array([float(g.rewards[0]) for g in groups])
     trees = [g.tree for g in groups]
     k1, k3 = kl_by_completion(LiveReference(scorer), start, trees, tokens_per_step=tokens_per_step)
-    # one completion alone has nothing to be compared with
+    # a reward that compares completions needs more than one per prompt
     of_rewards = {} if writer.reward.compares else reward_figures(rewards)
     metrics: dict[str, Any] = {"eval/loss": -float(of_rewards["reward"])} if of_rewards else {}
     metrics |= {"eval/rows": len(trees)} | {f"eval/{name}": value for name, value in of_rewards.items()}

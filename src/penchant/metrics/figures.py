@@ -1,4 +1,4 @@
-"""One number of an evaluation with its interval and what it is over: always rows, never batches."""
+"""One figure of an evaluation with its interval and count. Figures are always over rows, never over batches."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ DRAWS = 2000
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A figure.
+    """A figure with its interval.
 
     Args:
-        name: without ``eval/``; see metrics.yaml; value: the estimate; interval: 95%, or None where there is one prompt only.
-        n: how many pairs, completions, documents ... it is over.
+        name: without ``eval/``, see metrics.yaml; value: the estimate; interval: 95%, or None (see `of`).
+        n: how many pairs, completions or documents it is over.
     """
 
     name: str
@@ -33,13 +33,16 @@ class Figure:
 
     @staticmethod
     def of(name: str, found: Interval, n: int, clusters: ArrayLike, map_: Callable[[float], float] = float) -> Figure:
-        """From an interval, which is left out if it comes from a single cluster or has zero width; `map_`: an increasing function, applied to the value and both ends."""
+        """Make a figure from an interval, which is dropped if it comes from a single cluster or has zero width.
+
+        `map_` is an increasing function, applied to the value and both ends.
+        """
         several = len(np.unique(np.asarray(clusters))) > 1 and found.low < found.high
         return Figure(name, map_(found.estimate), (map_(found.low), map_(found.high)) if several else None, n)
 
 
 def mean_of(name: str, values: ArrayLike, clusters: ArrayLike) -> Figure:
-    """``mean(values)``; the interval draws whole clusters.
+    """``mean(values)``; the interval resamples whole clusters.
 
     Args:
         values: (n,); clusters: (n,) prompt of each.
@@ -49,7 +52,7 @@ def mean_of(name: str, values: ArrayLike, clusters: ArrayLike) -> Figure:
 
 
 def share_of(name: str, values: ArrayLike, clusters: ArrayLike) -> Figure:
-    """`mean_of` of values within [0, 1], whose interval is none of zero width where all rows agree (see `share_ci`)."""
+    """`mean_of` for values within [0, 1]; the interval keeps a width even if all rows agree (see `share_ci`)."""
     found = np.asarray(values, dtype=np.float64)
     return Figure.of(name, share_ci(found, clusters=clusters, draws=DRAWS), len(found), clusters)
 
@@ -62,10 +65,10 @@ def ratio_of(
     map_: Callable[[float], float] = float,
     n: int | None = None,
 ) -> Figure:
-    """``map(sum a / sum b)`` with a rising `map_` (exp, of a perplexity); the interval draws whole clusters.
+    """``map(sum a / sum b)`` with an increasing `map_` (exp, for a perplexity); the interval resamples whole clusters.
 
     Args:
-        numerators, denominators, clusters: (n,); n: of the figure, where it is not the number of values.
+        numerators, denominators, clusters: (n,); n: of the figure (default: the number of values).
     """
     found = bootstrap_ratio(numerators, denominators, clusters=clusters, draws=DRAWS)
     count = len(np.asarray(numerators)) if n is None else n
@@ -73,12 +76,12 @@ def ratio_of(
 
 
 def exp(value: float) -> float:
-    """``e^value``, finite."""
+    """``e^value``, capped at e^700 to stay finite."""
     return math.exp(min(700.0, value))
 
 
 def flat(figures: Iterable[Figure]) -> dict[str, Any]:
-    """``{eval/NAME: value, eval/NAME/ci: [low, high], eval/NAME/n: n}``, as everything that reads metrics takes them."""
+    """Flatten figures to ``{eval/NAME: value, eval/NAME/ci: [low, high], eval/NAME/n: n}``, the format of a metrics line."""
     found: dict[str, Any] = {}
     for f in figures:
         found[PREFIX + f.name] = f.value
@@ -89,12 +92,12 @@ def flat(figures: Iterable[Figure]) -> dict[str, Any]:
 
 
 def prompt_numbers(trees: Sequence[TokenTree]) -> np.ndarray:
-    """The number of each tree's prompt, (trees,)."""
+    """The index of each tree's prompt, (trees,)."""
     numbers: dict[bytes, int] = {}
     return np.array([numbers.setdefault(t.prompt_key, len(numbers)) for t in trees])
 
 
 def prompt_clusters(trees: Sequence[TokenTree]) -> np.ndarray:
-    """The same; each tree by itself where all have one prompt (or none)."""
+    """Cluster indices for intervals: `prompt_numbers`, or each tree by itself if all share one prompt (or have none)."""
     found = prompt_numbers(trees)
     return found if found.any() else np.arange(len(trees))

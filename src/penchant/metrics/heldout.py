@@ -1,4 +1,4 @@
-"""A loss and its metrics on held-out rows."""
+"""A loss and its metrics on held-out rows, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from penchant.metrics.stats import Interval, bootstrap_ci, share_ci
 from penchant.training.steps import Totals
 from penchant.types import Algorithm, LossOutput, Scored, TokenTree
 
-# ---- A loss and its metrics on a held-out set: means over rows (never over batch means), with 95% intervals by prompt ----
+# ---- A loss and its metrics on a held-out set: means over rows (never over batches), with 95% intervals clustered by prompt ----
 
 WITH_INTERVAL = (
     "loss",
@@ -42,9 +42,9 @@ def score_heldout(
     at: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Scored, list[int]]:
-    """What the forward passes over `trees` leave, and the order in which the trees went through.
+    """Run the forward passes over `trees`; return the scores and the order in which the trees were scored.
 
-    Scheduled hyperparameters are as they are at progress `at`.
+    Scheduled hyperparameters take their values at progress `at`.
     """
     parts: list[Scored] = []
     order: list[int] = []
@@ -63,19 +63,23 @@ def score_heldout(
 def heldout_metrics(
     algorithm: Algorithm, scored: Scored, trees: Sequence[TokenTree], *, prefix: str = "eval/"
 ) -> dict[str, Any]:
-    """Every metric of an algorithm over scored trees, in the order in which they were scored.
+    """Compute every metric of an algorithm over scored trees.
 
-    ``mean = sum_rows value / sum_rows weight``; intervals are percentile bootstraps that draw whole prompts.
+    ``mean = sum_rows value / sum_rows weight``. Intervals resample whole prompts (percentile bootstrap), or use the delta method over
+    prompts if rows have weights.
+
+    Args:
+        trees: in the order in which they were scored.
 
     Returns:
-        ``{prefix + name: mean}``, ``{prefix + name + "/ci": [low, high]}``, ``rows``, and ``perplexity`` for losses over tokens.
+        ``{prefix + name: mean}``, ``{prefix + name + "/ci": [low, high]}``, ``rows``, and ``perplexity`` if the loss has an ``nll``.
     """
     with torch.no_grad():
-        # once over all rows: a loss that looks at its batch must not see a chance part of them
+        # one call over all rows: a loss that uses batch statistics must not depend on how the rows were batched
         out = algorithm.loss(scored)
     clusters = np.array([_prompt_cluster(t) for t in trees])
     if len(set(clusters.tolist())) == 1:
-        clusters = np.arange(len(trees))  # one prompt for all (or none): rows are drawn one by one
+        clusters = np.arange(len(trees))  # all rows share one prompt (or have none): resample rows instead
     totals = Totals()
     totals.add(out)
     metrics: dict[str, Any] = dict(totals.means(prefix))
@@ -83,7 +87,7 @@ def heldout_metrics(
     rows = {"loss": (out.losses, out.weights)} if not out.terms else {}
     by_row = scored.row_weights is not None
     for name, (values, weights) in {**rows, **out.metrics}.items():
-        # one value a tree or a completion, equal weights: what the bootstrap over prompts is for
+        # one value per tree or completion, equally weighted: the case for the bootstrap over prompts
         labels = next((c for c in (clusters, by_completion) if len(c) == len(values)), None)
         if name in WITH_INTERVAL and weights is None and labels is not None and len(values) > 1:
             of = share_ci if name.endswith("accuracies") else bootstrap_ci
@@ -109,10 +113,10 @@ def heldout_metrics(
 def figures_by_set(
     algorithm: Algorithm, scored: Scored, trees: Sequence[TokenTree], names: Sequence[str]
 ) -> dict[str, Any]:
-    """`heldout_metrics` of each of several held-out sets: ``eval/NAME/loss`` and so on.
+    """Compute `heldout_metrics` for each of several held-out sets, as ``eval/NAME/loss`` and so on.
 
     Args:
-        trees: in the order in which they were scored; names: of the sets, by the trees' `origin`. A set without trees has no figures.
+        trees: in the order in which they were scored; names: of the sets, indexed by the trees' `origin`. Sets without trees are left out.
     """
     found: dict[str, Any] = {}
     origins = extra_of(trees, "origin")
@@ -125,7 +129,7 @@ def figures_by_set(
 
 
 def row_losses(algorithm: Algorithm, scored: Scored, trees: Sequence[TokenTree]) -> dict[int, tuple[float, float]]:
-    """By data row: its loss and what that counts (1, or tokens); nothing for a loss of several terms or of single completions."""
+    """Map each data row to its loss and weight (1, or tokens); empty unless the loss has a single term and one value per row."""
     with torch.no_grad():
         out = algorithm.loss(scored)
     if out.terms or len(out.losses) != len(trees) or len({t.row for t in trees}) != len(trees):
@@ -138,9 +142,9 @@ def row_losses(algorithm: Algorithm, scored: Scored, trees: Sequence[TokenTree])
 def loss_change(
     before: Mapping[int, tuple[float, float]], after: Mapping[int, tuple[float, float]], trees: Sequence[TokenTree]
 ) -> dict[str, Any]:
-    """``sum (after - before) / sum weight`` with its interval by prompt: each row against itself, so that what rows differ by anyway is out.
+    """``sum (after - before) / sum weight`` with its interval by prompt. Pairing each row with itself removes the variance between rows.
 
-    Nothing where the rows are others, or where the start has one loss for all of them (log 2): there both intervals say the same.
+    Empty if the rows differ, or if all rows start at the same loss (log 2): the loss's own interval then says the same.
     """
     rows = [t.row for t in trees]
     if set(before) != set(after) or len({round(before[r][0] / max(before[r][1], 1.0), 6) for r in rows}) < 2:
@@ -152,7 +156,7 @@ def loss_change(
 
 
 def _pair_figures(scored: Scored, out: LossOutput, clusters: np.ndarray) -> dict[str, Any]:
-    """How likely the chosen answers of pairs are, and what length explains; nothing for other rows."""
+    """Likelihood figures of the chosen answers and length figures; empty if the rows are not pairs."""
     if not scored.is_pairs or len(clusters) < 2:
         return {}
 
@@ -162,7 +166,7 @@ def _pair_figures(scored: Scored, out: LossOutput, clusters: np.ndarray) -> dict
     lengths, others = column(scored.lengths, 0), column(scored.lengths, 1)
     assert lengths is not None and others is not None
     found: dict[str, Any] = {}
-    if "logps/chosen" in out.metrics:  # a reward model has rewards where others have log-probs
+    if "logps/chosen" in out.metrics:  # not for a reward model, whose scores are rewards instead of log-probs
         chosen, reference, weight = (column(v, 0) for v in (scored.policy_logps, scored.ref_logps, scored.row_weights))
         assert chosen is not None
         w = np.ones_like(chosen) if weight is None else weight
@@ -177,16 +181,16 @@ def _prompt_cluster(tree: TokenTree) -> int:
     return int.from_bytes(hashlib.blake2b(tree.prompt_key, digest_size=7).digest(), "little")
 
 
-# ---- Held-out pairs beyond a loss's own metrics: how likely the chosen answers still are, and what their length explains. numpy only ----
+# ---- Figures of held-out pairs beyond a loss's own metrics: likelihood of the chosen answers, effect of length. numpy only ----
 
 Z95 = 1.959963984540054
-RIDGE = 0.25  # 1 / variance of the penalty on both numbers of the logistic: keeps a fit finite where length decides everything
+RIDGE = 0.25  # 1 / variance of the Gaussian penalty on both logistic parameters: keeps the fit finite if length decides every pair
 
 
 def mean_ratio(values: ArrayLike, weights: ArrayLike, clusters: ArrayLike) -> Interval:
     """``sum values / sum weights`` with its 95% interval, by the delta method over clusters.
 
-    ``se = sqrt(k / (k - 1) sum_c e_c^2) / sum weights, e_c = sum_{i in c} (v_i - r w_i)``; one cluster gives no width.
+    ``se = sqrt(k / (k - 1) sum_c e_c^2) / sum weights, e_c = sum_{i in c} (v_i - r w_i)``. A single cluster gives zero width.
 
     Args:
         values, weights: (n,), weights above 0; clusters: (n,) prompt of each row.
@@ -203,11 +207,11 @@ def mean_ratio(values: ArrayLike, weights: ArrayLike, clusters: ArrayLike) -> In
 def likelihood_figures(
     chosen: ArrayLike, lengths: ArrayLike, clusters: ArrayLike, ref_chosen: ArrayLike | None = None
 ) -> dict[str, Any]:
-    """``perplexity/chosen = exp(-sum log p / sum tokens)``, and its ratio to the reference's, with intervals by prompt.
+    """``perplexity/chosen = exp(-sum log p / sum tokens)`` and its ratio to the reference's, with intervals by prompt.
 
     Args:
-        chosen, ref_chosen: summed log-probs of chosen answers in nats, (rows,); lengths: their tokens; clusters: (rows,) prompts. Where
-            rows have weights, all three are times these.
+        chosen, ref_chosen: summed log-probs of chosen answers in nats, (rows,); lengths: their tokens; clusters: (rows,) prompts. If
+            rows have weights, the log-probs and lengths are already multiplied by them.
     """
     policy = np.asarray(chosen, dtype=np.float64)
     found = _exp("perplexity/chosen", mean_ratio(-policy, lengths, clusters))
@@ -222,14 +226,14 @@ def _exp(name: str, nats: Interval) -> dict[str, Any]:
 
 
 def length_figures(right: ArrayLike, gaps: ArrayLike, clusters: ArrayLike) -> dict[str, Any]:
-    """What length has to do with preferences, each figure with its interval by prompt.
+    """How preferences depend on length; each figure has its interval by prompt.
 
-    - ``length/longer_wins``: accuracy of the rule that the longer answer is the better one; equal lengths count half.
+    - ``length/longer_wins``: accuracy of always preferring the longer answer; equal lengths count half.
     - ``length/agreement``: share of pairs in which the model prefers the longer answer; equal lengths count half.
-    - ``length/controlled_accuracy``: the model's accuracy at equal length, by a logistic in the length gap.
+    - ``length/controlled_accuracy``: the model's accuracy at equal length, from a logistic fit in the length gap.
 
     Args:
-        right: (rows,) 1 where the chosen answer is preferred, 0.5 for a tie; gaps: chosen minus rejected tokens; clusters: prompts.
+        right: (rows,) 1 if the chosen answer is preferred, 0.5 for a tie; gaps: chosen minus rejected tokens; clusters: prompts.
     """
     y, g = np.asarray(right, dtype=np.float64), np.asarray(gaps, dtype=np.float64)
     longer = (g > 0) + 0.5 * (g == 0)
@@ -242,10 +246,10 @@ def length_figures(right: ArrayLike, gaps: ArrayLike, clusters: ArrayLike) -> di
 
 
 def accuracy_at_equal_length(right: ArrayLike, gaps: ArrayLike, clusters: ArrayLike) -> Interval:
-    """Accuracy that a logistic in the length gap gives at a gap of zero.
+    """Accuracy at a length gap of zero, from a logistic fit in the gap.
 
-    ``P(right) = sigmoid(theta + phi tanh(gap / s))``, s the standard deviation of the gaps; the figure is ``sigmoid(theta)``, its 95% interval
-    from the sandwich variance over prompts on the scale of theta. The form is that of length-controlled win rates (arXiv 2404.04475).
+    ``P(right) = sigmoid(theta + phi tanh(gap / s))``, s the standard deviation of the gaps. The figure is ``sigmoid(theta)``; its 95% interval
+    uses the sandwich variance over prompts on the scale of theta. Same form as length-controlled win rates (arXiv 2404.04475).
 
     Args:
         right: (rows,) within 0 and 1; gaps: (rows,) tokens; clusters: (rows,) prompts.
@@ -270,12 +274,12 @@ def accuracy_at_equal_length(right: ArrayLike, gaps: ArrayLike, clusters: ArrayL
     return Interval(float(rate), float(low), float(high))
 
 
-# ---- What training did to held-out pairs, whatever the loss was: the same figures for every method ----
+# ---- How training changed held-out pairs: the same figures for every method, whatever its loss ----
 
 
 @dataclass(frozen=True, slots=True)
 class PairChange:
-    """Log-prob changes of held-out pairs in nats per completion, (rows,) each: policy minus reference."""
+    """Log-prob changes of held-out pairs, policy minus reference, in nats per completion, (rows,) each."""
 
     chosen: np.ndarray
     rejected: np.ndarray
@@ -287,12 +291,12 @@ class PairChange:
 
     @property
     def correct(self) -> np.ndarray:
-        """1 where the chosen completion gained more than the rejected one, 0.5 for a tie."""
+        """1 if the chosen completion gained more than the rejected one, 0.5 for a tie, else 0."""
         return (self.margins > 0) + 0.5 * (self.margins == 0)
 
 
 def pair_change(policy: Tensor, reference: Tensor) -> PairChange:
-    """How the log-probs of pairs changed from reference to policy.
+    """Compute how the log-probs of pairs changed from reference to policy.
 
     Args:
         policy, reference: summed log-probs in nats, (2 x rows,), each pair's chosen completion before its rejected one.
@@ -306,21 +310,21 @@ def pair_change(policy: Tensor, reference: Tensor) -> PairChange:
     return PairChange(change[:, 0], change[:, 1])
 
 
-# ---- How good a reward model is on held-out pairs: accuracy, calibration, and what length has to do with it. numpy only ----
+# ---- Quality of a reward model on held-out pairs: accuracy, calibration, dependence on length. numpy only ----
 
 BINS = 10
 
 
 def calibration(margins: np.ndarray, bins: int = BINS) -> dict[str, Any]:
-    """Whether sigmoid(margin) is the share of pairs that are ranked right.
+    """Measure how well sigmoid(margin) matches the share of pairs ranked correctly.
 
     The chosen answer always comes first, so each pair is folded: confidence ``c = sigmoid(|m|)`` in [0.5, 1], right ``1[m > 0]`` (a tie
     counts half). ``ECE = sum_b n_b / n |mean right - mean c|`` over bins of equal counts; Brier score ``mean (c - right)^2``.
 
     Args:
-        margins: (n,) reward of the chosen minus reward of the rejected answer; bins: at most so many.
+        margins: (n,) reward of the chosen minus reward of the rejected answer; bins: maximum number of bins.
 
-    Papers: arXiv 1706.04599 (ECE, with bins of equal width there); Brier (1950).
+    Papers: arXiv 1706.04599 (ECE; its bins have equal width); Brier (1950).
     """
     m = np.asarray(margins, dtype=np.float64)
     confidence = 1.0 / (1.0 + np.exp(-np.abs(m)))
@@ -333,10 +337,10 @@ def calibration(margins: np.ndarray, bins: int = BINS) -> dict[str, Any]:
 
 
 def by_length_gap(margins: np.ndarray, gaps: np.ndarray) -> dict[str, Any]:
-    """Accuracy within quartiles of the length gap, and of the rule that the longer answer wins.
+    """Accuracy within quartiles of the length gap, and of always preferring the longer answer.
 
     Args:
-        margins: (n,) as above; gaps: (n,) tokens of the chosen minus tokens of the rejected answer. Pairs of one gap stay together.
+        margins: (n,) as in `calibration`; gaps: (n,) tokens of the chosen minus tokens of the rejected answer. Equal gaps share a quartile.
     """
     m, g = np.asarray(margins, dtype=np.float64), np.asarray(gaps, dtype=np.float64)
     right = (m > 0) + 0.5 * (m == 0)
@@ -356,7 +360,7 @@ def by_length_gap(margins: np.ndarray, gaps: np.ndarray) -> dict[str, Any]:
 
 
 def pair_quality(margins: np.ndarray, gaps: np.ndarray) -> tuple[dict[str, float], dict[str, Any]]:
-    """(flat ``eval/...`` figures for the log, tables for calibration.json and the report) of held-out pairs."""
+    """Return the flat ``eval/...`` figures for the log, and the tables for calibration.json and the report."""
     fit, length = calibration(margins), by_length_gap(margins, gaps)
     flat = {
         "eval/calibration/ece": fit["ece"],
@@ -368,7 +372,7 @@ def pair_quality(margins: np.ndarray, gaps: np.ndarray) -> tuple[dict[str, float
 
 
 def as_text(quality: dict[str, Any]) -> str:
-    """The tables as text: confidence against the share right, accuracy by length gap."""
+    """Format the tables as text: share right by confidence, accuracy by length gap."""
     lines = ["confidence  share right  pairs"]
     lines += [f"{b['confidence']:>10.3f}  {b['right']:>11.3f}  {b['rows']:>5}" for b in quality["calibration"]["bins"]]
     lines += ["", "chosen - rejected tokens  accuracy  pairs"]

@@ -1,4 +1,4 @@
-"""What people said of pairs of answers, in figures: win rates, agreement, the biases of each person, and the verdict as `compare` gives it."""
+"""Human preferences in figures: win rates, agreement, each annotator's biases, and a verdict like that of `penchant compare`."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from penchant.metrics.verdict import (
 from penchant.requests import HUMANS
 from penchant.runfolder.values import FEW_ROWS
 
-FEWEST_PEOPLE = 3  # from which on people count as a source of chance of their own
-FEWEST_WORDS = 10  # judgements of a pair of models by a person who counts as one
-READING = 25.0  # words a second that nobody reads
-BLINK = 0.5  # seconds in which nobody decides
+FEWEST_PEOPLE = 3  # annotators needed to treat people as a source of variance
+FEWEST_WORDS = 10  # judgments of a pair of models that each of them needs
+READING = 25.0  # words per second, faster than anyone reads
+BLINK = 0.5  # seconds, less than anyone needs to decide
 SLOW = 3.5  # robust standard deviations of log seconds above the median
 ALPHA_DRAWS = 1000
-ORDER = (0.0, 0.5, 1.0)  # what agreement is about: b better, neither, a better
+ORDER = (0.0, 0.5, 1.0)  # ordinal categories for agreement: b better, neither, a better
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +42,11 @@ class Person:
     """One annotator.
 
     Args:
-        judged: judgements that count; wins: win rate of the first model over the second, where there are only two.
-        left: share of verdicts for the left answer; longer: for the longer one, and the median of that among the others.
+        judged: judgments that count; wins: win rate of the first model over the second, if there are only two.
+        left: share of verdicts for the left answer; longer: for the longer one; longer_of_others: median of that over other annotators.
         ties: share of ties and both bad; again: share of repeated pairs with the same verdict; with_others: agreement with the others'
-            mean word on shared pairs; checks: (failed, judged). fast: judged faster than anybody reads; slow: far slower than usual.
+            mean verdict on shared pairs; checks: (failed, judged); seconds: median per judgment; fast: judgments faster than anyone
+            reads; slow: far slower than usual.
     """
 
     name: str
@@ -64,7 +65,7 @@ class Person:
     slow: int
 
     def warnings(self) -> list[str]:
-        """What to know before this person's word is believed."""
+        """Reasons to doubt this person's judgements."""
         said = []
         if self.left is not None and not self.left.low <= 0.5 <= self.left.high:
             strong = abs(self.left.estimate - 0.5) >= NOTABLE
@@ -109,12 +110,13 @@ class Person:
 
 @dataclass(frozen=True, slots=True)
 class HumanVerdict:
-    """What an arena says.
+    """The verdict of human judgements.
 
     Args:
-        pairs: every two models that met, corrected; prompts: of each; people: annotators.
-        alpha: Krippendorff's, ordinal; shared: pairs that several people judged.
-        tally: how many verdicts there were of each kind; unknown: what could not be computed, in words.
+        pairs: every two models that were compared, corrected; prompts: the number for each; people: annotators.
+        alpha: Krippendorff's, ordinal; shared: number of pairs that several people judged.
+        tally: number of verdicts of each kind; over_people: whether intervals are over people too; unknown: sentences on what could not be
+            computed.
     """
 
     file: str
@@ -129,7 +131,7 @@ class HumanVerdict:
 
     @property
     def judged(self) -> int:
-        """Judgements that count."""
+        """Number of judgments that count."""
         return sum(p.judged for p in self.people)
 
     @property
@@ -137,7 +139,7 @@ class HumanVerdict:
         return counted(len(self.people), "person", "people")
 
     def verdict(self) -> list[Sentence]:
-        """A sentence for every two models, as `penchant compare` says it."""
+        """One sentence for every two models, worded as in `penchant compare`."""
         said = []
         for pair in self.pairs:
             prompts = self.prompts[pair.name, pair.other]
@@ -147,7 +149,7 @@ class HumanVerdict:
         return said
 
     def notes(self) -> list[str]:
-        """What to know before the verdict is believed."""
+        """Caveats to the verdict."""
         said = []
         if self.alpha is not None:
             a = self.alpha
@@ -171,7 +173,7 @@ class HumanVerdict:
         return [*said, *self.unknown]
 
     def to_text(self) -> str:
-        """As it is printed."""
+        """The verdict as it is printed."""
         parts = ["\n".join(s.text for s in self.verdict()) or "Nothing was judged yet."]
         parts += ["\n".join(self.notes())]
         if self.pairs:
@@ -179,7 +181,7 @@ class HumanVerdict:
         return "\n\n".join(p for p in parts if p)
 
     def to_json(self) -> dict[str, Any]:
-        """As `--json` prints it."""
+        """The verdict as `--json` prints it."""
         return {
             "file": self.file,
             "verdict": [s.text for s in self.verdict()],
@@ -194,13 +196,13 @@ class HumanVerdict:
 
 
 def judge_by_humans(judge: str, models: Sequence[str] = ()) -> HumanVerdict:
-    """The verdict of ``humans:preferences.jsonl``.
+    """Return the verdict of ``humans:preferences.jsonl``.
 
     Args:
-        models: those whose meetings are looked at, of one alone all of its own; empty: all.
+        models: models to limit the comparisons to; a single one keeps all of its comparisons; empty: all.
 
     Raises:
-        DataError: no such file, or nothing in it. ConfigError: a model that nobody judged.
+        DataError: no such file, or nothing in it. ConfigError: a model without judgements.
     """
     found = read_preferences(judge.removeprefix(HUMANS))
     there = sorted({m for j in found.judgements.values() if j.gold is None for m in j.models})
@@ -212,7 +214,7 @@ def judge_by_humans(judge: str, models: Sequence[str] = ()) -> HumanVerdict:
 
 
 def human_verdict(found: Preferences, models: Sequence[str] = ()) -> HumanVerdict:
-    """What a file says; see `judge_by_humans`."""
+    """Return the verdict of preferences already read; see `judge_by_humans`."""
     every = list(found.judgements.values())
     if models:
         asked = set(models)
@@ -239,7 +241,7 @@ def human_verdict(found: Preferences, models: Sequence[str] = ()) -> HumanVerdic
 
 
 def win_of(judgement: Judgement, model: str) -> float:
-    """How much a model won: 1, 0, or one half."""
+    """A model's score in a judgment: 1 for a win, 0 for a loss, else one half."""
     value = WINS[judgement.verdict]
     return value if judgement.models[0] == model else 1.0 - value
 
@@ -254,7 +256,7 @@ def _lengths(j: Judgement, model: str) -> tuple[int, int]:
 
 
 def _contest(a: str, b: str, judged: Sequence[Judgement]) -> tuple[Pair | None, bool]:
-    """Two models compared as two settings are, people in the place of seeds where there are enough; whether there were."""
+    """Compare two models with `compare_judged`, people taking the place of seeds if there are enough; also return whether they did."""
     by: dict[str, list[Judgement]] = defaultdict(list)
     for j in judged:
         by[j.annotator].append(j)
@@ -262,7 +264,7 @@ def _contest(a: str, b: str, judged: Sequence[Judgement]) -> tuple[Pair | None, 
     people = list(by) if people_too else [""]
     prompts: dict[
         str, dict[str, int]
-    ] = {}  # of each, the place of every pair; where people are one, of every judgement
+    ] = {}  # prompt -> sample index of every pair, or of every judgment if people are pooled
     place = {}
     for j in judged:
         slots = prompts.setdefault(prompt_key(j.prompt), {})
@@ -278,12 +280,12 @@ def _contest(a: str, b: str, judged: Sequence[Judgement]) -> tuple[Pair | None, 
         lengths[(slice(None), 0, *where)] = _lengths(j, a)
     mine = Candidate(a, None, None, np.repeat(lengths[0], len(people), 0))
     pair = compare_judged(mine, Candidate(b, None, None, lengths[1], fixed=True), wins, chance="people")
-    # only some pairs of completions were asked about, and all of those were judged
+    # people saw only some of the pairs and judged all of those, so none counts as unjudged
     return (None if pair is None else replace(pair, unjudged=0.0)), people_too
 
 
 def _agreement(counting: Sequence[Judgement]) -> tuple[Interval | None, int, str]:
-    """Krippendorff's alpha over pairs that several people judged, with a bootstrap over pairs; or why there is none."""
+    """Krippendorff's alpha with a bootstrap over pairs, the number of pairs that several people judged, and why alpha is None."""
     units: dict[str, dict[str, float]] = defaultdict(dict)
     for j in counting:
         units[j.pair].setdefault(j.annotator, WINS[j.verdict])
@@ -298,14 +300,14 @@ def _agreement(counting: Sequence[Judgement]) -> tuple[Interval | None, int, str
 
     def alpha(of: np.ndarray) -> float:
         if (of.sum(0) > 0).sum() < 2:
-            return float("nan")  # one verdict throughout: there is nothing to agree on
+            return float("nan")  # one verdict throughout: alpha is not defined
         return float(krippendorff.alpha(value_counts=of, value_domain=list(ORDER), level_of_measurement="ordinal"))
 
     estimate = alpha(counts)
     if estimate != estimate:
         return None, len(shared), "Everybody gave the same verdict on every shared pair, so alpha is not defined."
     rng = np.random.default_rng(0)
-    # equal draws of kinds of units: few kinds there are, however many units
+    # draw counts of distinct units rather than units: there are few distinct ones, however many units
     kinds, which = np.unique(counts, axis=0, return_inverse=True)
     share = np.bincount(which.ravel(), minlength=len(kinds)) / len(counts)
     drawn = [alpha(np.repeat(kinds, n, axis=0)) for n in rng.multinomial(len(counts), share, ALPHA_DRAWS)]
@@ -344,20 +346,20 @@ def _person(
         with_others=share_ci(with_others, draws=2000) if with_others else None,
         checks=(sum(j.verdict != j.gold for j in golds), len(golds)),
         seconds=float(np.median(seconds)) if len(seconds) else None,
-        # the shorter of both: a glance at one may be enough where the other is plainly bad
+        # the shorter of the two: a glance may be enough to reject the other one
         fast=sum(0 < j.seconds < max(BLINK, min(map(_words, j.answers)) / READING) for j in mine),
         slow=_slow(seconds),
     )
 
 
 def _for_the_longer(judged: Sequence[Judgement]) -> list[bool]:
-    """Of verdicts for one of two answers of different length, whether it is the longer one."""
+    """For each verdict between two answers of different length, whether it favors the longer one."""
     sizes = [(j, _words(j.answers[0]), _words(j.answers[1])) for j in judged if j.verdict in ("a", "b")]
     return [(a > b) == (j.verdict == "a") for j, a, b in sizes if a != b]
 
 
 def _median_share(others: Sequence[Judgement]) -> float | None:
-    """Of other people, each with enough judgements, the median share for the longer answer: one with a bias does not move it."""
+    """Median share for the longer answer over other people with enough judgements. One biased annotator does not move a median."""
     by: dict[str, list[Judgement]] = defaultdict(list)
     for j in others:
         by[j.annotator].append(j)
@@ -379,10 +381,11 @@ def _percent(share: Interval) -> str:
 
 
 def check_alone(judge: str, asked: Mapping[str, Any]) -> None:
-    """Refuse what cannot be asked of people who have judged already.
+    """Refuse options that do not apply to human judgments that already exist.
 
     Raises:
-        ConfigError: an option of it was given.
+        ConfigError: such an option was given.
+        DataError: there is no such file.
     """
     given = next((name for name, value in asked.items() if value and name != "judge"), None)
     if given is not None:

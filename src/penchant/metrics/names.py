@@ -1,4 +1,4 @@
-"""Every metric once: what it is, its formula, its unit, what it is over, which way is better, and its value where nothing was learned."""
+"""The table of metrics: meaning, formula, unit, what it is averaged over, which way is better, and its value if nothing was learned."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any, Literal
 from penchant.base.files import packaged_yaml
 from penchant.runfolder.values import FEW_ROWS, ci_of, interval_of, num, rows_behind, span
 
-# a cost is what a gain is paid with: less of it is better, but only at the same gain
+# a cost is the price of a gain (the KL of a reward): lower is better, but only at the same gain
 Better = Literal["higher", "lower", "cost"]
 
-# what is said of the best of several settings
+# caveat shown with the best of several settings
 CHOSEN = "It was chosen by these held-out rows, so its figure is optimistic and its lead proves nothing: measure it on rows that no run has seen."
 
 
@@ -22,12 +22,13 @@ class Metric:
 
     Args:
         name: as logged, without ``eval/``; meaning: a sentence; formula: with pi the policy, ref the reference, y_w and y_l the chosen and the
-            rejected answer; over: what its ``/n`` counts where `penchant eval` measures it, "" elsewhere.
-        label: in words, for the held-out table of the report, "" where it does not stand there; picture, row: the same for `penchant watch`, as
-            the title of a picture and as a line of its table; unit: "" where it has none.
-        better: which way, None where that cannot be said; null: its value where nothing was learned (one half, zero), None where there is none.
-        word: what it is, for the short table of `penchant eval`; "" where its label says so already, or where it is not in that table.
-        share: a share of rows, shown in percent; main: what a run is judged by; logged: whether runs log it; else only `penchant eval` has it.
+            rejected answer; over: what its ``/n`` counts in `penchant eval`, "" if that does not measure it.
+        label: its label in the report's held-out table, "" if it is not shown there; picture, row: the same for `penchant watch`, as the title
+            of a plot and as a row of its table; unit: "" if it has none.
+        better: which way is better, None if neither; null: its value if nothing was learned (one half, zero), None if there is no such value.
+        word: its description in the short table of `penchant eval`; "" if the label is enough, or if it is not in that table.
+        share: whether it is a share of rows, shown in percent; main: whether runs are judged by it; logged: whether runs log it, or only
+            `penchant eval` has it.
     """
 
     name: str
@@ -47,7 +48,7 @@ class Metric:
 
     @property
     def title(self) -> str:
-        """What it is called beside its figures."""
+        """The name shown next to its figures."""
         return self.label or self.name
 
 
@@ -61,7 +62,7 @@ OTHER_REWARD = Metric(
     "completions",
     logged=False,
 )
-# of each reward by its name, in a sum of several
+# metrics of each named reward in a weighted sum
 REWARDS = {
     "mean": Metric(
         "rewards/NAME/mean", "mean of one reward of the sum, over the completions of which it says something"
@@ -78,9 +79,9 @@ SPEED = (
 
 
 def metric(name: str) -> Metric:
-    """A metric by its name, with or without ``eval/``; of a part of a mixed loss, ``PART/NAME``, it is NAME's.
+    """Look up a metric by its name, with or without ``eval/``. ``PART/NAME`` (a part of a mixed loss) has the entry of NAME.
 
-    One that nobody knows (of a person's own loss) has a name and no meaning.
+    An unknown metric (of a user's own loss) gets an entry with only a name.
     """
     short = name.removeprefix("eval/")
     if short in METRICS:
@@ -98,7 +99,7 @@ TIES = {"rewards/accuracies": "rewards/ties", "win_rate": "win_rate/ties"}
 
 
 def with_k3(line: Any) -> Mapping[str, Any]:
-    """A metrics line, or a compared model's figures, with the KL that is shown (k3): older versions have k1 alone, which is taken unless it is negative."""
+    """Add the KL that is shown (k3) to a metrics line or a model's figures if only k1 is there (older versions) and not negative."""
     if not isinstance(line, Mapping):
         return {}
     for k1, k3 in (("eval/kl/policy_ref", "eval/kl/k3"), ("kl/policy_ref", "kl/k3"), ("kl", "kl_k3")):
@@ -111,12 +112,12 @@ def all_tied(line: Mapping[str, Any], name: str) -> bool:
     """Whether every row of an accuracy or a win rate is a tie."""
     prefix = "eval/" if name.startswith("eval/") else ""
     ties = num(line, prefix + TIES.get(name.removeprefix(prefix), ""))
-    tied_interval = metric(name).null == 0.5 and interval_of(line, name) == (0.5, 0.5)  # of an older version
+    tied_interval = metric(name).null == 0.5 and interval_of(line, name) == (0.5, 0.5)  # older versions wrote no ties
     return tied_interval if ties is None else ties == 1.0
 
 
 def figure_text(line: Mapping[str, Any], name: str, digits: int = 4) -> str:
-    """A figure of a metrics line as it may be shown: with its interval; ties, and shares of a few rows, as counts."""
+    """Format a figure of a metrics line with its interval; all ties, and shares of only a few rows, become counts."""
     value, n, share = num(line, name), rows_behind(line, name), metric(name).share
     if value is None:
         return "not a number"
@@ -128,14 +129,14 @@ def figure_text(line: Mapping[str, Any], name: str, digits: int = 4) -> str:
 
 
 def higher_is_better(name: str) -> bool:
-    """Which way a figure is sorted; higher where nothing is known of it."""
+    """Whether a figure sorts from high to low; True for unknown figures."""
     return metric(name).better in ("higher", None)
 
 
 def of_evaluation(line: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of evaluations.jsonl under today's names.
+    """Return a line of evaluations.jsonl with the current metric names.
 
-    An evaluation on asked rows (whose settings say its beta) used to call ``implicit_reward/*`` ``rewards/*``, the name of the loss's own reward.
+    Evaluations of given answers (their settings have a beta) used to write ``implicit_reward/*`` as ``rewards/*``, the loss's own reward.
     """
     what = line.get("what")
     if not isinstance(what, Mapping) or "beta" not in what:

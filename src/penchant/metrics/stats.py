@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 
 from penchant.base.stats import wilson_interval
 
-# ---- Intervals and win rates: percentile bootstrap that draws whole prompts, Wilson's interval. numpy only, deterministic by seed ----
+# ---- Intervals and win rates: percentile bootstrap over whole prompts, Wilson's interval. numpy only, deterministic given a seed ----
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +29,11 @@ class Interval:
         return asdict(self)
 
     def mirrored(self, about: float = 0.5) -> Interval:
-        """The same seen from the other side: of a share about one half, of a difference about zero."""
+        """The interval from the other side's view: mirrored about one half for a share, about zero for a difference."""
         return Interval(2 * about - self.estimate, 2 * about - self.high, 2 * about - self.low)
 
     def named(self, name: str) -> dict[str, Any]:
-        """``{NAME: estimate, NAME/ci: [low, high]}``, as files have them; an interval of zero width is left out."""
+        """``{NAME: estimate, NAME/ci: [low, high]}``, as in files; an interval of zero width is left out."""
         return {name: self.estimate, **({f"{name}/ci": [self.low, self.high]} if self.low < self.high else {})}
 
 
@@ -50,7 +50,7 @@ def bootstrap_ci(
     ``mean* = sum_{c in draw} sum(values_c) / sum_{c in draw} n_c``
 
     Args:
-        values: (n,) floats; clusters: (n,) labels; rows of one label are drawn together. None: every row by itself.
+        values: (n,) floats; clusters: (n,) labels; rows with the same label are drawn together. None: every row is its own cluster.
         level: coverage; draws: bootstrap samples; seed: of the draws.
 
     Raises:
@@ -73,10 +73,10 @@ def share_ci(
     draws: int = 10_000,
     seed: int = 0,
 ) -> Interval:
-    """`bootstrap_ci` of a share (values within [0, 1]); arguments and errors as there.
+    """`bootstrap_ci` of a share (values within [0, 1]); same arguments and errors.
 
-    Where every value is the same (all 0, all 1, all tied at one half), each draw gives the same and the bootstrap would claim
-    certainty from any number of rows: Wilson's interval of as many trials as there are clusters takes its place.
+    If all values are equal (all 0, all 1, all tied at one half), every draw is the same and the bootstrap would claim certainty from
+    any number of rows. Wilson's interval with one trial per cluster is used instead.
     """
     x = np.asarray(values, dtype=np.float64)
     if x.ndim == 1 and len(x) and (x == x[0]).all():
@@ -96,14 +96,14 @@ def bootstrap_ratio(
 ) -> Interval:
     """Percentile bootstrap of a ratio of sums, drawing clusters (prompts, documents) with replacement.
 
-    ``r = sum(a) / sum(b)``, and of each draw ``r* = sum_{c in draw} sum(a_c) / sum_{c in draw} sum(b_c)``: perplexity over tokens, a
-    divergence over tokens. Draws without any b are left out.
+    ``r = sum(a) / sum(b)``, and for each draw ``r* = sum_{c in draw} sum(a_c) / sum_{c in draw} sum(b_c)``: for example, a perplexity
+    or a divergence over tokens. Draws whose denominators sum to zero are left out.
 
     Args:
         numerators, denominators: (n,) floats, b >= 0; clusters: (n,) labels as for `bootstrap_ci`.
 
     Raises:
-        ValueError: no values, lengths that differ, or denominators that sum to nothing.
+        ValueError: no values, lengths that differ, or denominators that sum to zero.
     """
     a, b = (np.asarray(x, dtype=np.float64) for x in (numerators, denominators))
     if a.ndim != 1 or len(a) == 0 or a.shape != b.shape:
@@ -127,10 +127,10 @@ def bootstrap_sums(
     draws: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """Percentile bootstrap of any figure of summed statistics (corpus BLEU): it is computed anew from each draw's sums.
+    """Percentile bootstrap of any function of summed statistics (corpus BLEU), recomputed from each draw's sums.
 
     Args:
-        statistics: (n, m) of each row; value: (m,) sums to the figure; clusters: (n,) labels as for `bootstrap_ci`.
+        statistics: (n, m), one row each; value: maps (m,) sums to the figure; clusters: (n,) labels as for `bootstrap_ci`.
 
     Raises:
         ValueError: no rows, or lengths that differ.
@@ -148,7 +148,7 @@ def bootstrap_sums(
 
 
 def _members(n: int, clusters: ArrayLike | Sequence[object] | None) -> np.ndarray:
-    """The number of each row's cluster, (n,); every row by itself where there are none."""
+    """The index of each row's cluster, (n,); every row is its own cluster if `clusters` is None."""
     labels = np.arange(n) if clusters is None else np.asarray(clusters)
     if labels.shape != (n,):
         raise ValueError(f"clusters has {len(labels)} labels for {n} rows")
@@ -156,7 +156,7 @@ def _members(n: int, clusters: ArrayLike | Sequence[object] | None) -> np.ndarra
 
 
 def _drawn(sums: np.ndarray, counts: np.ndarray, draws: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Sums and counts over clusters drawn with replacement, a block of draws at a time: it bounds the memory of the indices."""
+    """Yield sums and counts over clusters drawn with replacement, in blocks of draws that bound the memory of the indices."""
     k = len(sums)
     rng = np.random.default_rng(seed)
     block = max(1, 4_000_000 // k)
@@ -210,13 +210,13 @@ def wilson(successes: float, n: int, z: float = 1.959963984540054) -> Interval:
 
 
 def rows_to_tell(rate: float = 0.7) -> int:
-    """The number of held-out pairs that tells an accuracy of `rate` from chance: Wilson's 95% interval lies above 0.5."""
+    """How many held-out pairs it takes to tell an accuracy of `rate` from chance: from here on, Wilson's 95% interval is above 0.5."""
     return 1 + max(n for n in range(1, 1000) if wilson(int(rate * n), n).low <= 0.5)
 
 
-# ---- Whether one model is better than another: paired tests on the same prompts, many comparisons at once, seeds as a source of chance ----
+# ---- Comparing models: paired tests on the same prompts, multiple comparisons, seeds as a source of variance ----
 
-EXACT_UP_TO = 14  # prompts: 2^14 sign patterns are all looked at
+EXACT_UP_TO = 14  # prompts: all 2^14 sign patterns are enumerated
 
 
 def sign_flip_test(
@@ -224,11 +224,11 @@ def sign_flip_test(
 ) -> float:
     """Two-sided p-value of mean(after - before) = 0 on the same prompts, by flipping the sign of whole prompts' differences.
 
-    ``p = P(|mean of flipped differences| >= |mean of the differences|)``; exact over all sign patterns up to 14 prompts, else over
-    `draws` random ones, with the observed one among them: ``(1 + hits) / (1 + draws)``.
+    ``p = P(|mean of flipped differences| >= |mean of the differences|)``: exact over all sign patterns up to 14 prompts, else over
+    `draws` random patterns plus the observed one: ``(1 + hits) / (1 + draws)``.
 
     Args:
-        before, after: (n,) of the same rows; clusters: (n,) prompt of each row, None: every row by itself.
+        before, after: (n,) of the same rows; clusters: (n,) prompt of each row, None: every row is its own cluster.
 
     Raises:
         ValueError: no rows, or shapes that differ.
@@ -239,7 +239,7 @@ def sign_flip_test(
     member = _members(len(a), clusters)
     sums = np.bincount(member, weights=a - b)
     k = len(sums)
-    # rounding must not tell a flipped sum from its equal
+    # tolerance: rounding must not make a flipped sum differ from an equal one
     observed = abs(sums.sum()) - 1e-12 * np.abs(sums).sum()
     if k <= EXACT_UP_TO:
         signs = 1.0 - 2.0 * ((np.arange(2**k)[:, None] >> np.arange(k)) & 1)
@@ -254,7 +254,7 @@ def sign_flip_test(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values: below alpha, they are significant with the chance of any false one at most alpha.
+    """Holm's adjusted p-values: rejecting those below alpha keeps the family-wise error rate at most alpha.
 
     ``p~_(i) = max_{j <= i} min(1, (m - j + 1) p_(j))`` over the sorted p-values.
 
@@ -270,16 +270,16 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def seeds_difference(before: ArrayLike, after: ArrayLike, *, level: float = 0.95) -> Interval:
-    """Mean difference of two methods over prompts and seeds, both drawn by chance, and its interval.
+    """Mean difference of two methods with its interval, treating both prompts and seeds as random.
 
-    ``D +- t sqrt(s_a^2 / S_a + s_b^2 / S_b + s_p^2 / n)``: s_a, s_b are the standard deviations of the seeds' means (what another seed
-    would have given), s_p that of the prompts' mean differences (what other prompts would have given); t by Welch-Satterthwaite.
+    ``D +- t sqrt(s_a^2 / S_a + s_b^2 / S_b + s_p^2 / n)``: s_a, s_b are the standard deviations of the seeds' means (variation between
+    seeds), s_p that of the prompts' mean differences (variation between prompts); t by Welch-Satterthwaite.
 
     Args:
-        before, after: (S, n): a row of each seed's figures on the same n prompts; S may differ and must be at least 2.
+        before, after: (S, n): one row per seed, on the same n prompts; S may differ and must be at least 2.
 
     Raises:
-        ValueError: fewer than two seeds or prompts, or other prompts.
+        ValueError: fewer than two seeds or prompts, or different numbers of prompts.
     """
     b, a = (np.asarray(x, dtype=np.float64) for x in (before, after))
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(*a.shape, *b.shape) < 2:
@@ -287,17 +287,17 @@ def seeds_difference(before: ArrayLike, after: ArrayLike, *, level: float = 0.95
             f"give (seeds, prompts) of the same prompts, at least 2 of each, not {b.shape} and {a.shape}; with one seed "
             "nothing says what another would have given"
         )
-    # what is left of the prompts' noise in a seed's mean counts twice: the interval is a little too wide, never too narrow
+    # the prompts' noise within a seed's mean is counted twice: the interval is a little too wide, never too narrow
     return several_sources(a.mean() - b.mean(), [a.mean(1), b.mean(1), a.mean(0) - b.mean(0)], level=level)
 
 
 def several_sources(estimate: float, sources: Sequence[ArrayLike], *, level: float = 0.95) -> Interval:
-    """An estimate whose errors come from several independent sources of chance, and its interval.
+    """An estimate with its interval, given several independent sources of variance.
 
     ``E +- t sqrt(sum_k s_k^2 / n_k)``, s_k the standard deviation of source k's n_k draws; t by Welch-Satterthwaite.
 
     Args:
-        sources: for each one what its draws gave, (n_k,) with n_k >= 2: means of seeds, means of prompts.
+        sources: the draws of each source, (n_k,) with n_k >= 2: means of seeds, means of prompts.
     """
     variance, freedom = _variance(sources)
     half = t_quantile((1 + level) / 2, freedom) * math.sqrt(variance) if variance > 0.0 else 0.0
@@ -305,7 +305,7 @@ def several_sources(estimate: float, sources: Sequence[ArrayLike], *, level: flo
 
 
 def several_sources_p(estimate: float, sources: Sequence[ArrayLike]) -> float:
-    """Two-sided p-value of an estimate of zero, of which `several_sources` gives the interval."""
+    """Two-sided p-value against zero, for the estimate and sources of `several_sources`."""
     variance, freedom = _variance(sources)
     if variance == 0.0:
         return 1.0 if estimate == 0.0 else 0.0
@@ -313,12 +313,12 @@ def several_sources_p(estimate: float, sources: Sequence[ArrayLike]) -> float:
 
 
 def _variance(sources: Sequence[ArrayLike]) -> tuple[float, float]:
-    """``sum_k s_k^2 / n_k`` and its degrees of freedom."""
+    """``sum_k s_k^2 / n_k`` and its degrees of freedom (Welch-Satterthwaite)."""
     draws = [np.asarray(x, dtype=np.float64) for x in sources]
     parts = [(float(x.var(ddof=1)) / len(x), len(x) - 1) for x in draws]
     variance = sum(v for v, _ in parts)
     scale = max(float(np.abs(x).max()) for x in draws)
-    if variance <= (1e-15 * scale) ** 2:  # equal numbers, up to the rounding of their mean
+    if variance <= (1e-15 * scale) ** 2:  # all draws equal, up to the rounding of their mean
         return 0.0, 1.0
     return variance, variance**2 / sum(v**2 / f for v, f in parts)
 
@@ -329,7 +329,7 @@ def _gauss_legendre() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _t_mass(low: float, high: float, freedom: float) -> float:
-    """The mass of Student's t between two angles: with ``t = sqrt(f) tan(theta)`` its density is ``c cos(theta)^(f - 1)``."""
+    """Probability mass of Student's t between two angles: with ``t = sqrt(f) tan(theta)`` its density is ``c cos(theta)^(f - 1)``."""
     log_c = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - 0.5 * math.log(math.pi)
     nodes, weights = _gauss_legendre()
     half = 0.5 * (high - low)
@@ -352,7 +352,7 @@ def t_two_sided(t: float, freedom: float) -> float:
     return min(1.0, 2.0 * _t_mass(math.atan(abs(t) / math.sqrt(freedom)), math.pi / 2, freedom))
 
 
-# ---- Win rates at equal length: what is left of a win rate when longer answers are no longer favored for being longer ----
+# ---- Win rates at equal length: the win rate without the advantage of longer answers ----
 
 
 def length_controlled_win_rate(
@@ -365,18 +365,18 @@ def length_controlled_win_rate(
     draws: int = 1000,
     seed: int = 0,
 ) -> Interval:
-    """The win rate that a logistic model gives for answers of equal length.
+    """Win rate for answers of equal length, from a logistic model.
 
     ``P(win) = sigmoid(theta + phi tanh((l - l') / s))``, s the standard deviation of the length differences; the figure is
-    ``sigmoid(theta)``. As in length-controlled AlpacaEval, without its instruction-difficulty term. The interval draws whole prompts
-    and fits anew.
+    ``sigmoid(theta)``. As in length-controlled AlpacaEval, without its instruction-difficulty term. The interval resamples whole
+    prompts and refits.
 
     Args:
         wins: (n,) 1, 0, or 0.5 for a tie; lengths, other_lengths: (n,) of the judged and the other answer.
-        clusters: (n,) prompt of each row, None: every row by itself.
+        clusters: (n,) prompt of each row, None: every row is its own cluster.
 
     Raises:
-        ValueError: no rows, shapes that differ, or wins beyond [0, 1].
+        ValueError: no rows, shapes that differ, or wins outside [0, 1].
 
     Paper: arXiv 2404.04475.
     """
@@ -399,9 +399,9 @@ def length_controlled_win_rate(
 
 
 def _equal_length_rate(x: np.ndarray, y: np.ndarray, weights: np.ndarray, steps: int = 30) -> np.ndarray:
-    """sigmoid(theta) of one weighted fit a row of `weights` (m, n), by Newton's method.
+    """sigmoid(theta) of one weighted fit per row of `weights` (m, n), by Newton's method.
 
-    A Gaussian penalty (standard deviation 2 on both numbers) keeps fits finite where one side always wins.
+    A Gaussian penalty (standard deviation 2 on both parameters) keeps fits finite if one side always wins.
     """
     ridge = 0.25
     theta, phi = np.zeros(len(weights)), np.zeros(len(weights))
@@ -413,6 +413,6 @@ def _equal_length_rate(x: np.ndarray, y: np.ndarray, weights: np.ndarray, steps:
         det = h00 * h11 - h01 * h01
         move = np.clip(np.stack((h11 * g0 - h01 * g1, h00 * g1 - h01 * g0)) / det, -2.0, 2.0)
         theta, phi = theta + move[0], phi + move[1]
-        if np.abs(move).max() < 1e-13:  # nothing moves any more but rounding
+        if np.abs(move).max() < 1e-13:  # converged up to rounding
             break
     return 1.0 / (1.0 + np.exp(-theta))

@@ -1,4 +1,4 @@
-"""Which of several settings is better, as far as paired tests on the same prompts, corrected for their number, and seeds say so."""
+"""Verdicts on which of several settings is better: paired tests on the same prompts, corrected for multiple comparisons, and seeds."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ from penchant.runfolder.values import FEW_ROWS, span
 T = TypeVar("T")
 
 ALPHA = 0.05
-MOST_UNJUDGED = 0.1  # share of pairs without a verdict beyond which no winner is named
+MOST_UNJUDGED = 0.1  # no winner is named if more than this share of pairs has no verdict
 WIN_RATE = "judged win rate"
-NOTABLE = 0.05  # of one half: a preference for a position below this is slight, however sure it is
-MANY_PROMPTS = 100  # below it a sentence without a winner says that prompts are few
+NOTABLE = 0.05  # distance from one half: a smaller position preference is called slight, even if significant
+MANY_PROMPTS = 100  # with fewer prompts, a sentence without a winner adds that they are few
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A setting on the prompts that all met.
+    """A setting's results on the prompts that all settings share.
 
     Args:
-        outcome: what is compared, (seeds, prompts): mean rewards, or the share of preferences that it got right; None where pairs are judged.
-        rewards, lengths: of its completions and their tokens, (seeds, prompts, samples); rewards None where nobody judged.
-        fixed: a model that no other seed could have made otherwise (what training starts from).
+        outcome: what is compared, (seeds, prompts): mean rewards, or preference accuracy; None if a judge decides pair by pair.
+        rewards, lengths: rewards and token counts of its completions, (seeds, prompts, samples); rewards None without a reward.
+        fixed: a model that does not depend on a seed (the model that training starts from).
     """
 
     name: str
@@ -63,13 +63,13 @@ class Pair:
     """Two settings compared: `name` minus `other`.
 
     Args:
-        difference: of the mean outcome; p_prompts: of the sign-flip test by prompt; p_seeds: with seeds as a second source of chance,
-            None where a side has one seed; corrected: Holm's, of the larger of the two, over all comparisons made together.
+        difference: of the mean outcome; p_prompts: of the sign-flip test by prompt; p_seeds: with seeds as a second source of variance,
+            None if a side has only one seed; corrected: the larger of the two after Holm's correction over all comparisons.
         win_rate, equal_length: of `name` over `other`, raw and at equal length; None without a reward.
-        unjudged: share of pairs of completions without a verdict, where a judge decides pair by pair; the difference is then that of the
-            win rate from one half. None else.
+        unjudged: share of pairs of completions without a verdict if a judge decides pair by pair; `difference` is then win rate minus
+            one half. Otherwise None.
         ties: share of pairs of completions with equal rewards; None without a reward.
-        chance: what is the second source of chance beside prompts.
+        chance: name of the second source of variance besides prompts.
     """
 
     name: str
@@ -86,11 +86,11 @@ class Pair:
 
     @property
     def p(self) -> float:
-        """The larger p-value: both have to be small."""
+        """The larger p-value, because both have to be small."""
         return self.p_prompts if self.p_seeds is None else max(self.p_prompts, self.p_seeds)
 
     def to_json(self) -> dict[str, Any]:
-        """As written in comparison.json."""
+        """The comparison as written to comparison.json."""
         intervals = {"difference": self.difference, "win_rate": self.win_rate, "equal_length": self.equal_length}
         return {
             "name": self.name,
@@ -106,29 +106,29 @@ class Pair:
 
 
 def compare_all(candidates: Sequence[Candidate]) -> list[Pair]:
-    """Every candidate with the first, then all others with each other; corrected for all of them."""
+    """Compare every candidate with the first, then all others with each other, corrected for the number of comparisons."""
     return corrected(compare_each(candidates))
 
 
 def compare_each(candidates: Sequence[Candidate]) -> list[Pair]:
-    """The same, not yet corrected."""
+    """`compare_all` without the correction."""
     return [compare_two(a, b) for a, b in meetings(candidates)]
 
 
 def meetings(settings: Sequence[T]) -> Iterator[tuple[T, T]]:
-    """Every setting with the first, then all others with each other."""
+    """Yield every setting paired with the first, then all pairs of the others."""
     first, *others = settings
     yield from ((setting, first) for setting in others)
     yield from combinations(others, 2)
 
 
 def corrected(pairs: Sequence[Pair]) -> list[Pair]:
-    """Comparisons corrected for their number."""
+    """Add p-values corrected for the number of comparisons."""
     return [replace(p, corrected=c) for p, c in zip(pairs, holm([p.p for p in pairs]), strict=True)]
 
 
 def compare_two(a: Candidate, b: Candidate) -> Pair:
-    """One comparison, not yet corrected."""
+    """Compare two candidates by their outcomes, without correction."""
     assert a.outcome is not None and b.outcome is not None
     over_seeds = _over_seeds(a, b)
     mine, theirs = a.outcome.mean(0), b.outcome.mean(0)
@@ -146,7 +146,7 @@ def compare_two(a: Candidate, b: Candidate) -> Pair:
 
 
 def _win_rates(a: Candidate, b: Candidate, over_seeds: bool) -> tuple[Interval | None, Interval | None, float | None]:
-    """Per prompt, the share of pairs of completions in which a's has the higher reward, ties half; raw, at equal length, share of ties."""
+    """Win rate of a's completions over b's by reward, ties half: raw, at equal length, and the share of ties."""
     if a.rewards is None or b.rewards is None:
         return None, None, None
     # (seeds of a, seeds of b, prompts, samples of a, samples of b)
@@ -158,13 +158,13 @@ def _win_rates(a: Candidate, b: Candidate, over_seeds: bool) -> tuple[Interval |
 
 
 def compare_judged(a: Candidate, b: Candidate, wins: np.ndarray, chance: str = "seeds") -> Pair | None:
-    """One comparison by a judge that decides pair by pair, not yet corrected; None without any verdict.
+    """Compare two candidates by a judge's pairwise verdicts, without correction; None if there are no verdicts.
 
-    The mean over prompts of their mean wins is tested against one half.
+    Tests whether the mean over prompts of their mean wins is one half.
 
     Args:
-        wins: of a, (seeds of a, seeds of b, prompts, samples), sample by sample; 1, 0 or between, NaN where there is no verdict.
-        chance: what the seeds are called.
+        wins: of a, (seeds of a, seeds of b, prompts, samples), sample by sample: 1, 0 or between, NaN without a verdict.
+        chance: name of what the seed axes stand for.
     """
     heard = ~np.isnan(wins)
     unjudged = 1.0 - float(heard.mean())
@@ -174,7 +174,7 @@ def compare_judged(a: Candidate, b: Candidate, wins: np.ndarray, chance: str = "
     by_prompt = np.nanmean(wins, (0, 1, 3))
     sources = _sources(a, b, wins) if _over_seeds(a, b) and len(by_prompt) > 1 else None
     if sources is not None and any(np.isnan(s).any() for s in sources):
-        sources = None  # a seed of which nobody could say anything
+        sources = None  # a seed without any verdict
     raw = _raw(wins, sources)
     gain = Interval(*(v - 0.5 for v in (raw.estimate, raw.low, raw.high)))
     mine, theirs = (x[:, :, heard.any((0, 1, 3))] for x in (a.lengths[:, None], b.lengths[None, :]))
@@ -192,14 +192,14 @@ def compare_judged(a: Candidate, b: Candidate, wins: np.ndarray, chance: str = "
 
 
 def _over_seeds(a: Candidate, b: Candidate) -> bool:
-    """Whether there is something to say of what other seeds would have given."""
+    """Whether the variance between seeds can be estimated."""
     return all(c.fixed or c.seeds > 1 for c in (a, b)) and not (a.fixed and b.fixed) and a.prompts > 1
 
 
 def _sources(a: Candidate, b: Candidate, wins: np.ndarray) -> list[np.ndarray]:
-    """What a win rate's chance comes from: seeds of either side, prompts. wins: (seeds of a, seeds of b, prompts, ...)."""
+    """A win rate's sources of variance: seeds of either side, prompts. wins: (seeds of a, seeds of b, prompts, ...)."""
     rest = tuple(range(3, wins.ndim))
-    with warnings.catch_warnings():  # a mean of nothing is NaN, and is looked at
+    with warnings.catch_warnings():  # the mean of an empty slice is NaN, which the caller checks
         warnings.simplefilter("ignore", RuntimeWarning)
         of_a, of_b = np.nanmean(wins, (1, 2, *rest)), np.nanmean(wins, (0, 2, *rest))
     seeds = [of for c, of in ((a, of_a), (b, of_b)) if not c.fixed]
@@ -207,7 +207,7 @@ def _sources(a: Candidate, b: Candidate, wins: np.ndarray) -> list[np.ndarray]:
 
 
 def _raw(wins: np.ndarray, sources: Sequence[np.ndarray] | None) -> Interval:
-    """The win rate, by prompt or over several sources of chance."""
+    """The win rate with its interval: by prompt, or over several sources of variance."""
     by_prompt = np.nanmean(wins, (0, 1, *range(3, wins.ndim)))
     if sources is None:
         return share_ci(by_prompt)
@@ -216,7 +216,7 @@ def _raw(wins: np.ndarray, sources: Sequence[np.ndarray] | None) -> Interval:
 
 
 def _controlled(wins: np.ndarray, mine: np.ndarray, theirs: np.ndarray) -> Interval:
-    """The win rate at equal length. mine, theirs: tokens, of shapes that go with (seeds of a, seeds of b, prompts, ...)."""
+    """The win rate at equal length. mine, theirs: tokens, broadcastable to (seeds of a, seeds of b, prompts, ...)."""
     prompts = np.arange(wins.shape[2]).reshape(-1, *[1] * (wins.ndim - 3))
     heard = ~np.isnan(wins)
     lengths, others, clusters = (np.broadcast_to(x, wins.shape)[heard] for x in (mine, theirs, prompts))
@@ -232,8 +232,8 @@ class Sentence:
     """A sentence of the verdict.
 
     Args:
-        tone: ``good``: a winner is named; ``open``: none is; ``plain``: something else that should be known.
-        by: the other reward or the judge that it is said by, "" for the comparison's own outcome.
+        tone: ``good``: a winner is named; ``open``: none is; ``plain``: other information.
+        by: the other reward or judge that it refers to, "" for the comparison's own outcome.
     """
 
     text: str
@@ -243,11 +243,11 @@ class Sentence:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Comparisons by one judge, said after those by the reward.
+    """Comparisons by one judge, reported after those by the reward.
 
     Args:
-        by: its name; pairs: corrected; what: as for `verdict`; comparisons: for how many they were corrected.
-        doubt: why no winner is named, whatever the pairs say.
+        by: the judge's name; pairs: corrected; what: as for `verdict`; comparisons: the number they were corrected for.
+        doubt: if set, the reason why no winner is named regardless of the pairs.
     """
 
     by: str
@@ -257,7 +257,7 @@ class Family:
     doubt: str = ""
 
     def sentences(self, prompts: int) -> list[Sentence]:
-        """One a comparison, or why there is none."""
+        """One sentence per comparison, or a single one with the doubt."""
         if self.doubt:
             return [Sentence(f"By {self.by}: no winner is named: {self.doubt}.", "open", self.by)]
         said = (_sentence(p, self.comparisons, prompts, self.what) for p in self.pairs)
@@ -267,7 +267,7 @@ class Family:
 def verdict(
     candidates: Sequence[Candidate], pairs: Sequence[Pair], what: str, others: Sequence[Family] = ()
 ) -> list[Sentence]:
-    """Who is better, or that there is no clear winner, and why; a sentence a comparison, then what one seed cannot say.
+    """State for each comparison which setting is better, or why there is no clear winner, then list settings with only one seed.
 
     Args:
         what: the outcome in words (``mean reward``, ``held-out preference accuracy``).
@@ -315,7 +315,7 @@ def _sentence(pair: Pair, comparisons: int, prompts: int, what: str) -> Sentence
 
 
 def _doubt(pair: Pair, gap: Interval, rate: Interval | None, level: Interval | None, what: str) -> str | None:
-    """Why the one that is ahead is not called better; None where it is."""
+    """Why the leading setting is not called better; None if it is."""
     if pair.unjudged is not None and pair.unjudged > MOST_UNJUDGED:
         return f"{pair.unjudged:.0%} of their pairs could not be judged"
     if pair.corrected < ALPHA:
@@ -346,8 +346,8 @@ def _about_length(rate: Interval | None, level: Interval | None) -> str:
 
 
 def comparisons_table(pairs: Sequence[Pair], what: str, comparisons: int | None = None) -> str:
-    """Comparisons as a plain table, with raw and corrected p-values, and how many there were (default: these)."""
-    by_pairs = any(p.unjudged is not None for p in pairs)  # then the difference is in the win rate
+    """Format comparisons as a plain text table with raw and corrected p-values; `comparisons`: their number (default: these)."""
+    by_pairs = any(p.unjudged is not None for p in pairs)  # the win rate already shows the difference
     lines = [["comparison", *([] if by_pairs else [f"difference of {what}"])]]
     judged = any(p.win_rate is not None for p in pairs)
     lines[0] += ["win rate", "at equal length"] if judged else []
@@ -368,7 +368,7 @@ def _brackets(interval: Interval, form: str = ".3f") -> str:
 
 
 def p_text(p: float) -> str:
-    """A p-value with the digits that matter."""
+    """Format a p-value with its significant digits."""
     return "<0.0001" if p < 1e-4 else f"{p:.4f}" if p < 0.1 else f"{p:.2f}"
 
 

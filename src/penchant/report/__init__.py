@@ -20,20 +20,20 @@ from penchant.runfolder import REPORT
 __all__ = ["Curves", "LiveReport", "curves_of", "headline", "write_report"]
 
 
-# ---- Write a report: one HTML file that can be read offline, with nothing in it that could call home ----
+# ---- Write a report: one HTML file that can be read offline and makes no network requests ----
 
 
 def write_report(
     paths: Path | str | Sequence[Path | str], output: Path | str | None = None, *, strict: bool = False
 ) -> Path:
-    """Write the report of a run, of several, of a sweep, a pipeline or a comparison; what a folder lacks is said, not guessed.
+    """Write the report of one or several runs, a sweep, a pipeline or a comparison. The page says what a folder lacks.
 
     Args:
-        paths: one folder or more. output: the file; default: ``report.html`` in the folder, or, of several folders, in the current one.
-        strict: whether a part that cannot be made raises, rather than saying so on the page.
+        paths: one or more folders. output: the file; default: ``report.html`` in the folder, or in the current one for several folders.
+        strict: raise if a section fails. By default the page shows the error instead.
 
     Raises:
-        CheckpointError: a path does not exist or holds nothing of Penchant's, or the file cannot be written or is another's.
+        CheckpointError: a path does not exist or holds nothing of Penchant's, the file cannot be written, or it exists and is not a report.
     """
     folders = [Path(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
     data = read_report(folders, time.time())
@@ -42,19 +42,19 @@ def write_report(
     try:
         if not target.parent.is_dir():
             raise ConfigError(str(target), "cannot be written (its folder does not exist)")
-        return write_output(target, text)  # a page that loads itself anew never sees half of one
+        return write_output(target, text)  # atomic: a page that reloads itself never sees half a file
     except ConfigError as error:
         raise CheckpointError(error.where, error.what, "choose another --output") from error
 
 
 def headline(run: Path) -> str:
-    """The first sentence of the report on a run's folder, in plain text."""
+    """Return the first sentence of the report on a run folder, in plain text."""
     return first_sentence(read_report([run], time.time()))
 
 
 @dataclass(frozen=True, slots=True)
 class Curves:
-    """The curves of one run or of several, as a page of their own: a notebook shows it."""
+    """The curves of one or several runs as an HTML page, displayed by notebooks."""
 
     html: str
 
@@ -62,12 +62,12 @@ class Curves:
         return self.html
 
     def _repr_html_(self) -> str:
-        # a frame: the page's styles stay inside, and its policy lets nothing out
+        # an iframe keeps the page's styles to itself and applies its content security policy
         return f'<iframe srcdoc="{escape(self.html, quote=True)}" style="width:100%;height:640px;border:0"></iframe>'
 
 
 def curves_of(*paths: Path | str) -> Curves:
-    """The curves of runs; several are drawn over each other.
+    """Return the curves of one or several runs, overlaid.
 
     Raises:
         CheckpointError: a folder holds nothing of Penchant's.
@@ -87,17 +87,19 @@ def _target(data: ReportData, output: Path | str | None) -> Path:
         raise CheckpointError(str(target), what, "give another --output") from error
 
 
-# ---- The report of something that still goes on, written now and then, and never at the cost of it ----
+# ---- The report of a run or sweep in progress, rewritten from time to time ----
 
 EVERY = 30.0  # seconds between two reports
-SHARE = 50.0  # a report may take one fiftieth of the time
+SHARE = 50.0  # writing reports may take at most 1/50 of the time
 
 
 class LiveReport:
-    """Writes a folder's report at most every 30 seconds, and at evaluations, as long as that takes no more than 2% of the time.
+    """Writes a folder's report at most every 30 seconds and at evaluations, limited to 2% of the time.
+
+    A report that cannot be written never stops the run.
 
     Args:
-        folder: the run's or the sweep's; say: where a failure is told, once; a report that cannot be written stops nothing.
+        folder: of the run or sweep; say: receives a message at the first failure.
     """
 
     def __init__(
@@ -112,11 +114,11 @@ class LiveReport:
         self._took = 0.0
 
     def on_event(self, event: str) -> None:
-        """After a step (``"step"``) or an evaluation (``"eval"``)."""
+        """Write the report if it is due, after a step (``"step"``) or an evaluation (``"eval"``)."""
         self._write(0.0 if event == "eval" else EVERY)
 
     def now(self) -> None:
-        """At an end, whatever it costs."""
+        """Write the report regardless of time limits, at the end of a run."""
         self._written, self.failed = None, False
         self._write(0.0)
 
@@ -126,7 +128,7 @@ class LiveReport:
             return
         try:
             write_report(self.folder)
-        except Exception as error:  # whatever it is, the run is worth more
+        except Exception as error:  # a failing report must never end the run
             self.failed = True
             self.say(f"the report could not be written ({error}); `penchant report` tries again")
         self._written = self.clock()

@@ -1,4 +1,4 @@
-"""The data audit, in a report and as a page of its own: what was found in the rows, what was kept aside, and how long they are."""
+"""The data audit, as a section of the report and as a page of its own: findings, bad rows, lengths."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from penchant.runfolder.values import mapping, num, sequence, text
 
 
 def audit(data: ReportData) -> Element | None:
-    """Every audit once: runs on the same rows share one. None where there is none."""
+    """Every distinct audit once, since runs on the same rows share it; None if there is none."""
     found: dict[str, tuple[list[RunData], Mapping[str, Any]]] = {}
     for run in data.runs:
         if mapping(run.audit.get("findings")):
@@ -62,7 +62,7 @@ def _where(finding: Mapping[str, Any]) -> list[Node]:
 
 
 def lengths_table(lengths: Mapping[str, Any], unit: str = "tokens") -> Element | None:
-    """Lengths of prompts and answers in this unit; None where there are none."""
+    """Table of the lengths of prompts and answers in the given unit; None if there are none."""
     columns = list(dict.fromkeys(k for q in lengths.values() for k in mapping(q)))
     if not columns:
         return None
@@ -74,9 +74,9 @@ def lengths_table(lengths: Mapping[str, Any], unit: str = "tokens") -> Element |
     return panel(["", *map(said, columns)], rows, numeric=range(1, len(columns) + 1), caption=caption)
 
 
-# ---- The page of one audit by itself: findings first, then lengths ----
+# ---- The page of a single audit: findings first, then lengths ----
 
-GROUPS = (  # beginnings of findings' names, in the order in which they are shown
+GROUPS = (  # groups of findings by prefix of their names, in display order
     ("Rows", ("bad_rows", "left_out", "identical_pairs", "empty_completions", "cut_", "bad_after", "identical_after")),
     ("Copies", ("duplicates", "near_duplicates", "near_identical", "agreed")),
     ("Splits", ("leakage", "near_leakage")),
@@ -89,10 +89,10 @@ OTHER = "Other"
 
 
 def render_audit(audit: Mapping[str, Any], title: str) -> str:
-    """The page as text.
+    """Render the page of an audit as HTML text.
 
     Args:
-        audit: what `Audit.to_json` gives; taken as untrusted.
+        audit: the output of `Audit.to_json`, treated as untrusted.
     """
     findings = mapping(audit.get("findings"))
     grouped: dict[str, list[Mapping[str, Any]]] = {}

@@ -1,4 +1,4 @@
-"""Curves of all runs, overlaid: settings by color and letter, seeds thin, their mean thick."""
+"""Curves of all runs, overlaid: a color and letter per setting, thin lines for seeds, a thick one for their mean."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from penchant.report.html import Element, el, fold
 from penchant.report.svg import Band, Level, Line, Plot, Point, figure, shown, smooth, window
 from penchant.runfolder.values import ci_of, mapping, num, sequence
 
-MANY = 24  # points from which a training curve is drawn as its running mean
-BANDS = 3  # settings up to which intervals are drawn
+MANY = 24  # training curves with at least this many points are drawn as running means
+BANDS = 3  # intervals are drawn for up to this many settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +23,7 @@ class Panel:
     """A plot of this section.
 
     Args:
-        lines: (metric as logged, label); log: a log axis where values span more than two decades; main: among those that stand open when many
-            runs are drawn.
+        lines: (metric as logged, label); log: log axis if values span more than two decades; main: shown unfolded if several runs are drawn.
     """
 
     title: str
@@ -49,12 +48,12 @@ def _both(title: str, name: str, unit: str = "", *, log: bool = False, main: boo
 
 
 def _sides(title: str, name: str, unit: str = "", *, main: bool = True) -> Panel:
-    """A metric of the chosen and of the rejected answer."""
+    """A metric of the chosen and the rejected answers."""
     return Panel(title, unit, tuple((f"{name}/{side}", side) for side in ("chosen", "rejected")), main=main)
 
 
 def _trained(title: str, name: str, unit: str = "", label: str = "train", *, log: bool = False) -> Panel:
-    """A metric of training that is a detail."""
+    """A metric of training only, among the details."""
     return Panel(title, unit, ((name, label),), log, main=False)
 
 
@@ -87,7 +86,7 @@ PANELS = (
 
 
 def _panels(data: ReportData) -> tuple[Panel, ...]:
-    """`PANELS`, with one for each reward where a run's is a sum of several, behind the sum."""
+    """`PANELS`, with a panel for each reward after that of the total if a run's reward is a sum of several."""
     found = {
         n for run in data.runs for line in (*run.trained[-1:], *run.evals[-1:]) for n in line if ONE_REWARD.fullmatch(n)
     }
@@ -103,7 +102,7 @@ BY_SET = (("Loss", "loss", ""), ("Preference accuracy", "rewards/accuracies", "%
 
 
 def _by_set(runs: Sequence[RunData]) -> list[Panel]:
-    """What each of several held-out sets says (`data.eval_path: {name: path}`), a line a set."""
+    """Panels with a line for each of several held-out sets (`data.eval_path: {name: path}`)."""
     logged = {name: None for run in runs for line in run.evals for name in map(str, line) if name.count("/") == 2}
     sets = [name.split("/")[1] for name in logged if name.startswith("eval/") and name.endswith("/rows")]
     return [
@@ -114,7 +113,7 @@ def _by_set(runs: Sequence[RunData]) -> list[Panel]:
 
 
 def curves(data: ReportData) -> Element | None:
-    """Every plot that has a point; None where there is none."""
+    """All plots that have points; None if there are none."""
     panels = (*_panels(data), *_by_set(data.runs))
     if len(data.runs) == 1:
         plots = [(True, _of_one(panel, data.runs[0])) for panel in panels]
@@ -135,13 +134,13 @@ def curves(data: ReportData) -> Element | None:
 
 
 def points_of(run: RunData, metric: str) -> tuple[Point, ...]:
-    """(step, value) of a metric as logged; of a step that was logged again after a resume the last line counts."""
+    """(step, value) of a metric as logged; if a step was logged again after a resume, its last line counts."""
     found = {
         step: value
         for line in (run.evals if metric.startswith("eval/") else run.trained)
         if (step := num(line, "step")) is not None
         and (value := num(line, metric)) is not None
-        # an online method's held-out loss is minus its reward, for choosing a checkpoint: nothing that stands beside training's
+        # an online method's held-out loss is minus its reward, for choosing a checkpoint; it is not comparable to the training loss
         and not (metric == "eval/loss" and num(line, "eval/reward") == -value)
     }
     return tuple(sorted(found.items()))
@@ -182,7 +181,7 @@ def _of_one(panel: Panel, run: RunData) -> Plot | None:
 
 
 def _of_many(panel: Panel, data: ReportData) -> list[Plot]:
-    """One plot a line of the panel: with many runs, each has its own."""
+    """One plot for each line of the panel, since with many runs a shared plot would be crowded."""
     made = []
     for metric, label in panel.lines:
         bands = len(data.settings) <= BANDS
@@ -222,7 +221,7 @@ def _of_setting(setting: Setting, metric: str, bands: bool) -> list[Line]:
 
 
 def _says(lines: Sequence[Line], share: bool) -> str:
-    """From where to where each line goes, for those who cannot see it."""
+    """Describe the first and last values of each line, for screen readers."""
     parts: list[str] = []
     for line in lines:
         if line.column and len(parts) < 12:
@@ -232,7 +231,7 @@ def _says(lines: Sequence[Line], share: bool) -> str:
 
 
 def _reliability(quality: Mapping[str, Any]) -> Plot | None:
-    """A reward model's confidence against the share of pairs that it ranks right; on the diagonal it is calibrated."""
+    """Plot a reward model's confidence against the share of pairs it ranks correctly; a calibrated model is on the diagonal."""
     points = tuple(
         (100 * c, r)
         for b in sequence(mapping(quality.get("calibration")).get("bins"))

@@ -1,4 +1,4 @@
-"""What a report is of: runs, a sweep, a pipeline, comparisons, as their folders hold them."""
+"""The data of a report, read from the folders of runs, a sweep, a pipeline or comparisons."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ HOW = "give the folder of a run, a sweep, a pipeline or a comparison"
 
 
 class RunData(Folder):
-    """A run's folder, read; what it lacks is empty.
+    """A run folder as read; missing files are empty.
 
     Args:
-        name: as it is called in the report.
+        name: its name in the report.
     """
 
     def __init__(self, path: Path, name: str) -> None:
@@ -35,7 +35,7 @@ class RunData(Folder):
         self.alive = alive(path)
 
     def rows(self, name: str) -> list[dict[str, Any]]:
-        """Of what is over steps the lines that have one."""
+        """Rows of a file; for files that are over steps, only the rows with a step."""
         found = super().rows(name)
         if name not in (METRICS, PERF):
             return found
@@ -45,7 +45,7 @@ class RunData(Folder):
 
     @property
     def bad_lines(self) -> int:
-        """Lines of its files that could not be read."""
+        """Number of lines in its files that could not be read."""
         _ = self.metrics, self.perf, self.samples, self.evaluations
         return sum(self.unreadable.values())
 
@@ -56,12 +56,12 @@ class RunData(Folder):
 
     @property
     def last(self) -> Mapping[str, Any]:
-        """The last of them; empty where there is none."""
+        """The last held-out evaluation; empty if there is none."""
         return self.evals[-1] if self.evals else {}
 
     @property
     def first(self) -> Mapping[str, Any]:
-        """The start's; empty where it was not evaluated."""
+        """The evaluation at step 0; empty if there is none."""
         return self.evals[0] if self.evals and num(self.evals[0], "step") == 0 else {}
 
     @cached_property
@@ -71,13 +71,13 @@ class RunData(Folder):
 
     @property
     def status(self) -> str:
-        """As the manifest says; a run that says it runs, and whose process is gone, was killed."""
+        """The manifest's status, or ``killed`` if that is ``running`` but the process is gone."""
         said = text(self.manifest.get("status"))
         return "killed" if said == "running" and not self.alive else said
 
     @property
     def seed(self) -> str:
-        """As text; empty where it is not known."""
+        """The seed as text; empty if unknown."""
         return text(self.manifest.get("seed", mapping(self.config.get("train")).get("seed")))
 
     @property
@@ -87,16 +87,16 @@ class RunData(Folder):
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """Flat settings, without what tells no two settings apart."""
+        """Flat settings without those that do not distinguish settings: output, logging and seed."""
         return {k: v for k, v in flat(self.config).items() if k.split(".")[0] not in NOT_A_SETTING and k != SEED}
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Runs that differ in their seed only; drawn with one color and called by one letter all over the report.
+    """Runs that differ only in their seed; they share one color and one letter throughout the report.
 
     Args:
-        key: its letter; place: its number, for color and dashes.
+        key: its letter; place: its index, for color and dashes.
     """
 
     key: str
@@ -117,11 +117,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class ReportData:
-    """Everything that the page is made of.
+    """All data of the page.
 
     Args:
         kind: ``run``, ``runs``, ``sweep``, ``pipeline`` or ``comparison``; sweep: its state file, or empty.
-        going_on: whether something of it still runs; left_out: runs beyond what one page takes; now: when it was read, seconds.
+        going_on: whether any of it is still running; left_out: number of runs beyond `MOST_RUNS`; now: time of reading, Unix seconds.
     """
 
     kind: str
@@ -140,17 +140,17 @@ class ReportData:
         return next(s for s in self.settings if any(r is run for r in s.runs))
 
     def named(self, name: str) -> Setting | None:
-        """The setting of that name, or the one that holds a run of that name."""
+        """The setting with this name, or the one that contains a run with this name; None if neither exists."""
         by_name = {s.name: s for s in self.settings}
         by_run = {r.name: s for s in self.settings for r in s.runs}
         return by_name.get(name) or by_run.get(name)
 
 
 def read_report(paths: Sequence[Path], now: float) -> ReportData:
-    """Read what the paths hold.
+    """Read the folders of a report.
 
     Raises:
-        CheckpointError: a path does not exist, or holds nothing that a report could be of.
+        CheckpointError: a path does not exist, is a file, or holds nothing to report on.
     """
     folders = [_checked(Path(p)) for p in paths]
     if not folders:
@@ -218,12 +218,12 @@ def _is_run(folder: Path) -> bool:
 
 
 def _inside(folder: Path, names: Iterable[str]) -> tuple[Path, ...]:
-    """Folders of that name directly in `folder`; a name that leads elsewhere is none."""
+    """Run folders with these names directly in `folder`; names that lead elsewhere are ignored."""
     return tuple(f for n in names if n and Path(n).name == n and _is_run(f := folder / n))
 
 
 def _compared_runs(folder: Folder) -> tuple[Path, ...]:
-    """The runs whose checkpoints were compared, where they still are: ``RUN/checkpoints/step-N/model``."""
+    """The runs whose checkpoints (``RUN/checkpoints/step-N/model``) were compared, if they still exist."""
     found = []
     for path in mapping(folder.comparison.get("checkpoints")).values():
         parts = Path(path).parts if isinstance(path, str) and os.path.isabs(path) else ()
@@ -234,13 +234,13 @@ def _compared_runs(folder: Folder) -> tuple[Path, ...]:
 
 
 def _natural(path: Path) -> list[tuple[int, float, str]]:
-    """beta-2 before beta-10, beta-0.1 before beta-0.3."""
+    """Sort key for natural order: beta-2 before beta-10, beta-0.1 before beta-0.3."""
     parts = re.split(r"(\d+(?:\.\d+)?)", str(path))
     return [(1, float(p), "") if i % 2 else (0, 0.0, p) for i, p in enumerate(parts)]
 
 
 def _names(runs: Sequence[Path], roots: Sequence[Path]) -> dict[Path, str]:
-    """Short names that tell the runs apart: relative to what was asked for, or to what they have in common."""
+    """Short unique names of runs: relative to the given folder, or to their common parent."""
     if len(runs) == 1:
         return {runs[0]: runs[0].name or str(runs[0])}
     if len(roots) == 1 and all(roots[0] in r.parents for r in runs):
@@ -257,7 +257,7 @@ def _together(names: Sequence[str]) -> str:
 
 
 def read_comparison(path: Path) -> Comparison:
-    """A comparison's folder as far as it can be read."""
+    """Read a comparison's folder as far as possible."""
     folder = read(path)
     figures = folder.comparison
     flags = mappings(figures["flags"]) if "flags" in figures else None if folder.is_run else folder.flags
@@ -265,7 +265,7 @@ def read_comparison(path: Path) -> Comparison:
 
 
 def group(runs: Sequence[RunData], sweep: Mapping[str, Any]) -> tuple[Setting, ...]:
-    """Runs by their setting, in written order."""
+    """Group runs by setting, in their given order."""
     members: dict[str, list[RunData]] = {}
     for run in runs:
         record = mapping(mapping(sweep.get("runs")).get(run.name))
@@ -286,7 +286,7 @@ def _identity(run: RunData, varied: Mapping[str, Any]) -> str:
 
 
 def without_seed(name: str) -> str:
-    """A run's name without its seed: ``beta-0.1-seed-0`` is of the setting ``beta-0.1``."""
+    """A run's name without its seed: ``beta-0.1-seed-0`` belongs to the setting ``beta-0.1``."""
     return re.sub(r"[/_-]?seed[-_=]?\d+$", "", name) or name
 
 
@@ -302,6 +302,6 @@ def _setting_names(groups: Sequence[Sequence[RunData]], sweep: Mapping[str, Any]
 
 
 def letter(place: int) -> str:
-    """A, B, ... Z, AA, AB, ..."""
+    """The letter of a setting by its index: A, B, ... Z, AA, AB, ..."""
     first, last = divmod(place, 26)
     return (letter(first - 1) if first else "") + chr(ord("A") + last)

@@ -1,4 +1,4 @@
-"""Trust flags: what a careful reader would want to know first, each with its evidence."""
+"""The section of trust flags, each with its evidence."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from penchant.report.html import Element, Node, el, fold, note, said, soft
 from penchant.report.svg import number, sparkline
 from penchant.runfolder.values import mappings, number_of, sequence, text
 
-MOST = 40  # kinds of flags
+MOST = 40  # maximum kinds of flags shown
 Found = tuple[str, Mapping[str, Any]]  # the run, "" for the only one, and its flag
 
 
 def flags(data: ReportData) -> Element | None:
-    """Every kind of flag once, warnings first; a sentence where there are none; None where nobody looked for any."""
+    """Each kind of flag once, warnings first; a sentence if no flag was raised; None if no flags file exists."""
     looked = [(r.name if len(data.runs) > 1 else "", r.flags) for r in data.runs if r.flags is not None]
     looked += [("", c.flags) for c in data.comparisons if c.flags is not None]
     if not looked:
@@ -36,7 +36,7 @@ def flags(data: ReportData) -> Element | None:
 
 
 def _card(of_one_kind: Sequence[Found], looked: int) -> Element:
-    """One kind of flag: what was seen first, the same of other runs folded, the advice once."""
+    """One kind of flag: its first finding, those of other runs folded, and the advice once."""
     (where, first), *rest = of_one_kind
     warning, title = (
         text(first.get("level")) == "warning",
@@ -90,5 +90,5 @@ def _evidence(of: Mapping[str, Any]) -> Element | None:
 
 
 def _plain(value: float) -> str:
-    """Whole numbers whole: they are counts."""
+    """Format a value; whole numbers are counts and get no decimals."""
     return f"{value:,.0f}".replace("-", "\u2212") if value == int(value) and abs(value) < 1e6 else number(value)

@@ -1,4 +1,4 @@
-"""The frontier: what was gained, against how far the model moved for it."""
+"""The frontier section: gain in reward or accuracy against KL from the start."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from penchant.report.svg import (
 from penchant.runfolder.values import ci_of, mapping, num
 
 WIDTH, HEIGHT, RIGHT = 680, 390, 150
-GAINS = (  # what may stand on the upright axis, the first that is there: name, label, share
+GAINS = (  # candidates for the y axis, first available wins: name, label, share
     ("reward", "reward", False),
     ("win_rate", "win rate against the start", True),
     ("rewards/accuracies", "preference accuracy", True),
 )
 COMPARED = (("reward", "reward", False), ("preference_accuracy", "held-out preference accuracy", True))
-LABELLED = 14  # points up to which names go beside them; beyond, letters only
+LABELLED = 14  # up to this many points are labeled with names; more get letters only
 Pair = tuple[float, float] | None
 
 
 @dataclass(frozen=True, slots=True)
 class Spot:
-    """A model in the picture: x is KL, y what was gained, each with its interval; `trail`: where it was at earlier evaluations."""
+    """A model in the plot: x is KL, y the gain, each with its interval; `trail`: its positions at earlier evaluations."""
 
     name: str
     key: str
@@ -57,7 +57,7 @@ class Spot:
 
 @dataclass(frozen=True, slots=True)
 class Frontier:
-    """All spots of one picture, and where its figures are from."""
+    """All spots of one plot, and the source of its figures."""
 
     label: str
     share: bool
@@ -67,13 +67,13 @@ class Frontier:
 
 
 def frontier(data: ReportData) -> Element | None:
-    """The picture, from the comparison where there is one, else from the runs' own evaluations; None without KL."""
+    """Plot the frontier from a comparison if there is one, else from the runs' own evaluations; None without KL."""
     found = next((f for c in data.comparisons if (f := of_comparison(c, data))), None) or of_runs(data)
     return None if found is None else picture(found)
 
 
 def of_comparison(comparison: Comparison, data: ReportData) -> Frontier | None:
-    """Models of a comparison: reward (or preference accuracy) against KL, on the same prompts."""
+    """Frontier of a comparison's models: reward (or preference accuracy) against KL, on the same prompts."""
     models = mapping(comparison.figures.get("models"))
     for gain, label, share in COMPARED:
         spots = []
@@ -92,7 +92,7 @@ def of_comparison(comparison: Comparison, data: ReportData) -> Frontier | None:
 
 
 def of_runs(data: ReportData) -> Frontier | None:
-    """Settings at the end of their runs: held-out figures, or for online methods without any, the last quarter of training."""
+    """Frontier of settings at the end of their runs: held-out figures, or training rewards over the last quarter if there are none."""
     for gain, label, share in GAINS:
         for held_out in (True, False):
             if not held_out and gain != "reward":
@@ -126,7 +126,7 @@ def _spot(setting: Setting, gain: str, held_out: bool, alone: bool) -> Spot | No
             at = _at(run.last, gain) if num(run.last, "step") else None
         else:
             at = _in_training(run, gain)
-        if at is None or not (alone or run.status in ("finished", "")):  # beside others only what came to its end
+        if at is None or not (alone or run.status in ("finished", "")):  # among several settings, only finished runs
             continue
         ends.append(at)
         if held_out:
@@ -154,7 +154,7 @@ def _in_training(run: RunData, gain: str) -> Point | None:
 
 
 def best_so_far(spots: Sequence[Spot]) -> list[Spot]:
-    """Those for which none reaches as much with less KL, by KL."""
+    """The Pareto-optimal spots, ordered by KL: no other reaches as much with less KL."""
     found: list[Spot] = []
     for spot in sorted(spots, key=lambda s: (s.x, -s.y)):
         if not found or spot.y > found[-1].y:
@@ -163,7 +163,7 @@ def best_so_far(spots: Sequence[Spot]) -> list[Spot]:
 
 
 def picture(found: Frontier) -> Element:
-    """The picture with its table."""
+    """Draw the plot with its table."""
     spots = found.spots
     xs = [v for s in spots for v in (s.x, *(s.x_ci or ()), *(t[0] for t in s.trail))]
     ys = [v for s in spots for v in (s.y, *(s.y_ci or ()), *(t[1] for t in s.trail))]
@@ -232,7 +232,7 @@ def _mark(spot: Spot, across: Axis, up: Axis) -> Element:
 
 
 def _names(spots: Sequence[Spot], across: Axis, up: Axis) -> list[Element]:
-    """Names in the margin to the right in the spots' order, each with a thin line to its spot; letters alone where they are many."""
+    """Names in the right margin in the order of the spots, each with a thin line to its spot; only letters if there are many."""
     order = sorted(spots, key=lambda s: up(s.y))
     if len(spots) > LABELLED:
         return [tag(s.key or s.name[:8], s.place, f"{across(s.x) + 9:.1f}", up(s.y) - 7, s.key) for s in spots]

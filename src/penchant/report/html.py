@@ -1,4 +1,4 @@
-"""HTML as a tree of elements. Text can only get in escaped, with control and direction marks made visible."""
+"""HTML as a tree of elements. All text is escaped, with control and direction marks made visible."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ VOID = frozenset({"br", "hr", "input", "meta"})  # no closing tag
 LEAVES = frozenset({"circle", "line", "path", "rect"})  # of SVG
 FORBIDDEN = frozenset({"base", "embed", "form", "frame", "iframe", "img", "link", "object", "script", "style"})
 HIDDEN = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")  # controls, directions, lone surrogates, private use, line separators
-JOINED = ("Lo", "Mn", "Mc", "So", "Sk")  # what a joiner may stand between: Arabic, Indic scripts, emoji
+JOINED = ("Lo", "Mn", "Mc", "So", "Sk")  # categories a joiner may connect: Arabic, Indic scripts, emoji
 JOINERS = "\u200c\u200d"
 
 
 @dataclass(frozen=True, slots=True)
 class Element:
-    """A tag, its attributes and what is in it."""
+    """A tag with its attributes and children."""
 
     tag: str
     attributes: tuple[tuple[str, str], ...]
@@ -39,14 +39,14 @@ Node = Element | str | None
 
 
 def el(tag: str, *children: Node | Iterable[Node], **attributes: str | float | bool | None) -> Element:
-    """An element.
+    """Make an element.
 
     Args:
         children: elements, text, None (nothing), or iterables of them.
-        attributes: ``class_`` for class, ``_`` for ``-``; None and False leave it out, True gives it without a value.
+        attributes: ``class_`` for class, ``_`` for ``-``; None and False omit the attribute, True gives it an empty value.
 
     Raises:
-        ValueError: a tag or attribute that could load or run something; a mistake of the program, not of the text.
+        ValueError: a tag or attribute that could load or run something. This is a programming error, never caused by text.
     """
     if tag in FORBIDDEN:
         raise ValueError(f"<{tag}> is not made here")
@@ -73,7 +73,7 @@ def _flat(children: Iterable[Any]) -> Iterable[Element | str]:
 
 
 def spoken(node: Element | str) -> str:
-    """The text of a node as it is read aloud."""
+    """The text of a node as a screen reader reads it."""
     if isinstance(node, str):
         return node
     return "" if ("aria-hidden", "true") in node.attributes else "".join(map(spoken, node.children))
@@ -96,7 +96,7 @@ def _write(node: Element | str, parts: list[str]) -> None:
 
 
 def marks(text: str) -> list[tuple[str, bool]]:
-    """Text in pieces, each with whether it is a character that must be shown by its code point."""
+    """Split text into (piece, hidden): a hidden piece is a single character that must be shown by its code point."""
     pieces: list[tuple[str, bool]] = []
     text = text.replace("\r\n", "\n")
     start = 0
@@ -117,26 +117,26 @@ def _joins(text: str, i: int) -> bool:
 
 
 def text_html(text: str) -> str:
-    """Text as HTML: escaped, hidden characters as small marks with their code point."""
+    """Escape text as HTML, with hidden characters as small marks with their code point."""
     if text.isascii() and text.isprintable():
         return escape(text, quote=False)
     return "".join(f"<i class=cp>U+{ord(p):04X}</i>" if hidden else escape(p, quote=False) for p, hidden in marks(text))
 
 
 def visible(text: str) -> str:
-    """Plain text in which hidden characters are shown by name, for attributes and titles."""
+    """Plain text with hidden characters replaced by their code point, for attributes and titles."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(f"\u27e8U+{ord(p):04X}\u27e9" if hidden else p for p, hidden in marks(text))
 
 
 def said(text: Any, tag: str = "bdi", **attributes: str | float | bool | None) -> Element:
-    """Text from a user, a model or a file: isolated, so that its direction stays its own."""
+    """Text from a user, a model or a file, isolated so that its direction does not affect the text around it."""
     return el(tag, str(text), dir="auto", **attributes)
 
 
 def json_html(value: Any) -> str:
-    """JSON that can appear inside a ``<script type="application/json">``: nothing in it can end the element."""
+    """JSON that is safe inside ``<script type="application/json">``: nothing in it can close the element."""
     text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
@@ -150,10 +150,10 @@ def table(
     first_is_head: bool = True,
     class_: str | None = None,
 ) -> Element:
-    """A table that scrolls by itself where it is too wide.
+    """A table that scrolls horizontally if it is too wide.
 
     Args:
-        numeric: columns that are set flush right; first_is_head: whether a row's first cell names the row.
+        numeric: right-aligned columns; first_is_head: whether the first cell of each row is its header.
     """
     right = set(numeric)
 
@@ -180,51 +180,51 @@ def table(
 
 
 def keyed(key: str, name: str) -> list[Node]:
-    """A setting's letter before its name."""
+    """A setting's letter followed by its name."""
     return [el("b", key, class_="key"), " ", said(name)]
 
 
 def panel(head: Sequence[Node], rows: Iterable[Sequence[Node]], **options: Any) -> Element:
-    """A table on a ground of its own; options of `table`."""
+    """A table in a panel; options as for `table`."""
     return el("div", table(head, rows, **options), class_="panel")
 
 
 def note(*children: Node | Iterable[Node]) -> Element:
-    """A remark in small letters."""
+    """A remark in small print."""
     return el("p", *children, class_="soft small")
 
 
 def soft(*children: Node | Iterable[Node]) -> Element:
-    """A sentence that stands back."""
+    """A paragraph in muted color."""
     return el("p", *children, class_="soft")
 
 
 def joined(parts: Iterable[Node], between: str = " \u00b7 ") -> list[Node]:
-    """Parts with a mark between them."""
+    """Join parts with a separator."""
     return [node for i, part in enumerate(parts) for node in ((between, part) if i else (part,))]
 
 
 def fold(summary: Node | Iterable[Node], *children: Node | Iterable[Node], key: str, open_: bool = False) -> Element:
-    """A part that is folded until it is asked for; `key` keeps it open when the page reloads itself."""
+    """A part that is folded until opened; `key` keeps it open when the page reloads itself."""
     return el("details", el("summary", summary), *children, data_key=key, open=open_)
 
 
-# ---- the document: one file, its stylesheet and script inside it, and a policy that lets nothing else in ----
+# ---- the document: one file with its stylesheet and script inline, and a policy that blocks everything else ----
 
 
 @cache
 def asset(name: str) -> str:
-    """The stylesheet or the script."""
+    """The content of an asset file (stylesheet or script)."""
     return (Path(__file__).parent / name).read_text(encoding="utf-8")
 
 
 def digest(content: str) -> str:
-    """A source of a content security policy that lets in this text and no other."""
+    """The source expression of a content security policy that allows exactly this text."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
 
 
 def styles() -> str:
-    """The page's stylesheet: what the studio shares, then its own."""
+    """The page's stylesheet: the part shared with the studio, then its own."""
     return asset("shared.css") + asset("page.css")
 
 
@@ -237,7 +237,7 @@ def policy() -> str:
 
 
 def document(title: str, body: str, head: str = "") -> str:
-    """A page by itself: the stylesheet and the policy in it.
+    """A self-contained HTML page with its stylesheet and content security policy.
 
     Args:
         title: escaped here; body, head: HTML.

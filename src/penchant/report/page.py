@@ -1,4 +1,4 @@
-"""The page: its sections in order, with a script that lets a reader fold, filter and search."""
+"""The report page: its sections in order, with a script for folding, filtering and searching."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ RELOAD_SECONDS = 30
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A part of the page.
+    """A section of the page.
 
     Args:
-        make: from the data, or None where there is nothing to show; missing: what is said then, "" to leave the section out.
-        wanted: whether it belongs on a page of this data at all; short: what the contents call it.
+        make: builds it from the data, None if there is nothing to show; missing: text shown in that case, "" to omit the section.
+        wanted: whether the section applies to this data at all; short: its name in the table of contents.
     """
 
     key: str
@@ -48,10 +48,10 @@ def _compares(data: ReportData) -> bool:
 
 
 def render(data: ReportData, *, strict: bool = False) -> str:
-    """The whole page as text.
+    """Render the whole page as HTML text.
 
     Args:
-        strict: whether a section that cannot be made raises, rather than saying so; a report must never end a run.
+        strict: raise if a section fails. By default the page shows the error instead, because a report must never end a run.
     """
     made = [(s, _guarded(s.make, data, strict)) for s in SECTIONS if s.wanted(data)]
     shown = [(s, node) for s, node in made if node is not None]
@@ -66,7 +66,7 @@ def render(data: ReportData, *, strict: bool = False) -> str:
         [el("section", el("h2", s.title), node, id=s.key, aria_label=s.title) for s, node in shown],
         el("section", el("h2", absent), el("ul", missing, class_="soft small"), id="missing", aria_label=absent)
         if missing
-        else None,  # together at the end, where it is in nobody's way
+        else None,  # all together at the end, out of the way
         el("footer", f"Written by Penchant {__version__}, ", _time(data.now), complete),
     )
     state = {"running": data.going_on, "written": round(data.now), "every": RELOAD_SECONDS}
@@ -87,7 +87,7 @@ def _guarded(make: Callable[[ReportData], Node], data: ReportData, strict: bool)
         return soft(why, said(str(error)[:300]), ").")
 
 
-# ---- parts that are only put together here ------------------------------------------------------------------------
+# ---- small parts assembled here -----------------------------------------------------------------------------------
 
 
 def _header(data: ReportData) -> Element:

@@ -1,4 +1,4 @@
-"""Time, versions, hashes, later evaluations."""
+"""Sections on cost, provenance (versions, hashes, commands) and later evaluations."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from penchant.report.svg import MISSING, duration, estimate, interval, number
 from penchant.runfolder import damaged
 from penchant.runfolder.values import ci_of, flat, mapping, num, sequence, text
 
-# ---- Where the figures come from: time and memory, versions, hashes, data, seeds, machine, and how to make them again ----
+# ---- Provenance of the figures: time and memory, versions, hashes, data, seeds, machine, and commands to reproduce them ----
 
-APART = ("status", "started", "seconds", "steps", "seed", "loss")  # of a manifest, shown run by run
-FEW = 4  # values of one line that are named
+APART = ("status", "started", "seconds", "steps", "seed", "loss")  # manifest keys shown run by run
+FEW = 4  # maximum values listed for one key
 
 
 def cost(data: ReportData) -> Element | None:
-    """How long every run took and how much memory; None where none says so."""
+    """Time and memory of every run; None if nothing is recorded."""
     rows: list[list[Node]] = []
     walls: list[float] = []
     peaks: list[float] = []
@@ -56,7 +56,7 @@ def _who(run: RunData, data: ReportData) -> Element:
 
 
 def provenance(data: ReportData) -> Element | None:
-    """What all runs share in one column, then what differs between them; and commands."""
+    """Commands to reproduce the runs, their manifests in one table, a table of what differs, and damaged files."""
     parts: list[Node] = [_commands(data)]
     manifests = [(r, _flat(r.manifest)) for r in data.runs if r.manifest]
     if manifests:
@@ -131,7 +131,7 @@ def _commands(data: ReportData) -> Element | None:
 
 
 def command(comparison: Comparison) -> str:
-    """The command that asks the same again; empty where the file does not say."""
+    """The command that repeats a comparison; empty if the file does not record enough."""
     figures = comparison.figures
     asked = mapping(figures.get("settings"))
     runs = list(mapping(figures.get("checkpoints")))
@@ -169,13 +169,13 @@ def _of_comparison(comparison: Comparison) -> Element | None:
     )
 
 
-# ---- What `penchant eval` measured of a run later, one fold an evaluation ----
+# ---- Later evaluations by `penchant eval`, one fold each ----
 
 MOST = 20
 
 
 def evaluations(data: ReportData) -> Element | None:
-    """The newest first; None where there are none."""
+    """Later evaluations, newest first; None if there are none."""
     found = [(r, of_evaluation(e)) for r in data.runs for e in r.evaluations if mapping(e.get("metrics"))]
     if not found:
         return None

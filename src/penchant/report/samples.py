@@ -1,4 +1,4 @@
-"""Completions side by side: the same prompts, answered by every model; filter and search come by script, reading does not."""
+"""Completions side by side: the same prompts answered by every model, readable without the script that filters and searches."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from penchant.report.html import Element, Node, el, said, soft
 from penchant.report.svg import number
 from penchant.runfolder.values import mapping, mappings, num, text
 
-OPEN = 20  # cards that stand open
-ROOM = 800_000  # bytes of texts and their markup that one page takes
-LONGEST = 4_000  # characters of a text; a longer one is cut, and says so
+OPEN = 20  # number of cards that start unfolded
+ROOM = 800_000  # maximum bytes of texts and markup on one page
+LONGEST = 4_000  # maximum characters of a text; longer ones are cut with a note
 START, SYSTEM = "start", "system"
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one model wrote.
+    """One model's completion.
 
     Args:
-        model: its place among the models of the section; reward: None where nobody judged it; tokens: None where nobody counted them.
+        model: index into the models of the section; reward, tokens: None if unknown; ended: whether it ended with EOS, None if unknown.
     """
 
     model: int
@@ -35,13 +35,13 @@ class Answer:
 
     @property
     def length(self) -> int:
-        """In tokens where they are known, else in characters."""
+        """Length in tokens if known, else in characters."""
         return self.tokens if self.tokens is not None else len(self.text)
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A prompt and its answers; `times`: how often the same card occurs; `turns`: (role, text) of a conversation."""
+    """A prompt and its answers; `times`: how many identical cards there are; `turns`: (role, text) of a conversation."""
 
     prompt: str
     answers: tuple[Answer, ...]
@@ -51,7 +51,7 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class Shelf:
-    """All cards of the section: `models` are names, `keys` their letters ("" where they have none)."""
+    """All cards of the section: `models` are names, `keys` their letters ("" if they have none)."""
 
     models: tuple[str, ...]
     keys: tuple[str, ...]
@@ -67,7 +67,7 @@ class Shelf:
 
 
 def shelf(data: ReportData) -> Shelf:
-    """The comparisons' completions where there are any, else the runs' own samples."""
+    """The first comparison's completions if there are any, else the runs' own samples."""
     compared = [c for c in data.comparisons if c.rows]
     return _of_rows(data, compared[0].rows) if compared else of_runs(data)
 
@@ -90,7 +90,7 @@ def _of_rows(data: ReportData, rows: Sequence[object]) -> Shelf:
 
 
 def of_runs(data: ReportData) -> Shelf:
-    """Samples of all runs, those of one prompt on one card; the start's answer is there once where all runs started alike."""
+    """Samples of all runs, one card per prompt; the initial model's answer is shown once, from the first run that has it."""
     names, keys = [START], [""]
     alone = len(data.runs) == 1
     by_prompt: dict[tuple[str, int], list[Answer]] = {}
@@ -116,12 +116,12 @@ def of_runs(data: ReportData) -> Shelf:
 
 
 def _turns(row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """(role, text) of a prompt that is a conversation."""
+    """(role, text) of each turn if the prompt is a conversation, else empty."""
     return tuple((text(m.get("role")), text(m.get("content"))) for m in mappings(row.get("messages")))
 
 
 def samples(data: ReportData) -> Element | None:
-    """The section; None where nobody wrote anything."""
+    """Build the section; None if there are no completions."""
     found = shelf(data)
     if not found.cards:
         return None
@@ -165,7 +165,7 @@ def _card(card: Card, found: Shelf, i: int) -> Element:
 
 
 def _prompt(card: Card) -> Element:
-    """A text as it is, a conversation turn by turn with its roles; its system prompt is folded below."""
+    """The prompt: plain text as it is, a conversation turn by turn with roles. The system prompt is folded below."""
     if not card.turns:
         return said(_cut(card.prompt), tag="span", class_="prompt")
     shown = [t for t in card.turns if t[0] != SYSTEM] or card.turns
@@ -200,7 +200,7 @@ def _cut(value: str) -> str:
 
 
 def _controls(found: Shelf) -> Element:
-    """Shown by the script, which they need."""
+    """Filter and sort controls: hidden until the script that implements them shows them."""
     names = [f"{k} {n}".strip() for k, n in zip(found.keys, found.models, strict=True)]
     used = {a.model for c in found.cards for a in c.answers}
     options = [(str(i), n) for i, n in enumerate(names) if i in used]

@@ -1,4 +1,4 @@
-"""Settings side by side, and what differs."""
+"""Settings side by side: their differences, full configs, and the ranking."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from penchant.report.html import Element, Node, el, fold, keyed, note, panel, sa
 from penchant.report.svg import MISSING, estimate, interval, shown, strip, swatch
 from penchant.runfolder.values import algorithm_of, ci_of, flat, mapping, mappings, num, text
 
-# ---- Settings: first what differs, then every config whole ----
+# ---- Configs: first the differences, then the full config of each setting ----
 
 MOST_COLUMNS = 14
-MAIN = (  # what a person asks first of one run: key, label
+MAIN = (  # the main settings shown for a single run: key, label
     ("model.path", "model"),
     ("data.path", "data"),
     ("loss.name", "loss"),
@@ -39,7 +39,7 @@ MAIN = (  # what a person asks first of one run: key, label
 
 
 def configs(data: ReportData) -> Element | None:
-    """None where no run has a config."""
+    """Build the section of configs; None if no run has a config."""
     runs = [r for r in data.runs if r.config_text]
     if not runs:
         return None
@@ -53,7 +53,7 @@ def configs(data: ReportData) -> Element | None:
 
 
 def differences(data: ReportData) -> Element:
-    """One line a setting, one column a key that differs between any two."""
+    """A table with a row per setting and a column per key that differs between any two."""
     of = {s.key: next((r.settings for r in s.runs if r.config), {}) for s in data.settings}
     if len(of) < 2:
         return soft(f"{count(len(data.runs), 'run')} of one setting: their seeds differ, and nothing else.")
@@ -68,14 +68,14 @@ def differences(data: ReportData) -> Element:
 
 
 def differing(settings: list[dict[str, Any]]) -> list[str]:
-    """Keys whose values are not the same everywhere, in written order."""
+    """Keys whose values differ between settings, in the order of the configs."""
     keys = dict.fromkeys(k for s in settings for k in s)
     return [k for k in keys if len({text(s.get(k)) for s in settings}) > 1]
 
 
 def _main(config: Mapping[str, Any]) -> Element | None:
     values = flat(config)
-    if algorithm_of(config):  # then the loss section says nothing
+    if algorithm_of(config):  # the loss section is then unused
         values = {k: v for k, v in values.items() if not k.startswith("loss.")}
     rows: list[list[Node]] = [
         [label, said(short(values[key]))] for key, label in MAIN if values.get(key) not in (None, "")
@@ -84,7 +84,7 @@ def _main(config: Mapping[str, Any]) -> Element | None:
 
 
 def short(value: Any) -> str:
-    """A setting's value; an absolute path by its last two parts, so that a report can be shown around."""
+    """Format a setting's value; absolute paths keep only their last two parts, so that a report can be shared."""
     if isinstance(value, str):
         parts = Path(value).parts
         return str(Path("\u2026", *parts[-2:])) if value.startswith("/") and len(parts) > 3 else value
@@ -95,9 +95,9 @@ def _whole(config: str, summary: Any, key: str) -> Element:
     return fold(summary, el("pre", said(config, tag="code")), key=key)
 
 
-# ---- Settings side by side: one line each, its seeds together, the best first, and what may be said of it ----
+# ---- Ranking of settings: one row each with its seeds pooled, best first ----
 
-# the loss last: it means something else for every method
+# the loss comes last: it is not comparable between methods
 JUDGED_BY = sorted((m.name for m in METRICS.values() if m.main), key=lambda n: n == "loss")
 Pair = tuple[float, float]
 
@@ -107,8 +107,8 @@ class Row:
     """A setting's figure.
 
     Args:
-        values: of each of its runs that has one; ci: of its only run, over held-out rows; whole: whether all its runs came to their end.
-        remarks: runs that stopped themselves or are still to come.
+        values: one for each finished run that has it; ci: if there is one run only, its interval over held-out rows; whole: whether all runs
+            have a value; remarks: why the other runs have none.
     """
 
     setting: Setting
@@ -123,13 +123,13 @@ class Row:
 
     @property
     def range(self) -> Pair:
-        """From the lowest to the highest seed, or the interval of the only one."""
+        """(lowest, highest) over seeds, or the interval if there is only one seed."""
         return (min(self.values), max(self.values)) if len(self.values) > 1 else self.ci or (self.mean, self.mean)
 
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """Settings by a figure, best first; those without one last."""
+    """Settings ranked by a figure, best first; settings without it come last."""
 
     figure: Metric
     up: bool
@@ -137,13 +137,13 @@ class Ranking:
 
     @property
     def best(self) -> tuple[Row, ...]:
-        """Whole settings with the best mean."""
+        """The complete settings with the best mean; several if tied."""
         whole = [r for r in self.rows if r.whole and r.values]
         return tuple(r for r in whole if r.mean == whole[0].mean) if whole else ()
 
 
 def ranking(data: ReportData) -> Ranking | None:
-    """Settings by what the sweep is judged by, or else by the first figure that the runs have; None where they have none."""
+    """Rank settings by the sweep's metric, or by the first main metric that the runs have; None if there is none."""
     table_ = mapping(data.sweep.get("table"))
     logged = (m for m in JUDGED_BY if any(num(r.last, f"eval/{m}") is not None for r in data.runs))
     name = text(table_.get("metric")).removeprefix("eval/") or next(logged, "")
@@ -186,7 +186,7 @@ def _remark(run: RunData, state: str, record: Mapping[str, Any]) -> str:
 
 
 def settings_table(data: ReportData) -> Element | None:
-    """One line a setting with its mean and spread; without any figure, the settings and how far they are."""
+    """A table of settings with mean and spread; if there are no figures yet, with the status of each seed."""
     ranked = ranking(data)
     if ranked is None:
         seeds = [", ".join(f"{r.seed}: {r.status or '?'}" for r in s.runs) for s in data.settings]
@@ -205,7 +205,7 @@ def settings_table(data: ReportData) -> Element | None:
 
 
 def name(setting: Setting) -> Element:
-    """A setting's letter, line and name."""
+    """A setting's letter, line sample and name."""
     return el("span", el("b", setting.key, class_="key"), swatch(setting.place), " ", said(setting.name), class_="who")
 
 
@@ -223,7 +223,7 @@ def _line(row: Row, ranked: Ranking, share: bool, scale: Pair, best: bool) -> li
 
 
 def spread(row: Row, share: bool) -> str:
-    """How sure a setting's mean is: over seeds where there are several, else over held-out rows."""
+    """Describe a mean's uncertainty: range and sd over seeds if there are several, else the interval over held-out rows."""
     if len(row.values) > 1:
         sd = f"{100 * stdev(row.values):.1f} points" if share else shown(stdev(row.values))
         return f"{shown(row.range[0], share)} to {shown(row.range[1], share)} over seeds, sd {sd}"
@@ -231,10 +231,10 @@ def spread(row: Row, share: bool) -> str:
 
 
 def held_out_rows(data: ReportData) -> list[float]:
-    """How many held-out rows the runs were evaluated on."""
+    """The distinct numbers of held-out rows that the runs were evaluated on, ascending."""
     return sorted({v for r in data.runs if (v := num(r.last, "eval/rows")) is not None})
 
 
 def tried(data: ReportData) -> int:
-    """Settings that were tried, those that are not in the report too."""
+    """The number of settings tried, including any that are not in the report."""
     return max(len(data.settings), len(mappings(mapping(data.sweep.get("table")).get("settings"))))

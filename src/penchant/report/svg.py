@@ -1,4 +1,4 @@
-"""Numbers, plots and axes as SVG."""
+"""Number formatting, axes and plots as inline SVG."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from penchant.report.html import Element, Node, el, fold, said, table
 
-# ---- Figures as a person reads them, and round places on an axis ----
+# ---- Number formatting, and round positions on an axis ----
 
 MISSING = "–"
 MINUS = "\u2212"
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def number(value: float | None) -> str:
-    """Three significant digits, thousands separated, exponents only where they help."""
+    """Format a number: three significant digits, thousands separators, exponents only from 1e6 and below 1e-3."""
     if value is None or not math.isfinite(value):
         return MISSING
     if value == 0:
@@ -33,24 +33,24 @@ def number(value: float | None) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A share as a percentage with one digit."""
+    """Format a share as a percentage with one decimal."""
     return MISSING if value is None or not math.isfinite(value) else _minus(f"{100 * value:.1f}%")
 
 
 def shown(value: float | None, share: bool = False) -> str:
-    """A figure by its kind."""
+    """Format a figure as a percentage if it is a share, else as a number."""
     return percent(value) if share else number(value)
 
 
 def interval(low: float, high: float, share: bool = False) -> str:
-    """``[low, high]`` with as many digits as its width deserves; nothing where it has none, or rounding leaves it none."""
+    """``[low, high]`` with digits to match its width; empty if the width is zero, also after rounding."""
     digits = None if share else _digits(low, high)
     ends = [percent(v) if share else number(v) if digits is None else _fixed(v, digits) for v in (low, high)]
     return "" if ends[0] == ends[1] else f"[{ends[0]}, {ends[1]}]"
 
 
 def estimate(value: float | None, ci: tuple[float, float] | None, share: bool = False) -> str:
-    """A figure with as many digits as its interval."""
+    """Format a figure with as many digits as its interval."""
     digits = None if share or ci is None else _digits(*ci)
     if value is None or digits is None:
         return shown(value, share)
@@ -58,12 +58,12 @@ def estimate(value: float | None, ci: tuple[float, float] | None, share: bool = 
 
 
 def with_interval(value: float, ci: tuple[float, float] | None, share: bool = False) -> str:
-    """A figure with its interval behind it, where it has one."""
+    """Format a figure followed by its interval, if any."""
     return f"{estimate(value, ci, share)} {interval(*ci, share) if ci else ''}".rstrip()
 
 
 def _digits(low: float, high: float) -> int | None:
-    """Decimals: two digits of the width, and so many that an end beside zero does not look like zero; None: as any number."""
+    """Decimals for two significant digits of the width, or more so that an end near zero is not shown as zero; None: use the default."""
     width = high - low
     if not math.isfinite(width) or width <= 0 or max(abs(low), abs(high)) >= 1e6:
         return None
@@ -82,7 +82,7 @@ def _minus(text: str) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """``1 h 05 min``, ``12 min 30 s``, ``45 s``."""
+    """Format seconds: ``1 h 05 min``, ``12 min 30 s``, ``45 s``."""
     if seconds is None or not math.isfinite(seconds) or seconds < 0:
         return MISSING
     whole = round(seconds)
@@ -109,7 +109,7 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Round positions on a log axis: 1, 2, 5 times powers of ten; of many decades powers of ten only."""
+    """Round positions on a log axis: 1, 2, 5 times powers of ten; only powers of ten if there are many decades."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     factors: Sequence[int] = (1, 2, 5) if last - first <= 3 else (1,)
     every = max(1, (last - first) // 6)
@@ -118,7 +118,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def tick_labels(places: Sequence[float]) -> list[str]:
-    """One text a tick, all with the same number of decimals."""
+    """One label per tick, all with the same number of decimals."""
     if not places:
         return []
     sizes = [abs(p) for p in places if p]
@@ -130,7 +130,7 @@ def tick_labels(places: Sequence[float]) -> list[str]:
 
 
 def log_labels(places: Sequence[float]) -> list[str]:
-    """One text a tick of a log axis."""
+    """One label per tick of a log axis."""
     return [_short(p) if p >= 1e5 or p < 1e-3 else f"{p:,.10g}" for p in places]
 
 
@@ -142,9 +142,9 @@ def _short(value: float) -> str:
 
 
 def thin(points: Sequence[Point], columns: int) -> list[Point]:
-    """What a line of many points looks like in so many columns: the first, lowest, highest and last point of each.
+    """Downsample a line to the first, lowest, highest and last point of each pixel column.
 
-    Nothing that the eye could see is lost: every peak stays.
+    No visible detail is lost: every peak stays.
     """
     if len(points) <= 4 * columns:
         return list(points)
@@ -169,12 +169,12 @@ def _outline(bucket: Sequence[Point]) -> list[Point]:
 
 
 def window(points: int) -> int:
-    """How many of so many points a running mean is over."""
+    """Window size of the running mean for a line of `points` points."""
     return 2 * max(2, points // 60) + 1
 
 
 def smooth(points: Sequence[Point]) -> tuple[Point, ...]:
-    """Means of a moving, centered window; at the ends the window is what there is of it."""
+    """Centered running mean; the window is truncated at the ends."""
     half = window(len(points)) // 2
     sums = [0.0, *accumulate(y for _, y in points)]
     ends = [(max(0, i - half), min(len(points), i + half + 1)) for i in range(len(points))]
@@ -182,22 +182,22 @@ def smooth(points: Sequence[Point]) -> tuple[Point, ...]:
 
 
 def spread_out(items: Sequence[T], limit: int) -> list[T]:
-    """At most `limit` of the items, evenly among them, with the first and the last."""
+    """Pick at most `limit` evenly spaced items, including the first and the last."""
     if len(items) <= limit:
         return list(items)
     places = sorted({round(i * (len(items) - 1) / (limit - 1)) for i in range(limit)})
     return [items[p] for p in places]
 
 
-# ---- Plots as inline SVG: whole without script and on paper, colored by the stylesheet, with the figures in a table behind them ----
+# ---- Plots as inline SVG: complete without script and on paper, colored by the stylesheet, with the figures in a folded table ----
 
 WIDTH, HEIGHT = 520, 290
 LEFT, TOP, BOTTOM = 60, 12, 44
 PLAIN_RIGHT, LETTER_RIGHT, WORD_RIGHT = 16, 34, 88
 COLORS, DASHES = 8, ("", "7 4", "2 3", "9 3 2 3")
-ROWS_BEHIND = 40  # of the table behind a plot
-COLUMNS = 1500  # of all lines of a plot together, four points each: what keeps a page of many runs small
-LARGEST = 1e150  # beyond it differences overflow
+ROWS_BEHIND = 40  # maximum rows of a plot's table
+COLUMNS = 1500  # over all lines of a plot, at four points per column: keeps pages of many runs small
+LARGEST = 1e150  # larger values would overflow in differences
 LABEL_GAP = 15.0
 MOST_TAGS = 16
 Band = tuple[float, float, float]
@@ -208,10 +208,10 @@ class Line:
     """One line of a plot.
 
     Args:
-        label: in the table; points: exact (x, y); place: of its setting, for color and dashes.
-        ends: (x, low, high) of intervals; marked: points are few and exact, each with a dot; look: ``thick``, ``thin``, ``faint``.
-        tag: what stands at its end, "" for nothing; column: whether the table behind shows it; group: what highlights it.
-        drawn: what is drawn in place of `points` (a running mean), or None.
+        label: in the table; points: exact (x, y); place: index of its setting, for color and dashes.
+        ends: (x, low, high) of intervals; marked: draw a dot at each point; look: ``thick``, ``thin``, ``faint``.
+        tag: label at the end of the line, "" for none; column: whether the table includes it; group: key of the setting, for highlighting.
+        drawn: points drawn instead of `points` (a running mean), or None.
     """
 
     label: str
@@ -228,7 +228,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """A horizontal line at a value that means something: chance, the start."""
+    """A horizontal reference line: chance, the start."""
 
     value: float
     label: str
@@ -239,8 +239,8 @@ class Plot:
     """A plot of lines.
 
     Args:
-        key: its id on the page; says: what is to be seen, in a sentence, for those who cannot see it; note: how it was drawn.
-        share: values are shares, shown in percent; log_y: a log axis.
+        key: its id on the page; says: text description for screen readers; note: how it was drawn.
+        share: values are shares, shown in percent; log_y: log axis if values span more than two decades; whole_x: integer ticks on the x axis.
     """
 
     key: str
@@ -258,7 +258,7 @@ class Plot:
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """A scale from values to places in the picture."""
+    """A scale that maps values to coordinates of the picture."""
 
     low: float
     high: float
@@ -271,7 +271,7 @@ class Axis:
         return self.start + (v - a) / (b - a) * (self.end - self.start)
 
     def ticks(self, wanted: int, whole: bool = False) -> list[tuple[float, str]]:
-        """Places and texts of round values."""
+        """(value, label) of the ticks."""
         if self.log:
             places = log_ticks(self.low, self.high)
             return list(zip(places, log_labels(places), strict=True))
@@ -282,7 +282,7 @@ class Axis:
 
 
 def axis(values: Sequence[float], start: float, end: float, *, log: bool = False, pad: float = 0.06) -> Axis:
-    """A scale that shows all values with a little room."""
+    """Make an axis that covers all values with some padding."""
     low, high = min(values), max(values)
     if log and low > 0:
         factor = (high / low) ** pad if high > low else 2.0
@@ -292,7 +292,7 @@ def axis(values: Sequence[float], start: float, end: float, *, log: bool = False
 
 
 def figure(plot: Plot) -> Element | None:
-    """A plot with its title, its picture, and the table behind it; None where there is not one point."""
+    """Draw a plot with its title and a folded table of its figures; None if it has no points."""
     lines = [x for x in (_finite(x) for x in plot.lines) if x.points]
     if not lines:
         return None
@@ -344,7 +344,7 @@ def _finite(line: Line) -> Line:
 def grid(
     across: Axis, up: Axis, x_label: str, share: bool, *, wanted: int = 5, whole: bool = False, upright: bool = False
 ) -> list[Element]:
-    """Lines and labels of the ticks, about so many across, and what the axis below is; upright: lines at its ticks too."""
+    """Grid lines, tick labels and the x axis label; wanted: approximate number of x ticks; upright: vertical grid lines too."""
     left, right, bottom = across.start, across.end, up.start
     made = []
     for value, label in up.ticks(5):
@@ -368,12 +368,12 @@ def _level(level: Level, across: Axis, up: Axis) -> Element | None:
 
 
 def style_of(place: int) -> str:
-    """Classes of a setting's color and dashes: eight colors, then the same ones dashed."""
+    """CSS classes for a setting's color and dashes: eight colors, then the same colors dashed."""
     return f"c{place % COLORS} d{place // COLORS % len(DASHES)}"
 
 
 def path_of(points: Iterable[Point], across: Axis, up: Axis) -> str:
-    """A path through the points, in whole tenths; steps are relative, which takes half the room."""
+    """SVG path data through the points, rounded to tenths; relative steps take half the space."""
     made: list[str] = []
     last = (0, 0)
     for x, y in points:
@@ -411,9 +411,9 @@ def _draw(line: Line, across: Axis, up: Axis, columns: int) -> Element:
 
 
 def _tags(lines: Sequence[Line], across: Axis, up: Axis) -> list[Element]:
-    """Letters or words at the lines' ends, moved apart where they would stand on each other."""
+    """Letters or words at the ends of lines, moved apart if they would overlap."""
     tagged = [(up((x.drawn or x.points)[-1][1]), across((x.drawn or x.points)[-1][0]), x) for x in lines if x.tag]
-    if len(tagged) > MOST_TAGS:  # then the legend tells them apart
+    if len(tagged) > MOST_TAGS:  # too many: the legend has to do
         return []
     made = []
     for side in _sides(tagged):
@@ -424,7 +424,7 @@ def _tags(lines: Sequence[Line], across: Axis, up: Axis) -> list[Element]:
 
 
 def _sides(tagged: Sequence[tuple[float, float, Line]]) -> list[list[tuple[float, float, Line]]]:
-    """Tags that go beside each other: lines that end at about the same place."""
+    """Group the tags of lines that end at about the same x, which could overlap."""
     found: list[list[tuple[float, float, Line]]] = []
     for item in sorted(tagged, key=lambda t: t[1]):
         if found and item[1] - found[-1][-1][1] < LABEL_GAP:
@@ -435,7 +435,7 @@ def _sides(tagged: Sequence[tuple[float, float, Line]]) -> list[list[tuple[float
 
 
 def apart(places: Sequence[float], low: float, high: float, gap: float) -> list[float]:
-    """Places moved so that neighbors stand `gap` apart (less where there is no room), near where they were, in their order."""
+    """Move positions as little as needed for neighbors to be `gap` apart (less if there is no room), keeping their order."""
     if not places:
         return []
     order = sorted(range(len(places)), key=lambda i: places[i])
@@ -455,7 +455,7 @@ def apart(places: Sequence[float], low: float, high: float, gap: float) -> list[
 
 
 def _behind(plot: Plot, lines: Sequence[Line]) -> Element:
-    """The exact figures at so many of the places; the script reads its read-outs from here."""
+    """Table of exact figures at up to `ROWS_BEHIND` (or twice as many) x values; the script reads its tooltips from it."""
     columns = [x for x in lines if x.column]
     limit = ROWS_BEHIND if len(columns) > 4 else 2 * ROWS_BEHIND
     every = sorted({x for line in columns for x, _ in line.points})
@@ -479,12 +479,12 @@ def _cell(value: float | None, ends: tuple[float, float] | None, share: bool) ->
 
 
 def tag(words: Node | Iterable[Node], place: int, x: float | str, y: float, group: str) -> Element:
-    """A setting's letter or name beside its line."""
+    """A setting's letter or name next to its line."""
     return el("text", words, class_=f"tag {style_of(place)}", x=x, y=f"{y:.1f}", data_g=group or None)
 
 
 def swatch(place: int) -> Element:
-    """A short piece of a setting's line, for legends."""
+    """A short line sample of a setting, for legends."""
     return el(
         "svg",
         el("path", class_="thick", d="M1 5H27"),
@@ -497,7 +497,7 @@ def swatch(place: int) -> Element:
 def strip(
     value: float, ci: tuple[float, float] | None, null: float | None, low: float, high: float, place: int = 0
 ) -> Element:
-    """An estimate with its interval on a short axis, and the value at which nothing was learned."""
+    """A small plot of an estimate with its interval, and a line at `null`, its value if nothing was learned."""
     at = Axis(low, high, 6, 154) if high > low else Axis(low - 1, high + 1, 6, 154)
     parts: list[Node] = [el("line", class_="grid", x1=0, x2=160, y1=10, y2=10)]
     if null is not None:
@@ -509,7 +509,7 @@ def strip(
 
 
 def sparkline(values: Sequence[float], label: str) -> Element | None:
-    """A small line of a flag's evidence."""
+    """A small line plot for a flag's evidence; None for fewer than two values."""
     kept = [v for v in values if math.isfinite(v)]
     if len(kept) < 2:
         return None

@@ -1,4 +1,4 @@
-"""What came out, in words."""
+"""The verdict section: the outcome of runs and comparisons in words, and held-out figures."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from penchant.report.settings import Ranking, Row, held_out_rows, ranking, sprea
 from penchant.report.svg import MISSING, estimate, interval, number, shown, strip
 from penchant.runfolder.values import FEW_ROWS, ci_of, mapping, mappings, num, rows_behind, sequence, text, unchanged
 
-# ---- The verdict: what came out, in words, before any figure; also that nothing did ----
+# ---- The verdict: the outcome in words, before any figure, also if nothing was shown ----
 
 Tone = Literal["good", "bad", "open", "plain"]
 TONES: tuple[Tone, ...] = ("good", "bad", "open")
 MARK = {"good": "\u25b2", "bad": "\u25bc", "open": "\u25cb", "plain": "\u2022"}
 TONE_WORD = {"good": "shown: ", "bad": "worse: ", "open": "not shown: ", "plain": ""}
 TONE_OF: dict[str, Tone] = {"better": "good", "worse": "bad", "unclear": "open"}
-MOST = 8  # sentences of a comparison that are not folded
+MOST = 8  # sentences of a comparison before the rest is folded
 HELD_OUT = [m for m in METRICS.values() if m.label]
 
 
 def statement(tone: Tone, *words: Node | Iterable[Node], lead: bool = False) -> Element:
-    """A sentence of the verdict with a mark that says how sure it is; the mark is also said in words, for those who cannot see it."""
+    """A sentence of the verdict with a mark for its tone, which screen readers get in words."""
     if lead and tone == "plain":
         return el("p", *words, class_="lead bare")
     mark = el("span", MARK[tone], class_=f"mark {tone}", aria_hidden="true")
@@ -35,7 +35,7 @@ def statement(tone: Tone, *words: Node | Iterable[Node], lead: bool = False) -> 
 
 
 def verdict(data: ReportData) -> Element:
-    """All sentences, the comparison's first where there is one."""
+    """All sentences of the verdict, starting with those of comparisons."""
     parts = [part for comparison in data.comparisons for part in of_comparison(comparison)]
     if data.kind == "run" and data.runs:
         parts += of_run(data.runs[0], first=not parts)
@@ -57,11 +57,11 @@ def headline(data: ReportData) -> str:
 
 
 def of_comparison(comparison: Comparison) -> list[Node]:
-    """The comparison's own sentences, and what they are of."""
+    """The comparison's own sentences, heading and notes."""
     figures = comparison.figures
     sentences = [text(s) for s in sequence(figures.get("sentences"))]
     about = [mapping(v) for v in sequence(figures.get("verdict"))]
-    about += [{}] * (len(sentences) - len(about))  # an older file says nothing of its sentences
+    about += [{}] * (len(sentences) - len(about))  # older files have no tones
     if not sentences:
         why = " holds no verdict: it was not finished, or is of an older version."
         return [statement("open", said(comparison.name), why, lead=True)]
@@ -70,7 +70,7 @@ def of_comparison(comparison: Comparison) -> list[Node]:
     spoken = [(by, tone, said(s, tag="span")) for by, tone, s in zip(bys, tones, sentences, strict=False)]
     aside = [statement(tone, words) for by, tone, words in spoken if by]
     main = [(tone, words) for by, tone, words in spoken if not by]
-    if not main:  # it is by a judge alone
+    if not main:  # only a judge's comparison
         main, aside = [(tone, words) for _, tone, words in spoken], []
     stated = [statement(tone, words, lead=i == 0) for i, (tone, words) in enumerate(main)]
     made: list[Node] = [*stated[:MOST]]
@@ -91,7 +91,7 @@ def of_comparison(comparison: Comparison) -> list[Node]:
 
 
 def of_run(run: RunData, first: bool = True) -> list[Node]:
-    """What changed against the start on held-out rows, in words."""
+    """Changes since the start on held-out rows, in words."""
     made: list[Node] = []
     own = text(run.results.get("verdict"))
     if own:
@@ -104,7 +104,7 @@ def of_run(run: RunData, first: bool = True) -> list[Node]:
         return made
     order = [c for n, c in found.items() if c.figure.main and not (n == "loss" and "reward" in found)]
     same, of = unchanged(run.samples)
-    stays = 0 < of == same  # whatever likelihoods say, nobody who asks it sees a difference
+    stays = 0 < of == same  # even if likelihoods changed, users see the same answers
     for i, change in enumerate(order):
         lead = first and i == 0 and not own
         tone = "open" if all_tied(run.last, f"eval/{change.figure.name}") else TONE_OF.get(change.reading, "plain")
@@ -121,7 +121,7 @@ def of_run(run: RunData, first: bool = True) -> list[Node]:
         if own:
             held = "" if rows is None else f"{rows:,.0f} "
             words = f"On the {held}held-out rows by themselves nothing separates from chance."
-        elif all(c.figure.null is None for c in judged):  # a loss: chance gives no value to separate from
+        elif all(c.figure.null is None for c in judged):  # only losses, which have no chance level
             words = "The intervals of start and end overlap on the held-out rows, so a change is not shown; more rows narrow them."
         nothing = statement("open", words, lead=first and not own)
         at = 1 if own else 0
@@ -183,7 +183,7 @@ def _against_start(c: Change) -> str:
 
 
 def cards(run: RunData) -> Element | None:
-    """The goals that a run brings with it (`penchant demo`), each with whether it was met."""
+    """The goals recorded with a run (`penchant demo`), and whether each was met."""
     made = []
     for h in mappings(run.results.get("headline")):
         after, before = num(h, "after"), num(h, "before")
@@ -216,7 +216,7 @@ def _goal(h: Mapping[str, Any]) -> Element | None:
 
 
 def of_runs(data: ReportData) -> list[Node]:
-    """The best by validation, and why that proves nothing."""
+    """The best setting by validation, with caveats."""
     progress = _progress(data)
     ranked = ranking(data)
     if ranked is None:
@@ -244,7 +244,7 @@ def of_runs(data: ReportData) -> list[Node]:
 
 
 def _cut(data: ReportData) -> list[Node]:
-    """Runs that successive halving left behind: no results."""
+    """A sentence on the runs that successive halving stopped early."""
     states = [text(mapping(r).get("state")) for r in mapping(data.sweep.get("runs")).values()]
     n = states.count("cut")
     if not n:
@@ -284,7 +284,7 @@ def _progress(data: ReportData) -> list[Node]:
     return [] if done else [statement("plain", f"{', '.join(parts)}.")]
 
 
-# ---- Held-out figures of a run: at the start and at the end, with intervals, drawn beside what chance would give ----
+# ---- Held-out figures of a run: at the start and at the end, with intervals, drawn next to the chance level ----
 
 Pair = tuple[float, float] | None
 Reading = Literal["better", "worse", "moved", "unclear", "plain"]
@@ -295,8 +295,8 @@ class Change:
     """A figure at the start and at the end of a run.
 
     Args:
-        before: None where it was not evaluated at the start, or means nothing there; reading: what may be said of it.
-        change_ci: of the change since the start, each row against itself; None where it is not known.
+        before: None if it was not evaluated at the start.
+        change_ci: interval of the change since the start, paired by row; None if unknown.
     """
 
     figure: Metric
@@ -308,16 +308,18 @@ class Change:
 
     @property
     def brackets(self) -> str:
-        """Its interval, where it has a width."""
+        """The interval as text; empty if it has no width."""
         ci = self.after_ci
         return interval(*ci, self.figure.share) if ci and ci[0] < ci[1] else ""
 
     @property
     def reading(self) -> Reading:
-        """``better`` or ``worse`` where an interval says so, ``moved`` where only that it moved, ``unclear`` where none says so.
+        """What the intervals show.
 
-        Against a value of no effect (one half, zero) the interval has to lie to one side of it; against a start that was measured on
-        the same rows the interval of the change, or, where rows were not paired, both intervals have to lie apart, which asks for more.
+        ``better`` or ``worse``; ``moved`` if neither direction is better; ``unclear`` if nothing is shown; ``plain`` without an interval
+        or a value to compare with.
+        The interval of the paired change must exclude zero. Without one, the figure's interval must exclude its null value (one half,
+        zero) or, if it has none, not overlap the start's interval, which is stricter than a paired test.
         """
         if self.after_ci is None:
             return "plain"
@@ -338,7 +340,7 @@ class Change:
 
 
 def changes(run: RunData) -> list[Change]:
-    """Every known figure of the last evaluation, with that of the start."""
+    """Every known figure of the last evaluation, with its value at the start."""
     first: Mapping[str, Any] = run.first if len(run.evals) > 1 else {}
     found = []
     for figure in HELD_OUT:
@@ -351,7 +353,7 @@ def changes(run: RunData) -> list[Change]:
 
 
 def held_out(run: RunData) -> Element | None:
-    """The table; None where nothing was evaluated."""
+    """Table of held-out figures at start and end; None if nothing was evaluated."""
     found = changes(run)
     if not found:
         return None
@@ -384,7 +386,7 @@ def _strip(c: Change) -> Node:
 
 
 def by_length(run: RunData) -> Element | None:
-    """A reward model's accuracy in quartiles of the length gap; None where it has none."""
+    """A reward model's accuracy in quartiles of the length gap; None if there are no such figures."""
     length = mapping(run.calibration.get("length"))
     rows: list[Sequence[Node]] = []
     for q in sequence(length.get("quartiles")):

@@ -1,4 +1,4 @@
-"""Who wins against whom: a matrix with intervals, raw and at equal length, and the figures of every compared model."""
+"""Win rates between models: a matrix with intervals, raw and at equal length, and the figures of every compared model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from penchant.report.html import Element, Node, el, note, panel, said
 from penchant.report.svg import MISSING, estimate, interval, percent, shown, strip
 from penchant.runfolder.values import ci_of, mapping, mappings, num, text
 
-SHADES = 5  # of a cell, to each side of one half
+SHADES = 5  # of a cell's color on each side of one half
 FIGURES = (  # name, label, share
     ("reward", "reward", False),
     ("reward_change", "change of reward against {first}", False),
@@ -31,7 +31,7 @@ FIGURES = (  # name, label, share
 
 
 def win_rates(data: ReportData) -> Element | None:
-    """Both matrices of every comparison, by its reward and by every other one; None where there are no pairs."""
+    """Both matrices of every comparison, by its reward and by every other one; None if there are no pairs."""
     parts: list[Node] = []
     for c in data.comparisons:
         first = next(iter(mapping(c.figures.get("models"))), "")
@@ -54,7 +54,7 @@ def win_rates(data: ReportData) -> Element | None:
 
 
 def pairs_of(comparison: Comparison) -> list[dict[str, Any]]:
-    """A comparison's pairs; of one of an older version those with the first model, which is all that it knew."""
+    """A comparison's pairs. Older versions recorded only those with the first model."""
     pairs = mappings(comparison.figures.get("comparisons"))
     if pairs:
         return pairs
@@ -69,14 +69,14 @@ def pairs_of(comparison: Comparison) -> list[dict[str, Any]]:
 
 
 def rate_of(pair: Mapping[str, Any], field: str) -> Interval | None:
-    """One of a pair's intervals."""
+    """An interval of a pair by its field; None if missing."""
     found = mapping(pair.get(field))
     value, low, high = num(found, "estimate"), num(found, "low"), num(found, "high")
     return None if value is None or low is None or high is None else Interval(value, low, high)
 
 
 def cells_of(pairs: Sequence[Mapping[str, Any]], field: str) -> dict[tuple[str, str], Interval]:
-    """(row, column) -> rate, both ways round."""
+    """(row, column) -> win rate, in both directions."""
     cells: dict[tuple[str, str], Interval] = {}
     for pair in pairs:
         rate = rate_of(pair, field)
@@ -136,12 +136,12 @@ def _pairs_table(pairs: Sequence[Mapping[str, Any]], judge: str, outcome: str) -
 
 
 def p_value(p: float | None) -> str:
-    """A p-value with the digits that matter."""
+    """Format a p-value with its significant digits."""
     return MISSING if p is None else p_text(p)
 
 
 def compared_figures(data: ReportData) -> Element | None:
-    """Every compared model's figures, one column a model; None without a comparison."""
+    """Figures of every compared model, one column per model; None without a comparison."""
     parts = []
     for c in data.comparisons:
         models = {name: with_k3(mapping(figures)) for name, figures in mapping(c.figures.get("models")).items()}

@@ -1,7 +1,7 @@
-"""Trust flags: what a careful reader would want to know before believing a run or a comparison, each with its evidence.
+"""Trust flags: findings, each with its evidence, that a careful reader should know before believing a run or a comparison.
 
-A rule is a pure function of the lines of metrics.jsonl (and config and audit), or of comparison.json and its rows; what it says of itself is in
-rules.yaml. `RULES` is the registry that the command, the docs page and the tests go through.
+A rule is a pure function of the lines of metrics.jsonl (with config and audit), or of comparison.json and its rows. Its documentation is in
+rules.yaml. `RULES` is the registry used by the command, the docs page and the tests.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["RULES", "TrustConfig", "comparison_flags", "run_flags"]
 
 OF_RUN = of_training.OF_RUN | of_comparison.OF_RUN | of_data.OF_RUN
 OF_COMPARISON = of_training.OF_COMPARISON | of_comparison.OF_COMPARISON
-LIMITS = of_training.LIMITS | of_comparison.LIMITS  # figures that the rules' texts name
+LIMITS = of_training.LIMITS | of_comparison.LIMITS  # constants filled into the texts of rules.yaml
 
 
 def _rule(name: str, said: dict[str, Any]) -> Rule:
@@ -44,11 +44,11 @@ def run_flags(
     trust: TrustConfig | None = None,
     samples: Sequence[Mapping[str, Any]] = (),
 ) -> list[Flag]:
-    """The flags of a run, warnings first; of one that has no lines yet what its rows alone give reason for.
+    """Return the flags of a run, warnings first. A run without lines yet can only get flags about its rows.
 
     Args:
-        lines: of metrics.jsonl; config: of config.resolved.yaml (its `trust` section is read where `trust` is None); audit: audit.json;
-        samples: of samples.jsonl.
+        lines: of metrics.jsonl; config: from config.resolved.yaml (its `trust` section is used if `trust` is None); audit: audit.json;
+        samples: lines of samples.jsonl.
     """
     if trust is None:
         section = (config or {}).get("trust")
@@ -60,10 +60,10 @@ def run_flags(
 def comparison_flags(
     figures: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = (), *, trust: TrustConfig | None = None
 ) -> list[Flag]:
-    """The flags of a comparison, warnings first.
+    """Return the flags of a comparison, warnings first.
 
     Args:
-        figures: comparison.json; rows: of comparison.jsonl, needed for the win rate at equal length where `figures` does not have it.
+        figures: comparison.json; rows: of comparison.jsonl, needed for the win rate at equal length if `figures` lacks it.
     """
     view = ComparisonView(figures, rows, trust or TrustConfig())
     return _flags((r, seen) for r in RULES.values() if r.of_comparison for seen in r.of_comparison(view))
@@ -73,16 +73,16 @@ def _flags(found: Iterable[tuple[Rule, Seen]]) -> list[Flag]:
     return sorted((rule.flag(seen) for rule, seen in found), key=lambda f: f.level != "warning")
 
 
-# ---- Flags of folders: read what a run or a comparison left, write flags.json, show them to a person ----
+# ---- Flags of folders: read a run or a comparison, write flags.json, print flags ----
 
-SHOWN = 8  # values of a piece of evidence that fit in a line
+SHOWN = 8  # values of a piece of evidence shown in its line
 
 
 def flags_of(path: Path | str) -> list[Flag]:
-    """The flags of a run's folder, or of a folder (or file) with a comparison.json.
+    """Return the flags of a run folder, or of a comparison.json or the folder with it.
 
     Raises:
-        CheckpointError: no such folder, neither a run nor a comparison in it, or files that Penchant did not write so.
+        CheckpointError: no such folder, neither a run nor a comparison in it, or files not in Penchant's format.
     """
     try:
         return _flags_of(Path(path))
@@ -108,7 +108,7 @@ def _flags_of(path: Path) -> list[Flag]:
 
 
 def write_flags(run: Path, say: Callable[[str], None] = lambda _: None) -> list[Flag]:
-    """Flags of a run, also as RUN/flags.json: a list, warnings first; `say`: where it is told that the file cannot be written."""
+    """Return the flags of a run, warnings first, and write them to RUN/flags.json; `say` gets a note if that cannot be written."""
     found = _of_run(run)
     with spared(run / FLAGS, say):
         keep(run / FLAGS, json.dumps([f.to_json() for f in found], indent=1, ensure_ascii=False))
@@ -119,21 +119,21 @@ def _of_run(path: Path) -> list[Flag]:
     run = read(path)
     try:
         trust = TrustConfig.model_validate(run.config.get("trust") or {})
-    except ValueError:  # a file of another version
+    except ValueError:  # written by another version
         trust = TrustConfig()
     return run_flags(run.metrics, run.config, run.audit, trust=trust, samples=run.samples)
 
 
-# ---- for people ----
+# ---- printing ----
 
 
 def summary(flags: Sequence[Flag]) -> str:
-    """One line a flag, for the end of a run."""
+    """One line per flag, printed at the end of a run."""
     return "\n".join(f"{_mark(f)}: {_about(f)}{printable(f.sentence)} ({f.name})" for f in flags)
 
 
 def as_text(flags: Sequence[Flag]) -> str:
-    """Every flag with its evidence and what to do."""
+    """Format every flag with its evidence and advice."""
     if not flags:
         return "no flags: no rule of docs/trust.md fired, which does not prove that nothing is wrong"
     parts = []
@@ -158,7 +158,7 @@ def _wrapped(text: str) -> list[str]:
 
 
 def _values(e: Evidence) -> str:
-    """First and last values, with their steps."""
+    """Format values with their steps; only the first and last ones if there are many."""
     shown = [
         number(v) + (f" (step {s:,})" if s is not None else "")
         for v, s in zip(e.values, e.steps or (None,) * len(e.values), strict=False)
@@ -170,7 +170,7 @@ def _values(e: Evidence) -> str:
 
 
 def markdown() -> str:
-    """The rules as docs/trust.md lists them."""
+    """The thresholds and rules in Markdown, for docs/trust.md."""
     fields = TrustConfig.model_fields
     lines = ["| key | default | |", "|---|---|---|"]
     lines += [f"| `trust.{name}` | `{info.default}` | {info.description} |" for name, info in fields.items()]

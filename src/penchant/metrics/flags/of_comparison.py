@@ -1,4 +1,4 @@
-"""Trust rules over a comparison."""
+"""Trust rules about comparisons: length, judges, number of prompts and seeds."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from penchant.metrics.flags.rule import (
 from penchant.metrics.stats import Interval, bootstrap_ci, length_controlled_win_rate
 from penchant.runfolder.values import ci_of, mapping, num
 
-# ---- Accuracy and wins that length alone explains ----
+# ---- Accuracy and win rates explained by length alone ----
 
-APART = 0.05  # raw and at equal length: a smaller difference is not reported
+APART = 0.05  # smallest reported difference between the win rate and that at equal length
 
 
 def _length_of_run(run: RunView) -> Seen | None:
@@ -33,7 +33,7 @@ def _length_of_run(run: RunView) -> Seen | None:
         return None
     right, controlled, agreement, longer = (s[-1] for s in series)
     if right.bounds()[0] <= 0.5:
-        return None  # nothing was learned that could be explained
+        return None  # nothing was learned that length could explain
     label = "accuracy, at equal length, agreement with length, of the rule alone"
     values = [s[-1].value for s in series]
     sides = agreement.bounds()
@@ -84,7 +84,7 @@ def _from_figures(figures: Mapping[str, Any]) -> tuple[Interval, Interval] | Non
 
 
 def _from_rows(view: ComparisonView, name: str) -> tuple[Interval, Interval] | None:
-    """Each completion against the first model's of the same row, by the reward that is in the rows."""
+    """Win rate, raw and at equal length, of a model's completions over the first model's, by the rewards in the rows."""
     wins, mine, theirs, prompts = [], [], [], []
     for row in view.rows:
         completions = row.get("completions") or {}
@@ -103,7 +103,7 @@ def _from_rows(view: ComparisonView, name: str) -> tuple[Interval, Interval] | N
     )
 
 
-# ---- Judges that cannot be relied on: by position, by failures, by each other ----
+# ---- Unreliable judges: position preference, failures, disagreement with the reward ----
 
 
 def _position(view: ComparisonView) -> Iterator[Seen]:

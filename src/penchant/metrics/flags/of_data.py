@@ -1,4 +1,4 @@
-"""Trust rules on what a run learned from and is judged by: its rows, held-out rows, reward and samples."""
+"""Trust rules about a run's data: its rows, held-out rows, ties of its reward, and samples."""
 
 from __future__ import annotations
 

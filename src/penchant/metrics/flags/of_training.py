@@ -1,4 +1,4 @@
-"""Trust rules over the lines of a training run."""
+"""Trust rules about training: KL, perplexity, likelihood displacement, length, overfitting, skipped steps."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from penchant.metrics.flags.rule import (
 from penchant.metrics.stats import wilson
 from penchant.runfolder.values import is_online, num
 
-# ---- KL and perplexity that leave their bands ----
+# ---- KL and perplexity outside their accepted ranges ----
 
 
 HARDLY_MOVED = "The policy hardly moved: raise train.lr, train longer, or lower the pull towards the reference."
@@ -64,7 +64,7 @@ REFERENCE = "the reference's"
 
 
 def _log(points: Sequence[Point], run: RunView, name: str) -> list[Point]:
-    """A ratio at every evaluation, as a logarithm, with the standard error of that."""
+    """The logarithm of a ratio at every evaluation, with its standard error."""
     intervals = {int(m["step"]): m.get(f"eval/{name}/ci") for m in run.evals}
     made = []
     for p in points:
@@ -76,7 +76,7 @@ def _log(points: Sequence[Point], run: RunView, name: str) -> list[Point]:
 
 
 def _perplexity_series(run: RunView) -> tuple[Point, list[Point], str] | None:
-    """(last, all, against what): logarithms of the perplexity's ratio."""
+    """(last, all, baseline) of the log perplexity ratio."""
     ratios = run.held_out("perplexity_ratio/chosen")
     if ratios and ratios[-1].step > 0 and ratios[-1].value > 0:
         series = _log(ratios, run, "perplexity_ratio/chosen")
@@ -84,7 +84,7 @@ def _perplexity_series(run: RunView) -> tuple[Point, list[Point], str] | None:
     for name in ("perplexity/chosen", "perplexity"):
         held = [p for p in run.held_out(name) if p.value > 0]
         if len(held) > 1:
-            # the same rows: without a change there is no difference at all
+            # no standard error: on the same rows, an unchanged model gives exactly the same value
             series = [Point(p.step, math.log(p.value / held[0].value)) for p in held]
             return series[-1], series, f"that of step {held[0].step:,}"
     lines, tokens = run.training("logratios/chosen"), run.chosen_tokens
@@ -121,14 +121,14 @@ def _perplexity_of_comparison(view: ComparisonView) -> Iterator[Seen]:
             yield seen(sentence, "perplexity, first model and this one", base, mine, about=name)
 
 
-# ---- Likelihood displacement: the answers that were chosen become less likely too ----
+# ---- Likelihood displacement: chosen answers become less likely too ----
 
 LARGE = 0.1  # nats per token: each token of a chosen answer about 10% less likely
 
 
 @dataclass(frozen=True, slots=True)
 class _Change:
-    """How log-probs changed, nats per completion: now, and over the run; `since` what."""
+    """Change of log-probs in nats per completion: now, and over the run (`series`); `since`: the baseline in words."""
 
     chosen: Point
     rejected: Point | None
@@ -144,14 +144,14 @@ def _against_reference(run: RunView) -> _Change | None:
 
 
 def _against_start(run: RunView) -> _Change | None:
-    """For losses without a reference: the same held-out rows before and after, or training rows early and late."""
+    """For losses without a reference: held-out rows at the first and the last evaluation, or early and late training lines."""
     found, rest = run.ends("logps/chosen"), run.ends("logps/rejected")
     if found is None:
         return None
     first, last, points = found
     rejected = None if rest is None else change(rest[1], rest[0])
     series = [Point(p.step, p.value - first.value) for p in points]
-    if len(run.held_out("logps/chosen")) > 1:  # of the same rows, so without noise
+    if len(run.held_out("logps/chosen")) > 1:  # on the same rows, so without noise
         return _Change(series[-1], rejected, series, f"at step {first.step:,}")
     return _Change(change(last, first), rejected, smooth(series), "in the first training lines")
 
@@ -189,10 +189,10 @@ def _displacement(run: RunView) -> Seen | None:
     return Seen(sentence, tuple(shown), "warning" if strong else "note")
 
 
-# ---- Completions that become longer, and data that teach it ----
+# ---- Completions that become longer, and data that teach length ----
 
-FEWER_ENDED = 0.2  # by so much the share of completions that end by themselves may fall
-LONGER_CHOSEN = 0.6  # data in which the chosen answer is longer more often than this teach length
+FEWER_ENDED = 0.2  # how far the share of completions that end with EOS may fall
+LONGER_CHOSEN = 0.6  # data teach length if the chosen answer is the longer one more often than this
 Z99 = 2.5758293035489004
 BALANCE = (
     "Watch eval/completions/length, and compare at equal length. Balance the lengths of the pairs, or use a loss that takes length out "
@@ -228,7 +228,7 @@ def _grown(run: RunView) -> Seen | None:
 
 
 def _bias(audit: Mapping[str, Any]) -> Seen | None:
-    """Where the chosen answer of the data is the longer one more often than by `LONGER_CHOSEN`."""
+    """A note if the chosen answer of the data is the longer one more often than `LONGER_CHOSEN`."""
     found = (audit.get("findings") or {}).get("length_bias") or {}
     count, of = found.get("count"), found.get("of")
     if not isinstance(count, int) or not isinstance(of, int) or of <= 0:
@@ -251,7 +251,7 @@ def _length_of_comparison(view: ComparisonView) -> Iterator[Seen]:
         yield seen(sentence, label, base.value, mine.value, about=name, advice=advice)
 
 
-# ---- A margin that rises while nobody wins by it ----
+# ---- Reward margin that rises without a gain in win rate ----
 
 UNKNOWN = (
     "Raise evaluation.kl_prompts: a win rate over n prompts is known to about 1.3 / sqrt(n) on either side, so 16 prompts "
@@ -285,7 +285,7 @@ def _margin(run: RunView) -> Seen | None:
 
 
 def _fallen(margins: list[Point], wins: list[Point]) -> Point | None:
-    """The best win rate, where the last one is below it by more than noise and the margin has risen since."""
+    """The best win rate, if the last one is significantly below it and the margin has risen since; else None."""
     best = max(wins, key=lambda p: p.value)
     at_best = [m for m in margins if m.step <= best.step]
     if best.step == wins[-1].step or not at_best or margins[-1].value <= at_best[-1].value:
@@ -293,7 +293,7 @@ def _fallen(margins: list[Point], wins: list[Point]) -> Point | None:
     return best if change(best, wins[-1]).bounds(tests=len(wins) - 1)[0] > 0 else None
 
 
-# ---- Training goes on getting better, held-out rows get worse ----
+# ---- Overfitting: training keeps improving while held-out rows get worse ----
 
 DIVERGES = (
     "Training itself gets worse: lower train.lr, lengthen the warm-up, or look at the rows of the steps where it turns."
@@ -302,7 +302,7 @@ DIVERGES = (
 
 @dataclass(frozen=True, slots=True)
 class _Watched:
-    """A figure that is in training and evaluation lines; `sign` makes lower better."""
+    """A figure in both training and evaluation lines; multiplied by `sign`, lower is better."""
 
     name: str
     label: str
@@ -317,7 +317,7 @@ REWARD = _Watched("reward", "reward of fresh completions", -1.0)
 def _watched(run: RunView) -> list[_Watched]:
     if is_online(run.config):
         return [REWARD]
-    # a loss whose settings follow the steps is another loss at every evaluation
+    # with scheduled hyperparameters, losses of different evaluations are not comparable
     return [ACCURACY] if _scheduled(run.section("loss")) else [LOSS, ACCURACY]
 
 
@@ -336,7 +336,7 @@ def _overfitting(run: RunView) -> Seen | None:
 
 
 def _gap(run: RunView) -> Seen | None:
-    """Rows that were trained on are got right, held-out ones are not."""
+    """A finding if accuracy on training rows is far above that on held-out rows."""
     held, lines = run.held_out(ACCURACY.name), run.training(ACCURACY.name)
     train = window(lines)
     if not held or train is None or held[-1].se is None or held[-1].step < train.step:
@@ -386,9 +386,9 @@ def _near(train: list[Point], step: int) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-# ---- What training lines say of the run's mechanics: skipped steps, numbers that are none, a reference that is not the start ----
+# ---- Mechanics of the run: skipped steps, figures that are not finite, a reference that differs from the initial model ----
 
-DRIFT = 0.5  # nats per completion: what rounding in bf16 may leave in a mean over rows
+DRIFT = 0.5  # nats per completion: difference that bf16 rounding may cause in a mean over rows
 
 
 def _skipped(run: RunView) -> Seen | None:

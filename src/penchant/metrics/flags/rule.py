@@ -1,4 +1,4 @@
-"""What a trust rule is: its evidence, thresholds and wording."""
+"""The parts of a trust rule: evidence, thresholds, the views that rules read, and wording."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from penchant.metrics.names import metric
 from penchant.metrics.stats import t_quantile
 from penchant.runfolder.values import mapping, num, number_of, sequence
 
-# ---- What a warning about a run is: a sentence with its evidence, so that nobody has to take our word for it ----
+# ---- Flags: a sentence with its evidence, so that readers can check it for themselves ----
 
 Level = Literal["warning", "note"]
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Numbers that a flag rests on.
+    """Numbers that a flag is based on.
 
     Args:
         label: what the values are, with their unit: ``"log-prob of chosen answers, nats"``.
-        steps: optimizer steps of the values, or () where they are not over steps; values: as many, or any number without steps.
+        steps: optimizer step of each value, or () if the values are not over steps; values: one per step, or any number without steps.
     """
 
     label: str
@@ -36,12 +36,12 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """Something in a run or a comparison that a careful reader would want to know before trusting it.
+    """A finding about a run or a comparison that a careful reader should know before trusting it.
 
     Args:
         name: of the rule, in snake case: ``likelihood_displacement``; title: a few words; level: ``warning`` or ``note``.
-        sentence: what was seen, with its figures and steps; advice: what to look at or change next.
-        about: the run or setting that it is about, "" for the only one.
+        sentence: what was found, with figures and steps; advice: what to look at or change next.
+        about: the run or setting concerned, "" if there is only one.
     """
 
     name: str
@@ -54,18 +54,18 @@ class Flag:
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> Flag:
-        """What `to_json` wrote."""
+        """Restore a flag from the output of `to_json`."""
         evidence = tuple(Evidence(e["label"], tuple(e["values"]), tuple(e["steps"])) for e in values["evidence"])
         return Flag(**{**values, "evidence": evidence})
 
     def to_json(self) -> dict[str, Any]:
-        """As written in files."""
+        """The flag as written to files."""
         return asdict(self) | {
             "evidence": [{"label": e.label, "values": list(e.values), "steps": list(e.steps)} for e in self.evidence]
         }
 
 
-# ---- The `trust` section of a config: from where on a figure is worth a flag. It changes nothing in what a run computes ----
+# ---- The `trust` section of a config: thresholds for flags. It does not change what a run computes ----
 
 
 class TrustConfig(Section):
@@ -117,11 +117,11 @@ class TrustConfig(Section):
         return self
 
 
-# ---- What rules look at: figures with their noise, over the steps of a run ----
+# ---- The input of rules: figures with their standard errors, over the steps of a run ----
 
 Z95 = 1.959963984540054
-CONFIDENCE = 0.99  # of the two-sided intervals that rules look at: half a percent on each side
-SMALLEST_WINDOW = 5  # training lines that a mean is taken over, at least
+CONFIDENCE = 0.99  # of the two-sided intervals that rules use: half a percent on each side
+SMALLEST_WINDOW = 5  # minimum number of training lines to average over
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ class Point:
     """A figure at a step.
 
     Args:
-        se: its standard error, None where nothing is known of it; n: prompts or lines behind it.
+        se: its standard error, None if unknown; n: number of prompts or lines behind it.
     """
 
     step: int
@@ -138,19 +138,19 @@ class Point:
     n: int = 0
 
     def bounds(self, tests: int = 1) -> tuple[float, float]:
-        """Its 99% interval (Student's t), or one that holds for `tests` of them together; the value itself without a standard error."""
+        """The 99% interval (Student's t), Bonferroni-corrected for `tests` tests; just the value without a standard error."""
         half = 0.0 if self.se is None else critical(self.n, tests) * self.se
         return self.value - half, self.value + half
 
 
 @lru_cache(maxsize=1024)
 def critical(n: int, tests: int = 1) -> float:
-    """Student's t of a 99% interval from n clusters; Bonferroni over `tests`."""
+    """Student's t for a 99% interval from n clusters, Bonferroni-corrected for `tests` tests."""
     return t_quantile(1 - (1 - CONFIDENCE) / (2 * tests), max(2, n) - 1)
 
 
 def change(now: Point, before: Point, times: float = 1.0) -> Point:
-    """``now - times * before``, as if they were independent: on the same rows that is too wide, never too narrow."""
+    """``now - times * before``, as if they were independent. On the same rows its interval is a bit too wide, never too narrow."""
     parts = [p for p in (now.se, None if before.se is None else times * before.se) if p is not None]
     se = math.sqrt(sum(p * p for p in parts)) if parts else None
     return Point(now.step, now.value - times * before.value, se, min(now.n or before.n, before.n or now.n))
@@ -158,10 +158,10 @@ def change(now: Point, before: Point, times: float = 1.0) -> Point:
 
 @dataclass(frozen=True)
 class RunView:
-    """A run as its files tell it.
+    """A run as read from its files.
 
     Args:
-        lines: of metrics.jsonl; config: of config.resolved.yaml; audit: audit.json; samples: of samples.jsonl; trust: thresholds.
+        lines: of metrics.jsonl; config: from config.resolved.yaml; audit: audit.json; samples: lines of samples.jsonl; trust: thresholds.
     """
 
     lines: Sequence[Mapping[str, Any]]
@@ -171,7 +171,7 @@ class RunView:
     samples: Sequence[Mapping[str, Any]] = ()
 
     def counted(self, name: str) -> tuple[int, int]:
-        """(how many, of how many) rows a finding of the audit is about."""
+        """(count, total) of the rows that an audit finding is about."""
         found = mapping(mapping(self.audit.get("findings")).get(name))
         return int(num(found, "count") or 0), int(num(found, "of") or 0)
 
@@ -189,11 +189,11 @@ class RunView:
         return [m for m in self.whole if m.get("kind") == "eval"]
 
     def section(self, name: str) -> Mapping[str, Any]:
-        """A section of the config; empty where there is none."""
+        """A section of the config; empty if it is missing."""
         return mapping(self.config.get(name))
 
     def held_out(self, name: str) -> list[Point]:
-        """A figure ``eval/NAME`` at every evaluation that has it, with its standard error from its 95% interval."""
+        """``eval/NAME`` at every evaluation that has it, with the standard error from its 95% interval."""
         key, share = f"eval/{name}", metric(name).share
         points = []
         for m in self.evals:
@@ -203,7 +203,7 @@ class RunView:
         return points
 
     def _behind(self, line: Mapping[str, Any], name: str) -> int:
-        """Prompts behind a figure: of completions where it is one of those, else the held-out rows."""
+        """Number of prompts behind a figure: the sampled prompts for a figure of completions, else the held-out rows."""
         rows = int(line.get("eval/rows") or 0)
         if not name.startswith(("completions/", "kl/", "reward", "win_rate")) or name.startswith("rewards/"):
             return rows
@@ -214,7 +214,10 @@ class RunView:
         return min(rows, asked) if asked else rows
 
     def training(self, name: str) -> list[Point]:
-        """A figure of every training line that has it; one that only repeats the last, as in a second epoch on the same rollouts, does not count."""
+        """A figure from every training line that has it.
+
+        Rollout figures that repeat the previous line, as in a second epoch on the same rollouts, are skipped.
+        """
         points: list[Point] = []
         of_rollouts = name in ("reward", "kl/policy_ref") or name.startswith("completions/")
         for m in self.train:
@@ -224,7 +227,7 @@ class RunView:
         return points
 
     def latest(self, name: str) -> tuple[Point, list[Point]] | None:
-        """(now, all) of a figure: at evaluations where one came after the start, else means over training lines."""
+        """(now, all) of a figure: from evaluations if there is one after the start, else means over training lines."""
         held = self.held_out(name)
         if held and held[-1].step > 0:
             return held[-1], held
@@ -233,7 +236,7 @@ class RunView:
         return None if now is None else (now, smooth(lines))
 
     def ends(self, name: str) -> tuple[Point, Point, list[Point]] | None:
-        """(first, last, all) of a figure: at two evaluations or more, else over training lines."""
+        """(first, last, all) of a figure: from evaluations if there are at least two, else from training lines."""
         held = self.held_out(name)
         if len(held) > 1:
             return held[0], held[-1], held
@@ -243,16 +246,16 @@ class RunView:
 
     @cached_property
     def chosen_tokens(self) -> float | None:
-        """Mean length of chosen answers (of all answers, where they are not pairs) in tokens, from the audit."""
+        """Mean length of chosen answers (of all answers, if rows are not pairs) in tokens, from the audit."""
         lengths = self.audit.get("lengths") or {}
         found = num(lengths.get("chosen") or lengths.get("completion"), "mean")
         return found if found is not None and found > 0 else None
 
 
 def window(points: Sequence[Point], last: bool = True) -> Point | None:
-    """Mean of the last (or first) quarter of training lines, at least five, with the standard error that their scatter gives; None if few.
+    """Mean over the last (or first) quarter of training lines, at least five, with its standard error; None if there are too few.
 
-    A drift inside the window widens it: a rule becomes silent, not loud.
+    A drift within the window increases the standard error, so a rule stays silent rather than raising a false alarm.
     """
     size = max(SMALLEST_WINDOW, len(points) // 4)
     if len(points) < 2 * size:
@@ -264,7 +267,7 @@ def window(points: Sequence[Point], last: bool = True) -> Point | None:
 
 
 def smooth(points: Sequence[Point]) -> list[Point]:
-    """Means over five lines that end at each, for finding a step."""
+    """Trailing means over five lines, for finding the step at which something changed."""
     size = SMALLEST_WINDOW
     return [
         Point(points[i].step, sum(p.value for p in points[i - size + 1 : i + 1]) / size)
@@ -273,7 +276,7 @@ def smooth(points: Sequence[Point]) -> list[Point]:
 
 
 def since(points: Sequence[Point], limit: float) -> int:
-    """The first step from which on every value is above `limit`."""
+    """The first step from which all values are above `limit`; the last step if there is none."""
     step = points[-1].step
     for p in reversed(points):
         if p.value <= limit:
@@ -283,15 +286,15 @@ def since(points: Sequence[Point], limit: float) -> int:
 
 
 def evidence(label: str, points: Sequence[Point]) -> Evidence:
-    """Points as written in a flag."""
+    """Make the evidence of a flag from points."""
     return Evidence(label, tuple(p.value for p in points), tuple(p.step for p in points))
 
 
 def standard_error(value: float, interval: Any, n: int, share: bool = False) -> float | None:
-    """From a 95% interval; None without one.
+    """Standard error from a 95% interval; None without one.
 
-    A bootstrap over few prompts is too narrow, by sqrt(n / (n - 1)), and has no width at all where every prompt agrees: a share gets at least
-    the width that Agresti and Coull give it.
+    A bootstrap over few prompts is too narrow, by sqrt(n / (n - 1)), and has zero width if all prompts agree. A share therefore gets at
+    least the Agresti-Coull standard error.
     """
     low, high = ends if len(ends := [number_of(end) for end in sequence(interval)]) == 2 else (None, None)
     if low is None or high is None:
@@ -305,17 +308,17 @@ def standard_error(value: float, interval: Any, n: int, share: bool = False) -> 
     return se
 
 
-# ---- Figures in sentences ----
+# ---- Formatting figures in sentences ----
 
 
 def number(value: float) -> str:
-    """Three significant digits, no exponent where none is needed."""
+    """Format a number with three significant digits, and no exponent if it is large."""
     shown = f"{value:.3g}"
     return f"{value:,.0f}" if "e" in shown and abs(value) >= 100 else shown
 
 
 def interval(p: Point, tests: int = 1) -> str:
-    """`` (99% interval 1 to 2)``; empty where nothing is known of the noise."""
+    """`` (99% interval 1 to 2)``, or empty if the standard error is unknown."""
     if p.se is None:
         return ""
     low, high = p.bounds(tests)
@@ -327,20 +330,20 @@ def percent(value: float) -> str:
 
 
 def share_interval(p: Point) -> str:
-    """The same of a share, within 0 and 100%."""
+    """A share in percent with its 99% interval, clipped to 0 and 100%."""
     low, high = p.bounds()
     return f"{percent(p.value)} (99% interval {percent(max(0.0, low))} to {percent(min(1.0, high))})"
 
 
-# ---- What a trust rule is ----
+# ---- Trust rules ----
 
 
 @dataclass(frozen=True)
 class ComparisonView:
-    """A comparison as its files tell it.
+    """A comparison as read from its files.
 
     Args:
-        figures: comparison.json; rows: of comparison.jsonl; trust: thresholds.
+        figures: comparison.json; rows: lines of comparison.jsonl; trust: thresholds.
     """
 
     figures: Mapping[str, Any]
@@ -349,17 +352,17 @@ class ComparisonView:
 
     @property
     def models(self) -> Mapping[str, Mapping[str, Any]]:
-        """Figures by model, the first model first."""
+        """Figures by model, starting with the first model."""
         return mapping(self.figures.get("models"))
 
     @property
     def judge(self) -> Mapping[str, Any]:
-        """What a pairwise judge was like."""
+        """Figures of the pairwise judge: failures, position preference."""
         return mapping(self.figures.get("judge"))
 
     @property
     def first(self) -> str:
-        """The model that all others are compared with."""
+        """Name of the model that all others are compared with."""
         return str(self.figures.get("first") or next(iter(self.models), ""))
 
     @property
@@ -371,19 +374,19 @@ class ComparisonView:
         return int(self.figures.get("prompts") or len({r.get("prompt") for r in self.rows}))
 
     def point(self, figures: Mapping[str, Any], name: str) -> Point | None:
-        """A figure of a model with its standard error; None where there is none."""
+        """A figure of a model with its standard error; None if the model does not have it."""
         value, n = num(figures, name), self.prompts
         return None if value is None else Point(0, value, standard_error(value, figures.get(f"{name}/ci"), n), n)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule, with all that its page says of it.
+    """One rule with its documentation.
 
     Args:
-        name, title: as in its flags; what: when it speaks, as a formula; thresholds: keys of the `trust` section; needs: figures without which
-            it is silent; alarms: how often it speaks where there is nothing; advice: what to do.
-        of_run, of_comparison: the rule itself, for either.
+        name, title: as in its flags; what: when it fires, as a formula; thresholds: keys of the `trust` section; needs: figures without which
+            it never fires; alarms: its rate of false alarms; advice: what to do.
+        of_run, of_comparison: the check itself, for runs and for comparisons.
     """
 
     name: str
@@ -397,14 +400,14 @@ class Rule:
     of_comparison: Callable[[ComparisonView], Iterable[Seen]] | None = None
 
     def flag(self, seen: Seen) -> Flag:
-        """A flag of this rule."""
+        """Make a flag of this rule."""
         advice = seen.advice or self.advice
         return Flag(self.name, self.title, seen.level, seen.sentence, advice, seen.evidence, seen.about)
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What a rule saw; `advice` where the rule's own does not fit."""
+    """A finding of a rule; `advice` replaces the rule's own if it does not fit."""
 
     sentence: str
     evidence: tuple[Evidence, ...]
@@ -416,5 +419,5 @@ class Seen:
 def seen(
     sentence: str, label: str, *values: float, level: Level = "warning", about: str = "", advice: str = ""
 ) -> Seen:
-    """What a rule saw, with one piece of evidence that is not over steps."""
+    """A finding with one piece of evidence that is not over steps."""
     return Seen(sentence, (Evidence(label, tuple(map(float, values))),), level, about, advice)
