@@ -1,1 +1,1 @@
-"""`penchant chat` and `penchant serve`: one model and one stream of completions under both."""
+"""`penchant chat` and `penchant serve`, which share one model wrapper and one stream of completions."""

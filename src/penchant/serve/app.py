@@ -1,4 +1,4 @@
-"""The Starlette application of `penchant serve` and the model's thread, in which requests take turns token by token."""
+"""The Starlette application of `penchant serve`, and the model's thread, in which prompts take turns token by token."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ log = logging.getLogger("penchant.serve")
 
 # ---- the model's thread ----
 
-# of a prompt: its completions once it has been read, then their pieces, and None when all are written; or what went wrong
+# events of a prompt: its Completions once it has been read, then their Pieces, then None at the end; or the exception
 Event = Completions | Piece | None | Exception
 
 
 class Scheduler:
-    """The model's thread, in which prompts take turns token by token, so each gets exactly what it would get alone.
+    """The model's thread. Prompts take turns token by token, and each gets exactly the completions it would get alone.
 
     Args:
-        at_once: prompts that take turns; waiting: prompts that wait for a turn.
+        at_once: maximum number of prompts that take turns; waiting: maximum number in the queue.
     """
 
     def __init__(self, at_once: int = 4, waiting: int = 64) -> None:
@@ -50,7 +50,7 @@ class Scheduler:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")  # first come, first served
         self._prompts: set[asyncio.Task[None]] = set()
         self._active = 0
-        self.closing = False  # every request ends with an error before its next token
+        self.closing = False  # if True, every request ends with an error before its next token
 
     @property
     def load(self) -> tuple[int, int]:
@@ -60,13 +60,13 @@ class Scheduler:
     def submit(
         self, starts: Sequence[Callable[[], Completions]], notify: Callable[[int, Event], None]
     ) -> list[asyncio.Task[None]]:
-        """Take all prompts of a request; each ends when its task is cancelled.
+        """Queue all prompts of a request; cancelling a prompt's task ends it.
 
         Args:
-            starts: read a prompt, in the model's thread; notify: called with the number of a prompt and every event of it.
+            starts: one function per prompt that reads it, called in the model's thread; notify: called with (index of the prompt, event).
 
         Raises:
-            ApiError: too many are waiting.
+            ApiError: too many prompts are waiting.
         """
         if len(starts) > self._most - len(self._prompts):
             what = "too many requests are waiting; try again in a moment"
@@ -90,7 +90,7 @@ class Scheduler:
                 finally:
                     self._active -= 1
             notify(None)
-        except Exception as error:  # one request's failure is its own
+        except Exception as error:  # a failure affects only its own request
             notify(error)
 
     async def _turn(self, call: Callable[[], T]) -> T:
@@ -99,7 +99,7 @@ class Scheduler:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
 
     def close(self) -> None:
-        """End every request, and the thread once its step is done."""
+        """End every request, and the thread after its current step."""
         self.closing = True
         self._thread.shutdown(wait=False, cancel_futures=True)
 
@@ -109,10 +109,10 @@ class Scheduler:
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask of the server.
+    """Limits on a single request.
 
     Args:
-        max_tokens: of one completion; body: bytes; body_seconds: for a body to arrive; seconds: from the request to the last token.
+        max_tokens: per completion; body: bytes; body_seconds: time for a body to arrive; seconds: time from the request to the last token.
     """
 
     max_tokens: int = 4096
@@ -123,11 +123,11 @@ class Limits:
 
 @dataclass
 class App:
-    """A model over HTTP.
+    """A model served over HTTP.
 
     Args:
-        chat_model: the model; name: under which it is served; key: that every request must bring, None: none.
-        local: bound to this machine alone, so that only its own names are answered.
+        name: name under which the model is served; key: API key that requests must send, None for no key.
+        local: bound to loopback, so only requests with a Host header that names this machine are answered.
     """
 
     chat_model: ChatModel
@@ -152,7 +152,7 @@ class App:
         self._starlette.router.redirect_slashes = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Check who asks, and answer."""
+        """Check the Host header and the key, then answer."""
         path = scope.get("path", "")
         known = path if path in PATHS else "/v1/models" if path.startswith("/v1/models/") else "(unknown)"
         failed = _response(ApiError(500, "something went wrong in the server", kind="server_error"))
@@ -164,7 +164,7 @@ class App:
         return self._starlette if refused is None else _response(refused)
 
     def _refusal(self, headers: Headers, path: str) -> ApiError | None:
-        """Why this request is not answered at all."""
+        """Return the error if the request must not be answered, else None."""
         if self.local and not names_this_machine(headers.get("host", "")):
             return ApiError(403, "this server only answers to names of this machine", code="wrong_host")
         if self.key is None or path in ("/health", "/healthz"):
@@ -175,11 +175,11 @@ class App:
         return ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
 
     def stop(self) -> None:
-        """Every request ends with an error before its next token."""
+        """End every request with an error before its next token."""
         self.scheduler.closing = True
 
     def close(self) -> None:
-        """Nothing is served any more."""
+        """Shut down the model's thread."""
         self.scheduler.close()
 
     # ---- endpoints --------------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ class App:
         return JSONResponse({"status": "ok", "active": active, "waiting": waiting})
 
     async def _models(self, request: Request) -> Response:
-        """The list of models, or the one that is named."""
+        """List the models, or describe the one named in the path."""
         name = request.path_params.get("name", "")
         model = {"id": self.name, "object": "model", "created": self.created, "owned_by": "penchant"}
         if name:
@@ -202,7 +202,7 @@ class App:
             raise ApiError(404, what, param=param, code="model_not_found")
 
     async def _complete(self, kind: type[openai.Request], request: Request) -> Response:
-        """Either endpoint that generates."""
+        """Handle both endpoints that generate."""
         params = openai.read_request(kind, await _body(request, self.limits))
         self._check_name(params.model, "model")
         if params.max_new_tokens is not None and params.max_new_tokens > self.limits.max_tokens:
@@ -217,17 +217,17 @@ class App:
                         pieces[number * params.n + event.row].append(event)
             return Response(as_json(responses.whole(pieces, running.usage)), media_type="application/json")
         try:
-            first = await anext(running.events)  # before the status goes out: a prompt that is refused is a 400
+            first = await anext(running.events)  # before the status is sent, so that a refused prompt gives a 400
         except BaseException:
             running.close()
             raise
         return _EventStream(_stream(params, responses, running, first, request), running)
 
     def completions(self, params: openai.Request, prompt: Prompt) -> Completions:
-        """Read one prompt; called in the model's thread.
+        """Read one prompt and return its completions; called in the model's thread.
 
         Raises:
-            ApiError: it cannot be used, or leaves no room.
+            ApiError: the prompt is invalid or leaves no room for an answer.
         """
         model = self.chat_model
         ids, continued = token_ids(model, prompt, params.told)
@@ -244,7 +244,7 @@ PATHS = ("/health", "/healthz", "/v1/models", "/v1/chat/completions", "/v1/compl
 
 
 def token_ids(model: ChatModel, prompt: Prompt, told: Json) -> tuple[list[int], bool]:
-    """(token ids, whether a text is continued rather than messages answered)."""
+    """Return (token ids, whether a text is continued rather than messages answered)."""
     if isinstance(prompt, str):
         try:
             return model.encode(prompt), True
@@ -263,13 +263,13 @@ def token_ids(model: ChatModel, prompt: Prompt, told: Json) -> tuple[list[int], 
 
 
 async def _body(request: Request, limits: Limits) -> bytes:
-    """The whole body.
+    """Read the whole body.
 
     Raises:
-        ApiError: it is not JSON by its header, too large or too slow. ClientDisconnect: the client went away.
+        ApiError: its content type is not JSON, or it is too large or too slow. ClientDisconnect: the client disconnected.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":  # a page of another site may send other kinds here without asking
+    if kind != "application/json":  # pages of other sites may send other content types without a preflight request
         raise ApiError(415, "send content-type: application/json", code="unsupported_media_type")
     try:
         return await read_body(request, limits.body, limits.body_seconds)
@@ -282,7 +282,7 @@ async def _body(request: Request, limits: Limits) -> bytes:
 
 
 class _Running:
-    """The prompts of one request, and what is reported of them until the last has ended.
+    """The prompts of one request and their events, until the last prompt has ended.
 
     Raises:
         ApiError: too many requests are waiting.
@@ -303,21 +303,21 @@ class _Running:
         self._queue.put_nowait((0, ClientDisconnect()))
 
     def close(self) -> None:
-        """Nobody waits for the rest."""
+        """Cancel the remaining prompts."""
         for task in self._tasks:
             task.cancel()
 
     @property
     def usage(self) -> Json:
-        """Tokens of the prompts that were read and of what has been written."""
+        """Token counts of the prompts read and the completions generated so far."""
         prompt, written = sum(len(c.prompt) for c in self._begun), sum(c.tokens for c in self._begun)
         return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
     async def _read(self, left: int) -> AsyncIterator[tuple[int, Event]]:
-        """(number of the prompt, event).
+        """Yield (index of the prompt, event).
 
         Raises:
-            ApiError: a prompt failed, or time is up. ClientDisconnect: the client went away.
+            ApiError: a prompt failed or timed out. ClientDisconnect: the client disconnected.
         """
         deadline = asyncio.get_running_loop().time() + self._seconds
         while left:
@@ -341,7 +341,7 @@ class _Running:
 async def _stream(
     params: openai.Request, responses: Responses, running: _Running, first: tuple[int, Event], request: Request
 ) -> AsyncIterator[str]:
-    """Server-sent events; an error after the first one is the last event."""
+    """Yield server-sent events; an error after the first one becomes the last event."""
 
     def chunks(number: int, event: Event) -> list[str]:
         at = number * params.n
@@ -370,7 +370,7 @@ def _data(text: str) -> str:
 
 
 class _EventStream(StreamingResponse):
-    """Server-sent events, after which the request's prompts end however the connection did."""
+    """Server-sent events that end the request's prompts no matter how the connection ends."""
 
     def __init__(self, events: AsyncIterator[str], running: _Running) -> None:
         super().__init__(events, media_type="text/event-stream")
@@ -407,4 +407,4 @@ async def _no_route(request: Request, error: HTTPException) -> Response:
 
 
 async def _gone(_: Request, __: ClientDisconnect) -> Response:
-    return Response(status_code=CLIENT_GONE)  # nobody reads it, but the log does
+    return Response(status_code=CLIENT_GONE)  # no client reads this, but the log shows it

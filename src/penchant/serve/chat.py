@@ -1,4 +1,4 @@
-"""`penchant chat`: a person, one model or two, and the commands between them."""
+"""`penchant chat`: the terminal screen, the conversation with one or two models, and the slash commands."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from penchant.types import Message
 # ---- the screen ----
 
 GAP = " │ "
-WIDE = 90  # cells from which two columns fit side by side
+WIDE = 90  # minimum width in cells for two columns
 
 
 def safe(text: str) -> str:
-    """Text of others as it may appear in a terminal: its lines are kept, everything that a terminal acts on is written out."""
+    """Return untrusted text made safe for a terminal: line breaks are kept, control characters are escaped."""
     return "\n".join(clean(line, len(line)) for line in text.split("\n"))
 
 
 class Wrapper:
-    """Text that is wrapped at words as it grows; only its last line may still change.
+    """Word-wraps text as it grows; only the last line may still change.
 
     Args:
-        width: cells of a line.
+        width: cells per line.
     """
 
     def __init__(self, width: int) -> None:
@@ -42,7 +42,7 @@ class Wrapper:
         self.lines: list[str] = [""]
 
     def add(self, text: str) -> None:
-        """More text; it must be safe already."""
+        """Append text, which must already be safe."""
         for i, part in enumerate(text.split("\n")):
             if i:
                 self.lines.append("")
@@ -55,7 +55,7 @@ def _wrapped(line: str, width: int) -> list[str]:
     while cell_len(line.rstrip(" ")) > width:
         head = chop_cells(line, width)[0]
         rest = line[len(head) :]
-        if not head:  # one character wider than the line
+        if not head:  # one character is wider than the line
             head, rest = line[:1], line[1:]
         at = head.rfind(" ")
         if not rest.startswith(" ") and at > 0 and head[:at].strip(" "):
@@ -66,7 +66,7 @@ def _wrapped(line: str, width: int) -> list[str]:
 
 
 class OneColumn:
-    """An answer that is written as it comes, without wrapping of its own."""
+    """Writes an answer as it arrives, without wrapping."""
 
     def __init__(self, out: TextIO) -> None:
         self._out, self._newline = out, True
@@ -85,7 +85,7 @@ class OneColumn:
 
 
 class TwoColumns:
-    """Two answers side by side: a line is final when both are past it, and the one below it is written anew until then.
+    """Two answers side by side: a line is final once both are past it; until then the current line is redrawn.
 
     Args:
         width: cells of the terminal.
@@ -108,7 +108,7 @@ class TwoColumns:
         self._out.flush()
 
     def end(self) -> None:
-        """The lines that one side has more."""
+        """Write the remaining lines of the longer side."""
         for at in range(self._done, max(len(s.lines) for s in self._sides)):
             self._out.write(f"\r\x1b[K{self._line(at)}\n")
         self._out.flush()
@@ -122,12 +122,12 @@ class TwoColumns:
 
 
 class TooLong(Exception):
-    """A message that does not fit into the context by itself."""
+    """A message that does not fit into the context even without earlier turns."""
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What was said and what was answered."""
+    """One user message and its answer."""
 
     said: str
     answer: str
@@ -135,10 +135,10 @@ class Turn:
 
 @dataclass
 class Conversation:
-    """Turns so far, and the system prompt before them ("" for none).
+    """The turns so far, after the system prompt ("" for none).
 
     Args:
-        remembers: whether earlier turns stand before a new one; in plain text none do; tools: for the chat template.
+        remembers: whether earlier turns come before a new one (not in plain text); tools: for the chat template.
     """
 
     remembers: bool
@@ -148,22 +148,22 @@ class Conversation:
 
     @property
     def told(self) -> dict[str, Any]:
-        """What the chat template is told beside the messages."""
+        """Extra variables for the chat template besides the messages."""
         return {"tools": list(self.tools)} if self.tools else {}
 
     def messages(self, said: str, dropped: int = 0) -> tuple[Message, ...]:
-        """What a model gets before its answer to `said`, without the first `dropped` turns."""
+        """Return the messages a model answers: the history without the first `dropped` turns, then `said`."""
         before = [Message("system", self.system)] if self.system and self.remembers else []
         for turn in self.turns[dropped:] if self.remembers else ():
             before += [Message("user", turn.said), Message("assistant", turn.answer)]
         return (*before, Message("user", said))
 
     def prompt_row(self, said: str, dropped: int = 0) -> Any:
-        """The prompt of a row: messages, or the text that is continued."""
+        """Return the prompt of a data row: messages, or the text to continue."""
         return prompt_json(self.messages(said, dropped)) if self.remembers else said
 
     def rows(self) -> list[dict[str, Any]]:
-        """Rows that penchant reads back: one conversation as messages, or one prompt with its completion each."""
+        """Return rows that penchant can load: the whole conversation as messages, or one prompt and completion per turn."""
         if not self.turns:
             return []
         if not self.remembers:
@@ -175,10 +175,10 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """A prompt that fits.
+    """A prompt that fits into the context.
 
     Args:
-        ids: its tokens; room: tokens that its answer may have; dropped: oldest turns that were left out.
+        ids: its token ids; room: token limit of the answer; dropped: number of oldest turns left out.
     """
 
     ids: list[int]
@@ -187,15 +187,15 @@ class Fitted:
 
 
 def fit(chat_model: ChatModel, conversation: Conversation, said: str, max_new_tokens: int, dropped: int = 0) -> Fitted:
-    """The prompt of the next answer, without as many of the oldest turns as must go for prompt and answer to fit into the context.
+    """Build the next prompt, leaving out as many of the oldest turns as needed for prompt and answer to fit into the context.
 
-    Half of the context is kept for the answer at most; an answer that has less room than `max_new_tokens` is simply shorter.
+    At most half of the context is reserved for the answer, so an answer may get fewer than `max_new_tokens`.
 
     Args:
-        dropped: turns that are left out at least.
+        dropped: minimum number of turns to leave out.
 
     Raises:
-        TooLong: the message does not fit by itself. TemplateRefused: the chat template does not take it.
+        TooLong: the message does not fit by itself. TemplateRefused: the chat template refuses it.
     """
     reserve = min(max_new_tokens, chat_model.context // 2)
     turns = len(conversation.turns) if conversation.remembers else 0
@@ -216,11 +216,11 @@ SIDES = ("left", "right")
 
 @dataclass
 class Terminal:
-    """Where a chat reads and writes.
+    """Input and output of a chat.
 
     Args:
-        read: the next line without its end, EOFError when there is none; notes: where everything goes that no model wrote.
-        live: a terminal, so that answers grow as they are written.
+        read: returns the next line without its line ending, raises EOFError at the end; notes: stream for all text not from a model.
+        live: whether this is a terminal, where answers are shown as they grow.
     """
 
     read: Callable[[], str]
@@ -235,10 +235,10 @@ class Terminal:
 
 @dataclass
 class ChatOptions:
-    """What the command line asks for.
+    """Options from the command line.
 
     Args:
-        prefer: file of preferences; blind: which model is left is drawn anew for every answer, and its name is not shown.
+        prefer: file of preferences; blind: hide the models' names and draw anew for each answer which one is left.
     """
 
     sampling: Sampling
@@ -253,7 +253,7 @@ class Exchange:
     """The last message and its answers, left first.
 
     Args:
-        order: the model that wrote each answer; judged: a preference was given; dropped: turns that no model saw.
+        order: the model that wrote each answer; judged: a preference was given; dropped: number of turns left out of the prompt.
     """
 
     said: str
@@ -268,7 +268,7 @@ class Chat:
     """One session.
 
     Args:
-        models: the model, and the one that it is compared with, if any.
+        models: the model, and optionally a second one to compare it with.
     """
 
     models: list[ChatModel]
@@ -287,7 +287,7 @@ class Chat:
     # ---- the session ----------------------------------------------------------------------------------------------
 
     def run(self) -> int:
-        """Talk until /quit or the end of the input; the exit code."""
+        """Chat until /quit or the end of the input and return the exit code."""
         for line in self._lines():
             if line.startswith("/") and not line.startswith("//"):
                 if self._command(line):
@@ -299,7 +299,7 @@ class Chat:
         return 0
 
     def _lines(self) -> Iterator[str]:
-        """Messages and commands; lines between two lines of three quotes are one message."""
+        """Yield messages and commands; everything between two lines of three quotes is one message."""
         block: list[str] | None = None
         while True:
             try:
@@ -323,7 +323,7 @@ class Chat:
             yield "\n".join(block)
 
     def _command(self, line: str) -> bool:
-        """Obey; True where the session ends."""
+        """Run a command and return True if the session ends."""
         name, _, rest = line[1:].partition(" ")
         if name not in COMMANDS:
             how = "/help lists them (write // for a message that begins with /)"
@@ -346,13 +346,13 @@ class Chat:
         self.answer(line)
 
     def keep(self, side: int = 0) -> None:
-        """The last message and one of its answers become a turn of the conversation."""
+        """Append the last message and one of its answers to the conversation as a turn."""
         if self.last is not None:
             self.conversation.turns.append(Turn(self.last.said, self.last.texts[side]))
             self.last = None
 
     def answer(self, said: str) -> None:
-        """Let every model answer and show it."""
+        """Generate and show every model's answer."""
         try:
             fitted = self._fitted(said)
         except (TooLong, TemplateRefused) as error:
@@ -370,11 +370,11 @@ class Chat:
         self.last = Exchange(said, self._show(writing, order), order, self.dropped)
 
     def _fitted(self, said: str) -> list[Fitted]:
-        """The prompt for every model; all get the same turns."""
+        """Return the prompt for every model, all with the same turns."""
         tokens = self.wanted.sampling.max_new_tokens
         fitted = [fit(v, self.conversation, said, tokens) for v in self.models]
         dropped = max(f.dropped for f in fitted)
-        if any(f.dropped != dropped for f in fitted):  # what one model has no room for is left out for the other too
+        if any(f.dropped != dropped for f in fitted):  # leave the same turns out for both
             fitted = [fit(v, self.conversation, said, tokens, dropped) for v in self.models]
         if dropped and dropped != self.dropped:
             context = min(v.context for v in self.models)
@@ -384,12 +384,12 @@ class Chat:
         return fitted
 
     def _show(self, writing: list[Completions], order: list[int]) -> list[str]:
-        """Write the answers out as they come; Ctrl-C stops them and keeps what there is."""
+        """Show the answers as they are generated and return their texts; Ctrl-C stops them and keeps the text so far."""
         out, width, count = self.terminal.out, self.terminal.width(), len(writing)
         texts, ends, stopped = [""] * count, [""] * count, False
         began = time.perf_counter()
         beside = count == 2 and self.terminal.live and width >= WIDE
-        groups = [[0, 1]] if beside else [[i] for i in range(count)]  # of answers that are written at the same time
+        groups = [[0, 1]] if beside else [[i] for i in range(count)]  # generated at the same time
         titles = [self.title(i, order) for i in range(count)]
         shown = TwoColumns(out, width, titles) if beside else OneColumn(out)
         try:
@@ -421,13 +421,13 @@ class Chat:
         self.terminal.note(f"({', '.join(parts)})")
 
     def title(self, side: int, order: list[int]) -> str:
-        """What an answer is called."""
+        """Return the heading of an answer."""
         return SIDES[side] if self.wanted.blind else f"{SIDES[side]}: {safe(self.models[order[side]].name)}"
 
     # ---- preferences ----------------------------------------------------------------------------------------------
 
     def prefer(self, side: int | None) -> None:
-        """Write down which answer is better (None: neither), and go on with it."""
+        """Record which answer is better (None: neither) and continue with that one."""
         if len(self.models) < 2:
             self.terminal.note("there is one model only: start with --against RUN to compare two")
             return
@@ -449,7 +449,7 @@ class Chat:
         file = Path(self.wanted.prefer or "preferences.jsonl").expanduser()
         first, second, one, other = ("left", "right", 0, 1) if side is None else ("chosen", "rejected", side, 1 - side)
         if side is None:
-            # a row with two answers and no verdict would be trained on as if the first were better
+            # a row with two answers and no verdict would train as if the first were better
             file = file.with_name(f"{file.name.removesuffix('.jsonl')}.ties.jsonl")
         row = {"prompt": prompt, first: last.texts[one], second: last.texts[other]}
         row |= {f"{first}_by": names[one], f"{second}_by": names[other], **self.conversation.told}
@@ -460,10 +460,10 @@ class Chat:
         last.judged = True
         if side:
             last.texts.reverse()
-            last.order.reverse()  # the better one goes on
+            last.order.reverse()  # continue with the better one
 
     def append(self, file: Path, rows: list[dict[str, Any]]) -> bool:
-        """Add rows to a JSONL file; a sentence where that cannot be done."""
+        """Append rows to a JSONL file; on failure print a note and return False."""
         try:
             with file.open("a", encoding="utf-8") as stream:
                 stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -547,7 +547,7 @@ def _save(chat: Chat, file: str) -> None:
     chat.append(Path(file).expanduser(), whole.rows())
 
 
-# name: (what it takes, what it does, the function, which says whether the session ends)
+# name: (arguments, help text, function, which returns True if the session ends)
 COMMANDS: dict[str, tuple[str, str, Callable[[Chat, str], bool | None]]] = {
     "help": ("", "list the commands", _help),
     "reset": ("", "forget the conversation", _reset),

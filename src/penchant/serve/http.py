@@ -1,4 +1,4 @@
-"""What every server of ours does with a request: whose name it came by, how much of it is read, its headers, and its line in the log."""
+"""Request handling that all of our servers share: Host check, body limits, response headers and the access log."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ async def answer(
     log: logging.Logger,
     path: str,
 ) -> None:
-    """Answer a request, and write a line to the log that holds no text of anybody's.
+    """Answer a request and log one line that contains none of the text sent or returned.
 
     Args:
-        by: says what answers it; failed: is sent where that raises; headers: adds to those of a status.
-        path: as the log has it. A handler may put another status there: `scope["state"]["status"]`.
+        by: returns the app that answers; failed: response sent if that raises; headers: adds headers, given the status.
+        path: path to log. A handler may set the status to log in `scope["state"]["status"]`.
     """
     if scope["type"] != "http":
         raise RuntimeError("only HTTP is served")
@@ -51,7 +51,7 @@ async def answer(
     state = scope.setdefault("state", {})
     try:
         await by()(scope, receive, send_with_headers)
-    except LocalProtocolError:  # the body was no HTTP, and what reads it has refused it already
+    except LocalProtocolError:  # the body was not valid HTTP, and its reader has already refused it
         state["status"] = 400
     except Exception as error:
         log.error("a request failed: %s", told(error), exc_info=error)
@@ -61,21 +61,21 @@ async def answer(
 
 
 def names_this_machine(host: str) -> bool:
-    """Whether a Host header names this machine (a page of another site could otherwise have its name point here)."""
+    """Return True if a Host header names this machine. Guards against DNS rebinding: a foreign name that resolves to this server."""
     try:
         return is_local("http://" + host)
-    except ValueError:  # not a host at all
+    except ValueError:  # not a host name
         return False
 
 
 async def read_body(request: Request, most: int, seconds: float) -> bytes:
-    """The whole body.
+    """Read the whole body.
 
     Args:
-        most: bytes; seconds: for it to arrive.
+        most: size limit in bytes; seconds: time limit for it to arrive.
 
     Raises:
-        HTTPException: it is too large or too slow. ClientDisconnect: the client went away.
+        HTTPException: it is too large or too slow. ClientDisconnect: the client disconnected.
     """
     too_large = HTTPException(413, f"the body is larger than {most} bytes")
     length = request.headers.get("content-length", "0")

@@ -1,4 +1,4 @@
-"""A model to chat with or to serve: weights, tokenizer, how messages are written for it, and where its answers end."""
+"""A model to chat with or to serve: its weights, tokenizer, message format and end tokens."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from penchant.types import Message, PromptTree
 
 
 class TemplateRefused(Exception):
-    """The chat template does not take these messages, or the model not what they become."""
+    """The chat template refuses these messages, or the model has no embedding for a token of the result."""
 
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """How messages become text.
+    """A way to turn messages into text.
 
     Args:
-        render: (tokenizer, messages, what the template is told beside them) to the text before the answer; stops: texts at which an answer ends.
-        remembers: whether earlier turns stand before a new one; note: a sentence for whoever talks to it.
+        render: maps (tokenizer, messages, extra template variables) to the text before the answer; stops: texts that end an answer.
+        remembers: whether earlier turns come before a new one; note: a sentence to show the user.
     """
 
     name: str
@@ -50,7 +50,7 @@ def _chat(
         template.check_tools(messages, text)
     except RowError as error:
         raise TemplateRefused(f"{error.what}; {error.how}") from error
-    except Exception as error:  # jinja errors of the template's own, e.g. for a system turn that it does not know
+    except Exception as error:  # errors raised inside the template, e.g. for a system turn it does not support
         raise TemplateRefused(f"the model's chat template refuses these messages ({error})") from error
     return text
 
@@ -90,14 +90,14 @@ def style_of(
     otherwise: str,
     options: Mapping[str, Any] | None = None,
 ) -> Style:
-    """The style of a model.
+    """Return the style to use for a model.
 
     Args:
-        wanted: auto or a style's name; trained_on: the `data.template` of its run; otherwise: where there is no chat template;
-            options: for the chat template, the `data.template_options` of its run.
+        wanted: auto or a style's name; trained_on: the `data.template` of its run; otherwise: fallback if there is no chat template;
+            options: the `data.template_options` of its run, passed to the chat template.
 
     Raises:
-        ConfigError: `chat` was asked for and the tokenizer has no chat template.
+        ConfigError: `chat` was requested and the tokenizer has no chat template.
     """
     if wanted == "chat" and not uses_chat(wanted, tokenizer):
         how = "give transcript or plain, or leave it out"
@@ -110,8 +110,8 @@ def style_of(
 
 # ---- the model ----
 
-UNKNOWN_CONTEXT = 2048  # tokens, where a model does not say how far it can look
-ENDLESS = 10**6  # a tokenizer's way of saying that it does not know
+UNKNOWN_CONTEXT = 2048  # tokens, if the model does not state its context length
+ENDLESS = 10**6  # tokenizers without a known limit report a huge number instead
 
 
 @dataclass
@@ -119,7 +119,7 @@ class ChatModel:
     """A loaded model.
 
     Args:
-        name: what it is called; style: how messages are written; ends: token ids that end an answer; context: tokens of prompt and answer.
+        name: display name; style: message format; eos_token_ids: tokens that end an answer; context: tokens of prompt plus answer.
     """
 
     name: str
@@ -131,7 +131,7 @@ class ChatModel:
 
     @cached_property
     def decoder(self) -> FastDecoder | None:
-        """The packed weights; None where the model is of no known family."""
+        """The packed CPU decoder, or None if `can_decode_fast` rules it out (unknown family, not on the CPU)."""
         if not can_decode_fast(self.model, 1):
             return None
         with torch.inference_mode():
@@ -142,10 +142,10 @@ class ChatModel:
         return self.tokenizer.bos_token_id if uses_bos(self.tokenizer) else None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids as in training: BOS once where the tokenizer uses it; an empty text is BOS, or EOS as document separator.
+        """Return token ids as in training: one BOS if the tokenizer uses it; an empty text becomes BOS, or EOS if there is no BOS.
 
         Raises:
-            TemplateRefused: the text has a token that the model has no embedding for.
+            TemplateRefused: the text contains a token that the model has no embedding for.
         """
         ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         first = self._starts_with
@@ -159,10 +159,10 @@ class ChatModel:
         return ids
 
     def prompt_of(self, messages: Sequence[Message], told: Mapping[str, Any] | None = None) -> list[int]:
-        """Token ids before the answer to these messages; `told`: tools and options for the chat template.
+        """Return the token ids before the answer to these messages; `told`: tools and options for the chat template.
 
         Raises:
-            TemplateRefused: the chat template does not take them.
+            TemplateRefused: the chat template refuses them, or the model has no embedding for a token.
         """
         return self.encode(self.style.render(self.tokenizer, messages, told or {}))
 
@@ -177,14 +177,15 @@ def load_chat_model(
     dtype: str | None = None,
     device: str | None = None,
 ) -> ChatModel:
-    """Load what a person calls a model: a run, a config, a checkpoint, an adapter, a model's folder or a hub id.
+    """Load a model from a run, a config, a checkpoint, an adapter, a model folder or a hub id.
 
     Args:
-        step: of a run; base: of an adapter; template: auto, chat, transcript or plain; otherwise: the style without a chat template.
-        dtype, device: as in `model.dtype` and `model.device`; by default as the run has them, else auto.
+        step: step of a run; base: base model of an adapter; template: auto, chat, transcript or plain;
+            otherwise: the style if there is no chat template.
+        dtype, device: as in `model.dtype` and `model.device`; the default is the run's setting, else auto.
 
     Raises:
-        CheckpointError, ConfigError, ModelError: there is no such model, or it writes nothing.
+        CheckpointError, ConfigError, ModelError: there is no such model, or it cannot generate text.
     """
     source = _find(given, step, base)
     settings = source.base if source.run is None else source.run.model
@@ -201,7 +202,7 @@ def load_chat_model(
     model.eval()
     ends = end_ids(tokenizer, model)
     chat_model = ChatModel(given, model, tokenizer, style, ends, context_of(model, tokenizer))
-    _ = chat_model.decoder  # weights are packed now rather than at the first question
+    _ = chat_model.decoder  # pack the weights now rather than at the first question
     return chat_model
 
 
@@ -214,7 +215,7 @@ def _find(given: str, step: str, base: str | None) -> Source:
 
 
 def context_of(model: Any, tokenizer: Any) -> int:
-    """Tokens of prompt and answer together that the model was made for."""
+    """Return the model's context length: prompt and answer together, in tokens."""
     config = model.config
     found = getattr(config, "max_position_embeddings", None)
     if isinstance(found, int) and found > 0:

@@ -1,4 +1,4 @@
-"""OpenAI's requests, answers and errors as pydantic models. A parameter that would change the answer and is not supported is refused."""
+"""OpenAI's requests, responses and errors as pydantic models. Unsupported parameters that would change the answer are refused."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from penchant.serve.model import ChatModel
 from penchant.serve.stream import Piece, Sampling, ShownToken, token_bytes, token_text
 from penchant.types import Message
 
-MAX_COMPLETIONS = 32  # of a request, over all its prompts
+MAX_COMPLETIONS = 32  # per request, over all its prompts
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
 TEXT_MAX_TOKENS = 16  # the default of /v1/completions
@@ -39,10 +39,10 @@ Json = dict[str, Any]
 
 
 class ApiError(Exception):
-    """A refusal in OpenAI's shape.
+    """A refusal in OpenAI's error format.
 
     Args:
-        param: the parameter that is wrong; code: a word for programs.
+        param: the offending parameter; code: a machine-readable error code.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class ApiError(Exception):
 
 
 def invalid(param: str, what: str, code: str | None = None) -> ApiError:
-    """A parameter that cannot be used as it is."""
+    """Return the error for a parameter with an invalid value."""
     return ApiError(400, f"{param}: {what}", param=param, code=code or "invalid_value")
 
 
@@ -68,7 +68,7 @@ def invalid(param: str, what: str, code: str | None = None) -> ApiError:
 
 
 def _only(*allowed: Any) -> AfterValidator:
-    """A parameter that this server does not support: only values that change nothing are accepted."""
+    """Accept only those values of an unsupported parameter that have no effect."""
 
     def check(value: Any) -> Any:
         if not any(type(value) is type(a) and value == a for a in allowed):
@@ -79,7 +79,7 @@ def _only(*allowed: Any) -> AfterValidator:
 
 
 class _Input(BaseModel):
-    """JSON types are not converted, and null is the same as leaving a parameter out."""
+    """Base of all inputs: JSON types are not coerced, and null means that the parameter is absent."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -153,7 +153,7 @@ class ChatMessage(_Input):
 
     @property
     def message(self) -> Message:
-        """As a row of training data is read."""
+        """The message in the form that training rows are read into."""
         return Message(
             self.role,
             row.joined(part.text for part in self.content),
@@ -169,10 +169,10 @@ def _calls_of(given: Objects) -> str:
 
 
 def _read(how: Callable[[], Any]) -> Any:
-    """What a reader of rows makes of it.
+    """Return `how()`, with the `RowError` of a row reader turned into a validation error.
 
     Raises:
-        PydanticCustomError: it does not fit.
+        PydanticCustomError: the value is invalid.
     """
     try:
         return how()
@@ -185,7 +185,7 @@ Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
 class Request(_Input):
-    """The parameters that both endpoints take."""
+    """The parameters that both endpoints share."""
 
     default_max_tokens: ClassVar[int | None] = None
 
@@ -207,7 +207,7 @@ class Request(_Input):
     max_tokens: Count | None = None
     logit_bias: Annotated[Any, _only({})] = None
     store: Annotated[Any, _only(False)] = None
-    # these say who asks or how an answer is kept, and change no answer
+    # identify the caller or control storage; they do not change the answer
     user: Any = None
     metadata: Any = None
     safety_identifier: Any = None
@@ -221,26 +221,26 @@ class Request(_Input):
 
     @property
     def prompts(self) -> list[Prompt]:
-        """What is completed, each prompt `n` times."""
+        """The prompts to complete, `n` times each."""
         raise NotImplementedError
 
     @property
     def told(self) -> Json:
-        """What the chat template is told beside the messages."""
+        """Extra variables for the chat template besides the messages."""
         return {}
 
     @property
     def max_new_tokens(self) -> int | None:
-        """Tokens of each completion that were asked for; None: as many as fit."""
+        """Requested length limit of each completion, in tokens; None for as many as fit."""
         return self.max_tokens or self.default_max_tokens
 
     @property
     def logprob_count(self) -> int | None:
-        """Likeliest tokens to report beside each token; None: no log-probs."""
+        """Number of most likely tokens to report at each position; None for no log-probs."""
         raise NotImplementedError
 
     def sampling(self, max_new_tokens: int) -> Sampling:
-        """The same draws for each prompt of the request."""
+        """Return the sampling settings, the same for every prompt of the request."""
         return Sampling(
             max_new_tokens,
             self.n,
@@ -255,7 +255,7 @@ class Request(_Input):
 
 
 def _readable(name: str, how: Callable[[Json], str]) -> AfterValidator:
-    """A parameter that is read as the column of a row that is called like it."""
+    """Validate a parameter with the reader of the row column of the same name."""
 
     def check(value: Any) -> Any:
         _read(lambda: how({name: value}))
@@ -347,17 +347,17 @@ CODES = {
     "extra_forbidden": "unsupported_parameter",
     "unsupported_parameter": "unsupported_parameter",
 }
-SHAPES = {  # where pydantic's words would be of one of several shapes
+SHAPES = {  # pydantic's message would describe only one of several accepted types
     "prompt": "must be a string, token ids, or a list of either, and not empty",
     "stop": f"must be a string or a list of at most {MAX_STOPS} strings, none of them empty",
 }
 
 
 def read_request(kind: type[Request], body: bytes) -> Request:
-    """The request in a body.
+    """Parse a request body.
 
     Raises:
-        ApiError: the body is not JSON, or a parameter cannot be used; the first one is named.
+        ApiError: the body is not JSON, or a parameter is invalid (the first one is named).
     """
     try:
         return kind.model_validate_json(body)
@@ -367,7 +367,7 @@ def read_request(kind: type[Request], body: bytes) -> Request:
     if not location:
         raise ApiError(400, f"the body is not a JSON object ({what})", code="invalid_json")
     name = str(location[0])
-    if name in ("messages", "stream_options"):  # elsewhere the rest is an index or the branch of a union
+    if name in ("messages", "stream_options"):  # for other parameters the rest is an index or a branch of a union
         name += "".join(f"[{p}]" if isinstance(p, int) else f".{p[:80]}" for p in location[1:])
     elif name in SHAPES:
         what = SHAPES[name]
@@ -377,19 +377,19 @@ def read_request(kind: type[Request], body: bytes) -> Request:
     raise invalid(name[:160], what, code)
 
 
-# ---- responses, with the fields that OpenAI's have: some of them are null, others absent ----
+# ---- responses: the same fields as OpenAI's, including which are null and which are absent ----
 
 
 def as_json(response: Json) -> str:
-    """A response as text."""
+    """Serialize a response to JSON."""
     return to_json(response, inf_nan_mode="null").decode()
 
 
 class Responses:
-    """The responses to one request: what they have in common, and the shape of its endpoint.
+    """Builds the responses to one request in the format of its endpoint.
 
     Args:
-        name: under which the model is served.
+        name: name under which the model is served.
     """
 
     def __init__(self, request: Request, chat_model: ChatModel, name: str) -> None:
@@ -401,7 +401,7 @@ class Responses:
         self._id = ("chatcmpl-" if self._chat else "cmpl-") + uuid.uuid4().hex
 
     def whole(self, completions: Sequence[Sequence[Piece]], usage: Json) -> Json:
-        """The response that is not streamed; each completion is given as its pieces."""
+        """Return the response without streaming; each completion is given as its pieces."""
         choices = []
         for index, pieces in enumerate(completions):
             text, tokens = "".join(p.text for p in pieces), [t for p in pieces for t in p.tokens]
@@ -411,19 +411,19 @@ class Responses:
         return self._response(choices, "chat.completion", usage=usage)
 
     def first(self, indices: Iterable[int]) -> list[Json]:
-        """The chunks of a stream that open completions, where the endpoint has such."""
+        """Return the chunks that open the completions of a stream; only the chat endpoint has them."""
         delta = {"role": "assistant", "content": "", "refusal": None}
         opening = {"delta": delta, "logprobs": None, "finish_reason": None}
         return [self._chunk([{"index": i, **opening}]) for i in indices] if self._chat else []
 
     def chunk(self, index: int, piece: Piece) -> Json:
-        """A piece of one completion."""
+        """Return the chunk for a piece of one completion."""
         delta = {"content": piece.text} if piece.text or piece.tokens else {}
         content = {"delta": delta} if self._chat else {"text": piece.text}
         return self._chunk([self._choice(index, content, piece.tokens, piece.finish)])
 
     def last(self, usage: Json) -> Json:
-        """The chunk with the usage."""
+        """Return the final chunk, which holds the usage."""
         return self._response([], "chat.completion.chunk", usage=usage)
 
     def _chunk(self, choices: list[Json]) -> Json:
@@ -441,7 +441,7 @@ class Responses:
         }
 
     def _choice(self, index: int, content: Json, tokens: Sequence[ShownToken], finish: str | None) -> Json:
-        """One completion or a piece of it: `message` or `delta` of a chat, `text` of a text."""
+        """Return one choice, whole or partial; `content` holds `message` or `delta` (chat) or `text` (text completion)."""
         logprobs = None
         if self._with_logprobs:
             logprobs = self._chat_logprobs(tokens) if self._chat else self._text_logprobs(tokens)
@@ -464,7 +464,7 @@ class Responses:
     def _text_logprobs(self, tokens: Sequence[ShownToken]) -> Json:
         top: list[dict[str, float]] = [{} for _ in tokens]
         for likeliest, t in zip(top, tokens, strict=True):
-            for token, logp in t.sampled.likeliest:  # half characters look alike: the likeliest of them is kept
+            for token, logp in t.sampled.likeliest:  # partial characters share one text: keep the most likely
                 likeliest.setdefault(token_text(self._tokenizer, token), logp)
         return {
             "tokens": [token_text(self._tokenizer, t.sampled.token) for t in tokens],

@@ -1,4 +1,4 @@
-"""A server on this machine: the socket, the key, signals, and uvicorn around an application."""
+"""An HTTP server: the socket, the API key, signal handling, and uvicorn around an application."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from penchant.judges.endpoint import is_loopback
 
 
 class Served(Protocol):
-    """An ASGI application that ends when its server does."""
+    """An ASGI application that can be stopped and closed with its server."""
 
     def __call__(self, scope: Any, receive: Any, send: Any) -> Awaitable[None]: ...
 
     def stop(self) -> None:
-        """What is under way ends soon."""
+        """End the requests under way soon."""
 
     def close(self) -> None:
-        """Nothing is served any more."""
+        """Release everything after serving has ended."""
 
 
-KEY = "PENCHANT_API_KEY"  # the environment variable with the key that requests must bring
-CONNECTIONS = 256  # at a time
-GRACE = 5  # seconds for replies under way when the server ends
-HEAD_SECONDS = 20.0  # for the head of a request to arrive
-READ_SECONDS = 60.0  # for a client to take what was written to it
+KEY = "PENCHANT_API_KEY"  # the environment variable with the required API key
+CONNECTIONS = 256  # maximum number at a time
+GRACE = 5  # seconds for responses under way to finish at shutdown
+HEAD_SECONDS = 20.0  # seconds for the head of a request to arrive
+READ_SECONDS = 60.0  # seconds for a client to read what was written to it
 
 
 def check_host(host: str, key: str | None) -> bool:
-    """Whether an address is this machine's own.
+    """Return True if the address is a loopback address.
 
     Raises:
-        ConfigError: it is another, and there is no key.
+        ConfigError: it is not, and there is no key.
     """
     local = is_loopback(host)
     if not local and key is None:
@@ -53,10 +53,10 @@ def check_host(host: str, key: str | None) -> bool:
 
 
 def require_server(command: str = "serve") -> None:
-    """Fail before anything is loaded where the command's extra is not installed.
+    """Check that the command's extra is installed, before anything is loaded.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: it is not installed.
     """
     try:
         for name in ("starlette", "uvicorn", *(["markdown_it"] if command == "studio" else [])):
@@ -67,18 +67,18 @@ def require_server(command: str = "serve") -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket.
+    """Return a bound socket.
 
     Args:
-        port: 0 takes one that is free.
+        port: 0 picks a free one.
 
     Raises:
-        ConfigError: the address cannot be had.
+        ConfigError: the address cannot be bound.
     """
     try:
         found = socket.getaddrinfo("127.0.0.1" if host == "localhost" else host, port, type=socket.SOCK_STREAM)
         family, *_, address = found[0]
-        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # :: is every address of this machine
+        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # :: stands for every address of this machine
         return socket.create_server(address, family=family, backlog=128, dualstack_ipv6=both)
     except (OSError, UnicodeError, OverflowError) as error:
         taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
@@ -87,13 +87,13 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def address_of(made: socket.socket, path: str = "/v1") -> str:
-    """``http://HOST:PORT/v1``."""
+    """Return ``http://HOST:PORT/v1``."""
     host, port = made.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}{path}"
 
 
 def served_name(given: str, name: str | None) -> str:
-    """Under which name a model is served: a hub id's own, or its folder's (a run's where a step of one is given)."""
+    """Return the name a model is served under: `name`, a hub id, or the last folder of a path (the run's, for one of its steps)."""
     if name is not None:
         return name
     path = Path(given).expanduser()
@@ -104,13 +104,13 @@ def served_name(given: str, name: str | None) -> str:
 
 
 def _protocol() -> Any:
-    """uvicorn's HTTP protocol that closes unused connections: after a while, and at once where a new client finds all of them taken."""
+    """Return uvicorn's HTTP protocol class with timeouts; it also drops idle connections if a new client finds no free one."""
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class Impatient(H11Protocol):
         connections: set[Any]
-        late: Any = None  # ends a connection whose request's head does not come
-        stuck: Any = None  # ends one whose client does not read
+        late: Any = None  # timer that closes a connection whose request head does not arrive
+        stuck: Any = None  # timer that closes one whose client does not read
 
         @property
         def unasked(self) -> bool:
@@ -160,7 +160,7 @@ class Server:
     """uvicorn with an application.
 
     Args:
-        sock: bound already.
+        sock: an already bound socket.
     """
 
     app: Served
@@ -170,7 +170,7 @@ class Server:
         import uvicorn
 
         class Uvicorn(uvicorn.Server):
-            """Signals are ours: its own raises them once more when all is over."""
+            """Installs no signal handlers: uvicorn's own would raise the signals again after shutdown."""
 
             @contextmanager
             def capture_signals(self) -> Iterator[None]:
@@ -192,7 +192,7 @@ class Server:
         self.uvicorn: Any = Uvicorn(config)
 
     def run(self) -> None:
-        """Serve until `stop`."""
+        """Serve until `stop` is called."""
         try:
             self.uvicorn.run(sockets=[self.sock])
         finally:
@@ -200,12 +200,12 @@ class Server:
             self.app.close()
 
     def stop(self) -> None:
-        """End: requests under way get an error, the socket closes, `run` returns."""
+        """Shut down: requests under way get an error, the socket is closed and `run` returns."""
         self.app.stop()
         self.uvicorn.should_exit = True
 
     def run_until_signal(self) -> None:
-        """`run`, and `stop` at SIGINT or SIGTERM; a second one ends at once."""
+        """Call `run`, and `stop` at SIGINT or SIGTERM; a second signal forces an immediate exit."""
 
         def end(_: int, __: Any) -> None:
             if self.uvicorn.should_exit:
@@ -221,7 +221,7 @@ class Server:
 
 
 def log_to(quiet: bool) -> None:
-    """One line a request on stderr: method, path, status, seconds; never what was asked or answered."""
+    """Log one line per request to stderr (method, path, status, seconds), never the text of prompts or answers."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     for name, level in (

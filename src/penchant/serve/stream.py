@@ -1,4 +1,4 @@
-"""Completions of one prompt as they are written: sampled tokens, then their text. The tokens are those that `rollout.generate.sample` gives."""
+"""Streams the completions of one prompt: sampled tokens, then their text. The tokens equal those of `rollout.generate.sample`."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from penchant.serve.model import ChatModel
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How answers are drawn.
+    """Sampling settings.
 
     Args:
-        max_new_tokens: of each answer; n: answers; temperature 0: the likeliest token; top_k 0: all tokens.
-        seed, turn, attempt: the draws are a function of these three and of the answer's number, and of nothing else.
-        presence, frequency: taken off the logit of a token that the answer holds already: once, and once for each time.
-        top_logprobs: likeliest tokens that are told beside each drawn one; None: no log-probs at all.
+        max_new_tokens: per answer; n: number of answers; temperature 0: the most likely token; top_k 0: all tokens.
+        seed, turn, attempt: the draws depend only on these three and the answer's index.
+        presence, frequency: subtracted from the logit of a token already in the answer: once, and once per occurrence.
+        top_logprobs: number of most likely tokens to report beside each sampled one; None: no log-probs at all.
     """
 
     max_new_tokens: int
@@ -45,8 +45,8 @@ class SampledToken:
     """One token of one answer.
 
     Args:
-        row: the answer's number; logp: of the token under the model's own softmax, before temperature, penalties, top-k and top-p.
-        likeliest: (token, log-prob), the likeliest first; ended: an end token; last: the answer has no further token.
+        row: index of the answer; logp: under the model's own softmax, before temperature, penalties, top-k and top-p.
+        likeliest: (token, log-prob), most likely first; ended: this is an end token; last: this is the answer's last token.
     """
 
     row: int
@@ -57,10 +57,10 @@ class SampledToken:
     last: bool
 
 
-# A model with the caches of one prompt:
+# A model with the caches of one prompt has three methods:
 #   first() -> logits after the prompt (rows, V)
-#   next(tokens) -> feeds each row its last token; the logits (rows, V) of its next one
-#   keep(going) -> lets the other rows go; where each row that stays now stood before
+#   next(tokens) -> feed each row its last token; return the logits (rows, V) of the next one
+#   keep(going) -> drop the other rows; return the previous index of each remaining row
 
 
 class _Packed:
@@ -91,7 +91,7 @@ class _Packed:
 
 
 class _Transformer:
-    """Any model of transformers, with its own cache."""
+    """Any transformers model, with its own cache."""
 
     def __init__(self, model: Any, prompt: Sequence[int], rows: int) -> None:
         self._model, self._prompt, self._rows = model, list(prompt), rows
@@ -125,7 +125,7 @@ class Stream:
     """The answers to one prompt.
 
     Args:
-        prompt: token ids, at least one; with `sampling.max_new_tokens` at most `chat_model.context` of them.
+        prompt: at least one token id; its length plus `sampling.max_new_tokens` is at most `chat_model.context`.
     """
 
     def __init__(self, chat_model: ChatModel, prompt: Sequence[int], sampling: Sampling) -> None:
@@ -134,7 +134,7 @@ class Stream:
         fast = chat_model.decoder if can_decode_fast(chat_model.model, len(prompt) + new_tokens) else None
         self._feed: _Packed | _Transformer
         self._feed = _Packed(fast, prompt, n, new_tokens) if fast else _Transformer(chat_model.model, prompt, n)
-        self._rows = torch.arange(n)  # the answer that each living row writes
+        self._rows = torch.arange(n)  # the answer that each active row belongs to
         self._stopped: set[int] = set()
         self._tokens: Tensor | None = None
         self._counts: Tensor | None = None
@@ -147,11 +147,11 @@ class Stream:
         return len(self._rows) == 0
 
     def stop(self, row: int) -> None:
-        """Write no further token of an answer, once it has its first."""
+        """Sample no further tokens of an answer; every answer has at least one."""
         self._stopped.add(row)
 
     def step(self) -> list[SampledToken]:
-        """The next token of every answer that goes on."""
+        """Return the next token of every unfinished answer."""
         with torch.inference_mode():
             if self._tokens is not None:
                 self._drop(torch.tensor([int(r) not in self._stopped for r in self._rows], dtype=torch.bool))
@@ -204,16 +204,16 @@ class Stream:
 
 # ---- tokens to text ----
 
-BROKEN = "\ufffd"  # what the bytes of an incomplete character decode to
-CONTEXT = 8  # tokens of the prompt that are decoded along where text is continued
+BROKEN = "\ufffd"  # replacement character: the bytes of an incomplete character decode to it
+CONTEXT = 8  # prompt tokens to decode along with a continuation
 
 
 class Detokenizer:
-    """The text of a growing list of tokens; the pieces joined are exactly what decoding all tokens at once gives.
+    """Decodes a growing list of tokens; the joined pieces equal the text of decoding all tokens at once.
 
     Args:
-        before: the prompt's tokens where its text is continued: some tokenizers write a first token without its space.
-        freeze: tokens after which their text is settled and only the last few are decoded along with new ones.
+        before: the prompt's tokens if its text is continued, since some tokenizers drop the space of a first token.
+        freeze: number of tokens after which their text is final and only the last few are decoded again with new ones.
     """
 
     def __init__(self, tokenizer: Any, before: Sequence[int] = (), freeze: int = 64) -> None:
@@ -221,26 +221,26 @@ class Detokenizer:
         self._before: list[int] = []
         self._skip = ""
         self._ids: list[int] = []
-        self._given = ""  # of the tokens in _ids
+        self._given = ""  # text already returned for the tokens in _ids
         self._settle(list(before))
 
     def _decode(self, ids: Sequence[int]) -> str:
-        # clean-up would take spaces away that an earlier piece has shown
+        # clean-up could remove spaces that an earlier piece has already shown
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _settle(self, ids: list[int]) -> None:
-        """From here on these tokens' text is known."""
+        """Treat the text of these tokens as final."""
         last = ids[-CONTEXT:]
         skip = self._decode(last) if last else ""
-        if BROKEN not in skip:  # else a character may yet change
+        if BROKEN not in skip:  # otherwise the last character may still change
             self._before, self._skip, self._ids, self._given = last, skip, [], ""
 
     def _text(self) -> str:
-        """The text of the tokens in _ids, half characters as U+FFFD."""
+        """Return the text of the tokens in _ids, with partial characters as U+FFFD."""
         return self._decode([*self._before, *self._ids])[len(self._skip) :]
 
     def add(self, token: int) -> str:
-        """The characters that one more token completes; may be empty."""
+        """Return the characters that one more token completes; may be empty."""
         self._ids.append(token)
         text = self._text()
         piece = self._up_to(text.rstrip(BROKEN))
@@ -249,7 +249,7 @@ class Detokenizer:
         return piece
 
     def flush(self) -> str:
-        """What is left when no token follows: half characters."""
+        """Return the rest, partial characters included, if no token follows."""
         return self._up_to(self._text())
 
     def _up_to(self, text: str) -> str:
@@ -261,10 +261,10 @@ class Detokenizer:
 
 
 class Stops:
-    """Text until the first of some stop texts, which is itself left out.
+    """Cuts text before the first of several stop texts.
 
     Args:
-        texts: none of them empty.
+        texts: the stop texts, none of them empty.
     """
 
     def __init__(self, texts: Sequence[str]) -> None:
@@ -272,7 +272,7 @@ class Stops:
         self._held = ""
 
     def add(self, piece: str) -> tuple[str, bool]:
-        """(what can be shown for certain, whether a stop text was met)."""
+        """Return (text that is safe to show, whether a stop text was found)."""
         text = self._held + piece
         found = [at for at in (text.find(t) for t in self._texts) if at >= 0]
         if found:
@@ -283,13 +283,13 @@ class Stops:
         return text[: len(text) - keep], False
 
     def flush(self) -> str:
-        """What was held back and did not become a stop text."""
+        """Return the text held back as a possible beginning of a stop text."""
         held, self._held = self._held, ""
         return held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Characters at the end of a text with which a stop text begins."""
+    """Return the length of the longest suffix of a text that is a proper prefix of a stop text."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
@@ -297,12 +297,12 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def token_text(tokenizer: Any, token: int) -> str:
-    """A token by itself, special ones included; U+FFFD where it holds half a character."""
+    """Decode a single token, special tokens included; U+FFFD if it holds a partial character."""
     return str(tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def token_bytes(tokenizer: Any, token: int) -> list[int] | None:
-    """The bytes of a token, also where they are half a character; None where its tokenizer does not tell."""
+    """Return the bytes of a token, even of a partial character; None if they cannot be derived from the vocabulary."""
     text = token_text(tokenizer, token)
     if BROKEN not in text:
         return list(text.encode())
@@ -315,7 +315,7 @@ def token_bytes(tokenizer: Any, token: int) -> list[int] | None:
 
 @lru_cache
 def _byte_of() -> dict[str, int]:
-    """The byte that each character of a byte-level vocabulary stands for: printable ones for themselves, the others from U+0100 on."""
+    """Map each character of a byte-level vocabulary to its byte: printable bytes to themselves, the others from U+0100 on."""
     themselves = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in themselves]
     return {chr(b): b for b in themselves} | {chr(0x100 + i): b for i, b in enumerate(others)}
@@ -328,7 +328,7 @@ STOP, LENGTH = "stop", "length"
 
 @dataclass(frozen=True, slots=True)
 class ShownToken:
-    """A token with its log-prob, and where its text begins, in characters of the answer."""
+    """A token with its log-prob and the offset of its text, in characters of the answer."""
 
     sampled: SampledToken
     start: int
@@ -336,7 +336,7 @@ class ShownToken:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one step adds to one answer: text, the tokens that it is of, and why the answer ends (None while it goes on)."""
+    """What one step adds to one answer: text, its tokens, and the finish reason (None while the answer goes on)."""
 
     row: int
     text: str
@@ -346,7 +346,7 @@ class Piece:
 
 @dataclass
 class _Row:
-    """One answer so far: characters decoded, characters shown, tokens whose text is not shown yet."""
+    """State of one answer: characters decoded, characters shown, and tokens whose text is not shown yet."""
 
     detokenizer: Detokenizer
     stops: Stops
@@ -361,8 +361,8 @@ class Completions:
     """All answers to one prompt.
 
     Args:
-        prompt: token ids; stops: texts at which an answer ends, beside those of the model's style.
-        continued: whether the text goes on from the prompt's (no turn of its own begins).
+        prompt: token ids; stops: all texts that end an answer.
+        continued: whether the answer continues the prompt's text instead of starting a new turn.
     """
 
     def __init__(
@@ -384,11 +384,11 @@ class Completions:
 
     @property
     def tokens(self) -> int:
-        """Tokens that all answers have so far, end tokens included."""
+        """Number of tokens generated so far over all answers, end tokens included."""
         return sum(row.count for row in self._rows)
 
     def step(self) -> list[Piece]:
-        """One more token of every answer that goes on, and the text that it makes certain; pieces without news are left out."""
+        """Sample one more token of every unfinished answer and return the pieces this makes final, without empty ones."""
         pieces = [self._piece(sampled) for sampled in self._stream.step()]
         return [p for p in pieces if p.text or p.tokens or p.finish]
 
@@ -409,7 +409,7 @@ class Completions:
             text += row.stops.flush()
             row.finish = STOP if sampled.ended else LENGTH
         row.shown += len(text)
-        # a token is reported with its text; one that lies wholly in a stop text never is
+        # a token is reported along with its text; one that lies entirely within a stop text is never reported
         ready = tuple(t for t in row.waiting if t.start < row.shown or (row.finish is not None and not met))
         row.waiting = [t for t in row.waiting if t not in ready]
         return Piece(sampled.row, text, ready, row.finish)

@@ -1,1 +1,1 @@
-"""`penchant studio`: people compare answers, watch runs and look through data, in the browser of this machine."""
+"""`penchant studio`: a local web page for comparing answers, watching runs and browsing data."""

@@ -1,4 +1,4 @@
-"""The Starlette application of `penchant studio`: who may look at it, what every page shares, and the areas that it is made of."""
+"""The Starlette application of `penchant studio`: access control, what all pages share, and the areas."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from penchant.serve.http import CLIENT_GONE, answer, names_this_machine, read_bo
 log = logging.getLogger("penchant.studio")
 HERE = Path(__file__).parent
 SHARED = HERE.parent / "report" / "shared.css"  # the stylesheet of the report and the studio
-BODY, BODY_SECONDS = 1 << 20, 30.0  # of a form
+BODY, BODY_SECONDS = 1 << 20, 30.0  # limits on a form
 CHANGES = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 WEEK = 7 * 24 * 3600
 
-# modules of this package that make an area each, in the order of the navigation
+# modules of this package that each define an area, in navigation order
 AREAS = ("arena", "runs", "data")
 
 POLICY = (
@@ -50,7 +50,7 @@ HEADERS = {
     "content-security-policy": POLICY,
     "cache-control": "no-store",
     "x-content-type-options": "nosniff",
-    "referrer-policy": "same-origin",  # without one, forms would come from nowhere (Origin: null)
+    "referrer-policy": "same-origin",  # with no-referrer, browsers would send forms with Origin: null
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
 }
@@ -58,11 +58,11 @@ HEADERS = {
 
 @dataclass(frozen=True)
 class Area:
-    """One entry of the navigation and what lies behind it.
+    """One entry of the navigation and its pages.
 
     Args:
-        title: in the navigation; path: where it begins (``/arena``); routes: with whole paths. close: called when the server ends.
-        warm: called in a thread of its own when the server begins, so that the first page need not wait for what can be read before.
+        title: text in the navigation; path: its first page (``/arena``); routes: with full paths; close: called when the server ends.
+        warm: called in its own thread when the server starts, to load in advance what the first page needs.
     """
 
     title: str
@@ -74,12 +74,12 @@ class Area:
 
 @dataclass
 class Studio:
-    """What every page shares: the folder, who may look at it, and the templates. It is the ASGI application as well.
+    """The ASGI application and what every page shares: the folder, access control and templates.
 
     Args:
         folder: nothing outside it is shown or written.
-        token: opens the studio; whoever has it may do everything.
-        local: bound to this machine alone, so that only its own names are answered.
+        token: opens the studio and grants full access.
+        local: bound to loopback, so only requests with a Host header that names this machine are answered.
     """
 
     folder: Path
@@ -109,26 +109,26 @@ class Studio:
     # ---- for areas -------------------------------------------------------------------------------------------------
 
     def inside(self, name: str) -> Path:
-        """A path of the folder.
+        """Resolve a path inside the folder.
 
         Raises:
-            HTTPException: it leads out of the folder, also by a link, or cannot be a path (404).
+            HTTPException: it leads out of the folder, possibly through a link, or is not a valid path (404).
         """
         try:
             path = (self.folder / name).resolve()
             if "\0" in name or not path.is_relative_to(self.folder):
                 raise ValueError
-            path.exists()  # a name that no file can have raises
+            path.exists()  # raises if the name is invalid
         except (ValueError, OSError, RuntimeError) as error:
             raise HTTPException(404, "there is no such file in this folder") from error
         return path
 
     def relative(self, path: Path) -> str:
-        """A path as it is shown and linked: from the folder on."""
+        """Return a path relative to the folder, as it is shown and linked."""
         return path.relative_to(self.folder).as_posix()
 
     def page(self, request: Request, template: str, status: int = 200, **values: Any) -> HTMLResponse:
-        """A template filled in. Texts of models and files go through the filter `inert` (content) or `plain` (attributes)."""
+        """Render a template. Text of models and files must go through the filter `inert` (content) or `plain` (attributes)."""
         shared = {
             "studio": self,
             "areas": self.areas,
@@ -138,11 +138,11 @@ class Studio:
             "asset": self._asset,
         }
         text = self.templates.get_template(template).render({**shared, **values})
-        return HTMLResponse(text.encode(errors="replace"), status)  # JSON of a model may hold halves of a character
+        return HTMLResponse(text.encode(errors="replace"), status)  # a model's JSON may contain lone surrogates
 
     @cached_property
     def templates(self) -> jinja2.Environment:
-        """The templates of all areas."""
+        """The template environment of all areas."""
         made = jinja2.Environment(
             loader=jinja2.FileSystemLoader(HERE / "templates"),
             autoescape=True,
@@ -156,18 +156,18 @@ class Studio:
 
     @staticmethod
     def _asset(name: str) -> str:
-        """The address of a static file, which changes with its content."""
+        """Return the URL of a static file; it changes whenever the file does."""
         file = SHARED if name == SHARED.name else HERE / "static" / name
         return f"/static/{name}?{int(file.stat().st_mtime)}"
 
-    # ---- who may look ----------------------------------------------------------------------------------------------
+    # ---- access control --------------------------------------------------------------------------------------------
 
     def _made_of(self, what: str) -> str:
         return hmac.new(self.token.encode(), what.encode(), hashlib.sha256).hexdigest()
 
     @cached_property
     def cookie(self) -> str:
-        """Its name: cookies of one host are shared by all of its ports."""
+        """Name of the session cookie, specific to this studio because cookies are shared by all ports of a host."""
         return f"penchant_{self._made_of('name')[:8]}"
 
     @cached_property
@@ -199,7 +199,7 @@ class Studio:
         return RedirectResponse(self.areas[0].path, 303)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Check who asks, and answer."""
+        """Check that the request is allowed, then answer."""
         path = scope.get("path", "")
 
         def headers(status: int, given: MutableHeaders) -> None:
@@ -216,7 +216,7 @@ class Studio:
         await answer(scope, receive, send, by=by, failed=failed, headers=headers, log=log, path=shown)
 
     def _refusal(self, request: Request) -> Response | None:
-        """The answer to a request that reaches no page."""
+        """Return the response if the request is refused or redirected, else None."""
         headers = request.headers
         if self.local and not names_this_machine(headers.get("host", "")):
             return PlainTextResponse("this studio only answers to names of this machine", 403)
@@ -263,28 +263,28 @@ class Studio:
         return self.page(request, "error.html", status, what=what)
 
     def stop(self) -> None:
-        """Streams end: `closing` is true."""
+        """Set `closing`, which ends the event streams."""
         self.closing = True
 
     def close(self) -> None:
-        """Every area lets go of what it holds."""
+        """Release the resources of every area."""
         for area in self.areas:
             area.close()
 
 
 def _same_site(headers: Headers) -> bool:
-    """Whether a change comes from a page of this studio, as far as the browser says."""
+    """Return True unless the browser's headers show that a change comes from another site."""
     origin = headers.get("origin")
     try:
         if origin is not None and urlsplit(origin).netloc != headers.get("host"):
             return False
-    except ValueError:  # no address at all
+    except ValueError:  # not a valid URL
         return False
     return headers.get("sec-fetch-site", "same-origin") in ("same-origin", "none")
 
 
 def can_be_linked(name: str) -> bool:
-    """Whether a file's name is text: other bytes cannot appear in an address."""
+    """Return True if a file name is valid text; names with other bytes cannot appear in a URL."""
     return not any("\ud800" <= c <= "\udfff" for c in name)
 
 
@@ -293,20 +293,20 @@ async def _shared(_: Request) -> Response:
 
 
 async def _gone(_: Request, __: Exception) -> Response:
-    return Response(status_code=CLIENT_GONE)  # nobody reads it, but the log does
+    return Response(status_code=CLIENT_GONE)  # no client reads this, but the log shows it
 
 
 async def form(request: Request, most: int = BODY) -> dict[str, str]:
-    """The fields of a form; of several of one name the last.
+    """Return the fields of a form; the last value wins if a name is repeated.
 
     Raises:
-        HTTPException: it is too large, or no form.
+        HTTPException: it is too large or not a form.
     """
     return dict(await fields(request, most))
 
 
 async def fields(request: Request, most: int = BODY) -> list[tuple[str, str]]:
-    """The same with every field, in order."""
+    """Return every field of a form as (name, value), in order."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/x-www-form-urlencoded":
         raise HTTPException(415, "send a form")

@@ -1,4 +1,4 @@
-"""The arena: two answers side by side, nobody knows whose, and one key for which is better."""
+"""The arena: two anonymous answers side by side, and one key to say which is better."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from penchant.studio.shelf import find
 from penchant.studio.text import folds, rendered
 from penchant.studio.writers import Writers, allow
 
-HELD_SECONDS = 900.0  # for which a pair that somebody has before them is nobody else's
+HELD_SECONDS = 900.0  # seconds for which a pair on one annotator's screen is kept from the others
 WHO = "penchant_annotator"
 SAID = {"left", "right", "tie", "both_bad", "skip"}
-EDITED = 100_000  # characters of an answer that a person writes
-# key, what it says, how it is shown
+EDITED = 100_000  # maximum characters of an answer written by an annotator
+# (verdict, label, key shown, keys accepted)
 KEYS = (
     ("left", "Left", "←", "ArrowLeft 1"),
     ("tie", "Tie", "T", "t 0"),
@@ -50,7 +50,7 @@ KEYS = (
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A pair that somebody has before them: how much they had said before, and since when."""
+    """A pair on an annotator's screen: the annotator's record count at that time, and when it was shown."""
 
     pair: str
     order: int
@@ -58,20 +58,20 @@ class Held:
 
 
 class Rooms:
-    """The arenas of a folder: opened once, and who has which pair before them."""
+    """The opened arenas of a folder, and which pair each annotator is looking at."""
 
     def __init__(self, studio: Studio) -> None:
         self.studio = studio
-        self.opened: dict[str, tuple[tuple[int, int], Arena]] = {}  # by name, with what tells it from a later one
+        self.opened: dict[str, tuple[tuple[int, int], Arena]] = {}  # by name, with (inode, mtime) to detect a new arena
         self.held: dict[tuple[str, str], Held] = {}  # by (arena, annotator)
-        self.bodies: dict[str, tuple[Arena, int, Markup]] = {}  # results, and of how many records
+        self.bodies: dict[str, tuple[Arena, int, Markup]] = {}  # by name: (arena, records, rendered results)
         self.writers = Writers()
 
     def named(self, request: Request) -> Arena:
-        """The arena of an address.
+        """Return the arena that a request's URL names.
 
         Raises:
-            HTTPException: there is none (404).
+            HTTPException: there is no such arena (404).
         """
         name = str(request.path_params["name"])
         folder = self.studio.inside(f"{pairs.ARENAS}/{name}")
@@ -80,7 +80,7 @@ class Rooms:
         return self.open(Arena(folder))
 
     def open(self, arena: Arena) -> Arena:
-        """An arena as it was opened before; one that was made anew under its name is another."""
+        """Return the cached arena of this name, or `arena` if none is cached or it has been replaced on disk."""
         about = (arena.folder / pairs.ARENA).stat()
         now = about.st_ino, about.st_mtime_ns
         was = self.opened.get(arena.name)
@@ -89,7 +89,7 @@ class Rooms:
         return was[1]
 
     def next(self, arena: Arena, annotator: str) -> Item | None:
-        """The pair that an annotator has before them until they say something of it, or else the next one."""
+        """Return the pair an annotator is looking at until it gets a verdict, then the next one."""
         me, now = (arena.name, annotator), time.monotonic()
         with arena.lock:
             order = arena.preferences.refresh().records.get(annotator, 0)
@@ -106,7 +106,7 @@ class Rooms:
             return item
 
     def results(self, arena: Arena) -> Markup:
-        """What an arena says, computed anew where something was said since."""
+        """Return an arena's rendered results, computed again only after new records."""
         records = sum(arena.preferences.refresh().records.values())
         had = self.bodies.get(arena.name)
         if had is None or had[0] is not arena or had[1] != records:
@@ -115,7 +115,7 @@ class Rooms:
         return had[2]
 
     def hold(self, arena: Arena, annotator: str, item: Item | None) -> None:
-        """Remember what somebody has before them."""
+        """Remember which pair an annotator is looking at."""
         me = arena.name, annotator
         if item is None:
             self.held.pop(me, None)
@@ -124,7 +124,7 @@ class Rooms:
 
 
 def area(studio: Studio) -> Area:
-    """The arena's pages."""
+    """Return the arena's area."""
     rooms = Rooms(studio)
 
     async def index(request: Request) -> Response:
@@ -195,7 +195,7 @@ def area(studio: Studio) -> Area:
     async def report(request: Request) -> Response:
         arena = rooms.named(request)
         text = await run_in_threadpool(results_page, arena.name, arena.preferences)
-        # its own policy stands in it, and lets its stylesheet in
+        # the file contains its own policy, which allows its stylesheet
         headers = {"content-security-policy": "sandbox", "content-disposition": 'attachment; filename="arena.html"'}
         return HTMLResponse(text, headers=headers)
 
@@ -223,7 +223,7 @@ def area(studio: Studio) -> Area:
     return Area("Arena", "/arena", routes, rooms.writers.close)
 
 
-# ---- who judges ----
+# ---- annotators ----
 
 
 def _annotator(request: Request) -> str | None:
@@ -250,7 +250,7 @@ def _go(where: str, annotator: str | None = None) -> Response:
 
 
 def _shown(rooms: Rooms, arena: Arena, annotator: str, note: str = "", back: Judgement | None = None) -> dict[str, Any]:
-    """What the page of a pair says; nothing of it tells whose answer is whose."""
+    """Return the template values of a pair's page; none of them reveals which model wrote which answer."""
     item = rooms.next(arena, annotator)
     mine = arena.preferences.of(annotator)
     values: dict[str, Any] = {"arena": arena, "annotator": annotator, "item": item, "note": note, "keys": KEYS}
@@ -269,9 +269,9 @@ def _shown(rooms: Rooms, arena: Arena, annotator: str, note: str = "", back: Jud
 
 
 def _take(arena: Arena, annotator: str, given: list[tuple[str, str]]) -> str:
-    """Write a verdict down; what is to be said about it.
+    """Record a verdict and return a message to show, or "".
 
-    A second verdict on one showing (a key pressed twice, a second window, a crash after it was written) changes nothing.
+    A second verdict on one showing (a key pressed twice, a second window, a retry after a crash) has no effect.
     """
     with arena.turn():
         return _taken(arena, annotator, given)
@@ -320,7 +320,7 @@ def _taken(arena: Arena, annotator: str, given: list[tuple[str, str]]) -> str:
 
 
 def _take_back(rooms: Rooms, arena: Arena, annotator: str, order: str) -> tuple[str, Judgement | None]:
-    """Undo somebody's last word, once; what is to be said about it, and the word: its reasons and answer stand there again."""
+    """Undo the annotator's last verdict, once; return a message and that verdict, whose reasons and answer fill the form again."""
     with arena.turn():
         mine = arena.preferences.refresh().of(annotator)
         if not mine or order != str(arena.preferences.records.get(annotator, 0)):
@@ -331,7 +331,7 @@ def _take_back(rooms: Rooms, arena: Arena, annotator: str, order: str) -> tuple[
 
 
 async def _written(rooms: Rooms, arena: Arena, item: Item) -> AsyncIterator[str]:
-    """Both answers as they are written, then that they are there."""
+    """Yield both answers as events while they are generated, then a final event."""
 
     def event(kind: str, **data: Any) -> str:
         return f"event: {kind}\ndata: {json.dumps(data)}\n\n"
@@ -356,7 +356,7 @@ async def _written(rooms: Rooms, arena: Arena, item: Item) -> AsyncIterator[str]
 
 
 def _sources(studio: Studio) -> dict[str, Any]:
-    """Where answers could come from, in this folder."""
+    """List the sources of answers in this folder."""
     found, offered = find(studio.folder)[0], suggestions(studio.folder)
 
     def having(kind: str, file: str) -> list[str]:
@@ -431,7 +431,7 @@ def _writer(studio: Studio, values: Mapping[str, str], which: str) -> dict[str, 
         model, key = values.get(f"model_{which}", "").strip(), values.get(f"key_{which}", "").strip()
         if not model:
             raise DataError(name, "the endpoint has no model", "name it as the endpoint calls it")
-        connect(url, key or None, name, f"{name}, key")  # refuses an address that is none, and a key that is not there
+        connect(url, key or None, name, f"{name}, key")  # refuses an invalid address and a missing key
         allow(url, key)
         return {"url": url, "model": model, "key_env": key}
     if not run:
@@ -441,7 +441,7 @@ def _writer(studio: Studio, values: Mapping[str, str], which: str) -> dict[str, 
 
 
 def _hash(studio: Studio, writer: Mapping[str, str]) -> str:
-    """SHA-256 of the list of sums of a run's newest checkpoint; empty for others."""
+    """Return the SHA-256 of the manifest of a run's newest checkpoint, or "" if there is none."""
     last = checkpoints(studio.inside(writer["run"]))[-1:] if "run" in writer else []
     return next((file_sha256(c / MANIFEST) for c in last if (c / MANIFEST).is_file()), "")
 

@@ -1,4 +1,4 @@
-"""The pages of data: a file's rows as trees, search and filters, edits that go into a corrected copy, tokens."""
+"""The pages of data: browsing a file's rows, search and filters, edits saved to a corrected copy, and tokens."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ from penchant.studio.rows import (
     turns_of,
 )
 
-OPEN = 8  # files that are kept open
-COUNTS = 0.05  # seconds for which a page counts its file's rows: the whole of most files
-PLACES = 1000  # of an audit's finding that a filter can show
-ROW_BYTES = 4 << 20  # of a row that a person edits
-HOW = ("template", "template_options", "max_length", "truncation", "add_eos")  # of a run's data, for its tokens
+OPEN = 8  # files kept open
+COUNTS = 0.05  # time limit for counting a file's rows when a page is shown; enough for most files
+PLACES = 1000  # places of an audit's finding that a filter can show
+ROW_BYTES = 4 << 20  # maximum size of an edited row
+HOW = ("template", "template_options", "max_length", "truncation", "add_eos")  # keys of a run's data that affect tokens
 
 
 class Audits:
-    """Audits of files, each in a process of its own: one of a large file takes minutes."""
+    """Audits of files, each in its own process because a large file takes minutes."""
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="penchant-studio-")
@@ -81,7 +81,7 @@ class Audits:
         return (path, shape, *stamp(path))
 
     def found(self, path: Path, shape: str) -> tuple[str, dict[str, Any]]:
-        """(``none``, ``running``, ``done`` or what went wrong, its findings)."""
+        """Return (``none``, ``running``, ``done`` or an error message, the audit)."""
         known = self._jobs.get(self._key(path, shape))
         if known is None:
             return "none", {}
@@ -102,7 +102,7 @@ class Audits:
 
 
 class Data:
-    """The area of data."""
+    """The pages of data."""
 
     def __init__(self, studio: Studio) -> None:
         self.studio, self.audits, self.children = studio, Audits(), Children()
@@ -133,10 +133,10 @@ class Data:
     # ---- files -----------------------------------------------------------------------------------------------------
 
     def path_of(self, name: str) -> str:
-        """A file of rows as it is linked.
+        """Return the path of a data file as it is linked.
 
         Raises:
-            HTTPException: there is none in the folder (404).
+            HTTPException: there is no such file in the folder (404).
         """
         path = self.studio.inside(name)
         if not path.is_file() or not ending(path.name):
@@ -144,7 +144,7 @@ class Data:
         return self.studio.relative(path)
 
     def file_of(self, path: str, shape: str) -> File:
-        """An opened file; anew where it has changed."""
+        """Return the opened file; it is opened again if it has changed."""
         if shape != "auto" and shape not in LAYOUTS:
             raise HTTPException(404, "there is no such layout")
         whole = self.studio.folder / path
@@ -161,7 +161,7 @@ class Data:
         return self._edits.setdefault(path, Edits(self.studio.folder, path))
 
     async def list(self, request: Request) -> Response:
-        """The files of rows in the folder."""
+        """List the data files in the folder."""
         found = await run_in_threadpool(suggestions, self.studio.folder)
         files = [(path, (self.studio.folder / path).stat().st_size) for path in found["data.path"]]
         return self.studio.page(request, "data_files.html", files=files)
@@ -202,7 +202,7 @@ class Data:
         return file.page(start, needle=word)
 
     def _of_places(self, file: File, start: int, where: Sequence[str], word: str) -> Page:
-        """The rows at some places."""
+        """Return the rows at the given places."""
         wanted: set[str] = set(where)
         if file.lines is None or file.grouped:
             return file.page(start, wanted=lambda item: item.where in wanted, needle=word)
@@ -224,7 +224,7 @@ class Data:
     # ---- edits -----------------------------------------------------------------------------------------------------
 
     async def edit(self, request: Request) -> Response:
-        """The row as JSON to edit; or what a person made of it."""
+        """Show a row as JSON for editing, or record an edit."""
         given = dict(request.query_params) if request.method == "GET" else await form(request, ROW_BYTES)
         path, shape, where = self.path_of(given.get("file", "")), given.get("shape", "auto"), given.get("where", "")
         file = await run_in_threadpool(self.file_of, path, shape)
@@ -258,7 +258,7 @@ class Data:
         return await self._row(request, file, path, shape, item)
 
     async def row(self, request: Request) -> Response:
-        """A row as it is shown."""
+        """Show a row."""
         asked = request.query_params
         path, shape, where = self.path_of(asked.get("file", "")), asked.get("shape", "auto"), asked.get("where", "")
         file = await run_in_threadpool(self.file_of, path, shape)
@@ -266,7 +266,7 @@ class Data:
         return await self._row(request, file, path, shape, item)
 
     async def undo(self, request: Request) -> Response:
-        """Take an edit back."""
+        """Undo an edit."""
         given = await form(request)
         path, shape, where = self.path_of(given.get("file", "")), given.get("shape", "auto"), given.get("where", "")
         file = await run_in_threadpool(self.file_of, path, shape)
@@ -318,7 +318,7 @@ class Data:
         return self.studio.page(request, "data_audit.html", name=path, shape=shape, audit=state)
 
     async def tokens(self, request: Request) -> Response:
-        """A row as it is trained on: with the tokenizer of a run, or of a model's folder."""
+        """Show a row as tokens, with the tokenizer of a run or a model folder."""
         asked = request.query_params
         path, shape, where = self.path_of(asked.get("file", "")), asked.get("shape", "auto"), asked.get("where", "")
         file = await run_in_threadpool(self.file_of, path, shape)
@@ -337,7 +337,7 @@ class Data:
         return self.studio.page(request, "data_tokens.html", **values)
 
     def _tokenizer(self, folder: Path) -> tuple[Any, dict[str, Any]]:
-        """(Tokenizer, how its run makes tokens) of a run's or a model's folder."""
+        """Return (tokenizer, tokenization options) of a run's or a model's folder."""
         from penchant.models.load import load_tokenizer
 
         how: dict[str, Any] = {}
@@ -357,7 +357,7 @@ class Data:
 
 
 def _marked(file: File, item: Item, made: Mapping[str, Any]) -> Item:
-    """A row as it will stand in the copy."""
+    """Return a row with its edit applied, as it will be in the copy."""
     known = made.get(item.where)
     if known is None:
         return item
@@ -368,13 +368,13 @@ def _marked(file: File, item: Item, made: Mapping[str, Any]) -> Item:
 
 
 def _hidden(name: str, shape: str, item: Item) -> Markup:
-    """The fields of a form that name a row."""
+    """Return the hidden form fields that identify a row."""
     fields = {"file": name, "shape": shape, "where": item.where, "line": item.number}
     return Markup("").join(Markup('<input type="hidden" name="{}" value="{}">').format(*f) for f in fields.items())
 
 
 def _copy_name(path: str) -> str:
-    """What a corrected copy of a file is called."""
+    """Return the suggested path of a file's corrected copy."""
     name = Path(path).name.removesuffix(".gz")
     kind = ".parquet" if name.lower().endswith(".parquet") else ".jsonl"
     return Path(path).with_name(f"{Path(name).stem}.fixed{kind}").as_posix()
@@ -388,6 +388,6 @@ def _number(said: str | None, otherwise: int) -> int:
 
 
 def area(studio: Studio) -> Area:
-    """Files of rows."""
+    """Return the area of data."""
     made = Data(studio)
     return Area("Data", "/data", made.routes, made.close)

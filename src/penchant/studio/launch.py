@@ -1,4 +1,4 @@
-"""A run that is started, stopped and continued from the browser: a form made of the config's schema, its YAML, and the process."""
+"""Starts, stops and resumes runs from the browser: a form built from the config's schema, its YAML, and the processes."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ from penchant.runfolder.values import flat, mapping, text
 from penchant.studio.app import can_be_linked
 from penchant.studio.pairs import ARENA
 
-FORM = "the form"  # where a setting stands, for messages
-INTERRUPTED = 4  # the exit code of a run that was stopped by a signal, and can go on
-TAIL = 4000  # bytes of what a process said that are shown
-FIRST = (  # keys that nearly every run sets; the others lie folded in their sections
+FORM = "the form"  # the source of a setting, for messages
+INTERRUPTED = 4  # exit code of a run that was stopped by a signal and can be resumed
+TAIL = 4000  # bytes of a process's output that are shown
+FIRST = (  # keys that nearly every run sets; the others are folded into their sections
     *(
         "model.path",
         "data.path",
@@ -61,14 +61,14 @@ FIRST = (  # keys that nearly every run sets; the others lie folded in their sec
     *("train.batch_size", "data.max_length", "data.validation_fraction"),
 )
 NO_ROWS = frozenset({SWEEP, "sweep.jsonl", PIPELINE, COMPARISON, COMPARISON_ROWS, SUMS})
-SUGGESTED = 200  # files and models that a field offers
+SUGGESTED = 200  # maximum number of files and models that a field offers
 
 
 # ---- The form ----
 
 
 def form_parts(loss: str = "", algorithm: str = "") -> Iterator[Part]:
-    """The config's sections with their keys; of losses and algorithms the own keys of the one that is chosen."""
+    """Yield the config's sections with their keys; of losses and algorithms, only the keys of the selected one."""
     for part in parts():
         keys = [key for key in part.keys if ".N." not in key.path and key.takes != "list of sections"]
         if part.title == "loss":
@@ -91,7 +91,7 @@ def _named(key: Key, names: Sequence[str]) -> Key:
 
 
 def first_keys() -> list[Key]:
-    """The keys that come first."""
+    """Return the keys shown at the top of the form."""
     known = {key.path: key for part in form_parts() for key in part.keys}
     about = "learns from its own completions and a reward, in the place of a loss"
     known["algorithm.name"] = Key("algorithm.name", " or ".join(ALGORITHMS), "none", about, tuple(ALGORITHMS))
@@ -99,10 +99,10 @@ def first_keys() -> list[Key]:
 
 
 def values_of(fields: Sequence[tuple[str, str]]) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
-    """(Settings, where they are) of the form's fields: those that are named after a key and not empty, then further lines.
+    """Return (settings, their sources) from the form's fields: those with a key's name and a value, then the extra lines.
 
     Raises:
-        ConfigError: a value is no YAML, or a line no setting.
+        ConfigError: a value is not valid YAML, or a line is not a setting.
     """
     kinds = {key.path: key.takes for part in (*form_parts(), *_every_algorithm()) for key in part.keys}
     given = [(name, value) for name, value in fields if "." in name or name in ("output", "reward")]
@@ -132,10 +132,10 @@ def _every_algorithm() -> Iterator[Part]:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A run as the form describes it.
+    """A run as described by the form.
 
     Args:
-        text: the YAML; file: where it goes, and folder: the run's, both from the studio's folder on.
+        text: the YAML; file: path of the YAML; folder: path of the run's folder. Both paths are relative to the studio's folder.
     """
 
     config: RunConfig
@@ -145,10 +145,10 @@ class Draft:
 
 
 def draft(root: Path, fields: Sequence[tuple[str, str]]) -> Draft:
-    """What the form asks for, checked as a config is.
+    """Build the run that the form describes, validated like any config.
 
     Raises:
-        ConfigError: it is not a config, or the run's folder is not inside the studio's.
+        ConfigError: the config is invalid, or the run's folder is not inside the studio's.
     """
     values, places = values_of(fields)
     output = values.get("output")
@@ -157,7 +157,7 @@ def draft(root: Path, fields: Sequence[tuple[str, str]]) -> Draft:
             folder = (root / output).resolve()
             inside = folder.is_relative_to(root) and folder != root
             aside_of(folder.with_name(f"{folder.name}.yaml")).exists()
-        except (ValueError, OSError, RuntimeError):  # a NUL in it, too long, or links that go round
+        except (ValueError, OSError, RuntimeError):  # it contains a NUL, is too long, or its links form a loop
             inside = False
         if not inside:
             raise ConfigError("output", "is not inside the studio's folder", "give a name such as runs/first")
@@ -169,7 +169,7 @@ def draft(root: Path, fields: Sequence[tuple[str, str]]) -> Draft:
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, str]:
-    """The keys that a run set to something other than their defaults, as the form's fields have them."""
+    """Return the settings of a run that differ from their defaults, in the form's format."""
     usual = flat(default_settings())
     found = {}
     for key, value in flat(config).items():
@@ -180,7 +180,7 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def suggestions(root: Path) -> dict[str, list[str]]:
-    """Files of rows and folders of models inside a folder, for `data.path` and `model.path`."""
+    """List data files and model folders inside a folder, for `data.path` and `model.path`."""
     files: list[str] = []
     models: list[str] = []
     for looked, (at, folders, names) in enumerate(os.walk(root)):
@@ -195,7 +195,7 @@ def suggestions(root: Path) -> dict[str, list[str]]:
         elif ARENA in names:
             files += [here + PREFERENCES] * (PREFERENCES in names)
         elif CONFIG in names:
-            models.append(here.rstrip("/"))  # a run stands for its model
+            models.append(here.rstrip("/"))  # the run's folder stands for its model
             folders[:] = [name for name in folders if name != CHECKPOINTS]
         else:
             rows = (here + name for name in sorted(names) if ending(name) and name not in NO_ROWS)
@@ -204,7 +204,7 @@ def suggestions(root: Path) -> dict[str, list[str]]:
 
 
 def _is_inside(root: Path, path: str) -> bool:
-    """Whether there is a file, and no link that leads out of the folder."""
+    """Return True if there is a file and it is not a link that leads out of the folder."""
     file = root / path
     return file.is_file() and (not file.is_symlink() or file.resolve().is_relative_to(root))
 
@@ -213,37 +213,37 @@ def _is_inside(root: Path, path: str) -> bool:
 
 
 def environment() -> dict[str, str]:
-    """What a process that is started here gets of the studio's own."""
+    """Return the studio's environment without the variables that child processes must not inherit."""
     return {k: v for k, v in os.environ.items() if k not in ("PENCHANT_REEXECUTED", "PENCHANT_API_KEY")}
 
 
 def command(*arguments: str) -> list[str]:
-    """A command of Penchant as this Python runs it."""
+    """Return the command line that runs a Penchant command with this Python."""
     return [sys.executable, "-m", "penchant", *arguments]
 
 
 def place_of(root: Path, config: Mapping[str, Any]) -> Path:
-    """The folder that a run's paths start from: the studio's, or the one that the studio was started in."""
+    """Return the folder that a run's paths are relative to: the studio's, or the one the studio was started in."""
     model = text(mapping(config.get("model")).get("path"))
     here = Path.cwd()
     return here if not (root / model).exists() and (here / model).exists() else root
 
 
-PLAN_SECONDS = 300.0  # that a plan may take
-LETS_GO = 20.0  # seconds for which a run that was asked to end may hold its folder
+PLAN_SECONDS = 300.0  # time limit of a plan
+LETS_GO = 20.0  # seconds to wait for a stopped run to release its folder
 
 
 class Children:
-    """Processes whose end a request waits for: what takes long, or might end badly, is not done in the studio's own."""
+    """Child processes that a request waits for, used for work that is slow or might crash."""
 
     def __init__(self) -> None:
         self._going: set[subprocess.Popen[bytes]] = set()
 
     def run(self, asked: Sequence[str], root: Path, seconds: float | None = None) -> subprocess.CompletedProcess[bytes]:
-        """A command, run to its end in a folder.
+        """Run a command in a folder until it ends.
 
         Raises:
-            subprocess.TimeoutExpired: it took longer than these seconds.
+            subprocess.TimeoutExpired: it took longer than `seconds`; it has been killed.
         """
         pipe = subprocess.PIPE
         with subprocess.Popen(
@@ -258,48 +258,48 @@ class Children:
         return subprocess.CompletedProcess(asked, made.returncode, out, said)
 
     def close(self) -> None:
-        """End those that are under way."""
+        """Kill the running processes."""
         for one in [*self._going]:
             one.kill()
 
 
 def last_words(done: subprocess.CompletedProcess[bytes]) -> str:
-    """The last line of what a command said when it failed."""
+    """Return the last line of a failed command's stderr."""
     lines = done.stderr.decode(errors="replace").strip().splitlines()
     return lines[-1].removeprefix("penchant: ") if lines else "failed"
 
 
 @dataclass
 class Processes:
-    """Runs that were started here; they live on when the studio ends.
+    """Training processes started here; they outlive the studio.
 
     Args:
-        root: the studio's folder, in which they are started.
+        root: the studio's folder, their working directory.
     """
 
     root: Path
     started: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     children: Children = field(default_factory=Children)
-    _written: dict[str, str] = field(default_factory=dict)  # configs, by their paths
-    _stopped: set[str] = field(default_factory=set)  # those that were asked to end and not started again
-    _lock: threading.Lock = field(default_factory=threading.Lock)  # two clicks start one process
+    _written: dict[str, str] = field(default_factory=dict)  # configs written by this studio, by path
+    _stopped: set[str] = field(default_factory=set)  # runs that were asked to stop and have not been started again
+    _lock: threading.Lock = field(default_factory=threading.Lock)  # so that two clicks start only one process
 
     def start(self, made: Draft) -> None:
-        """Write the config beside the run's folder, and train.
+        """Write the config beside the run's folder and start training.
 
         Raises:
-            CheckpointError: there is a run already, or another config.
+            CheckpointError: the folder already holds a run, or another config exists there.
         """
         with self._lock:
             self._start_anew(made)
 
     def _start_anew(self, made: Draft) -> None:
         folder, file = self.root / made.folder, self.root / made.file
-        if self.running(made.folder):  # a second click, or a second window
+        if self.running(made.folder):  # a second click or a second window
             raise CheckpointError(made.folder, "was started already", "find it among the runs")
         if (folder / CHECKPOINTS).exists() or (folder / CONFIG).exists():
             raise CheckpointError(made.folder, "holds a run already", "choose another output, or go on with that run")
-        known = made.text, self._written.get(made.file)  # that of a start that failed may be mended
+        known = made.text, self._written.get(made.file)  # the config of a failed start may be replaced
         if file.is_symlink() or (file.exists() and file.read_text(encoding="utf-8", errors="replace") not in known):
             raise CheckpointError(made.file, "already exists, and says something else", "choose another output")
         make_folder(folder)
@@ -308,10 +308,10 @@ class Processes:
         self._start(made.folder, [f"./{made.file}"])
 
     def resume(self, path: str) -> None:
-        """Go on with a run whose process is gone, or goes: one that was stopped may still write its checkpoint.
+        """Resume a run whose process has ended or is about to: a stopped run may still be writing its checkpoint.
 
         Raises:
-            CheckpointError: it goes on already, or its config is gone.
+            CheckpointError: it is still running, or its config is missing.
         """
         folder = self.root / path
         until = time.monotonic() + (LETS_GO if path in self._stopped else 0)
@@ -336,23 +336,23 @@ class Processes:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # the signals that end the studio are not the run's
+                start_new_session=True,  # keeps the signals that end the studio from the run
                 env=environment(),
             )
         finally:
             os.close(log)
 
     def stop(self, path: str) -> None:
-        """Ask a run to end, as Ctrl-C and SIGTERM do: it writes a checkpoint first.
+        """Ask a run to stop, as Ctrl-C and SIGTERM do; it writes a checkpoint first.
 
         Raises:
-            CheckpointError: no process of this machine holds it.
+            CheckpointError: no process on this machine holds it.
         """
         found = holder(self.root / path)
         if found is not None and lock_of(self.root / path) == "held":
             os.kill(found[0], signal.SIGTERM)
-            with suppress(ProcessLookupError):  # it has ended already
-                os.kill(found[0], signal.SIGCONT)  # one that was stopped (Ctrl-Z) would not hear it
+            with suppress(ProcessLookupError):  # it has already ended
+                os.kill(found[0], signal.SIGCONT)  # a suspended process (Ctrl-Z) handles SIGTERM only once it continues
         elif (process := self.started.get(path)) is not None and process.poll() is None:
             process.terminate()
         else:
@@ -360,23 +360,23 @@ class Processes:
         self._stopped.add(path)
 
     def stopped(self, path: str) -> bool:
-        """Whether it was asked to end, and not started again since."""
+        """Return True if the run was asked to stop and has not been started again."""
         return path in self._stopped
 
     def running(self, path: str) -> bool:
-        """Whether a process that was started here still is there."""
+        """Return True if the process started here is still running."""
         process = self.started.get(path)
         return process is not None and process.poll() is None
 
     def failure(self, path: str) -> str:
-        """What a process that was started here said when it failed; empty where it did not."""
+        """Return the output of a process started here that failed; empty if it has not failed."""
         process = self.started.get(path)
         if process is None or process.poll() in (None, 0, INTERRUPTED):
             return ""
         return self.said(path) or f"it ended with the exit code {process.returncode}"
 
     def said(self, path: str) -> str:
-        """The end of what a process has said."""
+        """Return the end of a process's output."""
         try:
             with (self.root / path / CONSOLE).open("rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
@@ -385,10 +385,10 @@ class Processes:
             return ""
 
     def plan(self, text: str, probe: bool) -> dict[str, Any]:
-        """What `penchant plan` finds, in a process of its own: it loads torch, and a plan that fails must not end the studio.
+        """Return the result of `penchant plan`, run in its own process because it loads torch and might crash.
 
         Raises:
-            ConfigError: what the plan says is wrong.
+            ConfigError: the plan failed or took too long.
         """
         with tempfile.TemporaryDirectory(prefix="penchant-plan-") as folder:
             file = Path(folder) / "form.yaml"
@@ -405,5 +405,5 @@ class Processes:
         return found
 
     def close(self) -> None:
-        """End a plan that is being made; runs live on."""
+        """End a plan in progress; runs continue."""
         self.children.close()

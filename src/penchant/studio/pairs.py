@@ -1,4 +1,4 @@
-"""Arenas on disk: what they ask, and the pairs of answers that they are made of."""
+"""Arenas on disk: their settings and the pairs of answers they are made of."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ START = "start"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,59}")
 REASONS = ("correct", "clear", "helpful", "honest", "concise", "safe", "style")
 MOST_PAIRS = 20_000
-PATIENCE = 5.0  # seconds for which another process may hold an arena: its turns take milliseconds
-MAKING = threading.Lock()  # a button pressed twice makes one arena
+PATIENCE = 5.0  # seconds to wait for another process that holds an arena; its turns take milliseconds
+MAKING = threading.Lock()  # so that a button pressed twice makes one arena
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +40,9 @@ class Pair:
     """Two answers to a prompt.
 
     Args:
-        id: of its content; prompt: text or messages, as JSON; models: who wrote a and b.
-        answers: None where they are written when somebody asks for them.
-        gold: which is known to be better, of a check.
+        id: hash of the content; prompt: text or messages, as JSON; models: who wrote a and b.
+        answers: None if they are generated on demand.
+        gold: for a check, the answer known to be better.
     """
 
     id: str
@@ -59,22 +59,22 @@ class Pair:
 
 
 def pair_of(prompt: Any, models: tuple[str, str], answers: tuple[str, str] | None, gold: str | None = None) -> Pair:
-    """A pair, with the id of its content."""
+    """Make a pair whose id is a hash of its content."""
     content = json.dumps([prompt, models, answers, gold], sort_keys=True).encode()
     return Pair(hashlib.sha256(content).hexdigest()[:12], prompt, models, answers, gold)
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What an arena asks of people.
+    """Settings of an arena.
 
     Args:
         overlap: share of pairs that every annotator judges; the rest is judged once.
-        checks: share of pairs that are checks with a known answer; repeats: share that comes again to the same person.
-        first: ``balanced``: the two models that met least come first; ``widest``: those whose win rate is known least.
+        checks: share of showings that are checks with a known answer; repeats: share of showings that repeat an earlier pair.
+        first: ``balanced``: models that met least often come first; ``widest``: those with the most uncertain win rate.
         reasons: tags that may be given; seed: of the order, the sides, and which pairs overlap.
-        writers: by name, who writes the answers of pairs that have none: {"run": ...} or {"url", "model", "key_env"}.
-        models: by name, {"source", "sha256"}: what its answers were read from.
+        writers: by name, what generates the answers of pairs that have none: {"run": ...} or {"url", "model", "key_env"}.
+        models: by name, {"source", "sha256"}: the file its answers were read from.
     """
 
     question: str = "Which answer is better?"
@@ -94,7 +94,7 @@ class Arena:
     """One arena's folder.
 
     Args:
-        lock: held while it is looked at what comes next.
+        lock: held while the next pair is chosen and during a turn.
     """
 
     folder: Path
@@ -106,7 +106,7 @@ class Arena:
 
     @cached_property
     def settings(self) -> Settings:
-        """What it asks; a damaged value is at its default."""
+        """The arena's settings; damaged values fall back to their defaults."""
         try:
             found = json_object(read_text(self.folder / ARENA))
         except (ValueError, RecursionError):
@@ -125,7 +125,7 @@ class Arena:
 
     @cached_property
     def pairs(self) -> dict[str, Pair]:
-        """By id; those of a written arena get their answers from what was written so far."""
+        """Pairs by id; answers generated on demand are filled in as far as they exist."""
         found: dict[str, Pair] = {}
         for row in read_lines(self.folder / PAIRS)[0]:
             pair = _pair_of_row(row)
@@ -142,16 +142,16 @@ class Arena:
 
     @cached_property
     def preferences(self) -> Preferences:
-        """What people said."""
+        """The judgments so far."""
         return Preferences(self.folder / PREFERENCES)
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Nobody else, in this process or in another studio, says anything from looking at what is there to writing it.
+        """Hold the arena's lock, which keeps other threads and other studios from writing between our read and our write.
 
         Raises:
             DiskError: the folder cannot be written.
-            DataError: another process does not let go of it.
+            DataError: another process does not release it.
         """
         with writing(self.folder):
             handle = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
@@ -163,13 +163,13 @@ class Arena:
                 time.sleep(0.005)
             with writing(self.folder):
                 sign(handle)
-            with self.lock:  # not before: pages that are only looked at wait for nobody
+            with self.lock:  # only now, so that pages which only read do not wait for other processes
                 yield
         finally:
             os.close(handle)
 
     def _held(self) -> DataError:
-        """What is said where another process was stopped in the middle of its turn."""
+        """Return the error for a lock that another process, perhaps a suspended one, does not release."""
         held = holder(self.folder) if lock_of(self.folder) == "held" else None
         who, how = "another process", "end the other studio of this folder, then try again"
         if held is not None:
@@ -178,7 +178,7 @@ class Arena:
         return DataError(self.name, f"{who} has held this arena for {PATIENCE:g} seconds, so nothing was written", how)
 
     def wrote(self, pair: Pair, answers: tuple[str, str]) -> Pair:
-        """Keep answers that were just written; those that somebody else's request wrote first stay."""
+        """Save newly generated answers, unless another request saved some first, and return the pair with its answers."""
         with self.turn():
             self._add_written(self.pairs)
             there = self.pairs[pair.id]
@@ -190,7 +190,7 @@ class Arena:
 
 
 def _hold(handle: int) -> bool:
-    """Take a lock, if it is free; the kernel drops it when its holder dies."""
+    """Try to take a lock; the kernel releases it when its holder dies."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -199,7 +199,7 @@ def _hold(handle: int) -> bool:
 
 
 def with_answers(pair: Pair, answers: tuple[str, str]) -> Pair:
-    """A pair whose answers are there now, under its own id."""
+    """Return a pair with its answers filled in, under the same id."""
     return Pair(pair.id, pair.prompt, pair.models, answers, pair.gold)
 
 
@@ -216,13 +216,13 @@ def _pair_of_row(row: Mapping[str, Any]) -> Pair | None:
 
 
 def arenas(folder: Path) -> list[Arena]:
-    """The arenas of a folder, the newest first."""
+    """List the arenas of a folder, newest first."""
     found = [Arena(p.parent) for p in (folder / ARENAS).glob(f"*/{ARENA}") if is_arena(p.parent, folder)]
     return sorted(found, key=lambda a: (str(a.settings.created), a.name), reverse=True)
 
 
 def is_arena(place: Path, folder: Path) -> bool:
-    """Whether an arena lies there, nothing of it behind a link that leads out of the folder."""
+    """Return True if there is an arena and none of its files is a link that leads out of the folder."""
     files = (ARENA, PAIRS, WRITTEN, PREFERENCES)
     inside = all((place / name).resolve().is_relative_to(folder.resolve()) for name in files)
     return inside and NAME.fullmatch(place.name) is not None and (place / ARENA).is_file()
@@ -233,7 +233,7 @@ def is_arena(place: Path, folder: Path) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """What several models answered to several prompts.
+    """The answers of several models to several prompts.
 
     Args:
         rows: (prompt as JSON, answers by model); models: as `Settings.models`.
@@ -244,10 +244,10 @@ class Answers:
 
 
 def of_runs(folders: Sequence[Path]) -> Answers:
-    """The last samples of runs, and what they start from, by the prompts that they share.
+    """Return the last samples of runs and of their starting model, grouped by prompt.
 
     Raises:
-        DataError: there are none.
+        DataError: no prompt has two answers.
     """
     found: dict[tuple[str, int], tuple[Any, dict[str, str]]] = {}
     models: dict[str, dict[str, str]] = {}
@@ -270,10 +270,10 @@ def of_runs(folders: Sequence[Path]) -> Answers:
 
 
 def of_comparison(folder: Path) -> Answers:
-    """The completions of a comparison.
+    """Return the completions of a comparison.
 
     Raises:
-        DataError: there are none.
+        DataError: no prompt has two answers.
     """
     file, rows, names = folder / COMPARISON_ROWS, [], set()
     for row in read_lines(file)[0]:
@@ -288,10 +288,10 @@ def of_comparison(folder: Path) -> Answers:
 
 
 def of_pairs(file: Path) -> Answers:
-    """The pairs of a data file in any layout that Penchant reads: its better answers as `chosen`, the others as `rejected`.
+    """Return the pairs of a data file in any supported layout: the better answers as `chosen`, the others as `rejected`.
 
     Raises:
-        DataError: it cannot be read, or holds no pairs.
+        DataError: it cannot be read or holds no pairs.
     """
     from penchant.data.load import load_preferences, prompt_json
 
@@ -308,7 +308,7 @@ def of_pairs(file: Path) -> Answers:
 def of_prompts(
     prompts: Sequence[Any], writers: Mapping[str, Mapping[str, str]], hashes: Mapping[str, str] | None = None
 ) -> Answers:
-    """Prompts whose answers are written when somebody asks for them; `hashes` of the writers, where they are known."""
+    """Return prompts whose answers are generated on demand; `hashes`: SHA-256 by writer, if known."""
     known = hashes or {}
     models = {n: {"source": _said(w), "sha256": known.get(n, "")} for n, w in writers.items()}
     return Answers([(p, {}) for p in prompts], models)
@@ -319,14 +319,14 @@ def _said(writer: Mapping[str, str]) -> str:
 
 
 def prompts_of(text: str) -> list[str]:
-    """Prompts that were typed: one a line, or, where a line is ``---``, what stands between such lines."""
+    """Split typed text into prompts: at lines of ``---`` if there are any, else one per line."""
     parts = re.split(r"^---[ \t]*$", text.replace("\r\n", "\n"), flags=re.M)
     found = parts if len(parts) > 1 else text.splitlines()
     return [p.strip() for p in found if p.strip()]
 
 
 def _prompt(row: Mapping[str, Any]) -> Any:
-    """A row's prompt: its messages where it has them, else its text."""
+    """Return a row's prompt: its messages if it has any, else its text, else None."""
     messages = row.get("messages")
     if isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages):
         return messages
@@ -334,7 +334,7 @@ def _prompt(row: Mapping[str, Any]) -> Any:
 
 
 def _names(folders: Iterable[Path]) -> dict[Path, str]:
-    """Short names that tell folders apart."""
+    """Return short names that tell folders apart."""
     found = list(folders)
     short = [f.name for f in found]
     return {f: f.name if short.count(f.name) == 1 else "/".join(f.parts[-2:]) for f in found}
@@ -348,10 +348,10 @@ def _enough(found: Answers, where: str, what: str) -> Answers:
 
 
 def pairs_of(answers: Answers, seed: int, contests: Sequence[tuple[str, str]] | None = None) -> list[Pair]:
-    """Every two models that answered a prompt with different texts; which of them is `a` is the same throughout.
+    """Pair the different answers of every two models to each prompt; a given pair of models keeps the same order throughout.
 
     Args:
-        contests: the models that meet; None: all of them.
+        contests: pairs of models to compare; None for all.
     """
     names = list(answers.models)
     met = list(contests or combinations(names, 2))
@@ -371,7 +371,7 @@ def pairs_of(answers: Answers, seed: int, contests: Sequence[tuple[str, str]] | 
 
 
 def gold_pairs(answers: Answers) -> list[Pair]:
-    """Checks: pairs of a file whose better answer is known."""
+    """Return checks: pairs whose better answer is known."""
     return [
         pair_of(prompt, ("chosen", "rejected"), (texts["chosen"], texts["rejected"]), "a")
         for prompt, texts in answers.rows
@@ -380,12 +380,12 @@ def gold_pairs(answers: Answers) -> list[Pair]:
 
 
 def make_arena(folder: Path, name: str, settings: Settings, pairs: Sequence[Pair]) -> Arena:
-    """Write an arena; it is there whole or not at all.
+    """Write an arena, atomically.
 
     Raises:
-        DataError: the name is taken or none, or there are no pairs.
+        DataError: the name is invalid or taken, or there are no pairs.
     """
-    if not NAME.fullmatch(name) or name == "new":  # where arenas are made
+    if not NAME.fullmatch(name) or name == "new":  # `new` is the page where arenas are made
         raise DataError("name", f"{name!r} is not a name", "use letters, digits, spaces, '.', '_' and '-'")
     if not any(p.gold is None for p in pairs):
         raise DataError(name, "there is no pair of two different answers", "choose other models or prompts")

@@ -1,4 +1,4 @@
-"""What an annotator sees next, and on which side: a function of the arena's seed and of what was said so far."""
+"""Picks the pair an annotator sees next and its sides, as a function of the arena's seed and the judgments so far."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from penchant.base.stats import wilson_interval
 from penchant.judges.humans import WINS, Judgement, prompt_key
 from penchant.studio.pairs import Arena, Pair
 
-REPEAT_AFTER = 8  # judgements between a pair and its repetition
+REPEAT_AFTER = 8  # minimum number of judgments between a pair and its repetition
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +21,8 @@ class Item:
     """One showing of a pair.
 
     Args:
-        order: how many records of this annotator came before; left: the answer on the left; repeat_of: as in `Judgement`.
-        done, to_come: pairs that this person judged, and that are still to come.
+        order: number of earlier records of this annotator; left: the answer on the left; repeat_of: as in `Judgement`.
+        done, to_come: number of pairs this annotator has judged, and number still to come.
     """
 
     pair: Pair
@@ -42,20 +42,20 @@ class Item:
 
 @lru_cache(maxsize=1 << 18)
 def chance(*parts: object) -> float:
-    """A number in [0, 1) that is always the same for the same parts."""
+    """Return a pseudo-random number in [0, 1) that depends only on the parts."""
     text = "\0".join(map(str, parts)).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.sha256(text).digest()[:7]) / 2**56
 
 
 def next_item(arena: Arena, annotator: str, taken: Collection[str] = ()) -> Item | None:
-    """The next pair for an annotator; None where nothing is left.
+    """Return the next pair for an annotator, or None if nothing is left.
 
-    Checks and repetitions come by their shares, and so do pairs that everybody judges, which everybody meets in one order: a few words
-    of two people already say whether they agree. Of the rest, those that nobody judged are left. First come the models that met least
-    (or whose win rate is known least), then the prompts that were asked least.
+    Checks and repetitions come at their configured shares, and so do the pairs that everyone judges. Those come in the same order for all
+    annotators, so agreement can be measured after few judgments. The remaining pairs are those not judged by anyone yet. Models that met
+    least often (or whose win rate is least certain) come first, then the prompts judged least often.
 
     Args:
-        taken: pairs that others have before them now.
+        taken: pairs that other annotators are looking at now.
     """
     settings, judged = arena.settings, arena.preferences.refresh()
     mine = judged.of(annotator)
@@ -80,19 +80,19 @@ def next_item(arena: Arena, annotator: str, taken: Collection[str] = ()) -> Item
 
 
 def _due(share: float, order: int, *parts: object) -> bool:
-    """Whether a showing is one of a share of them: somewhere in every ``1 / share`` there is one, so that none has to wait for its luck."""
+    """Return True if a showing falls into a share of all: one at a random position in every ``1 / share``, so gaps stay short."""
     near = range(int(order * share), int((order + 1) * share) + 1) if share else ()
     return any(order <= (k + chance(*parts, k)) / share < order + 1 for k in near)
 
 
 def item_of(arena: Arena, annotator: str, pair: str, taken: Collection[str] = ()) -> Item | None:
-    """A pair as this annotator sees it now; None where there is no such pair, or where nothing is to be said of it any more.
+    """Return a pair as this annotator sees it now, or None if there is no such pair or the annotator is done with it.
 
-    The side is a function of the seed, the annotator and how much was said before: whatever happens between a showing and the word
-    on it, also a crash, the answers stand where they stood.
+    The side is a function of the seed, the annotator and the number of earlier records, so the answers keep their sides until the verdict,
+    even after a crash.
 
     Args:
-        pair: its id; taken: pairs that others have before them now, which are not to come.
+        pair: its id; taken: pairs that other annotators are looking at now, which do not count as still to come.
     """
     judged = arena.preferences.refresh()
     mine, found, order = judged.of(annotator), arena.pairs.get(pair), judged.records.get(annotator, 0)
@@ -106,7 +106,7 @@ def item_of(arena: Arena, annotator: str, pair: str, taken: Collection[str] = ()
 
 
 def overlaps(arena: Arena, pair: Pair) -> bool:
-    """Whether every annotator judges a pair."""
+    """Return True if every annotator judges a pair."""
     return chance(arena.settings.seed, "overlap", pair.id) < arena.settings.overlap
 
 
@@ -135,7 +135,7 @@ def _first(arena: Arena, everyone: list[Judgement], open_: list[Pair], shared: b
     seed = arena.settings.seed
     best = min(contests, key=lambda m: (contests[m], chance(seed, *m)))
     found = [(p, overlaps(arena, p)) for p in open_ if p.models == best]
-    # counts of prompts would send everybody to another of the pairs that are to be shared
+    # prompt counts would send annotators to different pairs among those meant to be shared
     return min(
         found,
         key=lambda one: (

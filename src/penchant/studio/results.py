@@ -1,4 +1,4 @@
-"""What an arena says, as a page of the studio and as a file that can be read offline."""
+"""The results of an arena, as a page of the studio and as a file that can be read offline."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MARKS = {"good": "●", "open": "○", "plain": "·"}
 
 
 def results_page(name: str, preferences: Preferences) -> str:
-    """The offline page: one file that loads nothing."""
+    """Render the offline page, one self-contained file."""
     found = human_verdict(preferences.refresh())
     when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     body = el(
@@ -32,7 +32,7 @@ def results_page(name: str, preferences: Preferences) -> str:
 
 
 def results_body(found: HumanVerdict) -> Element:
-    """The verdict, what to know before it is believed, and a row for every two models and every person."""
+    """Render the verdict, its caveats, and a row for every pair of models and every person."""
     if not found.people:
         return el("p", "Nobody has judged anything yet.", class_="soft")
     lines = found.verdict()
@@ -138,7 +138,7 @@ def _share(share: Interval | None) -> Node:
 
 
 def _marks(share: Interval | None) -> Node:
-    """An interval on a line from 0 to 1 with a tick at one half."""
+    """Draw an interval on a line from 0 to 1 with a tick at one half."""
     if share is None:
         return None
     x, low, high = (4 + 152 * v for v in (share.estimate, share.low, share.high))

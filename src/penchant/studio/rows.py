@@ -1,4 +1,4 @@
-"""A file of rows: any page of it at once, its rows as trees, search, filters, edits that go into a corrected copy, tokens."""
+"""A data file opened for browsing: random access to its rows, examples, search, filters, edits and tokens."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from penchant.errors import DataError, PenchantError
 from penchant.runfolder.values import text
 from penchant.types import Completion, PromptTree
 
-STEP = 256  # lines between two of which the offset is kept
-BLOCK = 1 << 20  # bytes read at once while lines are counted
-PAGE_BYTES = 8 << 20  # of one page of rows
-SECONDS = 0.4  # for which one request looks for rows; it says where it stopped
-ROWS = 20  # of a page
-LOOKED_AT = 200  # rows at once where a filter looks for some
+STEP = 256  # an offset is stored every this many lines
+BLOCK = 1 << 20  # bytes read at once while counting lines
+PAGE_BYTES = 8 << 20  # limit on one page of rows
+SECONDS = 0.4  # time limit of a search within one request; the page says where it stopped
+ROWS = 20  # per page
+LOOKED_AT = 200  # rows read at once while filtering
 
 
-# ---- Where lines begin ----
+# ---- Line offsets ----
 
 
 class Lines:
-    """Offsets of a file's lines, found as they are asked for: one in `STEP` is kept.
+    """Offsets of a file's lines, found on demand; only one in `STEP` is stored.
 
     Args:
         path: a file whose lines end with LF.
@@ -53,29 +53,29 @@ class Lines:
         self.path = path
         self.size = path.stat().st_size
         self._kept = array("q", [0])  # offset of line 1, 1 + STEP, ...
-        self._read = self._ends = 0  # bytes looked at, and line ends in them
+        self._read = self._ends = 0  # bytes scanned, and line ends found in them
         self._last = b""
         self._lock = threading.Lock()
 
     @property
     def total(self) -> int | None:
-        """Lines of the file; None while it has not been read to its end."""
+        """Number of lines, or None if the file has not been read to its end yet."""
         return None if self._read < self.size else self._ends + (self._last not in (b"", b"\n"))
 
     @property
     def guess(self) -> int:
-        """Lines that there may be, by what was read."""
+        """Estimated number of lines, based on the part read so far."""
         return self.total or round(self._ends * self.size / self._read) if self._read else 0
 
     def look(self, line: int | None = None, seconds: float = SECONDS) -> None:
-        """Read on, to a line (None: to the end), for so long."""
+        """Scan further, up to a line (None: to the end), for at most this many seconds."""
         end = time.monotonic() + seconds
         with self._lock, self.path.open("rb") as file:
             file.seek(self._read)
             while self._read < self.size and (line is None or self._ends < line) and time.monotonic() < end:
                 block = file.read(min(BLOCK, self.size - self._read))
                 if not block:
-                    self.size = self._read  # it became shorter
+                    self.size = self._read  # the file has been truncated
                     return
                 ends = np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == 10)
                 at = (STEP - 1 - self._ends) % STEP
@@ -85,7 +85,7 @@ class Lines:
                 self._last = block[-1:]
 
     def offset(self, line: int) -> int | None:
-        """Where a line begins (the first one is 1); None where there is none."""
+        """Return the byte offset of a line, counted from 1, or None if there is no such line."""
         if line > 1:
             self.look(line, 60.0)
         if line < 1 or line > self._ends + 1:
@@ -98,17 +98,17 @@ class Lines:
             return file.tell() if file.tell() < self.size else None
 
 
-# ---- Rows and what they become ----
+# ---- Rows and their examples ----
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A row, or a group of rows that make examples together.
+    """A row, or a group of rows that form examples together.
 
     Args:
-        number: from which a page of the file shows it; where: its place; values: of the row, None where it cannot be read.
-        aside: (what, how) where it is kept aside; left_out: an option leaves it out, and nothing is wrong with it.
-        edited: ``changed`` or ``dropped`` where a person has made something of it.
+        number: its row number, where a page of the file can start; where: its place; values: the row's columns, None if unreadable.
+        aside: (what, how) if it is quarantined; left_out: excluded by an option, with nothing wrong with it.
+        edited: ``changed`` or ``dropped`` if a person edited it.
     """
 
     number: int
@@ -123,7 +123,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Items, the number at which the next page starts (None: this is the last), and that of the last row that was looked at."""
+    """Items, the number at which the next page starts (None on the last page), and the number of the last row scanned."""
 
     items: tuple[Item, ...]
     next: int | None
@@ -137,10 +137,10 @@ class File:
     """A file of rows.
 
     Args:
-        path: of the file; shape: a layout, or ``auto``.
+        path: path of the file; shape: a layout, or ``auto``.
 
     Raises:
-        DataError: nothing can be read there.
+        DataError: it cannot be read.
     """
 
     def __init__(self, path: Path, shape: str = "auto") -> None:
@@ -150,7 +150,7 @@ class File:
         self._cursor: tuple[Iterator[Any], int] | None = None
         self._lock = threading.Lock()
         first = self._first()
-        self.problem = ""  # why its rows do not become examples
+        self.problem = ""  # why its rows cannot be turned into examples
         self.columns: Mapping[str, str] = {}
         self.layout, self.why = "", ""
         try:
@@ -179,10 +179,10 @@ class File:
         return [row for _, row in zip(range(FIRST_ROWS), rows, strict=False)]
 
     def page(self, start: int = 1, most: int = ROWS, wanted: Wanted | None = None, needle: str = "") -> Page:
-        """Rows from a number on.
+        """Return a page of rows, beginning at a row number.
 
         Args:
-            wanted: which of them; needle: a text that they must hold, whatever its case. With either, it looks for `SECONDS`.
+            wanted: filter; needle: text that the rows must contain, ignoring case. With either, the search stops after `SECONDS`.
         """
         start = max(1, start)
         found: list[Item] = []
@@ -198,7 +198,7 @@ class File:
         return Page(tuple(found[:most]), None, start)
 
     def _batches(self, start: int, most: int, needle: str) -> Iterator[tuple[list[Item], int, bool]]:
-        """(Items, number of the last row in them, whether it is the file's last), a batch at a time."""
+        """Yield (items, number of the last row scanned, whether it is the last in the file), one batch at a time."""
         word = needle_of(needle)
         if self.lines is not None and not self.grouped:
             while True:
@@ -221,7 +221,7 @@ class File:
                     return
 
     def _units(self, start: int) -> Iterator[Any]:
-        """Rows (or groups of them, converted) of a file that has no lines to jump to, from a number on."""
+        """Iterate over the rows (or converted groups of rows) from a number on, for files without line offsets."""
         if self._cursor is not None and self._cursor[1] == start:
             return self._cursor[0]
         rows = read_rows(str(self.path), self.bounds)
@@ -238,7 +238,7 @@ class File:
             yield _item(made, number)
 
     def _chunk(self, start: int, most: int, word: bytes = b"") -> tuple[list[Row | BadRow], int, bool]:
-        """(Rows of the next lines that are not blank, the last line's number, whether it is the file's last)."""
+        """Return (rows of the next non-blank lines, number of the last line read, whether it is the last in the file)."""
         assert self.lines is not None
         offset = self.lines.offset(start)
         if offset is None:
@@ -267,7 +267,7 @@ class File:
                     break
             end = end or not file.read(1)
         rows: list[Row | BadRow] = []
-        for at, line in kept:  # each by itself: what is in one line must not change how another is read
+        for at, line in kept:  # parse each line by itself, so that no line affects how another is read
             source = Source(io.BytesIO(line), self.name, self.bounds)
             if at in too_long:
                 found = source.too_long(f"{self.name}:{at}", "the line")
@@ -291,31 +291,31 @@ class File:
             yield _kept_aside(row, number) or _item(of_row, number)
 
     def editable(self, item: Item) -> bool:
-        """Whether a copy can have another row in the place of this one: it is an example by itself."""
+        """Return True if the row can be replaced in a copy, that is, if it forms an example by itself."""
         return item.values is not None and not self.grouped and len(item.trees) <= 1
 
     def convert(self, values: Mapping[str, Any], where: str) -> Item:
-        """What a row would become."""
+        """Convert a row to an item."""
         (item,) = self._converted([Row(where, values)], [0])
         return item
 
 
 def stamp(path: Path) -> tuple[int, int, int]:
-    """What tells that a file is another one."""
+    """Return (inode, size, mtime), which change if a file is replaced or modified."""
     stat = path.stat()
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _behind(found: Sequence[Item], most: int) -> int | None:
-    """Where a page goes on that has more than it can show."""
+    """Return the number of the first item that did not fit on a page, or None if all fit."""
     return found[most].number if len(found) > most else None
 
 
-QUARANTINE = {"where", "what", "how", "row"}  # of a row that training kept aside
+QUARANTINE = {"where", "what", "how", "row"}  # columns of a quarantined row
 
 
 def _kept_aside(row: Row | BadRow, number: int) -> Item | None:
-    """A line of quarantine.NAME.jsonl: the row that was kept aside, with its reason."""
+    """Return the item for a line of quarantine.NAME.jsonl: the quarantined row with its reason; None for any other row."""
     if not isinstance(row, Row) or set(row.values) != QUARANTINE:
         return None
     where, what, how = (text(row.values[key]) for key in ("where", "what", "how"))
@@ -343,19 +343,19 @@ def _item(made: Converted, number: int) -> Item:
 
 
 def needle_of(word: str) -> bytes:
-    """What a line of JSON must hold, in small letters, that holds a text: its longest part that cannot be written in several ways."""
+    """Return lower-case bytes that every JSON line containing the text must contain: its longest ASCII part, JSON-escaped."""
     parts = re.findall(r"[ -~]+", word.lower())
     return json.dumps(max(parts, key=len, default=""))[1:-1].encode()
 
 
 def holds(raw: Any, word: str) -> bool:
-    """Whether a row holds a text, whatever its case."""
+    """Return True if a row contains a text, ignoring case."""
     wanted = json.dumps(word.lower(), ensure_ascii=False)[1:-1]
     return wanted in json.dumps(raw, ensure_ascii=False, default=str).lower()
 
 
 def is_aside(item: Item) -> bool:
-    """Whether a row is kept aside."""
+    """Return True if a row is quarantined rather than left out by an option."""
     return item.aside is not None and not item.left_out
 
 
@@ -363,23 +363,23 @@ PLACE = re.compile(r"^(.*?:(?: row )?\d+)(?:#\d+)?(?: \(.*\))?$", re.DOTALL)
 
 
 def places(where: Collection[str]) -> list[str]:
-    """The rows that an audit's places name: ``train.jsonl:12 (as train.jsonl:3)`` is line 12."""
+    """Return the rows that an audit's places refer to: ``train.jsonl:12 (as train.jsonl:3)`` is line 12."""
     return [found[1] for one in where if (found := PLACE.match(one))]
 
 
 def lines_of(where: Sequence[str]) -> list[int]:
-    """Their numbers."""
+    """Return the line numbers of places."""
     return [int(re.sub(r".*\D", "", place)) for place in where]
 
 
-# ---- A tree as it is shown ----
+# ---- Display of a tree ----
 
-Words = list[tuple[str, str]]  # ("", text) in both, ("in", text) here alone
+Words = list[tuple[str, str]]  # ("", text) if both answers contain it, ("in", text) if only this one does
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A completion as it is shown: `words` tell where it differs from the other answer of a pair."""
+    """A completion for display; `words` marks its differences from the other answer of a pair."""
 
     name: str
     kind: str
@@ -390,7 +390,7 @@ class Answer:
 
 
 def answers_of(tree: PromptTree, diff: bool = False) -> list[Answer]:
-    """The completions of a tree."""
+    """Return the completions of a tree for display."""
     pair = [c.label for c in tree.completions] == [True, False]
     words: tuple[Words, Words] = ([], [])
     if pair and diff:
@@ -406,17 +406,17 @@ def _answer(one: Completion, pair: bool, words: Words) -> Answer:
 
 
 def turns_of(tree: PromptTree) -> list[tuple[str, str, str]]:
-    """(Role, text, reasoning) of a prompt's turns."""
+    """Return (role, text, reasoning) for each turn of a prompt."""
     if isinstance(tree.prompt, str):
         return [("prompt", tree.prompt, "")] if tree.prompt else []
     return [(m.role, m.content, m.reasoning) for m in tree.prompt]
 
 
-MOST_COMPARED = 1_000_000  # pairs of words: beyond it, comparing takes seconds
+MOST_COMPARED = 1_000_000  # product of the word counts; comparing longer texts takes seconds
 
 
 def differences(a: str, b: str) -> tuple[Words, Words]:
-    """Two texts word by word, each with what is in it alone; all of both where they are too long to compare."""
+    """Compare two texts word by word and mark what only one contains; texts too long to compare are returned unmarked."""
     one, other = (re.findall(r"\s+|\w+|[^\w\s]", said) for said in (a, b))
     if len(one) * len(other) > MOST_COMPARED:
         return [("", a)], [("", b)]
@@ -430,7 +430,7 @@ def differences(a: str, b: str) -> tuple[Words, Words]:
 
 
 def as_json(raw: Any) -> str:
-    """A row as JSON that a person can read and edit: what cannot be seen stands there as an escape."""
+    """Format a row as JSON for reading and editing, with unprintable characters escaped."""
     return printable(json.dumps(raw, ensure_ascii=False, indent=1, default=str), keep="\n")
 
 
@@ -438,10 +438,10 @@ def as_json(raw: Any) -> str:
 
 
 class Edits:
-    """What a person made of a file's rows, appended to a file of the studio's own as it is made.
+    """A person's edits of a data file, appended to a file under ``.studio/`` as they are made.
 
     Args:
-        root: the studio's folder; path: of the file of rows, from there on.
+        root: the studio's folder; path: path of the data file, relative to `root`.
     """
 
     def __init__(self, root: Path, path: str) -> None:
@@ -455,11 +455,11 @@ class Edits:
         self._lock = threading.Lock()
 
     def made(self) -> dict[str, Edit]:
-        """By a row's place, the last one of each."""
+        """Return the last edit of each row, by the row's place."""
         return read_edits(self.file) if self.file.is_file() else {}
 
     def add(self, where: str, action: str, was: str = "", row: Mapping[str, Any] | None = None) -> None:
-        """Write one down: ``changed``, ``dropped`` or ``undone``."""
+        """Append an edit: ``changed``, ``dropped`` or ``undone``."""
         told = {
             "where": where,
             "action": action,
@@ -472,7 +472,7 @@ class Edits:
 
 
 def read_edited(said: str) -> dict[str, Any]:
-    """A row as a person wrote it.
+    """Parse a row that a person typed as JSON.
 
     Raises:
         DataError: it is not a row.
@@ -485,12 +485,12 @@ def read_edited(said: str) -> dict[str, Any]:
 
 
 def json_line_of(said: str) -> bytes:
-    """JSON over several lines on one: its line ends are white space, or no JSON."""
+    """Join JSON into one line; its line breaks can only be white space, unless it is invalid anyway."""
     return said.replace("\r", " ").replace("\n", " ").encode("utf-8", "surrogatepass")
 
 
 def sum_of(item: Item) -> str:
-    """By which an edit knows its row again."""
+    """Return the content hash by which an edit recognizes its row; empty if the row has no values."""
     return "" if item.values is None else content_sum(item.values)
 
 
@@ -499,7 +499,7 @@ def sum_of(item: Item) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A token as it is shown: `kind` is ``prompt`` (read), ``trained``, ``masked`` (read, of a turn that is not learned) or ``cut``."""
+    """A token for display; `kind` is ``prompt``, ``trained``, ``masked`` (in a turn that is not trained on) or ``cut``."""
 
     text: str
     id: int
@@ -507,13 +507,13 @@ class Token:
 
 
 def tokens_of(tree: PromptTree, kind: str, tokenizer: Any, how: Mapping[str, Any]) -> list[tuple[str, list[Token]]]:
-    """(What, tokens) of a tree's prompt and of each completion, as they are trained, with what the cut takes away.
+    """Return (name, tokens) for a tree's prompt and each completion as in training, including the tokens lost to truncation.
 
     Args:
-        kind: of the data; how: see `CausalTokenization`.
+        kind: kind of the data; how: options of `CausalTokenization`.
 
     Raises:
-        DataError: the row would be kept aside, with the reason.
+        DataError: the row would be quarantined; gives the reason.
     """
     from penchant.data.tokenize import CausalTokenization
 
@@ -545,7 +545,7 @@ def tokens_of(tree: PromptTree, kind: str, tokenizer: Any, how: Mapping[str, Any
 
 
 def _tokens(tokenizer: Any, ids: Sequence[int], kinds: Sequence[str], before: Sequence[int] = ()) -> list[Token]:
-    """Each with what it adds to the token before it: alone, many tokenizers write it without its leading space."""
+    """Return the tokens, each with the text it adds to the one before: decoded alone, many would lose their leading space."""
 
     def said(*some: int) -> str:
         return str(tokenizer.decode(list(some), skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -553,7 +553,7 @@ def _tokens(tokenizer: Any, ids: Sequence[int], kinds: Sequence[str], before: Se
     made: list[Token] = []
     last = [int(i) for i in before]
     for one, kind in zip(map(int, ids), kinds, strict=False):
-        # a part of a character adds nothing, and stands as what it is alone
+        # a partial character adds no text, so it is shown as it decodes alone
         made.append(Token(said(*last, one)[len(said(*last)) :] or said(one), one, kind))
         last = [one]
     return made

@@ -1,4 +1,4 @@
-"""The pages of runs: the list, curves as they grow, samples, the report."""
+"""The pages of runs: the list, live curves, samples, the report, and starting, stopping and resuming."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from penchant.studio.launch import Processes, draft, first_keys, form_parts, set
 from penchant.studio.shelf import Feed, Shelf, facts_of, titles
 from penchant.watch.views import OPEN_STATES, is_run
 
-EVERY = 1.0  # seconds between two looks at the runs of a page
-BEAT = 15  # looks without news after which a connection is told that it is still there
-MOST_RUNS = 24  # drawn over each other
-SHOWN = 12  # samples that a page shows
+EVERY = 1.0  # seconds between two updates of a page
+BEAT = 15  # updates without news before a keep-alive is sent
+MOST_RUNS = 24  # maximum in one overlay
+SHOWN = 12  # samples per page
 REPORT_BYTES = 64 << 20
-# of a report: it runs its own script, in a frame that is not part of the studio and may request nothing
+# policy of a report: it runs its own script in a sandboxed frame and may not make requests
 REPORT_POLICY = (
     "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
@@ -49,7 +49,7 @@ STATES = {"running": "good", "preparing": "good", "stopped": "bad", "interrupted
 
 
 class Runs:
-    """The area of runs."""
+    """The pages of runs."""
 
     def __init__(self, studio: Studio) -> None:
         self.studio, self.shelf = studio, Shelf(studio.folder)
@@ -78,10 +78,10 @@ class Runs:
         ]
 
     def run_of(self, name: str) -> str:
-        """A run's path as it is linked.
+        """Return a run's path as it is linked.
 
         Raises:
-            HTTPException: there is no run (404).
+            HTTPException: there is no such run (404).
         """
         folder = self.studio.inside(name)
         if not is_run(folder):
@@ -97,14 +97,14 @@ class Runs:
         return self.studio.page(request, template, lines=some, word=word, all=len(lines), more=more, now=time())
 
     async def view(self, request: Request) -> Response:
-        """One run, or several over each other."""
+        """Show one run, or several overlaid."""
         asked = list(dict.fromkeys(request.query_params.getlist("run")))
         if not asked:
             raise HTTPException(404, "no run is named: choose some in the list")
         alone = self.studio.inside(asked[0])
         if len(asked) == 1 and not is_run(alone) and self.studio.relative(alone) in self.processes.started:
             return self._starting(request, self.studio.relative(alone))
-        if "hx-request" in request.headers:  # of the page that waits for a run to start
+        if "hx-request" in request.headers:  # from the page that waits for a run to start
             return Response(headers={"hx-refresh": "true"})
         paths = [self.run_of(name) for name in asked[:MOST_RUNS]]
         facts = {}
@@ -125,7 +125,7 @@ class Runs:
         return self.studio.page(request, "run.html" if len(paths) == 1 else "overlay.html", **values)
 
     def _can(self, path: str, state: str) -> dict[str, Any]:
-        """What can be done with a run, and what went wrong with its process."""
+        """Return which actions a run allows, and why its process failed if it did."""
         folder = self.studio.inside(path)
         locked, stopped = lock_of(folder) == "held", self.processes.stopped(path)
         held = locked or self.processes.running(path)
@@ -139,13 +139,13 @@ class Runs:
         }
 
     async def actions(self, request: Request) -> Response:
-        """The buttons of a run's page, when what can be done has changed."""
+        """Return the buttons of a run's page, requested when the allowed actions change."""
         path = self.run_of(request.query_params.get("run", ""))
         view = await run_in_threadpool(self.shelf.followed, path)
         return self.studio.page(request, "run_actions.html", run=path, **self._can(path, view.state))
 
     async def group(self, request: Request) -> Response:
-        """A sweep, a pipeline or a comparison."""
+        """Show a sweep, a pipeline or a comparison."""
         path = self.studio.relative(self.studio.inside(request.query_params.get("path", ".")))
         lines, _ = await run_in_threadpool(self.shelf.lines)
         kind = request.query_params.get("kind", "")
@@ -161,7 +161,7 @@ class Runs:
         )  # fmt: skip
 
     async def feed(self, request: Request) -> Response:
-        """What is new of some runs, as it comes (server-sent events)."""
+        """Stream updates of several runs as server-sent events."""
         paths = [self.run_of(name) for name in request.query_params.getlist("run")[:MOST_RUNS]]
         if not paths:
             raise HTTPException(404, "no run is named")
@@ -181,7 +181,7 @@ class Runs:
             await asyncio.sleep(EVERY)
 
     async def samples(self, request: Request) -> Response:
-        """The last samples of a run."""
+        """Show the latest samples of a run."""
         path = self.run_of(request.query_params.get("run", ""))
         for name in (SAMPLES, SAMPLES_BEFORE):
             self.studio.inside(f"{path}/{name}")
@@ -190,7 +190,7 @@ class Runs:
         return self.studio.page(request, "samples.html", samples=some, of=len(view.samples))
 
     async def report(self, request: Request) -> Response:
-        """A folder's report: the one that lies there, or one made of its files as they are."""
+        """Return a folder's report: the existing one, or one rendered from its current files."""
         folder = self.studio.inside(request.query_params.get("path", "."))
         page = await run_in_threadpool(self._report, folder)
         return HTMLResponse(page, headers={"content-security-policy": REPORT_POLICY})
@@ -201,16 +201,16 @@ class Runs:
             return file.read_text(encoding="utf-8", errors="replace")
         return render(read_report([folder], time()))
 
-    # ---- start, stop, go on ------------------------------------------------------------------------------------------
+    # ---- start, stop, resume -----------------------------------------------------------------------------------------
 
     def _starting(self, request: Request, path: str) -> Response:
-        """A run that was started and has not written anything yet."""
+        """Show a run that was started but has not written anything yet."""
         going = self.processes.running(path)
         said = self.processes.said(path) if going else self.processes.failure(path) or self.processes.said(path)
         return self.studio.page(request, "starting.html", run=path, going=going, said=said)
 
     async def new(self, request: Request) -> Response:
-        """The form, empty or with the settings of a run."""
+        """Show the form, empty or filled in with the settings of a run."""
         given: dict[str, str] = {}
         if (like := request.query_params.get("like")) is not None:
             folder = self.studio.inside(self.run_of(like))
@@ -228,7 +228,7 @@ class Runs:
         )  # fmt: skip
 
     async def own_keys(self, request: Request) -> Response:
-        """The keys of the loss or the algorithm that is chosen."""
+        """Return the form fields of the selected loss or algorithm."""
         asked = request.query_params
         every = form_parts(asked.get("loss.name", ""), asked.get("algorithm.name", ""))
         method = [part for part in every if part.title in ("loss", "algorithm")]
@@ -236,7 +236,7 @@ class Runs:
         return self.studio.page(request, "new_parts.html", parts=method, top=top, given={}, offered={})
 
     async def plan(self, request: Request) -> Response:
-        """The YAML that the form makes, and what the run will take; the start is offered below."""
+        """Show the form's YAML, the plan of the run, and the start button."""
         given = await fields(request)
         values: dict[str, Any] = {"made": None, "error": "", "plan": None}
         try:
@@ -271,12 +271,12 @@ class Runs:
 
 
 def _to(path: str) -> Response:
-    """Show a run next."""
+    """Redirect to a run's page."""
     return Response(headers={"hx-redirect": f"/runs/view?run={quote(path)}"})
 
 
 def _free(root: Path, path: str) -> str:
-    """A name for another run like one."""
+    """Return an unused name for a run derived from another."""
     number = 2
     while (root / f"{path}-{number}").exists() or (root / f"{path}-{number}.yaml").exists():
         number += 1
@@ -284,12 +284,12 @@ def _free(root: Path, path: str) -> str:
 
 
 def short_sum(path: str) -> str:
-    """An element's id from a path: htmx looks for what it preserves by a selector, in which a slash is an error."""
+    """Hash a path into an element id: htmx finds preserved elements by a selector, where a slash is a syntax error."""
     return hashlib.sha256(path.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
 def ago(seconds: float) -> str:
-    """How long something is gone, in its largest unit."""
+    """Format an age in its largest unit."""
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= size:
             return f"{seconds / size:.0f} {unit} ago"
@@ -297,9 +297,9 @@ def ago(seconds: float) -> str:
 
 
 def sample_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of samples.jsonl as its turns and the answers to them."""
+    """Split a line of samples.jsonl into its turns and answers."""
     turns = [(text(m.get("role")), text(m.get("content"))) for m in mappings(row.get("messages"))]
-    # while a run goes on there are only those from before, with one completion each
+    # during a run only the samples from before training exist, with one completion each
     answers = {"before training": row.get("before", row.get("completion")), "after training": row.get("after")}
     rewards = {
         "before training": row.get("reward_before", row.get("reward")),
@@ -312,6 +312,6 @@ def sample_of(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def area(studio: Studio) -> Area:
-    """Runs, as they are and as they go on."""
+    """Return the area of runs."""
     made = Runs(studio)
     return Area("Runs", "/runs", made.routes, made.processes.close, made.shelf.lines)

@@ -1,4 +1,4 @@
-"""What lies in the studio's folder: runs, sweeps, pipelines and comparisons, and runs as they go on. Nothing is written here."""
+"""Lists the runs, sweeps, pipelines and comparisons in the studio's folder and follows running ones. Read-only."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from penchant.runfolder.values import mapping, mappings, sequence, text
 from penchant.studio.app import can_be_linked
 from penchant.watch.views import FIGURES, OPEN_STATES, Member, RunView
 
-DEPTH = 4  # folders below the studio's in which runs are looked for
-MOST_FOLDERS = 5000  # that are looked into
+DEPTH = 4  # levels below the studio's folder to search for runs
+MOST_FOLDERS = 5000  # maximum number of folders searched
 IS_RUN = frozenset({IDENTITY, CONFIG, METRICS})
 GROUPS = {SWEEP: "sweep", PIPELINE: "pipeline", COMPARISON: "comparison"}
 NO_RUNS = frozenset({"node_modules", "__pycache__", "site-packages", CHECKPOINTS, "merged", "export"})
 
 
-# ---- Which folders there are ----
+# ---- Finding folders ----
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A folder that holds something of Penchant's; `path` is relative to the studio's folder, with slashes."""
+    """A folder that Penchant wrote; `path` is relative to the studio's folder, with slashes."""
 
     kind: str
     path: str
 
 
 def find(root: Path) -> tuple[list[Found], bool]:
-    """(What lies in a folder, whether there was too much to look at all of it); no link is followed."""
+    """Return (what was found in a folder, whether the search was cut short); links are not followed."""
     found: list[Found] = []
     level, looked = [(root, "")], 0
     for depth in range(DEPTH + 1):
@@ -59,7 +59,7 @@ def find(root: Path) -> tuple[list[Found], bool]:
 
 
 def _listed(folder: Path) -> tuple[set[str], list[str]]:
-    """(Names of files, names of folders that may hold runs)."""
+    """Return (file names, names of subfolders that may hold runs)."""
     names: set[str] = set()
     folders: list[str] = []
     try:
@@ -75,17 +75,17 @@ def _listed(folder: Path) -> tuple[set[str], list[str]]:
     return names, sorted(folders)
 
 
-# ---- A line of the list for each of them ----
+# ---- Lines of the list ----
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """What the list says of a run, a sweep, a pipeline or a comparison.
+    """An entry of the list: a run, a sweep, a pipeline or a comparison.
 
     Args:
-        state: of a run as `penchant watch` calls it; step, total: optimizer steps; headline: the figure that it is judged by, with its
-            interval; label: what that is; warnings, notes: flags of each level; changed: when it last wrote something, seconds.
-        inside: runs of a sweep or pipeline by their states.
+        state: as in `penchant watch`; step, total: optimizer steps; headline: the run's main metric with its interval; label: the metric's
+            name; warnings, notes: number of flags of each level; changed: time of its last write, in seconds since the epoch.
+        inside: number of runs of a sweep or stages of a pipeline, by state.
     """
 
     kind: str
@@ -105,12 +105,12 @@ class Line:
 
     @property
     def share(self) -> float:
-        """Of its steps that are done."""
+        """Share of the steps that are done."""
         return min(1.0, self.step / self.total) if self.total else 0.0
 
 
 class Shelf:
-    """The runs of a folder, each read once and then only what it has added; safe for several threads.
+    """The runs of a folder. Each is read once, then only its new lines; thread-safe.
 
     Args:
         root: the studio's folder.
@@ -121,10 +121,10 @@ class Shelf:
         self._lock = threading.Lock()
         self._brief: dict[str, RunView] = {}
         self._groups: dict[tuple[str, str], Whole[dict[str, Any]]] = {}
-        self._whole: dict[str, tuple[RunView, float]] = {}  # runs that are followed, and when they were last read
+        self._whole: dict[str, tuple[RunView, float]] = {}  # followed runs, and when each was last read
 
     def lines(self) -> tuple[list[Line], bool]:
-        """(Everything, what was changed last first, whether there was too much to look at all of it)."""
+        """Return (all entries, most recently changed first, whether the search was cut short)."""
         with self._lock:
             found, more = find(self.root)
             runs = {f.path: self._run(f.path) for f in found if f.kind == "run"}
@@ -160,7 +160,7 @@ class Shelf:
         return Line(found.kind, found.path, state, headline=headline, changed=changed, inside=inside)
 
     def followed(self, path: str) -> RunView:
-        """A run with its curves, as it is now; read at most twice a second, however many look at it."""
+        """Return a run with its curves, up to date; it is read at most twice a second, however many pages show it."""
         with self._lock:
             view, read = self._whole.get(path) or (RunView(self.root / path, path), 0.0)
             now = time.monotonic()
@@ -168,13 +168,13 @@ class Shelf:
                 view.refresh()
                 read = now
             self._whole.pop(path, None)
-            self._whole[path] = (view, read)  # at the end: the first ones are those that nobody has asked for longest
+            self._whole[path] = (view, read)  # moved to the end, so the least recently requested come first
             while len(self._whole) > KEPT:
                 self._whole.pop(next(iter(self._whole)))
             return view
 
 
-FRESH = 0.5  # seconds for which what was read of a run holds
+FRESH = 0.5  # seconds for which a reading of a run counts as up to date
 KEPT = 40  # runs whose curves are kept in memory
 
 
@@ -195,7 +195,7 @@ def _compared(figures: Mapping[str, Any]) -> str:
 
 
 def line_of(view: RunView, path: str) -> Line:
-    """What the list says of a run."""
+    """Return the list entry of a run."""
     levels = [flag.get("level") for flag in view.flags]
     label, headline = headline_of(view)
     files = [view.folder / name for name in (METRICS, PERF, MANIFEST, LOCK)]
@@ -217,7 +217,7 @@ def line_of(view: RunView, path: str) -> Line:
 
 
 def headline_of(view: RunView, name: str | None = None) -> tuple[str, str]:
-    """(What a run is judged by, its last value with its interval); empty where there is none."""
+    """Return (name of a run's main metric, its last value with its interval); both empty if there is none."""
     found = Member(view).metric(name)
     if found is None:
         return "", ""
@@ -227,16 +227,16 @@ def headline_of(view: RunView, name: str | None = None) -> tuple[str, str]:
     return label, with_interval(found.value, found.interval, known.share)
 
 
-# ---- A run as it goes on, for a page that draws it ----
+# ---- Live updates of a run ----
 
-MOST_POINTS = 1500  # of a curve that is sent whole; a longer one is thinned
+MOST_POINTS = 1500  # maximum points of a curve sent at once; longer ones are thinned
 
 
 class Feed:
-    """What one page has not been told of some runs yet.
+    """Collects the updates of several runs that one page has not received yet.
 
     Args:
-        paths: of the runs, relative to the shelf's folder.
+        paths: paths of the runs, relative to the shelf's folder.
     """
 
     def __init__(self, shelf: Shelf, paths: Sequence[str]) -> None:
@@ -245,9 +245,9 @@ class Feed:
         self._facts: dict[str, dict[str, Any]] = {}
 
     def news(self) -> dict[str, Any]:
-        """By run: ``facts`` where they changed, ``line`` and ``points`` that are new, ``anew`` where what was told holds no longer.
+        """Return the updates by run: ``facts`` if changed, new ``line`` and ``points``, and ``anew`` if everything sent so far is invalid.
 
-        ``line`` is ``{metric: [[steps], [values]]}`` of training, ``points`` ``{metric: [[steps], [values], [lows], [highs]]}`` held out.
+        ``line`` is ``{metric: [[steps], [values]]}`` in training, ``points`` ``{metric: [[steps], [values], [lows], [highs]]}`` held out.
         """
         found = {}
         for path in self._paths:
@@ -298,14 +298,14 @@ def _order(key: str) -> tuple[int, str]:
 
 
 def thinned(values: Sequence[Any]) -> Sequence[Any]:
-    """At most `MOST_POINTS` of them, evenly, with the last."""
+    """Thin the values evenly to at most `MOST_POINTS` + 1; the last one is always kept."""
     every = -(-len(values) // MOST_POINTS)
     kept = values[::every]
     return kept if every == 1 or (len(values) - 1) % every == 0 else [*kept, values[-1]]
 
 
 def facts_of(view: RunView, path: str) -> dict[str, Any]:
-    """What a run's page says beside its curves, as it changes; inert, as it may appear in a page."""
+    """Return what a run's page shows beside its curves, made safe for HTML."""
     line = line_of(view, path)
     speed, left = view.speed, view.left if view.state in OPEN_STATES else None
     return {
@@ -328,5 +328,5 @@ def facts_of(view: RunView, path: str) -> dict[str, Any]:
 
 
 def titles() -> dict[str, str]:
-    """What the curves are called, in their order."""
+    """Return the display names of the curves, in order."""
     return {key: metric(key).picture or metric(key).row or metric(key).label or key for key in FIGURES}

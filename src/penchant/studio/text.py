@@ -1,4 +1,4 @@
-"""Texts of models as HTML that does nothing: Markdown without links, pictures and HTML; hidden characters are shown."""
+"""Renders model output as inert HTML: Markdown without links, images or HTML, with hidden characters made visible."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from markupsafe import Markup
 
 from penchant.report.html import text_html
 
-LONGEST = 60_000  # characters; beyond it a text is shown as it is, not as Markdown
-CUT = 400_000  # beyond it the rest is left out, which is said
-FOLD_CHARACTERS, FOLD_LINES = 1400, 26  # an answer that is longer is folded, and so is the one beside it
+LONGEST = 60_000  # characters; longer text is shown as plain text, not as Markdown
+CUT = 400_000  # characters; the rest is left out, with a note
+FOLD_CHARACTERS, FOLD_LINES = 1400, 26  # longer answers are folded, along with the one beside them
 
 
 @lru_cache
@@ -38,7 +38,7 @@ def _markdown() -> MarkdownIt:
 
 @lru_cache(maxsize=256)
 def rendered(text: str) -> Markup:
-    """A text as HTML."""
+    """Render a text as HTML."""
     if not text.strip():
         return Markup('<p class="soft">(an empty answer)</p>')
     rest = len(text) - CUT
@@ -47,7 +47,7 @@ def rendered(text: str) -> Markup:
         html = f'<div class="plain">{text_html(shown)}</div>'
     else:
         try:
-            # headings would be headings of the page, and cells carry inline styles
+            # turn headings into paragraphs, since they would become headings of the page, and drop the inline styles of cells
             html = re.sub(r"<(/?)h[1-6]>", lambda m: "</p>" if m[1] else '<p class="head">', _markdown().render(shown))
             html = re.sub(r'<(t[hd]) style="text-align:\w+">', r"<\1>", html)
         except (RecursionError, ValueError):
@@ -57,5 +57,5 @@ def rendered(text: str) -> Markup:
 
 
 def folds(*texts: str) -> bool:
-    """Whether texts that stand side by side are folded: all of them, if one is long."""
+    """Return True if texts shown side by side are folded: all of them are if any is long."""
     return any(len(t) > FOLD_CHARACTERS or t.count("\n") > FOLD_LINES for t in texts)

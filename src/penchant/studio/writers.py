@@ -1,4 +1,4 @@
-"""Answers that are written while a person waits: by runs of the folder, or by any OpenAI-compatible endpoint."""
+"""Answers generated while a person waits, by runs of the folder or by any OpenAI-compatible endpoint."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from penchant.studio.app import Studio
 
 MAX_TOKENS = 512
-SECONDS = 600.0  # for one answer
-KEYS = "keys.json"  # which endpoints may be asked, and which environment variable's key may go there
-LONGEST = 200_000  # characters of one answer
+SECONDS = 600.0  # per answer
+KEYS = "keys.json"  # the approved endpoints, each with the environment variable of its key
+LONGEST = 200_000  # characters per answer
 TEMPERATURE = 0.7
 
 
 class Writers:
-    """Models that write, each loaded once; those of this machine take turns token by token in one thread."""
+    """Generates answers. Local models are loaded once and take turns token by token in one thread."""
 
     def __init__(self) -> None:
         self._thread: ThreadPoolExecutor | None = None
@@ -35,7 +35,10 @@ class Writers:
     async def write(
         self, studio: Studio, writers: Sequence[Mapping[str, str]], prompt: Any
     ) -> AsyncIterator[tuple[int, str]]:
-        """(which of the writers, a piece of its answer), as they come.
+        """Yield (index of the writer, piece of its answer) as the pieces arrive.
+
+        Args:
+            writers: see `Settings.writers`.
 
         Raises:
             DataError: a writer cannot be used.
@@ -76,7 +79,7 @@ class Writers:
         if studio.closing:
             raise DataError("studio", "is shutting down", "start it again")
 
-    # ---- a run of this folder ----
+    # ---- runs of the folder ----
 
     async def _of_run(self, studio: Studio, writer: Mapping[str, str], prompt: Any) -> AsyncIterator[str]:
         loop = asyncio.get_running_loop()
@@ -108,7 +111,7 @@ class Writers:
         sampling = Sampling(min(room, MAX_TOKENS), 1, TEMPERATURE)
         return Completions(model, ids, sampling, () if continued else model.style.stops, continued=continued)
 
-    # ---- an endpoint ----
+    # ---- endpoints ----
 
     async def _of_endpoint(self, writer: Mapping[str, str], prompt: Any) -> AsyncIterator[str]:
         import httpx
@@ -122,7 +125,7 @@ class Writers:
                 "make a new arena with this endpoint if you trust it",
             )
         headers = {"accept": "text/event-stream"}
-        if key:  # `connect` knows a usual one, which goes to nobody who was not named
+        if key:  # `connect` may find a default key, but only a key the user named is sent
             headers["authorization"] = f"Bearer {there.key}"
         body = {
             "model": writer.get("model", ""),
@@ -147,14 +150,14 @@ class Writers:
             raise DataError(where, f"cannot be asked ({type(error).__name__})", "check that it is running") from error
 
     def close(self) -> None:
-        """No further token is written."""
+        """Stop generating and drop the loaded models."""
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
         self._models.clear()
 
 
 def allow(url: str, key_env: str) -> None:
-    """Note that this user chose an endpoint, and to send it the key of an environment variable: an arena's folder may come from others."""
+    """Record that this user approved an endpoint and the key to send it, since an arena's folder may come from someone else."""
     known = _allowed()
     if [url, key_env] not in known:
         path = cache_folder("studio") / KEYS
@@ -171,7 +174,7 @@ def _allowed() -> list[Any]:
 
 
 def _piece(line: str) -> str:
-    """The text that a line of the stream brings."""
+    """Return the text in one line of the event stream."""
     kind, _, data = line.partition(":")
     if kind != "data" or data.strip() in ("", "[DONE]"):
         return ""
