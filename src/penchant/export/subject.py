@@ -143,7 +143,7 @@ def find_subject(given: str | Path, step: str = "last") -> Subject:
     checkpoint = find_checkpoint(run, found[1])
     if checkpoint is None:
         raise CheckpointError(str(given), "there is no trained checkpoint to export", "train it first, or name a step")
-    load_checkpoint(checkpoint)  # verifies the checksums, so that what is exported is what was trained
+    load_checkpoint(checkpoint)  # its sums are checked: what is exported is what was trained
     reward = config.method.learns_reward
     model = checkpoint / "model"
     inside_adapter = model / ADAPTER
