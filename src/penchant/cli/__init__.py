@@ -1,4 +1,4 @@
-"""The `penchant` command. Heavy imports happen inside the command that needs them: `--help` answers at once."""
+"""The `penchant` command. Each command does its heavy imports itself, so that `--help` answers at once."""
 
 from __future__ import annotations
 
@@ -44,12 +44,13 @@ EXIT_CODES = """exit codes:
   2  something you can fix       5  a disk that is full, fails or cannot be written; once fixed, run the command again
                                130  interrupted before there was anything to save"""
 
-# glibc gives freed activations back to the kernel and faults them in again each step, which costs a third of the time; a heap for each
-# thread would hold what passes side by side free twice;
-# passive waiting keeps a shared machine usable, and a short spin before it saves waking a thread for every small operation (15% of a
-# training step, a third of decoding); oneDNN keeps 1,024 prepared products, and a run's micro-batches rarely have one size twice: 128
-# are enough for the layers of a pass and hold some hundred MB less (benchmarks/product_cache.py). All are read at process start, hence
-# the re-execution.
+# Read at process start, hence the re-execution:
+# - glibc would return freed activations to the kernel and fault them in again each step, which costs a third of the time; with one heap
+#   per thread, passes that run side by side would each keep freed memory of their own
+# - passive waiting keeps a shared machine usable, and a short spin before it avoids waking a thread for every small operation (15% of a
+#   training step, a third of decoding)
+# - oneDNN caches 1,024 primitives by default, but micro-batches rarely have the same size twice: 128 are enough for the layers of a pass
+#   and take some hundred MB less (benchmarks/product_cache.py)
 CPU_ENV = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
@@ -60,29 +61,28 @@ CPU_ENV = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
 }
 
-# where several processes share a model's weights, gathered ones come and go in large pieces of many sizes, which fragment a heap: they
-# are given back, and huge pages keep the faults few
+# for several processes that shard a model's weights: gathered weights are large blocks of many sizes that come and go and would
+# fragment a heap, so they are returned to the kernel, and huge pages keep page faults few
 SHARDED_CPU_ENV = CPU_ENV | {
     "MALLOC_MMAP_MAX_": "65536",
     "MALLOC_MMAP_THRESHOLD_": str(4 << 20),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 
-# where a GPU computes, a host that never gives memory back would hold the loaded weights to the end; segments that grow keep
-# micro-batches of many sizes from cutting the GPU's memory into pieces; cuBLAS repeats its bits only with a workspace of its own; a
-# collective that fails ends its process
+# for a GPU: a host that never returns memory would hold the loaded weights to the end; expandable segments keep micro-batches of many
+# sizes from fragmenting GPU memory; cuBLAS is deterministic only with a fixed workspace; a failed collective ends its process
 CUDA_ENV = {
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
 }
 
-# what these devices have no kernel for is computed on the CPU
+# compute on the CPU what these devices have no kernel for
 FALLBACK_ENV = {"mps": {"PYTORCH_ENABLE_MPS_FALLBACK": "1"}, "xpu": {"PYTORCH_ENABLE_XPU_FALLBACK": "1"}}
 
 
 class _Commands(argparse._SubParsersAction):  # type: ignore[type-arg]
-    """Commands whose own help begins with what the list of commands says of them."""
+    """Subcommands whose own help starts with their line in the list of commands."""
 
     def add_parser(self, name: str, **given: Any) -> Any:
         about = given.get("help", "")
@@ -105,7 +105,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+    """Build the parser of the whole command line."""
     parser = _Parser(
         prog="penchant",
         description="Preference data in, an aligned language model and the evidence for it out.",
@@ -121,14 +121,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit code. A person's mistake is one paragraph on stderr, never a traceback."""
+    """Run a command and return its exit code. A user's mistake prints one paragraph on stderr, never a traceback."""
     with _for_people():
         return _run(argv)
 
 
 @contextmanager
 def _for_people() -> Iterator[None]:
-    """Whatever is printed in here is made printable and without secrets, once, on its way out."""
+    """Make everything printed within the block printable and free of secrets."""
     with ExitStack() as replaced:
         for name, replacing in (("stdout", redirect_stdout), ("stderr", redirect_stderr)):
             stream = unescaped(getattr(sys, name))
@@ -137,7 +137,7 @@ def _for_people() -> Iterator[None]:
         try:
             yield
         except Exception:
-            if "pytest" not in sys.modules:  # the interpreter's own way to print it escapes and hides nothing
+            if "pytest" not in sys.modules:  # the interpreter's own traceback is neither escaped nor redacted
                 traceback.print_exc()
                 sys.excepthook = lambda *_: None
             raise
@@ -158,7 +158,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
-    if rest:  # argparse takes no overrides behind an option
+    if rest:  # argparse does not accept overrides after an option
         if not hasattr(args, "overrides") or any(r.startswith("-") or "=" not in r for r in rest):
             command = " ".join(filter(None, ("penchant", args.command, getattr(args, "verb", None))))
             parser.error(f"unrecognized arguments: {' '.join(rest)}; {_as_settings(args, rest, command)}")
@@ -174,7 +174,7 @@ def _run(argv: Sequence[str] | None) -> int:
             if sys.stderr.isatty() and not quiet and not os.environ.get("PENCHANT_REEXECUTED"):
                 print(f"penchant {args.command}: loading torch", file=sys.stderr)
             _with_allocator(_device_of(args, config), _is_one_of_several(args, config))
-            # what only prints may end with its reader; work goes on to its end: ``penchant train run.yaml | head``
+            # a command that only prints may end when its reader does, but work must continue: ``penchant train run.yaml | head``
             for stream in (sys.stdout, sys.stderr):
                 if isinstance(stream, Shown):
                     stream.leaves = not stream.isatty()
@@ -183,7 +183,7 @@ def _run(argv: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         print("penchant: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # of a command that only prints
+    except BrokenPipeError:  # from a command that only prints
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except SystemExit as stop:
@@ -198,7 +198,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _as_settings(args: argparse.Namespace, rest: Sequence[str], command: str) -> str:
-    """What to write in place of options that there are none of: ``--lr 1e-4`` is the setting train.lr=1e-4."""
+    """Suggest what to write in place of unknown options: ``--lr 1e-4`` is the setting train.lr=1e-4."""
     from penchant.config.explain import setting_of
 
     first, *others = rest
@@ -211,10 +211,10 @@ def _as_settings(args: argparse.Namespace, rest: Sequence[str], command: str) ->
 
 
 def _check_config(args: argparse.Namespace) -> Any:
-    """Check the config, and that the files it names are there, before torch is imported: a mistake is answered at once.
+    """Check the config, and that the files it names exist, before torch is imported, so that mistakes are reported at once.
 
     Returns:
-        A single run's config, where one was read.
+        The config of a single run, if one was read.
 
     Raises:
         PenchantError: as the command itself would.
@@ -233,7 +233,7 @@ def _check_config(args: argparse.Namespace) -> Any:
         load_sweep(args.config, args.overrides)
         return None
     if Path(args.config).suffix not in (".yaml", ".yml"):
-        return None  # `penchant eval` also takes the folder of a run or a model
+        return None  # `penchant eval` also accepts the folder of a run or a model
     from penchant.config import load_config
     from penchant.data.read import named_files
     from penchant.models.options import check_model_path
@@ -244,7 +244,7 @@ def _check_config(args: argparse.Namespace) -> Any:
     more = import_module("penchant.cli.train").launched(args) if args.command == "train" else []
     config = load_config(args.config, [*args.overrides, *more])
     if args.command == "eval":
-        return config  # a finished run needs neither the model that it started from nor, with --data, its own rows
+        return config  # a finished run does not need its base model nor, with --data, its own rows
     if not stands_for_model(Path(config.model.path).expanduser()):
         check_model_path(config.model.path)
     for reward in filter(None, (config.reward, config.evaluation.reward)):
@@ -258,8 +258,8 @@ def _check_config(args: argparse.Namespace) -> Any:
 
 
 def _with_allocator(device: str, several: bool) -> None:
-    """Start this process anew with the settings of where it computes, once."""
-    for name, value in FALLBACK_ENV.get(device, {}).items():  # where no process is started anew: torch is not there yet
+    """Re-execute this process once, with the environment for the device it will use."""
+    for name, value in FALLBACK_ENV.get(device, {}).items():  # works without re-execution: no torch yet
         os.environ.setdefault(name, value)
     if sys.platform != "linux" or os.environ.get("PENCHANT_REEXECUTED") or "pytest" in sys.modules:
         return
@@ -267,10 +267,10 @@ def _with_allocator(device: str, several: bool) -> None:
 
 
 def environment_of(device: str, several: bool = False) -> dict[str, str]:
-    """The environment of a process that computes on a device, as in `model.device`; what a person has set wins.
+    """Return the environment of a process that computes on a device, as in `model.device`; variables set by the user take precedence.
 
     Args:
-        several: it is one of several that train together, or starts them.
+        several: the process is one of several that train together, or starts them.
     """
     on_gpu = device == "cuda" or (device == "auto" and gpu_visible())
     ours = CUDA_ENV if on_gpu else FALLBACK_ENV.get(device, SHARDED_CPU_ENV if several else CPU_ENV)
@@ -278,7 +278,7 @@ def environment_of(device: str, several: bool = False) -> dict[str, str]:
 
 
 def _is_one_of_several(args: argparse.Namespace, config: Any) -> bool:
-    """Whether a command trains with other processes: those that torchrun started, or that it starts."""
+    """Return True if a command trains with several processes, whether torchrun started them or the command will."""
     from penchant.distributed.world import started_by_torchrun
 
     asked = getattr(args, "processes", None) or (config.launch.processes if config is not None else "auto")
@@ -286,7 +286,7 @@ def _is_one_of_several(args: argparse.Namespace, config: Any) -> bool:
 
 
 def _device_of(args: argparse.Namespace, config: Any) -> str:
-    """Where a command will compute; what has no config that was read goes by whether there is a GPU."""
+    """Return the device a command will use; without a config, ``auto``, which depends on whether there is a GPU."""
     return getattr(args, "device", None) or (config.model.device if config is not None else "auto")
 
 

@@ -11,14 +11,14 @@ from typing import Any, get_args, get_type_hints
 
 from penchant.requests import MOST
 
-# ---- `--column ours=yours`, in one spelling for every command that reads rows ----
+# ---- `--column ours=yours`, spelled the same in every command that reads rows ----
 
 
 def add_columns(parser: argparse.ArgumentParser | Any, *also: str, nargs: str | None = None) -> None:
-    """Add the option.
+    """Add the options `--column` and `--bound`.
 
     Args:
-        also: older spellings of it, which take several at once where `nargs` says so.
+        also: older spellings of `--column`; `nargs` says whether they take several values at once.
     """
     about = "which of your columns holds a field, as in prompt=question (repeatable)"
     bound = "a bound on the size of rows: row_mb, nesting or unpacked (see data.bounds in docs/config.md)"
@@ -31,10 +31,10 @@ def add_columns(parser: argparse.ArgumentParser | Any, *also: str, nargs: str | 
 
 
 def column_pairs(given: Sequence[str], flag: str = "--column") -> dict[str, str]:
-    """``["prompt=question"]`` as a mapping.
+    """Parse ``["prompt=question"]`` into a mapping.
 
     Raises:
-        ConfigError: one of them is not name=value, or a name is given twice with different values.
+        ConfigError: an item is not name=value, or a name is given twice with different values.
     """
     from penchant.errors import ConfigError
 
@@ -50,10 +50,10 @@ def column_pairs(given: Sequence[str], flag: str = "--column") -> dict[str, str]
 
 @contextmanager
 def bounded(args: argparse.Namespace) -> Iterator[None]:
-    """While a command runs, rows are read within the bounds of its `--bound`.
+    """Apply the bounds of a command's `--bound` options to all rows read within the block.
 
     Raises:
-        ConfigError: one is not known, or not a number in its range.
+        ConfigError: a bound is unknown, or its value is not a number in its range.
     """
     given = column_pairs(getattr(args, "bounds", None) or (), "--bound")
     if not given:
@@ -81,7 +81,7 @@ def bounded(args: argparse.Namespace) -> Iterator[None]:
 
 
 def add_arguments(parser: argparse.ArgumentParser, request: type) -> None:
-    """Give a command the options that the fields of its request describe; see `penchant.requests.option`."""
+    """Add the options described by the fields of a command's request; see `penchant.requests.option`."""
     kinds, groups = get_type_hints(request), {"": parser}
     for held in fields(request):
         about, required = dict(held.metadata), held.default is MISSING and held.default_factory is MISSING
@@ -112,10 +112,10 @@ def add_arguments(parser: argparse.ArgumentParser, request: type) -> None:
 
 
 def options_of(args: argparse.Namespace, request: type) -> dict[str, Any]:
-    """What was given for a request, by the names of its fields.
+    """Return the values given for a request, by field name.
 
     Raises:
-        ConfigError: an option that cannot be read.
+        ConfigError: an option cannot be parsed.
     """
     found: dict[str, Any] = {}
     for held in fields(request):
@@ -128,7 +128,7 @@ def options_of(args: argparse.Namespace, request: type) -> dict[str, Any]:
 
 
 def within(kind: type, low: float | None = None, high: float | None = None, above: float | None = None) -> Any:
-    """An argparse type: a finite number within bounds, and within what any machine can count or hold."""
+    """Return an argparse type for finite numbers within bounds, and within what any machine can count or hold."""
     most = MOST[kind] if high is None else high
     bounds = [(low, "at least"), (above, "more than"), (most, "at most")]
     wanted = " and ".join(f"{word} {bound:g}" for bound, word in bounds if bound is not None)
@@ -152,12 +152,12 @@ def add_config(
     metavar: str = "CONFIG",
     overrides: str = "settings that override the config's",
 ) -> None:
-    """The config that a command reads, and settings that override its own."""
+    """Add the config argument, and the settings that override it."""
     parser.add_argument("config", metavar=metavar, help=what)
     parser.add_argument(
         "overrides",
         nargs="*",
-        default=[],  # without one, argparse calls them required
+        default=[],  # without a default, argparse calls the argument required
         metavar="key.path=value",
         help=overrides,
     )

@@ -1,4 +1,4 @@
-"""`penchant config`: every key of a config."""
+"""`penchant config`: lists the keys of a config."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def add(commands: Any) -> None:
-    """The command's arguments."""
+    """Declare the command."""
     parser = commands.add_parser("config", help="list every config key with its type, default and meaning")
     parser.add_argument("key", nargs="?", help="a section (train) or one key (train.lr)")
     parser.add_argument("--markdown", action="store_true", help="print docs/config.md")
@@ -15,7 +15,7 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print them."""
+    """Print the keys."""
     from penchant.config import page as config_page
 
     if args.markdown:

@@ -11,7 +11,7 @@ from penchant.requests import FixRequest, GetRequest, workers_in
 
 
 def add(commands: Any) -> None:
-    """The verbs of `penchant data`."""
+    """Declare the verbs of `penchant data`."""
     data = commands.add_parser("data", help="get data, and inspect it before you train on it")
     verbs = data.add_subparsers(dest="verb", metavar="VERB", required=True)
     for add_verb in (_add_get, _add_formats, _add_show, _add_audit, _add_fix):
@@ -164,7 +164,7 @@ def _audit(args: argparse.Namespace) -> int:
 
     paths = list(args.paths)
     if args.json not in (None, "-") and ("=" in args.json or args.json.endswith((*YAML, ".jsonl", ".parquet"))):
-        paths, args.json = [*paths, args.json], "-"  # it stood behind a bare --json
+        paths, args.json = [*paths, args.json], "-"  # the path came after a bare --json
     if not paths and not args.split:
         raise ConfigError("data audit", "no file is given", "give a CONFIG.yaml, data files or --split NAME=FILE")
     reads = (*paths, *_splits(args.split).values(), args.reward, args.check)

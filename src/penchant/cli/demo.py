@@ -9,7 +9,7 @@ from penchant.cli.arguments import within
 
 
 def add(commands: Any) -> None:
-    """The command's arguments."""
+    """Declare the command."""
     demo = commands.add_parser(
         "demo", help="see Penchant work: align the bundled small model offline in about two minutes"
     )

@@ -10,7 +10,7 @@ from penchant.requests import EvalRequest
 
 
 def add(commands: Any) -> None:
-    """The command's arguments."""
+    """Declare the command."""
     evaluate = commands.add_parser(
         "eval", help="evaluate a run, a checkpoint, an adapter or any model; docs/eval.md defines every figure"
     )

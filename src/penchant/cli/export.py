@@ -1,4 +1,4 @@
-"""`penchant export`: a run's model in the forms that others load."""
+"""`penchant export`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from penchant.requests import ExportRequest
 
 
 def add(commands: Any) -> None:
-    """The command's arguments."""
+    """Declare the command."""
     parser = commands.add_parser(
         "export", help="export a run's model as safetensors, pt, merged, adapter or gguf, checked, with a model card"
     )

@@ -1,4 +1,4 @@
-"""`penchant import`: another tool's config file in our terms."""
+"""`penchant import`: translates another tool's config."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from penchant.cli.arguments import add_config, within
 
 
 def add(commands: Any) -> None:
-    """The command's arguments."""
+    """Declare the command."""
     parser = commands.add_parser(
         "import", help="translate a config of TRL, LLaMA-Factory, Axolotl or ms-swift; every key is accounted for"
     )
@@ -40,7 +40,7 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Translate, write, and say what became of every key (on stderr where the config is printed)."""
+    """Translate the config, write it, and report on every key (on stderr if the config is printed)."""
     from pathlib import Path
 
     from penchant.base.files import check_output, write_output

@@ -37,7 +37,7 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Ask what is not given, write the config, say what comes next."""
+    """Ask for what is not given, write the config, and print the next steps."""
     from pathlib import Path
 
     from penchant.errors import ConfigError
@@ -45,9 +45,9 @@ def run(args: argparse.Namespace) -> int:
     from penchant.init.ask import answers, here
     from penchant.rewards.functions import check_reward
 
-    if Path(args.output).exists():  # before a person has answered anything
+    if Path(args.output).exists():  # before any question is asked
         raise ConfigError(args.output, "already exists", "give another --output; init never overwrites")
-    if args.reward is not None:  # before a person has answered anything
+    if args.reward is not None:  # before any question is asked
         check_reward(args.reward)
     named = column_pairs(args.columns)
     found = answers(here(), args.data, args.model, args.goal, eval_data=args.eval_data, columns=named)

@@ -35,7 +35,7 @@ def _counts(text: str) -> tuple[int, ...]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the plan; 0 also where it does not fit."""
+    """Print the plan; the exit code is 0 even if the run does not fit."""
     from penchant import api
 
     found = api.plan(args.config, *args.overrides, probe=not args.no_probe, gpus=args.gpus)

@@ -11,7 +11,7 @@ from penchant.cli.arguments import within
 
 
 def add(commands: Any) -> None:
-    """The command's arguments."""
+    """Declare the commands."""
     report = commands.add_parser(
         "report", help="write the report of runs, a sweep, a pipeline or a comparison: one HTML file"
     )

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def add(commands: Any) -> None:
-    """Both commands' arguments."""
+    """Declare both commands."""
     _add_chat(commands)
     _add_serve(commands)
 
@@ -94,7 +94,7 @@ def _terminal() -> Terminal:
             stream.reconfigure(errors=errors)
     live = sys.stdin.isatty() and sys.stdout.isatty()
     if live:
-        with suppress(ImportError):  # line editing and history where Python has them
+        with suppress(ImportError):  # line editing and history, if Python has readline
             import readline  # noqa: F401
         return Terminal(lambda: input("> "), unescaped(sys.stdout), sys.stdout, True)
     return Terminal(_next_line, sys.stdout, sys.stderr, False)
@@ -131,7 +131,7 @@ def _serve(args: argparse.Namespace) -> int:
 
     key = key_from_environment(KEY)
     local = check_host(args.host, key)
-    sock = listen(args.host, args.port)  # before the model is loaded: a port that is taken is told at once
+    sock = listen(args.host, args.port)  # before the model is loaded, so that a port in use is reported at once
     try:
         require_server()
         from penchant.serve.app import App, Limits, Scheduler

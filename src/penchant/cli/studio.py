@@ -14,7 +14,7 @@ from penchant.requests import StudioRequest
 
 
 def add(commands: Any) -> None:
-    """The command's arguments."""
+    """Declare the command."""
     parser = commands.add_parser(
         "studio", help="compare answers, follow runs and look through data in the browser, on this machine"
     )
@@ -48,7 +48,7 @@ def _studio(args: argparse.Namespace) -> int:
         said = f"{for_terminal(f'studio of {folder}: open {address}')}?token={studio.token}"
         print(
             said, file=unescaped(sys.stdout), flush=True
-        )  # the other stream hides secrets, and this one is for whoever started it
+        )  # bypasses the wrapper that hides secrets: the token is for the user who started the studio
     else:
         print(f"studio of {folder}: open {address} and give the key in {KEY}", flush=True)
     print("Ctrl-C ends it", file=sys.stderr, flush=True)

@@ -10,7 +10,7 @@ from penchant.cli.arguments import add_config, within
 
 
 def add(commands: Any) -> None:
-    """The command's arguments."""
+    """Declare the commands."""
     pipeline = commands.add_parser(
         "pipeline", help="train several stages from one file and compare them; run it again to resume"
     )

@@ -1,4 +1,4 @@
-"""`penchant track`: send a run's metrics to trackers afterwards."""
+"""`penchant track`: sends the metrics of finished runs to trackers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def add(commands: Any) -> None:
-    """The command's arguments."""
+    """Declare the command."""
     parser = commands.add_parser(
         "track", help="send the metrics of finished runs to W&B, TensorBoard, MLflow or Trackio"
     )

@@ -11,11 +11,11 @@ from penchant.base.machine import cores
 from penchant.cli.arguments import add_config
 from penchant.distributed.world import join, started_by_torchrun
 
-PER_CORE = 8  # processes that are started for each core at most: a slip in their number must not stop the machine
+PER_CORE = 8  # maximum processes per core, so that a typo in their number cannot bring the machine down
 
 
 def add(commands: Any) -> None:
-    """The command's arguments."""
+    """Declare the command."""
     train = commands.add_parser("train", help="train from a config; run it again to resume after an interruption")
     add_config(train, "CONFIG.yaml")
     train.add_argument("--quiet", action="store_true", help="do not show progress")
@@ -35,7 +35,7 @@ def _train(args: argparse.Namespace) -> int:
         from penchant.distributed.launch import leave, watched
 
         if config.train.deterministic:
-            # NVLink switches add in no fixed order; torch turns them off by itself where its mode is on before there are groups
+            # NVLink switches add in no fixed order; torch disables them only if its deterministic mode is on before process groups exist
             os.environ.setdefault("NCCL_ALGO", "^NVLS")
         limit = config.launch.timeout
         with join(limit, config.launch.context) as world, watched(world, limit):
@@ -44,7 +44,7 @@ def _train(args: argparse.Namespace) -> int:
                 print(f"penchant: a process crashed; all are started again ({count} of {most})", file=sys.stderr)
             try:
                 result = api.train(config, quiet=args.quiet)
-                world.agree(patient=True)  # rank 0 alone writes the report and waits for trackers
+                world.agree(patient=True)  # rank 0 still writes the report and waits for trackers
             except KeyboardInterrupt:
                 raise
             except BaseException as error:
@@ -75,14 +75,14 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def launched(args: argparse.Namespace) -> list[str]:
-    """What --processes and --gpus say, as settings."""
+    """Return --processes and --gpus as settings."""
     if args.gpus is not None:
         return [f"launch.processes={args.gpus}", "model.device=cuda"]
     return [] if args.processes is None else [f"launch.processes={args.processes}"]
 
 
 def _launch(args: argparse.Namespace, config: Any) -> int:
-    """Start the processes that train, and wait for them."""
+    """Start the training processes and wait for them."""
     import torch
 
     from penchant.base.text import counted

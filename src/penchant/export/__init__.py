@@ -1,4 +1,4 @@
-"""A run's model in the forms that others load, each read back and compared before it gets its name."""
+"""Exports a run's model to the formats that other tools load; each is read back and compared before it gets its name."""
 
 from __future__ import annotations
 

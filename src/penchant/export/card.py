@@ -1,4 +1,4 @@
-"""The model card: what it is, how it was made, what came of it and how sure that is, and how to load it."""
+"""The model card: what the model is, how it was made, its results with their uncertainty, and how to load it."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from penchant.runfolder.read import Folder, read
 from penchant.runfolder.values import ci_of, mapping, num
 
 CARD = "README.md"
-NOT_SETTINGS = ("output", "logging", "trust", "checkpoint")  # they change nothing in the weights
+NOT_SETTINGS = ("output", "logging", "trust", "checkpoint")  # settings that do not affect the weights
 PUNCTUATION = re.compile(r"([\\`*_{}\[\]<>#|~!&])")
 
 
 def card(
     subject: Subject, form: Format, dtype: str, check: Check, files: Mapping[str, str], notes: Sequence[str]
 ) -> str:
-    """The whole of README.md.
+    """Return the whole text of README.md.
 
     Args:
-        files: SHA-256 by name; notes: of the export.
+        files: SHA-256 by file name; notes: the export's notes.
     """
     run = read(subject.run)
     manifest = run.manifest
@@ -56,12 +56,12 @@ def card(
 
 
 def plain(text: object) -> str:
-    """Text in which nothing is markup, on one line."""
+    """Escape all markup in a text and put it on one line."""
     return PUNCTUATION.sub(r"\\\1", _one_line(text))
 
 
 def coded(text: object) -> str:
-    """Text as code, on one line."""
+    """Format a text as inline code, on one line."""
     return "`" + _one_line(text).replace("`", "'").replace("|", "\\|") + "`"
 
 
@@ -70,7 +70,7 @@ def _one_line(text: object) -> str:
 
 
 def public(value: Any) -> Any:
-    """Settings without this machine's paths: of a path its last part stays."""
+    """Strip this machine's paths from settings: only the last part of a path is kept."""
     if isinstance(value, Mapping):
         return {public(k): public(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -79,13 +79,13 @@ def public(value: Any) -> Any:
 
 
 def base_name(subject: Subject) -> str:
-    """The base model as others know it: a hub id, or a folder's name."""
+    """Return the base model's public name: a hub id, or a folder's name."""
     path = subject.base.path
     return Path(path).name if looks_like_folder(path) else path
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of a folder."""
+    """Return the SHA-256 of every file in a folder."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
 

@@ -1,4 +1,4 @@
-"""`penchant export`: write aside, read back, compare, rename, push."""
+"""`penchant export`: write to a temporary folder, read back, compare, rename, push."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from penchant.runfolder import MANIFEST, damaged
 from penchant.runfolder.read import json_object
 from penchant.runfolder.values import mapping
 
-# ---- A folder that an earlier export left: is it what is asked for now, untouched? Then it can be pushed as it stands ----
+# ---- An existing export: if it is what was requested, and unchanged, it can be pushed as it is ----
 
 ABOUT = EXPORT
 
 
 def finished(folder: Path, asked: Mapping[str, Any]) -> tuple[Check, tuple[str, ...]]:
-    """The comparison and the notes of a finished export.
+    """Return the comparison and the notes of a finished export.
 
     Args:
-        folder: what is there; asked: what its record must say (run, step, format, dtype, checkpoint).
+        folder: the existing folder; asked: the values its record must have (run, step, format, dtype, checkpoint).
 
     Raises:
-        CheckpointError: it is not an export, or one of something else, or its files have changed since. The card may be another:
-            whoever publishes adds a license to it.
+        CheckpointError: it is not an export, is an export of something else, or its files have changed. Only the card may have changed,
+            since a license is added to it before publication.
     """
     try:
         record = {} if folder.is_symlink() else json_object((folder / ABOUT).read_text(encoding="utf-8"))
@@ -64,7 +64,7 @@ def finished(folder: Path, asked: Mapping[str, Any]) -> tuple[Check, tuple[str, 
 
 
 def taken(folder: Path, why: str | None = None) -> CheckpointError:
-    """What is there stays; why: it cannot be pushed as it is."""
+    """Return the error for a folder that exists and is not overwritten; `why`: the reason it cannot be pushed as it is."""
     reason = "nothing is overwritten" if why is None else f"{why}, and nothing is overwritten"
     return CheckpointError(str(folder), f"already exists, and {reason}", "give another --output")
 
@@ -75,17 +75,17 @@ def _check(found: Any) -> Check | None:
     return Check(**values) if all(isinstance(v, (int, float)) for v in numbers) else None
 
 
-# ---- An exported folder to the hub. The token comes from the environment or the login, and is never shown ----
+# ---- Pushing to the hub. The token comes from the environment or the login and is never shown ----
 
 
 def check_push(repo: str, base: str | None = None) -> None:
-    """Meet what would stop a push before anything is written.
+    """Check everything that would stop a push, before anything is written.
 
     Args:
-        base: of an adapter, which others need too.
+        base: base model of an adapter, which other users need too.
 
     Raises:
-        ConfigError: no such name, no token, or an adapter of a base that is on this machine only.
+        ConfigError: the name is invalid, there is no token, or an adapter's base is only on this machine.
     """
     from huggingface_hub import get_token
     from huggingface_hub.errors import HFValidationError
@@ -105,7 +105,7 @@ def check_push(repo: str, base: str | None = None) -> None:
 
 
 def push(folder: Path, repo: str, *, private: bool, message: str) -> str:
-    """Make the repository if it is not there, and upload the folder in one commit; returns its address.
+    """Create the repository if needed and upload the folder in one commit; return its URL.
 
     Raises:
         ModelError: the hub refused or cannot be reached; the exported folder stays.
@@ -124,18 +124,18 @@ def push(folder: Path, repo: str, *, private: bool, message: str) -> str:
         raise ModelError("--push", f"the hub rejected it ({told(error)})", how) from None
 
 
-# ---- One export: write aside, read back, compare, describe, rename; then perhaps push ----
+# ---- One export: write to a temporary folder, read back, compare, describe, rename; optionally push ----
 
 SIZE = re.compile(r"[1-9]\d*(KB|MB|GB|TB|KiB|MiB|GiB|TiB)")
 
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """What an export left.
+    """Result of an export.
 
     Args:
-        folder: where it is; format, dtype, step: what it is; check: the comparison; url: on the hub, where it was pushed.
-        notes: what a person should know.
+        folder: its folder; format, dtype, step: what was exported; check: the comparison; url: on the hub, if it was pushed.
+        notes: remarks for the user.
     """
 
     folder: Path
@@ -148,13 +148,13 @@ class ExportResult:
 
 
 def export_run(request: ExportRequest, say: Callable[[str], None] = lambda _: None) -> ExportResult:
-    """Write a run's model in the form asked for; it gets its name only once it was read back and compared.
+    """Write a run's model in the requested format. The folder gets its name only after it has been read back and compared.
 
-    With a push, a finished and untouched export of the same is not made again: it is pushed as it stands.
+    With a push, a finished and unchanged export of the same model is not made again but pushed as it is.
 
     Raises:
-        ConfigError: no such form, type or name; no token for a push. CheckpointError: no run or step, or the folder already exists.
-        ModelError: the form cannot hold this model, or what was read back is another one (it is kept as ``NAME.failed``).
+        ConfigError: no such format, dtype or name; no token for a push. CheckpointError: no run or step, or the folder already exists.
+        ModelError: the format cannot hold this model, or what was read back differs (it is kept as ``NAME.failed``).
     """
     form, subject, dtype = _checked(request)
     named = f"step-{subject.step}-{form.name}" + ("" if request.dtype == "auto" else f"-{dtype}")
@@ -180,7 +180,7 @@ def export_run(request: ExportRequest, say: Callable[[str], None] = lambda _: No
 def _make(
     subject: Subject, form: Format, request: ExportRequest, dtype: str, folder: Path
 ) -> tuple[Check, tuple[str, ...]]:
-    """Write aside, and rename what was found good."""
+    """Write to a temporary folder, and rename it if the comparison passes."""
     form.check(subject)
     aside = aside_of(folder)
     shutil.rmtree(aside, ignore_errors=True)
@@ -190,7 +190,7 @@ def _make(
             sweep(folder.parent, f"{folder.name}-*")
             aside.mkdir()
             check, notes = _write(subject, form, request, dtype, aside)
-            if not check.good:  # what is not the run's model is kept for a look, under a name that says so
+            if not check.good:  # a failed export is kept for inspection under a name that says so
                 names = (folder.with_name(f"{folder.name}.failed{i or ''}") for i in range(10_000))
                 failed = next(n for n in names if not n.exists())
                 os.rename(aside, failed)
@@ -216,10 +216,10 @@ def _checked(request: ExportRequest) -> tuple[Format, Subject, str]:
 
 
 def _identity(subject: Subject, form: Format, dtype: str) -> dict[str, Any]:
-    """What an export is of: with the sum over the checkpoint's own sums, for a run may be trained again under its name."""
+    """Return what identifies an export, including a hash of the checkpoint's manifest, since a run may be trained again under its name."""
     sums = hashlib.sha256((subject.checkpoint / MANIFEST).read_bytes()).hexdigest()
     named = {"run": subject.run.name, "step": subject.step, "format": form.name, "dtype": dtype}
-    return {**named, "checkpoint": sums}  # last: a difference that a person knows by name is told first
+    return {**named, "checkpoint": sums}  # last, so that a difference in a familiar name is reported first
 
 
 def _write(

@@ -1,4 +1,4 @@
-"""The forms of an export, each read back and compared."""
+"""The export formats: how each is written, read back and compared."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from penchant.models.merge import TOLERANCE, with_adapter
 from penchant.models.reward import SETTINGS
 from penchant.requests import ExportRequest
 
-# ---- The forms that a model can take: how each is written, and how its users read it. A new one is a spec here ----
+# ---- The formats. A new one is an entry of FORMATS ----
 
 STATE = "state_dict.pt"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-# the model in fp32 with the weights that the files should hold (what is read back must compute the same), and what a person should know
+# (the model in fp32 with the weights the files should hold, which the model read back must reproduce; notes for the user)
 Written = tuple[Any, tuple[str, ...]]
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A form.
+    """An export format.
 
     Args:
-        name: of ``--to``; what: in words; write, read: into and out of a folder; check: refuses a run that it cannot be made of, early.
-        equal: how far read-back logits may be from those of the weights written, relative to the largest; 0: not in one bit.
-        dtypes: names of ``--dtype``; library: that loads it, as the hub calls it; load: Python that does, with {folder} and {base}.
+        name: as in ``--to``; what: description; write, read: into and out of a folder; check: refuses an unsuitable run early.
+        equal: allowed difference between read-back and written logits, relative to the largest; 0: bitwise equal.
+        dtypes: names for ``--dtype``; library: that loads it, as named on the hub; load: Python code for it, with {folder} and {base}.
     """
 
     name: str
@@ -52,29 +52,29 @@ class Format:
 
 
 def _cast(value: Tensor, dtype: str) -> Tensor:
-    """A weight in the type of the files."""
+    """Cast a weight to the files' dtype."""
     return value.to(DTYPES[dtype]) if value.is_floating_point() else value
 
 
 def _save_whole(subject: Subject, request: ExportRequest, dtype: str, folder: Path) -> Written:
-    """A folder that transformers loads."""
+    """Write a folder that transformers loads."""
     model = subject.whole()
     round_weights(model, lambda _name, value: _cast(value, dtype))
     model.save_pretrained(folder, state_dict=_cast_state(model, dtype), max_shard_size=request.max_shard_size)
-    _save_config(model.config, dtype, folder)  # again: save_pretrained names the type that the model has in memory
+    _save_config(model.config, dtype, folder)  # again, because save_pretrained records the dtype in memory
     _save_beside(subject, folder)
     return model, ()
 
 
 def _cast_state(model: Any, dtype: str) -> dict[str, Tensor]:
-    """A model's state in the type of the files; tied weights stay one tensor, so that none is written twice."""
+    """Return a model's state in the files' dtype; tied weights share one tensor, so that none is written twice."""
     shared: dict[tuple[int, torch.Size], Tensor] = {}
     state = model.state_dict().items()
     return {name: shared.setdefault((value.data_ptr(), value.shape), _cast(value, dtype)) for name, value in state}
 
 
 def _save_config(config: Any, dtype: str, folder: Path) -> None:
-    """``config.json`` naming the type that the weights are written in, which is what they are loaded in."""
+    """Write ``config.json`` with the dtype that the weights are stored in, which is the one they are loaded in."""
     parts = (getattr(config, name, None) for name in config.sub_configs)
     for one in (config, *(p for p in parts if p is not None)):
         one.dtype = DTYPES[dtype]
@@ -82,7 +82,7 @@ def _save_config(config: Any, dtype: str, folder: Path) -> None:
 
 
 def _save_beside(subject: Subject, folder: Path) -> None:
-    """The tokenizer, and how a reward model's texts are made."""
+    """Write the tokenizer, and for a reward model its text settings."""
     subject.tokenizer().save_pretrained(folder)
     if subject.reward:
         shutil.copyfile(subject.folder / SETTINGS, folder / SETTINGS)
@@ -93,7 +93,7 @@ def _read_whole(subject: Subject, folder: Path) -> Any:
 
 
 def _save_state_dict(subject: Subject, _request: ExportRequest, dtype: str, folder: Path) -> Written:
-    """One file of tensors, with the config and the tokenizer beside it."""
+    """Write one file of tensors, with the config and the tokenizer beside it."""
     model = subject.whole()
     round_weights(model, lambda _name, value: _cast(value, dtype))
     _save_config(model.config, dtype, folder)
@@ -113,7 +113,7 @@ def _read_state_dict(subject: Subject, folder: Path) -> Any:
 
 
 def _save_adapter(subject: Subject, _request: ExportRequest, dtype: str, folder: Path) -> Written:
-    """What peft loads over the base model."""
+    """Write an adapter folder that peft loads onto the base model."""
     from safetensors.torch import load_file, save_file
 
     adapter = subject.adapter
@@ -145,7 +145,7 @@ def _needs_adapter(to: str) -> Callable[[Subject], None]:
 
 
 def _save_gguf(subject: Subject, _request: ExportRequest, dtype: str, folder: Path) -> Written:
-    """One file for llama.cpp and its kin."""
+    """Write one file for llama.cpp and compatible tools."""
     model = subject.whole()
     name = f"{subject.run.name}-step-{subject.step}"
     round_weights(model, lambda _name, value: as_stored(value, dtype))
@@ -184,10 +184,10 @@ FORMATS = {
 
 
 def dtype_of(form: Format, subject: Subject, asked: str) -> str:
-    """The name of the type that weights are stored in.
+    """Return the name of the dtype that weights are stored in.
 
     Raises:
-        ConfigError: this form has no such type.
+        ConfigError: the format does not support it.
     """
     if asked == "auto":
         return NAMES[subject.dtype()]
@@ -196,21 +196,21 @@ def dtype_of(form: Format, subject: Subject, asked: str) -> str:
     return asked
 
 
-# ---- Whether what was written computes what the run's model computes, and how far rounding took it away ----
+# ---- Comparison: does the exported model compute what the run's model computes, and how far is it off by rounding? ----
 
-# how far rounding weights may move a logit, relative to the largest one; more than that is not rounding
+# largest change of a logit that rounding the weights may cause, relative to the largest logit
 ROUNDING = {"fp32": TOLERANCE, "fp16": 0.01, "bf16": 0.05, "q8_0": 0.1}
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """Figures of a comparison, all in fp32 arithmetic on the same tokens.
+    """Results of a comparison, all computed in fp32 on the same tokens.
 
     Args:
-        tokens: positions that were compared; largest: of the run's own logits, in size.
-        read: the largest difference between what was read back and the weights that were written; read_limit: what is allowed.
-        own: the same between what was read back and the run's own model; own_limit: what is allowed.
-        greedy: share of positions where both choose the same token; None of a reward model, which has one score.
+        tokens: number of positions compared; largest: largest absolute logit of the run's own model.
+        read: largest difference between the model read back and the weights written; read_limit: its limit.
+        own: largest difference between the model read back and the run's own model; own_limit: its limit.
+        greedy: share of positions where both choose the same token; None for a reward model, which has one score.
     """
 
     tokens: int
@@ -229,7 +229,7 @@ class Check:
         return asdict(self) | {"good": self.good}
 
     def to_text(self) -> str:
-        """One line for a person."""
+        """Format as one line."""
         what = "scores" if self.greedy is None else "logits"
         same = "" if self.greedy is None else f"; the same likeliest token at {self.greedy:.1%} of positions"
         return (
@@ -242,12 +242,12 @@ class Check:
 def compared(
     own: Tensor, written: Tensor, read: Tensor, *, equal: float, dtype: str, exact: bool, tokens: int
 ) -> Check:
-    """Compare outputs, (tokens, V) each.
+    """Compare outputs, each (tokens, V).
 
     Args:
-        own: of the run's model; written: of the weights that the files should hold; read: of what was read back from them.
-        equal: allowed between the last two, relative to the largest; dtype: of the files; exact: the run's weights are in that type
-            already, so nothing may change.
+        own: from the run's model; written: from the weights that the files should hold; read: from the model read back.
+        equal: allowed difference between the last two, relative to the largest; dtype: of the files; exact: the run's weights already
+            have that dtype, so nothing may change.
     """
     largest = float(own.abs().max())
     scale = max(1.0, largest)

@@ -1,4 +1,4 @@
-"""GGUF: weights and vocabulary."""
+"""GGUF export: weights and vocabulary."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from torch import Tensor
 from penchant.errors import ConfigError, ModelError
 from penchant.export.subject import Subject, read_model
 
-# ---- A tokenizer's vocabulary as GGUF holds it; tokenizers whose splitting llama.cpp does not have under a name are refused ----
+# ---- A tokenizer's vocabulary in GGUF's form. Pre-tokenizers that llama.cpp has no name for are refused ----
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # GGUF's token types
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>$")
 SPACE = "▁"
 
-# how a text is cut before merging, as `tokenizers` writes it down, and what llama.cpp calls the same
+# pre-tokenizers as `tokenizers` serializes them, and llama.cpp's names for them
 _DIGITS = {"type": "Digits", "individual_digits": True}
 _QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -35,11 +35,11 @@ _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What GGUF's ``tokenizer.ggml`` keys say.
+    """Values of GGUF's ``tokenizer.ggml`` keys.
 
     Args:
-        model: gpt2 (bytes as letters, merges) or llama (pieces with scores); pre: how a text is cut before; tokens, types, scores: by id.
-        special: ids of bos, eos, unk and pad, where there are such tokens; notes: what a person should know.
+        model: gpt2 (bytes as letters, merges) or llama (pieces with scores); pre: the pre-tokenizer; tokens, types, scores: by id.
+        special: ids of bos, eos, unk and pad, as far as they exist; notes: remarks for the user.
     """
 
     model: str
@@ -57,13 +57,13 @@ class Vocabulary:
 
 
 def vocabulary_of(tokenizer: Any, rows: int, where: str) -> Vocabulary:
-    """A tokenizer's vocabulary.
+    """Convert a tokenizer's vocabulary.
 
     Args:
-        rows: of the model's embedding, which may have more than the tokenizer has tokens; where: for errors.
+        rows: rows of the model's embedding, possibly more than the tokenizer has tokens; where: prefix of error messages.
 
     Raises:
-        ModelError: not a BPE, or one that cuts texts in a way that is not known here.
+        ModelError: it is not a BPE tokenizer, or its pre-tokenizer is not supported.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -98,7 +98,7 @@ def vocabulary_of(tokenizer: Any, rows: int, where: str) -> Vocabulary:
 
 
 def _kind(definition: Mapping[str, Any], where: str) -> tuple[str, str, bool, tuple[str, ...]]:
-    """(model, pre, a space put before a text, notes) of a BPE."""
+    """Return (model, pre-tokenizer, whether a space is put before a text, notes) of a BPE tokenizer."""
     cut, normal, model = definition["pre_tokenizer"], definition["normalizer"], definition["model"]
     marked = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
     if model.get("byte_fallback"):
@@ -106,7 +106,7 @@ def _kind(definition: Mapping[str, Any], where: str) -> tuple[str, str, bool, tu
             return "llama", "default", bool(_spaces(normal)), ()
     else:
         name = _named(cut)
-        # of these, llama.cpp looks up whole words before it merges for Llama 3 alone
+        # of these, llama.cpp looks up whole words before merging for Llama 3 only
         if bool(model.get("ignore_merges")) != (name == "llama-bpe") or marked:
             name = None
         if name is not None and (normal is None or normal == {"type": "NFC"}):
@@ -117,7 +117,7 @@ def _kind(definition: Mapping[str, Any], where: str) -> tuple[str, str, bool, tu
 
 
 def _spaces(normal: Any) -> bool | None:
-    """Whether a space is put before a text, of a normalizer that writes spaces as pieces do; None: it is another one."""
+    """Return whether a SentencePiece-like normalizer puts a space before a text; None for any other normalizer."""
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     parts = normal.get("normalizers", [normal]) if isinstance(normal, Mapping) else []
     prepend = {"type": "Prepend", "prepend": SPACE}
@@ -126,7 +126,7 @@ def _spaces(normal: Any) -> bool | None:
 
 
 def _named(cut: Any) -> str | None:
-    """llama.cpp's name of a pre-tokenizer."""
+    """Return llama.cpp's name of a pre-tokenizer, or None."""
     parts = cut.get("pretokenizers", [cut]) if isinstance(cut, Mapping) else []
     if not parts or parts[-1].get("type") != "ByteLevel" or parts[-1].get("add_prefix_space"):
         return None
@@ -154,7 +154,7 @@ def _type(i: int, token: str, there: bool, added: Mapping[int, bool], unknown: s
 
 
 def _scores(tokens: list[str], types: list[int], merges: list[str]) -> list[float]:
-    """Pieces by the rank of their earliest merge: who merges first has the higher score; those that no merge makes come last."""
+    """Score pieces by the rank of their earliest merge: earlier merges score higher; pieces that no merge produces come last."""
     rank: dict[str, int] = {}
     for i, merge in enumerate(merges):
         rank.setdefault(merge.replace(" ", ""), i)
@@ -165,21 +165,21 @@ def _scores(tokens: list[str], types: list[int], merges: list[str]) -> list[floa
     ]
 
 
-# ---- GGUF: a model of a Llama's shape and its tokenizer in one file, by the `gguf` package's writer ----
+# ---- A Llama-like model and its tokenizer in one file, by the `gguf` package's writer ----
 
 Q8 = "q8_0"
-BLOCK = 32  # weights of a Q8_0 block: a row's length must be a multiple of it
-QWEN3_HEAD = 128  # transformers' reader knows no other size of a Qwen3 head
+BLOCK = 32  # weights per Q8_0 block: a row's length must be a multiple of it
+QWEN3_HEAD = 128  # the only head size that transformers' GGUF reader supports for Qwen3
 TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", Q8: "Q8_0"}
 FILE_TYPES = {"fp32": "ALL_F32", "fp16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", Q8: "MOSTLY_Q8_0"}
 
 
-# a model type of transformers to its name in GGUF
+# transformers model type -> GGUF architecture
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 
 
 def refuse_what_gguf_cannot(subject: Subject) -> None:
-    """Before anything is loaded.
+    """Refuse an unsupported run before anything is loaded.
 
     Raises:
         ConfigError: a reward model, or the package is not installed. ModelError: a model or a tokenizer that has not been verified.
@@ -194,10 +194,10 @@ def refuse_what_gguf_cannot(subject: Subject) -> None:
 
 
 def check_config(config: Any, where: str) -> str:
-    """The architecture of a model's config, as GGUF calls it.
+    """Return GGUF's name for the architecture of a model's config.
 
     Raises:
-        ModelError: one whose GGUF has not been verified here, with the setting that makes it so.
+        ModelError: its GGUF form has not been verified here; names the setting that is the reason.
     """
     kind = str(config.model_type)
     if kind not in ARCHITECTURES:
@@ -221,17 +221,17 @@ def check_config(config: Any, where: str) -> str:
 
 
 def _slides(config: Any) -> bool:
-    """Whether a query sees less than the whole row."""
+    """Return True if attention is limited to a window shorter than the context."""
     window: int | None = getattr(config, "sliding_window", None)
     used = getattr(config, "use_sliding_window", True)
     return window is not None and bool(used) and window < int(config.max_position_embeddings)
 
 
 def write_gguf(path: Path, model: Any, tokenizer: Any, dtype: str, name: str) -> tuple[str, ...]:
-    """Write a model as GGUF; returns what a person should know.
+    """Write a model as GGUF and return notes for the user.
 
     Args:
-        model: in fp32; dtype: of matrices (vectors stay in fp32): fp32, fp16, bf16 or q8_0; name: what the file calls the model.
+        model: in fp32; dtype: of matrices (vectors stay in fp32): fp32, fp16, bf16 or q8_0; name: the model's name in the file.
     """
     from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, get_tensor_name_map
 
@@ -244,7 +244,7 @@ def write_gguf(path: Path, model: Any, tokenizer: Any, dtype: str, name: str) ->
     _add_settings(writer, config, name, dtype)
     _add_vocabulary(writer, vocabulary)
     fallen = 0
-    for n, p in model.named_parameters():  # of tied weights the first alone
+    for n, p in model.named_parameters():  # yields tied weights only once
         found = names.get_name(n, try_suffixes=(".weight", ".bias"))
         if found is None:
             raise ModelError(name, f"GGUF has no place for the weight {n}", "use --to safetensors")
@@ -261,7 +261,7 @@ def write_gguf(path: Path, model: Any, tokenizer: Any, dtype: str, name: str) ->
 
 
 def as_stored(value: Tensor, dtype: str) -> Tensor:
-    """What is left of a weight once it is stored in a file of this type."""
+    """Return the value that a weight has after it is stored in a file of this dtype."""
     from gguf import GGMLQuantizationType, quants
 
     kind = _type_of(value, dtype)
@@ -270,7 +270,7 @@ def as_stored(value: Tensor, dtype: str) -> Tensor:
 
 
 def _type_of(p: Tensor, dtype: str) -> str:
-    """Matrices in the type asked for; vectors (norms, biases) are few and stay exact."""
+    """Return the storage type: the requested one for matrices; vectors (norms, biases) are small and stay in fp32."""
     if p.dim() < 2:
         return "F32"
     kind = TYPES[dtype]
@@ -288,7 +288,7 @@ def _stored(values: np.ndarray, kind: str) -> np.ndarray:
 
 
 def _arranged(name: str, values: np.ndarray, config: Any, architecture: str) -> np.ndarray:
-    """Rows in GGUF's order: a Llama's two coordinates that rotate together are neighbors there, and here half a head apart."""
+    """Reorder rows for GGUF: in a Llama, the two coordinates rotated together are adjacent there and half a head apart here."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     part = name.split(".")[-2]
     if architecture != "llama" or part not in heads:
@@ -341,7 +341,7 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
 
 
 def read_gguf(folder: Path) -> Any:
-    """The one GGUF file of a folder as transformers' users load it, in fp32."""
+    """Load the one GGUF file of a folder as a transformers user would, in fp32."""
     (path,) = folder.glob("*.gguf")
-    with contextlib.redirect_stderr(io.StringIO()):  # a bar that cannot be switched off
+    with contextlib.redirect_stderr(io.StringIO()):  # hides a progress bar that cannot be switched off
         return read_model(folder, gguf_file=path.name)

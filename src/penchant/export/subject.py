@@ -1,4 +1,4 @@
-"""The model of a run's checkpoint: as the run has it, and whole."""
+"""The model of a run's checkpoint, loaded as the run has it or as one complete model."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from penchant.training.checkpoint import find_checkpoint, load_checkpoint
 
 CPU = torch.device("cpu")
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-PROMPTS, LONGEST, FIXED = 4, 96, 24  # texts of the run's samples, tokens of one, tokens of the fixed row
+PROMPTS, LONGEST, FIXED = 4, 96, 24  # sample texts to compare on, tokens of each, tokens of the fixed row
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is exported.
+    """The model to export.
 
     Args:
-        run: its folder; config: its settings; checkpoint: the checkpoint's folder; reward: whether it is a reward model.
-        adapter: the folder with its LoRA adapter, None where the whole model was trained.
+        run: the run's folder; config: its settings; checkpoint: the checkpoint's folder; reward: whether it is a reward model.
+        adapter: the folder with its LoRA adapter, None if the whole model was trained.
     """
 
     run: Path
@@ -57,12 +57,12 @@ class Subject:
         return self.config.model
 
     def tokenizer(self) -> Any:
-        """The tokenizer that the run trained with."""
+        """Load the tokenizer the run was trained with."""
         own = (self.folder / "tokenizer_config.json").exists()
         return load_tokenizer(str(self.folder) if own else self.config.model.tokenizer or self.config.model.path)
 
     def dtype(self) -> torch.dtype:
-        """What the checkpoint's weights are stored in."""
+        """Return the dtype that the checkpoint's weights are stored in."""
         from safetensors import safe_open
 
         folder = self.adapter if self.adapter is not None and not self.reward else self.folder
@@ -75,12 +75,12 @@ class Subject:
         return torch.float32
 
     def model_config(self) -> Any:
-        """The model's config; an adapter has none of its own."""
+        """Load the model's config; an adapter uses its base model's."""
         own = (self.folder / "config.json").exists()
         return load_model_config(str(self.folder) if own else self.base.path)
 
     def own(self) -> Any:
-        """The model as the run has it, in fp32: an adapter beside its base, not in it (a reward model is stored merged)."""
+        """Load the model as the run has it, in fp32: an adapter stays beside its base (a reward model is stored merged)."""
         if self.reward:
             return read_model(self.folder, reward=True)
         if self.adapter is None:
@@ -90,7 +90,7 @@ class Subject:
         return with_adapter(base, self.adapter)
 
     def whole(self) -> Any:
-        """The model by itself, in fp32: an adapter is merged into it."""
+        """Load the complete model, in fp32, with any adapter merged into it."""
         if self.reward:
             return self.own()
         if self.adapter is None:
@@ -102,7 +102,7 @@ class Subject:
         return model
 
     def bare(self) -> Any:
-        """The model that the adapter goes on, in fp32."""
+        """Load the model that the adapter is applied to, in fp32."""
         seed = self.config.train.seed
         if not self.reward:
             return load_causal_model(self.base, CPU, seed)
@@ -114,22 +114,22 @@ class Subject:
         return loaded.model
 
     def rows(self) -> list[list[int]]:
-        """Token ids on which models are compared: the run's own samples, and a fixed row of its vocabulary."""
+        """Return token ids to compare models on: the run's own samples, and a fixed row of random tokens."""
         tokenizer = self.tokenizer()
         texts = [str(s.get("prompt", "")) + str(s.get("after", "")) for s in read(self.run).samples[:PROMPTS]]
         found = [tokenizer(text, add_special_tokens=False)["input_ids"][:LONGEST] for text in texts]
         top = min(len(tokenizer), int(self.model_config().get_text_config().vocab_size))
         drawn = torch.randint(0, top, (FIXED,), generator=torch.Generator().manual_seed(0)).tolist()
-        # a reward model's score is read at the last token that is not padding
+        # without padding tokens: a reward model's score is read at the last token that is not padding
         fixed = [i for i in drawn if i != tokenizer.pad_token_id]
         return [*(row for row in found if row), fixed]
 
 
 def find_subject(given: str | Path, step: str = "last") -> Subject:
-    """The model that a run's folder (or a checkpoint in it) and a step mean.
+    """Find the model that a run's folder (or a checkpoint in it) and a step refer to.
 
     Raises:
-        CheckpointError: no run, no such checkpoint, or a checkpoint whose files are not as they were written.
+        CheckpointError: there is no such run or checkpoint, or the checkpoint's files have changed since they were written.
     """
     found = find_run(str(given), step)
     if found is None:
@@ -152,32 +152,32 @@ def find_subject(given: str | Path, step: str = "last") -> Subject:
 
 
 def loader_of(reward: bool) -> Any:
-    """What loads such a model in transformers."""
+    """Return the transformers class that loads such a model."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     return AutoModelForSequenceClassification if reward else AutoModelForCausalLM
 
 
 def read_model(folder: Path, reward: bool = False, **options: Any) -> Any:
-    """A model's folder as transformers' users load it, in fp32."""
+    """Load a model folder as a transformers user would, in fp32."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     check_folder(folder)
     with loading(str(folder), "the model could not be loaded", "export it again"):
         model = loader_of(reward).from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, **options)
-    own_memory(model)  # else the length of a file's header decides over the last bits
+    own_memory(model)  # otherwise their alignment in the file would affect the last bits
     return model.eval()
 
 
 def outputs(model: Any, rows: list[list[int]]) -> Tensor:
-    """Logits of every token of every row, one under the other; of a reward model its scores."""
+    """Return the logits of every token of all rows, concatenated; for a reward model, its scores."""
     with torch.inference_mode():
         found = [model(input_ids=torch.tensor([row]), **without_cache(model)).logits[0].float() for row in rows]
     return torch.cat([f.reshape(-1, f.shape[-1]) for f in found])
 
 
 def round_weights(model: Any, seen: Callable[[str, Tensor], Tensor]) -> None:
-    """Replace every weight by what is left of it once it is stored; the model stays in fp32."""
+    """Replace every weight by the value that its stored form decodes to; the model stays in fp32."""
     for name, p in model.named_parameters():
         p.data = seen(name, p.data).to(torch.float32)

@@ -1,4 +1,4 @@
-"""A starting config from three answers: data, model, goal."""
+"""`penchant init`: a starting config from three answers (data, model, goal)."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from penchant.rewards.functions import check_reward
 __all__ = ["Start", "propose", "write_config"]
 
 
-# ---- What a person may want of a run (goals.yaml), and what each goal needs of the data and writes into a config ----
+# ---- Goals (goals.yaml): what each needs of the data and writes into a config ----
 
-Lines = Mapping[str, Sequence[Any]]  # key: its value, and why
+Lines = Mapping[str, Sequence[Any]]  # key: (value, reason)
 
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """One goal.
+    """One goal of a run.
 
     Args:
-        name: what `--goal` says; about: one line; kinds: of data that it learns from, the first fits best.
-        batch_size: rows a step; section: of the config that names the method.
-        online: whether the model writes its own answers, which a reward judges.
+        name: as in `--goal`; about: one line; kinds: kinds of data it learns from, best fit first.
+        batch_size: rows per step; section: the config section that selects the method.
+        online: whether the model generates its own answers, scored by a reward.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Goal:
 
     @property
     def default_lr(self) -> Sequence[float]:
-        """(whole model, adapter): what ``train.lr: auto`` is for its method."""
+        """(whole model, adapter): learning rates of ``train.lr: auto`` for the goal's method."""
         values: dict[str, Any] = {s: {k: v[0] for k, v in keys.items()} for s, keys in self.section.items()}
         values |= {"model": {"path": "m"}, "data": {"path": "d"}, "output": "o"} | (
             {"reward": "words"} if self.online else {}
@@ -60,20 +60,20 @@ GOALS = {name: Goal(name, **held) for name, held in _TABLE.items()}
 
 
 def fitting(kind: str) -> list[Goal]:
-    """The goals that data of this kind can serve, the best fit first."""
+    """Return the goals that this kind of data can serve, best fit first."""
     order = list(GOALS.values())
     able = [g for g in order if kind in g.kinds]
     return sorted(able, key=lambda g: (g.kinds.index(kind) > 0, order.index(g)))
 
 
-# ---- The starting config: values chosen from what data, model and machine are like, each with the reason beside it ----
+# ---- The starting config: values derived from data, model and machine, each with its reason ----
 
 LENGTHS = (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 32768)
-# of this machine's memory, for weights and optimizer of a whole model; the rest is for activations and others
+# share of this machine's memory for a whole model's weights and optimizer; the rest is for activations and other processes
 SHARE_OF_MEMORY = 0.6
-WHOLE_BYTES = 16  # a parameter of a wholly trained model: weights, master, gradient, two moments (bf16: 18, fp32: 16)
-HELD_OUT = 200  # rows at most
-ENOUGH = rows_to_tell()  # of them: fewer give no verdict
+WHOLE_BYTES = 16  # per parameter of a whole model: weights, master, gradient, two moments (bf16: 18, fp32: 16)
+HELD_OUT = 200  # maximum number of rows
+ENOUGH = rows_to_tell()  # fewer held-out rows give no verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class Start:
     """A proposed config.
 
     Args:
-        sections: by name, each key's value and why; remark: what a person should know of them, or nothing.
+        sections: by name, each key's value and reason; remark: a note for the user, or "".
     """
 
     goal: Goal
@@ -92,7 +92,7 @@ class Start:
     remark: str = ""
 
     def to_yaml(self, file: str = "run.yaml") -> str:
-        """The file's text: one comment a key."""
+        """Return the file's text, with a comment on each key."""
         lines = [
             f"# {self.goal.name}: {self.goal.about}.",
             f"# Written by penchant init for {_one_line(self.data.path)}: {self.data.to_text()}.",
@@ -114,12 +114,12 @@ def _one_line(text: str) -> str:
 
 
 def _scalar(value: Any) -> str:
-    """A value as one-line YAML that reads back as it is."""
+    """Format a value as one line of YAML that reads back unchanged."""
     if isinstance(value, float) and 0 < abs(value) < 1e-3:
         return f"{value:.1e}".replace("e-0", "e-")
     if isinstance(value, float):
         return f"{value:g}" if value % 1 else f"{value:.1f}"
-    # YAML reads a raw U+0085 as a line's end
+    # YAML treats a raw U+0085 as a line break
     plain = value.isprintable() if isinstance(value, str) else not isinstance(value, dict)
     text = dump_yaml(value, default_flow_style=True, allow_unicode=plain, width=1 << 30).strip()
     return text.removesuffix("...").strip()
@@ -135,12 +135,13 @@ def propose(
     held_out: HeldOut | None = None,
     lora: bool = False,
 ) -> Start:
-    """A config that trains as it is.
+    """Propose a config that can be trained as it is.
 
     Args:
-        goal: a name of `GOALS`; reward: of an online goal (default: accuracy where the rows have answers to compare with, else sentiment); output: the run's folder.
-        held_out: rows in a file of their own; without it some of the data's are held out.
-        lora: an adapter, also where the whole model would fit.
+        goal: a name of `GOALS`; output: the run's folder.
+        reward: for an online goal (default: accuracy if the rows have reference answers, else sentiment).
+        held_out: held-out rows in a file of their own; without it, part of the data is held out.
+        lora: use an adapter even if the whole model would fit.
 
     Raises:
         ConfigError: no such goal or reward, or the data or the model cannot serve it.
@@ -186,10 +187,10 @@ def propose(
 
 
 def check_goal(goal: str, data: DataFacts, model: ModelFacts) -> Goal:
-    """The goal, if data and model can serve it.
+    """Return the goal if data and model can serve it.
 
     Raises:
-        ConfigError: with the goals that they can.
+        ConfigError: they cannot; lists the goals they can serve.
     """
     able = [g.name for g in fitting(data.kind) if not model.encoder or g.name == "reward"]
     if goal not in GOALS:
@@ -204,9 +205,9 @@ def check_goal(goal: str, data: DataFacts, model: ModelFacts) -> Goal:
 
 
 def _wants_adapter(model: ModelFacts) -> bool:
-    """Whether training the whole model would leave too little of this machine's memory."""
+    """Return True if training the whole model would leave too little of this machine's memory."""
     if model.parameters is None:
-        return True  # unknown: an adapter always fits better
+        return True  # unknown size: an adapter is the safe choice
     return model.parameters * WHOLE_BYTES > SHARE_OF_MEMORY * machine_memory()[0]
 
 
@@ -233,7 +234,7 @@ def _data(data: DataFacts, model: ModelFacts, goal: Goal, held_out: HeldOut | No
     held = min(HELD_OUT, max(1, rows // 10))
     if held < ENOUGH <= rows // 2:
         held = ENOUGH
-    documents = data.kind == "text"  # they have no prompts, and are held out whole
+    documents = data.kind == "text"  # they have no prompts, so whole documents are held out
     if held_out is None and (data.prompts > 1 or documents) and rows > 3:
         why = "whole documents" if documents else "held out by prompt: no prompt is on both sides"
         keys["validation_rows"] = (held, why)
@@ -242,7 +243,7 @@ def _data(data: DataFacts, model: ModelFacts, goal: Goal, held_out: HeldOut | No
 
 
 def _conversion(data: DataFacts, goal: Goal) -> dict[str, tuple[Any, str]]:
-    """What single answers with a score need to become pairs or labels."""
+    """Return the settings that turn scored answers into pairs or labels."""
     if data.kind != "scored":
         return {}
     if "scored" in goal.kinds and goal.kinds[0] == "pairs":
@@ -272,7 +273,7 @@ def _train(data: DataFacts, model: ModelFacts, goal: Goal) -> Lines:
     small = model.parameters is not None and model.parameters < SMALL_MODEL
     trees = 1 if data.kind in ("sft", "text", "unpaired", "prompts") else 2
     most = _length(data, model, goal)[0] * trees
-    tokens = 4096 if small else max(512, min(4096, 1 << (most - 1).bit_length()))  # the power of two above
+    tokens = 4096 if small else max(512, min(4096, 1 << (most - 1).bit_length()))  # rounded up to a power of two
     whole, adapter = (f"{auto_lr(goal.default_lr, lora, model.parameters):g}" for lora in (False, True))
     usual = "by the encoder's size" if model.encoder else f"{whole} for the whole model"
     return {
@@ -284,7 +285,7 @@ def _train(data: DataFacts, model: ModelFacts, goal: Goal) -> Lines:
 
 
 def _batch(data: DataFacts, goal: Goal) -> int:
-    """The goal's, or less where an epoch would have fewer than 20 steps."""
+    """Return the goal's batch size, halved (but not below 4) while an epoch would have fewer than 20 steps."""
     rows = (data.prompts if goal.online and data.kind != "prompts" else data.rows - data.aside) - HELD_OUT
     size = goal.batch_size
     while size > 4 and rows // size < 20:
@@ -293,10 +294,10 @@ def _batch(data: DataFacts, goal: Goal) -> int:
 
 
 def write_config(start: Start, path: str | Path) -> Path:
-    """Write the file, and read it back as a config.
+    """Write the file and check that it loads as a config.
 
     Raises:
-        ConfigError: there is such a file already, or it cannot be written; DiskError: the disk is full or fails.
+        ConfigError: the file already exists or cannot be written; DiskError: the disk is full or fails.
     """
     path = Path(path)
     try:

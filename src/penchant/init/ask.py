@@ -1,4 +1,4 @@
-"""Three questions in a terminal, with defaults; a wrong answer is said to be one, and asked again."""
+"""Asks three questions in a terminal, with defaults; an invalid answer is explained and asked again."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from penchant.init.look import (
 T = TypeVar("T")
 READABLE = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz")
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-ENDS = 3  # wrong answers in a row
+ENDS = 3  # attempts per question
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +37,10 @@ class Answers:
 
 @dataclass(slots=True)
 class Asker:
-    """Asks on a terminal; without one, says which flag is missing.
+    """Asks questions on a terminal.
 
     Args:
-        answers: where lines come from; screen: where questions go; terminal: whether somebody is there.
+        answers: stream to read lines from; screen: stream for questions; terminal: whether both are a terminal.
     """
 
     answers: TextIO
@@ -48,10 +48,10 @@ class Asker:
     terminal: bool
 
     def ask(self, question: str, default: str | None, check: Callable[[str], T]) -> T:
-        """One question, until `check` takes the answer.
+        """Ask one question until `check` accepts the answer.
 
         Raises:
-            PenchantError: what `check` raised, after some tries. ConfigError: the input ended.
+            PenchantError: raised by `check` on the last attempt. ConfigError: the input ended.
         """
         for attempt in range(ENDS):
             proposed = f" [{printable(default)}]" if default else ""
@@ -75,7 +75,7 @@ class Asker:
 
 
 def here() -> Asker:
-    """On this process's terminal."""
+    """Return an asker on this process's terminal."""
     return Asker(sys.stdin, sys.stderr, sys.stdin.isatty() and sys.stderr.isatty())
 
 
@@ -88,14 +88,14 @@ def answers(
     eval_data: str | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> Answers:
-    """What flags give, and for the rest what a person answers.
+    """Collect the answers from flags, and ask for the missing ones.
 
     Args:
-        eval_data: a file of held-out rows, or ``none``; where it is not given, validation.jsonl of a folder that `penchant data get`
-            wrote is taken, and said. columns: ``{our field: the file's column}``.
+        eval_data: a file of held-out rows, or ``none``; by default the validation.jsonl beside a train.jsonl of `penchant data get`
+            is used, with a note. columns: ``{our field: the file's column}``.
 
     Raises:
-        ConfigError: a flag is missing and nobody is there to be asked. DataError, ModelError: it cannot be used.
+        ConfigError: a flag is missing and there is no terminal to ask on. DataError, ModelError: data or model cannot be used.
     """
     missing = [flag for flag, value in (("--data", data), ("--model", model), ("--goal", goal)) if value is None]
     if missing and not asker.terminal:
@@ -115,7 +115,7 @@ def answers(
         found = known
     else:
         found = asker.ask("Model (a folder or hub id)", DEFAULT_MODEL, look_at_model)
-        facts = look_at_data(facts.path, found.path, columns)  # in the model's own tokens
+        facts = look_at_data(facts.path, found.path, columns)  # count in the model's own tokens
     known_size = found.parameters is not None
     asker.say(
         f"  {found.parameters:,} parameters"
@@ -146,7 +146,7 @@ def _held_out(asker: Asker, facts: DataFacts, eval_data: str | None) -> HeldOut 
 
 
 def a_file_here() -> str | None:
-    """The one data file of the current folder, if there is just one."""
+    """Return the only data file of the current folder, or None if there is not exactly one."""
     files = [p for p in Path().iterdir() if p.is_file() and p.suffix in READABLE]
     found = sorted(p.name for p in files if not p.name.startswith("."))
     return found[0] if len(found) == 1 else None

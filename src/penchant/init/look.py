@@ -1,4 +1,4 @@
-"""A first look at data and model: what is known of them before anything is asked."""
+"""A first look at data and model, before any question is asked."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from penchant.models.reward import is_encoder, load_model_config
 from penchant.runs.find import model_of
 from penchant.types import Prompt
 
-SAMPLE = 2000  # rows that are tokenized
+SAMPLE = 2000  # minimum number of rows to tokenize, if there are as many; fewer than twice as many are
 NO_CUT = 1 << 30
-CHARACTERS_A_TOKEN = 3.5  # where there is no tokenizer yet: English text has four or so
+CHARACTERS_A_TOKEN = 3.5  # estimate without a tokenizer: English text has about four
 
 
 @dataclass(frozen=True, slots=True)
 class DataFacts:
-    """What a file holds.
+    """Properties of a data file.
 
     Args:
-        path: as given; layout, kind: detected; rows, aside: read, and of those kept aside; prompts: different ones.
-        longest: quantiles of prompt + longest completion (50%, 95%, 99%, longest); prompt: the same of prompts alone.
+        path: as given; layout, kind: detected; rows: all rows; aside: number of those that are bad; prompts: number of distinct prompts.
+        longest: quantiles of prompt plus longest completion (50%, 95%, 99%, maximum); prompt: the same for prompts alone.
         columns: ``{our field: the file's column}``, as given.
-        reasons: ``3 x "chosen" is empty``, of the rows kept aside; unused: columns that are not read.
-        answers: a column with right answers, None where there is none; several: conversations that hold further answers before the last.
-        unit: ``tokens``, or ``tokens (a guess from characters)``; median_score: where rows have scores.
+        reasons: summary of the bad rows, such as ``3 x "chosen" is empty``; unused: columns that are not read.
+        answers: column with reference answers, None if there is none; several: number of conversations with more than one answer.
+        unit: ``tokens``, or ``tokens (a guess from characters)``; median_score: if rows have scores.
     """
 
     path: str
@@ -57,7 +57,7 @@ class DataFacts:
     several: int = 0
 
     def to_kind(self) -> str:
-        """``layout: kind`` of the rows, once where both have one name."""
+        """Return ``layout: kind`` of the rows, or one name if both are the same."""
         if self.layout == "sft":
             return "prompts with answers (sft)"
         return self.layout if self.layout == self.kind else f"{self.layout}: {self.kind}"
@@ -73,10 +73,10 @@ class DataFacts:
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """Rows of a file of their own that are not trained on.
+    """Held-out rows in a file of their own.
 
     Args:
-        path: as given; rows, aside, reasons: read, and of those kept aside, and why.
+        path: as given; rows: all rows; aside, reasons: number of those that are bad, and why.
     """
 
     path: str
@@ -87,11 +87,11 @@ class HeldOut:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What a model is.
+    """Properties of a model.
 
     Args:
-        path: as given; parameters: about how many, None where its config could not be read; context: tokens it takes at most.
-        encoder: a BERT-type model, which can only become a reward model.
+        path: as given; parameters: approximate count, None if it is unknown; context: maximum tokens.
+        encoder: a BERT-like model, which can only become a reward model.
     """
 
     path: str
@@ -107,7 +107,7 @@ def look_at_data(path: str, model: str | None, columns: Mapping[str, str] | None
         columns: ``{our field: the file's column}``.
 
     Raises:
-        DataError: the file cannot be read, or its layout is not known.
+        DataError: the file cannot be read, or its layout is unknown.
     """
     answers = answer_column(path, columns)
     try:
@@ -115,7 +115,7 @@ def look_at_data(path: str, model: str | None, columns: Mapping[str, str] | None
     except DataError:
         if answers is None:
             raise
-        # no demonstrations (the answer is a number): prompts whose answers can be checked
+        # not demonstrations (the answer is a number) but prompts with reference answers
         dataset = load_preferences(path, columns=columns, on_bad_row="skip", keep_columns=True, rollouts=True)
     both, prompts, unit = _lengths(dataset, model)
     scores = [c.score for t in dataset.trees for c in t.completions if c.score is not None]
@@ -139,7 +139,7 @@ def look_at_data(path: str, model: str | None, columns: Mapping[str, str] | None
 
 
 def answer_column(path: str, columns: Mapping[str, str] | None = None) -> str | None:
-    """``answer`` or ``solution``, where the first rows have such a column, which `rewards.builtin.accuracy` compares with."""
+    """Return the column that the accuracy reward compares with, ``answer`` or ``solution``, if the first rows have one, else None."""
     first = [r.values.keys() for r in itertools.islice(read_rows([path]), 100) if isinstance(r, Row)]
     for name in ("answer", "solution"):
         if first and (name in (columns or {}) or all(name in keys for keys in first)):
@@ -148,10 +148,10 @@ def answer_column(path: str, columns: Mapping[str, str] | None = None) -> str | 
 
 
 def look_at_held_out(path: str, data: DataFacts) -> HeldOut:
-    """Read a file of held-out rows as training would, beside the rows that are trained on.
+    """Read a file of held-out rows as training would.
 
     Raises:
-        DataError: it cannot be read. ConfigError: it is the file of training rows, or holds rows of another kind.
+        DataError: it cannot be read. ConfigError: it is the training file, or holds rows of another kind.
     """
     if {f and f.resolve() for _, f in named_files(path)} & {f and f.resolve() for _, f in named_files(data.path)}:
         raise ConfigError("--eval-data", f"{path} is the training data", "give another file, or leave it out")
@@ -162,7 +162,7 @@ def look_at_held_out(path: str, data: DataFacts) -> HeldOut:
 
 
 def validation_beside(path: str) -> str | None:
-    """``FOLDER/validation.jsonl`` of a folder that `penchant data get` wrote, where `path` is its train.jsonl."""
+    """Return the validation.jsonl beside `path` if `path` is the train.jsonl of a `penchant data get` folder, else None."""
     train = Path(path)
     held_out = train.with_name("validation.jsonl")
     if train.name != "train.jsonl" or not held_out.is_file() or not train.with_name("data.json").is_file():
@@ -176,7 +176,7 @@ def _quantiles(lengths: Sequence[int]) -> tuple[int, ...]:
 
 
 def _lengths(dataset: Dataset, model: str | None) -> tuple[list[int], list[int], str]:
-    """Tokens of each row (prompt and longest completion) and of its prompt, of up to `SAMPLE` rows spread over the file."""
+    """Return the lengths of evenly spaced rows (prompt plus longest completion), of their prompts, and the unit."""
     step = max(1, len(dataset.trees) // SAMPLE)
     some = dataset.subset(range(0, len(dataset.trees), step))
     try:
@@ -199,7 +199,7 @@ def _characters(prompt: Prompt) -> int:
 
 
 def look_at_model(path: str) -> ModelFacts:
-    """A model's size by its shapes alone; what is not known stays None (a hub id without a network).
+    """Determine a model's size from its shapes alone; unknown values stay None (e.g. a hub id without a network).
 
     Raises:
         ModelError: there is no such model, or its config cannot be read.

@@ -238,7 +238,7 @@ class ChatOptions:
     """Options from the command line.
 
     Args:
-        prefer: file of preferences; blind: hide the models' names and draw anew for each answer which one is left.
+        prefer: file of preferences; blind: hide the models' names and pick the left one at random for each answer.
     """
 
     sampling: Sampling

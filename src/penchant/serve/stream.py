@@ -336,7 +336,7 @@ class ShownToken:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one step adds to one answer: text, its tokens, and the finish reason (None while the answer goes on)."""
+    """What one step adds to one answer: text, its tokens, and the finish reason (None if the answer continues)."""
 
     row: int
     text: str

@@ -37,9 +37,6 @@ class Writers:
     ) -> AsyncIterator[tuple[int, str]]:
         """Yield (index of the writer, piece of its answer) as the pieces arrive.
 
-        Args:
-            writers: see `Settings.writers`.
-
         Raises:
             DataError: a writer cannot be used.
         """

@@ -1,4 +1,4 @@
-"""Mirrors of metrics.jsonl in trackers, during a run or after it."""
+"""Sends metrics.jsonl to experiment trackers, during a run or afterwards."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from penchant.runfolder.read import read
 from penchant.track.tracker import FOLDER, TRACKERS, RunInfo, Sent, TrackerSpec, sent_file, sent_to
 
 if TYPE_CHECKING:
-    from penchant.training.options import LoggingConfig  # a tracker's own process needs no pydantic
+    from penchant.training.options import LoggingConfig  # the worker process needs no pydantic
 
 __all__ = ["TRACKERS", "Mirrors", "TrackerSpec", "check_installed"]
 
 
-# ---- The run's side of its trackers: a process each, told when the run begins and ends, and looked at without waiting ----
+# ---- The run's side: one process per tracker, notified when the run begins and ends, and polled without waiting ----
 
 
 def check_installed(names: Sequence[str], where: str = "logging.trackers") -> None:
-    """Meet a missing package before anything is trained.
+    """Check that the trackers' packages are installed, before training starts.
 
     Raises:
-        ConfigError: with the command that installs it.
+        ConfigError: one is not; the message has the command that installs it.
     """
     for spec in (TRACKERS[name] for name in names):
         if importlib.util.find_spec(spec.module) is None:
@@ -42,7 +42,7 @@ def check_installed(names: Sequence[str], where: str = "logging.trackers") -> No
 
 
 def run_info(folder: Path, settings: LoggingConfig, config: Mapping[str, Any]) -> RunInfo:
-    """Which run trackers are told of: its folder's name, the sweep or the pipeline that it belongs to as its group."""
+    """Describe a run for its trackers; the default name is its folder's, the default group is the sweep or pipeline it belongs to."""
     folder = folder.resolve()
     belongs = any((folder.parent / name).exists() for name in (SWEEP, PIPELINE))
     own = settings.dir
@@ -63,7 +63,7 @@ class Mirror:
     """One tracker's process.
 
     Args:
-        spec: which tracker; info: which run; timeout: seconds that it may take at the end; say: where a person reads.
+        spec: the tracker; info: the run; timeout: seconds it may take at the end; say: prints a message for the user.
     """
 
     spec: TrackerSpec
@@ -76,7 +76,7 @@ class Mirror:
     _read: bytes = field(default=b"")
 
     def start(self) -> None:
-        """Start the process; a failure to do so is told, and that is all."""
+        """Start the process; if that fails, print a warning and go on."""
         folder = Path(self.info.folder)
         info = asdict(self.info) | {"id": sent_to(folder, self.spec.name).id}
         request = {"tracker": self.spec.name, "factory": self.spec.factory, "info": info, "timeout": self.timeout}
@@ -89,7 +89,7 @@ class Mirror:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": paths},
-                start_new_session=True,  # Ctrl-C is for the run; its trackers come to their end after it
+                start_new_session=True,  # Ctrl-C is for the run; its trackers finish after it
             )
             assert self.process.stdout is not None
             os.set_blocking(self.process.stdout.fileno(), False)
@@ -98,7 +98,7 @@ class Mirror:
             self._warn(f"could not be started ({error.strerror})")
 
     def poll(self) -> None:
-        """Hear what it has to say, without waiting for it."""
+        """Read the process's messages without waiting."""
         if self.process is None or self.process.stdout is None:
             return
         try:
@@ -114,12 +114,12 @@ class Mirror:
             self._warn("ended before the run did")
 
     def end(self, status: str, summary: Mapping[str, Any]) -> None:
-        """Tell it that the run has ended."""
+        """Notify the process that the run has ended."""
         if self.process is not None:
             self._tell({"end": status, "summary": dict(summary)})
 
     def close(self, deadline: float | None) -> bool:
-        """Wait for it until then (None: as long as it works), then end it; returns whether every line was sent."""
+        """Wait for the process until the deadline (None: without limit), then kill it; return whether every line was sent."""
         while self.process is not None and not self.done and self.process.poll() is None:
             self.poll()
             if deadline is not None and time.monotonic() > deadline:
@@ -136,7 +136,7 @@ class Mirror:
         return whole
 
     def _why(self, hung: bool, sent: Sent) -> str:
-        """What went wrong, in so many words that nobody reads the same sentence twice."""
+        """Return what went wrong, without repeating a message that was already shown."""
         why = f"no answer in {self.timeout:g} s" if hung else sent.error or self.failed or "it ended by itself"
         count = f"{sent.unsent} lines were not sent" if sent.unsent else "its run was not closed"
         return count if why == self.failed else f"{count} ({one_line(why)})"
@@ -147,7 +147,7 @@ class Mirror:
             self.process.stdin.write((json.dumps(dict(message)) + "\n").encode())
             self.process.stdin.flush()
         except OSError:
-            pass  # it is gone; `close` says so
+            pass  # the process is gone; `close` reports that
 
     def _hear(self, message: Mapping[str, Any]) -> None:
         if "where" in message:
@@ -164,7 +164,7 @@ class Mirror:
     def _kill(self) -> None:
         if self.process is None:
             return
-        if self.done:  # it has said so, and libraries may still have something to finish on their way out
+        if self.done:  # it reported that it is done, but libraries may still need a moment to exit
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(timeout=min(5.0, self.timeout))
         with contextlib.suppress(ProcessLookupError):
@@ -178,10 +178,10 @@ class Mirror:
 
 
 class Mirrors:
-    """All trackers of a run. No call raises, and but for `finish` none waits.
+    """All trackers of a run. No call raises, and only `finish` waits.
 
     Args:
-        settings: the run's `logging` section; config: what trackers are shown of the run's settings; say: where a person reads.
+        settings: the run's `logging` section; config: the run's settings as shown in trackers; say: prints a message for the user.
         specs: the trackers by name.
     """
 
@@ -198,19 +198,19 @@ class Mirrors:
         self.mirrors = [Mirror(specs[name], info, self.timeout, say) for name in settings.trackers]
 
     def begin(self, *, anew: bool) -> None:
-        """Start them; `anew`: the run has no checkpoint, so it is a new run in its trackers too."""
+        """Start the trackers; `anew`: the run has no checkpoint, so it becomes a new run in each tracker too."""
         for mirror in self.mirrors:
             if anew:
                 sent_file(self.folder, mirror.spec.name).unlink(missing_ok=True)
             mirror.start()
 
     def poll(self) -> None:
-        """After a step."""
+        """Read the trackers' messages; called after each step."""
         for mirror in self.mirrors:
             mirror.poll()
 
     def finish(self, status: str, summary: Mapping[str, Any] | None = None, *, patient: bool = False) -> bool:
-        """Tell them all of the end, and wait for no longer than `tracker_timeout` seconds together (`patient`: as long as it takes).
+        """Notify the trackers of the end and wait up to `tracker_timeout` seconds for all of them together (`patient`: without limit).
 
         Returns:
             Whether every line was sent.
@@ -221,7 +221,7 @@ class Mirrors:
         return all(mirror.close(deadline) for mirror in self.mirrors)
 
 
-# ---- A run's metrics sent to trackers after it was trained: what they do not have yet, or all of it to a new run of theirs ----
+# ---- Sending a run's metrics after training: only the missing lines, or all of them to a new run in the tracker ----
 
 
 def track_run(
@@ -235,14 +235,14 @@ def track_run(
     """Send a run's `metrics.jsonl` and `perf.jsonl` to trackers.
 
     Args:
-        run: its folder; to: names of trackers; anew: to a new run of theirs, with every line, rather than what theirs lacks.
-        say: where a person reads; settings: of the `logging` section, in place of the run's own (None: its own).
+        run: the run's folder; to: names of trackers; anew: send every line to a new run in each tracker instead of only the missing lines.
+        say: prints a message for the user; settings: override the run's `logging` section (None: keep the run's own value).
 
     Returns:
         Whether every line was sent.
 
     Raises:
-        CheckpointError: no run there, or one that goes on. ConfigError: no such tracker, or it is not installed.
+        CheckpointError: there is no run, or it is still running. ConfigError: a tracker is unknown or not installed.
     """
     folder = Path(run).expanduser()
     if not (folder / CONFIG).exists() or not (folder / METRICS).exists():
@@ -265,5 +265,5 @@ def track_run(
         known = read(folder)
         last = next((row for row in reversed(known.metrics) if row.get("kind") == "eval"), {})
         status = str(known.manifest.get("status", "killed"))
-        # where it says that it runs and holds no lock, its process is gone
+        # a manifest that says "running" although the lock was free means that the process died
         return mirrors.finish("killed" if status == "running" else status, last, patient=True)

@@ -1,4 +1,4 @@
-"""W&B, TensorBoard, MLflow and Trackio."""
+"""The trackers: W&B, TensorBoard, MLflow and Trackio."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 from penchant.runfolder.values import flat
 from penchant.track.tracker import STEP, Line, RunInfo, Started
 
-# ---- W&B: a history row for each line, drawn over the optimizer step. `WANDB_MODE=offline` works as wandb has it ----
+# ---- W&B: one history row per line, plotted over the optimizer step. `WANDB_MODE=offline` works as usual ----
 
-EXIT_CODES = {"finished": 0, "paused": 0}  # any other end is a failed run
+EXIT_CODES = {"finished": 0, "paused": 0}  # any other status is a failed run
 
 
 class WeightsAndBiases:
-    """One run of W&B. It gets figures, settings and the sampled answers: no code, no console, no machine's figures."""
+    """A W&B run. It receives metrics, settings and sampled answers, but no code, console output or system metrics."""
 
     def start(self, info: RunInfo) -> Started:
         import wandb
@@ -38,7 +38,7 @@ class WeightsAndBiases:
             dir=info.dir,
             settings=settings,
         )
-        # steps of a resumed run need not come in order: each row carries its own
+        # the steps of a resumed run may be out of order, so each row carries its own
         self.run.define_metric(STEP)
         for names in ("train/*", "eval/*", "perf/*"):
             self.run.define_metric(names, step_metric=STEP)
@@ -64,7 +64,7 @@ class WeightsAndBiases:
 
 
 class TensorBoard:
-    """One folder of event files; a resumed run adds a file to it."""
+    """A folder of event files; a resumed run adds another file to it."""
 
     def start(self, info: RunInfo) -> Started:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -77,7 +77,7 @@ class TensorBoard:
         return Started(folder.name, str(folder))
 
     def _free(self, info: RunInfo) -> Path:
-        """A folder that no earlier run has: curves of two runs in one are one tangle."""
+        """Return a folder that no earlier run has used, since curves of two runs in one folder would mix."""
         root = Path(info.dir) / "tensorboard"
         names = (info.name if i == 1 else f"{info.name}-{i}" for i in range(1, 10_000))
         return next(root / name for name in names if not (root / name).exists())
@@ -99,19 +99,19 @@ class TensorBoard:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.plugins.text.summary_v2 import text_pb
 
-        # four spaces before each line: the text plugin reads Markdown, and a user's names must not become markup
+        # indented by four spaces: the text plugin renders Markdown, and a user's names must not become markup
         shown = "\n".join(f"    {line}" for line in text.split("\n"))
         self.writer.add_event(Event(wall_time=time.time(), step=step, summary=text_pb(tag, shown)))
 
 
-# ---- MLflow: a run of an experiment that is called as the project, in `MLFLOW_TRACKING_URI` or a SQLite file of its own ----
+# ---- MLflow: a run of the experiment named like the project, in `MLFLOW_TRACKING_URI` or in a SQLite file of its own ----
 
-STATUS = {"finished": "FINISHED", "paused": "FINISHED", "stopped": "FAILED"}  # the others were killed
-METRICS, PARAMS, LONGEST = 1000, 100, 6000  # of one request, as MLflow's servers bound them; characters of a parameter
+STATUS = {"finished": "FINISHED", "paused": "FINISHED", "stopped": "FAILED"}  # any other status becomes KILLED
+METRICS, PARAMS, LONGEST = 1000, 100, 6000  # MLflow's limits: metrics and parameters per request, characters
 
 
 class MLflow:
-    """One run of MLflow, by its client: nothing global is set."""
+    """An MLflow run, through a client of its own, so that no global state is set."""
 
     def start(self, info: RunInfo) -> Started:
         from mlflow.entities import Param
@@ -147,14 +147,14 @@ class MLflow:
         self.client.set_terminated(self.id, status=STATUS.get(status, "KILLED"))
 
 
-# ---- Trackio: a local database that `trackio show` draws; a Space or a server where trackio's own variables name one ----
+# ---- Trackio: a local database for `trackio show`, or the Space or server that trackio's own variables name ----
 
 
 class Trackio:
-    """One run of Trackio; its name there ends with an id of its own, for a project may have many runs of one name."""
+    """A Trackio run. A random suffix makes its name unique, since a project may have many runs of one name."""
 
     def start(self, info: RunInfo) -> Started:
-        if info.own_dir:  # else where `trackio show` looks by itself
+        if info.own_dir:  # otherwise the default place, where `trackio show` looks
             os.environ.setdefault("TRACKIO_DIR", str(Path(info.dir) / "trackio"))
         import trackio
 

@@ -1,4 +1,4 @@
-"""What a tracker is, and what it has been sent."""
+"""The tracker protocol, the registry of trackers, and the record of what each has been sent."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from penchant.base.files import write_atomically
 from penchant.runfolder import METRICS, PERF
 from penchant.runfolder import read as runfolder
 
-# ---- What a tracker is: three calls, made in a process of its own, from which no error and no delay reaches training ----
+# ---- The protocol: three calls, made in a separate process so that errors and delays never reach training ----
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line of `metrics.jsonl` or `perf.jsonl` as trackers get it.
+    """A line of `metrics.jsonl` or `perf.jsonl` in the form that trackers get.
 
     Args:
-        kind: train, eval or perf; step: optimizer steps done; values: finite numbers by the name that they are shown under.
+        kind: train, eval or perf; step: optimizer steps done; values: finite numbers by display name.
     """
 
     kind: str
@@ -31,11 +31,11 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class RunInfo:
-    """Which run it is.
+    """Description of a run for its trackers.
 
     Args:
-        folder: the run's; name, project, group, tags: as a person finds it among others; dir: where a tracker writes on this machine.
-        own_dir: whether a person chose `dir`; config: the resolved config; id: of the tracker's run that is continued, None for a new one.
+        folder: the run's folder; name, project, group, tags: how the run is filed; dir: where a tracker writes on this machine.
+        own_dir: whether the user chose `dir`; config: the resolved config; id: the tracker's id of a run to continue, None for a new run.
     """
 
     folder: str
@@ -51,21 +51,21 @@ class RunInfo:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A tracker's run: its id, by which it is continued, and where a person looks at it (an address or a path)."""
+    """A run in a tracker: its id, used to continue it, and where to look at it (a URL or a path)."""
 
     id: str
     where: str
 
 
 class Tracker(Protocol):
-    """One tracker; it may raise and hang as it likes."""
+    """One tracker. It may raise or hang without affecting training."""
 
     def start(self, info: RunInfo) -> Started:
         """Open a run, or continue ``info.id``."""
         ...
 
     def log(self, lines: Sequence[Line]) -> None:
-        """Send lines, in order; when it returns they count as sent."""
+        """Send lines in order; once it returns, they count as sent."""
         ...
 
     def finish(self, status: str, summary: Mapping[str, Any], samples: Sequence[Mapping[str, str]]) -> None:
@@ -77,16 +77,16 @@ class Tracker(Protocol):
         ...
 
 
-# ---- The trackers that there are. A new one is a file with the three calls of `protocol.Tracker` and a line here ----
+# ---- The registry. A new tracker is a class with the three calls of `Tracker` and a line here ----
 
 
 @dataclass(frozen=True, slots=True)
 class TrackerSpec:
-    """A tracker.
+    """An entry of the registry.
 
     Args:
-        name: what `logging.trackers` says; label: what people call it; module: what must be importable; extra: of pip that installs it.
-        factory: ``module:Class``, made without arguments in the tracker's own process.
+        name: as in `logging.trackers`; label: display name; module: must be importable; extra: the pip extra that installs it.
+        factory: ``module:Class``, constructed without arguments in the tracker's own process.
     """
 
     name: str
@@ -107,18 +107,18 @@ TRACKERS = {
 }
 
 
-# ---- What a run folder remembers of a tracker: its run there, and the last step of each kind that it was sent ----
+# ---- The record in the run folder: the tracker's run, and the last step of each kind that it was sent ----
 
 FOLDER = "trackers"
 
 
 @dataclass(slots=True)
 class Sent:
-    """`RUN/trackers/NAME.json`.
+    """Contents of `RUN/trackers/NAME.json`.
 
     Args:
-        id, where: of the tracker's run, None before there is one; sent: last step by kind; lines: how many were sent.
-        unsent: lines that are known and not sent; error: the first error of the last time, without secrets.
+        id, where: of the tracker's run, None before it exists; sent: last step sent, by kind; lines: number of lines sent.
+        unsent: number of known lines not sent yet; error: first error of the latest session, without secrets.
     """
 
     id: str | None = None
@@ -129,7 +129,7 @@ class Sent:
     error: str | None = None
 
     def add(self, lines: Sequence[Line]) -> None:
-        """Count lines that the tracker took."""
+        """Count lines that the tracker accepted."""
         self.lines += len(lines)
         for line in lines:
             self.sent[line.kind] = max(line.step, self.sent.get(line.kind, -1))
@@ -145,7 +145,7 @@ def sent_file(folder: Path, tracker: str) -> Path:
 
 
 def sent_to(folder: Path, tracker: str) -> Sent:
-    """What is known of a tracker; nothing where the file is absent or torn."""
+    """Return the record of a tracker, empty if the file is missing or damaged."""
     try:
         found = json.loads(sent_file(folder, tracker).read_text(encoding="utf-8"))
         return Sent(**{name: found[name] for name in Sent.__dataclass_fields__ if name in found})
@@ -153,17 +153,17 @@ def sent_to(folder: Path, tracker: str) -> Sent:
         return Sent()
 
 
-# ---- From the run's own files to what trackers get: names as the field has them, whole lines only, each once ----
+# ---- From log files to tracker lines: complete lines only, each once, under the usual names ----
 
-FILES = {METRICS: None, PERF: "perf"}  # the kind of a line that does not say it
+FILES = {METRICS: None, PERF: "perf"}  # the kind of lines that do not state it
 NOT_VALUES = ("kind", "step")
 STEP = "train/global_step"
 
 
 def as_line(row: Mapping[str, Any], kind: str | None = None) -> Line:
-    """A row as trackers get it: ``train/loss``, ``eval/loss``, ``perf/tokens_per_second``; an interval becomes its two ends.
+    """Convert a row to a line with names like ``train/loss``, ``eval/loss`` or ``perf/tokens_per_second``; an interval becomes two values.
 
-    Words and nulls are left out: a tracker draws numbers.
+    Text and nulls are left out, since trackers plot numbers.
     """
     kind = kind or str(row["kind"])
     values = {
@@ -185,15 +185,15 @@ def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
 
 
 class Tail:
-    """The lines that were added to a run's logs since it was asked last; half-written ones wait for their end."""
+    """Reads the lines added to a run's logs since the last call; incomplete lines are left for later."""
 
     def __init__(self, folder: Path) -> None:
         self._logs = [(runfolder.Tail(folder / name), kind) for name, kind in FILES.items()]
 
     def new(self) -> list[Line]:
-        """Lines in the order of their steps; of one step as they were written: train, then its speed, then eval.
+        """Return new lines ordered by step; within a step in the order they are written: train, its speed, eval.
 
-        Where a log was cut back, all of its lines again: a resumed run writes the same ones.
+        If a log was truncated, all of its lines are returned again, since a resumed run writes the same ones.
         """
         rows = [(row, kind) for log, kind in self._logs for row in log.read()[1]]
         found = [as_line(row, kind) for row, kind in rows if isinstance(row.get("step"), int)]
@@ -201,7 +201,7 @@ class Tail:
 
 
 def unsent(lines: Sequence[Line], sent: Mapping[str, int]) -> list[Line]:
-    """Lines whose step is beyond the last one of their kind that was sent; what a resumed run writes again is among the others."""
+    """Return the lines whose step is after the last one sent of their kind; steps that a resumed run logs again are left out."""
     high = dict(sent)
     found = []
     for line in lines:

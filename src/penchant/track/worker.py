@@ -1,7 +1,7 @@
-"""The process of one tracker: reads a run's logs and sends their lines. Training neither waits for it nor hears of its troubles.
+"""The process of one tracker: it reads a run's logs and sends their lines. Its errors and delays do not affect training.
 
-Its input: one JSON line with the request, then perhaps ``{"end": STATUS, ...}``; the end of the input alone means that the run's process
-is gone. Its output: one JSON line when the tracker's run stands, one at the first error, one at the end.
+Input: one JSON line with the request, then optionally ``{"end": STATUS, ...}``; end of input without that means the run's process died.
+Output: one JSON line when the tracker's run is open, one at the first error, one at the end.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from penchant.base.text import one_line, redact, told
 from penchant.runfolder.read import read
 from penchant.track.tracker import Line, RunInfo, Tail, Tracker, sent_to, unsent
 
-EVERY = 0.5  # seconds between two looks at the logs
-BATCH = 200  # lines of one call: the file that says what was sent is never far behind
-PATIENCE = 1.0  # seconds between two tries of a call that failed, doubled up to a minute
-LAST_TRIES = 2  # calls after the run's end, before what is left is given up
+EVERY = 0.5  # seconds between two reads of the logs
+BATCH = 200  # lines per call; small, so that the record of what was sent stays up to date
+PATIENCE = 1.0  # seconds before a failed call is repeated, doubled up to a minute
+LAST_TRIES = 2  # attempts after the run's end before the remaining lines are given up
 
 
 class Worker:
     """Sends the lines of one run to one tracker.
 
     Args:
-        tracker: made, not started; name: of its file in the run's folder; say: a message to the run's process.
+        tracker: constructed but not started; name: of its record in the run's folder; say: sends a message to the run's process.
     """
 
     def __init__(self, tracker: Tracker, name: str, info: RunInfo, say: Any) -> None:
@@ -47,7 +47,7 @@ class Worker:
         self.failures = 0
 
     def look(self, *, at_once: bool = False) -> bool:
-        """Send what is new; returns whether everything known is sent."""
+        """Send new lines; return whether everything known has been sent."""
         self.waiting += self.tail.new()
         self.waiting = unsent(self.waiting, self.sent.sent)
         if not at_once and time.monotonic() < self.not_before:
@@ -60,7 +60,7 @@ class Worker:
                 self.sent.add(batch)
                 del self.waiting[: len(batch)]
                 self._write()
-        except Exception as error:  # whatever a library raises, the run goes on and the lines are kept
+        except Exception as error:  # no matter what a library raises, keep the lines and go on
             self._failed(error)
             return False
         self.failures = 0
@@ -102,21 +102,21 @@ class Worker:
 
 
 def _listen(lines: queue.Queue[dict[str, Any]], timeout: float) -> None:
-    """The rest of the input; when it ends, nobody waits for longer than `timeout` seconds for a tracker that hangs."""
+    """Queue the rest of the input; `timeout` seconds after its end, kill the process group in case the tracker hangs."""
     for text in sys.stdin:
         lines.put(json.loads(text))
     lines.put({"end": "killed"})
     time.sleep(timeout)
     if os.getpgrp() == os.getpid():
-        os.killpg(os.getpgrp(), signal.SIGKILL)  # the tracker's own helpers are of this group too
+        os.killpg(os.getpgrp(), signal.SIGKILL)  # the group includes the tracker's helper processes
     os._exit(1)
 
 
 def main() -> int:
-    """Serve one run; see the module's first lines."""
+    """Serve one run; see the module docstring."""
     out = os.fdopen(os.dup(1), "w")
     null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 1)  # libraries write what they like to nowhere
+    os.dup2(null, 1)  # discard whatever libraries print
     os.dup2(null, 2)
     request = json.loads(sys.stdin.readline())
     module, _, name = request["factory"].partition(":")
@@ -126,7 +126,7 @@ def main() -> int:
         try:
             print(json.dumps(dict(message)), file=out, flush=True)
         except OSError:
-            return  # the run's process is gone; the tracker's run is still brought to its end
+            return  # the run's process is gone; still finish the tracker's run
 
     messages: queue.Queue[dict[str, Any]] = queue.Queue()
     threading.Thread(target=_listen, args=(messages, float(request["timeout"])), daemon=True).start()

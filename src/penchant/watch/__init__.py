@@ -1,4 +1,4 @@
-"""`penchant watch`: runs in a terminal as they go on. It reads their files and nothing else, and loads neither torch nor a model."""
+"""`penchant watch`: follows runs in a terminal. It only reads their files, and loads neither torch nor a model."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from penchant.watch.views import GroupView, RunView, is_run, open_view
 __all__ = ["watch"]
 
 
-# ---- The `watch` command's loop: read what is new, draw a frame, wait for a key ----
+# ---- The main loop: read what is new, draw a frame, wait for a key ----
 
-SLICE = 0.1  # seconds between two looks at keys and the window's size
-PRINTED = (80, 40)  # columns and lines of a frame that goes to no terminal
+SLICE = 0.1  # seconds between two checks of the keyboard and the window size
+PRINTED = (80, 40)  # columns and lines of a frame that is not shown on a terminal
 QUIT, NEXT, BACK = ("q", "Q", "\x03", "\x04"), ("n", "\t"), ("p", "b")
 
 View = RunView | GroupView
 
 
 class Watch:
-    """What is watched, and which of its runs is on the screen.
+    """The runs being watched, and which of them is on the screen.
 
     Args:
         paths: run, sweep and pipeline folders.
@@ -46,16 +46,16 @@ class Watch:
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = paths
         self.view: View = open_view(paths)
-        self.chosen = 0  # 0: all of them; n: the n-th run
+        self.chosen = 0  # 0: all runs; n: the n-th run
 
     def refresh(self) -> None:
         if isinstance(self.view, RunView) and not is_run(self.view.folder):
-            self.view = open_view(self.paths)  # it may turn out to be a sweep
+            self.view = open_view(self.paths)  # a folder without a run may have become a sweep
         self.view.refresh()
 
     @property
     def nothing(self) -> bool:
-        """Whether there is nothing to show yet."""
+        """True if there is nothing to show yet."""
         return isinstance(self.view, RunView) and not is_run(self.view.folder)
 
     def press(self, key: str) -> None:
@@ -78,10 +78,10 @@ class Watch:
 
 
 def watch(paths: Sequence[str], *, once: bool = False, interval: float = 2.0) -> int:
-    """Show runs in the terminal as they go on, until q or Ctrl-C; nothing is written into them.
+    """Show runs in the terminal until q or Ctrl-C. Nothing is written to their folders.
 
     Args:
-        paths: folders of runs, of a sweep or of a pipeline. once: print one frame and end, as where the output is not a terminal.
+        paths: folders of runs, of a sweep or of a pipeline; once: print one frame and exit (always so if the output is not a terminal).
         interval: seconds between two frames.
 
     Returns:
@@ -105,7 +105,7 @@ def watch(paths: Sequence[str], *, once: bool = False, interval: float = 2.0) ->
 
 
 def waiting_words(path: Path) -> str:
-    """That nothing is there yet, and which folder may be meant."""
+    """Return a message that there is nothing yet, with the name of a similar folder if there is one."""
     if path.is_dir():
         return f"{clean(path)}: no run in this folder yet"
     with suppress(OSError):
@@ -116,7 +116,7 @@ def waiting_words(path: Path) -> str:
 
 
 def _size(console: Console, width: int, height: int) -> Size:
-    """The room there is, and characters that the output knows (the console's: while it is live, sys.stdout has no encoding)."""
+    """Return the frame size, with glyphs that the output can encode (read off the console: during Live, sys.stdout has no encoding)."""
     return Size(max(20, width), height, UNICODE if console.encoding.startswith("utf") else ASCII)
 
 
@@ -151,7 +151,7 @@ def _follow(shown: Watch, console: Console, interval: float) -> int:
 def _until(
     end: float, shown: Watch, console: Console, live: Live, pressed: Callable[[float], str], every: float
 ) -> bool:
-    """Keep the frame on the screen until it is time for the next one; False where a key ended it."""
+    """Show the frame until it is time for the next one; return False if a key ended it."""
     drawn = None
     while time.monotonic() < end:
         width, height = console.size
@@ -170,7 +170,7 @@ def _until(
 
 @contextmanager
 def _keys() -> Iterator[Callable[[float], str]]:
-    """A function that waits for a key at most so many seconds; "" for none. Where there is no terminal to read from it only waits."""
+    """Yield a function that waits up to some seconds for a key and returns it, "" for none; without a terminal it only waits."""
     if not sys.stdin or not sys.stdin.isatty():
         yield _no_key
         return
@@ -183,7 +183,7 @@ def _keys() -> Iterator[Callable[[float], str]]:
     def pressed(seconds: float) -> str:
         if not select.select([handle], [], [], seconds)[0]:
             return ""
-        return os.read(handle, 1).decode(errors="replace") or "q"  # a terminal that is gone has nothing more to say
+        return os.read(handle, 1).decode(errors="replace") or "q"  # end of input: the terminal is gone
 
     tty.setcbreak(handle)
     try:
@@ -199,7 +199,7 @@ def _no_key(seconds: float) -> str:
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM and a closed window end it as Ctrl-C does, with the terminal as it was."""
+    """Make SIGTERM and SIGHUP end the program as Ctrl-C does, so that the terminal is restored."""
 
     def end(number: int, _frame: Any) -> None:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""Curves in character cells: a line in braille dots (2 by 4 a cell), evaluations as points with their intervals, labelled axes."""
+"""Plots in character cells: a braille line (2 by 4 dots per cell), evaluations as points with intervals, labelled axes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Pair = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """An evaluation: step, value and its interval, if it has one."""
+    """An evaluation: step, value and, if known, its interval."""
 
     step: float
     value: float
@@ -26,7 +26,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Glyphs:
-    """What curves are drawn with."""
+    """The characters that plots are drawn with."""
 
     point: str = "●"
     whisker: str = "│"
@@ -41,7 +41,7 @@ ASCII = Glyphs(point="o", whisker="|", bar="|", rule="-", corner="+", braille=Fa
 
 
 def axis_label(value: float, span: float, largest: float) -> str:
-    """A place on an axis, with as many decimals as tell it from others of that span."""
+    """Format a value on an axis with just enough decimals to tell it from others within the span."""
     decimals = max(0, 1 - math.floor(math.log10(span))) if span > 0 else 2
     if largest >= 1e5 or decimals > 4:
         return f"{value:.1e}"
@@ -50,7 +50,7 @@ def axis_label(value: float, span: float, largest: float) -> str:
 
 
 def binned(line: Sequence[Pair], x0: float, x1: float, columns: int) -> list[tuple[int, float]]:
-    """(column, mean) of the points that fall into each dot column, where there are any."""
+    """Return (column, mean) of the points that fall into each dot column; empty columns are left out."""
     sums: dict[int, tuple[float, int]] = {}
     for x, y in line:
         at = _scaled(x, x0, x1, columns)
@@ -75,11 +75,11 @@ def _limits(values: Sequence[float]) -> Pair:
 def plot(
     line: Sequence[Pair], points: Sequence[Point], width: int, height: int, glyphs: Glyphs = UNICODE, x_end: float = 0
 ) -> list[Text]:
-    """A plot of `height` lines of `width` cells: the last one is the x axis, labelled with its first and last step.
+    """Draw a plot of `height` lines of `width` cells; the last line is the x axis, labelled with its first and last step.
 
     Args:
-        line: (step, value), drawn as a line through the means of its columns; points: drawn above it, with their intervals.
-        x_end: the axis reaches at least to this step.
+        line: (step, value) pairs, drawn as a line through the mean of each column; points: drawn on top, with their intervals.
+        x_end: the axis reaches at least this step.
     """
     steps = [x for x, _ in line] + [p.step for p in points]
     if not steps or width < GUTTER + 4 or height < 2:
@@ -90,7 +90,7 @@ def plot(
     y0, y1 = _limits([y for _, y in means] + [e for p in points for e in (p.value, *(p.interval or ()))])
 
     def up(value: float) -> int:
-        """Dots from the top."""
+        """Return the distance from the top, in dots."""
         return rows * 4 - 1 - _scaled(value, y0, y1, rows * 4)
 
     dots = _dots([(x, up(y)) for x, y in means])
@@ -100,7 +100,7 @@ def plot(
         if p.interval is not None:
             over |= {(x, y): glyphs.whisker for y in range(up(p.interval[1]) // 4, up(p.interval[0]) // 4 + 1)}
     over |= {(x, up(p.value) // 4): glyphs.point for x, p in zip(at, points, strict=True)}
-    # the outer labels are the plot's edges, the one between them stands for the middle of its row
+    # the outer labels give the edges of the plot, the middle one gives the center of its row
     middle = {(rows - 1) // 2: y1 - (y1 - y0) * ((rows - 1) // 2 + 0.5) / rows} if rows >= 5 else {}
     labels = {y: axis_label(v, y1 - y0, max(abs(y0), abs(y1))) for y, v in {0: y1, **middle, rows - 1: y0}.items()}
     made = [
@@ -116,7 +116,7 @@ def plot(
 
 
 def _dots(path: Sequence[tuple[int, int]]) -> dict[tuple[int, int], int]:
-    """Braille bits of each cell that a path through dots touches."""
+    """Return the braille bits of each cell that a path through the dots touches."""
     made: dict[tuple[int, int], int] = {}
     for (x0, y0), (x1, y1) in zip(path, [*path[1:], *path[-1:]], strict=True):
         n = max(abs(x1 - x0), abs(y1 - y0), 1)

@@ -1,4 +1,4 @@
-"""Frames of `penchant watch`."""
+"""Renders the frames of `penchant watch`."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from penchant.watch.views import (
     whole,
 )
 
-# ---- Lines of a frame: Texts that are cut to the terminal's width, side by side and one below the other ----
+# ---- Building blocks: lines of Text cut to the terminal's width ----
 
-CONSOLE = Console()  # only to wrap with
+CONSOLE = Console()  # only used for wrapping
 STYLES = {
     "running": "bold green",
     "preparing": "green",
@@ -42,7 +42,7 @@ STYLES = {
 
 
 def figure(value: float | None) -> str:
-    """A figure with four decimals, fewer where it is large: ``0.5833``, ``-165.74``, ``1.20e-05``."""
+    """Format a figure with up to four decimals: ``0.5833``, ``-165.74``, ``1.20e-05``."""
     if value is None:
         return "-"
     size = abs(value)
@@ -52,14 +52,14 @@ def figure(value: float | None) -> str:
 
 
 def with_interval(value: float | None, ci: tuple[float, float] | None) -> str:
-    """``0.7000 [0.6000, 0.8000]``; no interval where rounding leaves it without a width."""
+    """Format ``0.7000 [0.6000, 0.8000]``; the interval is left out if it has no width after rounding."""
     ends = [] if ci is None else [figure(end) for end in ci]
     return figure(value) + (f" [{', '.join(ends)}]" if len(set(ends)) == 2 else "")
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Cells of a frame, and what it is drawn with."""
+    """Size of a frame in cells, and the characters it is drawn with."""
 
     width: int
     height: int
@@ -70,20 +70,20 @@ class Size:
 
 
 def fit(text: Text, width: int) -> Text:
-    """The text in exactly `width` cells."""
+    """Cut or pad a text to exactly `width` cells."""
     made = text.copy()
     made.truncate(width, overflow="ellipsis", pad=True)
     return made
 
 
 def ends(left: Text, right: Text, width: int) -> Text:
-    """One text at each end of a line; the left one is cut where both do not fit."""
+    """Put one text at each end of a line; the left one is cut if both do not fit."""
     room = max(0, width - right.cell_len - 2)
     return fit(Text.assemble(fit(left, room), "  ", right), width)
 
 
 def title(kind: str, name: str, state: Text, width: int) -> Text:
-    """The first line: what is shown, and its state at the other end. Of a long path the end is kept, which tells it from others."""
+    """Return the first line: what is shown, and its state at the right. A long path keeps its end, which distinguishes it from others."""
     kind = f"{kind}  " if kind else ""
     room = max(1, width - state.cell_len - 2 - cell_len(kind))
     if cell_len(name) > room:
@@ -94,13 +94,13 @@ def title(kind: str, name: str, state: Text, width: int) -> Text:
 
 
 def columns(cells: Sequence[Text], widths: Sequence[int]) -> Text:
-    """Cells of one line, each but the last ones in its width."""
+    """Join cells into one line; those that have a width are fitted to it."""
     made = [fit(c, w) for c, w in zip(cells, widths, strict=False)]
     return Text("  ").join([*made, *cells[len(made) :]])
 
 
 def wrapped(label: str, text: str, width: int, most: int, label_width: int) -> list[Text]:
-    """A labelled text on at most `most` lines, the last one cut with an ellipsis where it goes on."""
+    """Wrap a labelled text to at most `most` lines; an ellipsis marks a cut."""
     room = max(1, width - label_width)
     lines = [line.plain.strip() for line in Text(text).wrap(CONSOLE, room)]
     if len(lines) > most:
@@ -112,31 +112,31 @@ def wrapped(label: str, text: str, width: int, most: int, label_width: int) -> l
 
 
 def heading(title: str, width: int, glyphs: Glyphs) -> Text:
-    """A rule with a title in it."""
+    """Return a rule with a title in it."""
     start = f"{glyphs.rule * 2} {title} "
     return Text(start + glyphs.rule * max(0, width - cell_len(start)), "dim")
 
 
 def bar(done: float, width: int, size: Size) -> Text:
-    """A progress bar."""
+    """Draw a progress bar."""
     full, rest = ("#", "-") if size.glyphs is ASCII else ("━", "─")
     n = min(width, max(0, round(done * width)))
     return Text.assemble((full * n, "green"), (rest * (width - n), "dim"))
 
 
 def whole_frame(lines: Sequence[Text], size: Size) -> list[Text]:
-    """At most `size.height` lines, each of exactly its width."""
+    """Return at most `size.height` lines, each of exactly its width."""
     return [fit(line, size.width) for line in lines[: size.height]]
 
 
-# ---- A frame of one run: how far it is, its curves, the last evaluation beside the first, flags, and its last answers ----
+# ---- A single run: progress, curves, the last evaluation beside the first, flags, and the latest answers ----
 
-PANEL_WIDTH = 38  # the least
-PANEL_HEIGHT = 7  # the least that shows a shape
+PANEL_WIDTH = 38  # minimum
+PANEL_HEIGHT = 7  # minimum to show the shape of a curve
 TALLEST = 18
 LABEL = 8  # cells before a sample's text
 
-OFFLINE = (  # pictures, the most telling first
+OFFLINE = (  # panels, most informative first
     *("loss", "rewards/accuracies", "rewards/margins", "kl/k3", "reward", "win_rate", "logps/chosen"),
     *("perplexity", "completions/length", "grad_norm", "lr"),
 )
@@ -148,7 +148,7 @@ WAITING = {
 
 
 def run_frame(view: RunView, size: Size) -> list[Text]:
-    """A run in `size.height` lines at most."""
+    """Render a run in at most `size.height` lines."""
     lines = header(view, size)
     if view.state in WAITING and not view.last and not view.last_eval:
         lines.append(Text(WAITING[view.state], "dim"))
@@ -163,11 +163,11 @@ def run_frame(view: RunView, size: Size) -> list[Text]:
     return whole_frame(lines, size)
 
 
-# ---- how far it is ----
+# ---- progress ----
 
 
 def header(view: RunView, size: Size) -> list[Text]:
-    """What it is and its state; progress; speed; and a line of explanation where the state wants one."""
+    """Return the method and state, the progress, the speed, and an explanation if the state needs one."""
     lines = [title(view.method, view.name, state_words(view), size.width)]
     if view.step or view.total:
         lines.append(_progress(view, size))
@@ -182,7 +182,7 @@ def header(view: RunView, size: Size) -> list[Text]:
 
 
 def state_words(view: RunView) -> Text:
-    """The state, with the time left or taken."""
+    """Return the state, with the time left or taken."""
     rest = ""
     if view.state == "running" and view.left is not None:
         rest = f", {duration(view.left)} left"
@@ -204,7 +204,7 @@ def _progress(view: RunView, size: Size) -> Text:
 
 
 def _figures(view: RunView) -> list[str]:
-    """Speed, memory, learning rate, and how long it has been going."""
+    """Return speed, memory, learning rate, and elapsed time."""
     found = []
     speed = view.speed
     if speed is not None:
@@ -244,7 +244,7 @@ def _flags(view: RunView, size: Size) -> list[Text]:
 
 
 def panels(view: RunView, size: Size) -> list[Text]:
-    """As many pictures as fit, the most telling first."""
+    """Return as many panels as fit, most informative first."""
     keys = [(key, f"eval/{key}") for key in (ONLINE if view.online else OFFLINE)]
     wanted = [(line, points) for line, points in keys if view.line.get(line) or view.points.get(points)]
     across = min(len(wanted), max(1, (size.width + 2) // (PANEL_WIDTH + 2)))
@@ -262,18 +262,18 @@ def panels(view: RunView, size: Size) -> list[Text]:
 def _panel(view: RunView, key: str, held_out: str, width: int, height: int, size: Size) -> list[Text]:
     line, points = view.line.get(key, []), view.points.get(held_out, [])
     if view.online and key == "loss":
-        points = []  # held out it is another figure
+        points = []  # on held-out rows, loss is a different figure
     trained = (f"  {figure(line[-1][1])}" if line else "", LINE)
     words = [with_interval(points[-1].value, points[-1].interval), figure(points[-1].value)] if points else [""]
     made = [
         Text.assemble((METRICS[key].picture, "bold"), trained, (f"  {size.glyphs.point} {w}" if w else "", POINT))
         for w in words
     ]
-    shown = next((t for t in made if t.cell_len <= width), made[-1])  # without the interval where that does not fit
+    shown = next((t for t in made if t.cell_len <= width), made[-1])  # drop the interval if it does not fit
     return [shown, *plot(line, points, width, height - 1, size.glyphs, view.step)]
 
 
-# ---- the last evaluation beside the first, and answers ----
+# ---- the last evaluation beside the first, and sampled answers ----
 
 
 def _table(view: RunView, size: Size) -> list[Text]:
@@ -296,7 +296,7 @@ def _table(view: RunView, size: Size) -> list[Text]:
 
 
 def _held_out(view: RunView, key: str, label: str) -> tuple[str, str, str, str]:
-    """Where there is one evaluation only, it is the last."""
+    """Return a table row of a held-out figure; a single evaluation is shown as the last one."""
     first, last = number(view.first_eval.get(key)), number(view.last_eval.get(key))
     before, after = (with_interval(v, interval(e, key)) for v, e in ((first, view.first_eval), (last, view.last_eval)))
     if first is None or last is None or view.first_eval.get("step") == view.last_eval.get("step"):
@@ -322,14 +322,14 @@ def _samples(view: RunView, size: Size) -> list[Text]:
     return lines[: size.height]
 
 
-# ---- A frame of several runs: one line each, what is left of all, and below them the one that goes on ----
+# ---- Several runs: one line each, the time left for all, and below them the run in progress ----
 
 BAR = 10  # cells
 ORDER = ("running", "preparing", "interrupted", "paused", "stopped", "finished", "cut", "to come", "waiting")
 
 
 def group_frame(view: GroupView, size: Size) -> list[Text]:
-    """The runs in `size.height` lines at most."""
+    """Render the runs in at most `size.height` lines."""
     lines = [title(view.kind, view.title, _state(view), size.width)]
     if not view.members:
         return whole_frame([*lines, Text("no run has begun", "dim")], size)
@@ -363,7 +363,7 @@ def _counts(view: GroupView) -> Text:
 
 
 def _runs(view: GroupView, size: Size) -> list[Text]:
-    """One line a run; where they do not all fit, those that go on first, and how many are left out."""
+    """Return one line per run. If not all fit, active runs are kept first and the omitted ones are counted."""
     members = view.members
     room = size.height - 1
     if len(members) > room:
@@ -403,7 +403,7 @@ def _row(member: Member, metric: Metric | None, size: Size, mixed: bool) -> list
 
 
 def _shown(view: GroupView) -> Member | None:
-    """The run below the lines: the first that goes on, else the last that came to its end, else the last that has figures."""
+    """Return the run to plot: the first active one, else the last finished one, else the last one with figures, else None."""
     members = [m for m in view.members if m.view.last]
     going = [m for m in members if m.state in OPEN_STATES]
     done = [m for m in members if m.state == "finished"] or members

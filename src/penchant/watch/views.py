@@ -1,4 +1,4 @@
-"""Runs, followed."""
+"""Live views of runs and groups of runs, read from their folders."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from penchant.runfolder.read import Held, Whole, follow, json_object, lock_of
 from penchant.runfolder.values import algorithm_of, ci_of, is_online, mapping, mappings, number_of, sequence
 from penchant.watch.plot import Point
 
-# ---- Numbers that a terminal can draw ----
+# ---- Numbers that can be drawn ----
 
-LARGEST = 1e100  # differences of larger numbers may not be finite
+LARGEST = 1e100  # differences of larger numbers may overflow
 
 
 def number(value: Any) -> float | None:
-    """A number that can be drawn, or None for anything else that a file may hold in its place."""
+    """Return a number that can be drawn, or None for anything else found in a file."""
     made = number_of(value)
     return None if made is None or abs(made) >= LARGEST else made
 
 
 def whole(value: Any) -> int | None:
-    """A number of steps: whole and not below 0."""
+    """Return a step count, an integer of at least 0, or None."""
     made = number(value)
     return int(made) if made is not None and made >= 0 and made == int(made) else None
 
 
 def interval(row: Mapping[str, Any], key: str) -> tuple[float, float] | None:
-    """(low, high) of a line's figure, or None."""
+    """Return (low, high) of a figure in a row, or None."""
     found = ci_of(row, key)
     return None if found is None or max(map(abs, found)) >= LARGEST else found
 
 
-# ---- What a run's folder says of it, kept up to date as the run goes on. Nothing is ever written there ----
+# ---- The state of one run, kept up to date from its folder; nothing is ever written there ----
 
 State = Literal["waiting", "preparing", "running", "paused", "finished", "stopped", "interrupted"]
-RECENT = 20  # steps whose mean speed the time left follows from
-EDGE = 10  # a training figure's first and last value are means over a tenth of its steps, at most so many
+RECENT = 20  # steps over which speed is averaged for the estimate of the time left
+EDGE = 10  # the first and last value of a training figure are means over a tenth of its steps, but at most this many
 
-FIGURES = (  # what is shown of training and, with eval/ before it, of held-out rows, in the order of the table
+FIGURES = (  # figures shown, in table order; held-out ones have the prefix eval/
     *("reward", "win_rate", "loss", "rewards/accuracies", "rewards/margins", "kl/k3", "perplexity"),
     *("completions/length", "logps/chosen", "logps/rejected", "calibration/ece", "grad_norm", "lr"),
 )
@@ -54,7 +54,7 @@ FIGURES = (  # what is shown of training and, with eval/ before it, of held-out 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """The mean over recent steps."""
+    """Means over recent steps: seconds per step, tokens per second, trees per second."""
 
     seconds: float
     tokens: float
@@ -62,11 +62,11 @@ class Speed:
 
 
 class RunView:
-    """One run, followed.
+    """A run, followed live.
 
     Args:
-        folder: the run's, which may not exist yet; name: what it is called on the screen.
-        brief: where it is and how it stands, from the end of its files: no curves and no samples.
+        folder: the run's folder, which may not exist yet; name: its name on the screen.
+        brief: read only the ends of the files, for progress and state; no curves and no samples.
     """
 
     def __init__(self, folder: Path, name: str, brief: bool = False) -> None:
@@ -77,7 +77,7 @@ class RunView:
         self.config: dict[str, Any] = {}
         self.manifest: dict[str, Any] = {}
         self.flags: list[dict[str, Any]] = []
-        self.samples: list[dict[str, Any]] = []  # the last answers: before and after training, or only those before
+        self.samples: list[dict[str, Any]] = []  # the last samples: before and after training, or only before
         self._files = follow(folder, brief)
         self._figures = [key for key in FIGURES if key in USUAL] if brief else FIGURES
         self._perf: deque[tuple[int, float, float, float]] = deque(maxlen=RECENT)
@@ -132,13 +132,13 @@ class RunView:
         step, seconds = whole(row.get("step")), number(row.get("seconds"))
         if step is None or seconds is None:
             return
-        while self._perf and self._perf[-1][0] >= step:  # a resumed run does these steps again
+        while self._perf and self._perf[-1][0] >= step:  # a resumed run repeats these steps
             self._perf.pop()
         tokens, trees = number(row.get("tokens_per_second")) or 0.0, number(row.get("trees_per_second")) or 0.0
         self._perf.append((step, seconds, tokens * seconds, trees * seconds))
         self.memory = number(row.get("peak_memory_gb"))
 
-    # ---- what follows ---------------------------------------------------------------------------------------------
+    # ---- derived values -------------------------------------------------------------------------------------------
 
     @property
     def unreadable(self) -> int:
@@ -146,7 +146,7 @@ class RunView:
 
     @property
     def step(self) -> int:
-        """Optimizer steps done: of metrics.jsonl, which a resumed run cuts back; of perf.jsonl where that logs only every n-th."""
+        """Optimizer steps done, from metrics.jsonl (truncated when a run resumes) or, if that logs every n-th step only, perf.jsonl."""
         logged = whole(self.last.get("step")) or whole(self.last_eval.get("step")) or 0
         every = whole(mapping(self.config.get("logging")).get("every")) or 1
         timed = self._perf[-1][0] if self._perf else 0
@@ -158,7 +158,7 @@ class RunView:
 
     @property
     def total(self) -> int | None:
-        """Optimizer steps of the whole run: as the manifest says, or from epochs where an older run's does not."""
+        """Optimizer steps of the whole run, from the manifest; for older runs without that entry, derived from epochs."""
         said = whole(self.manifest.get("total_steps"))
         if said:
             return said
@@ -173,11 +173,11 @@ class RunView:
 
     @property
     def epoch(self) -> tuple[float | None, float | None]:
-        """(done, of)."""
+        """(epochs done, epochs in all)."""
         epochs, total, epoch = number(self._train.get("epochs")), self.total, number(self.last.get("epoch"))
         step = whole(self.last.get("step"))
         if epochs is not None and total and step and epoch:
-            epochs = min(epochs, total * epoch / step)  # train.max_steps may end it sooner
+            epochs = min(epochs, total * epoch / step)  # train.max_steps may end training sooner
         return epoch, epochs
 
     @property
@@ -190,13 +190,13 @@ class RunView:
 
     @property
     def left(self) -> float | None:
-        """Seconds to the end at the speed of the last steps, without evaluations and checkpoints."""
+        """Seconds to the end at the recent speed, without evaluations and checkpoints."""
         speed, total = self.speed, self.total
         return None if speed is None or total is None else max(0, total - self.step) * speed.seconds
 
     @property
     def took(self) -> float | None:
-        """Seconds of all sessions; of the present one so far, where it goes on."""
+        """Seconds over all sessions; for an active run, seconds of the current session so far."""
         if self.state not in ("running", "preparing"):
             return number(self.manifest.get("seconds"))
         try:
@@ -220,7 +220,7 @@ class RunView:
         return "reward" in self.last or is_online(self.config)
 
     def edges(self, key: str) -> tuple[float, float] | None:
-        """A training figure's mean over its first and over its last steps: a tenth of all, at most EDGE."""
+        """Return a training figure's mean over its first and over its last steps: a tenth of all, at most EDGE."""
         values = [y for _, y in self.line.get(key, ())]
         n = min(EDGE, max(1, len(values) // 10))
         return (sum(values[:n]) / n, sum(values[-n:]) / n) if len(values) > 1 else None
@@ -236,7 +236,7 @@ class RunView:
             return ("running" if said == "running" and self.step else "preparing"), where
         if said == "paused":
             return "paused", clean(self.manifest.get("why", ""), 300)
-        if said == "stopped":  # it ended before its end: by itself, or by a signal (older ones do not say which)
+        if said == "stopped":  # stopped early by itself or by a signal; older manifests do not say which
             why = self.manifest.get("why")
             if not isinstance(why, str):
                 batch = self.folder / f"stopped-batch-step-{self.manifest.get('steps')}.json"
@@ -249,19 +249,19 @@ class RunView:
         return "interrupted", f"{ended}the same command continues"
 
 
-# ---- Several runs, followed: those of a sweep, of a pipeline, of a folder, or as they are named ----
+# ---- Several runs: those of a sweep, a pipeline or a folder, or a list of runs ----
 
-DEPTH = 3  # folders below the one that is named in which runs are looked for
+DEPTH = 3  # levels below the given folder to search for runs
 USUAL = ("eval/reward", "eval/rewards/accuracies", "eval/loss", "reward", "rewards/accuracies", "loss")
 ENDED = ("finished", "stopped", "cut")
 OPEN_STATES = ("running", "preparing")
 
-Status = State | str  # a run's, or `cut` (by successive halving) and `to come`
+Status = State | str  # a run's state, or `cut` (by successive halving) or `to come`
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """What runs are compared by: its name, value and 95% interval over held-out rows."""
+    """The metric that runs are compared by: name, value and 95% interval over held-out rows."""
 
     name: str
     value: float
@@ -270,7 +270,7 @@ class Metric:
 
 @dataclass(slots=True)
 class Member:
-    """One run of several: what its folder says, and what the sweep or pipeline says of it."""
+    """One of several runs: its view, and its record in the sweep or pipeline."""
 
     view: RunView
     record: Mapping[str, Any] = field(default_factory=dict)
@@ -280,7 +280,7 @@ class Member:
         said = self.record.get("state")
         if said in ENDED:
             return str(said)
-        if self.view.state == "finished":  # its record is written after the run's own end
+        if self.view.state == "finished":  # the record is written only after the run has finished
             return "finished"
         return "to come" if self.view.state == "waiting" else self.view.state
 
@@ -294,18 +294,18 @@ class Member:
 
     @property
     def took(self) -> float | None:
-        """Seconds: of all its sessions where its record says them."""
+        """Seconds over all sessions from the record, if it has them, else those of the view."""
         return number(self.record.get("seconds")) or self.view.took
 
     @property
     def steps(self) -> tuple[int, int | None]:
-        """(done, of): where the run's files are gone or of another session, as its record says."""
+        """(steps done, steps in all), from the record if the run's files are gone or belong to another session."""
         said = whole(self.record.get("steps"))
         return (self.view.step or said or 0), self.view.total or (said if self.state == "finished" else None)
 
     @property
     def _at_rung(self) -> dict[str, Any]:
-        """Its figures at the last rung that it has reached, if it stands there; they are in none of its own files."""
+        """The metrics at the last rung of a run that is paused or cut there; they are not in the run's own files."""
         if self.state not in ("paused", "cut"):
             return {}
         rungs = mappings([*mapping(self.record.get("rungs")).values()])
@@ -313,7 +313,7 @@ class Member:
         return mapping(last.get("metrics"))
 
     def metric(self, name: str | None) -> Metric | None:
-        """The metric's last value: held out where there is one (of a run at a rung: there), else the mean of the last training steps."""
+        """Return the metric's last held-out value (at its rung, if the run waits there), else its mean over the last training steps."""
         last = self._at_rung or self.view.last_eval
         for key in (name,) if name else USUAL:
             value = number(last.get(key))
@@ -326,22 +326,22 @@ class Member:
 
 
 class GroupView:
-    """Runs, their states, and what is left of all of them.
+    """Several runs, their states, and the time left for all of them.
 
     Args:
-        title: shown above them; kind: ``sweep``, ``pipeline`` or ``runs``; folder: of the sweep or pipeline; named: runs by their folders.
+        title: heading; kind: ``sweep``, ``pipeline`` or ``runs``; folder: of the sweep or pipeline; named: run folders to show.
     """
 
     def __init__(self, title: str, kind: str, folder: Path | None = None, named: Sequence[Path] = ()) -> None:
         self.title, self.kind, self.folder, self.named = title, kind, folder, named
         self.members: list[Member] = []
-        self.record: dict[str, Any] = {}  # what sweep.json or pipeline.json says
+        self.record: dict[str, Any] = {}  # contents of sweep.json or pipeline.json
         self._file = None if folder is None or kind == "runs" else Whole[Any](folder / f"{kind}.json", json_object, {})
         self._known: dict[Path, RunView] = {}
 
     @property
     def about(self) -> Mapping[str, Any]:
-        """What `sweep.json` says of the sweep: its runs, metric and halving."""
+        """The entry of `sweep.json` on the sweep itself: its runs, metric and halving."""
         return mapping(self.record.get("sweep"))
 
     @property
@@ -357,7 +357,7 @@ class GroupView:
         for name, folder, record in self._listed():
             view = self._known.setdefault(folder, RunView(folder, name))
             member = Member(view, record)
-            if not (member.ended and view.last):  # a run that has ended is read once
+            if not (member.ended and view.last):  # a run that has ended is read only once
                 view.refresh()
             made.append(member)
         self.members = made
@@ -377,7 +377,7 @@ class GroupView:
                 ):  # no path that leads elsewhere
                     yield clean(name, 200), self.folder / name, records.get(name, {})
 
-    # ---- what follows ---------------------------------------------------------------------------------------------
+    # ---- derived values -------------------------------------------------------------------------------------------
 
     @property
     def counts(self) -> Mapping[Status, int]:
@@ -385,15 +385,15 @@ class GroupView:
 
     @property
     def going(self) -> bool:
-        """Whether any of it goes on; between two of its runs none does, but the sweep's or pipeline's own process is there."""
+        """True if a run is active, or if none is but the sweep's or pipeline's own process holds its lock."""
         held = self._file is not None and lock_of(self._file.path.parent) == "held"
         return held or any(m.state in OPEN_STATES for m in self.members)
 
     @property
     def left(self) -> float | None:
-        """Seconds until all are done: steps that are still to be done at the speed of those that were, over the runs that go on now.
+        """Seconds until all runs are done: the remaining steps at the measured speeds, divided by the number of active runs.
 
-        With successive halving an upper bound: it counts every run that is still in as one that stays.
+        With successive halving this is an upper bound, since it assumes that no further run is cut.
         """
         at_once = max(1, sum(m.state in OPEN_STATES for m in self.members))
         speeds = [s.seconds for m in self.members if (s := m.view.speed) is not None]
@@ -406,7 +406,7 @@ class GroupView:
 
 
 def runs_below(folder: Path) -> list[Path]:
-    """Run folders below a folder, by name; not those within a run."""
+    """Return the run folders below a folder, sorted; the inside of a run is not searched."""
     found: list[Path] = []
     level = [folder]
     for _ in range(DEPTH):
@@ -429,7 +429,7 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def open_view(paths: Sequence[Path]) -> RunView | GroupView:
-    """What the paths hold: one run (that may be still to come), a sweep, a pipeline, a folder of runs, or several runs."""
+    """Open what the paths hold: one run (possibly still to come), a sweep, a pipeline, a folder of runs, or several runs."""
     if len(paths) > 1:
         return GroupView(f"{len(paths)} runs", "runs", named=paths)
     folder = paths[0]
