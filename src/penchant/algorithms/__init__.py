@@ -1,6 +1,6 @@
-"""Algorithms: each turns packed batches into losses; the loop owns everything else.
+"""Algorithms, which compute losses from packed batches; the loop does everything else.
 
-`ALGORITHMS` holds them by name, or ``path.py:Class`` names one of a user's own: its class is a section of the config (see `Method`).
+`ALGORITHMS` maps names to config sections (see `Method`); ``path.py:Class`` names a user's own section.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ALGORITHMS: dict[str, type[AlgorithmConfig]] = {
 
 
 def find_algorithm(name: str, where: str = "algorithm.name") -> type[AlgorithmConfig]:
-    """The section of an algorithm: of `ALGORITHMS`, or of a user's file.
+    """The config section of an algorithm, from `ALGORITHMS` or a user's file.
 
     Raises:
         ConfigError: no such file or class, or a class that is not an `AlgorithmConfig`. ValueError: no such algorithm.
@@ -48,7 +48,7 @@ def find_algorithm(name: str, where: str = "algorithm.name") -> type[AlgorithmCo
 
 @functools.lru_cache(maxsize=16)
 def _own(name: str, sha256: str | None, where: str) -> type[AlgorithmConfig]:
-    """Once for each content of a file: `sha256` is there so that an edited file is read again."""
+    """Cached by file content: `sha256` is an argument so that an edited file is loaded again."""
     found = python_object(name, where, "class")
     if not inspect.isclass(found) or not issubclass(found, AlgorithmConfig):
         raise ConfigError(where, f"{name} is not an AlgorithmConfig", "docs/own_algorithms.md has an example")

@@ -28,7 +28,7 @@ else:
 
 
 class GKDConfig(SamplingConfig):
-    """On-policy distillation: learn what a teacher with the same tokenizer would have said, at every token of given answers and the student's own."""
+    """On-policy distillation: match a teacher with the same tokenizer at every token of given answers and the student's own."""
 
     name: Literal["gkd"] = Field(description="gkd")
     samples: Literal[1] = Field(1, description="completions of each prompt")
@@ -72,7 +72,7 @@ class GKDConfig(SamplingConfig):
 
     @property
     def signal(self) -> Signal:
-        """Answers are needed where the policy does not write all of them."""
+        """``prompts`` if the policy writes all answers, else ``tokens``."""
         return "prompts" if self.lam == 1.0 else "tokens"
 
     @property
@@ -107,7 +107,7 @@ class GKDConfig(SamplingConfig):
         return GKD(parts.scorer, teacher, writer, self, own if other > own else None)
 
     def evaluate(self, held_out: EvaluationContext) -> dict[str, Any]:
-        """The divergence on given held-out answers; on the policy's own, where there are prompts alone."""
+        """The divergence on the held-out answers, or on the policy's own if the data has only prompts."""
         from penchant.metrics.completions import EVALUATION
         from penchant.metrics.heldout import heldout_metrics, score_heldout
 
@@ -134,14 +134,14 @@ def _vocabulary(model: Any) -> int:
 
 @dataclass(slots=True)
 class GKD(Algorithm):
-    """GKD (arXiv 2306.13649): ``loss = sum_t D(teacher_t, policy_t) / tokens``, exact over the vocabulary, chunk by chunk.
+    """GKD (arXiv 2306.13649): ``loss = sum_t D(teacher_t, policy_t) / tokens``, exact over the vocabulary, in chunks.
 
-    With ``m = beta teacher + (1 - beta) policy``: ``jsd = beta KL(teacher || m) + (1 - beta) KL(policy || m)``. Own answers carry no
-    gradient of their sampling.
+    With ``m = beta teacher + (1 - beta) policy``: ``jsd = beta KL(teacher || m) + (1 - beta) KL(policy || m)``. There is no
+    gradient through the sampling of own answers.
 
     Args:
-        teacher: runs in each step; writer: samples; rows: of the head that both have, where the teacher's has more.
-        answering: whether a step writes answers; not where held-out ones are scored.
+        teacher: runs in each step; writer: samples; rows: vocabulary size of both heads, if the teacher's is larger.
+        answering: whether a step samples answers; False while scoring held-out ones.
     """
 
     scorer: Scorer
@@ -164,7 +164,7 @@ class GKD(Algorithm):
         return divergences.DivergenceKind("kl", "ref_policy" if how == "forward_kl" else "policy_ref")
 
     def begin_step(self, step: int, progress: float, trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
-        """`lambda` of the rows (drawn by seed and step) with answers of the policy's own in place of the given ones."""
+        """Replace the answers of a fraction `lambda` of the rows (drawn from seed and step) with the policy's own."""
         if not self.answering:
             return trees
         rng = np.random.default_rng([self.writer.seed, step])
@@ -210,7 +210,7 @@ class GKD(Algorithm):
 
 
 def _first(logits: RowLogits, rows: int) -> RowLogits:
-    """Of these tokens alone: the rest are rows that a head has for its shape's sake."""
+    """Restrict logits to the first `rows` tokens; further rows of a head are only padding."""
 
     def few(part: slice) -> Tensor:
         return logits(part)[:, :rows]

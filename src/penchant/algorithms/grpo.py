@@ -1,4 +1,4 @@
-"""RLOO, GRPO, Dr. GRPO, DAPO, GSPO, CISPO, REINFORCE++: k completions of a prompt, trained on one prompt tree, so it is computed once."""
+"""RLOO, GRPO, Dr. GRPO, DAPO, GSPO, CISPO, REINFORCE++: k completions per prompt, in one tree that computes the prompt once."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ ABOUT = {
     "reinforce_pp": "REINFORCE++: clipped policy gradient on rewards with the KL in them, normalized over the whole batch",
 }
 
-# what a method sets in place of the keys' own defaults
+# defaults that a method overrides
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "dr_grpo": {"scale_rewards": "none", "loss_mean": "constant"},
     "dapo": {"clip_high": 0.28, "loss_mean": "token", "dynamic_sampling": 3, "overlong_filter": True},
@@ -60,7 +60,7 @@ BETAS = {"rloo": 0.05, "grpo": 0.04, "reinforce_pp": 0.01}  # the others have no
 
 
 class GroupConfig(OnlineConfig):
-    """RLOO, GRPO and their descendants: completions of one prompt are judged against each other."""
+    """RLOO, GRPO and their descendants, which compare the completions of one prompt with each other."""
 
     name: Literal["rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce_pp"] = Field(
         description="rloo, grpo, dr_grpo, dapo, gspo, cispo or reinforce_pp"
@@ -120,7 +120,7 @@ class GroupConfig(OnlineConfig):
 
     @property
     def estimator(self) -> Literal["k1", "k2", "k3", "unbiased"]:
-        """kl_estimator, resolved."""
+        """`kl_estimator`, with auto resolved."""
         if self.kl_estimator == "auto":
             return "k1" if self.kl_in_reward else "k3"
         return self.kl_estimator
@@ -133,41 +133,41 @@ class GroupConfig(OnlineConfig):
 
 @dataclass(frozen=True, slots=True)
 class ScoredTokens:
-    """A forward pass over groups, token by token (R,), and whose token each is."""
+    """Per-token results (R,) of a forward pass over groups."""
 
     logps: Tensor
     old_logps: Tensor
     ref_logps: Tensor
-    advantages: Tensor  # (C,), or of each token
+    advantages: Tensor  # (C,) or (R,)
     completion_of: Tensor
     lengths: Tensor  # (C,) int64
-    entropy: Tensor | None = None  # where it is in the loss
+    entropy: Tensor | None = None  # if it is in the loss
     keep: Tensor | None = None  # (C,) 1 or 0: whether a completion is in the update; None: all are
-    importance: Tensor | None = None  # (R,) weights of tokens that something else wrote; None: 1
-    sampled: Tensor | None = None  # (R,) log-probs of whoever wrote, where this is the policy's first pass over them
+    importance: Tensor | None = None  # (R,) importance weights if something else sampled; None: 1
+    sampled: Tensor | None = None  # (R,) log-probs at sampling time, if this is the policy's first pass over them
 
 
 @dataclass(slots=True)
 class GroupPolicyGradient(OnPolicy):
     """Policy gradients on groups of completions.
 
-    RLOO (arXiv 2402.14740): ``A_i = R_i - mean_{j != i} R_j`` with ``R = r - beta sum_t (log pi - log ref)``, summed over a completion's
-    tokens. GRPO (arXiv 2402.03300): ``A_i = (r_i - mean r) / std r``, and ``beta k3`` of each token in the loss. Both: the clipped
-    surrogate of PPO; on the first update of a batch of rollouts its gradient is ``-A grad log pi``.
-    Dr. GRPO (arXiv 2503.20783): no std, one constant in place of lengths. DAPO (arXiv 2503.14476): the mean over all tokens, a higher
-    upper clip; prompts whose rewards are all equal are replaced, cut completions left out. GSPO (arXiv 2507.18071): ratio and clip of
-    whole completions. CISPO (arXiv 2506.13585): weights clipped, no gradient is. REINFORCE++ (arXiv 2501.03262): of each token
-    ``r - beta sum_{s >= t} kl_s``, normalized over all tokens of the batch.
+    RLOO (arXiv 2402.14740): ``A_i = R_i - mean_{j != i} R_j`` with ``R = r - beta sum_t (log pi - log ref)``, summed over
+    the completion's tokens. GRPO (arXiv 2402.03300): ``A_i = (r_i - mean r) / std r``, and ``beta k3`` per token in the loss.
+    Both use PPO's clipped surrogate, whose gradient on the first update of a batch of rollouts is ``-A grad log pi``.
+    Dr. GRPO (arXiv 2503.20783): no std, and a constant instead of lengths. DAPO (arXiv 2503.14476): mean over all tokens, a
+    higher upper clip; prompts with equal rewards are replaced, truncated completions left out. GSPO (arXiv 2507.18071): ratio
+    and clip per completion. CISPO (arXiv 2506.13585): clips importance weights, so that every token keeps its gradient.
+    REINFORCE++ (arXiv 2501.03262): per token ``r - beta sum_{s >= t} kl_s``, normalized over all tokens of the batch.
 
     Args:
-        pool: prompts that dynamic sampling may ask in place of others.
+        pool: prompts that dynamic sampling may use as replacements.
     """
 
     config: GroupConfig
     pool: Sequence[TokenTree] = ()
 
     def written(self, prompts: Sequence[TokenTree], iteration: int) -> list[Group]:
-        """An iteration's groups; with dynamic sampling others are written in place of those that teach nothing, so many times."""
+        """Sample an iteration's groups; dynamic sampling replaces those without a learning signal, for several rounds."""
         cfg = self.config
         groups = self.writer.write(prompts, iteration)
         if not cfg.dynamic_sampling:
@@ -186,9 +186,9 @@ class GroupPolicyGradient(OnPolicy):
             used |= {t.row for t in others}
             every += more
             good += [g for g in more if self.teaches(g)]
-        # the first ones stay where nothing teaches: the step is empty, and its line says what was written
+        # if no group has a signal, keep the first ones: the step is empty, and its line reports the rollouts
         found = good or groups
-        # figures of all that was sampled: those of the kept prompts alone say nothing of how good the policy is
+        # metrics over everything sampled, as those of the kept prompts alone would misrepresent the policy
         said = reward_metrics_of(every) | {"dynamic_sampling/kept": len(good) / len(every)}
         return [replace(g, logged={**g.logged, **said}) for g in found]
 
@@ -202,16 +202,16 @@ class GroupPolicyGradient(OnPolicy):
         return not self.config.dynamic_sampling or bool((known != known[0]).any())
 
     def rescored(self, groups: Sequence[Group]) -> bool:
-        """With one update a batch, its own forward pass says the same."""
+        """Not with one update per batch, whose own forward pass gives the same log-probs."""
         return self.config.updates > 1 or measured(groups)
 
     @property
     def token_mean(self) -> bool:
-        """Whether every token counts the same (DAPO), not every completion."""
+        """Whether all tokens have equal weight (DAPO), rather than all completions."""
         return self.config.name != "rloo" and self.config.loss_mean == "token"
 
     def prepare(self, groups: list[Group]) -> None:
-        """Advantages; and, where rollouts serve several updates, log-probs by the engine that trains: the first ratio is exactly 1."""
+        """Compute advantages and, for several updates, old log-probs with the training engine, so that the first ratio is exactly 1."""
         cfg = self.config
         passes: list[Callable[[PackedBatch], Mapping[str, Tensor]]] = [
             lambda batch: {"ref": self.reference.token_logps(batch)}
@@ -237,12 +237,12 @@ class GroupPolicyGradient(OnPolicy):
             g.extras["keep"] = mine
 
     def _kl(self, group: Group) -> Tensor:
-        """(R,) of the tokens of a group as they were written, in fp64."""
+        """(R,) KL estimates for the tokens of a group at sampling time, in fp64."""
         old, ref = group.extras["old"].double(), group.extras["ref"].double()
         return divergences.kl_estimate(old, ref, "k3" if self.config.estimator == "unbiased" else self.config.estimator)
 
     def _normalize_over_the_batch(self, groups: list[Group], keep: list[Tensor] | None) -> None:
-        """REINFORCE++: advantages of each token, with the KL of what is still to come, whitened over all tokens that count."""
+        """REINFORCE++: per-token advantages, including the KL of later tokens, whitened over all tokens in the update."""
         cfg = self.config
         parts = []
         for g in groups:
@@ -266,7 +266,7 @@ class GroupPolicyGradient(OnPolicy):
             g.extras["advantages"] = part
 
     def keep(self, batch: PackedBatch) -> Tensor | None:
-        """(C,) 1 or 0: whether a completion is in the update; None where all are."""
+        """(C,) 1 or 0: whether a completion is in the update; None if all are."""
         if "keep" not in self._by_row[batch.rows[0]].extras:
             return None
         return self.extra(batch, "keep")
@@ -284,7 +284,7 @@ class GroupPolicyGradient(OnPolicy):
         made = self.scorer.logps(batch, entropy=bool(self.config.entropy_coef))
         tokens = made.tokens
         ref, advantages = (self.extra(batch, name).to(tokens) for name in ("ref", "advantages"))
-        # with one update a batch of rollouts, the policy that is trained is the one that wrote
+        # with one update per batch of rollouts, the policy is still the one that sampled
         old = tokens.detach() if self.config.updates == 1 else self.extra(batch, "old").to(tokens)
         keep = self.keep(batch)
         weights = None if keep is None else keep.to(tokens)
@@ -330,7 +330,7 @@ class GroupPolicyGradient(OnPolicy):
         return self._kept(s, logprobs.per_completion(losses, s.lengths) / size, metrics)
 
     def _surrogate(self, s: ScoredTokens, advantages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Losses, ratios and whether the clip bound, (R,) each."""
+        """Losses, ratios and whether the clip is active, (R,) each."""
         cfg = self.config
         if cfg.name == "cispo":
             high = cfg.clip if cfg.clip_high is None else cfg.clip_high
@@ -347,7 +347,7 @@ class GroupPolicyGradient(OnPolicy):
         )
 
     def _kl_in_loss(self, s: ScoredTokens, k3: Tensor) -> Tensor:
-        """(R,); unbiased: its expectation's gradient is that of the KL, also where another policy wrote (arXiv 2512.02556)."""
+        """(R,); unbiased: the gradient of its expectation is that of the KL, even off-policy (arXiv 2512.02556)."""
         how = self.config.estimator
         if how == "k3":
             return k3
@@ -371,5 +371,5 @@ def _lengths(group: Group) -> list[int]:
 
 
 def _sums(per_token: Tensor, group: Group) -> Tensor:
-    """(k,) of numbers per token."""
+    """(k,) sums of per-token values over each completion."""
     return torch.stack([part.sum() for part in per_token.split(_lengths(group))])

@@ -1,4 +1,4 @@
-"""What an algorithm is to the rest of Penchant: its config section answers every question that other packages have about it."""
+"""The interface of algorithms: config sections whose members answer everything that other packages need to know."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SMALL_MODEL = 20_000_000  # parameters
 
 
 def auto_lr(rates: Sequence[float], adapter: bool, parameters: int | None = None) -> float:
-    """The rate that ``train.lr: auto`` stands for: one of `Method.default_lr`; ten times the whole model's for a small model."""
+    """Resolve ``train.lr: auto`` from `Method.default_lr`; a small model gets ten times the rate for a whole model."""
     if adapter:
         return rates[1]
     return float(f"{rates[0] * 10:.3g}") if parameters is not None and parameters < SMALL_MODEL else rates[0]
@@ -33,11 +33,11 @@ def auto_lr(rates: Sequence[float], adapter: bool, parameters: int | None = None
 
 @dataclass(frozen=True, slots=True)
 class Rollouts:
-    """What the policy writes for each batch of prompts.
+    """What the policy samples for each batch of prompts.
 
     Args:
-        samples: completions of each prompt; trained: how many of them a step trains on; max_new_tokens: of a completion, at most.
-        minibatches: optimizer steps of a pass over them, each with an equal part of the prompts.
+        samples: completions per prompt; trained: how many of them a step trains on; max_new_tokens: limit per completion.
+        minibatches: optimizer steps in a pass over them, each on an equal share of the prompts.
     """
 
     samples: int
@@ -48,14 +48,14 @@ class Rollouts:
 
 @dataclass(slots=True)
 class Parts:
-    """What a run is made of, in the order in which it is made; each part may use those above it.
+    """The parts of a run, in the order in which they are built; each may use those above it.
 
     Args:
         config: the run's; device, dtype: of training.
-        tokenizer, asked: the policy's, and every prompt as the data has it, with further columns, by its row's source.
-        trees: (train, held out); mismatched: by row, its prompt with another prompt's completion (where the method needs z0).
-        model: what is trained, cast to `dtype`; modules: what is trained beside it, by the prefix of its weights' names (PPO's value).
-        engine: runs the model (a `RewardScorer` where a reward model is learned); reference: None where none is needed.
+        tokenizer: the policy's; asked: returns every prompt with its extra columns, by the row's source.
+        trees: (train, held out); mismatched: by row, its prompt with another prompt's completion (if the method needs z0).
+        model: the trained model, in `dtype`; modules: trained besides it, by the prefix of their weights' names (PPO's value).
+        engine: runs the model (a `RewardScorer` for a reward model); reference: None if not needed.
     """
 
     config: Any
@@ -78,7 +78,7 @@ class Parts:
 
     @property
     def live_reference(self) -> LiveReference:
-        """The reference of a method that needs one which runs in each step."""
+        """The reference, for a method that runs it in each step."""
         from penchant.logprobs.reference import LiveReference
 
         assert isinstance(self.reference, LiveReference)
@@ -86,7 +86,7 @@ class Parts:
 
 
 class EvaluationContext(Protocol):
-    """What `Method.evaluate` can use: one evaluation of the held-out rows, in training or after it."""
+    """What `Method.evaluate` can use: one evaluation on the held-out set, during or after training."""
 
     @property
     def parts(self) -> Parts: ...
@@ -96,87 +96,87 @@ class EvaluationContext(Protocol):
 
     @property
     def step(self) -> int:
-        """Optimizer steps that the policy has taken."""
+        """Optimizer steps taken by the policy."""
 
     @property
     def budget(self) -> int:
-        """Tokens of a forward pass."""
+        """Tokens per forward pass."""
 
     @property
     def keep(self) -> bool:
-        """Whether the run is being trained; else it is evaluated by itself, later."""
+        """Whether the run is training; False for a separate evaluation afterwards."""
 
     def start(self) -> LiveReference:
-        """The model that training starts from (or reference.path), run live; it may be loaded for this."""
+        """The starting model (or reference.path) as a live reference, loaded if necessary."""
 
     def scored(self, algorithm: Algorithm, *, alike: bool = False) -> tuple[Scored, list[TokenTree]]:
-        """The held-out trees as `algorithm` scores them, and the trees in that order; `alike`: other runs from this start score them alike."""
+        """Score the held-out trees; return them in that order, too. `alike`: all runs from this start have the same scores."""
 
     def by_set(self, algorithm: Algorithm, scored: Scored, trees: list[TokenTree]) -> dict[str, Any]:
-        """The figures of each of several held-out sets; nothing where there is one."""
+        """Metrics of each of several held-out sets; empty if there is only one."""
 
     def loss_change(self, algorithm: Any, scored: Scored, trees: list[TokenTree]) -> dict[str, Any]:
-        """How the loss changed since the start, row by row, where the start was evaluated; `trees` in the order of `scored`."""
+        """Change of the loss since the start, row by row, if the start was evaluated; `trees` in the order of `scored`."""
 
     def completions(self) -> dict[str, Any]:
-        """Figures of what the policy writes to held-out prompts (KL, length, variety, reward), where the config asks for them."""
+        """Metrics of completions of held-out prompts (KL, length, diversity, reward), if the config enables them."""
 
     def rewards_of_start(
         self, max_new_tokens: int, sampling: Mapping[str, Any], rewards: np.ndarray
     ) -> np.ndarray | None:
-        """What the start's completions were worth to the run's `reward`; None: the start was not evaluated.
+        """Rewards of the starting model's completions under the run's `reward`; None if the start was not evaluated.
 
         Args:
-            sampling: settings that completions depend on; rewards: the policy's own, which are kept as the start's at step 0.
+            sampling: settings that completions depend on; rewards: the policy's own, stored as the start's at step 0.
         """
 
     def keep_tables(self, tables: Mapping[str, Any]) -> None:
-        """Tables that go into calibration.json."""
+        """Store the tables for calibration.json."""
 
 
 class Method:
-    """One way to train: what it learns from, what it needs, how it is built and evaluated.
+    """A training method: what it learns from, what it needs, how it is built and evaluated.
 
-    A subclass overrides what differs from a loss on given pairs. What no member answers, no other package may ask.
+    The defaults are those of a loss on given pairs. Other packages know a method only through these members.
     """
 
-    learns_reward: ClassVar[bool] = False  # the model that is trained is a reward model, which writes nothing
-    takes_reward: ClassVar[bool] = False  # completions are judged by the config's `reward`
+    learns_reward: ClassVar[bool] = False  # trains a reward model, which does not generate text
+    takes_reward: ClassVar[bool] = False  # completions are scored by the config's `reward`
 
     if TYPE_CHECKING:
 
         @property
         def name(self) -> str:
-            """What a config calls it."""
+            """Its name in a config."""
 
     @property
     def about(self) -> str:
-        """What it does, as Markdown, for a model card."""
+        """Markdown description for a model card."""
         return f"`{self.name}`: {(type(self).__doc__ or '').strip().splitlines()[0]}"
 
     @property
     def signal(self) -> Signal:
-        """What a row must be: a text to learn, a pair, a labeled answer, or a prompt alone."""
+        """The kind of row that it learns from: a text, a pair, a labeled answer, a list of answers, or a prompt alone."""
         return "pairs"
 
     @property
     def needs(self) -> frozenset[str]:
-        """What it needs beside the policy's log-probs: keys of `losses.registry.NEEDS`."""
+        """What it needs besides the policy's log-probs: keys of `losses.registry.NEEDS`."""
         return frozenset()
 
     @property
     def live_reference(self) -> bool:
-        """Whether the reference must run in each step: its log-probs cannot be computed once and kept."""
+        """Whether the reference must run in each step because its log-probs cannot be cached."""
         return False
 
     @property
     def metric(self) -> str:
-        """The held-out figure that runs are judged by; whether more is better, `metrics.names` says."""
+        """The held-out metric that runs are judged by; `metrics.names` has the direction that is better."""
         return "eval/rewards/accuracies"
 
     @property
     def rollouts(self) -> Rollouts | None:
-        """What the policy writes in each step; None for methods on given answers."""
+        """What the policy samples in each step; None for methods on given answers."""
         return None
 
     @property
@@ -186,42 +186,42 @@ class Method:
 
     @property
     def copies(self) -> int:
-        """Models of the policy's size that are trained beside it."""
+        """Number of models of the policy's size that are trained besides it."""
         return 0
 
     @property
     def optimizer(self) -> Mapping[str, Any]:
-        """Keys of the `train` section that it gives another value (PPO's adam_eps)."""
+        """Keys of the `train` section that it overrides (PPO's adam_eps)."""
         return {}
 
     @property
     def idle(self) -> Mapping[str, str]:
-        """Keys that change nothing with it, its own and those of other sections (``rollout.lag``): see `refuse_idle`."""
+        """Keys that have no effect with it, its own and those of other sections (``rollout.lag``), see `refuse_idle`."""
         return {}
 
     @property
     def default_lr(self) -> tuple[float, float]:
-        """Peak learning rate where the config says auto: of the whole model, of an adapter. `auto_lr` reads it."""
+        """Peak learning rates for ``lr: auto``: of the whole model, of an adapter. Read by `auto_lr`."""
         return 1e-6, 5e-5
 
     @property
     def resolved(self) -> Mapping[str, float]:
-        """What an ``auto`` among its keys stands for."""
+        """The values behind ``auto`` in its keys."""
         return {}
 
     def check(self, parts: Parts) -> None:
-        """Raise ConfigError where model and rows cannot serve; nothing but the model is there yet."""
+        """Raise ConfigError if model or rows do not fit; of the parts after the model, none exists yet."""
 
     def modules(self, parts: Parts, load: Callable[[], Any], note: Callable[[str], None]) -> Mapping[str, Any]:
-        """What is trained beside the model, by the prefix of its weights' names.
+        """Modules trained besides the model, by the prefix of their weights' names.
 
         Args:
-            load: one more copy of the model as training starts, in fp32; note: writes a line to the log.
+            load: returns another copy of the starting model, in fp32; note: writes a line to the log.
         """
         return {}
 
     def build(self, parts: Parts) -> Algorithm:
-        """What the loop trains."""
+        """Build the algorithm that the loop trains."""
         raise NotImplementedError
 
     def evaluate(self, held_out: EvaluationContext) -> dict[str, Any]:
@@ -233,7 +233,7 @@ class Method:
 
 
 class AlgorithmConfig(Section, Method):
-    """Base of every `algorithm` section: the keys of one algorithm, and what it is."""
+    """Base class of `algorithm` sections: the config keys of an algorithm, and its `Method`."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", populate_by_name=True)
 

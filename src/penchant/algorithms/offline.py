@@ -1,4 +1,4 @@
-"""Every loss over a fixed data set, alone or mixed by weight: told apart by their specs alone."""
+"""Losses on a fixed dataset, alone or in a weighted mix; all differences between them come from their specs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ else:
     logprobs, divergences = lazy("penchant.logprobs"), lazy("penchant.losses.divergences")
     references = lazy("penchant.logprobs.reference")
 
-# needs of a loss that change nothing in the log-probs that a pass over held-out rows leaves
+# needs of a loss that do not affect the log-probs of held-out rows
 SCORED_ALIKE = frozenset({"reference", "scores", "score_gap", "labels", "delta", "batch"})
 
 
@@ -65,7 +65,7 @@ class Losses(Method):
 
     @property
     def signal(self) -> Signal:
-        """One loss on labels among them takes pairs apart, one on pairs needs both answers."""
+        """The first of pairs, unpaired, lists and tokens that one of the losses learns from."""
         order: tuple[Signal, ...] = ("pairs", "unpaired", "lists", "tokens")
         return next(s for s in order if s in {spec.signal for spec in self.specs})
 
@@ -108,7 +108,7 @@ class Losses(Method):
 
         algorithm: Offline = held_out.algorithm
         moves = held_out.parts.config.reference.moves
-        if moves:  # rewards against a reference that went along would say nothing of what was learned
+        if moves:  # rewards against a moved reference would not show what was learned
             algorithm = replace(algorithm, reference=held_out.start())
         scored, trees = held_out.scored(algorithm, alike=self.needs <= SCORED_ALIKE and not moves)
         change = held_out.loss_change(algorithm, scored, trees)
@@ -132,7 +132,7 @@ class Component:
 
 @dataclass(slots=True)
 class Offline(Algorithm):
-    """Losses of the registry on packed batches of a fixed data set.
+    """Losses of the registry on packed batches of a fixed dataset.
 
     ``loss = sum_c weight_c loss_c (+ nll_weight x SFT on the chosen completions)``
 
@@ -141,9 +141,9 @@ class Offline(Algorithm):
         components: at least one loss; the first one's `rewards/*` are the run's.
         reference: where reference log-probs come from; required when a loss needs them.
         nll_weight: adds the chosen completions' negative log-likelihood, a mean over tokens.
-        average_log_prob: losses see log-probs per token, of policy and reference alike.
-        mismatched: by data set row, its prompt with another prompt's completion: what KTO's z0 is estimated from.
-        tokens_per_step: tokens of one forward pass over those.
+        average_log_prob: losses get log-probs per token, of both policy and reference.
+        mismatched: by dataset row, its prompt with another prompt's completion, to estimate KTO's z0.
+        tokens_per_step: tokens in one forward pass over those.
     """
 
     scorer: Scorer
@@ -182,7 +182,7 @@ class Offline(Algorithm):
     # ---- a step ---------------------------------------------------------------------------------------------------
 
     def begin_step(self, step: int, progress: float, trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
-        """Scheduled hyperparameters, and KTO's z0 over everything that the step trains on."""
+        """Update scheduled hyperparameters, and estimate KTO's z0 over all rows of the step."""
         self._now = [c.at(progress) for c in self.components]
         if "z0" in self.needs:
             self._z0 = self._estimate_z0([replace(self.mismatched[t.row], weight=t.weight) for t in trees])
@@ -207,7 +207,7 @@ class Offline(Algorithm):
         return kto_z0(policy * weights, ref * weights)
 
     def weights(self, batch: PackedBatch) -> Mapping[str, float]:
-        """Every term's denominator: what the loss says of made-up log-probs, since weights do not depend on them."""
+        """Every term's denominator, from the loss of dummy log-probs, as weights do not depend on them."""
         zeros = torch.zeros(len(batch.lengths), device=batch.lengths.device)
         names = (
             "ref_logps",
@@ -230,7 +230,7 @@ class Offline(Algorithm):
         return {}
 
     def score(self, batch: PackedBatch) -> Scored:
-        # the reference first: its activations are gone before the policy's are made
+        # the reference first, so that its activations are freed before the policy's are allocated
         needs, reference, per_completion = self.needs, self.reference, logprobs.per_completion
         shared = "shared_logps" in needs
         ref_tokens = ref = None
@@ -283,7 +283,7 @@ class Offline(Algorithm):
         out = c.spec.fn(self._view(c.spec, scored), **params.arguments())
         metrics = dict(out.metrics)
         if c.spec.signal == "unpaired" and scored.is_pairs and "rewards/chosen" in metrics:
-            # both answers of a prompt are there: margins and accuracies can be told, as for a pairwise loss
+            # with both answers of a prompt, margins and accuracies can be computed as for a pairwise loss
             rewards = metrics["rewards/chosen"][0] + metrics["rewards/rejected"][0]
             metrics |= reward_metrics(*scored.sides(rewards))
         terms = {name: (c.weight * values, weights) for name, (values, weights) in out.terms.items()}
@@ -312,7 +312,7 @@ class Offline(Algorithm):
         )
 
     def end_step(self, step: int, means: Mapping[str, float]) -> None:
-        """BCO's running mean of rewards, and a reference that follows the policy."""
+        """Update BCO's running mean of rewards and a moving reference."""
         for c in self.components:
             if "delta" in c.spec.needs:
                 prefix = "" if c is self.components[0] else f"{c.spec.name}/"
@@ -328,7 +328,7 @@ class Offline(Algorithm):
         return sum(sides) / len(sides) if sides else 0.0
 
     def step_values(self) -> dict[str, float]:
-        """What the step's losses were computed with, for its log line: scheduled hyperparameters, z0, delta."""
+        """The values behind the step's losses, for its log line: scheduled hyperparameters, z0, delta."""
         values: dict[str, float] = {}
         for i, (c, now) in enumerate(zip(self.components, self._now, strict=True)):
             prefix = "" if i == 0 else f"{c.spec.name}/"
@@ -355,7 +355,7 @@ class Offline(Algorithm):
 
 
 def _scored(batch: PackedBatch, policy_logps: Tensor, **columns: Tensor | None) -> Scored:
-    """A pass over a batch, in the type of the policy's log-probs; `columns`: what else of `Scored` is known."""
+    """The result of a pass over a batch, in the dtype of the policy's log-probs; `columns`: further fields of `Scored`."""
     given = {n: getattr(batch, n) for n in ("lengths", "labels", "scores", "row_weights")}
     columns = {**given, **columns}
     typed: dict[str, Any] = {n: None if v is None else v.to(policy_logps.dtype) for n, v in columns.items()}
@@ -370,7 +370,7 @@ def _scored(batch: PackedBatch, policy_logps: Tensor, **columns: Tensor | None) 
 
 
 def pair_view(scored: Scored) -> PairLogps:
-    """Completions of a batch of pairs taken apart into chosen (slot 0) and rejected (slot 1)."""
+    """Split a batch of pairs into chosen (slot 0) and rejected (slot 1) completions."""
 
     def both(name: str, values: Tensor | None) -> dict[str, Any]:
         chosen, rejected = (None, None) if values is None else scored.sides(values)
@@ -388,7 +388,7 @@ def pair_view(scored: Scored) -> PairLogps:
 
 
 def list_view(scored: Scored) -> ListLogps:
-    """Completions of a batch as one row a prompt."""
+    """Arrange the completions of a batch as one row per prompt."""
 
     def rows(values: Tensor | None) -> Tensor | None:
         return None if values is None else scored.matrix(values)
@@ -399,7 +399,7 @@ def list_view(scored: Scored) -> ListLogps:
 
 
 def _learned(scored: Scored, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Log-probs (or other `values`) and lengths of what SFT learns: a pair's chosen completion, a list's best, good answers, else all."""
+    """Log-probs (or other `values`) and lengths of what SFT learns: chosen completions, a list's best, good answers, else all."""
     columns = scored.policy_logps if values is None else values, scored.lengths
     if scored.is_pairs:
         return scored.sides(columns[0])[0], scored.sides(columns[1])[0]
@@ -418,7 +418,7 @@ def _first_tokens(batch: PackedBatch) -> Tensor:
 
 
 def logp_metrics(scored: Scored) -> Metrics:
-    """The `logps/*` metrics (nats per completion, and per token), and how often the policy alone ranks the chosen one higher."""
+    """The `logps/*` metrics (nats per completion, and per token), and how often the policy itself ranks the chosen one higher."""
     policy = scored.policy_logps.detach()
     metrics: dict[str, Weighted] = {"logps/per_token": (policy, scored.lengths)}
     ratios = None if scored.ref_logps is None else policy - scored.ref_logps

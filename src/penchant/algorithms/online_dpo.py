@@ -1,4 +1,4 @@
-"""Online DPO: the policy's own best against its own worst completion of each prompt, by reward."""
+"""Online DPO: DPO on the policy's own best and worst completion of each prompt, by reward."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from penchant.types import TokenTree
 
 
 class OnlineDPOConfig(OnlineConfig):
-    """Online DPO: the best against the worst completion of each prompt."""
+    """Online DPO: DPO on the best and the worst completion of each prompt."""
 
     name: Literal["online_dpo"] = Field(description="online_dpo")
 
@@ -52,21 +52,21 @@ class OnlineDPOConfig(OnlineConfig):
 
 @dataclass(slots=True, kw_only=True)
 class OnlineDPO(Offline):
-    """Online DPO (arXiv 2402.04792): DPO on pairs that are written and judged in each step.
+    """Online DPO (arXiv 2402.04792): DPO on pairs that are sampled and scored in each step.
 
     Args:
-        writer: samples and judges; the rest is of `Offline`, with a reference that runs in each step.
+        writer: samples and scores completions; the other arguments are those of `Offline`, with a live reference.
     """
 
     writer: Writer
     _groups: list[Group] = field(default_factory=list)
 
     def begin_step(self, step: int, progress: float, trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
-        """Pairs of this step's rollouts; a group whose completions are all alike by reward or text teaches nothing."""
+        """Sample this step's pairs; groups whose completions have equal rewards or texts are left out."""
         self.writer.version = step
         self._groups = self.writer.write(trees, step)
         pairs = [best_against_worst(g) for g in self._groups]
-        # every prompt stays in the step's count of trees, so at least one pair must be there to train on
+        # without any pair, the step is empty
         return Offline.begin_step(self, step, progress, [p for p in pairs if p is not None])
 
     def end_step(self, step: int, means: Mapping[str, float]) -> None:
@@ -79,7 +79,7 @@ class OnlineDPO(Offline):
 
 
 def best_against_worst(group: Group) -> TokenTree | None:
-    """The pair of a group, chosen first; None where all rewards are equal or unknown, or both are the same tokens."""
+    """The (chosen, rejected) pair of a group; None if all rewards are equal or unknown, or both have the same tokens."""
     low, high = group.rewards.nan_to_num(float("-inf")), group.rewards.nan_to_num(float("inf"))
     best, worst = int(low.argmax()), int(high.argmin())
     tree = group.tree

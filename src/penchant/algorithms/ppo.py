@@ -1,4 +1,4 @@
-"""PPO: a value for every token, generalized advantages, the clipped surrogate; several passes over each batch of rollouts.
+"""PPO: a value per token, generalized advantages, the clipped surrogate, and several passes over each batch of rollouts.
 
 docs/ppo.md lists every detail with its source.
 """
@@ -35,7 +35,7 @@ POLICY, VALUE = "policy", "value"  # `PPO.strands`
 
 
 class PPOConfig(OnlineConfig):
-    """PPO's own settings and defaults; docs/ppo.md says where each comes from."""
+    """PPO settings and defaults; docs/ppo.md has the source of each."""
 
     name: Literal["ppo"] = Field(description="ppo")
     samples: int = Field(1, ge=1, le=4096, description="completions of each prompt")
@@ -80,7 +80,7 @@ class PPOConfig(OnlineConfig):
 
     @property
     def start_beta(self) -> float:
-        """beta, resolved: 0.05 fixed; adaptive control starts at 0.2."""
+        """beta, with auto resolved: 0.05 if fixed; adaptive control starts at 0.2."""
         return 0.2 if self.beta == "auto" and self.kl_control == "adaptive" else self.kl_weight
 
     about: ClassVar[str] = (
@@ -96,7 +96,7 @@ class PPOConfig(OnlineConfig):
         return 1 if self.value == "separate" else 0
 
     def modules(self, parts: Parts, load: Callable[[], Any], note: Callable[[str], None]) -> dict[str, ValueModel]:
-        """The value: a head on the policy's hidden states, or a model of its own that starts as the policy or the reward model does."""
+        """The value function: a head on the policy's hidden states, or a separate model started from the policy or reward model."""
         from penchant.models.reward import ValueModel
 
         own = load() if self.value == "separate" else None
@@ -117,7 +117,7 @@ class PPOConfig(OnlineConfig):
 
 @dataclass(frozen=True, slots=True)
 class ScoredSteps:
-    """A forward pass over completions, token by token (R,). A pass of one of `PPO.strands` has log-probs or values, not both."""
+    """Per-token results (R,) of a forward pass; with a separate value model, a pass has either log-probs or values."""
 
     logps: Tensor | None
     values: Tensor | None
@@ -127,8 +127,8 @@ class ScoredSteps:
     advantages: Tensor
     returns: Tensor
     keep: Tensor  # 1 or 0: whether a token is in the update
-    entropy: Tensor | None = None  # where it is in the loss
-    importance: Tensor | None = None  # weights of tokens that something else wrote; None: 1
+    entropy: Tensor | None = None  # if it is in the loss
+    importance: Tensor | None = None  # importance weights if something else sampled; None: 1
 
 
 @dataclass(slots=True)
@@ -139,7 +139,7 @@ class PPO(OnPolicy):
     ``mean_t [-min(ratio A, clip(ratio) A)] + value_coef mean_t [value loss]`` over the tokens of a minibatch.
 
     Args:
-        value_head: on the policy's hidden states, or on `value_scorer`'s, a model of its own.
+        value_head: on the hidden states of the policy, or of `value_scorer`, a separate model.
     """
 
     config: PPOConfig
@@ -160,11 +160,11 @@ class PPO(OnPolicy):
 
     @property
     def strands(self) -> tuple[str, ...]:
-        """A value model of its own has passes of its own."""
+        """A separate value model has separate passes."""
         return ("",) if self.value_scorer is None else (POLICY, VALUE)
 
     def prepare(self, groups: list[Group]) -> None:
-        """Old log-probs and values by the engine that trains, token rewards, advantages and returns."""
+        """Compute old log-probs and values with the training engine, token rewards, advantages and returns."""
         cfg = self.config
         passes = [self._old_and_values, lambda batch: {"ref": self.reference.token_logps(batch)}]
         score_groups(groups, passes, self.scorer, self.tokens_per_step, self.side_by_side)
@@ -188,13 +188,13 @@ class PPO(OnPolicy):
         for name, per_token in (("advantages", advantages), ("returns", returns)):
             for g, part in zip(groups, per_token.split(sizes), strict=True):
                 g.extras[name] = part
-        if cfg.kl_control == "adaptive":  # arXiv 1909.08593, section 2.2: proportional, the error held at 0.2
+        if cfg.kl_control == "adaptive":  # arXiv 1909.08593, section 2.2: proportional, error clipped to 0.2
             kl = float((old - ref).sum() / len(lengths))
             error = min(0.2, max(-0.2, kl / cfg.kl_target - 1.0))
             self.beta *= 1.0 + error * len(lengths) / cfg.kl_horizon
 
     def _shaped(self, scores: Tensor, known: Tensor | None = None) -> Tensor:
-        """Rewards over their running standard deviation, and held within +- score_clip, where asked for; unknown ones are 0."""
+        """Rewards divided by their running standard deviation and clipped to +- score_clip, if enabled; unknown ones are 0."""
         if known is not None:
             shaped = torch.zeros_like(scores)
             if bool(known.any()):
@@ -211,7 +211,7 @@ class PPO(OnPolicy):
     def _logps_and_values(
         self, batch: PackedBatch, entropy: bool = False
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(R,) each, and the entropy on request: with a head on the policy, one forward pass gives all; else those of the batch's strand."""
+        """Log-probs, values and, on request, entropy, (R,) each; with a separate value model, only those of the batch's strand."""
         if self.value_scorer is None:
             logps, values = self.scorer.valued(batch, self.value_head, entropy=entropy)
             return logps.tokens, values, logps.entropy
@@ -220,7 +220,7 @@ class PPO(OnPolicy):
         return (None, own, None) if found is None else (found.tokens, own, found.entropy)
 
     def _old_and_values(self, batch: PackedBatch) -> dict[str, Tensor]:
-        """Log-probs and values of the policy that wrote."""
+        """Log-probs and values of the policy that sampled."""
         with references.LiveReference(self.scorer).at_rest():
             logps, values, _ = self._logps_and_values(batch)
             assert logps is not None and values is not None
@@ -234,7 +234,7 @@ class PPO(OnPolicy):
         return {"main": tokens * (batch.strand != VALUE), "value": tokens * (batch.strand != POLICY)}
 
     def _keep(self, batch: PackedBatch) -> Tensor | None:
-        """(R,) 1 or 0: whether a token is in the update; None where all are."""
+        """(R,) 1 or 0: whether a token is in the update; None if all are."""
         return self.extra(batch, "keep") if "keep" in self._by_row[batch.rows[0]].extras else None
 
     def score(self, batch: PackedBatch) -> ScoredSteps:
@@ -296,7 +296,7 @@ class PPO(OnPolicy):
         return reward_metrics_of(groups) | kl | {"beta": self.beta} | self.rollout_values()
 
     def accepts(self, means: Mapping[str, float]) -> bool:
-        """Not beyond `ratio_limit`: there the rollouts say nothing of the policy that is trained."""
+        """False beyond `ratio_limit`, where the rollouts no longer represent the current policy."""
         return means["ratio"] <= self.config.ratio_limit
 
     def state_tensors(self) -> dict[str, Tensor]:
@@ -311,7 +311,7 @@ class PPO(OnPolicy):
 
 
 def _with(moments: Tensor, new: Tensor) -> Tensor:
-    """Count, mean and sum of squared deviations with new numbers added (Chan's update)."""
+    """Update (count, mean, sum of squared deviations) with new numbers (Chan's method)."""
     count, mean, squares = moments.tolist()
     n, m = len(new), float(new.mean())
     total = count + n
@@ -321,17 +321,18 @@ def _with(moments: Tensor, new: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# where a value model of its own starts
+# initialization of a separate value model
 
 
 def start_value(value: ValueModel, reward: RewardConfig, tokenizer: Any, *, demanded: bool) -> str:
-    """Let a separate value model start as the reward model: its backbone, and its head times the reward's weight.
+    """Initialize a separate value model from the reward model: its backbone, and its head times the reward's weight.
 
     Returns:
         A sentence for the log.
 
     Raises:
-        ConfigError: it cannot (no causal reward model of the policy's architecture and tokenizer among the rewards) and is `demanded`.
+        ConfigError: `demanded`, but the rewards do not hold exactly one causal reward model of the policy's architecture
+            and tokenizer.
     """
     from penchant.rewards.reward_model import find_reward_model
 
@@ -348,7 +349,7 @@ def start_value(value: ValueModel, reward: RewardConfig, tokenizer: Any, *, dema
 
 
 def _start_there(value: ValueModel, folder: str, weight: float, tokenizer: Any) -> str:
-    """Copy the weights; why not, where it cannot be."""
+    """Copy the weights; return the reason if that is impossible, else an empty string."""
     from penchant.models.load import backbone_of, load_tokenizer
     from penchant.models.reward import head_of, is_encoder, load_model_config, load_reward_model
 
@@ -358,7 +359,7 @@ def _start_there(value: ValueModel, folder: str, weight: float, tokenizer: Any) 
         return "the reward model has another tokenizer"
     start = load_reward_model(ModelConfig(path=folder), torch.device("cpu")).model
     own = backbone_of(value.backbone).state_dict() if value.backbone is not None else {}
-    # a token that was added for padding has a row behind the others, which nothing reads
+    # an added padding token has a row after the others, which is never read
     theirs = {
         n: w[: own[n].shape[0]] if n in own and w.ndim == 2 else w for n, w in backbone_of(start).state_dict().items()
     }

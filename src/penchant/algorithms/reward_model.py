@@ -1,4 +1,4 @@
-"""Training a reward model: Bradley-Terry on pairs."""
+"""Reward model training with the Bradley-Terry loss on pairs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class RewardModelConfig(AlgorithmConfig):
-    """Training a reward model on pairs, with neither `loss` nor `reward`. See docs/reward_models.md."""
+    """Train a reward model on pairs, without `loss` and `reward`. See docs/reward_models.md."""
 
     name: Literal["reward_model"] = Field(description="reward_model")
     margin: Literal["none", "scores"] = Field(
@@ -43,7 +43,7 @@ class RewardModelConfig(AlgorithmConfig):
         return RewardTraining(parts.engine, self)
 
     def evaluate(self, held_out: EvaluationContext) -> dict[str, Any]:
-        """Loss and accuracy on held-out pairs, calibration, and what length has to do with it."""
+        """Loss and accuracy on held-out pairs, calibration, and the influence of length."""
         from penchant.metrics.heldout import heldout_metrics, pair_quality
 
         scored, trees = held_out.scored(held_out.algorithm)
@@ -75,7 +75,7 @@ class RewardTraining(Algorithm):
         return {"main": float(batch.row_weights.double().sum()) / 2}  # both answers of a pair have its weight
 
     def score(self, batch: PackedBatch) -> Scored:
-        """Rewards ride where other methods have log-probs: one number a completion, like those."""
+        """Score a batch, with rewards in place of log-probs: one number per completion."""
         rewards = self.scorer.rewards(batch)
         return Scored(
             tree=batch.completion_tree,
@@ -90,7 +90,7 @@ class RewardTraining(Algorithm):
     def loss(self, scored: Scored) -> LossOutput:
         margin = None
         if self.config.margin == "scores":
-            assert scored.scores is not None  # the data layer keeps pairs without scores aside
+            assert scored.scores is not None  # the data layer quarantines pairs without scores
             chosen, rejected = scored.sides(scored.scores)
             margin = chosen - rejected
         out = bradley_terry(

@@ -1,4 +1,4 @@
-"""Groups of completions that the policy writes itself, with their rewards: what every online method trains on."""
+"""Groups of completions sampled from the policy, with their rewards: the training data of every online method."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ else:
 
 
 class SamplingConfig(AlgorithmConfig):
-    """A method whose policy writes: how it samples."""
+    """Sampling settings of a method whose policy writes completions."""
 
     samples: int = Field(4, ge=1, le=4096, description="completions of each prompt")
     max_new_tokens: int = Field(64, ge=1, le=2**20, description="tokens of a completion")
@@ -67,7 +67,7 @@ class SamplingConfig(AlgorithmConfig):
 
 
 class OnlineConfig(SamplingConfig):
-    """An online method, its rollouts, and its update. Present: `loss` is not used; `reward` is needed."""
+    """An online method, its rollouts and its update. If present, `loss` is not used and `reward` is required."""
 
     entropy_coef: float = Field(
         0.0,
@@ -100,10 +100,10 @@ class OnlineConfig(SamplingConfig):
     signal: ClassVar[Signal] = "prompts"
     needs: ClassVar[frozenset[str]] = frozenset({"reference"})
     takes_reward: ClassVar[bool] = True
-    live_reference: ClassVar[bool] = True  # a cache does not hold completions that are yet to be written
+    live_reference: ClassVar[bool] = True  # a cache cannot hold completions that are not yet sampled
     metric: ClassVar[str] = "eval/reward"
     default_beta: ClassVar[float] = 0.05
-    least_samples: ClassVar[int] = 1  # 2 where completions of one prompt are judged against each other
+    least_samples: ClassVar[int] = 1  # 2 if completions of one prompt are compared with each other
 
     @model_validator(mode="after")
     def _enough_samples_and_no_reward_for_drift(self) -> OnlineConfig:
@@ -118,7 +118,7 @@ class OnlineConfig(SamplingConfig):
 
     @property
     def kl_weight(self) -> float:
-        """beta, resolved."""
+        """beta, with auto resolved."""
         return self.default_beta if self.beta == "auto" else float(self.beta)
 
     @property
@@ -142,7 +142,7 @@ class OnlineConfig(SamplingConfig):
             raise ConfigError("algorithm.minibatches", what, f"lower it to at most {rows}, or raise train.batch_size")
 
     def writer(self, parts: Parts) -> Writer:
-        """What samples and judges; policy and reference get the method's temperature."""
+        """Create what samples and scores completions; also set the method's temperature on policy and reference."""
         from penchant.rewards import load_reward
         from penchant.rewards.reward_model import PolicyText
 
@@ -183,14 +183,14 @@ class OnlineConfig(SamplingConfig):
         )
 
     def evaluate(self, held_out: EvaluationContext) -> dict[str, Any]:
-        """Reward, win rate against the start and KL of one completion of each held-out prompt."""
+        """Reward, win rate against the start and KL, on one completion per held-out prompt."""
         from penchant.metrics.completions import evaluate_online
 
         asked = self.model_dump(mode="json", include={"temperature", "top_p", "top_k", "missing_eos_penalty"})
         asked |= {"min_p": self.min_p} if self.min_p else {}
         asked |= {"repetition_penalty": self.repetition_penalty} if self.repetition_penalty != 1.0 else {}
         writer: Writer = held_out.algorithm.writer
-        if not held_out.keep:  # the policy is here, and the server of its training need not be
+        if not held_out.keep:  # the policy is loaded here, while the server used in training may be gone
             writer = replace(writer, rollout=writer.rollout.model_copy(update={"engine": "own"}))
         return evaluate_online(
             writer,
@@ -207,12 +207,13 @@ class Group:
     """One prompt's completions.
 
     Args:
-        tree: the prompt with its k completions; `truncated` where one did not end by itself.
-        rewards: (k,) as the reward function gave them, missing-EOS penalty taken off; NaN where no reward says anything of a completion.
-        texts: what the reward function saw.
-        extras: per-token or per-completion tensors that a method keeps with it: ``sampled`` log-probs of whoever wrote, ``old`` log-probs (the
-            same at first), advantages; with another engine, older weights or a correction the ``version`` of the weights (optimizer steps).
-        terms: (k,) each reward's own numbers by its name, NaN where it says nothing; logged: what reward functions log of the batch.
+        tree: the prompt with its k completions; `truncated` marks those that did not end by themselves.
+        rewards: (k,) from the reward function, minus the missing-EOS penalty; NaN for a completion without a reward.
+        texts: the completions as given to the reward function.
+        extras: a method's per-token or per-completion tensors: ``sampled`` log-probs at sampling time, ``old`` log-probs
+            (initially the same), advantages; with another engine, older weights or a correction also the ``version`` of
+            the weights (optimizer steps).
+        terms: (k,) the values of each reward by name, NaN if it gives none; logged: what reward functions log per batch.
     """
 
     tree: TokenTree
@@ -225,10 +226,10 @@ class Group:
 
 @dataclass(slots=True)
 class Ahead:
-    """Completions that are being written for a later iteration.
+    """Completions that are being sampled for a later iteration.
 
     Args:
-        of: its iteration, rows, and completions of each; version: of the weights that write; result: gives them, or None where they are lost.
+        of: (iteration, rows, completions per row); version: of the sampling weights; result: returns them, or None if lost.
     """
 
     of: tuple[int, tuple[int, ...], int]
@@ -236,11 +237,11 @@ class Ahead:
     result: Callable[[], list[list[Sample]] | None]
 
     def samples(self) -> list[list[Sample]] | None:
-        """They, once they are written."""
+        """Wait for the completions; None if they are lost."""
         return self.result()
 
     def tensors(self) -> dict[str, Tensor]:
-        """For a checkpoint; nothing where they are lost."""
+        """The completions as tensors for a checkpoint; empty if they are lost."""
         if (found := self.samples()) is None:
             return {}
         iteration, rows, k = self.of
@@ -259,7 +260,7 @@ class Ahead:
 
     @staticmethod
     def of_tensors(tensors: Mapping[str, Tensor]) -> Ahead | None:
-        """The inverse of `tensors`; None where they hold none."""
+        """The inverse of `tensors`; None if there are no completions in them."""
         from penchant.rollout.generate import Sample
 
         if "ahead/of" not in tensors:
@@ -281,14 +282,15 @@ class Ahead:
 
 @dataclass(slots=True)
 class Writer:
-    """Writes groups: the policy samples, the reward function judges.
+    """Samples groups from the policy and scores them with the reward function.
 
     Args:
-        model, tokenizer: the policy's; reward: of texts, None for a `written` alone; config: samples, length, temperature; seed: of the run.
-        engine: what runs the model, where several processes share it: each answers a part of the prompts.
-        stage: where completions are conversations with an environment.
-        rollout: what samples; longest: tokens of the longest prompt and its completion; folder: of the run.
-        version: optimizer steps that the policy has taken: which weights another engine must have.
+        model, tokenizer: the policy's; reward: scores texts, None if only `written` is used; config: samples, length,
+            temperature; seed: of the run.
+        engine: runs the model if several processes share it; each completes a share of the prompts.
+        stage: runs conversations with an environment, if there is one.
+        rollout: settings of the sampling engine; longest: tokens of the longest prompt plus completion; folder: of the run.
+        version: optimizer steps taken by the policy, to give another engine the right weights.
     """
 
     model: Any
@@ -307,7 +309,7 @@ class Writer:
 
     @property
     def sampler(self) -> Any:
-        """The `Engine` that samples, made when it is first asked."""
+        """The `Engine` that samples, created on first use."""
         if self._sampler is None:
             from penchant.distributed.shard import whole_weights
             from penchant.rollout.engines import make_engine
@@ -317,7 +319,7 @@ class Writer:
         return self._sampler
 
     def _asked_of(self, prompts: Sequence[TokenTree], iteration: int, k: int) -> tuple[Any, ...]:
-        """What an engine is asked for: a function of seed, iteration and rows."""
+        """Arguments for an engine, which depend only on seed, iteration and rows."""
         from penchant.data.templates import end_ids
         from penchant.rollout.generate import Settings
 
@@ -330,7 +332,7 @@ class Writer:
         return [t.prompt_ids.tolist() for t in prompts], settings, seed, [t.row for t in prompts]
 
     def _sampled(self, prompts: Sequence[TokenTree], iteration: int, k: int) -> list[list[Sample]]:
-        """`k` completions of each prompt, conversations where there is an environment."""
+        """`k` completions of each prompt; conversations if there is an environment."""
         asked, settings, seed, seeds = self._asked_of(prompts, iteration, k)
 
         def draw(rows: Sequence[Sequence[int]], seeds: Sequence[int], rooms: Sequence[int]) -> list[Sample]:
@@ -343,18 +345,18 @@ class Writer:
         return self.stage.play(prompts, k, settings.max_new_tokens, draw)
 
     def _drawn(self, prompts: Sequence[TokenTree], iteration: int, k: int) -> tuple[list[list[Sample]], int]:
-        """Completions of each prompt, and the version of the weights that wrote them."""
+        """Completions of each prompt, and the version of the weights that sampled them."""
         ahead, rows = self.ahead, tuple(t.row for t in prompts)
         if ahead is not None and ahead.of == (iteration, rows, k):
             self.ahead = None
             if (found := ahead.samples()) is not None:
                 return found, ahead.version
         elif ahead is not None:
-            ahead.samples()  # its weights must stay until it is written
+            ahead.samples()  # its weights must not change before it is done
         return self._now(prompts, iteration, k), self.version
 
     def _now(self, prompts: Sequence[TokenTree], iteration: int, k: int) -> list[list[Sample]]:
-        """By the weights of now, each process a part."""
+        """Sample with the current weights, each process for its share of the prompts."""
         from penchant.distributed.shard import whole_weights
 
         world = current()
@@ -364,7 +366,7 @@ class Writer:
         return world.dealt(written, len(prompts))
 
     def _insistently(self, prompts: Sequence[TokenTree], iteration: int, k: int) -> list[list[Sample]]:
-        """By the weights of now: where an engine has lost them, it is sent them once more and the batch is asked for again."""
+        """Sample with the current weights; if an engine has lost them, they are sent again and the batch is retried."""
         from penchant.rollout.engines import Forgotten
 
         for _ in range(self.rollout.attempts):
@@ -378,13 +380,13 @@ class Writer:
         raise RolloutError(self.sampler.where, what, "is another run using it, or does it keep restarting?")
 
     def begin(self, prompts: Sequence[TokenTree], iteration: int) -> None:
-        """Have a later iteration's completions written by the weights of now: by another engine, while something else goes on."""
+        """Start sampling a later iteration with the current weights; another engine does this in the background."""
         from penchant.rollout.engines import Forgotten
         from penchant.training.loop import in_background
 
         k = self.config.samples
         of = iteration, tuple(t.row for t in prompts), k
-        if not self.rollout.elsewhere:  # whose weights are about to move
+        if not self.rollout.elsewhere:  # the policy itself samples, and its weights are about to change
             found = self._now(prompts, iteration, k)
             self.ahead = Ahead(of, self.version, lambda: found)
             return
@@ -393,13 +395,13 @@ class Writer:
         def draw() -> list[list[Sample]] | None:
             try:
                 return self._sampled(prompts, iteration, k)
-            except Forgotten:  # its weights are gone here too: the batch is written by later ones
+            except Forgotten:  # weights lost here too: the batch is sampled with later ones
                 return None
 
         self.ahead = Ahead(of, self.version, in_background(draw))
 
     def write(self, prompts: Sequence[TokenTree], iteration: int, samples: int | None = None) -> list[Group]:
-        """One group of `samples` completions (default: the method's) for each prompt; a function of weights, seed and iteration.
+        """Sample and score `samples` completions (default: the method's) per prompt; depends only on weights, seed and iteration.
 
         Raises:
             RewardError: the reward function failed; it names the completion.
@@ -439,7 +441,7 @@ class Writer:
     def written(
         self, prompts: Sequence[TokenTree], iteration: int, samples: int
     ) -> tuple[list[TokenTree], list[Tensor], int]:
-        """Each prompt with `samples` completions, the log-probs (R,) of their tokens as sampled, and the version of the weights."""
+        """Each prompt with `samples` completions, their tokens' log-probs (R,) at sampling time, and the version of the weights."""
         from penchant.rollout.environment import masked
 
         rows, version = self._drawn(prompts, iteration, samples)
@@ -454,11 +456,11 @@ class Writer:
 
 @dataclass(slots=True)
 class OnPolicy(Algorithm):
-    """What RLOO, GRPO and PPO share: the rollouts of an iteration, and the part of them that an update trains on.
+    """Base class of RLOO, GRPO and PPO: the rollouts of an iteration, and the share of them that an update trains on.
 
     Args:
-        scorer: the policy, with the rollouts' temperature; reference: runs once a batch of rollouts.
-        writer: samples and judges; config: the method; tokens_per_step: tokens of one forward pass.
+        scorer: the policy, with the rollouts' temperature; reference: runs once per batch of rollouts.
+        writer: samples and scores; config: the method; tokens_per_step: tokens in one forward pass.
     """
 
     scorer: Scorer
@@ -475,7 +477,7 @@ class OnPolicy(Algorithm):
         return self.scorer.side_by_side and self.reference.side_by_side
 
     def begin_step(self, step: int, progress: float, trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
-        """The groups of this update: new rollouts at an iteration's first update, else a part of the old ones."""
+        """The groups of this update; an iteration's first update samples new rollouts, the others use them again."""
         iteration, update = divmod(step, self.config.updates)
         self.writer.version = step
         if iteration != self.iteration:
@@ -492,12 +494,12 @@ class OnPolicy(Algorithm):
         return [g.tree for g in chosen]
 
     def look_ahead(self, step: int, total: int, rows: Callable[[int], Sequence[TokenTree]]) -> None:
-        """With rollout.lag: the next iteration's completions are begun, by the weights of this one's start."""
+        """With rollout.lag, start sampling the next iteration with the weights at the start of this one."""
         updates, writer = self.config.updates, self.writer
         later = step + updates
         if step % updates or later >= total or not getattr(writer, "rollout", RolloutConfig()).lag:
             return
-        if writer.ahead is None:  # else a checkpoint brought them
+        if writer.ahead is None:  # else they came from a checkpoint
             writer.begin(rows(later), later // updates)
 
     def end_step(self, step: int, means: Mapping[str, float]) -> None:
@@ -505,10 +507,10 @@ class OnPolicy(Algorithm):
         references.followed(self.reference, step)
 
     def _compare(self, groups: Sequence[Group], step: int) -> None:
-        """Weights of tokens by who wrote them; an engine whose log-probs are not the policy's is not believed.
+        """Compute importance weights, and check that an engine's log-probs match the policy's.
 
         Raises:
-            RolloutError: they are further apart than `rollout.tolerance`, with the same weights and nothing left out of the draw.
+            RolloutError: they differ by more than `rollout.tolerance`, with the same weights and unrestricted sampling.
         """
         how, cfg = self.writer.rollout, self.config
         whole = cfg.top_p == 1.0 and not cfg.top_k and not cfg.min_p and cfg.repetition_penalty == 1.0
@@ -536,13 +538,13 @@ class OnPolicy(Algorithm):
             )
 
     def importance(self, batch: PackedBatch, like: Tensor) -> Tensor | None:
-        """(R,) of a batch's tokens, where rollout.correction weighs them."""
+        """(R,) importance weights of a batch's tokens; None without rollout.correction."""
         if "importance" not in self._by_row[batch.rows[0]].extras:
             return None
         return self.extra(batch, "importance").to(like)
 
     def rollout_values(self) -> dict[str, float]:
-        """How far the log-probs of whoever wrote this step's rollouts were from the policy's, and which weights it had."""
+        """Metrics of how far the log-probs at sampling time are from the policy's, and of the version of the sampling weights."""
         known = self.rescored(self.groups) and "sampled" in self.groups[0].extras  # an older checkpoint has none
         found = mismatch_of(self.groups) if known else {}
         if not measured(self.groups):
@@ -558,26 +560,26 @@ class OnPolicy(Algorithm):
         return found
 
     def rescored(self, groups: Sequence[Group]) -> bool:
-        """Whether ``old`` log-probs are those of the engine that trains."""
+        """Whether ``old`` log-probs are those of the training engine."""
         return True
 
     def written(self, prompts: Sequence[TokenTree], iteration: int) -> list[Group]:
-        """An iteration's groups."""
+        """Sample an iteration's groups."""
         return self.writer.write(prompts, iteration)
 
     def teaches(self, group: Group) -> bool:
-        """Whether an update trains on a group: a reward says something of enough of its completions."""
+        """Whether an update trains on a group: enough of its completions have a reward."""
         return int(torch.isfinite(group.rewards).sum()) >= self.config.least_samples
 
     def prepare(self, groups: list[Group]) -> None:
-        """Make new rollouts ready to train on: advantages, and what else the loss takes, as extras.
+        """Prepare new rollouts for training: store advantages and other inputs of the loss as extras.
 
-        A completion of which no reward says anything (NaN) must have none of the update: see `kept`.
+        A completion without a reward (NaN) must not contribute to the update, see `kept`.
         """
         raise NotImplementedError
 
     def extra(self, batch: PackedBatch, name: str) -> Tensor:
-        """An extra of the groups in a batch, in its order; the loop's batches bring it along."""
+        """An extra of the groups in a batch, in batch order; the loop's batches already carry it."""
         if name in batch.columns:
             return batch.columns[name]
         return moved(torch.cat([self._by_row[row].extras[name] for row in batch.rows]), batch.input_ids.device)
@@ -586,7 +588,7 @@ class OnPolicy(Algorithm):
         return {name: self.extra(batch, name) for name in self._by_row[batch.rows[0]].extras}
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The current rollouts, those of the next batch, and a reference that moves: a run that stops between two updates goes on exactly."""
+        """The current and pending rollouts and a moving reference, so that a run resumes exactly between two updates."""
         ahead = getattr(self.writer, "ahead", None)
         found = ({} if ahead is None else ahead.tensors()) | references.moved_state(self.reference)
         if self.iteration < 0 or self.config.updates == 1:
@@ -605,12 +607,12 @@ class OnPolicy(Algorithm):
 
 
 def measured(groups: Sequence[Group]) -> bool:
-    """Whether another engine or older weights may have written, or tokens are weighed by who did: `RolloutConfig.measured`."""
+    """Whether another engine or older weights may have sampled, or importance weights apply, see `RolloutConfig.measured`."""
     return bool(groups) and "version" in groups[0].extras
 
 
 def mismatch_of(groups: Sequence[Group]) -> dict[str, float]:
-    """How far the log-probs of whoever wrote are from the policy's: ``|log pi - log mu|`` of a token, mean and most, and KL(mu || pi) by k3."""
+    """How far sampling log-probs (mu) are from the policy's (pi): mean and max ``|log pi - log mu|`` per token, KL(mu || pi) by k3."""
     from penchant.losses.divergences import kl_estimate
 
     old, sampled = (torch.cat([g.extras[name] for g in groups]).double() for name in ("old", "sampled"))
@@ -623,10 +625,10 @@ def mismatch_of(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def kept(groups: Sequence[Group], finished_only: bool = False) -> list[Tensor] | None:
-    """(k,) of each group: 1 for the completions that an update trains on, 0 for those without a reward; None where all are.
+    """(k,) of each group: 1 for completions that an update trains on, 0 for those without a reward; None if all are 1.
 
     Args:
-        finished_only: not on cut completions either (DAPO's overlong filter); their rewards still count in the group's mean.
+        finished_only: also 0 for truncated ones (DAPO's overlong filter); their rewards still count in the group's mean.
     """
     found = [(~g.rewards.isnan()).double() for g in groups]
     if finished_only:
@@ -641,7 +643,7 @@ def score_groups(
     tokens_per_step: int,
     lanes: bool,
 ) -> None:
-    """Keep what forward passes give, numbers per token (R,) by name (log-probs, values), as extras of those names."""
+    """Run forward passes and store their per-token results (R,) (log-probs, values) as extras, by name."""
     trees = [g.tree for g in groups]
     device = place_of(scorer.model)
 
@@ -657,7 +659,7 @@ def score_groups(
 
 
 def reward_metrics_of(groups: Sequence[Group]) -> dict[str, float]:
-    """What a step's rollouts were like: reward, its spread (within groups where they have several), length, share that ended."""
+    """Metrics of a step's rollouts: reward, its spread (within groups of several completions), length, share that ended."""
     rewards = torch.stack([g.rewards for g in groups])
     lengths = [n for g in groups for n in g.tree.trained]
     several = rewards.shape[1] > 1
@@ -681,19 +683,19 @@ def reward_metrics_of(groups: Sequence[Group]) -> dict[str, float]:
         "completions/length": float(np.mean(lengths)),
         "completions/ended": 1.0 - float(np.mean([u for g in groups for u in g.tree.truncated])),
     }
-    for name in sorted(groups[0].terms):  # as a checkpoint gives them back
+    for name in sorted(groups[0].terms):  # in the order that a checkpoint restores
         values = torch.stack([g.terms[name] for g in groups])
         known = values[~values.isnan()]
         found |= {f"rewards/{name}/mean": float(known.mean()), f"rewards/{name}/std": float(known.std())}
         if len(known) < values.numel():
             found[f"rewards/{name}/none"] = 1.0 - len(known) / values.numel()
     found |= dict(sorted(groups[0].logged.items()))
-    # of one completion there is no spread, of none no mean
+    # NaN: one completion has no spread, none has no mean
     return {name: value for name, value in found.items() if value == value}
 
 
 def pack_groups(groups: Sequence[Group]) -> dict[str, Tensor]:
-    """Groups as tensors, for a checkpoint."""
+    """Pack groups into tensors for a checkpoint."""
     names = sorted(groups[0].extras) if groups else []
     packed = {
         "rows": torch.tensor([g.tree.row for g in groups]),
@@ -724,7 +726,7 @@ def unpack_groups(packed: dict[str, Tensor]) -> list[Group]:
     prompts = packed["prompts"].split(packed["prompt_lengths"].tolist())
     k = packed["lengths"].shape[1]
     completions = packed["completions"].split(packed["lengths"].flatten().tolist())
-    tokens = packed.get("trained", packed["lengths"]).sum(1).tolist()  # an older checkpoint's are all trained
+    tokens = packed.get("trained", packed["lengths"]).sum(1).tolist()  # in an older checkpoint all are trained
     masks = packed["masks"].split(packed["lengths"].flatten().tolist()) if "masks" in packed else ()
     extras = {}
     logged = {n.removeprefix("logged/"): float(v) for n, v in packed.items() if n.startswith("logged/")}
