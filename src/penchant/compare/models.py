@@ -261,7 +261,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """Rows that no model was trained on, as read by the run `owner`; `leaked`: number of rows left out because one was."""
+    """Rows that no model was trained on, as read by the run `owner`; `leaked`: number of rows left out."""
 
     owner: str
     rows: Dataset

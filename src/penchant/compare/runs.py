@@ -238,7 +238,7 @@ def lineage(run: TrainedRun) -> list[RunConfig]:
 
 
 def _run_of(model: Path) -> Path | None:
-    """The run that a model folder (``RUN/checkpoints/step-N/model`` or ``RUN/merged/step-N``) belongs to; None if it is of no run."""
+    """The run that a model folder belongs to, ``RUN/checkpoints/step-N/model`` or ``RUN/merged/step-N``; None if there is none."""
     for parents in (3, 2):
         folder = model.parents[parents - 1] if len(model.parents) >= parents else None
         if folder is not None and (folder / CONFIG).exists():
@@ -286,7 +286,7 @@ def _check_data(run: TrainedRun) -> None:
 
 # ---- Training budgets from a run's own files: steps, rows, completions, tokens, learning rates, data; and notes on differences ----
 
-TOLERANCE = 0.05  # relative difference that counts as equal
+TOLERANCE = 0.05  # relative differences up to this count as equal
 
 NUMBERS = {  # field: in words
     "steps": "Optimizer steps",
@@ -334,7 +334,7 @@ def budget_of(run: TrainedRun, up_to: int | None = None) -> Budget:
 
 
 def budget_sentences(budgets: Mapping[str, Sequence[Budget]]) -> list[str]:
-    """One sentence for each number that differs by more than 5% between settings (means over seeds) or within one, and for words."""
+    """One sentence for each difference: numbers by more than 5% between settings (means over seeds) or within one, words at all."""
     said = []
     for field, words in NUMBERS.items():
         means = {name: float(np.mean([b[field] for b in of])) for name, of in budgets.items()}
