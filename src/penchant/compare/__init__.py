@@ -1,4 +1,4 @@
-"""`penchant compare`: several runs on the same prompts, and who is better."""
+"""`penchant compare`: evaluate several runs on the same prompts and decide which is better."""
 
 from __future__ import annotations
 
@@ -55,30 +55,30 @@ from penchant.training.console import console
 __all__ = ["RunComparison", "compare_runs"]
 
 
-# ---- `penchant compare`: any runs with what they start from and with each other, on rows that none of them was trained on ----
+# ---- `penchant compare`: runs against their start and each other, on rows that none of them was trained on ----
 
-NAMED = 4  # settings that the default folder is named after
+NAMED = 4  # maximum settings in the name of the default folder
 
 
 @dataclass(frozen=True, slots=True)
 class RunComparison:
-    """A comparison's figures as written in `comparison.json` in `folder`, and how they are read out."""
+    """A comparison: its folder, and its figures as written to `comparison.json`."""
 
     folder: Path
     figures: dict[str, Any]
 
     def to_text(self) -> str:
-        """Heading, notes, flags, tables, and last the verdict."""
+        """Format heading, notes, flags, tables and, at the end, the verdict."""
         flags = summary([Flag.from_json(f) for f in self.figures["flags"]])
         return text_of(self.figures, self.figures["heading"], [*self.figures["notes"], *([flags] if flags else [])])
 
 
 @dataclass
 class RunComparer:
-    """One comparison of runs; everything is checked before a model writes.
+    """One comparison of runs. All checks happen before any model generates.
 
     Args:
-        paths: run folders; question: what is asked of them; quiet: no progress.
+        paths: run folders; question: the options of the comparison; quiet: show no progress.
 
     Raises:
         CheckpointError, ConfigError, DataError, ModelError, RewardError: the user can fix it.
@@ -89,11 +89,11 @@ class RunComparer:
     quiet: bool = False
     notes: list[str] = field(default_factory=list)
 
-    # ---- who is compared ------------------------------------------------------------------------------------------
+    # ---- runs -----------------------------------------------------------------------------------------------------
 
     @cached_property
     def everyone(self) -> list[TrainedRun]:
-        """All runs, `against` last where it is not among them anyway."""
+        """All runs; `against` is appended if it is not among them."""
         paths = [*self.paths]
         if self.question.against is not None and self._against_path not in [_whole(p) for p in paths]:
             paths.append(self.question.against)
@@ -112,7 +112,7 @@ class RunComparer:
 
     @cached_property
     def settings(self) -> dict[str, list[TrainedRun]]:
-        """The settings that are compared, without `against`, each with its seeds."""
+        """The settings to compare, without `against`, each with its runs by seed."""
         others = [r for r in self.everyone if r is not self.against]
         if not others:
             raise ConfigError("compare", "there is nothing to compare with --against", "give another run")
@@ -120,21 +120,21 @@ class RunComparer:
 
     @cached_property
     def first(self) -> Source:
-        """What all are compared with."""
+        """The model that all settings are compared with."""
         return common_start(self.everyone) if self.against is None else self.against.source
 
-    # ---- on which rows --------------------------------------------------------------------------------------------
+    # ---- rows -----------------------------------------------------------------------------------------------------
 
     @cached_property
     def readers(self) -> list[TrainedRun]:
-        """Runs by whose config rows may be read: those on pairs first, which have figures of likelihood too."""
+        """Runs whose config may be used to read rows; runs on pairs come first, because pairs also give likelihood figures."""
         return sorted(self.everyone, key=lambda r: r.data.method.signal != "pairs")
 
     @cached_property
     def held_out(self) -> HeldOut:
-        """Rows whose prompts no run, and no run that it started from, was trained on."""
+        """Rows with prompts that no run, nor any run it started from, was trained on."""
         test = self.question.data is not None
-        for run in self.everyone:  # before any reads its rows
+        for run in self.everyone:  # before any of them reads its rows
             run.data.rows.keep_columns |= self._reads_columns
         trained, notes = all_trained_prompts(self.everyone, lenient=test)
         self.notes += notes + [said for run in self.everyone for said in changed_since(run.folder, run.config)]
@@ -169,7 +169,7 @@ class RunComparer:
 
     @cached_property
     def test_rows(self) -> Dataset:
-        """The rows of `--data`, read as the first reader reads its own."""
+        """The rows of `--data`, read with the data settings of the first reader."""
         file, data = _whole(str(self.question.data)), self.readers[0].config.data
         rows = load_preferences(
             str(file),
@@ -200,21 +200,21 @@ class RunComparer:
         made.check_writable()
         return made
 
-    # ---- what is said beside the figures --------------------------------------------------------------------------
+    # ---- notes next to the figures --------------------------------------------------------------------------------
 
     def _about_budgets(self) -> tuple[list[str], dict[str, Any]]:
         step = self.question.step
         up_to = int(step) if step is not None and step.isdigit() else None
         budgets = {r.name: budget_of(r, up_to) for r in self.everyone}
         of_settings = {name: [budgets[r.name] for r in runs] for name, runs in self.settings.items()}
-        known = {r.name for runs in self.settings.values() for r in runs}  # all but what they are against
+        known = {r.name for runs in self.settings.values() for r in runs}  # all but `against`
         of_settings |= {r.name: [budgets[r.name]] for r in self.everyone if r.name not in known}
         said = budget_sentences(of_settings) + data_sentences(self.settings)
         said += [] if up_to is not None else unfinished(budgets)
         return said, {name: dict(b) for name, b in budgets.items()}
 
     def _about_selection(self) -> list[str]:
-        """On validation rows, a checkpoint that was chosen by such rows looks better than it is."""
+        """Notes on checkpoints chosen by held-out rows: on such rows they look better than they are."""
         best = [r.name for r in self.everyone if _was_chosen(r)]
         if self.question.step == "last" or not best:
             return []
@@ -234,7 +234,7 @@ class RunComparer:
     @property
     def sampling(self) -> Sampling:
         q = self.question
-        new = (0, 0) if self._sees else (q.samples, q.max_new_tokens)  # no answers are written to pictures
+        new = (0, 0) if self._sees else (q.samples, q.max_new_tokens)  # models generate no answers about pictures
         return Sampling(q.prompts, *new, q.seed)
 
     @property
@@ -254,7 +254,7 @@ class RunComparer:
                 )
 
     def _about_reward(self) -> list[str]:
-        """Which runs were trained to raise a reward by which they are judged."""
+        """Notes on runs that were trained on a reward they are judged by."""
         terms = {"this reward": reward_terms(self.question.reward), **{name: [name] for name in self.question.also}}
         said = []
         for what, names in terms.items():
@@ -267,10 +267,10 @@ class RunComparer:
             said += [f"Trained to raise {what}: {', '.join(trained)}."] if trained else []
         return said
 
-    # ---- doing it -------------------------------------------------------------------------------------------------
+    # ---- running --------------------------------------------------------------------------------------------------
 
     def run(self) -> RunComparison:
-        """Compare, write both files, and write a reading of the test set down."""
+        """Run the comparison, write both files, and record the reading of the test set."""
         self._check_pictures()
         check_tokenizers(self.everyone)
         for reward in (self.question.reward, *self.question.also):
@@ -324,7 +324,7 @@ class RunComparer:
             "settings": self._asked(),
         }
         figures["flags"] = [f.to_json() for f in comparison_flags(figures, compared.rows)]
-        if readings is not None:  # before anybody sees a figure: a reading that is not written down did not happen
+        if readings is not None:  # before any figure is shown, so that no reading goes unrecorded
             details = {"checkpoints": figures["checkpoints"], "output": str(folder), **self._asked()}
             readings.record([r.name for r in self.everyone], details)
         write_files(folder, figures, compared.rows)
@@ -353,7 +353,7 @@ class RunComparer:
         return f"{self.sampling.heading(prompts, rows)}; in brackets 95% intervals by prompt{over}"
 
     def _folder(self) -> Path:
-        """Where both files go: beside the first run, named after what is compared."""
+        """Make the output folder. By default it is next to the first run and named after the settings."""
         names = [n.replace("/", "-") for n in self.settings]
         more = f"-and-{len(names) - NAMED}-more" if len(names) > NAMED else ""
         rows = f"-on-{Path(self.question.data).stem}" if self.question.data is not None else ""
@@ -363,13 +363,13 @@ class RunComparer:
         for name, begins in ours.items():
             check_output(folder / name, begins)
         make_folder(folder)
-        with writing(folder):  # before hours of sampling, not after them
+        with writing(folder):  # check that it is writable before hours of sampling
             tempfile.TemporaryFile(dir=folder).close()
         return folder
 
 
 def compare_runs(paths: Sequence[str | Path], question: CompareRequest, *, quiet: bool = False) -> RunComparison:
-    """Compare runs with what they start from and with each other; see `RunComparer`."""
+    """Compare runs with their start and with each other; see `RunComparer`."""
     if question.step is not None and question.step not in ("best", "last") and not question.step.isdigit():
         raise ConfigError("--step", f"{question.step!r} is not a step", "give best, last or a step's number")
     if not paths:
@@ -380,7 +380,7 @@ def compare_runs(paths: Sequence[str | Path], question: CompareRequest, *, quiet
         raise ConfigError("--also", f"names {', '.join(twice)} twice, or as --reward too", "leave it out of --also")
     if also and question.reward is None:
         raise ConfigError("--also", "is given without a reward", "name the first one as --reward")
-    _judge_of(question)  # refuses an endpoint's option without a judge
+    _judge_of(question)  # raises if an endpoint option is given without a judge
     for name in ("prompts", "samples", "max_new_tokens"):
         if getattr(question, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')}", "is below 1", "give 1 or more")
@@ -399,7 +399,7 @@ def _judge_of(question: CompareRequest) -> JudgeOptions | None:
 
 
 def _was_chosen(run: TrainedRun) -> bool:
-    """Whether its checkpoint is the best of several by held-out rows; the only one that was evaluated was not chosen."""
+    """Whether the checkpoint was chosen as the best of several by held-out rows."""
     last, _ = latest_checkpoint(run.folder)
     best = checkpoint_state(last).get("best_step") if last is not None else None
     evaluated = [x["step"] for x in read(run.folder).metrics if x.get("kind") == "eval" and x["step"] > 0]

@@ -1,4 +1,4 @@
-"""Settings compared by a judge that decides pair by pair: win rates, what position did to them, and what could not be judged."""
+"""Settings compared by a pairwise judge: win rates, position bias, and pairs that could not be judged."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from penchant.runfolder import finite
 
 @dataclass(frozen=True, slots=True)
 class Contest:
-    """Two models whose completions met, sample by sample: the settings and models of both sides, and where its pairs begin."""
+    """Two models compared sample by sample: settings and models of both sides, and the index of their first pair."""
 
     settings: tuple[str, str]
     models: tuple[str, str]
@@ -37,12 +37,12 @@ class Contest:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What a pairwise judge made of a comparison.
+    """A pairwise judge's verdicts on a comparison.
 
     Args:
-        described: what its verdicts depend on; pairs: all comparisons, corrected; contests: whose pairs `both` holds, in order.
-        shape: (prompts, samples) of a contest; first_position: mean preference for the first position, 0.5 without a bias, interval by
-            prompt; None where nothing was judged.
+        described: what the verdicts depend on; pairs: all comparisons, corrected; contests: in the order of their pairs in `both`.
+        shape: (prompts, samples) of a contest; first_position: mean preference for the first position with its interval by prompt (0.5
+            is no bias), None if nothing was judged.
     """
 
     name: str
@@ -55,33 +55,33 @@ class Judgement:
 
     @property
     def judged(self) -> int:
-        """Pairs of texts that differ."""
+        """Number of pairs of texts that differ, the only ones that are judged."""
         return int((~self.both.identical).sum())
 
     @property
     def left_out(self) -> int:
-        """Those without a verdict."""
+        """Number of those pairs without a verdict."""
         return int(np.isnan(self.both.wins).sum())
 
     @property
     def disagreed(self) -> int:
-        """Those whose two verdicts do not name the same answer: position decided."""
+        """Number of those pairs whose verdicts in the two orders do not agree, so that position decided."""
         return int((~self.both.agreed & ~self.both.identical & ~np.isnan(self.both.wins)).sum())
 
     @property
     def family(self) -> Family:
-        """Its comparisons as they are said."""
+        """Its comparisons as a family for the verdict."""
         doubt, share = "", self.left_out / max(1, self.judged)
         if share > MOST_UNJUDGED:
             doubt = f"{self.left_out:,} of {counted(self.judged, 'pair')} ({share:.0%}) could not be judged"
         return Family(self.name, self.pairs, WIN_RATE, len(self.pairs), doubt)
 
     def against(self, name: str, first: str) -> Metrics:
-        """A setting's win rates over the first one."""
+        """A setting's win rates over the first setting; empty if there are none."""
         return next((win_rates(p) for p in self.pairs if (p.name, p.other) == (name, first)), {})
 
     def of_row(self, prompt: int, sample: int) -> list[dict[str, Any]]:
-        """Every verdict on one prompt's completions: `win` of a, and how much the first was preferred with a and with b there."""
+        """Every verdict on one prompt's completions: `win` of a, and the preference for the first position with a, then b, in it."""
         found = []
         for contest in self.contests:
             at = contest.start + prompt * self.shape[1] + sample
@@ -91,7 +91,7 @@ class Judgement:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """As written in comparison.json."""
+        """The judgment as written to comparison.json."""
         position = {} if self.first_position is None else self.first_position.named("first_position")
         return {
             "name": self.name,
@@ -108,7 +108,7 @@ class Judgement:
         }
 
     def sentences(self) -> list[str]:
-        """What is to be known before its verdicts are believed."""
+        """Caveats to its verdicts: position bias and unreadable replies."""
         judge, said = f"The judge {self.name}", []
         if self.first_position is not None:
             p = self.first_position
@@ -135,13 +135,13 @@ class Judgement:
 def judge_pairs(
     judge: PairJudge, settings: Mapping[str, Sequence[Measured]], setting: Setting, fixed: bool
 ) -> Judgement:
-    """Have every two settings judged, every seed of one with every seed of the other, sample by sample, each pair both ways round.
+    """Judge every two settings: each seed of one against each seed of the other, sample by sample, each pair in both orders.
 
     Args:
-        settings: models by setting, the first one first; fixed: whether that one has no seed.
+        settings: models by setting, starting with the first setting; fixed: whether the first does not depend on a seed.
 
     Raises:
-        RewardError: the judge broke or cannot be reached.
+        RewardError: the judge failed or cannot be reached.
     """
     candidates = sides(settings, fixed)
     shape = len(setting.prompts), setting.samples
@@ -175,7 +175,7 @@ def _position(values: np.ndarray, prompts: np.ndarray) -> Interval | None:
 
 
 def sides(settings: Mapping[str, Sequence[Measured]], fixed: bool) -> list[Candidate]:
-    """Settings without an outcome of their own: a judge decides between two."""
+    """Candidates without an outcome of their own, for pairwise judging."""
     first = next(iter(settings))
     return [Candidate(n, None, None, lengths_of(seeds), fixed and n == first) for n, seeds in settings.items()]
 
@@ -186,7 +186,7 @@ def lengths_of(seeds: Sequence[Measured]) -> np.ndarray:
 
 
 def win_rates(pair: Pair) -> Metrics:
-    """A setting's win rates over the first one, as figures."""
+    """Win rates of a pair as named figures; empty if there are none."""
     if pair.win_rate is None or pair.equal_length is None:
         return {}
     ties = {} if pair.ties is None else {"win_rate/ties": pair.ties}

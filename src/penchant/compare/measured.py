@@ -1,4 +1,4 @@
-"""One model on the prompts that all compared models meet: what it wrote, what it finds likely, and its figures."""
+"""One model on the prompts shared by all compared models: its completions, log-probs and figures."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from penchant.metrics.stats import Interval, bootstrap_ci, several_sources, shar
 from penchant.types import TokenTree
 
 Metrics = dict[str, Any]
-SEVERAL_DRAWS = 2000  # bootstrap draws of figures of which there are thousands of values
+SEVERAL_DRAWS = 2000  # bootstrap draws for figures with thousands of values
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What every model meets alike.
+    """The conditions shared by all models.
 
     Args:
-        tokenizer: of all models; prompts: token ids, each once; sources: where each came from; answers: held-out rows of those prompts, pairs (chosen first) or
-            single answers; empty where there are none.
-        judge: the reward, or None; also: other rewards by name; pairwise: who decides between two answers, or None.
-        samples: completions of each prompt, 0: given answers alone are read; seed: of the draws; tokens_per_step: of a forward pass.
-        turns: of each prompt what `turns_of` says of it, for files; may be empty.
+        tokenizer: of all models; prompts: token ids, no duplicates; sources: where each came from; answers: held-out rows of those
+            prompts, pairs (chosen first) or single answers; may be empty.
+        judge: the reward, or None; also: other rewards by name; pairwise: the pairwise judge, or None.
+        samples: completions per prompt, 0 to only score given answers; seed: of sampling; tokens_per_step: tokens per forward pass.
+        turns: `turns_of` of each prompt, for files; may be empty.
     """
 
     tokenizer: Any
@@ -52,7 +52,7 @@ class Setting:
 
     @property
     def asked(self) -> list[str]:
-        """The prompts' texts."""
+        """The texts of the prompts."""
         return [self.tokenizer.decode(list(p), skip_special_tokens=True) for p in self.prompts]
 
     @property
@@ -63,12 +63,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Measured:
-    """A model's raw figures; those against the first model are None for the first itself.
+    """A model's raw figures; those relative to the first model are None for the first model itself.
 
     Args:
-        name: of the model; answers: log-probs of the setting's answers; correct: of each pair, 1 where the chosen answer gained more log-prob over the first
-            model than the rejected one, 0.5 for a tie.
-        also: the other rewards of its completions by name, (prompts x samples,).
+        name: of the model; answers: log-probs of the setting's answers; correct: for each pair, 1 if the chosen answer gained more
+            log-prob over the first model than the rejected one, 0.5 for a tie, else 0.
+        also: other rewards of its completions by name, (prompts x samples,).
         kl, kl_k3: k1 and k3 of each completion against the first model, nats, (prompts x samples,).
     """
 
@@ -82,7 +82,11 @@ class Measured:
     kl_k3: np.ndarray | None = None
 
     def rewards(self, judge: str | None = None) -> np.ndarray | None:
-        """By the reward, or by another one of its name, (prompts, samples); None where nobody judged."""
+        """Values of the reward, or of the other reward named `judge`, (prompts, samples); None without a reward.
+
+        Raises:
+            RewardError: the reward does not apply to some completions.
+        """
         values = self.written.rewards if judge is None else self.also[judge]
         if values is not None and (silent := int(np.isnan(values).sum())):
             what = f"says nothing of {silent} of {counted(len(values), 'completion')}, so that models cannot be compared prompt by prompt"
@@ -97,7 +101,7 @@ class Measured:
 
     @cached_property
     def values(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """By figure: values whose mean it is, and each one's prompt."""
+        """For each figure, the values that it is the mean of, and the prompt index of each."""
         w = self.written
         found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         if w.rewards is not None:
@@ -114,7 +118,7 @@ class Measured:
 
     @cached_property
     def surprise(self) -> tuple[np.ndarray, np.ndarray]:
-        """``-log p`` of every token of the chosen answers, and each one's prompt."""
+        """``-log p`` of every token of the chosen answers, and the prompt index of each."""
         assert self.answers is not None
         answers = self.setting.answers
         sizes = [len(c) for t in answers for c in t.completion_ids]
@@ -126,7 +130,7 @@ class Measured:
 def measure(
     name: str, scorer: Scorer, setting: Setting, first: Measured | None = None, first_scorer: Scorer | None = None
 ) -> Measured:
-    """Have a model write and read; with the first model's own, also against it."""
+    """Sample and score a model's completions and given answers, and compare them with the first model's if given."""
     progress = setting.progress
     written = Written([], [], None)
     if setting.samples:
@@ -162,9 +166,9 @@ def measure(
 
 
 def figures(seeds: Sequence[Measured]) -> Metrics:
-    """A setting's figures: of its only model with intervals by prompt, or means over the models of several seeds.
+    """A setting's figures: of its only model, with intervals by prompt, or means over the models of several seeds.
 
-    With several seeds the interval is that of `several_sources`: the seeds' means and the prompts' means.
+    With several seeds, intervals come from `several_sources` over the seeds' means and the prompts' means.
     """
     metrics: Metrics = {}
     for name in seeds[0].values:
@@ -195,9 +199,9 @@ def _interval(seeds: Sequence[tuple[np.ndarray, np.ndarray]], draws: int, *, sha
 
 
 def by_prompt(values: np.ndarray, clusters: np.ndarray) -> np.ndarray:
-    """One number a prompt whose mean over prompts is the mean of all values, (prompts,).
+    """One value per prompt, (prompts,), whose mean over prompts equals the mean of all values.
 
-    Prompts with more values count more: ``v_p = m + (sum_p - n_p m) / mean(n_p)``, the mean's linear part.
+    Prompts with more values count more: ``v_p = m + (sum_p - n_p m) / mean(n_p)``, the linearization of the mean.
     """
     _, member = np.unique(clusters, return_inverse=True)
     sums, counts = np.bincount(member, weights=values), np.bincount(member)

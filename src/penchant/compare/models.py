@@ -1,4 +1,4 @@
-"""Models on the same prompts, and the files that are left."""
+"""Comparison of models on the same prompts, and the files that it writes."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ from penchant.training.console import PlainConsole
 from penchant.types import PromptTree, TokenTree
 
 # ---- Several models on the same held-out prompts: reward, win rate, KL, likelihood, each with its interval by prompt ----
-# The first model is the one that all others are compared with; models that are one setting with several seeds have one column.
-# A win rate is, per prompt, the share of pairs (own completion, first model's completion) with the higher reward, ties half; the mean
-# over prompts. KL is estimated from the policy's own completions. A preference is right where the chosen answer gained more log-prob
-# over the first model's than the rejected one. Perplexity is ``exp(-sum log p / tokens)``.
+# All others are compared with the first model. Models that are seeds of one setting share a column.
+# A win rate is, per prompt, the share of pairs (own completion, first model's completion) in which the own one has the higher reward,
+# ties half, averaged over prompts. KL is estimated from the policy's own completions. A preference is right if the chosen answer gained
+# more log-prob over the first model than the rejected one. Perplexity is ``exp(-sum log p / tokens)``.
 
-# name, label ({first} is the first model), digits; the first table is of every reward
+# name, label ({first} is the first model), digits; JUDGED is repeated for every reward
 JUDGED = (
     ("reward", "reward", 3),
     ("reward_change", "change of reward against {first}", 3),
@@ -72,11 +72,11 @@ NO_OUTCOME = "No winner is named: there is neither a reward nor a held-out pair 
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """What came out.
+    """The result of a comparison.
 
     Args:
-        models: figures by setting, the first model first; runs: by model, where a setting has several.
-        prompts: how many; rows: every prompt's completions side by side; pairs: all comparisons; outcome: what they are of, in words.
+        models: figures by setting, starting with the first model; runs: figures by model, for settings with several seeds.
+        prompts: their number; rows: every prompt's completions side by side; pairs: all comparisons; outcome: what they compare, in words.
         also: the same comparisons by other rewards, by name; judgement: by a pairwise judge; sentences: the verdict.
     """
 
@@ -99,12 +99,12 @@ def compare_models(
     seeds: Mapping[str, Sequence[str]] | None = None,
     fixed: bool = False,
 ) -> Compared:
-    """Compare models by their names; the first is what the others are compared with.
+    """Compare models with the first one and with each other.
 
     Args:
-        load: the scorer of a model; the first is held throughout, of the others one at a time.
-        seeds: which of the other models are one setting, by its name; default: each by itself.
-        fixed: whether the first is what training starts from, rather than trained with a seed.
+        load: loads the scorer of a model by name; the first stays in memory, the others one at a time.
+        seeds: setting name -> the other models that are its seeds; default: each model is a setting of its own.
+        fixed: whether the first is the model that training starts from, rather than one trained with a seed.
     """
     start = load(names[0])
     first = measure(names[0], start, setting)
@@ -139,7 +139,7 @@ def compare_models(
 
 
 def _candidates(settings: Mapping[str, Sequence[Measured]], fixed: bool) -> tuple[list[Candidate], str]:
-    """What is compared: mean rewards where there is a reward, else preferences; nothing where there are neither."""
+    """Candidates and outcome: mean rewards with a reward, else judged win rates or preference accuracy; empty without any of them."""
     first = next(iter(settings))
     setting = settings[first][0].setting
     if setting.judge is not None:
@@ -155,14 +155,14 @@ def _candidates(settings: Mapping[str, Sequence[Measured]], fixed: bool) -> tupl
 
 
 def _also(settings: Mapping[str, Sequence[Measured]], fixed: bool, names: Iterable[str]) -> dict[str, list[Pair]]:
-    """The comparisons by the other rewards, corrected for the number of all of them; the reward's own stand by themselves."""
+    """Comparisons by the other rewards, corrected together; those by the main reward are corrected separately."""
     by_judge = {judge: compare_each(_by_reward(settings, fixed, judge)) for judge in names}
     together = iter(corrected([pair for pairs in by_judge.values() for pair in pairs]))
     return {judge: [next(together) for _ in pairs] for judge, pairs in by_judge.items()}
 
 
 def _by_reward(settings: Mapping[str, Sequence[Measured]], fixed: bool, judge: str | None) -> list[Candidate]:
-    """Every setting with its mean rewards, by the reward or by another one."""
+    """Every setting with its mean rewards, by the main reward or by the one named `judge`."""
     first, found = next(iter(settings)), []
     for name, seeds in settings.items():
         rewards = np.stack([r for m in seeds if (r := m.rewards(judge)) is not None])
@@ -171,14 +171,14 @@ def _by_reward(settings: Mapping[str, Sequence[Measured]], fixed: bool, judge: s
 
 
 def _gain(pair: Pair) -> Metrics:
-    """Figures of a setting against the first model; none without a reward."""
+    """A setting's gain over the first model as named figures; empty without a reward."""
     return {} if pair.win_rate is None else pair.difference.named("reward_change") | win_rates(pair)
 
 
 def _right(m: Measured) -> np.ndarray:
-    """Preferences that a model got right by prompt, (prompts,); one half for the first, which gained nothing over itself.
+    """Preference accuracy by prompt, (prompts,); one half for the first model, which cannot gain over itself.
 
-    A prompt with more pairs counts more: the mean over prompts is the mean over pairs.
+    Prompts with more pairs are weighted up, so that the mean over prompts is the mean over pairs.
     """
     clusters = prompt_numbers(m.setting.answers)
     right = m.correct if m.correct is not None else np.full(len(clusters), 0.5)
@@ -204,7 +204,7 @@ def _rows(
 
 
 def table(models: Mapping[str, Metrics], prompts: int = FEW_ROWS) -> str:
-    """Figures as a plain table: one line a figure, one column a model, 95% intervals in brackets where the prompts are not too few for them."""
+    """Format figures as a plain table: a row per figure, a column per model, 95% intervals in brackets unless prompts are too few."""
     if prompts < FEW_ROWS:
         models = {name: {k: v for k, v in m.items() if not k.endswith("/ci")} for name, m in models.items()}
     first = next(iter(models))
@@ -219,7 +219,7 @@ def table(models: Mapping[str, Metrics], prompts: int = FEW_ROWS) -> str:
 def _lines(
     models: Mapping[str, Metrics], rows: Sequence[tuple[str, str, int]], first: str, by: str = ""
 ) -> list[list[str]]:
-    """The rows that any of the models has a figure for."""
+    """The rows for which any model has a figure."""
     return [
         [label.format(first=first) + by, *(_cell(m, name, digits) for m in models.values())]
         for name, label, digits in rows
@@ -236,12 +236,12 @@ def _cell(metrics: Metrics, name: str, digits: int) -> str:
     return f"{metrics[name]:{form}} {span(ci_of(metrics, name), form)}".rstrip()
 
 
-# ---- Named models on held-out rows with a reward: loading them, what all of them meet alike, and the files that are left ----
+# ---- Named models on held-out rows: loading them, their shared setting, and the files written ----
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How completions are drawn; `place`: where these settings are written, for errors."""
+    """How completions are sampled; `place`: where these settings come from, for error messages."""
 
     prompts: int
     samples: int
@@ -250,7 +250,7 @@ class Sampling:
     place: str = "compare"
 
     def heading(self, prompts: int, rows: str) -> str:
-        """What the figures are of."""
+        """Describe what the figures are based on."""
         if not self.samples:
             return f"{prompts} held-out prompts of {rows} with their given answers (to pictures none are written)"
         return (
@@ -261,7 +261,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """Rows that no model was trained on, as the run `owner` reads them; `leaked`: rows that one was trained on, left out."""
+    """Rows that no model was trained on, as read by the run `owner`; `leaked`: number of rows left out."""
 
     owner: str
     rows: Dataset
@@ -269,24 +269,24 @@ class HeldOut:
 
 
 def key_of(tree: PromptTree) -> str:
-    """What counts as the same prompt."""
+    """The key by which prompts count as the same."""
     return prompt_key(tree.prompt, first_text(tree))
 
 
 def trained_prompts(run: Run) -> set[str]:
-    """Keys of the prompts that a run trains on; a text without a prompt is none."""
+    """Keys of the prompts that a run trains on; empty for texts without prompts."""
     rows = run.rows.datasets[0]
     return set() if rows.kind == "text" else {key_of(t) for t in rows.trees}
 
 
 def clear_of(owner: str, rows: Dataset, trained: set[str]) -> HeldOut:
-    """The rows whose prompts nobody trained on; possibly none."""
+    """Keep the rows whose prompts are not in `trained`; may leave none."""
     clean = [i for i, t in enumerate(rows.trees) if key_of(t) not in trained]
     return HeldOut(owner, rows.subset(clean), len(rows.trees) - len(clean))
 
 
 def same_vocabulary(one: Any, other: Any) -> bool:
-    """Whether two tokenizers make the same tokens of the same conversation."""
+    """Whether two tokenizers have the same vocabulary, EOS and chat template."""
     return _vocabulary(one) == _vocabulary(other)
 
 
@@ -304,13 +304,13 @@ def make_setting(
     also: Mapping[str, Any] | None = None,
     pairwise: PairJudge | None = None,
 ) -> Setting:
-    """The same tokenizer, prompts, answers and rewards for every model.
+    """Build the setting shared by all models: tokenizer, prompts, answers and rewards.
 
     Args:
-        run: as which the rows are made into tokens, and in whose precision and on whose device models run.
-        reward: as `load_reward` takes it, or None; also: other rewards by name; pairwise: who decides between two answers.
+        run: its config is used to tokenize the rows, and its precision and device to run the models.
+        reward: as for `load_reward`, or None; also: other rewards by name; pairwise: the pairwise judge.
     """
-    # the run's config may name a model that is yet to be made
+    # the tokenizer is passed in because the run's config may name a model that does not exist yet
     trees = Rows(run.config, run.shared, run.console, tokenizer).tokenize(rows).trees
     first_of = {t.prompt_key: t for t in reversed(trees)}
     kept = dict.fromkeys(itertools.islice(dict.fromkeys(t.prompt_key for t in trees), sampling.prompts))
@@ -336,7 +336,7 @@ def make_setting(
 
 
 def _answers(trees: Sequence[TokenTree], kind: str) -> list[TokenTree]:
-    """Pairs and single good answers among held-out rows; scores and bare prompts say nothing of what is likely to be right."""
+    """Pairs and single good answers among held-out rows; rows with scores or only prompts do not mark an answer as good."""
     if kind not in ("pairs", "sft", "unpaired"):
         return []
     good = [t for t in trees if is_answer(t) and t.labels[:1] != (False,)]
@@ -352,7 +352,7 @@ def compare_sources(
     seeds: Mapping[str, Sequence[str]] | None = None,
     fixed: bool = False,
 ) -> Compared:
-    """Compare models in the precision and on the device of `run`; the first is what the others are compared with."""
+    """Compare models in the precision and on the device of `run`; see `compare_models`."""
     by_name = {s.name: s for s in sources}
     longest = max(map(len, setting.prompts)) + setting.max_new_tokens
 
@@ -371,11 +371,11 @@ def _check_context(model: Any, name: str, longest: int, place: str) -> None:
         raise ConfigError(place, what, "lower max_new_tokens of the comparison, or data.max_length, which cuts prompts")
 
 
-# ---- what is left ----
+# ---- output ----
 
 
 def figures_of(compared: Compared) -> dict[str, Any]:
-    """A comparison as written in comparison.json."""
+    """A comparison as written to comparison.json."""
     judged = compared.judgement
     return {
         "models": compared.models,
@@ -403,21 +403,21 @@ def _tables(compared: Compared) -> str:
 
 
 def text_of(figures: Mapping[str, Any], heading: str, notes: Iterable[str] = ()) -> str:
-    """A comparison as a person reads it: heading, notes, tables, and last the verdict."""
+    """Format a comparison as text: heading, notes, tables and, at the end, the verdict."""
     few = table(figures["models"], int(figures.get("prompts") or FEW_ROWS))
     parts = [heading, "\n".join(notes), few, figures.get("comparisons_text", "")]
     return "\n\n".join(p for p in [*parts, "\n".join(figures["sentences"])] if p)
 
 
 def write_files(folder: Path, figures: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Both files, each whole or not at all."""
+    """Write comparison.json and comparison.jsonl, each atomically."""
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     keep(folder / COMPARISON_ROWS, lines)
     keep(folder / COMPARISON, json.dumps(figures, indent=1, ensure_ascii=False))
 
 
 def tokens_sha256(setting: Setting) -> str:
-    """SHA-256 of the prompts and answers that are compared on."""
+    """SHA-256 of the prompts and answers of a setting."""
     digest = hashlib.sha256()
     for ids in setting.prompts:
         digest.update(np.array(ids, dtype="<i4").tobytes() + b"|")

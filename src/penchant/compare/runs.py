@@ -1,4 +1,4 @@
-"""Which runs are one setting, what they spent, where they start, who read the test set."""
+"""The runs of a comparison: grouping by setting, common start, training prompts, budgets, and readings of the test set."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from penchant.runs import Run
 from penchant.runs.find import START, Source, check_config, trained_source
 from penchant.runs.state import model_folder
 
-# ---- Runs as a comparison sees them: what they were, which of them are one setting with several seeds, and where they started ----
+# ---- Runs of a comparison: reading them, grouping seeds of one setting, and their common start ----
 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run's folder, read.
+    """A run as read from its folder.
 
     Args:
-        manifest: `manifest.json`; contents: SHA-256 of what its rewards were made of; model: folder of the checkpoint to compare.
+        manifest: `manifest.json`; contents: SHA-256 of the files behind its rewards; model: model folder of the checkpoint to compare.
     """
 
     name: str
@@ -56,7 +56,7 @@ class TrainedRun:
 
     @property
     def setting(self) -> str:
-        """Everything that a run's result depends on but its seed; equal for runs that are one setting."""
+        """Everything that a run's result depends on except its seed, as JSON; equal for runs of one setting."""
         values = what_is_computed(self.config)
         values["train"].pop("seed")
         data = self.manifest["data"]
@@ -66,7 +66,7 @@ class TrainedRun:
 
     @cached_property
     def data(self) -> Run:
-        """The run as its config says, for its rows, its tokens and its precision; a GPU that is not here is not asked for."""
+        """The run built from its config, for its rows, tokens and precision; on device ``auto`` if its own is not available."""
         model = self.config.model
         if model.device != "auto" and why_not(model.device):
             model = model.model_copy(update={"device": "auto", "attention": "auto"})
@@ -74,15 +74,15 @@ class TrainedRun:
 
     @property
     def source(self) -> Source:
-        """Its model."""
+        """The model to compare."""
         return trained_source(self.name, self.model, self.config)
 
 
 def read_runs(paths: Sequence[str | Path], step: str | None) -> list[TrainedRun]:
-    """Runs by their folders, each with a name of its own: its folder's, with so many parents as tell it from the others.
+    """Read runs from their folders. Each is named after its folder, with as many parents as needed to be unique.
 
     Raises:
-        CheckpointError: no run, a pipeline's folder, no such checkpoint, or one run twice. ConfigError: a reward model.
+        CheckpointError: not a run, a pipeline's folder, no such checkpoint, or the same run twice. ConfigError: a reward model.
     """
     folders = [Path(p).expanduser().resolve() for p in paths]
     for i, folder in enumerate(folders):
@@ -133,10 +133,10 @@ def _read(folder: Path, name: str, step: str | None) -> TrainedRun:
 
 
 def by_setting(runs: Sequence[TrainedRun]) -> dict[str, list[TrainedRun]]:
-    """Runs that differ in nothing but their seed are one setting, named after the shortest of their names.
+    """Group runs that differ only in their seed into settings, each named after the shortest name of its runs.
 
     Raises:
-        CheckpointError: two runs of one setting have the same seed, so one of them says nothing new.
+        CheckpointError: two runs of one setting have the same seed.
     """
     groups: dict[str, list[TrainedRun]] = {}
     for run in runs:
@@ -151,11 +151,11 @@ def by_setting(runs: Sequence[TrainedRun]) -> dict[str, list[TrainedRun]]:
     return {min((r.name for r in group), key=len): group for group in groups.values()}
 
 
-# ---- where they start ----
+# ---- the common start ----
 
 
 def check_tokenizers(runs: Sequence[TrainedRun]) -> None:
-    """Refuse runs whose tokens differ (ConfigError)."""
+    """Raise a ConfigError if the runs have different tokenizers."""
     first = runs[0]
     for run in runs[1:]:
         if run.manifest["tokenizer_sha256"] != first.manifest["tokenizer_sha256"]:
@@ -167,7 +167,7 @@ def check_tokenizers(runs: Sequence[TrainedRun]) -> None:
 
 
 def common_start(runs: Sequence[TrainedRun]) -> Source:
-    """The model that all runs start from, checked to be still the one that it was.
+    """Return the model that all runs start from, after checking that it has not changed.
 
     Raises:
         ConfigError: they start from different weights. ModelError: the start has changed since.
@@ -178,7 +178,7 @@ def common_start(runs: Sequence[TrainedRun]) -> Source:
     for run in runs:
         kinds.setdefault((run.manifest["model"]["sha256"], dtype_of[run.name]), run)
     for (sha256, dtype), run in kinds.items():
-        # in another precision the same weights have another sum: those are looked at below
+        # in another precision the same weights have a different sum; the check below compares them in fp32
         if dtype == dtype_of[first.name] and sha256 != first.manifest["model"]["sha256"]:
             raise _other_start(first, run)
     wide = {run.name: start_sha256(run) for run in kinds.values()}
@@ -202,7 +202,7 @@ def _other_start(one: TrainedRun, other: TrainedRun) -> ConfigError:
 
 
 def start_sha256(run: TrainedRun) -> str:
-    """SHA-256 in fp32 of the weights that a run starts from; ModelError where they are not what they were."""
+    """SHA-256 in fp32 of the weights that a run starts from; ModelError if they have changed."""
     config = run.data.config.model
     model = load_causal_model(config, resolve_device("cpu"), run.seed)
     wide = source_sha256(config, model)
@@ -213,7 +213,7 @@ def start_sha256(run: TrainedRun) -> str:
 
 
 def check_bases(runs: Sequence[TrainedRun]) -> None:
-    """Refuse adapters whose base models have changed (ModelError)."""
+    """Raise a ModelError if the base model of an adapter has changed."""
     seen = set()
     for run in runs:
         key = (run.config.model.path, run.config.model.revision, run.manifest["model"]["sha256"])
@@ -222,11 +222,11 @@ def check_bases(runs: Sequence[TrainedRun]) -> None:
             start_sha256(run)
 
 
-# ---- what they were trained on ----
+# ---- training prompts ----
 
 
 def lineage(run: TrainedRun) -> list[RunConfig]:
-    """Configs of the runs whose models it started from, the nearest first; a start that no run made ends it."""
+    """Configs of the chain of runs that a run started from, nearest first, up to a model that no run made."""
     found: list[RunConfig] = []
     seen = {run.folder}
     path = run.config.model.adapter or run.config.model.path
@@ -238,7 +238,7 @@ def lineage(run: TrainedRun) -> list[RunConfig]:
 
 
 def _run_of(model: Path) -> Path | None:
-    """The run that a model's folder belongs to: ``RUN/checkpoints/step-N/model`` or ``RUN/merged/step-N``."""
+    """The run that a model folder belongs to, ``RUN/checkpoints/step-N/model`` or ``RUN/merged/step-N``; None if there is none."""
     for parents in (3, 2):
         folder = model.parents[parents - 1] if len(model.parents) >= parents else None
         if folder is not None and (folder / CONFIG).exists():
@@ -247,10 +247,10 @@ def _run_of(model: Path) -> Path | None:
 
 
 def all_trained_prompts(runs: Sequence[TrainedRun], *, lenient: bool) -> tuple[set[str], list[str]]:
-    """Keys of the prompts that the runs, and the runs that they started from, were trained on; and what could not be looked at.
+    """Keys of the prompts that the runs and their ancestors were trained on, and notes on data that could not be read.
 
     Args:
-        lenient: rows that are gone or have changed are a sentence rather than an error.
+        lenient: report a run's missing or changed rows in a note rather than raise; rows of its ancestors are always reported.
 
     Raises:
         CheckpointError: the data is not what a run was trained on.
@@ -284,9 +284,9 @@ def _check_data(run: TrainedRun) -> None:
         raise CheckpointError(str(run.config.data.path), what, "restore the file, or give --data with other rows")
 
 
-# ---- What each run spent, from its own files: steps, rows, completions, tokens, learning rates, data; and a sentence for each that differs ----
+# ---- Training budgets from a run's own files: steps, rows, completions, tokens, learning rates, data; and notes on differences ----
 
-TOLERANCE = 0.05  # beyond it something differs
+TOLERANCE = 0.05  # relative differences up to this count as equal
 
 NUMBERS = {  # field: in words
     "steps": "Optimizer steps",
@@ -305,9 +305,9 @@ Budget = Mapping[str, Any]  # by the names of `NUMBERS` and `WORDS`, and `finish
 
 
 def budget_of(run: TrainedRun, up_to: int | None = None) -> Budget:
-    """What a run spent in training, up to the checkpoint where one was asked for by its number, else in all.
+    """A run's training budget, in total or up to a step.
 
-    Rows (prompts of an online method) count each time that they are met, a shared prompt's tokens once.
+    Rows (prompts of an online method) count every time they are used; the tokens of a shared prompt count once.
     """
     lines = [line for line in read(run.folder).metrics if line.get("kind") == "train"]
     lines = [line for line in lines if up_to is None or line["step"] <= up_to]
@@ -334,7 +334,7 @@ def budget_of(run: TrainedRun, up_to: int | None = None) -> Budget:
 
 
 def budget_sentences(budgets: Mapping[str, Sequence[Budget]]) -> list[str]:
-    """One sentence for each thing that differs by more than 5% between settings (their means over seeds) or within one."""
+    """One sentence for each difference: numbers by more than 5% between settings (means over seeds) or within one, words at all."""
     said = []
     for field, words in NUMBERS.items():
         means = {name: float(np.mean([b[field] for b in of])) for name, of in budgets.items()}
@@ -352,7 +352,7 @@ def budget_sentences(budgets: Mapping[str, Sequence[Budget]]) -> list[str]:
 
 
 def data_sentences(settings: Mapping[str, Sequence[TrainedRun]]) -> list[str]:
-    """A sentence where settings were trained on other rows; the shape that a method needs makes no difference."""
+    """A sentence for each setting trained on other rows than the first; the same prompts in another shape do not count."""
     first, *others = settings
     said = []
     for name in others:
@@ -375,7 +375,7 @@ def data_sentences(settings: Mapping[str, Sequence[TrainedRun]]) -> list[str]:
 
 
 def unfinished(budgets: Mapping[str, Budget]) -> list[str]:
-    """A sentence for each run that did not come to its end."""
+    """A sentence for each run that did not finish."""
     return [
         f"{name} did not finish: it stopped at step {b['steps']:.0f}."
         for name, b in budgets.items()
@@ -395,18 +395,18 @@ def _listed(values: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
-# ---- Readings of a test set: each one is written down beside the file, and the next comparison on it says so ----
-# A test set says what it promises once. Whoever looks, changes something and looks again has chosen by it.
+# ---- Readings of a test set: each is recorded next to the file, and later comparisons report it ----
+# A test set gives an unbiased result only once: after changing something because of it, the next reading is a selection.
 
 READINGS = "test_readings.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
 class Readings:
-    """The readings of a file of test rows.
+    """The log of readings of a test file.
 
     Args:
-        file: absolute; fingerprint: SHA-256 of its rows, whatever the file's name and layout.
+        file: absolute; fingerprint: SHA-256 of its rows, independent of the file's name and layout.
     """
 
     file: Path
@@ -414,11 +414,11 @@ class Readings:
 
     @property
     def log(self) -> Path:
-        """Where its readings are kept: in the folder of the file, so that every comparison on it finds them."""
+        """Path of the log: in the folder of the file, so that every comparison on it finds it."""
         return self.file.parent / READINGS
 
     def earlier(self) -> list[dict[str, Any]]:
-        """Readings so far, oldest first: of the same rows, or of a file of the same name."""
+        """Earlier readings of the same rows or of a file with the same name, oldest first."""
         if not self.log.exists():
             return []
         found = []
@@ -435,19 +435,19 @@ class Readings:
         return found
 
     def check_writable(self) -> None:
-        """Refuse a folder in which no reading can be written down, so that the next reader would not know (DataError)."""
+        """Raise a DataError if the log cannot be written, because later comparisons would not know of this reading."""
         try:
             known = self.log.exists()
             with self.log.open("ab"):
                 pass
-            if not known:  # nothing was read yet
+            if not known:  # no reading has happened yet
                 self.log.unlink()
         except OSError as error:
             what = f"cannot be written ({error.strerror}), so nobody would know that the test set was read"
             raise DataError(str(self.log), what, "put the file into a folder that you can write") from error
 
     def record(self, runs: Sequence[str], details: Mapping[str, Any]) -> None:
-        """Write a reading down, on disk before this returns."""
+        """Append a reading; it is on disk when this returns."""
         row = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "file": self.file.name,
@@ -462,7 +462,7 @@ class Readings:
             os.fsync(out.fileno())
 
     def sentence(self, earlier: Sequence[Mapping[str, Any]]) -> str:
-        """How often it was read before."""
+        """Say how often the test set was read before."""
         if not earlier:
             return f"This test set is read for the first time; the reading is recorded in {self.log}."
         times = "once" if len(earlier) == 1 else f"{len(earlier)} times"

@@ -1,4 +1,4 @@
-"""`penchant eval` on any model: where the model is, what is asked of it, the figures, and where they are kept."""
+"""`penchant eval`: evaluate any model and keep the figures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def evaluate_model(
     """Evaluate a model and keep the figures; see `penchant.api.evaluate`.
 
     Args:
-        given: what names the model, or a final config; overrides: of the former; rows: also return the figures of each answer.
+        given: a run, model or config by name, or a final config; overrides: ``key.path=value``, not for a final config.
+        rows: also return the figures of each answer.
     """
     request.check()
     name = given.output if isinstance(given, RunConfig) else str(given)

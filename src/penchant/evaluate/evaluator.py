@@ -1,4 +1,4 @@
-"""A model's figures: its rows, the models, what they find likely, what is written, and where it is kept."""
+"""The evaluation of one model: given answers, texts and fresh completions, against a reference."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ from penchant.runs.parts import answering
 from penchant.types import TokenTree
 
 NO_REFERENCE = "none"
-FEW = 10  # below it a percentile bootstrap is too narrow
+FEW = 10  # with fewer prompts a percentile bootstrap is too narrow
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """What an evaluation leaves.
+    """The result of an evaluation.
 
     Args:
-        metrics: ``eval/...`` with ``/ci`` and ``/n``, and what was evaluated; notes: sentences that belong to them.
-        what: settings and fingerprints that they depend on; rows: the completions; step: of a run, else None.
+        metrics: ``eval/...`` with ``/ci`` and ``/n``, and names of the model and reference; notes: sentences on the metrics.
+        what: settings and fingerprints that the metrics depend on; rows: the completions; step: of a run, else None.
         answers: the figures of each given answer.
     """
 
@@ -60,7 +60,7 @@ class Evaluated:
 
 
 class Evaluation(Material):
-    """One evaluation of one model; everything is checked before a model is loaded.
+    """One evaluation of one model. All checks happen before a model is loaded.
 
     Raises:
         CheckpointError, ConfigError, DataError, ModelError, RewardError: the user can fix it.
@@ -70,7 +70,7 @@ class Evaluation(Material):
 
     @cached_property
     def judges(self) -> dict[str, Judge]:
-        """The reward under "", and others by name."""
+        """The main reward under "", and the others by name."""
         assert self.rows is not None
         asked: dict[str, Any] = {} if self.request.reward is None else {"": self.request.reward}
         asked |= {name: name for name in self.request.also}
@@ -78,13 +78,13 @@ class Evaluation(Material):
         policy = PolicyText(self.run.rows.tokenizer, data.template, prompts, data.template_options)
         try:
             return {name: load_reward(reward, policy, self.run.device) for name, reward in asked.items()}
-        except ValidationError as error:  # a mapping that holds something else than names and weights
+        except ValidationError as error:  # a mapping with something other than names and weights
             said = error.errors()[0]["msg"].removeprefix("Value error, ")
             raise ConfigError("--reward", said, "write NAME or {NAME: WEIGHT, ...}") from error
 
     @cached_property
     def reference_source(self) -> Source | None:
-        """What the model is compared with, where that is known."""
+        """The reference model: as requested, else the model's start if known; None without one."""
         asked = self.request.reference
         if asked == NO_REFERENCE:
             return None
@@ -136,7 +136,7 @@ class Evaluation(Material):
     # ---- the figures ----------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Meet everything that can be wrong before a model is loaded."""
+        """Raise any error in the request or the data before a model is loaded."""
         self.request.check()
         request = self.request
         if request.generate is not None or request.text is not None:
@@ -170,7 +170,7 @@ class Evaluation(Material):
 
     @property
     def beta(self) -> float:
-        """Of the implicit reward: as asked, the run's where it is one number, else 1."""
+        """Beta of the implicit reward: as requested, else the run's if it is not scheduled, else 1."""
         if self.request.beta is not None:
             return self.request.beta
         if self.source.run is None or self.source.run.algorithm is not None:
@@ -180,7 +180,7 @@ class Evaluation(Material):
         return float(beta) if "beta" not in component.schedules else 1.0
 
     def measure(self) -> Evaluated:
-        """All that is asked."""
+        """Run the evaluation and return everything that was requested."""
         self.check()
         figures: list[Figure] = []
         rows: list[dict[str, Any]] = []
@@ -211,7 +211,7 @@ class Evaluation(Material):
         return Evaluated(head | flat(figures), self.notes, self._what(), rows, self.source.step, answers)
 
     def _answer_rows(self, scores: TokenScores) -> list[dict[str, Any]]:
-        """The figures of each given answer, beside its texts; the names are those of the figures over all of them."""
+        """The figures of each given answer next to its texts, under the same names as the overall figures."""
         decode = self.run.rows.tokenizer.decode
         rows = []
         for figures, tree, slot in figures_by_answer(scores, self.answers, self.beta):
@@ -224,7 +224,7 @@ class Evaluation(Material):
         return rows
 
     def _about_intervals(self, figures: Sequence[Figure]) -> None:
-        """Where they say less than they seem to."""
+        """Add notes on intervals that are unreliable or missing."""
         counts = {"prompts with answers": len({t.prompt_key for t in self.answers})} if self.answers else {}
         counts |= {"documents": len(self.documents[1])} if self.request.text is not None else {}
         counts |= {"prompts written to": len(self.prompts)} if self.request.generate is not None else {}
@@ -252,7 +252,7 @@ class Evaluation(Material):
         )
 
     def _generated(self, policy: LiveReference) -> tuple[Written, list[Figure], list[dict[str, Any]]]:
-        """What the model wrote, its figures, and its rows for a file."""
+        """Sample completions; return them, their figures, and their rows for a file."""
         r, tokenizer = self.request, self.run.rows.tokenizer
         written = write(
             policy.scorer.model,
@@ -300,7 +300,7 @@ class Evaluation(Material):
         return rows
 
     def _what(self) -> dict[str, Any]:
-        """Settings and fingerprints, for the log."""
+        """Settings and fingerprints of the evaluation, for the log."""
         found: dict[str, Any] = {"model": self.source.name, "checkpoint": self.source.checkpoint or None}
         reference = self.reference_source
         if reference is not None:
@@ -315,7 +315,7 @@ class Evaluation(Material):
 
 
 def held_out_of_run(config: RunConfig, step: str, quiet: bool) -> Evaluated:
-    """A run's own held-out metrics, as they are computed while it trains."""
+    """Compute a run's own held-out metrics, the same as during training."""
     run = Run(config, quiet=quiet)
     metrics = run.evaluate(step)
     held = run.rows.datasets[1]

@@ -1,4 +1,4 @@
-"""What a model is measured on: rows with prompts, their answers, texts; read and made into tokens as its run would."""
+"""The data of an evaluation: rows with prompts, their answers, and texts, read and tokenized as the model's run would."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from penchant.types import TokenTree
 
 @dataclass
 class Material:
-    """Rows, answers, prompts and texts of one evaluation, each read when it is first asked for.
+    """Rows, answers, prompts and texts of one evaluation, each read on first use.
 
     Args:
-        source: the model; request: what is asked; overrides: ``key.path=value`` of a model that has no config of its own.
-        notes: sentences about what was left out or cut.
+        source: the model; request: the options; overrides: ``key.path=value`` for a model without a config of its own.
+        notes: sentences about data that was left out or cut.
 
     Raises:
         ConfigError, DataError, ModelError: the user can fix it.
@@ -42,7 +42,7 @@ class Material:
 
     @cached_property
     def config(self) -> RunConfig:
-        """The run's settings, or those of a run on this model with the data as its own."""
+        """The config of the model's run, or a default config for this model and data if it has none."""
         if self.source.run is not None:
             return self.source.run
         model = self.source.base.model_dump(exclude_unset=True) | {"tokenizer": self.source.tokenizer}
@@ -52,20 +52,20 @@ class Material:
 
     @property
     def policy(self) -> Source:
-        """The model, with overrides such as ``model.revision``; those of a run are in its config already."""
+        """The model with overrides such as ``model.revision`` applied; for a run they are already in its config."""
         return self.source if self.source.run is not None else replace(self.source, base=self.config.model)
 
     @cached_property
     def run(self) -> Run:
-        """Reads rows, makes tokens, and says in what precision and on which device models run."""
+        """The run that reads rows, tokenizes them, and sets the precision and device of models."""
         own = self.source.adapter is not None or self.source.checkpoint not in ("", START)
-        # the checkpoint's own tokenizer: what it started from may be gone
+        # the checkpoint's own tokenizer, because the model that it started from may be gone
         tokenizer = load_tokenizer(self.source.tokenizer) if own else None
         return Run(self.config, quiet=self.quiet, tokenizer=tokenizer)
 
     @cached_property
     def rows(self) -> Dataset | None:
-        """The rows with prompts: of --data, or the run's held-out ones; None where there are none."""
+        """The rows with prompts: those of --data, or the run's held-out rows; None if there are none."""
         data = self.config.data
         asks = any(reads_columns(reward) for reward in (self.request.reward, *self.request.also))
         if self.request.data is None:
@@ -74,7 +74,7 @@ class Material:
             self.run.rows.keep_columns |= asks
             held = self.run.rows.datasets[1]
             return None if held is None or held.kind == "text" else held
-        own_shape = self.source.run is not None  # an online run reads prompts alone; these rows may have answers
+        own_shape = self.source.run is not None  # an online run reads only prompts, but these rows may have answers
         own_limit = self.source.run is None or any(o.startswith("data.limit=") for o in self.overrides)
         rows = load_preferences(
             self.request.data,
@@ -117,14 +117,14 @@ class Material:
 
     @cached_property
     def answers(self) -> list[TokenTree]:
-        """Rows whose answers are known to be good or bad."""
+        """Tokenized rows whose answers are known to be good or bad."""
         if self.request.text_alone or self.rows is None or self.rows.kind not in ("pairs", "sft", "unpaired"):
             return []
         return [t for t in self.tokens.trees if is_answer(t)]
 
     @cached_property
     def documents(self) -> tuple[list[TokenTree], dict[str, int], str]:
-        """Chunks of --text, the bytes of each document, and the file's fingerprint."""
+        """Chunks of --text, bytes of each document, and the file's fingerprint."""
         assert self.request.text is not None
         data, tokenizer = self.config.data, self.run.rows.tokenizer
         texts = load_preferences(
@@ -145,7 +145,7 @@ class Material:
 
     @cached_property
     def prompts(self) -> list[TokenTree]:
-        """The first row of each prompt, as many as are asked for."""
+        """The first row of each distinct prompt, up to the requested number."""
         first: dict[bytes, TokenTree] = {}
         for t in self.tokens.trees:
             first.setdefault(t.prompt_ids.tobytes(), t)
@@ -156,7 +156,7 @@ class Material:
 
     @cached_property
     def good_answers(self) -> dict[bytes, list[str]]:
-        """The good answers' texts of every prompt."""
+        """Texts of the good answers by prompt."""
         assert self.rows is not None
         text_of = {t.source: t for t in self.rows.trees}
         found: dict[bytes, list[str]] = {}

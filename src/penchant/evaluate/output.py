@@ -1,4 +1,4 @@
-"""Figures as a table, as JSON files, and as a line in a run's evaluations.jsonl."""
+"""Output of `penchant eval`: a table, JSON files, and a line in the run's evaluations.jsonl."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SUFFIXES = ("/ci", COUNT)
 
 
 def record(evaluated: Evaluated) -> dict[str, Any]:
-    """An evaluation as written in files: time, step, what was asked, figures, how many rows each is over, notes."""
+    """An evaluation as written to files: time, step, settings, figures, the count behind each, notes."""
     found = evaluated.metrics
     metrics = {k: v for k, v in found.items() if k not in NO_FIGURE and not k.endswith(COUNT)}
     return {
@@ -36,10 +36,10 @@ def record(evaluated: Evaluated) -> dict[str, Any]:
 
 
 def keep(evaluated: Evaluated, run: Path | None, request: EvalRequest) -> list[str]:
-    """Append to the run's log, and write the files that were asked for; sentences about what could not be kept.
+    """Write the requested files and append to the run's log; return a note if the log cannot be written.
 
     Raises:
-        ConfigError: a file that was asked for cannot be written.
+        ConfigError: a requested file cannot be written.
     """
     line = record(evaluated)
     if request.output is not None:
@@ -58,7 +58,7 @@ def keep(evaluated: Evaluated, run: Path | None, request: EvalRequest) -> list[s
 
 
 def table(metrics: Mapping[str, Any], whole: bool = True) -> str:
-    """A line a figure: name, value, 95% interval, and over how much it is; not `whole`: the main ones, with what they are."""
+    """Format one line per figure: name, value, 95% interval, count; without `whole`, only the main ones with descriptions."""
     names = _shown(metrics)
     main = names if whole else [n for n in names if metric(n).main or metric(n).word or n == "checkpoint"]
     left, names = len(names) - len(main), main or names
@@ -83,7 +83,7 @@ def table(metrics: Mapping[str, Any], whole: bool = True) -> str:
 
 
 def explained(metrics: Mapping[str, Any]) -> str:
-    """What each figure is, and its formula."""
+    """Describe each figure: meaning and formula."""
     lines = []
     for name in _shown(metrics):
         known = metric(name)
@@ -97,7 +97,7 @@ def _shown(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def _over(metrics: Mapping[str, Any], name: str) -> str:
-    """``n=200 pairs``; a run's own metrics are over its held-out rows, its KL over completions."""
+    """The count behind a figure, ``n=200 pairs``; a run's own metrics are over held-out rows, its KL over completions."""
     if f"{name}/n" in metrics:
         return f"n={metrics[f'{name}/n']:,} {metric(name).over}".rstrip()
     if name.startswith("eval/kl/") and "eval/kl/completions" in metrics:
@@ -106,7 +106,7 @@ def _over(metrics: Mapping[str, Any], name: str) -> str:
 
 
 def _span(metrics: Mapping[str, Any], name: str) -> str:
-    """The interval, or why there is none."""
+    """The interval as text, or why there is none."""
     if all_tied(metrics, name):
         return "all tied"
     if interval := ci_of(metrics, name):

@@ -1,4 +1,4 @@
-"""Pairwise judges: which of two answers to a prompt is better, by a person's own function or a model behind an endpoint."""
+"""Pairwise judges, which decide which of two answers to a prompt is better: a user's function or a model behind an endpoint."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ OF_ENDPOINTS = {
 
 @dataclass(frozen=True, slots=True)
 class JudgeOptions:
-    """Which judge, and how it is asked.
+    """Options of a pairwise judge.
 
     Args:
-        spec: ``path.py:function`` or the address of an endpoint. The rest is of endpoints, None: the default.
-        model: as the endpoint calls it; key_env: environment variable with the key; instruction: file with a template.
-        parameters: of sampling, a mapping or JSON, in place of the default ones; concurrency: questions at a time.
+        spec: ``path.py:function`` or the address of an endpoint. The other options are for endpoints; None: the default.
+        model: the endpoint's name for it; key_env: environment variable with the API key; instruction: file with a template.
+        parameters: sampling parameters that replace the defaults, a mapping or JSON; concurrency: parallel requests.
     """
 
     spec: str
@@ -43,10 +43,10 @@ class JudgeOptions:
 
 
 def load_judge(options: JudgeOptions) -> PairJudge:
-    """The judge; an endpoint is not asked yet.
+    """Create the judge, without contacting an endpoint yet.
 
     Raises:
-        ConfigError: no such judge, or options that do not fit.
+        ConfigError: no such judge, or options that do not apply to it.
     """
     if not options.spec.startswith(("http://", "https://")):
         given = [flag for name, flag in OF_ENDPOINTS.items() if getattr(options, name) is not None]

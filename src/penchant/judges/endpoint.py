@@ -1,4 +1,4 @@
-"""A model behind an OpenAI-compatible endpoint as a pairwise judge: its cached verdicts, and patience with an endpoint that fails."""
+"""A pairwise judge behind an OpenAI-compatible endpoint, with cached verdicts and retries."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from penchant.runfolder.values import num
 
 # ---- verdicts on disk ----
 
-VERSION = 1  # part of every key: raise it when the same question is put otherwise
+VERSION = 1  # part of every key: increase it if the way of asking changes
 
 
 def key_of(model: str, instruction: str, parameters: Mapping[str, Any], question: Question) -> str:
-    """SHA-256 over all that a reply depends on: the model, the instruction, the parameters, the prompt, and both answers in their order."""
+    """SHA-256 of everything a reply depends on: model, instruction, parameters, prompt, and both answers in order."""
     parts = [VERSION, model, instruction, parameters, question.prompt, question.first, question.second]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass
 class Replies:
-    """Verdicts by key, in one file a judge; each new one is a line that is appended whole.
+    """A cache of verdicts by key, with one append-only file per judge.
 
     Args:
-        path: a JSONL file of ``{"key", "verdict", "reply"}``; a damaged line is one that was never written.
+        path: a JSONL file of ``{"key", "verdict", "reply"}``; damaged lines are ignored.
     """
 
     path: Path
@@ -50,10 +50,10 @@ class Replies:
 
     @classmethod
     def open(cls, folder: Path, model: str, instruction: str, parameters: Mapping[str, Any]) -> Replies:
-        """The replies of a judge so far; the file can be written.
+        """Open a judge's cache and make sure that it can be written.
 
         Raises:
-            CheckpointError: it cannot.
+            CheckpointError: the file cannot be written.
         """
         made = json.dumps([VERSION, model, instruction, parameters], sort_keys=True)
         path = folder / f"{hashlib.sha256(made.encode()).hexdigest()[:16]}.jsonl"
@@ -69,7 +69,7 @@ class Replies:
         return cls(path, {str(key): v for key, v in rows if key is not None and v is not None and 0.0 <= v <= 1.0})
 
     def keep(self, key: str, verdict: float, reply: str) -> None:
-        """Write a reply down."""
+        """Add a verdict to the cache."""
         self.known[key] = verdict
         line = json.dumps({"key": key, "verdict": verdict, "reply": reply}) + "\n"
         with self.path.open("ab") as out:
@@ -78,18 +78,18 @@ class Replies:
 
 # ---- HTTP ----
 
-LARGEST = 4 << 20  # bytes of a reply
-LONGEST = 60.0  # seconds between two attempts
-RETRIED = (408, 409, 425, 429)  # and every 5xx
-HOPELESS = (401, 403, 404, 405)  # the same for every question
+LARGEST = 4 << 20  # maximum bytes of a reply
+LONGEST = 60.0  # maximum seconds between two attempts
+RETRIED = (408, 409, 425, 429)  # status codes that are retried, as is every 5xx
+HOPELESS = (401, 403, 404, 405)  # status codes that every other question would get too
 DEFAULT_KEY = "OPENAI_API_KEY"
 
 
 class NoReply(Exception):
-    """A question that got no reply.
+    """A question got no reply.
 
     Args:
-        final: no other one would get one either; silent: nobody was there, or was willing for now.
+        final: other questions would not get one either; silent: the endpoint could not be reached or was temporarily unavailable.
     """
 
     def __init__(self, what: str, *, final: bool = False, silent: bool = False) -> None:
@@ -99,12 +99,12 @@ class NoReply(Exception):
 
 @dataclass(frozen=True)
 class Connection:
-    """An endpoint.
+    """An HTTP connection to an endpoint, with retries.
 
     Args:
-        url: ``http(s)://HOST/v1``; key: sent as a bearer token, never shown; timeout: seconds without a byte.
-        attempts: of one question; pause: seconds before the second attempt, twice as many before each further one.
-        largest: bytes of a reply that are read.
+        url: ``http(s)://HOST/v1``; key: sent as a bearer token, never shown; timeout: seconds without receiving a byte.
+        attempts: maximum per question; pause: seconds before the second attempt, doubled for each further one.
+        largest: maximum bytes of a reply.
     """
 
     url: str
@@ -115,13 +115,13 @@ class Connection:
     largest: int = LARGEST
 
     def post(self, path: str, body: Mapping[str, Any] | None, stop: threading.Event) -> Any:
-        """The JSON that the endpoint answers; None where it answers something else.
+        """Send a request and return the JSON of the reply; None if the reply is not JSON or too large.
 
         Args:
-            body: None: GET; stop: set when nobody waits any more.
+            body: JSON body to POST, or None for GET; stop: set to cancel waiting requests.
 
         Raises:
-            NoReply: none after all attempts, or refused.
+            NoReply: no reply after all attempts, or the request was refused or canceled.
         """
         data = None if body is None else json.dumps(body).encode()
         if stop.is_set():
@@ -130,7 +130,7 @@ class Connection:
             failure, wait = self._once(path, data)
             if not isinstance(failure, str):
                 return failure[0]
-            # drawn, so that many waiting questions do not come back together
+            # with jitter, so that waiting questions do not all retry at once
             pause = self.pause * 2.0 ** (attempt - 1) * random.uniform(0.75, 1.25)
             if attempt == self.attempts or stop.wait(min(LONGEST, max(wait, pause))):
                 raise NoReply(f"{failure} ({attempt} attempts)" if attempt > 1 else failure, silent=True)
@@ -144,17 +144,17 @@ class Connection:
             timeout=self.timeout,
             limits=httpx.Limits(max_connections=None),
             follow_redirects=False,  # a redirect would carry the key to another host
-            trust_env=not is_local(self.url),  # no proxy on the way to this machine
+            trust_env=not is_local(self.url),  # no proxy for local addresses
         )
 
     def close(self) -> None:
-        """Let its sockets go; the next question opens new ones."""
+        """Close the sockets; the next question opens new ones."""
         client = self.__dict__.pop("_client", None)
         if client is not None:
             client.close()
 
     def _once(self, path: str, data: bytes | None) -> tuple[tuple[Any] | str, float]:
-        """One attempt: the reply in a tuple, or what went wrong and the seconds that the endpoint wants to be left alone."""
+        """Make one attempt; return the reply in a 1-tuple or an error text, and the seconds to wait before retrying."""
         import httpx
 
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
@@ -181,20 +181,19 @@ class Connection:
         raise NoReply(what, final=reply.status_code in HOPELESS or reply.status_code < 400)
 
     def without_key(self, text: str) -> str:
-        """A text of the endpoint's that may repeat the key that it was sent."""
+        """Remove the API key from a text of the endpoint, which may echo it."""
         return text.replace(self.key, "[key]") if self.key else text
 
 
 def connect(url: str, key_env: str | None, where: str = "--judge", where_key: str = "--judge-key-env") -> Connection:
-    """An endpoint from its address, with the key of an environment variable.
+    """Make a connection from an endpoint's address, with the API key from an environment variable.
 
     Args:
-        key_env: the variable, which must be set; None: `OPENAI_API_KEY` where it is set, and where it goes over https or stays on this machine.
-
-        where, where_key: what sets both, in errors.
+        key_env: the variable, which must be set; None: `OPENAI_API_KEY` if it is set and the address uses https or is local.
+        where, where_key: names of the options for address and key in errors.
 
     Raises:
-        ConfigError: no such address, or no key.
+        ConfigError: not an address, or no key.
     """
     parts = urlsplit(url)
     try:
@@ -207,7 +206,7 @@ def connect(url: str, key_env: str | None, where: str = "--judge", where_key: st
         how = f"leave user, password and query out; a key comes by {where_key}"
         raise ConfigError(where, "holds more than an address", how)
     address = url.rstrip("/").removesuffix("/chat/completions")
-    readable = parts.scheme == "http" and not is_local(url)  # on the way: only a key that was named goes there
+    readable = parts.scheme == "http" and not is_local(url)  # in transit: only send a key that was named explicitly
     key = None if key_env is None and readable else key_from_environment(key_env or DEFAULT_KEY)
     if key_env is not None and key is None:
         raise ConfigError(where_key, f"{key_env} is not set", "set that environment variable to the key")
@@ -215,10 +214,10 @@ def connect(url: str, key_env: str | None, where: str = "--judge", where_key: st
 
 
 def key_from_environment(name: str) -> str | None:
-    """The key in an environment variable; None where there is none.
+    """Read an API key from an environment variable; None if unset or empty.
 
     Raises:
-        ConfigError: it holds characters that no header carries.
+        ConfigError: it contains characters that are not allowed in a header.
     """
     key = os.environ.get(name, "").strip()
     if not (key.isascii() and key.isprintable() and " " not in key):
@@ -227,12 +226,12 @@ def key_from_environment(name: str) -> str | None:
 
 
 def is_local(url: str) -> bool:
-    """Whether the address is this machine's own."""
+    """Whether an address points to this machine."""
     return is_loopback(urlsplit(url).hostname or "")
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a host."""
+    """Whether a host is localhost or a loopback address."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -249,7 +248,7 @@ def _json(data: bytes | bytearray, largest: int = LARGEST) -> Any:
 
 
 def refusal(data: bytes | bytearray) -> str:
-    """What a refusal says: the message in its JSON, or its text."""
+    """The error message of a refusal: from its JSON, or its text."""
     found = _json(data)
     error = found.get("error", found) if isinstance(found, dict) else found
     said = error.get("message") if isinstance(error, dict) else error
@@ -266,19 +265,19 @@ def _seconds(header: str | None) -> float:
 # ---- the judge ----
 
 PARAMETERS: Mapping[str, Any] = {"temperature": 0, "max_tokens": 512}
-READS = 2  # times that a question is put whose reply cannot be read
-GIVE_UP = 8  # questions in a row without any reply
-UNREAD = 3  # replies that are shown
+READS = 2  # how often a question is asked while its reply cannot be read
+GIVE_UP = 8  # consecutive questions without any reply before giving up
+UNREAD = 3  # maximum unreadable replies to show
 PROBE = Question("Say hello.", "Hello! How can I help you?", "No.")
 
 
 @dataclass(frozen=True)
 class EndpointJudge:
-    """A model that is asked over HTTP.
+    """A judge model behind an HTTP endpoint.
 
     Args:
-        model: as the endpoint calls it; parameters: of sampling, sent as they are; concurrency: questions at a time.
-        read: what a reply says, in [0, 1], None where it cannot be read.
+        model: the endpoint's name for it; parameters: of sampling, sent unchanged; concurrency: parallel requests.
+        read: parses a reply to a preference in [0, 1], or None if it cannot be read.
     """
 
     connection: Connection
@@ -293,7 +292,7 @@ class EndpointJudge:
         return shown(self.model)
 
     def describe(self) -> dict[str, Any]:
-        """Its address, model, parameters and the SHA-256 of the instruction."""
+        """The endpoint's address, model, parameters and the SHA-256 of the instruction."""
         return {
             "kind": "endpoint",
             "endpoint": self.connection.url,
@@ -303,26 +302,26 @@ class EndpointJudge:
         }
 
     def check(self) -> str | None:
-        """Put one small question, unless it was put before; a sentence where the reply cannot be read.
+        """Ask one small question unless its reply is cached; return a note if the reply cannot be read.
 
         Raises:
-            RewardError: the endpoint cannot be reached or refuses. CheckpointError: replies cannot be kept.
+            RewardError: the endpoint cannot be reached or refuses. CheckpointError: the cache cannot be written.
         """
         impatient = replace(self, connection=replace(self.connection, attempts=min(2, self.connection.attempts)))
         said = impatient._ask([PROBE], None, give_up=1).unread
         return f"The judge's reply to a trial question cannot be read: '{said[0]}'." if said else None
 
     def ask(self, questions: Sequence[Question], progress: Progress | None = None) -> Answers:
-        """The model's verdict of each question; those of earlier comparisons are read from disk.
+        """Return the model's verdict on each question; those of earlier comparisons come from the cache.
 
-        A reply that cannot be read is asked for once more and then counts as none.
+        If a reply cannot be read, the question is asked once more and then left without a verdict.
 
         Raises:
-            RewardError: the endpoint refuses, or gives no reply to several questions in a row; what it has said so far is kept.
+            RewardError: the endpoint refuses, or gives no reply to several questions in a row. Verdicts received so far stay cached.
         """
         return self._ask(questions, progress, give_up=GIVE_UP)
 
-    # ---- many at a time -------------------------------------------------------------------------------------------
+    # ---- concurrency ----------------------------------------------------------------------------------------------
 
     def _ask(self, questions: Sequence[Question], progress: Progress | None, *, give_up: int) -> Answers:
         replies = Replies.open(cache_folder("judge"), self.model, self.instruction, self.parameters)
@@ -330,7 +329,7 @@ class EndpointJudge:
         values = np.array([replies.known.get(k, np.nan) for k in keys], dtype=np.float64)
         todo = np.flatnonzero(np.isnan(values)).tolist()
         unread: list[str] = []
-        silent = 0  # questions in a row to which nobody answered
+        silent = 0  # consecutive questions without an answer
         stop = threading.Event()
         pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="judge")
         futures = {pool.submit(self._verdict, questions[i], stop): i for i in todo}
@@ -367,7 +366,7 @@ class EndpointJudge:
             try:
                 reply = text_of(self.connection.post("/chat/completions", body, stop))
             except NoReply as error:
-                if error.final:  # before another question is put
+                if error.final:  # before another question is asked
                     stop.set()
                 raise
             verdict = self.read(reply)
@@ -377,7 +376,7 @@ class EndpointJudge:
 
 
 def text_of(reply: Any) -> str:
-    """The text in a chat completion; empty where there is none."""
+    """The text of a chat completion; empty if there is none."""
     try:
         content = reply["choices"][0]["message"]["content"]
     except (LookupError, TypeError):

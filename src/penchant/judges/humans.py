@@ -1,4 +1,4 @@
-"""What people said of pairs of answers: `preferences.jsonl`, one record a line, appended at once and never changed."""
+"""Human preferences between pairs of answers: `preferences.jsonl`, an append-only log with one record per line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from penchant.runfolder.values import mapping, num
 
 PREFERENCES = "preferences.jsonl"
 VERDICTS = ("a", "b", "tie", "both_bad", "skip")
-UNDO = "undo"  # the verdict of a record that takes an earlier one of the same id back
+UNDO = "undo"  # verdict of a record that takes back the earlier one with the same id
 WINS = {"a": 1.0, "b": 0.0, "tie": 0.5, "both_bad": 0.5}
 
 Prompt = str | tuple[tuple[str, str], ...]  # text, or (role, content) of a conversation
@@ -26,14 +26,14 @@ Prompt = str | tuple[tuple[str, str], ...]  # text, or (role, content) of a conv
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """One word of one person about one pair.
+    """One judgment of one person about one pair.
 
     Args:
-        id: of the record; pair: of the two answers to a prompt; order: how many records of this annotator came before it.
-        prompt: what was asked, as JSON; answers: a and b; models, hashes: who wrote them, and the SHA-256 of what they were read from.
-        verdict: one of `VERDICTS`, of a and b; left: which of them stood on the left; seconds: from its showing to the verdict.
-        gold: which is known to be better, of a pair that is a check; repeat_of: the id of the same person's earlier word on this pair.
-        reasons: tags; edited: a better answer that the person wrote; time: when, in ISO 8601.
+        id: of the record; pair: id of the two answers to a prompt; order: number of earlier records of this annotator.
+        prompt: text or messages, as JSON; answers: a and b; models: that wrote them; hashes: SHA-256 of their source files.
+        verdict: one of `VERDICTS`; left: which answer was on the left; seconds: from display to verdict.
+        gold: the answer known to be better, if the pair is a check; repeat_of: id of the person's earlier judgment of this pair.
+        reasons: tags; edited: a better answer that the person wrote; time: ISO 8601.
     """
 
     id: str
@@ -55,16 +55,16 @@ class Judgement:
 
     @property
     def counts(self) -> bool:
-        """Whether it says something about the models: neither a check nor a repetition nor a skip."""
+        """Whether it counts for the models: not a check, a repetition or a skip."""
         return self.gold is None and self.repeat_of is None and self.verdict in WINS
 
     @property
     def side(self) -> str | None:
-        """The side that won; None where neither did."""
+        """The side that won; None if neither did."""
         return None if self.verdict not in ("a", "b") else "left" if self.verdict == self.left else "right"
 
     def to_json(self) -> dict[str, Any]:
-        """As written in the file."""
+        """The judgment as written to the file."""
         return {
             "id": self.id,
             "pair": self.pair,
@@ -89,7 +89,7 @@ class Judgement:
 
 
 def judgement_of(row: Mapping[str, Any]) -> Judgement | None:
-    """A record that was read; None where it is none."""
+    """Parse a record; None if it is not a judgment."""
     seconds, order = num(row, "seconds"), num(row, "order")
     texts = [row.get(k) for k in ("id", "pair", "annotator", "answer_a", "answer_b", "model_a", "model_b")]
     if row.get("verdict") not in VERDICTS or row.get("left") not in ("a", "b") or order is None:
@@ -120,15 +120,15 @@ def judgement_of(row: Mapping[str, Any]) -> Judgement | None:
 
 @dataclass
 class Preferences:
-    """The file as it stands, read on as it grows: several people, and several processes, may append to it.
+    """A preferences file, read incrementally as it grows. Several people and processes may append to it.
 
     Args:
-        path: made with its first record.
+        path: created with the first record.
     """
 
     path: Path
-    judgements: dict[str, Judgement] = field(default_factory=dict)  # those that were not taken back, by id, in order
-    records: dict[str, int] = field(default_factory=dict)  # of each annotator, those taken back and undos among them
+    judgements: dict[str, Judgement] = field(default_factory=dict)  # by id, in order, without those taken back
+    records: dict[str, int] = field(default_factory=dict)  # number per annotator, including undos and those taken back
     undone: int = 0
     damaged: int = 0
     _read: int = 0
@@ -136,7 +136,7 @@ class Preferences:
     _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     def refresh(self) -> Preferences:
-        """Read what has come since; a file that was replaced or cut is read anew."""
+        """Read records appended since the last call; a file that was replaced or truncated is read from the start."""
         with self._lock:
             try:
                 with self.path.open("rb") as file:
@@ -151,7 +151,7 @@ class Preferences:
             except FileNotFoundError:
                 self._forget()
                 return self
-            whole = text[: text.rfind(b"\n") + 1]  # half a line is one that is being written
+            whole = text[: text.rfind(b"\n") + 1]  # an incomplete last line is still being written
             self._read += len(whole)
             rows, damaged = json_rows(whole.decode("utf-8", "replace"))
             self.damaged += damaged
@@ -177,19 +177,19 @@ class Preferences:
             self.undone += 1
 
     def of(self, annotator: str) -> list[Judgement]:
-        """One person's, in order."""
+        """The judgments of one annotator, in order."""
         return [j for j in list(self.judgements.values()) if j.annotator == annotator]
 
     def undo(self, judgement: Judgement) -> None:
-        """Take one back, by a record that says so."""
+        """Take a judgment back by appending an undo record."""
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self.append({"id": judgement.id, "annotator": judgement.annotator, "verdict": UNDO, "time": now})
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write one record; when this returns, it is on the disk.
+        """Append a record; it is on disk when this returns.
 
         Raises:
-            DiskError: as `append_line`.
+            DiskError: see `append_line`.
         """
         with self._lock:
             append_line(self.path, row)
@@ -197,10 +197,10 @@ class Preferences:
 
 
 def read_preferences(path: Path | str) -> Preferences:
-    """The judgements of a file.
+    """Read the judgments of a file, or of the preferences.jsonl in a folder.
 
     Raises:
-        DataError: there is none, or it holds no judgement.
+        DataError: no such file, or no judgments in it.
     """
     file = Path(path).expanduser()
     file = file / PREFERENCES if file.is_dir() else file
@@ -213,12 +213,12 @@ def read_preferences(path: Path | str) -> Preferences:
 
 
 def prompt_key(prompt: Any) -> str:
-    """A prompt as one text, by which equal ones are found."""
+    """A text that identifies a prompt; equal prompts have equal keys."""
     return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, ensure_ascii=False)
 
 
 def turns_of(prompt: Any) -> Iterator[tuple[str, str]]:
-    """(role, text) of a prompt as files have it."""
+    """Yield (role, text) for each turn of a prompt as stored in files."""
     if isinstance(prompt, str):
         yield "user", prompt
         return

@@ -1,4 +1,4 @@
-"""What a model that judges is told, and how its reply is read."""
+"""The instruction to a judge model, and the parser of its replies."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ _LINE = re.compile(
 
 
 def read_instruction(path: str | Path) -> str:
-    """An instruction of a person's own.
+    """Read a user's instruction template.
 
     Raises:
-        ConfigError: no such file, or it has no place for the prompt or an answer.
+        ConfigError: no such file, or a placeholder for the prompt or an answer is missing.
     """
     file = Path(path).expanduser()
     try:
@@ -56,9 +56,9 @@ def read_instruction(path: str | Path) -> str:
 
 
 def filled(instruction: str, question: Question) -> str:
-    """The instruction with a question's texts in their places; braces inside the texts stay what they are.
+    """Fill the instruction with the texts of a question; braces inside the texts are left alone.
 
-    ``{mark}`` is the start of the SHA-256 of the texts: no text can hold its own mark, so none can end its place early.
+    ``{mark}`` is the start of the SHA-256 of the texts: no text can contain its own mark, so none can close its block early.
     """
     texts = {"prompt": question.prompt, "answer_a": question.first, "answer_b": question.second}
     joined = "\0".join(texts.values()).encode("utf-8", "surrogatepass")
@@ -67,14 +67,15 @@ def filled(instruction: str, question: Question) -> str:
 
 
 def said_of(reply: str) -> list[str]:
-    """The lines of a reply past any ``<think>`` block, without empty ones."""
+    """The non-empty lines of a reply outside any ``<think>`` block."""
     return [line for line in _THOUGHT.sub("", reply).splitlines() if line.strip()]
 
 
 def verdict_of(reply: str) -> float | None:
-    """Preference for the first answer that a reply states, None where it states none.
+    """Parse the preference for the first answer from a reply; None if it states none.
 
-    Read is the first or the last line, past any ``<think>`` block: A, B or tie, alone or as in ``**Verdict: Answer B**`` and ``B is better.``
+    The first or last line outside any ``<think>`` block must be A, B or tie, alone or as in ``**Verdict: Answer B**`` and ``B is better.``
+    If both lines state a verdict, they must agree.
     """
     lines = said_of(reply)
     if not lines:

@@ -1,4 +1,4 @@
-"""What a pairwise judge is, each pair asked in both orders, and a person's own function as a judge."""
+"""The protocol of pairwise judges, judging each pair in both orders, and judges that are Python functions."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ class Question:
 
     @property
     def swapped(self) -> Question:
-        """The same question, the other way round."""
+        """The question with its answers in the opposite order."""
         return Question(self.prompt, self.second, self.first)
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """What a judge said, question by question.
+    """A judge's verdicts, question by question.
 
     Args:
-        values: how much the first answer is preferred, (n,) in [0, 1]: 1 first, 0 second, 0.5 a tie; NaN where nothing could be read.
-        graded: whether the value is a number of the judge's own rather than a word, (n,).
-        asked: how many questions there were; cached: how many of them an earlier comparison had put, so that nobody was asked.
-        unread: the first few replies that could not be read, or why there was none.
+        values: preference for the first answer, (n,) in [0, 1]: 1 first, 0 second, 0.5 a tie; NaN if the reply could not be read.
+        graded: whether the judge gave a number rather than a word, (n,).
+        asked: number of questions; cached: how many of them were answered from the cache of an earlier comparison.
+        unread: the first few replies that could not be read, or the reasons why there was none.
     """
 
     values: np.ndarray
@@ -52,31 +52,31 @@ class Answers:
 
 
 class PairJudge(Protocol):
-    """Anything that decides between two answers."""
+    """Protocol of anything that decides between two answers."""
 
     @property
     def name(self) -> str:
-        """What it is called in tables and sentences."""
+        """Its name in tables and sentences."""
         ...
 
     def check(self) -> str | None:
-        """Fail now, with a sentence, rather than when the models have written; a sentence where something is odd.
+        """Fail early, before models generate, if the judge cannot be used; return a note if something looks wrong.
 
         Raises:
-            RewardError, CheckpointError: it cannot be asked.
+            RewardError, CheckpointError: the judge cannot be used.
         """
         ...
 
     def ask(self, questions: Sequence[Question], progress: Progress | None = None) -> Answers:
-        """Decide each question, in the order in which its answers are given.
+        """Judge each question, with its answers in the given order.
 
         Raises:
-            RewardError: it broke, or cannot be reached.
+            RewardError: the judge failed or cannot be reached.
         """
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What its verdicts depend on, as written in comparison.json; never a key."""
+        """Everything its verdicts depend on, for comparison.json; never an API key."""
         ...
 
 
@@ -85,13 +85,14 @@ class PairJudge(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BothWays:
-    """What a judge made of pairs of answers a and b, each asked as (a, b) and as (b, a).
+    """A judge's verdicts on pairs of answers a and b, each asked as (a, b) and as (b, a).
 
     Args:
-        values: preference for the answer that stood first, (n, 2) in both orders; NaN where nothing could be read or nothing was asked.
-        wins: of a, (n,): 1 won, 0 lost, 0.5 a tie; NaN where one of both verdicts is missing.
-        agreed: whether both verdicts name the same one, (n,); identical: texts that are equal, so that nobody was asked, (n,).
-        asked, cached, failures: questions in all, those answered by an earlier comparison, and those left without a verdict.
+        values: preference for the first position in both orders, (n, 2); NaN if the reply could not be read or the pair was not asked.
+        wins: of a, (n,): 1 won, 0 lost, 0.5 a tie; NaN if either verdict is missing.
+        agreed: whether both verdicts name the same answer, (n,); identical: whether both texts are equal, so the pair was not asked, (n,).
+        asked, cached, failures: number of questions, of those answered from the cache, and of those without a verdict.
+        unread: as in `Answers`.
     """
 
     values: np.ndarray
@@ -105,14 +106,14 @@ class BothWays:
 
     @property
     def first_position(self) -> np.ndarray:
-        """Mean preference of each pair's two verdicts for the first position, (n,); one half without a bias."""
+        """Mean preference for the first position over each pair's two verdicts, (n,); one half means no bias."""
         return np.asarray(self.values.mean(1))
 
 
 def ask_both_ways(judge: PairJudge, pairs: Sequence[Question], progress: Progress | None = None) -> BothWays:
-    """Ask for each pair twice, with its answers in either order; the same question is put once.
+    """Judge each pair in both orders of its answers; duplicate questions are asked only once.
 
-    Verdicts in words make a win where both orders name the same answer, else a tie. Verdicts in numbers are averaged:
+    Verdicts in words count as a win if both orders name the same answer, else as a tie. Verdicts in numbers are averaged:
     ``(v(a, b) + 1 - v(b, a)) / 2``.
 
     Papers: arXiv 2306.05685, 2305.17926.
@@ -127,7 +128,7 @@ def ask_both_ways(judge: PairJudge, pairs: Sequence[Question], progress: Progres
     for i in np.flatnonzero(~identical).tolist():
         at = [place[q] for q in both[i]]
         values[i], graded[i] = found.values[at], found.graded[at]
-    preferred = np.stack([values[:, 0], 1.0 - values[:, 1]], axis=1)  # of a
+    preferred = np.stack([values[:, 0], 1.0 - values[:, 1]], axis=1)  # preference for a
     agreed = (np.sign(preferred[:, 0] - TIE) == np.sign(preferred[:, 1] - TIE)) & ~np.isnan(preferred).any(1)
     wins = np.where(graded.any(1) | agreed | np.isnan(preferred).any(1), preferred.mean(1), TIE)
     wins[identical] = TIE
@@ -138,7 +139,7 @@ def ask_both_ways(judge: PairJudge, pairs: Sequence[Question], progress: Progres
 # ---- a Python function ----
 
 TAKES = ("prompt", "a", "b")
-BATCH = "prompts"  # the first parameter's name of a function that takes lists
+BATCH = "prompts"  # name of the first parameter if the function takes lists
 RETURN = 'return "a", "b" or "tie", or how much a is preferred as a number from 0 to 1'
 
 
@@ -147,7 +148,7 @@ class FunctionJudge:
     """A Python function that decides between two answers.
 
     Args:
-        name: as it was given; function: called with (prompt, a, b), or where `batch` with three lists.
+        name: as given; function: called with (prompt, a, b), or with three lists if `batch`.
     """
 
     name: str
@@ -155,14 +156,14 @@ class FunctionJudge:
     batch: bool
 
     def check(self) -> str | None:
-        """Nothing: loading it has looked at it."""
+        """Nothing to check: loading has already validated the function."""
         return None
 
     def ask(self, questions: Sequence[Question], progress: Progress | None = None) -> Answers:
-        """Its verdict of each question.
+        """Return the function's verdict on each question.
 
         Raises:
-            RewardError: it raised, or returned no verdict; the question that is to blame is named.
+            RewardError: the function raised, or returned an invalid verdict; the message names the question.
         """
         given = self._all(questions) if self.batch else [self._one(i, q) for i, q in enumerate(questions)]
         if progress is not None and questions:
@@ -171,7 +172,7 @@ class FunctionJudge:
         return Answers(values, np.array([not isinstance(v, str) for v in given], dtype=bool), len(questions))
 
     def describe(self) -> dict[str, Any]:
-        """Its name, and what its file held."""
+        """The function's name and the SHA-256 of its code."""
         return {"kind": "function", "function": self.name, "sha256": own_sha256(self.name)}
 
     def _one(self, at: int, q: Question) -> Any:
@@ -182,7 +183,7 @@ class FunctionJudge:
             return []
         lists = ([q.prompt for q in questions], [q.first for q in questions], [q.second for q in questions])
         given = self._called(lists, "", "lists of prompts, of first and of second answers")
-        if hasattr(given, "detach"):  # a tensor, wherever it is
+        if hasattr(given, "detach"):  # a tensor, on any device
             given = given.detach().cpu().double().numpy()
         if isinstance(given, str) or not hasattr(given, "__len__"):
             raise RewardError(f"judge {self.name}", f"returned {type(given).__name__}", "return a list of verdicts")
@@ -211,10 +212,10 @@ def _answers(q: Question) -> str:
 
 
 def load_function_judge(spec: str) -> FunctionJudge:
-    """A judge from ``path.py:function``.
+    """Load a judge from ``path.py:function``.
 
-    A function whose first parameter is called ``prompts`` gets lists of all prompts, first and second answers and returns a list; any other one
-    gets a prompt and two answers at a time.
+    A function whose first parameter is named ``prompts`` gets lists of all prompts, first and second answers and returns a list. Any
+    other function is called with one prompt and two answers at a time.
 
     Raises:
         ConfigError: no such file or function, or it does not take three arguments.

@@ -66,7 +66,7 @@ def heldout_metrics(
     """Compute every metric of an algorithm over scored trees.
 
     ``mean = sum_rows value / sum_rows weight``. Intervals resample whole prompts (percentile bootstrap), or use the delta method over
-    prompts if rows have weights.
+    prompts if values have weights (tokens).
 
     Args:
         trees: in the order in which they were scored.

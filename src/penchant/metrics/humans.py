@@ -65,7 +65,7 @@ class Person:
     slow: int
 
     def warnings(self) -> list[str]:
-        """Reasons to doubt this person's judgements."""
+        """Reasons to doubt this person's judgments."""
         said = []
         if self.left is not None and not self.left.low <= 0.5 <= self.left.high:
             strong = abs(self.left.estimate - 0.5) >= NOTABLE
@@ -110,7 +110,7 @@ class Person:
 
 @dataclass(frozen=True, slots=True)
 class HumanVerdict:
-    """The verdict of human judgements.
+    """The verdict of human judgments.
 
     Args:
         pairs: every two models that were compared, corrected; prompts: the number for each; people: annotators.
@@ -202,7 +202,7 @@ def judge_by_humans(judge: str, models: Sequence[str] = ()) -> HumanVerdict:
         models: models to limit the comparisons to; a single one keeps all of its comparisons; empty: all.
 
     Raises:
-        DataError: no such file, or nothing in it. ConfigError: a model without judgements.
+        DataError: no such file, or nothing in it. ConfigError: a model without judgments.
     """
     found = read_preferences(judge.removeprefix(HUMANS))
     there = sorted({m for j in found.judgements.values() if j.gold is None for m in j.models})
@@ -359,7 +359,7 @@ def _for_the_longer(judged: Sequence[Judgement]) -> list[bool]:
 
 
 def _median_share(others: Sequence[Judgement]) -> float | None:
-    """Median share for the longer answer over other people with enough judgements. One biased annotator does not move a median."""
+    """Median share for the longer answer over other people with enough judgments. One biased annotator does not move a median."""
     by: dict[str, list[Judgement]] = defaultdict(list)
     for j in others:
         by[j.annotator].append(j)

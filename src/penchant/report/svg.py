@@ -435,7 +435,7 @@ def _sides(tagged: Sequence[tuple[float, float, Line]]) -> list[list[tuple[float
 
 
 def apart(places: Sequence[float], low: float, high: float, gap: float) -> list[float]:
-    """Move positions as little as needed for neighbors to be `gap` apart (less if there is no room), keeping their order."""
+    """Move positions so that neighbors are `gap` apart (less if there is no room), in order and near where they were."""
     if not places:
         return []
     order = sorted(range(len(places)), key=lambda i: places[i])

@@ -1,4 +1,4 @@
-"""A run's folder: the names of its files, one lock, one identity, append-only logs that can be cut back to a checkpoint."""
+"""The run folder: names of its files, lock, identity, checksums, and append-only logs that can be cut back to a checkpoint."""
 
 from __future__ import annotations
 
@@ -28,32 +28,33 @@ from penchant.base.files import (
 from penchant.base.text import without_passwords
 from penchant.errors import CheckpointError, PenchantError
 
-# ---- Its files ----
+# ---- File names ----
 
 CONFIG, IDENTITY, LOCK = "config.resolved.yaml", "identity.json", ".lock"
-CONSOLE = "console.log"  # what a run that the studio started has said
-SUMS = "sums.json"  # SHA-256 of the small files here; a checkpoint's are in its manifest
+CONSOLE = "console.log"  # output of a run started by the studio
+SUMS = "sums.json"  # SHA-256 of the small files in the folder; those of a checkpoint are in its manifest
 METRICS, PERF, EVALUATIONS = "metrics.jsonl", "perf.jsonl", "evaluations.jsonl"
 SAMPLES, SAMPLES_BEFORE = "samples.jsonl", "samples.before.jsonl"
 AUDIT, CALIBRATION, FLAGS = "audit.json", "calibration.json", "flags.json"
 RESULTS, REPORT = "results.json", "report.html"
-GIVEN_FOLDER = "given"  # what a run was given as Python objects
-CHECKPOINTS = "checkpoints"  # a folder of step-N, each with a manifest of its own
-COMPARISON, COMPARISON_ROWS = "comparison.json", "comparison.jsonl"  # of a comparison's folder
-SWEEP, PIPELINE = "sweep.json", "pipeline.json"  # of a sweep's and a pipeline's, in which runs' folders lie
+GIVEN_FOLDER = "given"  # Python objects that were passed to the run
+CHECKPOINTS = "checkpoints"  # contains step-N folders, each with its own manifest
+COMPARISON, COMPARISON_ROWS = "comparison.json", "comparison.jsonl"  # in a comparison's folder
+SWEEP, PIPELINE = "sweep.json", "pipeline.json"  # in the folder of a sweep or pipeline, which contains run folders
 
 
 def stands_for_model(folder: Path) -> bool:
-    """Whether a folder is a run's, a checkpoint's or an adapter's: transformers does not load it, but it leads to a model."""
+    """Whether a folder is of a run, checkpoint or adapter: not loadable by transformers itself, but leading to a model."""
     inside = folder.name.startswith("step-") and (folder / "model").is_dir()
     return inside or any((folder / name).exists() for name in (CONFIG, CHECKPOINTS, "adapter_config.json"))
 
 
 def make_folder(folder: Path) -> None:
-    """Make a run's folder.
+    """Create a run folder.
 
     Raises:
-        CheckpointError: it is a file or cannot be made.
+        CheckpointError: the path is a file or below one.
+        DiskError: it cannot be created for another reason.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -64,13 +65,13 @@ def make_folder(folder: Path) -> None:
 
 
 def sign(handle: int) -> None:
-    """Say in a lock's file which process holds it."""
+    """Write the process and machine that hold a lock into its file."""
     os.ftruncate(handle, 0)
     os.write(handle, f"PID {os.getpid()} on {socket.gethostname()}\n".encode())
 
 
 class RunLock:
-    """One process a run folder: an advisory lock on ``.lock``, which the kernel drops when its holder dies."""
+    """Limits a run folder to one process: an advisory lock on ``.lock``, which the kernel releases when the holder dies."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / LOCK
@@ -87,7 +88,7 @@ class RunLock:
         try:
             found = os.fstat(handle)
             if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-                raise self._odd()  # to write into it would be to write into another file
+                raise self._odd()  # writing to it could write to another file
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             sign(handle)
         except BlockingIOError as error:
@@ -113,26 +114,27 @@ class RunLock:
             self._handle = None
 
 
-# ---- Files with a sum ----
+# ---- Files with checksums ----
 
 
 def keep(path: Path, content: str | bytes) -> None:
-    """Write a file of a run whole or not at all, and its SHA-256 into ``sums.json``.
+    """Write a file of a run atomically, and its SHA-256 to ``sums.json``.
 
-    The new sum is listed before the file is replaced, beside the one that it has: wherever this is cut off, the file is one of the two.
+    The new sum is listed next to the current one before the file is replaced, so that an interruption at any point leaves a file that
+    matches one of the two.
     """
     content = content.encode() if isinstance(content, str) else content
     new, known = hashlib.sha256(content).hexdigest(), _sums(path.parent) or {}
     old = [file_sha256(path)] if path.is_file() else []
     if path.name in known and old and old[0] not in known[path.name]:
-        old = []  # it was damaged: its sum must not be taken for one that was written
+        old = []  # the current file is damaged: its sum must not become a valid one
     files = {**known, path.name: sorted({*old, new})}
     write_atomically(path.parent / SUMS, {"files": files, "sha256": _sum_of(files)})
     write_text_atomically(path, content)
 
 
 def _sums(folder: Path) -> dict[str, list[str]] | None:
-    """By name: the SHA-256 that a file may have; None where the list itself is damaged, empty where there is none."""
+    """The valid SHA-256 sums of files by name; None if the list itself is damaged, empty if there is none."""
     try:
         found = json.loads((folder / SUMS).read_text(encoding="utf-8"))
         files: dict[str, list[str]] = found["files"]
@@ -144,11 +146,11 @@ def _sums(folder: Path) -> dict[str, list[str]] | None:
         return None
 
 
-LINE_SUM = "sha256"  # of the rest of a line, in files to which lines are added by whoever comes
+LINE_SUM = "sha256"  # key for the sum of the rest of a line, in files that several commands append to
 
 
 def line_sum(row: Mapping[str, Any]) -> str:
-    """SHA-256 of a line's other values."""
+    """SHA-256 of a line without its own sum."""
     return _sum_of({key: value for key, value in row.items() if key != LINE_SUM})
 
 
@@ -157,8 +159,8 @@ def _sum_of(files: Mapping[str, Any]) -> str:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file of a run is as it was written; also True where it is absent or nothing is known of it (older versions)."""
-    for _ in range(2):  # a run that goes on may replace both between two looks
+    """Whether a file of a run is unchanged since it was written; True if it is missing or has no known sum (older versions)."""
+    for _ in range(2):  # a running process may replace both between the two reads
         try:
             known = (_sums(path.parent) or {}).get(path.name)
             if known is None or not path.is_file() or file_sha256(path) in known:
@@ -171,10 +173,10 @@ def is_whole(path: Path) -> bool:
 def check_whole(
     path: Path, how: str = "restore it, or run penchant train with the run's own config, which writes it again"
 ) -> None:
-    """A file of a run is as it was written; see `is_whole`.
+    """Check that a file of a run is unchanged since it was written; see `is_whole`.
 
     Raises:
-        CheckpointError: it was changed; `how` it is mended.
+        CheckpointError: it was changed; `how` says how to fix it.
     """
     if not is_whole(path):
         what = "was changed after it was written"
@@ -182,7 +184,7 @@ def check_whole(
 
 
 def damaged(folder: Path) -> list[str]:
-    """Names of a run's files that are not as they were written, as far as that is known."""
+    """Names of a run's files that were changed after they were written, as far as known."""
     known = _sums(folder)
     found = [SUMS] if known is None else [name for name in known if not is_whole(folder / name)]
     at = newest_state(folder)
@@ -192,12 +194,12 @@ def damaged(folder: Path) -> list[str]:
 
 
 def told_damage(folder: Path) -> list[str]:
-    """A sentence for each of them, for whoever reads the run's figures."""
+    """A sentence for each damaged file, to show next to the run's figures."""
     return [f"{folder / name} was changed after it was written." for name in damaged(folder)]
 
 
 def prefix_is(path: Path, offset: Any, sha256: Any) -> bool:
-    """Whether the first `offset` bytes of a file have this SHA-256."""
+    """Whether the first `offset` bytes of a file have the given SHA-256."""
     try:
         with path.open("rb") as file:
             return hashlib.sha256(file.read(offset)).hexdigest() == sha256
@@ -206,7 +208,7 @@ def prefix_is(path: Path, offset: Any, sha256: Any) -> bool:
 
 
 def newest_state(folder: Path) -> dict[str, Any]:
-    """``state.json`` of the newest whole checkpoint that can be read; empty where there is none."""
+    """``state.json`` of the newest checkpoint in which it is intact; empty if there is none."""
     for path in reversed(checkpoints(folder)):
         with suppress(CheckpointError, OSError, ValueError, TypeError):
             return checkpoint_state(path)
@@ -220,7 +222,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def checkpoint_state(path: Path) -> dict[str, Any]:
-    """What a checkpoint carries beside tensors.
+    """Read ``state.json`` of a checkpoint, its state apart from tensors.
 
     Raises:
         CheckpointError: the file is missing or was changed after it was written.
@@ -229,9 +231,9 @@ def checkpoint_state(path: Path) -> dict[str, Any]:
     return dict(json.loads((path / "state.json").read_text()))
 
 
-CONTENT = "content of "  # how keys of an identity begin that hold the SHA-256 of something beside config and data
-IN_CACHE = " in the hub's cache"  # a file that appears there later is not a change: it was not read before
-TOKENS = f"{CONTENT}the rows as tokens"  # a run of an older version does not have it
+CONTENT = "content of "  # prefix of identity keys with the SHA-256 of inputs other than config and data
+IN_CACHE = " in the hub's cache"  # suffix of keys that may be on one side only: the file was not there to be read
+TOKENS = f"{CONTENT}the rows as tokens"  # missing in runs of older versions
 
 
 def open_run(
@@ -241,19 +243,20 @@ def open_run(
     defaults: Mapping[str, Any] | None = None,
     later: Callable[[], Mapping[str, Any]] = dict,
 ) -> list[str]:
-    """Make or reopen a run folder; its lock must be held.
+    """Create or reopen a run folder; the caller must hold its lock.
 
     Args:
-        resolved_config: YAML text, kept as ``config.resolved.yaml``.
-        identity: what must be equal for a run to be continued (JSON); kept as ``identity.json``.
-        defaults: of settings, in the same shape: what a run of an older version that did not know a setting was run with.
-        later: more of the identity, which is asked for once all else is equal.
+        resolved_config: YAML text, written to ``config.resolved.yaml``.
+        identity: what must be equal for a run to continue (JSON); written to ``identity.json``.
+        defaults: default settings, in the same shape: the values of settings that a run of an older version did not have.
+        later: computes the expensive part of the identity, called only if the rest is equal.
 
     Returns:
-        Sentences about what was damaged and could be mended, or was not kept by an older version.
+        Sentences about damage that was repaired, or about what an older version did not record.
 
     Raises:
-        CheckpointError: the folder cannot be written, is a file, or holds another run's checkpoints (the differences are shown).
+        CheckpointError: the folder is a file, or holds another run's checkpoints (the message lists the differences).
+        DiskError: the folder cannot be written.
     """
     make_folder(folder)
     sweep(folder)
@@ -261,7 +264,7 @@ def open_run(
     theirs, notes = kept_identity(folder)
     mine = json.loads(json.dumps(identity))
     if theirs is not None:
-        theirs = json.loads(without_passwords(json.dumps(theirs)))  # an older version's has them
+        theirs = json.loads(without_passwords(json.dumps(theirs)))  # older versions kept passwords in it
     for more in (dict, later):
         mine |= json.loads(json.dumps(more()))
         found = [] if theirs is None else changed(theirs, mine, json.loads(json.dumps(defaults or {})))
@@ -283,7 +286,7 @@ def open_run(
 
 
 def changed(theirs: Mapping[str, Any], mine: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
-    """What differs between a run's identity and another, a line each; what a run of an older version did not keep counts as equal."""
+    """One line for each difference between two identities; what an older version did not record counts as equal."""
     looked_at = {key.partition(": ")[0] for key in theirs} if TOKENS in theirs else set()
     not_kept = {k: v for k, v in mine.items() if k.startswith(CONTENT) and k.partition(": ")[0] not in looked_at}
     theirs = {**not_kept, **theirs}
@@ -306,10 +309,10 @@ def _files_of(identity: Mapping[str, Any]) -> str:
 
 
 def kept_identity(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
-    """The identity of the run whose checkpoints a folder holds (None: it holds none), and sentences about what was damaged.
+    """The identity of the run whose checkpoints a folder holds, None if it holds none, and sentences about damage.
 
     Raises:
-        CheckpointError: nothing says which run they are of.
+        CheckpointError: the identity is lost.
     """
     if not any((folder / CHECKPOINTS).glob("step-*")):
         return None, []
@@ -317,7 +320,7 @@ def kept_identity(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
 
 
 def _identity_of(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """identity.json, or what the newest checkpoint says in its place; a sentence where it was damaged."""
+    """Read identity.json, or if it is damaged or missing the copy in the newest checkpoint, with a sentence that says so."""
     damage = "was changed after it was written"
     try:
         if is_whole(path):
@@ -335,7 +338,7 @@ def _identity_of(path: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def differences(old: Any, new: Any, prefix: str = "", defaults: Any = None) -> list[str]:
-    """``key.path: old -> new`` for every leaf that differs; a key that `old` does not have counts as its default."""
+    """``key.path: old -> new`` for every leaf that differs; a key missing in `old` has its default."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         known = defaults if isinstance(defaults, Mapping) else {}
         return [
@@ -347,12 +350,12 @@ def differences(old: Any, new: Any, prefix: str = "", defaults: Any = None) -> l
 
 
 class MetricsLog:
-    """An append-only JSONL file, written line by line. NaN and infinities are written as null: JSON has neither.
+    """An append-only JSONL file, written line by line. NaN and infinities are written as null, because JSON has neither.
 
-    A line that the disk does not take whole is taken back; half a line that a killed writer left is cut off.
+    A line that cannot be written completely is removed again. Half a line left by a killed process is cut off on opening.
 
     Args:
-        say: where it is told, once, that lines cannot be written and are left out; None: that is an error.
+        say: receives one message if lines cannot be written and are dropped; None: raise an error instead.
     """
 
     def __init__(self, path: Path, say: Callable[[str], None] | None = None) -> None:
@@ -378,22 +381,22 @@ class MetricsLog:
             self._failed(error)
 
     def offset(self) -> int:
-        """Bytes written so far, on disk."""
+        """Bytes written so far, after syncing them to disk."""
         os.fsync(self._file.fileno())
         return self._size()
 
     def sha256(self) -> str:
-        """Of what was written so far."""
+        """SHA-256 of everything written so far."""
         return file_sha256(self.path)
 
     def truncate(self, offset: int, sha256: str | None = None) -> None:
-        """Cut the file back to what it was at a checkpoint.
+        """Truncate the file to its state at a checkpoint.
 
         Args:
-            sha256: of what it was, where that is known.
+            sha256: of that state, if known.
 
         Raises:
-            CheckpointError: the file is shorter than that or other than it was, so lines of this run are lost.
+            CheckpointError: the file is shorter or differs from that state, so lines of this run are lost.
         """
         size = self._size()
         what = ""
@@ -416,7 +419,7 @@ class MetricsLog:
 
 
 class NoLog(MetricsLog):
-    """A log of which another process writes the file."""
+    """A log that writes nothing, for ranks other than the one that writes the file."""
 
     def __init__(self) -> None:
         super().__init__(Path(os.devnull))
@@ -435,7 +438,7 @@ class NoLog(MetricsLog):
 
 
 def finite(value: Any) -> Any:
-    """A value with null for every NaN and infinity, which JSON does not have."""
+    """Replace every NaN and infinity, which JSON does not have, by None."""
     if isinstance(value, float):
         return value if value - value == 0.0 else None
     if isinstance(value, Mapping):

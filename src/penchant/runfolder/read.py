@@ -1,6 +1,6 @@
-"""The one reader of folders that runs, sweeps, pipelines and comparisons leave, whole (`read`) or as they go on (`follow`).
+"""The reader for folders of runs, sweeps, pipelines and comparisons: once (`read`) or while they are being written (`follow`).
 
-Whatever is absent, torn, foreign or damaged is empty: no file can bring a reader down. Nothing is ever written.
+Missing, incomplete, foreign or damaged files read as empty, so no file can crash a reader. Nothing is ever written.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ from penchant.runfolder.values import mapping, mappings
 T = TypeVar("T")
 Row = dict[str, Any]
 
-# ---- Texts of files; what is not as it should be is a ValueError ----
+# ---- Parsing texts of files; invalid content raises ValueError ----
 
 
 def json_object(text: str) -> Row:
-    """A JSON object."""
+    """Parse a JSON object."""
     value = json.loads(text)
     if not isinstance(value, dict):
         raise ValueError("is not an object")
@@ -56,7 +56,7 @@ def json_object(text: str) -> Row:
 
 
 def yaml_object(text: str) -> Row:
-    """A YAML mapping, its keys as text."""
+    """Parse a YAML mapping, with its keys as text."""
     try:
         value = yaml_value(text, YAML_LOADER)
     except yaml.YAMLError as error:
@@ -67,13 +67,13 @@ def yaml_object(text: str) -> Row:
 
 
 def flag_list(text: str) -> list[Row]:
-    """The flags of flags.json: a list, or a list under `flags`."""
+    """Parse the flags of flags.json: a list, or a list under `flags`."""
     value = json.loads(text)
     return mappings(value.get("flags") if isinstance(value, dict) else value)
 
 
 def json_rows(text: str) -> tuple[list[Row], int]:
-    """The objects of a JSONL text, and how many whole lines were none; the last line of a run that goes on may be half."""
+    """Parse JSONL into its objects and the number of invalid lines. A last line without its end is not counted as invalid."""
     *lines, last = text.split("\n")  # not splitlines: JSON strings may hold U+2028
     found = [_row(line) for line in lines if line.strip()]
     return [row for row in (*found, _row(last)) if row is not None], found.count(None)
@@ -87,7 +87,7 @@ def _row(line: str) -> Row | None:
 
 
 def read_text(path: Path) -> str:
-    """A file's text; empty where it cannot be read."""
+    """A file's text; empty if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     except OSError:
@@ -95,15 +95,15 @@ def read_text(path: Path) -> str:
 
 
 def read_lines(path: Path) -> tuple[list[Row], int]:
-    """The objects of a JSONL file, and how many whole lines were none."""
+    """The objects of a JSONL file, and the number of invalid lines."""
     return json_rows(read_text(path))
 
 
-# ---- A folder as it is ----
+# ---- Reading a folder once ----
 
 
 def _whole(name: str, parse: Callable[[str], T], empty: T, *, summed: bool = False) -> cached_property[T]:
-    """A file's value; `summed`: empty too where it is not as it was written."""
+    """A cached property with a file's value, `empty` if it is invalid or, with `summed`, was changed after it was written."""
 
     def value(folder: Folder) -> T:
         try:
@@ -124,7 +124,7 @@ def _rows(name: str) -> cached_property[list[Row]]:
 
 
 class Folder:
-    """What the folder of a run, a sweep, a pipeline or a comparison holds; each file is read once, when it is first asked for.
+    """The contents of the folder of a run, sweep, pipeline or comparison; each file is read once, on first use.
 
     Args:
         path: may not exist.
@@ -135,13 +135,13 @@ class Folder:
     identity, manifest, results = _object(IDENTITY), _object(MANIFEST), _object(RESULTS)
     audit, calibration = _object(AUDIT), _object(CALIBRATION)
     comparison, sweep, pipeline = (_object(name, summed=True) for name in (COMPARISON, SWEEP, PIPELINE))
-    flags: cached_property[list[Row] | None] = _whole(FLAGS, flag_list, None)  # None: nobody looked for any
+    flags: cached_property[list[Row] | None] = _whole(FLAGS, flag_list, None)  # None: no readable flags.json
     metrics, perf = _rows(METRICS), _rows(PERF)
     samples, samples_before = _rows(SAMPLES), _rows(SAMPLES_BEFORE)
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.unreadable: dict[str, int] = {}  # whole lines that are none, by the name of the file
+        self.unreadable: dict[str, int] = {}  # number of invalid lines by file name
 
     def rows(self, name: str) -> list[Row]:
         found, self.unreadable[name] = read_lines(self.path / name)
@@ -149,7 +149,7 @@ class Folder:
 
     @cached_property
     def evaluations(self) -> list[Row]:
-        """Of evaluations.jsonl: the lines that are as they were written."""
+        """The lines of evaluations.jsonl that are unchanged since they were written."""
         lines = self.rows(EVALUATIONS)
         whole = [line for line in lines if line.pop(LINE_SUM, None) in (None, line_sum(line))]
         self.unreadable[EVALUATIONS] += len(lines) - len(whole)
@@ -157,36 +157,36 @@ class Folder:
 
     @cached_property
     def comparison_rows(self) -> list[Row]:
-        """Of comparison.jsonl; none where it is not as it was written."""
+        """The lines of comparison.jsonl; empty if it was changed after it was written."""
         return self.rows(COMPARISON_ROWS) if is_whole(self.path / COMPARISON_ROWS) else []
 
     @property
     def is_run(self) -> bool:
-        """Whether it holds anything of a run."""
+        """Whether it contains any file of a run."""
         return any((self.path / name).is_file() for name in (METRICS, MANIFEST, CONFIG, RESULTS))
 
 
 def read(folder: Path | str) -> Folder:
-    """What a folder holds; see `Folder`."""
+    """Open a folder for reading; see `Folder`."""
     return Folder(Path(folder))
 
 
-# ---- A folder as it goes on: files that another process writes, each byte read once ----
+# ---- Following a folder while another process writes it: each byte is read once ----
 
-CHUNK = 1 << 20  # bytes read at once
-BRIEF = 1 << 14, 1 << 11  # bytes at the end of metrics.jsonl and perf.jsonl that say where a run is
-MARK = 256  # bytes before the place reached, by which a file is known again
-LARGEST = 1 << 24  # bytes of a file that is read whole; a longer one is not what it says
+CHUNK = 1 << 20  # bytes per read
+BRIEF = 1 << 14, 1 << 11  # bytes at the end of metrics.jsonl and perf.jsonl that are enough for a run's progress
+MARK = 256  # bytes before the current offset that must be unchanged for a file to count as the same
+LARGEST = 1 << 24  # maximum bytes of a file that is read as a whole; a larger one cannot be genuine
 
 
 class Tail:
-    """The rows of a JSONL file that grows.
+    """The rows of a growing JSONL file.
 
-    A last line without its end is left for the next call. Where the file became shorter, was replaced, or holds other bytes before the
-    place reached (a resumed run cuts its log back and writes on), it is read from its start.
+    An incomplete last line is left for the next call. The file is read from its start again if it became shorter, was replaced, or has
+    other bytes before the current offset (a resumed run cuts its log back and continues it).
 
     Args:
-        path: may not exist yet; last: of a file that is long already, only about so many bytes at its end are read; None: all of it.
+        path: may not exist yet; last: if the file is longer, only read about this many bytes at its end; None: read all of it.
     """
 
     def __init__(self, path: Path, last: int | None = None) -> None:
@@ -195,7 +195,7 @@ class Tail:
         self._forget()
 
     def read(self) -> tuple[bool, list[Row]]:
-        """(whether what earlier calls gave holds no longer, the new rows)."""
+        """Return (whether rows from earlier calls are obsolete, the new rows)."""
         try:
             with self.path.open("rb") as file:
                 stat = os.fstat(file.fileno())
@@ -207,14 +207,14 @@ class Tail:
                     self._forget()
                 self._seen = seen
                 return anew, self._new(file)
-        except OSError:  # not there (yet, or any more)
+        except OSError:  # does not exist yet, or no longer
             anew = self._offset > 0
             self._forget()
             return anew, []
 
     def _forget(self) -> None:
         self._offset, self._mark, self._seen = 0, b"", None
-        self.unreadable = 0  # whole lines that are no JSON object
+        self.unreadable = 0  # number of lines that are not a JSON object
 
     def _is_same(self, file: Any, inode: int) -> bool:
         if self._seen is None or inode != self._seen[0]:
@@ -226,7 +226,7 @@ class Tail:
         rows: list[Row] = []
         if not self._offset and self._last is not None and (size := os.fstat(file.fileno()).st_size) > self._last:
             file.seek(size - self._last)
-            self._offset = size - self._last + len(file.readline())  # the line in which that place lies is left out
+            self._offset = size - self._last + len(file.readline())  # skip the partial line at that offset
         file.seek(self._offset)
         rest = b""
         while chunk := file.read(CHUNK):
@@ -240,10 +240,10 @@ class Tail:
 
 
 class Whole(Generic[T]):
-    """What a small file says, parsed again only when the file has changed; what it last said where it cannot be read now.
+    """The value of a small file, parsed again only if the file has changed; keeps the last value while it cannot be read.
 
     Args:
-        parse: of its text; raises ValueError where the text is not what it should be.
+        parse: parses its text; raises ValueError if the text is invalid.
     """
 
     def __init__(self, path: Path, parse: Callable[[str], T], empty: T) -> None:
@@ -264,10 +264,10 @@ class Whole(Generic[T]):
 
 
 class Followed:
-    """The files of a run's folder that change while it goes on.
+    """The files of a run folder that change during the run.
 
     Args:
-        brief: the end of its logs alone, and its settings as identity.json has them: JSON is read ten times as fast as YAML.
+        brief: read only the end of logs, and settings from identity.json, because JSON parses ten times as fast as YAML.
     """
 
     def __init__(self, folder: Path, brief: bool = False) -> None:
@@ -286,33 +286,33 @@ class Followed:
 
 
 def follow(folder: Path, brief: bool = False) -> Followed:
-    """A run's folder as it goes on; see `Followed`."""
+    """Follow a run folder while it is being written; see `Followed`."""
     return Followed(folder, brief)
 
 
-# ---- Whether a process is at work there, found without touching its lock: a probe that held it for a moment could turn a run away ----
+# ---- Whether a process is using the folder, without taking its lock: even a brief probe could make a starting run fail ----
 
 LOCKS = Path("/proc/locks")
 Held = Literal["held", "free", "elsewhere"]
 
 
 def holder(folder: Path) -> tuple[int, str] | None:
-    """(process, machine) that last held the folder, as its lock's file says."""
+    """(PID, machine) that last held the folder, from its lock file; None if unknown."""
     found = re.match(r"PID (\d{1,20}) on (.*)", read_text(folder / LOCK))
     return None if found is None else (int(found[1]), found[2].strip())
 
 
 def alive(folder: Path) -> bool:
-    """Whether the process that last held a folder may still be there: False only where it is known to be gone."""
+    """Whether the process that last held a folder may still exist; False only if it is known to be gone."""
     found = holder(folder)
     return found is None or found[1] != socket.gethostname() or _is_there(found[0])
 
 
 def lock_of(folder: Path, locks: Path = LOCKS) -> Held:
-    """Who holds a folder's lock: a process of this machine, nobody, or (as far as can be told from here) another machine.
+    """Whether a folder's lock is held by a process of this machine, free, or last held by another machine.
 
-    A process that has ended leaves its number in the file, and the system may give that number to another one; so the system's list of
-    locks must show the file too, where there is such a list.
+    A process leaves its PID in the file when it ends, and the system may reuse that PID. Therefore the system's list of locks must
+    include the file too, if there is such a list.
     """
     found = holder(folder)
     if found is None:
@@ -325,14 +325,14 @@ def lock_of(folder: Path, locks: Path = LOCKS) -> Held:
         inode = (folder / LOCK).stat().st_ino
         listed = [line.split() for line in locks.read_text().splitlines()]
     except OSError:
-        return "held"  # no such list on this system: the process is alive, and more is not known
+        return "held"  # no such list on this system: all we know is that the process exists
     ours = any(str(found[0]) in words and any(w.endswith(f":{inode}") for w in words) for words in listed)
     return "held" if ours else "free"
 
 
 def _is_there(pid: int) -> bool:
     try:
-        os.kill(pid, 0)  # signal 0 is none: it only asks
+        os.kill(pid, 0)  # signal 0 only checks whether the process exists
     except (ProcessLookupError, OverflowError):
         return False
     except OSError:

@@ -1,4 +1,4 @@
-"""Values from files that anybody may have written: taken as what they should be, or left out."""
+"""Tolerant access to values from untrusted files: values of the wrong type count as missing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 def number_of(value: Any) -> float | None:
     """A finite number, or None."""
-    if type(value) is float:  # nearly all of them
+    if type(value) is float:  # fast path: nearly all values
         return value if math.isfinite(value) else None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
@@ -21,32 +21,32 @@ def number_of(value: Any) -> float | None:
 
 
 def num(row: Any, key: str) -> float | None:
-    """A finite number of a mapping, or None."""
+    """A finite number from a mapping, or None."""
     return number_of(row.get(key)) if isinstance(row, (dict, Mapping)) else None
 
 
-FEW_ROWS = 10  # fewer rows, prompts, completions than this bear no interval: a percentile bootstrap is too narrow
+FEW_ROWS = 10  # fewer rows, prompts or completions get no interval, because a percentile bootstrap is too narrow
 
 
 def rows_behind(row: Any, key: str) -> int | None:
-    """How many rows, prompts or completions a figure of a metrics line is over; None where the line does not say."""
+    """Number of rows, prompts or completions behind a figure of a metrics line; None if the line does not say."""
     name = key.removeprefix("eval/")
     sampled = name.startswith(("kl/", "completions/", "reward", "win_rate")) and not name.startswith("rewards/")
-    of_set = f"eval/{name.partition('/')[0]}/rows"  # of one of several held-out sets
+    of_set = f"eval/{name.partition('/')[0]}/rows"  # if there are several held-out sets
     keys = (f"{key}/n", of_set, *(["eval/kl/completions"] if sampled else []), "eval/rows")
     found = next((n for k in keys if (n := num(row, k)) is not None), None)
     return None if found is None else int(found)
 
 
 def ci_of(row: Any, key: str) -> tuple[float, float] | None:
-    """The interval ``KEY/ci`` of a metrics line as it may be shown; None where there is none, it has no width or is over fewer than `FEW_ROWS`."""
+    """The interval ``KEY/ci`` of a metrics line for display; None if it is missing, has no width, or is over fewer than `FEW_ROWS`."""
     found = interval_of(row, key)
     few = (rows_behind(row, key) or FEW_ROWS) < FEW_ROWS
     return None if found is None or few or found[0] == found[1] else found
 
 
 def span(interval: tuple[float, float] | None, form: str) -> str:
-    """``[low, high]``; nothing where there is none, or where rounding leaves it without a width."""
+    """``[low, high]``; empty if there is no interval or rounding leaves it without a width."""
     if interval is None:
         return ""
     low, high = (f"{end:{form}}" for end in interval)
@@ -54,7 +54,7 @@ def span(interval: tuple[float, float] | None, form: str) -> str:
 
 
 def interval_of(row: Any, key: str) -> tuple[float, float] | None:
-    """The interval ``KEY/ci`` of a metrics line as it is there, or None."""
+    """The interval ``KEY/ci`` of a metrics line as recorded, or None."""
     value = row.get(f"{key}/ci") if isinstance(row, Mapping) else None
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         return None
@@ -63,28 +63,28 @@ def interval_of(row: Any, key: str) -> tuple[float, float] | None:
 
 
 def unchanged(samples: Any) -> tuple[int, int]:
-    """(how many, of how many) sampled answers are the same before and after training."""
+    """(unchanged, total) number of sampled answers, comparing those before and after training."""
     pairs = [(r["before"], r["after"]) for r in mappings(samples) if {"before", "after"} <= r.keys()]
     return sum(a == b for a, b in pairs), len(pairs)
 
 
 def mapping(value: Any) -> dict[str, Any]:
-    """A mapping with text keys; empty where it is anything else."""
+    """The value as a mapping with text keys; empty if it is anything else."""
     return {str(k): v for k, v in value.items()} if isinstance(value, Mapping) else {}
 
 
 def sequence(value: Any) -> list[Any]:
-    """A list; empty where it is anything else."""
+    """The value as a list; empty if it is anything else."""
     return list(value) if isinstance(value, (list, tuple)) else []
 
 
 def mappings(value: Any) -> list[dict[str, Any]]:
-    """The mappings of a list."""
+    """The mappings in a list; other items are dropped."""
     return [mapping(v) for v in sequence(value) if isinstance(v, Mapping)]
 
 
 def text(value: Any) -> str:
-    """Text as it is, nothing for None, JSON for what has parts, the shortest exact form for numbers."""
+    """A value as text: strings unchanged, "" for None, JSON for mappings, lists and booleans, the shortest exact form for numbers."""
     if isinstance(value, str):
         return value
     if value is None:
@@ -110,11 +110,11 @@ def flat(value: Any, prefix: str = "", depth: int = 0) -> dict[str, Any]:
 
 
 def algorithm_of(config: Mapping[str, Any]) -> str:
-    """The algorithm that a run's config names; empty for the losses on given answers."""
+    """The algorithm named in a run's config; empty for losses on given answers."""
     found = config.get("algorithm")
     return text(found.get("name") if isinstance(found, Mapping) else found)
 
 
 def is_online(config: Mapping[str, Any]) -> bool:
-    """Whether a run of that config learns from its own completions."""
+    """Whether a run with this config learns from its own completions."""
     return algorithm_of(config) not in ("", "reward_model")
