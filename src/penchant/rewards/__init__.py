@@ -1,4 +1,4 @@
-"""Rewards as functions: a batch of prompts and completions to numbers."""
+"""Rewards: functions from batches of prompts and completions to numbers."""
 
 from penchant.rewards.builtin import RewardConfig
 from penchant.rewards.functions import Reward, RewardTerm, load_reward

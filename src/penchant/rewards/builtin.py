@@ -1,4 +1,4 @@
-"""Built-in rewards: sentiment (VADER), words, formats, right answers, length, repetition; the reward section of a config."""
+"""Built-in rewards (sentiment, words, formats, correct answers, length, repetition) and the `reward` section of a config."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from penchant.base.functions import is_own
 from penchant.base.section import Place, Section, refuse_idle
 from penchant.errors import ConfigError, RewardError
 
-# (prompts, completions, **columns) -> one number each, or None where it says nothing of a completion; it may be async
+# (prompts, completions, **columns) -> one number per completion, or None if it does not apply; may be async
 RewardFunction = Callable[..., Any]
 
-# ---- Rewards by name: VADER's compound score, the number of words, the right answer, thinking first ----
+# ---- Rewards by name: VADER's compound score, number of words, correct answer, think format ----
 
 
 @lru_cache(maxsize=1)
@@ -38,9 +38,9 @@ def sentiment(texts: Iterable[str]) -> np.ndarray:
 def accuracy(
     completions: Sequence[str], answer: Sequence[Any] | None = None, solution: Sequence[Any] | None = None
 ) -> list[float | None]:
-    """1 where a completion's answer is the one of the row's `answer` (or `solution`) column, by math-verify, else 0.
+    """1 if a completion's answer matches the row's `answer` (or `solution`) column by math-verify, else 0.
 
-    None of a row without an answer that can be read. Of GSM8K's answers only what follows ``####`` counts.
+    None for a row whose answer cannot be parsed. Of GSM8K's answers only the part after ``####`` counts.
 
     Raises:
         ConfigError: the rows have no such column, or the extra is not installed.
@@ -53,13 +53,13 @@ def accuracy(
     return [_is_right(text, gold) for text, gold in zip(completions, right, strict=True)]
 
 
-# a sentence, an equation or a formula between marks of its own: read as it is. Of anything else, as "2x+1", math-verify would take one number
+# a sentence, an equation or a delimited formula is parsed as is; from anything else, such as "2x+1", math-verify would take one number
 _SENTENCE = re.compile(r"\$|\\[(\[]|\\boxed|=|(?<![\\{a-zA-Z])[a-zA-Z]{3,}")
 
 
 def _is_right(text: str, gold: Any) -> float | None:
     parse, verify = _math_verify()
-    # its alarm works in the main thread alone; what a model writes (9**9**9) may keep it busy forever
+    # its timeout only works in the main thread; model output such as 9**9**9 may keep it busy forever
     seconds = 5 if threading.current_thread() is threading.main_thread() else None
     said = "" if gold is None else str(gold).rpartition("####")[2].strip()
     ways = [f"${said}$", said] if said else []
@@ -73,7 +73,7 @@ def _is_right(text: str, gold: Any) -> float | None:
 
 
 def lacks_math_verify(name: str) -> ConfigError:
-    """What is said where the extra is not installed."""
+    """The error for a missing math extra."""
     return ConfigError("reward accuracy", f"needs an extra ({name} is not installed)", "pip install 'penchant[math]'")
 
 
@@ -83,7 +83,7 @@ def _math_verify() -> tuple[Any, Any]:
         from math_verify import parse, verify
     except ImportError as error:
         raise lacks_math_verify(error.name or str(error)) from error
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it tells of every text that it cannot read
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it logs every text that it cannot parse
     return parse, verify
 
 
@@ -91,15 +91,15 @@ _THINKS = re.compile(r"<think>(?!.*<think>)(.*?)</think>.*", re.DOTALL)
 
 
 def think_format(completions: Sequence[str]) -> list[float]:
-    """1 where a completion is ``<think>...</think>`` and then anything, with one ``<think>``, else 0."""
+    """1 if a completion is ``<think>...</think>`` followed by anything, with a single ``<think>``, else 0."""
     return [float(_THINKS.fullmatch(c) is not None) for c in completions]
 
 
-LARGEST = float(np.finfo(np.float32).max)  # of a reward: the update computes in fp32
+LARGEST = float(np.finfo(np.float32).max)  # largest reward, as the update computes in fp32
 
 BUILT_IN: dict[str, RewardFunction] = {
     "sentiment": lambda prompts, completions: [float(v) for v in sentiment(completions)],
-    "words": lambda prompts, completions: [float(len(c.split())) for c in completions],  # by a negative weight a price
+    "words": lambda prompts, completions: [float(len(c.split())) for c in completions],  # a penalty with weight < 0
     "accuracy": accuracy,
     "think_format": think_format,
 }
@@ -109,7 +109,7 @@ BUILT_IN: dict[str, RewardFunction] = {
 
 
 def words_between(given: str) -> RewardFunction:
-    """0 for a completion of so many words (``20-60``, ``20-``, ``-60``), minus 1 for each word too few or too many."""
+    """0 for a word count in a range (``20-60``, ``20-``, ``-60``), minus 1 for each word too few or too many."""
     found = re.fullmatch(r"(\d*)-(\d*)", given)
     low, high = (int(n) if n else None for n in found.groups()) if found else (None, None)
     if found is None or (low is None and high is None) or (low is not None and high is not None and low > high):
@@ -123,12 +123,12 @@ def words_between(given: str) -> RewardFunction:
     return rule
 
 
-MATCH_SECONDS = 5.0  # for one completion
+MATCH_SECONDS = 5.0  # per completion
 
 
 def _pattern(kind: str, given: str, whole: bool) -> RewardFunction:
-    """1 where a regular expression is found in the completion, or is of the `whole` of it, else 0."""
-    import regex  # as Python's own, with a bound on its time; transformers needs it too
+    """1 if a regular expression matches anywhere in the completion (`whole`: all of it), else 0."""
+    import regex  # like re, but with a timeout; transformers depends on it too
 
     try:
         re.compile(given)
@@ -149,12 +149,12 @@ def _pattern(kind: str, given: str, whole: bool) -> RewardFunction:
 
 
 def matches(given: str) -> RewardFunction:
-    """1 where the regular expression is found in the completion (``^``, ``$``: its start, its end; ``.`` is any character), else 0."""
+    """1 if the regular expression is found in the completion (``^``, ``$``: its start and end; ``.``: any character), else 0."""
     return _pattern("matches", given, whole=False)
 
 
 def format_of(given: str) -> RewardFunction:
-    """1 where the whole completion is of a regular expression's form (``.`` is any character), else 0."""
+    """1 if the regular expression matches the whole completion (``.``: any character), else 0."""
     return _pattern("format", given, whole=True)
 
 
@@ -165,7 +165,7 @@ RULES: dict[str, Callable[[str], RewardFunction]] = {"words": words_between, "ma
 
 
 class FormatReward(Section):
-    """1 where the whole completion is of a regular expression's form, else 0."""
+    """1 if a regular expression matches the whole completion, else 0."""
 
     pattern: str = Field(description="regular expression of the whole completion; . is any character")
 
@@ -199,7 +199,7 @@ class OverlongReward(Section):
 
 
 class RepetitionReward(Section):
-    """A price on n-grams of words that a completion repeats: ``max_penalty (1 - distinct / all)``; 0 of texts below n words."""
+    """A penalty for repeated n-grams of words: ``max_penalty (1 - distinct / all)``; 0 for texts of fewer than n words."""
 
     n: int = Field(3, ge=1, description="words per n-gram")
     max_penalty: float = Field(-1.0, le=0, description="penalty if every n-gram is the same")
@@ -216,7 +216,7 @@ class RepetitionReward(Section):
 
 
 class EndpointReward(Section):
-    """What a judge and an HTTP reward share."""
+    """Base class of judge and HTTP rewards."""
 
     url: str = Field(description="http(s)://HOST...")
     key_env: str | None = Field(None, description="environment variable with the key, sent as a bearer token")
@@ -244,7 +244,7 @@ class JudgeReward(EndpointReward):
 
 
 class HttpReward(EndpointReward):
-    """A POST of ``{"prompts", "completions", "columns"}`` that is answered by ``{"rewards": [...]}``, a number or null each."""
+    """A server that replies to a POST of ``{"prompts", "completions", "columns"}`` with ``{"rewards": [...]}``, numbers or null."""
 
     batch: int = Field(64, ge=1, description="completions per request")
 
@@ -264,7 +264,7 @@ WITH_OPTIONS: dict[str, type[Section]] = {
 
 
 def kind_of(name: str) -> str | None:
-    """Which built-in reward a name means (``words:20-60`` is of the kind ``words``); None where it is another kind of reward."""
+    """The built-in reward that a name refers to (``words:20-60`` is of the kind ``words``); None for any other reward."""
     kind, colon, _ = name.partition(":")
     if name in BUILT_IN or name in WITH_OPTIONS or (colon and (kind in RULES or kind in ("judge", "http"))):
         return kind
@@ -275,7 +275,7 @@ def built_in(name: str, options: Section | None) -> RewardFunction:
     """The function of a built-in reward.
 
     Raises:
-        ConfigError: it needs other options, or an argument that it cannot read.
+        ConfigError: an option is missing, or its argument cannot be parsed.
     """
     if options is not None:
         made: RewardFunction = options.function()  # type: ignore[attr-defined]
@@ -297,10 +297,10 @@ def built_in(name: str, options: Section | None) -> RewardFunction:
 
 
 class RewardConfig(Section):
-    """What judges completions: a weighted sum of built-in rewards, Python functions, reward models, judges and endpoints.
+    """How completions are scored: a weighted sum of built-in rewards, Python functions, reward models, judges and endpoints.
 
-    Written short: ``reward: words``, ``reward: {words: -0.01, runs/reward: 1.0}``, ``reward: [accuracy, think_format]``,
-    ``reward: {accuracy: 1.0, overlong: {max: 1024, weight: 0.5}, timeout: 60}``; it is kept in the form in which it was written.
+    Shorthands: ``reward: words``, ``reward: {words: -0.01, runs/reward: 1.0}``, ``reward: [accuracy, think_format]``,
+    ``reward: {accuracy: 1.0, overlong: {max: 1024, weight: 0.5}, timeout: 60}``. It is serialized in this short form.
     """
 
     terms: dict[str, float] = Field(description="name, path.py:function or a reward model's folder: its weight")
@@ -335,7 +335,7 @@ class RewardConfig(Section):
             if isinstance(weight, bool) or not isinstance(weight, (int, float)):
                 raise ValueError(f"{name} is {weight!r}; give each reward a number as its weight")
             if not isinstance(given, Mapping) and kind_of(name) in WITH_OPTIONS and ":" not in name:
-                _options(name, {})  # which refuses it where it needs some
+                _options(name, {})  # raises if it requires options
             terms[name] = float(weight)
         if isinstance(settings.get("timeout"), int) and not isinstance(settings["timeout"], bool):
             settings["timeout"] = float(settings["timeout"])
@@ -361,7 +361,7 @@ class RewardConfig(Section):
 
 
 def _listed(value: Sequence[Any]) -> dict[str, Any]:
-    """``[accuracy, {words: -0.01}]`` as one mapping."""
+    """Merge ``[accuracy, {words: -0.01}]`` into one mapping."""
     found: dict[str, Any] = {}
     for item in value:
         one = {item: 1.0} if isinstance(item, str) else item

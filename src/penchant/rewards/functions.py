@@ -1,4 +1,4 @@
-"""Rewards from a config: built-in ones, a person's own Python functions, endpoints, summed by weight; what goes wrong inside is named."""
+"""Rewards from a config: a weighted sum of built-in rewards, a user's Python functions and endpoints, with checked results."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ if TYPE_CHECKING:
 
     from penchant.rewards.reward_model import PolicyText
 
-# ---- what a function is called with ----
+# ---- the arguments of a function ----
 
-# beside the columns of the data; the names are those of TRL
+# besides the columns of the data, under TRL's names
 OFFERED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 
 @dataclass(frozen=True, slots=True)
 class Takes:
-    """What a reward function takes.
+    """The parameters of a reward function.
 
     Args:
-        by_name: ``prompts`` and ``completions`` go in by name; else they are its first two arguments, whatever it calls them.
-        names: further arguments; required: those of them without a default; rest: whether it takes ``**columns``.
+        by_name: whether ``prompts`` and ``completions`` are passed by name, instead of as the first two arguments.
+        names: further parameters; required: those of them without a default; rest: whether it takes ``**columns``.
     """
 
     by_name: bool = False
@@ -60,7 +60,7 @@ class Takes:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns without which it cannot be called."""
+        """The columns that it requires."""
         return tuple(n for n in self.required if n not in OFFERED)
 
     @property
@@ -69,14 +69,14 @@ class Takes:
 
 
 def takes_of(function: Any, name: str) -> Takes:
-    """What a function takes, by its signature.
+    """Read a function's parameters from its signature.
 
     Raises:
         ConfigError: it takes no completions.
     """
     try:
         given = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # of C code
+    except (TypeError, ValueError):  # C code
         return Takes()
     rest = any(p.kind is p.VAR_KEYWORD for p in given)
     keyword = [p for p in given if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
@@ -96,10 +96,10 @@ def takes_of(function: Any, name: str) -> Takes:
 
 @dataclass(slots=True)
 class Asked:
-    """The completions that a step's rewards are of, one entry for each.
+    """The completions to score, one entry for each.
 
     Args:
-        prompts, texts: without special tokens; rows: the data's, where they are known; sources: where those are.
+        prompts, texts: without special tokens; rows: of the data, if known; sources: where these rows are.
         ids: token ids; columns: of the data, each a list; trees: the rollouts; step: of the run.
     """
 
@@ -114,7 +114,7 @@ class Asked:
     metrics: dict[str, float] = field(default_factory=dict)
 
     def arguments(self, takes: Takes, plain: bool, which: Sequence[int]) -> tuple[list[Any], dict[str, Any]]:
-        """What a function is called with for some of the completions."""
+        """The (positional, named) arguments of a call on some of the completions."""
         prompts: list[Any] = []
         completions: list[Any] = []
         for i in which:
@@ -131,9 +131,7 @@ class Asked:
         more["log_extra"] = lambda column, values: None
         if self.ids is None and "completion_ids" not in takes.required:
             del more["completion_ids"]
-        named = (
-            more | offered if takes.by_name else more
-        )  # whatever columns are called, these are what the policy wrote
+        named = more | offered if takes.by_name else more  # these win over columns of the same name
         kept = {n: v for n, v in named.items() if takes.rest or n in takes.names}
         return ([] if takes.by_name else [prompts, completions]), kept
 
@@ -143,10 +141,10 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class RewardTerm:
-    """One summand: its name in the config, its function and its weight.
+    """One term of the sum: its name in the config, its function and its weight.
 
     Args:
-        takes: what the function is called with; plain: it gets texts, also of conversations; label: its name in metrics.
+        takes: the function's parameters; plain: it gets texts even for conversations; label: its name in metrics.
     """
 
     name: str
@@ -159,11 +157,11 @@ class RewardTerm:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What rewards make of completions.
+    """The rewards of a batch of completions.
 
     Args:
-        total: the weighted sum of what was said of each completion, (n,) float64; NaN where no reward says anything of it.
-        terms: each reward's own numbers by its label, (n,), NaN where it says nothing; metrics: what functions log themselves.
+        total: the weighted sum for each completion, (n,) float64; NaN if no reward gives a value.
+        terms: each reward's values by its label, (n,), NaN if it gives none; metrics: logged by the functions themselves.
     """
 
     total: np.ndarray
@@ -176,7 +174,7 @@ class Reward:
     """A weighted sum of reward functions.
 
     Args:
-        policy: knows the rows that prompts come from; timeout: seconds for each function and step, None: as long as it takes.
+        policy: has the rows that prompts come from; timeout: seconds for each function and step; None: no limit.
     """
 
     terms: tuple[RewardTerm, ...]
@@ -185,13 +183,13 @@ class Reward:
 
     @property
     def compares(self) -> bool:
-        """Whether it says something only of several completions of a prompt."""
+        """Whether it only compares several completions of a prompt."""
         return all(getattr(term.function, "group", False) for term in self.terms)
 
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], trees: Sequence[TokenTree] | None = None
     ) -> np.ndarray:
-        """The reward of each completion, (n,) float64; NaN where no function says anything of it. See `judge`."""
+        """The reward of each completion, (n,) float64; NaN if no function gives a value. See `judge`."""
         return self.judge(prompts, completions, trees).total
 
     def judge(
@@ -201,18 +199,18 @@ class Reward:
         trees: Sequence[TokenTree] | None = None,
         step: int = 0,
     ) -> Judgement:
-        """Every function's number for each completion, and their sum.
+        """Score each completion with every function, and sum by weight.
 
-        A function that returns None for a completion says nothing of it: the sum is that of the others. Of several processes, which
-        all call this, rank 0 asks the functions; a reward model takes its passes from every rank.
+        A function that returns None for a completion is left out of its sum. All ranks call this; only rank 0 calls the
+        functions, while a reward model runs on every rank.
 
         Args:
-            prompts, completions: texts without special tokens; trees: the rollouts that they are the texts of, completions in the same
-                order: what a function with a method `score_trees` (a reward model) gets in their place, and where rows are known by.
+            prompts, completions: texts without special tokens; trees: the rollouts of these texts, completions in the same
+                order, which identify rows and are passed to functions with a method `score_trees` (reward models) instead.
 
         Raises:
-            RewardError: a function raised, took too long, or gave something other than one finite number (or None) per completion;
-                it names the function and the first completion that is to blame.
+            RewardError: a function raised, took too long, or gave something other than one finite number (or None) per
+                completion; it names the function and the first completion at fault.
         """
         world = current()
         with world.together():
@@ -267,8 +265,8 @@ def _values(term: RewardTerm, asked: Asked, timeout: float | None) -> np.ndarray
         raise RewardError(f"reward {term.name}", what, "use it where a model writes: in training, eval or compare")
     try:
         given = _call(term, asked, range(n), timeout) if on_trees is None else on_trees(asked.trees)
-    except (Exception, SystemExit, TookTooLong) as error:  # one that ends the process must not end the run unsaid
-        if isinstance(error, PenchantError):  # its own sentence; there is no function to fix
+    except (Exception, SystemExit, TookTooLong) as error:  # sys.exit in a function must not end the run silently
+        if isinstance(error, PenchantError):  # keep its message; there is no function to fix
             raise RewardError(f"reward {term.name}", error.what, error.how) from error
         asks_alone = on_trees is None and kind_of(term.name) not in ("judge", "http")
         at = _first_to_blame(term, asked, timeout) if asks_alone else None
@@ -316,7 +314,7 @@ def _no_column(
 
 
 def _call(term: RewardTerm, asked: Asked, which: Sequence[int], timeout: float | None) -> Any:
-    """What a function returns for some completions."""
+    """Call a function on some completions."""
     positional, named = asked.arguments(term.takes, term.plain, which)
 
     def call() -> Any:
@@ -334,7 +332,7 @@ def _awaited(given: Any) -> Any:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(wait())
-    return in_thread(lambda: asyncio.run(wait()), None)  # a notebook has a loop of its own
+    return in_thread(lambda: asyncio.run(wait()), None)  # a notebook already runs an event loop
 
 
 def _numbers(name: str, given: Any, asked: Asked) -> np.ndarray:
@@ -346,7 +344,7 @@ def _numbers(name: str, given: Any, asked: Asked) -> np.ndarray:
         if isinstance(given, (list, tuple)):
             given = [_plain(v) for v in given]
         return np.asarray(_plain(given), dtype=np.float64)
-    except Exception as error:  # whatever conversions the elements bring
+    except Exception as error:  # converting the elements may raise anything
         what = f"returned {type(given).__name__} that holds no numbers"
         at = _first_without_number(given)
         if at is not None and at < len(asked.texts):
@@ -355,10 +353,10 @@ def _numbers(name: str, given: Any, asked: Asked) -> np.ndarray:
 
 
 def _plain(value: Any) -> Any:
-    """A tensor as an array: numpy takes none with a gradient, on a GPU or in bf16.
+    """Convert a tensor to an array; numpy itself refuses gradients, GPUs and bf16.
 
     Raises:
-        TypeError: a text, which numpy would read as a number.
+        TypeError: a text, which numpy would parse as a number.
     """
     if isinstance(value, (str, bytes)):
         raise TypeError(value)
@@ -366,7 +364,7 @@ def _plain(value: Any) -> Any:
 
 
 def _first_without_number(given: Any) -> int | None:
-    """The first element of a list that is neither a number nor None."""
+    """Index of the first element of a list that is neither a number nor None."""
     if not isinstance(given, (list, tuple)):
         return None
     for i, value in enumerate(given):
@@ -378,7 +376,7 @@ def _first_without_number(given: Any) -> int | None:
 
 
 def _first_to_blame(term: RewardTerm, asked: Asked, timeout: float | None) -> int | None:
-    """The first completion that fails by itself too, if there is one; looked for no longer than the function may take."""
+    """Index of the first completion that also fails alone, or None; the search takes no longer than the timeout."""
     ends = math.inf if timeout is None else time.monotonic() + timeout
     for i in range(len(asked.texts)):
         began = time.monotonic()
@@ -386,7 +384,7 @@ def _first_to_blame(term: RewardTerm, asked: Asked, timeout: float | None) -> in
             break
         try:
             _call(term, asked, [i], None if timeout is None else ends - began)
-        except TookTooLong:  # of many that are slow, the one that was under way is not to blame
+        except TookTooLong:  # if many are slow, the one in progress is not at fault
             return i if time.monotonic() - began > (timeout or 0.0) / 2 else None
         except (Exception, SystemExit):
             return i
@@ -397,13 +395,13 @@ def _first_to_blame(term: RewardTerm, asked: Asked, timeout: float | None) -> in
 
 
 def load_reward(spec: Any, policy: PolicyText | None = None, device: Any = "cpu") -> Reward:
-    """A reward from a config: a name, ``path.py:function``, a reward model's folder, a mapping of those to weights, or a list of them.
+    """Load a reward: a name, ``path.py:function``, a reward model's folder, a mapping of those to weights, or a list of them.
 
     Args:
-        policy: whose completions are judged; device: of reward models, where the config does not say.
+        policy: whose completions are scored; device: of reward models, unless the config sets it.
 
     Raises:
-        ConfigError: no such built-in, file, folder or function, or one that takes what the rows do not have.
+        ConfigError: no such built-in, file, folder or function, or one that requires a column missing in the rows.
     """
     config = spec if isinstance(spec, RewardConfig) else RewardConfig.model_validate(spec)
     if not config.terms:
@@ -426,14 +424,14 @@ def load_reward(spec: Any, policy: PolicyText | None = None, device: Any = "cpu"
 
 
 def labels_of(names: Sequence[str] | Mapping[str, Any]) -> dict[str, str]:
-    """What each reward is called in metrics: a function's own name, a folder's last part; the whole name where two would be one."""
+    """Map rewards to names in metrics: a function's name, a folder's last part; the full name if that is ambiguous."""
     short = {n: n.rpartition(":")[2] if is_own(n) else n if kind_of(n) else Path(n).name or n for n in names}
     seen = list(short.values())
     return {n: s if seen.count(s) == 1 else n for n, s in short.items()}
 
 
 def reads_columns(spec: Any) -> bool:
-    """Whether a reward (as `load_reward` takes it, or None) asks for columns of the rows beside prompt and completion.
+    """Whether a reward (as for `load_reward`, or None) reads columns of the rows besides prompt and completion.
 
     Raises:
         ConfigError: a function that cannot be loaded.
@@ -443,7 +441,7 @@ def reads_columns(spec: Any) -> bool:
     try:
         config = spec if isinstance(spec, RewardConfig) else RewardConfig.model_validate(spec)
     except ValidationError:
-        return False  # what loads it says so
+        return False  # loading it will report this
     return any(
         takes_of(_named(name, config, None, "cpu"), name).reads_columns
         for name in config.terms
@@ -460,12 +458,12 @@ def _named(name: str, config: RewardConfig, policy: PolicyText | None, device: A
 
     folder = find_reward_model(name)
     if folder is None:
-        return _function(name)  # which says that there is none
+        return _function(name)  # raises, as there is none
     return load_reward_function(name, folder, reward_device(config.device, device), policy)
 
 
 def check_reward_name(name: str) -> None:
-    """Refuse a reward that is nowhere, by its name and whether its file is there; nothing is loaded."""
+    """Refuse an unknown reward by its name or missing file, without loading anything."""
     here = Path(name.rpartition(":")[0] if is_own(name) else name).expanduser().exists()
     kind, colon, given = name.partition(":")
     if colon and kind in RULES:
@@ -475,7 +473,7 @@ def check_reward_name(name: str) -> None:
 
 
 def check_reward(name: str) -> None:
-    """Refuse a reward that is not there, as `load_reward` does, without loading a model."""
+    """Refuse a missing reward as `load_reward` does, without loading a model."""
     check_reward_name(name)
     if kind_of(name) is not None:
         return
@@ -486,7 +484,7 @@ def check_reward(name: str) -> None:
 
 
 def reward_device(wanted: str, policys: Any = "cpu") -> torch.device:
-    """Where reward models run; auto is where the policy is."""
+    """The device of reward models; auto is the policy's."""
     from penchant.models.load import resolve_place
 
     return resolve_place("reward.device", wanted, policys)

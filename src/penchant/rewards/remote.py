@@ -1,4 +1,4 @@
-"""Rewards from elsewhere: a model behind an endpoint as a judge, and a reward of one's own behind HTTP."""
+"""Rewards over HTTP: a judge model behind an endpoint, and a user's own reward server."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def connection_of(options: EndpointReward, where: str) -> Connection:
     """The endpoint of a reward's options.
 
     Raises:
-        ConfigError: no such address, or no key.
+        ConfigError: an invalid address, or a missing key.
     """
     found = connect(options.url, options.key_env, f"reward.{where}.url", f"reward.{where}.key_env")
     return replace(found, timeout=options.timeout, attempts=options.attempts)
@@ -56,7 +56,7 @@ _GRADE = re.compile(
 
 
 def grade_of(reply: str) -> float | None:
-    """The grade that a reply states, in [0, 1]; None where it states none, or two. Read as `judges.instruction.verdict_of` reads verdicts."""
+    """The grade in a reply, in [0, 1]; None if there is none, or two. Parsed as `judges.instruction.verdict_of` parses verdicts."""
     lines = said_of(reply)
     found = {float(m.group(1)) for x in (lines[:1] + lines[-1:]) if (m := _GRADE.fullmatch(x))}
     grade = found.pop() if len(found) == 1 else None
@@ -65,9 +65,9 @@ def grade_of(reply: str) -> float | None:
 
 @dataclass(frozen=True)
 class Judge:
-    """A judge as a reward: its grade of each completion, or the share of the prompt's other completions that each one beats.
+    """A judge model as a reward: a grade per completion, or the share of the prompt's other completions that it beats.
 
-    Replies are kept on disk (see `judges.endpoint`), so that nothing is asked twice. A completion without a readable reply gets None.
+    Replies are cached on disk (see `judges.endpoint`). A completion whose reply cannot be parsed gets None.
     """
 
     judge: EndpointJudge
@@ -89,10 +89,10 @@ class Judge:
         return Judge(judge if group else replace(judge, read=grade_of), group)
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float | None]:
-        """Numbers in [0, 1].
+        """Score each completion in [0, 1], or None.
 
         Raises:
-            RewardError: the endpoint refuses or is silent, or no reply at all can be read.
+            RewardError: the endpoint fails or does not reply, or none of its replies can be parsed.
         """
         if self.group:
             return self._against_each_other(prompts, completions)
@@ -117,7 +117,7 @@ class Judge:
                     wins.append(TIE)
                     continue
                 first, second = for_first[i, j], for_first[j, i]
-                if first is not None and second is not None:  # in one order alone the position would be judged too
+                if first is not None and second is not None:  # both orders, to cancel position bias
                     wins.append((first + 1.0 - second) / 2)
             found.append(sum(wins) / len(wins) if wins else None)
         return found
@@ -160,7 +160,7 @@ class Http:
         log_metric: Any = None,
         **columns: Any,
     ) -> list[float | None]:
-        """One number, or None, for each completion.
+        """Get a number, or None, for each completion.
 
         Raises:
             RewardError: no reply, or one without a number for each completion.

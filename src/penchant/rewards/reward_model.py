@@ -1,4 +1,4 @@
-"""A trained reward model as a function, and how one is trained."""
+"""Reward models: a trained one as a reward function, and the parts for training one."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ from penchant.types import Completion, PackedBatch, PromptTree, Segment, TokenTr
 
 # ---- From a packed batch to one reward for each completion: causal models on shared prompts, encoders on text pairs ----
 
-SHORTEST = 0.75  # rows of one padded pass are at least this share of its longest: a quarter of it is padding at most
+SHORTEST = 0.75  # shortest row of a padded pass relative to its longest, so that at most a quarter is padding
 
 
 class RewardScorer(Protocol):
-    """What training, evaluation and reward functions ask of a reward model."""
+    """The interface of a reward model for training, evaluation and reward functions."""
 
-    model: Any  # the transformers model, or peft's around it
+    model: Any  # the transformers model, or peft's wrapper
     shared: bool  # whether batches are packed with shared prompts
     packing: str  # how rows are laid out, for the log
     fast: bool  # whether a model-family fast path runs
@@ -72,10 +72,10 @@ class RewardScorer(Protocol):
 
 
 class CausalRewards:
-    """A causal reward model: the head reads the last real token of each completion (EOS, where it was not cut).
+    """A causal reward model: the head reads the last real token of each completion (EOS, unless it was truncated).
 
     Args:
-        scorer: runs the backbone; its language-model head is not there and never asked.
+        scorer: runs the backbone, which has no language-model head.
     """
 
     def __init__(self, scorer: Scorer) -> None:
@@ -89,7 +89,7 @@ class CausalRewards:
 
 
 def last_positions(batch: PackedBatch) -> list[int]:
-    """Where each completion's last token lies in the packed row."""
+    """Position of each completion's last token in the packed row."""
     found = []
     for s in batch.segments:
         end = s.start + s.prompt_len
@@ -101,7 +101,7 @@ def last_positions(batch: PackedBatch) -> list[int]:
 
 @dataclass(slots=True)
 class EncoderRewards:
-    """An encoder reward model: every prompt with each completion is a row of its own, padded among rows of its length.
+    """An encoder reward model: each prompt with each completion is a separate row, padded with rows of similar length.
 
     Args:
         model: for sequence classification with one output; layout: of its tokenizer's text pairs.
@@ -115,14 +115,14 @@ class EncoderRewards:
     side_by_side: bool = False
 
     def rewards(self, batch: PackedBatch) -> Tensor:
-        # packed separately: one completion a segment
+        # packed separately: one completion per segment
         groups = by_length([s.length for s in batch.segments])
         found = [self._padded(batch, [batch.segments[i] for i in members]) for members in groups]
         place = torch.tensor([i for members in groups for i in members]).argsort()
         return torch.cat(found).index_select(0, moved(place, batch.input_ids.device))
 
     def _padded(self, batch: PackedBatch, rows: Sequence[Segment]) -> Tensor:
-        """Rewards of some rows of similar length; where their tokens go is told to the device in one copy."""
+        """Rewards of rows of similar length; all their indices go to the device in one copy."""
         lengths, prompts, starts = np.array([(s.length, s.prompt_len, s.start) for s in rows]).T[:, :, None]
         column = np.arange(lengths.max())
         real = column < lengths
@@ -135,7 +135,7 @@ class EncoderRewards:
         more = {} if self.layout.types is None else {"token_type_ids": types}
         head = head_of(self.model)
         features: list[Tensor] = []
-        # the head once more in fp32, on what the model itself gives it
+        # run the head again in fp32, on the features that the model passes to it
         listening = head.register_forward_pre_hook(lambda _, given: features.append(given[0]))
         try:
             self.model(input_ids=ids, attention_mask=mask, **more)
@@ -145,7 +145,7 @@ class EncoderRewards:
 
 
 def by_length(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices in groups of similar length, longest first."""
+    """Group indices by similar length, longest first."""
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if groups and lengths[i] >= SHORTEST * lengths[groups[-1][0]]:
@@ -162,11 +162,11 @@ TOKENS_PER_STEP = 4096
 
 @dataclass(frozen=True)
 class PolicyText:
-    """What a reward must know of the policy whose completions it judges.
+    """What a reward needs to know about the policy whose completions it scores.
 
     Args:
-        tokenizer, template, template_options: the policy's; rows: of the data, without completions, by the `source` of their trees;
-            None: several are called so.
+        tokenizer, template, template_options: the policy's; rows: of the data, without completions, by the `source` of their
+            trees; None for a source that several rows share.
     """
 
     tokenizer: Any
@@ -176,12 +176,12 @@ class PolicyText:
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
-        """Every column that some row has beside its prompt."""
+        """All columns that any row has besides its prompt."""
         return tuple(dict.fromkeys(name for row in self.rows.values() if row is not None for name in row.columns))
 
 
 def rows_by_source(trees: Iterable[PromptTree]) -> dict[str, PromptTree | None]:
-    """Prompts and further columns by the `source` of their rows; None where files of one name have different ones there."""
+    """Prompts and extra columns by the `source` of their rows; None if files of the same name differ there."""
     found: dict[str, PromptTree | None] = {}
     for tree in trees:
         bare = replace(tree, completions=())
@@ -193,11 +193,11 @@ def rows_by_source(trees: Iterable[PromptTree]) -> dict[str, PromptTree | None]:
 class RewardModel:
     """Scores texts, or the policy's own tokens.
 
-    Where the policy has the same tokenizer and template, its token ids are scored as they are. Otherwise prompt (as the data has it)
-    and completion are tokenized anew, as they were when the reward model was trained.
+    If the policy has the same tokenizer and template, its token ids are scored directly. Otherwise prompt (from the data) and
+    completion are tokenized again, as they were when the reward model was trained.
 
     Args:
-        scorer, tokenizer: the reward model's; template, max_length, add_eos, template_options: what it was trained with.
+        scorer, tokenizer: the reward model's; template, max_length, add_eos, template_options: as in its training.
         policy: whose completions `score_trees` gets.
     """
 
@@ -214,7 +214,7 @@ class RewardModel:
     def __post_init__(self) -> None:
         policy = self.policy
         if policy is not None and DATE in policy.template_options and writes_date(self.tokenizer):
-            # one that was trained without a day of its own is told the run's
+            # a reward model trained without a fixed date gets the run's
             self.template_options = {DATE: policy.template_options[DATE], **self.template_options}
         self._same = (
             policy is not None
@@ -226,12 +226,12 @@ class RewardModel:
         )
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-        """The reward of each completion, taken as whole (with its EOS)."""
+        """The reward of each completion, taken as complete (with its EOS)."""
         pairs = [PromptTree(p, (Completion(c),)) for p, c in zip(prompts, completions, strict=True)]
         return rewards_of(self.scorer, self._tokenized(pairs, [False] * len(pairs)))
 
     def score_trees(self, trees: Sequence[TokenTree]) -> list[float]:
-        """The reward of each completion of rollouts, tree by tree; one that did not end by itself is judged without EOS."""
+        """The reward of each completion of rollouts, tree by tree; one that did not end by itself is scored without EOS."""
         longest = max((len(t.prompt_ids) + max(map(len, t.completion_ids)) for t in trees), default=0)
         if self._same and longest <= self.max_length:
             return rewards_of(self.scorer, trees)
@@ -256,7 +256,7 @@ class RewardModel:
         dataset = Dataset(tuple(pairs), "rollouts", "pairs", len(pairs), (), "")
         if self.encoder:
             return list(tokenize_text_pairs(dataset, self.tokenizer, max_length=self.max_length).trees)
-        # a policy may end at once; where the reward model has learned no EOS either, nothing is left but the prompt
+        # a completion may be empty; if the reward model was trained without EOS too, only the prompt is left
         nothing = [not self.add_eos and not p.completions[0].text for p in pairs]
         if any(nothing):
             held = [replace(p, completions=(Completion("."),)) if n else p for p, n in zip(pairs, nothing, strict=True)]
@@ -310,7 +310,7 @@ def make_scorer(
     attention: str = "auto",
     runs_as: tuple[torch.device, torch.dtype] | None = None,
 ) -> tuple[RewardScorer, str]:
-    """The scorer that fits a reward model, and a sentence for the log; `runs_as` as for `choose_packing`."""
+    """The scorer for a reward model, and a sentence for the log; `runs_as` as for `choose_packing`."""
     if encoder:
         if attention in ("varlen", "flex"):
             what = f"{attention} is for packed rows of causal models, and this is an encoder"
@@ -325,7 +325,7 @@ def make_scorer(
 
 
 def find_reward_model(path: str) -> Path | None:
-    """The model folder that a reward of this name means: a run's best or last checkpoint, or the folder itself; None: another kind."""
+    """The model folder behind a reward's name: a run's best or last checkpoint, or the folder itself; None for other rewards."""
     folder = Path(path).expanduser()
     if kind_of(path) is not None or not folder.is_dir():
         return None
@@ -340,10 +340,10 @@ def find_reward_model(path: str) -> Path | None:
 
 
 def check_reward_folder(name: str, folder: Path) -> Any:
-    """The config of a folder that is used as a reward.
+    """The model config of a folder used as a reward.
 
     Raises:
-        ConfigError: it holds another kind of model. ModelError: it holds none.
+        ConfigError: it holds another kind of model. ModelError: it holds no model.
     """
     config = load_model_config(str(folder))
     if not is_reward_model(config):
@@ -354,7 +354,7 @@ def check_reward_folder(name: str, folder: Path) -> Any:
 
 
 def load_reward_function(name: str, folder: Path, device: torch.device, policy: PolicyText | None) -> RewardModel:
-    """A reward model from its folder, in the dtype in which it was saved; errors as of `check_reward_folder`."""
+    """Load a reward model from its folder, in the dtype it was saved in; raises as `check_reward_folder` does."""
     config = check_reward_folder(name, folder)
     loaded = load_reward_model(ModelConfig(path=str(folder)), device)
     if loaded.fresh:
@@ -379,7 +379,7 @@ def load_reward_function(name: str, folder: Path, device: torch.device, policy: 
 
 
 def content_sha256(name: str) -> str | None:
-    """SHA-256 of what a reward of this name is made of: its file, or its model's weights and tokenizer; None for a built-in one."""
+    """SHA-256 of a reward's Python file, or of its model's weights and JSON files; None for a built-in reward."""
     folder = find_reward_model(name)
     file = Path(name.rpartition(":")[0]).expanduser()
     if folder is None and (not name.rpartition(":")[0] or not file.is_file()):
@@ -392,7 +392,7 @@ def content_sha256(name: str) -> str | None:
 
 
 def contents_beside(name: str) -> dict[str, str]:
-    """SHA-256 of what such a reward is made of beside that, by file: what its file imports, its tokenizer's files that are no JSON."""
+    """SHA-256 of a reward's other contents by file: modules that its Python file imports, or its model's remaining files."""
     folder = find_reward_model(name)
     if folder is None:
         return imported_sha256(name) if is_own(name) and own_file(name).is_file() else {}
@@ -402,20 +402,20 @@ def contents_beside(name: str) -> dict[str, str]:
 
 
 def reward_writes_date(name: str) -> bool:
-    """Whether a reward of this name is a model whose chat template asks for today's date."""
+    """Whether a reward is a model whose chat template inserts today's date."""
     folder = find_reward_model(name)
     files = [] if folder is None else [*folder.glob("*.jinja"), folder / "tokenizer_config.json"]
     return any(DATE in p.read_text(encoding="utf-8", errors="replace") for p in files if p.is_file())
 
 
-# ---- What a reward model's training run is composed of, beside what every run has: its tokens, its model, its folder ----
+# ---- Parts specific to training a reward model: its tokens, its model, its folder ----
 
 SMALL_ENCODER = 50_000_000  # parameters
 
 
 @dataclass
 class RewardModelParts:
-    """One reward model: from a causal model, an encoder, or a reward model.
+    """Parts for training a reward model from a causal model, an encoder or another reward model.
 
     Args:
         model_config, data, lora: the run's sections; tokenizer: the model's own.
@@ -437,7 +437,7 @@ class RewardModelParts:
 
     @cached_property
     def max_length(self) -> int:
-        """Tokens of a row; an encoder's own limit where that is lower, so that the default needs no thought."""
+        """Maximum tokens per row: `data.max_length`, or an encoder's own limit if that is lower."""
         if not self.encoder:
             return self.data.max_length
         config = load_model_config(self.model_config.path, self.model_config.revision)
@@ -452,7 +452,7 @@ class RewardModelParts:
         return tokenize(dataset, self.tokenizer, **how)
 
     def load(self, device: torch.device, seed: int) -> Any:
-        """The trainable model in fp32: whole, or an adapter with a head (and whatever else is new) that is trained with it."""
+        """The trainable model in fp32: whole, or an adapter with a head (and any other new weights) trained with it."""
         loaded = load_reward_model(self.model_config, device, seed)
         if not self.encoder:
             set_padding(loaded.model, self.tokenizer)
@@ -468,7 +468,7 @@ class RewardModelParts:
         whole: Mapping[str, Tensor] | None,
         sharded: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Write the model; the last two as for `save_reward_model`."""
+        """Write the model; the last two arguments are those of `save_reward_model`."""
         settings = {
             "template": self.data.template,
             **({"template_options": self.data.template_options} if self.data.template_options else {}),
@@ -478,5 +478,5 @@ class RewardModelParts:
         save_reward_model(model, self.tokenizer, folder, settings, whole, sharded)
 
     def encoder_lr(self, parameters: int) -> float:
-        """Peak learning rate of a whole encoder where the config says auto; small ones take larger steps."""
+        """Peak learning rate of a whole encoder for ``lr: auto``; higher for small ones."""
         return 5e-5 if parameters < SMALL_ENCODER else 2e-5

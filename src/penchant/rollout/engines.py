@@ -1,8 +1,8 @@
-"""Where completions come from: Penchant's own sampler, a vLLM server, or vLLM in this process.
+"""Sampling engines: Penchant's own sampler, a vLLM server, or vLLM in this process.
 
-Prompts and completions are token ids, and a completion ends at the ids of `penchant.data.templates.end_ids`. An engine that holds
-weights of its own is sent the policy's before it writes, and is not believed: after each update its log-probs of a few fixed tokens
-are compared with the policy's.
+Prompts and completions are token ids, and a completion ends at the ids of `penchant.data.templates.end_ids`. An engine with its own
+weights is sent the policy's before it samples, and each update is verified by comparing its log-probs of a few fixed tokens with
+the policy's.
 """
 
 from __future__ import annotations
@@ -31,45 +31,45 @@ from penchant.models.load import base_model_of, effective_weights, plain_name, w
 from penchant.rollout.generate import Sample, Settings, sample
 from penchant.rollout.options import RolloutConfig
 
-PROBE_ROWS, PROBE_TOKENS = 2, 32  # fixed tokens that engine and policy are compared on
-CONCURRENT = 64  # requests that a server has at a time
-LARGEST = 1 << 28  # bytes of an answer to one prompt
-NOISE = 1e-5  # nats a token: below it two engines of one model are never told apart
+PROBE_ROWS, PROBE_TOKENS = 2, 32  # fixed tokens to compare engine and policy on
+CONCURRENT = 64  # concurrent requests to a server
+LARGEST = 1 << 28  # limit on the bytes of a reply for one prompt
+NOISE = 1e-5  # nats per token: smaller differences between two engines are ignored
 
 
 class Engine(Protocol):
-    """What writes completions."""
+    """The interface of sampling engines."""
 
     def sample(
         self, prompts: Sequence[Sequence[int]], settings: Settings, seed: int, prompt_seeds: Sequence[int]
     ) -> list[list[Sample]]:
-        """`settings.n` completions of each prompt, by the weights that it was sent last.
+        """Sample `settings.n` completions of each prompt with the weights sent last.
 
         Args:
-            seed: of the run and the batch; prompt_seeds: one number a prompt. Both and a completion's index decide its draws.
+            seed: of the run and the batch; prompt_seeds: one per prompt. With a completion's index they determine its draws.
 
         Raises:
-            Forgotten: it no longer has those weights. RolloutError: it does not answer, or wrongly.
+            Forgotten: the engine no longer has those weights. RolloutError: no reply, or a wrong one.
         """
 
     def update(self, version: int) -> None:
-        """Have the policy's weights as they are now, which are those of `version` (optimizer steps).
+        """Load the policy's current weights, which are those of `version` (optimizer steps).
 
         Raises:
-            RolloutError: it cannot take them, or says otherwise than the policy afterwards.
+            RolloutError: the update fails, or the engine's log-probs do not match the policy's afterwards.
         """
 
     def close(self) -> None:
-        """Let go of what it holds."""
+        """Release all resources."""
 
 
 class Forgotten(Exception):
-    """An engine no longer has the weights that it was sent: it was restarted, or someone else has sent others."""
+    """An engine lost the weights that it was sent: it was restarted, or someone else has sent others."""
 
 
 @dataclass(slots=True)
 class OwnSampler:
-    """The policy itself, on this machine."""
+    """Samples from the policy itself, in this process."""
 
     model: Any
 
@@ -94,19 +94,19 @@ class OwnSampler:
         )
 
     def update(self, version: int) -> None:
-        """It is the policy."""
+        """Nothing to do: it samples from the policy."""
 
     def close(self) -> None:
-        """It holds nothing."""
+        """Nothing to release."""
 
 
 def request_seed(seed: int, prompt_seed: int) -> int:
-    """The seed of one prompt's request, below 2^62: vLLM adds the completion's index to it."""
+    """The seed of one prompt's request, below 2^62, as vLLM adds the completion's index to it."""
     return int(np.random.SeedSequence([seed, prompt_seed]).generate_state(1, np.uint64)[0] >> np.uint64(2))
 
 
 def of_prompt(settings: Settings, i: int) -> Settings:
-    """The settings of one prompt among those that are asked for together."""
+    """The settings of prompt `i` in a batch."""
     return replace(settings, max_new_tokens=settings.rooms[i], rooms=()) if settings.rooms else settings
 
 
@@ -114,7 +114,7 @@ def of_prompt(settings: Settings, i: int) -> Settings:
 
 
 def whole_weights_of(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """The policy's weights under the base model's names, adapters merged in, in the dtype that each has."""
+    """The policy's weights under the base model's names, with adapters merged in, each in its own dtype."""
     base = base_model_of(model)
     merged = effective_weights(model, {}) if base is not model else {}
     seen: set[int] = set()
@@ -127,7 +127,7 @@ def whole_weights_of(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def write_weights(model: Any, folder: Path) -> None:
-    """`whole_weights_of` as a model folder; what is there is replaced."""
+    """Write `whole_weights_of` a model as a model folder, replacing an existing one."""
     from safetensors.torch import save_file
 
     aside = folder.with_name(folder.name + ".writing")
@@ -143,10 +143,10 @@ def write_weights(model: Any, folder: Path) -> None:
 
 @dataclass(slots=True)
 class Probe:
-    """A few fixed tokens, and what policy and engine said of them: an update that did not arrive shows here.
+    """Fixed tokens with the log-probs of policy and engine, to detect a failed weight update.
 
     Args:
-        model: the policy; tolerance: nats a token in the mean.
+        model: the policy; tolerance: mean difference in nats per token.
     """
 
     model: Any
@@ -161,7 +161,7 @@ class Probe:
         self.rows = np.random.default_rng(0).integers(0, words, (PROBE_ROWS, PROBE_TOKENS)).tolist()
 
     def of_policy(self) -> np.ndarray:
-        """The policy's log-probs of all tokens but each row's first, at temperature 1."""
+        """The policy's log-probs of all tokens except each row's first, at temperature 1."""
         training = self.model.training
         self.model.eval()
         device = place_of(self.model)
@@ -175,19 +175,19 @@ class Probe:
         return np.concatenate(found).astype(np.float64)
 
     def wrong(self, policy: np.ndarray, engine: np.ndarray) -> str:
-        """What is wrong with an engine that was sent the policy's weights; "" where nothing is."""
+        """What is wrong with an engine after an update; "" if nothing is."""
         away = float(np.abs(engine - policy).mean())
         moved = 0.0 if self.policy is None else float(np.abs(policy - self.policy).mean())
         said = f"its log-probs of fixed tokens are {away:.2g} nats a token from the policy's"
         if not away <= self.tolerance:  # NaN too
             return f"{said} (rollout.tolerance: {self.tolerance:g})"
-        # an update too small for the tolerance must be seen all the same
+        # detect a failed update even if it is smaller than the tolerance
         if away > 4 * self.noise and away > 0.25 * moved and moved > 0:
             return f"{said}, and the update moved the policy's by {moved:.2g}"
         return ""
 
     def keep(self, policy: np.ndarray, engine: np.ndarray) -> None:
-        """Remember what both said after an update that arrived."""
+        """Remember both log-probs after a successful update."""
         if self.policy is None:
             self.noise = max(NOISE, float(np.abs(engine - policy).mean()))
         self.policy, self.engine = policy, engine
@@ -195,11 +195,11 @@ class Probe:
 
 @dataclass(slots=True)
 class Remote:
-    """What engines with weights of their own share: updates that are checked, batches that are asked for again.
+    """Base class of engines with their own weights: sends and verifies updates.
 
     Args:
         model: the policy; config: the `rollout` section; folder: where weights are written for the engine.
-        whole: makes all of the policy's parameters whole while it is open.
+        whole: context manager in which the policy's parameters are not sharded.
     """
 
     model: Any
@@ -222,7 +222,7 @@ class Remote:
         raise NotImplementedError
 
     def _scores(self) -> np.ndarray:
-        """The engine's log-probs of the probe."""
+        """The engine's log-probs of the probe's tokens."""
         raise NotImplementedError
 
     def update(self, version: int) -> None:
@@ -238,7 +238,7 @@ class Remote:
             if not wrong:
                 break
             self.note(f"{self.where}: after weights were sent (time {attempt}), {wrong}")
-            if attempt == min(2, self.config.attempts):  # what two updates do not change, no third one will
+            if attempt == min(2, self.config.attempts):  # a third update would not help
                 raise RolloutError(
                     self.where,
                     f"after its weights were updated, {wrong}: it has other or only some of the new weights, or is another model",
@@ -254,13 +254,13 @@ class Remote:
 
 @dataclass(slots=True)
 class VLLMServer(Remote):
-    """A vLLM server: ``/v1/completions`` with token ids, and the development routes for weights (``VLLM_SERVER_DEV_MODE=1``)."""
+    """A vLLM server: ``/v1/completions`` with token ids, and its development routes for weights (``VLLM_SERVER_DEV_MODE=1``)."""
 
     connection: Connection = field(kw_only=True)
     name: str = field(default="", init=False)
-    tag: str = field(default="", init=False)  # the version that the server was told last
-    versions: bool = field(default=True, init=False)  # whether it keeps one
-    trainer: Any = field(default=None, init=False)  # vLLM's own sender of weights
+    tag: str = field(default="", init=False)  # the version last sent to the server
+    versions: bool = field(default=True, init=False)  # whether the server stores it
+    trainer: Any = field(default=None, init=False)  # vLLM's weight sender
 
     @property
     def where(self) -> str:
@@ -278,7 +278,7 @@ class VLLMServer(Remote):
             raise RolloutError(self.where, f"{path} {error}", how) from error
 
     def check(self, longest: int) -> None:
-        """Find the model's name, and refuse a server whose model cannot hold prompt and completion.
+        """Find the model's name, and refuse a server whose context is too short for prompt and completion.
 
         Raises:
             ConfigError, RolloutError.
@@ -325,7 +325,7 @@ class VLLMServer(Remote):
             "seed": seed,
             "logprobs": 0,
             "return_token_ids": True,
-            "ignore_eos": True,  # the ends are ours, and no others
+            "ignore_eos": True,  # only our own end ids stop a completion
             "stop_token_ids": sorted(s.ends),
             "skip_special_tokens": False,
             "add_special_tokens": False,
@@ -367,7 +367,7 @@ class VLLMServer(Remote):
         return np.array(found)
 
     def _confirm(self) -> None:
-        """Refuse a batch that other weights wrote than those that were sent.
+        """Refuse a batch that was sampled with weights other than those sent.
 
         Raises:
             Forgotten.
@@ -387,7 +387,7 @@ class VLLMServer(Remote):
         tag = f"penchant-{version}-{uuid4().hex[:12]}"
         if not (nccl := self._by_nccl()):
             write_weights(self.model, self.folder)
-        self._ask("/pause?mode=wait", {})  # nothing is being written, and no cached prompt outlives it
+        self._ask("/pause?mode=wait", {})  # waits for running requests and clears the prefix cache
         try:
             if nccl:
                 self._send_by_nccl()
@@ -395,12 +395,12 @@ class VLLMServer(Remote):
                 how = {"weights_path": str(self.folder.resolve())}
                 self._ask("/collective_rpc", {"method": "reload_weights", "kwargs": how})
         except PenchantError:
-            with suppress(NoReply):  # it may be gone
+            with suppress(NoReply):  # the server may be gone
                 replace(self.connection, attempts=1).post("/resume", {}, threading.Event())
             raise
         try:
             self.connection.post("/update_weight_version", {"new_version": tag}, threading.Event())
-        except NoReply as error:  # an older vLLM keeps none: then its log-probs say whose weights it has
+        except NoReply as error:  # an older vLLM stores no version; its log-probs are compared instead
             if not error.final:
                 what = f"/update_weight_version {error}"
                 raise RolloutError(self.where, what, "look at the server's own log") from error
@@ -418,7 +418,7 @@ class VLLMServer(Remote):
         return self.config.update == "nccl"
 
     def _send_by_nccl(self) -> None:
-        """By vLLM's own sender (0.29 and later). Written against its API; it has never run."""
+        """Send weights with vLLM's own sender (0.29 and later). Written against its API, but never run."""
         from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
         from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
@@ -460,14 +460,14 @@ class VLLMServer(Remote):
 
 
 class Nonsense(Exception):
-    """An answer that cannot be what was asked for."""
+    """A reply that cannot be a valid result of the request."""
 
 
 def samples_of(answer: Any, prompt: list[int], settings: Settings, words: int) -> list[Sample]:
-    """What a server answered to one prompt, looked at token by token.
+    """Check and convert a server's reply to one prompt.
 
     Raises:
-        Nonsense: too few completions, other lengths, ids or log-probs than there can be, or one that was broken off.
+        Nonsense: too few completions, impossible lengths, ids or log-probs, or a completion that was broken off.
     """
     s = settings
     try:
@@ -514,7 +514,7 @@ def _has_vllm() -> bool:
 
 @dataclass(slots=True)
 class VLLMInProcess(Remote):
-    """vLLM beside the trainer, on the same device: written against vLLM 0.32's API. docs/rollouts.md says whether it ever ran."""
+    """vLLM in this process, on the training device. Written against vLLM 0.32's API; docs/rollouts.md says whether it ever ran."""
 
     longest: int = 0
     llm: Any = field(default=None, init=False)
@@ -610,13 +610,13 @@ def make_engine(
     whole: Callable[[], AbstractContextManager[None]] = nullcontext,
     note: Callable[[str], None] = lambda _: None,
 ) -> Engine:
-    """The engine of a `rollout` section.
+    """Create the engine of a `rollout` section.
 
     Args:
-        model: the policy; folder: the run's; longest: tokens of the longest prompt and its completion together.
+        model: the policy; folder: the run folder; longest: tokens of the longest prompt plus completion.
 
     Raises:
-        ConfigError, RolloutError: it cannot be asked, or serves something else.
+        ConfigError, RolloutError: the server cannot be reached, or serves something else.
     """
     if config.engine == "own":
         return OwnSampler(model)

@@ -1,12 +1,12 @@
-"""Conversations with an environment: the policy writes, a person's class answers it, until that is done or a bound is met.
+"""Conversations with an environment: the policy and a user's class take turns until the class is done or a limit is reached.
 
 An environment is a class without arguments, one object for each completion:
 
     class Env:
-        def reset(self, row): ...             # the row: "prompt" and every further column of the data; messages to add to the prompt, or None
-        def step(self, messages): ...         # the conversation so far; a list of messages to go on, None: done
+        def reset(self, row): ...             # row: "prompt" and all extra columns; returns messages to add to the prompt, or None
+        def step(self, messages): ...         # the conversation so far; returns messages to continue with, or None: done
 
-What the environment says is part of the completion and of no loss.
+The environment's messages are part of the completion but not of the loss.
 """
 
 from __future__ import annotations
@@ -31,26 +31,24 @@ if TYPE_CHECKING:
     from penchant.rollout import generate
     from penchant.rollout.generate import Sample
 else:
-    generate = lazy("penchant.rollout.generate")  # which needs torch, and a name can be refused without
+    generate = lazy("penchant.rollout.generate")  # needs torch, which checking a name does not
 
 WHERE = "rollout.environment"
-ROLES = ("user", "tool", "system")  # of what an environment says
-ANSWER = (
-    "\u241eanswer\u241e"  # stands for the answer in a rendered conversation: what is behind it is the environment's
-)
+ROLES = ("user", "tool", "system")  # allowed in an environment's messages
+ANSWER = "\u241eanswer\u241e"  # stands for the answer in a rendered conversation; what follows is the environment's
 
-SPLIT = "\u241fsplit\u241f"  # where a text is cut before it is tokenized
+SPLIT = "\u241fsplit\u241f"  # marks where to split a text before tokenization
 
 Draw = Callable[[Sequence[Sequence[int]], Sequence[int], Sequence[int]], "Sequence[Sample]"]
 
 
 class Calculator:
-    """A toy: ``<calc>12*(3+4)</calc>`` is answered by ``<result>84</result>``; an answer without a call ends the conversation."""
+    """A toy: replies to ``<calc>12*(3+4)</calc>`` with ``<result>84</result>``; an answer without a call ends the conversation."""
 
     CALL = re.compile(r"<calc>(.*?)</calc>", re.S)
 
     def reset(self, row: Mapping[str, Any]) -> None:
-        """Nothing of the row matters."""
+        """Ignore the row."""
 
     def step(self, messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]] | None:
         calls = self.CALL.findall(messages[-1]["content"])
@@ -69,7 +67,7 @@ OPERATORS: Mapping[type, Callable[..., Any]] = {
 
 
 def calculated(text: str) -> str:
-    """The value of an arithmetic expression of numbers, ``+ - * / // %`` and parentheses; ``error`` for all else."""
+    """Evaluate arithmetic with numbers, ``+ - * / // %`` and parentheses; return ``error`` for anything else."""
 
     def value(node: ast.expr) -> float:
         number: Any = node.value if isinstance(node, ast.Constant) else None
@@ -93,10 +91,10 @@ ENVIRONMENTS: Mapping[str, Callable[[], Any]] = {"calculator": Calculator}
 
 
 def find_environment(name: str) -> Callable[[], Any]:
-    """An environment's class: of `ENVIRONMENTS`, or of a person's file.
+    """An environment's class, from `ENVIRONMENTS` or a user's file.
 
     Raises:
-        ConfigError: there is none of that name, or it has no `reset` or `step`.
+        ConfigError: there is no such class, or it has no `reset` or `step`.
     """
     if not is_own(name):
         if name not in ENVIRONMENTS:
@@ -110,17 +108,17 @@ def find_environment(name: str) -> Callable[[], Any]:
 
 
 def check_environment_name(name: str) -> None:
-    """Refuse an environment that is nowhere, by its name and whether its file is there; nothing is loaded."""
+    """Refuse an unknown environment by its name or missing file, without loading anything."""
     if not is_own(name) or not own_file(name).is_file():
         find_environment(name)
 
 
 @dataclass(slots=True)
 class Episode:
-    """One completion in the making."""
+    """A completion in progress."""
 
     tree: TokenTree
-    place: str  # of its row, for messages
+    place: str  # where its row is, for messages
     environment: Any
     turns: list[Message]
     seed: int
@@ -130,12 +128,13 @@ class Episode:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Where the policy meets an environment.
+    """Runs conversations between the policy and an environment.
 
     Args:
-        name: of the environment; make: a new one; tokenizer, template_options: the policy's, `chat` where prompts go through its template.
-        asked: prompts as the data has them, with further columns, by their rows' source; turns: answers of the policy in a completion, at
-            most; ends: ids that end an answer; timeout: seconds for each call; context: tokens that the model holds.
+        name: of the environment; make: creates one; tokenizer, template_options: the policy's; chat: whether prompts use
+            its chat template.
+        asked: prompts with their extra columns, by their rows' source; turns: limit on the policy's answers per completion;
+            ends: ids that end an answer; timeout: seconds for each call; context: the model's context in tokens.
     """
 
     name: str
@@ -148,7 +147,7 @@ class Stage:
     ends: frozenset[int]
     timeout: float | None = None
     context: int | None = None
-    special: re.Pattern[str] = field(init=False)  # texts that are more than text
+    special: re.Pattern[str] = field(init=False)  # matches the texts of special tokens
 
     def __post_init__(self) -> None:
         added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
@@ -157,10 +156,10 @@ class Stage:
         object.__setattr__(self, "special", any_of(t for t in special if t and len(t) > 1))
 
     def play(self, prompts: Sequence[TokenTree], samples: int, max_tokens: int, draw: Draw) -> list[list[Sample]]:
-        """`samples` conversations of each prompt, each one completion of at most `max_tokens` tokens; `own` says what the policy wrote.
+        """Run `samples` conversations per prompt, each a completion of at most `max_tokens` tokens; `own` marks the policy's.
 
         Args:
-            draw: (prompts as ids, a seed and the most tokens for each) -> a sample of each.
+            draw: (prompts as ids, a seed and a token limit for each) -> one sample for each.
 
         Raises:
             RewardError: the environment failed, or returned something that is not a message; the error names the row.
@@ -191,7 +190,7 @@ class Stage:
         place = tree.source or f"row {tree.row}"
         environment = self._asked(place, "making it", self.make)
         said = self._asked(place, "reset", lambda: environment.reset({"prompt": prompt, **row.columns}))
-        # 256 turns of 65,536 samples of a row have seeds of their own
+        # distinct seeds for 256 turns of 65,536 samples per row
         made = Episode(tree, place, environment, turns, ((tree.row << 16) | at) << 8)
         if (more := self._messages(place, "reset", said)) is not None:
             turns += more
@@ -203,7 +202,7 @@ class Stage:
         return made
 
     def _prompt(self, tree: TokenTree, row: PromptTree, turns: Sequence[Message], more: Sequence[Message]) -> list[int]:
-        """The prompt's ids with what `reset` added."""
+        """The prompt's ids, including the messages that `reset` added."""
         before = tree.prompt_ids.tolist()
         if not self.chat:
             return before + self._ids("".join(m.content for m in self._harmless(more)))
@@ -213,7 +212,7 @@ class Stage:
         return bos + ids
 
     def _said(self, e: Episode, said: Sample, *, last: bool, max_tokens: int) -> None:
-        """What the policy wrote joins the conversation, and what the environment answers."""
+        """Add the policy's answer to the conversation, then the environment's reply."""
         ids, sample = said.ids, e.sample
         sample.ids += ids
         sample.logps += said.logps
@@ -230,7 +229,7 @@ class Stage:
             return
         e.turns += answer
         behind = self._behind(e, answer, ids[-1] if ended else None)
-        sample.finished = False  # the environment waits for an answer
+        sample.finished = False  # the environment expects another answer
         if last or len(sample.ids) + len(behind) >= max_tokens:
             return
         sample.ids += behind
@@ -239,7 +238,7 @@ class Stage:
         e.going = True
 
     def _behind(self, e: Episode, answer: Sequence[Message], end: int | None) -> list[int]:
-        """The environment's turns as they follow the policy's tokens, up to where it answers."""
+        """Token ids of the environment's messages after the policy's, up to the start of the next answer."""
         answer = self._harmless(answer)
         if self.chat:
             before = e.turns[: -len(answer) - 1]
@@ -257,7 +256,7 @@ class Stage:
         return self._ids(text)
 
     def _harmless(self, said: Sequence[Message]) -> list[Message]:
-        """Messages whose texts are cut within what would else be a special token, such as the end of a turn."""
+        """Split the texts of special tokens, such as the end of a turn, so that they are tokenized as plain text."""
 
         def cut(found: re.Match[str]) -> str:
             return found[0][0] + SPLIT + found[0][1:]
@@ -289,7 +288,7 @@ class Stage:
 
 
 def _read(said: Any) -> list[Message] | None:
-    """The messages that an environment gives; None where it gives something else."""
+    """Parse an environment's messages; None if they are something else."""
     if not isinstance(said, Sequence) or not all(isinstance(m, Mapping) for m in said):
         return None
     given = [(m.get("role"), m.get("content")) for m in said]
@@ -301,7 +300,7 @@ def _read(said: Any) -> list[Message] | None:
 
 
 def masked(tree: TokenTree, samples: Sequence[Sample]) -> TokenTree:
-    """The tree with masks where environments spoke."""
+    """The tree with masks, if environments contributed tokens."""
     import numpy as np
 
     if not any(s.own for s in samples):

@@ -1,4 +1,4 @@
-"""Many completions of many prompts."""
+"""Batched sampling: many completions of many prompts."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from penchant.errors import ModelError
 from penchant.models.cpu.decode import FastDecoder, can_decode_fast
 from penchant.models.load import base_model_of, size_of, without_cache
 
-# ---- One token of every row: temperature, top-k, top-p, and a draw that belongs to the row alone ----
+# ---- One token of every row: temperature, top-k, top-p, and a draw that does not depend on the other rows ----
 
-_BLOCK = 256  # probabilities are summed block by block: one exact cumulative sum over blocks, one inside the block that was hit
-_LIKELY = 512  # top-p first looks among so many most likely tokens
+_BLOCK = 256  # probabilities are summed in blocks: an exact cumulative sum over blocks, another in the block hit
+_LIKELY = 512  # top-p first tries this many of the most likely tokens
 
 
 def row_uniforms(seed: int, prompt_seed: int, sample: int, count: int) -> np.ndarray:
-    """The uniform numbers (count,) in [0, 1) of one completion: a function of these three numbers and nothing else."""
+    """Uniform numbers (count,) in [0, 1) for one completion; they depend only on the first three arguments."""
     keys = np.random.SeedSequence([seed, prompt_seed, sample])
     return np.random.Generator(np.random.Philox(keys)).random(count)
 
@@ -43,18 +43,18 @@ def draw(
     min_p: float = 0.0,
     penalized: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The next token of each row, by the inverse of the distribution function at that row's uniform number.
+    """Draw the next token of each row by inverting the cumulative distribution at the row's uniform number.
 
     Args:
         logits: (B, V); uniforms: (B,) float64 in [0, 1).
-        temperature: 0 takes the most likely token; top_p: of the smallest set of tokens with at least this probability;
-        top_k: of so many most likely tokens, 0 for all (before top_p, which then counts their probabilities only).
-        min_p: of the tokens with at least this share of the most likely one's probability (first; arXiv 2407.01082).
-        penalized: (B, V) logits to draw from in place of `logits`, whose log-probs are still given.
+        temperature: 0 takes the most likely token; top_p: keep the smallest set of tokens with at least this probability;
+        top_k: keep this many most likely tokens, 0 for all (applied before top_p, which then counts only their probability).
+        min_p: keep tokens with at least this share of the most likely one's probability (applied first; arXiv 2407.01082).
+        penalized: (B, V) logits to draw from instead of `logits`, which still give the log-probs.
 
     Returns:
-        tokens (B,) int64, and their log-probs (B,) under ``softmax(logits / temperature)``, before penalties, min-p, top-k and top-p; NaN where
-        logits are NaN or infinite (`check_logps`).
+        tokens (B,) int64, and their log-probs (B,) under ``softmax(logits / temperature)``, before penalties, min-p, top-k
+        and top-p; NaN if logits are NaN or infinite (`check_logps`).
     """
     if logits.ndim != 2 or uniforms.shape != logits.shape[:1]:
         raise ValueError(f"logits (B, V) and uniforms (B,) are wanted, not {logits.shape} and {uniforms.shape}")
@@ -68,10 +68,10 @@ def draw(
         logps = torch.log_softmax(logits, dim=-1)
         tokens = logits.argmax(-1)
         return tokens, logps.gather(1, tokens[:, None]).squeeze(1)
-    if temperature != 1.0:  # what fp32 holds: beyond these, the distribution is one token's or everyone's
+    if temperature != 1.0:  # fp32 limits: beyond them, the distribution is one-hot or uniform
         logits = logits / min(max(temperature, 1e-8), 1e8)
     top = logits.amax(-1, keepdim=True)
-    weights = (logits - top).exp_()  # unnormalized probabilities: at least one is 1
+    weights = (logits - top).exp_()  # unnormalized probabilities; the largest is 1
     total = weights.sum(-1)
     likely, among = weights, total
     if min_p > 0.0:
@@ -86,13 +86,13 @@ def draw(
 
 
 def check_logps(logps: Tensor) -> None:
-    """Refuse log-probs of drawn tokens that are NaN or infinite (ModelError); this waits for the device, so not for each token."""
+    """Raise ModelError if log-probs of drawn tokens are NaN or infinite; this waits for the device, so it is not done per token."""
     if not bool(logps.isfinite().all()):
         raise ModelError("model", "its logits are NaN or infinite", "its weights are damaged, or training diverged")
 
 
 def _inverse(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """The first index whose cumulative weight exceeds ``u * total``; never one of weight zero. Of NaN it is the last one."""
+    """The first index whose cumulative weight exceeds ``u * total``, never one of zero weight; the last index for NaN."""
     short = -weights.shape[1] % _BLOCK
     blocks = (F.pad(weights, (0, short)) if short else weights).view(len(weights), -1, _BLOCK)
     ends = in_fp64(blocks.sum(-1)).cumsum(-1)
@@ -107,46 +107,43 @@ def _inverse(weights: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def _below(goal: Tensor, total: Tensor) -> Tensor:
-    """Strictly below the total, which rounding may have passed."""
+    """Clamp `goal` to strictly below the total, which rounding may have reached."""
     return torch.minimum(goal, total * (1.0 - max(1e-12, torch.finfo(total.dtype).eps)))
 
 
 def _draw_among_likely(weights: Tensor, total: Tensor, uniforms: Tensor, top_p: float, top_k: int) -> Tensor:
-    """The same over a row's most likely tokens, in falling order."""
+    """Like `_inverse`, over a row's most likely tokens in descending order."""
     vocabulary = weights.shape[1]
     count = min(top_k or _LIKELY, vocabulary)
     ordered, index = weights.topk(count, dim=-1)
     if top_k:
         total = ordered.sum(-1)
     elif count < vocabulary and bool((in_fp64(ordered).sum(-1) < top_p * total).any()):
-        ordered, index = weights.sort(dim=-1, descending=True)  # a flat row reaches further than the first look
+        ordered, index = weights.sort(dim=-1, descending=True)  # a flat distribution needs more tokens
     before = in_fp64(ordered).cumsum(-1) - ordered
     ordered = ordered.masked_fill(before >= top_p * total[:, None], 0.0)
-    ordered[:, 0] = ordered[:, 0].clamp(min=torch.finfo(ordered.dtype).tiny)  # the most likely token always stays
+    ordered[:, 0] = ordered[:, 0].clamp(min=torch.finfo(ordered.dtype).tiny)  # always keep the most likely token
     return index.gather(1, _inverse(ordered, uniforms)[:, None]).squeeze(1)
 
 
-# ---- Sampling: many completions of each prompt, each a function of its own seed, whatever else is decoded beside it ----
-# Known families decode in one pool of rows (models/cpu/decode.py): the prompt is computed once for its samples, a finished row
-# leaves its place to another, and new prompts come in as places are free. Other models, and GPUs, take transformers' own cache,
-# where shorter prompts are padded in front.
+# ---- Sampling: many completions of each prompt, each determined by its own seed, whatever else is decoded with it ----
+# Known families decode in a pool of rows (models/cpu/decode.py): a prompt is computed once for all its samples, and a finished row
+# makes room for new prompts. Other models, and GPUs, use transformers' own cache with shorter prompts padded on the left.
 
-CACHE_BYTES = 1 << 30  # keys and values held at once
+CACHE_BYTES = 1 << 30  # limit on keys and values held at once
 MOST_ROWS = 384
-PROMPTS_HELD = (
-    2  # times the prompts whose rows run together: those with a last row or two stay, and new ones come in beside them
-)
-POOL_ROWS = 16  # the fewest rows for which a thread's own pool is worth its steps
-POOL_BYTES = 64 << 20  # of weights: what processors keep in a cache that all their cores share
-LOGITS_AT_ONCE = 1 << 23  # logits of a step: 2^23 of them are 170 rows of a vocabulary of 49,152
+PROMPTS_HELD = 2  # times the prompts that run together: those with a last row or two stay while new ones come in
+POOL_ROWS = 16  # the fewest rows for which a pool of its own pays off for a thread
+POOL_BYTES = 64 << 20  # of weights: what fits a processor's shared cache
+LOGITS_AT_ONCE = 1 << 23  # logits of a step: 2^23 are 170 rows with a vocabulary of 49,152
 
 
 @dataclass(slots=True)
 class Sample:
-    """One completion: its token ids (EOS included when it ended), and the log-prob of each under the sampling distribution.
+    """One completion: its token ids (including EOS if it ended), and the log-prob of each under the sampling distribution.
 
-    `own` says which tokens the policy wrote, where an environment spoke too; empty: all. `prompt` is what it was written behind, where an
-    environment added to the row's; empty: the row's.
+    With an environment, `own` marks the tokens that the policy wrote (empty: all), and `prompt` is the prompt with the
+    environment's additions (empty: the row's own).
     """
 
     ids: list[int] = field(default_factory=list)
@@ -163,7 +160,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How to sample; `sample` says what each means. `rooms` are tokens of each prompt's completions, at most; empty: max_new_tokens."""
+    """Sampling settings as for `sample`; `rooms`: token limit for each prompt's completions (empty: max_new_tokens for all)."""
 
     n: int
     max_new_tokens: int
@@ -189,10 +186,10 @@ class Settings:
 
 
 def penalized(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Logits (B, V) with those of the tokens that a row holds already divided by `penalty` where positive, times it where negative.
+    """Penalize logits (B, V) of tokens already in the row: divided by `penalty` if positive, multiplied by it if negative.
 
     Args:
-        seen: (B, n) token ids of prompt and completion; a token may stand there often, and counts once.
+        seen: (B, n) token ids of prompt and completion; repeated tokens count once.
 
     Paper: arXiv 1909.05858.
     """
@@ -202,7 +199,7 @@ def penalized(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 
 class Written:
-    """What has been written so far, on the model's device: one line a completion, and its own uniform numbers."""
+    """The completions so far, on the model's device: one line per completion, with its own uniform numbers."""
 
     def __init__(
         self,
@@ -223,14 +220,14 @@ class Written:
         self._rooms = rooms.repeat_interleave(settings.n)
         self._uniforms = in_fp64(torch.zeros(lines, columns, device=device))
         self._ends = torch.tensor(sorted(settings.ends), dtype=torch.int64, device=device)
-        self._asked: Tensor | None = None  # (prompts, longest) ids, filled up with a prompt's own first one
+        self._asked: Tensor | None = None  # (prompts, longest) ids, padded with each prompt's first id
         if settings.repetition_penalty != 1.0:
             longest = max(map(len, prompts))
             padded = [[*p, *[p[0]] * (longest - len(p))] for p in prompts]
             self._asked = torch.tensor(padded, dtype=torch.int64, device=device)
 
     def _seen(self, lines: Tensor, at: Tensor) -> Tensor | None:
-        """(B, n) ids that each line's prompt and completion hold so far."""
+        """(B, n) ids in each line's prompt and completion so far."""
         if self._asked is None:
             return None
         asked = self._asked[lines // self.settings.n]
@@ -238,7 +235,7 @@ class Written:
         return torch.cat((asked, torch.where(there, self.ids[lines], asked[:, :1])), 1)
 
     def lines_of(self, prompts: Sequence[int]) -> Tensor:
-        """The lines of these prompts' completions."""
+        """The lines of the completions of these prompts."""
         n = self.settings.n
         return torch.cat([torch.arange(i * n, (i + 1) * n, device=self.device) for i in prompts])
 
@@ -250,7 +247,7 @@ class Written:
             self._uniforms[prompt * n : (prompt + 1) * n] = torch.from_numpy(np.stack(rows)).to(self._uniforms.dtype)
 
     def add(self, lines: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw the next token of each line from its logits; the tokens, and which lines go on."""
+        """Draw the next token of each line from its logits; return the tokens, and which lines continue."""
         at = self.lengths[lines]
         tokens, logps = self.settings.draw(logits, self._uniforms[lines, at], self._seen(lines, at))
         self.ids[lines, at] = tokens
@@ -295,14 +292,14 @@ def sample(
     Args:
         prompts: token ids, each with at least one token.
         temperature: 0 is greedy; log-probs are of ``softmax(logits / temperature)`` (before top-k and top-p).
-        top_p, top_k: sample from the smallest set of tokens whose probabilities sum to top_p, of the top_k (0: all) most likely.
-        min_p: of the tokens with at least this share of the most likely one's probability.
-        repetition_penalty: logits of tokens that prompt and completion hold already are divided by it (times it where negative).
-        seed: of the draws; prompt_seeds: one number a prompt (default: its index). A completion is a function of weights, prompt,
-            both numbers and its index among the n, up to rounding: not of the other prompts, nor of how many rows run together.
-        eos_token_id: the id, or ids, at which a completion ends: `penchant.data.templates.end_ids` of model and tokenizer.
-        rooms: tokens of each prompt's completions, at most, where that is less than max_new_tokens for some.
-        rows_at_once: completions decoded together; by default what memory allows.
+        top_p, top_k: sample from the smallest set of tokens with total probability top_p, of the top_k (0: all) most likely.
+        min_p: sample from tokens with at least this share of the most likely one's probability.
+        repetition_penalty: divides logits of tokens already in prompt or completion (multiplies negative ones).
+        seed: of the draws; prompt_seeds: one per prompt (default: its index). Up to rounding, a completion depends only on the
+            weights, its prompt, both seeds and its index among the n, not on the other prompts or the number of rows.
+        eos_token_id: the id or ids that end a completion: `penchant.data.templates.end_ids` of model and tokenizer.
+        rooms: token limit for each prompt's completions, if some are below max_new_tokens.
+        rows_at_once: completions decoded together; default: as many as memory allows.
 
     Returns:
         For each prompt, in order, its `n` samples.
@@ -327,7 +324,7 @@ def sample(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# one pool of rows
+# pools of rows
 
 
 def _decode_pooled(
@@ -343,13 +340,13 @@ def _decode_pooled(
         words = model.get_input_embeddings().weight
         a_token = key_value_bytes(model, words.element_size())
         rows_at_once = rows_by_memory(a_token, words.shape[0], n, longest, new_tokens)
-    at_once = max(1, min(len(prompts), rows_at_once // n))  # prompts whose rows all run together
+    at_once = max(1, min(len(prompts), rows_at_once // n))  # prompts that run together
     pools = pools_of(at_once * n, sum(p.nbytes for p in base_model_of(model).parameters()))
     pools = min(pools, at_once)
-    at_once = -(-at_once // pools)  # of one pool
+    at_once = -(-at_once // pools)  # per pool
     rows, groups = at_once * n, min(len(prompts), PROMPTS_HELD * at_once)
     decoder = FastDecoder(model, rows=rows, groups=groups, prompt_tokens=longest, new_tokens=new_tokens)
-    # by length, so that prompts that are read together are of about one length, and pools have about as much to do
+    # by length, so that prompts computed together have similar lengths, and pools have similar amounts of work
     in_order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     finished, counting = 0, threading.Lock()
 
@@ -367,7 +364,7 @@ def _decode_pooled(
             pool, total, reported = Pool(own, prompts, written), len(waiting), 0
             while waiting or pool.rows:
                 free = min(groups - len(pool.prompts), (rows - pool.rows) // n)
-                # several prompts at once: computing a prompt alone wastes most of the machine
+                # several prompts at once, as computing a single one wastes most of the machine
                 if waiting and (free >= max(1, at_once // 4) or not pool.rows):
                     pool.admit([waiting.popleft() for _ in range(min(free, len(waiting)))])
                 if pool.rows:
@@ -380,10 +377,10 @@ def _decode_pooled(
 
 
 def pools_of(rows: int, weight_bytes: int) -> int:
-    """In how many pools rows are decoded, each on a thread of its own: products of few rows and small matrices are too short for several.
+    """Number of pools to decode rows in, each on its own thread: small products do not benefit from several threads.
 
-    Large weights are read by all threads together, once a step: a pool of its own would read them again. The number is even, and does
-    not depend on the threads, so neither do the bits of what is written.
+    Large weights use a single pool, so that all threads read them only once per step. The number is even otherwise, and does not
+    depend on the threads, so neither do the bits of the completions.
     """
     if rows < 2 * POOL_ROWS or weight_bytes > POOL_BYTES:
         return 1
@@ -391,17 +388,18 @@ def pools_of(rows: int, weight_bytes: int) -> int:
 
 
 def rows_by_memory(token_bytes: int, vocabulary: int, n: int, longest: int, new_tokens: int) -> int:
-    """Rows that are decoded together: as many as caches and logits have room for, at most 384.
+    """Number of rows to decode together: as many as caches and logits have room for, at most `MOST_ROWS`.
 
     Args:
-        token_bytes: of keys and values of one token in every layer; n: completions of a prompt; longest, new_tokens: of prompts and completions.
+        token_bytes: of one token's keys and values in all layers; n: completions per prompt; longest, new_tokens: token
+            limits of prompts and completions.
     """
     per_row = token_bytes * (new_tokens + PROMPTS_HELD * longest / n)
     return int(min(MOST_ROWS, CACHE_BYTES / per_row, LOGITS_AT_ONCE / vocabulary))
 
 
 class Pool:
-    """The rows that are being decoded: row r of the decoder writes line `lines[r]` and belongs to group `group_of[r]`."""
+    """Rows being decoded: row r of the decoder writes line `lines[r]` and belongs to group `group_of[r]`."""
 
     def __init__(self, decoder: FastDecoder, prompts: Sequence[Sequence[int]], written: Written) -> None:
         self.decoder, self.all_prompts, self.written = decoder, prompts, written
@@ -424,14 +422,14 @@ class Pool:
         lines = self.written.lines_of(prompts)
         tokens, going = self.written.add(lines, logits.repeat_interleave(n, dim=0))
         groups = torch.arange(first, first + len(prompts)).repeat_interleave(n)
-        # rows that ended at once never get a place; the others have no tokens of their own in the caches yet
+        # rows that ended at once are not added; the others have no tokens of their own in the caches yet
         self.lines = torch.cat((self.lines, lines[going]))
         self.group_of = torch.cat((self.group_of, groups[going]))
         self.tokens = torch.cat((self.tokens, tokens[going]))
         self._drop_groups()
 
     def step(self) -> None:
-        """One token of every row; rows that end leave."""
+        """Decode one token of every row, and remove rows that end."""
         lengths = torch.tensor([len(self.all_prompts[i]) for i in self.prompts])
         ages = self.written.lengths[self.lines] - 1
         logits = self.decoder.step(self.tokens, self.group_of, ages, lengths)
@@ -440,7 +438,7 @@ class Pool:
             self._drop_rows(going)
 
     def _drop_rows(self, going: Tensor) -> None:
-        """Fill the places of ended rows with the last rows."""
+        """Move the last rows into the places of ended rows."""
         stay = int(going.sum())
         holes = (~going[:stay]).nonzero().squeeze(1)
         movers = going[stay:].nonzero().squeeze(1) + stay
@@ -453,7 +451,7 @@ class Pool:
         self._drop_groups()
 
     def _drop_groups(self) -> None:
-        """The same for prompts without rows."""
+        """Likewise remove prompts without rows."""
         used = torch.bincount(self.group_of, minlength=len(self.prompts)) > 0
         if bool(used.all()):
             return
@@ -469,7 +467,7 @@ class Pool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# any model of transformers
+# any transformers model
 
 
 def _decode_in_waves(
@@ -479,7 +477,7 @@ def _decode_in_waves(
     rows_at_once: int | None,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Prompts of about one length together; of exactly one where the model does not take padding."""
+    """Decode prompts of similar length together, or of equal length if the model does not support padding."""
     way, n, room = _way(model), written.settings.n, cache_room(written.device)
     size = model.get_input_embeddings().weight.element_size()
 
@@ -503,39 +501,39 @@ def _decode_in_waves(
 
 
 def row_bytes(model: Any, size: int, longest: int, n: int, new_tokens: int) -> float:
-    """Of a row that is decoded with transformers' cache: its keys and values, its logits, and its part of its prompt's pass.
+    """Bytes per row decoded with transformers' cache: keys and values, logits, and its share of the prompt's pass.
 
     Args:
-        size: bytes of one weight; longest: tokens of a prompt; n: completions of a prompt; new_tokens: of a completion, at most.
+        size: bytes per weight; longest: tokens of a prompt; n: completions per prompt; new_tokens: limit per completion.
     """
     depth = size_of(model, "num_hidden_layers")
-    # a step writes its layer's keys and values anew before the old ones go
+    # a step allocates a layer's new keys and values before freeing the old ones
     cache = key_value_bytes(model, size) * (longest + new_tokens) * (1 + 1 / max(1, depth))
     return cache + size_of(model, "vocab_size") * (size + 8) + longest / n * passing_bytes(model, size)
 
 
 def key_value_bytes(model: Any, size: int) -> int:
-    """Of the keys and values of one token in every layer, by the model's config."""
+    """Bytes of one token's keys and values in all layers, from the model's config."""
     _, kv_heads, head_dim = _heads(model)
     return 2 * size_of(model, "num_hidden_layers") * kv_heads * head_dim * size
 
 
 def passing_bytes(model: Any, size: int) -> int:
-    """What one token holds in a layer of a pass without gradient, by the model's config."""
+    """Bytes that one token takes within a layer in a pass without gradient, from the model's config."""
     width, (heads, kv_heads, head_dim) = size_of(model, "hidden_size"), _heads(model)
     wide = max((heads + 2 * kv_heads) * head_dim * 2, 3 * (size_of(model, "intermediate_size") or 4 * width))
     return size * (2 * width + wide)
 
 
 def _heads(model: Any) -> tuple[int, int, int]:
-    """Query heads, heads of keys and values, and the size of one, by the model's config; no heads where layers carry a state."""
+    """Number of query heads, of key-value heads, and head size, from the model's config; no heads if layers carry a state."""
     heads = size_of(model, "num_attention_heads")
     head_dim = size_of(model, "head_dim") or size_of(model, "hidden_size") // max(1, heads)
     return heads, size_of(model, "num_key_value_heads") or heads, head_dim
 
 
 def cache_room(device: torch.device) -> int:
-    """Bytes that rows may take: of a GPU half of what is free, elsewhere `CACHE_BYTES`, so that bits do not depend on the machine's memory."""
+    """Bytes available for rows: half of a GPU's free memory, otherwise `CACHE_BYTES`, so that bits do not depend on RAM size."""
     if device.type != "cuda":
         return CACHE_BYTES
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -543,14 +541,14 @@ def cache_room(device: torch.device) -> int:
 
 
 def rows_that_fit(per_row: float, room: int) -> int:
-    """Rows that are decoded together: a power of two, which a little memory more or less seldom changes, or `MOST_ROWS`."""
+    """Number of rows to decode together: a power of two, so that it is stable under small changes in memory, or `MOST_ROWS`."""
     return min(MOST_ROWS, 1 << max(1, int(room / per_row)).bit_length() - 1)
 
 
 def _decode_together(
     row: _Cached | _Recomputed, prompts: Sequence[Sequence[int]], part: Sequence[int], written: Written
 ) -> None:
-    """Finished rows are taken out; a token waits for the device once."""
+    """Decode prompts together, removing finished rows; each token waits for the device only once."""
     longest = max(len(prompts[i]) for i in part)
     pads = [longest - len(prompts[i]) for i in part]
     ids = torch.tensor([[0] * pad + list(prompts[i]) for i, pad in zip(part, pads, strict=True)], device=written.device)
@@ -568,19 +566,19 @@ def _decode_together(
 
 
 class _Cached:
-    """Rows that are decoded with transformers' cache, all of one length."""
+    """Decodes rows of equal length with transformers' cache."""
 
     pads = False
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.mask: Tensor | None = None  # (B, tokens so far), 0 for padding; None: there is none
+        self.mask: Tensor | None = None  # (B, tokens so far), 0 for padding; None: no padding
 
     def first(self, ids: Tensor, n: int, pads: Sequence[int]) -> Tensor:
-        """The logits (B * n, V) behind prompts (B, L), each for n rows.
+        """The next-token logits (B * n, V) of prompts (B, L), each repeated for n rows.
 
         Args:
-            pads: of each prompt, how many ids in front of it are padding.
+            pads: number of padding ids on the left of each prompt.
         """
         before = torch.tensor(pads, device=ids.device)[:, None]
         how: dict[str, Any] = {}
@@ -596,13 +594,13 @@ class _Cached:
         return cast(Tensor, out.logits[:, -1].repeat_interleave(n, dim=0))
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows only."""
+        """Continue with only these rows."""
         self.cache.batch_select_indices(rows)
         self.at = self.at[rows]
         self.mask = None if self.mask is None else self.mask[rows]
 
     def step(self, tokens: Tensor) -> Tensor:
-        """The logits (B, V) behind one more token of each row."""
+        """The next-token logits (B, V) after adding one token to each row."""
         how: dict[str, Any] = {"position_ids": self.at}
         if self.mask is not None:
             self.mask = how["attention_mask"] = F.pad(self.mask, (0, 1), value=1)
@@ -612,13 +610,13 @@ class _Cached:
 
 
 class _Padded(_Cached):
-    """The same of any lengths: shorter prompts are padded in front."""
+    """Decodes rows of any lengths, with shorter prompts padded on the left."""
 
     pads = True
 
 
 class _Recomputed:
-    """The same by the model's own `forward` on whole rows, for models without a cache that rows can be taken out of: slow."""
+    """Decodes with the model's own `forward` on whole rows, for models without a cache that allows removing rows; slow."""
 
     pads = False
 
@@ -641,7 +639,7 @@ class _Recomputed:
 
 
 def _way(model: Any) -> type[_Cached | _Recomputed]:
-    """The first way of decoding that gives what a pass over whole rows gives: tried once on a model, on a few tokens."""
+    """The first decoding method that matches a pass over whole rows; tested once per model on a few tokens."""
     base = base_model_of(model)
     known: type[_Cached | _Recomputed] | None = getattr(base, "_penchant_way", None)
     if known is None:
@@ -653,7 +651,7 @@ def _way(model: Any) -> type[_Cached | _Recomputed]:
 
 
 def _is_right(row: _Cached, ids: Tensor) -> bool:
-    """Two rows of each of two prompts, one of which is taken out on the way."""
+    """Test with two rows for each of two prompts, one of which is removed on the way."""
     lengths = (5, 3) if row.pads else (5, 5)
     try:
         asked = torch.stack([F.pad(line[:length], (5 - length, 0)) for line, length in zip(ids, lengths, strict=True)])
@@ -665,7 +663,7 @@ def _is_right(row: _Cached, ids: Tensor) -> bool:
         steps = range(ids.shape[1] - 5)
         away = [(row.step(ids[lines, at + i]).float() - whole[lines, at + i]).abs().max() for i in steps]
         return bool(max(away) <= 2e-2 * whole.abs().max())
-    except Exception:  # whatever a stranger's model raises where it has no such cache
+    except Exception:  # an unknown model without such a cache may raise anything
         return False
 
 

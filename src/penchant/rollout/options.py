@@ -1,4 +1,4 @@
-"""The `rollout` section of a config: what writes an online method's completions, and what is done where that is not the policy that trains."""
+"""The `rollout` section of a config: the engine that samples an online method's completions, and its off-policy corrections."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pydantic import Field, model_validator
 
 from penchant.base.section import Section, refuse_idle
 
-PLACES = ("url", "model", "key_env", "timeout", "attempts", "update", "folder")  # where and how, not what is computed
+PLACES = ("url", "model", "key_env", "timeout", "attempts", "update", "folder")  # these do not affect what is computed
 
 
 class RolloutConfig(Section):
-    """Where completions come from."""
+    """How completions are sampled."""
 
     engine: Literal["own", "vllm"] = Field(
         "own", description="own: Penchant's sampler; vllm: a vLLM server at `url`, or vLLM in this process without one"
@@ -95,10 +95,10 @@ class RolloutConfig(Section):
 
     @property
     def elsewhere(self) -> bool:
-        """Whether completions come from another engine than the one that trains."""
+        """Whether completions come from an engine other than the training policy."""
         return self.engine != "own"
 
     @property
     def measured(self) -> bool:
-        """Whether the policy's log-probs are computed before its first update, beside those of whoever wrote."""
+        """Whether the policy's log-probs are computed before its first update, besides those at sampling time."""
         return self.elsewhere or self.correction != "none" or bool(self.lag)
