@@ -418,8 +418,8 @@ def load_preferences(path: str | Sequence[str], *, on_bad_row: str = "error", **
     """Read files or hub ids into prompt trees.
 
     Args:
-        path: one or several of .json, .jsonl(.gz), .csv, .tsv, .parquet, .txt, a folder or pattern of such files, or a hub id
-            ``owner/name[:split]``.
+        path: one or several of .json, .jsonl, .ndjson, .csv, .tsv, .txt (also with .gz), .parquet, a folder or pattern of such files,
+            or a hub id ``owner/name[:split]``.
         on_bad_row: ``error`` stops at the first bad row, ``skip`` keeps bad rows aside.
         how: see `Reading`.
 
@@ -608,7 +608,7 @@ class Stream(Conversion):
         """The data set, once all trees have been read.
 
         Raises:
-            DataError: there are none.
+            DataError: there are no trees.
         """
         aside = tuple(self.aside)
         if not trees:
@@ -628,7 +628,7 @@ def _check_columns(first: Sequence[Row | BadRow], name: str, columns: Mapping[st
         whole: whether the file is read to its end.
 
     Raises:
-        DataError: a typo on either side of the mapping, or there are no later rows.
+        DataError: either side of the mapping has a typo, or there are no later rows.
     """
     there = {str(c) for r in first if isinstance(r, Row) for c in r.values}
     for ours, theirs in columns.items():
@@ -810,7 +810,7 @@ def first_text(tree: PromptTree) -> str:
 
 
 def summary(dataset: Dataset) -> str:
-    """``1,700 rows = 1,698 accepted + 2 quarantined (2 x ...)``."""
+    """``1,700 rows (pairs) = 1,698 accepted + 2 kept aside (2 x ...)``."""
     reasons = Counter(q.what for q in dataset.quarantined)
     return summary_of(dataset.shape, dataset.accepted, reasons, len(dataset.quarantined), len(dataset.trees))
 

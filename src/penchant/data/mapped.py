@@ -1,4 +1,4 @@
-"""Rows and token trees in memory-mapped Arrow IPC files, which open at once at any size and build items on access.
+"""Rows and token trees in memory-mapped Arrow IPC files, which open instantly at any size and build items on access.
 
 Each file holds one record batch, so that every column is one contiguous array that numpy reads in place.
 """

@@ -19,11 +19,11 @@ T = TypeVar("T")
 
 
 def plan_microbatches(sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """Split trees into the fewest forward passes of at most `budget` tokens, by best-fit decreasing.
+    """Split trees into few forward passes of at most `budget` tokens, by best-fit decreasing.
 
     Args:
         sizes: tokens of each tree, as it will be packed.
-        budget: `tokens_per_step`; a tree larger than the budget gets a pass of its own.
+        budget: `tokens_per_step`; a tree larger than the budget gets its own pass.
 
     Returns:
         Lists of indices into `sizes`, each in ascending order; the same input always gives the same plan.

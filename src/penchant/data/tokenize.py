@@ -353,7 +353,7 @@ class CausalTokenization(Tokenization):
         template: ``auto`` (the chat template if the tokenizer has one), ``chat`` or ``plain``. Documents never get a template.
         truncation: ``prompt_then_completion``, or ``bad_row`` to keep long rows aside.
         on_bad_row, identical: as for `load_preferences`; ``identical`` also applies to pairs that truncation makes equal.
-        add_eos: False for a tokenizer without EOS.
+        add_eos: end completions with EOS; must be False for a tokenizer without EOS.
         template_options: passed to the chat template, e.g. ``{"enable_thinking": False}``.
         strict: False for completions that a model wrote, see `templates.chat`.
 

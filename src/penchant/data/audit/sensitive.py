@@ -153,7 +153,7 @@ def _keys(text: str) -> Found:
 
 
 def _random_tokens(text: str) -> Found:
-    """Long tokens of letters and digits that look random: at least 4 bits a character, and digits among both cases."""
+    """Long tokens of letters and digits that look random: at least 4 bits per character, with digits and letters of both cases."""
     for m in _TOKEN.finditer(text):
         token = m.group()
         mixed = any(c.isdigit() for c in token) and any(c.islower() for c in token) and any(c.isupper() for c in token)

@@ -31,7 +31,7 @@ def shp(row: Fields, options: Fields) -> PromptTree:
 
 @layout("pku_saferlhf")
 def pku(row: Fields, options: Fields) -> PromptTree:
-    """Two answers, of which one is more helpful and one is safer."""
+    """Two answers, one of them more helpful and one of them safer."""
     best = fields.index(row, f"{options['prefer']}_response_id")
     if options["chosen"] == "safe" and not fields.label(row, f"is_response_{best}_safe"):
         raise LeftOut("the preferred answer is unsafe", "keep it with data.layout_options.chosen=any")
@@ -41,7 +41,7 @@ def pku(row: Fields, options: Fields) -> PromptTree:
 
 @layout("tldr_comparisons", check=lambda row: fields.holds_list(row, "summaries", "text"))
 def tldr(row: Fields, options: Fields) -> PromptTree:
-    """Two summaries of a post (or an article), of which one was chosen."""
+    """Two summaries of a post (or an article), one of which was chosen."""
     info, summaries = fields.mapping(row, "info"), fields.items(row, "summaries")
     if len(summaries) != 2:
         raise RowError(f"there are {len(summaries)} summaries", "there must be two")

@@ -100,7 +100,7 @@ def not_judged(row: Mapping[str, Any], where: str = "") -> None:
     """Reject an answer that a column (or a key of its turn) rates, since it would be learned regardless of the rating.
 
     Raises:
-        RowError: there is such a column.
+        RowError: there is such a rating.
     """
     for name in JUDGED:
         value = row.get(name)
@@ -116,7 +116,7 @@ def trained(turn: Any) -> bool:
     """Whether to train on an assistant turn, by its "weight" (0 or 1, OpenAI and Mistral), "train" or "training" (Axolotl).
 
     Raises:
-        RowError: a weight that is neither 0 nor 1.
+        RowError: the weight is neither 0 nor 1.
     """
     for name in ("weight", "train", "training"):
         value = turn.get(name) if isinstance(turn, Mapping) else None
@@ -188,7 +188,7 @@ def no_written_messages(row: Mapping[str, Any]) -> None:
     """Reject messages that a cell holds as text and that could not be parsed.
 
     Raises:
-        RowError: there are some.
+        RowError: there are such messages.
     """
     for name, value in row.items():
         if isinstance(value, str) and _WRITTEN.match(value) and _ROLE.search(value) and _CONTENT.search(value):
@@ -466,7 +466,7 @@ def text_alone(row: Mapping[str, Any]) -> None:
     """Reject rows with images, audio or video.
 
     Raises:
-        RowError: there are some.
+        RowError: such a column is not empty.
     """
     for name in ("images", "videos", "audios", "image", "video", "audio"):
         if holds_something(row.get(name)):
