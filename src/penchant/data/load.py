@@ -45,7 +45,7 @@ def _arena(row: Mapping[str, Any]) -> bool | None:
     return {"model_a": True, "model_b": False}.get(str(row.get("winner")))
 
 
-# layouts with two answers in the order in which they were shown: their columns, and how to read whether the first won
+# layouts with two answers in the order in which they were shown: their columns, and how to tell whether the first won
 SIDE_BY_SIDE: tuple[tuple[str, set[str], Callable[[Mapping[str, Any]], bool | None]], ...] = (
     ("arena", {"winner_model_a", "winner_model_b"}, _arena),
     ("arena", {"winner", "model_a", "model_b"}, _arena),

@@ -26,7 +26,7 @@ NO_LABEL = -1  # stands for None
 EXTRAS = {"weight": 1.0, "origin": 0.0}  # defaults per tree; written to a file if any tree differs
 # defaults of a row's values after its source: columns, tools, options, weight, origin
 FURTHER: tuple[Any, ...] = ({}, "", "", 1.0, 0)
-MASKS = "masks.npy"  # exists if some completion tokens are not trained
+MASKS = "masks.npy"  # exists if some completion tokens are not trained on
 
 
 class StoredRows(Sequence[PromptTree]):
@@ -212,7 +212,7 @@ class StoredTokens(Sequence[TokenTree]):
 
     @property
     def masked(self) -> bool:
-        """Whether some completion tokens are not trained."""
+        """Whether some completion tokens are not trained on."""
         return self._masks is not None
 
     def __iter__(self) -> Iterator[TokenTree]:

@@ -31,7 +31,8 @@ class Rendered(NamedTuple):
     `moved` is set if the chat template renders the prompt differently once an answer follows: ``shared`` if the prompt is cut to what
     both renderings share, ``forced`` if the answer is appended to the prompt.
 
-    `turns`: each completion in parts that are alternately trained and only read, the first and the last trained; empty: all trained.
+    `turns`: each completion in parts that are alternately trained on and only read, starting and ending with one that is trained
+    on; empty: everything is trained on.
     """
 
     prompt: str
@@ -225,7 +226,7 @@ class ChatTemplate:
         return _write(self.tokenizer, self._form_for(turns), turns, self._given, continue_final_message=True)
 
     def generated(self, turns: Sequence[Message]) -> tuple[str, dict[int, tuple[int, int]]]:
-        """The turns as text, and by assistant turn the (start, end) of its ``{% generation %}`` span; nothing without such tags."""
+        """The turns as text, and the (start, end) of each assistant turn's ``{% generation %}`` span; empty without such tags."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         given = dict(self._given)
@@ -388,7 +389,7 @@ def plain(tree: PromptTree) -> Rendered:
 def chat(
     tree: PromptTree, tokenizer: Any, options: Mapping[str, Any] | None = None, *, strict: bool = True
 ) -> Rendered:
-    """Render a row with the chat template; a text prompt is one user turn, and an assistant turn at its end is continued.
+    """Render a row with the chat template; a text prompt becomes a user turn, and a final assistant turn is continued.
 
     The prompt is what the template writes for generation. If the whole conversation does not start with that (the template
     opens a thought, or moves the system text), the prompt is cut to what both share, or the answer is appended to the prompt
@@ -444,14 +445,14 @@ def chat(
 def _shared(texts: Sequence[str], least: int) -> int:
     """The length of the texts' common prefix without a word that it cuts, but at least `least`."""
     shared = os.path.commonprefix(texts)  # noqa: RUF071 (characters, not paths)
-    word_end = re.match(r"(?s).*[\s>\])}:]", shared)  # do not stop after the "<" that "<think>" and "<b>" share
+    word_end = re.match(r"(?s).*[\s>\])}:]", shared)  # never cut after the "<" that "<think>" and "<b>" share
     return max(least, word_end.end() if word_end else 0)
 
 
 def conversation(
     tree: PromptTree, tokenizer: Any, options: Mapping[str, Any] | None, ends: Sequence[str], *, end: bool = True
 ) -> Rendered | None:
-    """Render conversations in which several answers are trained, each once with the chat template.
+    """Render conversations with several answers to train on, each once with the chat template.
 
     The model's part is what the template's ``{% generation %}`` tags hold, if it has them for every answer, without what the prompt for
     that answer already contains (an opened thought). Otherwise it is what the conversation up to an answer adds to the prompt for that
@@ -462,7 +463,7 @@ def conversation(
 
     Returns:
         None if one text cannot serve all answers: the template writes earlier turns differently when others follow (it removes their
-        reasoning, or ends them differently), or does not end turns. Each answer is then learned in a text of its own.
+        reasoning, or ends them differently), or does not end turns. Each answer is then trained on in a separate text.
     """
     template = ChatTemplate(tokenizer, options, told(tree))
     made = [_in_one(template, turns_with_answer(tree, c), ends, end) for c in tree.completions]
@@ -482,8 +483,12 @@ def conversation(
 def _in_one(
     template: ChatTemplate, turns: Sequence[Message], ends: Sequence[str], end: bool
 ) -> tuple[str, str, tuple[str, ...], bool] | None:
-    """(text before the tags of the first trained answer, the prompt for that answer, the parts after it, whether the conversation starts
-    with only a part of some answer's prompt); None: see `conversation`."""
+    """Render one conversation for `conversation`, or return None as it does.
+
+    Returns:
+        The text before the tags of the first answer to train on, the prompt for that answer, the parts after it, and whether the
+        conversation contains only a part of some answer's prompt.
+    """
     learned = [i for i, m in enumerate(turns) if m.role == "assistant" and m.trained]
     try:
         whole, spans = template.generated(turns)
@@ -528,7 +533,7 @@ def _in_one(
 
 
 def turns_with_answer(tree: PromptTree, answer: Completion | None = None) -> list[Message]:
-    """All turns of a conversation: the prompt (its answers untrained), an answer (default: the only one), and what follows it."""
+    """All turns of a conversation: the prompt (none of it to train on), an answer (default: the only one), and what follows it."""
     before = (replace(m, trained=False) for m in turns_of_prompt(tree.prompt))
     if answer is None:
         (answer,) = tree.completions
@@ -536,7 +541,7 @@ def turns_with_answer(tree: PromptTree, answer: Completion | None = None) -> lis
 
 
 def apart(tree: PromptTree) -> list[PromptTree]:
-    """Split a conversation in which several answers are trained into one tree per answer; others stay as they are."""
+    """Split a conversation with several answers to train on into one tree per answer; others stay as they are."""
     if not any(c.more for c in tree.completions):
         return [tree]
     said = turns_with_answer(tree)
@@ -574,7 +579,7 @@ def _holds(prompt: str, text: str, answer: str) -> bool:
 def _behind(prompt: str, whole: str, answer: str, said: Sequence[str]) -> str:
     """What follows the prompt's last words in a conversation that starts differently because the system text was moved.
 
-    No text in `said` may stand between them and the answer: it would be learned, and read twice.
+    No text in `said` may stand between them and the answer: it would be trained on, and read twice.
     """
     at = max(whole.rfind(answer), 0)
     for n in range(min(len(prompt), 32), 3, -1):

@@ -64,7 +64,7 @@ def forced(marks: Any) -> Any:
 
 
 def apart_of(marks: Any) -> Any:
-    """Likewise, whether the row is a conversation that is learned answer by answer."""
+    """Likewise, whether the row is a conversation that was split into one tree per answer."""
     return marks & (Mark.APART | Mark.ASIDE) == Mark.APART
 
 
@@ -169,7 +169,7 @@ class Tokenization:
         """Make the token tree of one row from its ids (several if it is a document that is split).
 
         Args:
-            turns: tokens of each part of each completion, alternately trained and not; empty: all tokens are trained.
+            turns: tokens of each part of each completion, alternately trained on and not; empty: all are trained on.
 
         Raises:
             RowError: the row cannot be used.
@@ -419,7 +419,7 @@ class CausalTokenization(Tokenization):
         return rendered._replace(completions=tuple(ended_once(c, self.end_texts) for c in rendered.completions))
 
     def encode(self, rendered: Sequence[Rendered | RowError]) -> list[Encoded | RowError]:
-        """Encode each part of a conversation after what precedes it, so that no token spans the edge of a trained part."""
+        """Encode each part of a conversation after what precedes it, so that no token spans the edge of a part to train on."""
         parts = [_parts(r) if isinstance(r, Rendered) else [r] for r in rendered]
         found = iter(encode_in_context(self.tokenizer, [p for of_row in parts for p in of_row], strict=self.strict))
         return [_joined(r, [next(found) for _ in of_row]) for r, of_row in zip(rendered, parts, strict=True)]
@@ -478,7 +478,7 @@ class CausalTokenization(Tokenization):
 
 
 def _parts(rendered: Rendered) -> list[Rendered]:
-    """A conversation's parts, each as the answer to the text before it, which is cut to its end after the first part."""
+    """A conversation's parts, each as the answer to the text before it; after the first, only the end of that text is kept."""
     parts: list[Rendered] = []
     for turns in rendered.turns:
         before = rendered.prompt
@@ -509,7 +509,7 @@ def _tree(source: str, prompt: Ids, completions: list[Ids], cut: tuple[bool, ...
     masks: list[np.ndarray] = []
     for ids, parts in zip(
         completions, turns, strict=bool(turns)
-    ):  # the last part is trained, and so is an EOS after it
+    ):  # the last part is trained on, and so is an EOS after it
         mask = np.repeat(np.arange(len(parts)) % 2 == 0, parts)[: len(ids)]
         masks.append(np.pad(mask, (0, len(ids) - len(mask)), constant_values=True))
     return TokenTree(0, np.array(prompt, dtype=np.int32), arrays, cut, source, masks=tuple(masks))

@@ -291,7 +291,7 @@ def cycles(winners: np.ndarray, losers: np.ndarray) -> np.ndarray:
 
 
 def _among(values: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """(n,) bool: `np.isin(values, others)` with less memory, since that holds several copies of both."""
+    """(n,) bool: like `np.isin(values, others)`, which would hold several copies of both."""
     known = np.sort(others)
     at = np.searchsorted(known, values)
     at[at == len(known)] = 0

@@ -97,7 +97,7 @@ JUDGED = ("feedback", "user_feedback", "human_feedback", "rating", "thumbs", "th
 
 
 def not_judged(row: Mapping[str, Any], where: str = "") -> None:
-    """Reject an answer that a column (or a key of its turn) rates, since it would be learned regardless of the rating.
+    """Reject an answer that a column (or a key of its turn) rates, since it would be trained on regardless of the rating.
 
     Raises:
         RowError: there is such a rating.
@@ -164,7 +164,7 @@ _MESSAGES = frozenset(
 
 
 def opened(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The row with messages parsed that a cell holds as text (JSON or a Python literal); other text stays as it is."""
+    """The row with messages in text cells parsed (JSON or a Python literal); other text stays as it is."""
     written = {n: v for n, v in row.items() if n in _MESSAGES and isinstance(v, str) and _WRITTEN.match(v)}
     found = {name: _opened(value) for name, value in written.items()}
     return {**row, **{n: v for n, v in found.items() if v is not None}} if found else row
@@ -185,7 +185,7 @@ def _opened(text: str) -> Any:
 
 
 def no_written_messages(row: Mapping[str, Any]) -> None:
-    """Reject messages that a cell holds as text and that could not be parsed.
+    """Reject messages in text cells that could not be parsed.
 
     Raises:
         RowError: there are such messages.

@@ -44,7 +44,7 @@ def from_pairs(row: Fields) -> PromptTree:
 
 
 def _different_turns(row: Fields, sides: tuple[tuple[Message, ...], tuple[Message, ...]]) -> PromptTree:
-    """A pair of conversations that differ in several turns; all answers from the first that differs on are learned."""
+    """A pair of conversations that differ in several turns; all answers are trained on from the first that differs."""
     at = next(i for i, (a, b) in enumerate(itertools.zip_longest(*sides)) if a != b)
     here = [turns[at] if at < len(turns) else None for turns in sides]
     if any(m is None or m.role != "assistant" for m in here):

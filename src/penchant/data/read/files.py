@@ -137,7 +137,7 @@ def _in_folder(path: str, folder: Path) -> list[Path]:
 
 
 def named_files(path: str | Sequence[str]) -> list[tuple[str, Path | None]]:
-    """All files that paths name, each with its name in messages: without folders, except those that tell it from the others.
+    """All files that paths name, each with its name for messages: without folders, or with as many as make it unique.
     A hub id has no file (None).
 
     Raises:
