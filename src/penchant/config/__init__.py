@@ -1,4 +1,4 @@
-"""One typed config, read from YAML with line numbers, unknown keys refused with a suggestion."""
+"""Load a typed config from YAML, with line numbers in errors and suggestions for unknown keys."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def load_config_with_places(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, Places]:
-    """The same, and where each key that was set is: ``{key path: "file:line" or "command line"}``."""
+    """Like `load_config`, with the place of each key that is set: ``{key path: "file:line" or "command line"}``."""
     values, places = read_mapping(path, "a config is a mapping with model, data and output; see recipes/")
     places = sources_named(values, places)
     places = apply_overrides(values, places, overrides)
@@ -58,16 +58,16 @@ def load_config_with_places(path: str | Path, overrides: Sequence[str] = ()) -> 
 
 
 def config_from_mapping(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
-    """The same from a mapping, for Python callers."""
+    """Like `load_config`, from a mapping, for Python callers."""
     plain = plain_values(values)
     return build(plain, apply_overrides(plain, sources_named(plain, {}), overrides), "config")
 
 
 def build(values: dict[str, Any], places: Places, source: str) -> RunConfig:
-    """A validated config.
+    """Validate values and build the config.
 
     Args:
-        places: ``{key path: "file:line"}`` for messages; source: where a key is that has no place of its own.
+        places: ``{key path: "file:line"}`` for messages; source: the place of keys that have none.
     """
     places = sources_named(values, places)
     check_values(values, places, source)
@@ -82,7 +82,7 @@ def build(values: dict[str, Any], places: Places, source: str) -> RunConfig:
 
 
 def _own_files_found(values: dict[str, Any], places: Places, source: str) -> dict[str, Any]:
-    """The same with the user's own losses and layout looked for beside the config that names them, then in the working folder."""
+    """Resolve the user's own losses, algorithm and layout, looked up next to the config file, then in the working folder."""
 
     def found(name: Any, path: tuple[str, ...]) -> Any:
         if not isinstance(name, str) or not is_own(name):
@@ -109,7 +109,7 @@ def _own_files_found(values: dict[str, Any], places: Places, source: str) -> dic
 
 
 def _check_loss(values: Mapping[str, Any], places: Places, source: str) -> None:
-    """The loss section by itself: its errors have places of their own, in schedules and in the entries of a mix."""
+    """Check the loss section separately, since its errors have their own places, in schedules and entries of a mix."""
     loss = values.get("loss")
     if isinstance(loss, list):
         raise with_place(ConfigError("loss", "is a list", "write one loss, or loss: {mix: [...]}"), places, source)

@@ -1,4 +1,4 @@
-"""Pydantic's errors as sentences: the file's line, what is wrong there, what to write instead."""
+"""Turn pydantic errors into sentences: the file's line, what is wrong there, what to write instead."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from penchant.config.yaml import Places, parse_yaml, place_of
 from penchant.errors import ConfigError
 from penchant.losses import LOSSES
 
-# what users of other tools write, and what it is called here
+# keys of other tools, and their names here
 SYNONYMS = {
     "learning_rate": "train.lr",
     "per_device_train_batch_size": "train.batch_size",
@@ -73,7 +73,7 @@ SYNONYMS = {
 }
 
 
-MOST = 20  # sentences about one section, beside the first
+MOST = 20  # errors of one section shown after the first
 
 
 def explain_all(
@@ -83,7 +83,7 @@ def explain_all(
     source: str,
     suggest: Callable[[str], str] | None = None,
 ) -> ConfigError:
-    """A section's pydantic errors as sentences; `prefix` is where the section stands, `suggest` answers an unknown key."""
+    """A section's pydantic errors as sentences; `prefix` is the section's path, `suggest` gives advice on an unknown key."""
     found: dict[tuple[str, str], ConfigError] = {}
     for e in error.errors():
         p = _explain({**e, "loc": (*prefix, *e["loc"])}, places, source, suggest)
@@ -100,7 +100,7 @@ def explain_all(
 
 
 def with_place(error: ConfigError, places: Places, source: str) -> ConfigError:
-    """The same error at ``file:line`` where it names a key of the config."""
+    """The error at ``file:line`` if it names a key of the config, else unchanged."""
     path = tuple(error.where.split("."))
     if path[0] not in RunConfig.model_fields:
         return error
@@ -112,7 +112,7 @@ NO_KEYS = re.compile(r"float|int|str|bool|\[key\]|constrained-\w+|(literal\[|lis
 
 
 def _explain(error: Any, places: Places, source: str, suggest: Callable[[str], str] | None) -> ConfigError:
-    """One pydantic error as a sentence a person can act on."""
+    """One pydantic error as a sentence that a user can act on."""
     path = tuple(str(p) for p in error["loc"] if not NO_KEYS.fullmatch(str(p)))
     where, dotted = place_of(path, places, source), ".".join(path)
     kind, value = error["type"], error.get("input")
@@ -148,23 +148,23 @@ def _explain(error: Any, places: Places, source: str, suggest: Callable[[str], s
 
 
 def _place_of_words(what: str, path: tuple[str, ...], places: Places) -> str:
-    """Where the keys of a section are that a sentence about the section names: on the command line, if one of them is, else the first."""
+    """The place of a section's keys that an error message names: the command line if any is set there, else the first place."""
     words = re.findall(r"\w+(?:\.\w+)*", what)
     found = [places[key] for word in words if (key := (*path, *word.split("."))) in places]
     return next((place for place in found if place == "command line"), next(iter(found), ""))
 
 
 def sections_of(info: FieldInfo) -> list[type[BaseModel]]:
-    """The forms that a section has; none where the field is a value."""
+    """The section classes that a field can hold; none if it is a value."""
     kinds = (info.annotation, *getattr(info.annotation, "__args__", ()))
     found = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
     return list(dict.fromkeys(ALGORITHMS.values())) if AlgorithmConfig in found else list(found)
 
 
 def _fields_of(path: tuple[str, ...]) -> dict[str, FieldInfo]:
-    """The keys of the section that a key path lies in; of all of them, where a section has several forms."""
+    """The keys of the section that a key path is in; if it has several forms, the keys of all of them."""
     sections: list[Any] = [RunConfig]
-    for part in (p for p in path[:-1] if not p.isdigit()):  # a number is a place in a list of sections
+    for part in (p for p in path[:-1] if not p.isdigit()):  # a number is an index into a list of sections
         infos = [s.model_fields[part] for s in sections if part != "loss" and part in s.model_fields]
         sections = [section for info in infos for section in sections_of(info)]
     return {name: info for s in reversed(sections) for name, info in s.model_fields.items()}
@@ -176,7 +176,7 @@ def _description(path: tuple[str, ...]) -> str:
 
 
 def _unquoted(text: str) -> str | None:
-    """A number or a boolean that is in quotes, without them."""
+    """A quoted number or boolean without its quotes; None for any other text."""
     try:
         value, _ = parse_yaml(text, "")
     except ConfigError:
@@ -185,7 +185,7 @@ def _unquoted(text: str) -> str | None:
 
 
 def _example(path: tuple[str, ...]) -> str:
-    """A value that a number's key may have: its default, where it has one."""
+    """An example value for a numeric key: its default, if it has one."""
     of_losses = (s.params.model_fields.values() for s in LOSSES.values())
     there = [i for f in of_losses for i in f if (i.alias or "") == path[-1]] if path[0] == "loss" else []
     info = next(iter(there), None) or _fields_of(path).get(path[-1])
@@ -220,10 +220,10 @@ def _wanted(error: Any, path: tuple[str, ...]) -> str:
 
 
 def setting_of(word: str, places: Places) -> str:
-    """The key that a word without its section, or of another tool, is called here; empty where there is none.
+    """The full key for a word without its section or from another tool; empty if there is none.
 
     Args:
-        places: of the keys that are set: a key of `algorithm` is meant only where there is one, else one of `loss`.
+        places: of the keys that are set; a key of `algorithm` is meant only if that section is set, else one of `loss`.
     """
     if word in SYNONYMS:
         return SYNONYMS[word]

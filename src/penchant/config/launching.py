@@ -1,4 +1,4 @@
-"""What several processes can train, asked before anything is loaded."""
+"""Check whether the number of processes can train a config, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from penchant.errors import ConfigError
 
 
 def check_launch(config: RunConfig, processes: int) -> None:
-    """Refuse what only one process can train so far.
+    """Reject settings that do not fit the number of processes or that only one process can train so far.
 
     Raises:
-        ConfigError: with what to do in its place.
+        ConfigError: with what to do instead.
     """
     launch = config.launch
     if processes == 1:

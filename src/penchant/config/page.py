@@ -1,4 +1,4 @@
-"""Every key of a config as text: what `penchant config` prints and docs/config.md holds, all from the schema."""
+"""Text of `penchant config` and docs/config.md, which list every config key, generated from the schema."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from penchant.rewards.builtin import WITH_OPTIONS, RewardConfig
 
 _PLAIN = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null", Any: "anything"}
 
-# settings that are refused together, so that the page shows the very words that a person gets
+# settings that are rejected; the page shows the actual error messages
 REFUSED: tuple[tuple[str, ...], ...] = (
     ("data.validation_rows=50", "data.validation_fraction=0.1"),
     ("reference.ema=0.99", "reference.sync_every=64"),
@@ -48,9 +48,9 @@ REFUSED: tuple[tuple[str, ...], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One key of a config, as text: its full path, what it takes, its default ("required" where there is none), its meaning.
+    """One key of a config, as text: its full path, what it takes, its default ("required" if there is none), its meaning.
 
-    `choices` are all of its values, where they can be listed.
+    `choices` are all of its values, if they can be listed.
     """
 
     path: str
@@ -62,7 +62,7 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One section, or one of the forms that a section has: its title, what it is for, its keys."""
+    """One section, or one form of a section: its title, its purpose, its keys."""
 
     title: str
     about: str
@@ -90,7 +90,7 @@ def _words(kind: Any) -> str:
 
 
 def choices(kind: Any) -> tuple[str, ...]:
-    """All values of a type, as a config has them; empty where they cannot be listed."""
+    """All values of a type, as written in a config; empty if they cannot be listed."""
     origin, inner = get_origin(kind), get_args(kind)
     if kind is bool:
         return ("true", "false")
@@ -126,7 +126,7 @@ def _first_line(kind: type) -> str:
 
 
 def parts() -> Iterator[Part]:
-    """The config's sections in their order."""
+    """Yield the config's sections in order."""
     for name, info in RunConfig.model_fields.items():
         if name == "loss":
             method = Key(
@@ -148,7 +148,7 @@ def parts() -> Iterator[Part]:
             for names in names_of.values():
                 kind = ALGORITHMS[names[0]]
                 if len({ALGORITHMS[n] for n in names}) > 1:
-                    kind = kind.__mro__[1]  # the base that they share
+                    kind = kind.__mro__[1]  # their common base class
                 name_key = Key("algorithm.name", " or ".join(names), "required", "which algorithm, or path.py:Class")
                 others = _keys(kind, "algorithm.")[1:]
                 yield Part(f"algorithm: {', '.join(names)}", _first_line(kind), (name_key, *others))
@@ -174,7 +174,7 @@ def parts() -> Iterator[Part]:
 
 
 def text(key: str | None = None) -> str:
-    """Every key, or those of a section, or one of them.
+    """Describe every key, the keys of a section, or one key.
 
     Raises:
         ConfigError: there is no such key.
@@ -195,10 +195,10 @@ def text(key: str | None = None) -> str:
 
 
 def refusal(settings: tuple[str, ...]) -> str:
-    """What a config with these settings is answered with.
+    """The error message for a config with these settings.
 
     Raises:
-        AssertionError: it is accepted: the page would be wrong.
+        AssertionError: the config is accepted, so the page would be wrong.
     """
     base: Mapping[str, Any] = {"model": {"path": "m"}, "data": {"path": "d.jsonl"}, "output": "o"}
     try:
@@ -213,7 +213,7 @@ def _cell(value: str) -> str:
 
 
 def markdown() -> str:
-    """docs/config.md."""
+    """The text of docs/config.md."""
     lines = [
         "# Every key of a config",
         "",

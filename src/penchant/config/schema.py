@@ -1,4 +1,4 @@
-"""`RunConfig`: the sections of every layer put together, and what cannot go together."""
+"""`RunConfig`, which combines the sections of all layers and rejects settings that contradict each other."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from penchant.rollout.options import PLACES, RolloutConfig
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
 
 BOTH = "loss and algorithm are both set; keep one: an algorithm uses no loss of this section"
-WATCHING_ONLY = ("output", "logging", "trust", "launch")  # sections that change nothing in what a run computes
+WATCHING_ONLY = ("output", "logging", "trust", "launch")  # sections that do not affect what a run computes
 
 
 class EvaluationConfig(EvalConfig):
@@ -45,7 +45,7 @@ class EvaluationConfig(EvalConfig):
 
 
 class RunConfig(Section):
-    """Everything that a run is made of."""
+    """The complete config of a run."""
 
     model: ModelConfig
     data: DataConfig
@@ -69,7 +69,7 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _reference_of_the_loss(cls, values: Any) -> Any:
-        """PMPO's own name for a reference that follows the policy: loss.ref_ema is reference.ema."""
+        """Accept loss.ref_ema, PMPO's own name for a reference that follows the policy, as reference.ema."""
         loss = values.get("loss") if isinstance(values, dict) else None
         if not isinstance(loss, Mapping) or "ref_ema" not in loss:
             return values
@@ -86,7 +86,7 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _teacher_is_the_reference(cls, values: Any) -> Any:
-        """What gkd is held against is its teacher: teacher.path is reference.path."""
+        """Accept teacher.path as reference.path for gkd, whose reference is its teacher."""
         if not isinstance(values, dict) or "teacher" not in values:
             return values
         teacher, reference = values["teacher"], dict(values.get("reference") or {})
@@ -168,7 +168,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _what_can_see(self) -> RunConfig:
-        """Pictures are of the losses on given answers, in one process; nothing is written to prompts that have some."""
+        """Allow pictures only for losses on given answers, in one process; no completions are sampled for such prompts."""
         if not self.model.sees:
             if self.data.image_dir is not None:
                 raise ValueError(
@@ -204,11 +204,11 @@ class RunConfig(Section):
 
     @property
     def method(self) -> Method:
-        """What trains: the algorithm, or the losses where there is none."""
+        """The training method: the algorithm, or the losses if there is none."""
         return Losses(self.loss) if self.algorithm is None else self.algorithm
 
     def own_contents(self) -> dict[str, str]:
-        """SHA-256 of each file of a user's own loss or algorithm, by its name; and of what they import, as ``NAME: helper.py``."""
+        """SHA-256 of the user's own loss, algorithm and environment files by name, and of their imports as ``NAME: helper.py``."""
         names = [c.name for c in self.loss.components] if self.algorithm is None else [self.algorithm.name]
         names += [self.rollout.environment] if self.rollout.environment is not None else []
         own = [name for name in names if is_own(name) and own_file(name).is_file()]
@@ -228,7 +228,7 @@ class RunConfig(Section):
 
 
 def what_is_computed(config: RunConfig) -> dict[str, Any]:
-    """All settings but those that only watch, and those that say where something is done or how long it may take: as if nobody had set them."""
+    """The settings that affect what a run computes: no sections that only observe, and places and timeouts at their defaults."""
     settings = config.model_dump(mode="json", exclude=set(WATCHING_ONLY))
     default = RolloutConfig().model_dump(mode="json")
     settings["rollout"] |= {name: default[name] for name in (*PLACES, "environment_timeout")}
@@ -299,16 +299,16 @@ def default_settings() -> dict[str, Any]:
 
 
 WHOLE = ("loss", "algorithm", "reward")  # a method's own settings mean nothing to another method
-OF_A_MODEL = ("revision", "init", "tokenizer", "adapter")  # what belongs to model.path goes with it
+OF_A_MODEL = ("revision", "init", "tokenizer", "adapter")  # settings that belong to a model.path
 HOLD_OUT = ("eval_path", "validation_rows", "validation_fraction")
 
 
 def merged(defaults: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """A stage's values: `defaults`, with the stage's `own` keys over them, section by section.
+    """Merge a stage's `own` keys over `defaults`, section by section.
 
     `loss`, `algorithm` and `reward` are taken whole; a stage with one of loss and algorithm does not inherit the other, and a
-    stage without an algorithm inherits no reward. A stage with a model.path of its own inherits none of what belongs to another
-    model (revision, init, tokenizer, adapter), and one that says how it holds out rows does not inherit another way.
+    stage without an algorithm inherits no reward. A stage with its own model.path inherits no settings of another model
+    (revision, init, tokenizer, adapter), and one that sets how rows are held out does not inherit another way.
     """
     result: dict[str, Any] = dict(defaults)
     for one, other in (("loss", "algorithm"), ("algorithm", "loss")):

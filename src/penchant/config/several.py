@@ -1,4 +1,4 @@
-"""A file of several runs: a sweep's runs, a pipeline's stages."""
+"""Read files that describe several runs: a sweep's runs, a pipeline's stages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ S = TypeVar("S", bound=BaseModel)
 
 
 def read_values(given: Mapping[str, Any] | str | Path, shape: str, what: str) -> tuple[dict[str, Any], Places, str]:
-    """(values, their places, source) of such a file, or of a mapping in its place; `shape` and `what` it is, for messages."""
+    """(values, their places, source) of a file of several runs, or of a mapping; `shape` and `what` describe it in messages."""
     values, places = ({**given}, {}) if isinstance(given, Mapping) else read_mapping(given, shape)
     source = what if isinstance(given, Mapping) else str(given)
     values = plain_values(values)
@@ -37,13 +37,13 @@ def read_values(given: Mapping[str, Any] | str | Path, shape: str, what: str) ->
 
 
 def read_top(values: Mapping[str, Any], keys: Sequence[str], places: Places, source: str, what: str, part: str) -> Path:
-    """The output folder of a file of several runs.
+    """Check the top-level keys of a file of several runs and return its output folder.
 
     Args:
-        keys: of the file; what: it is, a sweep or a pipeline; part: where the keys of a run go, as far as the key itself.
+        keys: allowed at the top; what: sweep or pipeline, for messages; part: the path of the section that takes a run's keys.
 
     Raises:
-        ConfigError: an unknown key, or no output.
+        ConfigError: a key is unknown, or output is missing.
     """
     for key in values:
         if key not in keys:
@@ -61,7 +61,7 @@ SECTION = "it is a section: indent its keys below it"
 def read_section(
     kind: type[S], name: str, values: Mapping[str, Any], places: Places, source: str, how: str = SECTION
 ) -> S:
-    """A section of such a file, checked; `how` it is written.
+    """Validate a section of such a file; `how` is the advice if it is not a mapping.
 
     Raises:
         ConfigError: with the file's line.
@@ -82,7 +82,7 @@ class Member:
     """A run of a sweep or a stage of a pipeline, as the file describes it.
 
     Args:
-        values: of its config, without output; places: ``{key path: "file:line"}``; place: of a key that has none; folder: the run's.
+        values: of its config, without output; places: ``{key path: "file:line"}``; place: of keys that have none; folder: the run's.
     """
 
     name: str
@@ -94,7 +94,7 @@ class Member:
     title: ClassVar[str] = "run {}"
 
     def made_of(self, values: Mapping[str, Any]) -> RunConfig:
-        """The config that `values` give in this run's folder.
+        """Build the config of `values` with this run's folder as output.
 
         Raises:
             ConfigError: with the file's line and the run's name.
@@ -103,7 +103,7 @@ class Member:
             return with_absolute_paths(build({**values, "output": str(self.folder)}, self.places, self.place))
 
     def named(self, error: PenchantError) -> PenchantError:
-        """The same error with the run's name, and at the file's line where it is about a setting."""
+        """The error with the run's name and, if it is about a setting, the file's line."""
         title = self.title.format(self.name)
         if isinstance(error, ConfigError):
             # a place has a line or is the command line; anything else is a key of the config
@@ -117,13 +117,13 @@ class Member:
 
     @contextmanager
     def naming(self) -> Iterator[None]:
-        """Errors inside say which run they are of."""
+        """Add the run's name to errors raised inside the context."""
         try:
             yield
         except PenchantError as error:
             raise self.named(error) from error
 
     def refusal(self, why: str, how: str) -> CheckpointError:
-        """Why it is neither skipped nor overwritten when it would come out otherwise now."""
+        """The error for a run that exists with other inputs, so that it can be neither skipped nor overwritten."""
         what = f"{self.title.format(self.name)} is done or half done with other inputs: {why}"
         return CheckpointError(self.place, what, how)

@@ -1,4 +1,4 @@
-"""YAML 1.2 with the line of every key, and keys that are set one by one."""
+"""Read and write YAML 1.2, with the line of every key, and set single keys."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ class _Loader(yaml.SafeLoader):
 
 
 class _FastLoader(YAML_LOADER):  # type: ignore[misc]
-    """The same by libyaml."""
+    """`_Loader` on libyaml."""
 
     yaml_implicit_resolvers = {first: [*rules] for first, rules in _Loader.yaml_implicit_resolvers.items()}  # noqa: RUF012
 
 
 class _Dumper(YAML_DUMPER):  # type: ignore[misc]
-    """SafeDumper that quotes what either version of YAML reads as another kind: the text 0E0."""
+    """SafeDumper that quotes texts that either version of YAML would read as another type, such as 0E0."""
 
 
 def _int(_: Any, node: yaml.Node) -> int:
     try:
         return int(node.value)
-    except ValueError as error:  # also where Python reads no number of so many digits
+    except ValueError as error:  # also if it has more digits than Python reads
         problem = f"{short(node.value, 20)} is not a number that can be used"
         raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark, note="give a number") from error
 
@@ -78,7 +78,7 @@ for _side in _SIDES:
 
 
 def _root(text: str) -> tuple[Any, yaml.Node | None]:
-    """`yaml_root` by libyaml, ten times as fast; what it does not read is read, or refused, by PyYAML's own loader."""
+    """`yaml_root` by libyaml, ten times as fast; if that fails, by PyYAML's own loader, which reads the text or raises."""
     try:
         return yaml_root(text, _FastLoader)
     except (ReaderError, ScannerError, ParserError, ComposerError):
@@ -86,7 +86,7 @@ def _root(text: str) -> tuple[Any, yaml.Node | None]:
 
 
 def parse_yaml(text: str, source: str) -> tuple[Any, Places]:
-    """What a YAML text holds, and where each of its keys is."""
+    """The value of a YAML text, and the place of each of its keys."""
     try:
         loader, node = _root(text)
         places: Places = {}
@@ -119,7 +119,7 @@ def _lines(node: yaml.Node, source: str, prefix: tuple[str, ...], places: Places
 
 
 def place_of(path: tuple[str, ...], places: Mapping[tuple[str, ...], str], source: str) -> str:
-    """Where the key stands, or a key in it (an override makes its section), or the nearest section around it."""
+    """The place of a key, else of a key inside it (an override creates its section), else of the nearest section around it."""
     if path in places:
         return places[path]
     inside = (place for p, place in places.items() if p[: len(path)] == path)
@@ -137,13 +137,13 @@ def _data_file(path: Path) -> ConfigError:
 
 
 def read_mapping(path: str | Path, shape: str) -> tuple[dict[str, Any], Places]:
-    """The mapping that a YAML file holds, and where each of its keys is: ``{key path: "file:line"}``.
+    """The mapping in a YAML file, and the place of each of its keys: ``{key path: "file:line"}``.
 
     Args:
-        shape: what such a file must look like, for a message.
+        shape: what such a file must look like, for messages.
 
     Raises:
-        ConfigError: no such file, not YAML, a key twice, or something other than a mapping.
+        ConfigError: the file does not exist, is not YAML, sets a key twice, or does not hold a mapping.
     """
     path = Path(path)
     if path.suffix.lower() in DATA_ENDINGS and path.is_file():
@@ -174,7 +174,7 @@ def read_mapping(path: str | Path, shape: str) -> tuple[dict[str, Any], Places]:
 
 
 def plain_values(value: Any, depth: int = 0) -> Any:
-    """Nested mappings as dicts with text keys, paths as text: what a YAML file would have given."""
+    """Nested mappings as dicts with text keys, and paths as text, as a YAML file would give them."""
     if depth > YAML_DEPTH:
         how = "see `penchant config` for the keys there are"
         raise ConfigError("config", f"is nested deeper than {YAML_DEPTH}", how)
@@ -186,12 +186,12 @@ def plain_values(value: Any, depth: int = 0) -> Any:
 
 
 MOST_WHOLE, MOST_NUMBER = 2**63 - 1, 1e30  # fp32 holds up to 3e38
-MOST_TEXT = 4096  # characters: the longest path that Linux takes
-FREE_TEXTS = (("data", "template_options"), ("reward",))  # what a template is told; words and patterns of rewards
+MOST_TEXT = 4096  # characters: the longest path on Linux
+FREE_TEXTS = (("data", "template_options"), ("reward",))  # variables of a template; words and patterns of rewards
 
 
 def check_values(value: Any, places: Places, source: str, path: tuple[str, ...] = ()) -> None:
-    """Refuse what no setting can be: numbers beyond 64 bits, inf and NaN, texts that no path can be.
+    """Reject values that no setting can have: numbers beyond 64 bits, inf and NaN, texts that cannot be a path.
 
     Raises:
         ConfigError: with the key's place.
@@ -225,7 +225,7 @@ def apply_overrides(values: dict[str, Any], places: Places, overrides: Sequence[
     """Set ``key.path=value`` in `values`, in place.
 
     Returns:
-        `places` with the overridden keys on the command line.
+        `places` with the overridden keys at "command line".
     """
     for text in overrides:
         key, equals, raw = text.partition("=")
@@ -238,7 +238,7 @@ def apply_overrides(values: dict[str, Any], places: Places, overrides: Sequence[
 
 
 def sources_named(values: dict[str, Any], places: Places) -> Places:
-    """A list as data is its sources: in place; and where they are."""
+    """Turn a list given as `data` into `data.sources`, in place; return the adjusted places."""
     if not isinstance(values.get("data"), list):
         return places
     values["data"] = {"sources": values["data"]}
@@ -246,16 +246,16 @@ def sources_named(values: dict[str, Any], places: Places) -> Places:
 
 
 def set_key(values: dict[str, Any], places: Places, path: tuple[str, ...], value: Any, where: str) -> Places:
-    """Set one key in `values`, in place; sections that are not there are made.
+    """Set one key in `values`, in place; missing sections are created.
 
     Args:
-        where: where the value is, for messages.
+        where: the place of the value, for messages.
 
     Returns:
         `places` with the key at `where`.
 
     Raises:
-        ConfigError: something on the way is a value.
+        ConfigError: a part of the path is not a section.
     """
     at = values
     for i, part in enumerate(path[:-1]):
@@ -271,20 +271,20 @@ def set_key(values: dict[str, Any], places: Places, path: tuple[str, ...], value
             what = f"{'.'.join(path[: i + 1])} is a value, not a section, so {'.'.join(path)} cannot be set"
             raise ConfigError(where, what, "see `penchant config` for all keys")
     if path[-2:] == ("loss", "name") and at.get("name", "dpo") != value:
-        # another loss starts from its own defaults: a beta that was meant for the file's loss is not meant for it
+        # another loss starts from its own defaults: a beta in the file was meant for the file's loss
         given = {p[-1] for p, place in places.items() if p[:-1] == path[:-1] and place == "command line"}
         for key_of_file in [k for k in at if k not in {*LossModifiers.model_fields, *given}]:
             del at[key_of_file]
     at[path[-1]] = value
     also = any(p[0] == "loss" and place == where for p, place in places.items())
     if path in (("algorithm",), ("algorithm", "name")) and value is not None and "loss" in values and not also:
-        del values["loss"]  # an algorithm takes the place of the file's loss
+        del values["loss"]  # an algorithm replaces the file's loss
         places = {p: place for p, place in places.items() if p[0] != "loss"}
     return {p: place for p, place in places.items() if p[: len(path)] != path} | {path: where}
 
 
 def dump_yaml(value: Any, **how: Any) -> str:
-    """YAML that `parse_yaml` reads back as it is; `how` is PyYAML's."""
+    """YAML that `parse_yaml` reads back unchanged; `how` is passed to PyYAML."""
     return str(yaml.dump(value, Dumper=_Dumper, **how))
 
 

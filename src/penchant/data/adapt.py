@@ -1,4 +1,4 @@
-"""Data of one kind for a loss of another: pairs taken apart, scores to labels or pairs by an explicit rule, or a refusal."""
+"""Convert data of one kind for a loss of another: pairs to labels, scores to labels or pairs by an explicit rule, or an error."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ LABEL_HINT = 'add a "label" column (true or false), give pairs, or set loss.name
 
 
 def setting(method: str) -> str:
-    """How a config asks for a method on given data."""
+    """The config setting that selects a method on given data."""
     return f"algorithm.name={method}" if method == "reward_model" else f"loss.name={method}"
 
 
 def adapt(dataset: Dataset, loss: str, signal: str, needs: Set[str], options: DataConfig, name: str) -> Dataset:
-    """The data set as a loss of this signal can use it.
+    """Convert a data set to what a loss of this signal can use.
 
     Args:
         dataset: as loaded; loss, signal, needs: of the loss (see `LossSpec`); options: the `data` section; name: the file.
 
     Returns:
-        For ``pairs``: pairs, with scores where the loss needs them (pairs without are kept aside or refused). For ``unpaired``:
-        every completion labelled; a pair stays one tree with a good and a bad completion. For ``lists``: a tree a prompt with all its
-        scored answers, the best first (a pair is a list of two). For ``tokens``: as it is, without
-        answers labelled bad. For ``prompts``: the rows of a file of prompts, every prompt of others once.
+        For ``pairs``: pairs, with scores if the loss needs them (pairs without are kept aside or raise). For ``unpaired``: every
+        completion labeled; a pair stays one tree with a good and a bad completion. For ``lists``: one tree per prompt with all its
+        scored answers, best first (a pair is a list of two). For ``tokens``: unchanged, without answers labeled bad. For
+        ``prompts``: a file of prompts as it is, other data with each prompt once.
 
     Raises:
-        DataError: the rows cannot serve; it names the file, the field and the option.
+        DataError: the rows cannot be used; it names the file, the field and the option.
     """
     for key, given, use in (
         ("score_threshold", options.score_threshold is not None, "unpaired"),
@@ -73,8 +73,9 @@ def _changed(
     used: int | None = None,
     **more: Any,
 ) -> Dataset:
-    """The data set with other trees, made of `used` of its own: by default one of each. Where a row gave one tree rows keep their count;
-    elsewhere an example counts as a row from here on.
+    """The data set with other trees, made from `used` of its own (default: one from each).
+
+    If each row gave one tree, `used` is the number of accepted rows; otherwise an example counts as a row from here on.
     """
     made = dataset.with_trees(tuple(trees), fingerprint(trees))
     kept = (*dataset.quarantined, *aside)
@@ -83,7 +84,7 @@ def _changed(
 
 
 def _as_prompts(dataset: Dataset, name: str) -> Dataset:
-    """The prompts alone: a file of prompts as it is, repeated ones included; those of answers once each. Rows keep their count."""
+    """The prompts alone: a file of prompts as it is, with repeats; other data with each prompt once. Row counts do not change."""
     if dataset.kind == "text":
         raise DataError(name, "online methods need prompts, but these rows are plain text", "give a prompt column")
     if dataset.kind == "prompts":
@@ -94,19 +95,19 @@ def _as_prompts(dataset: Dataset, name: str) -> Dataset:
 
 
 def _asked(tree: PromptTree) -> tuple[object, ...]:
-    """All that a model is asked with."""
+    """What makes prompts equal: their turns, tools and template options."""
     return tree.prompt, tree.tools, tree.template_options
 
 
 def repeated_prompts(dataset: Dataset) -> str:
-    """``60 rows: 44 distinct prompts`` of a data set for a method that answers prompts; empty where none is repeated."""
+    """``60 rows: 44 distinct prompts`` for a method that samples its own answers; empty if no prompt repeats."""
     distinct = len({_asked(t) for t in dataset.trees})
     rows = max(dataset.accepted, len(dataset.trees))  # a row may give several prompts
     return f"{counted(rows, 'row')}: {counted(distinct, 'distinct prompt')}" if distinct < rows else ""
 
 
 def _instead_of_pairs(loss: str, kind: str) -> str:
-    if loss == "reward_model":  # nothing else trains one
+    if loss == "reward_model":  # nothing else trains a reward model
         return "give rows with prompt, chosen and rejected"
     if kind == "prompts":
         return "give preference data, or take a method that writes answers itself (algorithm=grpo with a reward)"
@@ -154,7 +155,7 @@ def _as_lists(dataset: Dataset, loss: str, name: str) -> Dataset:
 
 
 def _two_scored(tree: PromptTree) -> tuple[Completion, ...]:
-    """A pair's answers with their scores, or with 1 and 0 where those say nothing or the opposite."""
+    """A pair's answers with their scores, or with 1 and 0 if those are missing or do not favor the chosen one."""
     chosen, rejected = tree.completions
     if chosen.score is not None and rejected.score is not None and chosen.score > rejected.score:
         return tree.completions
@@ -162,7 +163,7 @@ def _two_scored(tree: PromptTree) -> tuple[Completion, ...]:
 
 
 def _ranked(dataset: Dataset) -> Iterator[tuple[list[PromptTree], list[Completion]]]:
-    """Of scored rows each prompt once: its trees, and all its answers, the best first."""
+    """For each distinct prompt of scored rows, its trees and all its answers, best first."""
     by_prompt: dict[object, list[PromptTree]] = defaultdict(list)
     for tree in dataset.trees:
         by_prompt[_asked(tree)].append(tree)
@@ -228,10 +229,10 @@ def _as_labelled(dataset: Dataset, loss: str, options: DataConfig, name: str) ->
 
 
 def mismatch(prompts: list[bytes]) -> list[int] | None:
-    """For each row the next one (around the end) with another prompt; None where all prompts are the same.
+    """For each row, the index of the next row (wrapping around) with another prompt; None if all prompts are the same.
 
-    What KTO's reference point is estimated from: a prompt with a completion of that other row. Fixed by the order of
-    the data, so that a cached reference can hold it.
+    KTO estimates its reference point from a prompt with a completion of that other row. The partner is fixed by the order
+    of the data, so that a cached reference can hold it.
     """
     n = len(prompts)
     if n == 0 or all(p == prompts[0] for p in prompts):

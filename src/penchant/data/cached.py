@@ -1,4 +1,4 @@
-"""Loading, splitting, tokenizing and auditing with a cache on disk: what was made once of the same content is opened."""
+"""Loading, splitting, tokenizing and auditing with a cache on disk, keyed by the content of the data."""
 
 from __future__ import annotations
 
@@ -59,26 +59,26 @@ from penchant.errors import DataError
 from penchant.types import PromptTree
 
 # ---- Entries on disk ----
-# An entry is a folder whose name is the SHA-256 of everything that it depends on: the bytes of the data files, the settings, the
-# tokenizer's definition, this package's own data code. So it can be missing or right, never stale. It is written aside and
-# renamed; every file's size and CRC-32 stand in its ``meta.json`` and are checked when it is opened.
+# An entry is a folder named by the SHA-256 of everything it depends on: the bytes of the data files, the settings, the tokenizer's
+# definition, this package's own data code. So it can be missing or right, never stale. It is written to a temporary folder and
+# renamed. Its ``meta.json`` holds every file's size and CRC-32, which are checked when the entry is opened.
 
 
 T = TypeVar("T")
-AUTO_BYTES = 4 << 20  # smaller data is read and tokenized faster than a cache is looked after
+AUTO_BYTES = 4 << 20  # smaller data is read and tokenized faster than a cache is checked
 META, HASHES = "meta.json", "files.json"
 RACY_NS = 2_000_000_000  # the coarsest clock of a file system (FAT) ticks every two seconds
-ABANDONED_NS = 86_400 * 10**9  # after which an entry that is still being made has lost its maker
-MANY_ROWS = 200_000  # from which on several processes are worth their start
-MANY_SHARDS = 8  # of files, where their rows are not counted yet
+ABANDONED_NS = 86_400 * 10**9  # after this time an entry that is still being made counts as abandoned
+MANY_ROWS = 200_000  # from here on several processes are worth starting
+MANY_SHARDS = 8  # the same for shards of files, whose rows are not counted yet
 FILES_KEPT = 1000  # in the table of hashes
 
 
 def hashes_of(files: Sequence[Path]) -> list[str]:
-    """SHA-256 of files, read once: a table beside the cache says which file, as the file system describes it, had which.
+    """SHA-256 of files. A table next to the cache keeps them, so that a file is read again only if it has changed.
 
-    Size, times of content and of inode, and the inode's number must be the same, as in git's index. And as there, an entry is not
-    trusted where the file was changed less than two seconds before it was read: a later change may have the same time.
+    Size, mtime, ctime, inode and device must be the same, as in git's index. And as there, an entry is not trusted if the file was
+    changed less than two seconds before it was read: a later change may have the same time.
     """
     path = cache_folder("data") / HASHES
     try:
@@ -101,7 +101,7 @@ def hashes_of(files: Sequence[Path]) -> list[str]:
             new[name] = [told, began, digest]
     if new:
         kept = {**{k: v for k, v in table.items() if k not in new}, **new}
-        with suppress(OSError):  # of two processes that write at once one loses, and a file is read once more
+        with suppress(OSError):  # if two processes write at once, one loses, and a file is read again
             path.parent.mkdir(parents=True, exist_ok=True)
             kept = dict(list(kept.items())[-FILES_KEPT:])
             write_atomically(path, {**kept, "": _sha256_of(kept)})
@@ -109,19 +109,19 @@ def hashes_of(files: Sequence[Path]) -> list[str]:
 
 
 def _described(file: Path) -> list[int]:
-    """What a change of a file changes: size, time of content, time of inode (nobody can put that back), inode, device."""
+    """What a change of a file changes: size, mtime, ctime (which cannot be set back), inode, device."""
     stat = file.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
 
 
 def _settled(told: Sequence[int], read_at: Any) -> bool:
-    """Whether the last change was long enough before it was read that a later one has another time."""
+    """Whether the last change was so long before the read that a later change would have another time."""
     return isinstance(read_at, int) and read_at - max(told[1], told[2]) > RACY_NS
 
 
 @cache
 def code_sha256() -> str:
-    """SHA-256 over the sources of this package: rows that other code made are not taken for this code's."""
+    """SHA-256 over the sources of this package, so that entries made by other code are not used."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.*")):
         if path.suffix in (".py", ".txt", ".yaml"):
@@ -139,7 +139,7 @@ _version = cache(metadata.version)
 
 
 def tokenizer_key(tokenizer: Any) -> str | None:
-    """Everything of a tokenizer that its ids and texts depend on, hashed; None where that cannot be told (a slow tokenizer)."""
+    """A hash of everything that a tokenizer's ids and texts depend on; None if that is unknown (a slow tokenizer)."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
@@ -156,7 +156,7 @@ class Entry:
         self.folder = cache_folder("data") / kind / key[:40]
 
     def get(self, read: Callable[[Path, Mapping[str, Any]], T]) -> T | None:
-        """What `read` makes of the folder and its meta; None where there is none, or a damaged one, which is removed."""
+        """Return `read(folder, meta)`, or None if the entry is missing or damaged; a damaged one is removed."""
         try:
             meta = json.loads((self.folder / META).read_text())
             if meta.pop("sha256") != _sha256_of(meta):
@@ -171,9 +171,9 @@ class Entry:
             return None
 
     def put(self, write: Callable[[Path], Mapping[str, Any]]) -> bool:
-        """Make the entry: `write` fills a folder and returns the meta. False where the disk does not take it.
+        """Make the entry: `write` fills a folder and returns the meta. Return False if it cannot be written to disk.
 
-        What `write` raises by itself, a `DataError` say, is passed on.
+        Errors of `write` other than OSError, e.g. a `DataError`, propagate.
         """
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -213,16 +213,16 @@ def crc32(path: Path) -> int:
 
 
 class NotStorable(Exception):
-    """A row kept aside that is no JSON (bytes or dates of a Parquet file): such data is not cached."""
+    """A row that is not JSON (bytes or dates of a Parquet file): such data is not cached."""
 
 
 @dataclass(slots=True)
 class DataCache:
-    """The cache as one run uses it.
+    """The data cache of one run.
 
     Args:
-        on: False makes everything anew and writes nothing; note: told once for each entry that was found or made.
-        workers: processes that tokenize and audit; None: one a core where there are many rows.
+        on: False computes everything afresh and writes nothing; note: called with a line for each entry found or made.
+        workers: processes that tokenize and audit; None: one per core if there are many rows.
     """
 
     on: bool = True
@@ -231,7 +231,7 @@ class DataCache:
     _tokens: dict[str, StoredDataset] = field(default_factory=dict)  # by key
 
     def load(self, path: str | Sequence[str], *, on_bad_row: str = "error", **how: Unpack[Reading]) -> Dataset:
-        """`load_preferences`."""
+        """`load_preferences`, cached."""
         named = named_files(path)
         files = [f for _, f in named if f is not None]
         if not self.on or len(files) < len(named) or sum(f.stat().st_size for f in files) < AUTO_BYTES:
@@ -276,7 +276,7 @@ class DataCache:
         return self._made("rows", key, write, read) or load_preferences(path, on_bad_row=on_bad_row, **how)
 
     def together(self, parts: Sequence[Dataset], names: Sequence[str]) -> Dataset:
-        """`load.together`; on disk where a part is."""
+        """`load.together`, on disk if any part is."""
         if not any(isinstance(d.trees, StoredRows) for d in parts):
             return together(parts, names)
         key = key_of(
@@ -301,7 +301,7 @@ class DataCache:
         return together(parts, names, keep)
 
     def split(self, dataset: Dataset, **how: Any) -> tuple[Dataset, Dataset]:
-        """`split_by_prompt`."""
+        """`split_by_prompt`, cached."""
         rows = dataset.trees
         if not isinstance(rows, StoredRows):
             return split_by_prompt(dataset, **how)
@@ -336,7 +336,7 @@ class DataCache:
         return self._made("split", key, write, read) or split_by_prompt(dataset, **how)
 
     def tokenize(self, dataset: Dataset, tokenizer: Any, **how: Any) -> TokenizedDataset:
-        """`tokenize`. An entry is made with bad rows kept aside; where those are errors, the first one is raised afterwards."""
+        """`tokenize`, cached. Entries are made with bad rows kept aside; if those are errors, the first one is raised afterwards."""
         rows, by = dataset.trees, tokenizer_key(tokenizer)
         if not isinstance(rows, StoredRows) or by is None or (how["add_eos"] and tokenizer.eos_token_id is None):
             return tokenize(dataset, tokenizer, **how)
@@ -380,7 +380,7 @@ class DataCache:
         *,
         languages: bool,
     ) -> Audit:
-        """`audit`, without opinions."""
+        """`audit`, cached, without opinions."""
         make = partial(
             audit, dataset, tokenized, splits, path, languages=languages, workers=self._processes(len(dataset.trees))
         )
@@ -410,7 +410,7 @@ class DataCache:
         write: Callable[[Path], Mapping[str, Any]],
         read: Callable[[Path, Mapping[str, Any]], Any],
     ) -> Any:
-        """The entry, made where it is not there yet; None where it cannot be kept."""
+        """Read the entry, made first if it does not exist; None if it cannot be stored."""
         entry = Entry(kind, key)
         found = entry.get(read)
         if found is not None:
@@ -434,7 +434,7 @@ def _some(rows: RowWriter | None) -> RowWriter:
 
 
 def _parts(trees: Sequence[PromptTree]) -> Iterator[RowsPart | Sequence[PromptTree]]:
-    """Trees as they travel: where they are stored, or themselves."""
+    """Trees in parts for worker processes: by reference if they are stored, else the trees themselves."""
     if isinstance(trees, StoredRows):
         return parts_of(trees)
     return (trees[i : i + PART] for i in range(0, len(trees), PART))
@@ -442,7 +442,7 @@ def _parts(trees: Sequence[PromptTree]) -> Iterator[RowsPart | Sequence[PromptTr
 
 @dataclass(frozen=True, slots=True)
 class _Shard:
-    """What a worker is asked: to convert the rows of a part of a file."""
+    """A worker's task: convert the rows of a part of a file."""
 
     shard: Shard
     bounds: Bounds
@@ -458,7 +458,7 @@ class _Shard:
 
 @dataclass(frozen=True, slots=True)
 class _OfSource:
-    """What a worker is asked: to write some rows as those of a source."""
+    """A worker's task: write some rows with the `origin` of their source."""
 
     rows: RowsPart | Sequence[PromptTree]
     origin: int
@@ -470,7 +470,7 @@ class _OfSource:
 
 
 def _in_memory(trees: Iterable[PromptTree]) -> RowWriter | None:
-    """The trees written, or None where they cannot be: a column of bytes or dates."""
+    """A writer with these trees, or None if they cannot be written (a column of bytes or dates)."""
     writer = RowWriter(None)
     try:
         writer.write(trees)
@@ -489,21 +489,21 @@ def _digests(seed: int, part: RowsPart) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class _Tokens:
-    """What a worker is asked: to tokenize some stored rows."""
+    """A worker's task: tokenize some stored rows."""
 
     rows: RowsPart
-    tokenizer: tuple[str, bytes]  # its key, and itself
+    tokenizer: tuple[str, bytes]  # its key and its pickle
     kind: str
     how: Mapping[str, Any]
 
     def made(self) -> tuple[TokenWriter, TokenizedDataset]:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes have the cores
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the worker processes already use the cores
         writer = TokenWriter(None)
         return writer, _tokenized(self.rows.open(), _unpacked(*self.tokenizer), self.kind, self.how, writer)
 
 
 def _unpacked(key: str, tokenizer: bytes) -> Any:
-    """The tokenizer of these bytes, which this process reads once."""
+    """Unpickle a tokenizer, once per process."""
     if key not in _UNPACKED:
         _UNPACKED[key] = pickle.loads(tokenizer)
     return _UNPACKED[key]
@@ -515,7 +515,7 @@ _UNPACKED: dict[str, Any] = {}
 def _tokenized(
     rows: Sequence[PromptTree], tokenizer: Any, kind: str, how: Mapping[str, Any], writer: TokenWriter
 ) -> TokenizedDataset:
-    """What is to be told of rows whose trees are written."""
+    """Tokenize rows into `writer`; return the counts and the rows kept aside, without trees."""
     making = CausalTokenization(tokenizer, kind, **how)
     for trees, mark in making.by_row(rows):
         for tree in trees:
@@ -526,7 +526,7 @@ def _tokenized(
 
 @dataclass(frozen=True, slots=True)
 class StoredDataset:
-    """All tokens of an entry, and what happened to each of its rows: those of a split are told from it, not made again.
+    """All tokens of an entry and what happened to each of its rows, from which a split is selected without tokenizing again.
 
     Args:
         of_row: (rows,) int32: trees of each row; marks: (rows,) uint8: see `Tokenization.by_row`.
@@ -538,7 +538,7 @@ class StoredDataset:
 
     @staticmethod
     def read(folder: Path, meta: Mapping[str, Any]) -> StoredDataset:
-        """Of an entry's folder."""
+        """Read an entry's folder."""
         made = read_batch(folder / "made.arrow")
         of_row, marks = (made.column(name).to_numpy() for name in ("trees", "marks"))
         aside = tuple(Quarantined(*q) for q in meta["quarantined"])
@@ -549,13 +549,13 @@ class StoredDataset:
         return StoredDataset(whole, of_row, marks)
 
     def rows(self, which: np.ndarray | None) -> TokenizedDataset:
-        """What `tokenize` makes of these rows (ascending), or of all."""
+        """The result of `tokenize` for these rows (ascending), or for all."""
         if which is None:
             return self.whole
         assert isinstance(self.whole.trees, StoredTokens)
         starts = np.cumsum(self.of_row, dtype=np.int64) - self.of_row
 
-        def told(what: tuple[T, ...], mark: int) -> tuple[T, ...]:  # of what is told of all rows that have this mark
+        def told(what: tuple[T, ...], mark: int) -> tuple[T, ...]:  # `what` has an item for each row with this mark
             kept = np.isin(np.flatnonzero(self.marks & mark), which, assume_unique=True)
             return tuple(itertools.compress(what, kept.tolist()))
 

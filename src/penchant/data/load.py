@@ -35,7 +35,7 @@ from penchant.data.read.source import Missing
 from penchant.errors import ConfigError, DataError
 from penchant.types import Completion, Message, Prompt, PromptTree
 
-# ---- What a row's own columns say: which of two answers came first, and the row's language ----
+# ---- Counts of the rows' own columns: whether the answer shown first won, and the language ----
 
 
 def _arena(row: Mapping[str, Any]) -> bool | None:
@@ -45,7 +45,7 @@ def _arena(row: Mapping[str, Any]) -> bool | None:
     return {"model_a": True, "model_b": False}.get(str(row.get("winner")))
 
 
-# columns that a layout with two answers in the order in which they were shown has, and how it says whether the first won
+# layouts with two answers in the order in which they were shown: their columns, and how to tell whether the first won
 SIDE_BY_SIDE: tuple[tuple[str, set[str], Callable[[Mapping[str, Any]], bool | None]], ...] = (
     ("arena", {"winner_model_a", "winner_model_b"}, _arena),
     ("arena", {"winner", "model_a", "model_b"}, _arena),
@@ -58,18 +58,18 @@ SIDE_BY_SIDE: tuple[tuple[str, set[str], Callable[[Mapping[str, Any]], bool | No
 )
 
 
-LANGUAGES = 1000  # told apart
-NAMES_ASKED_ABOUT = 1000  # of the columns: a row may have very many keys
+LANGUAGES = 1000  # distinct ones counted
+NAMES_ASKED_ABOUT = 1000  # columns checked for typos: a row may have very many keys
 COUNTED = {"language", "lang"}.union(*(needed for _, needed, _ in SIDE_BY_SIDE))
 
 
 @dataclass(slots=True)
 class Columns:
-    """Counts of what the rows' own columns say.
+    """Counts of values in the rows' own columns.
 
     Args:
-        first, decided: rows whose first answer won, of those where one of the two won; languages: as a column names them.
-        unused: columns of the first rows that hold something, and that neither the layout nor these counts read.
+        first, decided: rows whose first answer won, and rows in which either won; languages: as a column names them.
+        unused: non-empty columns of the first rows that neither the layout nor these counts read.
     """
 
     first: int = 0
@@ -79,14 +79,14 @@ class Columns:
     unused: list[str] = field(default_factory=list)
 
     def update(self, rows: Iterable[Row | BadRow], most: int = LANGUAGES) -> None:
-        """Count those rows that can be read; `most`: languages told apart."""
+        """Count the rows that can be read; `most`: limit on distinct languages."""
         for row in rows:
             if isinstance(row, Row):
                 self._order(row.values)
                 self._language(row.values, most)
 
     def merge(self, other: Columns) -> None:
-        """Take the counts of rows behind these, of which no language was left out."""
+        """Add the counts of later rows, which must hold all their languages."""
         self.first, self.decided = self.first + other.first, self.decided + other.decided
         self.layouts += other.layouts
         add_some(self.languages, other.languages, LANGUAGES)
@@ -107,7 +107,7 @@ class Columns:
 
 
 def add_some(counts: Counter[str], more: Mapping[str, int], most: int) -> None:
-    """Add to counts, of at most so many names."""
+    """Add to counts, with at most `most` names."""
     for name, count in more.items():
         if name in counts or len(counts) < most:
             counts[name] += count
@@ -119,14 +119,14 @@ def add_some(counts: Counter[str], more: Mapping[str, int], most: int) -> None:
 IDENTICAL = '"chosen" equals "rejected"'
 
 
-Quarantined = BadRow  # also of a row that can be read and was kept aside: where it is, what is wrong, how to fix it
+Quarantined = BadRow  # also a readable row that was kept aside: where it is, what is wrong, how to fix it
 
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """What became of a row, or of the rows of a group: `rows` of them gave `trees`, or all of them are in `aside`.
+    """The result of converting a row or a group: its `rows` rows gave `trees`, or all of them are in `aside`.
 
-    `left_out` says that nothing is wrong with them: an option of the layout leaves them out. `source` are the rows themselves.
+    `left_out`: the rows are valid, but an option leaves them out. `source`: the rows themselves.
     """
 
     rows: int
@@ -137,7 +137,7 @@ class Converted:
 
 
 def renamed(values: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
-    """A row with a person's columns under our names (``{our field: your column}``), and with cells of messages opened."""
+    """A row with the user's columns under our names (``{our field: your column}``), and with messages in text cells parsed."""
     if not columns:
         return opened(values)
     taken = set(columns.values())
@@ -155,13 +155,13 @@ def convert_rows(
     weight: str | None = None,
     pictures: Any = None,
 ) -> Iterator[Converted]:
-    """Every row of a stream, converted. A layout of groups reads the whole stream first, by way of a temporary file.
+    """Convert every row of a stream. A layout with groups first reads the whole stream into a temporary file.
 
     Args:
         layout, options: see `Layout.settings`; columns: ``{our field: your column}``.
-        identical: ``bad_row`` or ``keep``: what a pair with chosen == rejected is.
-        keep_columns, weight: see `Reading`; of a group, the columns of its first row.
-        pictures: what finds them (`data.pictures.Pictures`); None: rows with pictures are bad rows.
+        identical: ``bad_row`` or ``keep``: how to treat a pair with chosen == rejected.
+        keep_columns, weight: see `Reading`; a group has the columns of its first row.
+        pictures: a `data.pictures.Pictures` to find them; None: rows with pictures are bad rows.
     """
     columns = columns or {}
     for group in map(_alone, rows) if layout.group is None else _grouped(rows, layout.group, columns):
@@ -179,14 +179,14 @@ IN_THE_TREE = frozenset(["prompt", "completion", "messages", "conversations"])
 
 
 def further_columns(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """A row's columns under a person's names and, where they are mapped, ours; without those that are its prompt or its completion."""
+    """A row's columns under the user's names and, if mapped, under ours, without its prompt and its completion."""
     asked = columns.get("prompt")
     both = {**values, **{ours: values[theirs] for ours, theirs in columns.items() if theirs in values}}
     return {str(n): v for n, v in both.items() if n not in IN_THE_TREE and n != asked}
 
 
 def _alone(row: Row | BadRow) -> list[Row] | Converted:
-    """A row as a group of its own, or kept aside where it cannot be read."""
+    """A row as a group of its own, or kept aside if it cannot be read."""
     return [row] if isinstance(row, Row) else Converted(1, aside=(row,), source=(row,))
 
 
@@ -199,7 +199,7 @@ def _convert(
     weight: str | None = None,
     pictures: Any = None,
 ) -> Converted:
-    """The rows of one group (one row, where the layout has no groups)."""
+    """Convert the rows of one group (one row, if the layout has no groups)."""
     source = tuple(rows)
     try:
         values = [renamed(r.values, columns) for r in rows]
@@ -224,10 +224,10 @@ def _convert(
 
 
 def weight_of(row: Mapping[str, Any], column: str) -> float:
-    """What a row counts in a loss.
+    """The weight of a row in a loss.
 
     Raises:
-        LeftOut: it is 0. RowError: it is not a number above 0.
+        LeftOut: it is 0. RowError: it is missing, negative or not a number.
     """
     if row.get(column) is None:
         what = f'"{column}", the weight that data.weight names, is missing'
@@ -241,10 +241,10 @@ def weight_of(row: Mapping[str, Any], column: str) -> float:
 
 
 def _check_text(tree: PromptTree) -> None:
-    """Whether every text can be written as UTF-8, which is what a tokenizer reads.
+    """Check that every text can be encoded as UTF-8, which tokenizers require.
 
     Raises:
-        RowError: one holds half of a surrogate pair; JSON can say that, and programs that cut texts in the middle do.
+        RowError: a text holds half of a surrogate pair, which JSON allows and programs that cut texts produce.
     """
     prompt = (
         [tree.prompt]
@@ -252,7 +252,7 @@ def _check_text(tree: PromptTree) -> None:
         else [m.reasoning + m.said + m.name + m.tool_call_id for m in tree.prompt]
     )
     for text in (*prompt, *(c.whole for c in tree.completions), tree.tools, tree.template_options):
-        if text.isascii():  # a flag of the string: no look at its characters
+        if text.isascii():  # a flag of the string, no scan of its characters
             continue
         try:
             text.encode()
@@ -267,7 +267,7 @@ def _aside(rows: Iterable[Row], error: RowError) -> tuple[Quarantined, ...]:
 
 
 def is_identical(tree: PromptTree) -> bool:
-    """Whether a tree is a pair whose answers are the same."""
+    """Whether a tree is a pair whose answers are the same, up to white space around them."""
     if [c.label for c in tree.completions] != [True, False]:
         return False
     chosen, rejected = (c.whole.strip() for c in tree.completions)
@@ -275,10 +275,10 @@ def is_identical(tree: PromptTree) -> bool:
 
 
 def _grouped(rows: Iterable[Row | BadRow], group: Group, columns: Mapping[str, str]) -> Iterator[list[Row] | Converted]:
-    """The groups of a stream in the order of their first rows; rows without a group at once.
+    """Yield the groups of a stream in the order of their first rows, and rows without a group immediately.
 
-    No published file promises that the rows of a group stand together, so all are written to a temporary file first; in memory
-    is where each group's rows stand in it, eight bytes a row.
+    No published file guarantees that the rows of a group are adjacent, so all are written to a temporary file first. Only the
+    offsets of each group's rows are held in memory, eight bytes a row.
     """
     places: dict[str, array[int]] = {}
     with tempfile.TemporaryFile() as spill:
@@ -306,23 +306,23 @@ def _grouped(rows: Iterable[Row | BadRow], group: Group, columns: Mapping[str, s
 # ---- Data sets ----
 
 
-FIRST_ROWS = 100  # what detection looks at
-MOST_NAMED = 12  # columns that are not used
+FIRST_ROWS = 100  # rows that detection looks at
+MOST_NAMED = 12  # unused columns named in a message
 
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """Prompt trees and what was kept aside.
+    """Prompt trees and the rows kept aside.
 
-    A row gives one tree in most layouts, several in some, and in others many rows together give some (see `Layout`); what is
-    counted here are rows, and ``len(trees)`` is the number of examples.
+    A row gives one tree in most layouts and several in some; in others a group of rows gives one or more (see `Layout`). The
+    counts here are of rows; ``len(trees)`` is the number of examples.
 
     Args:
         trees: in file order; shape: the layout they came in; kind: ``pairs``, ``unpaired`` (labels), ``scored``, ``prompts``,
             ``sft`` or ``text``.
         total: rows read; quarantined: rows kept aside; accepted: rows that gave trees (default: one for each tree).
-        fingerprint: SHA-256 over the trees' content; columns: what the rows' own columns say, None where they are not known.
-        detection: why it is this layout; None where a person named it.
+        fingerprint: SHA-256 over the trees' content; columns: counts of the rows' own columns, None if unknown.
+        detection: why it is this layout; None if the user named it.
     """
 
     trees: Sequence[PromptTree]
@@ -342,12 +342,12 @@ class Dataset:
             raise AssertionError(f"{self.accepted} accepted + {len(self.quarantined)} quarantined != {self.total} rows")
 
     def subset(self, indices: Sequence[int]) -> Dataset:
-        """The trees at `indices`, as a data set of its own that has a row for each."""
+        """The trees at `indices` as a data set that counts each as a row."""
         trees = tuple(self.trees[i] for i in indices)
         return self.with_trees(trees, fingerprint(trees))
 
     def with_trees(self, trees: Sequence[PromptTree], content: str) -> Dataset:
-        """A data set of these trees, with a row for each; `content` is their fingerprint."""
+        """A data set of these trees that counts each as a row; `content` is their fingerprint."""
         rows = len(trees)
         return replace(self, trees=trees, total=rows, accepted=rows, quarantined=(), fingerprint=content, columns=None)
 
@@ -357,11 +357,11 @@ def together(
     names: Sequence[str],
     keep: Callable[[Iterable[PromptTree]], tuple[Sequence[PromptTree], str] | None] = lambda trees: None,
 ) -> Dataset:
-    """Several data sets as one; each tree's `origin` is the number of its own.
+    """Several data sets as one; each tree's `origin` is the index of its own.
 
     Args:
-        keep: puts all trees where they need no memory, and gives them and their fingerprint back; by default, and where it returns None, they
-            are in memory.
+        keep: stores all trees outside memory and returns them and their fingerprint; by default, and if it returns None, they are
+            kept in memory.
 
     Raises:
         DataError: they are of different kinds.
@@ -390,16 +390,16 @@ class Reading(TypedDict, total=False):
     """How rows are read.
 
     Args:
-        shape: ``auto`` looks at the columns; or a layout that `penchant data formats` lists, or a user's own.
+        shape: ``auto`` to detect it from the columns, a layout that `penchant data formats` lists, or a user's own.
         columns: ``{our field: your column}``.
-        identical: ``bad_row`` or ``keep``: what a pair with chosen == rejected is.
+        identical: ``bad_row`` or ``keep``: how to treat a pair with chosen == rejected.
         limit: read the first n rows only.
-        layout_options: what can be chosen about the layout, see `penchant data formats NAME`.
-        bounds: on the size of a row, see `penchant.data.read.Bounds`.
-        keep_columns: trees hold what else their rows have, for rewards that ask for it.
-        weight: the column that says what a row counts in a loss; None: all count 1.
-        rollouts: completions are yet to be written: rows with a prompt that have no layout are prompts (their answer is a column).
-        image_dir: prompts may have pictures, which are in this folder (""; in that of the files); None: rows with pictures are bad rows.
+        layout_options: options of the layout, see `penchant data formats NAME`.
+        bounds: limits on the size of a row, see `penchant.data.read.Bounds`.
+        keep_columns: trees hold the further columns of their rows, for rewards that read them.
+        weight: the column with a row's weight in a loss; None: all weigh 1.
+        rollouts: completions will be sampled: rows with a prompt and no known layout are prompts (their answer is a column).
+        image_dir: the folder of the prompts' pictures ("": that of the files); None: rows with pictures are bad rows.
     """
 
     shape: str
@@ -418,8 +418,8 @@ def load_preferences(path: str | Sequence[str], *, on_bad_row: str = "error", **
     """Read files or hub ids into prompt trees.
 
     Args:
-        path: one or several of .json, .jsonl(.gz), .csv, .tsv, .parquet, .txt, a folder or pattern of such files, or a hub id
-            ``owner/name[:split]``.
+        path: one or several of .json, .jsonl, .ndjson, .csv, .tsv, .txt (also with .gz), .parquet, a folder or pattern of such files,
+            or a hub id ``owner/name[:split]``.
         on_bad_row: ``error`` stops at the first bad row, ``skip`` keeps bad rows aside.
         how: see `Reading`.
 
@@ -431,7 +431,7 @@ def load_preferences(path: str | Sequence[str], *, on_bad_row: str = "error", **
 
 
 def stream_preferences(path: str | Sequence[str], **how: Unpack[Reading]) -> Stream:
-    """`load_preferences` without keeping anything: bad rows come as `Quarantined`."""
+    """Like `load_preferences`, as a stream that keeps nothing in memory; bad rows come as `Quarantined`."""
     paths = [path] if isinstance(path, str) else [str(p) for p in path]
     bounds = how.pop("bounds", None)
     rows = read_rows(paths, None if bounds is None else Bounds(**bounds))
@@ -441,10 +441,10 @@ def stream_preferences(path: str | Sequence[str], **how: Unpack[Reading]) -> Str
 
 
 def _folder_of(paths: Sequence[str]) -> str:
-    """The folder that files stand in: of a pattern, that above its first wildcard.
+    """The folder that holds the files; for a pattern, the folder above its first wildcard.
 
     Raises:
-        ConfigError: they stand in several.
+        ConfigError: they are in several folders.
     """
     found = set()
     for path in paths:
@@ -460,7 +460,7 @@ def _folder_of(paths: Sequence[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class How:
-    """How rows become prompt trees: the layout and its options as they were found, and `convert_rows`' others."""
+    """How rows become prompt trees: the layout and options found, and the other arguments of `convert_rows`."""
 
     shape: str
     options: Mapping[str, Any]
@@ -471,16 +471,16 @@ class How:
     pictures: Any = None
 
     def convert(self, rows: Iterable[Row | BadRow]) -> Iterator[Converted]:
-        """Every row, converted."""
+        """Convert every row."""
         more = self.options, self.columns, self.identical, self.keep_columns, self.weight, self.pictures
         return convert_rows(rows, layout_named(self.shape), *more)
 
 
 class Conversion:
-    """Rows as they are read, each (or each group of them) with what became of it, and what is to be told of all at the end.
+    """Converts rows (or groups of rows) as they are read, and collects counts and the rows kept aside.
 
     Args:
-        content: takes each tree's content, in order; most: languages told apart.
+        content: called with each tree's content, in order; most: limit on distinct languages.
     """
 
     def __init__(
@@ -496,10 +496,10 @@ class Conversion:
         return self._converted
 
     def trees(self, on_bad_row: str) -> Iterator[PromptTree]:
-        """All trees, in order.
+        """Yield all trees in order.
 
         Raises:
-            DataError: a bad row, where those are errors.
+            DataError: a bad row, if `on_bad_row` is ``error``.
         """
         for made in self:
             self.columns.update(made.source, self._most)
@@ -513,7 +513,7 @@ class Conversion:
                 yield tree
 
     def merge(self, columns: Columns, accepted: int, aside: Sequence[Quarantined], content: bytes) -> None:
-        """Take what another one tells of the rows behind these."""
+        """Add the counts and rows kept aside of another conversion, of the rows after these."""
         self.columns.merge(columns)
         self.accepted += accepted
         self.aside += aside
@@ -521,13 +521,13 @@ class Conversion:
 
 
 class Stream(Conversion):
-    """The rows of files, converted by the layout that is found in them.
+    """The rows of files, converted by the layout detected in them.
 
-    `shape` and `kind` are those of the rows; `detection` says why it is this layout (None where a person named it), `grouped`
-    whether rows make examples together, `apart` whether the parts of a file can be read by themselves, as `how` says.
+    `shape` and `kind` are those of the rows, and `detection` is why it is this layout (None if the user named it). `grouped`:
+    several rows make an example together. `apart`: parts of a file can be converted independently, with `how`.
 
     Args:
-        rows: of one or several files; name: of those, for messages; the others: see `Reading`.
+        rows: of one or several files; name: of the files, for messages; the others: see `Reading`.
 
     Raises:
         ConfigError: an unknown layout, or an option that it does not have. DataError: the columns fit no known layout.
@@ -557,7 +557,7 @@ class Stream(Conversion):
         self.detection: Detection | None = None
         named = shape != "auto"
         if named:
-            layout_named(shape)  # a mistake in its name is said before a file is read
+            layout_named(shape)  # raise for an unknown name before a file is read
         first = list(itertools.islice(stream, FIRST_ROWS))
         self._absent = _check_columns(first, name, columns or {}, limit is None)
         if not named:
@@ -577,10 +577,10 @@ class Stream(Conversion):
         made = How(shape, options, columns or {}, identical, keep_columns, weight, pictures)
         super().__init__(made, stream, self._digest.update)
         self.columns.unused = unused
-        self.apart = limit is None and not self.grouped and not self._absent  # whether a row needs no other
+        self.apart = limit is None and not self.grouped and not self._absent  # whether rows are independent
 
     def _awaited(self, rows: Iterator[Row | BadRow]) -> Iterator[Row | BadRow]:
-        """The same rows; a column that data.columns names and that none of them has is refused at the end."""
+        """Pass the rows through; raise at the end if data.columns names a column that none of them has."""
         there: set[str] = set()
         for row in rows:
             if self._absent and isinstance(row, Row):
@@ -591,7 +591,7 @@ class Stream(Conversion):
             raise _no_column(self.name, ours, theirs, there)
 
     def _ask_about_names(self, rows: Sequence[Mapping[str, Any]], unused: Sequence[str]) -> None:
-        """Stops where an unused column is a slip away from the name of one that would be read."""
+        """Raise DataError if an unused column is a typo away from the name of one that would be read."""
         for column in unused[:NAMES_ASKED_ABOUT]:
             ours = near_name(column)
             if not ours or any(ours in row for row in rows):
@@ -601,14 +601,14 @@ class Stream(Conversion):
                 raise DataError(self.name, what, f"{_map_it(ours, printable(column))}, or set data.shape={self.shape}")
 
     def load(self, on_bad_row: str) -> Dataset:
-        """All trees in memory."""
+        """Load all trees into memory."""
         return self.dataset(tuple(self.trees(on_bad_row)))
 
     def dataset(self, trees: Sequence[PromptTree]) -> Dataset:
-        """The whole, when all trees have come out.
+        """The data set, once all trees have been read.
 
         Raises:
-            DataError: there are none.
+            DataError: there are no trees.
         """
         aside = tuple(self.aside)
         if not trees:
@@ -625,10 +625,10 @@ def _check_columns(first: Sequence[Row | BadRow], name: str, columns: Mapping[st
     """The mapped columns that none of the first rows has; later rows may have them.
 
     Args:
-        whole: the file is read to its end.
+        whole: whether the file is read to its end.
 
     Raises:
-        DataError: a typo on either side of the mapping, or there are no later rows.
+        DataError: either side of the mapping has a typo, or there are no later rows.
     """
     there = {str(c) for r in first if isinstance(r, Row) for c in r.values}
     for ours, theirs in columns.items():
@@ -660,13 +660,13 @@ def detected(
     options: Mapping[str, Any],
     rollouts: bool = False,
 ) -> tuple[str, Detection, Mapping[str, str]]:
-    """The layout of the first rows, and which columns are read under our names: those given, or others that are known.
+    """Detect the layout of the first rows, and the columns to read under our names: those given, or other known ones.
 
     Args:
-        rollouts: a prompt beside columns of no layout is a prompt alone.
+        rollouts: rows with a prompt and no known layout are prompts.
 
     Raises:
-        DataError: they are of none.
+        DataError: they have no known layout.
     """
     rows = [renamed(r.values, columns) for r in first if isinstance(r, Row)]
     found = detect(rows)
@@ -676,7 +676,7 @@ def detected(
             read = f'"{taken["prompt"]}" is read as prompt' if taken else "column prompt"
             return "prompts", Detection("prompts", f"{read}; the others are for rewards"), {**columns, **taken}
     taken = other_names(rows) if not found.how and (not found.layout or LAYOUTS[found.layout].kind == "sft") else {}
-    if found.layout:  # only a word about the answer makes it another layout
+    if found.layout:  # only a label makes it another layout
         taken = {ours: theirs for ours, theirs in taken.items() if ours == "label" and not options}
     other = detect(renamed(row, taken) for row in rows) if taken else found
     if taken and other.layout and LAYOUTS[other.layout].kind in ("sft", "unpaired", "scored"):
@@ -712,7 +712,7 @@ def _texts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _example_of(rows: Sequence[Mapping[str, Any]]) -> str:
-    """How columns are mapped, with this file's names where it has enough of them: they may stand for something else."""
+    """An example of mapping columns, with this file's names if it has enough text columns; they may mean something else."""
     texts = [printable(c)[:60] for c in _texts(rows)]
     ours = ("prompt", "chosen", "rejected") if len(texts) > 2 else ("prompt", "completion")
     theirs = texts if len(texts) > 1 else ["question", "good", "bad"]
@@ -726,7 +726,7 @@ LONG_NAME = 30  # characters: a column's name is a word or a few
 
 
 def _looks_like_a_row(name: str, rows: Sequence[Row]) -> bool:
-    """Whether the first line of a table, which names the columns, holds what the lines behind it hold: sentences, numbers."""
+    """Whether the header of a table looks like a row of data: sentences or numbers."""
     if not re.search(r"\.(csv|tsv)\b", name) or not rows:
         return False
     columns = [str(c) for c in rows[0].values]
@@ -742,7 +742,7 @@ def fingerprint(trees: Iterable[PromptTree]) -> str:
 
 
 def content_of(tree: PromptTree) -> bytes:
-    """What a fingerprint is made of."""
+    """The bytes of a tree that go into a fingerprint."""
     further = json.dumps(tree.columns, sort_keys=True, default=str) if tree.columns else ""
     further += tree.tools + tree.template_options + ("" if tree.weight == 1.0 else repr(tree.weight))
     return (json.dumps(plain_content(tree)) + further + (str(tree.origin) if tree.origin else "")).encode()
@@ -764,18 +764,18 @@ def plain_content(tree: PromptTree) -> list[Any]:
 
 
 def _held(values: list[Any], least: int) -> list[Any]:
-    """The values without the empty ones behind the last one that says something, but for the first ones."""
+    """The values without trailing empty ones, but at least the first `least`."""
     end = next((i for i in range(len(values), least, -1) if values[i - 1]), least)
-    return values[: end + (end == least + 1 == 4)]  # turns that follow have always stood beside a reasoning
+    return values[: end + (end == least + 1 == 4)]  # fingerprints: a fourth value has always been written with a fifth
 
 
 def prompt_json(prompt: Prompt) -> str | list[dict[str, Any]]:
-    """A prompt as text, or as the messages that programs write."""
+    """A prompt as text, or as role/content messages."""
     return prompt if isinstance(prompt, str) else list(map(message_json, prompt))
 
 
 def message_json(message: Message) -> dict[str, Any]:
-    """A turn as programs and chat templates know it."""
+    """A turn in the format of chat APIs and chat templates."""
     more: dict[str, Any] = {"reasoning_content": message.reasoning} if message.reasoning else {}
     if message.tool_calls:
         more["tool_calls"] = json.loads(message.tool_calls)
@@ -784,7 +784,7 @@ def message_json(message: Message) -> dict[str, Any]:
 
 
 def told(tree: PromptTree) -> dict[str, Any]:
-    """What a tree's row hands to the chat template beside its turns."""
+    """The variables that a tree's row passes to the chat template besides its turns."""
     own: dict[str, Any] = json.loads(tree.template_options) if tree.template_options else {}
     return {**own, **({"tools": json.loads(tree.tools)} if tree.tools else {})}
 
@@ -795,7 +795,7 @@ def answer_turn(completion: Completion) -> Message:
 
 
 def turns_of(prompt: Prompt | None) -> dict[str, Any]:
-    """``{"messages": ...}`` of a conversation, as it stands beside a prompt's text in files; empty for a text."""
+    """``{"messages": ...}`` of a conversation, as files store it next to the prompt's text; empty for a text."""
     return {} if prompt is None or isinstance(prompt, str) else {"messages": prompt_json(prompt)}
 
 
@@ -805,18 +805,18 @@ def prompt_text(prompt: Prompt) -> str:
 
 
 def first_text(tree: PromptTree) -> str:
-    """The first completion's text; empty where there is none."""
+    """The first completion's text; empty if there is none."""
     return tree.completions[0].text if tree.completions else ""
 
 
 def summary(dataset: Dataset) -> str:
-    """``1,700 rows = 1,698 accepted + 2 quarantined (2 x ...)``."""
+    """``1,700 rows (pairs) = 1,698 accepted + 2 kept aside (2 x ...)``."""
     reasons = Counter(q.what for q in dataset.quarantined)
     return summary_of(dataset.shape, dataset.accepted, reasons, len(dataset.quarantined), len(dataset.trees))
 
 
 def summary_of(shape: str, accepted: int, reasons: Counter[str], aside: int, examples: int) -> str:
-    """The same from counts."""
+    """`summary` from counts."""
     shown = f" ({_counted(reasons)})" if reasons else ""
     more = f", {counted(examples, 'example')}" if examples != accepted else ""
     return f"{counted(accepted + aside, 'row')} ({shape}) = {accepted:,} accepted + {aside:,} kept aside{shown}{more}"
@@ -832,7 +832,7 @@ def reasons_of(dataset: Dataset) -> str:
 
 
 def unused_of(rows: Dataset | Stream) -> str:
-    """The columns that are not used, for a sentence; empty where there are none or they are not known."""
+    """The unused columns, for a sentence; empty if there are none or they are unknown."""
     names = [printable(str(c)) for c in rows.columns.unused] if rows.columns else []
     more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
     return ", ".join(names[:MOST_NAMED]) + more
@@ -851,12 +851,12 @@ def layout_line(
 
 
 def shown_path(path: str) -> str:
-    """A file's bare name; a hub id as it is."""
+    """A file's name without its folder; a hub id as it is."""
     return Path(path).name if Path(path).exists() else path
 
 
 def write_quarantine(quarantined: Sequence[Quarantined], folder: Path, name: str) -> Path | None:
-    """Write rows kept aside to ``quarantine.NAME.jsonl``; None where there are none."""
+    """Write rows kept aside to ``quarantine.NAME.jsonl``; if there are none, remove that file and return None."""
     path = folder / f"quarantine.{name}.jsonl"
     if not quarantined:
         path.unlink(missing_ok=True)
@@ -867,7 +867,7 @@ def write_quarantine(quarantined: Sequence[Quarantined], folder: Path, name: str
 
 
 def json_line(row: Mapping[str, Any]) -> bytes:
-    """A row of a JSONL file."""
+    """A row as a line of a JSONL file."""
     try:
         line = json.dumps(row, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:  # half of a surrogate pair can only be written as an escape

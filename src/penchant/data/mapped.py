@@ -1,4 +1,4 @@
-"""Rows and token trees as Arrow IPC files that are mapped into memory: opened at once whatever their size, made when asked for.
+"""Rows and token trees in memory-mapped Arrow IPC files, which open instantly at any size and build items on access.
 
 Each file holds one record batch, so that every column is one contiguous array that numpy reads in place.
 """
@@ -23,18 +23,18 @@ from penchant.data.load import plain_content
 from penchant.types import Completion, Message, PromptTree, TokenTree
 
 NO_LABEL = -1  # stands for None
-EXTRAS = {"weight": 1.0, "origin": 0.0}  # of each tree; a file of them is there where some are others
-# what a row says behind its source, where it says nothing: columns, tools, options, weight, origin
+EXTRAS = {"weight": 1.0, "origin": 0.0}  # defaults per tree; written to a file if any tree differs
+# defaults of a row's values after its source: columns, tools, options, weight, origin
 FURTHER: tuple[Any, ...] = ({}, "", "", 1.0, 0)
-MASKS = "masks.npy"  # there where some tokens of completions are not trained
+MASKS = "masks.npy"  # exists if some completion tokens are not trained on
 
 
 class StoredRows(Sequence[PromptTree]):
-    """Prompt trees of a folder that `RowWriter` made, or some of them; read like a tuple.
+    """Prompt trees of a folder that `RowWriter` wrote, or some of them, as a sequence.
 
     Args:
-        key: names the content, for what is derived from it; whole: the same of all rows of the folder.
-        which: (n,) int64, ascending: some of the rows; None: all.
+        key: identifies the content, for entries derived from it; whole: the same for all rows of the folder.
+        which: (n,) int64, ascending: indices of the rows; None: all.
     """
 
     def __init__(self, folder: Path, key: str, which: np.ndarray | None = None, whole: str | None = None) -> None:
@@ -47,7 +47,7 @@ class StoredRows(Sequence[PromptTree]):
         return len(self._good) if self.which is None else len(self.which)
 
     def take(self, which: np.ndarray, key: str) -> StoredRows:
-        """Some of the rows, by their place in the whole file."""
+        """Some of the rows, by index in the whole file."""
         return StoredRows(self.folder, key, which, self.whole)
 
     def all_rows(self) -> StoredRows:
@@ -76,7 +76,7 @@ class StoredRows(Sequence[PromptTree]):
         return (self[i] for i in range(len(self)))
 
 
-PART = 16_384  # rows that are handed to a process at a time
+PART = 16_384  # rows per task of a worker process
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ class RowsPart:
 
 
 def parts_of(rows: StoredRows, size: int | None = None) -> Iterator[RowsPart]:
-    """Rows in their order, `PART` at a time."""
+    """Rows in order, `size` (default `PART`) at a time."""
     size = size or PART
     for start in range(0, len(rows), size):
         end = min(start + size, len(rows))
@@ -103,7 +103,7 @@ def parts_of(rows: StoredRows, size: int | None = None) -> Iterator[RowsPart]:
 
 
 def label_counts(trees: Sequence[PromptTree]) -> tuple[int, int]:
-    """(good, bad) answers."""
+    """Number of (good, bad) answers."""
     if isinstance(trees, StoredRows) and trees.which is None:
         return int(trees._good.sum()), int(trees._bad.sum())
     labels = Counter(c.label for t in trees for c in t.completions)
@@ -111,17 +111,17 @@ def label_counts(trees: Sequence[PromptTree]) -> tuple[int, int]:
 
 
 class RowWriter:
-    """Writes prompt trees for `StoredRows`; they wait on disk, or in memory where there is no folder yet."""
+    """Writes prompt trees for `StoredRows`; until `close` they are buffered on disk, or in memory if there is no folder."""
 
     def __init__(self, folder: Path | None) -> None:
         self.folder, self._spill = folder, _spill(folder)
         self._ends, self._good, self._bad = array("q", [0]), array("i"), array("i")
 
     def write(self, trees: Iterable[PromptTree]) -> None:
-        """More trees.
+        """Add trees.
 
         Raises:
-            TypeError: a column holds something that is no JSON.
+            TypeError: a column holds something that is not JSON.
         """
         for tree in trees:
             further = [tree.columns, tree.tools, tree.template_options, tree.weight, tree.origin]
@@ -132,7 +132,7 @@ class RowWriter:
             self._bad.append(sum(c.label is False for c in tree.completions))
 
     def merge(self, other: RowWriter) -> None:
-        """Take the rows of another one, in memory, which come behind these."""
+        """Append the rows of another writer, which must be in memory."""
         _follow(self._spill, other._spill)
         _go_on(self._ends, other._ends)
         self._good.extend(other._good)
@@ -147,7 +147,7 @@ class RowWriter:
 
 
 class StoredTokens(Sequence[TokenTree]):
-    """Token trees of a folder that `TokenWriter` made; each is made when it is asked for, its ids are parts of the mapped file.
+    """Token trees of a folder that `TokenWriter` wrote, each built on access with ids that are slices of the mapped file.
 
     `numbered_from`, `take` and `first_completions` give other views of the same files.
     """
@@ -155,8 +155,8 @@ class StoredTokens(Sequence[TokenTree]):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.first = 0  # number of the first row
-        self.which: np.ndarray | None = None  # (n,) int64: some of the trees
-        self._few = False  # whether only the first completion of each tree is there
+        self.which: np.ndarray | None = None  # (n,) int64: indices of the trees; None: all
+        self._few = False  # whether each tree has only its first completion
         batch = read_batch(folder / "tokens.arrow")
         self._each = {name: batch.column(name).values.to_numpy() for name in ("truncated", "labels", "scores")}
         self._sources = batch.column("source")
@@ -212,7 +212,7 @@ class StoredTokens(Sequence[TokenTree]):
 
     @property
     def masked(self) -> bool:
-        """Whether some tokens of completions are not trained."""
+        """Whether some completion tokens are not trained on."""
         return self._masks is not None
 
     def __iter__(self) -> Iterator[TokenTree]:
@@ -223,7 +223,7 @@ class StoredTokens(Sequence[TokenTree]):
         return self._view(first=first)
 
     def take(self, which: np.ndarray) -> StoredTokens:
-        """Some of the trees, by their place among these."""
+        """Some of the trees, by index among these."""
         return self._view(which=which if self.which is None else self.which[which])
 
     def first_completions(self) -> StoredTokens:
@@ -247,7 +247,7 @@ class StoredTokens(Sequence[TokenTree]):
         return self._id_start[parts + 1] - self._id_start[parts]
 
     def part_ids(self, start: int = 0, end: int | None = None) -> np.ndarray:
-        """(tokens,) int32: the ids of all those parts."""
+        """(tokens,) int32: the ids of all parts of the trees from `start` to `end`."""
         parts = self._parts(start, end)
         return self._ids[ranges(self._id_start[parts], self.part_lengths(start, end))]
 
@@ -279,7 +279,7 @@ def extra_of(trees: Sequence[TokenTree], name: str) -> np.ndarray:
 
 
 def row_weights(trees: Sequence[TokenTree]) -> np.ndarray | None:
-    """(trees,) what each row counts in a loss; None where all count 1."""
+    """(trees,) weight of each row in a loss; None if all are 1."""
     found = extra_of(trees, "weight")
     return None if (found == 1.0).all() else found
 
@@ -288,7 +288,7 @@ def first_completions(trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
     """Trees with their first completion only."""
     if isinstance(trees, StoredTokens):
         return trees.first_completions()
-    each = ("completion_ids", "truncated", "labels", "scores", "masks")  # one entry a completion
+    each = ("completion_ids", "truncated", "labels", "scores", "masks")  # one entry per completion
     return [replace(t, **{name: getattr(t, name)[:1] for name in each}) for t in trees]
 
 
@@ -299,7 +299,7 @@ def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 class TokenWriter:
-    """Writes token trees one by one for `StoredTokens`; ids and sources wait on disk, or in memory where there is no folder yet."""
+    """Writes token trees for `StoredTokens`; until `close` they are buffered on disk, or in memory if there is no folder."""
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
@@ -311,15 +311,15 @@ class TokenWriter:
         self._extras = {name: array("d") for name in EXTRAS}
 
     def end_row(self, trees: int, mark: int) -> None:
-        """A row is done: it gave so many trees; `mark` says what happened to it."""
+        """End a row that gave this many trees; `mark` is what happened to it, see `Mark`."""
         self._of_row.append(trees)
         self._marks.append(mark)
 
     def write(self, tree: TokenTree) -> None:
-        """One tree; it has a label and a score, or None, for each completion."""
+        """Add one tree, which has a label and a score, or None, for each completion."""
         parts = (tree.prompt_ids, *tree.completion_ids)
         if tree.masks and not self._masked:
-            self._masks.write(b"\1" * self._id_start[-1])  # of the trees before it
+            self._masks.write(b"\1" * self._id_start[-1])  # for the trees before it
             self._masked = True
         for ids in parts:
             self._ids.write(np.ascontiguousarray(ids, dtype="<i4").tobytes())
@@ -337,7 +337,7 @@ class TokenWriter:
         self._source_ends.append(self._source_ends[-1] + self._sources.write(source))
 
     def merge(self, other: TokenWriter) -> None:
-        """Take the rows of another one, in memory, which come behind these."""
+        """Append the rows of another writer, which must be in memory."""
         if self._masked or other._masked:
             for writer in (self, other):
                 if not writer._masked:
@@ -361,7 +361,7 @@ class TokenWriter:
         import pyarrow as pa
 
         assert self.folder is not None
-        one = np.array(self._part_start) - np.arange(len(self._part_start))  # of completions: one part is the prompt
+        one = np.array(self._part_start) - np.arange(len(self._part_start))  # completion offsets, without prompts
         ids = pa.Array.from_buffers(pa.int32(), self._id_start[-1], [None, _buffer(self._ids)])
         parts = pa.LargeListArray.from_arrays(np.array(self._id_start), ids)
         columns = {"truncated": self._truncated, "labels": self._labels, "scores": self._scores}
@@ -396,7 +396,7 @@ def write_batch(path: Path, **columns: Any) -> None:
 
 
 def read_batch(path: Path) -> Any:
-    """The record batch of a file that `write_batch` made, mapped into memory: nothing is read until it is looked at.
+    """Memory-map the record batch of a file that `write_batch` wrote; nothing is read before it is accessed.
 
     Raises:
         ValueError: it is not such a file.
@@ -411,17 +411,17 @@ def _spill(folder: Path | None) -> IO[bytes]:
 
 
 def _follow(spill: IO[bytes], other: IO[bytes]) -> None:
-    """Write what another one holds, in memory, behind this one."""
+    """Append the content of another spill, which must be in memory."""
     spill.write(other.getvalue())  # type: ignore[attr-defined]
 
 
 def _go_on(ends: array[int], other: array[int]) -> None:
-    """The ends of another one's parts, which come behind these."""
+    """Append the end offsets of another writer's parts."""
     ends.frombytes((np.array(other)[1:] + ends[-1]).tobytes())
 
 
 def _buffer(spill: IO[bytes]) -> Any:
-    """What a temporary file holds, mapped into memory; an empty file cannot be mapped."""
+    """A temporary file as a memory-mapped buffer; an empty file, which cannot be mapped, as an empty one."""
     import pyarrow as pa
 
     spill.flush()

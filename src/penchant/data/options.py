@@ -17,7 +17,7 @@ Paths = str | list[str]
 
 
 class SourceConfig(Section):
-    """One of several sources of training rows; what is left out is as for all of them."""
+    """One of several sources of training rows; settings left out are those of the `data` section."""
 
     path: Paths = Field(description="as data.path")
     weight: float | None = Field(
@@ -38,7 +38,7 @@ class SourceConfig(Section):
     layout_options: dict[str, Any] | None = Field(None, description="as data.layout_options")
 
     def reading(self) -> dict[str, Any]:
-        """What it says of how its rows are read."""
+        """Its settings for reading rows."""
         return self.model_dump(include={"limit", "columns", "shape", "layout_options"}, exclude_none=True)
 
     @property
@@ -130,7 +130,7 @@ class DataConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _path_of_sources(cls, values: Any) -> Any:
-        """`path` names the files of all sources, for whoever asks which files there are."""
+        """Set `path` to the files of all sources, for code that needs the list of files."""
         sources = values.get("sources") if isinstance(values, dict) else None
         if not sources or not isinstance(sources, list):
             return values
@@ -157,7 +157,7 @@ class DataConfig(Section):
 
     @property
     def held_out_files(self) -> dict[str, Paths]:
-        """The files of held-out rows by the name of their set; a single one has none."""
+        """The files of held-out rows by the name of their set; the name of a single set is empty."""
         if self.eval_path is None:
             return {}
         return self.eval_path if isinstance(self.eval_path, dict) else {"": self.eval_path}
@@ -189,7 +189,7 @@ class DataConfig(Section):
     @field_validator("shape")
     @classmethod
     def _known_layout(cls, name: str) -> str:
-        if name == "auto" or name in LAYOUTS or is_own(name):  # a file is read when the rows are
+        if name == "auto" or name in LAYOUTS or is_own(name):  # the user's file is read along with the rows
             return name
         raise ValueError(f"{name!r} is not a layout; {no_layout(name)}")
 

@@ -19,11 +19,11 @@ T = TypeVar("T")
 
 
 def plan_microbatches(sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """Split trees into the fewest forward passes of at most `budget` tokens, by best-fit decreasing.
+    """Split trees into few forward passes of at most `budget` tokens, by best-fit decreasing.
 
     Args:
         sizes: tokens of each tree, as it will be packed.
-        budget: `tokens_per_step`; a tree larger than the budget gets a pass of its own.
+        budget: `tokens_per_step`; a tree larger than the budget gets its own pass.
 
     Returns:
         Lists of indices into `sizes`, each in ascending order; the same input always gives the same plan.
@@ -47,7 +47,7 @@ def plan_microbatches(sizes: Sequence[int], budget: int) -> list[list[int]]:
 def plan_balanced(sizes: Sequence[int], budget: int) -> list[list[int]]:
     """As few passes as `plan_microbatches` needs, but of nearly equal size (longest processing time first).
 
-    Equal passes keep the peak memory of a step down and never cost a pass more; where balancing would break the
+    Equal passes keep the peak memory of a step down and never cost an extra pass; if balancing would exceed the
     budget, the best-fit plan is returned.
     """
     plan = plan_microbatches(sizes, budget)
@@ -57,10 +57,10 @@ def plan_balanced(sizes: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def plan_dealt(sizes: Sequence[int], budget: int, ranks: int) -> list[list[int]]:
-    """The passes of a step that several processes share, the same on each: rank r takes every `ranks`-th one from r on.
+    """The passes of a step shared by several ranks, the same list on each: rank r runs passes r, r + ranks, r + 2 ranks, ...
 
-    Their number is a multiple of `ranks`; where there are fewer trees than that, the last passes are empty. The largest come first: at
-    every layer the ranks wait for each other, so passes of one time should be equal.
+    Their number is a multiple of `ranks`; passes without trees are empty and come last. The largest come first: the ranks wait for
+    each other at every layer, so passes that run at the same time should be equal.
     """
     plan = plan_microbatches(sizes, budget)
     count = -(-len(plan) // ranks) * ranks
@@ -81,20 +81,20 @@ def _balanced(sizes: Sequence[int], count: int) -> list[list[int]]:
     return [sorted(b) for b in bins if b]
 
 
-SIDE_BY_SIDE = 8  # passes that share `tokens_per_step` where a CPU runs one a thread
-# Tokens of such a pass: in a smaller one, reading the weights takes as long as multiplying by them. Where the budget is small, or few
-# rows are shared out, two threads are better than one all the same.
+SIDE_BY_SIDE = 8  # passes that share `tokens_per_step` if a CPU runs one per thread
+# Tokens of such a pass: in a smaller one, reading the weights takes as long as multiplying by them. With a small budget or few rows
+# two threads still beat one, so passes may go down to LEAST_TOKENS.
 PASS_TOKENS, LEAST_TOKENS = 512, 128
 
 
 def plan_passes(sizes: Sequence[int], budget: int, lanes: bool, strands: int = 1) -> list[list[int]]:
     """The passes of a step: `plan_balanced`, or, for passes that run side by side (`base/lanes.py`), more and smaller ones.
 
-    Their number is a multiple of four where the trees allow it, else two, so that two or four threads end together; the largest comes first.
-    The plan does not depend on the threads, so sums do not either.
+    Their number is a multiple of four if the trees allow it, else of two, so that two or four threads finish together; the largest
+    comes first. The plan does not depend on the number of threads, so sums do not either.
 
     Args:
-        strands: passes that each of these becomes (`Algorithm.strands`); with several, threads have enough to do with the fewest.
+        strands: passes that each of these becomes (`Algorithm.strands`); if several, the fewest passes keep the threads busy.
     """
     if not lanes:
         return plan_balanced(sizes, budget)
@@ -103,7 +103,7 @@ def plan_passes(sizes: Sequence[int], budget: int, lanes: bool, strands: int = 1
     count = least
     if strands == 1:
         count = max(least, min(-(-least // 4) * 4, sum(sizes) // LEAST_TOKENS))
-        count -= count % 2 if count > max(1, least) else 0  # of three passes two threads would run one alone
+        count -= count % 2 if count > max(1, least) else 0  # two threads would run the third of three passes alone
     bins = _balanced(sizes, min(count, len(sizes)))
     while any(sum(sizes[i] for i in members) > most for members in bins):
         bins = _balanced(sizes, len(bins) + 1)
@@ -111,12 +111,12 @@ def plan_passes(sizes: Sequence[int], budget: int, lanes: bool, strands: int = 1
 
 
 def pass_tokens(budget: int) -> int:
-    """Tokens of one of several passes that share a budget."""
+    """Tokens per pass if several passes share a budget."""
     return min(budget, max(PASS_TOKENS, budget // SIDE_BY_SIDE), max(LEAST_TOKENS, budget // 2))
 
 
 def at_once(sizes: Sequence[int], budget: int, trees: int) -> int:
-    """How many passes of these sizes may run side by side within a budget: no more than there are trees to share out."""
+    """How many passes of these sizes may run side by side within a budget, at most one per tree."""
     return max(1, min(trees, budget // max(sizes, default=1)))
 
 
@@ -222,17 +222,17 @@ def passes_over(
     device: torch.device,
     lanes: bool = False,
 ) -> Iterator[tuple[list[int], T]]:
-    """All trees in forward passes of at most `tokens_per_step` tokens: which trees are in a pass, and what `call` makes of its batch.
+    """Run all trees in forward passes of at most `tokens_per_step` tokens; yields each pass's tree indices and `call(batch)`.
 
-    Passes do not follow the order of the trees; put results back by the indices, or keep to the order in which trees were scored. Where
-    several processes train together, each makes a part of the passes, and all of them get what all have made.
+    Passes do not follow the order of the trees: put results back by index, or keep the order in which trees were scored. With several
+    ranks, each runs some of the passes and all of them get all results.
 
     Args:
-        lanes: passes are smaller, and run side by side (`plan_passes`); `call` must bear that.
+        lanes: passes are smaller and run side by side (`plan_passes`); `call` must be thread-safe.
     """
     sizes = tree_sizes(trees, shared)
     plan = plan_microbatches(sizes, pass_tokens(tokens_per_step) if lanes else tokens_per_step)
-    if lanes and not current().many:  # of one size, and an even number: two threads end together
+    if lanes and not current().many:  # of one size and an even number, so that two threads finish together
         even = _balanced(sizes, len(plan) + len(plan) % 2)
         plan = plan if any(sum(sizes[i] for i in members) > pass_tokens(tokens_per_step) for members in even) else even
 

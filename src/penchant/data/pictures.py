@@ -1,6 +1,6 @@
-"""Pictures of rows: where a row has them, the files that they are, and their marks in the prompt's text.
+"""Pictures of rows: find them in a row, resolve them to files, and mark their places in the prompt's text.
 
-A row of text alone never comes here. A mark names its picture by the start of its SHA-256, so that equal questions about different
+Used only with `model.vision` on. A mark names its picture by the start of its SHA-256, so that equal questions about different
 pictures are different prompts wherever prompts are compared, split or counted.
 """
 
@@ -24,7 +24,7 @@ from penchant.errors import ConfigError, DataError
 from penchant.types import Message, Picture, Prompt, PromptTree
 
 MARK = re.compile(r"<image:([0-9a-f]{16})>")
-BARE = "<image>"  # LLaMA-Factory's, in a row's own text
+BARE = "<image>"  # LLaMA-Factory's placeholder in a row's text
 COLUMNS = ("images", "image")
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MOST_BYTES, MOST_PIXELS = 64 << 20, 100_000_000
@@ -33,25 +33,25 @@ _HOW = 'give paths, data URIs, {"path": ...} or {"bytes": ...}'
 
 
 def mark_of(picture: Picture) -> str:
-    """What a prompt's text has in place of a picture."""
+    """The mark that stands for a picture in a prompt's text."""
     return f"<image:{picture.sha256[:16]}>"
 
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """How the pictures of one source's rows are found.
+    """Finds the pictures of one source's rows.
 
     Args:
-        folder: holds them, and relative paths start from it.
+        folder: holds them; paths are relative to it.
     """
 
     folder: Path
 
     def taken(self, row: Mapping[str, Any]) -> tuple[Mapping[str, Any], Taken]:
-        """A row without its pictures, marks in their places, and the pictures.
+        """Take the pictures out of a row: the row with marks in their places, and the pictures.
 
         Raises:
-            RowError: a picture that is not there, or is none.
+            RowError: a picture is missing, or is not a picture.
         """
         listed: list[Picture] = []
         for name in COLUMNS:
@@ -65,19 +65,19 @@ class Pictures:
             if name not in COLUMNS:
                 bare = iter(
                     listed
-                )  # every column has its marks in the order of the list: a whole conversation repeats the prompt
+                )  # each column starts again at the first picture: a whole conversation repeats the prompt
                 rest[name] = self._marked(value, f'"{name}"', listed, bare, found)
         return rest, Taken(tuple(listed), found)
 
     def text(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The same row alone; as it is where its pictures cannot be used."""
+        """Only the row of `taken`; the row as it is if its pictures cannot be used."""
         try:
             return self.taken(row)[0]
         except RowError:
             return row
 
     def _marked(self, value: Any, what: str, listed: Sequence[Picture], bare: Any, found: dict[str, Picture]) -> Any:
-        """A column's value with its marks; messages and their parts are gone through."""
+        """A column's value with marks in place of pictures, also within messages and their parts."""
         if isinstance(value, str):
             if not listed or BARE not in value:
                 return value
@@ -98,7 +98,7 @@ class Pictures:
         return value
 
     def _parts(self, parts: Sequence[Any], what: str, bare: Any, found: dict[str, Picture]) -> Any:
-        """The text of a content that is a list of parts, a picture's mark where it is; as it is where there is none."""
+        """The text of a content given as a list of parts, with marks in place of pictures; as it is if there are none."""
         kinds = [p.get("type") if isinstance(p, Mapping) else None for p in parts]
         if not {"image", "image_url"} & set(kinds):
             return parts
@@ -120,13 +120,13 @@ class Pictures:
         return "".join(texts)
 
     def picture(self, value: Any, what: str, *, encoded: bool = False) -> Picture:
-        """The file that a value means; what a row holds itself is put into the cache's folder.
+        """Resolve a value to a picture file; a picture inside the row is written to the cache folder.
 
         Args:
-            what: names the value in messages; encoded: it is base64.
+            what: names the value in error messages; encoded: it is base64.
 
         Raises:
-            RowError: there is no such file, or it is no picture.
+            RowError: there is no such file, or it is not a picture.
         """
         if isinstance(value, Mapping):
             names = ("bytes", "path", "url", "image", "base64")
@@ -181,16 +181,16 @@ def _next(bare: Any, what: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """What was taken out of a row: the pictures of its own column in their order, and all of them by their marks."""
+    """The pictures taken out of a row: those of its pictures column in order, and all of them by mark."""
 
     listed: tuple[Picture, ...]
     found: Mapping[str, Picture]
 
     def placed(self, trees: Sequence[PromptTree]) -> tuple[PromptTree, ...]:
-        """The row's trees with their pictures. Those that no text has a place for precede the first thing that a user says.
+        """The row's trees with their pictures, which precede the first user turn if no text has a place for them.
 
         Raises:
-            RowError: a picture within or behind an answer, or one without a place beside others that have one.
+            RowError: a picture is in or after an answer, or some pictures have a place and others do not.
         """
         if not self.found:
             return tuple(trees)
@@ -231,7 +231,7 @@ def _in_front(prompt: Prompt, marks: str) -> Prompt:
 
 
 def pillow() -> Any:
-    """Pillow's `Image`, which is an extra.
+    """Pillow's `Image`; Pillow is an optional dependency.
 
     Raises:
         ConfigError: it is not installed.
@@ -244,12 +244,12 @@ def pillow() -> Any:
 
 
 def _check(content: bytes, what: str) -> str:
-    """The format of a picture, by its header: what it holds is read when it is made into tokens."""
+    """The format of a picture, from its header alone: the pixels are read when it is tokenized."""
     image = pillow()
     try:
         with image.open(io.BytesIO(content), formats=FORMATS) as opened:
             (width, height), kind = opened.size, str(opened.format)
-    except Exception as error:  # whatever a decoder raises; and a bomb, by its size
+    except Exception as error:  # whatever a decoder raises, also for a decompression bomb
         how = "fix the file, or drop the row"
         raise RowError(f"{what} is not a picture that can be read ({', '.join(FORMATS)})", how) from error
     if width * height > MOST_PIXELS:
@@ -258,7 +258,7 @@ def _check(content: bytes, what: str) -> str:
 
 
 def _stored(content: bytes, what: str) -> Picture:
-    """What a row holds itself as a file."""
+    """Write a picture that a row holds itself to a file in the cache."""
     if len(content) > MOST_BYTES:
         raise RowError(f"{what} has more than {MOST_BYTES >> 20} MB", "make it smaller")
     kind, sha256 = _check(content, what), hashlib.sha256(content).hexdigest()
@@ -271,10 +271,10 @@ def _stored(content: bytes, what: str) -> Picture:
 
 
 def opened(picture: Picture) -> Any:
-    """A picture in RGB, upright, as transformers' own `load_image` gives it.
+    """Open a picture in RGB, upright, as transformers' own `load_image` does.
 
     Raises:
-        DataError: its file is gone, broken, or another one than it was.
+        DataError: its file is missing, broken or has changed.
     """
     image = pillow()
     from PIL import ImageOps

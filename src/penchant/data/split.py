@@ -1,4 +1,4 @@
-"""Splits by prompt: rows of one prompt, or of nearly equal prompts, go to one side, whatever the file's order."""
+"""Splits by prompt: rows with the same or nearly the same prompt go to one side, regardless of the file's order."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SPLITS = ("train", "validation", "test")
 
 
 def prompt_key(prompt: object, text: str = "") -> str:
-    """What counts as the same prompt: case and white space do not matter; plain texts are keyed by themselves."""
+    """The key by which prompts count as the same: ignores case and white space; plain texts are keyed by themselves."""
     shown = prompt_text(prompt) or text  # type: ignore[arg-type]
     return normalize(shown)
 
@@ -36,7 +36,7 @@ DIGEST = 16  # bytes
 
 
 def prompt_digests(trees: Iterable[PromptTree], seed: int) -> bytes:
-    """`DIGEST` bytes of each row: those of one prompt have the same, and in their order prompts are drawn."""
+    """`DIGEST` bytes per row, equal for rows of one prompt; prompts are drawn in the order of their digests."""
     keys = (prompt_key(t.prompt, first_text(t)) for t in trees)
     return b"".join(hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=DIGEST).digest() for key in keys)
 
@@ -49,12 +49,12 @@ def held_out_rows(
     seed: int = 0,
     digests: Callable[[Sequence[PromptTree], int], bytes] = prompt_digests,
 ) -> np.ndarray:
-    """(n,) int64: the rows to hold out, ascending: all rows of a prompt or none.
+    """Draw the rows to hold out, (n,) int64, ascending: all rows of a prompt or none.
 
     Args:
-        validation_rows: rows to hold out (met exactly where group sizes allow, else the most that fit);
+        validation_rows: rows to hold out (fewer if the prompts drawn do not fill it exactly);
             validation_fraction: the same as a share.
-        seed: of the order in which prompts are drawn. digests: makes those of the rows; they are all that is held in memory.
+        seed: of the order in which prompts are drawn. digests: computes the rows' digests, which are all that is held in memory.
 
     Raises:
         DataError: too few rows or prompts to leave something on both sides.
@@ -70,7 +70,7 @@ def held_out_rows(
             f"leave at least one row on both sides (data.{key}={'N' if key.endswith('rows') else '0.1'}), or set data.{key}=null",
         )
     drawn = np.frombuffer(digests(dataset.trees, seed), ">u8").reshape(rows, DIGEST // 8)
-    order = np.lexsort(drawn.T[::-1])  # by their bytes; rows of one prompt stay in the order of the file
+    order = np.lexsort(drawn.T[::-1])  # by digest; rows of one prompt stay in the order of the file
     drawn = drawn[order]
     starts = np.flatnonzero(np.r_[True, (drawn[1:] != drawn[:-1]).any(axis=1)])
     sizes = np.diff(np.r_[starts, rows])
@@ -98,11 +98,11 @@ _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """Where each row goes.
+    """The split that each row goes to.
 
     Args:
         split: (n,) uint8, an index into SPLITS.
-        groups: how many groups of nearly equal prompts there are; prompts: how many prompts that differ in more than case and white space.
+        groups: number of groups of nearly equal prompts; prompts: number of prompts that differ in more than case and white space.
         straddling: (groups, rows) of groups in several splits.
     """
 
@@ -113,7 +113,7 @@ class Assignment:
 
 
 class Splitter:
-    """Takes the prompts of all rows in one pass, then assigns; about 110 bytes a row in memory, twice that on disk."""
+    """Collects the prompts of all rows in one pass, then assigns splits; about 110 bytes a row in memory, twice that on disk."""
 
     def __init__(self) -> None:
         self._near = NearIndex()
@@ -121,7 +121,7 @@ class Splitter:
         self._published = array("B")
 
     def add(self, rows: Iterable[tuple[str, str]]) -> None:
-        """Take (prompt text, published split) of more rows."""
+        """Add (prompt text, published split) of more rows."""
         for text, published in rows:
             self._near.add([text])
             self._hashes.append(text_hash(prompt_key(text)))
@@ -131,13 +131,13 @@ class Splitter:
         return len(self._hashes)
 
     def merge(self, other: Splitter) -> None:
-        """Take the rows of another one, which come behind these."""
+        """Append the rows of another splitter."""
         self._near.merge(other._near)
         self._hashes.extend(other._hashes)
         self._published.extend(other._published)
 
     def assign(self, shares: Sequence[float], seed: int, *, keep_published: bool = False) -> Assignment:
-        """The split of each row.
+        """Assign a split to each row.
 
         Args:
             shares: of train, validation and test; keep_published: rows stay in their published split, and only a split that was not
@@ -148,7 +148,7 @@ class Splitter:
         if not len(groups):
             return Assignment(published, 0, 0, (0, 0))
         leaders, member = np.unique(groups, return_inverse=True)
-        # a group is drawn by its smallest hash, so that neither the order of the rows nor their number moves it
+        # a group is drawn by its smallest hash, so that its split depends neither on the order nor on the number of rows
         smallest = np.full(len(leaders), np.iinfo(np.uint64).max, dtype=np.uint64)
         np.minimum.at(smallest, member, hashes)
         there = published if keep_published else ()  # a split that was published takes nothing from train

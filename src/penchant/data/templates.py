@@ -1,4 +1,4 @@
-"""From a row to the text of its prompt and of its answers: the chat template, or plain text; and what ends an answer."""
+"""Render a row's prompt and answers as text, with the chat template or plainly, and find the tokens that end an answer."""
 
 from __future__ import annotations
 
@@ -26,10 +26,13 @@ PLAIN_NAMES = {"user": "Human", "assistant": "Assistant", "system": "System", "d
 
 
 class Rendered(NamedTuple):
-    """A row as text. `moved` is set where the chat template renders the prompt differently once an answer follows: ``shared`` where the prompt is
-    cut to what both share, ``forced`` where the answer is put behind the prompt.
+    """A row as text.
 
-    `turns`: each completion in parts that are trained and read in turn, the first and the last trained; empty: all of them are trained.
+    `moved` is set if the chat template renders the prompt differently once an answer follows: ``shared`` if the prompt is cut to what
+    both renderings share, ``forced`` if the answer is appended to the prompt.
+
+    `turns`: each completion in parts that are alternately trained on and only read, starting and ending with one that is trained
+    on; empty: everything is trained on.
     """
 
     prompt: str
@@ -39,26 +42,26 @@ class Rendered(NamedTuple):
 
 
 def uses_chat(template: str, tokenizer: Any) -> bool:
-    """Whether prompts go through the tokenizer's chat template: where there is one, unless `data.template` is ``plain``."""
+    """Whether prompts go through the tokenizer's chat template: if there is one, unless `data.template` is ``plain``."""
     return template != "plain" and getattr(tokenizer, "chat_template", None) is not None
 
 
-# what a template gets today's date from; in its options: the day that it is told instead
+# the function that a template gets today's date from; as an option: the date to use instead
 DATE = "strftime_now"
 
 
 def writes_date(tokenizer: Any) -> bool:
-    """Whether the chat template asks for today's date."""
+    """Whether the chat template uses today's date."""
     return DATE in str(getattr(tokenizer, "chat_template", None))
 
 
 def dated(options: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """Options for a chat template with the day that it is told, where it asks for one: by default today."""
+    """Options for a chat template, with the date (default: today) if it uses one."""
     return {**({DATE: date.today().isoformat()} if writes_date(tokenizer) else {}), **options}
 
 
 def _with_day(tokenizer: Any, options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Options for a chat template; one that asks for the date goes along, and is told the day."""
+    """Options for a chat template; if it uses the date and one is given, they include the template with that date fixed."""
     given = dict(options or {})
     if (day := given.pop(DATE, None)) is not None and writes_date(tokenizer):
         given["chat_template"] = _clock(day) + tokenizer.get_chat_template(tools=given.get("tools"))
@@ -67,23 +70,23 @@ def _with_day(tokenizer: Any, options: Mapping[str, Any] | None) -> dict[str, An
 
 @cache
 def _clock(day: str) -> str:
-    """A macro in place of the template's own clock: transformers hands it no functions."""
+    """A macro that replaces the template's clock, since transformers passes no functions to templates."""
     then = datetime.fromisoformat(day)
     codes = [f"%{flag}{letter}" for flag in ("", "-") for letter in ascii_letters]
     told = [("%%", "\0"), *((c, s) for c in codes if "%" not in (s := then.strftime(c))), ("\0", "%")]
     text = "".join(f" | replace({json.dumps(code)}, {json.dumps(said)})" for code, said in told)
-    return f"{{% macro {DATE}(format) %}}{{{{ format{text} }}}}{{% endmacro %}}\n"  # a line of its own: see trim_blocks
+    return f"{{% macro {DATE}(format) %}}{{{{ format{text} }}}}{{% endmacro %}}\n"  # on its own line because of trim_blocks
 
 
 def unread_options(tokenizer: Any, options: Iterable[str]) -> str:
-    """What to say of options that the chat template never names; empty where it names all."""
+    """A note on options that the chat template does not read; empty if it reads all."""
     words = set(re.findall(r"\w+", str(getattr(tokenizer, "chat_template", None))))
     unread = sorted({*options} - words)
     near = [f'{name} (did you mean "{word}"?)' if (word := closest(name, words, 0.8)) else name for name in unread]
     return f"the chat template does not read {' and '.join(near)}" if near else ""
 
 
-# ---- How a chat template is asked: what it is told beside the turns, and in which form it takes them ----
+# ---- Calling a chat template: its variables besides the turns, and the form in which it takes turns ----
 
 NAME, VALUE, RESULT, QUESTION, ANSWER = (
     "find_lynx",
@@ -91,16 +94,16 @@ NAME, VALUE, RESULT, QUESTION, ANSWER = (
     "Ibex4242",
     "Kudu0815",
     "Zebra4711.",
-)  # nothing else holds them
+)  # words found nowhere else
 
 
 class Form(NamedTuple):
-    """How turns are handed to a template: in the first form in which it writes all of them.
+    """The form in which turns are passed to a template: the first in which it writes all of them.
 
     Args:
-        parts: contents are lists of parts, as templates of models with pictures read them.
-        empty: the content of a turn that only calls tools, None: it has none; text: arguments of calls are JSON texts, not objects.
-        lacks: of ``tools``, ``calls`` and ``results`` what it leaves out in every form.
+        parts: contents are lists of parts, as templates of vision-language models read them.
+        empty: the content of a turn that only calls tools, None for no content; text: call arguments are JSON texts, not objects.
+        lacks: which of ``tools``, ``calls`` and ``results`` the template leaves out in every form.
     """
 
     parts: bool = False
@@ -109,11 +112,11 @@ class Form(NamedTuple):
     lacks: frozenset[str] = frozenset()
 
 
-_FORMS: dict[tuple[str, bool], Form] = {}  # by template, and whether tools were asked about
+_FORMS: dict[tuple[str, bool], Form] = {}  # by template, and with or without tools
 
 
 def _form(tokenizer: Any, with_tools: bool) -> Form:
-    """The form of a tokenizer's template, by trying."""
+    """The form that a tokenizer's template takes, found by trying."""
     template = tokenizer.chat_template
     key = template if isinstance(template, str) else repr(template), with_tools
     if key not in _FORMS:
@@ -176,7 +179,7 @@ def _write(tokenizer: Any, form: Form, turns: Sequence[Message], given: Mapping[
 
 
 def _shown(message: Message, form: Form, tokenizer: Any) -> dict[str, Any]:
-    """A turn as the template takes it."""
+    """A turn in the form that the template takes."""
     turn = message_json(message)
     if message.role == "developer" and "developer" not in str(tokenizer.chat_template):
         turn["role"] = "system"
@@ -192,10 +195,10 @@ def _shown(message: Message, form: Form, tokenizer: Any) -> dict[str, Any]:
 
 
 class ChatTemplate:
-    """A tokenizer's chat template and what it is told beside the turns.
+    """A tokenizer's chat template with its variables besides the turns.
 
     Args:
-        options: `data.template_options`; told: what the row itself hands over (tools, options), which goes first.
+        options: `data.template_options`; told: the row's own variables (tools, options), which take precedence.
     """
 
     def __init__(
@@ -212,18 +215,18 @@ class ChatTemplate:
         return _form(self.tokenizer, bool(self.tools) or any(m.tool_calls or m.role == "tool" for m in turns))
 
     def write(self, turns: Sequence[Message], *, generate: bool = False) -> str:
-        """The turns as text; `generate`: up to where the next answer begins."""
+        """The turns as text; `generate`: with the generation prompt for the next answer."""
         form = self._form_for(turns)
         return _write(self.tokenizer, form, turns, self._given, add_generation_prompt=generate)
 
     def asked(self, turns: Sequence[Message]) -> str:
-        """The text before an answer. Where the last turn is an assistant's, the answer goes on with it (`continue_final_message`)."""
+        """The text before an answer; if the last turn is an assistant's, the answer continues it (`continue_final_message`)."""
         if not continues(turns):
             return self.write(turns, generate=True)
         return _write(self.tokenizer, self._form_for(turns), turns, self._given, continue_final_message=True)
 
     def generated(self, turns: Sequence[Message]) -> tuple[str, dict[int, tuple[int, int]]]:
-        """The turns as text, and for each assistant turn where what ``{% generation %}`` tags hold begins and ends."""
+        """The turns as text, and the (start, end) of each assistant turn's ``{% generation %}`` span; empty without such tags."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         given = dict(self._given)
@@ -244,10 +247,10 @@ class ChatTemplate:
         return text, {i: (start, stop) for i, (start, stop) in zip(answers, places, strict=True)}
 
     def check_asked(self, turns: Sequence[Message], text: str) -> None:
-        """Whether the text holds what the system and the users say, white space aside.
+        """Check that the text contains all system, developer and user turns, ignoring white space.
 
         Raises:
-            RowError: the template leaves something out, as one does that knows no system turns.
+            RowError: the template leaves something out, e.g. because it does not support system turns.
         """
         flat = ""
         for m in turns:
@@ -260,7 +263,7 @@ class ChatTemplate:
                     raise RowError(f"the chat template leaves out a turn of the {m.role} ({excerpt(m.content)})", how)
 
     def check_tools(self, turns: Sequence[Message], text: str, *, offered: bool = True) -> None:
-        """Whether the text holds the tools (where they are `offered` in it), all calls and all results.
+        """Check that the text contains the tools (if `offered` in it), all calls and all results.
 
         Raises:
             RowError: the template leaves something out.
@@ -288,10 +291,10 @@ class ChatTemplate:
 
 
 def _left_out(turns: Sequence[Message], tools: Sequence[Mapping[str, Any]], text: str) -> str:
-    """What of tools, calls and results does not stand in a text, white space and JSON's escapes aside; empty where all does."""
+    """The first tool, call or result missing from a text, ignoring white space and JSON escapes; empty if none is."""
     flat, at = "".join(text.split()), 0
 
-    def behind(value: Any) -> int:  # the place behind it; -1 where it is not there
+    def behind(value: Any) -> int:  # the position after it; -1 if it is missing
         said = value if isinstance(value, str) else json.dumps(value)
         ways = {
             "".join(way.split()) for way in (said, json.dumps(said, ensure_ascii=False)[1:-1], json.dumps(said)[1:-1])
@@ -316,7 +319,7 @@ def _left_out(turns: Sequence[Message], tools: Sequence[Mapping[str, Any]], text
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """Keys, texts and numbers within a JSON value."""
+    """Yield the keys, texts and numbers in a JSON value."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             yield name
@@ -329,10 +332,10 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def continues(turns: Sequence[Message]) -> bool:
-    """Whether an answer to these turns goes on with the last one.
+    """Whether an answer to these turns continues the last one.
 
     Raises:
-        RowError: the last one calls a tool, whose result is missing.
+        RowError: the last one calls a tool and the result is missing.
     """
     if not turns or turns[-1].role != "assistant":
         return False
@@ -342,10 +345,10 @@ def continues(turns: Sequence[Message]) -> bool:
 
 
 def with_answer(turns: Sequence[Message], answer: Message) -> list[Message]:
-    """The turns with an answer to them: a turn more, or a longer last one.
+    """The turns with an answer to them, as another turn or as the rest of the last one.
 
     Raises:
-        RowError: the answer goes on with a turn and has reasoning, which would precede it.
+        RowError: the answer continues a turn and has reasoning, which would have to precede that turn.
     """
     if not continues(turns):
         return [*turns, answer]
@@ -357,7 +360,7 @@ def with_answer(turns: Sequence[Message], answer: Message) -> list[Message]:
 
 
 def turns_of_prompt(prompt: Prompt) -> tuple[Message, ...]:
-    """A prompt as turns: a text is what a user says."""
+    """A prompt as turns; a text becomes a user turn."""
     return (Message("user", prompt),) if isinstance(prompt, str) else prompt
 
 
@@ -386,14 +389,14 @@ def plain(tree: PromptTree) -> Rendered:
 def chat(
     tree: PromptTree, tokenizer: Any, options: Mapping[str, Any] | None = None, *, strict: bool = True
 ) -> Rendered:
-    """The tokenizer's chat template; a text prompt is one user turn, and an assistant turn at the prompt's end is continued.
+    """Render a row with the chat template; a text prompt becomes a user turn, and a final assistant turn is continued.
 
-    The prompt is what the template writes for generation. Where that is not how the whole conversation begins (a template that
-    opens a thought, or moves the system text), the prompt ends where both begin to differ, or the answer is put behind the
-    prompt for generation; such rows are counted.
+    The prompt is what the template writes for generation. If the whole conversation does not start with that (the template
+    opens a thought, or moves the system text), the prompt is cut to what both share, or the answer is appended to the prompt
+    for generation; such rows are counted.
 
     Args:
-        strict: False takes answers as the template changes them: what a model wrote is never a bad row.
+        strict: False accepts answers that the template changes, since a model's own completion is never a bad row.
 
     Raises:
         RowError: the template refuses the turns or leaves out a part of them.
@@ -406,9 +409,9 @@ def chat(
         wholes = list(map(template.write, answered))
         moved = not all(whole.startswith(prompt) for whole in wholes)
         unanswered = template.write(turns[: len(turns) - continues(turns)]) if moved else ""
-    except (ModelError, RowError):  # a template that does not end would not do so with the other rows
+    except (ModelError, RowError):  # a template that does not terminate would not do so for other rows either
         raise
-    except Exception as error:  # templates raise jinja errors of their own, e.g. for a system turn they do not know
+    except Exception as error:  # templates raise jinja errors of their own, e.g. for an unsupported system turn
         raise RowError(f"the chat template refuses it ({error})", "fix the turns or set data.template=plain") from error
     how = ""
     if moved and all(whole.startswith(unanswered) for whole in wholes):
@@ -440,27 +443,27 @@ def chat(
 
 
 def _shared(texts: Sequence[str], least: int) -> int:
-    """Up to where all of these texts are the same, but for a word that is cut; at least so far."""
+    """The length of the texts' common prefix without a word that it cuts, but at least `least`."""
     shared = os.path.commonprefix(texts)  # noqa: RUF071 (characters, not paths)
-    word_end = re.match(r"(?s).*[\s>\])}:]", shared)  # "<" of "<think>" and of "<b>" is not a place to stop
+    word_end = re.match(r"(?s).*[\s>\])}:]", shared)  # never cut after the "<" that "<think>" and "<b>" share
     return max(least, word_end.end() if word_end else 0)
 
 
 def conversation(
     tree: PromptTree, tokenizer: Any, options: Mapping[str, Any] | None, ends: Sequence[str], *, end: bool = True
 ) -> Rendered | None:
-    """Conversations of which several answers are learned, each written once by the tokenizer's chat template.
+    """Render conversations with several answers to train on, each once with the chat template.
 
-    What the model would write of it is what is in the template's ``{% generation %}`` tags, where it has them for every answer, but for
-    what the prompt for that answer has of it already (an opened thought); else what the conversation up to an answer has more than the
-    prompt for that answer. The end of a turn belongs to it.
+    The model's part is what the template's ``{% generation %}`` tags hold, if it has them for every answer, without what the prompt for
+    that answer already contains (an opened thought). Otherwise it is what the conversation up to an answer adds to the prompt for that
+    answer. The end of a turn belongs to it.
 
     Args:
-        ends: texts that end an answer; end: whether there must be one behind each answer (the last one is given one).
+        ends: texts that end an answer; end: whether one must follow each answer (the last one is given one).
 
     Returns:
-        None where one text cannot serve for all of them: the template writes earlier turns differently when others follow (it takes their
-        reasoning out, or ends them otherwise), or ends no turns. Then each answer is learned in a text of its own.
+        None if one text cannot serve all answers: the template writes earlier turns differently when others follow (it removes their
+        reasoning, or ends them differently), or does not end turns. Each answer is then trained on in a separate text.
     """
     template = ChatTemplate(tokenizer, options, told(tree))
     made = [_in_one(template, turns_with_answer(tree, c), ends, end) for c in tree.completions]
@@ -480,8 +483,12 @@ def conversation(
 def _in_one(
     template: ChatTemplate, turns: Sequence[Message], ends: Sequence[str], end: bool
 ) -> tuple[str, str, tuple[str, ...], bool] | None:
-    """A conversation as the text before the tags of its first answer that is learned, the prompt for that answer, the parts behind it, and
-    whether such a prompt is not how the conversation begins; None: see `conversation`."""
+    """Render one conversation for `conversation`, or return None as it does.
+
+    Returns:
+        The text before the tags of the first answer to train on, the prompt for that answer, the parts after it, and whether the
+        conversation contains only a part of some answer's prompt.
+    """
     learned = [i for i, m in enumerate(turns) if m.role == "assistant" and m.trained]
     try:
         whole, spans = template.generated(turns)
@@ -526,7 +533,7 @@ def _in_one(
 
 
 def turns_with_answer(tree: PromptTree, answer: Completion | None = None) -> list[Message]:
-    """All turns of a conversation: the prompt (whose answers are not trained), an answer (default: the one), and what follows it."""
+    """All turns of a conversation: the prompt (none of it to train on), an answer (default: the only one), and what follows it."""
     before = (replace(m, trained=False) for m in turns_of_prompt(tree.prompt))
     if answer is None:
         (answer,) = tree.completions
@@ -534,7 +541,7 @@ def turns_with_answer(tree: PromptTree, answer: Completion | None = None) -> lis
 
 
 def apart(tree: PromptTree) -> list[PromptTree]:
-    """A conversation of which several answers are learned, as one tree for each of them; others as they are."""
+    """Split a conversation with several answers to train on into one tree per answer; others stay as they are."""
     if not any(c.more for c in tree.completions):
         return [tree]
     said = turns_with_answer(tree)
@@ -555,7 +562,7 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def ended_once(text: str, ends: Sequence[str]) -> str:
-    """A text cut behind the first of its trailing ends: white space and further ends after it are not part of it."""
+    """A text cut after the first of its trailing ends, without the white space and further ends after it."""
     whole = text
     while (bare := text.rstrip()).endswith(tuple(ends)):
         end = next(e for e in ends if bare.endswith(e))
@@ -564,15 +571,15 @@ def ended_once(text: str, ends: Sequence[str]) -> str:
 
 
 def _holds(prompt: str, text: str, answer: str) -> bool:
-    """Whether the answer is there, white space aside: in the text, or begun by the prompt (an opened thought)."""
+    """Whether the text contains the answer, ignoring white space; the prompt may hold its start (an opened thought)."""
     wanted, begun, written = ("".join(t.split()) for t in (answer, prompt[-len(answer) :] if answer else "", text))
     return not wanted or (begun + written).find(wanted, max(0, len(begun) - len(wanted) + 1)) >= 0
 
 
 def _behind(prompt: str, whole: str, answer: str, said: Sequence[str]) -> str:
-    """What follows the prompt's last words in a conversation that begins otherwise: a template that moves the system text.
+    """What follows the prompt's last words in a conversation that starts differently because the system text was moved.
 
-    None of what is `said` before may stand between them and the answer: it would be learned, and read twice.
+    No text in `said` may stand between them and the answer: it would be trained on, and read twice.
     """
     at = max(whole.rfind(answer), 0)
     for n in range(min(len(prompt), 32), 3, -1):
@@ -586,15 +593,15 @@ def _behind(prompt: str, whole: str, answer: str, said: Sequence[str]) -> str:
 
 
 def excerpt(text: str) -> str:
-    """A text for a message: its start and its end."""
+    """The start and the end of a text, for error messages."""
     return repr(text if len(text) <= 60 else f"{text[:28]} ... {text[-28:]}")
 
 
 def end_ids(tokenizer: Any, model: Any = None) -> frozenset[int]:
-    """The ids that end an answer: one definition for training, sampling, evaluation, chat and serving.
+    """The ids that end an answer, in training, sampling, evaluation, chat and serving alike.
 
-    The tokenizer's EOS; the special token that its chat template writes behind an answer; and those of the model's generation
-    config that are special tokens (a model's end of turn).
+    They are the tokenizer's EOS, the special token that its chat template writes after an answer, and those EOS ids of the
+    model's generation config that are special tokens (a model's end of turn).
     """
     found = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     added = getattr(tokenizer, "added_tokens_decoder", {})
@@ -610,8 +617,8 @@ def end_ids(tokenizer: Any, model: Any = None) -> frozenset[int]:
 def _template_ends(tokenizer: Any, special: Mapping[int, str]) -> set[int]:
     """The special token with which the chat template ends an answer, and the one with which it ends a turn that calls tools.
 
-    Of several behind each other it is the last one that also follows an answer that others follow: some templates end the
-    answer and then the turn, others write a last token only at the end of all.
+    Of several in a row, it is the last one that also follows an answer in mid-conversation: some templates end the answer
+    and then the turn, others write a final token only at the end of the conversation.
     """
     if not uses_chat("auto", tokenizer):
         return set()
@@ -646,15 +653,15 @@ def _template_ends(tokenizer: Any, special: Mapping[int, str]) -> set[int]:
 
 
 def _write_tail(tokenizer: Any, form: Form, asked: Message) -> str:
-    """What the template writes to ask for an answer."""
+    """The generation prompt that the template appends."""
     bare, given = _tried(tokenizer, form, (asked,)), ""
-    with suppress(Exception):  # jinja errors of the template's own
+    with suppress(Exception):  # the template's own jinja errors
         given = _write(tokenizer, form, (asked,), {}, add_generation_prompt=True)
     return given[len(bare) :] if given.startswith(bare) else ""
 
 
 def name_ends(model: Any, tokenizer: Any) -> None:
-    """Have the model's generation config say what ends an answer, so that whoever loads it stops there; the tokenizer's EOS first."""
+    """Set the generation config's EOS ids to those that end an answer, the tokenizer's first, so that any loader stops there."""
     ends = sorted(end_ids(tokenizer, model), key=lambda i: (i != tokenizer.eos_token_id, i))
     config = getattr(model, "generation_config", None)
     if ends and config is not None:

@@ -30,17 +30,17 @@ from penchant.data.templates import (
 from penchant.errors import ConfigError, DataError, ModelError
 from penchant.types import PromptTree, TokenTree
 
-# ---- Token trees: the boundary cannot move, BOS never doubles, EOS is there unless the text was cut ----
+# ---- Token trees: the boundary cannot move, BOS never doubles, EOS is present unless the text was cut ----
 
 
 Ids = list[int]
 Turns = Sequence[Sequence[int]]
-CONTEXT = 64  # characters of the prompt's end with which an answer is encoded
-CHUNK = 1024  # rows that are tokenized in one call; the tokenizer keeps about 100 bytes a token while it lasts
+CONTEXT = 64  # characters at the prompt's end that an answer is encoded with
+CHUNK = 1024  # rows tokenized in one call, during which the tokenizer holds about 100 bytes a token
 
 
 class Encoded(NamedTuple):
-    """The ids of a text; `turns`: tokens of each part of each completion (see `Rendered`)."""
+    """The ids of a prompt and its completions; `turns`: tokens of each part of each completion (see `Rendered`)."""
 
     prompt: Ids
     completions: list[Ids]
@@ -48,38 +48,38 @@ class Encoded(NamedTuple):
 
 
 class Mark:
-    """What can happen to a row; its mark is the sum."""
+    """Flags for what can happen to a row; its mark is their sum."""
 
     CUT_PROMPT, CUT_COMPLETION, SPLIT, ASIDE, MOVED, APART, FORCED = 1, 2, 4, 8, 16, 32, 64
 
 
 def moved(marks: Any) -> Any:
-    """Of a mark, or of an array of them: whether the template moved the prompt of a row that is trained on."""
+    """Whether the template changed the prompt of a row that is trained on, from its mark or an array of marks."""
     return marks & (Mark.MOVED | Mark.ASIDE) == Mark.MOVED
 
 
 def forced(marks: Any) -> Any:
-    """The same: whether its answer was put behind the prompt as it is asked."""
+    """Likewise, whether the row's answer was appended to the prompt for generation."""
     return marks & (Mark.FORCED | Mark.ASIDE) == Mark.FORCED
 
 
 def apart_of(marks: Any) -> Any:
-    """The same: whether it is a conversation that is learned answer by answer."""
+    """Likewise, whether the row is a conversation that was split into one tree per answer."""
     return marks & (Mark.APART | Mark.ASIDE) == Mark.APART
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizedDataset:
-    """Token trees and what happened on the way.
+    """Token trees, and what happened to the rows.
 
     Args:
-        trees: accepted; total: trees given; quarantined: trees kept aside (``accepted + quarantined == total``, where a
-            plain document that was split into chunks counts once).
+        trees: accepted; total: trees given; quarantined: trees kept aside (``accepted + quarantined == total``; a plain
+            document that was split into chunks counts once).
         cut_prompts: sources of rows whose prompt lost its start; cut_completions: of rows with a completion that lost its end.
         split_documents: plain documents that became several chunks.
         moved_prompts: rows whose prompt the chat template renders differently once an answer follows (see `templates.chat`).
-        forced_prompts: those of them whose answer is put behind the prompt; that of the others is cut to what both renderings share.
-        apart: conversations that became a tree for each answer, since no one text serves for all of them (see `templates.conversation`).
+        forced_prompts: those of them whose answer is appended to the prompt; the other prompts are cut to what both renderings share.
+        apart: conversations split into a tree per answer, since no single text serves all of them (see `templates.conversation`).
         template: ``chat`` or ``plain``.
     """
 
@@ -134,9 +134,9 @@ def tokenize(dataset: Dataset, tokenizer: Any, **how: Any) -> TokenizedDataset:
 
 
 class Tokenization:
-    """Tokenizing as it goes on: trees come out one by one, what else is to be told is there at the end.
+    """Base class: yields token trees row by row, and collects counts and bad rows for `result`.
 
-    Its two ways differ in what a tree's texts are (`render`, by a `template`) and in what becomes of the ids of a row (`fit_row`).
+    Subclasses define a tree's texts (`render`, with `template` as its name) and how a row's ids become token trees (`fit_row`).
     """
 
     template: str
@@ -144,18 +144,18 @@ class Tokenization:
     def __init__(self, tokenizer: Any, max_length: int, truncation: str, identical: str, on_bad_row: str) -> None:
         self.tokenizer, self.max_length, self.truncation = tokenizer, max_length, truncation
         self.identical, self.on_bad_row = identical, on_bad_row
-        self.mark = 0  # of the row in hand
+        self.mark = 0  # of the current row
         self._number = self._split = self._moved = self._apart = self._forced = 0
         self._aside: list[Quarantined] = []
         self._cut_prompts: list[str] = []
         self._cut_completions: list[str] = []
 
     def render(self, tree: PromptTree) -> list[Rendered]:
-        """(Prompt text, completion texts); several, where a row becomes several trees."""
+        """The texts of a tree's prompt and completions; several items if a row becomes several trees."""
         raise NotImplementedError
 
     def encode(self, rendered: Sequence[Rendered | RowError]) -> list[Encoded | RowError]:
-        """Their ids. Texts of their own here, in one call of the fast tokenizer; equal ones are encoded once."""
+        """Encode each text by itself, in one call of the fast tokenizer; equal texts are encoded once."""
         texts = list(
             dict.fromkeys(t for r in rendered if not isinstance(r, RowError) for t in (r.prompt, *r.completions))
         )
@@ -166,10 +166,10 @@ class Tokenization:
         ]
 
     def fit_row(self, source: str, prompt: Ids, completions: list[Ids], turns: Turns = ()) -> list[TokenTree]:
-        """The ids of one row as its token tree (several of a document that is split).
+        """Make the token tree of one row from its ids (several if it is a document that is split).
 
         Args:
-            turns: tokens of each part of each completion, trained and not in turn; empty: all of them are trained.
+            turns: tokens of each part of each completion, alternately trained on and not; empty: all are trained on.
 
         Raises:
             RowError: the row cannot be used.
@@ -177,13 +177,13 @@ class Tokenization:
         raise NotImplementedError
 
     def all(self, rows: Sequence[PromptTree]) -> TokenizedDataset:
-        """All rows, in memory."""
+        """Tokenize all rows, in memory."""
         return self.result(tuple(tree for made, _ in self.by_row(rows) for tree in made), len(rows))
 
     def by_row(self, rows: Sequence[PromptTree]) -> Iterator[tuple[list[TokenTree], int]]:
-        """The trees of each row, in order, and what happened to it: its mark.
+        """Yield the trees and the mark of each row, in order.
 
-        `CHUNK` rows at a time are rendered and given to the tokenizer, which uses all cores.
+        `CHUNK` rows at a time are rendered and passed to the tokenizer, which uses all cores.
         """
         for start in range(0, len(rows), CHUNK):
             part = rows[start : start + CHUNK]
@@ -228,13 +228,13 @@ class Tokenization:
         return [replace(one, row=first + i, **more) for i, one in enumerate(made)]
 
     def check_different(self, completions: Sequence[Ids], cut: bool) -> None:
-        """Refuses a pair whose answers are the same tokens, where such pairs are bad rows."""
+        """Reject a pair whose answers are the same tokens, unless such pairs are kept."""
         if self.identical != "keep" and len(completions) == 2 and completions[0] == completions[1]:
             where = f"after the cut to {self.max_length} tokens" if cut else "in tokens"
             raise RowError(f"{IDENTICAL} {where}", "raise data.max_length, drop it, or set data.identical=keep")
 
     def result(self, trees: Sequence[TokenTree], total: int) -> TokenizedDataset:
-        """The whole, when all trees have come out."""
+        """The tokenized data set, once all rows are done."""
         cut = tuple(self._cut_prompts), tuple(self._cut_completions)
         return TokenizedDataset(
             trees, total, tuple(self._aside), *cut, self._split, self.template, self._moved, self._apart, self._forced
@@ -244,12 +244,12 @@ class Tokenization:
 def encode_in_context(
     tokenizer: Any, rendered: Sequence[Rendered | RowError], *, strict: bool = True
 ) -> list[Encoded | RowError]:
-    """Prompts, and completions as the tokenizer encodes them behind their prompt; equal texts are encoded once.
+    """Encode prompts, and completions as they are tokenized after their prompt; equal texts are encoded once.
 
-    A SentencePiece-type tokenizer puts a dummy space before a text of its own, which nothing puts there in context.
+    A SentencePiece-type tokenizer puts a dummy space before a separate text, which would be missing in context.
 
     Args:
-        strict: a row whose ids do not decode to its text is a bad row; False: its completion is encoded as a text of its own.
+        strict: a row whose ids do not decode to its text is a bad row; False: its completion is encoded by itself.
     """
     begins = any_of(t.content for t in getattr(tokenizer, "added_tokens_decoder", {}).values())
     contexts = {p: _end_of(p, begins) for p in {r.prompt: None for r in rendered if not isinstance(r, RowError)}}
@@ -283,7 +283,7 @@ def encode_in_context(
 
 
 def _end_of(prompt: str, begins: re.Pattern[str]) -> str:
-    """The end of a prompt on which the ids behind it depend: from its last special token or, in plain text, a word's start."""
+    """The end of a prompt that the ids after it depend on: from its last special token or, in plain text, a word's start."""
     if len(prompt) <= CONTEXT:
         return prompt
     tail = prompt[-CONTEXT:]
@@ -293,10 +293,10 @@ def _end_of(prompt: str, begins: re.Pattern[str]) -> str:
 
 
 def _split_at(tokenizer: Any, before: Ids, whole: Ids, context: str, text: str) -> Ids | None:
-    """The ids of `text` behind `context`, whose ids are `before`, where `whole`, those of both, do not begin with them.
+    """The ids of `text` after `context`, if `whole` (the ids of both) does not start with `before` (those of `context`).
 
-    Either the context alone is encoded differently and a token begins at the boundary all the same, or a token spans it: then the
-    text is encoded behind something else. What is found must decode to the whole; None where nothing does.
+    Either the context is encoded differently by itself and a token still starts at the boundary, or a token spans the boundary and
+    the text is encoded after another anchor. The result must decode to the whole; None if nothing does.
     """
     candidates = []
     if getattr(tokenizer, "is_fast", False):
@@ -315,7 +315,7 @@ def _split_at(tokenizer: Any, before: Ids, whole: Ids, context: str, text: str) 
 def encode_texts(tokenizer: Any, texts: list[str]) -> list[Ids]:
     """Ids of each text without special tokens, as ``tokenizer(texts, add_special_tokens=False)`` gives them.
 
-    A plain fast tokenizer's backend is asked directly: masks and offsets, which nobody looks at, take as long as the ids.
+    A plain fast tokenizer's backend is called directly: the masks and offsets, which are not used, take as long as the ids.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -328,7 +328,7 @@ def encode_texts(tokenizer: Any, texts: list[str]) -> list[Ids]:
     if not plain:
         found: list[Ids] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return found
-    tokenizer(texts[0], add_special_tokens=False, verbose=False)  # sets the backend as a call does: no padding, no cut
+    tokenizer(texts[0], add_special_tokens=False, verbose=False)  # resets the backend: no padding, no truncation
     return [e.ids for e in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
@@ -343,23 +343,22 @@ def uses_bos(tokenizer: Any) -> bool:
 class CausalTokenization(Tokenization):
     """Prompts and completions for a language model.
 
-    A completion's ids are those that the tokenizer gives it behind its prompt; where a token would span the boundary, it is
-    split there, and prompt + completion must decode to the text. BOS is there once, at the start, where the tokenizer uses one;
-    EOS once, at the end, unless the completion ends with another of `end_ids`. A row longer than `max_length` (prompt + longest
-    completion) loses the start of its prompt first, down to half of `max_length`, then the ends of its completions; plain
-    documents are split into chunks.
+    A completion's ids are those it has after its prompt. A token that would span the boundary is split there, and prompt +
+    completion must decode to the text. BOS stands once, at the start, if the tokenizer uses one; EOS once, at the end, unless the
+    completion ends with another of `end_ids`. A row longer than `max_length` (prompt + longest completion) loses the start of its
+    prompt first, down to half of `max_length`, then the ends of its completions; plain documents are split into chunks.
 
     Args:
         kind: of the data set.
-        template: ``auto`` is the chat template where the tokenizer has one; ``chat``, ``plain``. Documents never get a template.
+        template: ``auto`` (the chat template if the tokenizer has one), ``chat`` or ``plain``. Documents never get a template.
         truncation: ``prompt_then_completion``, or ``bad_row`` to keep long rows aside.
-        on_bad_row, identical: as for `load_preferences`; ``identical`` also for pairs that become equal by the cut.
-        add_eos: False for a tokenizer without EOS.
-        template_options: handed to the chat template, e.g. ``{"enable_thinking": False}``.
-        strict: False for what a model wrote: see `templates.chat`.
+        on_bad_row, identical: as for `load_preferences`; ``identical`` also applies to pairs that truncation makes equal.
+        add_eos: end completions with EOS; must be False for a tokenizer without EOS.
+        template_options: passed to the chat template, e.g. ``{"enable_thinking": False}``.
+        strict: False for completions that a model wrote, see `templates.chat`.
 
     Raises:
-        ModelError: the tokenizer has no EOS. ConfigError: ``chat`` was asked for and it has no chat template.
+        ModelError: the tokenizer has no EOS. ConfigError: it has no chat template for ``chat`` or for `template_options`.
         DataError (later): a bad row and ``on_bad_row="error"``.
     """
 
@@ -399,7 +398,7 @@ class CausalTokenization(Tokenization):
         self.end_texts = tuple(tokenizer.convert_ids_to_tokens(sorted(self.ends)))
 
     def render(self, tree: PromptTree) -> list[Rendered]:
-        """Each answer ended once: what follows its end (a template's white space, a second EOS) is not part of it."""
+        """Render the answers, each up to its first end: white space or a second EOS that a template writes after it is dropped."""
         several = any(c.more for c in tree.completions)
         if several and self.template == "chat":
             whole = conversation(tree, self.tokenizer, self.options, self.end_texts, end=self.eos is not None)
@@ -420,7 +419,7 @@ class CausalTokenization(Tokenization):
         return rendered._replace(completions=tuple(ended_once(c, self.end_texts) for c in rendered.completions))
 
     def encode(self, rendered: Sequence[Rendered | RowError]) -> list[Encoded | RowError]:
-        """Every part of a conversation is encoded behind what comes before it, so that no token spans the end of what is trained."""
+        """Encode each part of a conversation after what precedes it, so that no token spans the edge of a part to train on."""
         parts = [_parts(r) if isinstance(r, Rendered) else [r] for r in rendered]
         found = iter(encode_in_context(self.tokenizer, [p for of_row in parts for p in of_row], strict=self.strict))
         return [_joined(r, [next(found) for _ in of_row]) for r, of_row in zip(rendered, parts, strict=True)]
@@ -443,7 +442,7 @@ class CausalTokenization(Tokenization):
         return [_tree(source, prompt, completions, cut, turns)]
 
     def _start(self, prompt: Ids) -> Ids:
-        """BOS once where the tokenizer uses it; an empty prompt gets BOS, or EOS as document separator."""
+        """Ensure one BOS if the tokenizer uses it; an empty prompt gets BOS, or EOS as document separator."""
         if self.bos is not None and prompt[:1] != [self.bos]:
             prompt = [self.bos, *prompt]
         if prompt:
@@ -464,7 +463,7 @@ class CausalTokenization(Tokenization):
             raise RowError(f"{tokens} are more than max_length {self.max_length}", "raise data.max_length")
         keep = min(
             len(prompt), max(self.max_length - longest, self.max_length // 2)
-        )  # all of it, where there is a prompt alone
+        )  # all of it, if there is only a prompt
         if keep < len(prompt):
             bos = prompt[:1] if prompt[0] == self.bos_id else []
             prompt = [*bos, *prompt[len(prompt) - keep + len(bos) :]]
@@ -479,7 +478,7 @@ class CausalTokenization(Tokenization):
 
 
 def _parts(rendered: Rendered) -> list[Rendered]:
-    """A conversation's parts, each as the answer to what comes before it; of that only the end, but for the first."""
+    """A conversation's parts, each as the answer to the text before it; after the first, only the end of that text is kept."""
     parts: list[Rendered] = []
     for turns in rendered.turns:
         before = rendered.prompt
@@ -490,7 +489,7 @@ def _parts(rendered: Rendered) -> list[Rendered]:
 
 
 def _joined(rendered: Rendered | RowError, parts: Sequence[Encoded | RowError]) -> Encoded | RowError:
-    """A row's ids from those of its parts."""
+    """Join the ids of a row's parts."""
     if isinstance(rendered, RowError) or not rendered.turns:
         return parts[0]
     found: list[Ids] = []
@@ -510,7 +509,7 @@ def _tree(source: str, prompt: Ids, completions: list[Ids], cut: tuple[bool, ...
     masks: list[np.ndarray] = []
     for ids, parts in zip(
         completions, turns, strict=bool(turns)
-    ):  # the last part is trained, and so is an EOS behind it
+    ):  # the last part is trained on, and so is an EOS after it
         mask = np.repeat(np.arange(len(parts)) % 2 == 0, parts)[: len(ids)]
         masks.append(np.pad(mask, (0, len(ids) - len(mask)), constant_values=True))
     return TokenTree(0, np.array(prompt, dtype=np.int32), arrays, cut, source, masks=tuple(masks))
@@ -524,8 +523,8 @@ class PairFormat:
     """How a tokenizer lays out a text pair: ``before A between B after``, e.g. ``[CLS] A [SEP] B [SEP]``.
 
     Args:
-        types: token types of the part up to B and of the rest; None where the model takes none.
-        pad: id of padding.
+        types: token types of the part up to B and of the rest; None if the model takes none.
+        pad: the padding id.
     """
 
     before: tuple[int, ...]
@@ -536,12 +535,12 @@ class PairFormat:
 
     @property
     def specials(self) -> int:
-        """Tokens beside the two texts."""
+        """Number of tokens besides the two texts."""
         return len(self.before) + len(self.between) + len(self.after)
 
 
 def pair_format(tokenizer: Any) -> PairFormat:
-    """The layout, read off the tokenizer's own encoding of a pair.
+    """Infer the layout of text pairs from the tokenizer's own encoding of one.
 
     Raises:
         ModelError: the tokenizer lays pairs out in another order, is not a fast tokenizer, or has no padding.
@@ -573,10 +572,10 @@ def tokenize_text_pairs(dataset: Dataset, tokenizer: Any, **how: Any) -> Tokeniz
 
 
 class PairTokenization(Tokenization):
-    """Rows for an encoder: the texts themselves, with its own tokenizer, whatever model wrote them.
+    """Rows for an encoder: the bare texts in the encoder's own tokens, whichever model wrote them.
 
     Chat prompts become lines ``role: content``. A row longer than `max_length` (prompt, longest completion and special tokens) loses the
-    start of its prompt, all of it if need be, and only then the ends of its completions; both are counted. A tree's prompt ids end with
+    start of its prompt, all of it if necessary, and only then the ends of its completions; both are counted. A tree's prompt ids end with
     the separator and its completion ids end the row: prompt + completion is the row that ``tokenizer(prompt, completion)`` gives.
 
     Args:
@@ -617,17 +616,17 @@ class PairTokenization(Tokenization):
 
 
 def fit(prompt: Ids, completions: Sequence[Ids], room: int) -> tuple[Ids, list[Ids]]:
-    """Prompt and completions within `room` tokens: the prompt loses its start first, then the completions their ends."""
+    """Cut prompt and completions to `room` tokens: first the start of the prompt, then the ends of the completions."""
     longest = max(map(len, completions), default=0)
     keep = min(len(prompt), max(0, room - longest))
     return prompt[len(prompt) - keep :], [c[:room] for c in completions]
 
 
 def same_tokens(a: Any, b: Any, *, template: bool = True) -> bool:
-    """Whether two tokenizers turn every text into the same ids: all of their definition but padding and truncation.
+    """Whether two tokenizers turn every text into the same ids: compares all of their definition but padding and truncation.
 
     Args:
-        template: conversations too: the same chat template.
+        template: compare the chat templates too.
     """
     return _definition(a, template) == _definition(b, template)
 

@@ -1,4 +1,4 @@
-"""Rows with pictures to token trees: the chat template has a part for each picture, and the model's processor makes the prompt's tokens."""
+"""Rows with pictures to token trees: the chat template gets a part per picture, and the model's processor tokenizes the prompt."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from penchant.types import Picture, PicturedPrompt, PromptTree, TokenTree
 
 
 class _Rendered(Rendered):
-    """With the row's pictures."""
+    """`Rendered` with the row's pictures."""
 
     images: tuple[Picture, ...] = ()
 
 
 class _Encoded(Encoded):
-    """With the prompt that its processor takes."""
+    """`Encoded` with the prompt for the model's processor."""
 
     pictures: PicturedPrompt | None = None
 
@@ -29,14 +29,14 @@ class _Encoded(Encoded):
 class PicturedTokenization(CausalTokenization):
     """Prompts with pictures and completions for a vision-language model.
 
-    A prompt's ids are those that the model's processor gives for its text and its pictures, with all tokens of each picture; completions
-    are encoded as ever. No prompt with pictures is cut.
+    A prompt's ids are those of the model's processor for its text and pictures, with all tokens of each picture. Completions are
+    encoded as usual. Prompts with pictures are never cut.
 
     Args:
         processor: the model's; the others: see `CausalTokenization`.
 
     Raises:
-        ConfigError: its tokenizer has no chat template.
+        ConfigError: its tokenizer has no chat template, or `template` is ``plain``.
     """
 
     def __init__(self, processor: Any, kind: str, **how: Any) -> None:
@@ -75,7 +75,7 @@ class PicturedTokenization(CausalTokenization):
             ids = inputs_of(self.processor, [pictures])["input_ids"][0].tolist()
         except DataError as error:
             return RowError(f"the picture {error.where} cannot be used: {error.what}", error.how)
-        except Exception as error:  # whatever a processor raises: a place too many in the text, a side too long
+        except Exception as error:  # whatever a processor raises: a placeholder too many in the text, a side too long
             return RowError(f"the model's processor refuses it ({str(error)[:200]})", "fix the row, or drop it")
         made = _Encoded(ids, encoded.completions)
         made.pictures = pictures
@@ -110,7 +110,7 @@ class PicturedTokenization(CausalTokenization):
 
 
 class _Writer:
-    """A tokenizer whose chat template gets a part for each mark of a picture."""
+    """A tokenizer whose chat template gets an image part for each picture mark."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -129,7 +129,7 @@ def _in_parts(turn: Mapping[str, Any]) -> dict[str, Any]:
         return dict(turn)
     made: list[dict[str, Any]] = []
     for part in parts:
-        for i, text in enumerate(MARK.split(part.get("text", ""))):  # texts and what marks say in turn
+        for i, text in enumerate(MARK.split(part.get("text", ""))):  # texts and the marks' hashes alternate
             if i % 2:
                 made.append({"type": "image"})
             elif text:
@@ -138,7 +138,7 @@ def _in_parts(turn: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def inputs_of(processor: Any, prompts: Sequence[PicturedPrompt]) -> Any:
-    """What a processor makes of prompts with pictures, padded on the right."""
+    """The processor's inputs for prompts with pictures, padded on the right."""
     return processor(
         text=[p.text for p in prompts],
         images=[[opened(image) for image in p.images] for p in prompts],

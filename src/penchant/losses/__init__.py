@@ -1,4 +1,4 @@
-"""Losses, a file for each family; a loss is a function with `@loss`, and importing its file registers it."""
+"""Losses, one file per family. A loss is a function decorated with `@loss`; importing its file registers it."""
 
 from __future__ import annotations
 

@@ -8,9 +8,9 @@ Notation: p the policy, q the reference, lp and lq their log-probabilities, rows
     Renyi_a(q || p) = log sum q^a p^(1-a) / (a - 1)            d/dlogits_p = p - w
     Renyi_a(p || q) = log sum p^a q^(1-a) / (a - 1)            d/dlogits_p = a (w - p) / (a - 1)
 
-with w the normalized terms of the sum. Every sum runs over exponentials of log-probabilities that are never exponentiated
-one by one: q^a p^(1-a) under- or overflows long before its logarithm does. Log-probabilities are held at -1e5 nats, where a
-model rules a token out (-inf): what both rule out adds nothing, what one rules out adds much, and nothing is NaN.
+with w the normalized terms of the sum. Sums of powers are computed in log space, since q^a p^(1-a) under- or overflows long
+before its logarithm does. Log-probabilities are clamped at -1e5 nats for tokens that a model rules out (-inf): a token ruled
+out by both adds nothing, one ruled out by only one adds much, and nothing is NaN.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FLOOR = -1e5  # nats
 
 
 class DivergenceKind(NamedTuple):
-    """Which divergence: kind, direction (JS has none), the order of Renyi's, and the reference's share in JS's mean (b, within 0 and 1)."""
+    """Which divergence: kind, direction (not for JS), the order of Renyi, and the reference's share in JS's mean (b, in (0, 1))."""
 
     kind: Divergence = "kl"
     direction: Direction = "ref_policy"
@@ -74,7 +74,7 @@ class _OfLogits(torch.autograd.Function):
 
 
 def log_probs(logits: Tensor) -> Tensor:
-    """Log-probabilities of each row, held at `FLOOR`: what `value_of` and `grad_of` take."""
+    """Log-probabilities of each row, clamped at `FLOOR`, as `value_of` and `grad_of` take them."""
     return torch.log_softmax(logits, -1).clamp_(min=FLOOR)
 
 
@@ -90,7 +90,7 @@ def value_of(lp: Tensor, lq: Tensor, kind: DivergenceKind) -> Tensor:
 
 
 def grad_of(lp: Tensor, lq: Tensor, value: Tensor, kind: DivergenceKind) -> Tensor:
-    """d divergence / d policy logits, (rows, vocabulary); `value` is what `value_of` gave."""
+    """d divergence / d policy logits, (rows, vocabulary); `value` is the result of `value_of`."""
     to_policy = kind.direction == "ref_policy"
     p = lp.exp()
     if kind.kind == "js":
@@ -103,7 +103,7 @@ def grad_of(lp: Tensor, lq: Tensor, value: Tensor, kind: DivergenceKind) -> Tens
     order = kind.renyi_alpha
     if to_policy:  # w = q exp((a - 1)(lq - lp - D)), a softmax
         return p - torch.softmax(lq + (order - 1) * (lq - lp), -1)
-    # w - p = p expm1((a - 1)(lp - lq - D)): no cancellation near a = 1; where that is large, the difference itself is exact
+    # w - p = p expm1((a - 1)(lp - lq - D)): no cancellation near a = 1; for a large exponent the difference itself is exact
     exponent = (order - 1) * (lp - lq - value[:, None])
     small = exponent.abs() < 1
     w = torch.softmax(lp + (order - 1) * (lp - lq), -1)
@@ -119,7 +119,7 @@ def _log_mean(lp: Tensor, lq: Tensor, b: float) -> Tensor:
 def _kl_terms(a: Tensor, b: Tensor) -> Tensor:
     """``e^a (d + e^-d - 1)`` with d = a - b: KL's terms made non-negative one by one (they add e^b - e^a, which sums to zero).
 
-    Close distributions keep their digits: a plain sum of ``e^a d`` is a small difference of large terms.
+    This keeps the digits of close distributions, for which a plain sum of ``e^a d`` is a small difference of large terms.
     """
     d = a - b
     p = a.exp()
@@ -135,13 +135,13 @@ def _kl(a: Tensor, b: Tensor) -> Tensor:
 def _renyi(a: Tensor, b: Tensor, order: float) -> Tensor:
     """log sum e^(order a + (1 - order) b) / (order - 1).
 
-    Where the sum S is near 1 (order near 1, or close distributions): ``log1p(S - 1)`` with ``S - 1 = sum e^a (e^x - 1 - x) +
-    (order - 1) KL``, ``x = (order - 1)(a - b)``, keeps what a log-sum-exp would round away.
+    If the sum S is near 1 (order near 1, or close distributions), ``log1p(S - 1)`` with ``S - 1 = sum e^a (e^x - 1 - x) +
+    (order - 1) KL``, ``x = (order - 1)(a - b)``, keeps digits that a log-sum-exp would round away.
     """
     x = (order - 1) * (a - b)
     far = torch.logsumexp(a + x, -1)
     near = (x.amax(-1) < 1) & (far.abs() < 0.5)
-    # the CPU looks whether it can spare itself the work; a GPU would be waited for
+    # skipped on the CPU if no row needs it; on a GPU the check would force a synchronization
     if far.device.type != "cpu" or bool(near.any()):
         x = x.clamp(max=1.0)
         excess = (a.exp() * (torch.expm1(x) - x)).sum(-1) + (order - 1) * _kl(a, b)
@@ -159,7 +159,7 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: Estimator = "k3") -
         logps, ref_logps: (R,) of tokens sampled from pi, nats.
 
     Returns:
-        (R,) in nats; k3's exponent is held at 20, where a token is e^20 times as likely under the reference.
+        (R,) in nats; k3's exponent is clamped at 20, which is a token e^20 times as likely under the reference.
 
     Raises:
         ValueError: the shapes differ or the estimator is unknown.

@@ -1,4 +1,4 @@
-"""What losses share: presence and shape checks, the logistic loss, the `rewards/*` metrics of the field."""
+"""Helpers shared by losses: presence and shape checks, the logistic loss, the usual `rewards/*` metrics."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ Metrics = dict[str, Weighted]
 
 
 def require_vectors(*tensors: Tensor) -> None:
-    """Raise ValueError unless all tensors are of one shape (batch,): a silent broadcast would be a wrong loss."""
+    """Raise ValueError unless all tensors have the same shape (batch,): silent broadcasting would give a wrong loss."""
     shapes = [tuple(t.shape) for t in tensors]
     if any(len(s) != 1 for s in shapes) or len(set(shapes)) > 1:
         raise ValueError(f"every argument must be of the same shape (batch,), got {shapes}")
 
 
 def require(logps: PairLogps | UnpairedLogps, *names: str) -> tuple[Tensor, ...]:
-    """The named fields, all of one shape (batch,); ValueError says which are missing."""
+    """The named fields, all of the same shape (batch,); raise ValueError if any is missing."""
     found = {name: getattr(logps, name) for name in names}
     missing = [name for name, value in found.items() if value is None]
     if missing:
@@ -44,7 +44,7 @@ def pair_averages(logps: PairLogps) -> tuple[Tensor, Tensor]:
 
 
 def pair_output(losses: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor) -> LossOutput:
-    """Losses of pairs with their `rewards/*`."""
+    """Losses of pairs with their `rewards/*` metrics."""
     return LossOutput(losses, metrics=reward_metrics(chosen_rewards, rejected_rewards))
 
 
@@ -62,7 +62,7 @@ def reward_metrics(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Metrics:
 
 
 def side_metrics(rewards: Tensor, positive: Tensor) -> Metrics:
-    """`rewards/chosen` and `rewards/rejected` of labelled completions: each a mean over its own side. `positive` is 1 or 0, (batch,)."""
+    """`rewards/chosen` and `rewards/rejected` of labeled completions, each a mean over its side. `positive`: 1 or 0, (batch,)."""
     rewards = rewards.detach()
     return {
         "rewards/chosen": (rewards * positive, positive),
@@ -78,12 +78,12 @@ def logistic(z: Tensor, label_smoothing: float = 0.0) -> Tensor:
 
 
 def expm1_then_linear(x: Tensor, cap: float = 20.0) -> Tensor:
-    """``e^x - 1`` up to `cap`, and its tangent beyond: finite in fp32 as its square is, and a pair beyond still learns."""
+    """``e^x - 1`` up to `cap`, its tangent beyond: it and its square stay finite in fp32, and the gradient stays nonzero."""
     return torch.expm1(x.clamp(max=cap)) + math.exp(cap) * torch.relu(x - cap)
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """``log(1 - e^x)`` for x < 0 without cancellation; x is held below zero by one rounding step, where it would be -inf."""
+    """``log(1 - e^x)`` for x < 0 without cancellation; x is clamped one rounding step below zero, to avoid -inf."""
     x = x.clamp(max=-torch.finfo(x.dtype).eps)
     near = x > -math.log(2.0)
     # the branch not taken gets a harmless argument: its infinite gradient times zero would be NaN

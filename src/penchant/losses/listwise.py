@@ -1,4 +1,4 @@
-"""Losses on lists: k scored answers of one prompt, learned in their order. ``d = log pi(y|x) - log ref(y|x)``, s a score."""
+"""Losses on lists of k scored answers to one prompt. ``d = log pi(y|x) - log ref(y|x)``, s a score."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from penchant.types import ListLogps, LossOutput
 def plackett_luce(logps: ListLogps, *, beta: Beta = 0.1) -> LossOutput:
     """DPO on rankings: the likelihood of the whole order under the Plackett-Luce model (the paper's appendix A.3).
 
-    Each answer is chosen among those that are not better. Two answers give DPO. Answers of equal score stand in each other's
-    denominator (Breslow's way with ties), so their order in the file does not matter.
+    Each answer is chosen among those that are not better. Two answers give DPO. Answers of equal score are in each other's
+    denominator (Breslow's method for ties), so their order in the file does not matter.
     """
     rewards, scores, present = _rewards(logps, beta)
     below = (scores[:, None, :] <= scores[:, :, None]) & present[:, None, :]
-    below = below | ~present[:, :, None]  # a row of an absent answer is left out; it only must not be empty
+    below = below | ~present[:, :, None]  # rows of absent answers are masked out below, but must not be empty
     among = torch.where(below, rewards[:, None, :], -math.inf).logsumexp(-1)
     return LossOutput(((among - rewards) * present).sum(1), metrics=_metrics(rewards, scores, present))
 
@@ -46,10 +46,10 @@ def lipo(
         "list: gains are computed from scores scaled to 0 (a list's worst) to 1 (its best); scores: from the scores as they are",
     ] = "list",
 ) -> LossOutput:
-    """LiPO-lambda: DPO on all pairs of a list, each weighed by what swapping the two would change in DCG.
+    """LiPO-lambda: DPO on all pairs of a list, each weighted by how much swapping the two would change DCG.
 
-    Ranks are the policy's own, by ``beta d``, and carry no gradient. The paper's scores are within 0 and 1; on a scale to 10,
-    ``gains=scores`` lets the best answer outweigh all others. Two answers give DPO times a constant.
+    Ranks are the policy's own, by ``beta d``, and carry no gradient. The paper's scores are between 0 and 1; on a scale up to
+    10, ``gains=scores`` lets the best answer outweigh all others. Two answers give DPO times a constant.
     """
     rewards, scores, present = _rewards(logps, beta)
     if gains == "list":
@@ -69,7 +69,7 @@ def lipo(
 
 
 def _rewards(logps: ListLogps, beta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``beta d``, scores and which answers there are, (lists, k) each, checked."""
+    """``beta d``, scores and the mask of present answers, (lists, k) each, checked."""
     columns = {name: getattr(logps, name) for name in ("policy_logps", "ref_logps", "scores", "present")}
     missing = [name for name, value in columns.items() if value is None]
     if missing:
@@ -83,7 +83,7 @@ def _rewards(logps: ListLogps, beta: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _metrics(rewards: Tensor, scores: Tensor, present: Tensor) -> dict[str, tuple[Tensor, None]]:
-    """`rewards/*` of lists: of the best and the worst answer, and the share of pairs of unequal score that are in the right order."""
+    """`rewards/*` of lists: those of the best and the worst answer, and the share of pairs of unequal score ranked correctly."""
     rewards = rewards.detach()
     best = torch.where(present, scores, -math.inf).argmax(1, keepdim=True)
     worst = torch.where(present, scores, math.inf).argmin(1, keepdim=True)

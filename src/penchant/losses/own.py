@@ -1,4 +1,4 @@
-"""A user's own loss, from a file: ``loss.name: my_losses.py:my_loss``. What our own tests ask of a loss is asked of it when it is loaded."""
+"""A user's own loss, from a file: ``loss.name: my_losses.py:my_loss``. It is checked like our own losses when it is loaded."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from penchant.types import ListLogps, LossOutput, PairLogps, UnpairedLogps
 
 Inputs = PairLogps | UnpairedLogps | ListLogps
 
-ROWS = 6  # of the inputs that a loss is tried on
-FAR = 1e4  # nats: log-ratios that a loss must survive
+ROWS = 6  # of the inputs that a loss is checked with
+FAR = 1e4  # nats: log-ratios at which a loss must stay finite
 
 
 def find_loss(name: str, where: str = "loss.name") -> LossSpec:
-    """The loss of a name: of the registry, or of a file.
+    """Look up a loss by name, in the registry or in a user's file.
 
     Args:
         where: the key that names it, for errors.
 
     Raises:
-        ConfigError: no such file or function, or a function that is not a sound loss, with what is wrong about it.
+        ConfigError: no such file or function, or the function is not a valid loss; the message says why.
         KeyError: no such loss in the registry.
     """
     if not is_own(name):
@@ -41,11 +41,11 @@ def find_loss(name: str, where: str = "loss.name") -> LossSpec:
 
 @functools.lru_cache(maxsize=64)
 def _load(file: str, attribute: str, sha256: str, where: str) -> LossSpec:
-    """Once for each content of a file."""
+    """Load a loss from a file, once for each content of the file."""
     name = f"{file}:{attribute}"
     registered = dict(LOSSES)
     for other in [n for n, s in registered.items() if not s.fn.__module__.startswith("penchant.losses.")]:
-        del LOSSES[other]  # a program may have imported the same file, or another that has a loss of this name
+        del LOSSES[other]  # a program may have imported this file, or another with a loss of the same name
     try:
         function = python_function(name, where, ("logps",))
         if not inspect.isfunction(function):
@@ -54,14 +54,14 @@ def _load(file: str, attribute: str, sha256: str, where: str) -> LossSpec:
         check(spec)
     except ValueError as error:
         raise ConfigError(where, f"{name}: {error}", "fix the function; docs/own_losses.md has an example") from error
-    finally:  # it is known by its file; two files may call theirs by one name
+    finally:  # own losses are identified by file: two files may use the same name
         LOSSES.clear()
         LOSSES.update(registered)
     return spec
 
 
 def _plain(function: Any) -> LossSpec:
-    """A function without `@loss`, with a reference: on pairs, on labeled answers (`UnpairedLogps`) or on lists (`ListLogps`)."""
+    """The spec of a function without `@loss`: against a reference, on pairs or, by annotation, `UnpairedLogps` or `ListLogps`."""
     name = function.__name__
     if name in LOSSES:
         raise ValueError(f"there is a loss called {name} already; choose another name")
@@ -79,16 +79,16 @@ def _plain(function: Any) -> LossSpec:
     )
 
 
-# ---- what a loss must keep ----
+# ---- Checks of a loss ----
 
 
 def check(spec: LossSpec) -> None:
-    """Try a loss with its default hyperparameters.
+    """Check a loss with its default hyperparameters.
 
     Raises:
-        ValueError: it fails, returns something else than a loss for each row, gives losses or gradients that are not finite (on ordinary
-            rows, where policy and reference are equal, or at log-ratios of +-1e4 nats), does not depend on the policy, or is not what
-            it is said to be where policy and reference are equal.
+        ValueError: it fails, does not return one loss per row, gives losses or gradients that are not finite (on ordinary rows, with
+            policy and reference equal, or at log-ratios of +-1e4 nats), does not depend on the policy, or differs from its declared
+            value when policy and reference are equal.
     """
     ordinary: Any = _inputs(spec)
     gradients = _tried(spec, ordinary, "on ordinary log-probs")
@@ -120,7 +120,7 @@ def _check_value(spec: LossSpec, equal: Inputs) -> None:
 
 
 def _tried(spec: LossSpec, logps: Inputs, when: str) -> list[Tensor]:
-    """The gradients of the policy's numbers."""
+    """Run a loss, check its output, and return the gradients of its policy inputs."""
     named = [k for prefix in ("policy_", "div", "weighted_") for k in _named(logps, prefix)]
     leaves = {k: getattr(logps, k).clone().requires_grad_() for k in named}
     try:
@@ -150,12 +150,12 @@ def _tried(spec: LossSpec, logps: Inputs, when: str) -> list[Tensor]:
 
 
 def _named(logps: Inputs, prefix: str) -> list[str]:
-    """The fields with a tensor whose names begin so."""
+    """Names of the fields that start with `prefix` and hold a tensor."""
     return [f.name for f in fields(logps) if f.name.startswith(prefix) and getattr(logps, f.name) is not None]
 
 
 def _inputs(spec: LossSpec) -> Inputs:
-    """Ordinary rows with everything that a loss could need, float32."""
+    """Ordinary float32 rows with every input that a loss could need."""
     generator = torch.Generator().manual_seed(0)
 
     def positive() -> Tensor:

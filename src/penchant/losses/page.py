@@ -1,4 +1,4 @@
-"""The losses as text: what `penchant losses` prints and docs/losses.md holds, all from the registry."""
+"""Text of `penchant losses` and docs/losses.md, generated from the registry."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _allowed(info: FieldInfo) -> str:
 
 
 def _more(spec: LossSpec) -> list[str]:
-    """What it needs beyond a reference and labels, which its group says."""
+    """What a loss needs beyond what its group already states: reference, labels, scores of lists."""
     said = {"reference", "labels", *({"scores"} if spec.signal == "lists" else ())}
     return sorted(spec.needs - said)
 
@@ -68,7 +68,7 @@ def text() -> str:
 
 
 def describe(name: str) -> str:
-    """One loss: its own description, hyperparameters with ranges, and how to name it."""
+    """Describe one loss: how to name it, its docstring, what it needs, and its hyperparameters with ranges."""
     spec = find_loss(given := loss_name(name, ("losses",)))
     about = re.sub(r"(?:Args|Returns|Raises):\n(?: +.*\n)+\n*", "", inspect.cleandoc(spec.fn.__doc__ or "") + "\n")
     lines = [f"loss.name={given}", "", MARKUP.sub(r"\1", about.strip()), ""]
@@ -78,7 +78,7 @@ def describe(name: str) -> str:
 
 
 def markdown() -> str:
-    """docs/losses.md."""
+    """The text of docs/losses.md."""
     lines = [
         "# Losses",
         "",

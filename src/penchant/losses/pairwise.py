@@ -87,7 +87,7 @@ def dpo_shift(
         float, Range(gt=0, le=1), Key("lambda"), "weight of the rejected log-ratio when it is fixed; 1 is DPO"
     ] = 0.75,
 ) -> LossOutput:
-    """DPO-Shift: DPO with the rejected log-ratio weighed by lambda. Schedules pass the current value in."""
+    """DPO-Shift: DPO with the rejected log-ratio weighted by lambda. Schedules pass in the current value."""
     chosen, rejected = pair_logratios(logps)
     return pair_output(logistic(beta * (chosen - lam * rejected)), beta * chosen, beta * rejected)
 
@@ -106,7 +106,7 @@ def rdpo(
 ) -> LossOutput:
     """Robust DPO: its expectation over flipped labels is the DPO loss on clean ones.
 
-    The loss has no lower bound where label_smoothing is above 0.
+    The loss has no lower bound if label_smoothing is above 0.
     """
     chosen, rejected = pair_logratios(logps)
     z, eps = beta * (chosen - rejected), label_smoothing
@@ -131,10 +131,10 @@ def ipo(
         "false: the paper's sums",
     ] = True,
 ) -> LossOutput:
-    """IPO: the log-ratio margin is pulled to ``1 / (2 beta)``, by a squared loss that cannot run away.
+    """IPO: a squared loss pulls the log-ratio margin to ``1 / (2 beta)``, so that it cannot grow without bound.
 
-    Averaging is the default since a margin of 1 / (2 beta) nats over a whole sequence is nearly nothing for long answers and a lot
-    for short ones.
+    Averaging is the default because a margin of 1 / (2 beta) nats over a whole sequence is almost nothing for long answers and a
+    lot for short ones.
     """
     chosen, rejected = pair_logratios(logps)
     if average:
@@ -217,7 +217,7 @@ def ld_dpo(
         float, Range(ge=0, le=1), "weight of the tokens beyond the shorter answer's length; 1 is DPO"
     ] = 0.5,
 ) -> LossOutput:
-    """LD-DPO, length-desensitized: what an answer says beyond the other one's length counts less."""
+    """LD-DPO, length-desensitized: tokens beyond the other answer's length count less."""
     chosen, rejected = pair_logratios(logps)
     first = require(
         logps,
@@ -238,7 +238,7 @@ def ld_dpo(
     needs=("reference", "alignment"),
 )
 def wpo(logps: PairLogps, *, beta: Beta = 0.1) -> LossOutput:
-    """WPO with sampled alignment: DPO weighed by how on-policy both answers are; the weight carries no gradient.
+    """WPO with sampled alignment: DPO weighted by how on-policy both answers are; the weight carries no gradient.
 
     The alignments (the mean in the exponent, nats) come with the log-probs.
     """
@@ -278,7 +278,7 @@ def sppo(
         float, Range(gt=0), "1 / eta; the targets are +-1 / (2 beta) nats (the paper's eta is 1000: beta 0.001)"
     ] = 0.1,
 ) -> LossOutput:
-    """SPPO with win probabilities 1 and 0: each log-ratio has a target of its own."""
+    """SPPO with win probabilities 1 and 0: each log-ratio has its own target."""
     chosen, rejected = pair_logratios(logps)
     target = 1 / (2 * beta)
     return pair_output((chosen - target) ** 2 + (rejected + target) ** 2, beta * chosen, beta * rejected)
@@ -349,7 +349,7 @@ def aot(logps: PairLogps, *, beta: Beta = 0.1, label_smoothing: LabelSmoothing =
 def aot_unpaired(logps: PairLogps, *, beta: Beta = 0.1, label_smoothing: LabelSmoothing = 0.0) -> LossOutput:
     """AOT, unpaired: the k-th smallest chosen log-ratio of the batch against the k-th smallest rejected one.
 
-    l is the (smoothed) logistic loss. Which answers stood together in the data does not matter.
+    l is the (smoothed) logistic loss. Which answers were paired in the data does not matter.
     """
     chosen, rejected = pair_logratios(logps)
     losses = logistic(beta * (chosen - by_rank(rejected, chosen)), label_smoothing)
@@ -357,7 +357,7 @@ def aot_unpaired(logps: PairLogps, *, beta: Beta = 0.1, label_smoothing: LabelSm
 
 
 def by_rank(values: Tensor, like: Tensor) -> Tensor:
-    """`values` put into the order of `like`: where `like` has its k-th smallest number stands the k-th smallest value."""
+    """Reorder `values` like `like`: the k-th smallest value goes to the position of the k-th smallest number of `like`."""
     ranks = torch.argsort(torch.argsort(like.detach(), stable=True))
     return values.sort(stable=True).values[ranks]
 
@@ -374,7 +374,7 @@ def discopop(
     beta: Beta = 0.05,
     tau: Annotated[float, Range(gt=0, lt=1), "temperature of the modulation"] = 0.05,
 ) -> LossOutput:
-    """DiscoPOP: logistic where the pair is ranked wrongly, exponential where it is ranked rightly."""
+    """DiscoPOP: logistic for wrongly ranked pairs, exponential for correctly ranked ones."""
     chosen, rejected = pair_logratios(logps)
     z = beta * (chosen - rejected)
     # m e^-z as one exponential: each factor alone is 0 or infinite for large |z|
@@ -394,7 +394,7 @@ def cal_dpo(
     beta: Annotated[float, Range(gt=0), "the log-ratios are pulled to +-1 / (2 beta) nats"] = 0.1,
     calibration: Annotated[float, Range(ge=0), "weight of the squared terms (the authors' own runs use 0.5)"] = 1.0,
 ) -> LossOutput:
-    """Cal-DPO: the implicit rewards get a scale, not only an order."""
+    """Cal-DPO: calibrates the scale of the implicit rewards, not only their order."""
     chosen, rejected = pair_logratios(logps)
     target = 1 / (2 * beta)
     losses = logistic(chosen - rejected) + calibration * ((chosen - target) ** 2 + (rejected + target) ** 2)
@@ -416,8 +416,8 @@ def f_dpo(
     """f-DPO: the implicit reward is ``beta f'(u)`` with ``u = pi(y|x) / ref(y|x) = e^d``.
 
     f' without its constant: reverse KL ``d``; forward KL ``-e^(-d)``; JS ``log 2 + d - log(1 + e^d)``; alpha
-    ``(1 - e^(-alpha d)) / alpha``. Beyond an exponent of 20, e^x goes on as its tangent: a rejected-looking chosen answer keeps a
-    finite gradient.
+    ``(1 - e^(-alpha d)) / alpha``. Beyond an exponent of 20, e^x continues as its tangent, so that a chosen answer that has become
+    very unlikely keeps a finite gradient.
     """
     chosen, rejected = (beta * f_prime(d, divergence, alpha) for d in pair_logratios(logps))
     return pair_output(logistic(chosen - rejected), chosen, rejected)
@@ -483,14 +483,14 @@ def odpo(
     alpha: Annotated[float, Range(ge=0), "weight of the offset; 0 is DPO"] = 0.5,
     offset: Annotated[Literal["log", "linear"], "how the score gap g becomes the offset: log g, or g itself"] = "log",
 ) -> LossOutput:
-    """ODPO, DPO with an offset: how much better an answer is decides how far apart the two must be.
+    """ODPO, DPO with an offset: the score gap determines how far apart the two answers must be.
 
-    A chosen score that is not above the rejected one is a ValueError.
+    A chosen score that is not above the rejected one raises ValueError, on the CPU only.
     """
     chosen, rejected = pair_logratios(logps)
     chosen_scores, rejected_scores = require(logps, "chosen_scores", "rejected_scores")
     gap = chosen_scores - rejected_scores
-    # looked at on the CPU only, where the loop asks for a batch's weights: a GPU would be waited for
+    # checked on the CPU only, where the loop computes a batch's weights: on a GPU it would force a synchronization
     if gap.device.type == "cpu" and bool((gap <= 0).any()):
         raise ValueError("odpo needs chosen_scores above rejected_scores; drop the other pairs")
     losses = logistic(beta * (chosen - rejected) - alpha * (torch.log(gap) if offset == "log" else gap))

@@ -1,7 +1,7 @@
-"""What online methods are made of: advantages, generalized advantage estimation, whitening, the clipped surrogate.
+"""Building blocks of online methods: advantages, generalized advantage estimation, whitening, surrogate losses.
 
-Tokens of all completions lie in one vector (R,), completion after completion; `completion_of` (R,) says whose a token is. There
-is no padding, so none can be rewarded, whitened or averaged over.
+The tokens of all completions are concatenated in one vector (R,); `completion_of` (R,) maps each token to its completion. There
+is no padding that could be rewarded, whitened or averaged over.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Literal
 from penchant.base.lazy import Tensor, torch
 from penchant.losses.helpers import require_vectors
 
-LOG_RATIO_LIMIT = 20.0  # e^20: a ratio beyond is an accident, and its square must not overflow
+LOG_RATIO_LIMIT = 20.0  # e^20: a larger ratio is an accident, and its square must not overflow
 
 
 def leave_one_out(rewards: Tensor) -> Tensor:
@@ -20,10 +20,10 @@ def leave_one_out(rewards: Tensor) -> Tensor:
     ``A_i = r_i - mean_{j != i} r_j``
 
     Args:
-        rewards: (groups, k), k >= 2 samples of one prompt each; NaN: unknown, in nobody's mean, its advantage is 0.
+        rewards: (groups, k), k >= 2 samples of one prompt each; NaN: unknown, excluded from all means, with advantage 0.
 
     Raises:
-        ValueError: fewer than two samples a group.
+        ValueError: fewer than two samples per group.
 
     Paper: arXiv 2402.14740.
     """
@@ -33,7 +33,7 @@ def leave_one_out(rewards: Tensor) -> Tensor:
         return (rewards - rewards.mean(1, keepdim=True)) * (k / (k - 1))
     known = (~rewards.isnan()).sum(1, keepdim=True)
     centered = (rewards - rewards.nanmean(1, keepdim=True)).nan_to_num()
-    return centered * (known / (known - 1).clamp(min=1))  # one that is known alone is its own mean
+    return centered * (known / (known - 1).clamp(min=1))  # a single known reward is its own mean
 
 
 def group_normalized(rewards: Tensor, scale: Literal["group", "batch", "none"] = "group", eps: float = 1e-4) -> Tensor:
@@ -43,10 +43,10 @@ def group_normalized(rewards: Tensor, scale: Literal["group", "batch", "none"] =
     prompt counts more because its rewards are close together).
 
     Args:
-        rewards: (groups, k), k >= 2; NaN: unknown, in no mean and no deviation, its advantage is 0.
+        rewards: (groups, k), k >= 2; NaN: unknown, excluded from means and deviations, with advantage 0.
 
     Raises:
-        ValueError: fewer than two samples a group.
+        ValueError: fewer than two samples per group.
 
     Paper: arXiv 2402.03300; without the standard deviation: arXiv 2503.20783.
     """
@@ -77,7 +77,7 @@ def _require_group(rewards: Tensor) -> None:
 
 
 def _above_least(rewards: Tensor) -> Tensor:
-    """Rewards minus the least of their group: equal ones are 0, whereas their mean may be another number by rounding."""
+    """Rewards minus their group's minimum: equal rewards become exactly 0, whereas their mean may differ from them by rounding."""
     return rewards - torch.where(rewards.isnan(), torch.inf, rewards).amin(1, keepdim=True)
 
 
@@ -109,7 +109,7 @@ def gae(
     ends[last] = True
     after = torch.cat([values[1:], values.new_zeros(1)]).masked_fill(ends, 0.0)
     deltas = rewards + gamma * after - values
-    # all completions at once, from their ends: longest first would save work, but a loop over the longest is short enough
+    # all completions at once, from their ends: sorting by length would save work, but a loop over the longest is short enough
     advantages = torch.zeros_like(deltas)
     running = deltas.new_zeros(len(lengths))
     for back in range(int(lengths.max())):
@@ -150,16 +150,16 @@ def clipped_surrogate(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """PPO's clipped policy loss, token by token.
 
-    ``ratio = e^(log pi - log old)``, ``loss = -min(ratio A, clip(ratio, 1 - clip, 1 + clip_high) A)``; the log-ratio is held at
-    +-20. With ``dual`` c > 1 the loss of a negative advantage is at most ``-c A``, so that a token which became far likelier cannot
-    take the whole step.
+    ``ratio = e^(log pi - log old)``, ``loss = -min(ratio A, clip(ratio, 1 - clip, 1 + clip_high) A)``; the log-ratio is clamped to
+    +-20. With ``dual`` c > 1 the loss of a negative advantage is at most ``-c A``, so that a token that became far more likely
+    cannot dominate the step.
 
     Args:
         logps, old_logps, advantages: (R,), of tokens, or of sequences (GSPO); old_logps and advantages carry no gradient.
-        clip: > 0; clip_high: its upper end where that differs (DAPO); dual: > 1, None: no second clip.
+        clip: > 0; clip_high: its upper end if that differs (DAPO); dual: > 1, None: no second clip.
 
     Returns:
-        Losses, ratios (detached) and whether the clip bound (detached, 1 or 0), (R,) each.
+        Losses, ratios (detached) and whether the clip was active (detached, 1 or 0), (R,) each.
 
     Raises:
         ValueError: the shapes differ.
@@ -200,14 +200,14 @@ def importance_weights(
     low: float = 0.0,
     high: float = 2.0,
 ) -> Tensor:
-    """What each token's loss is multiplied with where something else wrote it than the policy that trains: another engine, older weights.
+    """Weights of the tokens' losses for tokens sampled by another engine or by older weights than the policy being trained.
 
     ``r = e^(log pi - log mu)`` of a token, or ``e^(sum_t (log pi - log mu))`` of its whole completion; truncated (TIS): ``min(r, high)``;
-    masked (MIS): ``r`` where ``low <= r <= high``, else 0. The log-ratio is held at +-20; no gradient flows through a weight.
+    masked (MIS): ``r`` if ``low <= r <= high``, else 0. The log-ratio is clamped to +-20; no gradient flows through a weight.
 
     Args:
-        logps: (R,) of the policy that trains, before the batch's first update; sampled_logps: (R,) as the sampler gave them.
-        lengths: (C,) tokens of each completion; high: > 0; low: of MIS alone, < high.
+        logps: (R,) of the policy being trained, before the batch's first update; sampled_logps: (R,) as the sampler gave them.
+        lengths: (C,) tokens of each completion; high: > 0; low: for MIS only, < high.
 
     Returns:
         (R,) detached.
@@ -231,7 +231,7 @@ def importance_weights(
 def cispo_surrogate(
     logps: Tensor, old_logps: Tensor, advantages: Tensor, *, clip_high: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """CISPO's policy loss, token by token: the weight is clipped, the gradient of every token stays.
+    """CISPO's policy loss, token by token: the weight is clipped, but every token keeps its gradient.
 
     ``loss = -sg[min(ratio, 1 + clip_high)] A log pi``.
 
@@ -239,7 +239,7 @@ def cispo_surrogate(
         logps, old_logps, advantages: (R,); clip_high: > 0.
 
     Returns:
-        Losses, ratios (detached) and whether the clip bound (detached, 1 or 0), (R,) each.
+        Losses, ratios (detached) and whether the clip was active (detached, 1 or 0), (R,) each.
 
     Paper: arXiv 2506.13585.
     """
@@ -250,7 +250,7 @@ def cispo_surrogate(
 
 
 def kl_to_go(kl: Tensor, lengths: Tensor) -> Tensor:
-    """The sum of a token's KL and that of all tokens behind it in its completion, (R,).
+    """The sum of each token's KL and that of all later tokens of its completion, (R,).
 
     Args:
         kl: (R,) of tokens, completion after completion; lengths: (C,) tokens of each.
@@ -271,7 +271,7 @@ def clipped_value_loss(
         values, old_values, returns: (R,); the last two carry no gradient.
 
     Returns:
-        Losses and whether the clip bound (detached, 1 or 0), (R,) each.
+        Losses and whether the clip was active (detached, 1 or 0), (R,) each.
 
     Raises:
         ValueError: the shapes differ.
@@ -286,7 +286,7 @@ def clipped_value_loss(
 
 
 def at_last_token(values: Tensor, lengths: Tensor) -> Tensor:
-    """A number per completion (C,) as a number per token (R,): at each completion's last real token, zero elsewhere."""
+    """Turn a number per completion (C,) into one per token (R,): at each completion's last token, zero elsewhere."""
     out = values.new_zeros(int(lengths.sum()))
     out[lengths.cumsum(0) - 1] = values
     return out

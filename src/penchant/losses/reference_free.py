@@ -47,13 +47,13 @@ def alpha_po(
     gamma: Gamma = 1.0,
     alpha: Annotated[float, "shape of the reward; 0 is SimPO"] = 0.25,
 ) -> LossOutput:
-    """AlphaPO: SimPO with a reward whose shape is a choice."""
+    """AlphaPO: SimPO with a reward of adjustable shape."""
     chosen, rejected = (shaped_reward(a, alpha) for a in pair_averages(logps))
     return pair_output(logistic(beta * (chosen - rejected) - gamma), beta * chosen, beta * rejected)
 
 
 def shaped_reward(a: Tensor, alpha: float) -> Tensor:
-    """``(1 - e^(-alpha a)) / alpha``, and `a` for alpha = 0; beyond an exponent of 20 it goes on as its tangent."""
+    """``(1 - e^(-alpha a)) / alpha``, and `a` for alpha = 0; beyond an exponent of 20 it continues as its tangent."""
     return a if alpha == 0 else -expm1_then_linear(-alpha * a) / alpha
 
 
@@ -90,7 +90,7 @@ def cpo(
     alpha: Annotated[float, Range(ge=0), "weight of the chosen answer's negative log-likelihood per token"] = 1.0,
     label_smoothing: LabelSmoothing = 0.0,
 ) -> LossOutput:
-    """CPO: DPO's loss on plain log-probs, and the chosen answer's likelihood."""
+    """CPO: DPO's loss on plain log-probs, plus the chosen answer's likelihood."""
     chosen, rejected = require(logps, "policy_chosen_logps", "policy_rejected_logps")
     losses = logistic(beta * (chosen - rejected), label_smoothing)
     if alpha:

@@ -1,4 +1,4 @@
-"""What a loss is: a pure function whose keyword-only arguments are its hyperparameters. `@loss` registers it."""
+"""The registry of losses. A loss is a pure function whose keyword-only arguments are its hyperparameters; `@loss` registers it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from penchant.losses.schedules import Schedule
 from penchant.types import LossOutput
 
 Signal = Literal["tokens", "pairs", "unpaired", "lists"]
-INPUTS = {"pairs": "PairLogps", "lists": "ListLogps"}  # what a loss gets; else UnpairedLogps
+INPUTS = {"pairs": "PairLogps", "lists": "ListLogps"}  # a loss's input by signal; else UnpairedLogps
 Function = TypeVar("Function", bound=Callable[..., LossOutput])
 
-# what a loss may need beyond policy log-probs and lengths, and what it means in a sentence
+# what a loss may need beyond policy log-probs and lengths, and its description
 NEEDS: Mapping[str, str] = {
     "reference": "log-probs of a reference model",
     "scores": "a score of each completion",
@@ -46,11 +46,11 @@ class LossParams(Section):
         return {name: getattr(self, name) for name in self.taken}
 
     def to_mapping(self) -> dict[str, Any]:
-        """What a config says to get these values again."""
+        """The config mapping that gives these values again."""
         return self.model_dump(mode="json", by_alias=True)
 
     def schedules(self) -> dict[str, Schedule]:
-        """Arguments that change over the run by the loss's own definition (DPO-Shift's lambda)."""
+        """Arguments that the loss itself schedules over the run (DPO-Shift's lambda)."""
         return {}
 
 
@@ -59,18 +59,18 @@ class LossSpec:
     """A registered loss.
 
     Args:
-        name: what `loss.name` in a config says.
-        signal: ``tokens`` (every completion is a target), ``pairs`` (chosen against rejected), ``unpaired`` (labelled completions) or
+        name: its `loss.name` in a config.
+        signal: ``tokens`` (every completion is a target), ``pairs`` (chosen against rejected), ``unpaired`` (labeled completions) or
             ``lists`` (scored completions of a prompt).
-        needs: what beyond policy log-probs and lengths it needs; keys of `NEEDS`.
+        needs: what it needs beyond policy log-probs and lengths; keys of `NEEDS`.
         fn: the loss; called as ``fn(logps, **arguments)`` with `PairLogps`, `UnpairedLogps` or `ListLogps`, returns `LossOutput`.
         params: the typed hyperparameters.
         formula: one line, as `penchant losses` prints it.
         paper: arXiv id, or an empty string.
         equal_policy_loss: the loss's value per example when policy and reference are equal, as a function of the
-            arguments; None where there is no such value.
-        uses_lengths: whether it looks at lengths itself, so that log-probs must come to it as sums.
-        lr: peak learning rate where the config says auto: of the whole model, of an adapter.
+            arguments; None if there is no such value.
+        uses_lengths: whether it uses lengths itself, so that it must get summed log-probs.
+        lr: peak learning rates for ``train.lr: auto``: of the whole model, of an adapter.
     """
 
     name: str
@@ -81,7 +81,7 @@ class LossSpec:
     formula: str
     paper: str = ""
     equal_policy_loss: Callable[..., float] | None = None
-    uses_lengths: bool = False  # averages or weighs by length itself: log-probs must come to it as sums
+    uses_lengths: bool = False  # averages or weights by length itself, so it must get summed log-probs
     lr: tuple[float, float] = (5e-6, 5e-5)
 
     def __post_init__(self) -> None:
@@ -105,7 +105,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Key:
-    """A hyperparameter's name in a config, where the argument cannot have it: ``Key("lambda")``."""
+    """A hyperparameter's name in a config, if the argument cannot have it: ``Key("lambda")``."""
 
     name: str
 
@@ -129,17 +129,17 @@ def loss(
 ) -> Callable[[Function], Function]:
     """Register a pure function as a loss.
 
-    Its keyword-only arguments are the hyperparameters: default, range and meaning of each stand in the signature, as in
-    ``beta: Annotated[float, Range(gt=0), "strength of the pull towards the reference"] = 0.1``. Its docstring is completed with the
-    formula and the paper.
+    Its keyword-only arguments are the hyperparameters, with default, range and meaning in the signature, as in
+    ``beta: Annotated[float, Range(gt=0), "strength of the pull towards the reference"] = 0.1``. The formula and the paper are added
+    to its docstring.
 
     Args:
         name, formula, paper, signal, needs, uses_lengths, lr: see `LossSpec`.
         equal: the loss when policy and reference are equal: a number, or a function of the hyperparameters.
-        params: a base with settings that are not arguments of the function (DPO-Shift's schedule).
+        params: a base class with settings that are not arguments of the function (DPO-Shift's schedule).
 
     Raises:
-        ValueError: another loss has the name, or a hyperparameter has no default, or a type that a config cannot give.
+        ValueError: another loss has the name, or a hyperparameter has no default or a type that a config cannot express.
     """
 
     def register(fn: Function) -> Function:
@@ -157,13 +157,13 @@ def loss(
 
 
 def params_of(fn: Callable[..., Any], base: type[LossParams] = LossParams) -> type[LossParams]:
-    """The typed hyperparameters of a loss, read off its keyword-only arguments.
+    """Derive the typed hyperparameters of a loss from its keyword-only arguments.
 
     Raises:
-        ValueError: one of them has no default, or a type that a config cannot give.
+        ValueError: one of them has no default, or a type that a config cannot express.
     """
     arguments = {n: p for n, p in inspect.signature(fn).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    # of the keyword-only arguments alone: the others' types (Tensor, LossOutput) need not be there to be looked up
+    # resolve keyword-only arguments only: the types of the others (Tensor, LossOutput) may not be importable
     annotated = {n: p.annotation for n, p in arguments.items() if p.annotation is not p.empty}
     hints = get_type_hints(
         SimpleNamespace(__annotations__=annotated), getattr(fn, "__globals__", {}), include_extras=True
@@ -188,7 +188,7 @@ def params_of(fn: Callable[..., Any], base: type[LossParams] = LossParams) -> ty
         )
     title = f"{getattr(fn, '__name__', 'Loss')}Params"
     made = _model(title, LossParams, fields)
-    if base is not LossParams:  # what the function takes first, then what the base adds
+    if base is not LossParams:  # the function's arguments first, then the base's settings
         made = _model(title, (base, made), {})
     made.taken = tuple(fields)
     return made
@@ -199,7 +199,7 @@ def _model(title: str, base: Any, fields: dict[str, Any]) -> type[LossParams]:
 
 
 def _documented(spec: LossSpec) -> str:
-    """The function's docstring with what the decorator says."""
+    """The function's docstring, completed from the decorator's arguments."""
     kind = INPUTS.get(spec.signal, "UnpairedLogps")
     shape = "(lists, k)" if spec.signal == "lists" else "(batch,)"
     parts = [

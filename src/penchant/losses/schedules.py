@@ -1,4 +1,4 @@
-"""Hyperparameters that change over a run: a pure function of how far the run is."""
+"""Hyperparameters that change over a run, as pure functions of its progress."""
 
 from __future__ import annotations
 
@@ -28,5 +28,5 @@ class Schedule(Section):
 
 
 def progress_at(step: int, total: int) -> float:
-    """How far optimizer step `step` (0-based) of `total` is: 0 at the first, 1 at the last and after it."""
+    """Progress at optimizer step `step` (0-based) of `total`: 0 at the first, 1 at the last and after it."""
     return min(1.0, step / max(1, total - 1))

@@ -18,7 +18,7 @@ from penchant.losses.schedules import Schedule
 
 Path = tuple[str, ...]
 
-# what other tools call them
+# names in other tools
 OTHER_NAMES = {
     "sigmoid": "dpo",
     "cdpo": "dpo",
@@ -54,14 +54,14 @@ OTHER_KEYS = {
 
 
 class LossProblem(Exception):
-    """Pydantic's errors about a part of the `loss` section, with the place of that part and the keys that it knows."""
+    """Pydantic's errors in a part of the `loss` section, with that part's path and known keys."""
 
     def __init__(self, path: Path, name: str, keys: Path, error: ValidationError) -> None:
         super().__init__(str(error))
         self.path, self.name, self.keys, self.error = path, name, keys, error
 
     def suggestion(self, word: str) -> str:
-        """What a mistyped key could have meant."""
+        """A suggestion for a mistyped key."""
         known = OTHER_KEYS.get(word, "")
         near = known if known in self.keys else closest(word, self.keys)
         there = f'did you mean "{near}"?' if near else f"there are {', '.join(self.keys) or 'none'}"
@@ -77,7 +77,7 @@ def _problems_at(path: Path, name: str, keys: Path) -> Iterator[None]:
 
 
 def loss_name(given: Any, path: Path = ("loss", "name")) -> str:
-    """The registry's name for what a person wrote; of a loss of their own, its absolute path and function."""
+    """The registry's name of a loss as the user wrote it; for a user's own loss, its absolute path and function."""
     where = ".".join(path)
     if not isinstance(given, str):
         what = "is missing" if given is None else f"is {given!r}"
@@ -95,7 +95,7 @@ def loss_name(given: Any, path: Path = ("loss", "name")) -> str:
 
 
 class LossModifiers(Section):
-    """What any loss can be combined with."""
+    """Modifiers that any loss can be combined with."""
 
     nll_weight: float = Field(
         0.0, ge=0, description="weight of an added negative log-likelihood of the chosen answers, averaged over tokens"
@@ -114,15 +114,15 @@ class ComponentConfig(BaseModel):
 
     @property
     def spec(self) -> LossSpec:
-        """The loss, of the registry or of a file."""
+        """The loss, from the registry or from a file."""
         return find_loss(self.name)
 
     @classmethod
     def from_mapping(cls, value: Mapping[str, Any], path: Path = ("loss",)) -> ComponentConfig:
         """Look the name up in the registry and validate the rest as its hyperparameters.
 
-        A number may be given as ``{from: a, to: b, shape: linear}``; both ends must be in its range. `path` is where the
-        section stands, for messages.
+        A number may be given as ``{from: a, to: b, shape: linear}``; both ends must be in its range. `path` is that of
+        the section, for messages.
         """
         rest = dict(value)
         name = loss_name(rest.pop("name", None), (*path, "name"))
@@ -160,7 +160,7 @@ class ComponentConfig(BaseModel):
 
 
 class LossConfig(LossModifiers):
-    """A loss, or a mix of several by weight, and what modifies any of them."""
+    """A loss, or a mix of several by weight, with modifiers."""
 
     components: tuple[ComponentConfig, ...]
 
@@ -176,7 +176,7 @@ class LossConfig(LossModifiers):
 
     @classmethod
     def from_mapping(cls, value: Mapping[str, Any]) -> LossConfig:
-        """``{name: dpo, beta: 0.1}`` or ``{mix: [{name: dpo, weight: 0.8}, {name: sft, weight: 0.2}]}``, and the modifiers."""
+        """From ``{name: dpo, beta: 0.1}`` or ``{mix: [{name: dpo, weight: 0.8}, {name: sft, weight: 0.2}]}``, and modifiers."""
         rest = dict(value)
         given = {k: rest.pop(k) for k in LossModifiers.model_fields if k in rest}
         with _problems_at(("loss",), "dpo", tuple(LossModifiers.model_fields)):

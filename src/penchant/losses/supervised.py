@@ -28,9 +28,9 @@ def sft(logps: UnpairedLogps) -> LossOutput:
     uses_lengths=True,
 )
 def dft(logps: UnpairedLogps) -> LossOutput:
-    """DFT: SFT with each token's loss times its own probability (without gradient), which takes 1/pi out of SFT's gradient.
+    """DFT: SFT with each token's loss weighted by its own probability (without gradient), which cancels 1/pi in SFT's gradient.
 
-    A mean over all tokens of the global batch; `nll` is logged as for sft.
+    The mean is over all tokens of the global batch; `nll` is logged as for sft.
     """
     policy, lengths, weighted = require(logps, "policy_logps", "lengths", "weighted_logps")
     return LossOutput(-weighted, weights=lengths, metrics={"nll": (-policy.detach(), lengths)})
@@ -46,19 +46,19 @@ def bradley_terry(
 ) -> LossOutput:
     """The negative log-likelihood of the preferences under P(y_w > y_l) = sigmoid(r_w - r_l).
 
-    It is over rewards, not over log-probs, so the registry does not hold it.
+    It takes rewards, not log-probs, so it is not in the registry.
 
     ``z = r_w - r_l - m``
     ``loss = -(1 - eps) log sigmoid(z) - eps log sigmoid(-z) + c (r_w + r_l)^2``
 
     Args:
-        chosen, rejected: rewards r_w and r_l of shape (batch,), without unit.
+        chosen, rejected: rewards r_w and r_l of shape (batch,), dimensionless.
         margin: m of shape (batch,), by how much the chosen answer should be ahead; None: 0.
         label_smoothing: eps in [0, 0.5), the assumed share of flipped labels.
-        centring: c >= 0; only differences are identified without it, with it the mean reward goes to 0.
+        centring: c >= 0; without it only differences of rewards are determined, with it the mean reward goes to 0.
 
     Returns:
-        Losses of shape (batch,); metrics `rewards/*`, and `rewards/centring`, the second term, where c > 0.
+        Losses of shape (batch,); metrics `rewards/*` and, if c > 0, `rewards/centring`, the last term.
 
     Raises:
         ValueError: shapes differ, or a number is out of its range.

@@ -1,4 +1,4 @@
-"""Losses on single answers with a label, good or bad; pairs are taken apart for them. ``d = log pi(y|x) - log ref(y|x)``."""
+"""Losses on single answers labeled good or bad; pairs are split for them. ``d = log pi(y|x) - log ref(y|x)``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def kto(
     desirable_weight: Annotated[float, Range(ge=0), "weight of good answers"] = 1.0,
     undesirable_weight: Annotated[float, Range(ge=0), "weight of bad answers"] = 1.0,
 ) -> LossOutput:
-    """KTO: a thumb up or down, against a reference point.
+    """KTO: thumbs up or down, against a reference point.
 
     z0 estimates KL(policy || reference) and carries no gradient (see `kto_z0`). The paper keeps (w_+ n_+) / (w_- n_-) between 1 and
     3/2.
@@ -61,8 +61,8 @@ def kto_z0(policy_logps: Tensor, ref_logps: Tensor) -> float:
 def bco(logps: UnpairedLogps, *, beta: Beta = 0.1) -> LossOutput:
     """BCO: good against bad answers by a shifted logistic loss.
 
-    delta is the running mean of rewards, ``(E+[r] + E-[r]) / 2`` over the steps before, without gradient. A mean over all answers;
-    the paper's reweighting of bad answers by a learned density ratio (UDM) is not part of it.
+    delta is the running mean of rewards, ``(E+[r] + E-[r]) / 2`` over the previous steps, without gradient. The loss is a mean over
+    all answers; the paper's reweighting of bad answers by a learned density ratio (UDM) is not included.
     """
     policy, ref, labels = require(logps, "policy_logps", "ref_logps", "labels")
     if logps.delta is None:
@@ -105,17 +105,17 @@ def pmpo(
         "average each side over its tokens, or sum over tokens and average over completions",
     ] = "token_mean",
 ) -> LossOutput:
-    """PMPO: accepted answers up, rejected answers down, each side by itself, held by an exact divergence from the reference.
+    """PMPO: accepted answers up, rejected answers down, each side separately, with an exact divergence from the reference.
 
     E+ and E- are means over accepted and rejected completions, D the mean divergence of policy and reference over the
     vocabulary at every completion token; each is divided by its own global count, so that an absent side is exactly zero.
-    ``weighting=unit``: ``-E+ + E- + beta D``. divergence, direction and renyi_alpha are for the engine: `logps.divergence`, summed
-    over tokens in nats, has been computed with them. The losses are the accepted side's, the terms ``negative`` and
-    ``divergence`` the others, each with its own weights.
+    ``weighting=unit``: ``-E+ + E- + beta D``. divergence, direction and renyi_alpha are used by the engine, which computes
+    `logps.divergence` (summed over tokens, in nats) with them. The losses are those of the accepted side; the terms ``negative``
+    and ``divergence`` are the other two, each with its own weights.
 
     With ``direction=ref_policy`` and one token, the optimum is ``p* = (alpha A - (1 - alpha) R + beta q) / (2 alpha - 1 +
-    beta)`` where that is a distribution; where it is not (beta small against 1 - alpha), the objective has no bound: the
-    rejected answers' log-prob falls for ever, and the run is stopped at `train.logp_floor`.
+    beta)`` if that is a distribution. If it is not (beta small against 1 - alpha), the objective is unbounded: the rejected
+    answers' log-prob falls forever, and the run is stopped at `train.logp_floor`.
     """
     policy, lengths, labels, distance = require(logps, "policy_logps", "lengths", "labels", "divergence")
     up, down = (1.0, 1.0) if weighting == "unit" else (alpha, 1.0 - alpha)

@@ -1,4 +1,4 @@
-"""The data audit: what is wrong or lopsided, counted, with line numbers; of rows in memory or of files in one pass."""
+"""The data audit: counts what is wrong or lopsided, with line numbers, in rows in memory or in files in one pass."""
 
 from __future__ import annotations
 
@@ -55,16 +55,16 @@ from penchant.data.tokenize import TokenizedDataset
 from penchant.errors import DataError
 from penchant.types import PromptTree, TokenTree
 
-REASONS = 1000  # different reasons told apart
+REASONS = 1000  # distinct reasons counted
 
 
 class Auditor:
-    """Takes rows one by one, in bounded memory (less than 300 bytes a row, and disk), and says at the end what was found.
+    """Counts rows one by one, in bounded memory (less than 300 bytes a row, and disk), and reports findings at the end.
 
     Args:
-        shape, kind: of the rows; columns: what the rows' own columns say, where it is counted already.
-        languages: whether to guess them; counters: further accumulators, for pairs those of rewards.
-        most: reasons of bad rows, and languages, that are told apart; None: as many as an audit shows.
+        shape, kind: of the rows; columns: counts of the rows' own columns, if they exist already.
+        languages: whether to guess them; counters: further accumulators, e.g. of rewards for pairs.
+        most: limit on distinct reasons and languages; None: the default limits.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Auditor:
             part.update(row)
 
     def merge(self, other: Auditor) -> None:
-        """Take what was counted of rows behind these, with nothing left out."""
+        """Add the counts of later rows, which must hold all reasons and languages."""
         self.rows += other.rows
         self.examples += other.examples
         self._aside += other._aside
@@ -128,7 +128,7 @@ class Auditor:
             self._empty.add(row.where)
 
     def result(self, more: Mapping[str, Finding], lengths: Mapping[str, Mapping[str, float]], layout: str) -> Audit:
-        """All findings, with `more` behind them."""
+        """All findings, followed by `more`."""
         total = self.rows + self._aside
         found = {
             "bad_rows": self._bad.finding("rows kept aside, all reasons", total),
@@ -160,24 +160,24 @@ class Leakage:
         self._split = array("h")
 
     def update(self, split: int, tree: PromptTree) -> None:
-        """Count a row of the split of this number."""
+        """Count a row of the split with this index."""
         self._index.add([prompt_text(tree.prompt) or first_text(tree)])  # plain texts are keyed by themselves
         self._places.append(tree.source)
         self._split.append(split)
 
     def merge(self, other: Leakage) -> None:
-        """Take the rows of another one, which come behind these."""
+        """Append the rows of another one."""
         self._index.merge(other._index)
         self._places.merge(other._places)
         self._split.extend(other._split)
 
     def shared(self, split: int) -> np.ndarray:
-        """(n,) bool: rows of this split whose prompt, or nearly the same one, stands in another."""
+        """(n,) bool: rows of this split whose prompt, or nearly the same one, is in another split."""
         of, groups = np.array(self._split), self._index.groups()
         return (of == split) & np.isin(groups, groups[of != split])
 
     def findings(self) -> Named:
-        """``leakage_A_B`` and ``near_leakage_A_B`` for each two splits."""
+        """``leakage_A_B`` and ``near_leakage_A_B`` for each pair of splits."""
         split = np.array(self._split)
         exact, near = self._index.exact_ids(), self._index.groups()
         for i, a in enumerate(self.names):
@@ -193,7 +193,7 @@ class Leakage:
 
 
 def _first_in(ids: np.ndarray, there: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """(n,) int64: for each wanted row the first row `there` with the same id, -1 where there is none or it is not wanted."""
+    """(n,) int64: for each wanted row the first row `there` with the same id; -1 if there is none, and for other rows."""
     rows = np.append(np.flatnonzero(there), -1)  # the last one stands for none
     return np.where(wanted, rows[first_with(ids[rows[:-1]], ids)], -1)
 
@@ -208,12 +208,12 @@ def audit(
     counters: Sequence[AuditCounter] = (),
     workers: int = 1,
 ) -> Audit:
-    """Count what a person should know before training on this data.
+    """Count what users should know before training on this data.
 
     Args:
-        dataset: as loaded; rows that were kept aside count too.
+        dataset: as loaded; rows kept aside count too.
         tokenized: adds truncation and token lengths.
-        splits: by name; adds prompts that are in more than one. path: of the data; adds the layout that was found, and why.
+        splits: by name; adds prompts that are in more than one. path: of the data; adds the detected layout, and why.
         languages: whether to guess them; counters: further accumulators (see `counters`). workers: processes that count stored rows.
     """
     columns = dataset.columns
@@ -244,7 +244,7 @@ def audit(
 
 @dataclass(frozen=True, slots=True)
 class _StoredPart:
-    """What a worker is asked: to count some stored rows, or their prompts as those of a split."""
+    """A worker's task: count some stored rows, or their prompts as those of a split."""
 
     rows: RowsPart
     shape: str = ""
@@ -262,7 +262,7 @@ class _StoredPart:
 
 
 def _counted(trees: Sequence[PromptTree], part: Callable[[RowsPart], _StoredPart], workers: int) -> Iterator[Any]:
-    """The trees themselves, or what other processes counted of them, in order."""
+    """The trees themselves, or the counts of worker processes, in order."""
     if workers < 2 or not isinstance(trees, StoredRows):
         return iter(trees)
     return in_order(_StoredPart.counted, map(part, parts_of(trees)), workers)
@@ -270,11 +270,11 @@ def _counted(trees: Sequence[PromptTree], part: Callable[[RowsPart], _StoredPart
 
 @dataclass(slots=True)
 class _Pass:
-    """One pass over rows of several splits, or of a shard of one; several in order merge to one over all of their rows."""
+    """One pass over the rows of several splits, or of a shard of one; passes over consecutive shards can be merged."""
 
     auditor: Auditor
     leakage: Leakage | None
-    first: Quarantined | None = None  # of the rows that were kept aside
+    first: Quarantined | None = None  # first row kept aside
     most: int | None = None
 
     def take(self, split: int, rows: Iterable[Converted]) -> None:
@@ -298,7 +298,7 @@ class _Pass:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """What a worker is asked: to count a shard of a split."""
+    """A worker's task: count a shard of a split."""
 
     shard: Shard
     bounds: Bounds
@@ -323,16 +323,16 @@ def audit_files(
     workers: Workers = None,
     **how: Unpack[Reading],
 ) -> Audit:
-    """The same of files, read once: no row is kept, memory grows by less than 300 bytes a row.
+    """Audit files in one pass: no row is kept, and memory grows by less than 300 bytes a row.
 
     Args:
         splits: files by the name of their split; with several, prompts that are in more than one are counted.
-        workers: processes that count shards of the files; None: one a core. The findings are those of one process, which it is
-            where the files are small, cannot be cut, or there are `counters`.
-        how: they are read; `limit` is of each split.
+        workers: processes that count shards of the files; None: one per core. Findings do not depend on their number; it is one
+            if the files are small, cannot be split, or there are `counters`.
+        how: see `Reading`; `limit` applies to each split.
 
     Raises:
-        DataError: a file that cannot be read, no usable row, splits of different kinds.
+        DataError: a file cannot be read, no row is usable, or splits are of different kinds.
     """
     bounds = Bounds(**how["bounds"]) if "bounds" in how else BOUNDS.get() or Bounds()
     streams = {name: stream_preferences(path, **how) for name, path in splits.items()}
@@ -369,7 +369,7 @@ def audit_files(
 
 
 def names_of(paths: Iterable[str]) -> dict[str, str]:
-    """Files as splits, each named by its file, with a number where two have one name."""
+    """Files as splits, each named after its file, with a number if two have the same name."""
     named: dict[str, str] = {}
     for path in paths:
         base = path.replace("\\", "/").rsplit("/", 1)[-1]
@@ -403,7 +403,7 @@ def _token_lengths(tokenized: TokenizedDataset) -> dict[str, dict[str, float]]:
 
 
 def _columns(trees: Sequence[TokenTree]) -> Mapping[str, np.ndarray]:
-    """Tokens of prompts, of chosen and rejected answers of pairs, of all other completions, in the order in which they come."""
+    """Token counts of prompts, chosen and rejected answers of pairs, and other completions; the first tree's kind comes first."""
     parts, lengths = part_lengths(trees)
     starts = np.cumsum(parts) - parts
     pairs, other = starts[parts == 3], parts != 3

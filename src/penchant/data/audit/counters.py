@@ -1,4 +1,4 @@
-"""One small counter for each thing that an audit counts: rows go in one by one, findings come out at the end."""
+"""The counters of an audit: each takes rows one by one and gives its findings at the end."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Named = Iterator[tuple[str, Finding]]
 
 
 class View:
-    """One accepted row as counters see it: its number among these (from 0), its place, its prompt as one string, its answers' texts."""
+    """An accepted row for counters: its index among those (from 0), its place, its prompt as one string, its answers' texts."""
 
     __slots__ = ("index", "prompt", "texts", "tree", "where")
 
@@ -36,23 +36,23 @@ class AuditCounter(Protocol):
     """Counts something in bounded memory."""
 
     def update(self, row: View) -> None:
-        """Take one accepted row."""
+        """Count one accepted row."""
 
     def findings(self) -> Named:
-        """What was found, by name."""
+        """The findings, by name."""
 
 
 class Counting(AuditCounter):
-    """A counter whose counts of several shards of rows merge to those of one pass over all of them."""
+    """A counter whose counts over shards can be merged to those of a single pass."""
 
     def merge(self, other: Any) -> None:
-        """Take what another counter of the same kind counted of the rows behind these."""
+        """Add the counts of another counter of this kind over the rows after these."""
         for name, theirs in vars(other).items():
             setattr(self, name, added(getattr(self, name), theirs))
 
 
 def added(mine: Any, theirs: Any) -> Any:
-    """Counts of both: numbers and counters are added, what holds rows is put behind each other; texts are those of both."""
+    """Merge two counts: add numbers and counters, append containers of rows, and keep texts, which are equal."""
     if isinstance(mine, (int, Counter)) and not isinstance(mine, bool):
         return mine + theirs
     if isinstance(mine, dict):
@@ -67,7 +67,7 @@ def added(mine: Any, theirs: Any) -> Any:
 
 
 def key(*texts: str) -> int:
-    """64 bits of a hash of several texts."""
+    """A 64-bit hash of several texts."""
     return text_hash("\0".join(texts))
 
 
@@ -77,8 +77,8 @@ def linked_rows(
     """A finding about the rows that are linked to another row.
 
     Args:
-        other: (n,) int64: the row that each row is linked to, -1 where there is none.
-        joined: the word between the two places; empty: the row's own place is enough. of: rows that were looked at, n where not given.
+        other: (n,) int64: the row that each row is linked to, -1 if none.
+        joined: the word between the two places; empty: show only the row's own. of: number of rows examined (default: n).
     """
     rows = np.flatnonzero(other >= 0)
     pairs = ((places[i], places[int(other[i])]) for i in rows[:KEPT].tolist())
@@ -92,19 +92,19 @@ BY_PEOPLE = "penchant compare --judge humans:preferences.jsonl"
 
 
 class Copies(Counting):
-    """Exact copies of an earlier row; the same pair the other way round; one answer called good and bad.
+    """Exact copies of an earlier row, the same pair the other way round, and answers labeled both good and bad.
 
     Args:
-        people: each row is one person's judgement: those of several people on one pair are not copies.
+        people: each row is one person's judgment; those of several people on one pair are not copies.
     """
 
     def __init__(self, kind: str, places: Places, people: bool = False) -> None:
         self.kind, self.places, self.people = kind, places, people
         self._row, self._there, self._back = array("Q"), array("Q"), array("Q")
-        self._label, self._owner = array("b"), array("q")  # of each labelled answer: good or bad, and its row
+        self._label, self._owner = array("b"), array("q")  # of each labeled answer: good or bad, and its row
 
     def update(self, row: View) -> None:
-        # an answer with another label is not a duplicate: it is a contradiction
+        # an answer with another label is a contradiction, not a duplicate
         self._row.append(key(row.prompt, *(f"{c.whole}\0{c.label}\0{c.score}" for c in row.tree.completions)))
         if self.kind == "pairs":
             a, b = row.texts[:2]
@@ -122,11 +122,11 @@ class Copies(Counting):
         super().merge(other)
 
     def duplicates(self) -> np.ndarray:
-        """(n,) int64: the first row that is the same."""
+        """(n,) int64: the first row equal to each row."""
         return first_of_equal(np.array(self._row))
 
     def against(self) -> np.ndarray:
-        """(n,) int64: the first earlier row that says the opposite, -1 where there is none."""
+        """(n,) int64: the first earlier row that contradicts each row, -1 if there is none."""
         there, found = np.array(self._there), np.full(len(self._row), -1)
         if self.kind == "pairs":
             return earlier(there, np.array(self._back))
@@ -136,12 +136,12 @@ class Copies(Counting):
         return found
 
     def _contradicting(self, first: np.ndarray) -> np.ndarray:
-        """Answers whose label is not that of the first equal one."""
+        """Indices of answers whose label differs from that of the first equal answer."""
         label = np.array(self._label)
         return np.flatnonzero(label != label[first])
 
     def contradictory(self) -> np.ndarray:
-        """(n,) bool: rows to which some row, earlier or later, says the opposite."""
+        """(n,) bool: rows that some row, earlier or later, contradicts."""
         if self.kind == "pairs":
             return np.isin(np.array(self._back), np.array(self._there))  # 0 stands for a pair of equal answers
         found = np.zeros(len(self._row), bool)
@@ -174,15 +174,15 @@ class Copies(Counting):
 
 
 def earlier(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """(n,) int64: for each row the first row before it whose key is the wanted one, -1 where there is none."""
+    """(n,) int64: for each row the first row before it whose key is the wanted one, -1 if there is none."""
     first = first_with(keys, wanted)
     return np.where(first < np.arange(len(keys)), first, -1)
 
 
 class Near(Counting):
-    """Near-duplicates of rows, pairs that nearly contradict, answers that are nearly equal, cycles of preferences.
+    """Near-duplicate rows, pairs that nearly contradict each other, nearly equal answers, and cycles of preferences.
 
-    Prompts and answers are put in groups of near-duplicates; everything is counted in groups. Exact copies count elsewhere.
+    Prompts and answers are put into groups of near-duplicates, and rows are compared by group. `Copies` counts exact copies.
     """
 
     def __init__(self, kind: str, places: Places, copies: Copies) -> None:
@@ -201,7 +201,7 @@ class Near(Counting):
         super().merge(other)
 
     def groups(self) -> tuple[np.ndarray, np.ndarray]:
-        """((n,) group of each row's prompt, (n, k) groups of its answers), k the most answers of a row, -1 behind fewer."""
+        """((n,) group of each row's prompt, (n, k) groups of its answers), padded with -1 to k, the most answers of a row."""
         prompts = self._prompts.groups()
         answers = self._answers.groups()
         ends = np.array(self._ends)
@@ -214,11 +214,11 @@ class Near(Counting):
         return prompts, out
 
     def rows(self) -> dict[str, np.ndarray]:
-        """By finding: (n,) int64, the row that each row is linked to, -1 where there is none."""
+        """By finding: (n,) int64, the row that each row is linked to, -1 if none."""
         prompts, answers = self.groups()
         n = len(prompts)
         rows = np.arange(n)
-        whole = (self.copies.duplicates() == rows) & (self.copies.against() < 0)  # others count as exact copies
+        whole = (self.copies.duplicates() == rows) & (self.copies.against() < 0)  # the others are counted as exact
         first = first_of_equal(_combined(prompts, *answers.T))
         found = {"near_duplicates": np.where((first != rows) & whole, first, -1)}
         if self.kind == "pairs" and n:
@@ -230,7 +230,7 @@ class Near(Counting):
         return found
 
     def contradictory(self) -> np.ndarray:
-        """(n,) bool: pairs of which some row, earlier or later, nearly says the opposite; exact contradictions too."""
+        """(n,) bool: pairs that some row, earlier or later, nearly or exactly contradicts."""
         prompts, answers = self.groups()
         if self.kind != "pairs" or not len(prompts):
             return np.zeros(len(prompts), bool)
@@ -258,7 +258,7 @@ NEAR_FINDINGS = {  # title, what joins the two places, advice
 
 
 def _combined(*columns: np.ndarray) -> np.ndarray:
-    """One 64-bit number for each row of several columns."""
+    """A 64-bit hash of each row of several columns."""
     out = np.zeros(len(columns[0]), np.uint64)
     for column in columns:
         out = (out ^ column.astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
@@ -267,7 +267,7 @@ def _combined(*columns: np.ndarray) -> np.ndarray:
 
 
 def cycles(winners: np.ndarray, losers: np.ndarray) -> np.ndarray:
-    """Which edges winner -> loser lie within a strongly connected part of at least three answers."""
+    """(n,) bool: edges winner -> loser inside a strongly connected component of at least three answers."""
     from networkx import DiGraph, strongly_connected_components
 
     found = np.zeros(len(winners), bool)
@@ -275,7 +275,7 @@ def cycles(winners: np.ndarray, losers: np.ndarray) -> np.ndarray:
     nodes, members = np.unique(np.concatenate([winners[some], losers[some]]), return_inverse=True)
     a, b = members[: len(some)], members[len(some) :]
     left = a != b
-    while left.any():  # edges that lead nowhere or come from nowhere are on no cycle
+    while left.any():  # edges without a successor or a predecessor are on no cycle
         out, into = np.zeros(len(nodes), bool), np.zeros(len(nodes), bool)
         out[a[left]], into[b[left]] = True, True
         keep = left & out[b] & into[a]
@@ -291,7 +291,7 @@ def cycles(winners: np.ndarray, losers: np.ndarray) -> np.ndarray:
 
 
 def _among(values: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """(n,) bool: `np.isin`, which holds several copies of both."""
+    """(n,) bool: like `np.isin(values, others)`, which would hold several copies of both."""
     known = np.sort(others)
     at = np.searchsorted(known, values)
     at[at == len(known)] = 0
@@ -336,7 +336,7 @@ class Lengths(Counting):
         yield "length_bias", unlike_half(title, self.longer, self.differing, note, advice)
 
     def table(self) -> dict[str, dict[str, float]]:
-        """Characters: mean, percentiles, maximum."""
+        """Mean, percentiles and maximum of the lengths in characters."""
         return {name: quantiles(h) for name, h in self.histograms.items()}
 
 
@@ -355,7 +355,7 @@ class Labels(Counting):
 
 
 class Scores(Counting):
-    """What to choose data.score_threshold from."""
+    """The distribution of scores, to choose data.score_threshold from."""
 
     def __init__(self) -> None:
         self.values = array("d")
@@ -374,19 +374,19 @@ class Scores(Counting):
 
 @cache
 def refusal_phrases() -> tuple[str, ...]:
-    """The documented list, refusals.txt beside this file."""
+    """The documented list, refusals.txt in the data package."""
     text = (resources.files("penchant.data") / "refusals.txt").read_text(encoding="utf-8")
     return tuple(line for line in text.splitlines() if line and not line.startswith("#"))
 
 
 def refuses(text: str) -> bool:
-    """Whether one of the phrases stands in a text's first 200 characters."""
+    """Whether a text has one of the phrases in its first 200 characters."""
     head = text[:200].lower().replace("\u2019", "'")
     return any(phrase in head for phrase in refusal_phrases())
 
 
 class Refusals(Counting):
-    """Answers that begin like a refusal, of chosen and rejected ones apart."""
+    """Answers that begin like a refusal, counted separately for chosen and rejected ones."""
 
     def __init__(self, kind: str) -> None:
         self.names = ("chosen", "rejected") if kind == "pairs" else ("",)
@@ -434,13 +434,13 @@ class Sensitive(Counting):
 
 
 class PositionBias(Counting):
-    """How often the answer that was shown first won, as the rows' own columns say."""
+    """How often the answer that was shown first won, according to the rows' own columns."""
 
     def __init__(self, columns: Columns) -> None:
         self.columns = columns
 
     def update(self, row: View) -> None:
-        """Columns are counted where rows are read."""
+        """Do nothing: columns are counted when rows are read."""
 
     def findings(self) -> Named:
         title, said = "position bias: the answer shown first wins", self.columns
@@ -452,21 +452,21 @@ class PositionBias(Counting):
             yield "position_bias", Finding(title, 0, 0, (), note)
 
 
-# ---- A reward or a user's own function: disagreement with the labels, texts that it points at ----
+# ---- A reward's disagreement with the labels, and a user's own check of texts ----
 
 
 BATCH = 64
-SURE = 0.9  # the reward is sure of itself from this probability on
+SURE = 0.9  # the probability from which the reward counts as sure
 
 RewardFunction = Callable[[Sequence[str], Sequence[str]], Any]
 TextFunction = Callable[[Sequence[str]], Any]
 
 
 class Disagreement:
-    """Pairs of which a reward prefers the rejected answer: an estimate of how noisy the labels are.
+    """Pairs in which a reward prefers the rejected answer, as an estimate of how noisy the labels are.
 
-    The reward's margins are calibrated on the pairs themselves: the scale s that makes sigmoid(s * margin) the likeliest
-    probabilities of the labels. A reward that knows nothing of the labels gets s = 0 and is sure of nothing.
+    The reward's margins are calibrated on the pairs themselves, with the scale s that makes the labels most likely under
+    sigmoid(s * margin). A reward unrelated to the labels gets s = 0 and is never sure.
     """
 
     def __init__(self, name: str, reward: RewardFunction) -> None:
@@ -509,7 +509,7 @@ class Disagreement:
 
 
 def calibrate(margins: np.ndarray) -> float:
-    """The s >= 0 that maximizes the sum of log sigmoid(s * margin); at most 1000 / the mean margin where no pair disagrees."""
+    """The s >= 0 that maximizes the sum of log sigmoid(s * margin); at most 1000 / mean(abs(margin)) if no pair disagrees."""
     if not len(margins):
         return 0.0
     size = float(np.abs(margins).mean())
@@ -524,12 +524,12 @@ def calibrate(margins: np.ndarray) -> float:
 
 
 def _slope(margins: np.ndarray, s: float) -> float:
-    """The derivative of the sum of log sigmoid(s m): of m times sigmoid(-s m)."""
+    """The derivative of the sum of log sigmoid(s m) by s: the sum of m sigmoid(-s m)."""
     return float((margins * np.exp(-np.logaddexp(0.0, s * margins))).sum())
 
 
 class Check:
-    """A person's own function over all texts: it gets a list of texts and returns a bool or a number of each."""
+    """A user's own function over all texts: it gets a list of texts and returns a bool or a number for each."""
 
     def __init__(self, name: str, function: TextFunction) -> None:
         self.name, self.function = name, function

@@ -1,4 +1,4 @@
-"""What an audit says: findings with counts, shares, intervals and places, as text and JSON."""
+"""The result of an audit: findings with counts, shares, intervals and places, as text and JSON."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import numpy as np
 from penchant.base.stats import wilson_interval
 from penchant.base.text import printable
 
-SHOWN = 20  # places listed a finding
-FEW_SHOWN = 5  # where not everything is asked for
-FAR = 0.05  # from one half: in many rows much smaller differences are certain, and teach nothing
-KEPT = 1000  # places held a finding
+SHOWN = 20  # places listed per finding
+FEW_SHOWN = 5  # the same in the short report
+FAR = 0.05  # distance from one half: with many rows, much smaller ones are significant and do not matter
+KEPT = 1000  # places kept per finding
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was counted: how many, out of how many, where.
+    """One count of an audit: how many, out of how many, where.
 
     Args:
-        where: the first `KEPT` places; interval: 95% of the share, where the count is taken as a sample of something;
+        where: the first `KEPT` places; interval: 95% interval of the share, if the count is an estimate from a sample;
         advice: what to do about it.
     """
 
@@ -41,11 +41,11 @@ class Finding:
 
     @property
     def tells(self) -> bool:
-        """Whether there is something to look at: rows that should not be there, or a share that calls for advice."""
+        """Whether there is something to look at: rows that should not exist, or a share with advice."""
         return bool(self.count and (self.advice or self.where))
 
     def lines(self, most: int) -> list[str]:
-        """As text, with at most so many places."""
+        """The finding as text, with at most `most` places."""
         share = f"({self.share:.1%})" if self.of else ""
         made = [f"{self.title:<58} {self.count:>7,} of {self.of:>7,} {share:>8}  {self.note}".rstrip()]
         if self.where:
@@ -68,7 +68,7 @@ class Audit:
         """JSON-able: ``{"layout", "summary", "findings": {name: {title, count, of, share, where, note, interval, advice}}, "lengths", "characters"}``.
 
         Args:
-            places: listed a finding, at most (`KEPT` are held).
+            places: most places listed per finding (`KEPT` are kept).
         """
         found = {
             name: {
@@ -82,7 +82,7 @@ class Audit:
         return {"layout": self.layout, "summary": self.summary, **asdict(self), "findings": found}
 
     def to_text(self, whole: bool = False) -> str:
-        """What was found, most rows first, then in one line what was looked for and is in order; `whole`: everything that was counted."""
+        """The findings by share, largest first, then a line of checks that found nothing; `whole`: every count."""
         lines = [*self.layout.splitlines(), self.summary, ""]
         if whole:
             for f in self.findings.values():
@@ -109,7 +109,7 @@ class Audit:
 
 
 def sampled(title: str, count: int, of: int, note: str = "", **more: Any) -> Finding:
-    """A finding whose share is an estimate: with its 95% interval in the note."""
+    """A finding whose share is an estimate, with its 95% interval in the note."""
     if not of:
         return Finding(title, 0, 0, note=note, **more)
     low, high = wilson_interval(count, of)
@@ -118,7 +118,7 @@ def sampled(title: str, count: int, of: int, note: str = "", **more: Any) -> Fin
 
 
 def unlike_half(title: str, count: int, of: int, note: str, advice: str) -> Finding:
-    """`sampled`, with its advice only where the share is further than `FAR` from one half, beyond what chance can give."""
+    """`sampled`, with advice only if the share is at least `FAR` from one half and its interval excludes one half."""
     found = sampled(title, count, of, note)
     low, high = found.interval or (0.0, 1.0)
     far = not low <= 0.5 <= high and abs(found.share - 0.5) >= FAR
@@ -126,7 +126,7 @@ def unlike_half(title: str, count: int, of: int, note: str, advice: str) -> Find
 
 
 class Tally:
-    """A count and its first places."""
+    """A count and the first places counted."""
 
     __slots__ = ("count", "where")
 
@@ -140,17 +140,17 @@ class Tally:
             self.where.append(where)
 
     def merge(self, other: Tally) -> None:
-        """Take what another one counted of rows behind these."""
+        """Add the count and places of later rows."""
         self.count += other.count
         self.where += other.where[: KEPT - len(self.where)]
 
     def finding(self, title: str, of: int, note: str = "", advice: str = "") -> Finding:
-        """As a finding."""
+        """The tally as a finding."""
         return Finding(title, self.count, of, tuple(self.where), note, advice=advice)
 
 
 class Places:
-    """The places of all rows, ``file:line`` each, in 12 bytes a row: the line as a number, the rest once."""
+    """The places of all rows, ``file:line`` each, in 12 bytes a row: the line as a number, the rest stored once."""
 
     def __init__(self) -> None:
         self._prefixes: dict[str, int] = {}
@@ -164,7 +164,7 @@ class Places:
         prefix = place.rstrip("0123456789")
         digits = place[len(prefix) :]
         if not digits.isascii() or not digits or digits[0] == "0" or len(digits) > 18:
-            prefix, digits = place, "-1"  # no number that can be written back
+            prefix, digits = place, "-1"  # not a number that can be written back the same
         at = self._prefixes.get(prefix)
         if at is None:
             at = self._prefixes[prefix] = len(self._names)
@@ -173,7 +173,7 @@ class Places:
         self._line.append(int(digits))
 
     def merge(self, other: Places) -> None:
-        """Take the places of rows behind these."""
+        """Append the places of later rows."""
         known = [self._prefixes.setdefault(name, len(self._prefixes)) for name in other._names]
         self._names = list(self._prefixes)
         self._prefix.frombytes(np.array(known, np.int32)[np.array(other._prefix)].tobytes() if known else b"")

@@ -27,7 +27,7 @@ from penchant.data.read.json_text import json_lines
 from penchant.data.read.source import Source
 from penchant.errors import DataError
 
-RULES = {  # in the order in which a row is told why it goes
+RULES = {  # in order of precedence: the first that applies is the reason given
     "unreadable": "rows that cannot be read as a row at all",
     "bad_rows": "rows that do not fit the layout",
     "empty": "rows with an empty prompt or answer",
@@ -45,13 +45,13 @@ BIT = {rule: 1 << i for i, rule in enumerate(RULES)}
 DEFAULT = ("unreadable", "bad_rows", "empty", "identical", "duplicates")
 BY_HAND = "by_hand"
 TOLD = RULES | {BY_HAND: "rows that a person dropped"}
-ALWAYS = "unreadable"  # such a row cannot be written
+ALWAYS = "unreadable"  # such rows cannot be written
 JSONL = (".jsonl", ".jsonl.gz")
 
 
 @dataclass(frozen=True, slots=True)
 class Fixed:
-    """What was done; ``rows == written + dropped`` and every dropped or changed row is in `touched`."""
+    """The result of a fix: ``rows == written + dropped``, and every dropped or changed row is in `touched`."""
 
     rows: int
     written: int
@@ -66,14 +66,14 @@ class Fixed:
     notes: Sequence[str] = field(default_factory=tuple)
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-able."""
+        """The result as a JSON-able mapping."""
         found = {n: getattr(self, n) for n in ("rows", "written", "changed", "edited")}
         found |= {n: dict(getattr(self, n)) for n in ("dropped", "redacted")}
         found |= {n: str(getattr(self, n)) for n in ("output", "touched")}
         return {**found, "drop": list(self.rules), "redact": list(self.redact)}
 
     def to_text(self) -> str:
-        """For the terminal."""
+        """The result for a terminal."""
         gone = sum(self.dropped.values())
         lines = [*self.notes, f"dropping: {', '.join(self.rules)}; redacting: {', '.join(self.redact) or 'nothing'}"]
         stay = f"{self.written:,} written ({self.changed + self.edited:,} of them changed)"
@@ -87,26 +87,26 @@ class Fixed:
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """What a person made of a row: its new values, or None to drop it; `was`: `content_sum` of the row that they had before them."""
+    """A person's edit of a row: its new values, or None to drop it; `was`: `content_sum` of the row they saw."""
 
     values: Mapping[str, Any] | None
     was: str
 
 
 def read_edits(path: str | Path) -> dict[str, Edit]:
-    """What a person made of a file's rows in `penchant studio`, by a row's place: the last line about each counts.
+    """Read the edits made to a file's rows in `penchant studio`, by a row's place; the last line about each counts.
 
     Raises:
-        DataError: there is no such file.
+        DataError: the file cannot be read.
     """
     found: dict[str, Edit] = {}
     try:
         with Path(path).expanduser().open("rb") as stream:
             lines = [*json_lines(Source(stream, str(path), Bounds()))]
-    except (OSError, ValueError, RuntimeError) as error:  # a NUL; a home that nobody has
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL in the path, or an unknown home folder
         raise DataError(str(path), "cannot be read", "give a file of .studio/edits in a studio's folder") from error
     for line in lines:
-        row = line.values if isinstance(line, Row) else {}  # half a line of a studio that was killed
+        row = line.values if isinstance(line, Row) else {}  # half a line, if the studio was killed
         where, action, values = str(row.get("where")), row.get("action"), row.get("row")
         if action in ("changed", "dropped"):
             kept = (values if isinstance(values, Mapping) else {}) if action == "changed" else None
@@ -137,14 +137,15 @@ def fix(
     """Write a cleaned copy of `source` to `output`, and ``OUTPUT.touched.jsonl``; `source` is read twice.
 
     Args:
-        drop: names of `RULES`; redact: ``pii``, ``secrets``: values are masked wherever they are in a row that stays.
-        against: files whose prompts must not stand in the copy (rule ``leakage``).
-        shape, columns: as for `load_preferences`; the copy keeps the columns' own names. overwrite: whether `output` may be there already.
-        edits: by a row's place: what a person made of it; no rule looks at such a row.
-        workers: processes that look at parts of a large file; None: one a core.
+        drop: names of `RULES`; redact: ``pii``, ``secrets``: values are masked anywhere in rows that stay.
+        against: files whose prompts must not be in the copy (rule ``leakage``).
+        shape, columns: as for `load_preferences`; the copy keeps the columns' own names. overwrite: whether `output` may exist.
+        edits: a person's edits by a row's place; rules do not apply to these rows.
+        workers: processes that check parts of a large file; None: one per core.
 
     Raises:
-        DataError: a row that was edited is another one now, or gone; an unknown rule, an output that is an input or already exists or has another format's ending.
+        DataError: an edited row has changed or is gone; a rule is unknown; the output is an input, already exists or has another
+            format's ending.
     """
     rules = _rules(drop, redact, against)
     target, notes = _target(source, Path(output).expanduser(), [source, *against], overwrite)
@@ -155,7 +156,7 @@ def fix(
     redacted: Counter[str] = Counter()
     rows = written = changed = edited = 0
     left = dict(edits or {})
-    stream = stream_preferences(source, **reading)  # a file that cannot be read is named before anything is written
+    stream = stream_preferences(source, **reading)  # raises for an unreadable file before anything is written
     with ExitStack() as stack:
         schema_of = Path(source).expanduser() if target.suffix == ".parquet" else None
         write = stack.enter_context(_writing(target, schema_of))
@@ -239,27 +240,27 @@ def _target(source: str, target: Path, inputs: Sequence[str], overwrite: bool) -
     return target, () if same else (f"{source} becomes JSONL",)
 
 
-# ---- What goes ----
+# ---- Which rows are dropped ----
 
 
 def _first(source: str, shape: str, columns: Mapping[str, str]) -> str:
-    """How to get a file that can be fixed: with an example a row."""
+    """Advice on how to make a file that can be fixed, with one example per row."""
     named = "".join(f" --column {shlex.quote(f'{ours}={yours}')}" for ours, yours in columns.items())
     command = f"penchant data get mine --from {shlex.quote(source)} --layout {shape}{named} --split 1,0,0"
     return f"write one example per row first: {command}"
 
 
 class _Marks:
-    """By which rules each row of a file goes, as far as a row tells it, and what else of it others are compared with.
+    """Per row, the rules that drop it by itself, and what is needed to compare it with other rows.
 
     Args:
-        first: how to get a file that can be fixed, for a layout that this one cannot be.
+        first: advice for a layout that cannot be fixed, see `_first`.
     """
 
     def __init__(self, how: How, kind: str, rules: Sequence[str], first: str) -> None:
         self.how, self.rules, self.first = how, rules, first
-        self.flags = array("H")  # a bit for each rule, by its place in RULES
-        self.accepted = array("q")  # numbers of the rows that are trees
+        self.flags = array("H")  # a bit per rule, by its index in RULES
+        self.accepted = array("q")  # indices of the rows that gave a tree
         places = Places()
         self.copies = Copies(kind, places)
         of_near = {"near_duplicates", "near_contradictions", "cycles"} & set(rules)
@@ -267,7 +268,7 @@ class _Marks:
         self.leakage = Leakage(["others", "this"]) if "leakage" in rules else None
 
     def take(self, rows: Iterable[Converted]) -> None:
-        """Look at more rows."""
+        """Check more rows."""
         groups = tuple(g for g in sensitive.GROUPS if g in self.rules)
         for made in rows:
             (row,) = made.source
@@ -285,7 +286,7 @@ class _Marks:
                 if self.leakage is not None:
                     self.leakage.update(1, result)
                 self.accepted.append(len(self.flags))
-            elif not made.left_out:  # an option leaves it out of training; nothing is wrong with it
+            elif not made.left_out:  # a row that an option leaves out of training is valid
                 bad = made.aside[0]
                 of_row = "identical" if bad.what.startswith(IDENTICAL) else "empty" if is_empty(bad) else "bad_rows"
                 mark |= BIT[of_row if isinstance(row, Row) else "unreadable"]
@@ -296,7 +297,7 @@ class _Marks:
             self.flags.append(mark)
 
     def merge(self, other: _Marks) -> None:
-        """Take the rows of another one, which come behind these."""
+        """Append the rows of another one."""
         self.accepted.frombytes((np.array(other.accepted, np.int64) + len(self.flags)).tobytes())
         self.flags.extend(other.flags)
         self.copies.merge(other.copies)
@@ -305,7 +306,7 @@ class _Marks:
                 mine.merge(theirs)  # type: ignore[arg-type]
 
     def by_row(self) -> Iterator[tuple[str, ...]]:
-        """The rules by which each row goes, in order."""
+        """Yield the rules that drop each row, in order of precedence."""
         marks = np.array(self.flags, dtype=np.uint16)
         at = np.array(self.accepted, dtype=np.int64)
         for rule, which in _by_rule(self.copies, self.near, self.leakage, self.rules).items():
@@ -317,11 +318,11 @@ class _Marks:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """What a worker is asked: to look at a part of a file."""
+    """A worker's task: check a part of a file."""
 
     shard: Shard
     bounds: Bounds
-    marks: _Marks  # of no rows
+    marks: _Marks  # empty at first
 
     def looked_at(self) -> _Marks:
         self.marks.take(self.marks.how.convert(read_shard(self.shard, self.bounds)))
@@ -331,7 +332,7 @@ class _Part:
 def _decide(
     source: str, rules: Sequence[str], against: Sequence[str], reading: dict[str, Any], workers: Workers
 ) -> Iterator[tuple[str, ...]]:
-    """For each row of the file, in order, the rules by which it goes; one pass over the file."""
+    """For each row of the file, in order, the rules that drop it; one pass over the file."""
     stream = stream_preferences(source, **reading)
     first = _first(source, stream.shape, reading.get("columns") or {})
     if stream.grouped:
@@ -357,7 +358,7 @@ def _decide(
 
 
 def _by_rule(copies: Copies, near: Near | None, leakage: Leakage | None, rules: Sequence[str]) -> dict[str, np.ndarray]:
-    """(n,) bool of the accepted rows, by rule."""
+    """By rule, (n,) bool: the accepted rows that it drops."""
     first = copies.duplicates()
     found = {"duplicates": first != np.arange(len(first)), "contradictions": copies.contradictory()}
     if near is not None:
@@ -373,7 +374,7 @@ def _by_rule(copies: Copies, near: Near | None, leakage: Leakage | None, rules: 
 
 
 def masked(value: Any, groups: Collection[str], counts: Counter[str]) -> Any:
-    """The value with personal data or secrets masked in all its texts; `counts` gets how many of each kind."""
+    """The value with personal data or secrets masked in all its texts; the number of each kind is added to `counts`."""
     if isinstance(value, str):
         text, found = sensitive.redact(value, groups)
         counts.update(found)
@@ -400,10 +401,10 @@ Write = Callable[[Mapping[str, Any]], object]
 
 @contextmanager
 def _writing(target: Path, schema_of: Path | None = None) -> Iterator[Write]:
-    """Write rows to a file beside the target, which takes its place at the end if nothing went wrong.
+    """Write rows to a file next to the target, which replaces it at the end if nothing went wrong.
 
     Args:
-        schema_of: the Parquet file whose schema a Parquet copy has; None: JSONL, packed where the target's name says so.
+        schema_of: the Parquet file whose schema a Parquet copy gets; None: JSONL, gzipped if the target's name ends in .gz.
     """
     with written_aside(target) as aside:
         if schema_of is not None:
@@ -438,10 +439,10 @@ def _parquet(path: Path, schema_of: Path) -> Iterator[Write]:
 
 
 def default_rules(drop: Sequence[str] = (), keep: Sequence[str] = ()) -> tuple[str, ...]:
-    """The safe rules, with those of `drop` and without those of `keep`.
+    """The default rules, with those in `drop` and without those in `keep`.
 
     Raises:
-        DataError: an unknown rule, or one that is both.
+        DataError: a rule is unknown, in both, or cannot be kept.
     """
     _check_rules([*drop, *keep], "data fix")
     both = sorted(set(drop) & set(keep)) or sorted({ALWAYS} & set(keep))

@@ -1,4 +1,4 @@
-"""Which languages the rows are in: as their own column says, else guessed for a sample."""
+"""The languages of the rows: from their own column, else guessed for a sample."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from penchant.data.load import Columns
 
 SAMPLE = 2000  # rows
 SHOWN = 8  # languages named
-LETTERS = 20  # a shorter text is not guessed
+LETTERS = 20  # no guess for a text with fewer
 TITLE = "rows in the most common language"
 
 
 @cache
 def guesser() -> Callable[[str], str] | None:
-    """py3langid's classifier, None where it is not installed."""
+    """py3langid's classifier, None if it is not installed."""
     try:
         from py3langid import classify
     except ImportError:
@@ -30,21 +30,21 @@ def guesser() -> Callable[[str], str] | None:
 
 
 def guess(text: str) -> str:
-    """A text's language, ``?`` where there is too little of it."""
+    """A text's language, ``?`` if it is too short."""
     classify = guesser()
     assert classify is not None
     return classify(text) if sum(map(str.isalpha, text)) >= LETTERS else "?"
 
 
 class Languages(Counting):
-    """What the rows' own columns say, else the languages of `SAMPLE` rows (their answer, or their prompt where they have none)."""
+    """The languages in the rows' own columns, else those guessed for `SAMPLE` rows (from an answer, or the prompt if none)."""
 
     def __init__(self, columns: Columns) -> None:
-        self._heap: list[tuple[int, str]] = []  # those with the smallest draws; the largest of them first
+        self._heap: list[tuple[int, str]] = []  # the smallest draws, negated; the largest of them first
         self.columns = columns
 
     def update(self, row: View) -> None:
-        drawn = -text_hash(row.where)  # the same rows each time, whatever else is read and in which order
+        drawn = -text_hash(row.where)  # the same rows each time, in any order of reading
         if len(self._heap) < SAMPLE or drawn > self._heap[0][0]:
             self._take((drawn, (*row.texts, row.prompt)[0][:1000]))
 

@@ -1,4 +1,4 @@
-"""Near-duplicate texts in one pass: exact and near copies get one group. A text costs 220 bytes, of which many texts keep 8 in memory."""
+"""Groups of exact and near-duplicate texts in one pass. A text costs 220 bytes; with many texts, all but 8 of them are on disk."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import IO, Any
 
 import numpy as np
 
-SLOTS = 128  # of a MinHash signature
+SLOTS = 128  # per MinHash signature
 BANDS, WIDTH = 21, 6  # two texts of similarity 0.8 share a band of 6 slots with probability 1 - (1 - 0.8^6)^21 = 0.998
 SHINGLE = 5  # characters
-BATCH_TEXTS, BATCH_CHARACTERS = 4096, 1 << 20  # what is shingled at a time
+BATCH_TEXTS, BATCH_CHARACTERS = 4096, 1 << 20  # shingled at a time
 ROUNDS = 32  # leaders tried within one bucket of a band
-IN_MEMORY = 64 << 20  # bytes of bands and sketches of an index; more of them wait on disk
-CHECKED = 1 << 16  # candidates that are compared at a time
-GAP = 16  # rows of a file between two that are wanted, up to which both are read at once
+IN_MEMORY = 64 << 20  # bytes of an index's bands and sketches; beyond that they go to disk
+CHECKED = 1 << 16  # candidates compared at a time
+GAP = 16  # wanted rows of a file up to this far apart are read at once
 NEAR = 0.8  # the similarity from which two texts count as near-duplicates
 
 _ODD = np.array(
@@ -28,19 +28,19 @@ _ODD = np.array(
 
 
 def normalize(text: str) -> str:
-    """What counts as the same text: case and white space do not matter."""
+    """The form in which texts are compared: ignores case and white space."""
     return " ".join(text.lower().split())
 
 
 class NearIndex:
-    """Groups of texts that come bit by bit: equal but for case and white space, or nearly equal. `add` batches, then `groups`.
+    """Groups texts that are nearly equal, or equal up to case and white space. Call `add` in batches, then `groups`.
 
     Args:
-        threshold: Jaccard similarity of the sets of 5-character shingles from which two texts belong together, in (0, 1]; it is
+        threshold: Jaccard similarity of 5-character shingle sets at which two texts belong together, in (0, 1]; it is
             estimated from 128 MinHash slots (standard error 0.035 at 0.8).
 
     Raises:
-        ValueError: another threshold.
+        ValueError: the threshold is out of range.
     """
 
     def __init__(self, *, threshold: float = NEAR) -> None:
@@ -48,8 +48,8 @@ class NearIndex:
             raise ValueError(f"threshold {threshold} is not in (0, 1]")
         self.threshold = threshold
         self._exact: list[np.ndarray] = []  # (b,) uint64: hash of the normalized text
-        self._bands = [Kept(np.uint32) for _ in range(BANDS)]  # chance meetings are sorted out by the check
-        self._bytes = Kept(np.uint8, SLOTS)  # enough of each slot to check a candidate by
+        self._bands = [Kept(np.uint32) for _ in range(BANDS)]  # chance collisions are removed by the check
+        self._bytes = Kept(np.uint8, SLOTS)  # a byte of each slot, enough to check a candidate
         self._waiting: list[str] = []
         self._characters = 0
         self._count = 0
@@ -58,7 +58,7 @@ class NearIndex:
         return self._count
 
     def add(self, texts: Iterable[str]) -> None:
-        """Take more texts."""
+        """Add more texts."""
         for text in texts:
             plain = normalize(text)
             self._waiting.append(plain)
@@ -68,7 +68,7 @@ class NearIndex:
                 self._flush()
 
     def exact_ids(self) -> np.ndarray:
-        """(n,) int64: the index of the first text that is equal but for case and white space."""
+        """(n,) int64: the index of the first text that is equal up to case and white space."""
         self._flush()
         return first_of_equal(np.concatenate([np.empty(0, np.uint64), *self._exact]))
 
@@ -79,7 +79,7 @@ class NearIndex:
         if len(once) < 2:
             return exact
         parent = np.arange(len(once))
-        # equal bytes of two sketches at this similarity: different slots have equal bytes once in 256 times
+        # expected equal bytes of two sketches at the threshold: different slots agree in a byte with probability 1/256
         needed = SLOTS * (self.threshold + (1 - self.threshold) / 256)
         for band in self._bands:
             for a, b in _candidates(band.all()[once], self._bytes, once, needed):
@@ -88,7 +88,7 @@ class NearIndex:
         return found
 
     def merge(self, other: NearIndex) -> None:
-        """Take the texts of another index, which come behind these."""
+        """Append the texts of another index."""
         self._flush()
         other._flush()
         self._exact += other._exact
@@ -122,10 +122,10 @@ class NearIndex:
 
 
 class Kept:
-    """Rows of numbers that come bit by bit: in memory, or in a temporary file from `to_disk` on.
+    """A growing array of rows of numbers, in memory or, from `to_disk` on, in a temporary file.
 
     Args:
-        dtype: of the numbers; width: numbers a row; 0: a row is a number.
+        dtype: of the numbers; width: numbers per row; 0: each row is one number.
     """
 
     def __init__(self, dtype: type[np.generic], width: int = 0) -> None:
@@ -135,7 +135,7 @@ class Kept:
         self._file: IO[bytes] | None = None
 
     def append(self, rows: np.ndarray) -> None:
-        """Take more rows."""
+        """Append rows."""
         if self._file is not None:
             self._file.write(rows.tobytes())
         else:
@@ -143,7 +143,7 @@ class Kept:
             self.held += rows.nbytes
 
     def to_disk(self) -> None:
-        """Write what is in memory to the file."""
+        """Move the rows in memory to the file."""
         if self._file is None:
             self._file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as this does
         parts, self._parts, self.held = self._parts, [], 0
@@ -171,7 +171,7 @@ class Kept:
         return {**vars(self), "_parts": [self.all()], "held": self.all().nbytes, "_file": None}
 
     def __getitem__(self, at: np.ndarray) -> np.ndarray:
-        """The rows at these places, in any order; of a file only those parts are read that hold some."""
+        """The rows at these indices, in any order; only the parts of a file that hold some are read."""
         if self._file is None:
             return self.all()[at]
         self._file.flush()
@@ -205,7 +205,7 @@ def signatures(texts: Sequence[str]) -> np.ndarray:
 
 
 def shingle_hashes(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes of all runs of 5 characters of each text, one text after the other, and the n + 1 places where each begins.
+    """Hashes of all runs of 5 characters of each text, concatenated, and the n + 1 offsets of the texts.
 
     A shorter text is one shingle.
     """
@@ -220,7 +220,7 @@ def shingle_hashes(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     hashes *= _ODD[0]
     hashes ^= hashes >> np.uint64(29)
     inside = np.ones(count, bool)
-    for k in range(1, SHINGLE):  # those that would begin in one text and end in the next
+    for k in range(1, SHINGLE):  # drop runs that start in one text and end in the next
         inside[ends[:-1] - k] = False
     offsets = np.concatenate([[0], ends - (SHINGLE - 1) * np.arange(1, len(padded) + 1)]).astype(np.uint64)
     return hashes[inside], offsets
@@ -236,10 +236,10 @@ def _band_hashes(slots: np.ndarray) -> np.ndarray:
 
 
 def first_of_equal(keys: np.ndarray) -> np.ndarray:
-    """(n,) int64: for each key the first index at which it stands."""
+    """(n,) int64: for each key the index of its first occurrence."""
     order = np.argsort(
         keys, kind="stable"
-    )  # np.unique would hold half as much again, which tens of millions of texts feel
+    )  # np.unique needs 1.5 times the memory, which matters for tens of millions of texts
     ordered, new = keys[order], np.ones(len(keys), bool)
     np.not_equal(ordered[1:], ordered[:-1], out=new[1:])
     del ordered
@@ -251,7 +251,7 @@ def first_of_equal(keys: np.ndarray) -> np.ndarray:
 
 
 def first_with(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """For each wanted key the first index at which it stands in `keys`, -1 where it does not: int64, shape of `wanted`."""
+    """For each wanted key the index of its first occurrence in `keys`, -1 if there is none: int64, shape of `wanted`."""
     known, first = np.unique(keys, return_index=True)
     if not len(known):
         return np.full(len(wanted), -1)
@@ -262,7 +262,7 @@ def first_with(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 def _candidates(
     keys: np.ndarray, sketches: Kept, which: np.ndarray, needed: float
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Checked pairs among texts with the same band hash: each against its bucket's first, then the rest among themselves.
+    """Verified pairs among texts with the same band hash: each against its bucket's first, then the rest among themselves.
 
     A bucket of many different texts (boilerplate) is not compared pair by pair: after `ROUNDS` leaders the rest is left to
     the other bands.
@@ -271,7 +271,7 @@ def _candidates(
     packed <<= np.uint64(32)
     packed |= np.arange(len(keys), dtype=np.uint64)
     packed.sort()  # several times as fast as an argsort of the keys
-    packed = packed[_shared(packed >> np.uint64(32))]  # most texts are like no other
+    packed = packed[_shared(packed >> np.uint64(32))]  # most texts share no bucket
     order, bucket = (packed & np.uint64(0xFFFFFFFF)).astype(np.int64), packed >> np.uint64(32)
     for _ in range(ROUNDS):
         shared = _shared(bucket)
@@ -291,7 +291,7 @@ def _candidates(
 
 
 def _shared(ordered: np.ndarray) -> np.ndarray:
-    """(n,) bool: which of ordered numbers stand there more than once."""
+    """(n,) bool: which of the sorted numbers occur more than once."""
     found = np.zeros(len(ordered), bool)
     same = ordered[1:] == ordered[:-1]
     found[1:] |= same
@@ -308,7 +308,7 @@ def _unite(parent: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
             return parent
         one, other = one[apart], other[apart]
         np.minimum.at(parent, np.maximum(one, other), np.minimum(one, other))
-        while True:  # point every text at its group's first
+        while True:  # point every text to its group's first
             nearer = parent[parent]
             if np.array_equal(nearer, parent):
                 break

@@ -1,4 +1,4 @@
-"""Personal data and secrets in texts, by their look: found, counted, masked. A value that was found is never stored."""
+"""Find, count and mask personal data and secrets in texts by their form. A value that was found is never stored."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class Span(NamedTuple):
-    """A place in a text that looks like something of this kind."""
+    """A span of a text that looks like a value of this kind."""
 
     kind: str
     start: int
@@ -25,15 +25,15 @@ class Finder(NamedTuple):
     """How values of some kinds are found."""
 
     group: str  # ``pii`` or ``secrets``
-    hint: Callable[[str], bool]  # whether the text can hold one at all (fast)
-    find: Callable[[str], Found]  # the places, checked
+    hint: Callable[[str], bool]  # fast test whether a text can hold one at all
+    find: Callable[[str], Found]  # the verified spans
 
 
 # ---- Checks ----
 
 
 def luhn(digits: str) -> bool:
-    """The check digit of payment cards (ISO/IEC 7812)."""
+    """Whether the check digit of a payment card number is right (ISO/IEC 7812)."""
     total = 0
     for i, c in enumerate(reversed(digits)):
         d = int(c) * (1 + i % 2)
@@ -42,7 +42,7 @@ def luhn(digits: str) -> bool:
 
 
 def iban(value: str) -> bool:
-    """The check of ISO 13616: rearranged and read as a number, it leaves 1 when divided by 97."""
+    """Whether an IBAN passes the check of ISO 13616: rearranged and read as a number, it is 1 modulo 97."""
     plain = value.replace(" ", "")
     if not 15 <= len(plain) <= 34:
         return False
@@ -50,7 +50,7 @@ def iban(value: str) -> bool:
 
 
 def entropy(token: str) -> float:
-    """Shannon entropy of a token's characters, bits a character."""
+    """Shannon entropy of a token's characters, in bits per character."""
     n = len(token)
     return -sum(c / n * math.log2(c / n) for c in Counter(token).values())
 
@@ -58,7 +58,7 @@ def entropy(token: str) -> float:
 # ---- Kinds ----
 
 _MAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,24}(?![\w-])")
-_NUMBER = re.compile(r"\d(?:(?:[ .-]|\)[ -]?)?\d){7,18}")  # a first digit alone, so that the search is fast
+_NUMBER = re.compile(r"\d(?:(?:[ .-]|\)[ -]?)?\d){7,18}")  # starts with a bare digit, which makes the search fast
 _NATIONAL = re.compile(r"(?:1[ .-])?(?:\(\d{3}\) ?|\d{3}[ .-])\d{3}[ .-]\d{4}")
 _SSN = re.compile(r"(?!000|666|9)\d{3}-(?!00)\d\d-(?!0000)\d{4}")
 _IBAN = re.compile(r"[A-Z]{2}\d\d(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,4})?\b")
@@ -68,7 +68,7 @@ _TOKEN = re.compile(r"(?<![A-Za-z0-9+/=_-])[A-Za-z0-9+/_-]{32,}={0,2}(?![A-Za-z0
 _PRIVATE = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL)
 _FOUR_DIGITS = re.compile(r"\d\d\d\d|\d\d\d[ .)-]")
 
-# beginnings that their makers chose so that leaked keys can be found, and what must follow
+# prefixes by which providers make leaked keys easy to find, and the whole pattern
 KEYS = {
     "AKIA": r"AKIA[0-9A-Z]{16}",
     "ASIA": r"ASIA[0-9A-Z]{16}",
@@ -105,7 +105,7 @@ def _word_before(text: str, start: int) -> bool:
 
 
 def _numbers(text: str) -> Found:
-    """Runs of digits that are a card's, a social security or a phone number; no dates, no plain long numbers."""
+    """Runs of digits that are a card, social security or phone number, but not dates or plain long numbers."""
     for m in _NUMBER.finditer(text):
         start, end = m.span()
         if _word_before(text, start) or text[end : end + 1].isalnum():
@@ -126,7 +126,7 @@ def _ibans(text: str) -> Found:
     for m in _IBAN.finditer(text):
         if _word_before(text, m.start()):
             continue
-        words = m.group().split(" ")  # a word in capitals behind it may have been taken along
+        words = m.group().split(" ")  # the match may include a word in capitals after it
         for count in range(len(words), 0, -1):
             value = " ".join(words[:count])
             if iban(value):
@@ -141,7 +141,7 @@ def _addresses(text: str) -> Found:
                 address = ipaddress.ip_address(m.group())
             except ValueError:
                 continue
-            # 127.0.0.1 and 192.168.x.x tell nothing of anybody
+            # 127.0.0.1 and 192.168.x.x identify nobody
             if address.is_global and not _word_before(text, m.start()):
                 yield Span("ip", *m.span())
 
@@ -153,7 +153,7 @@ def _keys(text: str) -> Found:
 
 
 def _random_tokens(text: str) -> Found:
-    """Long tokens of letters and digits that look random: at least 4 bits a character, and digits among both cases."""
+    """Long tokens of letters and digits that look random: at least 4 bits per character, with digits and letters of both cases."""
     for m in _TOKEN.finditer(text):
         token = m.group()
         mixed = any(c.isdigit() for c in token) and any(c.islower() for c in token) and any(c.isupper() for c in token)
@@ -176,7 +176,7 @@ GROUPS = {
     "pii": ("email", "iban", "card", "ssn", "phone", "ip"),
     "secrets": ("private_key", "api_key", "random_token"),
 }
-FINDERS = (  # of two values that overlap the earlier finder's stays
+FINDERS = (  # of two overlapping values, the earlier finder's is kept
     Finder("secrets", lambda t: "PRIVATE KEY-----" in t, _matches("private_key", _PRIVATE)),
     Finder("secrets", lambda t: True, _keys),
     Finder("secrets", lambda t: max(map(len, t.split()), default=0) >= 32, _random_tokens),
@@ -189,7 +189,7 @@ FINDERS = (  # of two values that overlap the earlier finder's stays
 
 
 def find(text: str, groups: Collection[str] = ("pii", "secrets")) -> list[Span]:
-    """Places that look like personal data or secrets, in order, without overlaps."""
+    """Spans that look like personal data or secrets, in order, without overlaps."""
     found: list[Span] = []
     for finder in FINDERS:
         if finder.group in groups and finder.hint(text):
@@ -200,7 +200,7 @@ def find(text: str, groups: Collection[str] = ("pii", "secrets")) -> list[Span]:
 
 
 def redact(text: str, groups: Collection[str] = ("pii", "secrets")) -> tuple[str, Counter[str]]:
-    """The text with ``[EMAIL]``, ``[API_KEY]``... in place of what was found, and how many of each kind."""
+    """The text with ``[EMAIL]``, ``[API_KEY]``... in place of each value found, and the number of each kind."""
     spans = find(text, groups)
     for span in reversed(spans):
         text = f"{text[: span.start]}[{span.kind.upper()}]{text[span.end :]}"

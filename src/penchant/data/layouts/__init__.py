@@ -1,4 +1,4 @@
-"""Rows of every published layout to prompt trees: small pure functions in one registry, chosen by the columns that are there."""
+"""Detect which published layout rows have and look layouts up by name; importing this package fills the registry."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ __all__ = [
 
 
 def layout_named(name: str, where: str = "data.shape") -> Layout:
-    """A layout of the registry, or a user's own: ``path.py:Name``.
+    """Look up a layout by name in the registry, or load a user's own (``path.py:Name``).
 
     Raises:
-        ConfigError: there is none of this name, or something is wrong with the user's own.
+        ConfigError: there is no layout of this name, or the user's own is invalid.
     """
     if is_own(name):
         return own.own_layout(name, where)
@@ -43,7 +43,7 @@ def layout_named(name: str, where: str = "data.shape") -> Layout:
 
 
 def no_layout(name: str) -> str:
-    """What to write in place of a layout that there is not."""
+    """Advice for an unknown layout name: the closest known name, or the list of all."""
     near = closest(name, LAYOUTS)
     if near:
         return f'did you mean "{near}"?'
@@ -57,8 +57,10 @@ NAMES = (
 
 
 def near_name(column: str) -> str:
-    """The name of ours that a column's name is one slip away from (a letter too few or too many, two that changed places, another
-    case); empty where there is none, or where it is one of ours."""
+    """The known column name that `column` is one typo away from, or "" if there is none or `column` is itself known.
+
+    A typo is another case or separator, a letter missing or extra, two swapped letters or, in names over 5 letters, a wrong one.
+    """
     if column in NAMES:
         return ""
     bare = column.strip().lower().replace("-", "_").replace(" ", "_")
@@ -78,7 +80,7 @@ def _one_slip(word: str, name: str) -> bool:
     return j == i + 1 and word[i] == name[j] and word[j] == name[i]
 
 
-# what a prompt, an answer and a word about it are called where they have not our names
+# other common names for a prompt, an answer and its label
 OTHER_NAMES = {
     "prompt": ("question", "query"),
     "completion": ("answer", "response", "output", "reply"),
@@ -87,7 +89,7 @@ OTHER_NAMES = {
 
 
 def other_names(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """``{our name: theirs}`` of columns that hold texts (for a label: words such as thumbs_up) under one other name alone."""
+    """``{our name: theirs}`` for texts (for a label: words such as thumbs_up) that all rows hold under exactly one other name."""
     there = set.intersection(*map(set, rows)) if rows else set()
     found: dict[str, str] = {}
     for ours, names in OTHER_NAMES.items():
@@ -99,7 +101,7 @@ def other_names(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _is_word(value: Any) -> bool:
-    """Whether a value calls an answer good or bad in a word; a number may be a rating of any scale."""
+    """Whether a value is a boolean or a word for good or bad. Numbers are not: they may be ratings on any scale."""
     return isinstance(value, bool) or (
         isinstance(value, str) and finite(value) is None and value.strip().lower() in LABELS
     )
@@ -118,12 +120,12 @@ HOW_SEVERAL = (
 
 
 def _stepwise(row: Mapping[str, Any]) -> bool:
-    """TRL's stepwise supervision: the steps of one answer, each with a label."""
+    """Whether a row is TRL's stepwise supervision: the steps of one answer, each with a label."""
     return "prompt" in row and isinstance(row.get("completions"), list) and isinstance(row.get("labels"), list)
 
 
 def detect(rows: Iterable[Mapping[str, Any]]) -> Detection:
-    """The layout that most of the rows have, by their columns and what is in them; nothing is converted."""
+    """Detect the layout of most rows from their columns and contents, without converting them."""
     votes: Counter[str] = Counter()
     fits: Counter[str] = Counter()
     for row in rows:
@@ -138,7 +140,7 @@ def detect(rows: Iterable[Mapping[str, Any]]) -> Detection:
         votes.update(found[:1])
     if not votes:
         return Detection(None, "the columns fit no known layout")
-    name = max(votes, key=lambda n: votes[n])  # the earlier one of equals: a Counter keeps the order of what it met
+    name = max(votes, key=lambda n: votes[n])  # the first seen wins a tie: a Counter keeps insertion order
     if name == "stepwise":
         return Detection(
             None, STEPWISE, how="there are no process rewards here; make one completion and one label of it"

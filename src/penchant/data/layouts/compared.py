@@ -15,7 +15,7 @@ from penchant.types import Message, PromptTree
 
 @layout("shp")
 def shp(row: Fields, options: Fields) -> PromptTree:
-    """A post with two comments; the preferred one has more votes though it is the later one."""
+    """A post with two comments; the preferred one was written later and still has more votes."""
     better = "A" if fields.index(row, "labels") == 1 else "B"
     worse = "B" if better == "A" else "A"
     ratio = fields.score(row, "score_ratio")
@@ -31,7 +31,7 @@ def shp(row: Fields, options: Fields) -> PromptTree:
 
 @layout("pku_saferlhf")
 def pku(row: Fields, options: Fields) -> PromptTree:
-    """Two answers, of which one is more helpful and one is safer."""
+    """Two answers, one of them more helpful and one of them safer."""
     best = fields.index(row, f"{options['prefer']}_response_id")
     if options["chosen"] == "safe" and not fields.label(row, f"is_response_{best}_safe"):
         raise LeftOut("the preferred answer is unsafe", "keep it with data.layout_options.chosen=any")
@@ -41,7 +41,7 @@ def pku(row: Fields, options: Fields) -> PromptTree:
 
 @layout("tldr_comparisons", check=lambda row: fields.holds_list(row, "summaries", "text"))
 def tldr(row: Fields, options: Fields) -> PromptTree:
-    """Two summaries of a post (or an article), of which one was chosen."""
+    """Two summaries of a post (or an article), one of which was chosen."""
     info, summaries = fields.mapping(row, "info"), fields.items(row, "summaries")
     if len(summaries) != 2:
         raise RowError(f"there are {len(summaries)} summaries", "there must be two")
@@ -74,7 +74,7 @@ def _judgement(row: Fields) -> str:
 
 
 def _last_word(rows: Sequence[Fields]) -> Fields:
-    """A judgement, or that it was taken back by a later record of its id."""
+    """The first record of a judgment, with the verdict "undo" if any record of its id takes it back."""
     back = any(row.get("verdict") == _TAKEN_BACK for row in rows)
     return {**rows[0], **({"verdict": _TAKEN_BACK} if back else {})}
 
@@ -87,7 +87,7 @@ _ABOUT = (
 
 @layout("studio", group=Group(_judgement, _last_word, _ABOUT))
 def studio(row: Fields, options: Fields) -> PromptTree:
-    """One word of one person about two answers."""
+    """One person's verdict on two answers."""
     verdict = row.get("verdict")
     verdict = verdict if isinstance(verdict, str) else ""
     why = {"skip": "skipped", _TAKEN_BACK: "taken back"}.get(verdict)
@@ -115,7 +115,7 @@ TIES = frozenset({"tie", "tie (bothbad)", "both_bad"})
 
 @layout("arena")
 def arena(row: Fields, options: Fields) -> PromptTree:
-    """Two conversations with two models; the user turns are the same, and one was voted better."""
+    """Conversations with two models and the same user turns, one of which was voted better."""
     winner = row.get("winner")
     if isinstance(winner, str) and winner in TIES:
         raise _tie(winner, options)
@@ -127,7 +127,7 @@ def arena(row: Fields, options: Fields) -> PromptTree:
 
 @layout("arena_55k")
 def arena_55k(row: Fields, options: Fields) -> PromptTree:
-    """The same with prompts and answers as JSON lists in strings, and the vote in three columns."""
+    """Like `arena`, with prompts and answers as JSON lists in strings and the vote in three columns."""
     votes = [fields.index(row, f"winner_{n}") for n in ("model_a", "model_b", "tie")]
     if sum(votes) != 1:
         raise RowError("the three winner columns do not name one outcome", "one of them must be 1, the others 0")
@@ -185,7 +185,7 @@ def _first(messages: tuple[Message, ...], name: str) -> tuple[Message, ...]:
 
 @layout("lmsys", check=lambda row: fields.holds_list(row, "conversation", "role"))
 def lmsys(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
-    """A conversation with a model: an answer of it, every answer, or a prompt."""
+    """A conversation with a model, used as one answer, every answer or a prompt (option `use`)."""
     messages = fields.messages(row, "conversation")
     found = _USES[options["use"]](messages)
     if not found:

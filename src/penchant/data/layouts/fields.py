@@ -1,4 +1,4 @@
-"""What every converter reads a row with: a field as text, messages, a number or a label, or a `RowError` that says what is wrong."""
+"""Read a row's fields as text, messages, numbers or labels; a `RowError` says what is wrong with one that does not fit."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ class RowError(Exception):
         self.what, self.how = what, how
 
 
-NOTHING_WRONG = "nothing is wrong with it"  # how the advice about a row begins that only has nothing to teach
+NOTHING_WRONG = "nothing is wrong with it"  # start of the advice for a valid row that holds nothing to train on
 
 
 class LeftOut(RowError):
-    """A sound row that an option of its layout leaves out, e.g. a tie: it is counted and kept aside, and stops nothing."""
+    """A valid row that a layout option leaves out, e.g. a tie. It is counted and kept aside, and never stops loading."""
 
 
 def shown(value: Any, length: int = 40) -> str:
-    """A value as a short text for a message, whatever it is."""
+    """Any value as a short text for an error message."""
     try:
         return str(value)[:length]
-    except ValueError:  # an int of more digits than Python prints
+    except ValueError:  # an int with more digits than Python prints
         return "a number of very many digits"
 
 
@@ -60,7 +60,7 @@ def text(row: Mapping[str, Any], name: str) -> str:
 
 
 def as_text(value: Any, what: str) -> str:
-    """A value as non-empty text; `what` names it in messages."""
+    """A value as non-empty text; `what` names it in error messages."""
     if value is None:
         raise RowError(f"{what} is null", "give it a text or drop the row")
     if isinstance(value, Missing):
@@ -83,7 +83,7 @@ def messages(row: Mapping[str, Any], name: str) -> tuple[Message, ...]:
     calls = [isinstance(turn, Mapping) and turn.get("role", turn.get("from")) in CALLERS for turn in value]
     made: list[Message] = []
     for i, turn in enumerate(turns):
-        if calls[i] and i and calls[i - 1]:  # calls at once stand one behind the other in such files
+        if calls[i] and i and calls[i - 1]:  # such files list parallel calls as consecutive turns
             both = json.loads(made[-1].tool_calls) + json.loads(turn.tool_calls)
             made[-1] = replace(made[-1], tool_calls=as_json(both))
         else:
@@ -97,10 +97,10 @@ JUDGED = ("feedback", "user_feedback", "human_feedback", "rating", "thumbs", "th
 
 
 def not_judged(row: Mapping[str, Any], where: str = "") -> None:
-    """Refuses an answer that a column (or a key of its turn) calls good or bad: it would be learned whatever that says.
+    """Reject an answer that a column (or a key of its turn) rates, since it would be trained on regardless of the rating.
 
     Raises:
-        RowError: there is such a column.
+        RowError: there is such a rating.
     """
     for name in JUDGED:
         value = row.get(name)
@@ -113,10 +113,10 @@ def not_judged(row: Mapping[str, Any], where: str = "") -> None:
 
 
 def trained(turn: Any) -> bool:
-    """Whether an assistant turn is to be learned, by its "weight" (0 or 1, as OpenAI and Mistral have it), "train" or "training" (Axolotl).
+    """Whether to train on an assistant turn, by its "weight" (0 or 1, OpenAI and Mistral), "train" or "training" (Axolotl).
 
     Raises:
-        RowError: a weight that is neither 0 nor 1.
+        RowError: the weight is neither 0 nor 1.
     """
     for name in ("weight", "train", "training"):
         value = turn.get(name) if isinstance(turn, Mapping) else None
@@ -132,10 +132,10 @@ def trained(turn: Any) -> bool:
 def learned(
     row: Mapping[str, Any], names: Sequence[str] = ("messages", "conversations", "conversation", "completion")
 ) -> None:
-    """Leaves out a row whose last answer is not to be learned.
+    """Leave out a row whose last answer has weight 0.
 
     Raises:
-        LeftOut: its weight is 0. RowError: the answer is judged, or has another weight.
+        LeftOut: its weight is 0. RowError: the answer is rated, or its weight is neither 0 nor 1.
     """
     for name in names:
         if isinstance(row.get(name), (list, tuple)) and row[name] and isinstance(row[name][-1], Mapping):
@@ -145,7 +145,7 @@ def learned(
                 raise LeftOut(what, f"{NOTHING_WRONG}; learn the others with data.layout_options.turns=all")
 
 
-# how a list of messages, or one message, begins where a spreadsheet or pandas wrote it into a cell as text
+# start of a message, or a list of messages, that a spreadsheet or pandas wrote into a cell as text
 _WRITTEN = re.compile(r"""\s*(\[\s*)?\{\s*['"](role|from|content|value)['"]\s*:""")
 _MESSAGES = frozenset(
     [
@@ -164,14 +164,14 @@ _MESSAGES = frozenset(
 
 
 def opened(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A row whose messages that are written as text (JSON, or as Python shows a list) are messages; others stay text."""
+    """The row with messages in text cells parsed (JSON or a Python literal); other text stays as it is."""
     written = {n: v for n, v in row.items() if n in _MESSAGES and isinstance(v, str) and _WRITTEN.match(v)}
     found = {name: _opened(value) for name, value in written.items()}
     return {**row, **{n: v for n, v in found.items() if v is not None}} if found else row
 
 
 def _opened(text: str) -> Any:
-    """What a text says in JSON or as Python shows it, if that is messages; else None."""
+    """Parse a text as JSON or a Python literal; None if the result is not messages."""
     for read in (json.loads, ast.literal_eval):
         with suppress(ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
             value = read(text)
@@ -185,10 +185,10 @@ def _opened(text: str) -> Any:
 
 
 def no_written_messages(row: Mapping[str, Any]) -> None:
-    """Refuses messages that are in a cell as text and could not be read.
+    """Reject messages in text cells that could not be parsed.
 
     Raises:
-        RowError: there are some.
+        RowError: there are such messages.
     """
     for name, value in row.items():
         if isinstance(value, str) and _WRITTEN.match(value) and _ROLE.search(value) and _CONTENT.search(value):
@@ -200,7 +200,7 @@ _ROLE, _CONTENT = (re.compile(rf"""['"]({names})['"]\s*:""") for names in ("role
 
 
 def as_message(turn: Any, what: str) -> Message:
-    """A role/content or from/value mapping as a message; `what` names it in messages."""
+    """A role/content or from/value mapping as a message; `what` names it in error messages."""
     if not isinstance(turn, Mapping):
         raise RowError(f"{what} is not a message", 'write {"role": "user", "content": "..."}')
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
@@ -232,18 +232,18 @@ def as_message(turn: Any, what: str) -> Message:
 
 
 def as_json(value: Any) -> str:
-    """A value as JSON, its keys in their order."""
+    """A value as JSON, with keys in their original order."""
     return json.dumps(value, ensure_ascii=False)
 
 
-DEEPEST = 100  # levels of JSON within a cell
+DEEPEST = 100  # levels of nested JSON in a cell
 
 
 def read_json(value: Any, what: str, how: str) -> Any:
-    """What a cell says that may be written as JSON text.
+    """The value of a cell, parsed if it is JSON text.
 
     Raises:
-        RowError: it is a text and no JSON.
+        RowError: the text is not JSON, or is nested more than `DEEPEST` levels deep.
     """
     if not isinstance(value, str):
         return value
@@ -263,7 +263,7 @@ _CALL = 'write {"type": "function", "function": {"name": "...", "arguments": {..
 
 
 def _calls(value: Any, what: str) -> list[dict[str, Any]]:
-    """Tool calls as every chat template knows them: arguments are objects."""
+    """Tool calls in the form that every chat template knows, with arguments as objects."""
     read = read_json(value, f"{what}: its call", _CALL)
     if not read:
         raise RowError(f"{what} calls no tool", _CALL)
@@ -290,10 +290,10 @@ _TOOL = 'write [{"type": "function", "function": {"name": "...", "description": 
 
 
 def tools(row: Mapping[str, Any]) -> str:
-    """The tools of a row's "tools" (or OpenAI's older "functions") as JSON; empty where it has none.
+    """A row's "tools" (or OpenAI's older "functions") as JSON; empty if it has none.
 
     Raises:
-        RowError: they are not tools.
+        RowError: they are not a list of function descriptions.
     """
     for column in ("tools", "functions"):
         given = row.get(column)
@@ -319,10 +319,10 @@ def tools(row: Mapping[str, Any]) -> str:
 
 
 def template_options(row: Mapping[str, Any]) -> str:
-    """What a row's "chat_template_kwargs" hands to the chat template, as JSON; empty where there is nothing.
+    """A row's "chat_template_kwargs" as JSON; empty if there are none.
 
     Raises:
-        RowError: it is not an object, or sets what a row cannot decide.
+        RowError: it is not an object, or sets an argument that a row may not set.
     """
     name = "chat_template_kwargs"
     given = row.get(name)
@@ -345,7 +345,7 @@ NOT_OPTIONS = frozenset(
 
 
 def _reasoning(turn: Mapping[str, Any], what: str) -> str:
-    """What an assistant turn says of how its answer was found, by the names that programs give it."""
+    """The reasoning of an assistant turn, under any of the names in use."""
     found = {n: v for n in ("reasoning_content", "reasoning", "thinking") if (v := turn.get(n)) not in (None, "")}
     for name, value in found.items():
         if not isinstance(value, str) or turn.get("role", turn.get("from")) not in ANSWERERS:
@@ -359,14 +359,14 @@ Answer = str | Message
 
 
 def completion(answer: Answer, label: bool | None = None, score: float | None = None) -> Completion:
-    """An answer, as text or as a turn, with what is known about it."""
+    """An answer (text or a turn) as a `Completion` with its label and score."""
     if isinstance(answer, str):
         return Completion(answer, label, score)
     return Completion(answer.content, label, score, reasoning=answer.reasoning, tool_calls=answer.tool_calls)
 
 
 def _joined_parts(parts: Sequence[Any], what: str) -> str:
-    """The text of a content that is a list of parts: one after the other, as chat templates write them."""
+    """The text of a content given as a list of parts, concatenated as chat templates do."""
     texts = []
     for part in parts:
         text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else None
@@ -379,12 +379,12 @@ def _joined_parts(parts: Sequence[Any], what: str) -> str:
 
 
 def joined(texts: Iterable[str]) -> str:
-    """The text of several parts of a content, with nothing between them; in files and requests alike."""
+    """Concatenate the texts of content parts with nothing between them. Used for both files and requests."""
     return "".join(texts)
 
 
 def answered(messages: tuple[Message, ...], name: str) -> PromptTree:
-    """A conversation's last answer, to what is before it; there must be a turn before it."""
+    """A conversation as a tree: its last answer as the completion, the turns before it (at least one) as the prompt."""
     before, answer = split_last_answer(messages, name)
     if not before:
         raise RowError(f'"{name}" has no turn before the answer', "give the prompt as a user turn")
@@ -393,24 +393,24 @@ def answered(messages: tuple[Message, ...], name: str) -> PromptTree:
 
 
 def one_answer(before: Sequence[Message], name: str) -> None:
-    """Refuses an answer that follows an answer: only a prompt of its own may end with what its answer goes on with.
+    """Reject an answer right after another assistant turn; only a separate prompt may end with a prefix to continue.
 
     Raises:
-        RowError: the turns before the answer end with an assistant's.
+        RowError: the turns before the answer end with an assistant turn.
     """
     if before and before[-1].role == "assistant":
         raise RowError(f'"{name}" ends with two assistant turns', "make them one, or put a user turn between them")
 
 
 def split_last_answer(messages: tuple[Message, ...], name: str) -> tuple[tuple[Message, ...], Message]:
-    """Everything before the last assistant turn, and that turn."""
+    """The turns before the last one, and the last one, which must be an assistant turn."""
     if messages[-1].role != "assistant":
         raise RowError(f'"{name}" does not end with an assistant turn', "the last turn must be the answer")
     return messages[:-1], messages[-1]
 
 
 def system_turn(row: Mapping[str, Any]) -> tuple[Message, ...]:
-    """The system prompt of a column as a message; nothing where the column is missing, null or empty."""
+    """The system prompt of a row's column as a message; empty if the column is missing, null or blank."""
     for name in ("system", "system_prompt"):
         value = row.get(name)
         if not missing(value):
@@ -419,12 +419,12 @@ def system_turn(row: Mapping[str, Any]) -> tuple[Message, ...]:
 
 
 def with_system(row: Mapping[str, Any], messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """Messages with the row's system prompt in front; one that they hold themselves goes first, as LLaMA-Factory has it."""
+    """Messages with the row's system prompt in front. Their own, if any, takes precedence, as in LLaMA-Factory."""
     return messages if messages and messages[0].role in INSTRUCTS else system_turn(row) + messages
 
 
 def behind_system(row: Mapping[str, Any], prompt: Prompt) -> Prompt:
-    """A prompt behind the row's system prompt, which makes a text a user turn; as it is where there is none."""
+    """A prompt preceded by the row's system prompt (a text becomes a user turn); unchanged if there is none."""
     if isinstance(prompt, tuple):
         return with_system(row, prompt)
     system = system_turn(row)
@@ -437,10 +437,10 @@ def asked(question: str) -> tuple[Message, ...]:
 
 
 def continued(row: Mapping[str, Any], before: tuple[Message, ...]) -> tuple[Message, ...]:
-    """All turns before an answer: those in front of it in its own column, and those of the prompt that are not there.
+    """All turns before an answer: those of the prompt, then those before it in its own column, without repetition.
 
     Raises:
-        RowError: the prompt and the turns before the answer are of different conversations.
+        RowError: the prompt and the turns before the answer belong to different conversations.
     """
     if "prompt" not in row and before:
         return before
@@ -463,10 +463,10 @@ def prompt(row: Mapping[str, Any], name: str = "prompt") -> Prompt:
 
 
 def text_alone(row: Mapping[str, Any]) -> None:
-    """Refuses rows with pictures, sound or films.
+    """Reject rows with images, audio or video.
 
     Raises:
-        RowError: there are some.
+        RowError: such a column is not empty.
     """
     for name in ("images", "videos", "audios", "image", "video", "audio"):
         if holds_something(row.get(name)):
@@ -480,21 +480,21 @@ OTHER_MEDIA = "penchant reads text, and pictures beside it; drop the row"
 
 
 def missing(value: Any) -> bool:
-    """Whether a cell says nothing: null, NaN, white space, or what a table writes in their place."""
+    """Whether a cell is null, NaN, white space, or a table's marker for a missing value."""
     return (
         value is None or value != value or isinstance(value, Missing) or (isinstance(value, str) and not value.strip())
     )
 
 
 def holds_something(value: Any) -> bool:
-    """Whether a cell is not empty; a list that was written as text may be."""
+    """Whether a cell is not empty; texts such as "[]" and "null" count as empty."""
     if isinstance(value, str):
         return value.strip() not in ("", "[]", "{}", "null", "None", "nan") and not isinstance(value, Missing)
     return bool(value) and bool(value == value)
 
 
 def finite(value: Any) -> float | None:
-    """A value as a finite number; None where it is none (a boolean is none)."""
+    """A value as a finite number; None if it is not one (booleans do not count)."""
     try:
         found = float(value) if not isinstance(value, bool) else math.nan
     except (TypeError, ValueError, OverflowError):
@@ -503,7 +503,7 @@ def finite(value: Any) -> float | None:
 
 
 def score(row: Mapping[str, Any], *names: str) -> float | None:
-    """The first of the named fields that is there, as a finite number; None where there is none of them."""
+    """The first of the named fields that is not null, as a finite number; None if all are."""
     for name in names:
         value = row.get(name)
         if value is None:
@@ -516,7 +516,7 @@ def score(row: Mapping[str, Any], *names: str) -> float | None:
 
 
 def number(row: Mapping[str, Any], name: str) -> float:
-    """A field that must be there, as a finite number."""
+    """A required field as a finite number."""
     found = score(row, name)
     if found is None:
         raise RowError(f'"{name}" is missing', "give a finite number")
@@ -524,7 +524,7 @@ def number(row: Mapping[str, Any], name: str) -> float:
 
 
 def index(row: Mapping[str, Any], name: str) -> int:
-    """A field that says 0 or 1."""
+    """A field that must be 0 or 1."""
     found = number(row, name)
     if found not in (0.0, 1.0):
         raise RowError(f'"{name}" is {shown(row[name])!r}', "it must be 0 or 1")
@@ -556,12 +556,12 @@ def holds_list(row: Mapping[str, Any], name: str, *keys: str) -> bool:
 
 
 def _is_list(value: Any) -> bool:
-    """Whether a value is a list with something in it."""
+    """Whether a value is a non-empty list."""
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and len(value) > 0
 
 
 def items(row: Mapping[str, Any], name: str) -> Sequence[Any]:
-    """A field as a list that is not empty."""
+    """A field as a non-empty list."""
     value: Any = row.get(name)
     if not _is_list(value):
         raise RowError(f'"{name}" is not a list', "give a list with something in it")

@@ -15,7 +15,7 @@ _TURN = re.compile(r"\n\n(Human|Assistant):")
 
 @layout("hh", check=transcripts)
 def from_hh(row: Fields) -> PromptTree:
-    """hh-rlhf: two whole transcripts, split at the last assistant turn; what is before it must be the same in both."""
+    """hh-rlhf: two whole transcripts, split at the last assistant turn; the turns before it must be equal in both."""
     before_chosen, chosen = _transcript(fields.text(row, "chosen"), "chosen")
     before_rejected, rejected = _transcript(fields.text(row, "rejected"), "rejected")
     if before_chosen != before_rejected:

@@ -1,4 +1,4 @@
-"""What a layout is: its columns, how a row of it becomes prompt trees, what can be chosen, an example, and where it is published."""
+"""The registry of layouts and `Layout`: its columns, converter, options and example, and where it is published."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Converter = TypeVar("Converter", bound=Callable[..., Any])
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """Something that can be chosen about a layout (`data.layout_options`).
+    """An option of a layout (`data.layout_options`).
 
     Args:
-        default: its value where nobody chooses; summary: one line.
-        choices: all allowed values; empty for a number, which `low` and `high` bound (both inclusive).
-        kinds: the kind of data that a choice gives, where it is not the layout's own.
+        default: its value if it is not set; summary: one line.
+        choices: all allowed values; empty for a number between `low` and `high` (both inclusive).
+        kinds: choice -> the kind of data it yields, if not the layout's own.
     """
 
     default: Any
@@ -35,7 +35,7 @@ class Option:
     kinds: Mapping[str, str] = field(default_factory=dict)
 
     def check(self, value: Any, where: str) -> Any:
-        """The value as this option holds it.
+        """Validate a value; a number is converted to float.
 
         Raises:
             ConfigError: it is not allowed.
@@ -62,7 +62,7 @@ class Option:
 
 
 class _Watched(dict[str, Any]):
-    """A row that knows which of its columns were read."""
+    """A row that records which of its columns are read."""
 
     def __init__(self, row: Fields) -> None:
         super().__init__(row)
@@ -77,11 +77,11 @@ class _Watched(dict[str, Any]):
         return super().get(name, default)
 
 
-Turn = tuple[str, str, _Watched]  # where it is, who speaks, and what was read of it
+Turn = tuple[str, str, _Watched]  # its place, its role, and the turn, which records what is read of it
 
 
 def _watched(value: Any, place: str, turns: list[Turn]) -> Any:
-    """A value whose turns, in lists of any depth, and their parts know what is read of them; they are added to `turns`."""
+    """Wrap a value's turns and their content parts, in lists of any depth, in `_Watched` rows and add them to `turns`."""
     if isinstance(value, (list, tuple)):
         return [_watched(v, f"{place}[]", turns) for v in value]
     role = next((r for n in ("role", "from") if isinstance(value, Mapping) and isinstance(r := value.get(n), str)), "")
@@ -93,7 +93,7 @@ def _watched(value: Any, place: str, turns: list[Turn]) -> Any:
 
 
 def _unused_of_turns(turns: Iterable[Turn]) -> list[str]:
-    """``messages[].name``: keys that hold something and were read in no turn of a role, which is named where others' were."""
+    """Non-empty keys read in no turn of a role, as ``messages[].name``; the role is named if other roles' keys were read."""
     used: dict[tuple[str, str], set[str]] = {}
     there: dict[tuple[str, str], dict[str, None]] = {}
     for place, role, turn in turns:
@@ -112,7 +112,7 @@ def _unused_of_turns(turns: Iterable[Turn]) -> list[str]:
 
 
 class Handed(_Watched):
-    """The same of a row that a person's own code gets, which may take it whole."""
+    """A `_Watched` row for a user's own converter; iterating over it or copying it counts as reading every column."""
 
     def _all(self) -> None:
         self.used.update(dict.keys(self))
@@ -143,10 +143,10 @@ class Handed(_Watched):
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """How rows that belong together become one.
+    """How to fold rows that belong together into one.
 
     Args:
-        key: what all rows of a group share, or a `RowError`; fold: the rows of a group as one row that the layout converts.
+        key: returns the key that a group's rows share, or raises `RowError`; fold: merges a group into one row to convert.
         reads: further columns that are used.
     """
 
@@ -160,11 +160,11 @@ class Layout:
     """A published layout of rows.
 
     Args:
-        name: how `data.shape` calls it; kind: ``pairs``, ``unpaired``, ``scored``, ``sft``, ``prompts`` or ``text``.
-        columns: what detection looks for; check: what else must hold of a row; shows: that in words.
-        turn: a row and all options to its tree or trees, or a `RowError`; use `convert`.
+        name: its name in `data.shape`; kind: ``pairs``, ``unpaired``, ``scored``, ``sft``, ``prompts`` or ``text``.
+        columns: the columns that detection looks for; check: a further condition on a row; shows: that condition in words.
+        turn: converts a row, given all options, to a tree or trees, or raises `RowError`; call `convert` instead.
         summary: one line; example: a row in this layout; source: where it is published.
-        options: what can be chosen; group: how rows become one first; rest: further rows of the example's group.
+        options: by name; group: how rows are folded before they are converted; rest: further rows of the example's group.
     """
 
     name: str
@@ -181,11 +181,11 @@ class Layout:
     rest: tuple[Fields, ...] = ()
 
     def convert(self, row: Fields, options: Fields) -> tuple[PromptTree, ...]:
-        """The trees of a row (of a folded group, where there is `group`); options left out are at their defaults.
+        """Convert a row (a folded group, if there is `group`) to prompt trees; omitted options take their defaults.
 
-        What no published layout can leave unread is looked at here, once: a system prompt in a column of its own goes in front of
-        the prompt, and tools and options for the chat template along with it; pictures, sound and films are refused, and messages in a
-        cell of text that could not be read.
+        What all published layouts share is done here: a system prompt column goes in front of the prompt, and tools and chat
+        template options are attached. Rows with images, audio, video or unparsable messages are rejected, as are demonstrations
+        that a column rates; a last answer of weight 0 is left out.
 
         Raises:
             RowError: the row does not fit, or is kept aside by an option.
@@ -217,7 +217,7 @@ class Layout:
         )
 
     def unused(self, rows: Iterable[Fields], options: Fields) -> list[str]:
-        """The columns of these rows that hold something and that no example was made of, and then keys of turns, in their order."""
+        """Non-empty columns of these rows that conversion does not read, followed by such keys of turns, in order."""
         there: dict[str, None] = {}
         turns: list[Turn] = []
         used = {*self.columns, *(self.group.reads if self.group else ())}
@@ -228,7 +228,7 @@ class Layout:
             try:
                 if self.group is None:
                     self.convert(row, options)
-            except fields.RowError:  # it was not read to its end
+            except fields.RowError:  # conversion stopped halfway, so nothing is known of the rest
                 continue
             used |= row.used
             turns += found
@@ -241,7 +241,7 @@ class Layout:
 
     @property
     def why(self) -> str:
-        """What detection saw."""
+        """What detection goes by: the columns, and the further condition in words."""
         if not self.columns:
             return self.shows
         names = f"column{'s' if len(self.columns) > 1 else ''} {', '.join(self.columns)}"
@@ -249,11 +249,11 @@ class Layout:
 
     @property
     def example_trees(self) -> tuple[PromptTree, ...]:
-        """What the example becomes, at the options' defaults."""
+        """The example, converted with the default options."""
         return self.convert(self.example if self.group is None else self.group.fold((self.example, *self.rest)), {})
 
     def settings(self, given: Fields, where: str = "data.layout_options") -> dict[str, Any]:
-        """All options, with what a person chose.
+        """All options: the user's values, and defaults for the rest.
 
         Raises:
             ConfigError: an option that this layout does not have, or a value that it does not allow.
@@ -265,7 +265,7 @@ class Layout:
         return {n: o.check(given[n], f"{where}.{n}") if n in given else o.default for n, o in self.options.items()}
 
     def kind_of(self, options: Fields) -> str:
-        """The kind of data that these options give."""
+        """The kind of data that these options yield."""
         for name, option in self.options.items():
             chosen = options.get(name, option.default)
             if chosen in option.kinds:
@@ -280,9 +280,9 @@ LAYOUTS: dict[str, Layout] = dict.fromkeys(_TABLE)  # type: ignore[arg-type,assi
 def layout(
     name: str, *, check: Callable[[Fields], bool] | None = None, group: Group | None = None
 ) -> Callable[[Converter], Converter]:
-    """Make a function the converter of a layout of layouts.yaml.
+    """Register a function as the converter of a layout in layouts.yaml.
 
-    The function takes a row, and the options where the layout has some; it returns a tree or a tuple of trees.
+    The function takes a row, or a row and the options, and returns a tree or a tuple of trees.
 
     Args:
         check, group: see `Layout`.
@@ -302,11 +302,11 @@ def layout(
 
 @dataclass(frozen=True, slots=True)
 class Detection:
-    """What the columns say.
+    """The result of detecting a layout.
 
     Args:
-        layout: its name, None where none fits; why: what was seen; others: further layouts that these rows fit.
-        how: what to do about rows of no layout.
+        layout: its name, None if none fits; why: what was found; others: further layouts that these rows fit.
+        how: what to do if no layout fits.
     """
 
     layout: str | None
@@ -315,6 +315,6 @@ class Detection:
     how: str = ""
 
     def sentence(self, name: str, override: str) -> str:
-        """What to show where rows are loaded: the layout, why, what else fits, and how to choose another."""
+        """The line shown on loading: the layout, why it was chosen, what else fits, and how to choose another."""
         others = f"; other fits: {', '.join(self.others)}" if self.others else ""
         return f"{name}: layout {self.layout} ({self.why}){others}; override with {override}"

@@ -1,4 +1,4 @@
-"""OpenAssistant: message trees, ready-made or as flat rows of messages."""
+"""OpenAssistant: message trees, nested or as flat rows of messages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NAMES = {"prompter": "user", "assistant": "assistant"}
 
 
 def fold(rows: Sequence[Fields]) -> Fields:
-    """The flat messages of one tree as a ready-made tree."""
+    """Nest the flat messages of one tree."""
     nodes: dict[str, dict[str, Any]] = {}
     for row in rows:
         name = fields.as_text(row.get("message_id"), '"message_id"')
@@ -43,7 +43,7 @@ def _key(row: Fields) -> str:
 @layout("oasst_flat", group=Group(_key, fold, ("rank", "deleted")))
 @layout("oasst", check=lambda row: isinstance(row["prompt"], Mapping))
 def oasst(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
-    """The trees of all prompts of a message tree that have what `use` asks for."""
+    """A prompt tree for each prompt of a message tree that has the answers that `use` asks for."""
     found = tuple(
         tree
         for path, replies in _questions(fields.mapping(row, "prompt"))
@@ -55,7 +55,7 @@ def oasst(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
 
 
 def _questions(root: Mapping[str, Any]) -> Iterator[tuple[tuple[Message, ...], list[Mapping[str, Any]]]]:
-    """Every prompt of a tree: the messages up to it, and its answers that are not deleted; without recursion."""
+    """Each prompt of a tree: the messages up to it, and the replies to it that are not deleted. Iterative, for deep trees."""
     waiting: list[tuple[tuple[Message, ...], Mapping[str, Any]]] = [((), root)]
     while waiting:
         before, node = waiting.pop()
@@ -87,7 +87,7 @@ def _replies(node: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _ranked(replies: Sequence[Mapping[str, Any]]) -> list[tuple[float, str]]:
-    """(rank, text) of the answers that people ranked; rank 0 is the best."""
+    """(rank, text) of the ranked answers, best first; rank 0 is the best."""
     known = [(fields.finite(r.get("rank")), r["text"]) for r in replies if r.get("role") == "assistant"]
     return sorted(((rank, text) for rank, text in known if rank is not None), key=lambda r: r[0])
 

@@ -14,7 +14,7 @@ from penchant.data.layouts.layout import LAYOUTS, Fields, Handed, Layout
 from penchant.errors import ConfigError
 from penchant.types import PromptTree
 
-# whether a tree is of a kind; a row that `convert` returns as a mapping is of the layout that is called like the kind
+# checks that a tree is of a kind; a mapping that `convert` returns is a row of the plain layout with the kind's name
 KINDS: dict[str, Callable[[PromptTree], bool]] = {
     "pairs": lambda tree: [c.label for c in tree.completions] == [True, False],
     "unpaired": lambda tree: all(c.label is not None for c in tree.completions),
@@ -27,20 +27,21 @@ DESCRIBED = "see `Your own layout` in docs/data_formats.md"
 
 
 def own_layout(name: str, where: str = "data.shape") -> Layout:
-    """The layout that ``path.py:Name`` names: a class that is made without arguments, or a function that returns a `Layout`.
+    """The layout at ``path.py:Name``: a class without constructor arguments, or a function that returns a `Layout`.
 
-    The class has `convert(row)`, which returns a row of the plain layout of its `kind` (``{"prompt", "chosen", "rejected"}`` for pairs),
-    a `PromptTree`, a list of these, or None for a row that is left out; `kind`; `columns`, which every row has; and `example`, a row.
+    The class has `kind`; `columns`, which every row must have; `example`, a row; and `convert(row)`, which returns a row of the
+    plain layout of its kind (``{"prompt", "chosen", "rejected"}`` for pairs), a `PromptTree`, a list of these, or None to leave the
+    row out.
 
     Raises:
-        ConfigError: there is none, or it fails the checks that Penchant's own layouts pass in its tests.
+        ConfigError: it does not exist, or fails the checks that Penchant's own layouts pass in the tests.
     """
     return _checked(name, own_sha256(name), where)
 
 
 @lru_cache(maxsize=32)
 def _checked(name: str, sha256: str | None, where: str) -> Layout:
-    """`own_layout`; `sha256` is there so that an edited file is read again."""
+    """`own_layout`, cached; `sha256` is part of the key so that an edited file is read again."""
     function = python_function(name, where, ())
     try:
         made = function()

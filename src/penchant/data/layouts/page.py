@@ -1,4 +1,4 @@
-"""The layouts as `penchant data formats` and docs/data_formats.md show them, and a file's first rows as `penchant data show` does."""
+"""Text of `penchant data formats`, docs/data_formats.md and `penchant data show`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LONGEST = 600  # characters of one turn that `show` prints
 
 
 def kinds(layout: Layout) -> str:
-    """The kinds of data that a layout gives, its own first."""
+    """The kinds of data that a layout can yield, its default first."""
     more = (k for o in layout.options.values() for k in o.kinds.values())
     return ", ".join(dict.fromkeys((layout.kind, *more)))
 
@@ -46,7 +46,7 @@ def text() -> str:
 
 
 def describe(name: str) -> str:
-    """One layout: what it is found by, its options, an example and what it becomes."""
+    """Describe one layout: how it is detected, its options, an example and the converted example."""
     layout = layout_named(name, "data formats")
     lines = [f"{layout.name}: {layout.summary}", f"published as: {layout.source}", f"kind: {kinds(layout)}"]
     lines += [f"found by: {layout.why}", ""]
@@ -86,7 +86,7 @@ def as_json(layout: Layout) -> dict[str, Any]:
 
 
 def tree_json(tree: PromptTree) -> dict[str, Any]:
-    """A prompt tree as JSON; what is not known of a completion is left out."""
+    """A prompt tree as JSON; unset fields of a completion are left out."""
     answers = [
         {k: v for k, v in asdict(c).items() if v is not None and v != () and (v != "" or k == "text")}
         for c in tree.completions
@@ -98,7 +98,7 @@ def tree_json(tree: PromptTree) -> dict[str, Any]:
 
 
 def tree_lines(tree: PromptTree, longest: int = LONGEST) -> list[str]:
-    """A prompt tree for a terminal: a line for each turn and each completion, and further lines of their texts indented."""
+    """A prompt tree for a terminal: one line per turn and completion, with further lines of their texts indented."""
     turns = (
         [("prompt", tree.prompt)]
         if isinstance(tree.prompt, str)
@@ -134,7 +134,7 @@ def _named(name: str, said: Any, longest: int) -> list[str]:
 
 
 def rows_text(shown: Sequence[tuple[str, Sequence[str]]]) -> str:
-    """Places with their lines, one block each."""
+    """One block per place, with its lines below it."""
     return "\n\n".join("\n".join([printable(where), *lines]) for where, lines in shown)
 
 
@@ -142,7 +142,7 @@ def rows_text(shown: Sequence[tuple[str, Sequence[str]]]) -> str:
 
 
 def markdown() -> str:
-    """docs/data_formats.md."""
+    """The text of docs/data_formats.md."""
     introduction = (resources.files(__package__) / "page.md").read_text(encoding="utf-8")
     lines = [introduction, "| `data.shape` | kind | what | found by | published as |", "|---|---|---|---|---|"]
     for layout in LAYOUTS.values():
@@ -165,12 +165,12 @@ def markdown() -> str:
 # ---- The first rows of a file: `penchant data show` ----
 
 
-MOST_ROWS = 2000  # read for a layout whose rows make groups
+MOST_ROWS = 2000  # most rows read if the layout groups rows
 
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """A file's layout (why, and how to choose another: `headline`) and its first rows, or groups of rows, as examples."""
+    """A file's first rows, or groups of rows, as examples; `headline` is its layout, why, and how to choose another."""
 
     name: str
     headline: str
@@ -178,7 +178,7 @@ class Preview:
     shown: tuple[Converted, ...]
 
     def to_text(self) -> str:
-        """For a terminal."""
+        """The preview for a terminal."""
         blocks = [(t.source, tree_lines(t)) for made in self.shown for t in made.trees]
         aside = [
             (q.where, ["  " + printable(f"{'left out' if made.left_out else 'kept aside'}: {q.what}; {q.how}")])
@@ -188,7 +188,7 @@ class Preview:
         return "\n\n".join(filter(None, (printable(self.headline), rows_text(blocks), rows_text(aside))))
 
     def to_json(self) -> dict[str, Any]:
-        """For programs."""
+        """The preview as JSON."""
         found = self.stream.detection
         return {
             "file": self.name,
@@ -206,10 +206,10 @@ class Preview:
 
 
 def preview(path: str, rows: int = 3, **how: Any) -> Preview:
-    """The layout of a file or hub id and its first `rows` rows (or groups of rows) as examples; `how` they are read: see `Reading`.
+    """The layout of a file or hub id and its first `rows` rows (or groups of rows) as examples; for `how` see `Reading`.
 
     Raises:
-        DataError: it cannot be read, or is of no known layout. ConfigError: an unknown layout or option.
+        DataError: it cannot be read, or has no known layout. ConfigError: an unknown layout or option.
     """
     stream = stream_preferences(path, limit=MOST_ROWS, **how)
     headline = layout_line(stream, path, "--shape", "--shape NAME, or data.shape=NAME in a config")

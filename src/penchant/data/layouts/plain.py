@@ -12,12 +12,12 @@ from penchant.data.layouts.fields import LeftOut, RowError
 from penchant.data.layouts.layout import Fields, layout
 from penchant.types import Completion, Message, Prompt, PromptTree
 
-# what says that a row has answers, and no prompt or text alone
+# columns that show that a row has answers, so it is not just a prompt or text
 ANSWERS = {
     "chosen", "rejected", "completion", "completions", "response", "output", "answer", "messages", "conversations",
     "response_0", "response_1", "response_2", "response_a", "response_b", "response1", "chosen_response", "generations",
 }  # fmt: skip
-# a pair's two scores, as the published files name them
+# names of a pair's two scores in published files
 CHOSEN_SCORES = ["chosen_score", "score_chosen", "chosen_rating", "chosen-rating", "rating_chosen", "chosen_avg_rating"]
 REJECTED_SCORES = [n.replace("chosen", "rejected") for n in CHOSEN_SCORES]
 
@@ -32,7 +32,7 @@ def from_pairs(row: Fields) -> PromptTree:
     if isinstance(row.get("chosen"), str):
         return pair(fields.prompt(row), fields.text(row, "chosen"), fields.text(row, "rejected"), row)
     if not isinstance(row.get("chosen"), list):
-        fields.text(row, "chosen")  # says what is wrong with it
+        fields.text(row, "chosen")  # raises a RowError that says what is wrong
     sides = fields.messages(row, "chosen"), fields.messages(row, "rejected")
     before_chosen, chosen = fields.split_last_answer(sides[0], "chosen")
     before_rejected, rejected = fields.split_last_answer(sides[1], "rejected")
@@ -44,7 +44,7 @@ def from_pairs(row: Fields) -> PromptTree:
 
 
 def _different_turns(row: Fields, sides: tuple[tuple[Message, ...], tuple[Message, ...]]) -> PromptTree:
-    """A pair of conversations that differ in several turns: from the first answer in which they do, all answers are learned from."""
+    """A pair of conversations that differ in several turns; all answers are trained on from the first that differs."""
     at = next(i for i, (a, b) in enumerate(itertools.zip_longest(*sides)) if a != b)
     here = [turns[at] if at < len(turns) else None for turns in sides]
     if any(m is None or m.role != "assistant" for m in here):
@@ -67,7 +67,7 @@ def _different_turns(row: Fields, sides: tuple[tuple[Message, ...], tuple[Messag
 
 
 def transcripts(row: Fields) -> bool:
-    """Two whole transcripts, as hh-rlhf has them (see `hh`)."""
+    """Whether a row holds two whole transcripts as in hh-rlhf (see `hh`)."""
     chosen = row["chosen"]
     return "prompt" not in row and isinstance(chosen, str) and chosen.lstrip().startswith("Human:")
 
@@ -82,7 +82,7 @@ def _shares_start(row: Fields) -> bool:
     )
 
 
-# names of columns that describe a row and are not part of its text
+# names of metadata columns, which are not part of the text
 _ABOUT = re.compile(
     r"chosen.*|rejected.*|.*_(chosen|rejected)|.*_?id|source|origin|dataset|language|lang|split|subset|category|domain|topic|"
     r"task|type|model|.*_model|url|link|license|date|.*time(stamp)?|system|system_prompt",
@@ -91,20 +91,20 @@ _ABOUT = re.compile(
 
 
 def _may_ask(name: str, value: object) -> bool:
-    """Whether a column beside two answers may be what they answer: any text that is not a number and does not describe the row."""
+    """Whether a column beside two answers may be their prompt: any text that is neither a number nor metadata."""
     is_text = isinstance(value, str) and bool(value.strip()) and fields.finite(value) is None
     return is_text and not _ABOUT.fullmatch(name)
 
 
 @layout("implicit_pairs", check=_shares_start)
 def from_implicit_pairs(row: Fields) -> PromptTree:
-    """chosen/rejected texts that start alike: what they share is the prompt, up to the last white space before they part."""
+    """chosen/rejected texts with a common prefix: the prompt is that prefix up to its last white space."""
     chosen, rejected = fields.text(row, "chosen"), fields.text(row, "rejected")
     if chosen == rejected:
         raise RowError('"chosen" equals "rejected"', "drop the row")
     ends = min(len(chosen), len(rejected))
     shared = chosen[: next((i for i in range(ends) if chosen[i] != rejected[i]), ends)]
-    word = "" if not shared or shared[-1].isspace() else shared.split()[-1]  # it goes on differently in the two
+    word = "" if not shared or shared[-1].isspace() else shared.split()[-1]  # the shared start of a word
     prompt = shared[: len(shared) - len(word)].rstrip()  # the space belongs to the answer
     if not prompt:
         raise RowError('"chosen" and "rejected" share no start that could be the prompt', 'give a "prompt" column')
@@ -140,7 +140,7 @@ def from_alpaca(row: Fields) -> PromptTree:
 
 @layout("messages", check=lambda row: not {"chosen", "rejected", "rejected_response", "kto_tag", "label"} & row.keys())
 def messages(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
-    """One conversation: its last answer, all its answers at once, or each of them by itself."""
+    """One conversation as its last answer, all its answers in one tree, or a tree for each answer (option `turns`)."""
     turns = conversation(row)
     last = fields.answered(turns, conversation_name(row))  # also checks that the conversation ends with an answer
     if options["turns"] == "last":
@@ -157,24 +157,24 @@ def messages(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
 
 
 def conversation_name(row: Fields) -> str:
-    """The column with the conversation."""
+    """The name of the column with the conversation."""
     return "messages" if "messages" in row else "conversations"
 
 
 def conversation(row: Fields) -> tuple[Message, ...]:
-    """All turns of a row's conversation, behind its system prompt."""
+    """All turns of a row's conversation, starting with its system prompt."""
     return fields.with_system(row, fields.messages(row, conversation_name(row)))
 
 
 def all_answers(messages: tuple[Message, ...], learned: Sequence[int]) -> PromptTree:
-    """One tree for all answers of a conversation that are learned, which stand at these places (ascending)."""
+    """One tree that trains on the answers of a conversation at the indices `learned` (ascending)."""
     first, last = learned[0], learned[-1]
     more = tuple(replace(m, trained=i in learned) for i, m in enumerate(messages[: last + 1]))[first + 1 :]
     return PromptTree(messages[:first], (replace(fields.completion(messages[first]), more=more),))
 
 
 def every_answer(messages: tuple[Message, ...]) -> tuple[PromptTree, ...]:
-    """One tree for each assistant turn that follows a user's turn or a tool's."""
+    """One tree per assistant turn that follows a user or tool turn."""
     return tuple(
         PromptTree(messages[:i], (fields.completion(turn),))
         for i, turn in enumerate(messages)
@@ -199,7 +199,7 @@ def _asks_alone(row: Fields) -> bool:
 
 @layout("prompts", check=_asks_alone)
 def from_prompts(row: Fields) -> PromptTree:
-    """A prompt alone: what online methods write their own completions to."""
+    """A prompt alone, for online methods that sample their own completions."""
     return PromptTree(fields.prompt(row), ())
 
 
@@ -210,7 +210,7 @@ def from_text(row: Fields) -> PromptTree:
 
 
 def instructed(row: Fields) -> Prompt:
-    """instruction (+ input) as text; as messages where there is a history of [question, answer] pairs."""
+    """instruction (+ input) as text, or as messages if there is a history of [question, answer] pairs."""
     instruction = fields.text(row, "instruction")
     extra = row.get("input")
     question = f"{instruction}\n\n{extra}" if isinstance(extra, str) and not fields.missing(extra) else instruction
@@ -246,12 +246,12 @@ def from_scored(row: Fields) -> PromptTree:
 
 
 def judged(tree: PromptTree, label: bool | None = None, score: float | None = None) -> PromptTree:
-    """A tree of one answer, with what is known about it."""
+    """A tree of one answer with its label and score set."""
     return replace(tree, completions=(replace(tree.completions[0], label=label, score=score),))
 
 
 def pair(prompt: Prompt, chosen: fields.Answer, rejected: fields.Answer, row: Fields) -> PromptTree:
-    """A pair, with its scores where the row has both (chosen_score and rejected_score, or one of the other known names)."""
+    """A pair, with its scores if the row has both (chosen_score and rejected_score, or another of the known names)."""
     good, bad = fields.score(row, *CHOSEN_SCORES), fields.score(row, *REJECTED_SCORES)
     return scored_pair(prompt, chosen, rejected, good, bad)
 
@@ -259,7 +259,7 @@ def pair(prompt: Prompt, chosen: fields.Answer, rejected: fields.Answer, row: Fi
 def scored_pair(
     prompt: Prompt, chosen: fields.Answer, rejected: fields.Answer, good: float | None, bad: float | None
 ) -> PromptTree:
-    """A pair with both scores, or with none where one is missing."""
+    """A pair with both scores, or with neither if one is missing."""
     if good is None or bad is None:
         good = bad = None
     return PromptTree(prompt, (fields.completion(chosen, True, good), fields.completion(rejected, False, bad)))

@@ -20,7 +20,7 @@ RATE = "rate it, or drop the row"
 
 
 def ranked(prompt: Prompt, answers: Sequence[tuple[str, float]]) -> PromptTree:
-    """One prompt with all its answers, the best first, so that supervised training learns the best."""
+    """One prompt with all its answers, best first, so that SFT learns the best one."""
     best_first = sorted(answers, key=lambda a: -a[1])
     return PromptTree(prompt, tuple(Completion(text, score=score) for text, score in best_first))
 
@@ -77,7 +77,7 @@ _RATINGS: dict[str, Any] = {
 
 @layout("ultrafeedback_binarized")
 def binarized(row: Fields, options: Fields) -> PromptTree:
-    """A pair; or the conversation of the messages column."""
+    """A pair, or the conversation of the messages column (option `use`)."""
     if options["use"] == "pairs":
         return from_pairs(row)
     return fields.answered(fields.messages(row, "messages"), "messages")
@@ -144,7 +144,7 @@ def _by_strength(prompt: Prompt, answers: tuple[str, str], strength: float, opti
 
 @layout("distilabel", check=lambda row: ("instruction" in row or "messages" in row) and "chosen" not in row)
 def distilabel(row: Fields) -> PromptTree:
-    """An instruction with generations and the ratings of them."""
+    """An instruction with generations and their ratings."""
     generations, ratings = fields.items(row, "generations"), fields.items(row, "ratings")
     if len(generations) != len(ratings):
         raise RowError(f"{len(generations)} generations have {len(ratings)} ratings", "give each generation one")
@@ -177,7 +177,7 @@ def from_ranked(row: Fields) -> PromptTree:
 
 @layout("argilla_ratings")
 def argilla_ratings(row: Fields, options: Fields) -> PromptTree:
-    """A record with generations-0, generations-1, ... and what people, or a model, rated them."""
+    """A record with generations-0, generations-1, ... and their ratings by people or a model."""
     names = sorted((n for n in row if _GENERATION.fullmatch(n) and row[n]), key=lambda n: int(n.split("-")[1]))
     answers = [(fields.text(row, n), _argilla_rating(row, f"{n}-rating", options["rated_by"])) for n in names]
     return ranked(fields.asked(fields.text(row, "instruction")), answers)
@@ -223,7 +223,7 @@ def _asks_a_question(row: Fields) -> bool:
 
 @layout("orca_pairs", check=_asks_a_question)
 def orca_pairs(row: Fields, options: Fields) -> PromptTree:
-    """A question behind a system prompt, with a better and a worse answer."""
+    """A question with a system prompt, a better and a worse answer."""
     if row.get("status") == "tie" and options["ties"] == "leave_out":
         raise LeftOut("a tie", f"{fields.NOTHING_WRONG}; keep it with data.layout_options.ties=keep")
     question = fields.text(row, "question" if "question" in row else "input")

@@ -1,7 +1,7 @@
-"""Rows of JSONL, JSON, CSV, TSV (all plain or gzip), Parquet and text, each with its place: from disk, an open stream or the hub.
+"""Read rows of JSONL, JSON, CSV, TSV and text (plain or gzip) and Parquet, each with its place, from disk, a stream or the hub.
 
-`train` and `data get` read through this one reader, row by row. What a file holds decides how it is read, not its ending alone.
-No row is lost: it is read, comes as a bad row, or the file is refused. Memory is bounded by `Bounds`, whatever the file says.
+`train` and `data get` share this reader, which works row by row. A file's content decides how it is read, not its ending alone.
+No row is lost: it is read, comes as a bad row, or the whole file is rejected. Memory is bounded by `Bounds` for any file.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ def _read_file(name: str, file: Path, bounds: Bounds | None) -> Rows:
 
 
 def read_stream(stream: BinaryIO, name: str, bounds: Bounds | None = None) -> Rows:
-    """All rows of an open file, in order; memory is bounded by a few rows, whatever the file's size.
+    """All rows of an open file, in order; memory is bounded by a few rows for files of any size.
 
     Args:
-        stream: seekable, at its start; name: its ending says what it is, and messages name it.
+        stream: seekable, at its start; name: its ending gives the format, and messages use it.
 
     Raises:
-        DataError: the file is damaged, cut short, over a bound or not what its ending says.
+        DataError: the file is damaged, cut short, over a bound or not of the format of its ending.
     """
     bounds = bounds or BOUNDS.get() or Bounds()
     if ending(name) == ".parquet":
@@ -82,13 +82,13 @@ def read_stream(stream: BinaryIO, name: str, bounds: Bounds | None = None) -> Ro
         raise DataError(name, f"the gzip file is cut short or damaged ({error})", "fetch or copy it again") from error
 
 
-SHARD = 16 << 20  # bytes of a file that are read by themselves
-UNCUT = 16 * SHARD  # a larger file that cannot be cut is read in one process: what is counted of it has to travel
+SHARD = 16 << 20  # bytes of a part of a file
+UNCUT = 16 * SHARD  # larger files that cannot be split are read in this process: sending the results back costs more
 
 
 def shards_of(path: str | Sequence[str], bounds: Bounds | None = None) -> list[Shard]:
-    """The parts of files whose rows, one part after the other, are those of `read_rows`: lines of JSONL, row groups of Parquet, and
-    other files whole. None at all where that cannot be: a hub id, or a large file that cannot be cut.
+    """Split files into parts whose rows, in order, are those of `read_rows`: lines of JSONL, row groups of Parquet, other files whole.
+    The list is empty if that is impossible: a hub id, or a large file that cannot be split.
 
     Raises:
         DataError: as `named_files`.
@@ -136,7 +136,7 @@ def _row_groups(name: str, file: Path) -> list[Shard]:
     try:
         meta = pq.read_metadata(file)
     except (pa.ArrowException, OSError):
-        return []  # the reader says what is wrong
+        return []  # the reader will report what is wrong
     made: list[Shard] = []
     start = before = rows = held = 0
     for i in range(meta.num_row_groups):
@@ -176,7 +176,7 @@ def _read_hub(path: str) -> Rows:
         dataset = load_dataset(name, split=split or "train", streaming=True)
         for number, values in enumerate(dataset, 1):
             yield Row(f"{path}: row {number}", values)
-    except Exception as error:  # the library raises a dozen kinds: network, access, format
+    except Exception as error:  # the library raises many kinds of errors: network, access, format
         first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         how = "check the name and the network; for gated data accept its terms on its page and set HF_TOKEN"
         raise DataError(path, f"could not be read from the hub ({first})", how) from error

@@ -1,4 +1,4 @@
-"""Which files a path names, and what a file is that cannot be read."""
+"""Resolve paths, folders and patterns to files, and recognize files that cannot be read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from penchant.errors import DataError
 ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
 READABLE = f"{', '.join(ENDINGS)}, and all but .parquet also with .gz"
 
-# what a file is that cannot be read, by its ending, and how to make one of it that can be
+# by ending: what an unreadable file is, and how to convert it into a readable one
 _SHEET = ("is a spreadsheet", "export it as CSV (UTF-8), and name that file")
 _PICKLE = ("is a pickle, which is never read: it can run code", "write the rows as JSONL or Parquet")
 _ARROW = (
@@ -57,7 +57,7 @@ _MAGIC = (
 
 
 def kind_of(head: bytes) -> str:
-    """The ending that a file should have by its first bytes, of those that are not read; empty where they are text."""
+    """The ending of an unreadable format that a file's first bytes belong to; empty if it may be text."""
     if head.startswith(b"PK\x03\x04"):
         return ".xlsx" if b"xl/" in head or b"opendocument.spreadsheet" in head else ".zip"
     if head.startswith(b"BZh") and head[4:10] == b"1AY&SY":
@@ -75,10 +75,10 @@ def other(where: str, kind: str) -> DataError:
 
 
 def find_files(path: str) -> list[Path] | None:
-    """The files that a path names: itself, those of a folder, or those of a pattern (``shards/*.parquet``), by name; None for a hub id.
+    """The files that a path names, sorted: itself, those of a folder or of a pattern (``shards/*.parquet``); None for a hub id.
 
     Raises:
-        DataError: there is no such file, or it is empty, no file, or of an unknown ending; a folder of different files.
+        DataError: the file does not exist, is empty, not a regular file or has an unknown ending; a folder holds different kinds.
     """
     file = Path(path).expanduser()
     try:
@@ -137,8 +137,8 @@ def _in_folder(path: str, folder: Path) -> list[Path]:
 
 
 def named_files(path: str | Sequence[str]) -> list[tuple[str, Path | None]]:
-    """All files that paths name, each with its name in messages: the bare one, with as many folders as tell it from the others.
-    A hub id has no file.
+    """All files that paths name, each with its name for messages: without folders, or with as many as make it unique.
+    A hub id has no file (None).
 
     Raises:
         DataError: as `find_files`, or a file is named twice.
@@ -160,7 +160,7 @@ def named_files(path: str | Sequence[str]) -> list[tuple[str, Path | None]]:
 
 
 def ending(name: str) -> str:
-    """The ending of a file that can be read, without ``.gz``; empty where it cannot."""
+    """The ending of a file's format, without ``.gz``; empty if it cannot be read."""
     lower = name.lower()
     found = Path(lower.removesuffix(".gz")).suffix
     return found if found in ENDINGS and not (found == ".parquet" and lower.endswith(".gz")) else ""

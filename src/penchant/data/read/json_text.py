@@ -1,4 +1,4 @@
-"""Rows of JSON text: line by line, lists, objects over several lines, one after the other."""
+"""Rows of JSON text: one per line, in lists, or as objects over several lines."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from penchant.data.read.files import ending
 from penchant.data.read.source import CHUNK, SHOWN, BadRow, Bounds, Row, Rows, Source, not_utf8
 from penchant.errors import DataError
 
-HOPELESS = 200_000  # a value that is nested deeper is not looked at to its end
-LISTS = ("data", "rows", "train")  # what a JSON object may call its list of rows
+HOPELESS = 200_000  # a value that is nested deeper is not scanned to its end
+LISTS = ("data", "rows", "train")  # keys under which a JSON object may hold its list of rows
 
 
 def read_json(source: Source) -> Rows:
     """Rows line by line, lists of rows, objects over several lines, or one object that holds a list of rows.
 
-    What the file holds decides, since publishers mix up the endings.
+    The content decides, not the ending, since publishers mix up the endings.
     """
     yield from json_lines(source) if is_lines(source) else _Values(source).rows()
 
 
 def is_lines(source: Source) -> bool:
-    """Whether a file of JSON has a row a line."""
+    """Whether a JSON file has one row per line."""
     start = b"".join(source.head.removeprefix(codecs.BOM_UTF8).split())[:2]
     lists = (b"[{", b"[]", b"[") if ending(source.name) != ".json" else start[:1] + start[1:2]
     return not ((start[:1] == b"[" and start in lists) or (start[:1] == b"{" and _over_lines(source)))
 
 
 def _over_lines(source: Source) -> bool:
-    """Whether a file that starts with an object is no JSONL: an object over several lines, or the only one, with a list of rows."""
+    """Whether a file that starts with an object is not JSONL: the object spans lines, or is the only one and holds a list of rows."""
     try:
         texts = list(_few(source))
     except DataError:  # a line over the bound, which may be a list of many rows
@@ -71,7 +71,7 @@ def _holds_rows(value: Any) -> bool:
 
 
 def json_lines(source: Source) -> Rows:
-    """A row of each line that is not blank."""
+    """One row per non-blank line."""
     decoder = _Decoder()
     for where, text in source.texts():
         if isinstance(text, BadRow):
@@ -81,25 +81,25 @@ def json_lines(source: Source) -> Rows:
 
 
 class _Decoder:
-    """Reads JSON as `json` does, and says what `json` passes over: repeated keys, and numbers that Python does not make."""
+    """Reads JSON like `json`, and notes what `json` accepts or cannot make: repeated keys, and integers of too many digits."""
 
     def __init__(self) -> None:
-        self.odd: tuple[str, str] | None = None  # what is wrong with what was read last, and how to fix it
+        self.odd: tuple[str, str] | None = None  # what is wrong with the last value read, and how to fix it
         self._fast = json.JSONDecoder(object_pairs_hook=self._object)
         self._slow = json.JSONDecoder(object_pairs_hook=self._object, parse_int=self._integer)
 
     def read(self, text: str, at: int) -> tuple[Any, int]:
-        """A value and where it ends.
+        """The value at a position, and where it ends.
 
         Raises:
-            json.JSONDecodeError: it is none. RecursionError: it is nested too deep for Python.
+            json.JSONDecodeError: it is not JSON. RecursionError: it is nested too deep for Python.
         """
         self.odd = None
         try:
             return self._fast.raw_decode(text, at)
         except json.JSONDecodeError:
             raise
-        except ValueError:  # an integer of more digits than Python reads
+        except ValueError:  # an integer with more digits than Python reads
             return self._slow.raw_decode(text, at)
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def _json_line(where: str, text: str, bounds: Bounds, decoder: _Decoder) -> Row 
 
 
 def _row(where: str, value: Any, decoder: _Decoder, text: str, at: int, end: int, bounds: Bounds) -> Row | BadRow:
-    """What was read from a text as a row."""
+    """A value that was read from a text, as a row."""
     if decoder.odd is not None:
         return BadRow(where, *decoder.odd, text[at : min(end, at + SHOWN)])
     brackets = text.count("[", at, end) + text.count("{", at, end)
@@ -177,7 +177,7 @@ def _end(text: str, at: int = 0) -> tuple[int, int]:
     return -1, deepest
 
 
-_SPACE = re.compile(r"[ \t\r\n\ufeff]*")  # files that were put together have marks of byte order within
+_SPACE = re.compile(r"[ \t\r\n\ufeff]*")  # concatenated files have byte order marks inside
 
 
 def _skip(text: str, at: int) -> int:
@@ -191,9 +191,9 @@ class _Values:
         self.source, self.name, self.bounds = source, source.name, source.bounds
         self._decode = codecs.getincrementaldecoder("utf-8")()
         self._held, self._at, self._ended = "", 0, False
-        self._line, self._counted, self._lines = 1, 0, 0  # the line of `_counted`; line ends that were read
-        self._forgotten = 0  # characters in front of what is held
-        self._number, self._before = 0, 0  # of rows, and the line of the last one
+        self._line, self._counted, self._lines = 1, 0, 0  # the line number at `_counted`; line ends read so far
+        self._forgotten = 0  # characters before the held text
+        self._number, self._before = 0, 0  # number of rows, and the line of the last one
         self._decoder = _Decoder()
 
     def rows(self) -> Rows:
@@ -231,7 +231,7 @@ class _Values:
         self._at += 1
 
     def _object(self) -> Any:
-        """An object: yields the rows of its list; returns itself as a row where it has none, and its keys."""
+        """Read an object: yield the rows of its list; return the object as a row if it has none, and its keys."""
         line, listed = self._here(), ""
         found: dict[str, Any] = {}
         columns: set[str] = set()
@@ -290,7 +290,7 @@ class _Values:
         self._peek()
 
     def _value(self, what: str, row: bool = False) -> Any:
-        """The value here: as a row, or with what is odd about it."""
+        """The value at this position, as a row or with what is wrong with it."""
         want = CHUNK
         where = self._row_place(self._here()) if row else ""
         while True:
@@ -310,7 +310,7 @@ class _Values:
                 end, deep = -1, False
             if end - self._at > self.bounds.bytes:
                 raise self.source.too_long(self._place(), what)
-            if end >= 0 and (end < len(self._held) or self._ended):  # else a number may go on in the next block
+            if end >= 0 and (end < len(self._held) or self._ended):  # else a number may continue in the next block
                 break
             if len(self._held) - self._at > self.bounds.bytes:
                 raise self.source.too_long(self._place(), what)
@@ -327,7 +327,7 @@ class _Values:
         return _row(where, value, self._decoder, self._held, at, end, self.bounds)
 
     def _row_place(self, line: int) -> str:
-        """The place of the next row, on this line; rows that share one are told apart by their number."""
+        """The place of the next row, on this line; rows on the same line also get a number."""
         self._number += 1
         same, self._before = line <= self._before, line
         return f"{self.name}:{line} (row {self._number})" if same else f"{self.name}:{line}"
@@ -349,7 +349,7 @@ class _Values:
         return self._held[here : here + 1]
 
     def _more(self, want: int) -> None:
-        """Read on, and forget what is done with."""
+        """Read on, and drop the text that is done with."""
         self._here()
         parts, got = [self._held[self._at :]], 0
         self._forgotten += self._at

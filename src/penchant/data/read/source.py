@@ -1,4 +1,4 @@
-"""What every reader of rows starts from: a file's bytes, unpacked and cut into lines within bounds, and what comes out."""
+"""The basis of all readers: a file's bytes, unpacked and split into lines within bounds, and the rows that readers yield."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from penchant.base.section import Section
 from penchant.data.read.files import ending, kind_of, other
 from penchant.errors import DataError
 
-CHUNK = 1 << 18  # bytes of a file at a time, and of one request to the hub
-HEAD = 1 << 14  # bytes that say what a file is
+CHUNK = 1 << 18  # bytes of a file read at a time, and of one request to the hub
+HEAD = 1 << 14  # bytes by which a file's format is recognized
 SHOWN = 500  # characters of a bad row that are kept
-SMALL = 4 << 20  # bytes that may unpack to from next to nothing
+SMALL = 4 << 20  # unpacked bytes that are always allowed
 
 
 class Bounds(Section):
-    """What one row may be, so that no file can fill the memory."""
+    """Limits on a row, so that no file can fill the memory."""
 
     row_mb: float = Field(16, gt=0, le=1e6, description="the longest row (or text between blank lines), in MB")
     nesting: int = Field(200, ge=1, le=400, description="how deep lists and objects of a row may be nested")
@@ -34,18 +34,18 @@ class Bounds(Section):
         return int(self.row_mb * 2**20)
 
     def how(self, name: str, rest: str) -> str:
-        """How to fix a row that is over a bound, or to raise it."""
+        """Advice for a row over a bound: fix it, or raise the bound."""
         now = getattr(self, name) * 2
         return f"{rest}, or raise the bound: data.bounds.{name}={now:g} in a config, --bound {name}={now:g} for penchant data"
 
 
 class Missing(str):
-    """A cell of a table that says "nan" or the like: no text that anybody would learn, and to be told from a text that a person wrote."""
+    """A table cell that holds "nan" or the like: a missing value, kept distinct from text that a person wrote."""
 
     __slots__ = ()
 
 
-BOUNDS: ContextVar[Bounds | None] = ContextVar("bounds", default=None)  # where a caller gives none: --bound sets them
+BOUNDS: ContextVar[Bounds | None] = ContextVar("bounds", default=None)  # for callers that pass none; set by --bound
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that cannot be read: where, what, how to fix it, and what was found there."""
+    """A row that cannot be read: where it is, what is wrong, how to fix it, and the raw content."""
 
     where: str
     what: str
@@ -75,8 +75,8 @@ class Shard:
 
     Args:
         name: of the file, for messages; file: its path.
-        start, end: bytes of whole lines of JSONL, or row groups of Parquet; an end of -1: all of the file.
-        before: lines or rows that stand before it.
+        start, end: byte range of whole lines of JSONL, or range of Parquet row groups; an end of -1: the whole file.
+        before: number of lines or rows before it.
     """
 
     name: str
@@ -87,13 +87,13 @@ class Shard:
 
 
 class Source:
-    """What is in a file, unpacked, block by block.
+    """The unpacked content of a file, block by block.
 
     Args:
-        shard: lines of it alone; nothing is looked at then.
+        shard: read only its lines, without checking the format.
 
     Raises:
-        DataError: it is not text in an encoding that is read here, or unpacks to more than the bound.
+        DataError: it is not text, not in a supported encoding, or unpacks to more than the bound.
     """
 
     def __init__(self, stream: BinaryIO, name: str, bounds: Bounds, shard: Shard | None = None) -> None:
@@ -117,7 +117,7 @@ class Source:
             raise DataError(f"{name}:1", f"the file is {encoding}", _recode(name, encoding))
 
     def rewind(self) -> None:
-        """Start again."""
+        """Go back to the start."""
         (self._stream if self._gzip is None else self._gzip).seek(self._shard.start if self._shard else 0)
         self._left = self._shard.end - self._shard.start if self._shard else 0
         self._unpacked = 0
@@ -126,7 +126,7 @@ class Source:
         """The next block; empty at the end."""
         if self._gzip is None:
             most = min(CHUNK, self._left) if self._shard else CHUNK
-            block: bytes = self._stream.read1(most)  # type: ignore[attr-defined]  # no more than one request of what is elsewhere
+            block: bytes = self._stream.read1(most)  # type: ignore[attr-defined]  # at most one request for a remote file
             self._left -= len(block)
             return block
         block = self._gzip.read(CHUNK)
@@ -138,7 +138,7 @@ class Source:
         return block
 
     def lines(self, blank: bool = False) -> Iterator[tuple[int, bytes]]:
-        """(number, line) of every line, after LF or, in a file without LF, CR; `blank`: of those without anything too."""
+        """(number, line) of every line, split at LF or, in a file without LF, at CR; `blank`: empty lines too."""
         number, end = (self._shard.before, b"\n") if self._shard else (0, b"")
         rest, held, limit = [b""], 0, self.bounds.bytes
         while block := self.read():
@@ -169,13 +169,13 @@ class Source:
             yield where, _text(line.rstrip(b"\r"), where, self.name)
 
     def too_long(self, where: str, what: str) -> DataError:
-        """What to say of a row over the bound."""
+        """The error for a row over the bound."""
         how = self.bounds.how("row_mb", "check that the file is not damaged")
         return DataError(where, f"{what} is longer than {self.bounds.row_mb:g} MB", how)
 
 
 def without_nulls(value: Any) -> Any:
-    """Objects without the keys that hold null: tables, such as Parquet files, fill in for every row what any row has."""
+    """Remove keys that hold null from objects: tables such as Parquet give every row the keys of all rows."""
     if isinstance(value, Mapping):
         return {str(k): without_nulls(v) for k, v in value.items() if v is not None}
     if isinstance(value, (list, tuple)):
@@ -187,19 +187,19 @@ ARGUMENTS = ("arguments", "parameters")  # of a tool call
 
 
 def calls_without_nulls(value: Any) -> Any:
-    """A table's cell whose tool calls have those arguments alone that hold something; everything else is as it is."""
+    """A table's cell without the null arguments of its tool calls; everything else stays as it is."""
     if isinstance(value, Mapping):
         return {k: without_nulls(v) if k in ARGUMENTS else calls_without_nulls(v) for k, v in value.items()}
     return list(map(calls_without_nulls, value)) if isinstance(value, (list, tuple)) else value
 
 
 def line_end(block: bytes) -> bytes:
-    """What ends the lines of a file, by its first block."""
+    """The line end of a file, from its first block."""
     return b"\r" if b"\r" in block and b"\n" not in block else b"\n"
 
 
 def _wide(head: bytes) -> str:
-    """UTF-16 or UTF-32, where the first bytes are that."""
+    """The UTF-16 or UTF-32 encoding that the first bytes are in; empty if they are in neither."""
     if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return "UTF-32"
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -246,7 +246,7 @@ def _recode(name: str, encoding: str) -> str:
 
 
 def documents(source: Source) -> Rows:
-    """Documents are separated by blank lines."""
+    """One row per document; documents are separated by blank lines."""
     parts: list[str] = []
     start, held = "", 0
     for where, text in source.texts(blank=True):

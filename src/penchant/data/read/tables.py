@@ -27,11 +27,11 @@ from penchant.data.read.source import (
 )
 from penchant.errors import DataError
 
-# how pandas and databases write a missing value where a column is text; in Parquet, which has nulls, "None" is a word
+# how pandas and databases write a missing value in a text column; in Parquet, which has nulls, "None" is a word
 IN_PARQUET = frozenset(["nan", "NaN", "NaT", "<NA>"])
 IN_CSV = IN_PARQUET | {"None", "null", "NULL", "#N/A"}
 SHORT = 16  # characters: a longer cell is not such a word
-BATCH = 32  # Parquet rows that are Python objects at one time
+BATCH = 32  # Parquet rows held as Python objects at a time
 
 
 def read_csv(source: Source) -> Rows:
@@ -83,7 +83,7 @@ def read_csv(source: Source) -> Rows:
 
 
 def _marked(row: dict[str, Any], words: frozenset[str]) -> dict[str, Any]:
-    """The row, where cells that say that they are missing are `Missing`."""
+    """The row, with cells that stand for a missing value as `Missing`."""
     for name, value in row.items():
         if isinstance(value, str) and len(value) < SHORT and value.strip() in words:
             row[name] = Missing(value)
@@ -91,7 +91,7 @@ def _marked(row: dict[str, Any], words: frozenset[str]) -> dict[str, Any]:
 
 
 def _header(fields: Sequence[str], where: str) -> list[str]:
-    """The columns' names; one without a name is called by its number."""
+    """The column names; a column without a name is named by its number."""
     names = [name if name.strip() else f"column {i}" for i, name in enumerate(fields, 1)]
     if twice := repeated(names):
         what = f'the first line must name the columns, each once, and it has "{printable(twice[0][:100])}" twice'
@@ -100,7 +100,7 @@ def _header(fields: Sequence[str], where: str) -> list[str]:
 
 
 def _table_lines(source: Source) -> Iterator[str]:
-    """The lines of a table as text, each with its end: within quotes that is part of a cell."""
+    """The lines of a table as text, each with its line end, which is part of the cell inside quotes."""
     for number, line in source.lines(blank=True):
         try:
             yield line.decode("utf-8") + "\n"
@@ -112,8 +112,8 @@ _NAMES = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
 
 
 def _delimiter(lines: Sequence[str], usual: str) -> str:
-    """What separates the fields, by the header and the rows behind it."""
-    lines = [line.replace("\r", "") for line in lines]  # one outside quotes stops the reader
+    """The field delimiter, guessed from the header and the rows after it."""
+    lines = [line.replace("\r", "") for line in lines]  # a CR outside quotes stops the reader
     given = re.fullmatch(r'"?sep=(.)"?\s*', lines[0], re.IGNORECASE) if lines else None
     if given and given[1] in _NAMES:
         return given[1]
@@ -148,7 +148,7 @@ def read_parquet(stream: BinaryIO, name: str, bounds: Bounds, shard: Shard | Non
             raise DataError(name, what, bounds.how("unpacked", "check what it holds"))
         unpacked = 0
         for batch in file.iter_batches(batch_size=BATCH, row_groups=groups, use_threads=False):
-            unpacked += batch.nbytes  # what is there once in a dictionary comes out as often as rows name it
+            unpacked += batch.nbytes  # a value stored once in a dictionary is repeated for every row that uses it
             if unpacked > max(SMALL, bounds.unpacked * size):
                 what = f"unpacks to more than {bounds.unpacked:g} times its size ({size:,} bytes)"
                 raise DataError(f"{name}: row {number + 1}", what, bounds.how("unpacked", "check what it holds"))
@@ -162,14 +162,14 @@ def read_parquet(stream: BinaryIO, name: str, bounds: Bounds, shard: Shard | Non
                 yield row
     except DataError:
         raise
-    except Exception as error:  # the library raises what it finds: its own kinds, and those of texts, numbers and dates
+    except Exception as error:  # pyarrow raises errors of its own, and of texts, numbers and dates
         said = str(error).strip() or type(error).__name__
         what = f"is not a readable Parquet file ({printable(said.splitlines()[0][:200])})"
         raise DataError(name, what, "fetch or copy it again, or write it anew with pyarrow") from error
 
 
 def _batch(batch: Any, name: str, number: int, pa: Any) -> Rows:
-    """The rows of a batch; where a value cannot be a Python object, cell by cell."""
+    """The rows of a batch, converted cell by cell if a value cannot become a Python object."""
     try:
         rows = batch.to_pylist()
         if "arguments: struct" in str(batch.schema) or "parameters: struct" in str(batch.schema):
@@ -193,7 +193,7 @@ def _batch(batch: Any, name: str, number: int, pa: Any) -> Rows:
 
 
 def _cell(cell: Any, pa: Any) -> Any:
-    """A value; a time that Python has no object for (a year beyond 9999, nanoseconds, an unknown zone) as Arrow writes it."""
+    """A cell's value; a time that Python cannot represent (year beyond 9999, nanoseconds, unknown zone) as Arrow writes it."""
     try:
         return cell.as_py()
     except UnicodeDecodeError as error:
