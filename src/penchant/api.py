@@ -1,4 +1,4 @@
-"""What the command line does, as calls; docs/python.md has a line for each."""
+"""The commands of the command line as functions; docs/python.md has a line for each."""
 
 from __future__ import annotations
 
@@ -43,15 +43,16 @@ def load_preferences(path: str | Sequence[str], **options: Any) -> Dataset:
 
 @shows(GetRequest)
 def get_data(name: str, **asked: Any) -> GetResult:
-    """A published data set, from the hub or a local copy, as train.jsonl, validation.jsonl and test.jsonl in a folder.
+    """Write a published dataset, from the hub or a local copy, as train.jsonl, validation.jsonl and test.jsonl in a folder.
 
     Args:
-        name: of the catalogue, or a hub id.
-        asked: what `penchant data get` has as options: ``source="copy/"``, ``first=500``, ``language=["English"]``, ``as_="prompts"``,
-            ``output="folder"``, ``redo=True``, ``quiet=True`` ...; see `penchant.requests.GetRequest` and docs/data_get.md.
+        name: in the catalog, or a hub id.
+        asked: the options of `penchant data get`: ``source="copy/"``, ``first=500``, ``language=["English"]``,
+            ``as_="prompts"``, ``output="folder"``, ``redo=True``, ``quiet=True`` ...; see `penchant.requests.GetRequest` and
+            docs/data_get.md.
 
     Raises:
-        ConfigError, DataError, RewardError: the user can fix it.
+        ConfigError, DataError, RewardError: an error that the user can fix.
     """
     from penchant.download import get_data, on_stderr
 
@@ -66,19 +67,21 @@ def train(
     callbacks: Sequence[Any] = (),
     **given: Any,
 ) -> TrainResult:
-    """Train as a config says; resumes by itself when its folder holds a checkpoint of the same run.
+    """Train with a config; resumes automatically if its folder holds a checkpoint of the same run.
 
     Args:
-        config: a `RunConfig`, a mapping of the same shape, or the path of a YAML file. In a mapping, rows, models, tokenizers, functions and
-            classes may stand where a config has the name of a file.
+        config: a `RunConfig`, a mapping of the same shape, or the path of a YAML file. In a mapping, rows, models, tokenizers,
+            functions and classes may replace file names.
         overrides: ``"key.path=value"``.
         quiet: no progress output.
-        callbacks: functions ``f(step, metrics)``, or objects with methods of `penchant.training.callbacks.Callback`; they may end the run.
-        given: objects beside the config: ``data``, ``eval_data`` (a list of dicts, a frame, a `datasets.Dataset`, what `load_preferences`
-            returns), ``model``, ``tokenizer``, ``reward``, ``loss``; see docs/python.md.
+        callbacks: functions ``f(step, metrics)``, or objects with methods of `penchant.training.callbacks.Callback`; they
+            may end the run.
+        given: objects besides the config: ``data``, ``eval_data`` (a list of dicts, a frame, a `datasets.Dataset`, what
+            `load_preferences` returns), ``model``, ``tokenizer``, ``reward``, ``loss``; see docs/python.md.
 
     Raises:
-        ConfigError, DataError, ModelError, CheckpointError: the user can fix it. TrainingStopped: NaN/Inf or a signal.
+        ConfigError, DataError, ModelError, CheckpointError: an error that the user can fix.
+        TrainingStopped: NaN/Inf or a signal.
     """
     from penchant.plan import checkpointing, misfit
     from penchant.runs import Run
@@ -94,15 +97,15 @@ def plan(
     gpus: Sequence[int] = (),
     **given: Any,
 ) -> Plan:
-    """What `train` would do with a config, found without training: settings and their sources, work, memory, disk, time.
+    """Find without training what `train` would do with a config: settings and their sources, work, memory, disk, time.
 
     Args:
         config, overrides, given: as for `train`.
-        probe: also take a few steps in a copy that is thrown away, to tell the time.
-        gpus: numbers of GPUs; the memory of each of so many is counted, and nothing is probed.
+        probe: also take a few steps on a throwaway copy, to estimate the time.
+        gpus: numbers of GPUs to estimate the memory per GPU for, without a probe.
 
     Raises:
-        ConfigError, DataError, ModelError, RewardError: what `train` would stop at.
+        ConfigError, DataError, ModelError, RewardError: an error that `train` would raise.
     """
     from penchant.config import load_config_with_places
     from penchant.plan import make_plan
@@ -126,23 +129,23 @@ def evaluate(
     rows: bool = False,
     **asked: Any,
 ) -> dict[str, Any]:
-    """Figures of a model, over rows, with 95% intervals by prompt.
+    """Evaluate a model on rows, with 95% intervals by prompt.
 
-    Without `asked`: held-out metrics of a run's checkpoint, or of the base model where the config's folder has none.
+    Without `asked`: held-out metrics of a run's checkpoint, or of the base model if the config's folder has none.
 
     Args:
-        config: a run folder, a YAML path, a mapping or a `RunConfig`; with `asked` also a checkpoint's, an adapter's or a model's
-            folder, or a hub id.
-        asked: what `penchant eval` has as options: ``step="best"``, ``data="test.jsonl"``, ``text="book.txt"``, ``generate=100``,
-            ``reward="words"``, ``reference="runs/other"`` ...; see `penchant.requests.EvalRequest` and docs/eval.md. ``data`` may hold rows,
-            and ``reward`` be a function.
-        rows: also return ``rows``, the figures of each given answer beside its texts, a dict each.
+        config: a run folder, a YAML path, a mapping or a `RunConfig`; with `asked` also the folder of a checkpoint, an adapter
+            or a model, or a hub id.
+        asked: the options of `penchant eval`: ``step="best"``, ``data="test.jsonl"``, ``text="book.txt"``, ``generate=100``,
+            ``reward="words"``, ``reference="runs/other"`` ...; see `penchant.requests.EvalRequest` and docs/eval.md. ``data``
+            may hold rows, and ``reward`` may be a function.
+        rows: also return ``rows``, a dict for each given answer with its texts and metrics.
 
     Returns:
-        ``eval/...`` figures with ``eval/.../ci`` and ``eval/.../n``, and ``notes``.
+        ``eval/...`` metrics with ``eval/.../ci`` and ``eval/.../n``, and ``notes``.
 
     Raises:
-        CheckpointError, ConfigError, DataError, ModelError, RewardError: the user can fix it.
+        CheckpointError, ConfigError, DataError, ModelError, RewardError: an error that the user can fix.
     """
     from penchant.config import parse_yaml
     from penchant.evaluate import evaluate_model
@@ -156,13 +159,13 @@ def evaluate(
 
 
 def flags(path: str | Path) -> list[Flag]:
-    """What a careful reader would want to know before trusting a run or a comparison, warnings first; see docs/trust.md.
+    """Reasons for caution before trusting a run or a comparison, warnings first; see docs/trust.md.
 
     Args:
-        path: a run's folder, or one with a comparison.json.
+        path: a run folder, or one with a comparison.json.
 
     Raises:
-        CheckpointError: there is neither.
+        CheckpointError: the folder is neither.
     """
     from penchant.metrics.flags import flags_of
 
@@ -178,13 +181,14 @@ def audit(
     check: Any = None,
     languages: bool = True,
 ) -> Audit:
-    """Count what is wrong or lopsided in a data set: duplicates, contradictions, leakage, truncation, bias, personal data.
+    """Count problems in a dataset: duplicates, contradictions, leakage, truncation, bias, personal data.
 
     Args:
-        config: a YAML path, a mapping, a `RunConfig`; or the path of a data file, or rows (then no tokenizer is needed).
+        config: a YAML path, a mapping, a `RunConfig`; or the path of a data file, or rows (no tokenizer needed).
         tokenise: also count in tokens (needs the config's tokenizer).
-        reward: any reward; how often it disagrees with the labels. check: ``path.py:function`` over texts, or a function.
-        languages: whether to guess them.
+        reward: any reward, to count how often it disagrees with the labels.
+        check: ``path.py:function`` over texts, or a function.
+        languages: whether to guess languages.
 
     Returns:
         An `Audit` with `to_text()` and `to_json()`.
@@ -216,12 +220,13 @@ def audit_files(
     languages: bool = True,
     workers: int | str | None = None,
 ) -> Audit:
-    """The same of files of any size, read once.
+    """Audit files of any size in a single pass.
 
     Args:
-        paths, splits: files; those in `splits` by the name of their split, the others are named by themselves. Prompts that
-            stand in two of them are counted. columns: ``{our field: your column}``. limit: rows of each that are read.
-        reward, check, languages: as for `audit`. workers: processes; None: one a core where the files are large; ``ray``: a cluster's.
+        paths, splits: files; those in `splits` under the name of their split, the others under their own. Prompts that occur
+            in two of them are counted. columns: ``{our field: your column}``. limit: rows to read of each.
+        reward, check, languages: as for `audit`.
+        workers: processes; None: one per core if the files are large; ``ray``: a cluster's.
 
     Raises:
         DataError: a file that cannot be read. ConfigError: a reward or function that cannot be loaded.
@@ -253,8 +258,8 @@ def fix(source: str | Path, output: str | Path, **asked: Any) -> Fixed:
     """Write a cleaned copy of a data file, and ``OUTPUT.touched.jsonl`` with every row that was dropped or changed.
 
     Args:
-        asked: ``drop``: rules beyond the safe ones; ``keep``: safe ones that are not used; ``redact``: ``pii``, ``secrets``;
-            ``against``: files whose prompts must not stand in the copy (rule ``leakage``); ``columns``: ``{our field: your column}``
+        asked: ``drop``: rules beyond the safe ones; ``keep``: safe ones to switch off; ``redact``: ``pii``, ``secrets``;
+            ``against``: files whose prompts must not be in the copy (rule ``leakage``); ``columns``: ``{our field: your column}``
             (the copy keeps yours); ``shape``, ``overwrite``, ``workers``, ``edits``; see `penchant.requests.FixRequest`.
 
     Raises:
@@ -277,7 +282,7 @@ def fix(source: str | Path, output: str | Path, **asked: Any) -> Fixed:
 
 
 def _own_counters(reward: str | None, check: str | None) -> list[Any]:
-    """Accumulators of a reward and of a person's own function."""
+    """Audit counters for a reward and for a user's own function."""
     from penchant.data.audit.counters import Check, Disagreement
 
     made: list[Any] = []
@@ -299,25 +304,26 @@ def compare(*runs: str | Path, quiet: bool = False, **asked: Any) -> RunComparis
     """Compare runs with the model that they start from and with each other, on rows that none of them was trained on.
 
     Args:
-        runs: run folders; those that differ in nothing but `train.seed` are one setting with several seeds.
-        reward: any reward; None: only what the models find likely is compared. also: other rewards, whose figures go beside its own.
-        judge: who decides between two answers: ``path.py:function``, or `JudgeOptions` with an endpoint, or its address and
-            ``judge_model=`` ...; against: a run, in place of the common start.
-        prompts, samples, max_new_tokens, seed: how many prompts (or rows, of which all are taken), completions of each, tokens of one, and the seed of the draws.
-        step: ``best``, ``last``, a step's number; None: the best where one is tracked and kept, else the last.
-        data: a file of test rows; each reading of it is written down beside it. None: rows that the runs hold out.
-        output: folder of `comparison.json` and `comparison.jsonl`; None: beside the first run.
+        runs: run folders; those that differ only in `train.seed` count as one setting with several seeds.
+        reward: any reward; None: only the likelihood of given answers is compared. also: other rewards to report besides it.
+        judge: decides between two answers: ``path.py:function``, or `JudgeOptions` with an endpoint, or its address and
+            ``judge_model=`` ...; against: a run, instead of the common start.
+        prompts, samples, max_new_tokens, seed: number of prompts (or rows, which are all used), completions per prompt, tokens
+            per completion, and sampling seed.
+        step: ``best``, ``last``, a step number; None: the best if one is tracked and kept, else the last.
+        data: a file of test rows; each use of it is recorded next to it. None: the runs' held-out rows.
+        output: folder of `comparison.json` and `comparison.jsonl`; None: next to the first run.
 
     Returns:
-        What came out, with `figures` and `to_text()`.
+        The comparison, with `figures` and `to_text()`.
 
     Raises:
-        ConfigError, DataError, ModelError, RewardError, CheckpointError: the user can fix it.
+        ConfigError, DataError, ModelError, RewardError, CheckpointError: an error that the user can fix.
     """
     from penchant.compare import compare_runs
     from penchant.given import is_rows
 
-    if is_rows(asked.get("prompts")):  # the rows themselves, all of them
+    if is_rows(asked.get("prompts")):  # rows, all of which are used
         rows = asked.pop("prompts")
         if asked.get("data") is not None:
             raise ConfigError("compare", "prompts and data are both rows", "give them as data, and prompts as a number")
@@ -327,13 +333,13 @@ def compare(*runs: str | Path, quiet: bool = False, **asked: Any) -> RunComparis
 
 
 def report(*paths: str | Path, output: str | Path | None = None) -> Path:
-    """Write the report of runs, a sweep, a pipeline or a comparison: one HTML file that loads nothing.
+    """Write the report of runs, a sweep, a pipeline or a comparison as one self-contained HTML file.
 
     Args:
-        paths: folders; output: the file; None: ``report.html`` in the folder, of several in the current one.
+        paths: folders; output: the file; None: ``report.html`` in the folder, or in the current one if there are several.
 
     Raises:
-        CheckpointError: a folder holds nothing of Penchant's, or the file cannot be written.
+        CheckpointError: a folder has no Penchant results, or the file cannot be written.
     """
     from penchant.report import write_report
 
@@ -342,14 +348,15 @@ def report(*paths: str | Path, output: str | Path | None = None) -> Path:
 
 @shows(ExportRequest)
 def export(run: str | Path, *, say: Callable[[str], None] = lambda _: None, **asked: Any) -> ExportResult:
-    """Write a run's model in the form asked for, read back and compared; see `penchant.requests.ExportRequest` and docs/export.md.
+    """Export a run's model, read it back and compare; see `penchant.requests.ExportRequest` and docs/export.md.
 
     Args:
-        run: a run's folder, or a checkpoint in it; say: told what a person should know.
-        asked: ``to`` (safetensors, pt, merged, adapter or gguf), ``step``, ``output``, ``dtype``, ``max_shard_size``, ``push``, ``private``.
+        run: a run folder, or a checkpoint in it; say: called with notes for the user.
+        asked: ``to`` (safetensors, pt, merged, adapter or gguf), ``step``, ``output``, ``dtype``, ``max_shard_size``,
+            ``push``, ``private``.
 
     Raises:
-        ConfigError, CheckpointError, ModelError: the user can fix it.
+        ConfigError, CheckpointError, ModelError: an error that the user can fix.
     """
     from penchant.export import export_run
 
@@ -357,7 +364,7 @@ def export(run: str | Path, *, say: Callable[[str], None] = lambda _: None, **as
 
 
 def track(run: str | Path, *to: str, **options: Any) -> bool:
-    """Send a run's metrics to trackers afterwards; see `penchant.track.track_run`. Returns whether every line was sent."""
+    """Send a run's metrics to trackers afterwards; return whether every line was sent. See `penchant.track.track_run`."""
     from penchant.track import track_run
 
     return track_run(run, to, **options)
@@ -368,7 +375,7 @@ def as_config(
     overrides: Sequence[str] = (),
     given: Mapping[str, Any] | None = None,
 ) -> RunConfig:
-    """A validated `RunConfig` from whatever a caller has; objects in it, or beside it, are written to ``OUTPUT/given``.
+    """Validate a config given in any form; objects in it, or in `given`, are written to ``OUTPUT/given``.
 
     Raises:
         ConfigError: with every problem found.
@@ -388,7 +395,7 @@ def as_config(
 
 
 def _with_names(config: Mapping[str, Any], overrides: Sequence[str], given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A config's mapping with names in place of objects."""
+    """A config's mapping with objects replaced by names."""
     from penchant.given import given_folder, is_plain, named, output_of, set_in
 
     config = set_in(config, given)
@@ -399,7 +406,7 @@ def _with_names(config: Mapping[str, Any], overrides: Sequence[str], given: Mapp
 
 
 def _named(asked: dict[str, Any], *names: str) -> dict[str, Any]:
-    """Options of a command with names in place of objects, which are written to the cache."""
+    """A command's options with objects replaced by names; the objects are written to the cache."""
     from penchant.given import given_folder, named
 
     return asked | {name: named(asked[name], given_folder(None), name) for name in names if name in asked}
@@ -412,16 +419,17 @@ def pipeline(
     redo: Sequence[str] = (),
     quiet: bool = False,
 ) -> PipelineResult:
-    """Train a pipeline's stages and compare their models; what is done already, with the same inputs, is not done again.
+    """Train a pipeline's stages and compare their models; stages already done with the same inputs are skipped.
 
     Args:
         config: the path of a pipeline's YAML file, or a mapping of the same shape.
         overrides: ``"stages.dpo.loss.beta=0.3"``, ``"defaults.train.seed=1"``.
         only: one stage, whose inputs must be done.
-        redo: stages to train anew, with every stage that uses them; their old folders are moved aside.
+        redo: stages to train again, with every stage that uses them; their old folders are moved aside.
 
     Raises:
-        ConfigError, DataError, ModelError, RewardError, CheckpointError: the user can fix it. TrainingStopped: NaN/Inf or a signal.
+        ConfigError, DataError, ModelError, RewardError, CheckpointError: an error that the user can fix.
+        TrainingStopped: NaN/Inf or a signal.
     """
     from penchant.pipeline import load_pipeline
     from penchant.pipeline.conduct import Conductor
@@ -430,7 +438,7 @@ def pipeline(
 
 
 def pipeline_plan(config: Mapping[str, Any] | str | Path, *overrides: str, redo: Sequence[str] = ()) -> str:
-    """What `pipeline` would do with each stage, and why, as text; nothing is trained or written."""
+    """Describe what `pipeline` would do with each stage, and why, as text; nothing is trained or written."""
     from penchant.pipeline import load_pipeline
     from penchant.pipeline.conduct import Conductor
 
@@ -440,17 +448,17 @@ def pipeline_plan(config: Mapping[str, Any] | str | Path, *overrides: str, redo:
 def sweep(
     config: Mapping[str, Any] | str | Path, *overrides: str, jobs: int | None = None, quiet: bool = False
 ) -> SweepResult:
-    """Train one config with many settings; runs that are done already, with the same inputs, are not done again.
+    """Train one config with many settings; runs already done with the same inputs are skipped.
 
     Args:
         config: the path of a sweep's or a run's YAML file, or a mapping of the same shape.
-        overrides: ``"train.lr=1e-5"`` for every run, ``"loss.beta=0.1,0.3"`` to let it vary.
-        jobs: runs at a time, each in a process of its own with its share of the cores (default: 1); on a cluster (`cluster.on`) the jobs
-            at a time (default: all runs of a grid, one trial of a search).
+        overrides: ``"train.lr=1e-5"`` for every run, ``"loss.beta=0.1,0.3"`` to vary it.
+        jobs: runs at a time, each in its own process with its share of the cores (default: 1); on a cluster (`cluster.on`)
+            the jobs at a time (default: all runs of a grid, one trial of a search).
 
     Raises:
-        ConfigError, DataError, ModelError, RewardError, CheckpointError: the user can fix it. TrainingStopped: a signal; a run that
-        stops itself is a result.
+        ConfigError, DataError, ModelError, RewardError, CheckpointError: an error that the user can fix.
+        TrainingStopped: a signal; a run that stops itself is a result.
     """
     from penchant.plan import misfit
     from penchant.sweep import load_sweep
@@ -460,7 +468,7 @@ def sweep(
 
 
 def sweep_plan(config: Mapping[str, Any] | str | Path, *overrides: str) -> str:
-    """What `sweep` would do with each run, and why, as text; nothing is trained or written."""
+    """Describe what `sweep` would do with each run, and why, as text; nothing is trained or written."""
     from penchant.sweep import load_sweep
     from penchant.sweep.conduct import SweepConductor
 

@@ -1,8 +1,8 @@
 """`penchant demo`: the DPO paper's controlled-sentiment experiment in miniature, offline (arXiv 2305.18290, section 6).
 
 The bundled model writes continuations of film-review openings, a sentiment lexicon (VADER) ranks them, DPO trains on the
-pairs, and openings that were not trained on show what was gained and what it cost. The lexicon is the true reward here, so
-the report can be checked against the truth.
+pairs, and held-out openings show the gain and its cost. The lexicon is the true reward here, so the report can be checked
+against the truth.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ SAMPLES = 8  # continuations per training opening
 PAIRS = 3  # pairs per opening: the best against the worst, the second best against the second worst, ...
 EVAL_SAMPLES = 4  # continuations per held-out opening, before and after
 NEW_TOKENS = 40
-MIN_GAP = 0.3  # pairs whose rewards are closer than this say little
+MIN_GAP = 0.3  # pairs whose rewards are closer than this are dropped, as they carry little signal
 TEMPERATURE = 1.0
-MARK = ".penchant-demo"  # says that the folder is a demo's, to be replaced by the next one
+MARK = ".penchant-demo"  # marks a folder as a demo's, which the next one may replace
 
 TRAINING: dict[str, Any] = {
     "loss": {"name": "dpo", "beta": 0.1},
@@ -49,11 +49,10 @@ def asset(name: str) -> Path:
 def run_demo(
     output: str | Path = "runs/demo", *, reviews: str | None = None, seed: int = 0, quiet: bool = False
 ) -> int:
-    """Run the whole experiment and print what came out; returns 0 when every goal was met, else 1.
+    """Run the whole experiment and print the results; return 0 if every goal was met, else 1.
 
     Args:
-        output: the run folder. A finished or half-done demo in it is replaced by a new one; any other folder with
-            something in it is refused.
+        output: the run folder. A finished or partial demo in it is replaced; any other non-empty folder is refused.
         reviews: film reviews (JSONL with a ``text`` field) for a second held-out perplexity.
         seed: of sampling and training.
     """
@@ -105,7 +104,7 @@ def run_demo(
 
 
 def _fresh(folder: Path) -> None:
-    """Empty a former demo's folder, and nothing else: only a folder with the mark that a demo leaves is ever deleted."""
+    """Empty the folder of an earlier demo; only a folder with a demo's mark is ever deleted."""
     import shutil
 
     from penchant.errors import CheckpointError
@@ -116,7 +115,7 @@ def _fresh(folder: Path) -> None:
             if folder.is_symlink() or not (folder / MARK).is_file():
                 what = "is not empty and was not made by `penchant demo`"
                 raise CheckpointError(str(folder), what, "give another --output")
-            with RunLock(folder):  # a demo that still trains there is left alone
+            with RunLock(folder):  # refuses if a demo is still training there
                 shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MARK).write_text("made by `penchant demo`, which may delete this folder to start over\n")
@@ -127,7 +126,7 @@ def _fresh(folder: Path) -> None:
 
 
 def _check_reviews(reviews: str) -> None:
-    """Read a person's reviews before the minutes of work whose end needs them."""
+    """Check the user's reviews now, as they are only needed after minutes of work."""
     from penchant.data.load import load_preferences
     from penchant.errors import DataError
 
@@ -145,7 +144,7 @@ def _load(folder: str) -> Any:
 
 
 def _write(model: Any, tokenizer: Any, openings: Sequence[str], n: int, seed: int, progress: Any) -> Written:
-    """`n` continuations of each opening, judged by the lexicon."""
+    """Sample `n` continuations of each opening, scored by the lexicon."""
     from penchant.metrics.completions import write
     from penchant.rewards.builtin import sentiment
 
@@ -163,7 +162,7 @@ def _write(model: Any, tokenizer: Any, openings: Sequence[str], n: int, seed: in
 
 
 def _make_pairs(model: Any, tokenizer: Any, openings: Sequence[str], seed: int, progress: Any) -> list[dict[str, Any]]:
-    """The best against the worst continuations of each opening by the lexicon."""
+    """Pairs of the best and the worst continuations of each opening, by the lexicon."""
     written = _write(model, tokenizer, openings, SAMPLES, seed, progress)
     assert written.rewards is not None
     pairs = []
@@ -252,7 +251,7 @@ def _perplexity(model: Any, tokenizer: Any, path: str) -> float:
 
 
 def _write_samples(folder: Path, openings: Sequence[str], before: Written, after: Written, count: int = 12) -> None:
-    """The first continuation of the first openings, before and after: not chosen by what they say."""
+    """Write the first continuation of the first openings, before and after training, without any selection."""
     assert before.rewards is not None and after.rewards is not None
     lines = []
     for i, opening in enumerate(openings[:count]):
@@ -263,11 +262,11 @@ def _write_samples(folder: Path, openings: Sequence[str], before: Written, after
     runfolder.keep(folder / runfolder.SAMPLES, "".join(lines))
 
 
-# ---- What a person sees ----
+# ---- Progress and results ----
 
 
 class _Stages:
-    """Numbered stages with progress and their time."""
+    """Numbered stages with progress and timing."""
 
     def __init__(self, quiet: bool) -> None:
         from rich.console import Console
@@ -295,7 +294,7 @@ class _Stages:
         self.console.print(for_terminal(text), markup=False, soft_wrap=True)
 
     def results(self, results: dict[str, Any]) -> None:
-        """The headline on standard output, so that it can be piped."""
+        """Print the headline figures to standard output, so that they can be piped."""
         if self.console.quiet:
             return
         lines = ["", results["verdict"], ""]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class PenchantError(Exception):
-    """Base of every error that is the input's fault, not the program's.
+    """Base class of errors that are the input's fault, not the program's.
 
     Args:
         where: the place, e.g. ``"train.jsonl:118"`` or ``"run.yaml:7"``.
@@ -15,7 +15,7 @@ class PenchantError(Exception):
     exit_code = 2
 
     def __init__(self, where: str, what: str, how: str = "") -> None:
-        # a file's name may hold a line end, and must not look like a second message
+        # a line break in a file name must not look like a second message
         self.where, self.what, self.how = str(where).replace("\n", "\\n"), what, how
         super().__init__(f"{self.where}: {what}" + (f"; {how}" if how else ""))
 
@@ -33,11 +33,11 @@ class ModelError(PenchantError):
 
 
 class CheckpointError(PenchantError):
-    """A run folder or checkpoint that is locked, torn, or from another run."""
+    """A run folder or checkpoint that is locked, incomplete, or from another run."""
 
 
 class DiskError(CheckpointError):
-    """A disk that is full, fails, is read-only or closed to this user; the same command goes on once that is fixed."""
+    """A disk that is full, failing, read-only or not writable; the same command continues once that is fixed."""
 
     exit_code = 5
 
@@ -47,10 +47,10 @@ class RewardError(PenchantError):
 
 
 class RolloutError(PenchantError):
-    """An engine that writes completions and does not answer, answers wrongly, or has other weights than the policy."""
+    """A sampling engine that does not reply, replies wrongly, or has other weights than the policy."""
 
 
 class TrainingStopped(PenchantError):
-    """The run stopped itself: NaN/Inf, a failed step-0 check, a floor that was crossed."""
+    """The run stopped itself: NaN/Inf, a failed step-0 check, a limit that was crossed."""
 
     exit_code = 3

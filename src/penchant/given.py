@@ -1,8 +1,8 @@
-"""Python objects in place of what a config names: rows, frames, models, tokenizers, functions and classes.
+"""Python objects in place of names in a config: rows, frames, models, tokenizers, functions and classes.
 
-A config holds names of files, and a run is continued, evaluated and reported by these names. So each object is written to
-``OUTPUT/given`` under a name with its hash, and the config names that file. Another object has another name: a run that is
-called again with changed rows or a changed function is refused, as it is for changed files.
+A config holds file names, and a run is resumed, evaluated and reported by these names. So each object is written to
+``OUTPUT/given`` under a name with its hash, and the config names that file. A different object gets a different name: a run
+that is called again with changed rows or a changed function is refused, as it is for changed files.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ from penchant.data.read import calls_without_nulls
 from penchant.errors import ConfigError, DataError
 from penchant.runfolder import GIVEN_FOLDER
 
-FRAMES = ("to_dict", "iter_rows", "to_pylist", "column_names")  # a frame of pandas, polars, pyarrow or datasets has one
+FRAMES = ("to_dict", "iter_rows", "to_pylist", "column_names")  # pandas, polars, pyarrow or datasets frames have one
 LIBRARIES = sys.stdlib_module_names - {"__main__"} | {"numpy", "penchant", "torch", "transformers"}
 DIGITS = 12  # of the SHA-256, in names
 
 
 def given_folder(output: str | Path | None) -> Path:
-    """Where objects are written: in the run's folder; in the cache, where there is no run."""
+    """Where objects are written: the run folder, or the cache if there is no run."""
     return cache_folder(GIVEN_FOLDER) if output is None else Path(output).expanduser() / GIVEN_FOLDER
 
 
 def named(value: Any, folder: Path, where: str = "") -> Any:
-    """The same settings with the path of what was written in place of every object.
+    """Write every object in some settings to a file, and replace it with the file's path.
 
     Args:
         value: a config's mapping, or a part of it; where: its key, for errors.
 
     Raises:
-        ConfigError: an object that nothing can be made of. DataError: rows that cannot be written as JSON, or none.
+        ConfigError: an unsupported object. DataError: rows that cannot be written as JSON, or none.
     """
     parts = where.split(".")
     if value is None or isinstance(value, (str, bytes, int, float, bool, os.PathLike)):
@@ -60,7 +60,7 @@ def named(value: Any, folder: Path, where: str = "") -> Any:
     ):  # or one of several held-out sets
         return str(write_rows(value, folder, where))
     if isinstance(value, Mapping):
-        # a reward may be the key of its weight
+        # a key may be an object too: a reward with its weight
         made = {named(k, folder, where): named(v, folder, f"{where}.{k}".lstrip(".")) for k, v in value.items()}
         if len(made) < len(value):
             raise ConfigError(where, "holds objects that cannot be told apart", "give each as a function of its own")
@@ -71,15 +71,15 @@ def named(value: Any, folder: Path, where: str = "") -> Any:
         return str(write_pretrained(value, folder, where))
     if callable(value):
         return function_name(value, folder, where)
-    return value  # a date, a section that is validated already: the config says what it takes
+    return value  # a date or a validated section: left to the config's validation
 
 
 def is_rows(value: Any) -> bool:
-    """Whether an object holds rows: a list of mappings, a frame or table, a `Dataset` of ours or of another library."""
+    """Whether an object holds rows: a list of mappings, a frame or table, a `Dataset` of Penchant or of another library."""
     if isinstance(value, Mapping):
         return False
     if isinstance(value, (list, tuple)):
-        # a list of texts names files, and one of mappings with "path" is the sources of a mixture
+        # a list of texts is file names, and a list of mappings with "path" is the sources of a mixture
         return bool(value) and isinstance(value[0], Mapping) and "path" not in value[0]
     if hasattr(value, "save_pretrained") or isinstance(value, (str, type, FunctionType)):
         return False
@@ -87,7 +87,7 @@ def is_rows(value: Any) -> bool:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a config's mapping holds no object."""
+    """Whether a config's mapping holds no objects."""
     if isinstance(value, Mapping):
         return all(is_plain(v) and is_plain(k) for k, v in value.items())
     if isinstance(value, (list, tuple)):
@@ -96,14 +96,14 @@ def is_plain(value: Any) -> bool:
 
 
 def rows_of(value: Any, where: str) -> Iterator[Mapping[str, Any]]:
-    """The rows that an object holds, one after another."""
+    """Iterate over the rows that an object holds."""
     if hasattr(value, "trees") and hasattr(value, "kind"):  # what `load_preferences` returns
         from penchant.download.convert import written_rows
 
         weighted = any(tree.weight != 1.0 for tree in value.trees)
         for tree in value.trees:
             for row in written_rows(value.kind, tree):
-                # further columns of the row go along, for a reward that asks for them; data.weight says what reads the weights
+                # extra columns are kept for a reward that reads them; weights apply only if data.weight names their column
                 yield {**dict(tree.columns or {}), **row, **({"weight": tree.weight} if weighted else {})}
     elif hasattr(value, "iter_rows"):  # polars
         yield from map(calls_without_nulls, value.iter_rows(named=True))
@@ -115,7 +115,7 @@ def rows_of(value: Any, where: str) -> Iterator[Mapping[str, Any]]:
         for values in value.itertuples(index=False, name=None):
             yield dict(zip(names, map(_without_nan, values), strict=True))
     elif isinstance(value, Iterable):
-        table = hasattr(value, "column_names")  # a data set of datasets
+        table = hasattr(value, "column_names")  # a Dataset of datasets
         for i, row in enumerate(map(calls_without_nulls, value) if table else value):
             if not isinstance(row, Mapping):
                 raise DataError(f"{where}[{i}]", f"is of type {type(row).__name__}", "give a dict for each row")
@@ -125,10 +125,10 @@ def rows_of(value: Any, where: str) -> Iterator[Mapping[str, Any]]:
 
 
 def write_rows(value: Any, folder: Path, where: str) -> Path:
-    """Rows as JSONL, under a name with their SHA-256.
+    """Write rows as JSONL, under a name with their SHA-256.
 
     Raises:
-        DataError: a value that cannot be written as JSON, or no rows. DiskError: the disk does not take it.
+        DataError: a value that cannot be written as JSON, or no rows. DiskError: the disk is full or not writable.
     """
     digest, count = hashlib.sha256(), 0
     stem = where.removeprefix("data.").replace("eval_path", "eval").replace("path", "train")
@@ -160,14 +160,14 @@ def _line(row: Mapping[str, Any], where: str) -> bytes:
 
 
 def _without_nan(value: Any) -> Any:
-    """A cell of a pandas frame; its missing values are NaN."""
+    """A cell of a pandas frame, with missing values (NaN) as None."""
     if isinstance(value, float) and math.isnan(value):
         return None
     return None if type(value).__name__ in ("NAType", "NaTType") else value
 
 
 def _plain(value: Any) -> Any:
-    """What `json` cannot write: numpy's numbers and arrays, dates, mappings of other types."""
+    """Convert what `json` cannot write: numpy's numbers and arrays, dates, mappings of other types."""
     if isinstance(value, Mapping):
         return dict(value)
     for convert in ("tolist", "isoformat"):
@@ -177,7 +177,7 @@ def _plain(value: Any) -> Any:
 
 
 def write_pretrained(value: Any, folder: Path, where: str) -> Path:
-    """A model or tokenizer as `save_pretrained` writes it, under a name with the SHA-256 of its files."""
+    """Write a model or tokenizer with `save_pretrained`, under a name with the SHA-256 of its files."""
     kind = "model" if hasattr(value, "parameters") else "tokenizer"
     aside = aside_of(folder / kind)
     with writing(folder):
@@ -209,8 +209,8 @@ def _folder_sha256(folder: Path) -> str:
 def function_name(value: Any, folder: Path, where: str) -> str:
     """``FILE.py:NAME`` for a function, a class or an object with `__call__`.
 
-    The file has its source, where that says all: it needs nothing but what it imports. Then commands can use it as any other
-    file. Else the file says that the object has to be given again.
+    The file has its source if that is self-contained, apart from imports. Then commands can use it like any other file.
+    Otherwise the file only raises an error that the object has to be given again.
     """
     name = str(getattr(value, "__name__", type(value).__name__))
     name = name if name.isidentifier() and not keyword.iskeyword(name) else "function"
@@ -239,18 +239,18 @@ def _as_file(value: Any, name: str, where: str) -> str:
 
 
 def _imports_of(function: FunctionType) -> str | None:
-    """The import lines that a function needs; None where it needs more than libraries."""
-    # a default that is not a literal is taken from where it was defined
+    """The import lines that a function needs; None if it needs more than libraries."""
+    # a default that is not a literal depends on where the function was defined
     defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     if function.__closure__ or not all(d is None or isinstance(d, (bool, int, float, str)) for d in defaults):
         return None
-    # annotations of keyword-only arguments are looked up: a loss has its parameters from them
+    # annotations of keyword-only arguments are evaluated, as a loss gets its parameters from them
     asked = [p.annotation for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
     if not all(a in (inspect.Parameter.empty, bool, int, float, str, "bool", "int", "float", "str") for a in asked):
         return None
     lines = []
     for name, value in _globals_of(function).items():
-        if value is _globals_of:  # it is not there yet
+        if value is _globals_of:  # not defined yet
             return None
         module = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
         if not isinstance(module, str) or module.partition(".")[0] not in LIBRARIES:
@@ -265,7 +265,7 @@ def _imports_of(function: FunctionType) -> str | None:
 
 
 def _globals_of(function: FunctionType) -> dict[str, Any]:
-    """The values of its module that a function reads, by name; a name that is not there yet has `_globals_of` itself."""
+    """The globals that a function reads, by name; one that is not defined yet has the value `_globals_of` itself."""
     names = {
         i.argval
         for code in _codes(function.__code__)
@@ -277,7 +277,7 @@ def _globals_of(function: FunctionType) -> dict[str, Any]:
 
 
 def _runs(text: str, name: str) -> bool:
-    """Whether a source can be run by itself."""
+    """Whether a source runs by itself and defines `name`."""
     space: dict[str, Any] = {"__name__": "given"}
     try:
         exec(compile(text, name, "exec"), space)
@@ -287,7 +287,7 @@ def _runs(text: str, name: str) -> bool:
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
-    """A function's code, and that of what is defined in it."""
+    """A function's code, and that of functions defined in it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -295,9 +295,9 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 
 def _digest(value: Any, depth: int = 4, within: tuple[int, ...] = ()) -> str:
-    """SHA-256 of what an object does, as far as that can be told: its code, defaults, and the values that it refers to.
+    """SHA-256 of an object's behavior, as far as possible: its code, defaults, and the values that it refers to.
 
-    It is the same in every process: a set has no order, and equal texts may be one object or two.
+    It is the same in every process: it depends neither on the order of a set nor on whether equal texts are one object or two.
     """
     digest = hashlib.sha256(type(value).__qualname__.encode())
     if value is _globals_of or id(value) in within:
@@ -320,7 +320,7 @@ def _digest(value: Any, depth: int = 4, within: tuple[int, ...] = ()) -> str:
     else:
         try:
             digest.update(pickle.dumps(value))
-        except Exception:  # an open file, a lock: nothing can be said of it
+        except Exception:  # an open file or a lock cannot be hashed
             digest.update(b"?")
     for name, part in parts:
         digest.update(f"{name}={_digest(part, depth, within)}".encode())
@@ -328,7 +328,7 @@ def _digest(value: Any, depth: int = 4, within: tuple[int, ...] = ()) -> str:
 
 
 def _parts_of(value: Any) -> dict[str, Any]:
-    """What makes a function, a class or another object do what it does."""
+    """What determines the behavior of a function, a class or another object."""
     if isinstance(value, FunctionType):
         found = _globals_of(value)
         for i, code in enumerate(_codes(value.__code__)):
@@ -364,7 +364,7 @@ KEYS = {
 
 
 def set_in(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """A config's mapping with the arguments of `KEYS` in their places."""
+    """A config's mapping with the arguments of `KEYS` inserted."""
     made = dict(config)
     for argument, value in given.items():
         section, _, name = KEYS[argument].partition(".")
@@ -374,10 +374,10 @@ def set_in(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
 
 
 def output_of(config: Mapping[str, Any], overrides: Sequence[str]) -> str:
-    """The output that a config's mapping and its overrides name.
+    """The output named by a config's mapping or its overrides.
 
     Raises:
-        ConfigError: they name none.
+        ConfigError: there is none.
     """
     found = [value for key, _, value in (o.partition("=") for o in overrides) if key.strip() == "output"]
     output = found[-1] if found else config.get("output")

@@ -1,4 +1,4 @@
-"""The options of each command, once: the command line, `penchant.api` and the work itself take them from here."""
+"""The options of each command, defined once for the command line, `penchant.api` and the implementation."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def option(about: str, default: Any = None, metavar: str | None = None, **more: 
     """A field of a request.
 
     Args:
-        about: its help; ``%(default)g`` in it is the default.
-        more: `flag`, where it is not the name; `positional`; `choices`; `group`: its heading in the help; `either`: a switch
-            that also has ``--no-``; `read`: makes the value of the command line's text; `low`, `high`, `above`: bounds.
+        about: its help text; ``%(default)g`` in it is the default.
+        more: `flag`, if it is not the name; `positional`; `choices`; `group`: its heading in the help; `either`: a switch
+            that also has ``--no-``; `read`: parses the text from the command line; `low`, `high`, `above`: bounds.
     """
     metadata = {"help": about, "metavar": metavar, **more}
     if isinstance(default, dict):
@@ -30,14 +30,14 @@ def option(about: str, default: Any = None, metavar: str | None = None, **more: 
     return field(default=default, metadata=metadata)
 
 
-MOST: dict[type, float] = {int: 2**31 - 1, float: 1e30}  # more than any option can mean
+MOST: dict[type, float] = {int: 2**31 - 1, float: 1e30}  # beyond any sensible value
 
 
 def request_of(kind: type[T], asked: Mapping[str, Any], command: str) -> T:
-    """A request from keywords; sequences may be lists, a path may stand for its text.
+    """Build a request from keywords; lists are turned into tuples, and paths into texts.
 
     Raises:
-        ConfigError: a keyword that is not an option.
+        ConfigError: a keyword that is not an option, or a number out of every range.
     """
     names = [f.name for f in fields(kind)]  # type: ignore[arg-type]
     for name in asked:
@@ -52,7 +52,7 @@ def request_of(kind: type[T], asked: Mapping[str, Any], command: str) -> T:
 
 
 def shows(kind: type) -> Callable[[F], F]:
-    """Let the signature of a function that takes a request as ``**asked`` list its keywords."""
+    """Decorator that lists a request's keywords in the signature of a function that takes them as ``**asked``."""
 
     def mark(function: F) -> F:
         own = inspect.signature(function)
@@ -81,7 +81,7 @@ WRITES = "what the model writes"
 
 @dataclass(frozen=True, slots=True)
 class EvalRequest:
-    """What `penchant eval` is asked of a model; docs/eval.md explains each option."""
+    """Options of `penchant eval`; docs/eval.md explains each."""
 
     step: str = option("checkpoint of a run: last, best, 0 (the start) or a step's number (default: last)", "last")
     data: str | None = option("rows to evaluate on (default: the run's held-out rows)", metavar="FILE")
@@ -105,21 +105,21 @@ class EvalRequest:
 
     @property
     def bare(self) -> bool:
-        """Whether nothing is asked beyond a run's own held-out metrics."""
+        """Whether only a run's own held-out metrics are requested."""
         asked = (self.data, self.text, self.reference, self.base, self.generate, self.exact_kl, self.beta)
         return all(value is None for value in (*asked, self.rows_output))
 
     @property
     def text_alone(self) -> bool:
-        """Whether a text is all that is to be read: no answers are then."""
+        """Whether only a text is evaluated, and no answers."""
         others = (self.data, self.generate, self.exact_kl, self.beta)
         return self.text is not None and all(value is None for value in others)
 
     def check(self) -> None:
-        """Refuse what cannot be meant.
+        """Refuse options that are invalid or do not go together.
 
         Raises:
-            ConfigError: it names the flag.
+            ConfigError: names the flag.
         """
         from penchant.base.files import COMPLETIONS, FIGURES, ROWS, check_output
 
@@ -159,7 +159,7 @@ class EvalRequest:
                 raise ConfigError(flag, f"is the file of {same}", "give another name")
 
     def settings(self) -> dict[str, Any]:
-        """What the figures depend on, apart from model and rows, for the log."""
+        """The settings that metrics depend on, apart from model and rows, for the log."""
         if self.generate is None:
             return {}
         names = ("generate", "samples", "temperature", "max_new_tokens", "seed")
@@ -169,12 +169,12 @@ class EvalRequest:
 
 # ---- `penchant compare` ----
 
-HUMANS = "humans:"  # how `--judge` names a file of what people said
+HUMANS = "humans:"  # prefix in `--judge` for a file of human preferences
 
 
 @dataclass(frozen=True, slots=True)
 class CompareRequest:
-    """What `penchant compare` is asked of runs; docs/compare.md explains each option. `judge` is text or `JudgeOptions`."""
+    """Options of `penchant compare`; docs/compare.md explains each. `judge` is a text or `JudgeOptions`."""
 
     reward: Any = option("any reward: sentiment, path.py:function, a reward model's run (default: none)")  # noqa: RUF009
     also: tuple[str, ...] = option("another reward to report beside it (repeatable)", (), "NAME")
@@ -202,7 +202,7 @@ class CompareRequest:
 
 @dataclass(frozen=True, slots=True)
 class ExportRequest:
-    """What `penchant export` writes; docs/export.md explains each option."""
+    """Options of `penchant export`; docs/export.md explains each."""
 
     run: str = option("a run's folder, or a checkpoint in it", MISSING, "RUN", positional=True)
     to: str = option("safetensors, pt, merged, adapter or gguf", MISSING, "FORMAT")
@@ -218,7 +218,7 @@ class ExportRequest:
 
 
 def workers_in(text: str) -> int | str:
-    """A number of processes, or ``ray``."""
+    """Parse a number of processes, or ``ray``."""
     if text != "ray" and not (text.isdecimal() and 1 <= int(text) <= 4096):
         raise ConfigError("--workers", f"is {text!r}", "give 1 or more, or ray for a cluster's")
     return text if text == "ray" else int(text)
@@ -256,7 +256,7 @@ def _value(text: str) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class GetRequest:
-    """What `penchant data get` fetches; docs/data_get.md explains each option."""
+    """Options of `penchant data get`; docs/data_get.md explains each."""
 
     name: str = option(
         "a name in the catalog or a hub id (owner/name); without one the catalog is listed",
@@ -310,7 +310,7 @@ class GetRequest:
 
     @property
     def labels(self) -> bool:
-        """Whether a reward or a function says which answers are good."""
+        """Whether a reward or a function decides which answers are good."""
         return self.reward is not None or self.label_with is not None
 
 
@@ -318,14 +318,14 @@ class GetRequest:
 
 
 def names_in(given: str | Sequence[str]) -> tuple[str, ...]:
-    """Names as a sequence, or as one text with commas between them."""
+    """Names as a tuple, from a sequence or from one text with commas between them."""
     found = given.replace(" ", "").split(",") if isinstance(given, str) else given
     return tuple(name for name in found if name)
 
 
 @dataclass(frozen=True, slots=True)
 class FixRequest:
-    """What `penchant data fix` writes; docs/data_audit.md explains each rule."""
+    """Options of `penchant data fix`; docs/data_audit.md explains each rule."""
 
     source: str = option("a data file, which is left as it is", MISSING, "IN", positional=True)
     output: str = option("the copy: JSONL, or Parquet if IN is Parquet", MISSING, "OUT", positional=True)
@@ -361,7 +361,7 @@ TEMPLATES = ("auto", "chat", "transcript", "plain")
 
 @dataclass(frozen=True, slots=True)
 class ModelRequest:
-    """Which model answers, and how it is held."""
+    """Options of the model to load."""
 
     model: str = option(
         "a run, a CONFIG.yaml, the folder of a checkpoint, an adapter or a model, or a hub id",
@@ -382,7 +382,7 @@ class ModelRequest:
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest(ModelRequest):
-    """What `penchant chat` is asked."""
+    """Options of `penchant chat`."""
 
     against: str | None = option("a second model, which answers the same messages", metavar="RUN")
     against_step: str = option("which checkpoint of the second model, if it is a run (default: last)", "last", "STEP")
@@ -401,7 +401,7 @@ class ChatRequest(ModelRequest):
 
 @dataclass(frozen=True, slots=True)
 class ServeRequest(ModelRequest):
-    """What `penchant serve` is asked."""
+    """Options of `penchant serve`."""
 
     host: str = option(
         "address to listen on (default: 127.0.0.1); any other needs PENCHANT_API_KEY in the environment", "127.0.0.1"
@@ -421,7 +421,7 @@ class ServeRequest(ModelRequest):
 
 @dataclass(frozen=True, slots=True)
 class StudioRequest:
-    """What `penchant studio` is asked; docs/studio.md explains it."""
+    """Options of `penchant studio`; docs/studio.md explains it."""
 
     folder: str = option(
         "the folder with your runs, data and arenas (default: the current one)", ".", "FOLDER", positional=True

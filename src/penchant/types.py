@@ -1,4 +1,4 @@
-"""The few types that every layer shares: the prompt tree, its token form, the packed batch, and what losses get and return."""
+"""Types shared by all layers: prompt trees, their tokenized form, packed batches, and the inputs and outputs of losses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from penchant.base.machine import moved
 
-if TYPE_CHECKING:  # torch and numpy cost half a second to import; `penchant --help` must not pay for them
+if TYPE_CHECKING:  # torch and numpy take half a second to import, too long for `penchant --help`
     import numpy as np
     import torch
     from torch import Tensor
@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # torch and numpy cost half a second to import; `penchant --h
 
 
 class Picture(NamedTuple):
-    """A picture's file, and SHA-256 of its bytes."""
+    """A picture's file, and the SHA-256 of its bytes."""
 
     path: str
     sha256: str
@@ -27,9 +27,9 @@ class Picture(NamedTuple):
 class Message:
     """One chat turn; `role` is ``system``, ``developer``, ``user``, ``assistant`` or ``tool``.
 
-    `trained` matters in `Completion.more` alone; `reasoning` is what an assistant thought first, where the row has that apart.
-    `tool_calls` are an assistant's, a JSON list of ``{"type": "function", "function": {"name", "arguments"}}`` or empty; a tool's turn may
-    name its call (`tool_call_id`) and its function (`name`).
+    `trained` is only used in `Completion.more`; `reasoning` is an assistant's thinking, if the row has it separately.
+    `tool_calls` of an assistant are a JSON list of ``{"type": "function", "function": {"name", "arguments"}}``, or empty; a
+    tool's turn may name the call that it answers (`tool_call_id`) and its function (`name`).
     """
 
     role: str
@@ -42,7 +42,7 @@ class Message:
 
     @property
     def said(self) -> str:
-        """The content and the calls, for comparing and showing."""
+        """The content and the calls, for comparison and display."""
         return "\n".join(filter(None, (self.content, self.tool_calls)))
 
 
@@ -53,8 +53,8 @@ Prompt = str | tuple[Message, ...]
 class Completion:
     """One answer to a prompt: its text, and what is known about it.
 
-    `more` are the turns that follow in the conversation, where several of its answers are learned: assistant turns that are `trained`
-    count in the loss as `text` does, all others are read only. The last one is trained. `reasoning` and `tool_calls` are as in `Message`.
+    `more` are the following turns, if several answers of a conversation are trained: assistant turns marked `trained` count in
+    the loss as `text` does, all others are context. The last one is trained. `reasoning` and `tool_calls` are as in `Message`.
     """
 
     text: str
@@ -66,7 +66,7 @@ class Completion:
 
     @property
     def whole(self) -> str:
-        """The answer with its reasoning, its calls and the turns that follow it, for comparing and showing."""
+        """The answer with its reasoning, its calls and the following turns, for comparison and display."""
         if not (self.reasoning or self.tool_calls or self.more):
             return self.text
         first = [self.reasoning] if self.reasoning else []
@@ -76,12 +76,12 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class PromptTree:
-    """One prompt with k completions: k=1 is SFT or a thumb, k=2 a preference pair (chosen first), k=n a ranking.
+    """One prompt with k completions: k=1 is SFT or a labeled answer, k=2 a preference pair (chosen first), k=n a ranking.
 
-    `source` is where the row came from (``"train.jsonl:118"``), for messages; `columns` is what else the row holds, by column, where a
-    reward asks for it; `origin` is the number of its source, where rows of several are mixed. `tools` (a JSON list) and `template_options`
-    (a JSON object) are what the row hands to the chat template beside its turns; empty where it has none. `weight` is what the row counts
-    in a loss (`data.weight`). `images` are the prompt's pictures, in the order of their marks in its text (`data.pictures`).
+    `source` is where the row came from (``"train.jsonl:118"``), for messages; `columns` are the row's extra columns, if a reward
+    reads them; `origin` is the number of its source, if several are mixed. `tools` (a JSON list) and `template_options` (a JSON
+    object) are passed to the chat template with the turns; empty if the row has none. `weight` is the row's weight in a loss
+    (`data.weight`). `images` are the prompt's pictures, in the order of their marks in its text (`data.pictures`).
     """
 
     prompt: Prompt
@@ -99,7 +99,7 @@ class PromptTree:
 
 
 class PicturedPrompt(NamedTuple):
-    """A prompt with pictures: the text that the model's processor takes, and the pictures in the order of the marks in it."""
+    """A prompt with pictures: the text for the model's processor, and the pictures in the order of their marks in it."""
 
     text: str
     images: tuple[Picture, ...]
@@ -109,9 +109,9 @@ class PicturedPrompt(NamedTuple):
 class TokenTree:
     """A tokenized prompt tree.
 
-    `prompt_ids` has at least one token (BOS, or EOS as document separator, where the text is empty), so that the first
-    completion token is always predicted from something. `truncated[i]` says that completion i lost its end (and hence has no EOS).
-    `masks` say which tokens of a completion are trained, where it holds turns of others too (SFT on several answers of a conversation).
+    `prompt_ids` has at least one token (BOS, or EOS as document separator, if the text is empty), so that the first
+    completion token is always predicted from something. `truncated[i]` means that completion i lost its end (and so has no EOS).
+    `masks` mark the trained tokens of completions that include other turns (SFT on several answers of a conversation).
     """
 
     row: int
@@ -128,12 +128,12 @@ class TokenTree:
 
     @property
     def trained(self) -> tuple[int, ...]:
-        """Tokens of each completion that the loss counts, and that log-probs are of."""
+        """Number of tokens in each completion that count in the loss and in log-probs."""
         return tuple(int(m.sum()) for m in self.masks) or tuple(map(len, self.completion_ids))
 
     @property
     def prompt_key(self) -> bytes:
-        """The same of trees with the same prompt: its ids, and its pictures."""
+        """A key that is equal for trees with the same prompt: its ids and its pictures."""
         pictures = () if self.pictures is None else self.pictures.images
         return self.prompt_ids.tobytes() + "".join(p.sha256 for p in pictures).encode()
 
@@ -149,7 +149,7 @@ class TokenTree:
 
 
 class Segment(NamedTuple):
-    """Where one tree lies in a packed row: `start`, then `prompt_len` tokens, then each completion's tokens in turn."""
+    """Position of one tree in a packed row: `start`, then `prompt_len` tokens, then each completion's tokens in turn."""
 
     start: int
     prompt_len: int
@@ -162,11 +162,11 @@ class Segment(NamedTuple):
 
 @dataclass(slots=True)
 class PackedBatch:
-    """One packed row of trees, without padding, and the index of every position that predicts a completion token that is trained.
+    """One packed row of trees, without padding, and the index of every position that predicts a trained completion token.
 
     A completion attends to its own segment's prompt and to itself; its position ids restart at the prompt's end. In
-    separate packing every completion is a segment of its own with the prompt repeated; completions keep the same order,
-    so losses cannot tell the packings apart.
+    separate packing every completion is its own segment with the prompt repeated; completions keep the same order, so
+    losses do not depend on the packing.
     """
 
     input_ids: Tensor  # (T,) int64
@@ -178,17 +178,17 @@ class PackedBatch:
     completion_tree: Tensor  # (C,) int64 in [0, number of trees)
     completion_slot: Tensor  # (C,) int64: 0 = first (chosen), 1 = second (rejected), ...
     lengths: Tensor  # (C,) int64: completion tokens that are trained
-    rows: tuple[int, ...]  # data set row of each tree
-    labels: Tensor | None = None  # (C,) fp32, 1 or 0; None where a completion has none
-    scores: Tensor | None = None  # (C,) fp32; None where a completion has none
-    row_weights: Tensor | None = None  # (C,) fp32: what each completion's row counts; None: 1
+    rows: tuple[int, ...]  # dataset row of each tree
+    labels: Tensor | None = None  # (C,) fp32, 1 or 0; None if a completion has none
+    scores: Tensor | None = None  # (C,) fp32; None if a completion has none
+    row_weights: Tensor | None = None  # (C,) fp32: weight of each completion's row; None: 1
     pairs: bool = False  # every tree has exactly two completions, so slots are 0, 1, 0, 1, ...
-    most: int | None = None  # completions of a tree, at most
-    pictures: tuple[PicturedPrompt | None, ...] = ()  # of each segment, where one has some
-    seed: int | None = None  # of dropout, in a step of training
-    strand: str = ""  # of `Algorithm.strands`: what a pass is for; empty: for all
-    idle: bool = False  # it keeps the passes of other processes company, and counts for nothing
-    columns: dict[str, Tensor] = field(default_factory=dict)  # what an algorithm knows beforehand (`Algorithm.columns`)
+    most: int | None = None  # largest number of completions in a tree
+    pictures: tuple[PicturedPrompt | None, ...] = ()  # of each segment, if any has pictures
+    seed: int | None = None  # of dropout, in a training step
+    strand: str = ""  # one of `Algorithm.strands`, for a pass of its own; empty: all
+    idle: bool = False  # only there to match the passes of other processes; has no effect on sums
+    columns: dict[str, Tensor] = field(default_factory=dict)  # precomputed inputs of `score` (`Algorithm.columns`)
     cache: dict[str, object] = field(default_factory=dict)  # layouts derived from `segments`, built once per batch
 
     @property
@@ -200,11 +200,11 @@ class PackedBatch:
         return len(self.rows)
 
     def to(self, device: torch.device) -> PackedBatch:
-        """The batch on a device; layouts are built anew there."""
+        """The batch on a device; layouts are rebuilt there."""
         return self if self.input_ids.device == device else self._with(lambda t: moved(t, device))
 
     def pinned(self) -> PackedBatch:
-        """The batch in memory that a GPU copies from while it computes."""
+        """The batch in pinned memory, which a GPU can copy from while it computes."""
         return self._with(lambda t: t.pin_memory())
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
@@ -221,7 +221,7 @@ class PackedBatch:
 
 @dataclass(frozen=True, slots=True)
 class PairLogps:
-    """What a pairwise loss gets: tensors of shape (batch,), float32 or float64, None where it did not ask.
+    """Input of a pairwise loss: tensors of shape (batch,), float32 or float64; None if the loss does not need them.
 
     `*_logps` are summed over the completion, `*_shared_logps` over its first min(|chosen|, |rejected|) tokens (nats);
     `*_alignment` is the mean over tokens of ``log pi(y_t) - log sum_v pi(v)^2``.
@@ -245,11 +245,11 @@ class PairLogps:
 
 @dataclass(frozen=True, slots=True)
 class UnpairedLogps:
-    """What an unpaired loss gets: tensors of shape (batch,), float32 or float64, None where it did not ask.
+    """Input of an unpaired loss: tensors of shape (batch,), float32 or float64; None if the loss does not need them.
 
     `labels` are 1 (good) or 0 (bad); `divergence` is summed over the completion's tokens (nats), `weighted_logps` are
-    ``sum_t sg[pi(y_t)] log pi(y_t)``. `z0` and `delta` are
-    numbers of the whole optimizer step: KTO's reference point and BCO's running mean of rewards.
+    ``sum_t sg[pi(y_t)] log pi(y_t)``. `z0` and `delta` hold for the whole optimizer step: KTO's reference point and BCO's
+    running mean of rewards.
     """
 
     policy_logps: Tensor
@@ -264,13 +264,13 @@ class UnpairedLogps:
 
 @dataclass(frozen=True, slots=True)
 class ListLogps:
-    """What a loss on lists gets: (lists, k) each, float32 or float64; a list with fewer than k answers is filled up, `present` says with what.
+    """Input of a loss on lists: tensors of shape (lists, k), float32 or float64; shorter lists are padded (see `present`).
 
-    Log-probs are summed over the completion (nats); a higher score is better. What fills up is finite and counts for nothing.
+    Log-probs are summed over the completion (nats); a higher score is better. Padding is finite and has no effect.
     """
 
     policy_logps: Tensor
-    present: Tensor  # bool
+    present: Tensor  # bool, False for padding
     ref_logps: Tensor | None = None
     scores: Tensor | None = None
     lengths: Tensor | None = None
@@ -286,9 +286,9 @@ class LossOutput:
     """Unreduced losses and detached metrics.
 
     The loop reduces ``losses.sum() / weights.sum()`` over all micro-batches and ranks; `weights` is None for a mean over
-    examples, or the token counts for a mean over tokens. Each further term is added with a mean of its own; one whose weights
-    are all zero is exactly zero. Every metric is (values, weights or None) and is reduced likewise.
-    Weights depend on lengths and labels only, never on log-probs: the loop knows them before the forward pass.
+    examples, or the token counts for a mean over tokens. Each further term is reduced to its own mean and added; one whose
+    weights are all zero is exactly zero. Every metric is (values, weights or None) and is reduced likewise.
+    Weights depend only on lengths and labels, never on log-probs, so the loop knows them before the forward pass.
     """
 
     losses: Tensor  # (batch,)
@@ -301,10 +301,10 @@ class LossOutput:
         return {"main": (self.losses, self.weights), **self.terms}
 
     def weighted(self, *by: Tensor) -> LossOutput:
-        """The same with rows that count what `by` says: every mean is what it would be if a row of weight 2 stood there twice.
+        """Weight the rows: every mean becomes what it would be if a row of weight 2 occurred twice.
 
         Args:
-            by: weights of all completions, of all trees, and of what else values may be of; those of a value's length are its own.
+            by: weights of all completions, of all trees, and of other units; values get the weights of their own length.
         """
         of = {len(w): w for w in reversed(by)}
 
@@ -320,10 +320,10 @@ class LossOutput:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """What a forward pass over a batch leaves: one number per completion, each of shape (C,), None where nobody asked.
+    """Result of a forward pass over a batch: one number per completion, each of shape (C,); None if not needed.
 
-    Losses see it as pairs or as single completions. Several of them concatenate to one, so a loss that looks at a whole
-    optimizer step, or at a whole held-out set, gets the numbers that it would get from one big batch.
+    Losses get it as pairs or as single completions. Several can be concatenated, so that a loss over a whole optimizer
+    step or held-out set gets the same numbers as from one big batch.
     """
 
     tree: Tensor  # int64, ascending: which tree a completion belongs to
@@ -339,12 +339,12 @@ class Scored:
     divergence: Tensor | None = None
     weighted_logps: Tensor | None = None
     row_weights: Tensor | None = None  # None: 1
-    pairs: bool | None = None  # of the batch; None: `is_pairs` looks at the slots
-    shape: tuple[int, int] | None = None  # trees, and completions of one at most; None: `matrix` looks
+    pairs: bool | None = None  # as in the batch; None: `is_pairs` checks the slots
+    shape: tuple[int, int] | None = None  # trees, and most completions of one; None: `matrix` finds it
 
     @staticmethod
     def cat(parts: Sequence[Scored]) -> Scored:
-        """Several batches as one; tree numbers go on counting."""
+        """Concatenate batches, with tree numbers that continue."""
         import torch
 
         columns: dict[str, Any] = {}
@@ -362,20 +362,20 @@ class Scored:
                 columns[f.name] = None if any(v is None for v in values) else torch.cat(values)
         trees: list[Tensor] = []
         offset: Tensor | int = 0
-        for p in parts:  # an offset is a tensor from the second part on: the device is not asked for it
+        for p in parts:  # from the second part on, offset is a tensor, so as not to wait for the device
             trees.append(p.tree + offset)
             offset = trees[-1][-1:] + 1 if len(p.tree) else offset
         return Scored(**{**columns, "tree": torch.cat(trees)})
 
     @property
     def weight_of_rows(self) -> Tensor:
-        """(C,) what each completion's row counts."""
+        """(C,) weight of each completion's row."""
         import torch
 
         return torch.ones_like(self.policy_logps) if self.row_weights is None else self.row_weights
 
     def of_trees(self, which: Sequence[int]) -> Scored:
-        """The completions of some trees (ascending), which are numbered anew."""
+        """The completions of some trees (ascending), which are renumbered."""
         import torch
 
         numbers = torch.full((int(self.tree.max()) + 1,), -1, dtype=self.tree.dtype, device=self.tree.device)
@@ -395,82 +395,81 @@ class Scored:
         return len(self.slot) % 2 == 0 and bool((self.slot.view(-1, 2) == self.slot.new_tensor([0, 1])).all())
 
     def matrix(self, values: Tensor) -> Tensor:
-        """Numbers of completions (C,) as (trees, k), zero where a tree has fewer than k."""
+        """Arrange values of completions (C,) as (trees, k), zero where a tree has fewer than k."""
         shape = self.shape or (int(self.tree[-1]) + 1, int(self.slot.max()) + 1)
         return values.new_zeros(shape).index_put((self.tree, self.slot), values)
 
     def sides(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Numbers of completions (C,) taken apart into those of chosen (slot 0) and rejected (slot 1) ones."""
-        if self.is_pairs:  # no mask, which a device would be asked for; copies, as a mask would give
+        """Split values of completions (C,) into those of chosen (slot 0) and of rejected (slot 1) ones."""
+        if self.is_pairs:  # no mask, which would wait for the device; copies, as with a mask
             return values[0::2].contiguous(), values[1::2].contiguous()
         return values[self.slot == 0], values[self.slot == 1]
 
 
 class Algorithm(Protocol):
-    """What the loop trains: it knows each micro-batch's share of the global means, and turns a micro-batch into losses.
+    """What the loop trains: computes losses of micro-batches, and each one's share of the global means.
 
-    A step is `begin_step` with everything that it trains on, then `score` and `loss` for each micro-batch, then `end_step`.
-    A class that inherits from this one writes `weights`, `score` and `loss`; the others do nothing until they are overridden.
+    A step is `begin_step` with all of its rows, then `score` and `loss` for each micro-batch, then `end_step`.
+    A subclass must define `weights`, `score` and `loss`; the other methods have defaults.
     """
 
     @property
     def coupled(self) -> bool:
-        """Whether the loss of one example depends on the log-probs of the others: then `loss` gets a whole step at once."""
+        """Whether the loss of one example depends on the log-probs of the others, so that `loss` needs a whole step at once."""
         return False
 
     @property
     def side_by_side(self) -> bool:
-        """Whether a CPU may run `score` and `loss` of several micro-batches at once, in threads of their own."""
+        """Whether a CPU may run `score` and `loss` of several micro-batches in parallel threads."""
         return False
 
     @property
     def strands(self) -> tuple[str, ...]:
-        """What `score` can do of a batch in passes of their own that train no weight in common, by `PackedBatch.strand`: each beside the others
-        on a CPU."""
+        """Values of `PackedBatch.strand` for independent passes over a batch that train no weights in common; parallel on a CPU."""
         return ("",)
 
     def begin_step(self, step: int, progress: float, trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
-        """Fix what holds for optimizer step `step` (0-based), and say what it trains on: `trees`, or what was written to them.
+        """Prepare optimizer step `step` (0-based); return the trees to train on: `trees`, or completions sampled for them.
 
         `progress` goes from 0 at the first to 1 at the last step.
         """
         return trees
 
     def look_ahead(self, step: int, total: int, rows: Callable[[int], Sequence[TokenTree]]) -> None:
-        """After `begin_step` of a step: `rows` gives those of a later one, of `total`, for a method that begins with them already."""
+        """Called after `begin_step`; `rows` returns those of a later step (of `total`), for a method that starts on them early."""
         return None
 
     def weights(self, batch: PackedBatch) -> Mapping[str, float]:
-        """The batch's part of each term's denominator, known before its forward pass."""
+        """The batch's share of each term's denominator, known before its forward pass."""
         ...
 
     def columns(self, batch: PackedBatch) -> Mapping[str, Tensor]:
-        """What `score` takes from the CPU (stored log-probs, advantages): it goes to the device with the batch, as `batch.columns`."""
+        """Inputs of `score` from the CPU (stored log-probs, advantages), moved to the device with the batch as `batch.columns`."""
         return {}
 
     def score(self, batch: PackedBatch) -> Any:
-        """The forward pass: what `loss` takes (a `Scored` for losses over completions)."""
+        """The forward pass; returns the input of `loss` (a `Scored` for losses over completions)."""
 
     def loss(self, scored: Any) -> LossOutput:
         """Unreduced losses with gradient, and detached metrics."""
         ...
 
     def step_values(self) -> Mapping[str, float]:
-        """Numbers of the step for its log line: scheduled hyperparameters and the like."""
+        """Values for the step's log line, such as scheduled hyperparameters."""
         return {}
 
     def accepts(self, means: Mapping[str, float]) -> bool:
-        """Whether the step may be taken, by its metrics' global means; a refused one leaves the weights as they are."""
+        """Whether to take the step, given the global means of its metrics; if not, the weights stay unchanged."""
         return True
 
     def end_step(self, step: int, means: Mapping[str, float]) -> None:
-        """After optimizer step `step` (1-based), with its metrics' global means."""
+        """Called after optimizer step `step` (1-based) with the global means of its metrics."""
         return None
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """What a resumed run needs beside model and optimizer."""
+        """State that a resumed run needs besides model and optimizer."""
         return {}
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """The inverse of `state_tensors`."""
+        """Load what `state_tensors` returned."""
         return None

@@ -1,4 +1,4 @@
-"""What is asked of files everywhere."""
+"""File helpers: YAML, hashes, atomic writes, output files, disk errors, checkpoint hashes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import yaml
 from penchant.base.text import gigabytes
 from penchant.errors import CheckpointError, ConfigError, DiskError, PenchantError
 
-# Ten times as fast. It refuses some flow mappings of people, {a: {b: c}, d:}, which SafeLoader reads.
+# Ten times as fast, but rejects some hand-written flow mappings that SafeLoader accepts, such as {a: {b: c}, d:}.
 YAML_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 YAML_DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 YAML_BYTES, YAML_NODES, YAML_DEPTH = 1 << 20, 100_000, 50  # far more than any config has
@@ -32,16 +32,16 @@ YAML_TAGS = {
 
 
 def yaml_root(text: str, loader: Any) -> tuple[Any, yaml.Node | None]:
-    """(a loader, the top of what a YAML text holds), in bounded time and memory: what aliases repeat is counted each time.
+    """Parse a YAML text to (loader, root node) in bounded time and memory; aliased values are counted each time.
 
     Raises:
-        ValueError, yaml.YAMLError: not YAML, too large or too deep, or with an alias of what it stands in or a tag of a type.
+        ValueError, yaml.YAMLError: not YAML, too large or too deep, or with a recursive alias or an unsupported tag.
     """
     text.encode()  # UnicodeEncodeError is a ValueError
     if len(text) > YAML_BYTES:
         raise ValueError(f"more than {YAML_BYTES >> 20} MB")
-    sizes: dict[str, int] = {}  # of what each anchor stands for
-    open_: list[tuple[str | None, int]] = []  # collections: their anchor, and how many values came before
+    sizes: dict[str, int] = {}  # number of values behind each anchor
+    open_: list[tuple[str | None, int]] = []  # open collections: (anchor, number of values before it)
     count = 0
     for event in yaml.parse(text, Loader=loader):
         anchor, problem, note = getattr(event, "anchor", None), "", "write out what is meant"
@@ -74,21 +74,21 @@ def yaml_root(text: str, loader: Any) -> tuple[Any, yaml.Node | None]:
 
 
 def yaml_value(text: str, loader: Any = yaml.SafeLoader) -> Any:
-    """What a YAML text of a stranger holds; raises as `yaml_root` does."""
+    """The value of an untrusted YAML text; raises as `yaml_root` does."""
     made, root = yaml_root(text, loader)
     try:
         return None if root is None else made.construct_document(root)
-    except KeyError as error:  # of `!!bool maybe`
+    except KeyError as error:  # e.g. `!!bool maybe`
         raise ValueError(f"{error} is not what its tag says") from error
 
 
 def packaged_yaml(package: str, name: str) -> Any:
-    """A table of facts that is packaged beside the code that reads it."""
+    """Load a YAML table that is packaged with the code that reads it."""
     return yaml.load((resources.files(package) / name).read_text(encoding="utf-8"), Loader=YAML_LOADER)
 
 
 def cache_folder(kind: str) -> Path:
-    """Where one kind of what can be made again is kept: ``$PENCHANT_CACHE/KIND`` or ``~/.cache/penchant/KIND``."""
+    """The cache folder for one kind of reproducible data: ``$PENCHANT_CACHE/KIND`` or ``~/.cache/penchant/KIND``."""
     return Path(os.environ.get("PENCHANT_CACHE", "~/.cache/penchant")).expanduser() / kind
 
 
@@ -98,23 +98,23 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# ---- Writing: whole or not at all ----
+# ---- Atomic writes ----
 
 
 def write_atomically(path: Path, value: Any) -> None:
-    """JSON, written whole or not at all."""
+    """Write a value as JSON, atomically."""
     write_text_atomically(path, json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def write_text_atomically(path: Path, content: str | bytes) -> None:
-    """A file (text as UTF-8), whole or not at all."""
+    """Write a file (text as UTF-8), atomically."""
     with written_aside(path) as aside:
         aside.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Where to write a file that is to be there whole or not at all: it is fsynced and gets its name if nothing went wrong."""
+    """Yield a temporary path to write to; on success it is fsynced and renamed to `path`, else removed."""
     aside = aside_of(path)
     try:
         yield aside
@@ -127,12 +127,12 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 
 def aside_of(path: Path) -> Path:
-    """Where a file or folder is written before it gets its name; `sweep` knows it again."""
+    """The temporary path of a file or folder until it is renamed; `sweep` finds it by this name."""
     return path.with_name(f".tmp-{path.name}-{os.getpid()}")
 
 
 def sweep(folder: Path, name: str = "*") -> None:
-    """Remove what dead writers left aside (the caller holds the folder's lock)."""
+    """Remove temporary files left by dead writers (the caller holds the folder's lock)."""
     for leftover in folder.glob(f".tmp-{name}"):
         if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)
@@ -142,7 +142,7 @@ def sweep(folder: Path, name: str = "*") -> None:
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file or a folder's list of names is on the disk."""
+    """Flush a file, or a folder's list of names, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -150,9 +150,9 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
-# ---- Where a person wants it ----
+# ---- Output files named by the user ----
 
-# how the files begin that a command writes for a person, so that it may write them anew
+# how the output files of commands begin, so that a command may overwrite its own
 FIGURES, COMPLETIONS = r'\{\n "time": "', r'\{"source": .*"sample": \d+, "completion": '
 ROWS = r'\{"source": .*"completion": .*"chosen": '
 AUDITED, PAGE = r'\{\n "layout": ', r'[\s\S]{0,3000}<meta name="generator" content="penchant">'
@@ -160,10 +160,10 @@ HEAD = 1 << 16  # characters
 
 
 def check_output(path: str | Path, ours: str = "", inputs: Sequence[Any] = (), flag: str = "") -> Path:
-    """The file that a command may write to: a new or an empty one, or one that the same command wrote.
+    """Check that a command may write to a file: a new or empty one, or one that the same command wrote. Return its path.
 
     Args:
-        ours: how such a file begins, a regular expression; inputs: files that the command reads (anything that is not a file is skipped).
+        ours: regular expression for the start of such a file; inputs: files that the command reads (non-files are skipped).
 
     Raises:
         ConfigError: it is one of the inputs, under whatever name, or holds something else.
@@ -190,7 +190,7 @@ def check_output(path: str | Path, ours: str = "", inputs: Sequence[Any] = (), f
 
 
 def write_output(path: str | Path, text: str) -> Path:
-    """Write a text where a person wants it: a file whole or not at all.
+    """Write a text to a file named by the user, atomically.
 
     Raises:
         ConfigError: it cannot be written; DiskError: the disk is full or fails.
@@ -201,7 +201,7 @@ def write_output(path: str | Path, text: str) -> Path:
         if file.exists() and not file.is_file():  # /dev/stdout
             file.write_text(text, encoding="utf-8")
         else:
-            write_text_atomically(file.resolve(), text)  # a link stays one
+            write_text_atomically(file.resolve(), text)  # keeps a symbolic link
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno in FULL | {errno.EIO}:
             raise disk_error(file, error) from error
@@ -210,16 +210,16 @@ def write_output(path: str | Path, text: str) -> Path:
     return file
 
 
-# ---- What a disk refuses ----
+# ---- Disk errors ----
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 FAILING = {errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP}
-ANYWHERE = (FULL | CLOSED | FAILING) - {errno.ENOENT}  # a missing file may have any reason where nothing is written
+ANYWHERE = (FULL | CLOSED | FAILING) - {errno.ENOENT}  # when not writing, a missing file may have any cause
 
 
 def os_error(error: BaseException | None) -> OSError | None:
-    """The system's error behind an exception: itself, its cause, or what a library in Rust or C++ says of it."""
+    """The OSError behind an exception: itself, its cause, or the one in a Rust or C++ library's message; None if there is none."""
     seen = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -234,7 +234,7 @@ def os_error(error: BaseException | None) -> OSError | None:
 
 
 def free_bytes(path: Path) -> int | None:
-    """Free space of the disk that a path is on, or would be on; None where that cannot be told."""
+    """Free space on the disk of a path, which need not exist; None if unknown."""
     there = path
     while not os.path.lexists(there) and there != there.parent:
         there = there.parent
@@ -245,7 +245,7 @@ def free_bytes(path: Path) -> int | None:
 
 
 def disk_error(path: Path, error: OSError) -> DiskError:
-    """The sentence about what a disk refused."""
+    """The DiskError for a failed write, with free space and advice."""
     free = free_bytes(path)
     said = error.strerror if free is None else f"{error.strerror}, {gigabytes(free)} free there"
     how = "check the disk"
@@ -257,15 +257,15 @@ def disk_error(path: Path, error: OSError) -> DiskError:
 
 
 def append_line(path: Path, row: Any) -> None:
-    """Write one record of a JSONL file that several processes append to, whole and at once: when this returns, it is on the disk.
+    """Append one record to a JSONL file shared by several processes, atomically and fsynced.
 
-    Half a line that a killed writer left is cut off first, and so is a line that the disk does not take whole.
+    A partial line left by a killed writer is removed first, and so is one that could not be written completely.
 
     Raises:
-        DiskError: it cannot be written; nothing of it stands in the file.
+        DiskError: it cannot be written; no part of it remains in the file.
     """
     text = json.dumps(row, ensure_ascii=False)
-    for end in "\x85\u2028\u2029":  # line ends to some readers
+    for end in "\x85\u2028\u2029":  # line breaks to some readers
         text = text.replace(end, f"\\u{ord(end):04x}")
     line = text.encode("utf-8", "backslashreplace") + b"\n"
     try:
@@ -291,7 +291,7 @@ def append_line(path: Path, row: Any) -> None:
 
 
 def whole_lines(handle: int) -> int:
-    """Cut half a line off the end of a file; the bytes that are left."""
+    """Cut a partial line off the end of a file; return the remaining bytes."""
     size = end = os.fstat(handle).st_size
     while end:
         start = max(0, end - (1 << 16))
@@ -307,7 +307,7 @@ def whole_lines(handle: int) -> int:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What a disk refuses in here is a sentence about `path`, whichever library was writing.
+    """Turn disk errors in the block into a DiskError about `path`, whichever library was writing.
 
     Raises:
         DiskError: the disk is full, fails, is read-only or closed to this user.
@@ -325,7 +325,7 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def spared(path: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """For what a run can do without: what a disk refuses in here is told, and that is all."""
+    """For files that a run can do without: disk errors in the block are only noted."""
     try:
         with writing(path):
             yield
@@ -333,12 +333,12 @@ def spared(path: Path, say: Callable[[str], None]) -> Iterator[None]:
         say(f"{path}: {error.what}; the run goes on without it")
 
 
-EXPORT = "export.json"  # of an exported folder: what it is of, and the SHA-256 of every file in it
-MANIFEST = "manifest.json"  # of a checkpoint: the SHA-256 of every file in it; of a run: how it was made
+EXPORT = "export.json"  # in an exported folder: its origin, and the SHA-256 of every file
+MANIFEST = "manifest.json"  # in a checkpoint: the SHA-256 of every file; in a run folder: how the run was made
 
 
 def check_model_folder(folder: Path) -> None:
-    """A model's folder inside a checkpoint is as the checkpoint's sums say, an exported one as its own say; of another nothing is known.
+    """Check a model folder against the hashes of its checkpoint or export; other folders have none to check.
 
     Raises:
         CheckpointError: a file is missing or was changed after it was written.
@@ -363,7 +363,7 @@ def _check_export(folder: Path) -> None:
 
 
 def check_sums(checkpoint: Path, names: str = "") -> None:
-    """The files of a checkpoint (those whose name begins so) are as its sums say.
+    """Check the files of a checkpoint whose names start with `names` against its hashes.
 
     Raises:
         CheckpointError: a file is missing or was changed after it was written.

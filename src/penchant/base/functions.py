@@ -1,4 +1,4 @@
-"""A user's own Python function, named ``path.py:function``."""
+"""Users' own Python functions and classes, named ``path.py:function``."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from typing import Any, Literal, NoReturn
 from penchant.base.files import file_sha256
 from penchant.errors import ConfigError
 
-OWN = "penchant_own_"  # what the modules of own files are called, before the file's name
-GIVEN: dict[str, Any] = {}  # by path.py:name: objects that this process was given, in place of what is in the file
+OWN = "penchant_own_"  # prefix of the module names of users' files
+GIVEN: dict[str, Any] = {}  # objects given to this process, by path.py:name; used instead of the file
 
 
 def python_function(name: str, where: str = "reward", takes: Sequence[str] = ("prompts", "completions")) -> Any:
-    """The function that ``path.py:function`` names; its file is run once.
+    """Load the function that ``path.py:function`` names, by running its file.
 
     Args:
-        where: what it is for, in errors; takes: what it is called with, in order.
+        where: what it is for, in errors; takes: its arguments, in order.
 
     Raises:
-        ConfigError: no such file or function, a file that cannot be imported, or a function that takes something else.
+        ConfigError: no such file or function, a file that cannot be imported, or a function with other parameters.
     """
     function = python_object(name, where)
     arguments = ", ".join(takes)
@@ -42,10 +42,10 @@ def python_function(name: str, where: str = "reward", takes: Sequence[str] = ("p
 
 
 def python_object(name: str, where: str, kind: Literal["function", "class"] = "function") -> Any:
-    """The function or class that ``path.py:name`` names; its file is run once.
+    """Load the function or class that ``path.py:name`` names, by running its file.
 
     Args:
-        kind: what is wanted, in errors.
+        where: what it is for, in errors; kind: the expected kind, in errors.
 
     Raises:
         ConfigError: no such file, function or class, or a file that cannot be imported.
@@ -58,17 +58,17 @@ def python_object(name: str, where: str, kind: Literal["function", "class"] = "f
         return given
     spec: Any = importlib.util.spec_from_file_location(f"{OWN}{file.stem}", file)
     module: Any = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
+    sys.modules[spec.name] = module  # dataclasses look up their module there
     try:
-        # not exec_module: it may take what was compiled before an edit within the same second, and leaves __pycache__ behind
+        # not exec_module, which may use bytecode from before an edit within the same second, and leaves __pycache__ behind
         with no_exit():
             exec(spec.loader.source_to_code(file.read_bytes(), str(file)), module.__dict__)
-    except (Exception, SystemExit) as error:  # a script that ends itself must not end the run unsaid
+    except (Exception, SystemExit) as error:  # a script that exits must not end the run silently
         raise ConfigError(where, f"{path} cannot be imported ({type(error).__name__}: {error})", "fix it") from error
     found = getattr(module, attribute, None)
     if not callable(found):
         own = [n for n, v in vars(module).items() if inspect.isfunction(v)]
-        if kind == "class":  # of those that a file imports, few are meant to be named
+        if kind == "class":  # leave out imported classes
             own = [n for n, v in vars(module).items() if inspect.isclass(v) and v.__module__ == module.__name__]
         raise ConfigError(where, f"{path} has no {kind} {attribute!r}", f"there are {', '.join(sorted(own)) or 'none'}")
     return found
@@ -76,9 +76,9 @@ def python_object(name: str, where: str, kind: Literal["function", "class"] = "f
 
 @contextmanager
 def no_exit() -> Iterator[None]:
-    """`os._exit` of somebody's Python code raises SystemExit in here, as `sys.exit` does: nobody would learn of the end otherwise.
+    """Make `os._exit` in a user's code raise SystemExit, as `sys.exit` does, so that the process does not end silently.
 
-    A child process may still end itself. What C code does cannot be met.
+    Child processes may still exit. C code cannot be intercepted.
     """
     real, owner = os._exit, os.getpid()
 
@@ -95,27 +95,27 @@ def no_exit() -> Iterator[None]:
 
 
 class TookTooLong(BaseException):
-    """A function that had its time. No `Exception`: those a function may catch, completion by completion, and go on."""
+    """A function timed out. Not an `Exception`, as the function might catch those and continue."""
 
 
 def guarded(call: Callable[[], Any], seconds: float | None) -> Any:
-    """What somebody's code returns; None: it may take as long as it likes. What it prints goes to standard error, where it disturbs no output.
+    """Call a user's code with a time limit in seconds (None: no limit). Its prints go to standard error, away from our output.
 
     Raises:
-        TookTooLong: it had its time; SystemExit: it ended itself.
+        TookTooLong: it timed out; SystemExit: it tried to exit.
     """
     with no_exit(), redirect_stdout(sys.stderr):
         return call() if seconds is None else within(seconds, call)
 
 
 def within(seconds: float, call: Callable[[], Any]) -> Any:
-    """What `call` returns, if that is not longer than so many seconds away.
+    """Call a function with a time limit in seconds.
 
-    In the main thread a timer interrupts it, so that a function may use signals of its own (math_verify does; its timer then takes the
-    place of this one). Elsewhere it is left behind in a thread of its own.
+    In the main thread a timer interrupts it, so the function may use signals itself (math_verify does; its timer then replaces
+    this one). In other threads, a call that times out is left behind in its own thread.
 
     Raises:
-        TookTooLong: it is.
+        TookTooLong: it timed out.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         return in_thread(call, seconds)
@@ -139,7 +139,7 @@ def in_thread(call: Callable[[], Any], seconds: float | None) -> Any:
     def work() -> None:
         try:
             made.append(call())
-        except BaseException as error:  # handed to who waits
+        except BaseException as error:  # raised again in the waiting thread
             failed.append(error)
 
     thread = threading.Thread(target=work, daemon=True, name="own code")
@@ -153,7 +153,7 @@ def in_thread(call: Callable[[], Any], seconds: float | None) -> Any:
 
 
 def is_own(name: str) -> bool:
-    """Whether a name is ``path.py:name``: something of the user's own, from a file."""
+    """Whether a name is ``path.py:name``, an object in a user's file."""
     return name.rpartition(":")[0].endswith(".py")
 
 
@@ -163,7 +163,7 @@ def own_file(name: str) -> Path:
 
 
 def own_sha256(name: str) -> str | None:
-    """SHA-256 of that file and of what it imports from its folder; None of any other name, or where there is no such file."""
+    """SHA-256 of that file and of its imports from its folder; None for any other name or a missing file."""
     if not is_own(name) or not own_file(name).is_file():
         return None
     own, beside = file_sha256(own_file(name)), imported_sha256(name)
@@ -171,7 +171,7 @@ def own_sha256(name: str) -> str | None:
 
 
 def imported_sha256(name: str) -> dict[str, str]:
-    """SHA-256 of each file in the folder of ``path.py:name``, or below it, that it imports, at whatever depth; by its path from there."""
+    """SHA-256 of each file in or below the folder of ``path.py:name`` that it imports, at any depth, by relative path."""
     start = own_file(name)
     root, todo = start.parent, [start]
     found: dict[Path, None] = {}
@@ -185,11 +185,11 @@ def imported_sha256(name: str) -> dict[str, str]:
 
 
 def _imports(file: Path, root: Path) -> Iterator[Path]:
-    """Files that the imports of a file mean where `root` is looked in first; a package's own file is run too."""
+    """The files under `root` that a file imports, including the ``__init__.py`` of packages."""
     try:
         tree = ast.parse(file.read_bytes())
     except (SyntaxError, ValueError, OSError, RecursionError):
-        return  # what runs it says so
+        return  # running it will report this
     for node in ast.walk(tree):
         base, names = root, []
         if isinstance(node, ast.Import):

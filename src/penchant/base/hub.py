@@ -1,4 +1,4 @@
-"""Whether the hub has what a name means, asked once and briefly: libraries try each file for a minute where there is no network."""
+"""Check once, with a short timeout, that the hub has a name; without network, libraries would retry each file for a minute."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Literal
 
 from penchant.errors import DataError, ModelError, PenchantError
 
-SECONDS = 10.0  # for one answer
-AGAIN = 60.0  # seconds after which a hub that could not be reached is asked again
-_gone_since: list[float] = []  # when it could not be reached, by the monotonic clock
+SECONDS = 10.0  # timeout of a request
+AGAIN = 60.0  # seconds after which an unreachable hub is tried again
+_gone_since: list[float] = []  # when the hub could not be reached, on the monotonic clock
 
 
 def ask_again() -> None:
-    """Let libraries ask the hub again, where it could not be reached a while ago; HF_HUB_OFFLINE of the environment holds."""
+    """Let libraries use the hub again after it was unreachable; HF_HUB_OFFLINE in the environment still applies."""
     from huggingface_hub import constants
 
     if _gone_since:
@@ -26,15 +26,15 @@ def ask_again() -> None:
 
 
 class NotReached(ModelError):
-    """A hub id that is not in the local cache, and no hub to ask."""
+    """A hub id that is not in the local cache while the hub is unreachable."""
 
 
 @cache
 def check_hub(name: str, kind: Literal["model", "dataset"] = "model") -> None:
-    """Refuse a hub id that the hub does not have; where it cannot be reached, what is in the local cache is taken without asking again.
+    """Refuse a hub id that does not exist; if the hub is unreachable, use the local cache without asking again.
 
     Raises:
-        ModelError, DataError: there is no such model or data set, or it is not in the cache and the hub cannot be reached.
+        ModelError, DataError: there is no such model or dataset, or it is not cached and the hub is unreachable.
     """
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
@@ -55,8 +55,8 @@ def check_hub(name: str, kind: Literal["model", "dataset"] = "model") -> None:
         except HFValidationError as error:
             raise failed(name, "is not here, and not a hub id either", "a hub id is written owner/name") from error
         except HfHubHTTPError:
-            return  # access or the hub's own trouble: the library that reads it says which
-        except Exception:  # of whatever HTTP library it has; the next one need not wait
+            return  # no access, or an error of the hub: loading it will report which
+        except Exception:  # from any HTTP library; the next check need not wait
             why = "the hub cannot be reached"
             constants.HF_HUB_OFFLINE = True
             _gone_since[:] = [time.monotonic()]
@@ -64,15 +64,15 @@ def check_hub(name: str, kind: Literal["model", "dataset"] = "model") -> None:
         raise NotReached(
             name, f"is neither a folder here nor in the hub's cache, and {why}", "check the name, or give a folder"
         )
-    if kind == "dataset" and not asked:  # what is cached of a data set, its library knows
+    if kind == "dataset" and not asked:  # only the datasets library knows what it has cached
         raise DataError(name, f"is not a file here, and {why}", "check the name, or give a file")
 
 
 def snapshot(name: str, revision: str | None, patterns: Sequence[str]) -> Path | None:
-    """The folder of the local cache with a model's files of these patterns, fetched where they are not there yet; None where they cannot be."""
+    """The cached folder with a model's files of these patterns, downloaded if missing; None if that fails."""
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=[*patterns], ignore_patterns=["*/*"]))
-    except Exception:  # of whatever HTTP library it has: what loads the model says what is wrong
+    except Exception:  # from any HTTP library; loading the model will report what is wrong
         return None

@@ -1,8 +1,7 @@
-"""Passes side by side on a CPU: one a thread, each operation on that thread alone, and sums in the order of the passes.
+"""Parallel passes on a CPU: one thread per pass, single-threaded operations, and sums in the order of the passes.
 
-Two threads in one operation wait for each other thousands of times a step; two passes that have nothing to do with each other do not.
-Every operation runs on one thread whatever their number, and what passes add up they add in their order: the same bits on one core
-as on eight.
+Two threads in one operation wait for each other thousands of times per step; two independent passes do not. As every operation
+runs on one thread, and passes add to sums in order, the bits are the same on one core as on eight.
 """
 
 from __future__ import annotations
@@ -25,33 +24,33 @@ _HERE = threading.local()  # `.at`: (turns, strand, number) of the pass that thi
 
 
 class _Abandoned(Exception):
-    """A pass that waited for one that failed."""
+    """A pass waited for one that failed."""
 
 
 class Turns:
-    """Who may add to a shared sum: pass i after pass i - 1 has, or has ended without.
+    """Orders additions to a shared sum: pass i adds after pass i - 1 has added, or has ended without adding.
 
     Args:
-        strands: of each pass; those of different strands have no sum in common, and do not wait for each other. Empty: all are of one.
-        collected: what passes put aside for the end (`close`), by key.
+        strands: of each pass; different strands have no sum in common and do not wait for each other. Empty: a single strand.
+        collected: what passes defer until `close`, by key.
     """
 
     def __init__(self, strands: Sequence[Hashable] = ()) -> None:
         self.collected: dict[Hashable, Any] = {}
         met: Counter[Hashable] = Counter()
-        self._places = []  # of each pass: its strand, and its number in that
+        self._places = []  # of each pass: its strand, and its number within it
         for strand in strands:
             self._places.append((strand, met[strand]))
             met[strand] += 1
         self._changed = threading.Condition()
         self._next: dict[Hashable, int] = {}
         self._ended: set[tuple[Hashable, int]] = set()
-        self._all_ended: Counter[Hashable] = Counter()  # of a strand: every pass below has
+        self._all_ended: Counter[Hashable] = Counter()  # per strand: all passes below this number have
         self._failed = False
 
     @contextmanager
     def of(self, number: int) -> Iterator[None]:
-        """Be pass `number` (from 0, in any order) in this thread."""
+        """Act as pass `number` (from 0, in any order) in this thread."""
         strand, number = self._places[number] if self._places else ("", number)
         _HERE.at = self, strand, number
         try:
@@ -81,13 +80,13 @@ class Turns:
             self._changed.notify_all()
 
     def abandon(self) -> None:
-        """Nobody waits any longer."""
+        """Stop all waiting passes."""
         with self._changed:
             self._failed = True
             self._changed.notify_all()
 
     def close(self) -> None:
-        """After all passes: add what was put aside."""
+        """Write what was deferred, after all passes."""
         for kept in self.collected.values():
             kept.write()
         self.collected.clear()
@@ -95,10 +94,10 @@ class Turns:
 
 @contextmanager
 def turn(key: Hashable, *, last: bool = True) -> Iterator[Turns | None]:
-    """Wait until the passes before this one have added to `key`; None outside of passes, where nobody waits.
+    """Wait until earlier passes have added to `key`; outside of passes, yield None without waiting.
 
     Args:
-        last: whether this pass adds to `key` for the last time.
+        last: whether this is the pass's last addition to `key`.
     """
     at: tuple[Turns, Hashable, int] | None = getattr(_HERE, "at", None)
     if at is None:
@@ -112,7 +111,7 @@ def turn(key: Hashable, *, last: bool = True) -> Iterator[Turns | None]:
 
 
 def in_order(parameter: Any) -> None:
-    """Have autograd add to `parameter.grad` in the order of passes too. To be called after other hooks are in place."""
+    """Make autograd add to `parameter.grad` in the order of passes; call it after registering other hooks."""
     key = (id(parameter), "autograd")
 
     def wait_for_it(_: Any, last: bool = False) -> None:
@@ -120,16 +119,16 @@ def in_order(parameter: Any) -> None:
             pass
 
     parameter.register_hook(wait_for_it)
-    parameter.register_post_accumulate_grad_hook(partial(wait_for_it, last=True))  # and passes it on
+    parameter.register_post_accumulate_grad_hook(partial(wait_for_it, last=True))  # and lets the next pass continue
 
 
 @lru_cache(maxsize=4)
 def _pool(lanes: int, each: int, _process: int) -> ThreadPoolExecutor:
-    """Threads whose operations take `each` threads; a forked process makes its own."""
+    """Threads whose operations use `each` threads; a forked process creates its own."""
     here = torch.get_num_threads()
 
     def start() -> None:
-        torch.get_num_threads()  # the first question sets this thread's number to what others have: it must not come later
+        torch.get_num_threads()  # the first query initializes this thread's number, so it must come first
         torch.set_num_threads(each)
 
     pool = ThreadPoolExecutor(lanes, "lane", initializer=start)
@@ -137,7 +136,7 @@ def _pool(lanes: int, each: int, _process: int) -> ThreadPoolExecutor:
     for _ in range(lanes):
         pool.submit(all_there.wait)
     all_there.wait()
-    torch.set_num_threads(here)  # what was set last is also what new threads start with
+    torch.set_num_threads(here)  # the last setting is also what new threads start with
     return pool
 
 
@@ -148,12 +147,12 @@ def side_by_side(
     most: int,
     turns: Turns | None = None,
 ) -> Iterator[R]:
-    """`call` of every item, in their order, as many at once as torch has threads here.
+    """Map `call` over items in parallel, one item per torch thread, and yield the results in order.
 
-    Gradient mode is that of the caller. The bits of the results do not depend on the threads as long as these are no more than `most`.
+    The caller's gradient mode applies. The bits of the results do not depend on the number of threads up to `most`.
 
     Args:
-        most: items at once; where torch has more threads than that, each operation takes several.
+        most: items at once; if torch has more threads than that, each operation uses several.
         turns: for calls that add to shared sums.
     """
     threads = torch.get_num_threads()

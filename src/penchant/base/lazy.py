@@ -1,4 +1,4 @@
-"""Modules that are imported when something of them is first used: torch takes seconds, and `penchant losses` needs none of it."""
+"""Modules that are imported on first use: importing torch takes seconds, and `penchant losses` does not need it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _Lazy:
 
 
 def lazy(name: str) -> Any:
-    """The module, imported at the first use of one of its attributes."""
+    """The module, imported on the first use of one of its attributes."""
     return _Lazy(name)
 
 
@@ -33,4 +33,4 @@ if TYPE_CHECKING:
     from torch import Tensor
 else:
     torch, F = lazy("torch"), lazy("torch.nn.functional")
-    Tensor = "Tensor"  # for annotations alone, which are never evaluated
+    Tensor = "Tensor"  # only for annotations, which are never evaluated

@@ -1,4 +1,4 @@
-"""What this machine has and what was used of it: cores, memory and devices, on Linux and macOS."""
+"""Resources of this machine and their use: cores, memory and devices, on Linux and macOS."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes of getrusage's ru
 
 
 def cores() -> int:
-    """CPU cores that this process may run on; all of them where the system does not restrict processes."""
+    """CPU cores that this process may run on; all of them if the system does not restrict processes."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def of_processor(key: str) -> str:
-    """What Linux says of the processor (`/proc/cpuinfo`: ``model name``, ``vendor_id``); elsewhere what Python knows of it."""
+    """A field of Linux's `/proc/cpuinfo` (``model name``, ``vendor_id``); elsewhere Python's name for the processor."""
     try:
         with open("/proc/cpuinfo") as lines:
             return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), "")
@@ -29,11 +29,11 @@ def of_processor(key: str) -> str:
 
 
 def gpu_visible() -> bool:
-    """Whether this process can use an NVIDIA GPU, by its device files: asking torch would import it."""
+    """Whether this process can use an NVIDIA GPU, judged by its device files, as asking torch would import it."""
     return os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1") and any(Path("/dev").glob("nvidia[0-9]*"))
 
 
-# ---- Devices: what torch calls them, and what it has on each. Only ``cpu`` and ``cuda`` are ever chosen by themselves ----
+# ---- Devices by their torch names. Only ``cpu`` and ``cuda`` are ever chosen automatically ----
 
 Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
 DEVICES: tuple[str, ...] = get_args(Device)
@@ -45,13 +45,13 @@ _META = ["cpu"]
 
 
 def kind_of(device: Any) -> str:
-    """A device's type; of torch's meta device that of the one that it stands for, which is the CPU outside of `meta_as`."""
+    """A device's type; for torch's meta device, that of the device it stands for (see `meta_as`; by default the CPU)."""
     return _META[-1] if device.type == "meta" else str(device.type)
 
 
 @contextmanager
 def meta_as(kind: str) -> Iterator[None]:
-    """Have the meta device stand for a kind of device: what its memory would hold is counted there."""
+    """Make the meta device stand for a kind of device, to count the memory that would be used there."""
     _META.append(kind)
     try:
         yield
@@ -60,14 +60,14 @@ def meta_as(kind: str) -> Iterator[None]:
 
 
 def accelerator(kind: str) -> Any:
-    """torch's module of a kind of device (`torch.cuda`, `torch.mps`, `torch.xpu`)."""
+    """torch's module for a kind of device (`torch.cuda`, `torch.mps`, `torch.xpu`)."""
     import torch
 
     return getattr(torch, kind)
 
 
 def why_not(kind: str) -> str:
-    """Why this process cannot compute on a kind of device; empty: it can."""
+    """Why this process cannot compute on a kind of device; empty if it can."""
     import torch
 
     if kind == "cpu" or accelerator(kind).is_available():
@@ -81,17 +81,17 @@ def why_not(kind: str) -> str:
 
 
 def device_name(kind: str) -> str:
-    """What a kind of device calls itself; torch cannot tell for every kind."""
+    """The name of a device of this kind; a generic one if torch has none."""
     return str(getattr(accelerator(kind), "get_device_name", lambda: NAMES[kind])())
 
 
 def in_fp64(tensor: Any) -> Any:
-    """A tensor in fp64; in fp32 on MPS, which has no more."""
+    """A tensor in fp64; in fp32 on MPS, which has no fp64."""
     return tensor.float() if tensor.device.type == "mps" else tensor.double()
 
 
 def machine_memory() -> tuple[int, int]:
-    """(all, free) bytes of this machine, or of the control group that this process is in where that is less."""
+    """(total, free) bytes of this machine, or of this process's control group if that is less."""
     total = free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -107,7 +107,7 @@ def machine_memory() -> tuple[int, int]:
 
 
 def resident() -> int:
-    """Bytes of this process in memory now; 0 where the system does not say."""
+    """Bytes of this process in memory now; 0 if unknown."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
@@ -116,10 +116,10 @@ def resident() -> int:
 
 
 def peak_memory(device: Any = None) -> int:
-    """The most bytes held so far: of a GPU by this process's tensors, otherwise of this process in memory.
+    """Peak bytes so far: on a GPU of this process's tensors, otherwise of the process in memory.
 
     Args:
-        device: a `torch.device`; None, the CPU and MPS, which shares its memory, stand for the process.
+        device: a `torch.device`; None, the CPU and MPS (which shares its memory) mean the process.
     """
     if device is not None and device.type in ("cuda", "xpu"):
         return int(accelerator(device.type).max_memory_allocated(device))
@@ -131,7 +131,7 @@ def peak_memory(device: Any = None) -> int:
 
 
 def place_of(model: Any) -> Any:
-    """The device that a model computes on: shards may lie in the host's memory meanwhile."""
+    """The device that a model computes on, even while its shards are in host memory."""
     parameter = next(model.parameters())
     mesh = getattr(parameter, "device_mesh", None)
     if mesh is None or parameter.device.type == mesh.device_type:
@@ -142,7 +142,7 @@ def place_of(model: Any) -> Any:
 
 
 def moved(tensor: Any, device: Any) -> Any:
-    """A tensor on a device; to a GPU from pinned memory, so that neither side waits for the copy; to MPS in fp32 at most."""
+    """Copy a tensor to a device: to a GPU from pinned memory without blocking, to MPS in fp32 at most."""
     if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.requires_grad:
         return tensor.pin_memory().to(device, non_blocking=True)
     if device.type == "mps" and tensor.is_floating_point() and tensor.element_size() == 8:

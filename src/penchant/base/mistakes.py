@@ -1,4 +1,4 @@
-"""What is said of an exception that is no bug in Penchant: one sentence in place of a traceback."""
+"""Turn exceptions that are not bugs in Penchant into one-sentence errors instead of tracebacks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from penchant.errors import PenchantError
 
 
 def mistake(error: BaseException) -> PenchantError | None:
-    """An exception as one that a person can act on: short memory, a device that lacks something, a disk, a file of their own; else None."""
+    """The error for an exception that users can fix: lack of memory, a missing operation, a disk, their own file; else None."""
     if isinstance(error, PenchantError):
         return error
     said = short(str(error), 200)
@@ -29,7 +29,7 @@ def mistake(error: BaseException) -> PenchantError | None:
 
 
 def _own(error: BaseException) -> PenchantError | None:
-    """Of an exception that a file of somebody's own has raised, or what it called outside Penchant."""
+    """The error for an exception raised in a user's own file, or outside Penchant in what that file called."""
     for frame, line in reversed(list(walk_tb(error.__traceback__))):
         module = frame.f_globals.get("__name__", "")
         if module.startswith(OWN):

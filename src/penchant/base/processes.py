@@ -1,4 +1,4 @@
-"""Work in several processes: one function over many tasks, whose results come in the order of the tasks, however many work."""
+"""Map a function over tasks in several processes, with results in the order of the tasks."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from penchant.errors import ConfigError, PenchantError
 T = TypeVar("T")
 R = TypeVar("R")
 
-AHEAD = 2  # tasks a worker that may be done before the one that is waited for
+AHEAD = 2  # tasks per worker that may be finished ahead of the one being waited for
 RAY = "ray"
-Workers = int | str | None  # how many; `RAY`: a cluster's; None: as many as there are cores
+Workers = int | str | None  # a number; `RAY`: a cluster's; None: one per core
 
 
 def number_of(workers: Workers, tasks: int) -> int:
-    """How many processes work: no more than there are tasks; 1 is this one.
+    """Number of worker processes, at most one per task; 1 means this process.
 
     Raises:
-        ConfigError: it is not a number.
+        ConfigError: `workers` is not a positive number.
     """
     if workers == RAY:
         return tasks
@@ -41,12 +41,12 @@ def number_of(workers: Workers, tasks: int) -> int:
 
 
 def in_order(function: Callable[[T], R], tasks: Iterable[T], workers: Workers) -> Iterator[R]:
-    """``function(task)`` of each task, in order; function, tasks and results must be such as pickle takes.
+    """Yield ``function(task)`` for each task, in order; function, tasks and results must be picklable.
 
-    Worker processes are new ones: nothing of this process is in them but what a task holds. A few results are held at a time.
+    Workers are new processes that share no state with this one. Only a few results are held at a time.
 
     Raises:
-        PenchantError: what the function raised of these, or a process died. RuntimeError: it raised something else.
+        PenchantError: raised by the function, or a process died. RuntimeError: the function raised something else.
     """
     if workers == RAY:
         yield from _on_ray(function, tasks)
@@ -84,7 +84,7 @@ def in_order(function: Callable[[T], R], tasks: Iterable[T], workers: Workers) -
 
 
 class _Process:
-    """A worker, which this process talks to over its pipes."""
+    """A worker process, driven over its pipes."""
 
     def __init__(self) -> None:
         path = [str(Path(penchant.__file__).parents[1]), *filter(None, sys.path)]
@@ -93,7 +93,7 @@ class _Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
-            start_new_session=True,  # Ctrl-C reaches this process, which ends its workers
+            start_new_session=True,  # Ctrl-C only reaches this process, which ends its workers
         )
 
     def call(self, function: Callable[[Any], Any], task: Any) -> Any:
@@ -122,7 +122,7 @@ def _send(pipe: IO[bytes], value: Any) -> None:
 
 
 def _told(error: Exception) -> tuple[Any, ...]:
-    """An error as it travels."""
+    """An error in a picklable form."""
     if isinstance(error, PenchantError):
         return type(error), error.where, error.what, error.how
     return (RuntimeError, "".join(traceback.format_exception(error)))
@@ -140,7 +140,7 @@ def _tried(function: Callable[[T], R], task: T) -> tuple[bool, Any]:
 
 
 def _on_ray(function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
-    """The same on the cluster of RAY_ADDRESS, or the one that this machine is part of; its machines see the same files."""
+    """`in_order` on the cluster of RAY_ADDRESS, or the one this machine belongs to; its machines must see the same files."""
     try:
         import ray
     except ImportError as error:
@@ -168,7 +168,7 @@ def _on_ray(function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
 
 
 def _serve() -> None:
-    """What a worker does: a task after the other from stdin, until that is closed. Whatever a task prints goes to stderr."""
+    """The worker's loop: run tasks from stdin until it is closed. Whatever a task prints goes to stderr."""
     asked, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     while True:

@@ -1,4 +1,4 @@
-"""The base of every typed section of a config, and how a key's values and bounds are written."""
+"""Base class of config sections, and formatting of values and bounds."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def _a_place(given: str) -> str:
     return given
 
 
-Place = Annotated[str, AfterValidator(_a_place)]  # of a model beside the trained one
+Place = Annotated[str, AfterValidator(_a_place)]  # device of a model other than the trained one
 
 
 class Section(BaseModel):
-    """A config section: strict, frozen, unknown keys refused; every field carries a one-line `description`."""
+    """A config section: strict, frozen, unknown keys refused; every field has a one-line `description`."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
@@ -37,7 +37,7 @@ _RECORDED: ContextVar[bool] = ContextVar("recorded", default=False)
 
 @contextmanager
 def recorded() -> Iterator[None]:
-    """Take a run's recorded config as it is: `refuse_idle` would refuse keys that earlier versions accepted."""
+    """Accept a run's recorded config as is: `refuse_idle` would refuse keys that earlier versions accepted."""
     token = _RECORDED.set(True)
     try:
         yield
@@ -46,15 +46,15 @@ def recorded() -> Iterator[None]:
 
 
 def refuse_idle(section: BaseModel, idle: Mapping[str, str], prefix: str = "") -> None:
-    """Refuse a key that is set to something else than its default and changes nothing.
+    """Refuse keys that have no effect but are not at their default.
 
     Args:
-        idle: such keys, each with when it changes nothing and what to do: ``without environment; set environment, or leave {} out``,
+        idle: keys without effect, each with when and what to do: ``without environment; set environment, or leave {} out``,
             where ``{}`` stands for the key.
-        prefix: of keys in the sentence, where that is not about the section itself.
+        prefix: of keys in the message, if it is not about the section itself.
 
     Raises:
-        ValueError: a validator's.
+        ValueError: there is such a key; meant for validators.
     """
     if _RECORDED.get():
         return
@@ -66,7 +66,7 @@ def refuse_idle(section: BaseModel, idle: Mapping[str, str], prefix: str = "") -
 
 
 def as_yaml(value: Any) -> str:
-    """A setting's value as YAML would have it."""
+    """Format a setting's value as YAML."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -75,6 +75,6 @@ def as_yaml(value: Any) -> str:
 
 
 def bounds(info: FieldInfo) -> str:
-    """The range of a number: ``> 0, <= 16,777,216``; empty where it has none."""
+    """The range of a number: ``> 0, <= 16,777,216``; empty if it has none."""
     found = [(sign, getattr(m, name)) for m in info.metadata for name, sign in SIGNS.items() if hasattr(m, name)]
     return ", ".join(f"{sign} {int(at):,}" if at == int(at) else f"{sign} {at:g}" for sign, at in found)

@@ -1,4 +1,4 @@
-"""Statistics that data and metrics share."""
+"""Statistics shared by data and metrics."""
 
 from __future__ import annotations
 

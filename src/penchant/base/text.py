@@ -1,4 +1,4 @@
-"""Text for people: printable in any terminal, without secrets."""
+"""Text for display: printable in any terminal, without secrets."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-# ---- Text of others as it may reach a terminal ----
+# ---- Untrusted text for a terminal ----
 
 
 def printable(text: str, keep: str = "") -> str:
-    """`text` with whatever is not printable written out as an escape: a name may come from a stranger's file."""
+    """Escape whatever is not printable in `text`, as a name may come from an untrusted file."""
     if text.isprintable():
         return text
     return "".join(c if c in keep or c.isprintable() else _escape(c) for c in text)
@@ -26,11 +26,11 @@ def printable(text: str, keep: str = "") -> str:
 def _escape(c: str) -> str:
     if c < "\x7f":
         return c.encode("unicode_escape").decode("ascii")
-    return json.dumps(c)[1:-1] if c != "\x7f" else "\\u007f"  # these may appear in JSON, whose escape it is then
+    return json.dumps(c)[1:-1] if c != "\x7f" else "\\u007f"  # may appear in JSON, so use JSON's escapes
 
 
 def for_terminal(text: str) -> str:
-    """Lines for people: nothing that a terminal acts on, no secrets. Spaces of every kind and tabs stay."""
+    """Make lines safe for a terminal: no control characters, no secrets. Spaces of every kind and tabs stay."""
     if text in ("", "\n"):
         return text
     spaces = (
@@ -40,14 +40,14 @@ def for_terminal(text: str) -> str:
 
 
 class Shown:
-    """A text stream as people see it: `for_terminal`, and with escapes where its encoding lacks a letter."""
+    """A text stream that applies `for_terminal`, and escapes characters that its encoding lacks."""
 
     def __init__(self, stream: Any) -> None:
         self.unescaped = stream
-        self.leaves = False  # True: its reader may go away, and what is written after that goes nowhere
+        self.leaves = False  # True: once the reader is gone, output is discarded
 
     def write(self, text: str) -> int:
-        # a progress bar of another library goes to its line's start, or one line up
+        # another library's progress bar returns to the start of its line, or goes one line up
         moved = re.match(r"\r|\n*(?:\x1b\[A)+\Z", text) if self.isatty() else None
         start = moved[0] if moved else ""
         fit = start + for_terminal(text[len(start) :])
@@ -78,17 +78,17 @@ class Shown:
 
 
 def unescaped(stream: Any) -> Any:
-    """The stream itself, for what draws on a terminal and has made every text of others `clean`."""
+    """The underlying stream, for code that draws on a terminal and applies `clean` to untrusted text itself."""
     return getattr(stream, "unescaped", stream)
 
 
 def shown(text: str) -> str:
-    """Text of others on one line, control characters escaped."""
+    """Untrusted text on one line, with control characters escaped."""
     return printable(" ".join(text.split()))
 
 
 def clean(text: object, most: int = 4000) -> str:
-    """A text as one line that no terminal acts on: control, format and bidirectional characters are written out as escapes."""
+    """A text as one line that is safe for a terminal: control, format and bidirectional characters are escaped."""
     return "".join(_plain(c) for c in str(text)[:most])
 
 
@@ -99,23 +99,23 @@ def _plain(c: str) -> str:
 
 
 def short(text: str, most: int = 80) -> str:
-    """The start of a text that is longer than a message can hold."""
+    """Shorten a text to at most `most` characters."""
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    """Any of these texts, a longer one first; nothing where there is none."""
+    """A pattern for any of these texts, longer ones first; it matches nothing if there are none."""
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
 
 
 def columns(lines: Sequence[Sequence[str]]) -> str:
-    """Cells as a plain table."""
+    """Format cells as a plain table."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
 def repeated(names: Iterable[str]) -> list[str]:
-    """The names that occur more than once, in their order."""
+    """The names that occur more than once, in order."""
     return [name for name, count in Counter(names).items() if count > 1]
 
 
@@ -125,10 +125,10 @@ def counted(n: float, one: str, many: str = "") -> str:
 
 
 def closest(word: str, names: Iterable[str], least: float = 0.6) -> str:
-    """The name that is most like a word; empty where none is.
+    """The name most similar to a word; empty if none is.
 
     Args:
-        least: likeness that a name must have, in [0, 1]; one with two letters swapped (dop, dpo) comes first.
+        least: minimum similarity, in [0, 1]; a name with two letters swapped (dop, dpo) takes precedence.
     """
     there = list(names)
     same = [n for n in there if sorted(n.lower()) == sorted(word.lower())]
@@ -137,7 +137,7 @@ def closest(word: str, names: Iterable[str], least: float = 0.6) -> str:
 
 
 def closest_file(path: Path, names: Iterable[str] | None = None) -> str:
-    """The path beside `path`, or among `names` there, that may be meant: one with another ending, or with a stem that is much like it."""
+    """A likely intended path next to `path` (or among `names` there): another ending, or a similar stem; empty if there is none."""
     if names is None:
         names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     stems: dict[str, str] = {}
@@ -148,17 +148,17 @@ def closest_file(path: Path, names: Iterable[str] | None = None) -> str:
 
 
 def did_you_mean(word: str, names: Iterable[str]) -> str:
-    """``did you mean "x"?``, or all there are."""
+    """``did you mean "x"?``, or a list of all names."""
     near = closest(word, names)
     return f'did you mean "{near}"?' if near else f"there are {', '.join(names)}"
 
 
-# ---- Text without secrets: what a library says in an error may repeat a token that it was given ----
+# ---- Text without secrets: a library's error message may contain a token that it was given ----
 
 SECRET_NAMES = re.compile(r"TOKEN|API_?KEY|PASSWORD|PASSWD|SECRET|CREDENTIAL", re.IGNORECASE)
-SHORTEST = 6  # shorter values are words of the text as often as not
-IN_A_URL = re.compile(r"""(:/{1,2})[^/\s"'<>]+@""")  # one slash: of a URL that was taken for a path
-ESCAPED = r"(?<=\\[abfnrtv0])|(?<=\\x[0-9a-f]{2})|(?<=\\u[0-9a-f]{4})|(?<=\\U[0-9a-f]{8})"  # behind an escape's letters
+SHORTEST = 6  # shorter values may well be ordinary words
+IN_A_URL = re.compile(r"""(:/{1,2})[^/\s"'<>]+@""")  # one slash: a URL that was treated as a path
+ESCAPED = r"(?<=\\[abfnrtv0])|(?<=\\x[0-9a-f]{2})|(?<=\\u[0-9a-f]{4})|(?<=\\U[0-9a-f]{8})"  # after an escape sequence
 START = rf"(?:\b|{ESCAPED})"
 IN_A_QUERY = re.compile(rf"""{START}((?i:api_?key|access_token|token|password|signature)=)[^&\s"'<>\\]+""")
 BEARER = re.compile(
@@ -175,7 +175,7 @@ HIDDEN = "[hidden]"
 
 
 def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
-    """`text` with every secret that can be recognized replaced: values of variables called ..TOKEN, ..KEY, user names in URLs."""
+    """Hide every recognizable secret in `text`: values of variables named ..TOKEN or ..KEY, known token formats, logins in URLs."""
     found = os.environ if environment is None else environment
     secrets = {v for k, v in found.items() if SECRET_NAMES.search(k) and len(v) >= SHORTEST and not v.isdecimal()}
     for secret in sorted(secrets | _stored_token(found), key=len, reverse=True):
@@ -185,23 +185,23 @@ def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
 
 
 def without_passwords(text: str) -> str:
-    """`text` without what URLs in it hold of user names, passwords and keys."""
+    """Hide user names, passwords and keys in the URLs of a text."""
     return IN_A_QUERY.sub(rf"\1{HIDDEN}", IN_A_URL.sub(rf"\1{HIDDEN}@", text))
 
 
 def one_line(text: str, longest: int = 300) -> str:
-    """Printable text on one line: a server's words reach a terminal."""
+    """Printable text on one line, such as a server's reply for a terminal."""
     flat = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return short(flat, longest)
 
 
 def told(error: BaseException) -> str:
-    """What an error says, fit to be shown: its type, one line, no secrets."""
+    """An error's type and message for display: one line, no secrets."""
     return one_line(redact(f"{type(error).__name__}: {error}"))
 
 
 def _stored_token(environment: Mapping[str, str]) -> set[str]:
-    """The hub token that a person has logged in with."""
+    """The hub token that the user has logged in with."""
     home = environment.get("HF_HOME") or str(Path(environment.get("HOME", "~")).expanduser() / ".cache" / "huggingface")
     file = Path(environment.get("HF_TOKEN_PATH") or Path(home) / "token")
     try:
