@@ -29,7 +29,7 @@ class DataError(PenchantError):
 
 
 class ModelError(PenchantError):
-    """A model or tokenizer folder that cannot be loaded or cannot do what is asked."""
+    """A model or tokenizer folder that cannot be loaded, or lacks what is needed."""
 
 
 class CheckpointError(PenchantError):

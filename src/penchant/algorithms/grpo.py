@@ -202,7 +202,7 @@ class GroupPolicyGradient(OnPolicy):
         return not self.config.dynamic_sampling or bool((known != known[0]).any())
 
     def rescored(self, groups: Sequence[Group]) -> bool:
-        """Not with one update per batch, whose own forward pass gives the same log-probs."""
+        """True for several updates or `measured` rollouts; otherwise the update's own forward pass gives the same log-probs."""
         return self.config.updates > 1 or measured(groups)
 
     @property
@@ -211,7 +211,7 @@ class GroupPolicyGradient(OnPolicy):
         return self.config.name != "rloo" and self.config.loss_mean == "token"
 
     def prepare(self, groups: list[Group]) -> None:
-        """Compute advantages and, for several updates, old log-probs with the training engine, so that the first ratio is exactly 1."""
+        """Compute advantages and, if `rescored`, old log-probs with the training engine, so that the first ratio is exactly 1."""
         cfg = self.config
         passes: list[Callable[[PackedBatch], Mapping[str, Tensor]]] = [
             lambda batch: {"ref": self.reference.token_logps(batch)}
@@ -242,7 +242,7 @@ class GroupPolicyGradient(OnPolicy):
         return divergences.kl_estimate(old, ref, "k3" if self.config.estimator == "unbiased" else self.config.estimator)
 
     def _normalize_over_the_batch(self, groups: list[Group], keep: list[Tensor] | None) -> None:
-        """REINFORCE++: per-token advantages, including the KL of later tokens, whitened over all tokens in the update."""
+        """REINFORCE++: per-token advantages, including the KL from each token on, whitened over all tokens in the update."""
         cfg = self.config
         parts = []
         for g in groups:

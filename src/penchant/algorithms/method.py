@@ -110,7 +110,7 @@ class EvaluationContext(Protocol):
         """The starting model (or reference.path) as a live reference, loaded if necessary."""
 
     def scored(self, algorithm: Algorithm, *, alike: bool = False) -> tuple[Scored, list[TokenTree]]:
-        """Score the held-out trees; return them in that order, too. `alike`: all runs from this start have the same scores."""
+        """Scores of the held-out trees, and the trees in that order; `alike`: the same for all runs from this start."""
 
     def by_set(self, algorithm: Algorithm, scored: Scored, trees: list[TokenTree]) -> dict[str, Any]:
         """Metrics of each of several held-out sets; empty if there is only one."""
@@ -171,7 +171,7 @@ class Method:
 
     @property
     def metric(self) -> str:
-        """The held-out metric that runs are judged by; `metrics.names` has the direction that is better."""
+        """The held-out metric that runs are judged by; see `metrics.names` for which direction is better."""
         return "eval/rewards/accuracies"
 
     @property

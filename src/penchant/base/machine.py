@@ -142,7 +142,7 @@ def place_of(model: Any) -> Any:
 
 
 def moved(tensor: Any, device: Any) -> Any:
-    """Copy a tensor to a device: to a GPU from pinned memory without blocking, to MPS in fp32 at most."""
+    """Move a tensor to a device: to a GPU from pinned memory without blocking, to MPS in fp32 at most."""
     if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.requires_grad:
         return tensor.pin_memory().to(device, non_blocking=True)
     if device.type == "mps" and tensor.is_floating_point() and tensor.element_size() == 8:

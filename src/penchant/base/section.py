@@ -51,7 +51,7 @@ def refuse_idle(section: BaseModel, idle: Mapping[str, str], prefix: str = "") -
     Args:
         idle: keys without effect, each with when and what to do: ``without environment; set environment, or leave {} out``,
             where ``{}`` stands for the key.
-        prefix: of keys in the message, if it is not about the section itself.
+        prefix: put before keys in the message, if it is not about the section itself.
 
     Raises:
         ValueError: there is such a key; meant for validators.

@@ -127,7 +127,7 @@ def whole_weights_of(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def write_weights(model: Any, folder: Path) -> None:
-    """Write `whole_weights_of` a model as a model folder, replacing an existing one."""
+    """Write the policy's whole weights as a model folder, replacing an existing one."""
     from safetensors.torch import save_file
 
     aside = folder.with_name(folder.name + ".writing")

@@ -165,7 +165,7 @@ def check_config(path: Path) -> None:
     """Check that a run's config, if it was edited, still has the settings that the run was trained with.
 
     Raises:
-        CheckpointError: it has not, or this cannot be checked; metrics would silently be those of other settings.
+        CheckpointError: they differ or cannot be compared; metrics would silently be those of other settings.
     """
     if is_whole(path):
         return

@@ -466,7 +466,7 @@ def _runs_as(parts: Parts) -> tuple[torch.device, torch.dtype] | None:
 
 
 def _router(parts: Parts) -> RouterLoss | None:
-    """Attach a balance loss for the router of the policy (or reward model) to its engine; None if not wanted."""
+    """The router's balance loss of the policy (or reward model), attached to its engine; None if not enabled."""
     wanted, engine = parts.config.model.router_aux_loss, parts.engine
     scorer = engine if isinstance(engine, Scorer) else getattr(engine, "scorer", None)
     if wanted is None:
