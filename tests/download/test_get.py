@@ -132,7 +132,7 @@ def lmsys(tmp_path: Path) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# every data set of the catalogue, in every form
+# every data set of the catalog, in every form
 
 
 def published(spec: Spec, ending: str) -> Iterable[tuple[str, str]]:
@@ -185,7 +185,7 @@ def test_the_catalogue_is_sound() -> None:
 
 
 def catalogue_table() -> str:
-    """The catalogue as the table of docs/data_get.md."""
+    """The catalog as the table of docs/data_get.md."""
     lines = [
         "| name | published as | subsets (read by default in bold) | splits | layout | terms |",
         "|---|---|---|---|---|---|",
