@@ -1,4 +1,4 @@
-"""tools/architectures.py, which makes tiny models of every architecture and holds the engine against them."""
+"""Access to tools/architectures.py, which makes tiny models of every architecture and checks the engine on them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import ModuleType
 
 
 def load_tool() -> ModuleType:
-    """The tool as a module."""
+    """Load the tool as a module."""
     path = Path(__file__).resolve().parents[1] / "tools" / "architectures.py"
     spec = importlib.util.spec_from_file_location("architectures_tool", path)
     assert spec is not None and spec.loader is not None

@@ -1,4 +1,4 @@
-"""Rows with one of everything that an audit counts."""
+"""Rows with one example of everything that an audit counts."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def planted() -> list[Row]:
     rows += [
         dict(one),  # 9: a copy
         {k: edited(v) for k, v in one.items()},  # 10: a near copy
-        {"prompt": two["prompt"], "chosen": two["rejected"], "rejected": two["chosen"]},  # 11: the other way round
+        {"prompt": two["prompt"], "chosen": two["rejected"], "rejected": two["chosen"]},  # 11: swapped
         {
             "prompt": edited(two["prompt"]),
             "chosen": two["rejected"],
             "rejected": edited(two["chosen"]),
-        },  # 12: nearly so
+        },  # 12: nearly swapped
         {"prompt": text(900), "chosen": text(901), "rejected": edited(text(901))},  # 13: nearly equal answers
         {"prompt": text(910), "chosen": text(911), "rejected": text(912)},  # 14 to 16: a cycle
         {"prompt": text(910), "chosen": text(912), "rejected": text(913)},

@@ -1,4 +1,4 @@
-"""Chromium over the DevTools protocol's pipe: what tests need of a browser, and no more."""
+"""A minimal Chromium driver for tests, over the DevTools protocol's pipe."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "headless_shell")
-INSTALLED = Path.home() / ".cache/ms-playwright"  # by `playwright install chromium`
+INSTALLED = Path.home() / ".cache/ms-playwright"  # where `playwright install chromium` puts it
 FOUND = (
     os.environ.get("CHROMIUM"),
     *map(shutil.which, NAMES),
@@ -28,15 +28,15 @@ BINARY = next(filter(None, FOUND), None)
 WHY_NOT = "no chromium here: pages were not looked at in a browser"
 in_a_browser = pytest.mark.skipif(
     BINARY is None, reason=WHY_NOT
-)  # and for no other reason: one that does not start fails
+)  # the only reason to skip: a browser that does not start is a failure
 PATIENCE = 60.0
 KEYS = {"Tab": 9, "Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowRight": 39}
 
 
 class Browser:
-    """A headless browser without any network but this machine; pages are opened one at a time.
+    """A headless browser with access to this machine only, which opens one page at a time.
 
-    `events` are all messages without an id, in order: console lines, requests, violations of the page's policy.
+    `events` holds all messages without an id, in order: console lines, requests, CSP violations.
     """
 
     def __enter__(self) -> Browser:
@@ -50,7 +50,7 @@ class Browser:
             "--disable-background-networking", "--disable-component-update", "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
             f"--user-data-dir={self.home}", "--remote-debugging-pipe", "about:blank",
         ]  # fmt: skip
-        # the pipes must be 3 and 4 in the child, whatever they are here
+        # the pipes must be descriptors 3 and 4 in the child
         script = f'exec 3<&{to_child} 4>&{from_child}; exec "$@"'
         self.process = subprocess.Popen(
             ["bash", "-c", script, "bash", *command],
@@ -88,7 +88,7 @@ class Browser:
     # ---- the protocol ---------------------------------------------------------------------------------------------
 
     def send(self, method: str, **params: Any) -> dict[str, Any]:
-        """Call a method and wait for its result; events that come meanwhile are kept."""
+        """Call a method and wait for its result. Events that arrive meanwhile are kept."""
         self._next += 1
         message: dict[str, Any] = {"id": self._next, "method": method, "params": params}
         if self.session is not None:
@@ -122,7 +122,7 @@ class Browser:
     def open(
         self, path: Path | str, *, width: int = 1280, height: int = 900, dark: bool = False, media: str = ""
     ) -> None:
-        """Open a file or an address of this machine, in a window of that size, and wait until it is loaded."""
+        """Open a file or local address in a window of the given size, and wait until it is loaded."""
         self.events.clear()
         self.send(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
@@ -133,24 +133,24 @@ class Browser:
         self.loaded()
 
     def darken(self) -> None:
-        """The page that is open, as it is for somebody who wants it dark."""
+        """Switch the open page to dark mode."""
         self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
 
     def loaded(self) -> None:
-        """Wait until the page that was asked for is loaded."""
+        """Wait until the requested page is loaded."""
         end = time.monotonic() + PATIENCE
         while not any(e["method"] == "Page.loadEventFired" for e in self.events):
             self._read(end)
 
     def run(self, script: str) -> Any:
-        """The value of a script in the page (by the protocol, which the page's policy does not bind)."""
+        """Evaluate a script in the page through the protocol, which the page's CSP does not restrict."""
         result = self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in result:
             raise RuntimeError(str(result["exceptionDetails"])[:800])
         return result["result"].get("value")
 
     def press(self, key: str) -> None:
-        """A key, down and up."""
+        """Press and release a key."""
         more = {"text": "\r"} if key == "Enter" else {"text": key} if len(key) == 1 else {}
         self.send(
             "Input.dispatchKeyEvent", type="keyDown", key=key, code=key, windowsVirtualKeyCode=KEYS.get(key, 0), **more
@@ -158,18 +158,18 @@ class Browser:
         self.send("Input.dispatchKeyEvent", type="keyUp", key=key, code=key, windowsVirtualKeyCode=KEYS.get(key, 0))
 
     def wait(self, script: str, why: str = "") -> Any:
-        """The value of a script, once it is true."""
+        """Wait until a script's value is truthy, and return it."""
         end = time.monotonic() + PATIENCE
         while time.monotonic() < end:
-            with contextlib.suppress(RuntimeError):  # between two pages there is none to ask
-                # what htmx has put into the page gets its handlers when it settles, 20 ms later
+            with contextlib.suppress(RuntimeError):  # fails between two pages
+                # htmx attaches handlers to inserted content when it settles, 20 ms later
                 if found := self.run(f"document.querySelector('.htmx-settling') ? null : ({script})"):
                     return found
             time.sleep(0.03)
         raise TimeoutError(why or script)
 
     def picture(self, target: Path, *, whole: bool = False) -> None:
-        """A PNG of what is seen, or of the whole page."""
+        """A PNG of the viewport, or of the whole page."""
         extra: dict[str, Any] = {"captureBeyondViewport": whole}
         if whole:
             size = self.send("Page.getLayoutMetrics")["cssContentSize"]
@@ -177,15 +177,15 @@ class Browser:
         target.write_bytes(base64.b64decode(self.send("Page.captureScreenshot", format="png", **extra)["data"]))
 
     def pdf(self, target: Path) -> None:
-        """The page as it is printed."""
+        """The page printed as PDF."""
         target.write_bytes(base64.b64decode(self.send("Page.printToPDF", printBackground=True)["data"]))
 
     def requests(self) -> list[str]:
-        """Addresses of everything that was asked for since the page was opened."""
+        """URLs requested since the page was opened."""
         return [e["params"]["request"]["url"] for e in self.events if e["method"] == "Network.requestWillBeSent"]
 
     def complaints(self) -> list[str]:
-        """Console lines, uncaught errors and violations of the policy since the page was opened."""
+        """Console lines, uncaught errors and CSP violations since the page was opened."""
         found = []
         for e in self.events:
             if e["method"] == "Log.entryAdded":

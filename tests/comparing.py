@@ -1,4 +1,4 @@
-"""What tests of comparisons share: tiny models with numbers for words, on twelve prompts."""
+"""Shared by tests of comparisons: tiny models with numbers as words, on twelve prompts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from penchant.types import TokenTree
 
 
 class Letters:
-    """A tokenizer whose tokens are numbers; 1 is EOS."""
+    """A tokenizer whose tokens are numbers, with 1 as EOS."""
 
     eos_token_id = 1
 

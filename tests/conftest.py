@@ -1,4 +1,4 @@
-"""Every test: no network, one thread, a cache of its own, and no metric that is not in the table."""
+"""Fixtures for every test: no network, one thread, a private cache, and no metric that is missing from the table."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # tests of several threads do not spin while others compute
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads must not spin while others compute
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 from chromium import WHY_NOT
 from hypothesis import HealthCheck, settings
 
-# also where PYTHONDONTWRITEBYTECODE is set: rewriting every test's asserts anew takes each worker 15 s of CPU
+# also if PYTHONDONTWRITEBYTECODE is set: rewriting every test's asserts takes each worker 15 s of CPU
 sys.dont_write_bytecode = False
 
-# no test cuts the power: what the kernel holds is there for every process, and waiting for the disk is a tenth of the suite
+# no test cuts the power, so data in the page cache is enough, and waiting for the disk would take a tenth of the suite's time
 os.fsync = lambda _file: None
 
 MEMORY = Path("/dev/shm")
 if os.access(MEMORY, os.W_OK | os.X_OK) and shutil.disk_usage(MEMORY).free > 4e9:
-    # the suite makes and removes ten thousand folders, and a disk's journal takes milliseconds for each
+    # the suite creates and removes ten thousand folders, and a disk's journal takes milliseconds for each
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 
-HUNG = 300.0  # seconds for one test and a worker's wait for its next one; twelve times that for a slow one
-ERRORS = pytest.StashKey[int]()  # standard error, where no test's capture reaches
+HUNG = 300.0  # seconds for one test plus a worker's wait for the next; twelve times that for a slow test
+ERRORS = pytest.StashKey[int]()  # file descriptor of stderr outside any test's capture
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Few examples by default, many in `make test-all`; how long one takes is the machine's affair."""
+    """Configure hypothesis: few examples by default, many in `make test-all`, and no deadline."""
     config.stash[ERRORS] = os.dup(2)
     many = config.getoption("markexpr") == ""
     settings.register_profile(
@@ -50,20 +50,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """On a fresh clone, rewriting the asserts takes each worker 15 s of CPU: each begins elsewhere, and finds the rest done."""
+    """On a fresh clone, rewriting the asserts takes 15 s of CPU. Each worker starts at another file and reuses the others' work."""
     worker, files = os.environ.get("PYTEST_XDIST_WORKER", "gw0"), sorted(Path(__file__).parent.rglob("test_*.py"))
     if worker == "gw0" or [session.config.rootpath / a for a in session.config.args] != [Path(__file__).parent]:
         return
     start = len(files) * int(worker[2:]) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     for file in files[start:]:
         sys.path.insert(0, str(file.parent))
-        with suppress(Exception, pytest.skip.Exception):  # pytest says so when it comes to the file
+        with suppress(Exception, pytest.skip.Exception):  # pytest reports it when it collects the file
             import_module(file.stem)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> None:
-    """A worker that hangs, in a test or before the next one, prints where its threads are and ends; the suite then fails at once."""
+    """If a worker hangs, in a test or before the next one, it prints its threads' stacks and exits, which fails the suite at once."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         limit = HUNG * (12 if item.get_closest_marker("slow") else 1)
         faulthandler.dump_traceback_later(limit, exit=True, file=item.config.stash[ERRORS])
@@ -79,14 +79,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> Any:
-    """Where a test marked `device` runs its models."""
+    """The device on which tests marked `device` run their models."""
     import torch
 
     return torch.device(request.config.getoption("--device"))
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """What did not run for want of a browser; after `make test-gpu`, what ran there, and how it ended."""
+    """List tests skipped for want of a browser and, after `make test-gpu`, the tests that ran there with their outcomes."""
     skipped = [r for r in terminalreporter.stats.get("skipped", []) if WHY_NOT in str(r.longrepr)]
     if skipped:
         terminalreporter.write_line(
@@ -107,7 +107,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
-    """Real data and models beside the repository; tests that need them skip where they are absent."""
+    """Real data and models beside the repository. Tests that need them are skipped if they are absent."""
     folder = Path(__file__).resolve().parents[2] / "shared"
     if not folder.is_dir():
         pytest.skip("no shared data beside the repository")
@@ -115,12 +115,12 @@ def shared_dir() -> Path:
 
 
 NUMBER = itertools.count()
-FROZEN = 0  # modules that the garbage collector no longer walks through
+FROZEN = 0  # number of modules when the garbage collector's objects were last frozen
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """A test, or what it calls, may set another number; a process that a later test forks would wait for threads that it does not have."""
+    """Reset the number of threads, because a process forked by a later test would wait for threads that it does not have."""
     yield
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
@@ -128,7 +128,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _short_collections() -> Iterator[None]:
-    """torch and transformers bring a million objects; each `gc.collect` would look at all of them."""
+    """Freeze the million objects of torch and transformers, which each `gc.collect` would otherwise traverse."""
     global FROZEN
     yield
     if len(sys.modules) > FROZEN + 100:
@@ -139,7 +139,7 @@ def _short_collections() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _nobodys_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What a module's fixtures make is made before a test has its own cache."""
+    """A cache for module fixtures, which run before a test gets its own cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PENCHANT_CACHE", str(tmp_path_factory.getbasetemp() / "caches" / "shared"))
         yield
@@ -147,19 +147,19 @@ def _nobodys_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test reads or writes a person's cache; a folder of its own is made by those that write one."""
+    """Point the cache to a folder of the test, so that no test uses the user's cache."""
     monkeypatch.setenv("PENCHANT_CACHE", str(tmp_path_factory.getbasetemp() / "caches" / str(next(NUMBER))))
 
 
 KEEPS = {"models": True, "fits": True}
-REAL = ("models", "logprobs")  # folders of tests/ that look at the loading itself
+REAL = ("models", "logprobs")  # folders of tests/ that test the loading itself
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _models_are_read_once() -> Iterator[None]:
-    """A model folder of the same bytes is read and probed once a process, by the real code; after that a copy is handed out.
+    """Read and probe model folders with the same bytes once per process, by the real code, and return copies after that.
 
-    Runs of a sweep share it in the same way (`runs.sharing`), and tests/sweep shows that it changes no figure.
+    Runs of a sweep share models in the same way (`runs.sharing`), and tests/sweep shows that it does not change results.
     """
     import copy
     import hashlib
@@ -171,7 +171,7 @@ def _models_are_read_once() -> Iterator[None]:
     from penchant.models import load
 
     kept: dict[str, tuple[Any, torch.Tensor]] = {}
-    seen: set[str] = set()  # what is read a second time is kept: most trained models never are
+    seen: set[str] = set()  # only models that are read a second time are kept, which most trained ones are not
     ways: dict[Any, Any] = {}
     real_load, real_way, real_fast = load._load, packing._first_right, packing._fast_is_right
     real_logps = reference.compute_logps
@@ -231,7 +231,7 @@ def _models_are_read_once() -> Iterator[None]:
         return bool(ways[key])
 
     def reference_logps(live: Any, trees: Any, *, tokens_per_step: int, progress: Any = None) -> Any:
-        """A frozen reference's log-probs of the same rows: what a run would find in a person's cache."""
+        """Cache a frozen reference's log-probs of the same rows, as a user's cache would."""
         scorer, digest = live.scorer, hashlib.sha256()
         reference.hash_trees(digest, trees)
         plain = (type(live), type(scorer), live.off) == (reference.LiveReference, Scorer, nullcontext)
@@ -246,7 +246,7 @@ def _models_are_read_once() -> Iterator[None]:
 
     look = plan.misfit
     with pytest.MonkeyPatch.context() as patch:
-        # every tiny run fits, and outlining it is a twentieth of its time
+        # every tiny run fits, and estimating it takes a twentieth of its time
         patch.setattr(plan, "misfit", lambda run: None if KEEPS["fits"] else look(run))
         patch.setattr(load, "_load", loaded)
         patch.setattr(packing, "_first_right", first_right)
@@ -266,7 +266,7 @@ LIVE = {"reports": False}
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_live_reports() -> Iterator[None]:
-    """What trains writes no report.html but where a test asks for `live_reports`: it costs a tenth of a tiny run, and fails none."""
+    """Write no report.html during training unless a test uses `live_reports`: it takes a tenth of a tiny run's time."""
     from penchant.report import LiveReport
 
     write = LiveReport._write
@@ -277,13 +277,13 @@ def _no_live_reports() -> Iterator[None]:
 
 @pytest.fixture
 def live_reports(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs and sweeps of this test write their reports."""
+    """Let runs and sweeps of this test write their reports."""
     monkeypatch.setitem(LIVE, "reports", True)
 
 
 @pytest.fixture(autouse=True)
 def _known_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No run logs a metric that is not in `penchant.metrics.names`; a scheduled hyperparameter is logged under its own name."""
+    """Fail if a run logs a metric that is not in `penchant.metrics.names`, other than a scheduled hyperparameter."""
     from penchant.losses import LOSSES
     from penchant.metrics.names import SPEED, metric
     from penchant.runfolder import MetricsLog

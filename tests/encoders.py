@@ -10,7 +10,7 @@ VOCAB = dict(vocab_size=260, max_position_embeddings=160)
 DISTILLED = dict(dim=32, n_layers=2, n_heads=4, hidden_dim=48)
 RELATIVE = dict(type_vocab_size=0, relative_attention=True, pos_att_type=["p2c", "c2p"])
 MODERN = dict(cls_token_id=0, sep_token_id=2, bos_token_id=0, eos_token_id=2, reference_compile=False)
-# by family: transformers' class of its config, the tokenizer's style, the config's arguments
+# {family: (transformers' config class, style of the tokenizer, arguments of the config)}
 ENCODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bert": ("BertConfig", "bert", SIZE | dict(pad_token_id=0)),
     "roberta": ("RobertaConfig", "roberta", SIZE | dict(pad_token_id=1, type_vocab_size=1)),
@@ -19,11 +19,11 @@ ENCODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "deberta-v2": ("DebertaV2Config", "bert", SIZE | RELATIVE | dict(pad_token_id=0)),
     "modernbert": ("ModernBertConfig", "roberta", SIZE | MODERN | dict(pad_token_id=1)),
 }
-SPREAD = 0.3  # random weights so large that two texts get different scores
+SPREAD = 0.3  # random weights large enough for two texts to get different scores
 
 
 def encoder_tokenizer(style: str = "bert") -> Any:
-    """One token a letter; pairs as ``[CLS] A [SEP] B [SEP]`` or ``<s> A </s></s> B </s>``."""
+    """One token per letter, with pairs as ``[CLS] A [SEP] B [SEP]`` or ``<s> A </s></s> B </s>``."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -53,7 +53,7 @@ def encoder_tokenizer(style: str = "bert") -> Any:
 
 
 def encoder_folder(folder: Path, family: str = "bert", *, seed: int = 0) -> str:
-    """Save a tiny random encoder (its body alone) and its tokenizer; returns the folder as a string."""
+    """Save a tiny random encoder (without a head) and its tokenizer, and return the folder as a string."""
     import torch
     import transformers
 

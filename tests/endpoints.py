@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint on this machine, that behaves or does not."""
+"""A fake local OpenAI-compatible endpoint, well-behaved or not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TEXTS = re.compile(r"<<prompt (\w+)>>\n(.*)\n<<answer A \1>>\n(.*)\n<<answer B \
 
 @dataclass
 class Asked:
-    """A request as it came."""
+    """A received request."""
 
     path: str
     headers: dict[str, str]
@@ -34,13 +34,13 @@ class Asked:
         return found.group(2), found.group(3), found.group(4)
 
 
-# what to say: a text (200), a status, (status, headers) or (status, headers, body)
+# a reply: a text (200), a status, (status, headers) or (status, headers, body)
 Reply = str | int | tuple[Any, ...]
 
 
 @dataclass
 class Server:
-    """Requests so far, and how many were under way at once."""
+    """Requests so far, and the largest number of concurrent ones."""
 
     url: str = ""
     asked: list[Asked] = field(default_factory=list)
@@ -50,18 +50,18 @@ class Server:
 
     @property
     def questions(self) -> list[Asked]:
-        """Without the trial question."""
+        """The requests without the trial question."""
         return [a for a in self.asked if a.texts[0] != "Say hello."]
 
 
 @contextmanager
 def serve(decide: Callable[[Asked, int], Reply]) -> Iterator[Server]:
-    """An endpoint that answers as `decide(request, its number)` says."""
+    """Run an endpoint that replies with `decide(request, its number)`."""
     state = Server()
 
     class Handler(BaseHTTPRequestHandler):
         disable_nagle_algorithm = (
-            True  # head and body are two packets, and the client's kernel waits 40 ms to confirm the first
+            True  # head and body are two packets, and without this the client's delayed ACK takes 40 ms
         )
 
         def do_POST(self) -> None:
@@ -75,7 +75,7 @@ def serve(decide: Callable[[Asked, int], Reply]) -> Iterator[Server]:
             try:
                 reply = decide(asked, number)
             finally:
-                with state.lock:  # before the reply goes out: the client may ask the next one at once
+                with state.lock:  # before the reply is sent, because the client may send the next request at once
                     state.now -= 1
             self._answer(reply)
 
@@ -88,7 +88,7 @@ def serve(decide: Callable[[Asked, int], Reply]) -> Iterator[Server]:
                 reply = (200, {}, json.dumps({"choices": [{"message": {"role": "assistant", "content": reply}}]}))
             status, headers, text = (*((reply,) if isinstance(reply, int) else reply), {}, "")[:3]
             data = text.encode() if isinstance(text, str) else b""
-            with suppress(ConnectionError):  # nobody waits any more
+            with suppress(ConnectionError):  # the client has gone
                 self.send_response(status)
                 for name, value in {**headers, "Content-Length": str(len(data))}.items():
                     self.send_header(name, value)
@@ -96,7 +96,7 @@ def serve(decide: Callable[[Asked, int], Reply]) -> Iterator[Server]:
                 self.wfile.write(data)
 
         def log_message(self, *args: Any) -> None:
-            """Say nothing."""
+            """Log nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
@@ -111,6 +111,6 @@ def serve(decide: Callable[[Asked, int], Reply]) -> Iterator[Server]:
 
 
 def longer(asked: Asked, _: int) -> str:
-    """A judge that behaves: the longer answer is better."""
+    """A well-behaved judge that prefers the longer answer."""
     _prompt, a, b = asked.texts
     return "A" if len(a) > len(b) else "B" if len(b) > len(a) else "TIE"

@@ -1,4 +1,4 @@
-"""A small Hugging Face hub on this machine: what its client asks for when a data set is fetched, and what can go wrong."""
+"""A fake local Hugging Face hub that serves data sets to the real client, with configurable faults."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Asked:
-    """A request: method, path, headers in lower case, and which of the two servers got it."""
+    """A request: method, path, headers in lower case, and which of the two servers received it."""
 
     method: str
     path: str
@@ -30,10 +30,10 @@ class FakeHub:
     """Repositories and faults.
 
     Args:
-        files: hub id to path to content; lfs: paths that end so are in large file storage (SHA-256 and a second host).
+        files: ``{hub id: {path: content}}``; lfs: path endings of files in large file storage (SHA-256 and a second host).
         gated: ids whose files need `token` and accepted terms; accepted: whether that token's account has accepted them.
-        fail: statuses to give, one a request to a path that holds the key, before it is served.
-        cut: paths whose first download ends in the middle; wrong: how many downloads of a path have wrong content.
+        fail: statuses to return for requests to paths that contain the key, one per request, before they are served.
+        cut: paths whose first download breaks off; wrong: how many downloads of a path have wrong content.
     """
 
     files: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -57,7 +57,7 @@ class FakeHub:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = (
-        True  # head and body are two packets, and the client's kernel waits 40 ms to confirm the first
+        True  # head and body are two packets, and without this the client's delayed ACK takes 40 ms
     )
     hub: FakeHub
     name: str
@@ -179,7 +179,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def log_message(self, *args: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 def _git_sha1(content: bytes) -> str:
@@ -195,12 +195,12 @@ def _entry(path: str, content: bytes, lfs: bool) -> dict:
 
 @contextmanager
 def fake_hub(**settings: object) -> Iterator[FakeHub]:
-    """A hub, and a second host where its large files lie."""
+    """Run a hub, and a second host with its large files."""
     hub = FakeHub(**settings)  # type: ignore[arg-type]
     servers = []
     for name in ("hub", "cdn"):
         handler = type("Handler", (_Handler,), {"hub": hub, "name": name})
-        # another address of this machine for the second host: clients keep a token to the first
+        # another local address for the second host, because clients send a token to the first only
         server = ThreadingHTTPServer(("127.0.0.1" if name == "hub" else "127.0.0.2", 0), handler)
         server.daemon_threads = True
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()

@@ -1,4 +1,4 @@
-"""Trackers that misbehave, and one that writes down what it is told; they run in a tracker's own process."""
+"""Fake trackers that misbehave, and one that records its calls. They run in a tracker's own process."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Hangs(Records):
 
 
 class Raises(Records):
-    """Takes nothing, and repeats a token in what it says."""
+    """Raises on every line, with a token in its message."""
 
     def log(self, lines: Sequence[Line]) -> None:
         raise RuntimeError(f"401 for {os.environ['FAKE_API_KEY']}\x1b[2J\nmore")
@@ -51,7 +51,7 @@ class Dies(Records):
 
 
 class LastTwoOnly(Records):
-    """Fails for as long as the file ``DIR/down`` is there."""
+    """Fails as long as the file ``DIR/down`` exists."""
 
     def log(self, lines: Sequence[Line]) -> None:
         if (self.path.parent / "down").exists():

@@ -1,6 +1,6 @@
-"""A server with vLLM's routes for completions and weights around a tiny model of ours, that behaves or does not.
+"""A fake vLLM server around a tiny model, with vLLM's routes for completions and weights and configurable faults.
 
-Routes and fields are those of vLLM 0.32, which `penchant.rollout.engines` was run against by hand.
+Routes and fields are those of vLLM 0.32, which `penchant.rollout.engines` was tested against by hand.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Answer = tuple[int, Any]
 
 @dataclass
 class FakeVLLM:
-    """Its model, its weights' version, and what it was asked.
+    """The server's model, its weights' version, and the requests it received.
 
     Args:
-        start: the folder whose weights it has after a start; name: of its model; raw: log-probs before the temperature.
-        keeps: names of weights that an update by file leaves as they were; lose: how often it is restarted behind a batch.
-        spoil: what becomes of an answer: of its path, the request and the answer.
+        start: folder of its initial weights; name: of its model; raw: whether log-probs are before the temperature.
+        keeps: names of weights that an update by file does not change; lose: how often it restarts after a batch.
+        spoil: maps (path, request, answer) to the answer that is sent.
     """
 
     start: str
@@ -51,14 +51,14 @@ class FakeVLLM:
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def restart(self) -> None:
-        """Forget every weight and version."""
-        with self.lock:  # a run that was killed may still be asking
+        """Reset the weights and the version."""
+        with self.lock:  # requests of a killed run may still arrive
             self.model = AutoModelForCausalLM.from_pretrained(self.start, dtype=torch.float32).eval()
             self.version = None
 
     def answer(self, path: str, body: dict[str, Any]) -> Answer:
         with self.lock:
-            torch.set_num_threads(1)  # of this request's own thread: the bits depend on how many there are
+            torch.set_num_threads(1)  # per thread; results depend on it in the last bits
             self.asked.append((path, body))
             return self.spoil(path, body, self._right(path, body))
 
@@ -134,7 +134,7 @@ class FakeVLLM:
             for i, s in enumerate(rows)
         ]
 
-    # what a request's seed was made of: run seed 0, a few iterations, a few rows, turns of a few conversations
+    # what request seeds are derived from: run seed 0, a few iterations, rows, and turns of conversations
     @property
     def drawn(self) -> dict[int, tuple[int, int]]:
         if not _DRAWN:
@@ -145,7 +145,7 @@ class FakeVLLM:
         return _DRAWN
 
     def of(self, path: str) -> list[dict[str, Any]]:
-        """Requests of one route."""
+        """Requests to one route."""
         return [body for p, body in self.asked if p == path]
 
 
@@ -154,10 +154,10 @@ _DRAWN: dict[int, tuple[int, int]] = {}
 
 @contextmanager
 def served(fake: FakeVLLM) -> Iterator[FakeVLLM]:
-    """The fake behind an address of this machine."""
+    """Serve the fake at a local address."""
 
     class Server(ThreadingHTTPServer):
-        request_queue_size = 128  # a busy machine accepts late, and a full queue costs a client a second
+        request_queue_size = 128  # a busy machine accepts late, and a full queue delays a client by a second
 
     class Handler(BaseHTTPRequestHandler):
         disable_nagle_algorithm = True
@@ -177,7 +177,7 @@ def served(fake: FakeVLLM) -> Iterator[FakeVLLM]:
                 self.wfile.write(data)
 
         def log_message(self, *args: Any) -> None:
-            """Say nothing."""
+            """Log nothing."""
 
     fake.restart()
     server = Server(("127.0.0.1", 0), Handler)

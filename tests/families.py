@@ -1,4 +1,4 @@
-"""Tiny random models of every supported family, and made-up trees to feed them."""
+"""Tiny random models of every supported family, and random trees as inputs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _COMMON = dict(
 
 
 def family_configs() -> dict[str, Callable[[], Any]]:
-    """What makes a transformers config, by name; sliding windows are shorter than the rows on purpose."""
+    """``{name: function that makes a transformers config}``. Sliding windows are shorter than the rows on purpose."""
     import transformers as t
 
     return {
@@ -61,7 +61,7 @@ def family_configs() -> dict[str, Callable[[], Any]]:
 
 
 def tiny_model(name: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
-    """A tiny random model; in float64 its norms are float64 too (transformers' RMSNorm goes through float32)."""
+    """A tiny random model. In float64 its norms are float64 too (transformers' RMSNorm computes in float32)."""
     from transformers import AutoModelForCausalLM
 
     from penchant.models.load import disable_dropout
@@ -91,7 +91,7 @@ def _norm_forward(module: Any, one_plus: bool) -> Any:
 
 
 def mixture_of_experts(vocab: int = VOCAB) -> Any:
-    """A tiny model with two layers of four experts, far from balanced."""
+    """A tiny model with two layers of four unbalanced experts."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(0)
@@ -105,7 +105,7 @@ def mixture_of_experts(vocab: int = VOCAB) -> Any:
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "intermediate_size": 48}
     model = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=vocab, router_aux_loss_coef=0.7, **sizes, **experts))
     with torch.no_grad():
-        for layer in model.model.layers:  # far from balanced, so that the loss says something
+        for layer in model.model.layers:  # unbalanced, so that the balance loss has an effect
             layer.mlp.gate.weight.normal_(std=0.5)
     return model
 
@@ -133,20 +133,20 @@ def some_pairs(n: int = 6, seed: int = 0) -> list[TokenTree]:
 
 
 def evaluate_heldout(algorithm: Algorithm, trees: Sequence[TokenTree], tokens_per_step: int) -> dict[str, Any]:
-    """Every metric of an algorithm over `trees`, as a run takes them: with shared prompts, scheduled hyperparameters as at the first step."""
+    """Every metric of an algorithm over `trees`, as in a run with shared prompts at the first step's scheduled values."""
     device = torch.device("cpu")
     scored, order = score_heldout(algorithm, trees, shared=True, tokens_per_step=tokens_per_step, device=device)
     return heldout_metrics(algorithm, scored, [trees[i] for i in order])
 
 
 def losses_by_default() -> list[Any]:
-    """Every loss that is computed from a micro-batch alone, as parameters of a test: one of each kind of pass by default, the others slow."""
-    names = [n for n, spec in LOSSES.items() if "z0" not in spec.needs]  # one number of the whole step
+    """Test parameters: every loss computed from a single micro-batch, one of each kind of pass by default, the others slow."""
+    names = [n for n, spec in LOSSES.items() if "z0" not in spec.needs]  # z0 is one number of the whole step
     return one_of_each(names, lambda n: LOSSES[n].needs & {"shared_logps", "alignment", "batch", "divergence"})
 
 
 def noted_attention(warned: list[bool]) -> Callable[..., Any]:
-    """In place of an attention kernel, ``q + k + v``: each of its backward passes notes whether deterministic mode only warned."""
+    """Stand-in for an attention kernel, ``q + k + v``, that records in each backward pass whether deterministic mode only warns."""
 
     class Noted(torch.autograd.Function):
         @staticmethod

@@ -1,4 +1,4 @@
-"""The folder in which the documentation's pages run: data, models and finished runs under the names that they use."""
+"""The folder in which the documentation's pages run: data, models and finished runs under the names that the pages use."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ SMALL = [
 
 
 def shared_world(base: Path) -> Path:
-    """The world, made once for all worker processes of a test run (`base` is theirs together)."""
+    """The world, made once for all worker processes of a test run, which share `base`."""
     folder, done = base / "page-world", base / "page-world.done"
     with FileLock(base / "page-world.lock"):
         if not done.exists():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             with chdir(folder):
-                _make()  # in its final place: runs remember where their data and models lie
+                _make()  # at its final path, because runs store paths of data and models
             done.touch()
     return folder
 
 
 def _make() -> None:
-    rows = polite_rows(120)  # README holds a hundred of them out
+    rows = polite_rows(120)  # the README holds out a hundred of them
     for name, part in {"train": rows, "test": polite_rows(132)[120:]}.items():
         write_jsonl(Path(f"{name}.jsonl"), part)
     write_jsonl(Path("prompts.jsonl"), [{"prompt": r["prompt"]} for r in rows])
     Path("book.txt").write_text("It was a dark night.\n\nThen it was day.\n")
     start = tiny_model_folder(Path("base"))
     config = json.loads(Path("base/config.json").read_text())
-    config["max_position_embeddings"] = 2048  # the default data.max_length fits, as in the models that the pages name
+    config["max_position_embeddings"] = 2048  # fits the default data.max_length, as in the models that the pages name
     Path("base/config.json").write_text(json.dumps(config))
     Path("HuggingFaceTB").mkdir()
     for name in ("tuned", "HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M-Instruct"):
         shutil.copytree(start, name)
-    for part in ("recipes", "src"):  # a person is in the repository
+    for part in ("recipes", "src"):  # the pages assume the repository as working folder
         Path(part).symlink_to(ROOT / part)
     _runs(start)
     _arena()
@@ -59,7 +59,7 @@ def _make() -> None:
 
 
 def _arena() -> None:
-    """What somebody said in an arena."""
+    """An arena with judgments."""
     file = Path("arenas/film/preferences.jsonl")
     file.parent.mkdir(parents=True)
     words = [word(i, prompt=f"Question {i}?", verdict="a" if i % 4 else "tie") for i in range(12)]
@@ -74,7 +74,7 @@ def _runs(start: str) -> None:
     }
     seed_1 = {"train": {"batch_size": 8, "seed": 1}}
     online = {"algorithm": {"name": "ppo", "max_new_tokens": 4}, "reward": "words"}
-    demo = {"model": {"path": str(asset("model"))}}  # its tokenizer is one that GGUF can hold
+    demo = {"model": {"path": str(asset("model"))}}  # its tokenizer can be stored in GGUF
     more: dict[str, dict[str, Any]] = {
         "runs/first": {}, "runs/second": {"loss": "ipo"}, "runs/dpo": {}, "runs/dpo-seed-1": seed_1, "runs/reward": {"algorithm": "reward_model"},
         "runs/ppo": online, "runs/ppo-seed-1": {**online, **seed_1}, "runs/demo": demo, "lora-run": {"lora": {"r": 2}},

@@ -1,4 +1,4 @@
-"""The fenced blocks of README.md and docs/, and how they are run: what the documentation's tests share."""
+"""Parse and run the fenced blocks of README.md and docs/, for the documentation's tests."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class Block:
 
     @property
     def file(self) -> str | None:
-        """The file that the block is, if it says so."""
+        """The name of the file that the block shows, if its first line names one."""
         found = FILE.match(self.text)
         return found[1] if found else None
 
     def commands(self) -> list[str]:
-        """The commands of a shell block: comments off, continued lines and here-documents in one piece."""
+        """The commands of a shell block, without comments, with continued lines and here-documents joined."""
         found: list[str] = []
         lines = iter(self.text.replace("\\\n", " ").splitlines())
         for line in lines:
@@ -73,24 +73,24 @@ BLOCKS = [b for page in NAMES for b in blocks(page)]
 
 
 def of(*languages: str) -> list[Block]:
-    """Every page's blocks of these languages."""
+    """All blocks of the given languages on all pages."""
     return [b for b in BLOCKS if b.language in languages]
 
 
 def page_file(page: str, name: str) -> str:
-    """The text of the block of a page that is this file."""
+    """The text of the block that shows this file."""
     return next(b.text for b in BLOCKS if b.page == page and b.file == name)
 
 
 def words(command: str) -> list[str]:
-    """A command line's words and operators; of a here-document its first line."""
+    """Words and operators of a command line. Of a here-document, only the first line."""
     parts = shlex.shlex(command.split("\n")[0], posix=True, punctuation_chars=True)
     parts.whitespace_split = True
     return list(parts)
 
 
 def simple_commands(command: str) -> list[list[str]]:
-    """The commands that pipes, `&&` and the like join, without assignments before them and what goes to or comes from files."""
+    """The commands joined by pipes, `&&` and so on, without leading assignments and redirections."""
     found: list[list[str]] = [[]]
     given = iter(words(command))
     for word in given:
@@ -104,7 +104,7 @@ def simple_commands(command: str) -> list[list[str]]:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody uses now."""
+    """A local port that is currently free."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -112,11 +112,11 @@ def free_port() -> int:
 
 @dataclass
 class Shell:
-    """Runs a page's blocks in order in the current folder, `penchant` in this process where it can.
+    """Runs a page's blocks in order in the current folder, with `penchant` in this process if possible.
 
     Args:
-        capsys: for what went wrong. not_run: patterns of commands that are left out. planned: a pattern of commands and the
-            words that are put behind them. typed: a pattern of commands and what is typed into them. port: in the place of 8000.
+        capsys: to show errors. not_run: patterns of commands to skip. planned: ``{pattern of commands: words to append}``.
+            typed: ``{pattern of commands: text to type into them}``. port: replaces 8000.
     """
 
     capsys: pytest.CaptureFixture[str]
@@ -129,7 +129,7 @@ class Shell:
     background: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def run(self, page: str) -> None:
-        """The whole page; what it started in the background must have been ended by it."""
+        """Run the whole page, which must have ended its background processes."""
         self.port = free_port()
         try:
             every = blocks(page)
@@ -163,7 +163,7 @@ class Shell:
         if parts[0] == "kill":
             self._kill(where, parts[1:])
         elif parts[0] == "penchant" and parts[-1] == "&":
-            # not a fork: OpenMP's threads, if a test before used them, are not in it, and it would wait for them for ever
+            # not a fork: it would lack the OpenMP threads that an earlier test may have used, and wait for them forever
             self.background.append(subprocess.Popen([sys.executable, "-m", *parts[:-1]], env=_environment()))
         elif parts[0] == "penchant" and not OPERATORS & set(parts):
             self._penchant(where, command, parts[1:], self._typed(command))
@@ -195,7 +195,7 @@ class Shell:
     def _bash(self, where: Block, command: str) -> str:
         parts = words(command)
         if parts[0] == "python" and (ROOT / parts[1]).exists():
-            command = f"cd {shlex.quote(str(ROOT))} && {command}"  # a script of the repository
+            command = f"cd {shlex.quote(str(ROOT))} && {command}"  # a script in the repository
         done = subprocess.run(["bash", "-c", command], env=_environment(), capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{where}: {command}\n{done.stderr}"
         return done.stdout
@@ -208,7 +208,7 @@ class Shell:
 
 
 def forget_output(config: str) -> None:
-    """Remove a stand-in for the run that a config of the page makes itself."""
+    """Remove a stand-in for the run that a config of the page creates itself."""
     for made in re.findall(r"^output: ([^\s#]+)", config, flags=re.M):
         shutil.rmtree(made, ignore_errors=True)
 

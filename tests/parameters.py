@@ -11,7 +11,7 @@ from penchant.losses import LOSSES
 
 
 def by_default(values: Iterable[Any], kept: Collection[Any]) -> list[Any]:
-    """Parameters of a test: those in `kept` by default, the others slow."""
+    """Test parameters: those in `kept` by default, the others marked slow."""
     return [v if v in kept else _slow(v) for v in values]
 
 
@@ -20,7 +20,7 @@ def _slow(value: Any) -> Any:
 
 
 def one_of_each(values: Iterable[Any], kind: Callable[[Any], Any]) -> list[Any]:
-    """Parameters of a test: the first of each kind by default, the others slow."""
+    """Test parameters: the first of each kind by default, the others marked slow."""
     found: list[Any] = []
     kinds: list[Any] = []
     for value in values:
@@ -30,6 +30,6 @@ def one_of_each(values: Iterable[Any], kind: Callable[[Any], Any]) -> list[Any]:
 
 
 def one_of_each_kind(names: Iterable[str]) -> list[Any]:
-    """Names of losses: by default the first of those for which an engine does the same."""
+    """Names of losses: by default the first of each group that an engine treats alike."""
     specs = {name: LOSSES[name] for name in names}
     return one_of_each(specs, lambda name: (specs[name].signal, specs[name].needs, specs[name].uses_lengths))

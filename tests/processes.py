@@ -1,4 +1,4 @@
-"""A process of its own that starts at once: forked from this one, which has imported torch already."""
+"""Child processes that start fast, as forks of this process, which has already imported torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 
 class ForkedPython:
-    """`subprocess.Popen([python, "-m", MODULE, ...], text=True)` with pipes for input and output, as a fork of this process."""
+    """Like `subprocess.Popen([python, "-m", MODULE, ...], text=True)` with pipes for input and output, but as a fork."""
 
     def __init__(self, command: Sequence[str], *, env: Mapping[str, str], **_: Any) -> None:
         _, minus_m, module, *arguments = command
@@ -22,7 +22,7 @@ class ForkedPython:
 
         def child() -> None:
             for descriptor in (to_it, from_it):
-                os.close(descriptor)  # else its input would never end
+                os.close(descriptor)  # otherwise its input would never end
             os.setsid()
             os.environ.update(env)
             sys.argv = [module, *arguments]
@@ -43,10 +43,10 @@ class ForkedPython:
 
 
 def forked(call: Callable[[], object], streams: Sequence[int] = ()) -> BaseProcess:
-    """Start `call`; a number that it returns is the exit code.
+    """Run `call` in a fork. An int that it returns is the exit code.
 
     Args:
-        streams: descriptors that become its input, output and errors.
+        streams: descriptors that become its stdin, stdout and stderr.
     """
 
     def child() -> None:
@@ -54,9 +54,9 @@ def forked(call: Callable[[], object], streams: Sequence[int] = ()) -> BaseProce
             os.dup2(descriptor, number)
         if streams:
             sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, mode, 1) for n, mode in enumerate("rww"))
-        # a suite that runs in the background ignores Ctrl-C, and its children would inherit that
+        # a suite in the background ignores SIGINT, and its children would inherit that
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        if "torch" in sys.modules:  # OpenMP's other threads are not in a fork: it would wait for them for ever
+        if "torch" in sys.modules:  # a fork lacks OpenMP's other threads, and would wait for them forever
             sys.modules["torch"].set_num_threads(1)
         result = call()
         sys.exit(result if isinstance(result, int) else 0)

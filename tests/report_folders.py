@@ -1,4 +1,4 @@
-"""Folders as runs, sweeps and comparisons leave them, made up; for tests of the report."""
+"""Made-up folders of runs, sweeps and comparisons, for tests of the report."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def make_run(
     status: str = "finished",
     word: str = "fine",
 ) -> Path:
-    """A run of DPO; `word` stands in every text that a user or a model could have written."""
+    """A DPO run. `word` is in every text that a user or a model could have written."""
     rng = random.Random(seed)
     lines: list[dict[str, Any]] = list(evals if evals is not None else [evaluation(0), evaluation(steps, 0.7, 0.08)])
     for i in range(1, steps + 1):
@@ -98,7 +98,7 @@ def make_run(
 def make_sweep(
     folder: Path, *, betas: tuple[float, ...] = (0.1, 0.3), seeds: tuple[int, ...] = (0, 1), **options: Any
 ) -> Path:
-    """A finished sweep over beta and seeds; accuracy rises with beta."""
+    """A finished sweep over beta and seeds, with an accuracy that rises with beta."""
     runs: dict[str, Any] = {}
     for seed in seeds:
         for i, beta in enumerate(betas):
@@ -127,7 +127,7 @@ def ci(value: float, low: float, high: float) -> dict[str, float]:
 
 
 def make_comparison(folder: Path, *, word: str = "fine", prompts: int = 4) -> Path:
-    """A comparison of two settings with the start; the first wins clearly, the second does not."""
+    """A comparison of two settings with the start. The first wins clearly, the second does not."""
     models: dict[str, Any] = {"start": {"reward": 0.1, "reward/ci": [0.0, 0.2], "perplexity": 30.0}}
     for i, name in enumerate(("ours", word)):
         models[name] = {

@@ -1,4 +1,4 @@
-"""Rows in memory as a data set, and what other processes are asked, asked in this one."""
+"""Data sets from rows in memory, and a stand-in that runs worker tasks in this process."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from penchant.data.read import Row
 def from_rows(
     rows: Iterable[Mapping[str, Any]], *, name: str = "rows", on_bad_row: str = "error", **how: Any
 ) -> Dataset:
-    """As `load_preferences` of a file of these rows."""
+    """Like `load_preferences` of a file with these rows."""
     return Stream((Row(f"{name}:{i}", r) for i, r in enumerate(rows, 1)), name, **how).load(on_bad_row)
 
 
 def in_this_process(function: Callable[[Any], Any], tasks: Iterable[Any], workers: object) -> Iterator[Any]:
-    """As `penchant.base.processes.in_order`, with all that travels pickled; no process has to start."""
+    """Like `penchant.base.processes.in_order`, with everything pickled, but without starting processes."""
     for task in tasks:
         asked, given = pickle.loads(pickle.dumps((function, task)))
         yield pickle.loads(pickle.dumps(asked(given)))

@@ -1,4 +1,4 @@
-"""Run folders made of nothing but their files, as the engine writes them: what the view's tests look at."""
+"""Run folders with the files that a run writes, for tests of `penchant watch` and the studio."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def perf_rows(first: int, last: int, seconds: float = 2.0) -> list[dict[str, Any
 
 
 def make_run(folder: Path, done: int = 8, **manifest: Any) -> Path:
-    """A run of 20 steps of which `done` are done; its process is not there any more."""
+    """A run of 20 steps, of which `done` are done, and whose process has ended."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "identity.json").write_text("{}")
     (folder / "config.resolved.yaml").write_text(

@@ -1,4 +1,4 @@
-"""Models that write what a test wants, and a server of one."""
+"""Models that generate a given text, and a server for one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from penchant.serve.model import ChatModel, load_chat_model
 
 
 def random_folder(folder: Path, *, seed: int = 0, context: int = 4096, chat: bool = True) -> str:
-    """A tiny random model that looks far enough back for a conversation."""
+    """A tiny random model with a context long enough for a conversation."""
     import json
 
     path = tiny_model_folder(folder, seed=seed, chat=chat)
@@ -29,10 +29,10 @@ def random_folder(folder: Path, *, seed: int = 0, context: int = 4096, chat: boo
 def writer_folder(
     folder: Path, text: str, *, after: str = " ", context: int = 4096, chat: bool = True, endless: bool = False
 ) -> str:
-    """A model that writes `text` and ends, once its prompt ends in `after`: the next token is a function of the last one alone.
+    """A model that generates `text` and ends, if its prompt ends in `after`. The next token depends only on the last one.
 
     Args:
-        text: no byte of it twice, and `after` not in it; endless: it is written again and again.
+        text: without repeated bytes, and without `after`; endless: repeat the text forever.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -57,7 +57,7 @@ def writer_folder(
         )
     )
     next_of = torch.zeros(size, size)
-    next_of[1, :] = 1.0  # everything else ends at once
+    next_of[1, :] = 1.0  # all other tokens are followed by the end
     for a, b in pairwise(chain):
         next_of[:, a] = 0.0
         next_of[b, a] = 2.0
@@ -73,13 +73,13 @@ def writer_folder(
 
 
 def model_of(folder: str, **options: Any) -> ChatModel:
-    """A loaded model in fp32."""
+    """Load a model in fp32."""
     return load_chat_model(folder, dtype="fp32", device="cpu", **options)
 
 
 @contextmanager
 def serving(chat_model: ChatModel, name: str = "tiny", **options: Any) -> Iterator[Any]:
-    """A server in a thread; `server.url` is its address."""
+    """Run a server in a thread. `server.url` is its address."""
     from penchant.serve.app import App, Limits, Scheduler
     from penchant.serve.server import Server, address_of, listen
 

@@ -1,4 +1,4 @@
-"""Tiny random vision-language models with their processors, pictures, and rows that have some."""
+"""Tiny random vision-language models with processors, pictures, and rows with pictures."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TURNS = (
 
 
 def _tokenizer(specials: Sequence[str], image: str, begin: str = "", **more: Any) -> Any:
-    """One token a byte, and special ones."""
+    """A tokenizer with one token per byte, and special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -121,7 +121,7 @@ def _gemma() -> tuple[Any, Any]:
         vision_config=EYES,
     )
     model = t.Gemma3ForConditionalGeneration(config)
-    with torch.no_grad():  # zero in a new one: pictures would say nothing
+    with torch.no_grad():  # zero in a new model, so that pictures would have no effect
         model.model.multi_modal_projector.mm_input_projection_weight.normal_(std=0.2)
     return processor, model
 
@@ -131,7 +131,7 @@ KINDS = [name for name in MAKERS if name != "qwen2.5-vl" or find_spec("torchvisi
 
 
 def seeing_model(folder: Path, kind: str = "idefics3") -> str:
-    """Save a tiny vision-language model with its processor; returns the folder as a string."""
+    """Save a tiny vision-language model with its processor, and return the folder as a string."""
     import torch
 
     with torch.random.fork_rng():
@@ -153,7 +153,7 @@ def paint(path: Path, seed: int, width: int = 40, height: int = 24) -> Path:
 
 
 def pictured_rows(folder: Path, n: int = 6) -> list[dict[str, Any]]:
-    """Pairs with one question about different pictures, which are written beside them; the first has two pictures, the last none."""
+    """Pairs with one question about different pictures, saved beside them. The first has two pictures, the last none."""
     rows: list[dict[str, Any]] = []
     for i in range(n):
         count = {0: 2, n - 1: 0}.get(i, 1)
@@ -169,14 +169,14 @@ def pictured_rows(folder: Path, n: int = 6) -> list[dict[str, Any]]:
 
 
 def write_rows(folder: Path, rows: Sequence[Mapping[str, Any]], name: str = "pairs.jsonl") -> Path:
-    """A file of rows."""
+    """Write rows to a file."""
     path = folder / name
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def own_logp(model: Any, processor: Any, folder: Path, row: Mapping[str, Any], answer: str) -> float:
-    """The log-prob of an answer by the model's own forward on one conversation, as transformers' own processor writes it."""
+    """The log-prob of an answer by the model's own forward, on one conversation rendered by transformers' processor."""
     import torch
     from transformers.image_utils import load_image
 

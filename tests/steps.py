@@ -1,4 +1,4 @@
-"""Steps as the loop takes them, for equality tests: a loop with defaults, a step cut into micro-batches, a run that is killed after one."""
+"""Training steps for equality tests: a loop with defaults, a step split into micro-batches, a run killed after a step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def small_loop(
     folder: Path,
     **more: Any,
 ) -> Loop:
-    """A loop that trains the algorithm's policy, says nothing, and saves the policy by its own method; `more` as Loop has it."""
+    """A quiet loop that trains the algorithm's policy and saves it with `save_pretrained`. `more` is passed to Loop."""
     model = algorithm.scorer.model
     defaults: dict[str, Any] = {
         "shared": True,
@@ -45,7 +45,7 @@ def small_loop(
 def step_gradient(
     algorithm: Any, trees: Sequence[TokenTree], sizes: Sequence[int], more: Iterable[torch.nn.Parameter] = ()
 ) -> torch.Tensor:
-    """The gradient of one step over `trees`, in micro-batches of the given sizes: all parameters of the policy (and `more`), flat."""
+    """Flat gradient of one step over `trees` in micro-batches of the given sizes, over all parameters of the policy (and `more`)."""
     parameters = [*algorithm.scorer.model.parameters(), *more]
     for p in parameters:
         p.grad = None
@@ -62,11 +62,11 @@ def step_gradient(
 
 
 class Killed(BaseException):
-    """A kill -9: nothing of the loop's own clean-up knows about it."""
+    """Simulates kill -9: an exception that the loop's cleanup does not handle."""
 
 
 def train_until_killed(config: Mapping[str, Any], step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Train, and die behind a step and whatever the loop does after it."""
+    """Train, and die after a step and everything that the loop does after it."""
     real = Loop._after_step
 
     def killed(self: Loop, *args: Any) -> None:

@@ -1,4 +1,4 @@
-"""Simulated annotators with known biases, who judge an arena as people would: what is true of them is computed from the same numbers."""
+"""Simulated annotators with known biases who judge an arena, and the true values computed from the same parameters."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from penchant.judges.humans import Judgement, Preferences
 from penchant.studio.pairs import Answers, Arena
 from penchant.studio.queue import Item, next_item
 
-MEAN, SPREAD = 0.6, 1.2  # of how much better the first model's answer is, in logits
+MEAN, SPREAD = 0.6, 1.2  # of the first model's advantage, in logits
 LONG = 0.5  # share of pairs whose first answer is the longer one
 
 
 @dataclass(frozen=True)
 class Simulated:
-    """One annotator: logits for the left side and for the longer answer, noise (logits are divided by it), or no look at all."""
+    """An annotator: logits for the left side and for the longer answer, noise that divides logits, or random judging."""
 
     name: str
     position: float = 0.0
@@ -28,7 +28,7 @@ class Simulated:
     careless: bool = False
 
     def chance(self, quality: Any, left: Any, longer: Any) -> Any:
-        """P(a is called better). left, longer: 1 where a is that one, else -1."""
+        """P(a is called better). left, longer: 1 if a is on the left or longer, else -1."""
         logit = quality / self.noise + self.position * left + self.length * longer
         return 0.5 + 0 * logit if self.careless else 1 / (1 + np.exp(-logit))
 
@@ -44,7 +44,7 @@ PEOPLE = (
 
 @dataclass(frozen=True)
 class Truth:
-    """What an endless arena would say."""
+    """The results of an infinitely long arena."""
 
     win_rate: float
     alpha: float
@@ -54,7 +54,7 @@ class Truth:
 
 @cache
 def truth(draws: int = 200_000, seed: int = 99) -> Truth:
-    """By the law of large numbers, from the model of the people alone."""
+    """The limit by the law of large numbers, from the annotators' model alone."""
     import krippendorff
 
     rng = np.random.default_rng(seed)
@@ -74,7 +74,7 @@ def truth(draws: int = 200_000, seed: int = 99) -> Truth:
 
 
 def texts(pairs: int, seed: int) -> tuple[Answers, dict[str, float]]:
-    """Answers whose length says nothing of their quality, and how much better the first model's is, by prompt."""
+    """Answers whose length is independent of their quality, and the first model's advantage by prompt."""
     rng = np.random.default_rng(seed)
     rows, quality = [], {}
     for i in range(pairs):
@@ -88,7 +88,7 @@ def texts(pairs: int, seed: int) -> tuple[Answers, dict[str, float]]:
 
 
 class InMemory(Preferences):
-    """The same without a file."""
+    """Preferences kept in memory instead of a file."""
 
     def refresh(self) -> Preferences:
         return self
@@ -98,13 +98,13 @@ class InMemory(Preferences):
 
 
 def in_memory(arena: Arena) -> Arena:
-    """An arena whose judgements go nowhere."""
+    """An arena whose judgments are not saved."""
     arena.__dict__["preferences"] = InMemory(Path("nowhere.jsonl"))
     return arena
 
 
 def say(arena: Arena, item: Item, annotator: str, verdict: str, seconds: float = 3.0) -> None:
-    """One word, as the studio would write it."""
+    """Record a judgment as the studio would."""
     word = Judgement(
         id=f"{annotator}-{item.order}",
         pair=item.pair.id,
@@ -124,14 +124,14 @@ def say(arena: Arena, item: Item, annotator: str, verdict: str, seconds: float =
 
 
 def judged(arena: Arena, quality: dict[str, float], seed: int, *, file: bool = False) -> Preferences:
-    """Everybody judges all that the arena shows."""
+    """Let every annotator judge everything that the arena shows."""
     found = (arena if file else in_memory(arena)).preferences
     rng = np.random.default_rng([seed, 1])
     for person in PEOPLE:
         while (item := next_item(arena, person.name)) is not None:
             a, b = item.pair.answers or ("", "")
             sides = 1 if item.left == "a" else -1
-            # a check is as plain as can be
+            # a check is as obvious as possible
             good = 6.0 if item.pair.gold else quality[item.pair.prompt]
             won = rng.random() < person.chance(good, sides, 1 if len(a) > len(b) else -1)
             say(arena, item, person.name, "a" if won else "b", float(rng.lognormal(1.5, 0.4)))
@@ -139,7 +139,7 @@ def judged(arena: Arena, quality: dict[str, float], seed: int, *, file: bool = F
 
 
 def word(number: int, who: str = "ada", **more: Any) -> Judgement:
-    """A judgement by hand."""
+    """A judgment made by hand."""
     about: dict[str, Any] = {
         "id": f"{who}-{number}",
         "pair": f"p{number}",

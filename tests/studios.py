@@ -1,4 +1,4 @@
-"""A studio in a thread, a client that has logged in, and folders that arenas are made of."""
+"""A studio in a thread, a logged-in client, and folders for arenas."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SOURCE = {"source": "made here", "sha256": "0" * 64}
 
 @contextmanager
 def studio_of(folder: Path, port: int = 0, **how: Any) -> Iterator[Any]:
-    """A running studio: `address` ends with a slash, `open` has the token, `studio` is the application."""
+    """Run a studio. `address` ends with a slash, `open` includes the token, `studio` is the application."""
     studio = Studio(folder, **how)
     server: Any = Server(studio, listen("127.0.0.1", port))
     server.address = address_of(server.sock, "/")
@@ -42,7 +42,7 @@ def studio_of(folder: Path, port: int = 0, **how: Any) -> Iterator[Any]:
 
 
 class Person:
-    """A client as a browser would be, with the cookie and the CSRF token of the studio."""
+    """A client like a browser, with the studio's cookie and CSRF token."""
 
     def __init__(self, server: Any, name: str = "") -> None:
         self.client = httpx.Client(base_url=server.address, follow_redirects=True, trust_env=False)
@@ -59,14 +59,14 @@ class Person:
         return self.client.post(path, data=data or {"": ""}, headers={"x-csrf-token": self.csrf, **headers})
 
     def judge(self, arena: str, verdict: str, **more: Any) -> httpx.Response:
-        """Say something of the pair that is shown now."""
+        """Judge the pair that is currently shown."""
         page = self.get(f"/arena/{arena}").text
         hidden = {n: page.split(f'name="{n}" value="')[1].split('"')[0] for n in ("order", "pair")}
         return self.post(f"/arena/{arena}/judge", {**hidden, "verdict": verdict, "seconds": "2.5", **more})
 
 
 def answers_of(pairs: int, models: Sequence[str] = ("dpo", "start")) -> Answers:
-    """What models answered to numbered prompts."""
+    """Answers of models to numbered prompts."""
     rows = [(f"Prompt {i}?", {m: f"Answer {i} of {m}." for m in models}) for i in range(pairs)]
     return Answers(rows, dict.fromkeys(models, SOURCE))
 
@@ -80,7 +80,7 @@ def arena_of(
     answers: Answers | None = None,
     **settings: Any,
 ) -> Arena:
-    """An arena of such answers, with checks."""
+    """An arena with such answers, and with checks."""
     answers = answers or answers_of(pairs, models)
     made = pairs_of(answers, settings.get("seed", 0))
     golden = [(f"Is {i} one?", {"chosen": "Right.", "rejected": f"Wrong {i}."}) for i in range(gold)]
@@ -89,10 +89,10 @@ def arena_of(
 
 
 def lines(arena: Arena) -> list[dict[str, Any]]:
-    """The records of an arena as they stand in its file."""
+    """The records in an arena's file."""
     return [json.loads(line) for line in arena.preferences.path.read_text().splitlines()]
 
 
 def judgements(arena: Arena) -> list[Any]:
-    """What stands, read anew."""
+    """The current judgments, read from the file."""
     return list(Preferences(arena.preferences.path).refresh().judgements.values())

@@ -1,4 +1,4 @@
-"""The demo, small: every stage on a few openings; the whole of it in `make test-all`."""
+"""The demo on a few openings, with every stage. `make test-all` runs it in full."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Python objects in place of what a config names, callbacks, and figures of single answers."""
+"""Python objects in place of config entries, callbacks, and per-answer figures."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def weights(result: Any) -> dict[str, torch.Tensor]:
 
 
 class Frame:
-    """What a pandas frame has of what we use."""
+    """The part of a pandas DataFrame's interface that we use."""
 
     def __init__(self, rows: list[dict[str, Any]]) -> None:
         self.rows, self.columns = rows, list(rows[0])
@@ -72,7 +72,7 @@ def test_rows_train_the_same_model_as_their_file(model: str, tmp_path: Path) -> 
     given = json.loads((tmp_path / "rows" / "manifest.json").read_text())["given"]
     assert len(given) == 1 and (tmp_path / "rows" / "given" / given[0]).read_text() == file.read_text()
     assert "given" not in json.loads((tmp_path / "file" / "manifest.json").read_text())
-    # the run's folder says all that other commands need
+    # the run folder has everything that other commands need
     assert api.evaluate(tmp_path / "rows", quiet=True)["eval/rows"] == 6.0
     with pytest.raises(CheckpointError, match="different run"):
         api.train(config(model, tmp_path / "rows", rows[1:]), quiet=True)
@@ -119,7 +119,7 @@ def test_the_rows_of_a_real_table(library: str, tmp_path: Path) -> None:
     found = [json.loads(line) for line in write_rows(made, tmp_path, "data.path").read_text().splitlines()]
     assert [(r["score"], r["of"]) for r in found] == [(1.5, "x"), (None, None)]
     assert found[0]["completion"][0]["tool_calls"][0]["function"]["arguments"] == {"a": 1}
-    kept = {"b": None} if library == "pandas" else {}  # its cells are the dicts themselves
+    kept = {"b": None} if library == "pandas" else {}  # its cells hold the dicts themselves
     assert found[1]["completion"][0]["tool_calls"][0]["function"]["arguments"] == kept
 
 
@@ -171,7 +171,7 @@ def test_what_load_preferences_gives_is_read_back(tmp_path: Path) -> None:
 def test_rows_that_are_none_are_refused_by_their_number(rows: Any, names: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=names):
         write_rows(iter(rows), tmp_path, "data.path")
-    assert not [p for p in tmp_path.rglob("*") if p.is_file()]  # nothing is left behind
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]  # no files are left behind
 
 
 def test_a_model_and_a_tokenizer_object_train_as_their_folder(model: str, tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_a_model_and_a_tokenizer_object_train_as_their_folder(model: str, tmp_pa
     of_objects = api.train(made, quiet=True, model=own, tokenizer=tokenizer)
     for a, b in zip(weights(of_folder).values(), weights(of_objects).values(), strict=True):
         assert torch.equal(a, b)
-    assert all(torch.equal(before[n], t) for n, t in own.state_dict().items())  # the caller's own is not trained
+    assert all(torch.equal(before[n], t) for n, t in own.state_dict().items())  # the caller's model is not trained
     with torch.no_grad():
         next(own.parameters()).add_(1.0)
     with pytest.raises(CheckpointError):
@@ -205,7 +205,7 @@ def with_a_global(prompts: list[str], completions: list[str]) -> list[float]:
 
 def test_a_function_that_stands_alone_is_written_as_a_file_that_runs(tmp_path: Path) -> None:
     name = function_name(alone, tmp_path, "reward")
-    GIVEN.clear()  # as in another process
+    GIVEN.clear()  # like in another process
     assert python_object(name, "reward")([""], ["abcde"]) == [2.0]
 
 
@@ -387,7 +387,7 @@ def test_figures_of_each_answer_add_up_to_those_of_all(model: str, tmp_path: Pat
     chosen = [r for r in rows if r["chosen"]]
     assert len(rows) == 12 and len(chosen) == 6
     assert np.mean([r["logps"] for r in chosen]) == pytest.approx(found["eval/logps/chosen"])
-    # a model's own forward says the same
+    # equal to the model's own forward
     own, tokenizer = AutoModelForCausalLM.from_pretrained(result.model), AutoTokenizer.from_pretrained(result.model)
     row = rows[0]
     prompt = tokenizer(row["prompt"], add_special_tokens=False).input_ids
@@ -396,7 +396,7 @@ def test_figures_of_each_answer_add_up_to_those_of_all(model: str, tmp_path: Pat
     logps = own(torch.tensor([whole])).logits[0].log_softmax(-1)
     sums = sum(float(logps[i - 1, whole[i]]) for i in range(len(prompt), len(whole)))
     assert row["tokens"] == len(whole) - len(prompt) and row["logps"] == pytest.approx(sums, abs=1e-3)
-    api.evaluate(result.folder, quiet=True, rows_output=str(output))  # its own file may be written anew
+    api.evaluate(result.folder, quiet=True, rows_output=str(output))  # it may overwrite its own file
     with pytest.raises(ConfigError, match="rows-output"):
         api.evaluate(result.folder, quiet=True, text="README.md", rows_output=str(output))
 

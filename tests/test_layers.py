@@ -1,4 +1,4 @@
-"""Import only downward; packages of one layer never import each other. Lazy imports count, type-checking ones do not."""
+"""Imports only go downward, and packages of one layer never import each other. Lazy imports count, type-checking ones do not."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _unit(path: Path) -> str:
 
 
 def _statements(body: Sequence[ast.AST]) -> Iterator[ast.AST]:
-    """Every statement below, but those for type checkers; imports are statements, so expressions are not walked through."""
+    """Every nested statement except those for type checkers. Expressions are skipped, because imports are statements."""
     for node in body:
         yield node
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):

@@ -1,4 +1,4 @@
-"""Cores and memory where the system says them, says them in another unit, or does not say."""
+"""Cores and memory on systems that report them, report them in other units, or do not report them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_where_processes_are_not_restricted_to_cores(monkeypatch: pytest.MonkeyP
 
 
 def test_every_kind_of_device_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`torch.mps` knows none."""
+    """`torch.mps` has no device names."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA X")
     assert device_name("cuda") == "NVIDIA X" and not hasattr(torch.mps, "get_device_name")
     assert device_name("mps") == machine.NAMES["mps"]
@@ -77,12 +77,12 @@ def test_a_device_that_torch_cannot_use_is_refused_with_the_reason(monkeypatch: 
             resolve_device(kind)
         there.is_available = lambda: True
         assert resolve_device(kind) == torch.device(kind)
-        for native in (True, False):  # torch emulates bf16 where a GPU has no products in it (Volta, Turing)
+        for native in (True, False):  # torch emulates bf16 on GPUs without bf16 matmuls (Volta, Turing)
             there.is_bf16_supported = lambda including_emulation=True, native=native: native or including_emulation
             expected = torch.bfloat16 if native and kind != "mps" else torch.float32
             assert resolve_dtype("auto", torch.device(kind)) == expected
     monkeypatch.setattr(torch, "cuda", SimpleNamespace(is_available=lambda: False))
-    assert resolve_device("auto").type == "cpu"  # no other device is taken unasked
+    assert resolve_device("auto").type == "cpu"  # no other device is used unasked
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_cpu_has_bf16_where_torch_uses_it(
 
 
 def test_mps_gets_no_fp64() -> None:
-    """A stand-in for a tensor there: torch refuses fp64 on MPS."""
+    """torch refuses fp64 on MPS; a stand-in replaces the tensor."""
 
     class Double:
         device = SimpleNamespace(type="cpu")

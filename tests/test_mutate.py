@@ -1,4 +1,4 @@
-"""tools/mutate.py: its table fits today's source, and it tells a killed mutation from one that survives."""
+"""tools/mutate.py: its table matches the current source, and it distinguishes killed mutations from surviving ones."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_every_test_of_the_table_is_there() -> None:
 
 
 def _repository(folder: Path) -> Path:
-    """A repository of two functions and a test of one of them."""
+    """A repository with two functions and a test of one of them."""
     for name, text in {
         "src/penchant/__init__.py": "",
         "src/penchant/sums.py": "def total(a, b):\n    return a + b\n\n\ndef unused():\n    return 1\n",
@@ -81,7 +81,7 @@ def test_a_run_goes_on_behind_what_its_log_has_settled(
     monkeypatch.setattr(mutate, "run_tests", lambda *_, **__: (next(codes), ""))
     assert mutate.run([KILLED, SURVIVED], root, options=options) == 1
     capfd.readouterr()
-    assert mutate.run([KILLED, SURVIVED], root, options=options) == 1  # what survived is tried again
+    assert mutate.run([KILLED, SURVIVED], root, options=options) == 1  # surviving mutations are tried again
     assert "1 mutations: 0 killed, 1 survived" in capfd.readouterr().out
 
 
@@ -89,11 +89,11 @@ def test_a_run_goes_on_behind_what_its_log_has_settled(
     ("mutation", "pytest_code", "code", "said"),
     [
         (KILLED, 1, 0, "1 killed, 0 survived"),
-        (KILLED, None, 0, "1 killed, 0 survived"),  # it took too long
+        (KILLED, None, 0, "1 killed, 0 survived"),  # a timeout
         (replace(SURVIVED, accepted="nobody calls it"), 0, 0, "0 survived, 1 accepted"),
         (replace(KILLED, accepted="no reason"), 1, 0, "sign is killed now"),
         (replace(KILLED, old="a * b"), 1, 1, "1 not applicable"),
-        (KILLED, 2, 1, "1 broken"),  # an error before any test: nothing was tested
+        (KILLED, 2, 1, "1 broken"),  # an error before any test ran
     ],
 )
 def test_what_becomes_of_a_mutation(

@@ -1,4 +1,4 @@
-"""What Penchant 0.1.0 wrote before the rebuild goes on working: configs, runs, checkpoints, caches, sweeps, pipelines, comparisons.
+"""Files written by Penchant 0.1.0 keep working: configs, runs, checkpoints, caches, sweeps, pipelines, comparisons.
 
 The files are in tests/fixtures/v0_1; make_v0_1.py beside them shows how they were made. Only the command line and `penchant.api` are used here.
 """
@@ -25,7 +25,7 @@ QUESTION = ("--reward", "words", "--prompts", "4", "--max-new-tokens", "4")
 
 @pytest.fixture
 def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the old files, which is also the working folder; `@FOLDER@` in them stands for where they are."""
+    """A copy of the old files as the working folder, with `@FOLDER@` replaced by its path."""
     folder = tmp_path / "old"
     shutil.copytree(OLD, folder)
     filled: list[Path] = []
@@ -33,9 +33,7 @@ def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         if path.suffix in TEXT and "@FOLDER@" in (text := path.read_text()):
             path.write_text(text.replace("@FOLDER@", str(folder)))
             filled.append(path)
-    for path in (
-        filled
-    ):  # an adapter names its base model, so its sum follows; the README that peft writes beside it was not kept
+    for path in filled:  # an adapter names its base model, so its checksum changes; peft's README was not kept
         if path.name == "adapter_config.json":
             manifest = path.parents[1] / "manifest.json"
             said = json.loads(manifest.read_text())
@@ -52,7 +50,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def has_all_of(new: Any, old: Any) -> bool:
-    """Whether every old key has its old value; there may be new ones."""
+    """Whether every old key has its old value. New keys are allowed."""
     if isinstance(old, dict) and isinstance(new, dict):
         return all(key in new and has_all_of(new[key], value) for key, value in old.items())
     return new == old
@@ -77,7 +75,7 @@ def test_an_interrupted_run_is_finished(old: Path) -> None:
         load_file(old / name / "checkpoints/step-60/model/model.safetensors") for name in ("mid", "whole")
     )
     assert resumed.keys() == whole.keys()
-    for name, tensor in whole.items():  # the first steps were made on another processor, perhaps
+    for name, tensor in whole.items():  # the first steps may have run on another processor
         torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=5e-3)
     start = load_file(old / "model/model.safetensors")
     assert any((tensor - start[name]).abs().max() > 0.02 for name, tensor in whole.items() if name in start)
@@ -116,7 +114,7 @@ def test_a_reward_head_that_another_processor_drew_is_no_other_start(old: Path) 
 
 
 def test_old_cached_references_do_no_harm(old: Path) -> None:
-    """They have no checksum and are of the weights alone, not of the model's config: they are computed again, once."""
+    """They have no checksum, and their key covers the weights but not the model's config, so they are computed again once."""
     before = {p: p.read_bytes() for p in (old / "cache/reference").iterdir()}
     assert main(["train", "finished.yaml", "output=again", "--quiet"]) == 0
     after = set((old / "cache/reference").iterdir())

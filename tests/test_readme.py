@@ -1,4 +1,4 @@
-"""What the README and pages show, beyond what tests/docs/test_code_blocks.py checks of every page: its longer examples, run small and looked into."""
+"""The longer examples of the README and pages, run small and inspected (tests/docs/test_code_blocks.py covers every page)."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_the_online_example_runs(page: str, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_grpo_on_arithmetic_with_a_checked_answer_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page's file and reward, by the config that init writes, and the recipe."""
+    """The page's file and reward, with the config that init writes and with the recipe."""
     monkeypatch.chdir(tmp_path)
     (code,) = [b for b in _blocks("python", "docs/rewards.md") if b.startswith("# arithmetic.py")]
     (tmp_path / "arithmetic.py").write_text(code)

@@ -1,4 +1,4 @@
-"""Real data and a real (260k-parameter) model, in seconds; skipped where the shared folder is absent."""
+"""Real data and a real (260k-parameter) model, in seconds. Skipped if the shared folder is absent."""
 
 from __future__ import annotations
 

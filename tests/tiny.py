@@ -1,4 +1,4 @@
-"""A tiny model folder with a byte-level tokenizer, and small preference files: what end-to-end tests run on."""
+"""A tiny model folder with a byte-level tokenizer, and small preference files, for end-to-end tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def tiny_tokenizer(*, chat: bool = False, bos: bool = True, eos: bool = True, pad: bool = False) -> Any:
-    """A byte-level tokenizer without merges: one token a byte."""
+    """A byte-level tokenizer without merges: one token per byte."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -36,7 +36,7 @@ def tiny_tokenizer(*, chat: bool = False, bos: bool = True, eos: bool = True, pa
 
 
 def page_code(name: str) -> str:
-    """The first Python file that a page of the docs shows."""
+    """The first Python file shown on a page of the docs."""
     found = re.search(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs" / name).read_text(), re.S)
     assert found is not None
     return found[1]
@@ -46,7 +46,7 @@ MADE: dict[Any, tuple[dict[str, bytes], Any]] = {}  # the files of a tiny model,
 
 
 def tiny_model_folder(folder: Path, *, seed: int = 0, **tokenizer: Any) -> str:
-    """Save a tiny random Llama and its tokenizer; returns the folder as a string. Made once a process, then written again."""
+    """Save a tiny random Llama and its tokenizer, and return the folder as a string. Built once per process, then copied."""
     import torch
 
     key = (seed, *sorted(tokenizer.items()))
@@ -98,6 +98,6 @@ def polite_rows(n: int = 24) -> list[dict[str, str]]:
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
-    """Write rows as JSONL; returns the path as a string."""
+    """Write rows as JSONL, and return the path as a string."""
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return str(path)

@@ -1,4 +1,4 @@
-"""Read a `.wandb` file: blocks of 32 KiB with records as LevelDB's log has them, each a protobuf message of wandb's."""
+"""Read a `.wandb` file: 32 KiB blocks in LevelDB's log format, whose records are wandb protobuf messages."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def records(path: Path) -> Iterator[Any]:
 
 
 def history(path: Path) -> list[dict[str, Any]]:
-    """The rows of a run's history, without what wandb adds (names that start with an underscore)."""
+    """The rows of a run's history, without keys that wandb adds (which start with an underscore)."""
     rows = []
     for record in records(path):
         if record.WhichOneof("record_type") == "history":
@@ -44,5 +44,5 @@ def history(path: Path) -> list[dict[str, Any]]:
 
 
 def run_of(path: Path) -> Any:
-    """The run's own record: id, name, group, tags."""
+    """The run's record: id, name, group, tags."""
     return next(r.run for r in records(path) if r.WhichOneof("record_type") == "run")

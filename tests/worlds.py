@@ -1,4 +1,4 @@
-"""Several processes that train together, forked from this one, which has imported torch already; gloo on 127.0.0.1."""
+"""Process groups for tests: forks of this process, which has already imported torch, with gloo on 127.0.0.1."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from processes import forked
 
 from penchant.distributed.world import World, join
 
-HANGS = 900.0  # seconds: on a machine with ten times the work it can do, nothing else takes so long
+HANGS = 900.0  # seconds; even a machine overloaded tenfold takes less
 
 
 def in_world(
@@ -24,11 +24,11 @@ def in_world(
     timeout: float = HANGS,
     context: int = 1,
 ) -> list[Any]:
-    """What `call` returns on each rank: tensors and plain values; what one of them raises is an AssertionError here.
+    """Run `call` on each rank, and return the results (tensors and plain values). A rank's error is an AssertionError here.
 
     Args:
-        folder: where they leave it; seconds: that they may take; timeout: that one waits for the others;
-            context: that share each pass.
+        folder: for the results; seconds: time limit of the whole call; timeout: how long ranks wait for each other;
+            context: number of processes that share each pass.
     """
     import torch.distributed as dist
 

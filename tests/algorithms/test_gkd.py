@@ -1,4 +1,4 @@
-"""GKD: the divergence by a dense float64 computation, the share of own answers, teachers that do not fit, a run and its resume."""
+"""GKD: the divergence against a dense float64 computation, the share of on-policy answers, unsuitable teachers, and resume."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def gkd(**config: Any) -> GKD:
 
 
 def dense(student: Any, teacher: Any, tree: TokenTree, config: GKDConfig) -> torch.Tensor:
-    """The papers' sums over whole distributions, from the models' own logits."""
+    """The papers' sums over full distributions, from the models' own logits."""
     ids = torch.tensor([[*tree.prompt_ids.tolist(), *tree.completion_ids[0].tolist()]])
     at = slice(len(tree.prompt_ids) - 1, -1)
     p, q = (

@@ -1,4 +1,4 @@
-"""Every key of every online method changes something, or is refused in a sentence; so are those of rollouts and rewards."""
+"""Every key of every online method, of rollouts and of rewards has an effect or is refused with an error."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from penchant.types import TokenTree
 
 EOS = 1
 
-# values to try; one that is the method's own already says nothing
+# values to try; a method's own default shows nothing
 OTHER: dict[str, tuple[Any, ...]] = {
     "samples": (3,),
     "max_new_tokens": (4,),
@@ -77,7 +77,7 @@ OTHER: dict[str, tuple[Any, ...]] = {
     "divergence": ("forward_kl",),
 }
 NEEDS: dict[str, dict[str, Any]] = {"kl_target": {"kl_control": "adaptive"}, "kl_horizon": {"kl_control": "adaptive"}}
-ELSEWHERE = ("name", "value", "value_init")  # a model of its own: tests/rewards/test_reward_models.py
+ELSEWHERE = ("name", "value", "value_init")  # needs another model: tests/rewards/test_reward_models.py
 
 BASE: dict[str, dict[str, Any]] = {"online_dpo": {"samples": 4}, "gkd": {}}
 REFUSED: dict[str, set[str]] = {
@@ -91,9 +91,9 @@ REFUSED: dict[str, set[str]] = {
     "ppo": {"scale_rewards", "loss_mean"},
     "online_dpo": {
         *("entropy_coef", "clip", "clip_high", "clip_dual", "scale_rewards", "loss_mean"),
-        *("epochs", "minibatches"),  # not in vain, but there is one step on each pair
+        *("epochs", "minibatches"),  # each pair is trained on in one step
     },
-    "gkd": {"samples"},  # it is 1
+    "gkd": {"samples"},  # fixed at 1
 }
 
 
@@ -104,7 +104,7 @@ def weights(seed: int) -> Any:
     made = LlamaForCausalLM(LlamaConfig(vocab_size=260, tie_word_embeddings=False, **shape)).eval()
     made.lm_head = torch.nn.Linear(16, 260, bias=True)
     torch.nn.init.zeros_(made.lm_head.bias)
-    with torch.no_grad():  # every second token or so is an end
+    with torch.no_grad():  # about every second token ends a completion
         made.lm_head.weight.mul_(8.0)
         made.lm_head.bias[EOS] = 4.0
     return made
@@ -118,7 +118,7 @@ def prompts(answered: bool, *texts: str) -> list[TokenTree]:
 
 
 def judged(asked: list[str], written: list[str]) -> list[float]:
-    """Prompts with a z teach nothing."""
+    """Prompts with a z give no gradient."""
     return [0.5 if "z" in p else sum(map(ord, t)) % 7 / 3 for p, t in zip(asked, written, strict=True)]
 
 
@@ -141,7 +141,7 @@ def algorithm_of(config: Any, policy: Any) -> Any:
 
 
 def figures(config: Any) -> Iterator[Any]:
-    """All that a few steps leave, step by step: what was written and logged, losses and gradients."""
+    """Results of a few steps: completions, logs, losses and gradients of each."""
     policy = copy.deepcopy(weights(0))
     made = algorithm_of(config, policy)
     yield dict(config.optimizer)
@@ -166,7 +166,7 @@ def figures(config: Any) -> Iterator[Any]:
             made.accepts(means),
         ]
         torch.manual_seed(step)
-        with torch.no_grad():  # anywhere, so that ratios are above 1 and below it
+        with torch.no_grad():  # moved at random, so that ratios are above and below 1
             for p in policy.parameters():
                 p += 3e-4 * torch.randn_like(p)
         made.end_step(step + 1, means)

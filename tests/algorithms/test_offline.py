@@ -1,4 +1,4 @@
-"""Every loss on real batches: views, weights known beforehand, z0, delta, mixes, modifiers, coupling."""
+"""Every loss on real batches: views, precomputed weights, z0, delta, mixes, modifiers, coupling."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def pairs(n: int = 6) -> list[TokenTree]:
 
 
 def singles() -> list[TokenTree]:
-    """Labelled completions, one a tree, three good and two bad."""
+    """Labeled completions, one per tree, three good and two bad."""
     return [replace(make_tree(i, 3 + i, (2 + i,)), labels=(i % 2 == 0,), scores=(float(i),)) for i in range(5)]
 
 
@@ -60,7 +60,7 @@ def offline(*names: str, trees: list[TokenTree] | None = None, policy: Any = Non
 
 @pytest.mark.parametrize("name", one_of_each_kind(n for n in LOSSES if "batch" not in LOSSES[n].needs))
 def test_one_batch_equals_many_micro_batches(name: str) -> None:
-    """Also where a micro-batch holds one side only, and with KTO's z0, which belongs to the whole step."""
+    """Also if a micro-batch has one side only, and with KTO's z0, which belongs to the whole step."""
     for trees in [pairs(5)] + [singles()] * (LOSSES[name].signal in ("unpaired", "tokens")):
         algorithm = offline(name, trees=trees)
         whole = step_gradient(algorithm, trees, [5])
@@ -275,7 +275,7 @@ def test_parts_of_a_held_out_set_concatenate() -> None:
 
 
 def test_sft_learns_the_chosen_answer_of_a_pair_and_the_good_one_of_singles() -> None:
-    """By itself and as nll_weight: minus the log-probs of those answers, over their tokens."""
+    """Alone and as nll_weight: the negative log-probs of those answers, over their tokens."""
     for trees, wanted in ((pairs(), [0, 2, 4, 6, 8, 10]), (singles(), [0, 2, 4])):
         algorithm = offline("sft")
         scored = algorithm.score(pack(trees))
@@ -288,7 +288,7 @@ def test_sft_learns_the_chosen_answer_of_a_pair_and_the_good_one_of_singles() ->
 
 
 def test_a_weight_is_of_every_term_of_a_loss() -> None:
-    """PMPO has three: good answers, bad ones, and the divergence."""
+    """PMPO has three terms: good answers, bad ones, and the divergence."""
     scored = offline("pmpo").score(pack(pairs()))
     whole = offline("pmpo").loss(scored).summands()
     half = offline("pmpo", components=[Component(LOSSES["pmpo"], LOSSES["pmpo"].params(), 0.5)]).loss(scored).summands()
@@ -312,7 +312,7 @@ def test_a_hard_update_comes_after_every_so_many_steps() -> None:
 
 
 def ranked(n: int = 4) -> list[TokenTree]:
-    """Prompts with two, three, four, two, ... scored answers, the best first."""
+    """Prompts with two, three, four, two, ... scored answers, best first."""
     sizes = [(3, 5), (4, 2, 6), (1, 2, 3, 4)]
     made = [make_tree(i, 3 + i, sizes[i % 3]) for i in range(n)]
     return [replace(t, scores=tuple(9.0 - 2 * i for i in range(len(t.completion_ids)))) for t in made]

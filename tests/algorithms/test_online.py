@@ -1,4 +1,4 @@
-"""Online methods: a small environment with a known optimum, gradients by hand, exact resume with the rollouts, refusals."""
+"""Online methods: a small task with a known optimum, gradients by hand, exact resume with rollouts, refusals."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ METHODS = ["rloo", "grpo", "online_dpo", "ppo"]
 
 @pytest.fixture
 def base(tmp_path: Path) -> dict[str, Any]:
-    """Reward: the share of the letter e. The optimum writes nothing else."""
+    """The reward is the share of the letter e, so the optimum writes nothing else."""
     reward = tmp_path / "rewards.py"
     reward.write_text(
         "def share_of_e(prompts, completions):\n    return [c.count('e') / max(1, len(c)) for c in completions]\n"
@@ -71,7 +71,7 @@ def test_the_optimum_is_reached_from_several_seeds(base: dict[str, Any], name: s
     assert result.before["eval/reward"] < 0.1
     assert result.after["eval/reward"] > 0.9
     assert result.after["eval/kl/policy_ref"] > 1.0
-    assert result.after.get("eval/reward/ci", [-1.0])[0] <= result.after["eval/reward"]  # none where all are equal
+    assert result.after.get("eval/reward/ci", [-1.0])[0] <= result.after["eval/reward"]  # no interval if all are equal
 
 
 def test_a_heavy_kl_keeps_the_policy_where_it_was(base: dict[str, Any], tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_heavy_kl_keeps_the_policy_where_it_was(base: dict[str, Any], tmp_path
 
 
 class Fixed:
-    """A writer that always gives the same groups, with the log-probs that the policy has when it is asked."""
+    """A writer that always returns the same groups, with the policy's current log-probs."""
 
     def __init__(self, groups: list[Group], model: Any) -> None:
         self.groups, self.model, self.seed = groups, model, 0
@@ -117,7 +117,7 @@ def made(model: Any, of: list[Group] | None = None, **config: Any) -> GroupPolic
 
 
 def test_rloos_first_gradient_is_reinforce_by_hand() -> None:
-    """-mean_i A_i grad log pi(y_i), A from rewards with the KL taken off."""
+    """-mean_i A_i grad log pi(y_i), with A from rewards minus the KL."""
     model = tiny_model("llama")
     got = gradient_of(made(model, beta=0.3), [2])
     model.zero_grad()
@@ -179,7 +179,7 @@ def test_sampling_and_training_log_probs_agree_with_a_temperature() -> None:
 
 @pytest.fixture(scope="module")
 def wholes() -> dict[str, tuple[bytes, ...]]:
-    """What a run that is not killed writes, by its settings: the same for every kill."""
+    """Results of uninterrupted runs, by their settings, shared by all kills."""
     return {}
 
 
@@ -197,7 +197,7 @@ SEVERAL_UPDATES: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(
-    "name,more,at",  # with one update on each rollout all steps are alike; with two, a rollout begins after step 2
+    "name,more,at",  # with one update per rollout all steps are alike; with two, a rollout begins after step 2
     [
         pytest.param("rloo", {}, 2, marks=pytest.mark.slow),
         ("online_dpo", {}, 3),
@@ -215,7 +215,7 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_ends(
     more: dict[str, Any],
     at: int,
 ) -> None:
-    """The checkpoint lies between two updates on the same rollouts: they are part of it."""
+    """The checkpoint lies between two updates on the same rollouts, which are part of it."""
     base["algorithm"] |= {"name": name, "beta": 0.1, **more}
     base["train"] |= {"epochs": 1}
     base |= {"checkpoint": {"every": 1}}
@@ -240,7 +240,7 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_ends(
 def test_a_reference_that_follows_the_policy(
     base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Copied after each step it is the policy that writes, and their KL is 0; a killed run goes on from where it was."""
+    """If copied after each step it equals the sampling policy, with a KL of 0; a killed run resumes with it."""
     base["algorithm"] |= {"name": name, "beta": 0.1, "epochs": 1}
     base["train"] |= {"max_steps": 4}
     base |= {"checkpoint": {"every": 1}, "data": {**base["data"], "validation_rows": None}}
@@ -307,7 +307,7 @@ def test_any_data_gives_its_prompts_once(base: dict[str, Any], tmp_path: Path) -
 
 
 def test_long_prompts_lose_their_start(base: dict[str, Any], tmp_path: Path) -> None:
-    """Not the row: what the policy writes needs no room in max_length, which prompts alone fill."""
+    """The row is kept: max_length applies to prompts alone, without room for completions."""
     rows = [{"prompt": "a" * 40 + str(i)} for i in range(12)]
     base["data"] = {"path": write_jsonl(tmp_path / "long.jsonl", rows), "max_length": 16}
     base["train"] |= {"batch_size": 6, "epochs": 1}
@@ -319,7 +319,7 @@ def test_how_far_the_policy_is_from_who_wrote_is_logged(base: dict[str, Any]) ->
         "name": "grpo",
         "epochs": 2,
         "entropy_coef": 1.0,
-    }  # which moves the policy whatever the rewards are
+    }  # the entropy term moves the policy for any rewards
     base["train"]["epochs"] = 1
     found = [x["kl/old_new"] for x in lines(api.train(base, quiet=True).folder) if x["kind"] == "train"]
     assert abs(found[0]) < 1e-9 and found[1] > 1e-6
@@ -388,7 +388,7 @@ SLOW_ONES = [pytest.param(name, marks=pytest.mark.slow) for name in ("rloo", "on
 def test_rewards_with_columns_and_none_train_and_resume(
     base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Rows of prompt and answer, numbers too: a third has no reward at all, some completions have none; a killed run ends the same."""
+    """Prompt and answer columns, numbers included. A third of the rows and some completions have no reward. Killed runs end the same."""
     (tmp_path / "of_rows.py").write_text(OF_ROWS)
     rows = [{"prompt": "q" * (1 + i % 5) + str(i), "answer": i} for i in range(24)]
     base["data"] |= {"path": write_jsonl(tmp_path / "answers.jsonl", rows)}
@@ -417,7 +417,7 @@ def test_rewards_with_columns_and_none_train_and_resume(
     ids=str,
 )
 def test_a_completion_without_a_reward_changes_nothing(config: dict[str, Any]) -> None:
-    """The gradient of groups with an unknown reward is that of the groups without that completion."""
+    """Groups with an unknown reward have the gradient of the groups without that completion."""
     model = tiny_model("llama")
     without = groups()
     some = []
@@ -430,7 +430,7 @@ def test_a_completion_without_a_reward_changes_nothing(config: dict[str, Any]) -
     assert (got - expected).norm() <= 1e-9 * expected.norm()
 
 
-# ---- what came of GRPO ------------------------------------------------------------------------------------------------------
+# ---- variants of GRPO -------------------------------------------------------------------------------------------------------
 
 
 def by_hand(model: Any, per_token: Any, sizes: list[float], beta: float) -> torch.Tensor:
@@ -496,7 +496,7 @@ def test_first_gradients_by_hand(config: dict[str, Any], per_token: Any, sizes: 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "unbiased"])
 def test_the_kl_in_the_loss_by_its_estimator(estimator: str) -> None:
-    """With no advantage the gradient is that of beta times the estimate, at the policy that wrote."""
+    """With zero advantage the gradient is that of beta times the estimate, at the sampling policy."""
     model = tiny_model("llama")
     level = [Group(g.tree, torch.ones_like(g.rewards)) for g in groups()]
     got = gradient_of(made(model, level, name="grpo", beta=0.5, kl_estimator=estimator, loss_mean="token"), [2])
@@ -525,11 +525,11 @@ def test_cut_completions_are_left_out_but_count_in_their_groups_mean() -> None:
     whole.begin_step(0, 0.0, [])
     for a, b in zip(algorithm.groups, whole.groups, strict=True):
         assert torch.equal(a.extras["advantages"], b.extras["advantages"])
-    # a prompt whose completions are all cut teaches nothing
+    # a prompt whose completions are all cut gives no gradient
     cut[0] = Group(replace(cut[0].tree, truncated=(True,) * 3), cut[0].rewards)
     algorithm = made(model, cut, name="dapo", dynamic_sampling=0)
     assert [t.row for t in algorithm.begin_step(0, 0.0, [])] == [cut[1].tree.row]
-    # nor does one whose only whole completion has no reward: a step of such prompts is none
+    # nor does one whose only complete completion has no reward; a step of such prompts changes nothing
     rewards = cut[0].rewards.clone()
     rewards[0] = torch.nan
     cut[0] = Group(replace(cut[0].tree, truncated=(False, True, True)), rewards)
@@ -538,7 +538,7 @@ def test_cut_completions_are_left_out_but_count_in_their_groups_mean() -> None:
 
 
 class Level:
-    """Writes groups whose rewards are equal but for some rows."""
+    """Writes groups whose rewards are equal except for some rows."""
 
     seed = 3
 
@@ -564,11 +564,11 @@ def test_prompts_that_teach_nothing_are_replaced_so_many_times() -> None:
     assert len(flat) == len(set(flat)) and len(writer.asked) <= 4
     said = algorithm.step_values()
     assert said["dynamic_sampling/kept"] == 4 / len(flat)
-    # the figures are of all that was sampled, as those of other methods
+    # metrics cover all sampled groups, as for other methods
     taught = sum(row in writer.teaching for row in flat)
     assert said["reward"] == pytest.approx((taught * 2 / 3 + len(flat) - taught) / len(flat))
     assert said["frac_reward_zero_std"] == pytest.approx(1 - taught / len(flat)) and taught < len(flat)
-    # a bound, and an empty step where nothing teaches
+    # the bound on resampling, and an empty step if no group has a gradient
     algorithm = made(tiny_model("llama"), name="dapo")
     algorithm.pool, nothing = pool, Level(set())
     algorithm.writer = nothing  # type: ignore[assignment]
@@ -580,7 +580,7 @@ def test_prompts_that_teach_nothing_are_replaced_so_many_times() -> None:
     "name", ["dapo", *[pytest.param(n, marks=pytest.mark.slow) for n in ("gspo", "cispo", "dr_grpo", "reinforce_pp")]]
 )
 def test_what_came_of_grpo_reaches_the_optimum(base: dict[str, Any], name: str) -> None:
-    base["algorithm"] |= {"name": name, "overlong_filter": False}  # nothing ends by itself here
+    base["algorithm"] |= {"name": name, "overlong_filter": False}  # no completion ends by itself here
     result = api.train(base, quiet=True)
     assert result.after["eval/reward"] > result.before["eval/reward"] + 0.3
 

@@ -1,4 +1,4 @@
-"""An algorithm that Penchant does not know: from the page's file or registered from outside, it has everything that ours have."""
+"""A user's own algorithm, from the page's file or registered by a program, has every feature of a built-in one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from penchant.training.loop import Interrupted, Loop
 
 @pytest.fixture(autouse=True)
 def _known_metrics() -> None:
-    """In place of conftest's: a user's algorithm may log figures of its own."""
+    """Replaces conftest's fixture, because a user's algorithm may log its own metrics."""
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_it_trains_is_planned_evaluated_swept_and_reported(
     config: dict[str, Any], registered: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    if registered:  # as a program of one's own would do it
+    if registered:  # as a user's program would
         spec: Any = importlib.util.spec_from_file_location("my_algorithms", tmp_path / "my_algorithms.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
@@ -80,7 +80,7 @@ def test_it_trains_is_planned_evaluated_swept_and_reported(
     assert config["algorithm"]["name"].rpartition(":")[2] in page
     base = {key: value for key, value in config.items() if key != "output"}
     sweep = {"base": base, "grid": {"push": [0.0, 0.6]}, "metric": "eval/loss", "output": str(tmp_path / "sweep")}
-    if not registered:  # of a file nobody knows the keys before it is read
+    if not registered:  # the keys are unknown until the file is read
         sweep["grid"] = {"algorithm.push": [0.0, 0.6]}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
     assert main(["sweep", str(tmp_path / "sweep.yaml"), "--plan"]) == 0

@@ -1,4 +1,4 @@
-"""PPO: token rewards and advantages by hand, unequal and one-token completions, the value's gradient, options that matter."""
+"""PPO: token rewards and advantages by hand, unequal and one-token completions, the value gradient, and effects of options."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REWARDS = [1.0, -0.5, 2.0, 0.25]
 
 
 class Fixed:
-    """A writer that always gives the same completions, one a prompt; none of them ended with EOS."""
+    """A writer that always returns the same completions, one per prompt, none of them with EOS."""
 
     seed = 0
 
@@ -70,7 +70,7 @@ def test_advantages_are_gae_of_token_rewards_by_hand(estimator: str) -> None:
     expected, returns = gae(rewards, extras(ppo, "values"), lengths, gamma=0.9, lam=0.8)
     assert torch.allclose(extras(ppo, "advantages"), expected, rtol=1e-12)
     assert torch.allclose(extras(ppo, "returns"), returns, rtol=1e-12)
-    # the reward stands on each completion's last real token, also of the one that is a single token, and without any EOS
+    # the reward is on each completion's last real token, also without EOS and for a single-token completion
     assert rewards[[2, 3, 9, 11]].tolist() == pytest.approx(
         [r - 0.2 * float(kl[i]) for r, i in zip(REWARDS, (2, 3, 9, 11), strict=True)]
     )
@@ -132,7 +132,7 @@ def test_a_value_model_of_its_own_leaves_the_policys_hidden_states_alone() -> No
 def test_policy_and_value_model_in_passes_side_by_side(
     threads: int, minibatches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The step that both take in one pass after the other, by transformers' own layers: its metrics, and each weight afterwards."""
+    """Metrics and weights equal a step with sequential passes through transformers' own layers."""
     monkeypatch.setattr(packing, "PASS_TOKENS", 16)
     before, found = torch.get_num_threads(), []
     torch.set_num_threads(threads)
@@ -194,7 +194,7 @@ def test_running_moments_equal_those_of_everything_at_once() -> None:
 @pytest.mark.parametrize(("jump", "taken"), [(2.0, True), (5.0, False)])
 @pytest.mark.parametrize("tokens_per_step", [20, 2048])
 def test_the_ratio_guard_refuses_a_whole_step(tmp_path: Path, jump: float, taken: bool, tokens_per_step: int) -> None:
-    """By the mean ratio of all micro-batches together: e^2 is within the limit of 10, e^5 is not."""
+    """By the mean ratio over all micro-batches: e^2 is within the limit of 10, e^5 is not."""
     ppo = made()
     trees = ppo.begin_step(0, 0.0, [])
     for g in ppo.groups:
@@ -234,7 +234,7 @@ def test_every_option_changes_the_gradient(option: dict[str, Any]) -> None:
     "option", [{"clip": 0.05}, {"clip_high": 0.5}, {"value_clip": 0.01}, {"value_clip": None}], ids=str
 )
 def test_every_clip_changes_a_later_update(option: dict[str, Any]) -> None:
-    """Where the policy and its values have moved by more than the clip since they wrote."""
+    """If the policy and its values have moved by more than the clip since sampling."""
 
     def loss(**config: Any) -> torch.Tensor:
         ppo = made(**config)

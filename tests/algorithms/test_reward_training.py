@@ -1,4 +1,4 @@
-"""Reward models from a config to a folder that strangers load: the same scores, exact resume, LoRA heads, refusals."""
+"""Reward models, from a config to a folder that others can load: equal scores, exact resume, LoRA heads, refusals."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def stranger(folder: Path) -> tuple[Any, Any]:
-    """What somebody without Penchant does."""
+    """Scores computed with transformers alone, without Penchant."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     model, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
@@ -79,7 +79,7 @@ def test_a_causal_model_learns_and_leaves_its_evidence(base: dict[str, Any]) -> 
 
 def test_an_encoder_learns(encoder: dict[str, Any]) -> None:
     encoder["train"] |= {"epochs": 4}
-    encoder["data"]["max_length"] = 1024  # beyond it: its own limit is taken
+    encoder["data"]["max_length"] = 1024  # larger than its own limit, which then applies
     result = api.train(encoder, quiet=True)
     assert result.after["eval/rewards/accuracies"] == 1.0
     assert result.after["eval/loss"] < result.before["eval/loss"] - 0.1
@@ -87,7 +87,7 @@ def test_an_encoder_learns(encoder: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("kind", ["causal", "encoder"])
 def test_micro_batches_do_not_matter(base: dict[str, Any], encoder: dict[str, Any], kind: str) -> None:
-    """1x8 == 4x2, in the gradient of one step."""
+    """The gradient of one step is the same for 1x8 and 4x2."""
     run = Run(api.as_config(base if kind == "causal" else encoder), quiet=True)
     training = RewardTraining(run.built.parts.engine, RewardModelConfig(name="reward_model", centring=0.1))
     run.built.parts.model.double()
@@ -146,7 +146,7 @@ def test_centring_moves_the_mean_reward_to_zero(base: dict[str, Any], tmp_path: 
     off = api.train(base, "algorithm.centring=0.5", f"output={tmp_path}/off", quiet=True).after
     assert (
         off["eval/rewards/chosen"] != free["eval/rewards/chosen"]
-    )  # the same rows, steps and start: by the centring alone
+    )  # same rows, steps and start, so the difference is due to centering
 
 
 # ---- scores ---------------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def test_centring_moves_the_mean_reward_to_zero(base: dict[str, Any], tmp_path: 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2-window"])
 def test_the_score_is_the_heads_at_the_last_token(family: str) -> None:
-    """Shared, separate and padded packing against one plain pass a completion."""
+    """Shared, separate and padded packing, compared with one plain pass per completion."""
     model = tiny_model(family)
     torch.manual_seed(0)
     model.score = torch.nn.Linear(32, 1, bias=False, dtype=torch.float64)
@@ -175,7 +175,7 @@ def test_the_score_is_the_heads_at_the_last_token(family: str) -> None:
 
 @pytest.mark.parametrize("lora,pad", [(False, True), (True, False)])
 def test_a_stranger_gets_our_scores_from_the_saved_causal_model(base: dict[str, Any], lora: bool, pad: bool) -> None:
-    """Padding on both sides and single rows; the tokenizer came with pad == EOS, or with none."""
+    """With padding on both sides and single rows, for tokenizers with pad == EOS or without a pad token."""
     folder = Path(base["model"]["path"])
     tiny_tokenizer(pad=pad).save_pretrained(folder)
     base |= {"lora": {"r": 4}} if lora else {}
@@ -199,7 +199,7 @@ def test_a_stranger_gets_our_scores_from_the_saved_causal_model(base: dict[str, 
     with torch.no_grad():
         alone = [float(model(input_ids=torch.tensor([r])).logits[0, 0]) for r in rows]
     assert alone == pytest.approx(ours, abs=2e-4)
-    # and from text, as the settings beside the model say it was made
+    # and from text, by the settings saved beside the model
     text = [t.prompt + t.completions[0].text + tokenizer.eos_token for t in run.rows.datasets[1].trees]  # type: ignore[union-attr, operator]
     tokenizer.padding_side = "right"
     batch = tokenizer(text, padding=True, return_tensors="pt", return_token_type_ids=False)
@@ -235,7 +235,7 @@ def test_padding_is_never_a_token_that_ends_a_text() -> None:
 
 @pytest.mark.parametrize("lora", [None, {"r": 4}])
 def test_a_new_padding_token_gets_a_row_of_its_own(base: dict[str, Any], tmp_path: Path, lora: Any) -> None:
-    """GPT-2 has one special token, and an embedding without room for another."""
+    """GPT-2 has a single special token, and no spare row in its embedding."""
     from transformers import AutoModelForCausalLM
 
     tokenizer = tiny_tokenizer(bos=False)
@@ -266,7 +266,7 @@ def test_groups_of_similar_length() -> None:
 
 @pytest.mark.parametrize("kind", ["causal", "encoder"])
 def test_under_lora_the_head_is_trained_and_saved(base: dict[str, Any], encoder: dict[str, Any], kind: str) -> None:
-    """The trap: a reward head that LoRA leaves random and frozen."""
+    """A known trap is a reward head that LoRA leaves random and frozen."""
     config = {**(base if kind == "causal" else encoder), "lora": {"r": 4}}
     config["train"] |= {"max_steps": 1, "lr": 1e-2}
     before = head_of(Run(api.as_config(config), quiet=True).built.parts.model).weight.detach().clone()
@@ -279,7 +279,7 @@ def test_under_lora_the_head_is_trained_and_saved(base: dict[str, Any], encoder:
     assert torch.equal(head_of(run.built.parts.model).weight, after)
     body = [n for n, p in run.built.parts.model.named_parameters() if p.requires_grad and "lora_" not in n]
     assert all("modules_to_save" in n for n in body)
-    if kind == "encoder":  # the tiny BERT was saved with its pooler, which therefore has an adapter like the rest
+    if kind == "encoder":  # the tiny BERT was saved with its pooler, which therefore gets an adapter too
         assert not any("pooler" in n for n in body)
 
 

@@ -1,4 +1,4 @@
-"""Groups that a policy writes: whose prompt a reward sees, what the draws depend on, EOS and its price."""
+"""Rollout groups: the prompt a reward sees, what sampling depends on, and the reward without EOS."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EOS = 1
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    """A model of the byte tokenizer's vocabulary that ends about every fourth token."""
+    """A model with the byte tokenizer's vocabulary for which about every fourth token is EOS."""
     torch.manual_seed(0)
     made = LlamaForCausalLM(
         LlamaConfig(
@@ -93,7 +93,7 @@ def test_a_reward_cannot_log_a_number_in_place_of_the_runs_own(model: Any) -> No
 
 
 def test_draws_belong_to_seed_iteration_and_row(model: Any) -> None:
-    """Not to what else is in the batch: a prompt gets the same completions alone."""
+    """They do not depend on the rest of the batch: a prompt gets the same completions alone."""
     one, two = prompts("a", "bcd")
     whole = ids(writer(model).write([one, two], 0))
     assert ids(writer(model).write([one, two], 0)) == whole
@@ -143,7 +143,7 @@ def test_minibatches_are_cut_anew_in_every_epoch_and_miss_nobody(model: Any) -> 
 
 
 def _later_update(**config: Any) -> tuple[GroupPolicyGradient, LossOutput, torch.Tensor]:
-    """A second update on the same rollouts by a policy that has moved: the method, its loss, and the ratios by hand."""
+    """A second update on the same rollouts after the policy has moved: (method, its loss, ratios by hand)."""
     model = tiny_model("llama")
     answers = (np.array([7, 8, 9], np.int32), np.array([10], np.int32))
     tree = TokenTree(0, np.array([5, 6], np.int32), answers, (True, True))
@@ -186,7 +186,7 @@ def test_what_the_sampler_said_is_compared_with_the_one_pass_of_an_update() -> N
 
 
 def test_both_clips_are_the_options() -> None:
-    """RLOO's advantages of rewards 1 and 0 are 1 and -1; each token is held at its own end."""
+    """RLOO's advantages for rewards 1 and 0 are 1 and -1, so each token is clipped at a different bound."""
     for clip, clip_high in ((0.01, None), (0.01, 0.03), (0.5, None)):
         _, out, ratio = _later_update(name="rloo", clip=clip, clip_high=clip_high)
         a = torch.tensor([1.0, 1.0, 1.0, -1.0], dtype=torch.float64)
@@ -196,7 +196,7 @@ def test_both_clips_are_the_options() -> None:
 
 
 def test_a_batch_that_is_written_ahead_is_the_same_from_a_checkpoint() -> None:
-    # an environment wrote the second token, and a part of the prompt
+    # an environment wrote the second token and part of the prompt
     spoke = Sample([1, 2, 3], [-0.5, 0.0, -0.25], True, [True, False, True], [7, 8])
     written = [[spoke, Sample([4], [-1.0], False)]]
     again = Ahead.of_tensors(Ahead((3, (7,), 2), 5, lambda: written).tensors())

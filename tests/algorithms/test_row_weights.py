@@ -1,4 +1,4 @@
-"""Rows that count differently: a row of weight 2 is the row twice, in every loss that is a mean, its gradients, metrics and held-out figures."""
+"""Row weights: weight 2 equals the row twice, in every loss that is a mean, its gradients, metrics and held-out metrics."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MEANS = [n for n in LOSSES if "batch" not in LOSSES[n].needs]
 
 
 def _twice(trees: list[TokenTree]) -> tuple[list[TokenTree], list[TokenTree]]:
-    """The trees with weights 2, 1, 3, 1, ..., and with rows that stand there as often."""
+    """The trees with weights 2, 1, 3, 1, ..., and the trees repeated that many times."""
     weights = [(2.0, 1.0, 3.0)[i % 3] for i in range(len(trees))]
     weighted = [replace(t, weight=w) for t, w in zip(trees, weights, strict=True)]
     return weighted, [t for t, w in zip(trees, weights, strict=True) for _ in range(int(w))]
@@ -52,7 +52,7 @@ def _means(algorithm: Offline, trees: list[TokenTree], sizes: list[int]) -> dict
 
 @pytest.mark.parametrize("name", one_of_each_kind(MEANS))
 def test_a_row_of_weight_two_is_the_row_twice(name: str) -> None:
-    """In one pass and in several, of which some have no weight but 1."""
+    """In one pass and in several, some of which only have weights of 1."""
     for given in [pairs(4)] + [singles()] * (LOSSES[name].signal in ("unpaired", "tokens")):
         weighted, twice = _twice(given)
         algorithm = offline(name, trees=given, nll_weight=0.5 if LOSSES[name].signal == "pairs" else 0.0)
@@ -108,7 +108,7 @@ def test_a_column_says_what_rows_count(tmp_path: Path, monkeypatch: pytest.Monke
     how: dict[str, Any] = {"weight": "counts"}
     rows = from_rows(ROWS, **how)
     assert [t.weight for t in rows.trees] == [2.0, 0.5, 1.0] and rows.columns is not None and rows.columns.unused == []
-    assert rows.accepted == 3 and '"counts" is 0' in rows.quarantined[0].what  # left out: no bad row
+    assert rows.accepted == 3 and '"counts" is 0' in rows.quarantined[0].what  # left out, not bad
     assert (
         rows.fingerprint
         != from_rows(ROWS[:3]).fingerprint

@@ -1,4 +1,4 @@
-"""The benchmark's denominator, against counting by hand."""
+"""The benchmark's FLOP count, compared with counting by hand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HERE = Path(__file__).parents[2] / "benchmarks"
 
 
 def load(name: str) -> ModuleType:
-    """A module of benchmarks/, which is not a package and on nobody's path."""
+    """Load a module of benchmarks/, which is not a package and not on the path."""
     spec = importlib.util.spec_from_file_location(f"penchant_benchmarks_{name}", HERE / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

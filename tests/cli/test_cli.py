@@ -1,4 +1,4 @@
-"""The command line: quick help, one sentence for every mistake, the exit codes that the help promises."""
+"""The command line: fast help, one message per user error, and the documented exit codes."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ def test_eval_of_a_sweeps_folder_names_its_runs(tmp_path: Path, capsys: pytest.C
     ],
 )
 def test_an_option_stands_once(call: Callable[..., object], request_kind: type) -> None:
-    """The keywords that a call shows, and the options on the command line, are the fields of the request."""
+    """A function's keywords and the command-line options are the fields of the request."""
     shown = inspect.signature(call).parameters
     assert {f.name for f in fields(request_kind)} <= set(shown)
     assert shown["seed" if "seed" in shown else "step"].default == (0 if "seed" in shown else "last")

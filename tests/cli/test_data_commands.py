@@ -1,4 +1,4 @@
-"""`penchant data audit` and `penchant data fix` as a person types them."""
+"""`penchant data audit` and `penchant data fix` on the command line."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ NAMED = ["--column", "prompt=q", "--column", "chosen=plus", "--column", "rejecte
 
 
 def test_columns_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One spelling for each command that reads rows; the error names it, and a cleaned copy keeps the names."""
+    """The same option for every command that reads rows. Errors name it, and a cleaned copy keeps the column names."""
     rows = [{"q": r["prompt"], "plus": r["chosen"], "minus": r["rejected"]} for r in (pair(i) for i in range(6))]
     path, output = str(write(tmp_path / "a.jsonl", [*rows, rows[0]])), tmp_path / "b.jsonl"
     other = str(write(tmp_path / "other.jsonl", rows[1:2]))

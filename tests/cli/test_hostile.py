@@ -1,4 +1,4 @@
-"""What strangers put into names, messages and files reaches no terminal as it is, and no command writes over what it reads."""
+"""Untrusted names, messages and files never reach a terminal unescaped, and no command overwrites its input."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _safe(text: str) -> bool:
 
 def test_what_is_printed_is_printable_and_hides_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_API_KEY", "open-sesame-1")
-    monkeypatch.setenv("MAX_TOKENS", "1000000")  # a figure, and no secret
+    monkeypatch.setenv("MAX_TOKENS", "1000000")  # a number, not a secret
     out = io.StringIO()
     print(f"{EVIL}\n\tto {SECRETS} open-sesame-1 1000000 日本語\u3000é", file=Shown(out))
     said = out.getvalue()
@@ -155,4 +155,4 @@ def test_a_report_is_written_over_a_report_alone(tmp_path: Path) -> None:
             api.report(run, output=file)
         assert file.read_text() == before
     page = api.report(run)
-    assert api.report(run, output=page) == page  # its own is written anew
+    assert api.report(run, output=page) == page  # its own report may be overwritten

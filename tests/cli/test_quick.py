@@ -1,4 +1,4 @@
-"""Commands that need no tensors, and mistakes in a config, are answered before torch or transformers is imported."""
+"""Commands that need no tensors, and config errors, must not import torch or transformers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tiny import polite_rows, write_jsonl
 
 import penchant
 
-# one process that has imported what most commands need; each runs in a fork of it, and counts that too
+# a process with the imports that most commands need; each command runs in a fork of it, and those imports count too
 SCRIPT = """
 import json, os, sys, traceback
 import numpy, pyarrow, rich.console
@@ -50,7 +50,7 @@ Answer = tuple[int, list[str], str]
 
 @pytest.fixture(scope="module")
 def run() -> Iterator[Callable[..., Answer]]:
-    """The exit code of a command in a process of its own, the heavy modules it left behind, and what it wrote to stderr."""
+    """(exit code, heavy modules imported, stderr) of a command run in its own process."""
     environment = {**os.environ, "PYTHONPATH": str(Path(penchant.__file__).parents[1])}
     environment.pop("PENCHANT_REEXECUTED", None)
     command = [sys.executable, "-c", SCRIPT]

@@ -1,4 +1,4 @@
-"""`penchant compare`: what it takes for one setting, for a common start and for a held-out row, and what it never keeps quiet about."""
+"""`penchant compare`: how it groups seeds, finds the common start and the held-out rows, and which warnings it gives."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ REWARD = "def vowels(prompts, completions):\n    return [sum(c in 'aeiou' for c 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A start, its data, and runs of it: dpo with two seeds, ipo longer, rloo, and dpo with an adapter."""
+    """A start model, its data, and runs from it: dpo with two seeds, a longer ipo, rloo, and dpo with an adapter."""
     root = tmp_path_factory.mktemp("world")
     tiny_model_folder(root / "model")
     write_jsonl(root / "train.jsonl", ROWS[:24])
@@ -64,7 +64,7 @@ def compare(world: Path, *names: str, **options: Any) -> Any:
 
 
 def copied(world: Path, tmp_path: Path, name: str = "dpo", to: str = "copy", **config: Any) -> Path:
-    """A run's folder elsewhere, with sections of its config changed."""
+    """Copy a run's folder and change sections of its config."""
     folder = tmp_path / to
     shutil.copytree(world / "runs" / name, folder)
     path = folder / "config.resolved.yaml"
@@ -72,7 +72,7 @@ def copied(world: Path, tmp_path: Path, name: str = "dpo", to: str = "copy", **c
     for key, value in config.items():
         values[key] = {**values[key], **value} if isinstance(value, dict) else value
     path.write_text(yaml.safe_dump(values))
-    (folder / "sums.json").unlink()  # as who changes a file on purpose does
+    (folder / "sums.json").unlink()  # as after a deliberate change
     return folder
 
 
@@ -87,7 +87,7 @@ def refused(world: Path, kind: type[PenchantError], match: str, *names: str | Pa
         compare(world, *map(str, names), **options)
 
 
-# ---- the whole of it ------------------------------------------------------------------------------------------------
+# ---- end to end -----------------------------------------------------------------------------------------------------
 
 
 def test_two_runs_their_start_and_a_reward(
@@ -118,7 +118,7 @@ def test_two_runs_their_start_and_a_reward(
     assert "Trained to raise this reward: rloo." in text
     assert not [p for p in (tmp_path / "out").iterdir() if p.name.startswith(".")]
     assert main([*asked, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == figures  # and the same again
+    assert json.loads(capsys.readouterr().out) == figures  # the same result again
 
 
 def test_without_a_reward_it_is_of_likelihoods(world: Path) -> None:
@@ -126,7 +126,7 @@ def test_without_a_reward_it_is_of_likelihoods(world: Path) -> None:
     assert found["outcome"] == "held-out preference accuracy"
     assert "reward" not in found["models"]["dpo"] and "win_rate" not in found["models"]["dpo"]
     assert {"preference_accuracy", "perplexity", "kl", "tokens"} <= set(found["models"]["dpo"])
-    assert found["models"]["lora"]["kl_per_token"] > 0  # an adapter is merged into the start
+    assert found["models"]["lora"]["kl_per_token"] > 0  # the adapter is merged into the start
     assert all(c["win_rate"] is None for c in found["comparisons"])
     gained = found["models"]["dpo"]["preference_accuracy"] - 0.5
     assert found["comparisons"][0]["difference"]["estimate"] == pytest.approx(gained)
@@ -182,13 +182,13 @@ def test_a_model_behind_an_endpoint_judges_pair_by_pair(
         rows = [json.loads(x) for x in (tmp_path / "out/comparison.jsonl").read_text().splitlines()]
         questions = {a.texts for a in server.questions}
         assert all(a.headers["authorization"] == "Bearer sk-secret-0987654321" for a in server.asked)
-        assert judged_by(world, server.url, *output) == 0  # the same again asks nothing
+        assert judged_by(world, server.url, *output) == 0  # a second call asks nothing
         assert len(server.questions) == len(questions) == figures["judge"]["asked"] > 0
     capsys.readouterr()
     again = json.loads((tmp_path / "out/comparison.json").read_text())["judge"]
     assert (figures["judge"]["cached"], again["cached"]) == (0, len(questions))
     assert again == figures["judge"] | {"cached": len(questions)}
-    # what was asked are the completions, each pair both ways round, and nothing else
+    # the judge is asked about the completions only, each pair in both orders
     expected = set()
     for row in rows:
         for one, other in (("dpo", "start"), ("rloo", "start"), ("dpo", "rloo")):
@@ -201,7 +201,7 @@ def test_a_model_behind_an_endpoint_judges_pair_by_pair(
         assert figures["models"][name]["judged"]["judge-7b"]["win_rate"] == pytest.approx(wins.mean())
     judge = figures["judge"]
     assert (judge["first_position"], judge["failures"]) == (0.5, 0)
-    low, high = judge["first_position/ci"]  # as often first as second in every pair: still no interval without width
+    low, high = judge["first_position/ci"]  # one half in every pair, but the interval has a width
     assert 0 < low < 0.5 < high < 1
     assert figures["outcome"] == "judged win rate" and figures["comparisons"] == judge["comparisons"]
     assert figures["settings"]["judge"]["endpoint"] == server.url and len(judge["comparisons"]) == 3
@@ -222,13 +222,13 @@ def test_judges_that_cannot_be_trusted(world: Path, tmp_path: Path, capsys: pyte
     assert figures["outcome"] == "mean reward" and "By judge-7b: Between dpo and start there is no clear winner" in text
     with serve(lambda *_: "It depends.\x1b[2J") as server:
         assert judged_by(world, server.url, *output, "--judge-parameters", '{"temperature": 1}') == 0
-        assert len(server.questions) == 2 * figures["judge"]["asked"]  # each once more
+        assert len(server.questions) == 2 * figures["judge"]["asked"]  # each is asked once more
     text = capsys.readouterr().out
     figures = json.loads((tmp_path / "out/comparison.json").read_text())
     assert figures["judge"]["failures"] == figures["judge"]["asked"] and "first_position" not in figures["judge"]
     assert "By judge-7b: no winner is named: " in text and "(100%) could not be judged" in text
     assert "reply to a trial question cannot be read: 'It depends.\\x1b[2J'" in text and "\x1b" not in text
-    assert judged_by(world, server.url, "--judge-model", "other") == 2  # nobody is there any more
+    assert judged_by(world, server.url, "--judge-model", "other") == 2  # the server is gone
     assert "cannot be reached" in capsys.readouterr().err
 
 
@@ -301,7 +301,7 @@ def test_runs_of_one_name_are_told_apart(world: Path, tmp_path: Path) -> None:
     assert names == ["runs/dpo", "b/dpo", "b/start", "ipo"]
 
 
-# ---- where they start -----------------------------------------------------------------------------------------------
+# ---- the common start -----------------------------------------------------------------------------------------------
 
 
 def test_other_weights_or_tokenizers_are_refused(world: Path, tmp_path: Path) -> None:
@@ -319,9 +319,9 @@ def test_other_weights_or_tokenizers_are_refused(world: Path, tmp_path: Path) ->
         ("dpo", "other"),
     ]
     assert found["sentences"][-1].startswith("ipo, dpo and other have one seed each")
-    said = found["budget"]["sentences"]  # what they are against has trained for longer
+    said = found["budget"]["sentences"]  # the baseline has trained for longer
     assert any(line.startswith("Optimizer steps differ: ") and "ipo 4" in line for line in said)
-    again = compare(world, "dpo", "ipo", against=world / "runs/ipo").figures  # named among the runs, too
+    again = compare(world, "dpo", "ipo", against=world / "runs/ipo").figures  # also given as one of the runs
     assert list(again["models"]) == ["ipo", "dpo"]
     refused(world, ConfigError, "nothing to compare with --against", "ipo", against=world / "runs/ipo")
     tokens = copied(world, tmp_path, loss={"beta": 0.2})
@@ -338,7 +338,7 @@ def test_a_start_that_has_changed_is_not_the_start(world: Path, tmp_path: Path) 
     compare(world, str(run))
     tiny_model_folder(root / "model", seed=3)
     refused(world, ModelError, "is no longer the model that lora started from", run)
-    # its adapter goes on that model, whatever it is compared with
+    # its adapter belongs on that model, whatever it is compared with
     refused(world, ModelError, "is no longer the model that lora started from", run, against=world / "runs/dpo")
 
 
@@ -348,7 +348,7 @@ def test_the_same_start_in_another_precision_is_the_same(world: Path) -> None:
     assert "Precisions differ: dpo float32, bf16 bfloat16." in found["budget"]["sentences"]
 
 
-# ---- on which rows --------------------------------------------------------------------------------------------------
+# ---- the rows -------------------------------------------------------------------------------------------------------
 
 
 def test_rows_that_any_run_trained_on_are_left_out_and_counted(world: Path, tmp_path: Path) -> None:
@@ -395,7 +395,7 @@ def test_validation_rows_that_chose_a_checkpoint_are_said(world: Path, tmp_path:
     notes = compare(world, str(run), data=test).figures["notes"]
     assert "4 of the test rows are held-out rows by which checkpoints were chosen." in notes
     refused(world, CheckpointError, "no such checkpoint; there are step-1, step-2", run, step="7")
-    assert not any("were chosen by" in n for n in compare(world, "dpo").figures["notes"])  # it was evaluated once
+    assert not any("were chosen by" in n for n in compare(world, "dpo").figures["notes"])  # it was evaluated only once
     refused(world, ConfigError, "'first' is not a step", "dpo", step="first")
 
 
@@ -407,7 +407,7 @@ def test_every_reading_of_a_test_set_is_written_down_and_shown(world: Path, tmp_
     first = compare(world, "dpo", data=test, output=tmp_path / "a")
     assert "read for the first time" in first.to_text() and first.figures["left_out"] == 4
     assert first.figures["test_readings_before"] == 0
-    # other runs, another output, another name: the rows are the same
+    # with other runs, output or name, the rows are the same
     renamed = test.rename(tmp_path / "final.jsonl")
     second = compare(world, "ipo", data=renamed, output=tmp_path / "b").to_text()
     today = json.loads((tmp_path / "test_readings.jsonl").read_text().splitlines()[0])["time"][:10]
@@ -434,7 +434,7 @@ def test_a_reading_that_cannot_be_written_down_does_not_happen(
     refused(world, DataError, "nobody would know that the test set was read", "dpo", data=test, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
     refused(world, DataError, "no such file", "dpo", data=tmp_path / "missing.jsonl")
-    # written down before the figures: a crash in between leaves a reading, never figures without one
+    # recorded before the figures, so that a crash never leaves figures of an unrecorded use
     (tmp_path / "test_readings.jsonl").rmdir()
     monkeypatch.setattr("penchant.compare.write_files", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -457,11 +457,11 @@ def test_budgets_are_compared_from_the_runs_own_files(world: Path) -> None:
     assert "Rows seen in training differ: dpo 12, ipo 24, rloo 12." in said
     assert "Completions written in training differ: dpo 0, ipo 0, rloo 24." in said
     assert any(s.startswith("Tokens computed in training differ: dpo ") for s in said)
-    assert not any("data differs" in s for s in said)  # rloo reads the prompts of the same rows
+    assert not any("data differs" in s for s in said)  # rloo uses the prompts of the same rows
     assert "The budgets are not equal:" in found["notes"]
     same = compare(world, "dpo", "dpo-seed-1").figures
     assert same["budget"]["equal"] and same["notes"][0].startswith("Equal budgets")
-    assert compare(world, "dpo", "ipo", step="2").figures["budget"]["equal"]  # up to that step it is
+    assert compare(world, "dpo", "ipo", step="2").figures["budget"]["equal"]  # up to that step they are
 
 
 def test_other_rows_are_said(world: Path, tmp_path: Path) -> None:
@@ -496,7 +496,7 @@ def test_five_per_cent_are_no_difference() -> None:
     ]
 
 
-# ---- mistakes -------------------------------------------------------------------------------------------------------
+# ---- user errors ----------------------------------------------------------------------------------------------------
 
 
 def test_mistakes_are_sentences(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -558,7 +558,7 @@ def test_rows_without_answers_are_named_before_anybody_writes(
 def test_runs_that_train_other_adapters_on_have_no_common_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever model is under them."""
+    """Whatever their base model is."""
     from types import SimpleNamespace
 
     from penchant.compare import runs

@@ -1,4 +1,4 @@
-"""Comparing models: against closed forms on models whose distribution is known, and what is said of the figures."""
+"""Comparing models with known distributions against closed forms, and the sentences about the figures."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_several_seeds_are_one_column_of_means() -> None:
     assert over == {("x", "a"): True, ("y", "a"): False, ("x", "y"): False}
     low, high = got.models["x"]["reward/ci"]
     gap = abs(got.runs["x1"]["reward"] - got.runs["x2"]["reward"])
-    assert high - low > gap > 0  # with two seeds the interval knows how far they are apart
+    assert high - low > gap > 0  # with two seeds the interval includes the distance between them
     assert "y has one seed: another seed" in got.sentences[-1].text
     assert all(set(r["completions"]) == set(made) for r in got.rows)
 
@@ -173,7 +173,7 @@ def test_other_judges_are_corrected_for_all_of_their_comparisons_and_the_reward_
     models = {name: scorer(i) for i, name in enumerate(("a", "b", "c"))}
 
     def rising() -> Any:
-        asked = iter(range(3))  # each model is judged once, a little better than the one before
+        asked = iter(range(3))  # each model is judged once, slightly better than the one before
 
         def judge(prompts: Sequence[str], completions: Sequence[str], trees: Sequence[TokenTree]) -> np.ndarray:
             return even(prompts, completions, trees) + 0.1 * next(asked)
@@ -202,13 +202,13 @@ def test_seeds_are_averaged_by_another_judge_too() -> None:
 
 
 def test_a_prompts_share_of_a_mean_by_hand() -> None:
-    """One row of 1 and three of 0: the mean is 1/4, the two prompts' parts of it are 1/4 + 3/8 and 1/4 - 3/8."""
+    """One row of 1 and three of 0: the mean is 1/4, and the two prompts' shares are 1/4 + 3/8 and 1/4 - 3/8."""
     parts = by_prompt(np.array([1.0, 0.0, 0.0, 0.0]), np.array([0, 1, 1, 1]))
     assert parts.tolist() == pytest.approx([0.625, -0.125]) and parts.mean() == pytest.approx(0.25)
 
 
 def test_a_share_of_which_every_row_is_right_is_not_certain() -> None:
-    """A percentile bootstrap of ones gives [1, 1] from any number of rows; Wilson's interval of 24 of 24 does not."""
+    """A percentile bootstrap of ones gives [1, 1] for any number of rows, unlike Wilson's interval for 24 of 24."""
     from penchant.compare.measured import _interval
 
     right = (np.ones(24), np.arange(24))

@@ -1,4 +1,4 @@
-"""Judged win rates: the same statistics as by rewards where a judge decides as a reward does, and honest where it does not."""
+"""Judged win rates: the statistics of rewards if the judge agrees with the reward, and clear notes if it does not."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAN = float("nan")
 
 @dataclass
 class By:
-    """A judge by a function of a question."""
+    """A judge defined by a function of a question."""
 
     decide: Callable[[Question], float]
     graded: bool = False
@@ -96,7 +96,7 @@ def test_what_is_missing_is_left_out_and_counted() -> None:
     c = [Candidate(n, None, None, np.full((1, 30, 2), 5.0)) for n in "ab"]
     gaps = wins.copy()
     gaps[0, 0, :5] = NAN  # five prompts
-    gaps[0, 0, 5, 0] = NAN  # one sample of another
+    gaps[0, 0, 5, 0] = NAN  # one sample of another prompt
     pair, rest = compare_judged(c[0], c[1], gaps), wins[0, 0, 5:]
     assert pair is not None and pair.unjudged == pytest.approx(11 / 60) and pair.win_rate is not None
     assert pair.win_rate.estimate == pytest.approx(np.mean([rest[0, 1], *rest[1:].mean(1)]))
@@ -104,7 +104,7 @@ def test_what_is_missing_is_left_out_and_counted() -> None:
     seeds = [Candidate(n, None, None, np.full((2, 30, 1), 5.0)) for n in "ab"]
     cross = rng.integers(0, 2, size=(2, 2, 30, 1)).astype(float)
     whole = compare_judged(*seeds, cross)
-    cross[0] = NAN  # nothing is known of the first one's first seed: nothing is said over seeds
+    cross[0] = NAN  # the first candidate's first seed is unknown, so nothing is said over seeds
     half = compare_judged(*seeds, cross)
     assert whole is not None and half is not None
     assert whole.p_seeds is not None and half.p_seeds is None and half.unjudged == 0.5
@@ -138,7 +138,7 @@ def test_a_judge_that_sees_positions_only_decides_nothing() -> None:
     other = compared(By(lambda q: 0.2, graded=True)).judgement
     assert other is not None and "favors the second position: 20%" in other.sentences()[0]
     assert "count as ties" not in other.sentences()[0]
-    slight = replace(judged, first_position=Interval(0.52, 0.51, 0.53))  # sure, and too little to matter
+    slight = replace(judged, first_position=Interval(0.52, 0.51, 0.53))  # certain, but too small to matter
     assert "slightly favors the first position: 52%" in slight.sentences()[0]
     fair = compared(By(by_reward)).judgement
     assert fair is not None and "shows no clear preference for a position: 50%" in fair.sentences()[0]
@@ -173,7 +173,7 @@ def test_too_many_failures_name_no_winner() -> None:
     def without(prompts: int) -> By:
         return By(lambda q: NAN if int(q.prompt.split()[-1]) < 7 + prompts else by_reward(q))
 
-    one = compared(without(1), judge=None).judgement  # one prompt of twelve
+    one = compared(without(1), judge=None).judgement  # a single prompt of twelve
     assert one is not None and not one.family.doubt and (one.both.failures, one.left_out) == (2, 1)
     assert "on 2 questions; for instance 'hm'. 1 of 12 pairs are left out." in one.sentences()[1]
     two = compared(without(2), judge=None)

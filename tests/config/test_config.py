@@ -1,4 +1,4 @@
-"""The config: typed, strict, with the line of every mistake and a way to fix it."""
+"""The config: typed and strict, with the line of every error and a way to fix it."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_an_algorithm_takes_the_place_of_the_files_loss(tmp_path: Path) -> None:
     config = _load(tmp_path, BASE + "loss: {name: ipo, beta: 0.3}", "algorithm=rloo", "reward=words")
     assert config.algorithm is not None and config.loss.name == "dpo"
     path = tmp_path / "resolved.yaml"
-    path.write_text(dump_config(config))  # a resolved config has a loss beside its algorithm
+    path.write_text(dump_config(config))  # a resolved config has both a loss and an algorithm
     assert load_config(path) == config
 
 
@@ -220,7 +220,7 @@ def test_a_runs_folder_in_place_of_a_config_leads_to_its_config(tmp_path: Path) 
 
 
 def test_how_long_something_may_take_is_no_part_of_what_is_computed() -> None:
-    """A run that met a limit goes on under a longer one."""
+    """A run that hit a timeout can resume with a longer one."""
     base = {"model": {"path": "x"}, "data": {"path": "y"}, "algorithm": {"name": "grpo"}, "output": "o"}
 
     def computed(reward: dict[str, Any], **rollout: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What `penchant config` prints and docs/config.md holds comes from the schema, all of it."""
+"""`penchant config` and docs/config.md are generated from the schema, completely."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Odd YAML and odd values: a sentence, or a config, in bounded time and memory."""
+"""Odd YAML and odd values give an error message or a config, in bounded time and memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The audit of single answers: their labels, contradictions, scores."""
+"""The audit of single answers: labels, contradictions, scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The audit in one pass: the same findings as in memory, everything planted is found, memory is bounded."""
+"""The streaming audit: the same findings as in memory, all planted problems are found, and memory is bounded."""
 
 from __future__ import annotations
 
@@ -44,9 +44,7 @@ def test_everything_that_is_planted_is_found_and_nothing_else(tmp_path: Path) ->
     assert found == EXPECTED
     for name, places in EXPECTED.items():
         assert result.findings[name].count == len(places)
-    assert "AKIAABCD" not in json.dumps(result.to_json()) + result.to_text(
-        whole=True
-    )  # a value that was found is never shown
+    assert "AKIAABCD" not in json.dumps(result.to_json()) + result.to_text(whole=True)  # found values are never shown
     assert "a@b.co" not in json.dumps(result.to_json())
 
 
@@ -167,7 +165,7 @@ def test_reward_disagreement_and_its_calibration() -> None:
 
 
 def test_calibration_in_closed_form() -> None:
-    # margins +1 in a share p of the pairs, -1 in the rest: the likeliest s is logit(p)
+    # margins are +1 in a share p of the pairs and -1 in the rest, so the most likely s is logit(p)
     margins = np.r_[np.ones(80), -np.ones(20)]
     assert calibrate(margins) == pytest.approx(np.log(4), abs=1e-9)
     assert calibrate(2 * margins) == pytest.approx(np.log(4) / 2, abs=1e-9)
@@ -220,9 +218,7 @@ def test_cycles_need_three_answers() -> None:
 
     assert of("ab", "bc", "ca", "cd", "ea") == "ab bc ca"
     assert of("ab", "ba") == "" and of("aa") == "" and of("ab", "bc", "ac") == ""
-    assert (
-        of("ab", "bc", "ca", "xy", "yz", "zx", "cx") == "ab bc ca xy yz zx"
-    )  # a way from one to the other is on neither
+    assert of("ab", "bc", "ca", "xy", "yz", "zx", "cx") == "ab bc ca xy yz zx"  # a path between the two is in neither
     assert of("ab", "bc", "cd", "da", "ab") == "ab bc cd da ab"
 
 
@@ -297,7 +293,7 @@ def test_advice_about_length_needs_evidence(longer: int, of: int, advised: bool)
 
 
 def test_a_reward_is_sure_of_large_margins_only() -> None:
-    """Nine times as likely is 90%: the calibrated margin must be beyond log 9."""
+    """90% means nine times as likely, so the calibrated margin must exceed log 9."""
     margins = [2.0] * 30 + [-0.1] * 4 + [-3.0]
     rows = [{"prompt": f"p{i}", "chosen": f"c {m}", "rejected": "r 0"} for i, m in enumerate(margins)]
     reward = lambda prompts, completions: [float(c.split()[1]) for c in completions]  # noqa: E731

@@ -1,4 +1,4 @@
-"""The data cache: what comes out of it equals what is made anew, it is never stale, and damage or a full disk do no harm."""
+"""The data cache: cached data equals freshly made data, is never stale, and survives damage and full disks."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ def test_opening_reads_nothing(tmp_path: Path) -> None:
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 8 * count and pa.total_allocated_bytes() - before < 8 * count  # not even eight bytes a row
+    assert peak < 8 * count and pa.total_allocated_bytes() - before < 8 * count  # less than eight bytes per row
     assert len(rows) == len(tokens) == count and rows[4000].source == "a:4000"
     assert np.array_equal(tokens[4000].completion_ids[0], ids + 4000)
 
@@ -263,19 +263,19 @@ def test_an_entry_of_the_old_format_is_made_anew_with_one_note(tmp_path: Path, m
     (folder / "rows.bin").write_bytes(b"old")
     meta = json.loads((folder / "meta.json").read_text())
     meta["files"] = {"rows.bin": [3, cached_module.crc32(folder / "rows.bin")]}
-    (folder / "meta.json").write_text(json.dumps(meta))  # sums are right, and the files are those of an older version
+    (folder / "meta.json").write_text(json.dumps(meta))  # valid checksums, but files of an older version
     said: list[str] = []
     again = DataCache(note=said.append).load(path, **READING)
     assert isinstance(again.trees, StoredRows) and tuple(again.trees) == whole
     assert len(said) == 1 and "kept in" in said[0]
 
 
-# ---- hashes of files, kept -------------------------------------------------------------------------------------------
+# ---- cached file hashes ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the files that were read to be hashed."""
+    """Collects the names of files that are read for hashing."""
     names: list[str] = []
 
     def noted(path: Path) -> str:
@@ -287,7 +287,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def later(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    """Files are hashed so many seconds after they were written."""
+    """Pretend that files are hashed this many seconds after they were written."""
     monkeypatch.setattr(cache_module, "time_ns", lambda: time.time_ns() + int(seconds * 1e9))
 
 
@@ -309,7 +309,7 @@ def test_a_byte_changed_with_the_old_time_put_back_is_seen(
     later(monkeypatch, 5)
     file = write(tmp_path / "a.jsonl", [pair(0)])
     first, before = hashes_of([file]), file.stat()
-    time.sleep(0.05)  # the clock of the file system ticks every few milliseconds
+    time.sleep(0.05)  # the file system's clock ticks every few milliseconds
     content = file.read_bytes()
     with file.open("r+b") as out:
         out.write(bytes([content[0] ^ 1]))
@@ -324,7 +324,7 @@ def test_a_file_that_was_changed_just_before_is_read_again(
     tmp_path: Path, read: list[str], monkeypatch: pytest.MonkeyPatch, seconds: float, times: int
 ) -> None:
     file = write(tmp_path / "a.jsonl", [pair(0)])
-    now = file.stat().st_mtime_ns + int(seconds * 1e9)  # however long the machine takes
+    now = file.stat().st_mtime_ns + int(seconds * 1e9)  # independent of the machine's speed
     monkeypatch.setattr(cache_module, "time_ns", lambda: now)
     for _ in range(2):
         hashes_of([file])
@@ -334,7 +334,7 @@ def test_a_file_that_was_changed_just_before_is_read_again(
 def test_a_change_within_the_same_tick_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(tmp_path / "a.jsonl", [pair(0)])
     told = cache_module._described(file)
-    monkeypatch.setattr(cache_module, "_described", lambda _: told)  # a clock so coarse that nothing shows
+    monkeypatch.setattr(cache_module, "_described", lambda _: told)  # a clock too coarse to show the change
     first = hashes_of([file])
     file.write_bytes(file.read_bytes().swapcase())
     assert hashes_of([file]) == [file_sha256(file)] != first
@@ -366,7 +366,7 @@ def test_the_table_does_not_grow_for_ever(tmp_path: Path, monkeypatch: pytest.Mo
         "2.jsonl",
         "3.jsonl",
         "4.jsonl",
-        "",  # the sum over the others
+        "",  # the checksum over the others
     ]
     assert [p.name for p in cache_folder("data").iterdir()] == ["files.json"]
 
@@ -378,7 +378,7 @@ def test_one_byte_makes_it_anew(tmp_path: Path) -> None:
     path.write_bytes(
         content.replace(b'"prompt": "', b'"prompt": "x', 1).replace(b'"}\n', b"}\n", 0)[: len(content) + 1]
     )
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # even with the old time
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # with the old timestamp
     second = DataCache().load(str(path), **READING)
     assert second.trees[0].prompt == "x" + str(first.trees[0].prompt) and second.fingerprint != first.fingerprint
     path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""No column that says something is dropped without a word: it is used, refused, or named as not used."""
+"""No meaningful column is silently dropped: it is used, refused, or reported as unused."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_a_cell_of_a_table_that_says_that_it_is_missing_is_no_text(tmp_path: Pat
     lines = [f"instruction,input,output,system\nWhere?,{w},West.,{w}\n" for w in words]
     for word, text in zip(words, lines, strict=True):
         table.write_text(text)
-        (tree,) = load_preferences(str(table)).trees  # what need not be there is not there
+        (tree,) = load_preferences(str(table)).trees  # optional columns are absent
         assert tree.prompt == "Where?" and tree.completions[0].text == "West."
         table.write_text(f"prompt,completion\nWhere?,{word}\nWhen?,Nancy\n")
         found = load_preferences(str(table), on_bad_row="skip")

@@ -1,4 +1,4 @@
-"""Tools, continued turns and templates of their own kind: what is rendered, against transformers' own rendering, and what is trained."""
+"""Tools, continued turns and unusual templates: rendering compared with transformers', and which tokens are trained."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _turns(calls: str, content: str = "m.content") -> str:
 AS_OBJECTS = HEAD + _turns(
     "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} {{ c.function.arguments | tojson }}</call>{% endfor %}"
 )
-AS_TEXT = HEAD + _turns(  # as DeepSeek's: calls stand there only where there is no content, and arguments must be text
+AS_TEXT = HEAD + _turns(  # like DeepSeek's, where only turns without content show calls, and arguments must be strings
     "{% if m.content is not defined %}{% for c in m.tool_calls %}{{ '<call>' + c.function.name + ' ' + c.function.arguments }}{% endfor %}{% endif %}",
     "m.content if m.content is defined",
 )
@@ -306,7 +306,7 @@ def test_tools_and_options_are_part_of_what_rows_and_tokens_are_known_by(
     kinds = [bare, {**bare, "tools": TOOLS}, {**bare, "chat_template_kwargs": {"enable_thinking": True}}]
     assert len({from_rows([r]).fingerprint for r in kinds}) == 3
     whole = from_rows(kinds)
-    assert repeated_prompts(whole) == ""  # three questions to a model
+    assert repeated_prompts(whole) == ""  # a model sees three different prompts
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in kinds))
     plain, kept = load_preferences(str(path)), DataCache().load(str(path))
@@ -388,7 +388,7 @@ def test_their_log_probs_are_the_models_own(shared: bool) -> None:
         assert found[at].item() == pytest.approx(own.item(), rel=1e-12)
 
 
-# ---- templates of kinds that models ship ----------------------------------------------------------------------------------------
+# ---- kinds of templates that models ship ----------------------------------------------------------------------------------------
 
 OPENS_THOUGHT = _turns("").replace(TAIL, TAIL.replace("assistant:", "assistant:<think>\n"))  # DeepSeek-R1's
 TWO_ENDS = _turns("").replace("</s>\n", "<unk></s>")  # Cohere's: the answer ends, then the turn
@@ -396,7 +396,7 @@ END_AND_EOS = _turns("").replace("</s>\n", "<unk>\n") + "{% if not add_generatio
 
 
 def test_a_template_that_takes_parts_gets_parts() -> None:
-    """Idefics3, LLaVA-NeXT, SmolVLM: with texts they write nothing, or fail."""
+    """Idefics3, LLaVA-NeXT, SmolVLM: given plain text they write nothing, or fail."""
     talk = [*ASKED, TALK[-1]]
     tree = _made(PARTS, {"messages": talk}).trees[0]
     shown = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in talk]

@@ -1,4 +1,4 @@
-"""`data fix`: what goes and what stays, that counts add up, that no secret is written, that the input is never touched."""
+"""`data fix`: which rows are dropped or kept, that counts add up, no secrets are written, and the input is never changed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_safe_rules(tmp_path: Path) -> None:
 
 
 def test_rules_may_be_one_text(tmp_path: Path) -> None:
-    """As on the command line."""
+    """A single string, as on the command line."""
     source = write(tmp_path / "a.jsonl", planted())
     done = api.fix(source, tmp_path / "b.jsonl", drop="near_duplicates, cycles", keep="empty", redact="pii")
     listed = api.fix(source, tmp_path / "c.jsonl", drop=["near_duplicates", "cycles"], keep=["empty"], redact=["pii"])

@@ -1,4 +1,4 @@
-"""`penchant data formats` and `penchant data show`: all from the registry, and nothing of a file reaches the terminal as it is."""
+"""`penchant data formats` and `penchant data show`: output comes from the registry, and file contents are escaped."""
 
 from __future__ import annotations
 

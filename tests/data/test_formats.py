@@ -1,4 +1,4 @@
-"""Readers: every format gives the same rows; bad input is met with a sentence and a place."""
+"""Readers: every format gives the same rows, and bad input gives an error with its location."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:
     "name,places",
     [
         ("a.jsonl", ["a.jsonl:1", "a.jsonl:2"]),
-        ("a.csv", ["a.csv:2", "a.csv:4"]),  # the first row's prompt has a line break in it
+        ("a.csv", ["a.csv:2", "a.csv:4"]),  # the first row's prompt contains a line break
         ("a.json", ["a.json:2", "a.json:7"]),
         ("a.parquet", ["a.parquet: row 1", "a.parquet: row 2"]),
     ],

@@ -1,4 +1,4 @@
-"""Damaged, hostile and odd files: a sentence or counted bad rows, in bounded time and memory; never a traceback, never a row lost."""
+"""Damaged, hostile and odd files give an error message or counted bad rows, in bounded time and memory, without losing rows."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def damaged(content: bytes, random_: random.Random) -> bytes:
 
 
 def made_file(random_: random.Random) -> tuple[Made, int | None]:
-    """A file, damaged or not, and how many rows it has if it is whole."""
+    """A file, damaged or not, and its number of rows if it is intact."""
     rows = rows_of(random_, random_.choice([1, 3, 12]))
     name, content = random_.choice(FORMATS)(rows, random_)
     whole = random_.random() < 0.1
@@ -120,7 +120,7 @@ def made_file(random_: random.Random) -> tuple[Made, int | None]:
 
 
 def tried(folder: Path, made: Made, many: int | None) -> str:
-    """What became of a file, by every way in which rows are read; only our own errors come out."""
+    """Outcome of reading a file in every way that rows are read. Only our own errors may be raised."""
     path = folder / made[0]
     path.write_bytes(made[1])
     try:
@@ -134,7 +134,7 @@ def tried(folder: Path, made: Made, many: int | None) -> str:
             made[0] == "a.jsonl"
             and made[1][:2] != b"\x1f\x8b"
             and not any(line.lstrip(b" \xef\xbb\xbf\r").startswith(b"[") for line in lines)
-            and not any(line.strip(b" \xef\xbb\xbf\r") == b"{" for line in lines)  # an object over several lines
+            and not any(line.strip(b" \xef\xbb\xbf\r") == b"{" for line in lines)  # an object that spans several lines
         ):
             physical = made[1] if b"\n" in made[1] else made[1].replace(b"\r", b"\n")
             assert len(read) >= 1
@@ -172,7 +172,7 @@ def tried(folder: Path, made: Made, many: int | None) -> str:
 
 
 def fuzz(folder: Path, seed: int, files: int) -> dict[str, int]:
-    """Tries files; counts what became of them."""
+    """Tries random files and counts the outcomes."""
     random_ = random.Random(seed)
     counts: dict[str, int] = {}
     for number in range(files):
@@ -303,7 +303,7 @@ def test_bounds_are_keys_of_a_config_and_an_option(tmp_path: Path, capsys: pytes
     assert "row_mb, nesting, unpacked" in capsys.readouterr().err
 
 
-# ---- what JSON passes over -------------------------------------------------------------------------------------------
+# ---- what JSON parsers accept ----------------------------------------------------------------------------------------
 
 ODD_JSON = {
     '{"text": "x", "text": "y"}': 'key "text" twice',
@@ -496,7 +496,7 @@ def test_parquet_that_is_encrypted_or_repeats_a_column_or_is_a_bomb(tmp_path: Pa
         list(read_rows(str(path)))
 
 
-# ---- no files of rows ------------------------------------------------------------------------------------------------
+# ---- files without rows ----------------------------------------------------------------------------------------------
 
 MAGIC = {
     "spreadsheet": b"PK\x03\x04" + b"\0" * 26 + b"xl/workbook.xml",
@@ -618,7 +618,7 @@ def test_a_name_with_a_bracket_is_a_file_first(tmp_path: Path) -> None:
 
 
 def test_parquet_whose_dictionary_unpacks_without_end_is_bounded(tmp_path: Path) -> None:
-    """One long text that every row names: the pages say nothing of its size."""
+    """One long text that every row refers to, whose size the page headers do not show."""
     path = tmp_path / "a.parquet"
     column = pa.DictionaryArray.from_arrays(pa.array([0] * 3000, pa.int32()), pa.array(["x" * 100_000]))
     pq.write_table(pa.table({"text": column}), path, compression="zstd")

@@ -1,4 +1,4 @@
-"""Every layout: rows in it become exactly the expected examples, and detection finds it and names what else fits."""
+"""Every layout: its rows give exactly the expected examples, and detection finds it and lists other layouts that fit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from penchant.data.read import BadRow, Row, read_rows
 from penchant.errors import ConfigError, DataError
 
 FOLDER = Path(__file__).parent / "layouts"
-# rows of one layout that are well-formed rows of another one too: both readings are shown to the person
+# rows that are well-formed in another layout too, in which case both are shown to the user
 OTHERS = {"ultrafeedback_binarized": ("pairs",), "argilla_pairs": ("pairs",)}
 
 
@@ -130,7 +130,7 @@ def test_summaries_without_confidence_can_be_left_out() -> None:
 
 def test_ties_are_left_out_and_stop_nothing_unless_they_shall() -> None:
     path = str(FOLDER / "arena.jsonl")
-    found = load_preferences(path, limit=5)  # on_bad_row is error: a tie is none
+    found = load_preferences(path, limit=5)  # on_bad_row is error, and a tie is not a bad row
     assert (found.accepted, [q.what for q in found.quarantined][:2]) == (2, ["a tie", "both are bad"])
     with pytest.raises(DataError, match=r"arena\.jsonl:3: a tie"):
         load_preferences(path, layout_options={"ties": "bad_row"})

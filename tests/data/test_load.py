@@ -1,4 +1,4 @@
-"""Loading: every shape becomes prompt trees, every bad row is counted, nothing is dropped silently."""
+"""Loading: every layout becomes prompt trees, every bad row is counted, and nothing is dropped silently."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ HALF = '"\\ud83d is half an emoji"'
     ],
 )
 def test_half_of_a_surrogate_pair_is_a_bad_row(tmp_path: Path, row: str) -> None:
-    whole = row.replace("\\ud83d", "\\ud83d\\ude00")  # the whole emoji, in two escapes, is fine
+    whole = row.replace("\\ud83d", "\\ud83d\\ude00")  # the complete emoji, as two escapes, is valid
     path = tmp_path / "a.jsonl"
     path.write_text(f"{whole}\n{row}\n")
     with pytest.raises(DataError, match=r"a\.jsonl:2: holds half of a surrogate pair \(\\ud83d, character 1 of a text"):

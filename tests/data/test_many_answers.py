@@ -1,4 +1,4 @@
-"""Trees with several scored answers, and rows with several trees: adapted, split, counted and tokenized as what they are."""
+"""Trees with several scored answers, and rows with several trees: adapting, splitting, counting and tokenizing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Near-duplicates: error rates where the true similarity is known, exact groups, bounded memory."""
+"""Near-duplicates: error rates at known similarities, exact groups, bounded memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def group_ids(texts: Iterable[str], threshold: float = near.NEAR) -> np.ndarray:
 
 
 def jaccard(a: str, b: str) -> float:
-    """The exact similarity that the signatures estimate: of the sets of 5-character shingles, after normalizing."""
+    """The exact Jaccard similarity that the signatures estimate, over sets of normalized 5-character shingles."""
     one, other = (set(shingle_hashes([normalize(t)])[0].tolist()) for t in (a, b))
     return len(one & other) / len(one | other)
 
@@ -54,7 +54,7 @@ def test_error_rates_at_known_similarity(length: int) -> None:
     assert sure.sum() > 30 and unlike.sum() > 30
     assert found[sure].mean() >= 0.99  # recall
     assert found[unlike].mean() <= 0.01
-    assert found[similarity >= 0.8].mean() > 0.8  # the estimate's error of 0.035 is at work between 0.75 and 0.85
+    assert found[similarity >= 0.8].mean() > 0.8  # the estimate's error of 0.035 matters between 0.75 and 0.85
     assert (similarity[found] >= 0.7).mean() >= 0.99  # precision
 
 
@@ -84,7 +84,7 @@ def test_a_chain_is_one_group() -> None:
         texts.append(" ".join(chain))
     assert jaccard(texts[0], texts[-1]) < 0.7
     assert set(group_ids(texts).tolist()) == {0}
-    # whatever the order, the group is the same and named by its first text
+    # the group is the same for any order, and named by its first text
     order = rng.sample(range(30), 30)
     assert set(group_ids([texts[i] for i in order]).tolist()) == {0}
 

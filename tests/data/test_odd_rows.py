@@ -1,6 +1,6 @@
-"""Rows that are odd and legal, in every kind of file: what they mean is known before they are written, and is the training data.
+"""Odd but valid rows in every kind of file: their meaning, known before they are written, must equal the training data.
 
-`PENCHANT_SEED` gives other rows.
+`PENCHANT_SEED` selects other rows.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ODD = [
     "<think>\nhm\n</think>\n\nyes", "Human: hi", "\n\nAssistant: yo", "{{ 7*7 }}", "{% if %}", "=SUM(A1)", "\\n", "\\", "assistant:", "[{'a': 1}]",
     "\u00a0b\u00a0", "ﬁ", "word " * 400, "🇨🇭", "\U0010ffff", "```py\n1\n```", "$x^2$",
 ]  # fmt: skip
-MISSING = {"nan", "None", "null"}  # words that a table writes for nothing
+MISSING = {"nan", "None", "null"}  # words that a table uses for missing values
 TURN = "{{ '<s>' + m.role + ':' + m.content + '</s>\n' }}"
 TAIL = "{% if add_generation_prompt %}{{ '<s>assistant:' }}{% endif %}"
 TEMPLATES = [
@@ -42,7 +42,7 @@ TEMPLATES = [
 ]
 
 Turn = dict[str, Any]
-Meant = tuple[dict[str, Any], list[Turn] | str, list[str]]  # a row, its prompt and its answers
+Meant = tuple[dict[str, Any], list[Turn] | str, list[str]]  # (row, its prompt, its answers)
 
 
 def _text(r: random.Random) -> str:
@@ -56,7 +56,7 @@ def _turn(role: str, content: str) -> Turn:
 
 
 def _asked(r: random.Random) -> list[Turn]:
-    """A conversation up to a question."""
+    """A conversation that ends with a question."""
     turns = [_turn("system", _text(r))] if r.random() < 0.4 else []
     for _ in range(r.choice([0, 0, 1, 6])):
         turns += [_turn("user", _text(r)), _turn("assistant", _text(r))]
@@ -120,7 +120,7 @@ def _without_missing(row: dict[str, Any], words: set[str]) -> bool:
 
 
 def _one_file(seed: int, folder: Path) -> int:
-    """Writes a file of rows, reads it, and compares; the number of texts that were compared."""
+    """Write a file of rows, read it, compare, and return the number of compared texts."""
     r = random.Random(seed)
     kind = r.choice(KINDS)
     meant = [_meant(r, kind) for _ in range(r.choice([1, 2, 12]))]
@@ -135,7 +135,7 @@ def _one_file(seed: int, folder: Path) -> int:
     if not kept:
         return 0
     words = {".csv": MISSING, ".tsv": MISSING, ".parquet": {"nan"}}.get(path.suffix, set())
-    if not all(_without_missing(row, words) for row in rows):  # written anew, as another kind of file
+    if not all(_without_missing(row, words) for row in rows):  # written again, as another kind of file
         return 0
     data = load_preferences(str(path), weight="w" if weights else None)
     assert data.total == data.accepted == len(rows) and not data.quarantined

@@ -1,4 +1,4 @@
-"""A user's own layout by file: it trains, is shown and audited as ours are, its file counts, and each mistake is one sentence."""
+"""A user's own layout from a file: training, display, audit, identity by its file, and one message per error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packing: nothing lost, nothing twice, budgets kept, rows full."""
+"""Packing: no tree is lost or repeated, budgets are kept, rows are full."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_separate_repeats_the_prompt() -> None:
 
 
 def test_sizes_of_all_trees_are_those_of_each(tmp_path: Path) -> None:
-    """Of trees in memory and of stored ones, with and without completions."""
+    """For trees in memory and stored trees, with and without completions."""
     trees = [make_tree(i, 3 + i, lengths) for i, lengths in enumerate([(2, 4), (), (1,), (5, 1, 2)])]
     writer = TokenWriter(tmp_path)
     for tree in trees:
@@ -75,7 +75,7 @@ def test_losses_cannot_tell_the_packings_apart() -> None:
 
 
 def test_a_balanced_plan_gives_way_where_it_would_break_the_budget() -> None:
-    """Longest first onto the emptier pass puts 5, 3 and 3 together: 11 tokens where 10 were asked for."""
+    """Assigning the longest first to the emptier pass would put 5, 3 and 3 together: 11 tokens with a budget of 10."""
     sizes = [5, 5, 4, 3, 3]
     plan = plan_balanced(sizes, 10)
     assert sorted(sum(sizes[i] for i in members) for members in plan) == [10, 10]

@@ -1,4 +1,4 @@
-"""Rows with pictures: where they stand, what their prompts are, and which rows are bad."""
+"""Rows with pictures: where pictures are placed, the resulting prompts, and which rows are bad."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def load(folder: Path, *rows: Mapping[str, Any], **how: Any) -> Dataset:
 
 
 def asked(tree: PromptTree) -> str:
-    """The prompt's text, with `#` for its pictures' marks."""
+    """The prompt's text, with `#` for each picture placeholder."""
     text = tree.prompt if isinstance(tree.prompt, str) else "|".join(m.content for m in tree.prompt)
     for image in tree.images:
         text = text.replace(mark_of(image), "#", 1)
@@ -88,11 +88,11 @@ def test_pictures_stand_where_the_row_says(tmp_path: Path, picture: Path) -> Non
     assert asked(whole) == "First #?|yes|And #"
     assert [Path(i.path).name for i in whole.images] == ["a.png", "b.png"]
 
-    # an answer learned by itself has the pictures before it
+    # an answer trained by itself has the pictures before it
     each = load(tmp_path, {"messages": turns, "images": both}, layout_options={"turns": "every"}).trees
     assert [(asked(t), len(t.images)) for t in each] == [("First #?", 1), ("First #?|yes|And #", 2)]
 
-    # conversations that repeat the prompt, and LLaMA-Factory's pairs
+    # conversations that repeat the prompt, and LLaMA-Factory's pairs format
     pair = {side: [user(bare, "What?"), {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
     assert asked(load(tmp_path, {**pair, "images": ["img/a.png"]}).trees[0]) == "#What?"
     factory = {
@@ -101,7 +101,7 @@ def test_pictures_stand_where_the_row_says(tmp_path: Path, picture: Path) -> Non
     }
     assert asked(load(tmp_path, {**factory, "images": both}).trees[0]) == "#What#?"
 
-    # in a system turn's conversation they stand in front of what the user says; a row without pictures keeps its text
+    # with a system turn, pictures precede the user's text; a row without pictures keeps its text
     system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What?"}]
     assert (
         asked(load(tmp_path, {"prompt": system, "completion": [ANSWER], "images": both}).trees[0])

@@ -1,4 +1,4 @@
-"""Personal data and secrets by their look: what is found, what is not, and that nothing found survives masking."""
+"""Personal data and secrets by pattern: what is found, what is not, and that masking removes every finding."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_any_text_can_be_masked_and_stays_masked(parts: list[str]) -> None:
 
 @pytest.mark.parametrize("part", ["1", "1 ", "a@", "A", "AB12 ", ":", "a."])
 def test_long_hostile_texts_take_time_in_proportion(part: str) -> None:
-    """Eight times the text is sixty-four times the work where a pattern goes back over all of it."""
+    """With a backtracking pattern, eight times the text would take sixty-four times the work."""
 
     def seconds(length: int) -> float:
         text, taken = (part * length)[:length], []

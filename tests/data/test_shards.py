@@ -1,4 +1,4 @@
-"""What is counted by shards, in any number of processes and any size of shard, is what one pass counts."""
+"""Counting by shards, of any size and in any number of processes, equals counting in one pass."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_an_audit_by_shards_is_that_of_one_pass(
 def test_in_processes_of_their_own(tmp_path: Path) -> None:
     paths = {f"{i}": str(write(tmp_path / f"{i}.jsonl", of_kind("pairs")[i:])) for i in range(3)}
     alone = by_shards(paths, workers=1)
-    assert by_shards(paths, workers=2) == by_shards(paths, workers=3) == alone  # a shard a file
+    assert by_shards(paths, workers=2) == by_shards(paths, workers=3) == alone  # one shard per file
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -172,7 +172,7 @@ def test_what_waits_on_disk_groups_as_in_memory(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(near, "CHECKED", 5)
     on_disk = NearIndex()
     on_disk.add(texts[:31])
-    on_disk.groups()  # reading does not move where the next ones are written
+    on_disk.groups()  # reading does not move the write position
     on_disk.add(texts[31:])
     assert on_disk.groups().tolist() == expected and len(set(expected)) < 60
     assert on_disk._bytes.held == 0 and on_disk._bytes._file is not None

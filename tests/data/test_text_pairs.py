@@ -1,4 +1,4 @@
-"""Text pairs for encoders: the tokenizer's own rows, cuts that are counted, chat prompts, the order of sacrifice."""
+"""Text pairs for encoders: the tokenizer's own encoding, counted truncation, chat prompts, and what is cut first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokenizing: the boundary, BOS and EOS, the cut, and the audit that counts it all."""
+"""Tokenizing: the prompt boundary, BOS and EOS, truncation, and the audit that counts it all."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _only(rows: list[dict[str, Any]], tokenizer: Any, **options: Any) -> Any:
 
 @pytest.mark.parametrize("pad", [False, True])
 def test_bos_once_eos_once(pad: bool) -> None:
-    """Also where pad == eos: nothing is padded, so EOS is never masked away."""
+    """Also if pad == eos: nothing is padded, so EOS is never masked."""
     tokenizer = tiny_tokenizer(pad=pad)
     tokenizer._tokenizer.post_processor = _bos_first()
     tree = _only([_pair()], tokenizer)
@@ -54,12 +54,12 @@ def test_chat_template_with_bos_and_eos_of_its_own_doubles_neither() -> None:
     tokenizer._tokenizer.post_processor = _bos_first()
     tree = _only([_pair()], tokenizer)
     assert tokenizer.decode(tree.prompt_ids) == "<s>user: hello</s>\n<s>assistant: "
-    assert tree.prompt_ids.tolist().count(BOS) == 2  # one a turn: the template's, none added
-    assert tokenizer.decode(tree.completion_ids[0]) == "good</s>"  # the line break after EOS is not the answer's
+    assert tree.prompt_ids.tolist().count(BOS) == 2  # one per turn by the template, none added
+    assert tokenizer.decode(tree.completion_ids[0]) == "good</s>"  # the line break after EOS is not part of it
 
 
 def test_the_boundary_cannot_move() -> None:
-    """A tokenizer with a merge across the boundary: 'o' + 'g' would become one token if the texts were joined first."""
+    """A tokenizer with a merge across the boundary, where 'o' + 'g' would become one token if the texts were joined first."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -86,7 +86,7 @@ def test_no_room_cuts_the_prompts_start_first_then_the_ends() -> None:
     done = tokenize(from_rows([_pair("0123456789" * 3, "abcdefghijklmnop", "xy")]), tokenizer, max_length=20)
     tree = done.trees[0]
     assert len(tree.prompt_ids) == 10
-    assert tokenizer.decode(tree.completion_ids[0]) == "abcdefghij"  # cut: no EOS is pretended
+    assert tokenizer.decode(tree.completion_ids[0]) == "abcdefghij"  # truncated, so no EOS is added
     assert tokenizer.decode(tree.completion_ids[1]) == "xy</s>"
     assert tree.truncated == (True, False)
     assert (len(done.cut_prompts), len(done.cut_completions)) == (1, 1)
@@ -201,7 +201,7 @@ def test_the_backend_is_asked_as_a_call_asks_it(side: str) -> None:
     tokenizer = tiny_tokenizer(pad=True)
     tokenizer.padding_side = side
     texts = ["a", "longer text", "</s> <s>special", "", "\u00e9\u4e2d"]
-    tokenizer(texts, padding=True, truncation=True, max_length=3)  # leaves the backend cutting and padding
+    tokenizer(texts, padding=True, truncation=True, max_length=3)  # leaves truncation and padding on in the backend
     made = encode_texts(tokenizer, texts)
     assert made == tokenizer(texts, add_special_tokens=False)["input_ids"] and max(map(len, made)) > 3
     assert encode_texts(tokenizer, []) == []
@@ -226,7 +226,7 @@ def test_a_cut_prompt_keeps_its_bos() -> None:
 
 
 def test_what_just_fits_is_not_cut() -> None:
-    """Six letters and EOS behind a prompt of ten tokens: whole at 17, without EOS at 16, and counted as that."""
+    """Six letters and EOS after a prompt of ten tokens: complete at 17, without EOS at 16, and counted as such."""
     for max_length, cut in ((17, False), (16, True)):
         done = tokenize(from_rows([_pair("p" * 8, "abcdefgh", "xy")]), tiny_tokenizer(), max_length=max_length)
         (tree,) = done.trees
@@ -249,7 +249,7 @@ def _words(*extra: str) -> list[str]:
 
 
 def _sentencepiece(scheme: str) -> Any:
-    """A SentencePiece-type tokenizer of single letters and two words, which puts a dummy space before a text."""
+    """A SentencePiece-like tokenizer of single letters and two words, which prepends a dummy space to a text."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -270,13 +270,13 @@ def _sentencepiece(scheme: str) -> Any:
 @pytest.mark.parametrize("scheme", ["prepend", "always", "first"])
 @pytest.mark.parametrize("prompt, answer", [("a", " girl."), ("a\n", "girl."), ("a ", "girl."), ("a gi", "rl.")])
 def test_an_answer_is_encoded_as_behind_its_prompt(scheme: str, prompt: str, answer: str) -> None:
-    """No dummy space at the boundary: the ids are those of the text in one piece, and at any rate they decode to it."""
+    """No dummy space at the boundary: the ids equal those of the joined text, or at least decode to it."""
     tokenizer = _sentencepiece(scheme)
     tree = _only([_pair(prompt, answer, " b")], tokenizer, add_eos=False)
     ours = [*tree.prompt_ids.tolist(), *tree.completion_ids[0].tolist()]
     assert tokenizer.decode(ours) == prompt + answer
     whole = tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]
-    if prompt in ("a", "a\n"):  # where no token spans the boundary
+    if prompt in ("a", "a\n"):  # no token spans the boundary
         assert ours == whole
 
 
@@ -293,7 +293,7 @@ def test_special_tokens_before_an_answer_are_its_context() -> None:
 
 
 def test_eos_stands_once_whatever_the_template_and_the_row_write_behind_an_answer() -> None:
-    """A SentencePiece-type tokenizer writes a line break behind EOS with two ids, which no single white-space id undoes."""
+    """A SentencePiece-like tokenizer writes a line break after EOS with two ids, so dropping one whitespace id is not enough."""
     tokenizer = _sentencepiece("always")
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '</s>\n\n' }}{% endfor %}"
@@ -313,7 +313,7 @@ def _turn_template(end: str) -> str:
 
 
 def test_a_turn_that_ends_with_another_token_gets_no_eos_behind_it() -> None:
-    """Gemma, Phi: the template's end of a turn is not the tokenizer's EOS."""
+    """Gemma, Phi: the template's end-of-turn token is not the tokenizer's EOS."""
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_turn>"]})
     tokenizer.chat_template = _turn_template("<end_of_turn>")
@@ -332,12 +332,12 @@ def test_the_ends_of_an_answer_are_those_of_tokenizer_template_and_generation_co
     letter = tokenizer("a", add_special_tokens=False)["input_ids"][0]
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[eot, letter]))
     assert end_ids(tokenizer) == {EOS}
-    assert end_ids(tokenizer, model) == {EOS, eot}  # a letter ends nothing
+    assert end_ids(tokenizer, model) == {EOS, eot}  # a letter is not an end token
     tokenizer.chat_template = _turn_template("<|other|>")
     assert end_ids(tokenizer, model) == {EOS, eot, other}
 
 
-# ---- templates that write a prompt differently once it is answered ------------------------------------------------------
+# ---- templates that render a prompt differently once it is answered -----------------------------------------------------
 
 OPENS_A_THOUGHT = (
     "{% for m in messages %}{{ '<s>' + m['role'] + ':' + m['content'] + ('</s>' if m['role'] == 'assistant' else '') }}{% endfor %}"
@@ -415,7 +415,7 @@ def test_a_template_that_cuts_the_answer_makes_a_bad_row_that_shows_both() -> No
 
 @pytest.mark.parametrize("turns", ["last", "all"])
 def test_a_template_that_leaves_out_a_turn_makes_a_bad_row(turns: str) -> None:
-    """One that knows no system turns writes the others without a word."""
+    """A template without system turns silently renders only the others."""
     tokenizer = tiny_tokenizer(chat=True)
     tokenizer.chat_template = tokenizer.chat_template.replace("in messages", "in messages if m.role != 'system'")
     talk = [{"role": r, "content": c} for r, c in (("system", "Be kind."), ("user", "Odd?"), ("assistant", "yes"))]
@@ -425,7 +425,7 @@ def test_a_template_that_leaves_out_a_turn_makes_a_bad_row(turns: str) -> None:
 
 
 def test_an_answer_that_is_put_behind_the_prompt_brings_no_earlier_turns_with_it() -> None:
-    """A template that ends a turn of the assistant only where it is the last one: the prompt's end stands behind the question too."""
+    """A template that ends an assistant turn only if it is the last one: the prompt's end also follows the question."""
     tokenizer = _tokenizer_with(
         "{% for m in messages %}{{ '<s>' + m.role + ': ' + m.content }}{% if m.role == 'user' or loop.last %}{{ '</s>\n\n' }}"
         "{% endif %}{% endfor %}"
@@ -447,7 +447,7 @@ def test_what_a_model_wrote_is_taken_as_the_template_leaves_it() -> None:
 
 
 def _wordpieces() -> Any:
-    """A tokenizer whose pieces of words decode otherwise when they stand apart."""
+    """A tokenizer whose word pieces decode differently when decoded separately."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""Conversations of which several answers are learned: which tokens are trained, and what their loss is."""
+"""Conversations with several trained answers: which tokens are trained, and their loss."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ TALK = [
 
 
 def _template(answer: str) -> str:
-    """Turns of a role, a text and an end, and a line break behind each that nobody writes."""
+    """Turns of a role, a text and an end token, each followed by a line break that is not trained."""
     return (
         "{% for m in messages %}{{ '<s>' + m.role + ':' }}{% if m.role == 'assistant' %}" + answer + "{% else %}"
         "{{ m.content + '</s>' }}{% endif %}{{ '\n' }}{% endfor %}"
@@ -72,7 +72,7 @@ def _learned(
 
 
 def _trained(tokenizer: Any, tree: TokenTree) -> list[str]:
-    """The runs of trained tokens as text."""
+    """The spans of trained tokens as text."""
     (ids,), mask = tree.completion_ids, tree.masks[0] if tree.masks else np.ones(len(tree.completion_ids[0]), bool)
     runs: list[list[int]] = []
     for i, (token, on) in enumerate(zip(ids.tolist(), mask.tolist(), strict=True)):
@@ -85,9 +85,9 @@ def _trained(tokenizer: Any, tree: TokenTree) -> list[str]:
 
 @pytest.mark.parametrize("bounded", [False, True])
 def test_tagged_templates_are_trained_where_transformers_says(bounded: bool) -> None:
-    """Token by token; the template's last line break is none of ours."""
+    """Compared token by token. The template's last line break is not trained."""
     if bounded:
-        bound_templates()  # as every tokenizer of a run is loaded
+        bound_templates()  # as for every tokenizer of a run
     tokenizer, made = _learned(TAGGED)
     (tree,) = made.trees
     told = tokenizer.apply_chat_template(TALK, return_dict=True, return_assistant_tokens_mask=True)
@@ -120,7 +120,7 @@ def test_every_answer_is_trained_with_its_end_once(template: str) -> None:
 def test_what_the_prompt_opens_within_the_tags_is_not_learned(
     answer: str, opened: str, learned: str, moved: int
 ) -> None:
-    """One answer or several: the model is never asked to write it."""
+    """With one answer or several, since the model never has to write it."""
     template = _template(answer + "{% endgeneration %}").replace(
         "'<s>assistant:' }}{% endif %}", f"'<s>assistant:{opened}' }}}}{{% endif %}}".replace("\n", "\\n")
     )
@@ -146,17 +146,17 @@ def test_answers_that_share_other_parts_of_what_the_prompt_opens_have_one_prompt
 
 @pytest.mark.parametrize("flags", [{"weight": 0}, {"train": False}, {"training": False}])
 def test_flags_of_turns_are_honored(flags: dict[str, Any]) -> None:
-    """OpenAI and Mistral (weight), Axolotl (train, training)."""
+    """Flags of OpenAI and Mistral (weight), and Axolotl (train, training)."""
     talk = [dict(turn) for turn in TALK]
     talk[4] |= flags
     tokenizer, made = _learned(UNTAGGED, talk)
     assert _trained(tokenizer, made.trees[0]) == ["Yo.</s>", "Four.</s>"]
-    talk[2] |= flags  # an answer before the first one that is learned is a part of the prompt
+    talk[2] |= flags  # an answer before the first trained one is part of the prompt
     tokenizer, made = _learned(UNTAGGED, talk)
     assert _trained(tokenizer, made.trees[0]) == ["Four.</s>"]
     assert "Five." in tokenizer.decode(made.trees[0].prompt_ids) and made.trees[0].masks == ()
     talk[2].pop(next(iter(flags)))
-    talk[6] |= flags  # and what follows the last one is not read
+    talk[6] |= flags  # and turns after the last one are not read
     tokenizer, made = _learned(UNTAGGED, talk)
     assert _trained(tokenizer, made.trees[0]) == ["Yo.</s>"]
 
@@ -169,11 +169,11 @@ def test_a_template_that_rewrites_earlier_turns_has_each_answer_learned_as_it_is
     assert "<s>assistant:Yo.</s>" in tokenizer.decode(made.trees[1].prompt_ids)
     assert made.apart == 1 and "1 conversation learned answer by answer" in made.summary()
     assert made.accepted == made.total == 1
-    assert _learned(CUTS_THOUGHTS)[1].apart == 0  # nothing was cut out of these
+    assert _learned(CUTS_THOUGHTS)[1].apart == 0  # nothing was removed from these
 
 
 def test_a_prompt_that_the_template_writes_otherwise_later_is_learned_from_as_it_is_asked() -> None:
-    """Of the same length, so that nothing but the text itself tells: a count, a date."""
+    """With texts of the same length, such as a count or a date, so that only the text itself differs."""
     questions = "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}"
     tokenizer, made = _learned(questions + UNTAGGED)
     assert [tokenizer.decode(t.prompt_ids[:1]) for t in made.trees] == ["1", "2", "3"] and made.apart == 1
@@ -201,7 +201,7 @@ def test_a_cut_conversation_keeps_the_answers_that_fit() -> None:
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_the_loss_is_the_models_own_over_the_trained_tokens(shared: bool) -> None:
-    """Two conversations in one row, against `labels` of -100 elsewhere, in fp64."""
+    """Two conversations in one row, compared with `labels` that are -100 elsewhere, in fp64."""
     model = tiny_model("llama")
     tokenizer = _tokenizer(TAGGED)
     rows = [{"messages": TALK}, {"messages": TALK[3:]}]
@@ -223,7 +223,7 @@ def test_the_loss_is_the_models_own_over_the_trained_tokens(shared: bool) -> Non
         ids = torch.tensor(told["input_ids"]) % vocab
         on = torch.tensor(told["assistant_masks"], dtype=torch.bool)
         labels = torch.where(on, ids, -100)[1:]
-        logits = model(input_ids=ids[None]).logits[0, :-1]  # its own `loss` would go through float32
+        logits = model(input_ids=ids[None]).logits[0, :-1]  # its own `loss` would use float32
         nats = nats + torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
         tokens += int(on.sum())
         assert tree.trained == (int(on.sum()),)
@@ -303,7 +303,7 @@ def test_the_last_answer_stays_the_default() -> None:
         _learned(UNTAGGED, TALK[:-1])
 
 
-# ---- reasoning that a row has apart ---------------------------------------------------------------------------------------
+# ---- reasoning in a separate field ----------------------------------------------------------------------------------------
 
 WRITES_REASONING = _template(
     "{{ ('<think>' + m.reasoning_content + '</think>' if m.reasoning_content else '') + m.content + '</s>' }}"
@@ -326,7 +326,7 @@ def test_reasoning_is_learned_where_the_template_writes_it(name: str) -> None:
     assert _trained(tokenizer, made.trees[0]) == [first, "Five.</s>", last] and made.apart == 0
     tokenizer, made = _learned(WRITES_REASONING, _thoughtful(name), turns="last")
     assert _trained(tokenizer, made.trees[0]) == [last] and first in tokenizer.decode(made.trees[0].prompt_ids)
-    tokenizer, made = _learned(OF_THE_LAST_TURN, _thoughtful(name))  # earlier turns stand there without
+    tokenizer, made = _learned(OF_THE_LAST_TURN, _thoughtful(name))  # earlier turns are rendered without reasoning
     assert [_trained(tokenizer, t) for t in made.trees] == [[first], ["Five.</s>"], [last]] and made.apart == 1
 
 

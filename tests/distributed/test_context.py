@@ -1,4 +1,4 @@
-"""One row over two processes, in fp64: attention, gradients and whole runs are those of one process."""
+"""Context parallelism in fp64: one row over two processes gives the attention, gradients and runs of one process."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def run(root: Path, tag: str) -> dict[str, torch.Tensor]:
 
 
 def pieces(world: World) -> dict[str, Any]:
-    """What only several processes can show."""
+    """Results that need several processes."""
     generator = torch.Generator().manual_seed(0)
     row = torch.randn(
         7, 4, 3, generator=generator, dtype=torch.float64
-    )  # 7 tokens of 4 heads: the last process has one of none
+    )  # 7 tokens of 4 heads: the last process has an empty one
     mine = my_tokens(torch.arange(7))
     filled = torch.cat([row, row.new_zeros(1, 4, 3)])[world.rank * 4 : world.rank * 4 + 4]
     heads = part_of_heads(filled, 7)
@@ -88,7 +88,7 @@ def test_tokens_and_heads_change_places_and_come_back(found: Any) -> None:
     assert torch.equal(torch.cat([first["ids"], second["ids"]]), torch.tensor([0, 1, 2, 3, 4, 5, 6, 0]))
     assert torch.equal(torch.cat([first["heads"], second["heads"]], dim=1), row)
     assert torch.equal(torch.cat([first["back"], second["back"]])[:7], row)
-    # each process asked for all of it: a part's gradient is the sum of both
+    # each process uses all of it, so a part's gradient is the sum of both
     assert first["grad"][:, 0].tolist() == [0, 2, 4, 6] and second["grad"][:, 0].tolist() == [8, 10, 12, 0]
 
 

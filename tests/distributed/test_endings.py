@@ -1,4 +1,4 @@
-"""How several processes end: one sentence and its exit code, whoever failed; a signal, a crash, and what is started again."""
+"""How multi-process runs end: one error message and exit code whichever rank fails; signals, crashes and restarts."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ def test_what_one_rank_cannot_do_is_an_error_of_all(tmp_path: Path) -> None:
 def test_a_rank_that_does_not_answer_is_named_and_ended_and_rank_0_may_be_late(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(MACHINE, "0")  # as torchrun does
+    monkeypatch.setenv(MACHINE, "0")  # like torchrun
 
     def call(world: World) -> Any:
-        _set_pg_timeout(timedelta(seconds=1), world.group)  # now that they have found each other
+        _set_pg_timeout(timedelta(seconds=1), world.group)  # after the rendezvous
         if world.leads:
             time.sleep(1.5)
         assert world.share("read" if world.leads else "") == "read"
@@ -89,7 +89,7 @@ def test_a_rank_that_does_not_answer_is_named_and_ended_and_rank_0_may_be_late(
         except Exception as error:
             late, ended = waited_too_long(error, world, 1.0), []
             assert late is not None
-            os.kill = lambda *what: ended.append(what)  # of this process alone
+            os.kill = lambda *what: ended.append(what)  # in this process only
             end_silent(world, late.silent)
             return str(late), ended
         finally:
@@ -105,7 +105,7 @@ def test_a_rank_that_does_not_answer_is_named_and_ended_and_rank_0_may_be_late(
 def test_what_nccls_watchdog_has_found_is_told_before_it_aborts(
     found: str, told: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a wait for the GPU nothing is raised. There is no NCCL here: its group is a stand-in."""
+    """While waiting for the GPU nothing is raised. A stand-in replaces the NCCL group."""
     from torch._C._distributed_c10d import ErrorType
 
     def no_backend(device: torch.device) -> None:
@@ -124,13 +124,13 @@ def test_what_nccls_watchdog_has_found_is_told_before_it_aborts(
             assert launching.nccl_error() is None
             return
         error = left.get(timeout=HANGS)
-    monkeypatch.setattr(launching, "store", None)  # there is no other process to ask
+    monkeypatch.setattr(launching, "store", None)  # there is no other process
     assert lost_another(error) and (waited_too_long(error, World(0, 2), 1.0) is not None) == (told == "late")
 
 
 def test_processes_that_do_not_find_each_other_are_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # and nobody listens there
+        taken.bind(("127.0.0.1", 0))  # nothing listens there
         meeting = {
             "RANK": "1",
             "WORLD_SIZE": "2",
@@ -144,7 +144,7 @@ def test_processes_that_do_not_find_each_other_are_a_sentence(monkeypatch: pytes
 
 
 def test_a_signal_leaves_as_much_time_as_ranks_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To finish a step and to write a checkpoint may take longer than torch's 30 s."""
+    """Finishing a step and writing a checkpoint may take longer than torch's 30 s."""
     from torch.distributed.launcher.api import LaunchConfig
 
     asked, given = [], []
@@ -156,14 +156,14 @@ def test_a_signal_leaves_as_much_time_as_ranks_wait_for_each_other(monkeypatch: 
     )
     monkeypatch.setattr(os, "environ", dict(os.environ))
     assert launch(["train", "run.yaml"], 2, 0, 600.0) == 0
-    assert asked[0].shutdown_timeout == 600 and "shutdown_timeout" not in given  # which older torch does not take
+    assert asked[0].shutdown_timeout == 600 and "shutdown_timeout" not in given  # which older torch does not accept
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_others_wait_for_rank_0s_report_as_long_as_it_takes(
     deterministic: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And NCCL is told to add in one order, before there are groups."""
+    """Also, NCCL is set to a deterministic reduction order before groups are created."""
     waits: list[bool] = []
     monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k != "NCCL_ALGO"})
     world = SimpleNamespace(leads=False, agree=lambda patient=False: waits.append(patient))
@@ -220,21 +220,21 @@ def test_last_words_are_read_by_the_next_attempt(tmp_path: Path, monkeypatch: py
     late = TrainingStopped("launch.timeout", "rank 1 did not answer")
     late.exit_code = CRASH
     record(late)
-    assert ended_on_purpose() is None  # a crash is tried again
+    assert ended_on_purpose() is None  # a crash is restarted
     record(DiskError("out", "is full"))
     at(2)
     assert ended_on_purpose() == 5
     told = described(DiskError("out", "is full", "free some"))
     assert (type(error_of(told)), str(error_of(told))) == (DiskError, "out: is full; free some")
     for error in (torch.OutOfMemoryError("CUDA out of memory"), OSError(28, "No space left on device")):
-        assert described(error)["kind"] is not None and described(error)["exit_code"] != CRASH  # not started again
+        assert described(error)["kind"] is not None and described(error)["exit_code"] != CRASH  # not restarted
     assert described(KeyError("x"))["kind"] is None
     assert lost_another(RuntimeError("[pair.cc:553] Connection closed by peer")) and not lost_another(
         DataError("gloo", "x")
     )
 
 
-# ---- the whole thing, by the command ----------------------------------------------------------------------------------------
+# ---- end to end, by the command ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -257,7 +257,7 @@ output: out
 
 
 def start(folder: Path, *overrides: str, by: Sequence[str] = ()) -> subprocess.Popen[str]:
-    """`penchant train`; `by`: what starts it, with its options, in place of Python."""
+    """Start `penchant train`. `by` is a launcher with its options that replaces Python."""
     source = str(Path(penchant.__file__).parents[1])
     environment = {k: v for k, v in os.environ.items() if k not in ("PENCHANT_REEXECUTED", LAUNCHED)}
     environment |= {"PYTHONPATH": f"{folder}{os.pathsep}{source}", "OMP_NUM_THREADS": "1"}
@@ -274,7 +274,7 @@ def start(folder: Path, *overrides: str, by: Sequence[str] = ()) -> subprocess.P
 
 
 def ranks(launcher: subprocess.Popen[str]) -> list[int]:
-    """The processes that it started, by rank."""
+    """The processes that it started, sorted by rank."""
     found = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -321,7 +321,7 @@ def test_a_signal_to_any_rank_writes_one_checkpoint(folder: Path, rank: int) -> 
 def test_ctrl_c_is_answered_by_one_sentence_and_torch_is_silent(folder: Path) -> None:
     running = start(folder)
     wait_for_step(folder, 3, running)
-    os.killpg(running.pid, signal.SIGINT)  # as a terminal sends it, to all at once
+    os.killpg(running.pid, signal.SIGINT)  # like a terminal, to all at once
     _, said = running.communicate(timeout=HANGS)
     (sentence,) = sentences(said)
     assert running.returncode == 4 and "SIGINT" in sentence and "torch/" not in said, said
@@ -329,7 +329,7 @@ def test_ctrl_c_is_answered_by_one_sentence_and_torch_is_silent(folder: Path) ->
 
 @pytest.mark.slow
 def test_what_one_rank_says_is_the_only_sentence_and_comes_soon(folder: Path) -> None:
-    """A rank that cannot write its shard: the others do not wait for it, and nobody is started again."""
+    """If a rank cannot write its shard, the others do not wait for it, and nothing is restarted."""
     (folder / "sitecustomize.py").write_text(
         """
 import os
@@ -360,7 +360,7 @@ def test_a_killed_rank_is_started_again_and_the_end_is_the_same(folder: Path, ra
     assert len(sentences(said)) == 1 and "(1 of 1)" in said
     assert (folder / "out/metrics.jsonl").read_bytes() == (folder / "whole/metrics.jsonl").read_bytes()
     for name in ("shard-00001", "shard-00002"):
-        # tensors, not bytes: safetensors writes a header's entries in an order that differs from process to process
+        # tensors, not bytes: the order of entries in a safetensors header differs between processes
         shards = (next((folder / run / "checkpoints/step-8/state").glob(f"{name}*")) for run in ("out", "whole"))
         mine, theirs = map(load_file, shards)
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in mine)
@@ -368,7 +368,7 @@ def test_a_killed_rank_is_started_again_and_the_end_is_the_same(folder: Path, ra
 
 @pytest.mark.slow
 def test_two_machines_are_two_agents_that_meet(folder: Path) -> None:
-    """Here both are on one machine; they train what one agent with two processes trains."""
+    """Both agents run on one machine here, and train the same as one agent with two processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -386,7 +386,7 @@ def test_two_machines_are_two_agents_that_meet(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_a_killed_rank_without_restarts_ends_all_soon(folder: Path) -> None:
-    running = start(folder, f"launch.timeout={10 * HANGS}")  # which nobody waits for
+    running = start(folder, f"launch.timeout={10 * HANGS}")  # a timeout that never expires here
     wait_for_step(folder, 3, running)
     os.kill(ranks(running)[1], signal.SIGKILL)
     _, said = running.communicate(timeout=HANGS)

@@ -1,4 +1,4 @@
-"""What goes through shared memory is what collectives of torch bring, whatever the sizes and whoever is slow."""
+"""Shared-memory collectives equal torch's, for any size and any slow rank."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def vector(rank: int, count: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def sent(world: World) -> dict[str, Any]:
-    """Whether each gather and each sum is right, of vectors in shared memory, and of larger ones below and above a slot's size."""
+    """Whether each gather and sum is right, for vectors in shared memory and larger ones below and above a slot's size."""
     exchange.SLOT, exchange.LIMIT = 96, 200
     made = Exchange.of(world)
     assert made is not None
@@ -41,7 +41,7 @@ def sent(world: World) -> dict[str, Any]:
             mine = whole[world.rank * count :][:count].copy_(vector(world.rank, count + round_, dtype)[:count])
             time.sleep(0.01 * (draw.random() < 0.2))
             gather(whole, mine, group)
-            time.sleep(0.01 * (draw.random() < 0.2))  # and the others go on
+            time.sleep(0.01 * (draw.random() < 0.2))  # while the others continue
             right = torch.cat([vector(r, count + round_, dtype)[:count] for r in range(world.size)])
             equal = torch.equal(whole, right)
             of_all = [vector(r, world.size * count + round_, dtype)[: world.size * count] for r in range(world.size)]
@@ -59,17 +59,17 @@ def sent(world: World) -> dict[str, Any]:
 
     Exchange.of.cache_clear()
     real = os.memfd_create
-    if world.rank == 1:  # a system without
+    if world.rank == 1:  # a system without shared memory
         os.memfd_create = lambda _: (_ for _ in ()).throw(OSError)  # type: ignore[assignment]
     found["one that cannot"] = (Exchange.of(world) is None, True)
     os.memfd_create = real
     Exchange.of.cache_clear()
     real_open = os.open
-    if world.rank == 2:  # the same numbers, on another machine, are another file
+    if world.rank == 2:  # the same pid and descriptor on another machine are another file
         os.open = lambda path, flags: real("other")  # type: ignore[assignment]
     found["one that is elsewhere"] = (Exchange.of(world) is None, True)
     os.open = real_open
-    # of two that share a model's shards, the other's file is as good as one's own
+    # if two share a model's shards, either's file will do
     Exchange.of.cache_clear()
     pair, made = dist.new_group([1, 2]), Exchange.of(world)
     assert made is not None

@@ -1,4 +1,4 @@
-"""Whole runs of two processes: the figures of one process, and folders that everything else reads."""
+"""Whole runs of two processes: the same results as with one, and run folders that all commands can read."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 ALGORITHM = {"loss": None, "algorithm": {"name": "reward_model"}}
 ONLINE = {"loss": None, "reward": "words"}
 RUNS: dict[str, dict[str, Any]] = {
-    # its reference computed by both, read by both; a reward of what it writes, asked by one
+    # its reference is computed and read by both; the reward of its completions is requested by one
     "dpo": {"evaluation": {**PLAIN["evaluation"], "reward": "ROOT/rewards.py:length"}},
     "lora": {"lora": {**LORA, "dora": True}, "reference": {"kind": "adapter"}},
     "frozen": {"reference": {"kind": "frozen", "ema": 0.5}, "model": {"dtype": "bf16"}},
@@ -60,8 +60,8 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-TOLERANCE = {"frozen": 2e-2, "encoder": 1e-3}  # of weights: bf16; Adam on gradients that are all but zero
-RESUMED = ("frozen", "grpo")  # bf16 products of fp32 shards; rollouts that two steps train on
+TOLERANCE = {"frozen": 2e-2, "encoder": 1e-3}  # of weights, for bf16, and for Adam on nearly zero gradients
+RESUMED = ("frozen", "grpo")  # bf16 compute with fp32 shards; rollouts used by two steps
 BY_DEFAULT = ("dpo", "frozen", "reward", "ppo")
 REWARD = """
 import os
@@ -88,7 +88,7 @@ def config(root: Path, name: str, tag: str) -> dict[str, Any]:
 
 
 def trained(root: Path, names: Sequence[str]) -> Path:
-    """A folder with these runs as one process and as two train them."""
+    """A folder with these runs, trained by one process and by two."""
     tiny_model_folder(root / "model")
     write_jsonl(root / "pairs.jsonl", polite_rows(18))
     (root / "rewards.py").write_text(REWARD)
@@ -123,7 +123,7 @@ def trained(root: Path, names: Sequence[str]) -> Path:
 
 @pytest.fixture(autouse=True)
 def _known_metrics() -> None:
-    """In place of conftest's: a user's algorithm may log figures of its own."""
+    """Replaces conftest's fixture, because a user's algorithm may log its own metrics."""
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def more(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=[pytest.param(n, marks=[] if n in BY_DEFAULT else [pytest.mark.slow]) for n in RUNS])
 def run(request: pytest.FixtureRequest) -> tuple[str, Path]:
-    """A run's name, and the folder that it is in."""
+    """A run's name, and the folder that contains it."""
     return request.param, request.getfixturevalue("root" if request.param in BY_DEFAULT else "more")
 
 
@@ -173,7 +173,7 @@ def test_two_processes_log_what_one_logs(run: tuple[str, Path]) -> None:
 
 
 def test_the_model_loads_as_it_is(run: tuple[str, Path]) -> None:
-    """Its weights are those of one process, in the same files."""
+    """Its weights equal those of one process, in the same files."""
     from safetensors.torch import load_file
 
     name, root = run
@@ -204,7 +204,7 @@ def test_what_two_processes_resume_is_the_same_run(name: str, request: pytest.Fi
 def test_one_process_asks_the_rewards(root: Path) -> None:
     asked = (root / "asked").read_text().splitlines()
     assert asked and {line.split()[0] for line in asked} == {"alone", "0"}
-    assert {line.split()[1] for line in asked} == {"2"}  # of kl_prompts, sampled by both
+    assert {line.split()[1] for line in asked} == {"2"}  # kl_prompts are sampled by both
 
 
 def test_one_process_reads_and_evaluates_what_two_have_trained(root: Path) -> None:

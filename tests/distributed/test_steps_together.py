@@ -1,4 +1,4 @@
-"""One process and two take the same steps, in fp64: gradients, metrics, checkpoints and what is resumed from them."""
+"""One process and two take the same steps in fp64: gradients, metrics, checkpoints and resumed runs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ LOSS_NAMES = (
     "kto",
     "aot",
     "pmpo",
-)  # on pairs, on tokens; z0 of the whole step; coupled; labelled answers
+)  # on pairs, on tokens; z0 of the whole step; coupled; labeled answers
 
 # whole runs of a few steps
 RUNS: dict[str, dict[str, Any]] = {
@@ -56,16 +56,16 @@ RUNS: dict[str, dict[str, Any]] = {
     "sgd": {"optimizer_kind": "sgd", "max_steps": 3},
     "offload": {"offload": True},
     "muon": {"optimizer_kind": "muon"},
-    "moving": {"name": "pmpo", "reference": "moving"},  # and the divergence over the whole vocabulary
+    "moving": {"name": "pmpo", "reference": "moving"},  # with the divergence over the whole vocabulary
     "adapter": {"lora": LoraConfig(r=2, dropout=0.0, dora=True), "reference": "as it was"},
     "moving-adapter": {"lora": LoraConfig(r=2, dropout=0.0, dora=True), "reference": "moving"},
     "ppo": {"ppo": "head", "max_steps": 4},
     "ppo-separate": {"ppo": "separate", "max_steps": 4},
 }
 RESUMED = ("dpo", "sgd", "muon", "moving", "ppo", "ppo-separate")
-ROUNDED = {"muon": 1e-2}  # its products are in bf16
+ROUNDED = {"muon": 1e-2}  # its matmuls are in bf16
 
-UNCLIPPED: dict[str, Any] = {"max_grad_norm": None}  # a norm that is clipped would hide a factor
+UNCLIPPED: dict[str, Any] = {"max_grad_norm": None}  # clipping would hide a wrong factor
 
 
 def scorer_of(model: Any, dtype: torch.dtype, replicas: int = 1, beside: Any = (), offload: bool = False) -> Any:
@@ -77,7 +77,7 @@ def scorer_of(model: Any, dtype: torch.dtype, replicas: int = 1, beside: Any = (
 
 
 class Fixed:
-    """A writer that always gives the same completions, with rewards."""
+    """A writer that always returns the same completions, with rewards."""
 
     seed = 0
 
@@ -119,7 +119,7 @@ def make_loop(
         model = add_lora(model, lora, 0)
         cast_parameters(model, dtype)
         for n, p in model.named_parameters():
-            if "lora_B" in n:  # one that was trained before
+            if "lora_B" in n:  # as if trained before
                 torch.nn.init.normal_(p, std=0.1)
     frozen.requires_grad_(False)
     router = router_loss(model, "auto") if experts else None
@@ -172,7 +172,7 @@ def make_loop(
 
 
 def first_gradient(loop: Loop) -> dict[str, torch.Tensor]:
-    """Of the first step, whole, under plain names."""
+    """Unsharded gradient of the first step, by plain parameter names."""
     found: dict[str, torch.Tensor] = {}
 
     def keep(lr: float) -> None:
@@ -185,7 +185,7 @@ def first_gradient(loop: Loop) -> dict[str, torch.Tensor]:
 
 
 def end_state(loop: Loop) -> dict[str, torch.Tensor]:
-    """Whole tensors of everything that a resumed run needs."""
+    """Unsharded tensors of everything that a resumed run needs."""
     return {n: full(t).clone() for n, t in (loop.optimizer.state_tensors() | loop.algorithm.state_tensors()).items()}
 
 
@@ -194,7 +194,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def both(root: Path, tag: str) -> dict[str, Any]:
-    """Everything that is compared, made by however many processes there are; of one rank where there are several."""
+    """Everything that is compared, computed by any number of processes, as seen by one rank."""
     found: dict[str, Any] = {}
     for name in LOSS_NAMES:
         found[f"gradient of {name}"] = first_gradient(make_loop(root / f"{tag}-gradient-{name}", name, **UNCLIPPED))
@@ -213,7 +213,7 @@ def both(root: Path, tag: str) -> dict[str, Any]:
 
 
 class Killed(BaseException):
-    """A kill -9: nothing of the loop's own clean-up knows about it."""
+    """Simulates kill -9: an exception that the loop's cleanup does not handle."""
 
 
 class KillAt3(QuietConsole):
@@ -228,7 +228,7 @@ class StopAtCheckpoint(Callback):
 
 
 class Told(Callback):
-    """Of checkpoints, by step: the step that training had come to."""
+    """``{checkpoint's step: step that training had reached}``."""
 
     def __init__(self, loop: Loop) -> None:
         self.loop, self.steps = loop, dict[int, int]()
@@ -239,7 +239,7 @@ class Told(Callback):
 
 
 def in_the_background(root: Path) -> dict[str, Any]:
-    """A run that trains on while it writes slowly, and one whose rank 1 has no room for what it writes meanwhile."""
+    """A run that keeps training during slow writes, and one whose rank 1 runs out of disk space meanwhile."""
     numbered, found = checkpoints._numbered, dict[str, Any]()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoints, "_numbered", lambda *of: (time.sleep(0.5), numbered(*of))[1])
@@ -262,19 +262,19 @@ def in_the_background(root: Path) -> dict[str, Any]:
 
 
 def loaded(checkpoint: Path, loop: Loop | None = None) -> dict[str, torch.Tensor]:
-    """A checkpoint's tensors, whole, as one process reads them or as several do."""
+    """A checkpoint's unsharded tensors, read by one process or by several."""
     tensors, _ = load_checkpoint(checkpoint, None if loop is None else loop.optimizer.masters)
     return {name: full(tensor).clone() for name, tensor in tensors.items()}
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], list[dict[str, Any]]]:
-    """(the folder of all runs, what one process made, what each of two made)."""
+    """(folder of all runs, results of one process, results of each of two)."""
     root = tmp_path_factory.mktemp("together")
 
     def two(world: World) -> dict[str, Any]:
         found = both(root, "two")
-        checkpoints.FILE_BYTES = 8192  # from here on a rank writes several files; this is a process of its own
+        checkpoints.FILE_BYTES = 8192  # so that a rank writes several files; this process is not reused
         for name in reversed(RESUMED):
             killed = make_loop(root / f"two-killed-{name}", **RUNS[name])
             killed.console = KillAt3()
@@ -314,7 +314,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
 
 
 def close(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> float:
-    """The largest difference, relative to the largest number."""
+    """Largest difference, relative to the largest value."""
     assert a.keys() == b.keys() and a
     size = max(float(t.abs().max()) for t in a.values() if t.is_floating_point())
     return max(float((a[n].double() - b[n].double()).abs().max()) for n in a) / size
@@ -326,7 +326,7 @@ def test_two_processes_have_the_gradient_of_one(results: Any, what: str) -> None
     mine, theirs = one[f"gradient of {what}"], first[f"gradient of {what}"]
     assert all(torch.equal(theirs[n], second[f"gradient of {what}"][n]) for n in theirs)
     assert max(float(g.abs().max()) for g in mine.values()) > 1e-4
-    assert close(mine, theirs) < (1e-5 if what == "experts" else 1e-12)  # experts' products are in fp32
+    assert close(mine, theirs) < (1e-5 if what == "experts" else 1e-12)  # experts' matmuls are in fp32
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -354,7 +354,7 @@ def test_what_two_processes_resume_ends_bit_for_bit_where_an_uninterrupted_run_d
 
 
 def test_references_and_values_move(results: Any) -> None:
-    """What is compared above is no state that stays where it began."""
+    """The states compared above do change during training."""
     _, one, _ = results
     for name, which in (("moving", "reference/"), ("moving-adapter", "reference/"), ("ppo", "master/value.")):
         root_state = one[f"end of {name}"]
@@ -369,7 +369,7 @@ def test_a_checkpoint_is_read_by_another_number_of_processes(results: Any, tmp_p
         mine = loaded(root / checkpoint / "checkpoints/step-2")
         for theirs in (first[name], second[name]):
             assert mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in mine)
-    # one process goes on from what two wrote
+    # one process resumes from a checkpoint of two
     shutil.copytree(root / "two-killed-dpo", tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints/step-4")
     loop = make_loop(tmp_path / "run")
@@ -400,7 +400,7 @@ def test_every_rank_has_as_many_passes_and_every_tree_is_in_one(sizes: list[int]
     assert sorted(i for members in plan for i in members) == list(range(len(sizes)))
     loads = [sum(sizes[i] for i in members) for members in plan]
     assert all(load <= max(budget, max(sizes, default=0)) for load in loads)
-    assert loads == sorted(loads, reverse=True)  # ranks wait for the largest of a time
+    assert loads == sorted(loads, reverse=True)  # ranks wait for the slowest, so passes are ordered by size
 
 
 def test_a_checkpoint_that_is_written_while_training_goes_on_is_the_same(results: Any) -> None:
@@ -419,7 +419,7 @@ def test_what_one_rank_cannot_write_meanwhile_ends_all(results: Any) -> None:
 
 
 def test_a_large_shard_is_written_in_several_files(results: Any) -> None:
-    """Beside each other in memory, they would be the highest mark of a run."""
+    """Held in memory together, they would set a run's peak."""
     root, *_ = results
     names = sorted(p.name for p in (root / "two-killed-moving/checkpoints/step-4/state").iterdir())
     assert len(names) > 4 and {name[:11] for name in names} == {"shard-00001", "shard-00002"}
@@ -452,7 +452,7 @@ def test_replicas_wait_for_each_other_as_long_as_all_do(results: Any) -> None:
 
 
 def test_a_fast_path_and_shards_do_not_meet(results: Any) -> None:
-    """Made before, it would hold the old parameters: most of them would never get a gradient, and nothing would say so."""
+    """Created before sharding, it would hold the old parameters, most of which would silently never get a gradient."""
     assert [rank["fast"] for rank in results[2]] == [[False, False]] * 2
     fast = Scorer(tiny_model("llama", dtype=torch.float32), "shared", "auto")
     assert fast.fast

@@ -1,8 +1,8 @@
-"""Every fenced block of README.md and docs/ is run, loaded or checked, page by page in order, with stand-ins for data and models.
+"""Run, load or check every fenced block of README.md and docs/, page by page in order, with stand-ins for data and models.
 
-A block that begins with `# NAME.yaml` or `# NAME.py` is that file. Model names of the hub are folders with a tiny model here, and runs that a page takes for
-granted are there (tests/page_world.py), so what is shown runs as it is shown. What is not run stands in NOT_RUN with its reason, and is still checked: a
-command's arguments are parsed, files of the repository exist.
+A block that begins with `# NAME.yaml` or `# NAME.py` is that file. Hub model names are folders with a tiny model here, and runs that a
+page takes for granted exist (tests/page_world.py), so blocks run as shown. Commands that are not run are listed in NOT_RUN with a reason,
+and still checked: their arguments are parsed, and files of the repository must exist.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from penchant.pipeline import load_pipeline
 from penchant.sweep import load_sweep
 
 CHECKED = {"sh", "yaml", "json", "python", "math"}  # how each is checked: below
-OUTPUT = {"", "text"}  # what a command printed, or a formula in plain letters: nothing to run
-SHELL = {"python", "vllm", "docker", "pip", "ln", "cat", "printf", "kill", "export"}  # everybody has them, or is told
+OUTPUT = {"", "text"}  # output of a command, or a formula in plain text: nothing to run
+SHELL = {"python", "vllm", "docker", "pip", "ln", "cat", "printf", "kill", "export"}  # commonly installed, or explained
 
-# a line of a shell block that is never run: why
+# {pattern of a shell line that is never run: reason}
 NOT_RUN = {
     r"^make ": "minutes long, or installs; `make demo` is tests/test_demo.py",
     r"\bvllm serve ": "needs vLLM; tests/rollout/ has a server with its routes",
@@ -42,17 +42,17 @@ NOT_RUN = {
     r"^penchant studio": "runs until it is ended; tests/studio/ does",
     r"^penchant demo": "two minutes; tests/test_demo.py does, and a stand-in for runs/demo is here",
 }
-# a command that is only planned in the default suite, as it trains many runs: what is put behind it
+# {pattern of a command that trains many runs and is only planned in the default suite: words to append}
 PLANNED = {r"^penchant sweep ": "--plan", r"^penchant pipeline .*(?=stages\.|pipeline\.yaml)": "--plan"}
-# a command that writes texts: what keeps them short in the default suite
+# {pattern of a command that generates texts: words that keep them short in the default suite}
 SHORT = {
     r"^penchant chat ": "--max-new-tokens=8",
     r"^penchant compare (?!--judge humans)": "--max-new-tokens=8",
     r"^penchant train ": "evaluation.kl_prompts=4 evaluation.samples=2 evaluation.sample_tokens=4",
 }
-# a command that reads: what a person types
+# {pattern of a command that reads input: what a user types}
 TYPED = {r"^penchant chat .*--prefer": "The film was\n/left\n/quit\n", r"^penchant chat ": "The film was\n/quit\n"}
-# pages that run in `make test-all` only: why
+# {page that runs in `make test-all` only: reason}
 SLOW_PAGES = {
     "docs/tutorial.md": "trains the bundled model three times",
     "docs/rewards.md": "trains on arithmetic; tests/test_readme.py does so for a step",
@@ -68,7 +68,7 @@ def test_no_kind_of_block_is_unaccounted_for() -> None:
 
 
 def test_no_exception_is_left_over() -> None:
-    """A table's entry that fits no command any more would hide the next one that it fits."""
+    """A stale entry would hide the next command that it matches."""
     commands = [c for b in of("sh") for c in b.commands()]
     for table in (NOT_RUN, PLANNED, SHORT, TYPED):
         assert [p for p in table if not any(re.search(p, c, flags=re.M) for c in commands)] == []
@@ -81,7 +81,7 @@ def test_no_exception_is_left_over() -> None:
 
 @pytest.fixture(scope="module")
 def shown_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the README's run.yaml and the pages' own loss and algorithm, which other blocks build on."""
+    """A folder with the README's run.yaml and the pages' loss and algorithm, which other blocks use."""
     folder = tmp_path_factory.mktemp("shown")
     (folder / "run.yaml").write_text(page_file("README.md", "run.yaml"))
     for page, file in (("docs/own_losses.md", "my_losses.py"), ("docs/own_algorithms.md", "my_algorithms.py")):
@@ -91,7 +91,7 @@ def shown_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("block", of("yaml"), ids=str)
 def test_yaml_is_a_config(block: Block, shown_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run's, a pipeline's or a sweep's, another tool's that the importer reads, or sections of a run's."""
+    """The config of a run, pipeline or sweep, one that the importer reads, or sections of a run's config."""
     monkeypatch.chdir(shown_files)
     values, _ = parse_yaml(block.text, str(block))
     assert isinstance(values, dict)
@@ -122,7 +122,7 @@ def test_settings_in_tables_are_configs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("block", of("json"), ids=str)
 def test_json_parses(block: Block) -> None:
-    """One value, or rows as a JSONL file has them."""
+    """A single value, or JSONL rows."""
     try:
         json.loads(block.text)
     except ValueError:
@@ -143,7 +143,7 @@ def test_math_becomes_mathml(block: Block) -> None:
 
 @pytest.mark.parametrize("block", of("sh"), ids=str)
 def test_every_command_is_one(block: Block) -> None:
-    """Arguments are what the command takes, make's targets and the repository's files are there."""
+    """The command accepts its arguments, and make's targets and the repository's files exist."""
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
     assert block.commands()
     for command in block.commands():
@@ -163,7 +163,7 @@ def test_every_command_is_one(block: Block) -> None:
 
 @pytest.fixture
 def page_folder(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the world; data and rows are small, so lengths and lr need no change."""
+    """A copy of the world. Its data and models are small, so lengths and lr need no change."""
     base = tmp_path_factory.getbasetemp()
     world = shared_world(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
     folder = tmp_path / "page"
@@ -174,7 +174,7 @@ def page_folder(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkey
 
 
 def _copy(source: str, target: str) -> None:
-    """Weights are most of the world's bytes, and nothing writes into a file of them: each new one is renamed into its place."""
+    """Copy a file, but hard-link weights. They are most of the bytes, and are only ever replaced by renaming."""
     (os.link if source.endswith(".safetensors") else shutil.copy2)(source, target)
 
 

@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md: the files that it names are there, and the code of its recipes does what they say."""
+"""CONTRIBUTING.md: the files that it names exist, and the code of its recipes works."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
 def recipe(title: str, imports: str) -> dict[str, Any]:
-    """What the code of a recipe defines."""
+    """The names that a recipe's code defines."""
     section = PAGE.split(f"### {title}\n")[1].split("\n### ")[0]
     code = "".join(re.findall(r"```python\n(.*?)```", section, flags=re.S))
     module = ModuleType("recipe")

@@ -1,4 +1,4 @@
-"""The Dockerfiles: linted, their steps read as the script runs them, what they copy is there."""
+"""The Dockerfiles are linted, their steps match the script, and the files they copy exist."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_both_files_differ_only_where_they_must() -> None:
             if s.name in ("RUN", "COPY", "USER", "WORKDIR")
         ]
 
-    compiler, *cuda = runs("cuda")  # Triton builds its launcher with it
+    compiler, *cuda = runs("cuda")  # Triton compiles its launcher with it
     assert compiler.startswith("apt-get update") and "gcc" in compiler and cuda == runs("cpu")
 
 

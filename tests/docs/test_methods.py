@@ -1,4 +1,4 @@
-"""Method pages: every loss is covered, and what they quote is what the registry, the schema and docs/results.md say."""
+"""Method pages cover every loss, and agree with the registry, the schema and docs/results.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the documentation's blocks are taken apart and run: what tests/pages.py does, on blocks made here."""
+"""Tests of tests/pages.py, which parses and runs the documentation's blocks, on made-up blocks."""
 
 from __future__ import annotations
 

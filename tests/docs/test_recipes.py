@@ -1,4 +1,4 @@
-"""The recipes that print the tables of docs/results.md run, and their tables say what was measured."""
+"""The recipes that print the tables of docs/results.md run, and their tables match what was measured."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def experiments(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return experiments
 
 
-@pytest.mark.slow  # two trainings, each measured by models of its own
+@pytest.mark.slow  # two trainings, each evaluated with separate models
 def test_a_table_of_losses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experiments: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Against the start nothing has changed; after a step what was written is what the run's own evaluation finds."""
+    """The start compared with itself shows no change; after a step the table matches the run's own evaluation."""
     monkeypatch.chdir(tmp_path)
     model = Path(tiny_model_folder(tmp_path / "model", chat=True))
     config = json.loads((model / "config.json").read_text())

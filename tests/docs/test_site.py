@@ -1,4 +1,4 @@
-"""The documentation site builds without a warning, asks nothing of other machines, and fits a phone."""
+"""The documentation site builds without warnings, loads nothing from other hosts, and fits a phone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("material")
     pytest.importorskip("latex2mathml")
     target = tmp_path_factory.mktemp("docs") / "site"
-    # not --quiet: it keeps --strict from seeing warnings
+    # without --quiet, which hides warnings from --strict
     words = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(target)]
     done = subprocess.run(
         words, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, check=False
@@ -33,7 +33,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_page_is_in_the_navigation() -> None:
-    """mkdocs says so too, where it is installed."""
+    """mkdocs checks this too, if it is installed."""
     nav = (ROOT / "mkdocs.yml").read_text().split("\nnav:")[1]
     named = set(re.findall(r"([\w/]+\.md)", nav))
     assert named == {str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").rglob("*.md")}
@@ -56,7 +56,7 @@ def test_an_option_is_not_broken_at_its_hyphens(site: Path) -> None:
 
 @in_a_browser
 def test_no_page_is_wider_than_a_phone(site: Path) -> None:
-    """All pages in one, without scripts and colors of code: loading sixty takes a minute. What is wide scrolls in a box of its own."""
+    """All pages in one, without scripts and highlighting, since loading sixty takes a minute. Wide content scrolls in its own box."""
     articles = []
     for page in sorted(site.rglob("*.html")):
         plain = BLOCK.sub(lambda m: COLOR.sub("", m[0]), page.read_text())

@@ -81,7 +81,7 @@ def moderated(flagged: bool, score: float) -> list[Row]:
 
 
 def write(path: Path, rows: list[Row]) -> None:
-    """Rows in the form that the ending says."""
+    """Write rows in the format of the file's extension."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(r) + "\n" for r in rows).encode()
     if path.suffix == ".parquet":
@@ -132,11 +132,11 @@ def lmsys(tmp_path: Path) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# every data set of the catalogue, in every form
+# every data set of the catalog, in every form
 
 
 def published(spec: Spec, ending: str) -> Iterable[tuple[str, str]]:
-    """(path, layout) of a copy in the published folders, with the files in another form where `ending` says so."""
+    """(path, layout) of a copy in the published folder structure, with the files in the format `ending` if given."""
     for subset in spec.default[:2]:
         held = spec.subsets[subset]
         for split, pattern in held.splits.items():
@@ -185,7 +185,7 @@ def test_the_catalogue_is_sound() -> None:
 
 
 def catalogue_table() -> str:
-    """The catalogue as the table of docs/data_get.md."""
+    """The catalog as the table of docs/data_get.md."""
     lines = [
         "| name | published as | subsets (read by default in bold) | splits | layout | terms |",
         "|---|---|---|---|---|---|",
@@ -249,7 +249,7 @@ def test_the_language_of_a_tree_of_messages_is_its_roots(tmp_path: Path, form: s
         trees.append(
             [row | {"message_id": ids[row["message_id"]], "parent_id": ids.get(row["parent_id"])} for row in rows]
         )
-    flat = [row for rows in zip(*trees, strict=True) for row in rows]  # trees need not stand together
+    flat = [row for rows in zip(*trees, strict=True) for row in rows]  # messages of a tree need not be adjacent
     nested = [{"message_tree_id": t[0]["message_tree_id"], "prompt": t[0] | {"replies": t[1:]}} for t in trees]
     write(tmp_path / "copy.jsonl", flat if form == "flat" else nested)
     asked = {} if form == "flat" else {"subsets": ["ready-trees"]}
@@ -279,7 +279,7 @@ def test_a_language_that_nobody_speaks(lmsys: Path, tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what rows become
+# conversion of rows
 
 
 def test_conversations_as_sft_and_as_prompts(lmsys: Path, tmp_path: Path) -> None:
@@ -392,7 +392,7 @@ def test_columns_and_detection(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ["--column", "prompt=q", "--columns", "chosen=plus"],
     ):
         assert main([*arguments, *named, "--columns", "rejected=minus"]) == 0
-        assert "holds this already" in capsys.readouterr().err  # the same columns in another spelling
+        assert "holds this already" in capsys.readouterr().err  # the same columns, spelled differently
     assert main([*arguments, "--columns", "prompt"]) == 2
     assert "write --column name=value" in capsys.readouterr().err
 
@@ -402,7 +402,7 @@ def test_columns_and_detection(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def near_rows(groups: int) -> list[Row]:
-    """Prompts in groups of three: one, the same in other case, and one with a word more."""
+    """Prompts in groups of three: one, the same in another case, and one with an extra word."""
     rows = []
     for g in range(groups):
         text = say(f"group{g}", 40)
@@ -480,7 +480,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def killed(call: Callable[[], object]) -> None:
-    """Run in a process that ends by itself as a killed one does: at once, without cleaning up."""
+    """Run in a process that ends as if killed: at once, without cleanup."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -494,7 +494,7 @@ def killed(call: Callable[[], object]) -> None:
 def test_a_killed_get_continues_to_the_same_bytes(
     lmsys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
-    """Moments: rows 1 to 60 are converted, 61 to 120 written; then the files get their names."""
+    """Moments 1 to 60 convert a row, 61 to 120 write one; after that the files are renamed."""
     get("lmsys", lmsys, tmp_path / "whole")
     seen = 0
 
@@ -518,7 +518,7 @@ def test_a_killed_get_continues_to_the_same_bytes(
 
     killed(run)
     there = [p for p in (tmp_path / "killed").glob("*.json*") if p.suffix != ".part"]
-    assert len(there) == max(moment - 120, 0)  # whole files only, one after another
+    assert len(there) == max(moment - 120, 0)  # complete files only, one after another
     result = get("lmsys", lmsys, tmp_path / "killed")
     assert result.fresh is (moment < 125)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
@@ -591,7 +591,7 @@ def test_other_arguments_are_refused_and_redo_makes_it_anew(lmsys: Path, tmp_pat
         get("lmsys", lmsys, tmp_path / "out", seed=1)
     with pytest.raises(DataError, match="no such file"):
         get("lmsys", tmp_path / "gone", tmp_path / "out", redo=True)
-    assert not get("lmsys", lmsys, tmp_path / "out").fresh  # a mistake with --redo costs nothing
+    assert not get("lmsys", lmsys, tmp_path / "out").fresh  # a mistaken --redo loses nothing
     assert get("lmsys", lmsys, tmp_path / "out", seed=1, redo=True).data["request"]["seed"] == 1
     (tmp_path / "out/test.jsonl").write_text("")
     with pytest.raises(ConfigError, match="was changed or removed"):
@@ -672,7 +672,7 @@ def test_names_from_outside_cannot_write_to_the_terminal(tmp_path: Path, capsys:
 
 
 def test_other_names_of_columns_are_adopted(tmp_path: Path) -> None:
-    """As in training: a question and its answer are a prompt and a completion."""
+    """As in training, question and answer columns are read as prompt and completion."""
     write(tmp_path / "in/rows.jsonl", [{"question": f"What is {i}?", "answer": f"{i} is a number."} for i in range(6)])
     result = get("own/rows", tmp_path / "in", tmp_path / "out")
     assert result is not None and {r["prompt"] for r in all_rows(tmp_path / "out")} == {

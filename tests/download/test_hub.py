@@ -1,4 +1,4 @@
-"""The hub's own client against a small hub on this machine: access, hashes, broken connections, and a token that is never seen."""
+"""The hub's client against a fake local hub: access, hashes, broken connections, and a token that is never shown."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def hh_files(count: int = 40) -> dict[str, bytes]:
 
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FakeHub]]:
-    """Start a hub; the client's cache and tokens are in this test's folder."""
+    """Start a fake hub, with the client's cache and tokens in this test's folder."""
     import huggingface_hub.file_download
     import huggingface_hub.utils._http
     from huggingface_hub import constants
@@ -103,7 +103,7 @@ def test_a_data_set_is_fetched_checked_and_split(
     assert sum(s["rows"] for s in data["splits"].values()) == 50
     assert not Path("data/hh-rlhf/.get").exists()
     asked = len(hub.asked)
-    assert run("Anthropic/hh-rlhf", "--subset", "harmless-base", "--output", "data/hh-rlhf") == 2  # another name
+    assert run("Anthropic/hh-rlhf", "--subset", "harmless-base", "--output", "data/hh-rlhf") == 2  # an alias
     assert run("hh", "--subset", "harmless-base") == 0
     assert "nothing was done" in capsys.readouterr().err and len(hub.asked) == asked
 
@@ -169,12 +169,12 @@ def test_a_wrong_hash_is_fetched_once_more(start: Callable[..., FakeHub], capsys
 def test_a_hash_that_stays_wrong_is_refused(
     start: Callable[..., FakeHub], capsys: pytest.CaptureFixture[str], lfs: tuple[str, ...]
 ) -> None:
-    """With SHA-256 and with the git object id."""
+    """By SHA-256 and by git object id."""
     hub = start(files={HH: hh_files()}, wrong={"harmless-base/train.jsonl.gz": 9}, lfs=lfs)
     assert run("hh", "--subset", "harmless-base") == 2
     assert "another hash than the published one, twice" in capsys.readouterr().err
     hub.wrong.clear()
-    assert run("hh", "--subset", "harmless-base") == 0  # the bad file is not kept as good
+    assert run("hh", "--subset", "harmless-base") == 0  # the bad file is not cached as good
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
@@ -193,7 +193,7 @@ def test_a_hub_that_stays_busy(start: Callable[..., FakeHub], capsys: pytest.Cap
     before = len(hub.asked)
     assert run("hh") == 0
     again = [a.path for a in hub.asked[before:] if a.method == "GET"]
-    assert again and not any("harmless-base" in p for p in again)  # what was fetched is kept
+    assert again and not any("harmless-base" in p for p in again)  # fetched files are kept
     assert "continuing what was begun" in capsys.readouterr().err
 
 
@@ -290,7 +290,7 @@ def test_what_goes_wrong_is_said_and_the_token_is_never_seen(
         if path.is_file():
             assert SECRET.encode() not in path.read_bytes(), path
     carried = [a for a in hub.asked if SECRET in a.headers.get("authorization", "")]
-    assert all(a.server == "hub" for a in carried)  # the second host never gets it
+    assert all(a.server == "hub" for a in carried)  # the second host never receives it
     assert carried or state in (_not_logged_in, _no_such_logged_out, _no_network, _offline)
 
 

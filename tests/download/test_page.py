@@ -1,4 +1,4 @@
-"""What docs/data_get.md shows runs as it is shown (on a tiny model in place of the 135M one)."""
+"""The commands of docs/data_get.md run as shown, with a tiny model in place of the 135M one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows out of open files: any JSON, block borders, damage, and bounded memory."""
+"""Reading rows from streams: any JSON, block boundaries, damage, and bounded memory."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_lists_and_lines_are_read_as_they_are(
     before = source.CHUNK
     source.CHUNK = json_text.CHUNK = block
     try:
-        for name in ("a.json", "a.jsonl"):  # what it is decides, not its ending
+        for name in ("a.json", "a.jsonl"):  # its content decides, not its extension
             assert read(pack(text.encode()), name) == objects
             assert read(pack(lines.encode()), name) == objects
     finally:

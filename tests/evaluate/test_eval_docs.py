@@ -1,4 +1,4 @@
-"""docs/eval.md has every figure as it is defined, and every option."""
+"""docs/eval.md has every metric with its definition, and every option."""
 
 from __future__ import annotations
 

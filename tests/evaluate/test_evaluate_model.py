@@ -1,4 +1,4 @@
-"""`penchant eval` on everything that is a model: the same figures by every way to name it, and one sentence for every mistake."""
+"""`penchant eval` on every kind of model: the same figures however it is named, and one message for every user error."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Paths:
 
 
 def close(one: dict[str, Any], other: dict[str, Any]) -> None:
-    """Figures that both have agree; there must be some."""
+    """Check that common figures agree, and that there are some."""
     names = [n for n in one if n.startswith("eval/") and n in other]
     assert len(names) > 5
     for name in names:
@@ -66,12 +66,12 @@ def test_the_full_figures_are_the_runs_own_where_both_have_them(there: Paths) ->
     full = api.evaluate(there["run"], quiet=True, exact_kl=True)
     shared = {n for n in own if n in full and n.startswith("eval/")}
     assert {"eval/logps/chosen", "eval/logratios/rejected", "eval/perplexity/chosen"} <= shared
-    # of DPO the loss's own reward is the implicit one, but under its own name
+    # DPO's own reward is the implicit one, but under another name
     assert not any(n.startswith("eval/rewards/") for n in full) and not any("implicit_reward" in n for n in own)
     rewards = {n: v for n, v in own.items() if n.startswith("eval/rewards/") and not n.endswith("/ties")}
     as_implicit = {n.replace("eval/rewards/", "eval/implicit_reward/"): v for n, v in rewards.items()}
     assert len(as_implicit) > 3 and as_implicit.keys() <= full.keys()
-    # intervals are from other draws: theirs number the prompts otherwise
+    # intervals differ, because prompts are numbered differently in the bootstrap
     close({n: v for n, v in (own | as_implicit).items() if not n.endswith("/ci")}, full)
     assert full["checkpoint"] == own["checkpoint"] == "step-2" and full["reference"] == "start"
     assert full["eval/implicit_reward/margins"] > 0 and "beta = 0.5" in " ".join(full["notes"])
@@ -88,7 +88,7 @@ def test_a_model_is_the_same_by_every_name(there: Paths) -> None:
     alone = Path(there["folder"]) / "alone"
     shutil.copytree(checkpoint / "model", alone, dirs_exist_ok=True)
     close(run, api.evaluate(alone, FP32, reference=there["base"], beta=0.5, **asked))
-    without = api.evaluate(alone, FP32, **asked)  # nobody knows what it started from
+    without = api.evaluate(alone, FP32, **asked)  # its start is unknown
     assert "reference" not in without and "eval/implicit_reward/margins" not in without
     assert without["eval/logps/chosen"] == pytest.approx(run["eval/logps/chosen"], rel=1e-5)
 
@@ -106,7 +106,7 @@ def test_an_adapter_is_the_same_by_every_name(there: Paths, tmp_path: Path) -> N
     with pytest.raises(ModelError, match="'/gone' is not there; name the base with --base"):
         api.evaluate(tmp_path / "adapter", FP32, **asked)
     close(run, api.evaluate(tmp_path / "adapter", FP32, beta=0.5, base=there["base"], **asked))
-    # the adapter is at work: its base alone is another model
+    # the adapter has an effect: its base alone gives other figures
     base = api.evaluate(there["base"], FP32, **asked)
     assert base["eval/logps/chosen"] == pytest.approx(run["eval/ref_logps/chosen"], rel=1e-5)
     assert abs(base["eval/logps/chosen"] - run["eval/logps/chosen"]) > 0.1
@@ -121,7 +121,7 @@ def test_the_start_of_a_run_and_another_reference(there: Paths) -> None:
     assert other["eval/implicit_reward/margins"] == pytest.approx(
         -2 * run["eval/implicit_reward/margins"], rel=1e-4
     )  # beta 1, not 0.5
-    # KL(base || run) is KL(run || base) the other way round
+    # KL(base || run) is KL(run || base) with the models swapped
     assert other["eval/answers/kl/policy_ref"] == pytest.approx(run["eval/answers/kl/ref_policy"], rel=1e-4)
     plain = api.evaluate(there["run"], data=there["test"], exact_kl=False, quiet=True)
     assert "eval/answers/kl/policy_ref" not in plain
@@ -152,7 +152,7 @@ def test_perplexity_is_of_the_texts_tokens_and_bytes(there: Paths) -> None:
     against = api.evaluate(there["run"], "data.max_length=256", text=there["text"], quiet=True)
     assert against["eval/text/ref_perplexity"] == pytest.approx(found["eval/text/perplexity"], rel=1e-5)
     ratio = against["eval/text/perplexity"] / against["eval/text/ref_perplexity"]
-    assert not any(name.startswith("eval/logps") for name in against)  # a text is all that was given
+    assert not any(name.startswith("eval/logps") for name in against)  # only texts were given
     assert against["eval/text/perplexity_ratio"] == pytest.approx(ratio, rel=1e-6)
 
 
@@ -170,7 +170,7 @@ def test_what_is_written_is_judged_measured_and_kept(there: Paths, tmp_path: Pat
     assert found["eval/generated/reward[matches:a]"] == pytest.approx(np.mean(["a" in r["completion"] for r in rows]))
     assert found["eval/generated/length"] == pytest.approx(np.mean([r["tokens"] for r in rows]))
     assert [r["sample"] for r in rows] == [0, 1] * 5
-    # the prompt that stands twice has both its answers as references
+    # the prompt that occurs twice has both answers as references
     assert rows[0]["references"] == ["Of course, here is tea.", "Sure, here you are."]
     for name in ("bleu", "rouge_1", "rouge_2", "rouge_L", "distinct_1", "distinct_2", "repetition", "ended"):
         assert f"eval/generated/{name}" in found
@@ -201,7 +201,7 @@ def test_a_run_keeps_a_line_of_each_evaluation_and_others_keep_none(there: Paths
     )
     assert second["time"] and second["notes"] == found["notes"]
     whole = json.loads((tmp_path / "all.json").read_text())
-    more = ("time", "sha256")  # a line in a log has its own sum
+    more = ("time", "sha256")  # a log line has its own checksum
     assert {k: v for k, v in whole.items() if k not in more} == {k: v for k, v in second.items() if k not in more}
     api.evaluate(there["base"], FP32, data=there["test"], quiet=True)
     assert not (Path(there["base"]) / "evaluations.jsonl").exists()

@@ -1,4 +1,4 @@
-"""Every form of a tiny run's model: loaded as its users load it, equal to the run's own; what is wrong is refused."""
+"""Every export format of a tiny run's model: loads in the usual way and equals the run's own model; errors are refused."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _add_a_merge(path: Path) -> None:
-    """A GGUF file without merges is read by nobody; the tiny model has a row to spare."""
+    """Add a merge, since no reader accepts a GGUF file without any. The tiny model has a spare row for its token."""
     tokenizer = json.loads(path.read_text())
     tokenizer["model"]["vocab"]["er"] = 259
     tokenizer["model"]["merges"] = [["e", "r"]]
@@ -87,7 +87,7 @@ def test_pt_is_read_without_unpickling_anything(world: Path, tmp_path: Path) -> 
     result = api.export(world / "lora", to="pt", output=tmp_path / "out")
     state = torch.load(result.folder / "state_dict.pt", weights_only=True)
     assert all(type(v) is torch.Tensor for v in state.values())
-    # the tied head is there under its name, and not twice on disk
+    # the tied head is listed under its name, but stored once
     assert state["lm_head.weight"].data_ptr() == state["model.embed_tokens.weight"].data_ptr()
     assert not list(result.folder.glob("*.safetensors")) and (result.folder / "tokenizer.json").exists()
 
@@ -117,7 +117,7 @@ def test_a_narrower_type_holds_the_rounded_weights_exactly(world: Path, tmp_path
 
 
 def _names(folder: Path) -> dict[str, torch.dtype]:
-    """Tensors of a folder's safetensors files."""
+    """Names of the tensors in a folder's safetensors files."""
     from safetensors.torch import load_file
 
     return {name: value.dtype for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
@@ -144,7 +144,7 @@ def test_a_folder_loads_in_the_type_that_was_written_and_holds_no_tied_weight_tw
     if dtype == "auto" and not lora:
         assert written == stored
     loader = AutoModelForSequenceClassification if "reward" in run else AutoModelForCausalLM
-    model = loader.from_pretrained(result.folder)  # as it stands in the card: no dtype is named
+    model = loader.from_pretrained(result.folder)  # as in the model card, without a dtype
     assert {p.dtype for p in model.parameters()} == set(written.values()) == {DTYPES[result.dtype]}
     assert json.loads((result.folder / "config.json").read_text())["dtype"] == str(DTYPES[result.dtype])[6:]
 
@@ -217,7 +217,7 @@ def test_what_cannot_be_is_refused_and_nothing_is_overwritten(world: Path, tmp_p
 
 
 def test_a_checkpoint_that_was_changed_is_not_exported(world: Path, tmp_path: Path) -> None:
-    for pattern in ("*.safetensors", "../state.json"):  # what is loaded, and what stands beside it
+    for pattern in ("*.safetensors", "../state.json"):  # the loaded files, and one beside them
         shutil.copytree(world / "full", tmp_path / "run")
         (path,) = _model(tmp_path / "run").glob(pattern)
         path.write_bytes(path.read_bytes()[:-1] + b"\x01")
@@ -245,7 +245,7 @@ def test_the_card_is_valid_says_what_is_known_and_names_no_folder_of_this_machin
         for path in result.folder.iterdir():
             if path.name != "adapter_config.json":
                 assert str(world).encode() not in path.read_bytes(), path.name
-        assert "`pairs\\|'x'.jsonl`" in text  # a name from outside is not markup
+        assert "`pairs\\|'x'.jsonl`" in text  # an untrusted name is not rendered as markup
 
 
 def test_the_cards_code_loads_the_folder(world: Path, tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_the_cards_code_loads_the_folder(world: Path, tmp_path: Path) -> None:
         code = (result.folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
         names: dict[str, Any] = {}
         exec(code.replace("FOLDER", str(result.folder)), names)
-        assert not names["model"].training  # nothing is left to do before it is used
+        assert not names["model"].training  # it is ready for use
         assert names["tokenizer"]("a water, é")["input_ids"] == own("a water, é")["input_ids"]
         found = outputs(names["model"], ROW)
         torch.testing.assert_close(found, outputs(_load(_model(world / "full")), ROW), rtol=0, atol=1e-5)
@@ -278,7 +278,7 @@ def test_the_command_says_what_it_compared(world: Path, capsys: pytest.CaptureFi
 
 @pytest.fixture
 def pushed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Folders that went to the hub."""
+    """Collects the folders that were pushed to the hub."""
     folders: list[Path] = []
 
     def push(folder: Path, repo: str, *, private: bool, message: str) -> str:
@@ -304,7 +304,7 @@ def test_a_finished_export_is_pushed_as_it_stands(world: Path, tmp_path: Path, p
     again = api.export(world / "bf16", to="safetensors", output=tmp_path / "out", push="me/tuned", say=said.append)
     assert pushed == [first.folder] and again.url == "https://hub/me/tuned" and _files(first.folder) == before
     assert (again.check, again.dtype, again.step) == (first.check, "bf16", 2) and "as it is" in said[-1]
-    with pytest.raises(CheckpointError, match="nothing is overwritten"):  # without a push it is refused as ever
+    with pytest.raises(CheckpointError, match="nothing is overwritten"):  # without a push it is refused as usual
         api.export(world / "bf16", to="safetensors", output=tmp_path / "out")
 
 
@@ -320,7 +320,7 @@ def test_what_is_not_the_export_asked_for_is_not_pushed(world: Path, tmp_path: P
     refused("another dtype", dtype="bf16")
     refused("another format", to="pt")
     refused("another run", world / "bf16")
-    shutil.copytree(world / "bf16", tmp_path / "full")  # another training under the same name
+    shutil.copytree(world / "bf16", tmp_path / "full")  # another run under the same name
     refused("another checkpoint", tmp_path / "full", dtype="fp32")
     (tmp_path / "empty").mkdir()
     refused("not a finished export", output=tmp_path / "empty")
@@ -361,13 +361,13 @@ def _about(folder: Path) -> dict[str, Any]:
 
 
 def _record(folder: Path, **values: Any) -> None:
-    """Change the record; None takes a key away."""
+    """Change the record. None removes a key."""
     kept = {k: v for k, v in {**_about(folder), **values}.items() if v is not None}
     (folder / "export.json").write_text(json.dumps(kept))
 
 
 def test_a_comparison_is_with_the_weights_written_and_with_the_runs_own_model() -> None:
-    """Either alone would let another model through; NaN is near nothing."""
+    """Either check alone would accept another model, and NaN must not count as close."""
     one = torch.tensor([[1.0, -2.0], [0.5, 3.0]])
     near, far, nan = one + 1e-6, one + 1.0, one.clone()
     nan[0, 0] = float("nan")

@@ -1,4 +1,4 @@
-"""GGUF of every architecture that is offered: read back with the gguf package and with transformers."""
+"""GGUF export of every supported architecture, read back with the gguf package and with transformers."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_what_is_read_back_computes_what_was_written(tmp_path: Path, family: str
     model = AutoModelForCausalLM.from_config(_configs()[family], dtype=torch.float32).eval()
     for name, p in model.named_parameters():
         if name.endswith("bias") or "norm" in name:
-            torch.nn.init.normal_(p, 1.0, 0.3)  # what starts at one or zero would hide an error
+            torch.nn.init.normal_(p, 1.0, 0.3)  # initial ones and zeros would hide errors
     before = outputs(model, ROWS)
     round_weights(model, lambda _name, value: as_stored(value, dtype))
     write_gguf(tmp_path / "m.gguf", model, tiny_tokenizer(), dtype, f"a-{family}")

@@ -1,4 +1,4 @@
-"""A push to a hub of our own on 127.0.0.1: what is asked of it, what is sent, and that no token is ever shown."""
+"""A push to a fake hub on 127.0.0.1: the requests, the content, and that no token is ever shown."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ GONE = ("HF_HUB_OFFLINE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub as one push needs; small files come inside the commit."""
+    """The part of the hub that a push needs. Small files are sent in the commit."""
 
     asked: list[tuple[str, str, Any]]
     refuse: bool
     disable_nagle_algorithm = (
-        True  # head and body are two packets, and the client's kernel waits 40 ms to confirm the first
+        True  # head and body are two packets, and without this the client's delayed ACK takes 40 ms
     )
 
     def _answer(self) -> None:
@@ -76,9 +76,9 @@ def hub() -> Iterator[type[Hub]]:
 
 
 def _push_twice(hub: Any, folder: Path) -> tuple[int | None, str, str]:
-    """Exit code, output and errors, in a process of its own: the hub's address is read when its library is imported.
+    """Push twice in a separate process, and return exit codes, output and errors. The hub refuses the second push.
 
-    The hub refuses the second one.
+    A process is needed because the hub's address is read when its library is imported.
     """
 
     def both() -> int:
@@ -124,7 +124,7 @@ def test_a_push_makes_the_repository_and_one_commit_and_a_refusal_is_one_paragra
     assert files["config.json"] == b"{}" and files["README.md"] == (folder / "README.md").read_bytes()
     assert {given for _, _, (given, _) in hub.asked} <= {None, f"Bearer {TOKEN}"}
     assert "/me/tuned/" in out and "Traceback" not in err
-    # the hub repeats the token and a terminal's control sequence in what it says
+    # the hub's reply repeats the token and contains a terminal control sequence
     assert code == 2 and "the hub rejected it" in err and "is written and whole" in err
     assert TOKEN not in out + err and "\x1b" not in err
 

@@ -1,4 +1,4 @@
-"""Other tools' files: every key is accounted for, the outcome is a config of ours that means the same, and trains."""
+"""Imported files: every key is reported, and the resulting config is equivalent and trains."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from penchant.importers.rules import NotHere, translate
 MODEL = {"model_name_or_path": "owner/model", "dataset_name": "train.jsonl", "output_dir": "out"}
 LF = {"model_name_or_path": "owner/model", "dataset": "mine", "output_dir": "out"}
 
-# (their tool, method, their keys, what must come out of it)
+# (tool, method, their keys, expected settings)
 FIXTURES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "trl_sft": (
         "trl", "sft",
@@ -191,17 +191,17 @@ def _any_file(draw: st.DrawFn) -> tuple[str, str, dict[str, Any]]:
 
 @settings(max_examples=150, deadline=None)
 @given(_any_file())
-@example(("axolotl", "sft", {"model_name_or_path": None}))  # the name below Axolotl's own, base_model
+@example(("axolotl", "sft", {"model_name_or_path": None}))  # the rules' name for Axolotl's base_model
 @example(("axolotl", "simpo", {"dpo_label_smoothing": True, "label_smoothing": None}))
 @example(("ms-swift", "grpo", {"reward_model": False, "reward_model_name_or_path": None}))
 @example(("trl", "dpo", {"beta": None}))
 def test_no_key_is_ever_dropped(file: tuple[str, str, dict[str, Any]]) -> None:
-    """Whatever stands in a file: a key has a line of its own, or the whole file is refused with a sentence."""
+    """For any file, each key has a line in the report, or the whole file is refused with an error."""
     source, method, values = file
     try:
         lines = translate(values, SOURCES[source], SOURCES[source].methods[method]).lines
     except (NotHere, ConfigError):
-        return  # import_config makes a ConfigError of it
+        return  # import_config turns it into a ConfigError
     assert values.keys() <= {k for line in lines for k, _ in line.theirs}
 
 
@@ -241,7 +241,7 @@ def test_defaults_that_differ_are_written_with_a_comment(tmp_path: Path) -> None
     made, config = _import(tmp_path, "trl_kto")
     assert "schedule: linear  # TRL's default (lr_scheduler_type: linear)" in made.yaml
     assert config.train.warmup_fraction == 0.0 and config.train.seed == 42
-    assert "weight_decay" not in made.yaml  # 0 there and here
+    assert "weight_decay" not in made.yaml  # the default is 0 in both
 
 
 def test_the_devices_of_their_run_count(tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_names_in_dataset_info_are_looked_up(tmp_path: Path) -> None:
     made, config = _import(tmp_path, "lf_dpo")
     assert config.data.path == "data/mine.jsonl"
     assert config.data.columns == {"instruction": "question", "chosen": "good", "rejected": "bad", "system": "sys"}
-    assert "mine.columns.videos: films" in made.text and made.unsupported == 0  # a column's trouble, not a key's
+    assert "mine.columns.videos: films" in made.text and made.unsupported == 0  # a problem with a column, not a key
     _, config = _import(tmp_path, "lf_sft", dataset="chat")
     assert config.data.path == "me/chat:train" and config.data.columns == {"conversations": "turns"}
     with pytest.raises(ConfigError, match="there is no 'gone'"):
@@ -274,7 +274,7 @@ def test_names_in_dataset_info_are_looked_up(tmp_path: Path) -> None:
 TURN = {"from": "human", "value": "Name a prime."}
 GOOD, BAD = {"from": "gpt", "value": "Seven."}, {"from": "gpt", "value": "Eight."}
 ALPACA_ROW = {"q": "Name a prime.", "more": "Below 8.", "sys": "Be brief.", "before": [["Hi", "Hello"]]}
-DATA_SETS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # their description, a row of theirs, our layout
+DATA_SETS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # name: (description, a row, our layout)
     "ranking": (
         {"ranking": True, "formatting": "sharegpt",
          "columns": {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"}},
@@ -307,7 +307,7 @@ DATA_SETS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # their de
 
 @pytest.mark.parametrize("name", sorted(DATA_SETS))
 def test_rows_of_a_described_data_set_load(tmp_path: Path, name: str) -> None:
-    """What is imported reads the rows that the description is of, with their system prompts and earlier turns."""
+    """The imported config reads the described rows, including system prompts and earlier turns."""
     described, row, layout = DATA_SETS[name]
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "mine.jsonl", **described}}))
@@ -342,7 +342,7 @@ def test_turns_of_conversations_are_learned_as_theirs(tmp_path: Path) -> None:
         assert config.data.layout_options == options and config.data.path == ["data/chats.jsonl", "data/more.jsonl"]
     _, config = _import(tmp_path, "lf_dpo", dataset="chats")
     assert config.data.layout_options == {}
-    _, config = _import(tmp_path, "lf_sft", dataset="chats,mine")  # each is read its own way
+    _, config = _import(tmp_path, "lf_sft", dataset="chats,mine")  # each set has its own settings
     assert [s.reading() for s in config.data.sources] == [{"shape": "sharegpt", "layout_options": {"turns": "all"}}, {}]
 
 
@@ -362,7 +362,7 @@ def test_a_described_set_with_pictures(tmp_path: Path, change: dict[str, Any], v
     (tree,) = load_preferences(str(tmp_path / data.path), **reading, image_dir=str(tmp_path / "media")).trees
     assert len(tree.images) == 1 and tree.completions[0].text == "Seven."
     made, config = _import(tmp_path, "lf_sft", dataset="seen", freeze_vision_tower=False)
-    assert config.model.vision == "frozen" and made.unsupported == 1  # one of the two alone is not trained here
+    assert config.model.vision == "frozen" and made.unsupported == 1  # training only one of the two is unsupported
 
 
 @pytest.mark.parametrize(
@@ -437,7 +437,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_trackers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str, name: str, asked: Any, ours: list[str], reported: str
 ) -> None:
-    there = {"tensorboard": "x.py", "trackio": "x.py", "wandb": None}  # a folder `wandb` is not a package
+    there = {"tensorboard": "x.py", "trackio": "x.py", "wandb": None}  # a `wandb` folder is not a package
     monkeypatch.setattr(
         "penchant.importers.hf.importlib.util.find_spec",
         lambda module: SimpleNamespace(origin=there[module]) if module in there else None,
@@ -464,7 +464,7 @@ def test_a_word_that_tools_have_too_makes_no_flat_file_theirs(tmp_path: Path, na
 
 
 def _reported(text: str) -> set[str]:
-    """Names of the keys below NOT SUPPORTED, and the lines of what differs."""
+    """(keys listed under NOT SUPPORTED, lines that begin with "differs")."""
     lines = [line.removeprefix("#").strip() for line in text.splitlines()]
     start = next((i for i, line in enumerate(lines) if line.startswith("NOT SUPPORTED")), len(lines))
     listed = itertools.takewhile(lambda line: line and not line.startswith("differs"), lines[start + 1 :])
@@ -472,7 +472,7 @@ def _reported(text: str) -> set[str]:
 
 
 def test_the_screen_and_the_file_report_the_same(tmp_path: Path) -> None:
-    """A default of theirs without a counterpart is in neither list of what the file asks for, and in both remarks."""
+    """An unsupported default of theirs is not in either list of the file's keys, but in both lists of remarks."""
     (tmp_path / "train.jsonl").write_text("")
     more = {"eval_strategy": "steps", "eval_steps": 5, "neftune_noise_alpha": 5, "deepspeed": "z.json"}
     made, _ = _import(tmp_path, "trl_dpo", **more)
@@ -516,7 +516,7 @@ def test_a_comment_stands_once(tmp_path: Path) -> None:
 
 
 def test_nothing_held_out_is_said(tmp_path: Path) -> None:
-    """In the account and in the config; with rows held out there is nothing to say."""
+    """In the report and in the config, unless rows are held out."""
     name = next(n for n in FIXTURES if n.startswith("lf_"))
     for overrides, said in ((), True), (("data.validation_rows=10",), False):
         imported, _ = _import(tmp_path, name, *overrides, val_size=0)
@@ -527,7 +527,7 @@ def test_nothing_held_out_is_said(tmp_path: Path) -> None:
     "change,key",
     [
         ({"loss_type": "sapo"}, "loss_type"),
-        ({"loss_type": "cispo"}, "loss_type"),  # epsilon_high is then 0.2, which no ratio of ours can be held at
+        ({"loss_type": "cispo"}, "loss_type"),  # epsilon_high is then 0.2, a cap that we cannot express
         ({"loss_type": "cispo", "importance_sampling_level": "sequence"}, "importance_sampling_level"),
         ({"load_in_4bit": True}, "load_in_4bit"),
         ({"use_adaptive_entropy": True}, "use_adaptive_entropy"),
@@ -543,7 +543,7 @@ def test_what_no_group_method_has_is_reported(tmp_path: Path, change: dict[str, 
 
 
 def test_what_changes_nothing_with_the_method_is_left_out(tmp_path: Path) -> None:
-    """Such a key would be refused here: the import stays a config that trains."""
+    """Our config would refuse such a key, so the import drops it and still trains."""
     values = {**FIXTURES["trl_grpo"][2], "loss_type": "cispo", "epsilon": 0.1, "epsilon_high": 5.0, "delta": 4.0}
     (tmp_path / "theirs.yaml").write_text(yaml.safe_dump(values))
     made = import_config(tmp_path / "theirs.yaml", "trl", "grpo")

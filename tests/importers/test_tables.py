@@ -1,4 +1,4 @@
-"""The tables of other tools' keys: nothing in them is said twice or in words that nobody reads."""
+"""The import tables: no entry is repeated, and no field is unused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KINDS = {
 
 
 class _Once(yaml.SafeLoader):
-    """YAML that refuses a key that stands twice in one mapping."""
+    """YAML loader that rejects duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]

@@ -1,4 +1,4 @@
-"""Files as Axolotl's and ms-swift's users have them: all of each is accounted for, and with its data there it can be planned."""
+"""Realistic Axolotl and ms-swift files: every key is reported, and the result can be planned if its data exists."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ ROWS: dict[str, Any] = {
     "text": lambda w: {"text": f"All about {w}."},
 }  # fmt: skip
 
-# what must come out of a file, and which of its keys have no counterpart
+# expected settings of each file, and its keys without a counterpart
 WHOLE: dict[str, tuple[dict[str, Any], set[str]]] = {
     "axolotl_sft.yml": (
         {"loss.name": "sft", "train.batch_size": 8, "train.epochs": 4.0, "train.optimizer": "adamw_8bit", "lora.r": 32, "data.max_length": 4096,
@@ -123,7 +123,7 @@ WHOLE: dict[str, tuple[dict[str, Any], set[str]]] = {
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the model, the rows and the rewards that the files name."""
+    """A folder with the model, rows and rewards that the files refer to."""
     monkeypatch.chdir(tmp_path)
     tiny_model_folder(tmp_path / "models" / "tiny", chat=True)
     (tmp_path / "data").mkdir()
@@ -138,7 +138,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _leaves(values: Mapping[str, Any]) -> Iterator[str]:
-    """Every key of a file, those of its data sets and of its sections among them."""
+    """Every key of a file, including those of its data sets and sections."""
     for key, value in values.items():
         yield key
         if isinstance(value, Mapping) and key in ("trl", "special_tokens"):
@@ -174,7 +174,7 @@ FIRST = ("axolotl_simpo.yml", "swift_dpo.sh")
 
 @pytest.mark.parametrize("name", [n if n in FIRST else pytest.param(n, marks=pytest.mark.slow) for n in sorted(WHOLE)])
 def test_where_its_data_is_it_can_be_planned(place: Path, name: str) -> None:
-    """Every row that the file names is read by the layout that the config names."""
+    """Every row of the file's data is read with the config's layout."""
     made = import_config(FILES / name)
     (place / "ours.yaml").write_text(made.yaml)
     here = ["quantize=none", "dtype=fp32"]
@@ -202,7 +202,7 @@ def _swift(folder: Path, **values: Any) -> Any:
 
 
 def test_what_rows_of_ms_swift_hold_is_looked_at(place: Path) -> None:
-    """Whether its answers are all learned, and whether a model with eyes is asked for, stands in no argument."""
+    """No argument says whether all answers are trained on, or whether a vision model is needed."""
     for name, more, options in (
         ("chats_of_roles", {}, {"turns": "all"}),
         ("chats_of_roles", {"loss_scale": "last_round"}, {}),
@@ -244,7 +244,7 @@ def test_a_processor_of_axolotl_means_pictures(place: Path) -> None:
         made = import_config(place / "theirs.yaml", "axolotl")
         (place / "ours.yaml").write_text(made.yaml)
         assert load_config(place / "ours.yaml").model.vision == vision and made.unsupported == 0
-        assert "path: data/chats_of_roles.jsonl  # datasets[0].path" in made.yaml  # each key with where it comes from
+        assert "path: data/chats_of_roles.jsonl  # datasets[0].path" in made.yaml  # each key with its origin
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_a_script_that_is_no_one_command_is_refused(tmp_path: Path, script: str,
 
 @pytest.mark.parametrize("sum_", ["$(expr 16 / $n)", "$(expr 2 \\* 4)", "$((16 / n))", "$((${n}+6))"])
 def test_sums_of_a_script_are_computed_as_the_shell_does_it(tmp_path: Path, sum_: str) -> None:
-    """ms-swift's example scripts say `--gradient_accumulation_steps $(expr 16 / $nproc_per_node)`."""
+    """ms-swift's example scripts use `--gradient_accumulation_steps $(expr 16 / $nproc_per_node)`."""
     (tmp_path / "run.sh").write_text(f"n=2\nswift sft --model a --gradient_accumulation_steps {sum_} --max_length 64\n")
     assert read_command(tmp_path / "run.sh").values == {
         "model": "a",
@@ -315,7 +315,7 @@ def test_odd_values_end_in_a_sentence(tmp_path: Path, line: str, said: str) -> N
 
 
 def test_other_tools_commands_and_their_config_files(tmp_path: Path) -> None:
-    """What stands on the command line wins over the file that it names."""
+    """Command-line arguments override the config file that they name."""
     (tmp_path / "dpo.yaml").write_text("model_name_or_path: a/b\nbeta: 0.1\ndataset_name: rows.jsonl\n")
     (tmp_path / "run.sh").write_text("accelerate launch $(which trl) dpo --x\n")
     (tmp_path / "run.sh").write_text("trl dpo --config dpo.yaml --beta 0.4 # the best one\n")
@@ -324,7 +324,7 @@ def test_other_tools_commands_and_their_config_files(tmp_path: Path) -> None:
 
 
 def test_of_several_names_the_first_decides(tmp_path: Path) -> None:
-    """trl.beta goes before rl_beta; an empty key is a key not set."""
+    """trl.beta takes precedence over rl_beta; an empty key is not set."""
     values = {"base_model": "a/b", "rl": "dpo", "rl_beta": 0.5, "trl": {"beta": 0.25}, "micro_batch_size": None, "sequence_len": 64,
               "datasets": [{"path": "d.jsonl", "type": "chatml.ultra", "colour": "red", "split": None}], "learning_rate": "1e-5"}  # fmt: skip
     (tmp_path / "a.yml").write_text(yaml.safe_dump(values))
@@ -359,7 +359,7 @@ def test_a_subset_and_where_a_hub_id_is_of(tmp_path: Path) -> None:
 
 
 def test_conversations_that_are_read_in_another_way_are_reported(tmp_path: Path) -> None:
-    """Roles and names of turns that are not known, other turns that are learned, wordings of a prompt."""
+    """Unknown roles and field names of turns, other trained turns, and prompt formats."""
     chats = {"path": "a.jsonl", "type": "chat_template", "field_messages": "talk"}
     sets = [
         {**chats, "roles": {"user": ["customer"], "assistant": ["agent"]}, "roles_to_train": ["user", "assistant"]},

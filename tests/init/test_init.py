@@ -1,4 +1,4 @@
-"""`penchant init`: what it writes loads, plans and trains as it is; it asks only what is missing, and overwrites nothing."""
+"""`penchant init`: its configs load, plan and train unchanged; it asks only for what is missing, and overwrites nothing."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny_model_folder(tmp_path_factory.mktemp("model"))
 
 
-# each kind of data once, and each way to train once; the others are slow
+# each kind of data and each way to train once; the other combinations are slow
 BY_DEFAULT = {
     ("pairs", "dpo"), ("pairs", "reward"), ("unpaired", "kto"), ("scored", "simpo"), ("prompts", "rloo"), ("text", "sft"),
 }  # fmt: skip
@@ -57,7 +57,7 @@ COMBINATIONS = [
 
 @pytest.mark.parametrize("kind,goal", COMBINATIONS)
 def test_every_goal_trains_as_written(kind: str, goal: str, tmp_path: Path, model: str) -> None:
-    """Every goal that a kind of data is said to serve; data of a kind serves each goal in its own way."""
+    """Every goal that is offered for a kind of data, since each kind serves a goal in a different way."""
     data = write_jsonl(tmp_path / "rows.jsonl", ROWS[kind])
     file = tmp_path / "run.yaml"
     flags = ["--data", data, "--model", model, "--goal", goal, "--run-folder", str(tmp_path / "run")]
@@ -133,7 +133,7 @@ def test_values_follow_data_model_and_machine() -> None:
     assert adapted["lora"]["r"][0] == 16 and adapted["train"]["lr"][0] == plain["train"]["lr"][0] == "auto"
     assert propose(data, small, "dpo", lora=True).sections["lora"] and "5e-06" in plain["train"]["lr"][1]
     assert propose(data, ModelFacts("m", 10**8, 512), "dpo").sections["data"]["max_length"][0] == 512
-    assert propose(data, small, "ppo").sections["data"]["max_length"][0] == 384  # of prompts alone
+    assert propose(data, small, "ppo").sections["data"]["max_length"][0] == 384  # for prompts alone
     few = DataFacts("d", "pairs", "pairs", 60, 0, 60, (9, 9, 9, 9), (9, 9, 9, 9), "tokens")
     assert propose(few, small, "dpo").sections["train"]["batch_size"][0] == 4
 
@@ -196,7 +196,7 @@ def test_on_a_real_terminal(tmp_path: Path, model: str, monkeypatch: pytest.Monk
 
 
 def _until(terminal: int, text: str, seconds: float = 240.0) -> str:
-    """What a terminal shows until `text` is there."""
+    """Read a terminal's output until `text` appears."""
     seen, end = "", time.monotonic() + seconds
     while text not in seen:
         assert time.monotonic() < end, seen
@@ -240,7 +240,7 @@ def test_the_next_command_of_data_get_works(tmp_path: Path, model: str, capsys: 
 
 
 def test_validation_rows_beside_are_proposed(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of a folder that `data get` wrote; anybody else's validation.jsonl may be something else."""
+    """Only in a folder that `data get` wrote, since other files named validation.jsonl may be something else."""
     data = write_jsonl(tmp_path / "train.jsonl", ROWS["pairs"][:30])
     held_out = write_jsonl(tmp_path / "validation.jsonl", ROWS["pairs"][30:])
     assert _init(tmp_path, model, "--data", data).eval_path is None
@@ -303,7 +303,7 @@ def test_as_many_rows_are_held_out_as_a_verdict_needs(rows: int, held: int) -> N
         "d", "text", "text", rows, 0, 1, (9, 9, 9, 9), (0, 0, 0, 0), "tokens"
     )  # documents: one empty prompt
     assert propose(text, ModelFacts("m", 10**8, 512), "sft").sections["data"]["validation_rows"][0] == held
-    # 70% of 29 pairs is told from chance, of 28 it is not
+    # 70% of 29 pairs is distinguishable from chance, of 28 it is not
     assert wilson(int(0.7 * 29), 29).low > 0.5 >= wilson(int(0.7 * 28), 28).low
 
 
@@ -329,7 +329,7 @@ def test_a_mistyped_model_is_met_before_the_data_is_read(tmp_path: Path, model: 
 
 
 def test_rows_with_answers_are_checked_by_them(tmp_path: Path, model: str) -> None:
-    """Also where the answers are numbers, which no demonstration is; what is written reads back."""
+    """Also if the answers are numbers, which no demonstration is. The written config loads again."""
     for name, rows in (
         ("texts", [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(9)]),
         ("numbers", [{"question": f"{i}+1=", "answer": i + 1} for i in range(9)]),

@@ -1,4 +1,4 @@
-"""Asking both ways round: what is a win, a tie, and position."""
+"""Judging in both orders: wins, ties, and position bias."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAN = float("nan")
 
 @dataclass
 class Says:
-    """A judge by a table of (first, second): preference for the first."""
+    """A judge defined by a table ``{(first, second): preference for the first}``."""
 
     table: dict[tuple[str, str], float]
     graded: bool = False
@@ -48,7 +48,7 @@ def wins(first: float, swapped: float, graded: bool = False) -> tuple[float, boo
         (0.5, 0.5, (0.5, True, 0.5)),
         (1.0, 1.0, (0.5, False, 1.0)),  # the first position both times
         (0.0, 0.0, (0.5, False, 0.0)),
-        (1.0, 0.5, (0.5, False, 0.75)),  # a win and a tie are no win
+        (1.0, 0.5, (0.5, False, 0.75)),  # a win and a tie make no win
     ],
 )
 def test_words_win_where_both_orders_agree(first: float, swapped: float, expected: tuple[float, bool, float]) -> None:

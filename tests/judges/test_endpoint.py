@@ -1,4 +1,4 @@
-"""Judging over HTTP: patience, caching, and a key that stays where it belongs."""
+"""Judging over HTTP: retries, caching, and keeping the API key private."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_judge_that_behaves_is_asked_once_and_never_again() -> None:
         assert len(server.asked) == 13
         swapped = judge.ask([PAIRS[0].swapped])  # the order is part of the question
         assert (swapped.asked, swapped.cached) == (1, 0) and swapped.values.tolist() == [1.0]
-    assert judge.ask(PAIRS).cached == 12  # and with nobody there
+    assert judge.ask(PAIRS).cached == 12  # also without a server
 
 
 def test_its_sockets_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +140,7 @@ def test_a_reply_that_cannot_be_read_is_asked_for_once_more() -> None:
         assert np.flatnonzero(np.isnan(found.values)).tolist() == [3, 4, 5]
         assert tries["prompt 3"] == tries["prompt 4"] == tries["prompt 0"] == 2 and tries["prompt 5"] == 1
         assert sorted(found.unread) == ["", "Well,\\x1b[31m it depends", "answered 400 Bad Request: too long"]
-        assert judge_at(server.url).ask(PAIRS).cached == 9  # what could not be read is no verdict to keep
+        assert judge_at(server.url).ask(PAIRS).cached == 9  # unreadable replies are not cached
 
 
 def test_an_endpoint_that_refuses_ends_it_with_its_own_words() -> None:
@@ -152,7 +152,7 @@ def test_an_endpoint_that_refuses_ends_it_with_its_own_words() -> None:
         assert "\x1b" not in str(caught.value) and len(server.asked) == 4
         with pytest.raises(RewardError, match="404"):
             judge.check()
-    with serve(longer) as server:  # three verdicts were kept
+    with serve(longer) as server:  # three verdicts were cached
         assert judge_at(server.url).ask(PAIRS).cached == 3
 
 
@@ -166,7 +166,7 @@ def test_nobody_there() -> None:
         many = [Question(str(i), "a", "b") for i in range(40)]
         with pytest.raises(RewardError, match=r"answered 503 .*\(6 attempts\)"):
             judge_at(server.url).ask(many)
-        assert len(server.asked) <= (GIVE_UP + 8) * 6  # and no further
+        assert len(server.asked) <= (GIVE_UP + 8) * 6  # and then it stops
 
 
 def test_a_slow_endpoint_is_not_waited_for_for_ever() -> None:
@@ -183,7 +183,7 @@ def test_a_slow_endpoint_is_not_waited_for_for_ever() -> None:
 
 def test_so_many_questions_at_a_time() -> None:
     for n in (1, 3):
-        together = threading.Barrier(n)  # nobody is answered before n have asked; 24 questions are whole groups of 3
+        together = threading.Barrier(n)  # replies wait for n requests; 24 questions are full groups of 3
 
         def decide(asked: Asked, number: int, together: threading.Barrier = together) -> str:
             if asked.texts[0] != "Say hello.":
@@ -239,7 +239,7 @@ def test_whose_key_goes_where(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     assert connect("https://example.org/v1/", None).key == SECRET
     assert connect("http://localhost:1/v1", None).key == SECRET
-    assert connect("http://example.org/v1", None).key is None  # readable on the way: only a key that was named
+    assert connect("http://example.org/v1", None).key is None  # unencrypted: only an explicitly named key
     monkeypatch.setenv("MINE", SECRET)
     assert connect("http://example.org/v1", "MINE").key == SECRET
     assert connect("https://example.org/v1/chat/completions", None).url == "https://example.org/v1"

@@ -1,4 +1,4 @@
-"""preferences.jsonl: every record is whole and on the disk, half a line is nobody's, and two processes lose nothing."""
+"""preferences.jsonl: records are complete and on disk, partial lines are ignored, and two processes lose nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a judging model is told, and how strictly its reply is read."""
+"""The judge model's instruction, and strict parsing of its reply."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from penchant.judges.judge import Question
         ("A\n\nIt is the clearer one; B rambles.", 1.0),
         ("<think>B looks good. B\nB</think>\nA", 1.0),
         ("", None),
-        ("<think>A\nA", None),  # cut off while it thought
+        ("<think>A\nA", None),  # cut off while thinking
         ("Both are fine.", None),
         ("Answer A is better than answer B", None),
         ("A\nVerdict: B", None),

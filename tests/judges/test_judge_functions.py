@@ -1,4 +1,4 @@
-"""A person's own judge: one pair or all of them, words or numbers, and sentences for what it does wrong."""
+"""A user's own judge function: one pair or all of them, words or numbers, and messages for its errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the engine says about a model is what the model's own `forward` says, or a sentence: on every architecture of transformers."""
+"""Log-probs equal the model's own `forward`, or the model is refused, for every architecture of transformers."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ SOME = {
     "gpt_oss": "shared",  # attention sinks
     "opt": "shared",  # functional dropout
     "granite": "shared",  # divides its logits
-    "falcon_h1": "padded",  # state, and a factor on its logits that only its own head knows
+    "falcon_h1": "padded",  # a state, and a logit scale that only its own head applies
     "bloom": "padded",  # ALiBi
     "mamba": "padded",
-    "bigbird_pegasus": "padded",  # its layers say that they are not causal, and leave it to a mask
+    "bigbird_pegasus": "padded",  # its layers claim not to be causal, and rely on a mask
     "llama4_text": "padded",
     "bert": "refused",  # an encoder that `AutoModelForCausalLM` loads
 }
@@ -66,7 +66,7 @@ def _saved(kind: str, folder: Path) -> ModelConfig:
 
 
 def test_sinks_that_are_left_out_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With an attention of ours that forgets them, the model's own is taken, on padded rows."""
+    """If our attention leaves out the sinks, the model's own is used on padded rows."""
     model = load_causal_model(_saved("gpt_oss", tmp_path), CPU)
     weights = tree_attention._weights
     monkeypatch.setattr(tree_attention, "_weights", lambda scores, sinks: weights(scores, None))
@@ -86,7 +86,7 @@ def test_an_argument_that_our_attention_does_not_know_is_not_swallowed(
 
 
 def test_a_head_that_does_more_is_the_models_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A factor on the logits that the engine does not know by name; its gradient is the model's own too."""
+    """A logit scale that the engine does not know by name. Its gradient is the model's own too."""
     model = load_causal_model(_saved("granite", tmp_path), CPU)
     monkeypatch.setattr("penchant.logprobs.head_scaling", lambda config: (1.0, None))
     scorer, note = choose_packing(model, "auto", "off")
@@ -107,7 +107,7 @@ def test_where_nothing_agrees_there_is_a_sentence(tmp_path: Path, monkeypatch: p
 
     def other(self: Any, *args: Any, **more: Any) -> Any:
         out = forward(self, *args, **more)
-        if more["input_ids"].shape[1] > 1 and "attention_mask" not in more:  # what no way of ours goes through
+        if more["input_ids"].shape[1] > 1 and "attention_mask" not in more:  # a path that our code never uses
             out.logits = out.logits.cumsum(1)
         return out
 
@@ -118,7 +118,7 @@ def test_where_nothing_agrees_there_is_a_sentence(tmp_path: Path, monkeypatch: p
 
 
 def test_a_window_beyond_the_check_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A window of thousands of tokens: the check makes it short for a while, and puts it back."""
+    """For a window of thousands of tokens, the check temporarily shortens it."""
     config = tool.tiny_config("mistral")
     config.sliding_window = 4096
     monkeypatch.setattr(tool, "tiny_config", lambda kind: config)
@@ -130,7 +130,7 @@ def test_a_window_beyond_the_check_is_checked(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_backbone_that_adds_up_in_fp32_runs_in_bf16(tmp_path: Path) -> None:
-    """Mamba's hidden states are in fp32 whatever its weights are in."""
+    """Mamba's hidden states are in fp32 for any weight dtype."""
     model = load_causal_model(_saved("mamba", tmp_path), CPU)
     cast_parameters(model, torch.bfloat16)
     scorer, _ = choose_packing(model, "auto", "auto")
@@ -143,7 +143,7 @@ def test_a_backbone_that_adds_up_in_fp32_runs_in_bf16(tmp_path: Path) -> None:
 
 
 def test_a_model_that_does_not_run_in_16_bits_is_a_sentence(tmp_path: Path) -> None:
-    """XGLM adds up positions in fp32, which its norms in bf16 do not take."""
+    """XGLM adds positions in fp32, which its bf16 norms do not accept."""
     model = load_causal_model(_saved("xglm", tmp_path), CPU)
     choose_packing(model, "auto", "auto")
     cast_parameters(model, torch.bfloat16)
@@ -158,7 +158,7 @@ def test_nor_is_one_that_is_held_in_16_bits_under_an_adapter(tmp_path: Path) -> 
 
 
 def test_an_encoder_in_16_bits_is_refused_too(tmp_path: Path) -> None:
-    """What a later token does to an earlier one is lost among roundings, and seen in fp32."""
+    """A later token's effect on an earlier one is hidden by rounding in 16 bits, but visible in fp32."""
     with tool.silent():
         model = tool.tiny_model("bert")
         for p in model.parameters():
@@ -170,14 +170,14 @@ def test_an_encoder_in_16_bits_is_refused_too(tmp_path: Path) -> None:
 
 
 def test_a_probe_of_a_merged_model_asks_for_no_cache(tmp_path: Path) -> None:
-    """Bamba makes one that its own tiny layers cannot fill; training never does."""
+    """Bamba creates a cache that its tiny layers cannot fill. Training never uses one."""
     model = load_causal_model(_saved("bamba", tmp_path), CPU)
     assert bool(_probe(model).isfinite().all())
 
 
 @pytest.mark.parametrize("kind", ["mamba", "bloom", "gpt_oss", "recurrent_gemma", "opt"])
 def test_sampling_follows_the_models_own_forward(kind: str, tmp_path: Path) -> None:
-    """Greedy completions of prompts of two lengths, with a cache or, where it is none that we can use, without."""
+    """Greedy completions of prompts of two lengths, with a cache or, if it is unusable, without."""
     model = load_causal_model(_saved(kind, tmp_path), CPU)
     choose_packing(model, "auto", "auto")
     prompts = [[5, 6, 7, 8], [9, 10, 11, 12], [13, 14]]

@@ -1,4 +1,4 @@
-"""Which packing a model gets: the best one that gives the numbers of plain padding, proved on the model."""
+"""The packing chosen for a model: the best one whose results equal plain padding's, checked on the model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from penchant.models.options import LoraConfig
 
 
 def _causal(segment: object, length: int, window: int | None) -> np.ndarray:
-    """A mask without branches: what a model does whose attention does not know trees."""
+    """A causal mask without branches, as in a model whose attention does not support trees."""
     return np.tri(length, dtype=bool)
 
 

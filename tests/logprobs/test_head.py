@@ -1,4 +1,4 @@
-"""The head in chunks: log-probs, collision probabilities and divergences equal plain softmax, with gradients, whatever the chunk."""
+"""The chunked head: log-probs, collision probabilities, divergences and gradients equal a plain softmax's for any chunk size."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_every_packing_gives_the_divergence_of_full_logits(family: str, packing:
     out = Scorer(policy, packing).divergence(batch, LiveReference(Scorer(ref, packing)).row_logits(batch), kind)
     assert out.divergence is not None
     sums = per_completion(out.divergence, batch.lengths)
-    if family == "gemma2":  # its eager softmax is in float32: compare the packings with each other
+    if family == "gemma2":  # its eager softmax is in float32, so compare the packings with each other
         shared = pack(trees)
         other = Scorer(policy, "shared").divergence(
             shared, LiveReference(Scorer(ref, "shared")).row_logits(shared), kind
@@ -129,7 +129,7 @@ def test_every_packing_gives_the_divergence_of_full_logits(family: str, packing:
             [_of_one(policy, ref, t.prompt_ids.tolist(), c.tolist(), kind) for t in trees for c in t.completion_ids]
         )
     assert torch.allclose(sums, expected, rtol=1e-8)
-    ref_logps = LiveReference(Scorer(ref, packing)).token_logps(batch)  # scale and cap of its head included
+    ref_logps = LiveReference(Scorer(ref, packing)).token_logps(batch)  # including its head's scale and cap
     assert out.ref_tokens is not None and torch.allclose(out.ref_tokens, ref_logps, rtol=1e-10)
 
 
@@ -164,7 +164,7 @@ def test_with_lora_the_adapter_is_off_in_the_reference(on_head: bool) -> None:
 
 
 def test_gradients_reach_a_bf16_models_fp32_buffers() -> None:
-    """`main_grad` gets the head's weight gradient in fp32, as it gets it without a divergence."""
+    """`main_grad` receives the head's weight gradient in fp32, as without a divergence."""
     from penchant.training.optim import MasterAdamW
 
     grads = []
@@ -187,7 +187,7 @@ def test_gradients_reach_a_bf16_models_fp32_buffers() -> None:
 def test_the_weight_gradient_of_a_bf16_head_loses_nothing_by_being_summed_in_chunks(
     kind: DivergenceKind | None, buffered: bool
 ) -> None:
-    """Added up in bf16, 128 chunks were three times as far from the truth as one; into `main_grad` where there is one."""
+    """Summed in bf16, 128 chunks were three times less accurate than one. The sum goes into `main_grad` if there is one."""
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(2048, 16, generator=g).bfloat16(), (torch.randn(128, 16, generator=g) * 0.3).bfloat16()
     targets, rows = torch.randint(0, 128, (2048,), generator=g), torch.randn(2048, generator=g) * 0.01
@@ -214,7 +214,7 @@ def test_the_weight_gradient_of_a_bf16_head_loses_nothing_by_being_summed_in_chu
 
 
 def test_a_gpu_takes_rows_enough_for_a_product_that_arithmetic_bounds() -> None:
-    """At a vocabulary of 128k, 130 rows at a time would be bound by memory there; the CPU keeps its 64 MB."""
+    """With a vocabulary of 128k, 130 rows at a time would be memory-bound on a GPU. The CPU keeps its 64 MB."""
     cpu, gpu = (SimpleNamespace(shape=(128_256, 8), device=torch.device(d)) for d in ("cpu", "cuda"))
     assert rows_at_once(cpu, 1 << 24) == 130 and rows_at_once(gpu, 1 << 24) >= 1000  # type: ignore[arg-type]
     assert rows_at_once(SimpleNamespace(shape=(1 << 24, 8), device=torch.device("cpu")), 1 << 24) == 16  # type: ignore[arg-type]

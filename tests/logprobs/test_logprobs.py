@@ -21,7 +21,7 @@ def _flat_grad(model: torch.nn.Module) -> torch.Tensor:
 
 
 def _one_by_one(model: torch.nn.Module, trees: list[TokenTree], temperature: float = 1.0) -> torch.Tensor:
-    """Straight from transformers' full logits, one unpadded sequence at a time."""
+    """From transformers' full logits, one unpadded sequence at a time."""
     sums = []
     for tree in trees:
         for completion in tree.completion_ids:
@@ -39,7 +39,7 @@ def test_every_packing_equals_one_by_one(family: str) -> None:
     for packing in ("one", "shared", "separate", "padded"):
         model = tiny_model(family)
         if packing == "one":
-            if family == "gemma2":  # its eager attention takes the softmax in float32 whatever the model's dtype
+            if family == "gemma2":  # its eager attention computes the softmax in float32 for any model dtype
                 install_tree_attention(model)
             sums = _one_by_one(model, trees)
         else:
@@ -53,7 +53,7 @@ def test_every_packing_equals_one_by_one(family: str) -> None:
 
 
 def test_the_mask_matters() -> None:
-    """Guards the test above: with a completion's neighbor changed the others must not move, with the prompt they must."""
+    """Guards the test above: changing a neighboring completion must not change the others, changing the prompt must."""
     trees = some_trees()
     scorer = Scorer(tiny_model("llama"), "shared")
     before = scorer.logps(pack(trees)).sums
@@ -116,7 +116,7 @@ def test_logits_that_would_overflow_a_plain_softmax_stay_finite() -> None:
 
 
 def test_the_boundary_is_not_off_by_one() -> None:
-    """The first completion token is predicted from the prompt's last token, for every completion of the tree."""
+    """Every completion's first token is predicted from the prompt's last token."""
     tree = some_trees()[0]
     batch = pack([tree])
     p = len(tree.prompt_ids)
@@ -145,7 +145,7 @@ def test_a_temperature_divides_the_logits_of_every_head(head: str) -> None:
 
 @pytest.mark.parametrize("name", ["granite", "cohere"])
 def test_a_models_own_scale_of_its_logits_counts(name: str) -> None:
-    """Granite divides its logits by a number, Cohere multiplies them."""
+    """Granite divides its logits by a constant, Cohere multiplies them."""
     common = family_configs()["llama"]().to_dict()
     sizes = {k: v for k, v in common.items() if k.endswith("_size") or k.startswith(("num_", "max_position"))}
     config = {

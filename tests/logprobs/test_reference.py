@@ -1,4 +1,4 @@
-"""The reference: three ways to the same numbers, and a cache key of what they depend on and nothing else."""
+"""The reference: three kinds with equal log-probs, and a cache key of exactly what they depend on."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_cached_equals_live_and_is_reused(tmp_path: Path) -> None:
     first, found = cached_reference(live, pairs, "k", tmp_path, tokens_per_step=30)
     assert not found
     with torch.no_grad():
-        next(model.parameters()).add_(1.0)  # a cache that was computed again would notice
+        next(model.parameters()).add_(1.0)  # would change the result if the cache were computed again
     again, found = cached_reference(live, pairs, "k", tmp_path, tokens_per_step=1000)
     assert found
     batch = pack([pairs[4], pairs[0]])
@@ -115,7 +115,7 @@ def test_where_no_cache_can_be_written_it_goes_on_without(
 
 
 def test_a_cache_of_other_rows_or_without_tokens_is_computed_again(tmp_path: Path) -> None:
-    """Whatever its name says: the number of completions must be right, and their tokens there where they are wanted."""
+    """Whatever its name, a cache must have the right number of completions, and their tokens if needed."""
     live = LiveReference(Scorer(tiny_model("llama"), "shared"))
     pairs = some_pairs(4)
     cached_reference(live, pairs[:3], "k", tmp_path, tokens_per_step=30)
@@ -186,7 +186,7 @@ def test_weights_hash_sees_one_changed_weight_but_no_adapter(with_lora: bool) ->
 
 
 def test_two_runs_at_once_compute_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second waits for the first, and reads what it wrote."""
+    """The second run waits for the first, and reads its file."""
     real, calls = reference.compute_logps, []
 
     def slow(*args: Any, **kw: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Points in float64 and closed forms in plain `math`: what every loss's golden values and gradients are checked against."""
+"""Float64 points and closed forms in plain `math`, for checks of every loss's golden values and gradients."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ FIELDS = {
 
 
 def pairs(points: list[Point], dtype: torch.dtype = torch.float64, grad: bool = False) -> PairLogps:
-    """The points as a batch; policy log-probs are leaves that want a gradient."""
+    """The points as a batch, with policy log-probs as leaves that require gradients."""
     made = {name: torch.tensor([getattr(p, attr) for p in points], dtype=dtype) for name, attr in FIELDS.items()}
     if grad:
         for name in made:
@@ -97,7 +97,7 @@ def check_golden(
     points: list[Point] = POINTS,
     **params: Any,
 ) -> None:
-    """Values and gradients (with respect to chosen and rejected log-probs) equal their closed forms."""
+    """Check values and gradients (with respect to chosen and rejected log-probs) against their closed forms."""
     logps = pairs(points, grad=True)
     out = fn(logps, **params)
     assert out.losses.tolist() == pytest.approx([loss(p) for p in points], rel=1e-12, abs=1e-300)

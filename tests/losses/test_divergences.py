@@ -1,4 +1,4 @@
-"""Divergences: closed forms in exact arithmetic, gradients, bounds, limits, and what the peers lose on underflow."""
+"""Divergences: closed forms in exact arithmetic, gradients, bounds, limits, and precision under underflow."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ IDS = [f"{k.kind}-{k.direction}-{k.js_beta if k.kind == 'js' else k.renyi_alpha}
 
 
 def exact(p_logits: list[float], q_logits: list[float], kind: DivergenceKind) -> float:
-    """The definition, in 400 digits: no logarithm is ever taken of something that was rounded to zero."""
+    """The definition with 400 digits, so that no logarithm is taken of a value rounded to zero."""
     getcontext().prec = 400
 
     def softmax(logits: list[float]) -> list[Decimal]:
@@ -50,7 +50,7 @@ def exact(p_logits: list[float], q_logits: list[float], kind: DivergenceKind) ->
 
 ROWS = [
     ([0.3, -1.0, 2.0], [1.0, 0.5, -0.25]),
-    ([0.0, 0.0, 0.0], [1e-4, 0.0, -1e-4]),  # all but equal
+    ([0.0, 0.0, 0.0], [1e-4, 0.0, -1e-4]),  # almost equal
     ([0.0, -240.0, 1.0], [-240.0, 0.0, 1.0]),  # one side underflows in fp32
     ([0.0, -700.0, -3.0], [-700.0, 0.0, -3.0]),
 ]
@@ -70,15 +70,13 @@ def test_in_fp32_nothing_is_lost_on_underflow(kind: DivergenceKind) -> None:
     p, q = (torch.tensor([r[i] for r in ROWS], dtype=torch.float32, requires_grad=i == 0) for i in (0, 1))
     values = divergence(p, q, kind)
     expected = [exact(*r, kind) for r in ROWS]
-    assert values.tolist() == pytest.approx(
-        expected, rel=5e-3
-    )  # the second one from log-probs that are rounded to 1e-7
+    assert values.tolist() == pytest.approx(expected, rel=5e-3)  # the second one from log-probs rounded to 1e-7
     values.sum().backward()
     assert torch.isfinite(p.grad).all()
 
 
 def test_renyi_is_120_and_not_20_7() -> None:
-    """What a peer's sum of powers makes 20.7 (-log 1e-9, its floor for probabilities) is 120 in log space."""
+    """Another library's sum of powers gives 20.7 (-log 1e-9, its floor for probabilities); in log space it is 120."""
     p, q = torch.tensor([[0.0, -120.0]]), torch.tensor([[-120.0, 0.0]])
     for direction in ("ref_policy", "policy_ref"):
         assert divergence(p, q, DivergenceKind("renyi", direction)).item() == pytest.approx(120.0, rel=1e-6)
@@ -95,7 +93,7 @@ def test_gradcheck(kind: DivergenceKind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS, ids=IDS)
 def test_golden_gradient_of_two_tokens(kind: DivergenceKind) -> None:
-    """By finite differences of the exact value: what autograd of our own forward pass could not tell."""
+    """By finite differences of the exact value, independent of autograd through our own forward pass."""
     p, q, eps = [0.4, -0.9], [-0.3, 0.7], 1e-6
     up, down = exact([p[0] + eps, p[1]], q, kind), exact([p[0] - eps, p[1]], q, kind)
     x = torch.tensor([p], dtype=torch.float64, requires_grad=True)
@@ -123,7 +121,7 @@ def test_renyi_towards_order_1_is_kl(direction: str) -> None:
     for order in (1 - 1e-6, 1 + 1e-6):
         assert torch.allclose(divergence(p, q, DivergenceKind("renyi", direction, order)), kl, rtol=1e-5)
     near = divergence(p.float(), q.float(), DivergenceKind("renyi", direction, 1 + 1e-6))
-    assert torch.allclose(near.double(), kl, rtol=1e-4)  # fp32 too: a log-sum-exp would keep one digit here
+    assert torch.allclose(near.double(), kl, rtol=1e-4)  # in fp32 too, where a log-sum-exp would keep one digit
 
 
 @settings(max_examples=60, deadline=None)
@@ -142,7 +140,7 @@ def test_bounds_hold_everywhere_in_fp32(seed: int, scale: float, kind: Divergenc
 
 @pytest.mark.parametrize("kind", KINDS, ids=IDS)
 def test_tokens_that_a_model_rules_out_add_nothing(kind: DivergenceKind) -> None:
-    """Padded vocabularies have logits of -inf in both models."""
+    """Padded vocabularies have -inf logits in both models."""
     torch.manual_seed(0)
     p, q = torch.randn(3, 6, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
     wide = [torch.cat([x, torch.full((3, 2), -torch.inf, dtype=x.dtype)], 1) for x in (p, q)]
@@ -182,7 +180,7 @@ def test_wrong_shapes_are_refused() -> None:
 
 
 def test_kl_estimators() -> None:
-    """By hand; k1 and k3 are unbiased: their mean over a whole distribution is the KL."""
+    """By hand. k1 and k3 are unbiased: their mean over the distribution is the KL."""
     p, q = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), torch.tensor([0.2, 0.2, 0.6], dtype=torch.float64)
     lp, lq = p.log(), q.log()
     kl = float((p * (lp - lq)).sum())

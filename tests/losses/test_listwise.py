@@ -1,4 +1,4 @@
-"""Losses on lists: the papers' sums with plain loops and permutations, limits, ties, and what fills a short list up."""
+"""Losses on lists: the papers' sums with plain loops and permutations, limits, ties, and padding of short lists."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def rewards(row: int, beta: float) -> list[float]:
 
 
 def by_order(row: int, beta: float) -> float:
-    """-log of the probability that answers are drawn in their order, each from those that are left."""
+    """-log of the probability of drawing the answers in order, each from those remaining."""
     r = rewards(row, beta)
     order = sorted(range(len(r)), key=lambda i: -SCORES[row][i])
     total = 0.0
@@ -56,7 +56,7 @@ def by_pairs(row: int, beta: float, scores: list[float]) -> float:
 def test_plackett_luce_is_the_likelihood_of_the_order() -> None:
     out = plackett_luce(lists(), beta=0.3)
     assert out.losses.tolist() == pytest.approx([by_order(i, 0.3) for i in range(3)], rel=1e-12)
-    # of all orders of a list the probabilities sum to one
+    # the probabilities of all orders of a list sum to one
     total = 0.0
     for scores in itertools.permutations([4.0, 3.0, 2.0, 1.0]):
         total += math.exp(-plackett_luce(lists(scores=[list(scores)] * 3), beta=0.3).losses[0].item())
@@ -76,13 +76,13 @@ def test_lipo_is_the_papers_sum_over_pairs() -> None:
 
 @pytest.mark.parametrize("loss", [plackett_luce, lipo])
 def test_the_gradient_is_the_closed_forms(loss: Callable[..., LossOutput]) -> None:
-    """Central differences of the loops above, which know nothing of tensors."""
+    """By central differences of the plain loops above."""
     policy = torch.tensor(POLICY, dtype=torch.float64, requires_grad=True)
     more = {"gains": "scores"} if loss is lipo else {}
     loss(lists(policy), beta=0.3, **more).losses.sum().backward()
     assert policy.grad is not None
     plain = (lambda row: by_pairs(row, 0.3, SCORES[row])) if loss is lipo else (lambda row: by_order(row, 0.3))
-    for row in (0, 1):  # the third is so far off that a difference has no digits
+    for row in (0, 1):  # the third is too extreme for finite differences
         for i in range(4):
             kept, ends = POLICY[row][i], []
             for step in (1e-5, -1e-5):

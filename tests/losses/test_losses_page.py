@@ -1,4 +1,4 @@
-"""What `penchant losses` prints and docs/losses.md holds comes from the registry, all of it."""
+"""`penchant losses` and docs/losses.md are generated from the registry, completely."""
 
 from __future__ import annotations
 

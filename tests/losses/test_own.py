@@ -1,4 +1,4 @@
-"""A user's own loss from a file: in config, training, resume, evaluation, plan and sweep; and what is refused."""
+"""A user's own loss from a file, in config, training, resume, evaluation, plan and sweep, and errors."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_our_own_losses_pass_what_a_users_is_put_to(name: str) -> None:
 
 @pytest.mark.usefixtures("live_reports")
 def test_a_run_from_its_config_to_its_evaluation(config: dict[str, Any], tmp_path: Path) -> None:
-    path = written(config, tmp_path)  # the loss stands beside it, not where the tests are started
+    path = written(config, tmp_path)  # the loss is beside the config, not in the working directory
     assert load_config(path).loss.name == f"{tmp_path.resolve()}/my_losses.py:mine"
     assert api.plan(path, probe=False).method == "mine"
     result = api.train(path, quiet=True)
@@ -98,7 +98,7 @@ def test_what_it_raises_while_it_trains_is_a_sentence_about_its_line(
     config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = MINE.count("\n", 0, MINE.index("    losses =")) + 1
-    raises = '    assert len(chosen) == 6, "odd"\n'  # as many rows as it is tried on
+    raises = '    assert len(chosen) == 6, "odd"\n'  # the number of rows in the trial call
     (tmp_path / "my_losses.py").write_text(MINE.replace("    losses =", f"{raises}    losses ="))
     assert main(["train", str(written(config, tmp_path)), "--quiet"]) == 2
     said = capsys.readouterr().err
@@ -132,11 +132,11 @@ def test_the_example_of_the_page(
 ) -> None:
     (tmp_path / "my_losses.py").write_text(page_code("own_losses.md"))
     config["loss"] = {"name": "my_losses.py:capped_dpo", "beta": 0.2}
-    exec(page_code("own_losses.md"), {"__name__": "my_losses"})  # as a program that imports it
+    exec(page_code("own_losses.md"), {"__name__": "my_losses"})  # like a program that imports it
     registered = LOSSES.pop("capped_dpo")
     monkeypatch.setitem(LOSSES, "capped_dpo", registered)
     assert api.train(written(config, tmp_path), quiet=True).before["eval/loss"] == pytest.approx(0.6931, abs=1e-4)
-    assert LOSSES["capped_dpo"] is registered  # the file's is known by its path
+    assert LOSSES["capped_dpo"] is registered  # the file's loss is registered by its path
     assert main(["losses", f"{tmp_path}/my_losses.py:capped_dpo"]) == 0
     assert "loss.cap = 3: the scaled margin at which a pair is done [> 0]" in capsys.readouterr().out
     config["loss"]["cap"] = -1

@@ -223,7 +223,7 @@ def test_golden_values_and_gradients_of_hinge() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# DPOP: closed forms with and without a lost chosen answer; no penalty is DPO.
+# DPOP: closed forms with and without a drop of the chosen log-prob; DPO without the penalty.
 
 
 def test_golden_values_and_gradients_of_dpop() -> None:
@@ -261,7 +261,7 @@ def test_no_likelihood_term_is_dpo() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# R-DPO: closed forms; what is only longer is explained by its length.
+# R-DPO: closed forms; a margin due to length alone is explained by the length term.
 
 
 def test_golden_values_and_gradients_of_r_dpo() -> None:
@@ -288,7 +288,7 @@ def test_a_longer_chosen_answer_pulls_less() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# LD-DPO: closed forms, alpha 1 is DPO, alpha 0 forgets the tail.
+# LD-DPO: closed forms, alpha 1 is DPO, alpha 0 ignores the tail.
 
 
 def test_golden_values_and_gradients_of_ld_dpo() -> None:
@@ -320,7 +320,7 @@ def test_alpha_1_is_dpo() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# WPO: closed forms; the weight is held at one and carries no gradient.
+# WPO: closed forms; the weight is capped at one and carries no gradient.
 
 
 def test_golden_values_and_gradients_of_wpo() -> None:
@@ -433,7 +433,7 @@ def test_golden_values_and_gradients_of_nca() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# AOT: sorted by hand, row by row; one pair is DPO.
+# AOT: sorted by hand, row by row; DPO for a single pair.
 
 
 def test_paired_golden_values_and_gradients() -> None:
@@ -445,7 +445,7 @@ def test_paired_golden_values_and_gradients() -> None:
     logps = pairs(POINTS, grad=True)
     out = aot(logps, beta=beta)
     out.losses.sum().backward()
-    # two margins are equal: which of them gets which neighbor is open, their sum is not
+    # two margins are equal: their order is arbitrary, but their sum is not
     assert sum(out.losses.tolist()) == pytest.approx(
         sum(-log_sigmoid(x) for x in _ties_in_order(margins, ref, beta)), rel=1e-12
     )
@@ -630,7 +630,7 @@ def test_golden_values_and_gradients_of_rebel() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# ODPO: closed forms of both offsets, no offset is DPO, a gap that is none is refused.
+# ODPO: closed forms of both offsets, DPO without an offset, score gaps that are not positive are refused.
 
 
 @pytest.mark.parametrize("offset", ["log", "linear"])

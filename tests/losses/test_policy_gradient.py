@@ -1,4 +1,4 @@
-"""Advantages, GAE, whitening and the clipped surrogate: by hand, against plain loops, at the edges."""
+"""Advantages, GAE, whitening and the clipped surrogate: by hand, against plain loops, and in edge cases."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def test_group_normalized_by_hand_and_its_variants() -> None:
     assert torch.allclose(group_normalized(r, "batch", eps=0.0), group_normalized(r, "none") / spread)
     assert group_normalized(torch.ones(1, 4)).tolist() == [
         [0.0] * 4
-    ]  # equal rewards teach nothing, and divide by nothing
+    ]  # equal rewards give zero advantage, without a division by zero
 
 
 @pytest.mark.parametrize("fn", [leave_one_out, group_normalized])
 def test_equal_rewards_teach_exactly_nothing(fn: Any) -> None:
-    """Their mean may differ from each of them by rounding, which the division by eps makes large."""
+    """Their mean may differ from them by rounding, which dividing by eps would amplify."""
     for k in range(2, 9):
         equal = torch.full((1, k), 1e6 + 0.1, dtype=torch.float64)
         assert not fn(equal).any()
@@ -110,8 +110,8 @@ def test_whitening() -> None:
     "ratio,advantage,loss,slope,bound",
     [
         (1.1, 2.0, -2.2, -2.2, 0.0),
-        (1.5, 2.0, -2.4, 0.0, 1.0),  # already too likely: nothing more to gain
-        (1.5, -2.0, 3.0, 3.0, 0.0),  # too likely and bad: full gradient
+        (1.5, 2.0, -2.4, 0.0, 1.0),  # good and already too likely: no gradient
+        (1.5, -2.0, 3.0, 3.0, 0.0),  # bad and too likely: full gradient
         (0.5, -2.0, 1.6, 0.0, 1.0),
         (0.5, 2.0, -1.0, -1.0, 0.0),
     ],
@@ -219,7 +219,7 @@ def test_kl_to_go_sums_what_is_still_to_come() -> None:
 
 
 def test_importance_weights_from_closed_form() -> None:
-    """Ratios 2, 1/2, 4 of one completion (their product is 4) and 1/4 of another."""
+    """Ratios 2, 1/2, 4 of one completion (product 4) and 1/4 of another."""
     ratio = torch.tensor([2.0, 0.5, 4.0, 0.25], dtype=F64)
     logps = torch.tensor([-1.0, -2.0, -0.5, -3.0], dtype=F64, requires_grad=True)
     sampled, lengths = logps.detach() - ratio.log(), torch.tensor([3, 1])
@@ -241,7 +241,7 @@ def test_importance_weights_from_closed_form() -> None:
 def test_untruncated_weights_give_the_gradient_of_the_policys_own_expectation(
     level: Literal["token", "sequence"],
 ) -> None:
-    """All one-token completions, weighed by how often mu writes each: the gradient is that of sum_y pi(y) A(y)."""
+    """Over all one-token completions, weighted by their probability under mu, the gradient is that of sum_y pi(y) A(y)."""
     torch.manual_seed(0)
     logits, mu = torch.randn(5, dtype=F64, requires_grad=True), torch.randn(5, dtype=F64).log_softmax(0)
     advantages = torch.randn(5, dtype=F64)

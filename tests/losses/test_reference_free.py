@@ -28,7 +28,7 @@ def test_golden_values_and_gradients_of_simpo() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# AlphaPO: closed forms, SimPO as its limit, finite for hopeless answers.
+# AlphaPO: closed forms, SimPO as its limit, finite for extremely unlikely answers.
 
 
 def test_golden_values_and_gradients_of_alpha_po() -> None:
@@ -67,7 +67,7 @@ def test_a_hopeless_answer_is_finite_in_fp32() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# ORPO: closed forms, and log(1 - e^x) where it is hard.
+# ORPO: closed forms, and log(1 - e^x) where it is ill-conditioned.
 
 
 def test_golden_values_and_gradients_of_orpo() -> None:
@@ -129,7 +129,7 @@ def test_golden_values_and_gradients_of_cpo() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# SLiC: closed forms, the regularizer stays where the margin is reached.
+# SLiC: closed forms, the regularizer remains once the margin is reached.
 
 
 def test_golden_values_and_gradients_of_slic() -> None:

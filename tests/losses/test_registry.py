@@ -24,7 +24,7 @@ Inputs = PairLogps | UnpairedLogps | ListLogps
 
 
 def inputs(spec: LossSpec, n: int = 6, dtype: torch.dtype = torch.float64, scale: float = 3.0) -> Inputs:
-    """Random but ordinary inputs with everything that a loss could need."""
+    """Random, ordinary inputs with everything that a loss could need."""
     g = torch.Generator().manual_seed(0)
     vector = lambda s=scale: (torch.randn(n, generator=g, dtype=torch.float64) * s).to(dtype)  # noqa: E731
     logps = lambda: -vector().abs() - 1  # noqa: E731
@@ -60,7 +60,7 @@ def call(name: str, x: Inputs, **params: Any) -> LossOutput:
 
 
 def total(out: LossOutput) -> torch.Tensor:
-    """The reduced loss, as the loop makes it: a term without weight is exactly zero."""
+    """The loss reduced as in the loop, where a term without weight is exactly zero."""
     counts = {k: float(v.numel() if w is None else w.sum()) for k, (v, w) in out.summands().items()}
     return reduced(out, counts)
 
@@ -74,7 +74,7 @@ def test_permuting_rows_permutes_losses(name: str) -> None:
         assert torch.allclose(a[order], b, rtol=1e-14, atol=0)
 
 
-# what else a hyperparameter needs to matter
+# other settings that a hyperparameter needs to have an effect
 SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
     ("dpo_shift", "lambda_min"): {"schedule": "increase_linear"},
     ("dpo_shift", "lambda_max"): {"schedule": "increase_linear"},
@@ -106,7 +106,7 @@ def test_every_hyperparameter_changes_the_result(name: str, field: str) -> None:
     def at_the_start(params: Any) -> torch.Tensor:
         now = params.model_copy(update={k: s.at(0.0) for k, s in params.schedules().items()})
         later = params.model_copy(update={k: s.at(1.0) for k, s in params.schedules().items()})
-        # `total`, not `losses`: PMPO's beta is in a term of its own
+        # `total`, not `losses`, because PMPO's beta is in a separate term
         return torch.stack([total(call(name, inputs(spec), **p.arguments())) for p in (now, later)])
 
     assert not torch.allclose(at_the_start(start), at_the_start(other)), f"{name}.{field} is ignored"
@@ -146,7 +146,7 @@ def test_gradcheck(name: str) -> None:
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("name", NAMES)
 def test_finite_in_fp32_at_extreme_log_probs(name: str, side: int, far: float) -> None:
-    """|log-ratio| = 1e4 nats on one side: the loss may be large, never NaN or infinite, and so its gradient."""
+    """With |log-ratio| = 1e4 nats on one side, the loss and its gradient may be large, but never NaN or infinite."""
     spec = LOSSES[name]
     x = inputs(spec, dtype=torch.float32)
     key = "policy_logps" if spec.signal != "pairs" else ("policy_chosen_logps", "policy_rejected_logps")[side]
@@ -180,7 +180,7 @@ def test_what_is_missing_is_named(name: str) -> None:
     checked = 0
     for need in spec.needs:
         if name == "pmpo" and need == "reference":
-            continue  # its divergence comes from the reference; the log-ratio is a metric only
+            continue  # its divergence is computed with the reference; the log-ratio is only a metric
         for field in fields_of.get(need, ()):
             checked += 1
             with pytest.raises(ValueError, match=field):
@@ -225,13 +225,13 @@ def test_a_batch_of_one_side_alone_learns_that_side(name: str, label: float) -> 
 
 @pytest.mark.parametrize("name", [n for n in PAIRWISE if LOSSES[n].needs == {"reference"}])
 def test_it_learns_the_preference_from_equality(name: str) -> None:
-    """At equality with the reference, chosen goes up against rejected, except where the loss is known to do otherwise."""
+    """At equality with the reference, chosen rises relative to rejected, except for losses known to differ."""
     logps = pairs(ORDINARY[2:], grad=True)
     call(name, logps).losses.sum().backward()
     chosen, rejected = logps.policy_chosen_logps.grad, logps.policy_rejected_logps.grad
     assert chosen is not None and rejected is not None
     pull = float(rejected - chosen)  # the step's effect on the margin
-    assert (pull < 0) == (name == "discopop")  # its modulation rises faster than its losses fall: see test_discopop.py
+    assert (pull < 0) == (name == "discopop")  # its modulation rises faster than its losses fall, see test_pairwise.py
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -252,7 +252,7 @@ def test_a_spec_that_needs_what_nobody_gives_is_refused() -> None:
 
 
 def test_naming_the_losses_imports_no_torch() -> None:
-    """`penchant losses` and reading a config answer at once."""
+    """`penchant losses` and reading a config must be fast."""
     code = (
         "import sys, penchant.losses, penchant.losses.section, penchant.losses.page\n"
         "penchant.losses.page.text()\n"

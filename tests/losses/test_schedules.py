@@ -1,4 +1,4 @@
-"""Schedules: both ends exact, monotone, one step is the start."""
+"""Schedules: exact at both ends, monotone, and constant at the start value for a single step."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def test_golden_values() -> None:
 
 
 def test_golden_gradients() -> None:
-    """d/dr_w = -(1 - eps) sigmoid(-z) + eps sigmoid(z) + 2 c (r_w + r_l); d/dr_l has the first part's sign turned."""
+    """d/dr_w = -(1 - eps) sigmoid(-z) + eps sigmoid(z) + 2 c (r_w + r_l); d/dr_l has the sigmoid terms negated."""
     chosen, rejected = t(1.2, grad=True), t(0.4, grad=True)
     bradley_terry(chosen, rejected, t(0.3), label_smoothing=0.2, centring=0.05).losses.sum().backward()
     z = 1.2 - 0.4 - 0.3

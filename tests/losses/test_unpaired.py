@@ -1,4 +1,4 @@
-"""Losses on single answers with a label: closed forms, both sides, the points that they are measured from."""
+"""Losses on single labeled answers: closed forms, both sides, reference points."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_without_its_shift_it_refuses() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# PMPO: closed forms, each side by its own count, the tabular optimum, and the traps of existing code.
+# PMPO: closed forms, each side averaged by its own count, the tabular optimum, and errors of other implementations.
 
 
 def total(out: LossOutput) -> torch.Tensor:
@@ -115,7 +115,7 @@ def test_golden_value_of_sequence_sums() -> None:
 
 
 def test_at_alpha_one_half_the_gradient_is_not_zero() -> None:
-    """Trap: one batch-mean cross-entropy times the labels cancels at alpha 0.5."""
+    """Guards against a single batch-mean cross-entropy times the labels, which cancels at alpha 0.5."""
     x = batch([1.0, 0.0, 1.0, 0.0], grad=True)
     total(pmpo(x, alpha=0.5, beta=0.0)).backward()
     grad = x.policy_logps.grad
@@ -123,7 +123,7 @@ def test_at_alpha_one_half_the_gradient_is_not_zero() -> None:
 
 
 def test_the_divergence_carries_gradient() -> None:
-    """Trap: a detached divergence regularizes nothing."""
+    """Guards against a detached divergence, which does not regularize."""
     x = batch([1.0, 1.0], grad=True)
     total(pmpo(x, beta=2.0)).backward()
     assert x.divergence is not None and x.divergence.grad is not None and (x.divergence.grad > 0).all()
@@ -157,7 +157,7 @@ def test_the_tabular_optimum_is_reached(alpha: float, beta: float) -> None:
     rejected = torch.tensor([3, 2])
     counts = lambda t: torch.bincount(t, minlength=vocab).double() / len(t)  # noqa: E731
     a, r = counts(accepted), counts(rejected)
-    # scale the rejected side's own mass down to where p* is a distribution
+    # scale the rejected side's mass down until p* is a distribution
     expected = (alpha * a - (1 - alpha) * r + beta * q) / (2 * alpha - 1 + beta)
     if (expected <= 0).any():
         r = 0.1 * counts(torch.tensor([2])) + 0.9 * q
@@ -171,7 +171,7 @@ def test_the_tabular_optimum_is_reached(alpha: float, beta: float) -> None:
         optimizer.zero_grad()
         logps = torch.log_softmax(logits, 0)
         d = divergence(logits[None], q.log()[None], DivergenceKind("kl", "ref_policy"))
-        # each token once a side, weighed by its share: the same sums as drawing the tokens themselves
+        # each token once per side, weighted by its share: the same sums as sampling tokens
         x = UnpairedLogps(
             torch.cat([logps[tokens] * a * vocab, logps[tokens] * r * vocab]),
             torch.ones(2 * vocab, dtype=torch.float64),

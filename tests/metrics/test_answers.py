@@ -1,4 +1,4 @@
-"""Likelihood of chosen answers, and what length explains, against closed forms and simulation."""
+"""Likelihood of chosen answers, and the effect of length, against closed forms and simulation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_the_ratio_and_its_width_by_hand() -> None:
 
 
 def test_rows_of_one_prompt_count_together() -> None:
-    """The same rows twice are no more evidence when they share a prompt."""
+    """Repeated rows add no evidence if they share a prompt."""
     v, w, c = [1.0, 2.0, 6.0], [1.0, 1.0, 2.0], [0, 1, 2]
     once, twice = mean_ratio(v, w, c), mean_ratio(v * 2, w * 2, c * 2)
     assert (twice.low, twice.high) == pytest.approx((once.low, once.high))
@@ -67,7 +67,7 @@ def test_accuracy_that_length_explains_goes_and_the_rest_stays() -> None:
 def test_without_a_length_gap_it_is_the_accuracy() -> None:
     right = np.array([1.0] * 60 + [0.0] * 40)
     got = accuracy_at_equal_length(right, np.full(100, 3.0), np.arange(100))
-    assert got.estimate == pytest.approx(0.6, abs=0.005)  # the penalty pulls a little
+    assert got.estimate == pytest.approx(0.6, abs=0.005)  # the penalty shrinks it slightly
     assert got.high - got.low == pytest.approx(2 * 1.96 * math.sqrt(0.24 / 100), rel=0.05)
 
 

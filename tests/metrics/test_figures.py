@@ -1,4 +1,4 @@
-"""Figures and their intervals: closed forms, clusters, what a single prompt says."""
+"""Metrics and their intervals: closed forms, clusters, single prompts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_ratio_is_of_sums_not_a_mean_of_ratios() -> None:
 
 
 def test_a_ratios_interval_covers() -> None:
-    """Perplexity's case: long documents count more, and the truth is the ratio of means."""
+    """As for perplexity, where long documents count more and the true value is the ratio of means."""
     rng = np.random.default_rng(1)
     hits = 0
     for seed in range(200):
@@ -95,7 +95,7 @@ def test_the_jackknife_by_hand() -> None:
 
 @pytest.mark.slow
 def test_the_jackknife_covers_where_a_bootstrap_does_not() -> None:
-    """Texts of a known source: the truth is the mean of distinct-1 over many samples of that size."""
+    """Texts from a known source, where the true value is the mean of distinct-1 over many samples of that size."""
     rng = np.random.default_rng(3)
     weights = 1 / np.arange(1, 401)
     draw = lambda: [rng.choice(400, 20, p=weights / weights.sum()).tolist() for _ in range(30)]  # noqa: E731

@@ -1,4 +1,4 @@
-"""What a flag is in a file."""
+"""The file format of flags."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Completions at evaluations: figures by hand, the win rate against the start, and the same lines after a kill."""
+"""Completions generated at evaluations: metrics by hand, the win rate against the start, and equal logs after a kill."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def test_train_writes_and_prints_its_flags(
     for flag in found:
         assert f"{flag['sentence']} ({flag['name']})" in shown
     assert f"penchant flags {base['output']}" in shown
-    # thresholds change nothing in what was computed: the run is done, and read anew
+    # thresholds do not affect the computation: the finished run is only read again
     again = api.train(base, "trust.kl=[0, 5000]", quiet=True)
     assert "kl_band" not in {f.name for f in again.flags}
 

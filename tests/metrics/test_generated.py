@@ -1,4 +1,4 @@
-"""Figures of what a model wrote: by hand."""
+"""Metrics of generated completions, computed by hand."""
 
 from __future__ import annotations
 

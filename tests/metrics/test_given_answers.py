@@ -1,4 +1,4 @@
-"""Figures of given answers and texts: by hand."""
+"""Metrics of given answers and texts, computed by hand."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def tree(prompt: int, *lengths: int, labels: tuple[bool | None, ...] = (), sourc
 
 
 PAIRS = [tree(1, 2, 1), tree(2, 1, 1), tree(1, 1, 2)]
-# sums: (-3, -4), (-2, -1), (-5, -5) and of the reference (-4, -4), (-2, -2), (-6, -8)
+# log-prob sums: (-3, -4), (-2, -1), (-5, -5), and the reference's (-4, -4), (-2, -2), (-6, -8)
 POLICY = np.array([-1.0, -2.0, -4.0, -2.0, -1.0, -5.0, -2.0, -3.0])
 REFERENCE = np.array([-2.0, -2.0, -4.0, -2.0, -2.0, -6.0, -4.0, -4.0])
 
@@ -46,7 +46,7 @@ def test_pairs_by_hand() -> None:
     assert values["answers/kl/policy_ref_per_token"] == pytest.approx(0.5)
     assert values["answers/kl/ref_policy"] == pytest.approx(28 / 6)
     assert found["implicit_reward/margins"].n == 3 and found["answers/kl/policy_ref"].n == 6
-    # two prompts: the first and third pair are drawn together
+    # two prompts: the first and third pair are resampled together
     assert found["implicit_reward/margins"].interval == (pytest.approx(-0.1), pytest.approx(-0.05))
 
 
@@ -80,12 +80,12 @@ def test_sums_of_completions() -> None:
 
 
 def test_text_by_hand() -> None:
-    """Two documents, the first in two chunks: tokens and bytes are counted over documents, not averaged over them."""
+    """Two documents, the first in two chunks. Tokens and bytes are summed over documents, not averaged."""
     chunks = [tree(0, 2, source="a"), tree(0, 1, source="a"), tree(0, 1, source="b")]
     scores = TokenScores(np.array([-1.0, -2.0, -3.0, -2.0]), np.array([-1.0, -1.0, -1.0, -1.0]))
     found = by_name(text_figures(scores, chunks, {"a": 12, "b": 4}))
     assert found["text/perplexity"].value == pytest.approx(math.exp(8 / 4))
-    assert found["text/perplexity"].interval is None  # both documents have the same: that is no certainty
+    assert found["text/perplexity"].interval is None  # both have the same value, which does not make it certain
     assert found["text/bits_per_byte"].value == pytest.approx(8 / math.log(2) / 16)
     assert found["text/ref_perplexity"].value == pytest.approx(math.e)
     assert found["text/perplexity_ratio"].value == pytest.approx(math.e)

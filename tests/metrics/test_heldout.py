@@ -1,4 +1,4 @@
-"""Held-out metrics: intervals draw whole prompts, so copies of a row bring no certainty."""
+"""Held-out metrics: intervals resample whole prompts, so copies of a row add no certainty."""
 
 from __future__ import annotations
 

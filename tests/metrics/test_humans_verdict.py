@@ -1,4 +1,4 @@
-"""What an arena says: the biases of simulated people are found again, and the verdict is that of `penchant compare`."""
+"""Arena verdicts: the biases of simulated annotators are recovered, and the verdict equals `penchant compare`'s."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from penchant.metrics.stats import share_ci, sign_flip_test
 
 
 def said_of(*words: object) -> HumanVerdict:
-    """The verdict on judgements, without a file."""
+    """The verdict on judgments, without a file."""
     return human_verdict(Preferences(Path("none.jsonl"), {w.id: w for w in words}))  # type: ignore[attr-defined]
 
 
@@ -30,7 +30,7 @@ def simulated(folder: Path, seed: int, pairs: int) -> HumanVerdict:
 
 
 def hits(found: HumanVerdict) -> dict[str, bool]:
-    """Which intervals hold what is true."""
+    """Which intervals contain the true value."""
     true = truth()
     rate, alpha = found.pairs[0].win_rate, found.alpha
     assert rate is not None and alpha is not None
@@ -65,7 +65,7 @@ def test_every_interval_holds_what_is_true_over_twenty_seeds(tmp_path: Path) -> 
             counts[what] = counts.get(what, 0) + held
     print(f"{sum(counts.values())} of {20 * len(counts)} intervals hold what is true: {counts}")
     assert len(counts) == 2 + 2 * len(PEOPLE)
-    assert min(counts.values()) >= 16, counts  # at 95%, fewer than 16 of 20 come once in 400 times
+    assert min(counts.values()) >= 16, counts  # at 95%, fewer than 16 of 20 happens once in 400 times
     assert sum(counts.values()) >= 0.92 * 20 * len(counts), counts
 
 
@@ -79,7 +79,7 @@ def test_the_verdict_is_that_of_the_statistics_of_compare() -> None:
     assert pair.p == sign_flip_test(np.full(40, 0.5), wins.astype(float))
     (sentence,) = found.verdict()
     assert sentence.tone == "good" and "dpo is better than start" in sentence.text
-    # the other way round, with either answer as a
+    # with the models swapped, and either answer as a
     turned = [
         word(i, prompt=f"Prompt {i}?", verdict="b" if w else "a", models=("start", "dpo")) for i, w in enumerate(wins)
     ]
@@ -111,7 +111,7 @@ def test_few_prompts_name_no_winner_and_few_people_are_said() -> None:
 
 
 def test_people_who_differ_name_no_winner() -> None:
-    """Ada and Ben call the first better, Cleo the second: by the prompts alone it would be a winner."""
+    """Ada and Ben prefer the first, Cleo the second. By the prompts alone it would win."""
     words = [
         word(i, who, prompt=f"{i}", pair=f"p{i}", verdict="b" if who == "cleo" else "a")
         for who in ("ada", "ben", "cleo")
@@ -137,7 +137,7 @@ def test_compare_prints_what_the_page_says(tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().out.strip() == page.to_text()
     assert main(["compare", "dpo", "start", "--judge", f"humans:{tmp_path}", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == page.to_json()
-    assert main(["compare", "dpo", "--judge", f"humans:{tmp_path}", "--json"]) == 0  # one alone: all of its meetings
+    assert main(["compare", "dpo", "--judge", f"humans:{tmp_path}", "--json"]) == 0  # one model alone: all of its pairs
     assert json.loads(capsys.readouterr().out) == page.to_json()
     for wrong, words in (
         (["compare", "dop", "--judge", f"humans:{file.path}"], "not a model of"),

@@ -1,4 +1,4 @@
-"""Length-controlled win rates: a planted effect of length goes, a real one stays, intervals cover."""
+"""Length-controlled win rates: a planted length effect is removed, a real difference stays, intervals cover."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from penchant.metrics.stats import length_controlled_win_rate
 
 
 def _games(rng: np.random.Generator, n: int, skill: float, per_word: float, longer: float) -> tuple[np.ndarray, ...]:
-    """Wins by skill (log-odds) and by length; the judged answers are `longer` words longer on average."""
+    """Wins by skill (in log-odds) and length. The judged answers are `longer` words longer on average."""
     other = rng.normal(100, 20, n)
     own = other + rng.normal(longer, 25, n)
     scale = (own - other).std()
@@ -69,7 +69,7 @@ def test_bad_input() -> None:
 
 
 def test_the_interval_has_the_level_that_was_asked_for() -> None:
-    """Of equal lengths the figure is the raw rate, so the interval's width is that of a share: 2 z sqrt(p (1 - p) / n)."""
+    """With equal lengths the result is the raw rate, so the interval has a proportion's width: 2 z sqrt(p (1 - p) / n)."""
     wins = np.array([1.0] * 300 + [0.0] * 100)
     for level, z in ((0.95, 1.96), (0.5, 0.6745)):
         ci = length_controlled_win_rate(wins, np.ones(400), np.ones(400), level=level, draws=1500)

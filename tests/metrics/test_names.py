@@ -1,4 +1,4 @@
-"""The one table of metrics: names that are logged stand in it, which way they are better, and what old files meant."""
+"""The table of metrics: it has every logged name, the better direction, and the meaning of old files' names."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def figures(line: dict[str, Any]) -> set[str]:
 
 
 def test_no_run_may_log_a_name_that_is_not_in_the_table(tmp_path: Path) -> None:
-    """Whatever any test trains is held against the table (see conftest.py)."""
+    """Every run in the tests is checked against the table (see conftest.py)."""
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log.write({"kind": "eval", "step": 1, "eval/rewards/accuracies": 0.5, "eval/rewards/accuracies/ci": [0.4, 0.6]})
     for name in ("rewards/accuracy", "eval/reward/mean"):
@@ -79,7 +79,7 @@ def test_an_old_evaluation_on_asked_rows_is_read_as_what_it_meant() -> None:
         assert list(found[part].values()) == list(asked[part].values())
     assert found["metrics"]["eval/implicit_reward/margins/ci"] == asked["metrics"]["eval/rewards/margins/ci"]
     assert of_evaluation(found) == found
-    # the run's own figures: by the loss's own reward, then and now
+    # the run's own metrics, by the loss's reward, in old and new files
     bare = {**asked, "what": {"checkpoint": "step-6", "data": "held out"}}
     assert of_evaluation(bare) == bare and "eval/rewards/accuracies" in bare["metrics"]
     assert of_evaluation({"what": 3, "metrics": None}) == {"what": 3, "metrics": None}

@@ -1,4 +1,4 @@
-"""BLEU and ROUGE: sacrebleu's own corpus score on the whole and on resamples, ROUGE by hand, and what is said without the packages."""
+"""BLEU and ROUGE: sacrebleu's corpus score on all rows and on resamples, ROUGE by hand, and messages without the packages."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ WORDS = [
 
 
 def corpus(n: int = 24) -> tuple[list[str], list[list[str]]]:
-    """Completions that share runs of words with one to three references; one is empty, one is a single word."""
+    """Completions that share word sequences with one to three references. One is empty, one is a single word."""
     rng = np.random.default_rng(0)
     texts, references = [], []
     for i in range(n):
@@ -59,11 +59,11 @@ def test_bleu_of_summed_counts_is_sacrebleus_corpus_score_on_the_whole_and_on_re
     whole = bleu_of_sums(rows.sum(0))
     assert whole == pytest.approx(sacrebleus_own(texts, references), abs=1e-9) and 5 < whole < 95
     rng = np.random.default_rng(1)
-    for size in [1] * 20 + [8] * 20:  # one alone may have no 4-gram that matches: smoothing
+    for size in [1] * 20 + [8] * 20:  # a single one may have no matching 4-gram, which needs smoothing
         picks = rng.integers(0, len(texts), size)
         own = sacrebleus_own([texts[i] for i in picks], [references[i] for i in picks])
         assert bleu_of_sums(rows[picks].sum(0)) == pytest.approx(own, abs=1e-9)
-    # nor is it a mean of the sentences' scores
+    # nor is it the mean of sentence scores
     assert abs(whole - np.mean([bleu_of_sums(r) for r in rows])) > 0.1
 
 

@@ -1,4 +1,4 @@
-"""Calibration and length: by hand, and on margins of which the truth is known."""
+"""Calibration and length effects, by hand and on margins with a known true value."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from penchant.metrics.heldout import as_text, by_length_gap, calibration, pair_q
 
 
 def test_calibration_by_hand() -> None:
-    """Two bins of two: confidences sigmoid(1), sigmoid(1), sigmoid(2), sigmoid(2); right 1, 0 and 1, 1."""
+    """Two bins of two: confidences sigmoid(1), sigmoid(1), sigmoid(2), sigmoid(2); correct 1, 0 and 1, 1."""
     s1, s2 = 1 / (1 + math.exp(-1)), 1 / (1 + math.exp(-2))
     found = calibration(np.array([2.0, 1.0, -1.0, 2.0]), bins=2)
     assert [b["confidence"] for b in found["bins"]] == pytest.approx([s1, s2])

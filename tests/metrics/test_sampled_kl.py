@@ -1,4 +1,4 @@
-"""Sampled KL against the exact one of a model whose every step is the same small distribution."""
+"""Sampled KL compared with the exact KL of a model with the same small distribution at every step."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def test_both_estimators_agree_with_the_exact_kl() -> None:
 
 
 def test_k1_and_k3_by_hand() -> None:
-    """k3 is above zero with either sign of its argument: only the exact value tells them apart."""
+    """k3 is positive for either sign of its argument, so only the exact value distinguishes them."""
     models = [tiny_model("llama", seed=seed) for seed in (0, 1)]
     for model in models:
         with torch.no_grad():
-            model.get_output_embeddings().weight.mul_(20.0)  # far apart: by the wrong sign k3 is another number
+            model.get_output_embeddings().weight.mul_(20.0)  # far apart, so that the wrong sign gives another k3
     trees = some_trees()
     policy, reference = (LiveReference(Scorer(m, "shared")) for m in models)
     k1, k3 = kl_by_completion(policy, reference, trees, tokens_per_step=30)
@@ -68,4 +68,4 @@ def test_k1_and_k3_by_hand() -> None:
     assert k3 == pytest.approx([(np.exp(-g) - 1 + g).sum() for g in gaps], rel=1e-9)
     figures = kl_on(policy, reference, trees, tokens_per_step=30)
     assert figures["kl/per_token"] == pytest.approx(sum(k3) / sum(map(len, gaps)), rel=1e-9)  # not per completion
-    assert abs((np.exp(d) - 1 - d).sum() / k3.sum() - 1) > 0.1  # the other sign is another number
+    assert abs((np.exp(d) - 1 - d).sum() / k3.sum() - 1) > 0.1  # the other sign gives another number

@@ -1,4 +1,4 @@
-"""Tests of differences against known truths: rates under the null, coverage, tabulated quantiles."""
+"""Significance tests on simulated data with known truth: false positive rates, coverage, tabulated quantiles."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def test_few_prompts_are_enumerated() -> None:
     before, after = np.zeros(5), np.array([1.0, 2.0, 0.5, 3.0, -0.25])
     flips = [abs(np.dot(s, after)) for s in itertools.product((1, -1), repeat=5)]
     assert sign_flip_test(before, after) == pytest.approx(np.mean(np.array(flips) >= after.sum() - 1e-9))
-    assert sign_flip_test(before, np.ones(5)) == pytest.approx(2 / 32)  # nothing is smaller with five prompts
+    assert sign_flip_test(before, np.ones(5)) == pytest.approx(2 / 32)  # the smallest value with five prompts
     assert sign_flip_test(after, after) == 1.0
 
 
 @pytest.mark.parametrize(("prompts", "rows"), [(12, 1), (30, 1), (30, 4)])
 def test_the_false_positive_rate_is_right_under_the_null(prompts: int, rows: int) -> None:
-    """Differences of a skew-free truth of 0, with a common part within each prompt: 5% are called significant, not 20%."""
+    """Symmetric differences with mean 0 and a common part within each prompt: 5% are called significant, not 20%."""
     rng = np.random.default_rng(0)
     clusters = np.repeat(np.arange(prompts), rows)
     trials, hits = 600, 0
@@ -35,7 +35,7 @@ def test_the_false_positive_rate_is_right_under_the_null(prompts: int, rows: int
         difference = np.repeat(rng.normal(size=prompts), rows) + 0.3 * rng.normal(size=prompts * rows)
         hits += sign_flip_test(np.zeros_like(difference), difference, clusters=clusters, draws=400, seed=seed) <= 0.05
     assert 0.05 - 0.027 <= hits / trials <= 0.05 + 0.027  # three standard errors
-    if rows > 1:  # rows taken for independent would be far beyond
+    if rows > 1:  # treating rows as independent would be far above
         naive = sum(
             sign_flip_test(np.zeros(prompts * rows), np.repeat(rng.normal(size=prompts), rows), draws=200, seed=s)
             <= 0.05
@@ -60,7 +60,7 @@ def test_holm_keeps_the_chance_of_any_false_call() -> None:
     p = rng.uniform(size=(4000, 8))
     any_false = np.mean([min(holm(row.tolist())) <= 0.05 for row in p])
     assert 0.035 <= any_false <= 0.065
-    assert np.mean(p.min(1) <= 0.05) > 0.3  # without it, a third of all sweeps would cheer at nothing
+    assert np.mean(p.min(1) <= 0.05) > 0.3  # without it, a third of all sweeps would be false positives
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_t_quantiles_are_the_tabulated_ones(p: float, freedom: float, expected: 
 @pytest.mark.slow
 @pytest.mark.parametrize(("spread_of_seeds", "seeds"), [(0.0, 3), (0.3, 3), (0.3, 5), (1.0, 2)])
 def test_intervals_over_seeds_cover(spread_of_seeds: float, seeds: int) -> None:
-    """A truth of 0.2, seeds and prompts by chance: at least 95%, and with a real spread of seeds not much more."""
+    """True difference 0.2 with random seeds and prompts: coverage of at least 95%, and not much more if seeds really vary."""
     rng = np.random.default_rng(0)
     n, trials, hits, naive = 60, 300, 0, 0
     for _ in range(trials):
@@ -97,7 +97,7 @@ def test_intervals_over_seeds_cover(spread_of_seeds: float, seeds: int) -> None:
         naive += abs(difference.mean() - 0.2) <= half
     assert 0.92 <= hits / trials <= 1.0
     if spread_of_seeds:
-        assert naive / trials < 0.65  # one seed and its prompts alone promise too much
+        assert naive / trials < 0.65  # the interval over one seed's prompts is too narrow
 
 
 def test_one_seed_says_nothing_of_another() -> None:
@@ -111,13 +111,13 @@ def test_several_sources_by_hand() -> None:
     found = several_sources(5.0, [[1.0, 3.0], [0.0, 1.0, 2.0]])
     half = t_quantile(0.975, freedom) * variance**0.5
     assert (found.estimate, found.low, found.high) == pytest.approx((5.0, 5.0 - half, 5.0 + half))
-    two_seeds = several_sources(0.0, [[1.0, 3.0]])  # Student's t with one degree of freedom, as it is tabulated
+    two_seeds = several_sources(0.0, [[1.0, 3.0]])  # the tabulated Student's t with one degree of freedom
     assert two_seeds.high == pytest.approx(12.7062047)
     assert several_sources_p(12.7062047, [[1.0, 3.0]]) == pytest.approx(0.05, rel=1e-6)
 
 
 def test_random_flips_never_promise_more_than_they_can_tell() -> None:
-    """Thirty prompts that all gain: no flip is as large, and p is one of the draws and the observation, not zero."""
+    """If thirty prompts all gain, no flip is as large, and p is 1 / (draws + 1), not zero."""
     assert sign_flip_test(np.zeros(30), np.ones(30), draws=99) == pytest.approx(1 / 100)
 
 

@@ -1,4 +1,4 @@
-"""Intervals against known truths."""
+"""Intervals on data with known true values."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_coverage_is_nominal_in_simulation() -> None:
     for seed in range(300):
         ci = bootstrap_ci(rng.exponential(1.0, 60), draws=500, seed=seed)
         hits += ci.low <= 1.0 <= ci.high
-    assert 0.89 <= hits / 300 <= 0.975  # a skewed truth and n=60: a little under 95% is what theory says
+    assert 0.89 <= hits / 300 <= 0.975  # a skewed distribution and n=60: theory predicts slightly under 95%
 
 
 def test_copies_of_a_row_bring_no_certainty() -> None:
@@ -76,12 +76,12 @@ def test_degenerate_input() -> None:
 
 
 def test_distinct_n() -> None:
-    assert distinct_n([[1, 2, 1, 2], [1, 2]]) == pytest.approx(2 / 4)  # grams 12 21 12 and 12: two different of four
+    assert distinct_n([[1, 2, 1, 2], [1, 2]]) == pytest.approx(2 / 4)  # bigrams 12 21 12 and 12: two distinct of four
     assert distinct_n([[1]]) == 0.0
 
 
 def test_a_prompt_with_many_rows_weighs_as_many_in_every_draw() -> None:
-    """Prompt a: one row of 1; b: nine rows of 0. A draw is a twice (1), b twice (0), or both (1/10, half of all draws)."""
+    """Prompt a has one row of 1, b nine rows of 0. A resample is a twice (1), b twice (0), or both (1/10, half of the time)."""
     found = bootstrap_ci([1.0] + [0.0] * 9, clusters=["a"] + ["b"] * 9, level=0.2)
     assert (found.estimate, found.low, found.high) == (pytest.approx(0.1),) * 3
     wide = bootstrap_ci([1.0] + [0.0] * 9, clusters=["a"] + ["b"] * 9)

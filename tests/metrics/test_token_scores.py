@@ -1,4 +1,4 @@
-"""Exact KL against brute force in float64, packings against each other, and the sampled estimate that goes towards it."""
+"""Exact KL against brute force in float64, across packings, and as the limit of the sampled estimate."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def live(family: str, seed: int, packing: Any = "shared") -> LiveReference:
 
 
 def brute(policy: LiveReference, reference: LiveReference) -> np.ndarray:
-    """(4, R) one completion at a time, with the models' own logits."""
+    """Scores of shape (4, R), one completion at a time from the models' own logits."""
     found = []
     for tree in TREES:
         p = len(tree.prompt_ids)
@@ -94,7 +94,7 @@ def test_another_vocabulary_is_refused() -> None:
 
 
 def test_k1_goes_towards_the_exact_kl_and_the_exact_one_varies_less() -> None:
-    """Two-token completions: the mean of k1 and the mean of the exact sums estimate one and the same number."""
+    """For two-token completions, the mean of k1 and the mean of the exact sums estimate the same number."""
     policy, reference = live("llama", 0), live("llama", 1)
     n = 1500
     rows = sample(policy.scorer.model, [[5, 6]], n=n, max_new_tokens=2, seed=0)[0]
@@ -103,7 +103,7 @@ def test_k1_goes_towards_the_exact_kl_and_the_exact_one_varies_less() -> None:
     scores = score_tokens(policy, reference, written.trees, exact=True, tokens_per_step=10**6)
     figures = {f.name: f for f in kl_of_written(scores, written, sampled=True)}
     exact = figures["generated/kl/policy_ref"].value
-    with torch.no_grad():  # the truth: KL of the first token, and of the second under every first
+    with torch.no_grad():  # the true value: KL of the first token, plus that of the second after every first
         model = [m.scorer.model for m in (policy, reference)]
         lp, lq = (torch.log_softmax(m(torch.tensor([[5, 6]])).logits[0, -1], -1) for m in model)
         pairs = torch.tensor([[5, 6, v] for v in range(97)])

@@ -1,4 +1,4 @@
-"""Trust flags: each rule speaks where it should, with its step; none speaks where nothing happens; false alarms are as rare as they say."""
+"""Trust flags: each rule fires when it should, at the right step; none fires without cause; false alarm rates are as documented."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Line = dict[str, Any]
 
 
 def interval(name: str, values: np.ndarray) -> Line:
-    """A figure with the 95% interval that a bootstrap over its rows would give."""
+    """A metric with the 95% interval that a bootstrap over its rows would give."""
     half = 1.96 * float(values.std()) / math.sqrt(len(values))
     mean = float(values.mean())
     return {f"eval/{name}": mean, f"eval/{name}/ci": [mean - half, mean + half]}
@@ -55,7 +55,7 @@ def pair_lines(
 ) -> list[Line]:
     """The metrics.jsonl of a run whose means follow given curves over t in [0, 1], with the noise of rows and batches."""
     lengths = rng.integers(10, 60, (rows, 2)).astype(float)
-    own = rng.normal(0.0, 1.5, (rows, 2))  # what each row does, the same at every evaluation
+    own = rng.normal(0.0, 1.5, (rows, 2))  # each row's own offset, the same at every evaluation
     level = -3.0 * lengths[:, 0]
     lines: list[Line] = []
     for k in range(evals):
@@ -85,7 +85,7 @@ def pair_lines(
     for step in range(1, steps + 1):
         t = step / steps
         c, r = chosen(t) + rng.normal(0, 1.5, batches), rejected(t) + rng.normal(0, 1.5, batches)
-        c, r = c * float(step > 1), r * float(step > 1)  # the first step's batch meets the untouched policy
+        c, r = c * float(step > 1), r * float(step > 1)  # the first step's batch is scored by the untrained policy
         lines.append(
             {
                 "kind": "train",
@@ -104,16 +104,16 @@ def warnings(flags: list[Flag]) -> list[str]:
     return [f.name for f in flags if f.level == "warning"]
 
 
-# ---- nothing happens ----------------------------------------------------------------------------------------------------
+# ---- no effect ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_where_nothing_happens_hardly_any_run_has_a_warning() -> None:
-    """Of all rules together; each has half a percent for itself."""
+    """For all rules together; each alone has a false alarm rate of 0.5%."""
     rng = np.random.default_rng(0)
     runs = [pair_lines(rng) for _ in range(80)]
     assert sum(bool(warnings(run_flags(lines))) for lines in runs) / len(runs) <= 0.03
-    for lines in runs[:20]:  # and without evaluations
+    for lines in runs[:20]:  # without evaluations too
         assert run_flags([m for m in lines if m["kind"] == "train"]) == []
 
 
@@ -132,7 +132,7 @@ def test_rows_that_are_as_they_should_be_have_none() -> None:
 
 
 def test_a_run_that_goes_well_has_none_either() -> None:
-    """Rejected answers fall, chosen ones hardly, the KL is small, and it wins."""
+    """Rejected answers fall, chosen ones hardly change, the KL is small, and the policy wins."""
     rng = np.random.default_rng(1)
     for _ in range(40):
         lines = pair_lines(
@@ -159,7 +159,7 @@ def held_out(rng: np.random.Generator, values: dict[str, np.ndarray], step: int,
 
 @pytest.mark.parametrize("n", [16, 100])
 def test_at_the_threshold_a_held_out_rule_speaks_in_at_most_half_a_percent(n: int) -> None:
-    """The truth stands exactly on the limit, the worst that counts as nothing."""
+    """The true value is exactly at the threshold, the worst case that still counts as no effect."""
 
     def displaced(rng: np.random.Generator) -> bool:
         chosen = rng.normal(-1.0, 4.0, n)
@@ -229,7 +229,7 @@ def test_a_fair_judge_is_rarely_blamed() -> None:
     assert rate(trial, 400) <= 0.025  # 1%, at the edge of the band
 
 
-# ---- every rule speaks --------------------------------------------------------------------------------------------------
+# ---- every rule fires ---------------------------------------------------------------------------------------------------
 
 
 def made(**curves: Any) -> list[Line]:
@@ -366,7 +366,7 @@ def test_thresholds_move_the_rules() -> None:
     ]
 
 
-# ---- what a rule says, and when it changes its mind ---------------------------------------------------------------------
+# ---- wording, and when a rule stops firing ------------------------------------------------------------------------------
 
 
 def test_displacement_is_worse_where_the_rejected_answer_does_not_fall_more() -> None:
@@ -491,7 +491,7 @@ def test_data_that_teach_length_are_a_note_or_a_reason() -> None:
 
 
 def test_the_accuracy_at_equal_length_has_its_own_interval() -> None:
-    """It is no share of rows but a model's estimate: the width that few rows give a share would make every short run a warning."""
+    """It is a model's estimate, not a share of rows: with the width of a share of few rows, every short run would get a warning."""
     certain = {"accuracies": 1.0, "accuracies/ci": [0.676, 1.0]}
     line = {"kind": "eval", "step": 3, "eval/rows": 8} | {f"eval/rewards/{k}": v for k, v in certain.items()}
     for name in ("agreement", "longer_wins"):
@@ -513,7 +513,7 @@ def test_few_rows_and_few_prompts_are_notes() -> None:
 
 
 def compared(long: bool, n: int = 200) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """A policy that wins because it is longer, or as often without being longer."""
+    """A policy that wins because its answers are longer, or wins as often without longer answers."""
     rng = np.random.default_rng(8)
     rows = []
     for i in range(n):
@@ -539,7 +539,7 @@ def test_a_win_rate_that_length_explains() -> None:
         "win_rate_equal_length": 0.7,
         "win_rate_equal_length/ci": [0.6, 0.8],
     }
-    assert comparison_flags(figures | {"models": {"start": {}, "dpo": shorter}}) == []  # less, and still more than half
+    assert comparison_flags(figures | {"models": {"start": {}, "dpo": shorter}}) == []  # lower, but still above half
     given = {
         "win_rate": 0.7,
         "win_rate/ci": [0.6, 0.8],
@@ -560,7 +560,7 @@ def test_a_compared_model_that_is_far_long_and_unlikely() -> None:
     assert comparison_flags(figures) == []
 
 
-# ---- figures ------------------------------------------------------------------------------------------------------------
+# ---- statistics ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_interval_is_wider_than_the_one_in_the_line_and_never_without_width_for_a_share() -> None:
@@ -603,7 +603,7 @@ def test_a_run_s_folder_and_its_file(tmp_path: Path) -> None:
     assert json.loads((run / "flags.json").read_text()) == [f.to_json() for f in found]
     assert flags_of(run) == found and not list(run.glob(".flags*"))
     (run / "config.resolved.yaml").write_text("trust: {kl: nonsense}\n")
-    assert "above trust.kl's 20" in flags_of(run)[0].sentence  # the defaults, where the file is of another version
+    assert "above trust.kl's 20" in flags_of(run)[0].sentence  # the defaults, if the file is from another version
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -674,7 +674,7 @@ def test_the_page_is_what_the_command_prints(capsys: pytest.CaptureFixture[str])
     page = (Path(__file__).parents[2] / "docs/trust.md").read_text()
     assert page.endswith(rules), "put the output of `penchant flags --rules` at the end of docs/trust.md"
     keys = {t for rule in RULES.values() for t in rule.thresholds}
-    assert keys == set(TrustConfig.model_fields)  # no threshold that no rule reads
+    assert keys == set(TrustConfig.model_fields)  # every threshold is read by a rule
 
 
 def test_every_section_on_the_page_is_a_config(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Verdicts: a winner only where test, seeds, wins and reward agree; each way to be fooled is a test."""
+"""Verdicts: a winner only if test, seeds, win rate and reward agree, with a test for each way to be misled."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ N = 60
 
 
 def candidate(name: str, rewards: Any, lengths: Any = None, fixed: bool = False) -> Candidate:
-    """rewards: (seeds, prompts), one sample each."""
+    """A candidate from rewards of shape (seeds, prompts), one sample each."""
     made = np.asarray(rewards, dtype=np.float64)[..., None]
     size = np.full(made.shape, 5.0) if lengths is None else np.asarray(lengths, dtype=np.float64)[..., None]
     return Candidate(name, made.mean(2), made, size, fixed)
@@ -59,7 +59,7 @@ def test_win_rate_by_prompt_counts_all_pairs_and_halves_ties() -> None:
     # prompt 1: (1,2) (1,3) lost, (3,2) won, (3,3) tied; prompt 2: (0,0) tied twice, (0,5) lost twice
     assert rate([[1, 3], [0, 0]], [[2, 3], [0, 5]]).estimate == pytest.approx((1.5 / 4 + 1.0 / 4) / 2)
     assert rate([[1], [3], [0], [0]], [[2], [3], [0], [5]]).estimate == pytest.approx((0 + 0.5 + 0.5 + 0) / 4)
-    # the interval of two prompts reaches from one prompt's rate to the other's, however many samples there are
+    # with two prompts the interval spans both prompts' rates, however many samples there are
     many = rate([[1] * 12, [0] * 12], [[0] * 12, [1] * 12])
     assert (many.estimate, many.low, many.high) == (0.5, 0.0, 1.0)
 
@@ -115,7 +115,7 @@ def test_a_p_value_that_is_small_by_itself_is_not_among_many() -> None:
 
 
 def test_wins_and_reward_that_contradict_name_none() -> None:
-    # one prompt in three by a lot more, the others a little less: the mean rises, most prompts are lost
+    # one prompt in three is much better, the others slightly worse: the mean rises, but most prompts are lost
     change = np.where(np.arange(90) % 3 == 0, 3.0, -0.2) + noise(2, 90, 0.01)
     text = said(candidate("a", [noise(0, 90)]), candidate("b", [noise(0, 90) + change]))
     assert "no clear winner" in text and "no more wins than losses" in text and "better" not in text.splitlines()[0]
@@ -178,7 +178,7 @@ def test_without_rewards_there_is_no_win_rate() -> None:
 
 
 def test_the_tone_says_whether_a_winner_is_named_whatever_the_names_are() -> None:
-    # a name must not decide how a sentence is shown
+    # a name must not affect a sentence's formatting
     start = candidate("no clear winner", [noise(0)], fixed=True)
     up = [noise(0) + 1 + noise(i, scale=0.1) for i in (1, 2)]
     assert tones(start, candidate("x", up)) == tones(candidate("x", up), start) == ["good"]
@@ -218,7 +218,7 @@ def test_the_p_value_of_seeds_says_what_their_interval_says() -> None:
 
 def test_the_win_rate_over_seeds_knows_that_seeds_differ() -> None:
     base = noise(0, 100)
-    a = candidate("a", [base - 3, base + 3])  # one seed loses all, the other wins all
+    a = candidate("a", [base - 3, base + 3])  # one seed loses every prompt, the other wins every one
     b = candidate("b", [base, base])
     (pair,) = compare_all([b, a])
     assert pair.win_rate is not None and pair.win_rate.estimate == 0.5
@@ -226,7 +226,7 @@ def test_the_win_rate_over_seeds_knows_that_seeds_differ() -> None:
 
 
 def test_a_loser_is_seen_from_the_winners_side() -> None:
-    """The same figures whoever stands first: the difference changes its sign, a win rate is mirrored at one half."""
+    """Swapping the candidates flips the difference's sign and mirrors the win rate at one half."""
     one, other = (
         candidate("a", [noise(0)], fixed=True),
         candidate("b", [noise(0) + 0.8 + noise(1, scale=0.2)], fixed=True),

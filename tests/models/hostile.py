@@ -1,4 +1,4 @@
-"""Folders of models with something odd in one of their files, and every command that reads them."""
+"""Model folders with a fault in one of their files, and every command that reads them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ ODD: list[Any] = [
     {"type": "linear", "factor": 0},
     {"rope_type": "nonsense"},
 ]
-MORE: list[tuple[str, Any]] = [  # keys that a config may have, and what must not be believed
+MORE: list[tuple[str, Any]] = [  # keys that a config may have, with untrustworthy values
     (
         "auto_map",
         {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "AutoTokenizer": ["evil.T", None]},
@@ -91,7 +91,7 @@ LOOPS = [
 
 
 def make(folder: Path, kind: str) -> Path:
-    """A good folder of a kind: ``llama``, ``bert``, ``adapter`` (with a whole base beside it), ``shards``."""
+    """Make a valid folder of a kind: ``llama``, ``bert``, ``adapter`` (with its base model beside it), ``shards``."""
     if kind == "bert":
         return Path(encoder_folder(folder))
     tiny_model_folder(folder if kind != "adapter" else folder.parent / f"{folder.name}-base", chat=True, pad=True)
@@ -113,7 +113,7 @@ def make(folder: Path, kind: str) -> Path:
 
 
 def damage(folder: Path, rng: random.Random) -> str:
-    """Make one file of a folder odd; returns what was done."""
+    """Introduce a fault in one file of a folder, and return its description."""
     files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".jinja"))
     path = rng.choice(files)
     if rng.random() < 0.15:
@@ -227,7 +227,7 @@ def _damage_weights(path: Path, rng: random.Random) -> str:
         entry["dtype"] = rng.choice(["I32", "BF16", "F64", "U8", "BOOL", "F8_E4M3", "C64", "X", 7, None])
     elif how == "gone":
         del header[name]
-        if rng.random() < 0.8:  # a good file without it
+        if rng.random() < 0.8:  # mostly a valid file without the tensor
             for other in header.values():
                 if "data_offsets" in other and other["data_offsets"][0] >= end:
                     other["data_offsets"] = [at - (end - start) for at in other["data_offsets"]]
@@ -253,7 +253,7 @@ def _damage_weights(path: Path, rng: random.Random) -> str:
 
 
 def uses(folder: Path, kind: str, work: Path) -> dict[str, Any]:
-    """By command: a call that reads the folder."""
+    """``{command: function that reads the folder}``."""
     from penchant import api
     from penchant.serve.model import TemplateRefused, load_chat_model
 
@@ -276,7 +276,7 @@ def uses(folder: Path, kind: str, work: Path) -> dict[str, Any]:
         model = load_chat_model(str(folder))
         from penchant.types import Message
 
-        with suppress(TemplateRefused):  # told the person who asks
+        with suppress(TemplateRefused):  # a clear error for the user
             model.prompt_of([Message("user", "Hello")])
 
     def reward() -> None:

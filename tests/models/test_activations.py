@@ -1,4 +1,4 @@
-"""Activations in the host's memory, between forward and backward pass."""
+"""Activation offloading to host memory between forward and backward pass."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_gradients_are_equal_and_weights_stay(tmp_path: Path, monkeypatch: pytes
 
 
 def test_copies_to_the_host_do_not_wait_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Page-locked memory is for that."""
+    """Asynchronous copies need page-locked memory."""
     waits: list[bool] = []
 
     class Copies(TorchDispatchMode):
@@ -67,7 +67,7 @@ def test_copies_to_the_host_do_not_wait_for_the_gpu(monkeypatch: pytest.MonkeyPa
     empty = torch.empty
     monkeypatch.setattr(
         torch, "empty", lambda *size, pin_memory=False, **how: empty(*size, **how)
-    )  # there is none on a CPU
+    )  # a CPU has no page-locked memory
     hooks = Offloaded(torch.nn.Linear(1, 1), pin=True)
     with Copies():
         hooks.pack_hook(torch.ones(1 << 15))

@@ -1,4 +1,4 @@
-"""The pooled decoder: equal to transformers' own cache on every family, whatever runs beside a row and whenever rows leave."""
+"""The pooled decoder equals transformers' own cache on every family, for any neighboring rows and whenever rows leave."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def build(family: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     torch.manual_seed(7)
     config = getattr(transformers, f"{name}Config")(**{**SMALL, **extra})
     model = getattr(transformers, f"{name}ForCausalLM")(config).to(dtype)
-    with torch.no_grad():  # norms start at one and biases at zero: give every parameter something to get wrong
+    with torch.no_grad():  # norms start at one and biases at zero, which would hide errors
         for p in model.parameters():
             p.add_(torch.randn_like(p) * (0.3 if p.ndim == 1 else 0.15))
     return model
@@ -80,7 +80,7 @@ def trees(
 
 
 def exact_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
-    """transformers' RMSNorm falls to fp32 even in an fp64 model: the same formula without the fall."""
+    """transformers' RMSNorm computes in fp32 even in an fp64 model; this is the same formula in the model's dtype."""
     return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
 
 
@@ -93,13 +93,13 @@ def plain_norms(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for norm in (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
         monkeypatch.setattr(norm, "forward", exact_norm)
-    # and its eager attention takes the softmax in fp32
+    # and its eager attention computes the softmax in fp32
     softmax = torch.nn.functional.softmax
     monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim=dim))
 
 
 def plain_logps(model: nn.Module, data: list[TokenTree]) -> torch.Tensor:
-    """Every completion alone behind its prompt, through plain transformers: log-probs per token."""
+    """Log-probs per token by plain transformers, with one completion per sequence."""
     parts = []
     for tree in data:
         for completion in tree.completion_ids:
@@ -150,7 +150,7 @@ def test_equals_plain_transformers(family: str, shared: bool, plain_norms: None)
 
 
 def test_the_padding_token_learns_nothing_as_an_input(plain_norms: None) -> None:
-    """Its row is an output of a tied head, which does learn; without padding in the config it is a token like others."""
+    """Its row is also an output of a tied head, which does learn. Without padding in the config it is an ordinary token."""
     ids = lambda *n: np.array(n, np.int32)  # noqa: E731
     data = [TokenTree(0, ids(3, 5, 3), (ids(4, 3, 6), ids(7, 3)), (False, False))]
     rows = []
@@ -181,7 +181,7 @@ def test_long_trees_take_tiles_and_equal_short_ones(monkeypatch: pytest.MonkeyPa
     results = []
     for tile, most in ((256, 1), (16, 5)):
         monkeypatch.setattr(fast_attention, "_TILE", tile)
-        batch = pack(data)  # a batch keeps its plan
+        batch = pack(data)  # a batch caches its layout
         logps = fast_logps(model, recognized(model), batch)
         (plan,) = (kept[0] for name, kept in batch.cache.items() if name.startswith("fast/"))  # type: ignore[index]
         assert max(len(group.tiles) for group in plan.groups) == most
@@ -255,7 +255,7 @@ def test_module_keeps_its_weights(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert all(torch.equal(v, before[k]) for k, v in again.state_dict().items())
-    # an in-place update is seen at once, and so is a parameter that was given another storage
+    # an in-place update takes effect at once, and so does a parameter with new storage
     batch = pack(trees())
     model.model.layers[0].self_attn.v_proj.weight.data.mul_(2.0)
     updated = fast.hidden(batch)
@@ -321,7 +321,7 @@ def test_products_of_views(dtype: torch.dtype, wide: bool, monkeypatch: pytest.M
     monkeypatch.setattr(ops, "_fp32_by_onednn", lambda: wide)
     torch.manual_seed(0)
     whole = torch.randn(40, 60).to(dtype)
-    a, b = whole[:7, 3:20], whole[20:37, 10:33]  # rows and columns of something larger
+    a, b = whole[:7, 3:20], whole[20:37, 10:33]  # slices of larger matrices
     bias, x = whole[39, :23], whole[8:15, 20:43]
 
     def near(found: torch.Tensor, wanted: torch.Tensor) -> bool:
@@ -366,13 +366,13 @@ def test_rotary_backward_is_its_transpose() -> None:
     assert torch.allclose((forward * g).sum(), (backward * x).sum(), rtol=1e-12)
 
 
-# ---- LoRA: peft's own modules are the truth ----
+# ---- LoRA, compared with peft's own modules ----
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def adapted(family: str, dtype: torch.dtype = torch.float64, rank: int = 3, **options: Any) -> Any:
-    """A model with an adapter whose update is not zero; peft casts nothing."""
+    """A model with an adapter whose update is not zero, without peft's casts."""
     from peft import LoraConfig, get_peft_model
 
     options = {"target_modules": ALL, "lora_alpha": 7, **options}
@@ -426,11 +426,11 @@ def test_an_adapter_equals_pefts_own_modules(family: str, options: dict[str, Any
         assert close(found[name], grad, 1e-9), name
     with model.disable_adapter(), torch.no_grad():
         assert close(fast_logps(base, fast, batch), start, 1e-9)
-    assert torch.equal(fast_logps(base, fast, batch), got)  # it is back
+    assert torch.equal(fast_logps(base, fast, batch), got)  # the adapter is on again
 
 
 def test_an_adapter_that_adds_nothing_changes_no_bit() -> None:
-    """The first step of a LoRA run: policy and reference are the same numbers."""
+    """At the first step of a LoRA run, policy and reference are bitwise equal."""
     for dtype in (torch.float32, torch.bfloat16):
         model, batch = adapted("qwen3", dtype), pack(trees())
         with torch.no_grad():
@@ -491,22 +491,22 @@ def test_dropout_is_pefts_with_the_same_inputs_dropped(checkpointing: bool, monk
     model.get_base_model().model.gradient_checkpointing = False
     for number, layer in enumerate(model.get_base_model().model.layers):
         for first, roles in {"q": "qkv", "o": "o", "gate": ("gate", "up"), "down": ("down",)}.items():
-            for role in roles:  # those that share an input drop the same of it
+            for role in roles:  # roles that share an input share its dropout mask
                 part = layer.self_attn if role in "qkvo" else layer.mlp
                 where = kept[number][first] == 0
-                if len(where) < batch.tokens:  # of the last layer, which goes on with the predicting tokens alone
+                if len(where) < batch.tokens:  # in the last layer, which continues with the predicting tokens alone
                     some = batch.predict_index.unique()
                     where = torch.zeros(batch.tokens, where.shape[1], dtype=torch.bool).index_copy_(0, some, where)
                 dropout = Dropped(where, 0.4)
                 part.get_submodule(f"{role}_proj").lora_dropout["default"] = dropout
     expected = Scorer(model).logps(batch).tokens
     wanted = gradients_of(model, expected, g)
-    assert close(got, expected, 1e-6)  # transformers' norms go through fp32
+    assert close(got, expected, 1e-6)  # transformers' norms compute in fp32
     assert found.keys() == wanted.keys() and all(close(found[name], grad, 1e-5) for name, grad in wanted.items())
 
 
 class Dropped(nn.Module):
-    """Dropout that drops what it is told to."""
+    """Dropout with given masks."""
 
     def __init__(self, where: torch.Tensor, p: float) -> None:
         super().__init__()
@@ -541,7 +541,7 @@ def test_only_passes_of_training_drop_and_each_as_its_seed_says() -> None:
     first, again, other = (fast_logps(base, fast, replace(plain, seed=s, cache={})) for s in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
     whole = fast_logps(base, fast, plain)
-    with layers.adapters_as({p: p for n, p in model.named_parameters() if "lora_" in n}):  # the reference's, of a start
+    with layers.adapters_as({p: p for n, p in model.named_parameters() if "lora_" in n}):  # as the reference does
         assert torch.equal(fast_logps(base, fast, replace(plain, seed=1)), whole)
     model.eval()
     assert torch.equal(fast_logps(base, fast, replace(plain, seed=1)), whole) and not torch.equal(first, whole)
@@ -580,7 +580,7 @@ def test_nothing_is_kept_below_the_lowest_adapter() -> None:
                 layers, "_layer_forward", lambda *a, **k: kept.append((k["keep"], forward(*a, **k))) or kept[-1][1]
             )
             fast.hidden(batch)
-    assert [keep for keep, _ in kept] == [True, True, False, True]  # below the lowest adapter nothing is kept
+    assert [keep for keep, _ in kept] == [True, True, False, True]  # nothing is saved below the lowest adapter
 
 
 def test_layers_below_the_lowest_adapter_are_computed_once_for_policy_and_reference() -> None:

@@ -1,4 +1,4 @@
-"""Odd folders of models: one sentence, in bounded time and memory."""
+"""Faulty model folders give one error message, in bounded time and memory."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_an_odd_folder_is_one_sentence(tmp_path: Path, name: str) -> None:
 
 
 def test_a_token_far_beyond_the_embeddings_is_a_sentence(tmp_path: Path) -> None:
-    """The tokenizer has no more tokens than the model; one of them has an id that the model does not know."""
+    """The tokenizer has no more tokens than the model, but one has an id beyond the embedding."""
     folder = Path(tiny_model_folder(tmp_path / "m"))
     path = folder / "tokenizer.json"
     path.write_text(path.read_text().replace('"e": ', '"e": 1000'))
@@ -169,7 +169,7 @@ def test_a_template_without_an_end_is_given_up(template: str, monkeypatch: pytes
 
 
 def test_good_templates_are_rendered_as_before() -> None:
-    """Loops with their properties, breaks, recursion, products, and what the trackers of answers need."""
+    """Loop properties, break, recursion, multiplication, and the generation tags."""
     from transformers.utils.chat_template_utils import _cached_compile_jinja_template, render_jinja_template
 
     turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
@@ -188,7 +188,7 @@ def test_good_templates_are_rendered_as_before() -> None:
 
 
 def test_a_template_that_loops_over_a_row_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not a bad row: the next would take as long."""
+    """It is not a bad row, because the next would take as long."""
     from penchant.data.templates import chat
     from penchant.types import Completion, PromptTree
 

@@ -1,4 +1,4 @@
-"""Loading a model: dropout off, whatever its config says."""
+"""Loading a model: dropout is off for any config, dtypes are kept, and memory is bounded."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ CONFIGS: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_a_loaded_model_has_no_dropout_of_its_own(tmp_path: Path, name: str) -> None:
-    """A noisy policy against a quiet reference would have log-ratios that nothing has earned."""
+    """A policy with dropout against a reference without it would have spurious log-ratios."""
     ids = torch.tensor([[1, 2, 3, 4, 5]])
     made = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]()).train()
     with torch.no_grad():
@@ -54,7 +54,7 @@ def test_a_loaded_model_has_no_dropout_of_its_own(tmp_path: Path, name: str) -> 
 
 
 def test_functional_dropout_is_off_too(tmp_path: Path) -> None:
-    """OPT hands numbers to F.dropout: no module of dropout is there to be found."""
+    """OPT passes rates to F.dropout, so there is no dropout module to find."""
     config = transformers.OPTConfig(
         hidden_size=16,
         ffn_dim=16,
@@ -123,7 +123,7 @@ def test_weights_read_in_bf16_are_those_that_are_cast_to_it(tmp_path: Path, name
     made.save_pretrained(tmp_path)
     source = ModelConfig(path=str(tmp_path))
     right, found = load_causal_model(source, CPU), load_causal_model(source, CPU, within=torch.bfloat16)
-    # Gemma has a factor that would be rounded to the weights' dtype
+    # Gemma has a scale that would be rounded to the weights' dtype
     assert all(p.dtype == torch.bfloat16 for p in found.parameters()) == (not name.startswith("gemma"))
     for model in (right, found):
         cast_parameters(model, torch.bfloat16)
@@ -160,7 +160,7 @@ def test_weights_are_held_in_bf16_where_fp32_would_hold_nothing_more(tmp_path: P
         assert held_in(ModelConfig(path=str(tmp_path / stored)), dtype, frozen) == wanted
     drawn = ModelConfig(path=str(tmp_path / "bf16"), init="random")
     assert held_in(drawn, torch.bfloat16, True) == torch.float32
-    for stored, kept in (("bf16", torch.bfloat16), ("fp32", torch.float32)):  # as in the file, where it is sharded
+    for stored, kept in (("bf16", torch.bfloat16), ("fp32", torch.float32)):  # as stored, if it is sharded
         for dtype, frozen in ((torch.float32, False), (torch.bfloat16, True)):
             assert held_in(ModelConfig(path=str(tmp_path / stored)), dtype, frozen, shards=True) == kept
 
@@ -197,7 +197,7 @@ for within, mapped in (("bfloat16", False), ("bfloat16", True), ("float32", Fals
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_takes_no_more_memory_than_what_is_held(tmp_path: Path) -> None:
-    """Of 8 million weights, in a process of its own: what it has beside files, at its highest."""
+    """Peak memory besides mapped files of a separate process that loads 8 million weights."""
     config = transformers.LlamaConfig(
         hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_attention_heads=2, vocab_size=15000
     )

@@ -1,4 +1,4 @@
-"""LoRA on layers that are no plain Linear of their own: works to the end, or is refused before the first step."""
+"""LoRA on layers other than plain, untied Linear layers works to the end, or is refused before the first step."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
 def test_an_adapter_on_a_tied_weight_is_refused(target: str) -> None:
-    """Merged, it would change the other layer too; on a model whose head is its own it is fine."""
+    """Merging it would change the tied layer too. With an untied head it is allowed."""
     with pytest.raises(ConfigError, match="is the same weight as"):
         add_lora(tiny_model("smollm-tied", dtype=torch.float32), LoraConfig(r=2, target_modules=["q_proj", target]), 0)
     add_lora(tiny_model("llama", dtype=torch.float32), LoraConfig(r=2, target_modules=["q_proj", target]), 0)
 
 
 class _InGroups(torch.nn.Linear):
-    """As DeepSeek-V4 projects its attention's output: each group of the inputs goes through the same weight."""
+    """Like DeepSeek-V4's attention output projection, where groups of inputs use one grouped weight."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return super().forward(input.unflatten(-1, (2, -1))).sum(-2)
@@ -64,17 +64,17 @@ def _with_an_update(model: Any) -> None:
         ("qwen3_moe", {}),
         ("gpt_oss", {}),
         pytest.param("gpt2", {}, marks=pytest.mark.slow),
-        ("gpt2", {"dora": True}),  # its weights lie the other way round
+        ("gpt2", {"dora": True}),  # its weights are transposed
         ("llama", {"dora": True, "rslora": True}),
     ],
 )
 def test_experts_and_other_layers_are_merged(kind: str, more: dict[str, Any], tmp_path: Path) -> None:
-    """Effective weights, a reward model's whole state and the merged model say what the adapter says."""
+    """Effective weights, a reward model's full state and the merged model agree with the adapter."""
     with tool.silent():
         tool.tiny_model(kind).save_pretrained(tmp_path / "base")
     config = ModelConfig(path=str(tmp_path / "base"))
     start = {n: p.clone() for n, p in load_causal_model(config, CPU).named_parameters()}
-    rank = 3  # of experts twice that, which no size of a weight is
+    rank = 3  # twice that for experts, which is no dimension of a weight
     model = add_lora(load_causal_model(config, CPU), LoraConfig(r=rank, **more), seed=0).eval()
     assert all(not p.any() for n, p in model.named_parameters() if "lora_B" in n)
     _with_an_update(model)
@@ -102,7 +102,7 @@ def test_experts_and_other_layers_are_merged(kind: str, more: dict[str, Any], tm
 def test_an_adapter_that_merges_wrongly_is_refused_and_leaves_the_start_alone(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In bf16 too, where a merged weight's own rounding would be more than what is wrong: it is looked at in fp32."""
+    """Also in bf16, where rounding of the merged weight would hide the error, so it is checked in fp32."""
     model = tiny_model("llama", dtype=dtype)
     before = {n: p.clone() for n, p in model.named_parameters()}
     merged = load.merged_weight
@@ -118,7 +118,7 @@ def test_an_adapter_that_merges_wrongly_is_refused_and_leaves_the_start_alone(
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"], r".*layers\.1\..*[qv]_proj"])
 def test_layers_and_scale_are_pefts(targets: Any) -> None:
-    """A list, a regular expression or all-linear mean what they mean there; rsLoRA divides by the root of the rank."""
+    """A list, a regular expression or all-linear mean the same as in peft; rsLoRA divides by the root of the rank."""
     from peft import LoraConfig as Theirs
     from peft import get_peft_model
 
@@ -132,7 +132,7 @@ def test_layers_and_scale_are_pefts(targets: Any) -> None:
 
 
 def test_lora_plus_is_pefts() -> None:
-    """The B matrices learn at a multiple of the rate (arXiv 2402.12354)."""
+    """The B matrices use a multiple of the learning rate (arXiv 2402.12354)."""
     from peft.optimizers import create_loraplus_optimizer
 
     ours, theirs = (add_lora(tiny_model("llama", dtype=torch.float32), LoraConfig(r=2), 0) for _ in range(2))

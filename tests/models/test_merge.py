@@ -1,4 +1,4 @@
-"""A merged adapter is the adapter's model, or it is refused."""
+"""A merged adapter equals the model with the adapter, or the merge is refused."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_w_plus_scaled_b_a(base: ModelConfig, adapter: Path, tmp_path: Path) -> 
     b, a = (deltas[f"base_model.model.{name}.lora_{x}.weight"] for x in "BA")
     torch.testing.assert_close(merged[f"{name}.weight"], start[f"{name}.weight"] + 8 / 4 * b @ a)
     assert float((b @ a).abs().max()) > 0.01
-    assert [p.name for p in folder.parent.iterdir()] == ["merged"]  # nothing half-made is left
+    assert [p.name for p in folder.parent.iterdir()] == ["merged"]  # no partial files are left
 
 
 def test_a_folder_that_computes_something_else_never_stands_at_its_name(

@@ -1,4 +1,4 @@
-"""model.quantize: frozen weights in few bits below an adapter; what is merged and compared is what was trained."""
+"""model.quantize: frozen 4- or 8-bit weights with an adapter; merged and compared models equal the trained one."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_weights_are_the_librarys_and_only_they_are_rounded(bits: str, tmp_path:
         if w.ndim == 2 and ".layers." in name:
             if bits == "nf4":
                 w = F.dequantize_4bit(*F.quantize_4bit(w.float(), compress_statistics=True, quant_type="nf4"))
-            else:  # 127 steps to the largest of a row, about the nearest of them (it counts in fp16)
+            else:  # 127 steps up to a row's maximum, rounded to about the nearest (computed in fp16)
                 step = w.float().abs().amax(1, keepdim=True) / 127
                 assert bool(((found[name] - w.float()).abs() <= 0.6 * step).all())
                 assert bool(((found[name] / step - (found[name] / step).round()).abs() < 0.1).all())
@@ -132,9 +132,7 @@ def test_a_run_keeps_an_adapter_that_merges_into_what_was_trained(bits: str, tmp
     (model,) = (tmp_path / f"run-{bits}/checkpoints").glob("step-3/model")
     assert [p.name for p in model.glob("*.safetensors")] == ["adapter_model.safetensors"]
     assert all("lora_" in name for name in load_file(model / "adapter_model.safetensors"))
-    assert result.before["eval/loss"] == pytest.approx(
-        0.693147, abs=1e-4
-    )  # the reference is what the policy starts from
+    assert result.before["eval/loss"] == pytest.approx(0.693147, abs=1e-4)  # the reference is the policy's start
     known = json.loads((tmp_path / f"run-{bits}/manifest.json").read_text())
     own = ModelConfig.model_validate(config["model"])
     assert known["model"]["sha256"] == source_sha256(own, torch.nn.Linear(1, 1))
@@ -143,7 +141,7 @@ def test_a_run_keeps_an_adapter_that_merges_into_what_was_trained(bits: str, tmp
     )
     merged = merged_model(own, model, CPU)
     assert not any(map(is_quantized, merged.modules()))
-    merged.save_pretrained(tmp_path / "merged")  # a plain model, which says nothing of bits
+    merged.save_pretrained(tmp_path / "merged")  # a plain model without quantization settings
     assert "quantization_config" not in json.loads((tmp_path / "merged/config.json").read_text())
     from peft import PeftModel
 

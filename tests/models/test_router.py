@@ -1,4 +1,4 @@
-"""The balance loss of a mixture of experts' router, held against transformers' function of it."""
+"""The load balancing loss of mixture-of-experts routers, compared with transformers' function."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _gradient(model: Any) -> torch.Tensor:
 
 
 def _theirs(model: Any, trees: Sequence[TokenTree]) -> tuple[float, torch.Tensor]:
-    """By transformers alone, one padded row a completion; its mask is 0 at padding and at a prompt that stood there before."""
+    """By transformers alone, one padded row per completion. The mask is 0 at padding and repeated prompts."""
     rows = [[*t.prompt_ids.tolist(), *c.tolist()] for t in trees for c in t.completion_ids]
     again = [len(t.prompt_ids) if i else 0 for t in trees for i in range(len(t.completion_ids))]
     longest = max(map(len, rows))
@@ -39,7 +39,7 @@ def _theirs(model: Any, trees: Sequence[TokenTree]) -> tuple[float, torch.Tensor
     counted = torch.tensor([[int(a <= i < len(r)) for i in range(longest)] for a, r in zip(again, rows, strict=True)])
     logits = model(input_ids=ids, attention_mask=real, output_router_logits=True).router_logits
     loss, all_real = (load_balancing_loss_func(logits, 4, 2, mask) for mask in (counted, real))
-    assert isinstance(loss, torch.Tensor) and abs(float(loss.detach() - all_real)) > 1e-4  # repeated prompts would show
+    assert isinstance(loss, torch.Tensor) and abs(float(loss.detach() - all_real)) > 1e-4  # repeats would show
     model.zero_grad()
     (COEF * loss).backward()
     return float(loss.detach()), _gradient(model)
@@ -60,7 +60,7 @@ def _ours(model: Any, packing: Any, micro: Sequence[Sequence[TokenTree]]) -> tup
 @pytest.mark.parametrize("packing", ["shared", "separate", "padded"])
 @pytest.mark.parametrize("sizes", [(4,), (1, 2, 1)])
 def test_it_is_transformers_own_over_real_tokens(packing: str, sizes: tuple[int, ...]) -> None:
-    """However rows are packed and a step is cut: over every token of the step, a prompt once, no padding."""
+    """For any packing and any micro-batches: over every token of the step, each prompt once, without padding."""
     model, trees = mixture_of_experts(), some_trees()
     trees = [*trees, *trees][:4]
     want, gradient = _theirs(model, trees)
@@ -91,7 +91,7 @@ def test_a_model_without_one_is_refused() -> None:
     with pytest.raises(ConfigError, match="is auto, and the model's own"):
         router_loss(model, "auto")
     assert router_loss(model, 0.01).coef == 0.01
-    model.config.num_experts_per_tok = 3  # not what is computed: held against the model's own figure
+    model.config.num_experts_per_tok = 3  # unlike the layers: the loss follows the config
     assert router_loss(model, 0.01).top_k == 3
 
 
@@ -130,7 +130,7 @@ def _trained(mixture: Path, tmp_path: Path, name: str, *more: str) -> list[dict[
     ids=["dpo", "ema", "reward_model", "rloo"],
 )
 def test_methods_train_with_it(method: list[str], mixture: Path, tmp_path: Path) -> None:
-    """Case 19: mixtures of experts through every kind of method; each step has the figure, and one cut into passes the same."""
+    """Case 19: mixtures of experts with every kind of method. Each step logs the loss, and micro-batches do not change it."""
     whole = _trained(mixture, tmp_path, "whole", "model.router_aux_loss=auto", *method)
     cut = _trained(mixture, tmp_path, "cut", "model.router_aux_loss=auto", "train.tokens_per_step=130", *method)
     for a, b in zip(whole, cut, strict=True):

@@ -1,4 +1,4 @@
-"""The tree attention: who sees whom, by hand; long trees, which take another way, equal short ones."""
+"""Tree attention: the mask by hand, and long trees, which use another implementation, equal to short ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from penchant.types import Segment
 
 
 def test_the_mask_by_hand() -> None:
-    """Two tokens of prompt, two and one of completions, one of padding, which sees itself alone."""
+    """Two prompt tokens, completions of two and one, and one padding token, which attends only to itself."""
     got = tree_mask(Segment(0, 2, (2, 1)), 6, None)
     assert got.astype(int).tolist() == [
         [1, 0, 0, 0, 0, 0],
@@ -26,7 +26,7 @@ def test_the_mask_by_hand() -> None:
 
 
 def test_a_window_is_measured_in_positions() -> None:
-    """A window of 2: a token sees itself and the one before it; the second completion stands right behind the prompt."""
+    """A window of 2: a token attends to itself and the one before. The second completion's positions follow the prompt."""
     got = tree_mask(Segment(0, 2, (2, 2)), 6, 2)
     assert got.astype(int).tolist() == [
         [1, 0, 0, 0, 0, 0],
@@ -40,7 +40,7 @@ def test_a_window_is_measured_in_positions() -> None:
 
 @pytest.mark.parametrize("window", [None, 3])
 def test_long_trees_equal_short_ones(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
-    """Beyond `_EAGER_MAX_LENGTH` tokens PyTorch's fused attention runs, with the same mask and the model's own scale."""
+    """Beyond `_EAGER_MAX_LENGTH` tokens PyTorch's fused attention is used, with the same mask and the model's own scale."""
     batch = pack(some_trees())
     layout = tree_layout(batch, window)
     g = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Attention without a mask: two varlen passes and FlexAttention against the dense tree mask, and which of them a model gets."""
+"""Attention without a mask: two varlen passes and FlexAttention, compared with the dense tree mask, and which one a model gets."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def numbers(batch: PackedBatch, heads: int = 6, kv: int = 2, width: int = 8, dty
     return [torch.randn(batch.tokens, h, width, generator=g, dtype=dtype).requires_grad_() for h in sizes]
 
 
-# ---- two varlen passes: output and gradients are the dense mask's ----
+# ---- two varlen passes: output and gradients equal the dense mask's ----
 
 
 @pytest.mark.parametrize("k", range(1, 9))
 @pytest.mark.parametrize("heads,kv", [(6, 2), (4, 4), (4, 1)])
 def test_two_passes_are_the_tree_mask(k: int, heads: int, kv: int) -> None:
-    """Trees of k completions beside others, prompts and completions of one token among them."""
+    """Several trees with different numbers of completions, including prompts and completions of one token."""
     lengths = [tuple(1 + (3 * i + j) % 7 for j in range(k)) for i in range(3)]
     trees = [make_tree(i, p, c) for i, (p, c) in enumerate(zip((5, 1, 9), lengths, strict=True))]
     batch = pack([*trees, *some_trees(), make_tree(9, 1, (1,)), make_tree(10, 1, (1,) * k)])
@@ -72,7 +72,7 @@ def test_two_passes_are_the_tree_mask(k: int, heads: int, kv: int) -> None:
 
 
 def test_completions_without_tokens_and_values_of_another_width() -> None:
-    """A reward model scores empty answers; some models' values are narrower than their keys."""
+    """A reward model scores empty answers, and some models' values are narrower than their keys."""
     shapes = [(4, (0, 3, 0)), (3, (0,)), (2, (2, 0, 5))]
     starts = itertools.accumulate((p + sum(c) for p, c in shapes), initial=0)
     segments = tuple(Segment(at, p, c) for at, (p, c) in zip(starts, shapes, strict=False))
@@ -84,7 +84,7 @@ def test_completions_without_tokens_and_values_of_another_width() -> None:
 
 @pytest.mark.parametrize("family", sorted(family_configs()))
 def test_a_model_says_the_same_by_either_attention(family: str) -> None:
-    """Its log-probs and its weights' gradients; layers with a cap or a short window stay with the groups."""
+    """Compares log-probs and weight gradients. Layers with a cap or a short window stay with the groups."""
     found = []
     for attention in ("groups", "varlen"):
         model = tiny_model(family)
@@ -98,7 +98,7 @@ def test_a_model_says_the_same_by_either_attention(family: str) -> None:
 
 @pytest.mark.parametrize("window,varlen", [(31, False), (32, True), (None, True)])
 def test_a_window_that_hides_nothing_is_none(monkeypatch: pytest.MonkeyPatch, window: int | None, varlen: bool) -> None:
-    """The longest prompt with its longest completion has 32 tokens, in a tree of 36."""
+    """The longest prompt plus completion has 32 tokens, in a tree of 36."""
     model = tiny_model("mistral-window")
     for part in (model.config, *model.modules()):
         if hasattr(part, "sliding_window"):
@@ -120,7 +120,7 @@ def test_the_gradient_is_the_function_s() -> None:
 
 
 class _Kernel(Function):
-    """A kernel as torch's `varlen_attn` has it: it hands out its log-sum-exp, and drops that one's gradient."""
+    """A kernel like torch's `varlen_attn`: it returns its log-sum-exp, but drops the gradient of that output."""
 
     @staticmethod
     def forward(ctx: Any, q: Any, k: Any, v: Any, s: Sequences, causal: bool) -> Any:
@@ -135,7 +135,7 @@ class _Kernel(Function):
 
 
 def test_autograd_through_the_merge_would_be_wrong() -> None:
-    """Right outputs and wrong gradients: what `varlen_attention` is there to avoid, and these comparisons notice."""
+    """Right outputs but wrong gradients, which `varlen_attention` avoids and these comparisons detect."""
     batch = pack(some_trees())
     *parts, upstream = numbers(batch)
     (q, k, v), plan = parts, varlen_plan(batch)
@@ -152,11 +152,11 @@ def test_autograd_through_the_merge_would_be_wrong() -> None:
         assert (a - b).norm() > 0.05 * b.norm()
 
 
-# ---- flash kernels on the meta device: what they are called with, and what is counted ----
+# ---- flash kernels on the meta device: their arguments, and operation counts ----
 
 
 class Ops(TorchDispatchMode):
-    """Counts operations by name, and notes for attention's backward kernels whether deterministic mode only warns."""
+    """Counts operations by name, and records for attention's backward kernels whether deterministic mode only warns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -171,12 +171,12 @@ class Ops(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# without an order on a GPU, a wait for it, or heads that are copied
+# ops that are nondeterministic on a GPU, synchronize with it, or copy heads
 UNWANTED = {"index_add", "index_add_", "scatter_add", "_local_scalar_dense", "nonzero", "repeat_interleave"}
 
 
 def test_flash_kernels_take_the_plan_on_the_device() -> None:
-    """Shapes alone: odd heads are widened, shapes come back; nothing waits for the device, and the plan is one copy for any row."""
+    """By shapes: odd head sizes are padded and restored, nothing synchronizes, and any row's plan takes one copy."""
     copies = []
     for trees in (some_trees(), [make_tree(i, 3 + i % 5, (2, 4, 1)) for i in range(40)]):
         batch = pack(trees).to(META)
@@ -192,11 +192,11 @@ def test_flash_kernels_take_the_plan_on_the_device() -> None:
         assert [g.shape for g in grads] == [x.shape for x in (q, k, v)]
         assert ops.seen["_flash_attention_forward"] == ops.seen["_flash_attention_backward"] == 2
         assert not UNWANTED & ops.seen.keys()
-    assert copies[0] == copies[1] and copies[0][0] <= 3  # one to the device, two of indices from int32 to int64
+    assert copies[0] == copies[1] and copies[0][0] <= 3  # one to the device, two casts of indices from int32 to int64
 
 
 def test_backward_kernels_take_their_deterministic_way_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flash and memory-efficient kernels stay unordered where the mode only warns, which is the mode of a step."""
+    """Flash and memory-efficient kernels stay nondeterministic if the mode only warns, as it does in a step."""
     batch, warns = pack(some_trees()), torch.is_deterministic_algorithms_warn_only_enabled
     seen: list[bool] = []
     noted = noted_attention(seen)
@@ -207,7 +207,7 @@ def test_backward_kernels_take_their_deterministic_way_in_a_step(monkeypatch: py
     parts = numbers(batch, 2, 2)[:3]
     there, on_meta = batch.to(META), [x.detach().to(META, BF16).requires_grad_() for x in parts]
     with repeatable(torch.device("cuda"), True):
-        # through other operations, as in a model: a leaf's hook would come first
+        # through other operations, as in a model, since a leaf's hook would run first
         tree_attention(*(x * 2 for x in parts), tree_layout(batch), 0.3).sum().backward()
         assert len(seen) >= 2 and warns()
         for warn_only in (True, False):
@@ -225,11 +225,11 @@ def test_rows_without_a_second_pass_have_none() -> None:
     assert plan.first.cu_q.tolist() == [*itertools.accumulate((s.length for s in batch.segments), initial=0)]
 
 
-# ---- FlexAttention: its mask is the tree mask; compiled it runs on a GPU alone, and its gradient too ----
+# ---- FlexAttention: its mask is the tree mask; the compiled kernel and its gradient need a GPU ----
 
 
 def dense(batch: PackedBatch, length: int, window: int | None) -> np.ndarray:
-    """The whole row's mask, of the trees' own."""
+    """The mask of a whole row, assembled from its trees' masks."""
     found = np.zeros((length, length), dtype=np.bool_)
     for s in batch.segments:
         found[s.start : s.start + s.length, s.start : s.start + s.length] = tree_mask(s, s.length, window)
@@ -247,7 +247,7 @@ def test_flex_has_the_tree_mask_and_its_blocks(window: int | None) -> None:
     n = batch.tokens
     expected = dense(batch, length, window)
     assert np.array_equal(found[:n, :n], expected[:n, :n])
-    assert not found[:n, n:].any() and not found[n:, :n].any() and found.any(1).all()  # padding sees padding alone
+    assert not found[:n, n:].any() and not found[n:, :n].any() and found.any(1).all()  # padding attends only to padding
     blocks = found.reshape(length // BLOCK, BLOCK, -1, BLOCK).any((1, 3))
     assert np.array_equal(visible_blocks(batch.segments, length, window), blocks)
 
@@ -256,7 +256,7 @@ def test_flex_has_the_tree_mask_and_its_blocks(window: int | None) -> None:
 def test_flex_is_the_groups(
     monkeypatch: pytest.MonkeyPatch, softcap: float | None, window: int | None, sinks: bool
 ) -> None:
-    """Uncompiled, as torch computes it on a CPU, where it has no gradient."""
+    """Uncompiled on a CPU, where it has no gradient."""
     monkeypatch.setattr("torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     batch = pack([*some_trees(), make_tree(9, 60, (40, 7))])
     q, k, v = (x.detach() for x in numbers(batch, 4, 2, 16, FP32)[:3])
@@ -307,7 +307,7 @@ def test_attention_by_what_a_model_asks_of_it(
 
 @pytest.mark.parametrize("family", ["llama", "mistral-window", "gemma2", "gemma3"])
 def test_what_a_model_asks_is_seen_on_the_model(family: str) -> None:
-    """On the meta device too, where a plan looks."""
+    """Also on the meta device, which plans use."""
     model = tiny_model(family, dtype=FP32)
     calls = attention_calls(model)
     assert attention_calls(model.to(META)) == calls
@@ -330,7 +330,7 @@ def test_an_attention_that_was_asked_for_is_taken_or_refused(monkeypatch: pytest
 
 
 def test_a_kernel_with_wrong_gradients_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of a merge through autograd; where nothing is trained, nobody asks."""
+    """The gradients of a merge through autograd. They are not checked if nothing is trained."""
     model = tiny_model("llama", dtype=FP32)
     backward = kernels._backward
 
@@ -344,7 +344,7 @@ def test_a_kernel_with_wrong_gradients_is_noticed(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_kernel_that_fails_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `auto` does on a GPU that has no such kernel; the log says so."""
+    """As with `auto` on a GPU without such a kernel. The log says so."""
     model = tiny_model("llama", dtype=FP32)
 
     def fails(*_: Any) -> Any:
@@ -359,7 +359,7 @@ def test_a_kernel_that_fails_is_done_without(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_kind_is_chosen_for_the_device_that_the_model_will_be_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before it is sharded it is on the CPU, in fp32; each layer's kernels are tried on the GPU, the plan of them here."""
+    """Before sharding the model is on the CPU in fp32. Kernels are probed on the GPU, and the plan is made on the CPU."""
     model, asked, tried = tiny_model("llama", dtype=FP32), [], []
     runs_as = torch.device("cuda"), torch.bfloat16
 
@@ -378,11 +378,11 @@ def test_the_kind_is_chosen_for_the_device_that_the_model_will_be_on(monkeypatch
     assert asked == [("cuda", {torch.bfloat16})] and tried == [("varlen", torch.bfloat16, "cuda")]
     apart = 0.5
     assert choose_packing(model, "auto", "off", "auto", runs_as)[0].attention == "groups"
-    assert choose_packing(model, "auto", "off", "auto")[0].attention == "groups"  # which stays on the CPU
+    assert choose_packing(model, "auto", "off", "auto")[0].attention == "groups"  # since it stays on the CPU
 
 
 def test_a_kernel_that_computes_something_else_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here it leaves out the second pass."""
+    """This kernel leaves out the second pass."""
     model = tiny_model("llama", dtype=FP32)
     monkeypatch.setattr(
         module, "varlen_plan", lambda batch: VarlenPlan(varlen_plan(batch).first, None, *varlen_plan(batch)[2:])

@@ -1,4 +1,4 @@
-"""A pipeline from one YAML: what it refuses before anything trains, what it skips, resumes and refuses to overwrite."""
+"""Pipelines: errors before training, and which stages are skipped, resumed or refused."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_what_a_stage_inherits() -> None:
     }
     own = {"model": {"path": "b"}, "data": {"validation_rows": 5}, "loss": {"name": "ipo"}, "lora": None}
     assert merged(defaults, own) == {
-        "model": {"path": "b", "dtype": "fp32"},  # init: random of another model would train from scratch
+        "model": {"path": "b", "dtype": "fp32"},  # with init: random for another model it would train from scratch
         "data": {"path": "d", "validation_rows": 5},
         "loss": {"name": "ipo"},
         "lora": None,
@@ -263,7 +263,7 @@ def test_a_reward_model_is_not_compared() -> None:
     assert made.reward(lambda ref: f"models/{ref.stage}") == {"models/judge": 1.0}
 
 
-# ---- doing it -------------------------------------------------------------------------------------------------------
+# ---- running --------------------------------------------------------------------------------------------------------
 
 
 def base_in(folder: Path) -> dict[str, Any]:
@@ -317,7 +317,7 @@ def weights(folder: Path) -> bytes:
 
 
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the stages whose loop is entered from now on."""
+    """Collects the names of the stages whose training loop is entered."""
     names: list[str] = []
     real = Loop.run
     monkeypatch.setattr(Loop, "run", lambda self: (names.append(self.folder.name), real(self))[1])
@@ -329,7 +329,7 @@ def state(base: dict[str, Any]) -> State:
 
 
 class First(NamedTuple):
-    """A pipeline that was planned and run once, to be read only: what it said, and its output under another name."""
+    """A pipeline that was planned and run once, read-only: its output text, and a copy of its output folder."""
 
     folder: Path
     plan: dict[str, str]
@@ -353,7 +353,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> First:
 
 @pytest.fixture
 def done(first: First) -> dict[str, Any]:
-    """`base`, all of it done: a copy of the first pipeline's output where it was made, since runs remember where their models lie."""
+    """`base` after a complete run: the first pipeline's output, copied to its original path because runs store model paths."""
     base = base_in(first.folder)
     shutil.rmtree(base["output"], ignore_errors=True)
     shutil.copytree(first.output, base["output"])
@@ -361,7 +361,7 @@ def done(first: First) -> dict[str, Any]:
 
 
 def forget(base: dict[str, Any], name: str) -> None:
-    """As if a stage had not been begun."""
+    """Reset a stage as if it had not been started."""
     shutil.rmtree(Path(base["output"]) / name)
     now = state(base)
     del now.stages[name]
@@ -399,7 +399,7 @@ def test_all_of_it_then_nothing_twice(first: First, done: dict[str, Any], monkey
     assert names == []
     assert not again.outcome.done
     assert again.outcome.to_text() == result.outcome.to_text()
-    # other settings of the comparison: it is made again, and nothing is trained for it
+    # with other settings the comparison is repeated, and nothing is trained
     more = run(base, "compare.samples=2")
     assert more.outcome.done and names == []
     (output / "comparison.json").write_text("{}")
@@ -410,7 +410,7 @@ def test_the_best_checkpoint_is_what_a_reference_means(base: dict[str, Any], tmp
     base |= {"compare": None}
     del base["stages"]["rloo"]
     base["defaults"]["evaluation"]["every"] = 1
-    base["stages"]["sft"]["checkpoint"] = {"mode": "max"}  # the loss falls, so the worst is the first
+    base["stages"]["sft"]["checkpoint"] = {"mode": "max"}  # the loss falls, so its maximum is at the first step
     base["stages"]["dpo"]["train"] = {"max_steps": 1}
     run(base)
     sft = tmp_path / "hh/sft"
@@ -460,7 +460,7 @@ def test_an_interrupted_stage_is_resumed_and_ends_bit_for_bit_the_same(
 
 
 def test_a_stage_that_was_killed_is_not_done(done: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed between its last checkpoint and the end: nothing but its record says so."""
+    """Killed between its last checkpoint and the end, which only its record shows."""
     base = done | {"compare": None}
     now = state(base)
     now.stages["sft"]["state"] = "running"  # what a kill -9 leaves
@@ -473,7 +473,7 @@ def test_a_stage_that_was_killed_is_not_done(done: dict[str, Any], monkeypatch: 
 
 
 def other_weights(base: dict[str, Any], tmp_path: Path) -> None:
-    """The upstream model is not what it was, at the same path."""
+    """Change the upstream model at the same path."""
     from safetensors.torch import load_file, save_file
 
     path = model_folder(tmp_path / "hh/sft", None) / "model.safetensors"
@@ -543,7 +543,7 @@ def test_redo_trains_a_stage_and_all_that_use_it_anew_and_keeps_the_old(
     for name in ("sft", "dpo"):
         assert weights(model_folder(output / f"{name}.1", None)) == old_weights[name] != weights(new.models[name])
     assert not (output / "other.1").exists()
-    # the old run still evaluates with the old model that it started from
+    # the old run still evaluates with the old model it started from
     kept = yaml.safe_load((output / "dpo.1/config.resolved.yaml").read_text())
     assert kept["output"] == str(output / "dpo.1")
     assert kept["model"]["path"].startswith(f"{output}/sft.1/")
@@ -559,7 +559,7 @@ def test_an_upstream_that_comes_out_differently_makes_a_finished_stage_stale(don
     del base["stages"]["rloo"]
     shutil.rmtree(output / "sft")
     assert plan(base) == {"sft": "to run: its checkpoints are gone", "dpo": "to be looked at again: after sft"}
-    run(base)  # training is deterministic: the same weights, so dpo is still right
+    run(base)  # training is deterministic, so dpo's input is unchanged
     assert plan(base)["dpo"] == "unchanged: 4 steps"
     shutil.rmtree(output / "sft")
     with pytest.raises(CheckpointError, match=r"stages.dpo .* the model of stage:sft has changed .*--redo dpo"):
@@ -670,7 +670,7 @@ def test_a_lora_stage_is_merged_once_for_the_stage_that_needs_a_whole_model(
     base["stages"]["ipo"] = {**base["stages"]["dpo"], "loss": "ipo"}
     run(base)
     assert (made / "model.safetensors").stat().st_mtime_ns == before
-    (made / "model.safetensors").write_bytes(b"torn")  # made again from the adapter, not trusted
+    (made / "model.safetensors").write_bytes(b"torn")  # rebuilt from the adapter, not trusted
     base["stages"]["slic"] = {**base["stages"]["dpo"], "loss": "slic"}
     run(base)
     assert (made / "model.safetensors").stat().st_size > 1000
@@ -727,12 +727,12 @@ def test_pipelines_are_checked_without_a_machine(tmp_path: Path) -> None:
     assert isinstance(load_pipeline(written(tmp_path)), Pipeline)
 
 
-# ---- the classical pipeline: a reward model that a stage trains ---------------------------------------------------------
+# ---- the classic pipeline, with a trained reward model ------------------------------------------------------------------
 
 
 @pytest.fixture
 def classical(base: dict[str, Any]) -> dict[str, Any]:
-    """SFT -> reward model -> PPO, and SFT -> DPO; judged by the reward model and by the true reward."""
+    """SFT -> reward model -> PPO, and SFT -> DPO, compared by the reward model and by the true reward."""
     vowels = base["compare"]["reward"]
     ppo = {"name": "ppo", "value": "separate", "value_init": "reward", "max_new_tokens": 6, "epochs": 1}
     base["defaults"]["train"] |= {"max_steps": 2}
@@ -748,7 +748,7 @@ def classical(base: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def written_by(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[TokenTree]]:
-    """What each compared model wrote, token by token, filled while a comparison runs."""
+    """Collects the tokens that each compared model generates."""
     from penchant.compare import measured
     from penchant.compare import models as compare_models
 
@@ -770,13 +770,13 @@ def written_by(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[TokenTree]]:
 
 
 def said_of(base: dict[str, Any], name: str) -> list[float]:
-    """The rewards of a model's completions, as the comparison has written them down."""
+    """The rewards of a model's completions in the comparison's file."""
     rows = [json.loads(x) for x in (Path(base["output"]) / "comparison.jsonl").read_text().splitlines()]
     return [r["completions"][name]["reward"] for r in rows]
 
 
 def directly(base: dict[str, Any], reward: Path, trees: list[TokenTree]) -> list[float]:
-    """The reward model called by itself, on one prompt and completion at a time."""
+    """Rewards from the reward model itself, one prompt and completion at a time."""
     held_out = Run(load_pipeline(base).stages["sft"].config, quiet=True).rows.datasets[1]
     assert held_out is not None
     tokenizer = load_tokenizer(str(base["defaults"]["model"]["path"]))
@@ -787,7 +787,7 @@ def directly(base: dict[str, Any], reward: Path, trees: list[TokenTree]) -> list
 
 
 def strangers(reward: Path, trees: list[TokenTree]) -> list[float]:
-    """What transformers says of the policy's very tokens."""
+    """Rewards of the policy's own tokens, computed with transformers."""
     import torch
     from transformers import AutoModelForSequenceClassification
 
@@ -805,7 +805,7 @@ def test_the_classical_pipeline(
     assert names == ["sft", "reward", "ppo", "dpo"]
     used = yaml.safe_load((tmp_path / "hh/ppo/config.resolved.yaml").read_text())
     assert used["reward"] == {str(result.models["reward"]): 0.5, "words": 0.01}
-    # PPO's value model did start as the reward model: value_init is reward, which is refused where it cannot
+    # PPO's value model started from the reward model: value_init=reward is refused if that is impossible
     figures = result.outcome.models
     assert all("reward/ci" in m and len(m["also"]) == 1 for m in figures.values())
     assert all(figures[n]["kl"] != 0 and "kl/ci" in figures[n] and "win_rate/ci" in figures[n] for n in ("ppo", "dpo"))
@@ -824,14 +824,14 @@ def test_the_classical_pipeline(
 
     assert set(plan(classical).values()) == {"unchanged: 2 steps", "unchanged"}
     assert not run(classical).outcome.done and len(names) == 4
-    # another reward model: what uses it is stale, what does not is not
+    # with another reward model, only the stages that use it are stale
     changed = "stages.reward.algorithm.centring=0.5"
     assert plan(classical, changed)["reward"] == "CHANGED: algorithm.centring: 0.01 -> 0.5"
     with pytest.raises(CheckpointError, match=r"stages.reward is done or half done with other inputs"):
         run(classical, changed)
     run(classical, changed, redo=["reward"])
     assert names[4:] == ["reward", "ppo"]
-    # the same, where the reward model was trained anew behind the pipeline's back
+    # the same if the reward model was retrained outside the pipeline
     shutil.rmtree(tmp_path / "hh/reward")
     with pytest.raises(CheckpointError, match=r"stages.ppo .* the model of stage:reward has changed"):
         run(classical, "stages.reward.algorithm.centring=0.1")
@@ -852,11 +852,11 @@ def test_a_lora_reward_model_judges_as_it_was_merged_and_is_trained_further(
     folder = result.models["reward"]
     assert (folder / "adapter").is_dir()
     used = yaml.safe_load((tmp_path / "hh/more/config.resolved.yaml").read_text())["model"]["path"]
-    assert used == str(folder)  # no merging: the folder holds the whole model
+    assert used == str(folder)  # no merging, since the folder holds the whole model
     said = said_of(classical, "ppo")
     assert said == pytest.approx(directly(classical, folder, written_by["ppo"]), abs=1e-5)
     assert said == pytest.approx(strangers(folder, written_by["ppo"]), abs=1e-4)
-    # what it goes on from is the trained reward model with its head: it starts where the other ended
+    # it continues from the trained reward model including its head, so it starts where the other ended
     before, after = ([json.loads(x) for x in (tmp_path / f"hh/{n}/metrics.jsonl").open()] for n in ("reward", "more"))
     end = [m for m in before if "eval/loss" in m][-1]  # the only one with a checkpoint, so the best too
     start = next(m for m in after if "eval/loss" in m)
@@ -879,7 +879,7 @@ def test_an_encoder_judges_an_online_stage(
     said = said_of(classical, "rloo")
     assert np.std(said) > 1e-3
     assert said == pytest.approx(directly(classical, result.models["reward"], written_by["rloo"]), abs=1e-5)
-    # what an encoder cannot be is said with the stage's name, before the stage has written anything
+    # an unsupported use of an encoder is reported with the stage's name, before the stage writes anything
     stages["ppo"] = {**stages["rloo"], "algorithm": {"name": "ppo", "value": "separate", "value_init": "reward"}}
     with pytest.raises(
         ConfigError, match=r"stages.ppo: algorithm.value_init is reward, but the reward model is an encoder"

@@ -1,4 +1,4 @@
-"""`penchant plan`: what it says is what the run then does, and it leaves nothing behind."""
+"""`penchant plan`: its figures match the run, and it leaves no files behind."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-# ---- what it says is what happens ------------------------------------------------------------------------------------
+# ---- the plan matches the run ----------------------------------------------------------------------------------------
 
 
 def test_steps_tokens_passes_and_times_are_those_of_the_run(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_the_probe_times_any_method_and_leaves_nothing(tmp_path: Path, more: dic
 
 def test_probed_steps_are_the_runs_first_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = _config(tmp_path)
-    asked: list[Any] = []  # where memory was looked at: on a GPU it is the GPU's
+    asked: list[Any] = []  # devices whose memory was measured: for a GPU, the GPU's own
     monkeypatch.setattr("penchant.plan.probe.peak_memory", lambda *device: asked.extend(device) or 7)
     plan = api.plan(config)
     assert plan.probe is not None and plan.probe.peak == 7 and asked == [torch.device("cpu")]
@@ -248,7 +248,7 @@ def _trees(*sizes: tuple[int, int, int]) -> list[TokenTree]:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_kernels_on_shapes_alone_hold_what_a_real_pass_holds(tmp_path: Path, dtype: str, recompute: bool) -> None:
-    """Bytes alive at the worst moment of forward and backward on the CPU, counted operation by operation."""
+    """Peak bytes of forward and backward on the CPU, counted operation by operation."""
     config = _config(tmp_path, model={"path": tiny_model_folder(tmp_path / "model"), "dtype": dtype})
     run = OutlinedRun(api.as_config(config), quiet=True)
     run.model.model.gradient_checkpointing = recompute
@@ -291,7 +291,7 @@ def test_shapes_alone_count_what_a_real_pass_holds(tmp_path: Path, lora: dict[st
 
 
 def test_attention_without_a_mask_is_counted_so(tmp_path: Path) -> None:
-    """By the flash kernels' shapes: neither a mask nor scores of all pairs, which is most of what long trees hold otherwise."""
+    """By the flash kernels' shapes, without a mask or all attention scores, which would otherwise dominate for long trees."""
     found = []
     for attention in ("groups", "varlen"):
         config = _config(tmp_path)
@@ -335,7 +335,7 @@ def test_a_head_too_large_to_keep_is_counted_by_its_chunks(tmp_path: Path, monke
 def test_a_decoders_caches_and_weights_are_counted(
     tmp_path: Path, n: int, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against the decoder that `sample` makes, its tensors summed."""
+    """Compared with the sum of the tensors of `sample`'s decoder."""
     model = load_causal_model(ModelConfig(path=tiny_model_folder(tmp_path / "model")), torch.device("cpu"))
     made: list[FastDecoder] = []
     init = FastDecoder.__init__
@@ -364,9 +364,9 @@ def test_a_decoders_caches_and_weights_are_counted(
 
 
 def test_evaluations_count_answers_and_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is asked of an evaluation moves its moment and nothing else."""
+    """An evaluation's options change its moment and nothing else."""
 
-    # what this process happens to hold is no part of what is asked here
+    # exclude what this process happens to hold
     monkeypatch.setattr("penchant.plan.plan.resident", lambda: 300 << 20)
 
     def moments(*overrides: str) -> dict[str, int]:
@@ -380,9 +380,9 @@ def test_evaluations_count_answers_and_the_start(tmp_path: Path, monkeypatch: py
     with monkeypatch.context() as patched:
         patched.setattr("penchant.plan.memory.weight_file_bytes", lambda *_: weights + (1 << 30))
         larger = moments("evaluation.kl_prompts=2")["an evaluation, which loads the start again"]
-    assert larger - loading == pytest.approx(1 << 30, abs=32 << 20)  # the process itself is measured anew
+    assert larger - loading == pytest.approx(1 << 30, abs=32 << 20)  # the process itself is measured again
     adapter = moments("evaluation.kl_prompts=2", "lora={r: 2}")
-    assert "an evaluation" in adapter  # the adapter is switched off: nothing is loaded
+    assert "an evaluation" in adapter  # the adapter is switched off, so nothing is loaded
     long = moments("evaluation.kl_prompts=0", "evaluation.samples=4", "evaluation.sample_tokens=4000")
     assert long["an evaluation"] > without["an evaluation"]
     wide = moments("evaluation.kl_prompts=0", "evaluation.tokens_per_step=3000")
@@ -448,7 +448,7 @@ def test_parts_are_what_the_optimizer_holds(tmp_path: Path, dtype: str, lora: di
         == parts["optimizer (two moments)"] // 2
         == 4 * sum(p.numel() for p in run.built.optimizer.params.values())
     )
-    if lora is not None:  # the adapter as it was, where off is not the start
+    if lora is not None:  # a copy of the initial adapter, if switching it off does not give the start
         start = run.built.start
         assert start is not None and start.adapters is not None
         assert parts["reference"] == sum(p.nbytes for p in start.adapters.values())
@@ -466,7 +466,7 @@ def test_an_encoder_is_planned_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["images", "bare images", "states"])
 def test_what_is_no_plain_decoder_is_planned_for(tmp_path: Path, kind: str) -> None:
-    """Models of text and images, by their text part, with a class of its own or without; a model without attention heads."""
+    """Models of text and images by their text part, with or without a class of its own, and a model without attention heads."""
     import transformers
 
     folder, sizes = tmp_path / "odd", {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 260}
@@ -541,7 +541,7 @@ def test_offload_is_refused_on_a_cpu(tmp_path: Path) -> None:
 
 
 def test_memory_of_each_of_several_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Adam on fp32 shards takes 16 bytes a parameter over all of them; what is gathered and computed is no less for more of them."""
+    """Adam on fp32 shards takes 16 bytes per parameter over all GPUs; gathered weights and activations do not shrink with more GPUs."""
     made = api.plan(_config(tmp_path, model={"path": tiny_model_folder(tmp_path / "model")}), gpus=(1, 2, 8))
     every = made.parameters[0]
     shares = "fp32 master weights", "gradients", "the optimizer's moments"
@@ -617,7 +617,7 @@ def test_control_characters_are_shown_and_not_obeyed() -> None:
 
 
 def test_quantized_weights_and_small_moments_are_counted(tmp_path: Path) -> None:
-    """Without bitsandbytes too: a plan needs shapes alone."""
+    """Also without bitsandbytes, because a plan needs only shapes."""
     plain = _config(tmp_path, lora={"r": 4})
     parts = {
         bits: api.plan(plain, f"model.quantize={bits}", probe=False).memory.parts for bits in ("none", "int8", "nf4")

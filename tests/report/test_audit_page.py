@@ -1,4 +1,4 @@
-"""The audit's own page: every finding is on it, nothing on it can run or load, what files say is escaped."""
+"""The audit's page: it has every finding, cannot run or load anything, and escapes file contents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole page: one file, inert, honest about what is missing, small, and never the end of a run."""
+"""The whole report page: one small, inert file that says what is missing, and never makes a run fail."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ VOID = {"br", "hr", "input", "meta"}
 
 
 class Page(HTMLParser):
-    """Tags, attributes and text of a page; a tag that closes another than the last open one is a mistake."""
+    """Parses a page's tags, attributes and text. Fails on a tag that does not close the last open one."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def written(*paths: Path, **options: Any) -> str:
 
 
 def hostile(folder: Path) -> list[Path]:
-    """A run and a comparison in which every text is hostile, the run's and the figures' names too."""
+    """A run and a comparison in which every text is hostile, including the names of the run and of figures."""
     run = make_run(folder / "r<script>alert(1)<", word=EVIL)
     make_flags(run, EVIL)
     write_json(
@@ -94,12 +94,12 @@ def test_nothing_that_a_run_says_can_run(tmp_path: Path) -> None:
     assert not {"img", "iframe", "link", "object", "form", "base", "embed"} & set(names)
     attributes = [(k, v) for _, attrs in page.tags for k, v in attrs.items()]
     assert not [k for k, _ in attributes if k.startswith("on") or k in ("style", "src", "action", "formaction")]
-    assert page.text.count("<script>document.title='owned'</script>") >= 20  # shown as text wherever it was put
+    assert page.text.count("<script>document.title='owned'</script>") >= 20  # shown as text wherever it occurs
     assert "\u202e" not in text and "\x00" not in text and "U+202E" in page.text and "U+0000" in page.text
 
 
 def test_hostile_text_changes_nothing_but_text(tmp_path: Path) -> None:
-    """The same folders with harmless words make the same tags."""
+    """The same folders with harmless words give the same tags."""
     tame = make_run(tmp_path / "tame/r")
     make_flags(tame)
     evil = make_run(tmp_path / "evil/r", word=EVIL.replace("\x00", "").replace("\u202e", ""))
@@ -195,7 +195,7 @@ FILES = (
 
 
 def _spoilt(value: Any, rng: random.Random) -> Any:
-    """A value with some of its parts replaced by junk."""
+    """A value with random parts replaced by junk."""
     if rng.random() < 0.12:
         return rng.choice(JUNK)
     if isinstance(value, dict):
@@ -233,7 +233,7 @@ def test_folders_with_junk_in_them_never_break_it(tmp_path: Path, seed: int) -> 
     try:
         Page(written(folder))
     except CheckpointError:
-        assert not any((folder / n).exists() for n in FILES)  # only a folder with nothing in it may be refused
+        assert not any((folder / n).exists() for n in FILES)  # only an empty folder may be refused
 
 
 def test_a_part_that_cannot_be_made_does_not_take_the_page_with_it(
@@ -266,7 +266,7 @@ def test_twenty_long_runs_stay_under_two_megabytes(tmp_path: Path) -> None:
     ]
     long = make_run(
         tmp_path / "long", steps=800, evals=evals
-    )  # all have its lines: the page does not look for equal ones
+    )  # all have the same lines, since the page does not merge equal ones
     for i in range(20):
         beta, seed = i // 2 / 10, i % 2
         run = make_run(tmp_path / "runs" / f"beta-{beta}-seed-{seed}", beta=beta, seed=seed, steps=1, samples=0)
@@ -282,7 +282,7 @@ def test_twenty_long_runs_stay_under_two_megabytes(tmp_path: Path) -> None:
     assert text.count('data-g="J"') > 10 and Page(text).text.count(" more are in samples.jsonl") <= 1
 
 
-# ---- where it goes --------------------------------------------------------------------------------------------------
+# ---- the output path ------------------------------------------------------------------------------------------------
 
 
 def test_where_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,7 +291,7 @@ def test_where_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
-    assert write_report([a, b]) == here / "report.html" == write_report([a, b])  # its own may be written over
+    assert write_report([a, b]) == here / "report.html" == write_report([a, b])  # its own file may be overwritten
     (here / "report.html").write_text("mine")
     with pytest.raises(CheckpointError, match="not a report that Penchant wrote"):
         write_report([a, b])
@@ -334,7 +334,7 @@ def test_a_report_that_takes_long_is_written_seldom(tmp_path: Path, monkeypatch:
     for _ in range(300):
         live.on_event("eval")
         clock[0] += 1.0
-    assert len(calls) == 3  # two seconds each, at most one fiftieth of the time
+    assert len(calls) == 3  # two seconds each, and at most 1/50 of the time
     live.now()
     assert len(calls) == 4
 

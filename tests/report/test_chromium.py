@@ -1,4 +1,4 @@
-"""The page in a browser: nothing hostile runs, nothing is asked for, and what the script promises works, from the keyboard too."""
+"""The report in a browser: no hostile script runs, no request is sent, and interactions work, also by keyboard."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def page(target: Path, *paths: Path) -> Path:
 
 
 def settle(browser: Browser, script: str, seconds: float = 60.0) -> Any:
-    """The value of a script as soon as it is true; a page that is just being loaded anew is asked again."""
+    """Wait until a script's value is truthy and return it. Retries while the page reloads."""
     end = time.monotonic() + seconds
     while True:
         try:
@@ -46,7 +46,7 @@ SHOWN = "[...document.querySelectorAll('.sample')].filter((e) => !e.hidden).leng
 def choose(browser: Browser, name: str, value: str) -> None:
     script = f"(() => {{ const e = document.querySelector('[data-f={name}]'); e.value = {value!r}; e.dispatchEvent(new Event('input')); }})()"
     browser.run(script)
-    later = 121 if name == "text" else 5  # than the page's own timer, which was set before
+    later = 121 if name == "text" else 5  # after the page's own timer, which was set earlier
     browser.run(f"new Promise((done) => setTimeout(done, {later}))")
 
 
@@ -94,7 +94,7 @@ def test_completions_are_searched_filtered_and_ordered(browser: Browser, tmp_pat
     for winner in ("right", "left", "tie"):
         choose(browser, "won", winner)
         counts.append(browser.run(SHOWN))
-    # rewards are (7i + 3j) % 5: of 0 against 3, 2 against 0, 4 against 2, 1 against 4, 3 against 1 the right one wins twice
+    # rewards are (7i + 3j) % 5: in 0 vs 3, 2 vs 0, 4 vs 2, 1 vs 4 and 3 vs 1 the right one wins twice
     assert counts == [12, 18, 0]
     choose(browser, "won", "")
     choose(browser, "sort", "gain")
@@ -108,7 +108,7 @@ def test_completions_are_searched_filtered_and_ordered(browser: Browser, tmp_pat
     )
     assert gains == sorted(gains)
     choose(browser, "length", "right")
-    assert browser.run(SHOWN) == 30  # 6 tokens against 5
+    assert browser.run(SHOWN) == 30  # 6 tokens versus 5
     choose(browser, "length", "left")
     assert browser.run(SHOWN) == 0
     choose(browser, "length", "")
@@ -129,7 +129,7 @@ def test_it_works_from_the_keyboard(browser: Browser, tmp_path: Path) -> None:
         browser.press("Tab")
         order.append(browser.run("document.activeElement.dataset.f || document.activeElement.tagName"))
     assert order[:6] == ["left", "right", "won", "length", "sort", "open"] and order[6] == "SUMMARY"
-    assert browser.run("document.activeElement.closest('.sample').open") is False  # the 22nd stands folded
+    assert browser.run("document.activeElement.closest('.sample').open") is False  # the 22nd is collapsed
     browser.press("Enter")
     assert browser.run("document.activeElement.closest('.sample').open") is True
 
@@ -247,7 +247,7 @@ CONTRAST = """(() => {
 
 @pytest.mark.parametrize("dark", [False, True])
 def test_text_can_be_read(browser: Browser, tmp_path: Path, dark: bool) -> None:
-    """At least 4.5 to 1, as WCAG AA asks of text."""
+    """Contrast is at least 4.5:1, as WCAG AA requires for text."""
     from report_folders import make_flags
 
     run = make_run(tmp_path / "r")

@@ -1,4 +1,4 @@
-"""Elements: text gets in escaped or not at all."""
+"""HTML elements: text is always escaped or refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures and places on an axis."""
+"""Number formatting and axis ticks."""
 
 from __future__ import annotations
 

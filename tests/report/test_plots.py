@@ -1,4 +1,4 @@
-"""Plots: whole, finite, small, and with their figures behind them."""
+"""Plots: complete, finite, small, and with a table of their values."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_the_frontiers_steps_join_those_that_nobody_beats() -> None:
 def test_an_online_runs_held_out_loss_is_no_curve_beside_its_trainings_and_each_reward_has_its_own(
     tmp_path: Path,
 ) -> None:
-    """Its held-out loss is minus the reward, for choosing a checkpoint."""
+    """Its held-out loss is minus the reward and only serves to choose a checkpoint."""
     train = [{"kind": "train", "step": s, "loss": 0.1 * s, "reward": 1.0} for s in (1, 2)]
     held_out = [{"kind": "eval", "step": s, "eval/loss": -2.0, "eval/reward": 2.0} for s in (0, 2)]
     for line, prefix in [(x, "") for x in train] + [(x, "eval/") for x in held_out]:
@@ -189,7 +189,7 @@ def test_an_online_runs_held_out_loss_is_no_curve_beside_its_trainings_and_each_
     made = str(curves(read_report([tmp_path], 0.0)))
     for name in ("polite", "my.py:short"):
         assert f"Reward {name}" in made
-    # an offline loss that somebody judges beside it stays
+    # an offline loss stays, even if a reward is evaluated beside it
     write_lines(tmp_path / "metrics.jsonl", [*train, {"kind": "eval", "step": 2, "eval/loss": 0.7, "eval/reward": 2.0}])
     assert points_of(read_report([tmp_path], 0.0).runs[0], "eval/loss") == ((2, 0.7),)
 

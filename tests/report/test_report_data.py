@@ -1,4 +1,4 @@
-"""Reading folders: what they are, who belongs together, and what is wrong with them."""
+"""Reading folders for reports: their kind, which runs belong together, and problems with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said of a run, of a sweep, of a comparison; and what is not said."""
+"""Verdict sentences in reports of runs, sweeps and comparisons, and claims they must not make."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_run_that_shows_nothing_says_so_first(tmp_path: Path) -> None:
 
 
 def test_a_loss_alone_is_not_called_chance(tmp_path: Path) -> None:
-    """Supervised training has no figure that chance gives: intervals of start and end that overlap only show no change."""
+    """Supervised training has no chance level: overlapping intervals of start and end only mean no visible change."""
     rows = [
         {"kind": "eval", "step": step, "eval/loss": loss, "eval/loss/ci": [loss - 1, loss + 1], "eval/rows": 29}
         for step, loss in ((0, 4.8), (40, 3.7))
@@ -95,7 +95,7 @@ def test_rewards_and_kl_of_an_online_run(tmp_path: Path) -> None:
         in text
     )
     assert "It moved 4.20 [4.00, 4.40] nats per completion away from the start (KL)." in text
-    assert "Loss" not in text  # minus the reward: said already
+    assert "Loss" not in text  # it is minus the reward, which is already there
 
 
 def test_a_reward_model_has_its_own_words(tmp_path: Path) -> None:

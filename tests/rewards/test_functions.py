@@ -1,4 +1,4 @@
-"""Reward functions: built-in and a person's own, sums by weight, and every way in which they go wrong."""
+"""Reward functions: built-in and user-defined, weighted sums, and every kind of failure."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ scorer = Scorer()
 
 
 def rollouts(*rows: PromptTree, texts: Sequence[str] = ("x",)) -> tuple[list[str], list[str], list[TokenTree], Any]:
-    """Prompts and completions as `Writer` hands them over: the same texts for each row."""
+    """Prompts and completions as `Writer` passes them, with the same texts for each row."""
     ids = tuple(np.arange(len(t), dtype=np.int32) for t in texts)
     trees = [TokenTree(i, np.array([5], np.int32), ids, (False,) * len(ids), r.source) for i, r in enumerate(rows)]
     prompts = ["rendered" for _ in rows for _ in texts]
@@ -211,7 +211,7 @@ def test_conversations_come_as_messages_and_texts_as_they_are_in_the_data(tmp_pa
     ((asked, said),) = reward.terms[0].function.__globals__["seen"]
     assert asked == [[{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}], "plain"]
     assert said == [[{"role": "assistant", "content": "x"}], "x"]
-    # what is built in reads the texts of both
+    # built-in rewards read the texts of both
     assert load_reward("words", policy)(prompts, texts, trees).tolist() == [1.0, 1.0]
 
 
@@ -231,7 +231,7 @@ def test_functions_of_trls_documented_signature_paste_unchanged(tmp_path: Path) 
     assert load_reward(f"{path}:async_reward_func", policy)(prompts, texts, trees).tolist() == [3.0, 3.0]
     said = load_reward(f"{path}:reward_tokens", policy).judge(prompts, texts, trees, step=10)
     assert said.total.tolist() == [10.0 + len(good), 11.0] and said.metrics == {"seen": 2.0}
-    # **columns gets every column, and what else TRL hands over
+    # **columns gets every column, and the other arguments that TRL passes
     assert (load_reward(f"{path}:scorer", policy)(prompts, texts, trees) >= 1.0).all()
 
 
@@ -305,7 +305,7 @@ def test_the_row_of_a_completion_is_named(tmp_path: Path) -> None:
         load_reward(f"{write(tmp_path, code)}:f", policy)(prompts, texts, trees)
 
 
-# ---- what is built in ----
+# ---- built-in rewards ----
 
 
 def test_soft_overlong_punishment_is_dapos_formula() -> None:
@@ -357,7 +357,7 @@ def test_right_answers_are_compared_as_mathematics() -> None:
     ],
 )
 def test_an_answer_is_read_as_a_whole(answer: str, right: str, wrong: str) -> None:
-    """Not as the one number of a bare formula that math-verify finds first."""
+    """Not just the first number that math-verify finds in a bare formula."""
     pytest.importorskip("math_verify")
     assert accuracy([right, wrong], [answer, answer]) == [1.0, 0.0]
 

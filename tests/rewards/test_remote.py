@@ -1,4 +1,4 @@
-"""Judges and endpoints as rewards: grades, groups, what is asked once, and every way in which they fail."""
+"""Judges and endpoints as rewards: grades, groups, caching, and every kind of failure."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def judge_at(url: str, **options: Any) -> Any:
 
 
 def graded(asked: Asked) -> str:
-    """The answer that stands in a request for a grade."""
+    """The answer in a request for a grade."""
     found = re.search(r"<<answer (\w+)>>\n(.*)\n<<end \1>>", asked.content, re.DOTALL)
     assert found is not None, asked.content
     return found[2]
@@ -64,7 +64,7 @@ def test_a_judge_of_groups_gives_the_share_of_the_others_that_each_beats() -> No
     with serve(longer) as server:
         reward = judge_at(server.url, against="group")
         found = reward(["p", "p", "p", "q", "q"], ["a", "bbb", "a", "c", "dd"])
-    assert found.tolist() == [0.25, 1.0, 0.25, 0.0, 1.0]  # equal texts tie, and nobody is asked
+    assert found.tolist() == [0.25, 1.0, 0.25, 0.0, 1.0]  # equal texts tie without a request
 
 
 def test_a_judge_that_always_says_the_first_prefers_nobody() -> None:
@@ -73,7 +73,7 @@ def test_a_judge_that_always_says_the_first_prefers_nobody() -> None:
 
 
 def test_a_run_whose_reward_compares_has_no_held_out_reward(tmp_path: Path) -> None:
-    """Held-out prompts get one completion each, which has nothing to be compared with: the run trains, and says so in its figures."""
+    """Held-out prompts get one completion each, with nothing to compare it to. The run trains, without a held-out reward."""
     rows = [{"prompt": f"p{i}"} for i in range(6)]
     with serve(lambda asked, n: "A" if asked.texts[1] > asked.texts[2] else "B") as server:
         judge = {"url": server.url, "model": "m", "against": "group", **FAST}

@@ -1,4 +1,4 @@
-"""A trained reward model as a reward: the score that it gives in its own evaluation, whatever the policy's tokenizer; PPO's value."""
+"""A trained reward model as a reward: it scores as in its own evaluation, for any policy tokenizer; PPO's value model."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def reward_run(folder: Path, model: str, **more: Any) -> dict[str, Any]:
 
 
 class Trained(NamedTuple):
-    """A reward model's run, its scores of its held-out pairs in its own evaluation, and the model that it started from."""
+    """A reward model's run, its scores of the held-out pairs in its own evaluation, and its base model."""
 
     run: Run
     own: list[float]
@@ -66,7 +66,7 @@ class Trained(NamedTuple):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained]:
-    """Reward models by kind (plain, chat, encoder), each trained once; nobody may change their folders."""
+    """Reward models by kind (plain, chat, encoder), each trained once. Tests must not change their folders."""
 
     @cache
     def of(kind: str) -> Trained:
@@ -85,7 +85,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained
 
 
 def as_rollouts(run: Run, tokenizer: Any, template: str = "auto") -> tuple[list[TokenTree], PolicyText]:
-    """The run's held-out pairs as if a policy with this tokenizer had written them."""
+    """The run's held-out pairs, as if sampled by a policy with this tokenizer."""
     assert run.rows.datasets[1] is not None
     data = run.rows.datasets[1]
     trees = tokenize(data, tokenizer, template=template, max_length=4096).trees
@@ -163,7 +163,7 @@ def test_prompts_of_files_with_one_name_are_not_mixed_up(trained: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["plain", "encoder", "open"])
 def test_a_policy_that_ends_at_once_is_judged_too(tmp_path: Path, trained: Any, kind: str) -> None:
-    """Its completion is EOS alone: no text, and, where the reward model has learned no EOS (data.add_eos=false), no token."""
+    """Its completion is EOS alone: no text and, if the reward model was trained without EOS (data.add_eos=false), no token."""
     if kind == "open":
         api.train(reward_run(tmp_path, tiny_model_folder(tmp_path / "model"), data={"add_eos": False}), quiet=True)
         run = Run(api.as_config(tmp_path / "reward/config.resolved.yaml"), quiet=True)
@@ -189,7 +189,7 @@ def test_a_policy_that_ends_at_once_is_judged_too(tmp_path: Path, trained: Any, 
 
 
 def test_the_reward_models_of_other_people(tmp_path: Path) -> None:
-    """A folder with one label and nothing of ours in it."""
+    """A folder with one label and none of our files."""
     from transformers import AutoModelForSequenceClassification
 
     model = AutoModelForSequenceClassification.from_pretrained(encoder_folder(tmp_path / "e"), num_labels=1)
@@ -321,7 +321,7 @@ def test_a_changed_reward_is_another_run(tmp_path: Path) -> None:
     file.write_text(file.read_text() + "# changed\n")
     with pytest.raises(CheckpointError, match=r"content of reward .*rewards\.py:f"):
         api.train(config, quiet=True)
-    # a run of an older version, which did not keep it, still resumes
+    # a run of an older version, which did not record it, still resumes
     old = json.loads(kept)
     identity.write_text(json.dumps({k: v for k, v in old.items() if not k.startswith("content of")}))
     identity.with_name("sums.json").unlink()
@@ -331,7 +331,7 @@ def test_a_changed_reward_is_another_run(tmp_path: Path) -> None:
 def test_the_content_of_a_reward_model_is_its_weights(tmp_path: Path, trained: Any) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(find_reward_model(str(trained("plain").run.folder)), folder)  # type: ignore[type-var]
-    (tmp_path / "words").mkdir()  # a folder of a built-in reward's name is not a reward model
+    (tmp_path / "words").mkdir()  # a folder with a built-in reward's name is not a reward model
     config = api.as_config(online(tmp_path, "m", {str(folder): 1.0, "words": 1.0}))
     with contextlib.chdir(tmp_path):
         (one,) = reward_contents(config).values()

@@ -1,4 +1,4 @@
-"""Draws: the right distribution, the right log-probs, exact top-k and top-p, never a token of probability zero."""
+"""Sampling: the right distribution and log-probs, exact top-k and top-p, and never a token of probability zero."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from penchant.rollout.generate import check_logps, draw, row_uniforms
 
 
 def _spread(rows: int) -> torch.Tensor:
-    """Uniform numbers in the middle of equal steps: the draws then are the distribution, up to one step."""
+    """Uniform numbers at the centers of equal steps, for which the draws match the distribution up to one step."""
     return (torch.arange(rows, dtype=torch.float64) + 0.5) / rows
 
 
@@ -25,7 +25,7 @@ def test_shares_are_probabilities(vocabulary: int, temperature: float) -> None:
     tokens, logps = draw(logits.expand(rows, -1), _spread(rows), temperature=temperature)
     expected = torch.log_softmax(logits.double() / temperature, -1)
     shares = torch.bincount(tokens, minlength=vocabulary) / rows
-    # inverse of a step function on an even grid: each share is within one step of its probability
+    # inverse of a step function on an even grid, so each share is within one step of its probability
     assert (shares - expected.exp()).abs().max() <= 1.0 / rows + 1e-6
     assert logps.tolist() == pytest.approx(expected[tokens].tolist(), abs=1e-5)
 
@@ -46,7 +46,7 @@ def test_only_the_likely_are_drawn(top_k: int, top_p: float, kept: int) -> None:
     order = [1, 3, 0]
     tokens, logps = draw(logits.expand(4000, -1), _spread(4000), temperature=1.0, top_k=top_k, top_p=top_p)
     assert set(tokens.tolist()) == set(order[:kept])
-    # among the kept ones the proportions stay, and log-probs are of the whole distribution
+    # proportions among the kept ones stay the same, and log-probs are of the full distribution
     p = torch.tensor([0.5, 0.25, 0.125])[:kept]
     share = (tokens == 1).float().mean()
     assert float(share) == pytest.approx(float(p[0] / p.sum()), abs=1e-3)
@@ -92,7 +92,7 @@ def test_damaged_logits_give_tokens_that_exist_and_are_refused_at_the_end(bad: f
 
 
 def test_min_p_keeps_tokens_of_a_share_of_the_likeliest() -> None:
-    """0.5, 0.25, 0.15, 0.1: at 0.4 of the likeliest two remain, in proportion; log-probs are those of the whole."""
+    """0.5, 0.25, 0.15, 0.1: at 0.4 of the likeliest, two remain in proportion. Log-probs are of the full distribution."""
     logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()
     tokens, logps = draw(logits.expand(3000, -1), _spread(3000), temperature=1.0, min_p=0.4)
     assert torch.bincount(tokens, minlength=4).tolist() == [2000, 1000, 0, 0]

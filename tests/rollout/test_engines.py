@@ -1,4 +1,4 @@
-"""Runs whose completions a server writes: equal to the own sampler's, whatever goes wrong on the way; weights that do not arrive are seen."""
+"""Runs with completions from a vLLM server: equal to the built-in sampler's despite failures; stale weights are detected."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def fake(tmp_path: Path) -> Iterator[FakeVLLM]:
 
 @pytest.fixture
 def base(tmp_path: Path) -> dict[str, Any]:
-    """Six prompts, two steps an epoch; the reward has another value for nearly every completion."""
+    """Six prompts, two steps per epoch, and a reward that differs for nearly every completion."""
     reward = tmp_path / "rewards.py"
     reward.write_text(
         "def codes(prompts, completions):\n    assert any(completions), completions\n    return [sum(map(ord, c)) % 101 / 50 for c in completions]\n"
@@ -63,7 +63,7 @@ def lines(folder: Path | str) -> list[dict[str, Any]]:
 
 
 def own_figures(line: dict[str, Any]) -> dict[str, Any]:
-    """A line of metrics without what it says of who wrote."""
+    """A line of metrics without the keys about the sampling engine."""
     return {k: v for k, v in line.items() if not k.startswith("rollout/")}
 
 
@@ -117,7 +117,7 @@ class Env:
 
 
 def _ends_often(folder: Path) -> None:
-    """Let more than half of the tokens end a turn, so that an environment has its say."""
+    """Make more than half of the tokens end a turn, so that the environment gets to answer."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ends = [t for t in tokenizer.get_vocab() if len(t) == 1 and ord(t) > 127]
     tokenizer.add_tokens([AddedToken(t, special=True) for t in ends], special_tokens=True)
@@ -131,13 +131,13 @@ def _ends_often(folder: Path) -> None:
 def test_a_conversation_by_a_server_trains_the_same_model(
     base: dict[str, Any], fake: FakeVLLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lag: int
 ) -> None:
-    """With a server that holds no more than prompt and completion together; killed and resumed, it is the same run."""
+    """With a server whose context holds just prompt and completion. Killed and resumed, the run is the same."""
     (tmp_path / "env.py").write_text(ENV)
     base["algorithm"] |= {"samples": 2, "max_new_tokens": 40}
     for folder in {base["model"]["path"], fake.start}:
         _ends_often(Path(folder))
     fake.restart()
-    fake.longest = 2 + 4 + 40  # BOS, three letters and a digit, what reset adds
+    fake.longest = 2 + 4 + 40  # BOS, three letters and a digit, and the text of reset
     how = {"environment": f"{tmp_path}/env.py:Env", "turns": 3, "lag": lag}
     own = api.train({**base, "rollout": how}, quiet=True)
     config = by_server(base, fake, **how) | {"checkpoint": {"every": 1}}
@@ -176,7 +176,7 @@ def test_draws_of_a_request_belong_to_seed_and_row() -> None:
 
 
 def first(path: str, times: int, other: Answer) -> Callable[[str, dict[str, Any], Answer], Answer]:
-    """Another answer to the first so many requests of a route."""
+    """Replace the first `times` answers of a route with `other`."""
     left = [times]
 
     def spoil(asked: str, body: dict[str, Any], right: Answer) -> Answer:
@@ -232,7 +232,7 @@ def test_a_restarted_server_is_sent_the_weights_again_and_asked_again(
 
 
 def test_a_server_that_keeps_old_weights_is_found_out(base: dict[str, Any], fake: FakeVLLM) -> None:
-    """At the first update, also where that is far below the tolerance, and where a part alone stays behind."""
+    """At the first update, even if the change is far below the tolerance, or only some of the weights are stale."""
     fake.keeps = lambda _: True
     for name, lr in (("big", 1e-2), ("small", 1e-4)):
         base["train"]["lr"], base["output"] = lr, base["output"] + name
@@ -324,7 +324,7 @@ def test_adapters_go_over_merged(tmp_path: Path, fake: FakeVLLM) -> None:
     model = get_peft_model(plain, LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False))
     section = RolloutConfig(engine="vllm", url=fake.url)
     engine = make_engine(section, model, tmp_path, 20)
-    engine.update(0)  # the probe compares what the server says with the adapted policy
+    engine.update(0)  # the probe compares the server's log-probs with the adapted policy's
     merged = dict(model.merge_and_unload().named_parameters())
     for name, weight in merged.items():
         assert torch.allclose(fake.model.state_dict()[name], weight, atol=1e-6), name
@@ -355,7 +355,7 @@ def test_batches_written_ahead_are_those_of_older_weights_and_say_so(base: dict[
     late = api.train(by_server(base, fake, lag=1, correction="tis", correction_high=1.5), quiet=True)
     own = {"rollout": {"lag": 1, "correction": "tis", "correction_high": 1.5}, "output": base["output"] + "-own-late"}
     by_own, by_fake = lines(api.train({**base, **own}, quiet=True).folder), lines(late.folder)
-    alike(by_fake, by_own)  # the own sampler's draws are the server's
+    alike(by_fake, by_own)  # the built-in sampler draws the same as the server
     for a, b in zip(by_fake, by_own, strict=True):
         assert {k: v for k, v in a.items() if k.startswith("rollout/")} == pytest.approx(
             {k: v for k, v in b.items() if k.startswith("rollout/")}, rel=1e-2, abs=1e-4
@@ -365,7 +365,7 @@ def test_batches_written_ahead_are_those_of_older_weights_and_say_so(base: dict[
     assert [x["rollout/lag"] for x in trained] == [0, 1, 1, 1, 1, 1]
     assert trained[0]["rollout/weight"] == pytest.approx(1.0, abs=1e-4)
     assert all(x["rollout/logp_mismatch"] > 1e-3 and x["rollout/weight"] != 1.0 for x in trained[1:])
-    # with weights that do not move, a batch written ahead is the batch written in time
+    # with constant weights, a batch generated ahead equals one generated in time
     base["train"] |= {"lr": 1e-30, "epochs": 2}
     base["output"] += "-still"
     in_time = lines(api.train(by_server(base, fake, lag=0), quiet=True).folder)

@@ -1,4 +1,4 @@
-"""Sampling: greedy is transformers' greedy, log-probs are the engine's, the same seed gives the same text."""
+"""Sampling: greedy equals transformers', log-probs equal the engine's, and the same seed gives the same text."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_greedy_equals_transformers(family: str) -> None:
         assert row.ids == expected[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])  # the pool of rows, and transformers' own cache
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # the pooled decoder, and transformers' own cache
 @pytest.mark.parametrize("penalty", [1.7, 0.6])
 def test_the_repetition_penalty_is_transformers(family: str, penalty: float) -> None:
     model = tiny_model(family, dtype=torch.float64)
@@ -78,7 +78,7 @@ def test_seeds() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_each_prompts_completions_have_a_bound_of_their_own(family: str) -> None:
-    """What is written up to there is the same as without it."""
+    """Tokens up to the bound are the same as without it."""
     model, rooms = tiny_model(family), [1 + i % 6 for i in range(len(PROMPTS))]
     whole, bounded = (sample(model, PROMPTS, n=2, max_new_tokens=6, seed=1, rooms=r) for r in ((), rooms))
     for long, short, room in zip(whole, bounded, rooms, strict=True):
@@ -110,23 +110,23 @@ def test_progress_counts_up_to_the_end(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 def test_a_cache_that_is_right_is_used(family: str) -> None:
-    """Decoding whole rows anew, or prompts of one length alone, would be right too, and slow."""
+    """Decoding whole rows again, or only prompts of one length together, would also be correct, but slow."""
     assert generate._way(tiny_model(family, dtype=torch.float32)) is generate._Padded
 
 
-# ---- transformers' own cache: any model on a GPU, and those without a fast path here ----
+# ---- transformers' own cache: any model on a GPU, and models without a fast path on the CPU ----
 
 MIXED = [[5, 6, 7], [9, 8], [11, 12, 13, 14, 15, 16, 17], [4], [3, 1, 2], [8] * 12]
 
 
 @pytest.fixture
 def no_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, where the pool of rows does not run."""
+    """Disable the pooled decoder, as on a GPU."""
     monkeypatch.setattr(generate, "can_decode_fast", lambda *_: False)
 
 
 def at_a_time(model: Any, way: type, monkeypatch: pytest.MonkeyPatch, **how: Any) -> tuple[list[Any], int]:
-    """What is sampled when prompts are decoded in one way, and how often prompts were computed."""
+    """Samples with one way of batching prompts, and how often prompts were prefilled."""
     waves = []
     first = way.first  # type: ignore[attr-defined]
     monkeypatch.setattr(way, "first", lambda row, ids, n, pads: waves.append(len(ids)) or first(row, ids, n, pads))
@@ -145,7 +145,7 @@ def test_prompts_of_any_length_run_together_and_get_what_they_get_alone(
     assert (together, by_length) == (1, 5)
     assert [[s.ids for s in r] for r in rows] == [[s.ids for s in r] for r in alone]
     for mine, theirs in zip(rows, alone, strict=True):
-        assert mine[0].logps == pytest.approx(theirs[0].logps, abs=1e-6)  # they are kept in fp32
+        assert mine[0].logps == pytest.approx(theirs[0].logps, abs=1e-6)  # log-probs are kept in fp32
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
@@ -182,7 +182,7 @@ def test_rows_at_once_are_what_memory_has_room_for(no_pool: None, monkeypatch: p
     rows = sample(model, MIXED, n=2, max_new_tokens=6, temperature=0)
     assert [[s.ids for s in r] for r in rows] == [[s.ids for s in r] for r in expected]
     assert sum(sizes) == len(MIXED) and len(sizes) > 1
-    monkeypatch.setattr(generate, "cache_room", lambda _: 0)  # one prompt runs in any case
+    monkeypatch.setattr(generate, "cache_room", lambda _: 0)  # one prompt always runs
     sizes.clear()
     sample(model, MIXED, n=2, max_new_tokens=6, temperature=0)
     assert sizes == [1] * len(MIXED)
@@ -198,7 +198,7 @@ def test_a_gpus_room_is_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_token_waits_for_the_device_once(no_pool: None) -> None:
-    """Of a token in the middle, where no row ends, and without padding, which transformers looks at."""
+    """For a token in the middle, where no row ends, and without padding, which transformers checks."""
 
     class Reads(TorchFunctionMode):
         seen = 0

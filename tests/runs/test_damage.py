@@ -1,4 +1,4 @@
-"""Damaged files, full disks, kills and exits: a run goes on bit for bit, or says which file it is and how to mend it."""
+"""Damaged files, full disks, kills and exits: a run resumes bit for bit, or names the file and how to fix it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ WRITES = ("fsync", "replace", "rename", "mkdir")  # every file and folder of a r
 
 
 class World:
-    """A tiny run that came to its end, kept aside: `fresh` puts it back, stopped after step 2 or whole."""
+    """A saved copy of a finished tiny run. `fresh` restores it, stopped after step 2 or complete."""
 
     def __init__(self, folder: Path, **more: Any) -> None:
         self.folder, self.run, self.kept = folder, folder / "run", folder / "kept"
@@ -70,7 +70,7 @@ class World:
         api.train(self.config, quiet=True)
 
     def check(self) -> None:
-        """The run is what the one that nothing happened to is."""
+        """Check that the run equals the undisturbed one."""
         weights = next((self.kept / LAST / "model").glob("*model.safetensors")).relative_to(self.kept)
         for name in ("metrics.jsonl", "samples.jsonl", weights):
             if (self.kept / name).exists():
@@ -84,7 +84,7 @@ class World:
 
 @pytest.fixture(autouse=True)
 def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A report at each evaluation would be most of the time of these tests."""
+    """No reports at evaluations, which would take most of these tests' time."""
     monkeypatch.setattr("penchant.report.LiveReport._write", lambda *_: None)
 
 
@@ -120,7 +120,7 @@ def test_every_file_of_a_run_ends_healed_or_refused_by_name(world: World, name: 
             world.train()
         return
     world.train()
-    if name != "start.completions.json":  # asked again of the start, which draws the same
+    if name != "start.completions.json":  # sampled again from the start, which gives the same
         world.check()
 
 
@@ -129,7 +129,7 @@ def test_any_bit_of_any_file(world: World) -> None:
     names = [p.relative_to(world.kept) for p in sorted(world.kept.rglob("*")) if p.is_file() and p.stat().st_size]
     for name in names:
         if name.parts[:2] == ("checkpoints", "step-4"):
-            continue  # the run is stopped after step 2
+            continue  # only for the run that stopped after step 2
         for at in (0.0, 0.1, 0.37, 0.5, 0.8, 0.999):
             flip(world.fresh() / name, at, bit=int(at * 7))
             try:
@@ -167,7 +167,7 @@ class StopHere(Exception):
 
 
 def stopped_early(world: World, *, quiet: bool = True) -> None:
-    """As far as the first step: the folder was taken for what it is."""
+    """Run up to the first step, by which point the folder has been accepted."""
 
     def stop(*_: Any) -> None:
         raise StopHere
@@ -327,7 +327,7 @@ def test_a_flipped_bit_in_the_reference_cache_changes_nothing(world: World, caps
 
 @contextmanager
 def failing(at: int, number: int, *, kill: bool = False) -> Iterator[list[int]]:
-    """The `at`-th write to the disk fails, and all after it; or the process is gone."""
+    """Make the `at`-th disk write and all later ones fail, or end the process there."""
     count = [0]
 
     def hooked(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -371,7 +371,7 @@ def test_a_disk_that_fails_is_a_sentence_and_the_run_goes_on(world: World, at: i
 
 
 def without(folder: Path, name: str, patch: pytest.MonkeyPatch) -> None:
-    """No file of this name is ever written."""
+    """Never write a file of this name."""
     real = os.replace
 
     def refused(source: Any, to: Any, **more: Any) -> None:
@@ -424,10 +424,10 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def ended(call: Callable[[], int | None]) -> int:
-    """How a process of its own ends that does nothing but this: its exit code, or minus the signal."""
+    """Run this in a child process, and return its exit code, or minus the signal."""
     child = os.fork()
     if not child:
-        status = 99  # a child that raises must not go on as a second run of these tests
+        status = 99  # a child that raises must not continue as a second test process
         try:
             status = call() or 0
         except BaseException:
@@ -467,7 +467,7 @@ def test_wherever_it_is_killed_it_goes_on_bit_for_bit(world: World) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_other_methods_killed_in_a_write_go_on_bit_for_bit(method: str, tmp_path: Path) -> None:
-    """At some writes, others with each seed (PENCHANT_SEED)."""
+    """At some of the writes, chosen by PENCHANT_SEED."""
     world = World(tmp_path, **METHODS[method])
     seed = int(os.environ.get("PENCHANT_SEED", "0"))
     writes = writes_of(world)
@@ -477,7 +477,7 @@ def test_other_methods_killed_in_a_write_go_on_bit_for_bit(method: str, tmp_path
 
 @contextmanager
 def largest(size: int) -> Iterator[None]:
-    """No file grows beyond this: what libraries in Rust and C++ write fails too."""
+    """Limit file sizes, so that writes of Rust and C++ libraries fail too."""
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
     try:
@@ -553,7 +553,7 @@ def test_a_second_command_changes_nothing_in_a_folder_that_is_held(world: World)
     assert {**after, ".lock": b""} == {**before, ".lock": b""}
 
 
-# ---- Ends ----
+# ---- Process exits ----
 
 
 @pytest.mark.parametrize("end", ["sys.exit(0)", "os._exit(0)"])

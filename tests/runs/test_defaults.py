@@ -1,4 +1,4 @@
-"""What a config leaves to be chosen, and what is said about values that were probably not meant."""
+"""Default values that depend on model and data, and notes about values that are probably mistakes."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def test_auto_is_one_table(base: dict[str, Any], settings: tuple[str, ...], lr: 
     assert peak_lr(config, rows, 1_000_000) == lr
     if not settings:
         assert peak_lr(config, rows, 10**9) == 5e-6
-        assert peak_lr(config, rows, 1_000_000, {"peak_lr": 7e-7}) == 7e-7  # a run that goes on keeps its own
-        assert peak_lr(config, rows, 1_000_000, {}) == 1e-6  # one of before the table, too
+        assert peak_lr(config, rows, 1_000_000, {"peak_lr": 7e-7}) == 7e-7  # a resumed run keeps its own
+        assert peak_lr(config, rows, 1_000_000, {}) == 1e-6  # also one from before the table existed
 
 
 def test_values_that_were_hardly_meant_are_said(base: dict[str, Any]) -> None:
@@ -98,7 +98,7 @@ def test_a_longer_run_is_told_how_to_go_on(tmp_path: Path) -> None:
     assert "to train on" not in str(told.value)
 
 
-# ---- names with a slip ----
+# ---- misspelled names ----
 
 
 def test_a_mistyped_folder_is_answered_with_the_nearest(base: dict[str, Any]) -> None:
@@ -139,7 +139,7 @@ def test_a_hub_id_is_asked_about_once(reached: bool, monkeypatch: pytest.MonkeyP
     for _ in range(2):
         with pytest.raises(ModelError, match=what):
             hub.check_hub("owner/mistyped")
-    assert max(asked) <= 10 and len(asked) == (2 if reached else 1)  # nobody waits for a second answer
+    assert max(asked) <= 10 and len(asked) == (2 if reached else 1)  # an unreachable hub is not asked again
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_a_share_that_holds_nothing_out_is_named() -> None:
 
 
 def test_a_hub_that_was_gone_is_asked_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One failed look must not keep a later push (or look) of the same process from the hub."""
+    """A failed lookup must not keep later pushes or lookups of the same process from the hub."""
     import huggingface_hub
     from huggingface_hub import constants
 
@@ -231,26 +231,26 @@ def test_a_hub_that_was_gone_is_asked_again_after_a_while(monkeypatch: pytest.Mo
     hub.ask_again()
     assert not constants.HF_HUB_OFFLINE
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    hub.ask_again()  # of a person's own
+    hub.ask_again()  # set by the user, so it stays
     assert constants.HF_HUB_OFFLINE
 
 
 def test_passwords_are_not_in_a_runs_config(tmp_path: Path) -> None:
     config = "output: o\nlogging:\n  mlflow: http://me:pass:word@host/\nurl: 'https://h/?token=abcdef'\n"
-    for _ in range(2):  # and it goes on
+    for _ in range(2):  # and again on resume
         assert open_run(tmp_path, config, {"config": {}}) == []
         kept = (tmp_path / "config.resolved.yaml").read_text()
         assert "pass" not in kept and "abcdef" not in kept and parse_yaml(kept, "")[0]["output"] == "o"
 
 
 def test_members_of_a_sweep_have_one_day(tmp_path: Path) -> None:
-    """Whenever each of them starts: their prompts are compared."""
+    """Whenever each of them starts, because they are compared on the same prompts."""
     run = Run(
         config_from_mapping({"model": {"path": "m"}, "data": {"path": "d"}, "output": str(tmp_path / "b")}), quiet=True
     )
     other = {"config": {"data": {"template_options": {"strftime_now": "2026-11-01"}}}}
     (tmp_path / "a").mkdir()
     open_run(tmp_path / "a", "", other)
-    assert run._day_of_sweep() is None  # runs that happen to stand beside each other
+    assert run._day_of_sweep() is None  # unrelated runs in the same folder
     (tmp_path / "sweep.json").write_text("{}")
     assert run._day_of_sweep() == "2026-11-01"

@@ -1,6 +1,6 @@
-"""A real file system that is full (a small tmpfs in a mount namespace of its own): a sentence, and the same command goes on.
+"""A full file system (a small tmpfs in its own mount namespace) gives an error message, and the same command resumes.
 
-Run as a script inside such a namespace, this file tries each command with less and less room.
+Run as a script inside such a namespace, this file tries each command with different amounts of free space.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 SIZE = 24 << 20
-ROOM = (0, 3000, 20_000, 120_000, 400_000, 900_000)  # bytes that are left
+ROOM = (0, 3000, 20_000, 120_000, 400_000, 900_000)  # free bytes
 UNSHARE = ["unshare", "--mount", "--map-root-user"]
 
 
@@ -47,7 +47,7 @@ def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(what: str, tmp_p
 
 
 def _leave(disk: Path, room: int) -> Path:
-    """Fill the disk but for some bytes."""
+    """Fill the disk except for `room` bytes."""
     filler, free = disk / "filler", os.statvfs(disk)
     with filler.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, max(1, free.f_bavail * free.f_frsize - room))
@@ -64,7 +64,7 @@ def _ran(*command: str) -> tuple[int, str]:
 
 
 def _tried(what: str, folder: Path) -> list[int]:
-    """Exit codes of the command with each room; every time it must go on once there is more."""
+    """Exit codes of the command for each amount of free space. It must resume whenever there is more."""
     from tiny import polite_rows, tiny_model_folder, write_jsonl
 
     disk, codes = folder / "disk", []

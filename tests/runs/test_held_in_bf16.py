@@ -1,4 +1,4 @@
-"""A run in bf16 whose weights are read in bf16 is that of weights that were read in fp32, to the last bit."""
+"""A bf16 run is bitwise the same whether its weights are loaded in bf16 or in fp32."""
 
 from __future__ import annotations
 

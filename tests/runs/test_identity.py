@@ -1,4 +1,4 @@
-"""What a run is made of: one input changed between interruption and resume is refused by name, or the run ends bit for bit the same."""
+"""A run's identity: an input changed before a resume is refused by name, or the run ends bit for bit the same."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Stopped(Exception):
 
 
 class World:
-    """A run stopped after step 2, kept aside with all that it is made of: `fresh` puts everything back."""
+    """A saved copy of a run stopped after step 2, with all its inputs. `fresh` restores everything."""
 
     def __init__(self, folder: Path, kind: str) -> None:
         self.folder, self.kept = folder / "here", folder / "kept"
@@ -85,7 +85,7 @@ class World:
         shutil.copytree(here, self.kept)
 
     def pairs(self, here: Path) -> None:
-        """DPO-like, with a loss, a layout and a judge of its own, and a reference of its own."""
+        """A DPO-like run with a user's loss, layout and judge, and a separate reference."""
         (here / "losses_of_mine").mkdir()
         (here / "losses_of_mine/__init__.py").write_text("")
         (here / "losses_of_mine/slope.py").write_text("SLOPE = 1.0\n")
@@ -125,7 +125,7 @@ class World:
         }
 
     def reward_model(self, here: Path) -> None:
-        """A reward model, whose head is drawn."""
+        """A reward model with a random head."""
         self.config["algorithm"] = "reward_model"
 
     def fresh(self) -> Path:
@@ -134,7 +134,7 @@ class World:
         return self.folder
 
     def resume(self, *, quiet: bool = True) -> None:
-        """As far as the first step: nothing was refused."""
+        """Resume up to the first step, by which point nothing was refused."""
 
         def stop(*_: Any) -> None:
             raise Stopped
@@ -222,7 +222,7 @@ def test_a_changed_input_is_refused_by_name(world: Callable[[str], World], kind:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", FILES)
 def test_any_bit_of_any_input(world: Callable[[str], World], kind: str) -> None:
-    """Refused by a sentence that names where it is, or nothing was changed that the run depends on."""
+    """Either refused with an error that names the place, or the change does not affect the run."""
     made = world(kind)
     outputs = ("run", "cache")
     files = [p.relative_to(made.kept) for p in sorted(made.kept.rglob("*")) if p.is_file() and p.stat().st_size]
@@ -239,7 +239,7 @@ def test_any_bit_of_any_input(world: Callable[[str], World], kind: str) -> None:
                 assert name.name in told or name.parts[0] in told or "is not UTF-8" in told, (name, at, told)
             except Stopped:
                 went_on.append(str(name))
-    # of prompts' rows the answers are not used, and a reference gets ids
+    # answers of prompt rows are not used, and a reference gets ids
     unused = {"judged": {"pairs.jsonl"}, "pairs": {"reference/tokenizer.json", "reference/tokenizer_config.json"}}
     assert set(went_on) <= unused.get(kind, set())
 
@@ -270,7 +270,7 @@ def test_a_file_that_came_or_went_is_a_change(world: Callable[[str], World], nam
 def test_rows_that_become_other_tokens_are_refused(
     world: Callable[[str], World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever changed: here the code that writes them."""
+    """Whatever changed; here it is the tokenizing code."""
     world("pairs").fresh()
     from penchant.data import tokenize
 
@@ -405,7 +405,7 @@ def test_a_day_that_is_none_is_a_sentence(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("part", ["config.json", "tokenizer_config.json"])
 def test_the_files_of_a_hub_id_are_part_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
-    """A cache as the hub's library makes it, and no network."""
+    """With a cache as the hub's library writes it, and no network."""
     repo = tmp_path / "hub" / "models--someone--tiny"
     files = Path(tiny_model_folder(repo / "snapshots" / ("a" * 40)))
     (repo / "refs").mkdir()
@@ -419,11 +419,11 @@ def test_the_files_of_a_hub_id_are_part_of_a_run(tmp_path: Path, monkeypatch: py
     (files / part).write_text((files / part).read_text() + " ")
     now = model_contents(config)
     assert [name for name in before if now[name] != before[name]] == [f"{CACHED}: {part}"]
-    kept = {"config": {}, TOKENS: "1"}  # of a run that did not look at them
+    kept = {"config": {}, TOKENS: "1"}  # from a run that did not record them
     assert changed(kept, kept | now, {}) == [] and changed(kept | before, kept | now, {}) != []
     later = {
         k: v for k, v in before.items() if not k.endswith("generation_config.json")
-    }  # a file that is fetched later
+    }  # a file that is downloaded later
     assert changed(kept | later, kept | before, {}) == [] and len(later) < len(before)
 
 

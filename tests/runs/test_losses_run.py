@@ -1,4 +1,4 @@
-"""Losses from YAML to the end of a run: every one trains, schedules are logged and survive, sides may be absent, floors stop."""
+"""Losses in whole runs: each one trains, schedules are logged and survive a resume, sides may be absent, floors stop the run."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def base(tmp_path: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Shared]:
-    """A folder with model and data, and what runs on them have in common, as in a sweep: it changes no figure (tests/sweep)."""
+    """A folder with model and data, and objects shared between runs as in a sweep, which changes no results (see tests/sweep)."""
     folder = tmp_path_factory.mktemp("together")
     base_in(folder)
     for keep in SIDES:
@@ -51,7 +51,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Shared]:
 
 @pytest.fixture
 def one_of_many(together: tuple[Path, Shared], tmp_path: Path) -> Callable[..., TrainResult]:
-    """Trains one of the runs that have the model and the data in common."""
+    """Train one of the runs that share the model and the data."""
     folder, shared = together
 
     def train(loss: str, data: Path | None = None) -> TrainResult:
@@ -90,7 +90,7 @@ def test_every_loss_trains_by_its_name(one_of_many: Callable[..., TrainResult], 
         assert {"eval/rewards/margins/ci", "eval/rewards/accuracies/ci"} <= result.after.keys()
         moved = result.after["eval/logps/chosen"] - result.after["eval/logps/rejected"]
         before = result.before["eval/logps/chosen"] - result.before["eval/logps/rejected"]
-        assert (moved > before) == (name != "discopop")  # see test_discopop.py: at equality it first goes down
+        assert (moved > before) == (name != "discopop")  # at equality discopop first goes down, see tests/losses
 
 
 @pytest.mark.parametrize("name", by_default(["kto", "bco", "pmpo", "sft"], ["kto", "sft"]))
@@ -118,7 +118,7 @@ def test_labelled_answers_and_data_of_one_side(
 def test_dpo_shifts_lambda_is_logged_every_step_and_reaches_both_ends(base: dict[str, Any]) -> None:
     result = api.train({**base, "loss": {"name": "dpo_shift", "schedule": "increase_linear"}}, quiet=True)
     assert [r["lambda"] for r in lines(result)] == pytest.approx([0.5, 0.75, 1.0])
-    again = api.evaluate(result.folder, quiet=True)  # the resolved config loads back, schedule and all
+    again = api.evaluate(result.folder, quiet=True)  # the resolved config loads again, including the schedule
     assert again["eval/loss"] == pytest.approx(result.after["eval/loss"], rel=1e-6)
     fixed = api.train(
         {**base, "loss": {"name": "dpo_shift", "lambda": 0.6}, "output": base["output"] + "-fixed"}, quiet=True
@@ -127,7 +127,7 @@ def test_dpo_shifts_lambda_is_logged_every_step_and_reaches_both_ends(base: dict
 
 
 def test_the_held_out_loss_is_with_the_last_steps_value(base: dict[str, Any]) -> None:
-    """lambda ends at 1, so the loss after training is DPO's on the same weights."""
+    """lambda ends at 1, so the final held-out loss is DPO's on the same weights."""
     result = api.train({**base, "loss": {"name": "dpo_shift", "schedule": "increase_linear"}}, quiet=True)
     dpo = api.evaluate({**base, "loss": "dpo"}, quiet=True)
     assert dpo["checkpoint"] == "step-3"
@@ -160,14 +160,14 @@ def test_a_divergences_order_takes_one_too(base: dict[str, Any]) -> None:
 
 
 class Killed(BaseException):
-    """A kill -9: nothing of the loop's own clean-up knows about it."""
+    """Simulates kill -9: an exception that the loop's cleanup does not handle."""
 
 
 @pytest.mark.parametrize(
     "loss,more",
     [
         pytest.param({"name": "dpo_shift", "schedule": "decrease_linear"}, {}, marks=pytest.mark.slow),
-        ({"name": "bco"}, {}),  # has a state of its own
+        ({"name": "bco"}, {}),  # has its own state
         pytest.param({"name": "kto"}, {}, marks=pytest.mark.slow),
         pytest.param({"name": "aot"}, {}, marks=pytest.mark.slow),
         pytest.param({"name": "pmpo"}, {"reference": {"ema": 0.8}}, marks=pytest.mark.slow),
@@ -198,12 +198,12 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_ends(
     assert (whole.folder / "metrics.jsonl").read_bytes() == (resumed.folder / "metrics.jsonl").read_bytes()
     state = f"checkpoints/step-{whole.steps}/state.safetensors"
     assert (whole.folder / state).read_bytes() == (resumed.folder / state).read_bytes()
-    # and what is read back later is what the run itself saw at its end
+    # a later evaluation gives what the run itself measured at its end
     again = api.evaluate(resumed.folder, quiet=True)
     assert again["eval/loss"] == pytest.approx(resumed.after["eval/loss"], rel=1e-6)
 
 
-# ---- losses that look at a whole step -----------------------------------------------------------------------------------
+# ---- losses over a whole step -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", by_default(["aot", "aot_unpaired", "kto"], ["aot", "kto"]))
@@ -230,7 +230,7 @@ def test_ref_ema_of_pmpo_is_the_references(base: dict[str, Any]) -> None:
 
 
 def test_a_moving_reference_loosens_the_pull(base: dict[str, Any], tmp_path: Path) -> None:
-    """Its log-ratio is to where the policy was, so the last step's rewards are smaller; the KL stays against the start."""
+    """Log-ratios are relative to a recent policy, so the last step's rewards are smaller. The KL stays relative to the start."""
     base["train"] |= {"epochs": 3}
     base["evaluation"]["kl_prompts"] = 4
     still = api.train({**base, "loss": "dpo"}, quiet=True)
@@ -239,7 +239,7 @@ def test_a_moving_reference_loosens_the_pull(base: dict[str, Any], tmp_path: Pat
     )
     assert abs(lines(moving)[-1]["rewards/margins"]) < abs(lines(still)[-1]["rewards/margins"]) / 2
     assert moving.after["eval/kl/completions"] == 4
-    # held out, what was learned is told against the start, not against a reference that went along
+    # held-out rewards are relative to the start, not to the moving reference
     assert moving.after["eval/rewards/margins"] > 2 * lines(moving)[-1]["rewards/margins"]
 
 
@@ -341,7 +341,7 @@ def test_a_run_of_a_version_that_knew_less_goes_on(base: dict[str, Any]) -> None
     for key in ("algorithm", "reward"):
         del identity["config"][key]
     del identity["config"]["train"]["logp_floor"], identity["config"]["loss"]["nll_weight"]
-    runfolder.keep(path, json.dumps(identity))  # with its sum: a damaged one is not read
+    runfolder.keep(path, json.dumps(identity))  # with a valid checksum, since a damaged file is not read
     assert api.train({**base, "loss": "dpo"}, quiet=True).steps == result.steps
 
 

@@ -1,4 +1,4 @@
-"""Several sources mixed by weight, several held-out sets: what an epoch takes, exact resume, identity, figures by set."""
+"""Sources mixed by weight, and several held-out sets: rows of an epoch, exact resume, identity, metrics by set."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _epochs(schedule: BatchSchedule) -> list[list[int]]:
 
 def test_weights_deal_an_epoch_and_every_row_of_a_source_comes_up_equally_often() -> None:
     shares = shares_of([8, 2, 0], [1.0, 1.0, 5.0], [None] * 3)
-    assert shares == ((0, 8, 5), (8, 2, 5))  # as many rows as there are; a source without rows takes no part
+    assert shares == ((0, 8, 5), (8, 2, 5))  # at most all rows; a source without rows is left out
     epochs = _epochs(BatchSchedule(10, 3, 8.0, shares=shares))
     assert all(sum(i >= 8 for i in e) == 5 and len(e) == 10 for e in epochs) and len(epochs) == 8
     seen = Counter(i for e in epochs for i in e)
@@ -49,7 +49,7 @@ def test_repeat_says_how_often_an_epoch_goes_through_a_source() -> None:
     schedule = BatchSchedule(8, 2, 2.0, shares=shares)
     one, two = _epochs(schedule)
     assert schedule.steps_per_epoch == 3 and len(one) == 6
-    assert sorted(i for i in (*one, *two) if i >= 4) == [4, 5, 6, 7]  # the second epoch goes through the rest
+    assert sorted(i for i in (*one, *two) if i >= 4) == [4, 5, 6, 7]  # the second epoch uses the remaining rows
     (whole,) = _epochs(BatchSchedule(8, 2, 1.0, shares=shares_of([4, 4], [None] * 2, [2.0, None])))
     assert Counter(whole) == Counter([*range(4), *range(8)])
 
@@ -102,7 +102,7 @@ def test_a_run_of_two_sources_and_two_held_out_sets_resumes_to_the_bit(tmp_path:
     assert rows_behind(after, "eval/plain/rewards/accuracies") == 4 and rows_behind(after, "eval/loss") == 8
     of_sets = (after["eval/plain/loss"], after["eval/swapped/loss"])
     assert after["eval/loss"] == pytest.approx(np.mean(of_sets), rel=1e-6) and of_sets[0] < of_sets[1]
-    # each set's figures are those of a run that has it alone
+    # each set's metrics equal those of a run with that set alone
     alone = {**_with_data(base, eval_path=base["data"]["eval_path"]["swapped"]), "output": str(tmp_path / "alone")}
     assert api.train(alone, quiet=True).after["eval/loss"] == pytest.approx(of_sets[1], rel=1e-6)
     manifest = json.loads((resumed.folder / "manifest.json").read_text())["data"]
@@ -125,7 +125,7 @@ def test_a_mixture_on_disk_is_the_same_run_and_its_rows_are_mapped(
     base = _with_data(_base(tmp_path), eval_path=_held_out(tmp_path))
     in_memory = api.train({**base, "output": str(tmp_path / "memory")}, quiet=True)
     monkeypatch.setattr("penchant.data.cached.AUTO_BYTES", 0)
-    for output in ("made", "opened"):  # the second one finds the entry
+    for output in ("made", "opened"):  # the second one finds the cache entry
         found = api.train({**base, "output": str(tmp_path / output)}, quiet=True)
         assert (found.model / "model.safetensors").read_bytes() == (in_memory.model / "model.safetensors").read_bytes()
         assert {k: v for k, v in found.after.items() if k.startswith("eval/") and "second" not in k} == {

@@ -1,4 +1,4 @@
-"""A run's, a checkpoint's or an adapter's folder where a config asks for a model: settled before the first step."""
+"""A run, checkpoint or adapter folder given as a model is resolved before the first step."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def values(work: Path, output: str, model: str, **more: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the whole model and one of an adapter on it, one step each."""
+    """A full fine-tuning run and an adapter run on it, one step each."""
     folder = tmp_path_factory.mktemp("named")
     write_jsonl(folder / "rows.jsonl", polite_rows(6))
     start = tiny_model_folder(folder / "start")
@@ -105,7 +105,7 @@ def test_a_run_without_a_checkpoint_or_a_base_that_is_gone_is_a_sentence(work: P
 
 
 def test_saved_models_say_where_an_answer_ends(work: Path, tmp_path: Path) -> None:
-    """As transformers and vLLM read it: a turn that ends with another id than the tokenizer's EOS (Gemma, Phi)."""
+    """In the form that transformers and vLLM read, for turns that do not end with the tokenizer's EOS (Gemma, Phi)."""
     from transformers import AddedToken, AutoTokenizer, GenerationConfig
 
     start = tiny_model_folder(tmp_path / "start", chat=True)
@@ -125,7 +125,7 @@ def test_saved_models_say_where_an_answer_ends(work: Path, tmp_path: Path) -> No
         assert GenerationConfig.from_pretrained(folder).eos_token_id == [tokenizer.eos_token_id, end]
 
 
-# ---- model.adapter: an adapter that is trained on ----
+# ---- model.adapter: continuing to train an adapter ----
 
 
 def trained_on(work: Path, output: str, adapter: Path | str, **more: Any) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def trained_on(work: Path, output: str, adapter: Path | str, **more: Any) -> dic
 
 @pytest.mark.parametrize("kind", ["adapter", "cached", "frozen"])
 def test_the_reference_of_an_adapter_that_is_trained_on_is_its_start(work: Path, tmp_path: Path, kind: str) -> None:
-    """peft's own modules say what the start was, after training too; with the adapter itself as reference, to the last bit at step 0."""
+    """Compared with peft's own modules, after training too. At step 0, policy and reference are bitwise equal."""
     from penchant.data.packing import pack
     from penchant.models.merge import with_adapter
 
@@ -190,7 +190,7 @@ def test_a_run_that_trains_an_adapter_on_resumes_to_the_same_numbers(work: Path,
     assert torch.allclose(
         load_causal_model(ModelConfig(path=str(made)), CPU)(ids).logits, merged(ids).logits, atol=1e-4
     )
-    # a later run of another adapter is another run
+    # with another adapter it is another run
     shutil.copytree(work / "lora/checkpoints/step-1/model", tmp_path / "other")
     with pytest.raises(PenchantError, match="adapter"):
         Run(config_from_mapping(trained_on(work, str(tmp_path / "parts"), tmp_path / "other")), quiet=True).train()

@@ -1,4 +1,4 @@
-"""A run from config to report: what a user does, on a tiny model."""
+"""A run from config to report on a tiny model, through the public interface."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> api.TrainResult:
-    """A run of `base` as it is, to be read only: what others are compared with."""
+    """A read-only run of `base`, for comparison with others."""
     return api.train(base_in(tmp_path_factory.mktemp("trained")), quiet=True)
 
 
@@ -101,7 +101,7 @@ def test_the_report_is_written_while_the_run_goes_on_and_never_ends_it(
     monkeypatch.setattr("penchant.report.write_report", spied)
     monkeypatch.setattr("penchant.report.SHARE", 0.0)
     result = api.train({**base, "evaluation": {**base.get("evaluation", {}), "every": 2}}, quiet=True)
-    # at the start, after steps 2 and 4 and 6 (of which the second failed, and was let be), and at the end
+    # at the start, after steps 2, 4 and 6 (the second failed and was ignored), and at the end
     assert seen[0] == ("running", 1) and seen[1] == ("running", 2) and seen[2] == ("running", 3)
     assert seen[-1] == ("finished", 4) and len(seen) == 4 and result.steps == 6
 
@@ -156,7 +156,7 @@ def test_sft_on_pairs_learns_the_chosen_answer(base: dict[str, Any]) -> None:
 def test_only_the_first_process_keeps_the_starts_losses_and_all_read_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What one process alone found damaged must not send it alone into passes that need the others."""
+    """If only one process finds a damaged file, it must not enter passes that need the others alone."""
     path, unused = tmp_path / "start.losses.json", cast(Any, SimpleNamespace())
     losses = {0: (1.0, 1.0), 1: (3.0, 1.0)}
     first_says = {row: (v - 1.0, w) for row, (v, w) in losses.items()}
@@ -172,7 +172,7 @@ def test_only_the_first_process_keeps_the_starts_losses_and_all_read_the_same(
 
 
 def test_a_loss_is_compared_with_the_start_row_by_row(base: dict[str, Any]) -> None:
-    """What rows differ by anyway is no doubt about the change; where the start's losses were damaged, they are found anew."""
+    """Differences between rows do not widen the change's interval; damaged start losses are computed again."""
     base["loss"] = {"name": "sft"}
     base["train"] |= {"lr": 3e-5, "epochs": 2}
     base["data"]["validation_rows"] = 12
@@ -180,7 +180,7 @@ def test_a_loss_is_compared_with_the_start_row_by_row(base: dict[str, Any]) -> N
     before, after = result.before, result.after
     low, high = after["eval/loss_change/ci"]
     assert after["eval/loss_change"] == pytest.approx(after["eval/loss"] - before["eval/loss"], abs=1e-6)
-    assert low < high < 0 and after["eval/loss/ci"][0] < before["eval/loss/ci"][1]  # unpaired, nothing could be said
+    assert low < high < 0 and after["eval/loss/ci"][0] < before["eval/loss/ci"][1]  # unpaired, they would overlap
     assert "better than the start" in headline(result.folder)
     path = result.folder / "start.losses.json"
     whole = path.read_bytes()
@@ -188,7 +188,7 @@ def test_a_loss_is_compared_with_the_start_row_by_row(base: dict[str, Any]) -> N
     shutil.rmtree(result.model.parent)
     again = api.train(base, "checkpoint.every=2", quiet=True)
     assert again.after["eval/loss_change/ci"] == pytest.approx([low, high], abs=1e-6)
-    assert [*json.loads(path.read_text())] == [*json.loads(whole)]  # kept again
+    assert [*json.loads(path.read_text())] == [*json.loads(whole)]  # saved again
 
 
 def test_sft_from_scratch_on_plain_text(base: dict[str, Any], tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_a_new_learning_rate_or_folder_reuses_the_cache_but_a_new_token_or_templ
     before = len(list(cache.glob("*.safetensors")))
     other = tiny_model_folder(tmp_path / "other", seed=1)
     assert caches_after(f"model.path={other}", f"output={tmp_path}/e") == before + 2
-    # case 18: the same weights say something else where the config has them computed in another way
+    # case 18: the same weights give other outputs if the config changes the computation
     config = json.loads((Path(other) / "config.json").read_text())
     config["rms_norm_eps"] = 1.0
     (Path(other) / "config.json").write_text(json.dumps(config))
@@ -234,7 +234,7 @@ def test_a_new_learning_rate_or_folder_reuses_the_cache_but_a_new_token_or_templ
 
 
 def test_kill_9_then_the_same_command_ends_bit_for_bit_the_same(base: dict[str, Any], tmp_path: Path) -> None:
-    """The real thing: a process killed at an arbitrary moment."""
+    """A real process, killed at an arbitrary moment."""
     base["train"] |= {"epochs": 3, "batch_size": 3}
     base["checkpoint"] = {"every": 3}
     base["evaluation"] |= {"every": 5}
@@ -301,7 +301,7 @@ OPTIONS = (
 
 
 def test_no_option_is_silently_ignored(base: dict[str, Any]) -> None:
-    """Each of them, away from its default, gives other weights after two steps of three."""
+    """Each option, if not at its default, gives other weights after two steps of three."""
     base["train"] |= {"max_steps": 3, "threads": 1}
     shared = Shared()
 
@@ -324,7 +324,7 @@ def test_no_option_is_silently_ignored(base: dict[str, Any]) -> None:
 
 
 def test_a_moving_reference_is_the_mean_that_its_option_says(base: dict[str, Any]) -> None:
-    """ema=0.9: nine parts of what it was, one part of the policy, after the first step."""
+    """ema=0.9: after the first step, 0.9 of the old reference plus 0.1 of the policy."""
     run = Run(api.as_config({**base, "reference": {"ema": 0.9}}), quiet=True)
     loop = run.make_loop()
     start = {n: m.detach().clone() for n, m in loop.optimizer.masters.items()}
@@ -340,7 +340,7 @@ def test_a_moving_reference_is_the_mean_that_its_option_says(base: dict[str, Any
 def test_an_evaluation_is_with_the_values_of_the_step_before_it(
     base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of three steps with progress 0, 1/2 and 1: what is held out meets a scheduled value as it was last trained with."""
+    """In three steps with progress 0, 1/2 and 1, evaluations use a scheduled value of the last training step."""
     begin, seen = Offline.begin_step, []
 
     def spied(self: Offline, step: int, progress: float, trees: Any) -> Any:
@@ -417,7 +417,7 @@ def test_nothing_held_out_to_evaluate(base: dict[str, Any]) -> None:
 
 
 def test_prompts_of_files_with_one_name_are_told_apart_or_not_at_all(base: dict[str, Any], tmp_path: Path) -> None:
-    """A row's source is its file's name and line; where two rows are called alike, nobody takes one's prompt for the other's."""
+    """A row's source is its file's name and line. If two rows have the same source, their prompts are not confused."""
     for name, rows in (("a", polite_rows(3)), ("b", [*polite_rows(1), *polite_rows(4)[2:]])):
         (tmp_path / name).mkdir()
         write_jsonl(tmp_path / name / "x.jsonl", rows)

@@ -1,4 +1,4 @@
-"""A reference and a reward model on other devices than the policy: what is where, that all crosses in one place, and that no figure moves."""
+"""A reference and a reward model on other devices: placement, a single place for transfers, and unchanged results."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def figures(result: api.TrainResult) -> tuple[bytes, bytes]:
 
 @pytest.fixture
 def other(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """`reference.device` means a CPU that is not the policy's; every tensor that crosses, by where it goes."""
+    """Treat `reference.device` as a second CPU, and record each transferred tensor's (dtype, destination)."""
     crossed: list[tuple[str, str]] = []
     place = torch.device("cpu", 0)
     monkeypatch.setattr(parts, "reference_place", lambda config: place)
@@ -57,7 +57,7 @@ def test_no_figure_moves(base: dict[str, Any], tmp_path: Path, request: pytest.F
 
 
 def test_nothing_crosses_in_another_place(base: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reference without numbers: whatever met one of its tensors without a move would fail, and a move back brings zeros."""
+    """With a reference on the meta device, using its tensors without a transfer would fail. A transfer back gives zeros."""
     place = torch.device("meta")
     back: list[tuple[int, ...]] = []
 
@@ -96,12 +96,12 @@ def parts_batch(run: Run) -> Any:
 
 
 def test_a_gradient_comes_back_from_another_device() -> None:
-    """What a trained model elsewhere (a value) needs: the move is part of the graph."""
+    """The transfer is part of the graph, which a trained model on another device (a value model) needs."""
     weight = torch.ones(3, requires_grad=True)
     assert machine.moved(weight * 2, torch.device("cpu")).sum().backward() is None and weight.grad is not None
 
 
-# ---- what is refused ------------------------------------------------------------------------------------------------
+# ---- errors ---------------------------------------------------------------------------------------------------------
 
 
 def two_cards(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
@@ -163,7 +163,7 @@ def test_several_processes_have_no_second_card(base: dict[str, Any], monkeypatch
     check_places(config_from_mapping(online, []))
 
 
-# ---- what goes where ------------------------------------------------------------------------------------------------
+# ---- placement ------------------------------------------------------------------------------------------------------
 
 
 def test_a_device_makes_the_reference_a_model_of_its_own(base: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Vision-language models: log-probs against the model's own forward, losses in closed form, and what stays as it is."""
+"""Vision-language models: log-probs against the model's own forward, losses in closed form, and which weights stay frozen."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def config(folder: Path, output: Path, *overrides: str) -> Any:
 
 
 def read(path: Path) -> tuple[Any, Any]:
-    """A checkpoint as transformers' users load it."""
+    """Load a checkpoint with transformers alone."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     return AutoModelForImageTextToText.from_pretrained(path).eval(), AutoProcessor.from_pretrained(path)
@@ -69,7 +69,7 @@ def test_log_probs_are_those_of_the_models_own_forward(tmp_path: Path, kind: str
     ]
     assert found.tolist() == pytest.approx(own, abs=2e-3)
 
-    # another picture in its place says something else, and one that was changed on the disk is not read
+    # another picture gives other log-probs, and a picture that was changed on disk is not read
     picture = trees[1].images[0]
     other = replace(trees[1], images=trees[2].images)
     with torch.no_grad():
@@ -107,7 +107,7 @@ def test_dpo_is_its_formula_and_the_vision_tower_stays(folder: Path, tmp_path: P
     }
     assert moved == {"text_model"}
 
-    # the checkpoint evaluates as the run did, by itself and on a file
+    # the checkpoint evaluates like the run, by itself and on a file
     assert api.evaluate(tmp_path / "run", quiet=True)["eval/loss"] == pytest.approx(result.after["eval/loss"], abs=1e-6)
     figures = api.evaluate(tmp_path / "run", data=str(folder / "pairs.jsonl"), quiet=True)
     own = [own_logp(trained, own_processor, folder, r, r["chosen"][0]["content"]) for r in rows]
@@ -116,7 +116,7 @@ def test_dpo_is_its_formula_and_the_vision_tower_stays(folder: Path, tmp_path: P
     assert figures["eval/logps/chosen"] == pytest.approx(sum(own) / len(own), rel=1e-5)
     assert not any(
         "prompts with answers" in note and ": 3" in note for note in figures["notes"]
-    )  # one question, six prompts
+    )  # one question with six pictures makes six prompts
 
 
 def test_an_adapter_is_of_the_language_model_and_a_run_goes_on_bit_for_bit(folder: Path, tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_commands_of_text_alone_refuse_such_a_run(folder: Path, tmp_path: Path) 
 
 
 def test_a_comparison_of_given_answers_to_pictures(folder: Path, tmp_path: Path) -> None:
-    """By how likely they are; nothing is written, and one question about several pictures is as many prompts."""
+    """Compares log-probs without sampling. One question about several pictures makes as many prompts."""
     more = ("train.max_steps=1", "evaluation.at_start=false", "data.split_seed=0")
     for name, changes in (("one", ("lora.r=4",)), ("other", ("train.lr=1e-2", "train.seed=1"))):
         Run(config(folder, tmp_path / name, *more, *changes), quiet=True).train()
@@ -236,7 +236,7 @@ def test_a_plan_of_a_run_with_pictures(folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_text_part_is_a_model_by_itself(folder: Path) -> None:
-    """SmolVLM's folder without eyes: the weights of its language model, under another name."""
+    """SmolVLM's folder without vision has its language model's weights, under another name."""
     whole, _ = read(folder / "model")
     part = load_causal_model(ModelConfig(path=str(folder / "model")), torch.device("cpu"))
     own = whole.model.text_model.state_dict()

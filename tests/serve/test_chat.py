@@ -1,4 +1,4 @@
-"""A session: conversations, commands, preferences, and what of it reaches a terminal."""
+"""Chat sessions: conversations, commands, preferences, and terminal output."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from penchant.types import Message
 def _session(
     models: list[ChatModel], lines: list[Any], *, live: bool = False, width: int = 80, tokens: int = 24, **wanted: Any
 ) -> tuple[Chat, str, str]:
-    """Run a session; what it wrote and what it noted. An exception in `lines` is raised at its place."""
+    """Run a session and return its output and its notes. An exception in `lines` is raised at that point."""
     given = iter(lines)
 
     def read() -> str:
@@ -64,7 +64,7 @@ def plain_model(tmp_path_factory: pytest.TempPathFactory) -> ChatModel:
 
 @pytest.fixture(scope="module")
 def writers(tmp_path_factory: pytest.TempPathFactory) -> list[ChatModel]:
-    """Two models that answer always the same."""
+    """Two models with fixed answers."""
     return [model_of(writer_folder(tmp_path_factory.mktemp("w"), text)) for text in ("Yes!\x1b[2J", "no-way")]
 
 
@@ -107,7 +107,7 @@ def test_turns_are_remembered_and_a_seed_repeats_them(models: list[ChatModel], a
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The messages of every prompt that a chat_model gets."""
+    """Collects the messages of every prompt that a chat_model receives."""
     seen: list[list[str]] = []
     prompt_of = ChatModel.prompt_of
 
@@ -208,7 +208,7 @@ def test_what_fits_is_the_longest_that_does(models: list[ChatModel]) -> None:
     assert 0 < found.dropped < 6 and len(found.ids) + 100 <= chat_model.context
     assert len(chat_model.prompt_of(talk.messages("now", found.dropped - 1))) + 100 > chat_model.context
     assert found.ids == chat_model.prompt_of(talk.messages("now", found.dropped))
-    assert fit(chat_model, talk, "x" * 400, 100).room < 100  # the answer is shorter before the message is refused
+    assert fit(chat_model, talk, "x" * 400, 100).room < 100  # the answer is shortened before the message is refused
     with pytest.raises(TooLong, match="nothing was sent"):
         fit(chat_model, talk, "x" * 600, 100)
     _, _, notes = _session([chat_model], ["x" * 600])
@@ -230,7 +230,7 @@ def test_preferences_are_rows_that_penchant_reads(models: list[ChatModel], tmp_p
     names = [v.name for v in models]
     assert [r["chosen_by"] for r in rows] == names and rows[0]["rejected_by"] == names[1]
     assert rows[0]["prompt"] == [{"role": "user", "content": "One"}]
-    # the better answer goes on
+    # the conversation continues with the better answer
     assert [m["content"] for m in rows[1]["prompt"]] == ["One", rows[0]["chosen"], "Two"]
     assert [t.answer for t in chat.conversation.turns[:2]] == [r["chosen"] for r in rows]
     (tie,) = [json.loads(line) for line in (tmp_path / "prefs.ties.jsonl").read_text().splitlines()]
@@ -254,7 +254,7 @@ def test_blind_sides_are_shuffled_and_names_hidden_until_the_end(writers: list[C
     _, out, notes = _session(writers, lines, prefer=str(file), blind=True)
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert {r["chosen_by"] for r in rows} == {v.name for v in writers}
-    # the row names who wrote what
+    # the row names the model of each answer
     text = {writers[0].name: "Yes!\x1b[2J", writers[1].name: "no-way"}
     assert all(text[r["chosen_by"]] == r["chosen"] and text[r["rejected_by"]] == r["rejected"] for r in rows)
     before_end = (out + notes).rsplit("preferred:", 1)[0]
@@ -305,7 +305,7 @@ def test_wrapping_does_not_depend_on_the_pieces(pieces: list[str], width: int) -
     for piece in pieces:
         before = grown.lines[:-1]
         grown.add(piece)
-        assert grown.lines[: len(before)] == before  # a line above the last never changes
+        assert grown.lines[: len(before)] == before  # lines above the last never change
     whole.add("".join(pieces))
     assert [line.rstrip(" ") for line in grown.lines] == [line.rstrip(" ") for line in whole.lines]
     assert all(cell_len(line.rstrip(" ")) <= width for line in whole.lines)
@@ -376,7 +376,7 @@ def test_in_a_pseudo_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     seen = ""
 
     def until(text: str, seconds: float = 240.0) -> None:
-        """Read on until a text comes that was not there before."""
+        """Read until new output contains a text."""
         nonlocal seen
         end = time.monotonic() + seconds
         while text not in seen:
@@ -389,10 +389,10 @@ def test_in_a_pseudo_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         until("> ")
         os.write(parent, b"Hello\n")
         until("Hello\r\n")
-        until("&")  # it has begun to write
+        until("&")  # it has started to write
         os.kill(process.pid or 0, signal.SIGINT)
         until("stopped)")
-        until("> ")  # bytes that come before the line is edited are read in another way
+        until("> ")  # bytes that arrive before line editing starts are read differently
         os.write(parent, b"/undo\n")
         until("(the last turn is gone; 0 left)")
         until("> ")
@@ -408,7 +408,7 @@ def test_in_a_pseudo_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_run_and_its_start(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A LoRA run's last checkpoint is its adapter merged, step 0 the base; a run of plain text is continued."""
+    """A LoRA run's last checkpoint is its merged adapter, step 0 the base; a run on plain text continues a text."""
     import torch
 
     from penchant import api

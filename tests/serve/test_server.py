@@ -1,4 +1,4 @@
-"""The endpoint as the official client sees it."""
+"""The HTTP endpoint, tested through the official OpenAI client."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from penchant.types import Message
 pytest.importorskip("uvicorn")
 if find_spec("openai") is None:
     pytest.skip("no openai here", allow_module_level=True)
-openai = lazy("openai")  # its import takes a second, which one worker alone needs
+openai = lazy("openai")  # its import takes a second, and only one worker needs it
 
 HELLO: Any = [{"role": "user", "content": "Hello"}]
 KEY = "a-long-random-text"
@@ -173,7 +173,7 @@ TEXT = "é€😀Thequickfox"
 
 @pytest.fixture(scope="module")
 def writer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A model that says TEXT to everything, a byte a token."""
+    """A model that answers TEXT to everything, one byte per token."""
     with serving(model_of(writer_folder(tmp_path_factory.mktemp("writer"), TEXT))) as made:
         yield _client(made)
 
@@ -348,7 +348,7 @@ def test_names_of_other_machines_and_other_pages(server: Any) -> None:
     assert status == 405 and not any(h.startswith("access-control") for h in headers)
 
 
-# ---- keys, time, people who leave ----------------------------------------------------------------------------------------
+# ---- keys, timeouts, disconnects -----------------------------------------------------------------------------------------
 
 
 def test_a_key(chat_model: ChatModel) -> None:
@@ -380,7 +380,7 @@ def _until_idle(server: Any) -> None:
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> ChatModel:
-    """A chat_model that never ends by itself."""
+    """A chat_model that never stops by itself."""
     made = model_of(random_folder(tmp_path_factory.mktemp("endless"), seed=3, context=100_000))
     made.eos_token_ids = frozenset()
     return made
@@ -396,7 +396,7 @@ def test_a_client_that_leaves_ends_its_answer(endless: ChatModel) -> None:
         _until_idle(server)
         parts = urlsplit(server.url)
         body = json.dumps({"model": "tiny", "messages": HELLO, "max_tokens": 90_000}).encode()
-        with socket.create_connection((parts.hostname, parts.port)) as sock:  # nothing has been sent back yet
+        with socket.create_connection((parts.hostname, parts.port)) as sock:  # nothing has been sent yet
             head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             sock.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
             end = time.monotonic() + 60
@@ -411,7 +411,7 @@ def test_more_than_may_wait_are_turned_away_and_a_short_one_is_not_kept_waiting(
         client = _client(server)
         long = _chat(client, stream=True, max_tokens=90_000)
         next(iter(long))
-        assert _chat(client, max_tokens=3).usage.completion_tokens == 3  # while the long one goes on
+        assert _chat(client, max_tokens=3).usage.completion_tokens == 3  # while the long one is running
         second = _chat(client, stream=True, max_tokens=90_000)
         next(iter(second))
         with pytest.raises(openai.RateLimitError):
@@ -441,7 +441,7 @@ def test_a_body_that_never_comes(chat_model: ChatModel) -> None:
 
 
 def test_a_body_that_is_no_http_is_refused_once(chat_model: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What reads it has answered by the time that the request is looked at."""
+    """The HTTP parser has already answered when the request is checked."""
     failed: list[Any] = []
     monkeypatch.setattr("penchant.serve.http.told", failed.append)
     with serving(chat_model) as server:
@@ -467,7 +467,7 @@ def test_connections_that_are_not_used_are_given_up(chat_model: ChatModel, monke
                 with suppress(ConnectionResetError):
                     assert sock.recv(4096) == b""
         with socket.create_connection((parts.hostname, parts.port), timeout=60) as sock:
-            for _ in range(2):  # kept alive, and the next head half sent
+            for _ in range(2):  # keep-alive, with half of the next head sent
                 sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
                 reply = b""
                 while b"}" not in reply:

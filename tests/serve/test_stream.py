@@ -1,4 +1,4 @@
-"""Tokens one step at a time are those of `sample`, log-probs those of the model."""
+"""Streamed tokens equal those of `sample`, and log-probs those of the model."""
 
 from __future__ import annotations
 

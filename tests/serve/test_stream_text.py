@@ -1,4 +1,4 @@
-"""Tokens to text: pieces joined are the whole, characters are whole, stop texts are found wherever tokens end."""
+"""Streaming tokens to text: pieces join to the whole, characters stay intact, stop texts may span tokens."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_pieces_joined_are_the_text_and_no_character_is_split(text: str, freeze:
     pieces = _pieces(ids, freeze)
     assert "".join(pieces) == text
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for piece, byte in zip(pieces, text.encode(), strict=False):  # as early as it can be
+    for piece, byte in zip(pieces, text.encode(), strict=False):  # as early as possible
         if "\ufffd" not in text:
             assert piece == decoder.decode(bytes([byte]))
 
@@ -40,7 +40,7 @@ def test_any_tokens_give_what_decoding_them_at_once_gives(ids: list[int], freeze
 
 @given(st.text("ab é€日😀", max_size=20), st.sampled_from([1, 2, 5, 64]))
 def test_words_and_bytes_of_a_fallback(text: str, freeze: int) -> None:
-    """A tokenizer that writes unknown characters as bytes, which are characters only where a whole run of them is."""
+    """A tokenizer that encodes unknown characters as bytes, which only form a character together."""
     ids = BYTES_TOO(text, add_special_tokens=False)["input_ids"]
     made = Detokenizer(BYTES_TOO, freeze=freeze)
     pieces = [*(made.add(i) for i in ids), made.flush()]
@@ -65,7 +65,7 @@ def test_a_byte_of_a_fallback_has_its_byte() -> None:
 
 
 def test_a_continued_text_keeps_its_first_space() -> None:
-    """A tokenizer of the kind that writes a word's space as a sign and drops it at the start of a text."""
+    """A tokenizer that encodes a word's leading space as a marker and drops it at the start of a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -93,7 +93,7 @@ def test_stops_cut_at_the_first_stop_text(pieces: list[str], texts: list[str]) -
     shown += "" if met else stops.flush()
     assert met == bool(found)
     if found:
-        # a longer stop text that begins earlier may not have been whole when a shorter one was
+        # a longer stop text that begins earlier may be incomplete when a shorter one is complete
         assert whole.startswith(shown) and any(whole[len(shown) :].startswith(t) for t in texts)
     else:
         assert shown == whole

@@ -1,4 +1,4 @@
-"""The arena over HTTP: what is shown, what is written, who may, and what two people and a crash do to it."""
+"""The arena over HTTP: what it shows and records, access control, concurrent judges, and crashes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def studio(tmp_path: Path) -> Iterator[Any]:
         yield server
 
 
-# ---- who may look ----
+# ---- access ----
 
 
 def test_only_who_has_the_token_and_comes_by_a_name_of_this_machine_gets_in(studio: Any) -> None:
@@ -92,7 +92,7 @@ def test_no_change_without_the_csrf_token_or_from_another_site(studio: Any, tmp_
 
 def test_nothing_outside_the_folder_and_no_endless_body(studio: Any, tmp_path: Path) -> None:
     outside = tmp_path.parent / f"{tmp_path.name}-secret"
-    secret = arena_of(outside)  # all that an arena needs, and a file of pairs, but elsewhere
+    secret = arena_of(outside)  # a complete arena and a file of pairs, but outside the root
     (outside / "x.jsonl").write_text(json.dumps({"prompt": "Q", "chosen": "good", "rejected": "bad"}) + "\n")
     (tmp_path / "arenas").mkdir()
     (tmp_path / "arenas/link").symlink_to(secret.folder)
@@ -126,7 +126,7 @@ def test_an_address_of_all_needs_a_key(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["studio", str(tmp_path / "none")]) == 2 and "is not a folder" in capsys.readouterr().err
 
 
-# ---- what is shown and written ----
+# ---- what is shown and recorded ----
 
 
 def test_a_verdict_is_written_whole_and_says_nothing_before(studio: Any, tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_an_answer_of_ones_own_is_never_lost(studio: Any, tmp_path: Path) -> Non
     (row,) = lines(arena)
     assert row["edited"] == "\nMine <b>." and row["verdict"] == "both_bad"
     page = ada.post("/arena/test/undo", {"order": "1"}).text
-    # a browser drops one line end behind the tag
+    # a browser drops one newline after the tag
     assert ">\n\nMine &lt;b&gt;.</textarea>" in page and 'value="helpful" checked>' in page
     assert 'value="clear">' in page and '<details class="edit" open>' in page
     again = ada.get("/arena/test").text
@@ -179,7 +179,7 @@ def test_a_key_pressed_twice_says_one_thing(studio: Any, tmp_path: Path) -> None
 
 @pytest.fixture
 def slowly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some time passes between the look at what was said and the word."""
+    """Delay between reading the recorded judgments and writing one."""
     made = Judgement.to_json
 
     def to_json(self: Judgement) -> dict[str, Any]:
@@ -254,7 +254,7 @@ def test_what_is_to_come_does_not_change_by_loading_the_page_again(studio: Any, 
     for person in people:
         person.get("/arena/test")
     seen = {re.findall(r"(\d+) to come", people[0].get("/arena/test").text)[-1] for _ in range(3)}
-    assert seen == {"6"}  # of eight, two are before the others
+    assert seen == {"6"}  # two of the eight are with the others now
 
 
 def test_undo_brings_the_pair_back_with_sides_drawn_anew(studio: Any, tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_undo_brings_the_pair_back_with_sides_drawn_anew(studio: Any, tmp_path: 
 
 
 def test_the_folder_goes_on_where_a_killed_studio_stopped(tmp_path: Path) -> None:
-    """The page of before the crash goes on where the key is the same; what was written is not asked again."""
+    """A page from before the crash still works if the key is the same, and recorded pairs are not shown again."""
     arena = arena_of(tmp_path)
     with studio_of(tmp_path, token="key " * 8) as first:
         ada = Person(first, "ada")
@@ -312,7 +312,7 @@ def test_two_people_at_once_lose_nothing_and_share_what_overlaps(studio: Any, tm
 
 
 def test_a_pair_stays_before_somebody_whatever_others_say(studio: Any, tmp_path: Path) -> None:
-    """Also when the studio is started anew between the showing and the word: no word is refused, and the sides are as they were."""
+    """Also if the studio restarts between showing and judging: no judgment is refused, and the sides stay the same."""
     arena = arena_of(tmp_path, pairs=6, models=("dpo", "ipo", "start"), overlap=1.0, checks=0.0, repeats=0.0)
     ada, ben = Person(studio, "ada"), Person(studio, "ben")
     page = ada.get("/arena/test").text
@@ -367,7 +367,7 @@ def test_hostile_texts_are_inert(studio: Any, tmp_path: Path) -> None:
     for path in ("/arena", "/arena/test", "/arena/test/results", "/arena/test/report"):
         if path.endswith("results"):
             ada.judge("test", "left")
-        # what a person may start an answer of their own from stands in a hidden text area as it is, and cannot end it
+        # the text that a judge's own answer starts from is in a hidden text area, unchanged, and cannot close it
         page = re.sub(r"<textarea hidden.*?</textarea>", "", ada.get(path).text, flags=re.S)
         body = re.sub(r"<style>.*?</style>", "", page, flags=re.S)
         for bad in (
@@ -433,7 +433,7 @@ def test_a_share_of_checks_is_not_left_to_luck(tmp_path: Path) -> None:
 
 
 def test_people_share_their_share_of_pairs_from_the_start(tmp_path: Path) -> None:
-    """Each judges 30 of 300 pairs, and every fifth of them is one that the others judge too: the same six."""
+    """Each judges 30 of 300 pairs, and every fifth of them is shared with the others: the same six."""
     arena = in_memory(arena_of(tmp_path, pairs=300, overlap=0.2, checks=0.0, repeats=0.0))
     for _ in range(30):
         for who in ("ada", "ben", "cleo"):
@@ -463,7 +463,7 @@ def test_the_queue_balances_models_or_asks_where_least_is_known(tmp_path: Path) 
         for _ in range(45):
             item = next_item(arena, "ada")
             assert item is not None
-            # one pair of models is always told apart; the others tie, so their intervals stay wide
+            # one pair of models is always distinguished; the others tie, so their intervals stay wide
             say(arena, item, "ada", "a" if item.pair.models == ("dpo", "ipo") else "tie")
         said = list(arena.preferences.judgements.values())
         models = [j.models for j in said]
@@ -546,7 +546,7 @@ def test_equal_answers_are_no_pair(tmp_path: Path) -> None:
     assert len(pairs.pairs_of(answers_of(3, ("a", "b", "c")), 0)) == 9
 
 
-# ---- answers that are written while a person waits ----
+# ---- live answers ----
 
 
 def test_answers_are_written_by_a_run_and_an_endpoint_and_kept(studio: Any, tmp_path: Path) -> None:
@@ -575,7 +575,7 @@ def test_answers_are_written_by_a_run_and_an_endpoint_and_kept(studio: Any, tmp_
         (row,) = lines(arena)
         assert (row["model_a"], row["model_b"]) == ("runs/dpo", "writer") and Path(run).name == "dpo"
         assert row[f"answer_{row['left']}"] == pieces["left"]
-    # the endpoint is gone: a sentence, and nothing is kept
+    # the endpoint is gone: an error message, and nothing is recorded
     assert "event: failed" in (told := ada.get("/arena/live/live").text) and "cannot be asked" in told
     assert len(lines(arena)) == 1
     assert ada.judge("live", "skip").status_code == 200 and lines(arena)[1]["verdict"] == "skip"
@@ -650,7 +650,7 @@ def test_half_characters_and_odd_names_do_not_break_a_page(studio: Any, tmp_path
     assert lines(pairs.Arena(tmp_path / "arenas/test"))[0]["reasons"] == ["goo\u200bd"]
     page = ada.get("/arena/new")
     assert page.status_code == 200 and "bad" not in page.text.split("<main")[1]
-    assert '<option value="b\u202ed.jsonl">' in page.text  # as it is called, so that it can be chosen
+    assert '<option value="b\u202ed.jsonl">' in page.text  # its real name, so that it can be selected
     assert ada.post("/arena/test/judge", origin="http://[").status_code == 403
     assert ada.get(f"/arena/{'a' * 5000}").status_code == 404
 
@@ -677,7 +677,7 @@ def test_an_arena_that_does_not_fit_leaves_its_name_free(
         answer = ada.post("/arena/new", asked)
         assert answer.status_code == 400 and "No space left" in answer.text
         assert not any((tmp_path / "arenas").iterdir())
-        patched.setattr("penchant.studio.arena.pairs.of_pairs", full)  # whatever a disk refuses is a sentence
+        patched.setattr("penchant.studio.arena.pairs.of_pairs", full)  # any disk error becomes a message
         answer = ada.post("/arena/new", asked)
         assert answer.status_code == 507 and "No space left" in answer.text
     made = pairs.write_atomically

@@ -1,4 +1,4 @@
-"""The arena in a real browser: by keyboard alone, on a phone, through a crash, with two people, hostile texts, and for everybody (axe)."""
+"""The arena in a real browser: keyboard, phone, a crash, two judges, hostile texts, and accessibility (axe)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def browser() -> Iterator[Browser]:
 
 
 def enter(browser: Browser, server: Any, path: str = "arena", **how: Any) -> None:
-    """Open a page as somebody who has the printed address."""
+    """Open a page with the printed address."""
     browser.send("Network.clearBrowserCookies")
     browser.open(server.open, **how)
     browser.wait(READY)
@@ -47,7 +47,7 @@ def enter(browser: Browser, server: Any, path: str = "arena", **how: Any) -> Non
 
 
 def sign_in(browser: Browser, name: str) -> None:
-    """Give a name, by keyboard."""
+    """Enter a name by keyboard."""
     browser.wait("document.activeElement?.name === 'annotator'")
     browser.send("Input.insertText", text=name)
     browser.press("Enter")
@@ -56,7 +56,7 @@ def sign_in(browser: Browser, name: str) -> None:
 
 
 def say(browser: Browser, key: str) -> None:
-    """One key, and wait until the next pair is there."""
+    """Press a key, and wait for the next pair."""
     before = browser.run(ORDER)
     browser.press(key)
     browser.wait(f"{ORDER} !== '{before}'", f"{key} did nothing")
@@ -64,7 +64,7 @@ def say(browser: Browser, key: str) -> None:
 
 
 def serious(browser: Browser, *rules: str) -> list[str]:
-    """What axe-core finds that is serious or critical, by some of its rules or by all."""
+    """Serious and critical findings of axe-core, by some or all of its rules."""
     browser.run("if (!window.axe) {" + AXE + "}; 0")
     only = f"runOnly: {list(rules)}, " if rules else ""
     script = (
@@ -78,7 +78,7 @@ def serious(browser: Browser, *rules: str) -> list[str]:
 
 @contextmanager
 def arena_in(browser: Browser, folder: Path, name: str = "Ada", width: int = 1280, **settings: Any) -> Iterator[Arena]:
-    """A new arena, and somebody before its first pair."""
+    """A new arena with a judge at its first pair."""
     arena = arena_of(folder, **settings)
     with studio_of(folder) as server:
         enter(browser, server, "arena/test", width=width)
@@ -94,12 +94,12 @@ def test_an_arena_is_judged_by_keyboard_alone(browser: Browser, tmp_path: Path) 
         sides = [j.side for j in judgements(arena)]
         assert made[2:6] == ["tie", "both_bad", "skip", "undo"]
         assert sides == ["left", "right", None, None, "right"]
-        # reasons by Tab and space, an answer of one's own by E
+        # reasons by Tab and space, the judge's own answer by E
         browser.run("document.querySelector('.tag input').focus()")
         browser.press(" ")
         browser.press("e")
         browser.wait("document.activeElement?.name === 'edited'")
-        for key in "tbsu12":  # a letter here is only a letter
+        for key in "tbsu12":  # here letters are only text
             browser.press(key)
         browser.wait("document.activeElement.value === 'tbsu12'")
         assert len(lines(arena)) == 7
@@ -289,7 +289,7 @@ def test_payloads_do_nothing_and_ask_for_nothing(browser: Browser, tmp_path: Pat
 
 def test_nothing_serious_for_axe_and_every_page_fits(browser: Browser, tmp_path: Path) -> None:
     def fits(page: str) -> None:
-        """Nothing serious in light and dark, wide and on a phone, with all that can be opened."""
+        """Check for no serious findings, in light and dark mode, on wide and phone screens, with everything expanded."""
         browser.wait(READY)
         browser.run("document.querySelectorAll('details').forEach((d) => { d.open = true; }); 0")
         assert serious(browser) == [], page

@@ -1,4 +1,4 @@
-"""The pages of data over HTTP."""
+"""The studio's data pages over HTTP."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_files_and_their_pages(client: TestClient, folder: Path) -> None:
         out.write(json.dumps(row(51)) + "\n")
     assert (
         "Question 51?" in client.get("/data/view?file=rows.jsonl&line=51").text
-    )  # the file has changed: it is opened anew
+    )  # the file has changed, so it is reopened
 
 
 def test_a_row_of_several_is_not_offered_for_edits_that_no_copy_can_have(client: TestClient, folder: Path) -> None:
@@ -117,7 +117,7 @@ def test_rows_are_edited_dropped_and_taken_back(
     assert "changed in the copy" in answer.text and "Mine." in answer.text and "Good 2." not in answer.text
     assert 'id="edits" hx-swap-oob' in answer.text and "1 row edited" in answer.text
     assert "Mine." in client.get("/data/edit?file=rows.jsonl&where=rows.jsonl:2&line=2").text
-    again = client.get("/data/row?file=rows.jsonl&where=rows.jsonl:2&line=2").text  # what Cancel asks for
+    again = client.get("/data/row?file=rows.jsonl&where=rows.jsonl:2&line=2").text  # the request of the Cancel button
     assert "changed in the copy" in again and "Mine." in again
     assert (
         "dropped in the copy"
@@ -244,7 +244,7 @@ def test_edits_outlive_a_full_disk_and_stay_inside(folder: Path, monkeypatch: py
     edits = Edits(folder, "rows.jsonl")
     edits.add("rows.jsonl:1", "dropped")
     with edits.file.open("a") as out:
-        out.write('{"where": "half a li')  # of a studio that was killed
+        out.write('{"where": "half a li')  # left by a killed studio
     edits.add("rows.jsonl:2", "dropped")
     write = os.write
 

@@ -1,4 +1,4 @@
-"""A file of rows, without a server: pages, search, filters, edits, differences, tokens."""
+"""The studio's row files, without a server: pages, search, filters, edits, differences, tokens."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_search_finds_texts_in_any_case_and_goes_on(tmp_path: Path, monkeypatch:
         assert numbers(file, needle="question 77?") == [77]
         assert numbers(file, needle="nowhere") == []
         assert numbers(file, needle="QUESTION", most=3) == [1, 2, 3]
-    monkeypatch.setattr(rows, "SECONDS", 0.0)  # no time: it says where it stopped
+    monkeypatch.setattr(rows, "SECONDS", 0.0)  # no time left, so it reports where it stopped
     page = File(path).page(1, needle="question 300?")
     while not page.items:
         assert page.next is not None
@@ -227,7 +227,7 @@ def test_what_cannot_be_seen_is_an_escape_in_json() -> None:
 
 
 def copy(edits: Edits, output: Path, also: bool) -> Fixed:
-    """What `penchant data fix --edits` writes."""
+    """Write the corrected copy with `penchant data fix --edits`."""
     made = read_edits(edits.file) if edits.file.exists() else {}
     return fix(str(edits.root / edits.path), output, edits=made, drop=DEFAULT if also else ())
 
@@ -247,7 +247,7 @@ def test_edits_go_into_a_copy_with_a_record(tmp_path: Path) -> None:
     edits.add(three.where, "dropped", sum_of(three))
     edits.add(four.where, "dropped", sum_of(four))
     edits.add(four.where, "undone")
-    assert {*Edits(tmp_path, "a.jsonl").made()} == {"a.jsonl:2", "a.jsonl:3"}  # another start reads them again
+    assert {*Edits(tmp_path, "a.jsonl").made()} == {"a.jsonl:2", "a.jsonl:3"}  # after a restart they are read again
     done = copy(edits, tmp_path / "b.jsonl", also=True)
     assert (done.rows, done.written, done.edited) == (5, 3, 1)
     assert done.dropped["by_hand"] == 1 and done.dropped["duplicates"] == 1
@@ -318,7 +318,7 @@ def test_tokens_say_what_is_trained_and_what_is_cut(tmp_path: Path) -> None:
         -1
     ].id == tokenizer.eos_token_id
     whole = tokenize(load_preferences(str(path)), tokenizer, max_length=4096).trees[0]
-    assert [t.id for t in shown["prompt"]] == whole.prompt_ids.tolist()  # with what the cut takes away
+    assert [t.id for t in shown["prompt"]] == whole.prompt_ids.tolist()  # including the truncated part
     assert [t.id for t in shown["chosen"]] == whole.completion_ids[0].tolist()
     assert {t.kind for t in shown["chosen"]} == {"trained", "cut"}
 
@@ -334,7 +334,7 @@ def test_turns_of_others_are_masked() -> None:
 
 
 def test_a_token_is_shown_as_it_stands_behind_the_one_before_it() -> None:
-    """By a tokenizer of the kind that writes a word's space as a sign and drops it at the start of a text."""
+    """With a tokenizer that encodes a word's leading space as a marker and drops it at the start of a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

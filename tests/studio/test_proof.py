@@ -1,4 +1,4 @@
-"""From answers to people to a better model: DPO on what the arena collected beats its start by the true reward."""
+"""From answers through an arena to a better model: DPO on collected judgments beats its start by the true reward."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FIRST, SECOND = "one draw", "another draw"
 
 @pytest.mark.slow
 def test_dpo_on_what_the_arena_collected_beats_its_start_by_the_true_reward(tmp_path: Path) -> None:
-    """The true reward is VADER's; two simulated people judge by it, one of them with much noise and a bias for the left."""
+    """The true reward is VADER's. Two simulated annotators judge by it, one with much noise and a bias for the left."""
     start, tokenizer = _load(str(asset("model"))), load_tokenizer(str(asset("model")))
     drawn = json.loads(asset("openings.json").read_text())
     openings, held_out = drawn["train"][:260], drawn["eval"][:60]

@@ -1,4 +1,4 @@
-"""Runs and data in a real browser: a run followed live, a phone, hostile texts, and for everybody (axe)."""
+"""The run and data pages in a real browser: live updates, a phone, hostile texts, and accessibility (axe)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ QUIET = "!document.querySelector('.htmx-request, .htmx-swapping, .htmx-settling'
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Runs, a sweep, and rows; every text that a model or a file may have given is hostile."""
+    """Runs, a sweep, and rows, in which every text from a model or a file is hostile."""
     root = tmp_path / "studio"
     root.mkdir()
     run = make_run(root / "first", 8, why=EVIL)
@@ -72,7 +72,7 @@ def test_a_run_is_followed_live(browser: Browser, folder: Path) -> None:  # noqa
         for held, button in ((RunLock(run), "Stop it"), (nullcontext(), "Go on with it")):
             with held:
                 browser.wait(f"document.querySelector('.actions').textContent.includes('{button}')")
-        (run / "metrics.jsonl").write_text(lines([eval_row(0), *train_rows(1, 4)]))  # it went on from a checkpoint
+        (run / "metrics.jsonl").write_text(lines([eval_row(0), *train_rows(1, 4)]))  # it resumed from a checkpoint
         browser.wait(f"({LOSS}).includes('step 4:')", "a log that was cut back is drawn as it was")
         assert not browser.complaints()
 
@@ -136,7 +136,7 @@ def test_a_row_is_edited_and_dropped_by_hand(browser: Browser, folder: Path) -> 
         browser.run("document.querySelector('article form .primary').click(); 0")
         browser.wait("document.querySelector('article').textContent.includes('changed in the copy')")
         browser.wait(QUIET)
-        assert "mine" in browser.run("document.querySelector('article').innerText")  # as it will stand in the copy
+        assert "mine" in browser.run("document.querySelector('article').innerText")  # as it will be in the copy
         browser.run("[...document.querySelectorAll('article')][1].querySelector('form button').click(); 0")
         browser.wait("[...document.querySelectorAll('article')][1].textContent.includes('dropped in the copy')")
         browser.wait("document.querySelector('#edits').textContent.includes('2 rows edited')")
@@ -158,7 +158,7 @@ def test_runs_are_chosen_in_the_list_and_drawn_over_each_other(browser: Browser,
         browser.run("document.querySelector('#lines table').dataset.old = 'yes'; 0")
         typed = "const q = document.querySelector('[name=q]'); q.value = 'run'; q.dispatchEvent(new Event('input')); 0"
         browser.run(typed)
-        browser.wait("!document.querySelector('#lines table').dataset.old")  # loaded anew, as it is every few seconds
+        browser.wait("!document.querySelector('#lines table').dataset.old")  # reloaded, as it is every few seconds
         assert browser.run("document.querySelectorAll('input[name=run]:checked').length") == 2
         assert not browser.complaints()
         browser.run("document.querySelector('#lines button').click(); 0")

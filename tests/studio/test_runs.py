@@ -1,4 +1,4 @@
-"""The pages of runs over HTTP, and runs that are started, stopped and gone on with."""
+"""The run pages over HTTP, and starting, stopping and resuming runs."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_the_buttons_follow_what_can_be_done(client: TestClient, folder: Path, m
         buttons() == ["Go on with it"] and Feed(Shelf(folder), ["second"]).news()["second"]["facts"]["lock"] == "free"
     )
     asked.clear()
-    monkeypatch.setattr(Processes, "running", lambda *_: True)  # it was started, and has not said yet that it goes on
+    monkeypatch.setattr(Processes, "running", lambda *_: True)  # it was started, but has not reported yet
     assert buttons() == ["Stop it"] and "reads its model" in client.get("/runs/actions?run=second").text
 
 
@@ -129,7 +129,7 @@ def test_a_report_is_a_sandbox_of_its_own(client: TestClient, folder: Path) -> N
     assert "kept" in answer.text and policy.startswith("sandbox allow-scripts;") and "connect-src" not in policy
     assert "default-src 'none'" in policy and "allow-same-origin" not in policy
     (folder / "first" / "report.html").unlink()
-    assert "Penchant report" in client.get("/runs/report?path=first").text  # made of the files as they are
+    assert "Penchant report" in client.get("/runs/report?path=first").text  # built from the current files
     assert not (folder / "first" / "report.html").exists()
 
 
@@ -161,7 +161,7 @@ def test_news_come_as_events(client: TestClient, folder: Path) -> None:
 
 
 def _closing_after(studio: Any, run: Path) -> Callable[[float], Any]:
-    """A sleep in which the run goes on by a step, and after the second one the studio ends."""
+    """A fake sleep: each call advances the run by a step, and the second one closes the studio."""
     slept = 0
 
     async def sleep(_: float) -> None:
@@ -277,7 +277,7 @@ with RunLock(folder):
 
 @pytest.fixture
 def processes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Processes]:
-    """Processes that hold a run's lock in the place of `penchant train`."""
+    """Processes that hold a run's lock, as stand-ins for `penchant train`."""
     monkeypatch.setattr(launch, "command", lambda *a: [sys.executable, "-c", TRAINS, "new", *a])
     made = Processes(folder)
     yield made
@@ -305,7 +305,7 @@ def test_a_run_is_started_stopped_and_gone_on_with(processes: Processes, folder:
     with pytest.raises(CheckpointError, match="holds this run"):
         processes.resume("new")
     process = processes.started["new"]
-    assert _session(process.pid) == process.pid  # signals to the studio's own do not reach it
+    assert _session(process.pid) == process.pid  # signals to the studio's session do not reach it
     processes.stop("new")
     assert process.wait(60) == INTERRUPTED and "stopped well" in processes.said("new") and not processes.failure("new")
     with pytest.raises(CheckpointError, match="no process"):
@@ -317,7 +317,7 @@ def test_a_run_is_started_stopped_and_gone_on_with(processes: Processes, folder:
     assert "new/config.resolved.yaml" in processes.said("new")
     process = processes.started["new"]
     processes.stop("new")
-    processes.resume("new")  # at once, while the other one still writes
+    processes.resume("new")  # immediately, while the other one is still writing
     assert processes.started["new"] is not process and process.poll() == INTERRUPTED
     until(lambda: "trains" in processes.said("new"))
 
@@ -347,7 +347,7 @@ def test_a_run_of_another_process_is_stopped_by_its_lock(processes: Processes, f
     (folder / "new").mkdir()
     with subprocess.Popen([sys.executable, "-c", TRAINS, str(folder / "new")], stdout=subprocess.PIPE) as other:
         assert other.stdout is not None and b"trains" in other.stdout.readline()
-        other.send_signal(signal.SIGSTOP)  # as Ctrl-Z does: it must be woken to hear that it is to end
+        other.send_signal(signal.SIGSTOP)  # like Ctrl-Z: it must be continued to receive the signal
         processes.stop("new")
         assert other.wait(60) == INTERRUPTED
 
@@ -461,6 +461,6 @@ def test_paths_of_a_run_start_where_its_model_is(tmp_path: Path, monkeypatch: py
     root.mkdir()
     assert place_of(root, config) == root
     (tmp_path / "model").mkdir()
-    assert place_of(root, config) == tmp_path  # the studio was started beside it, for the runs alone
+    assert place_of(root, config) == tmp_path  # the studio was started beside it, for the runs folder only
     (root / "model").mkdir()
     assert place_of(root, config) == root

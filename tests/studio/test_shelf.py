@@ -1,4 +1,4 @@
-"""What lies in a folder, and runs as they go on, without a server."""
+"""The studio's list of a folder's contents and live run updates, without a server."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_line_says_state_step_figure_and_flags(tmp_path: Path) -> None:
     a, b = by_path["a"], by_path["b"]
     assert (a.state, a.step, a.total, a.warnings, a.notes) == ("finished", 8, 20, 1, 2)
     assert (a.label, a.headline) == ("preference accuracy", "58.0% [53.0%, 65.0%]")
-    assert b.state == "interrupted"  # it says that it runs, and its process is gone
+    assert b.state == "interrupted"  # its status is running, but its process is gone
 
 
 def test_a_long_log_is_read_at_its_end_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +83,7 @@ def test_only_what_was_appended_is_read_and_told(tmp_path: Path, monkeypatch: py
         file.write(lines(train_rows(9, 9)) + '{"kind": "train", "st')
     news = feed.news()["a"]
     assert read == [9] and news["line"]["loss"] == [[9], [pytest.approx(0.61)]] and "points" not in news
-    assert other.news()["a"]["line"]["loss"][0] == list(range(1, 10))  # a page that was opened later has all of it
+    assert other.news()["a"]["line"]["loss"][0] == list(range(1, 10))  # a page opened later gets all of it
 
 
 def test_a_log_that_is_cut_back_is_told_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

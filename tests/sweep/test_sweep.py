@@ -1,4 +1,4 @@
-"""A sweep: what varies, what runs share without touching each other, what is skipped, resumed and refused, and the table."""
+"""Sweeps: what varies, what runs share, which runs are skipped, resumed and refused, and the table."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def names(sweep: Sweep) -> list[str]:
 
 def test_the_runs_of_a_grid_their_names_and_order(tmp_path: Path) -> None:
     sweep = load_sweep(written(tmp_path), ["train.lr=1e-4", "base.train.epochs=2.0"])
-    # seeds outermost: an interrupted sweep has treated all settings alike
+    # seeds vary slowest, so that an interrupted sweep treats all settings alike
     assert names(sweep) == ["beta-0.1-seed-0", "beta-0.5-seed-0", "beta-0.1-seed-1", "beta-0.5-seed-1"]
     assert [r.setting for r in sweep.runs] == ["beta-0.1", "beta-0.5"] * 2
     last = sweep.runs[-1]
@@ -75,7 +75,7 @@ def test_methods_and_overlays_take_the_place_of_the_base_s(tmp_path: Path) -> No
     text = TEXT.replace("loss.beta: [0.1, 0.5]", "loss.name: [dpo, ipo]\n  loss.beta: [0.2]").replace("[0, 1]", "[3]")
     sweep = load_sweep(written(tmp_path, text))
     assert names(sweep) == ["dpo-beta-0.2-seed-3", "ipo-beta-0.2-seed-3"]
-    assert sweep.runs[1].config.loss.to_mapping()["beta"] == 0.2  # dpo's label_smoothing is not meant for ipo
+    assert sweep.runs[1].config.loss.to_mapping()["beta"] == 0.2  # dpo's label_smoothing does not carry over to ipo
     over = "runs:\n  dpo: {{lora: {{r: 4}}}}\n  kto: {{loss: kto}}\ngrid: {{train.seed: [0, 1]}}\n"
     sweep = load_sweep(written(tmp_path, TEXT.split("grid:")[0] + over))
     assert names(sweep) == ["dpo-seed-0", "kto-seed-0", "dpo-seed-1", "kto-seed-1"]
@@ -96,7 +96,7 @@ def test_lists_on_the_command_line(tmp_path: Path) -> None:
     assert one.data.path == ["a.jsonl", "b.jsonl"] and one.train.epochs == 2.0 and one.reference.path == "x,y"
     made = load_sweep(run, ["loss.beta={from: 0.1, to: 0.5},0.3"])
     assert names(made) == ["beta-0.1_0.5", "beta-0.3"]
-    # a key of the grid is narrowed down, and keeps its name
+    # a grid key can be narrowed, and keeps its name
     assert names(load_sweep(written(tmp_path), ["seed=1"])) == ["beta-0.1-seed-1", "beta-0.5-seed-1"]
     assert load_sweep(written(tmp_path), [f"output={tmp_path}/o"]).output == tmp_path / "o"
 
@@ -195,7 +195,7 @@ def test_shared_things_are_made_once_and_handed_out_unshared() -> None:
     one[0] = 7
     assert other == [0] and shared.fresh(("model", 1), make) == [0] and len(calls) == 1
     assert shared.once(("rows", 1), make) is shared.once(("rows", 1), make)
-    for i in (2, 1, 3):  # 2 was not asked for longest
+    for i in (2, 1, 3):  # 2 is the least recently used
         shared.once(("model", i), make)
     before = len(calls)
     shared.once(("model", 1), make)
@@ -237,7 +237,7 @@ def plan(base: dict[str, Any], *overrides: str) -> list[str]:
 
 
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the runs whose loop is entered from now on."""
+    """Collects the names of the runs whose training loop is entered."""
     found: list[str] = []
     real = Loop.run
     monkeypatch.setattr(Loop, "run", lambda self: (found.append(self.folder.name), real(self))[1])
@@ -245,7 +245,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def left(folder: Path) -> tuple[bytes, bytes]:
-    """What a run computed: its metrics and its final weights."""
+    """A run's metrics and final weights."""
     last = max(folder.glob("checkpoints/step-*"), key=lambda p: int(p.name[5:]))
     weights = next(last.glob("model/*.safetensors"))
     return (folder / "metrics.jsonl").read_bytes(), weights.read_bytes()
@@ -254,7 +254,7 @@ def left(folder: Path) -> tuple[bytes, bytes]:
 def test_a_run_in_a_sweep_is_the_run_by_itself_bit_for_bit(
     base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Over methods that need different things, and with answers and the KL that the start gives."""
+    """For methods that need different parts, with generated answers and the KL against the start."""
     base["base"]["evaluation"] = {"samples": 2, "sample_tokens": 5, "kl_prompts": 3}
     base["base"]["train"]["max_steps"] = 2
     base |= {
@@ -262,7 +262,7 @@ def test_a_run_in_a_sweep_is_the_run_by_itself_bit_for_bit(
         "metric": "eval/logps/accuracies",
         "runs": {
             "hot": {"loss": {"name": "dpo", "beta": 2.0}, "train": {"lr": 3e-2}},
-            "dpo": {},  # after a run that went far: nothing is left of it
+            "dpo": {},  # after a run that moved far, without any trace of it
             "kto": {"loss": "kto"},
             "simpo": {"loss": "simpo"},
             "ema": {"reference": {"ema": 0.9}},
@@ -274,11 +274,11 @@ def test_a_run_in_a_sweep_is_the_run_by_itself_bit_for_bit(
     looked: list[str] = []
     conductor = SweepConductor(sweep, quiet=True, look=lambda run: looked.append(run.config.model.dtype))
     conductor.run()
-    assert sorted(looked) == ["bf16", *["fp32"] * 5]  # one for each model, adapter, method and reference
+    assert sorted(looked) == ["bf16", *["fp32"] * 5]  # once per model, adapter, method and reference
     made = conductor.shared.made
     assert (made["model"], made["rows"], made["split"], made["tokenizer"]) == (1, 1, 1, 1)
-    assert made["tokens"] == 3  # whole, train and held out
-    # a start each with a reference, without one, with an adapter, and in bf16 (kto's and a moving reference's are not shared)
+    assert made["tokens"] == 3  # all rows, train and held out
+    # one start each with a reference, without one, with an adapter, and in bf16 (not shared: kto's and a moving reference's)
     assert made["start"] == 4 and made["packing"] == 4
     monkeypatch.setenv("PENCHANT_CACHE", str(tmp_path / "cold"))
     for one in sweep.runs:
@@ -302,10 +302,10 @@ def test_the_reference_is_computed_once_for_all(base: dict[str, Any], monkeypatc
     )
     base["base"]["train"]["max_steps"] = 1
     run(base, "loss.beta=0.1", "loss.name=dpo,ipo", "train.seed=0,1")
-    assert calls == [16, 8]  # training and held-out rows, whatever loss, beta and seed
+    assert calls == [16, 8]  # training and held-out rows, for any loss, beta and seed
 
 
-# ---- doing it -------------------------------------------------------------------------------------------------------
+# ---- running --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("live_reports")
@@ -313,7 +313,7 @@ def test_all_of_it_then_nothing_twice(
     base: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base["base"]["train"]["max_steps"] = 1
-    base["base"]["data"]["validation_rows"] = 10  # fewer have no interval
+    base["base"]["data"]["validation_rows"] = 10  # fewer rows have no interval
     base["grid"]["train.seed"] = [0, 1]
     assert plan(base) == [f"{n}  to run: not started" for n in names(load_sweep(base))]
     assert not (tmp_path / "sweep").exists()  # a plan writes nothing
@@ -350,7 +350,7 @@ def test_all_of_it_then_nothing_twice(
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep of runs of three steps that nothing interrupted, to be read only."""
+    """An uninterrupted sweep of runs of three steps, read-only."""
     base = base_in(tmp_path_factory.mktemp("whole"))
     run(base, "train.epochs=1.5")
     return Path(base["output"])
@@ -438,7 +438,7 @@ def test_what_is_met_before_anything_trains(
     entered = trained(monkeypatch)
     with pytest.raises(ModelError, match=r"run beta-0.1-path-\S*none: no such folder"):
         run(base, f"model.path={tmp_path}/model,{tmp_path}/none")
-    with pytest.raises(ModelError, match=r"stage:sft: run \S+: no such folder"):  # a reference of a pipeline
+    with pytest.raises(ModelError, match=r"stage:sft: run \S+: no such folder"):  # such a reference needs a pipeline
         run(base, "model.path=stage:sft")
     with pytest.raises(ConfigError, match="--jobs"):
         run(base, jobs=0)
@@ -473,11 +473,11 @@ def test_an_online_sweep_by_reward(base: dict[str, Any]) -> None:
     assert all(r.whole for r in result.table.rows)
 
 
-# ---- n at a time ----------------------------------------------------------------------------------------------------
+# ---- several at a time ----------------------------------------------------------------------------------------------
 
 
 class InProcess:
-    """A worker without a process: what it is told and what it answers are those of a real one."""
+    """A worker without a process that takes and returns the same messages as a real one."""
 
     def __init__(self, cores: list[int], quiet: bool) -> None:
         self.shared = Shared()
@@ -497,7 +497,7 @@ def test_errors_come_back_from_workers_with_their_place(
 ) -> None:
     monkeypatch.setattr(sweep_jobs, "Worker", InProcess)
     path = tmp_path / "sweep.yaml"
-    base["base"]["lora"] = {"target_modules": ["nowhere"]}  # only a worker, which has the model, can find it
+    base["base"]["lora"] = {"target_modules": ["nowhere"]}  # only a worker, which loads the model, can detect it
     path.write_text(json.dumps(base, indent=1))
     line = 1 + next(i for i, text in enumerate(path.read_text().splitlines()) if "target_modules" in text)
     with pytest.raises(ConfigError, match=rf"sweep.yaml:{line}: run beta-0.\d: lora.target_modules"):
@@ -508,7 +508,7 @@ def test_errors_come_back_from_workers_with_their_place(
 
 
 def test_two_at_a_time_is_the_same(base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One process, which trains both of its runs; and two workers that take runs as they come."""
+    """With one process that trains both runs, and with two workers that take runs from the queue."""
     base["base"]["train"]["max_steps"] = 1
     said = run(base).to_text()
     monkeypatch.setattr(sweep_jobs, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": ForkedPython}))
@@ -628,7 +628,7 @@ def test_the_best_is_a_whole_setting_by_its_mean(tmp_path: Path) -> None:
     records["beta-0.7-seed-1"] = {"state": "stopped", "why": "step 3: a floor"}
     table = make_table(sweep.runs, records, "eval/loss", False)
     assert [r.setting for r in table.rows][:2] == ["beta-0.5", "beta-0.1"]
-    assert [r.setting for r in table.best] == ["beta-0.5"]  # 0.3 and 0.7 have lower means, of the runs that survived
+    assert [r.setting for r in table.best] == ["beta-0.5"]  # 0.3 and 0.7 have lower means, over surviving runs
     assert table.rows[0].mean == pytest.approx(0.5) and table.to_json()["settings"][0]["sd"] == pytest.approx(0.02**0.5)
     said = table.to_text()
     assert "best by validation: beta-0.5 (0.5000); 4 settings were tried" in said

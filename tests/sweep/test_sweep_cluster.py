@@ -1,4 +1,4 @@
-"""A sweep on a cluster: the same table as here, jobs that outlive the sweep, runs that fail, and what Slurm and Ray are told."""
+"""Sweeps on a cluster: the same table as locally, jobs that outlive the sweep, failing runs, and the calls to Slurm and Ray."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ AWAY = ("cluster.on=slurm", "cluster.gpus=0")
 
 
 class Pretended:
-    """A cluster whose jobs do their work, here, when they are let go."""
+    """A fake cluster whose jobs run in this process when released."""
 
     name, title, cancel = "slurm", "Slurm job", "scancel {}"
 
     def __init__(self) -> None:
-        self.held: set[str] = set()  # runs whose jobs only wait
+        self.held: set[str] = set()  # runs whose jobs stay pending
         self.orders: dict[str, Path] = {}
-        self.how: dict[str, str] = {}  # of jobs that ended
+        self.how: dict[str, str] = {}  # how each finished job ended
         self.log_file = Path("job.err")
 
     def submit(self, name: str, order: Path) -> str:
@@ -78,7 +78,7 @@ def short(base: dict[str, Any]) -> dict[str, Any]:
     return base
 
 
-# ---- what is asked for ----------------------------------------------------------------------------------------------
+# ---- the config -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_a_cluster_that_is_not_here(
     ).get("runs")
 
 
-# ---- doing it -------------------------------------------------------------------------------------------------------
+# ---- running --------------------------------------------------------------------------------------------------------
 
 
 def test_the_table_and_the_runs_are_those_of_this_machine(
@@ -127,7 +127,7 @@ def test_the_table_and_the_runs_are_those_of_this_machine(
     for name, record in here["runs"].items():
         assert left(tmp_path / "sweep" / name) == left(whole / name)
         assert {**away.runs[name], "seconds": 0, "inputs": {}} == {**record, "seconds": 0, "inputs": {}}
-    assert not list((tmp_path / "sweep" / ORDERS).iterdir())  # what jobs were told is gone when they have ended
+    assert not list((tmp_path / "sweep" / ORDERS).iterdir())  # orders are deleted when their jobs have ended
     entered = trained(monkeypatch)
     assert run(base, *AWAY, "train.epochs=1.5").to_text() == away.to_text() and entered == []
 
@@ -154,9 +154,9 @@ def test_jobs_outlive_the_sweep_and_are_waited_for_again(
     with pytest.raises(CheckpointError, match=r"run beta-0.5: Slurm job 2 has it, and this call trains on local"):
         run(short)
     entered = trained(monkeypatch)
-    cluster.work("2")  # while nobody is there
+    cluster.work("2")  # while no sweep is running
     result = run(short, *AWAY)
-    assert entered == ["beta-0.5"] and cluster.sent() == ["beta-0.1", "beta-0.5"]  # neither was sent again
+    assert entered == ["beta-0.5"] and cluster.sent() == ["beta-0.1", "beta-0.5"]  # neither was resubmitted
     assert {r["state"] for r in result.runs.values()} == {"finished"} and len(result.table.best) >= 1
 
 
@@ -183,7 +183,7 @@ def test_a_job_that_ended_with_the_sweep_away_is_sent_again(
     cluster.held = {"beta-0.5"}
 
     def killed(seconds: float) -> None:
-        raise MemoryError  # as a kill -9 of the sweep while it waits
+        raise MemoryError  # like a kill -9 of the sweep while it waits
 
     with monkeypatch.context() as patched:
         patched.setattr(workers.time, "sleep", killed)
@@ -204,7 +204,7 @@ def test_a_job_that_was_sent_and_not_noted_trains_nothing_twice(
     def killed(name: str, order: Path) -> str:
         real(name, order)
         if name == "beta-0.5":
-            raise MemoryError  # as a kill -9 when Slurm has the job and nobody knows its id
+            raise MemoryError  # like a kill -9 when Slurm has the job but its id is not recorded
         return "1"
 
     cluster.held = {"beta-0.5"}
@@ -220,7 +220,7 @@ def test_a_job_that_was_sent_and_not_noted_trains_nothing_twice(
         assert "Slurm job 2 has it" in plan(short, *AWAY)[1]
     result = run(short, *AWAY)
     if not begun:
-        cluster.work("2")  # its turn comes at last: its order is gone
+        cluster.work("2")  # it finally starts, but its order is gone
     assert entered == ["beta-0.5"] and len(cluster.orders) == (2 if begun else 3)
     assert {r["state"] for r in result.runs.values()} == {"finished"}
     assert not list((tmp_path / "sweep" / ORDERS).iterdir())
@@ -234,7 +234,7 @@ def test_a_job_that_slurm_starts_once_more_goes_on(
     def preempted(line: str, shared: Any) -> dict[str, Any]:
         tries.append(line)
         if len(tries) == 1:
-            carry_out(str(cluster.orders["1"]), "1")  # the job began, its node failed, and it began again
+            carry_out(str(cluster.orders["1"]), "1")  # the job started, its node failed, and it was requeued
         return real(line, shared)
 
     monkeypatch.setattr(worker, "answer", preempted)
@@ -250,7 +250,7 @@ def test_a_job_at_its_limit_goes_on_in_a_new_one(
     def limit(self: Loop, *args: Any) -> None:
         if self.state.step == 2 and not sent:
             sent.append(True)
-            os.kill(os.getpid(), signal.SIGUSR2)  # what Slurm sends before a job's time is over
+            os.kill(os.getpid(), signal.SIGUSR2)  # Slurm sends it before a job's time limit
         real(self, *args)
 
     monkeypatch.setattr(Loop, "_after_step", limit)
@@ -270,7 +270,7 @@ def test_a_job_that_came_nowhere_or_was_canceled_is_named(
         job = real(cluster, name, order)
         if name == "beta-0.1":
             cluster.how[job] = how
-            if how.startswith("CANCELLED"):  # it had come somewhere
+            if how.startswith("CANCELLED"):  # it had made progress
                 monkeypatch.setattr(workers, "_newest", lambda run: f"step-{time.monotonic()}")
         return job
 
@@ -299,7 +299,7 @@ def test_runs_that_meet_errors_are_named_and_the_others_end(
     short["output"] = str(tmp_path / "two")
     with RunLock(tmp_path / "two/beta-0.1-seed-0"), pytest.raises(CheckpointError):
         run(short, *AWAY, jobs=1)
-    assert cluster.sent()[4:] == ["beta-0.1-seed-0"]  # one at a time: after a failure no more are sent
+    assert cluster.sent()[4:] == ["beta-0.1-seed-0"]  # one at a time: after a failure no more are submitted
 
 
 def test_halving_and_a_search_with_jobs(
@@ -307,7 +307,7 @@ def test_halving_and_a_search_with_jobs(
 ) -> None:
     base["halving"] = {"rungs": 2, "factor": 2, "metric": "eval/logps/chosen"}
     result = run(base, *AWAY, "train.epochs=1.5")
-    assert len(cluster.orders) == 3  # both to the rung, one of them to its end
+    assert len(cluster.orders) == 3  # both to the rung, one of them to the end
     (best,) = [name for name, record in result.runs.items() if record["state"] == "finished"]
     assert left(tmp_path / "sweep" / best) == left(whole / best)
     del base["halving"], base["grid"]
@@ -320,7 +320,7 @@ def test_halving_and_a_search_with_jobs(
     assert cluster.sent()[3:] == ["trial-0", "trial-1"] and ended == [3, 4]  # one after another
 
 
-# ---- what Slurm and Ray themselves are told -------------------------------------------------------------------------
+# ---- calls to Slurm and Ray -----------------------------------------------------------------------------------------
 
 SBATCH = """\
 #!/bin/bash
@@ -351,7 +351,7 @@ done
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with commands named as Slurm's in front of PATH, and what they leave; they run jobs once it holds `runs`."""
+    """A folder with fake Slurm commands, first in PATH, and the files they leave. They run jobs once it contains `runs`."""
     pytest.importorskip("submitit")
     folder = tmp_path / "bin"
     folder.mkdir()
@@ -446,7 +446,7 @@ def test_a_sweep_killed_in_the_middle_finds_its_slurm_jobs_again(
     os.killpg(int((slurm / "pid.102").read_text()), signal.SIGKILL)
     again = sweeping(base, tmp_path, *options)
     assert again.wait() == 0
-    assert int((slurm / "last").read_text()) == 103  # the one that was killed was sent again, the other waited for
+    assert int((slurm / "last").read_text()) == 103  # the killed one was resubmitted, the other awaited
     result = run(base)
     assert result.to_text() == here.to_text()
     for name in here.runs:

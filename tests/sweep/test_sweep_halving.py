@@ -1,4 +1,4 @@
-"""Successive halving: who goes on is a function of the figures at a rung, and a survivor is the run that it would be without it."""
+"""Successive halving: the metrics at a rung decide which settings continue, and a survivor equals the run without halving."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BETAS = "loss.beta=0.05,0.1,0.3,2.0"
 
 def test_rungs_lie_a_factor_apart_and_end_with_the_run() -> None:
     assert RULE.steps(36) == [4, 12, 36] and RULE.steps(100) == [11, 33, 100]
-    assert Halving(2, 2, "m", True, "").steps(7) == [4, 7]  # 3.5 is rounded to even
+    assert Halving(2, 2, "m", True, "").steps(7) == [4, 7]  # 3.5 rounds to even
     assert [RULE.kept(n) for n in (1, 2, 3, 4, 9, 10)] == [1, 1, 1, 2, 3, 4]
     # the work of 9 settings with factor 3 and 3 rungs: 9/9 + 3 * (1/3 - 1/9) + 1 * (1 - 1/3) of a full run
     assert 9 * 4 + 3 * (12 - 4) + 1 * (36 - 12) == 84
@@ -46,7 +46,7 @@ def test_the_best_by_their_mean_go_on_and_ties_are_not_broken(higher: bool) -> N
     values = {"a": (0.5, 0.7), "b": (0.1, 0.9), "c": (0.6, 0.6), "d": (0.9, 0.9), "e": (0.4, None), "f": (0.8, 0.8)}
     found = standings({k: [None if x is None else sign * x for x in v] for k, v in values.items()}, rule)
     kept = {s.setting: (s.rank, s.kept) for s in found}
-    # two of six go on: b (0.5), and of a and c (0.6) both; e is alone with 0.4, but one of its seeds stopped itself
+    # two of six continue: b (0.5), and the tied a and c (0.6); e has 0.4, but one of its seeds stopped itself
     assert kept == {"b": (1, True), "a": (2, True), "c": (2, True), "f": (4, False), "d": (5, False), "e": (6, False)}
     assert [s.rank for s in found] == sorted(s.rank for s in found)
     assert next(s for s in found if s.setting == "e").mean is None
@@ -78,7 +78,7 @@ def test_seeds_stay_or_go_together_and_ranks_stand_in_the_table(tmp_path: Path) 
     for s in (0, 1):
         records[f"beta-0.5-seed-{s}"] |= {"state": "finished", "metrics": {"eval/loss": 0.05, "eval/rows": 8}}
     table = make_table(sweep.runs, records, "eval/loss", False)
-    # nothing that was cut has a value, however good its figure was at the rung
+    # cut settings have no value, however good their metric was at the rung
     assert [(r.setting, r.values) for r in table.rows] == [
         ("beta-0.5", (0.05, 0.05)),
         ("beta-0.3", ()),
@@ -94,7 +94,7 @@ def test_seeds_stay_or_go_together_and_ranks_stand_in_the_table(tmp_path: Path) 
     assert table.to_json()["settings"][1]["cut"]["rank"] == 2 and table.to_json()["settings"][0]["cut"] is None
 
 
-# ---- mistakes -------------------------------------------------------------------------------------------------------
+# ---- user errors ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -135,12 +135,12 @@ def test_a_run_too_short_is_refused_before_anything_trains(
     assert entered == []
 
 
-# ---- doing it -------------------------------------------------------------------------------------------------------
+# ---- running --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def halved(base: dict[str, Any]) -> dict[str, Any]:
-    """Four settings of 8 steps with a warm-up and a cosine: rungs at 2, 4 and 8, of which only the second is due an evaluation."""
+    """Four settings of 8 steps with warm-up and cosine. Rungs at 2, 4 and 8, where only the second coincides with an evaluation."""
     base["base"]["train"] |= {"epochs": 4.0, "warmup_fraction": 0.2}
     base["base"]["checkpoint"] = {"every": None, "keep_last": 1}
     base["base"]["evaluation"] = {"samples": 0, "kl_prompts": 0, "every": 4}
@@ -169,11 +169,11 @@ def test_a_survivor_is_the_run_that_was_never_halved_bit_for_bit(
             tmp_path / "whole" / survivor / file
         ).read_bytes()
     assert result.runs[survivor]["metrics"] == whole.runs[survivor]["metrics"]
-    # no step is done twice, and none of what was cut beyond its rung
+    # no step is repeated, and cut runs take none beyond their rung
     assert len(steps) == len(set(steps)) == 2 * 4 + 2 * 2 + 1 * 4
     cut = [r["cut"] for r in result.runs.values() if r["state"] == "cut"]
     assert sorted((c["rung"], c["rank"], c["among"]) for c in cut) == [(1, 3, 4), (1, 4, 4), (2, 2, 2)]
-    # a log of one that was cut is the start of the whole run's
+    # a cut run's log is the beginning of the complete run's
     for name in states:
         short, long = ((tmp_path / d / name / "metrics.jsonl").read_bytes() for d in ("sweep", "whole"))
         assert long.startswith(short) and (name == survivor) == (len(short) == len(long))
@@ -185,14 +185,14 @@ def test_a_survivor_is_the_run_that_was_never_halved_bit_for_bit(
     before = len(steps)
     assert run(halved).to_text() == result.to_text() and len(steps) == before
     assert sum("stopped at rung" in line for line in plan(halved)) >= 3
-    # left out, every run is trained on to its end, and is then the same too
+    # without halving, every run continues to its end, and is then the same too
     on = run(full)
     assert on.to_text() == whole.to_text() and len(steps) == 4 * 8
     assert all(left(tmp_path / "sweep" / n) == left(tmp_path / "whole" / n) for n in states)
 
 
 class Killed(BaseException):
-    """A kill, as far as a test can have one: nobody catches it."""
+    """Simulates a kill: an exception that nothing catches."""
 
 
 def kill(*_: Any, **__: Any) -> Any:
@@ -202,12 +202,12 @@ def kill(*_: Any, **__: Any) -> Any:
 def test_killed_again_and_again_it_ends_with_the_same_ranks_also_two_at_a_time(
     halved: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between a checkpoint at a rung and its record, between a rung's end and its judgement, and by Ctrl-C in the second rung."""
+    """Kills between a rung's checkpoint and its record, between a rung's end and its ranking, and by Ctrl-C in the second rung."""
     whole = run(halved, f"output={tmp_path}/whole")
     real = Loop.take_step
 
     def interrupted(self: Loop, step: int, *rest: Any) -> Any:
-        if step == 2:  # the first step beyond the first rung: its checkpoint lies between two rungs
+        if step == 2:  # the first step after the first rung, with a checkpoint between two rungs
             os.kill(os.getpid(), signal.SIGINT)
         return real(self, step, *rest)
 
@@ -284,12 +284,12 @@ def test_a_pause_says_its_figures_and_refuses_to_go_back(halved: dict[str, Any],
     assert first.value.step == 3 and "eval/rewards/margins" in first.value.metrics
     manifest = json.loads((Path(config.output) / "manifest.json").read_text())
     assert (manifest["status"], manifest["steps"], manifest["total_steps"]) == ("paused", 3, 8)
-    with pytest.raises(Paused) as again:  # what a kill between the checkpoint and the sweep's record leaves
+    with pytest.raises(Paused) as again:  # the state after a kill between the checkpoint and the sweep's record
         Run(config, quiet=True, pause_at=3).train()
     assert again.value.metrics == first.value.metrics
     with pytest.raises(CheckpointError, match="is at step 3 already, beyond step 2"):
         Run(config, quiet=True, pause_at=2).train()
-    assert Run(config, quiet=True, pause_at=8).train().steps == 8  # its end is no pause
+    assert Run(config, quiet=True, pause_at=8).train().steps == 8  # the end is not a pause
 
 
 def test_the_documented_sweep_is_one(tmp_path: Path) -> None:
@@ -299,4 +299,4 @@ def test_the_documented_sweep_is_one(tmp_path: Path) -> None:
     (tmp_path / "halved.yaml").write_text(block)
     sweep = load_sweep(tmp_path / "halved.yaml")
     assert sweep.halving is not None and len({r.setting for r in sweep.runs}) == 10
-    assert (sweep.halving.kept(10), sweep.halving.kept(4)) == (4, 2)  # as the docs reckon
+    assert (sweep.halving.kept(10), sweep.halving.kept(4)) == (4, 2)  # as computed in the docs

@@ -1,4 +1,4 @@
-"""What a run does with trackers that fail, hang, die or come back: nothing but say so."""
+"""Trackers that fail, hang, die or recover never affect a run, which only reports it."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_every_line_arrives_once_and_a_continued_run_is_the_same_run(tmp_path: P
     mirrors = _mirrors(run, "Records", said)
     mirrors.begin(anew=True)
     assert mirrors.finish("stopped", {"eval/loss": 0.25})
-    make_run(run, done=5)  # lines 1 to 3 stand there again
+    make_run(run, done=5)  # lines 1 to 3 are repeated
     again = _mirrors(run, "Records", said)
     again.begin(anew=False)
     assert again.finish("finished", {"eval/loss": 0.125})
@@ -115,14 +115,14 @@ def test_a_tracker_that_fails_costs_a_warning_and_its_time_limit(
     run, said = make_run(tmp_path / "run", done=2), list[str]()
     mirrors = _mirrors(
         run, fake, said, timeout=1.0 if fake == "Hangs" else 120.0
-    )  # a slow machine takes a second to start one
+    )  # starting one takes a second on a slow machine
     started = time.monotonic()
     mirrors.begin(anew=True)
     process = mirrors.mirrors[0].process
     for _ in range(100):
         mirrors.poll()
     assert not mirrors.finish("finished")
-    assert time.monotonic() - started < 110  # not until the limit, where it dies or raises
+    assert time.monotonic() - started < 110  # it does not wait for the timeout if the tracker dies or raises
     assert process is not None and process.poll() is not None
     whole = "\n".join(said)
     assert said_of in whole and "not-to-be-seen" not in whole and "\x1b" not in whole
@@ -163,7 +163,7 @@ def test_a_missing_package_is_met_before_anything_is_done(tmp_path: Path, monkey
 
 
 def test_a_run_that_is_killed_leaves_its_lines_in_its_trackers(tmp_path: Path) -> None:
-    """kill -9 of the run's process: its tracker sees the end of its input, sends what there is, and closes."""
+    """After kill -9 of the run's process, its tracker reads the end of its input, sends the rest, and closes."""
     run = make_run(tmp_path / "run", done=4)
     script = (
         "import sys, time; from pathlib import Path; from penchant.track import Mirrors, TrackerSpec; "

@@ -1,4 +1,4 @@
-"""Real trackers, offline, read back with their own formats: each holds what metrics.jsonl and perf.jsonl say, once."""
+"""Real trackers, offline, read back in their own formats: each holds metrics.jsonl and perf.jsonl exactly once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from wandb_file import history, run_of
 from penchant import api
 from penchant.track.tracker import STEP, as_line
 
-FLOAT32 = 1e-6  # TensorBoard's scalars have no more digits
+FLOAT32 = 1e-6  # the precision of TensorBoard's scalars
 
 
 class Crash(Exception):
@@ -23,7 +23,7 @@ class Crash(Exception):
 
 @pytest.fixture(scope="module")
 def crashed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
-    """(run, the same without trackers): it died after step 5, two steps behind its checkpoint, and was run again."""
+    """(run, the same without trackers): killed after step 5, two steps after its checkpoint, and resumed."""
     tmp = tmp_path_factory.mktemp("tracked")
     config = {
         "model": {"path": tiny_model_folder(tmp / "model"), "dtype": "fp32"},
@@ -54,7 +54,7 @@ def crashed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Pa
 
 
 def _rows(run: Path) -> list[Any]:
-    """Every line as trackers should have it; of a step that was run twice the speed is the first one's."""
+    """Every line as trackers should have it. A step that ran twice keeps the speed of its first run."""
     metrics = [as_line(json.loads(t)) for t in (run / "metrics.jsonl").read_text().splitlines()]
     perf = [as_line(json.loads(t), "perf") for t in (run / "perf.jsonl").read_text().splitlines()]
     first = {line.step: line for line in reversed(perf)}
@@ -74,7 +74,7 @@ def test_what_is_trained_is_the_same_with_trackers_and_without(crashed: tuple[Pa
 def test_wandb_holds_every_line_once_over_both_parts_of_the_run(crashed: tuple[Path, Path]) -> None:
     run, _ = crashed
     files = sorted(run.glob("trackers/wandb/offline-run-*/*.wandb"))
-    assert len(files) == 2 and files[0].name == files[1].name  # one id: W&B's own sync puts them together
+    assert len(files) == 2 and files[0].name == files[1].name  # the same id, so W&B's sync merges them
     found = [row for path in files for row in history(path)]
     (table,) = [row for row in found if "samples" in "".join(row)]
     expected = [{**line.values, STEP: line.step} for line in _rows(run)]
@@ -98,7 +98,7 @@ def test_tensorboard_holds_every_line_once(crashed: tuple[Path, Path]) -> None:
     assert any("status" in tag for tag in tags["tensors"])
 
 
-@pytest.mark.slow  # MLflow takes seconds to make its database
+@pytest.mark.slow  # MLflow takes seconds to create its database
 def test_mlflow_holds_every_line_once(
     crashed: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,7 +110,7 @@ def test_mlflow_holds_every_line_once(
     log = run / "metrics.jsonl"
     whole = log.read_text()
     log.write_text("".join(whole.splitlines(keepends=True)[:3]))
-    for text in (log.read_text(), whole, whole):  # as far as a crash, to the end, and once more
+    for text in (log.read_text(), whole, whole):  # up to a crash, to the end, and once more
         log.write_text(text)
         assert api.track(run, "mlflow", project="p", group="g", dir=str(tmp_path))
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
@@ -133,7 +133,7 @@ def test_a_finished_run_is_sent_afterwards_and_only_what_is_missing(crashed: tup
     assert set(events.Tags()["scalars"]) == expected
     steps = [e.step for e in events.Scalars("train/loss")]
     assert steps == [1, 2, 3, 4, 5, 6] and said == [f"TensorBoard: {run / 'trackers/tensorboard/later'}"]
-    assert api.track(run, "tensorboard", name="later")  # again: nothing is there that it lacks
+    assert api.track(run, "tensorboard", name="later")  # a second call adds nothing
     again = EventAccumulator(str(run / "trackers/tensorboard/later")).Reload()
     assert [e.step for e in again.Scalars("train/loss")] == steps
     assert api.track(run, "tensorboard", name="later", anew=True)

@@ -1,4 +1,4 @@
-"""docs/trackers.md says what the registry and the table of metrics say."""
+"""docs/trackers.md agrees with the registry and the table of metrics."""
 
 from __future__ import annotations
 

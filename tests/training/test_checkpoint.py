@@ -1,4 +1,4 @@
-"""Checkpoints: all or nothing, whoever is killed when; run folders: one lock, one identity."""
+"""Checkpoints are atomic under kills at any point; a run folder has one lock and one identity."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_changed_file_is_noticed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["state.json", "state.safetensors", "model/weights"])
 def test_a_file_whose_sum_is_not_listed_is_not_taken_for_whole(tmp_path: Path, name: str) -> None:
-    """A bit that flips in a name of the list would leave the file of that name unchecked."""
+    """A flipped bit in a listed name would leave the file of that name unchecked."""
     path = _save(tmp_path, 3)
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["sha256"]["x" + name] = manifest["sha256"].pop(name)
@@ -229,7 +229,7 @@ def test_a_lock_of_a_dead_process_is_no_obstacle(tmp_path: Path) -> None:
 
 def test_another_runs_folder_is_refused_with_the_difference(tmp_path: Path) -> None:
     open_run(tmp_path / "run", "a: 1\n", {"config": {"train": {"lr": 1e-5}}, "data": ["x"]})
-    open_run(tmp_path / "run", "a: 1\n", {"config": {"train": {"lr": 2e-5}}, "data": ["x"]})  # nothing saved yet
+    open_run(tmp_path / "run", "a: 1\n", {"config": {"train": {"lr": 2e-5}}, "data": ["x"]})  # no checkpoint yet
     _save(tmp_path / "run", 1)
     with pytest.raises(CheckpointError, match=r"config\.train\.lr: 2e-05 -> 1e-05"):
         open_run(tmp_path / "run", "a: 1\n", {"config": {"train": {"lr": 1e-5}}, "data": ["x"]})
@@ -253,7 +253,7 @@ def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(CheckpointError, match="is a file, or lies below one"):
             open_run(path, "", {})
-    if os.geteuid() != 0:  # root may write anywhere
+    if os.geteuid() != 0:  # root can write anywhere
         (tmp_path / "closed").mkdir(mode=0o500)
         with pytest.raises(CheckpointError, match="cannot be written"):
             open_run(tmp_path / "closed" / "run", "", {})
@@ -287,7 +287,7 @@ def test_a_checkpoint_is_found_by_its_name(tmp_path: Path) -> None:
 def test_others_wait_as_long_as_it_takes_for_what_rank_0_does_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It writes the whole model, and sums up every file: of a large one that takes longer than they wait for each other."""
+    """Rank 0 writes the whole model and hashes every file, which for a large model takes longer than the usual timeout."""
     waits, seen, together = [False], [], World.together
 
     @contextmanager
@@ -314,7 +314,7 @@ def test_others_wait_as_long_as_it_takes_for_what_rank_0_does_alone(
 
 def test_a_file_of_tensors_is_what_safetensors_writes_and_needs_one_tensor_at_a_time(tmp_path: Path) -> None:
     tensors: dict[str, torch.Tensor] = {
-        "exp_avg/w": torch.randn(64, 32).t(),  # not contiguous: it is copied, as a GPU's would be
+        "exp_avg/w": torch.randn(64, 32).t(),  # not contiguous, so it is copied, as from a GPU
         "master/w": torch.randn(64, 32).t(),
         "state1/w": torch.arange(7, dtype=torch.uint8),
         "step/w": torch.tensor(3.0),

@@ -1,4 +1,4 @@
-"""What breaks or waits on a GPU, met without one: the ops of a micro-batch are looked at, and a model on the meta device stands for it."""
+"""Failures and synchronizations on a GPU, tested without one: by the ops of a micro-batch, and by a model on the meta device."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from penchant.training.loop import Loop
 from penchant.training.optim import MasterAdamW
 from penchant.types import LossOutput, Scored
 
-# what a GPU adds in the order in which its threads arrive
+# ops that a GPU sums in nondeterministic order
 UNORDERED = {
     "index_add",
     "index_add_",
@@ -50,7 +50,7 @@ META, CPU = torch.device("meta"), torch.device("cpu")
 
 
 class Ops(TorchDispatchMode):
-    """Counts the operations that are run under it, by name."""
+    """Counts operations by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ def offline(name: str = "dpo", **more: Any) -> Offline:
     return offline_of(name, policy, LiveReference(reference), **more)
 
 
-# ---- sums have one order: equal log-probs of policy and reference give equal sums, whatever the threads do ----
+# ---- deterministic sums: equal log-probs of policy and reference give equal sums ----
 
 
 @pytest.mark.parametrize("name", ["dpo", "sft", "pmpo"])
@@ -88,7 +88,7 @@ def test_sums_of_completions_are_those_in_token_order() -> None:
     completion = torch.repeat_interleave(torch.arange(4), lengths)
     expected = values.new_zeros(4).index_add(0, completion, values)
     sums = per_completion(values, lengths)
-    assert torch.equal(sums, expected)  # on a CPU, that is: figures of older versions stay
+    assert torch.equal(sums, expected)  # on a CPU, where results of older versions must not change
     weights = torch.tensor([1.0, 2.0, 3.0, 4.0])
     (grad,) = torch.autograd.grad(sums, values, weights)
     assert torch.equal(grad, weights[completion])
@@ -96,7 +96,7 @@ def test_sums_of_completions_are_those_in_token_order() -> None:
 
 @pytest.mark.parametrize("name", ["rloo", "grpo", "gspo"])
 def test_losses_of_groups_are_summed_in_token_order_too(name: str) -> None:
-    """And no number of tokens is asked for."""
+    """Also without reading the number of tokens from the device."""
     method = GroupPolicyGradient(None, None, None, GroupConfig(name=name, max_new_tokens=4), 64)  # type: ignore[arg-type]
     batch = pack(some_pairs(2))
     tokens = torch.randn(len(batch.target_ids), requires_grad=True)
@@ -106,7 +106,7 @@ def test_losses_of_groups_are_summed_in_token_order_too(name: str) -> None:
     assert not (UNORDERED | {"repeat_interleave", "nonzero"}) & ops.seen.keys()
 
 
-# ---- the optimizer: passes over all parameters are one call each, and nothing is read ----
+# ---- the optimizer: one foreach call per pass over the parameters, without reading values ----
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -119,19 +119,19 @@ def test_a_step_of_the_optimizer_makes_no_call_for_each_parameter(dtype: torch.d
             master.grad = torch.ones_like(master)
         optimizer.parts[0].step = lambda: None  # type: ignore[method-assign, misc, assignment]  # torch's own, one call; it refuses the meta device
         with Ops() as ops:
-            optimizer.clip(1.0)  # the meta device refuses to be read
+            optimizer.clip(1.0)  # the meta device raises on a read
             optimizer.step(1e-3)
         assert any(name.startswith("_foreach_mul") for name in ops.seen)
         calls.append({n: c for n, c in ops.seen.items() if n in ("copy_", "zero_", "mul_", "_to_copy", "lerp_")})
     assert calls[0] == calls[1]
 
 
-# ---- placement: the meta device refuses what would be on another device than the model ----
+# ---- placement: the meta device raises on tensors that are not on the model's device ----
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_resumed_optimizer_has_its_state_where_the_parameters_are(dtype: torch.dtype) -> None:
-    """Fused AdamW reads `step` on the device; a checkpoint's tensors come from the disk to the CPU."""
+    """Fused AdamW reads `step` on the device, but a checkpoint's tensors are loaded to the CPU."""
     model = torch.nn.Linear(3, 2, device=META)
     optimizer = MasterAdamW(model.named_parameters(), dtype=dtype)
     stored = {f"master/{n}": torch.zeros(p.shape) for n, p in model.named_parameters()}
@@ -143,7 +143,7 @@ def test_a_resumed_optimizer_has_its_state_where_the_parameters_are(dtype: torch
     assert held.keys() == stored.keys() and {v.device for v in held.values()} == {META}
 
 
-# ---- layouts are made on the CPU: on a device each small operation would be a launch ----
+# ---- layouts are computed on the CPU, since on a GPU each small operation would be a kernel launch ----
 
 
 @pytest.mark.parametrize("window", [None, 5])
@@ -173,7 +173,7 @@ def test_padded_rows_reach_the_device_in_three_copies_and_none_is_looked_for() -
     assert counts[0]["copy_"] == counts[1]["copy_"] and counts[0]["_to_copy"] == counts[1]["_to_copy"]
 
 
-# ---- a whole step: the meta device raises where a number is read, a mask is counted, or a tensor is on the wrong device ----
+# ---- a whole step: the meta device raises if a value is read, a mask is counted, or a tensor is on the wrong device ----
 
 
 def loop_on(device: torch.device, folder: Path, name: str, **more: Any) -> Loop:
@@ -195,7 +195,7 @@ def loop_of(algorithm: Any, device: torch.device, folder: Path) -> Loop:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many numbers each read of the device brought; of the meta device they are made up."""
+    """Records how many numbers each read from the device returns; values of the meta device are made up."""
     found: list[int] = []
 
     def read(vector: torch.Tensor) -> list[float]:
@@ -216,7 +216,7 @@ def test_a_step_waits_for_the_device_once(name: str, tmp_path: Path, reads: list
 
 @pytest.mark.parametrize(("more", "start"), [({}, adapter_off), ({"dora": True, "rslora": True}, adapter_as_it_is)])
 def test_nor_does_an_adapters(more: dict[str, Any], start: Any, tmp_path: Path, reads: list[int]) -> None:
-    """peft's layers run as they are; what is the reference then is no copy, and reads nothing either."""
+    """peft's layers run unchanged. The reference is then not a copy, and reads nothing either."""
     model = add_lora(tiny_model("llama", dtype=torch.float32), LoraConfig(r=2, **more), 0).to(META)
     scorer = Scorer(model, "shared")
     loop = loop_of(offline_of("dpo", scorer, start(scorer)), META, tmp_path)
@@ -255,7 +255,7 @@ def test_no_loss_waits_for_the_device(nll: float) -> None:
 
 
 def test_a_norm_in_the_hosts_memory_is_read_with_losses_on_the_device(reads: list[int]) -> None:
-    """With launch.offload gradients are in the host's memory, and losses are not."""
+    """With launch.offload, gradients are in host memory and losses on the device."""
     totals = steps.Totals()
     totals.add(LossOutput(torch.ones(3, device=META)))
     totals.read(torch.tensor(1.0))
@@ -269,7 +269,7 @@ def test_nor_does_a_divergence(kind: DivergenceKind) -> None:
     assert grad_of(logits, logits, value, kind).shape == logits.shape and value.device == META
 
 
-# ---- what a step needs is on its way before it is needed ----
+# ---- a step's inputs are transferred ahead of time ----
 
 
 def test_batches_that_are_packed_ahead_train_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +293,7 @@ def test_what_fails_in_the_background_is_raised_where_it_is_needed() -> None:
 
 
 def test_what_runs_in_the_background_is_on_the_gpu_of_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A new thread is on the first GPU, where it would take memory for each process of the machine."""
+    """A new thread starts on the first GPU, where it would take memory for each process of the machine."""
     asked: list[int] = []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
@@ -325,23 +325,23 @@ def test_what_rollouts_know_comes_with_the_batch() -> None:
     assert method.extra(batch, "advantages").tolist() == [1.0, -1.0, 2.0, -2.0]
 
 
-# ---- how a GPU computes: deterministic in the step and not where completions are sampled; TF32 only where it is asked for ----
+# ---- GPU settings: deterministic in a step but not while sampling; TF32 only if requested ----
 
 CUDA = torch.device("cuda")
 
 
 class Watching(Offline):
-    """Notes where torch's deterministic mode is on."""
+    """Records when torch's deterministic mode is on."""
 
     seen: ClassVar[dict[str, bool]] = {}
 
-    def begin_step(self, step: int, progress: float, trees: Any) -> Any:  # where an online method samples
+    def begin_step(self, step: int, progress: float, trees: Any) -> Any:  # here an online method samples
         self.seen["begin_step"] = torch.are_deterministic_algorithms_enabled()
         return Offline.begin_step(self, step, progress, trees)
 
     def score(self, batch: Any) -> Any:
         self.seen["score"] = torch.are_deterministic_algorithms_enabled()
-        assert torch.backends.cuda.cudnn_sdp_enabled() is not self.seen["score"]  # it has no order
+        assert torch.backends.cuda.cudnn_sdp_enabled() is not self.seen["score"]  # cuDNN's SDPA is not deterministic
         return Offline.score(self, batch)
 
 
@@ -364,7 +364,7 @@ def test_a_step_is_deterministic_and_sampling_is_outside(
 
 
 def test_a_models_own_attention_goes_back_in_order_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An encoder's, or that of padded rows: in a step, whose mode only warns."""
+    """That of an encoder or of padded rows, in a step, where deterministic mode only warns."""
     seen: list[bool] = []
     noted = noted_attention(seen)
     warns = torch.is_deterministic_algorithms_warn_only_enabled
@@ -402,10 +402,10 @@ def test_what_is_proved_in_fp32_is_not_multiplied_in_tf32(monkeypatch: pytest.Mo
         assert not matmul.allow_tf32
     assert matmul.allow_tf32
     with widened(tiny_model("llama", dtype=torch.float32)):
-        assert matmul.allow_tf32  # a CPU has none
+        assert matmul.allow_tf32  # a CPU has no TF32
 
 
-# ---- the process: the CPU's allocator settings would keep a GPU host's memory for ever ----
+# ---- the process: the CPU's allocator settings would never give back a GPU host's memory ----
 
 
 def test_a_process_has_the_settings_of_where_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Passes side by side: the same bits on one, two and three threads, the gradients of autograd, and an end where a pass fails."""
+"""Concurrent passes: bitwise equal on one, two and three threads, equal to autograd, and a clean end if a pass fails."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from penchant.training.optim import MasterAdamW
 
 @pytest.fixture(autouse=True)
 def small_passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Passes of two or three tiny pairs; torch's threads as they were."""
+    """Make passes of two or three tiny pairs, and restore torch's number of threads afterwards."""
     monkeypatch.setattr(packing, "PASS_TOKENS", 40)
     monkeypatch.setattr(packing, "LEAST_TOKENS", 20)
     before = torch.get_num_threads()
@@ -39,7 +39,7 @@ def small_passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def made(folder: Path, kind: str, dtype: torch.dtype = torch.float32, kernels: str = "auto", **train: Any) -> Loop:
-    """A loop of one kind; several passes fit into its budget."""
+    """A loop of one kind whose budget allows several passes."""
     folder.mkdir(exist_ok=True)
     if kind == "reward":
         from transformers import LlamaForSequenceClassification
@@ -110,7 +110,7 @@ def test_the_bits_do_not_depend_on_the_threads(tmp_path: Path, kind: str, dtype:
 
 @pytest.mark.parametrize("kind", ["dpo", "aot", "lora", "reward"])
 def test_gradients_are_those_of_autograd(tmp_path: Path, kind: str) -> None:
-    """In fp64, against the model's own layers, which know nothing of passes side by side."""
+    """In fp64, compared with the model's own layers, which do not run concurrently."""
     found = []
     for kernels, threads in (("off", 1), ("auto", 3)):
         loop = made(tmp_path, kind, torch.float64, kernels, max_grad_norm=None)
@@ -126,7 +126,7 @@ def test_gradients_are_those_of_autograd(tmp_path: Path, kind: str) -> None:
         found.append(grads)
     plain, side = found
     assert plain.keys() == side.keys() and len(plain) > 8
-    for name, grad in plain.items():  # transformers' norms go through fp32
+    for name, grad in plain.items():  # transformers' norms compute in fp32
         assert torch.allclose(side[name], grad, atol=1e-4 * float(grad.abs().max()) + 1e-12), name
 
 
@@ -199,12 +199,12 @@ def test_a_pass_that_fails_ends_the_others(tmp_path: Path) -> None:
 
 
 def test_what_is_added_is_added_in_order() -> None:
-    """The first pass adds last of all if nobody waits for it: it goes on only when the others stand at their turn."""
+    """The first pass continues only when the others wait for their turn, so without turns it would add last."""
     turns, added, here = Turns(), [], threading.Barrier(3, timeout=30)
 
     def one(i: int) -> int:
         assert torch.get_num_threads() == 1
-        here.wait()  # all three run at once
+        here.wait()  # all three run concurrently
         if i == 0:
             while len(waiting) < 2:
                 pass
@@ -238,7 +238,7 @@ def test_passes_of_different_strands_do_not_wait_for_each_other() -> None:
 
     def one(i: int) -> None:
         if i == 0:
-            assert other.wait(timeout=30)  # pass 2 adds before this one has
+            assert other.wait(timeout=30)  # pass 2, of the other strand, adds first
         with turn(i // 2):
             added.append(i)
         if i == 2:
@@ -270,8 +270,8 @@ def test_passes_share_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     assert at_once(loads, 2048, 16) == 4 and at_once(loads, 2048, 2) == 2
     assert (
         len(plan_passes([100] * 4, 4096, True)) == 2
-    )  # of LEAST_TOKENS there are three, which two threads do not share evenly
+    )  # LEAST_TOKENS would give three passes, which two threads cannot split evenly
     assert len(plan_passes([100] * 4, 4096, True, 2)) == 1 and len(plan_passes(sizes, 2048, True, 2)) == 8
-    # a tree that takes the budget alone has all threads to itself
+    # a tree that fills the budget gets all threads
     assert at_once([2000], 2048, 16) == 1
     assert plan_passes([], 2048, True) == [] and plan_passes([3000, 10], 2048, True) == [[0], [1]]

@@ -1,4 +1,4 @@
-"""The loop: accumulation by global counts, exact resume, step-0 check, NaN, signals, the optimizer's masters."""
+"""The training loop: accumulation by global counts, exact resume, step-0 check, NaN, signals, fp32 masters."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfi
 
 
 class Killed(BaseException):
-    """A kill -9: nothing of the loop's own clean-up knows about it."""
+    """Simulates kill -9: an exception that the loop's cleanup does not handle."""
 
 
 class KillAt(QuietConsole):
@@ -89,7 +89,7 @@ def final_state(loop: Loop) -> dict[str, torch.Tensor]:
 def uninterrupted(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[torch.dtype], tuple[dict[str, torch.Tensor], bytes]]:
-    """The final state of a loop that runs to its end, and its metrics; run once for each dtype."""
+    """Final state and metrics of an uninterrupted loop, run once per dtype."""
 
     @cache
     def run(dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], bytes]:
@@ -102,7 +102,7 @@ def uninterrupted(
 
 
 @pytest.mark.parametrize(
-    "dtype,killed_at",  # before, at and between the checkpoints of steps 2 and 4; masters beside bf16 weights are what they hold besides
+    "dtype,killed_at",  # before, at and between the checkpoints of steps 2 and 4; with bf16 weights they also hold masters
     [*((torch.float32, step) for step in (1, 2, 3, 4, 5)), (torch.bfloat16, 3), (torch.bfloat16, 5)],
 )
 def test_resumed_equals_uninterrupted_bit_for_bit(
@@ -123,14 +123,14 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
 
 @pytest.mark.parametrize("name", ["dpo", "sft", "aot", "aot_unpaired"])
 def test_1x10_equals_10x1(tmp_path: Path, name: str) -> None:
-    """Gradient accumulation scales by global counts, whatever the micro-batches are: the loop's own step, before AdamW."""
+    """Gradient accumulation scales by global counts for any micro-batches. Compares the gradient before AdamW."""
     grads: list[torch.Tensor] = []
     for budget in (10_000, 16):
         loop = make_loop(
             tmp_path / f"{budget}",
             dtype=torch.float64,
             name=name,
-            reference_seed=1,  # at equality a loss that sorts its batch gives every order the same gradient
+            reference_seed=1,  # if they were equal, a loss that sorts its batch would give the same gradient for every order
             batch_size=10,
             tokens_per_step=budget,
             max_grad_norm=None,
@@ -154,7 +154,7 @@ def test_evaluation_is_over_rows_not_over_batches(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["dpo", "sft", "aot"])
 def test_no_figure_is_a_mean_of_batches(tmp_path: Path, name: str) -> None:
-    """Neither of held-out rows nor of a step's own: every one is the same however the rows are cut into passes."""
+    """Held-out and training metrics do not depend on how rows are split into passes."""
     held_out, steps = [], []
     for budget in (16, 50, 10_000):
         loop = make_loop(
@@ -259,7 +259,7 @@ def test_masters_keep_updates_that_bf16_would_lose() -> None:
 def test_bf16_micro_batches_are_summed_in_fp32() -> None:
     p = torch.nn.Parameter(torch.zeros(1))
     MasterAdamW([("p", p)], dtype=torch.bfloat16)
-    for scale in (1.0, *[2.0**-9] * 4):  # each small one vanishes when added to 1 in bf16
+    for scale in (1.0, *[2.0**-9] * 4):  # each small gradient vanishes when added to 1 in bf16
         (p * scale).sum().backward()
     assert p.grad is None
     assert p.main_grad.item() == 1.0 + 4 * 2.0**-9  # type: ignore[attr-defined]
@@ -284,7 +284,7 @@ def test_clip_returns_the_norm_before_and_scales() -> None:
 
 @pytest.mark.parametrize("decay", [0.0, 0.5])
 def test_adamw_by_hand(decay: float) -> None:
-    """Two steps of arXiv 1711.05101 with every option away from its default; a matrix decays, a vector never does."""
+    """Two steps of arXiv 1711.05101 with no option at its default. Matrices decay, vectors do not."""
     gradients, lr, (b1, b2), eps = ([3.0, -0.5], [-1.0, 2.0]), 0.1, (0.8, 0.9), 0.05
     matrix, vector = torch.nn.Parameter(torch.tensor([[1.0, -2.0]])), torch.nn.Parameter(torch.tensor([1.0, -2.0]))
     optimizer = MasterAdamW(
@@ -312,7 +312,7 @@ def test_bf16_gradients_are_of_one_step_only() -> None:
 
 
 def test_rates_and_clipping_reach_the_optimizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Six steps, half of them warm-up: 1/4, 2/4, 3/4 of the peak, then the peak; gradients as long as max_grad_norm."""
+    """Six steps, half of them warm-up: 1/4, 2/4, 3/4 of the peak, then the peak; gradients of norm max_grad_norm."""
     loop = make_loop(tmp_path / "run", warmup_fraction=0.5, schedule="constant", max_grad_norm=0.125)
     rates, norms = [], []
     step = loop.optimizer.step
@@ -332,11 +332,11 @@ def test_rates_and_clipping_reach_the_optimizer(tmp_path: Path, monkeypatch: pyt
 
 
 def _draws(folder: Path, monkeypatch: pytest.MonkeyPatch, before: int = 0, **train: Any) -> list[tuple[float, float]]:
-    """A number drawn in each step of a run of six, as dropout would draw it, and the step's progress; `before` drew others first."""
+    """A random number drawn in each of six steps, like dropout's, and each step's progress. `before` draws others first."""
     begin, seen = Offline.begin_step, []
 
     def spied(self: Offline, step: int, progress: float, trees: Any) -> Any:
-        if self.scorer.model.training:  # not at an evaluation
+        if self.scorer.model.training:  # not during an evaluation
             seen.append((float(torch.rand(())), progress))
         return begin(self, step, progress, trees)
 
@@ -352,7 +352,7 @@ def _draws(folder: Path, monkeypatch: pytest.MonkeyPatch, before: int = 0, **tra
 def test_every_step_draws_its_own_dropout_and_trains_in_training_mode(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a step draws is a function of the step alone; progress goes from 0 to 1."""
+    """A step's random draws depend only on the step; progress goes from 0 to 1."""
     one = _draws(tmp_path / "one", monkeypatch)
     assert _draws(tmp_path / "two", monkeypatch, before=99) == one
     assert len({value for value, _ in one}) == 6
@@ -394,7 +394,7 @@ def test_speeds_times_seconds_are_what_was_done(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("mode", "best"), [("min", 4), ("max", 2)])
 @pytest.mark.parametrize("killed_at", [None, 5])
 def test_the_best_step_is_that_of_the_best_value(tmp_path: Path, mode: Any, best: int, killed_at: int | None) -> None:
-    """The start has no checkpoint and is no candidate; a resumed run knows what was best before."""
+    """The start has no checkpoint and is not a candidate; a resumed run remembers the earlier best."""
     values = {0: -9.0 if mode == "min" else 9.0, 2: 3.0, 4: 1.0, 6: 2.0}
 
     def loop_with(console: Any) -> Loop:
@@ -434,7 +434,7 @@ def test_floor_and_ceiling_stop_beyond_them_only(tmp_path: Path) -> None:
 
 
 def test_a_finished_run_says_so(tmp_path: Path) -> None:
-    """It trains nothing, so it does not say that it goes on; and how to go on is said."""
+    """It trains nothing, so it reports no resume, but says how to continue."""
     make_loop(tmp_path).run()
     again, said = make_loop(tmp_path), io.StringIO()
     again.console = PlainConsole(said)

@@ -1,4 +1,4 @@
-"""What must hold wherever a model runs: `make test-gpu` runs these with ``--device cuda``, the default suite on the CPU."""
+"""Properties that must hold on every device: `make test-gpu` runs these with ``--device cuda``, the default suite on the CPU."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def loop_on(
     )
     trees = [replace(t, labels=(True, False), scores=(1.0, 0.5)) for t in some_pairs(8)]
     train = {"batch_size": 4, "tokens_per_step": 40, "epochs": 2.0, "max_steps": steps}
-    # policy and reference are one model at step 0: equal to the last bit
+    # policy and reference are the same model at step 0, so bitwise equal
     same = {"start_tolerance": (0.0, 0.0), "checkpoint": CheckpointConfig(every=2)}
     return small_loop(algorithm, optimizer, trees, train, folder, **same)
 
@@ -61,7 +61,7 @@ def state(loop: Loop) -> dict[str, torch.Tensor]:
 def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(
     tmp_path: Path, device: torch.device, dtype: torch.dtype, attention: str
 ) -> None:
-    """And two uninterrupted ones end alike; policy and reference are equal to 0.0 nats at step 0."""
+    """Two uninterrupted runs end alike too, and policy and reference differ by 0.0 nats at step 0."""
     how: Any = {"dtype": dtype, "attention": attention}
     whole, again = loop_on(device, tmp_path / "whole", **how), loop_on(device, tmp_path / "again", **how)
     part = loop_on(device, tmp_path / "part", **how)
@@ -92,7 +92,7 @@ def test_packings_agree(device: torch.device, family: str) -> None:
         assert (grad - found[0][1]).norm() <= 1e-9 * grad.norm()
 
 
-# ---- attention without a mask: flash kernels in two passes, FlexAttention; on a CPU the former's plain products, in the same dtype ----
+# ---- attention without a mask: flash kernels in two passes (on a CPU plain matmuls in the same dtype), and FlexAttention ----
 
 
 def on_gpu(device: torch.device) -> bool:
@@ -101,12 +101,12 @@ def on_gpu(device: torch.device) -> bool:
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mistral-window"])
 def test_attention_in_bf16_is_the_groups_in_fp32(device: torch.device, family: str) -> None:
-    """As near as bf16 is: log-probs within 0.03 nats a token, gradients with a cosine of 0.999 at least."""
+    """Within bf16 precision: log-probs to 0.03 nats per token, gradients with a cosine of at least 0.999."""
     from transformers import AutoModelForCausalLM
 
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
     config = family_configs()[family]()
-    config.head_dim = 16  # the least that FlexAttention takes
+    config.head_dim = 16  # the minimum for FlexAttention
     for dtype, attention in (
         (torch.float32, "groups"),
         (torch.bfloat16, "varlen+flex" if on_gpu(device) else "varlen"),
@@ -146,7 +146,7 @@ def test_flex_attention_and_its_gradients_are_the_groups(
 
 @pytest.mark.parametrize("tree", [512, 2048, 8192])
 def test_two_passes_are_nearly_as_fast_as_one_causal_pass(device: torch.device, tree: int) -> None:
-    """Forward and backward over 16k tokens: at least 0.9 of the pairs a second that plain causal attention over the same lengths has."""
+    """Forward and backward over 16k tokens reach at least 0.9 of plain causal attention's pairs per second at the same lengths."""
     if not on_gpu(device):
         pytest.skip("a rate of a GPU")
     prompt = tree // 2

@@ -1,4 +1,4 @@
-"""Every optimizer: equal to its library's own on plain tensors, and resumed to the bit."""
+"""Every optimizer equals its library's version on plain tensors, and resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def run(optimizer: MasterAdamW, steps: range) -> None:
 
 
 def library(kind: str, p: dict[str, torch.nn.Parameter]) -> list[torch.optim.Optimizer]:
-    """What one would write without us: matrices decay, vectors do not."""
+    """The optimizer as used directly: matrices decay, vectors do not."""
     matrices, vectors = ["layers.0.w", "embed.weight"], ["layers.0.norm"]
     groups = [{"params": [p[n] for n in names], "weight_decay": d} for names, d in ((matrices, 0.1), (vectors, 0.0))]
     betas = {"betas": (0.8, 0.9), "eps": 1e-6}

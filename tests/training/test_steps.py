@@ -1,4 +1,4 @@
-"""Which rows a step has, and what means are over."""
+"""Which rows a step has, and what metrics average over."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from penchant.types import LossOutput
 
 
 def _epochs(schedule: BatchSchedule) -> list[list[int]]:
-    """The rows of every epoch, in the order in which they are met."""
+    """The rows of every epoch, in training order."""
     per = schedule.steps_per_epoch
     return [
         [i for step in range(start, start + per) for i in schedule.batch(step)]
@@ -55,9 +55,9 @@ def test_means_are_over_everything_and_not_over_batches() -> None:
     means = totals.means("eval/")
     assert means["eval/loss"] == pytest.approx(
         15 / 10
-    )  # sums over tokens: the mean of the batches' means is 1.5 and 1.5
+    )  # sums over tokens; the mean of the batches' means would be 1.5 and 1.5
     assert means["eval/rows"] == pytest.approx(15 / 3)
-    assert "eval/loss/bad" not in means  # not a single example
+    assert "eval/loss/bad" not in means  # without a single example
 
 
 def test_a_term_without_examples_is_exactly_zero() -> None:
@@ -66,7 +66,7 @@ def test_a_term_without_examples_is_exactly_zero() -> None:
     loss.backward()
     assert loss.item() == pytest.approx(0.5) and out.losses.grad.tolist() == pytest.approx([1 / 12] * 2)
     nothing = reduced(out, {"main": 0.0, "bad": 0.0})
-    nothing.backward()  # there is a graph to go back through
+    nothing.backward()  # there is a graph to backpropagate through
     assert nothing.item() == 0.0
 
 

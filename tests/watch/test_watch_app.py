@@ -1,4 +1,4 @@
-"""The command: one frame or many, keys and signals, what is said where there is nothing, and that it leaves a run as it is."""
+"""The `watch` command: frames, keys, signals, messages if there is nothing to show, and that it never changes a run."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Terminal:
             stderr=slave,
             env=env,
             start_new_session=True,
-            # a suite that runs in the background ignores Ctrl-C, and its children would inherit that; a terminal's do not
+            # a suite in the background ignores SIGINT and its children would inherit that, unlike a terminal's
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         os.close(slave)
@@ -101,7 +101,7 @@ class Terminal:
             return ""
 
     def close(self, seconds: float = 120.0) -> int:
-        """Its exit code, once it has ended and all that it said is read."""
+        """Wait for its end, read its remaining output, and return its exit code."""
         end = time.monotonic() + seconds
         while self.process.poll() is None:
             assert time.monotonic() < end, f"it goes on\n{self.said[-3000:]}"
@@ -124,7 +124,7 @@ def terminal(*arguments: str, **env: str) -> Iterator[Terminal]:
 
 def test_a_run_that_comes_and_goes_on_until_q(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    with terminal(str(folder), NO_COLOR="1", COLUMNS="400") as shown:  # no path is too long for a line
+    with terminal(str(folder), NO_COLOR="1", COLUMNS="400") as shown:  # wide enough for any path
         shown.wait_for("folder yet")
         make_run(folder, 8)
         with RunLock(folder):
@@ -139,7 +139,7 @@ def test_a_run_that_comes_and_goes_on_until_q(tmp_path: Path) -> None:
             assert tree(folder) == before
         os.write(shown.master, b"xq")
         assert shown.close() == 0
-        assert shown.said.count("\x1b[?1049h") == shown.said.count("\x1b[?1049l") == 1  # the screen is given back
+        assert shown.said.count("\x1b[?1049h") == shown.said.count("\x1b[?1049l") == 1  # the screen is restored
         assert "━━━" in shown.said and any(0x2800 < ord(c) < 0x2900 for c in shown.said)
         assert not [c for c in ("\x1b[31m", "\x1b[32m", "\x1b[33m", "\x1b[36m", "\x1b[1;36m") if c in shown.said]
 

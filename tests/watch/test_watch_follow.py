@@ -1,4 +1,4 @@
-"""Files that grow: each byte once, half a line waits, and a log that was cut back or replaced is read anew."""
+"""Following growing files: each byte is read once, partial lines wait, and truncated or replaced logs are read again."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_half_a_line_waits_for_its_end(tmp_path: Path) -> None:
         out.write('2}\nno json\n[3]\n\n{"b": "')
     assert tail.read() == (False, [{"a": 2}]) and tail.unreadable == 2
     with tail.path.open("ab") as out:
-        out.write(b'\xff\xc3\xa9 \xe2\x80\xa8"}\n')  # no line ends but \n, and a byte that is no UTF-8
+        out.write(b'\xff\xc3\xa9 \xe2\x80\xa8"}\n')  # only \n ends a line, and one byte is not UTF-8
     assert tail.read() == (False, [{"b": "�é \u2028"}])
 
 
@@ -68,7 +68,7 @@ def test_no_byte_is_read_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_whatever_happens_to_the_file_the_rows_are_its_rows(tmp_path: Path) -> None:
-    """Appended in pieces, cut back and written on with the same or other lines (faster than it is looked at), replaced, removed."""
+    """Appended in pieces, truncated and continued with the same or other lines (between two reads), replaced, removed."""
     rng = random.Random(3)
     path, content, number = tmp_path / "a.jsonl", b"", 0
     tail, known = Tail(path), []
@@ -125,10 +125,10 @@ def test_a_lock_is_seen_without_being_touched(tmp_path: Path, monkeypatch: pytes
         stat = (tmp_path / ".lock").stat()
         monkeypatch.setattr("fcntl.flock", lambda *_: pytest.fail("a probe may turn a run away"))
         assert lock_of(tmp_path) == "held"
-        assert lock_of(tmp_path, locks=tmp_path / "none") == "held"  # a system without a list of locks
+        assert lock_of(tmp_path, locks=tmp_path / "none") == "held"  # a system without /proc/locks
         monkeypatch.undo()
     assert (tmp_path / ".lock").stat() == stat
-    # this process is alive, and its number still stands in the file, but it does not hold the lock
+    # this process is alive and its id is still in the file, but it does not hold the lock
     if Path("/proc/locks").exists():
         assert lock_of(tmp_path) == "free"
     (tmp_path / ".lock").write_text(f"PID 999999999 on {socket.gethostname()}\n")

@@ -1,4 +1,4 @@
-"""Curves in cells: where dots and points lie, that nothing is wider than it may be, and labels that tell places apart."""
+"""Terminal plots: positions of dots, width limits, and axis labels that are distinct."""
 
 from __future__ import annotations
 

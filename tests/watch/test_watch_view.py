@@ -1,4 +1,4 @@
-"""What a run's folder says: how far it is, what is left, whether it goes on, and frames that fit and that no text can break out of."""
+"""A run's state as `penchant watch` reads it: progress, time left, status, and frames that fit and that no text can break."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def text(view: RunView | GroupView, width: int = 80, height: int = 24, **kw: Any
     return "\n".join(line.plain for line in draw(view, Size(width, height, **kw)))
 
 
-# ---- how far it is --------------------------------------------------------------------------------------------------
+# ---- progress -------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_that_goes_on(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_a_run_that_goes_on(tmp_path: Path) -> None:
             assert part in said
         assert "peak 1.50 GB  lr 1.0e-04" in said and "held out, 1,234 rows" in said
         assert re.search(r"accuracy +0.5000 \[0.4500, 0.6500\]  0.5800 \[0.5300, 0.6500\]  \+0.0800", said)
-        # only the last steps' speed counts, and what is appended is seen
+        # only the speed of the last steps counts, and appended lines are read
         with (folder / "perf.jsonl").open("a") as out:
             out.write(lines(perf_rows(9, 30, seconds=1.0)))
         with (folder / "metrics.jsonl").open("a") as out:
@@ -69,7 +69,7 @@ def test_a_resumed_run_goes_back_and_its_old_steps_are_gone(tmp_path: Path) -> N
     folder = make_run(tmp_path / "run", 8)
     view = seen(folder)
     assert view.line["loss"][-1] == (8, pytest.approx(0.62))
-    # killed after step 8, resumed from step 5: metrics.jsonl is cut, perf.jsonl only grows
+    # killed after step 8, resumed from step 5: metrics.jsonl is truncated, perf.jsonl only grows
     (folder / "metrics.jsonl").write_text(lines([eval_row(0), *train_rows(1, 5)]))
     view.refresh()
     assert view.step == 5 and [s for s, _ in view.line["loss"]] == [1, 2, 3, 4, 5]
@@ -104,7 +104,7 @@ def test_steps_between_two_logged_ones_count(tmp_path: Path) -> None:
     (folder / "metrics.jsonl").write_text(lines([eval_row(0), *train_rows(5, 5)]))
     (folder / "perf.jsonl").write_text(lines(perf_rows(1, 8)))
     assert seen(folder).step == 8
-    (folder / "perf.jsonl").write_text(lines(perf_rows(1, 36)))  # of an earlier run in this folder
+    (folder / "perf.jsonl").write_text(lines(perf_rows(1, 36)))  # from an earlier run in this folder
     assert seen(folder).step == 5
 
 
@@ -119,7 +119,7 @@ def test_steps_between_two_logged_ones_count(tmp_path: Path) -> None:
         ({"status": "stopped"}, False, "interrupted", "it ended before its last step"),
         ({"status": "paused", "why": "at step 8"}, False, "paused", "at step 8"),
         ({"status": "finished"}, False, "finished", "in 1m05s"),
-        ({"status": "finished"}, True, "finished", ""),  # it writes its report
+        ({"status": "finished"}, True, "finished", ""),  # while it writes its report
     ],
 )
 def test_states(tmp_path: Path, manifest: dict[str, Any], held: bool, state: str, words: str) -> None:
@@ -285,7 +285,7 @@ def test_a_sweep_has_a_line_a_run_and_the_time_left_of_all(tmp_path: Path) -> No
         assert isinstance(view, GroupView)
         view.refresh()
         assert [m.state for m in view.members] == ["finished", "running", "cut", "to come"]
-        assert view.left == (12 + 20) * 2.0  # b has 12 steps to do, d all of its 20
+        assert view.left == (12 + 20) * 2.0  # b has 12 steps left, d all 20
         said = text(view, 110, 30)
         assert view.going
     view.refresh()
@@ -297,7 +297,7 @@ def test_a_sweep_has_a_line_a_run_and_the_time_left_of_all(tmp_path: Path) -> No
     assert "20/20  0.7000 " in rows["a"] and "[" not in rows["a"] and "24s left, 50 tokens/s" in rows["b"]
     assert "5/20   0.4321 " in rows["c"] and "rung 1 of 3: rank 3 of 4" in rows["c"]
     assert rows["d"].split() == ["d", "to", "come"]
-    assert "── b ─" in said  # the run that goes on is shown below
+    assert "── b ─" in said  # the active run is shown below
 
 
 def test_where_runs_do_not_fit_those_that_go_on_stay(tmp_path: Path) -> None:

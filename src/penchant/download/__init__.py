@@ -100,7 +100,7 @@ def get_data(asked: GetRequest, say: Callable[[str], None] = lambda line: None) 
 
 
 def default_output(name: str) -> str:
-    """Default output folder: ``data/`` and the data set's name in the catalogue, or the last part of its id."""
+    """Default output folder: ``data/`` and the data set's name in the catalog, or the last part of its id."""
     spec = find(name)
     return str(Path("data", spec.name if spec else name.rstrip("/").rpartition("/")[2]))
 

@@ -1,4 +1,4 @@
-"""The catalogue of known data sets (catalogue.yaml): hub id, files and layout of each."""
+"""The catalog of known data sets (catalogue.yaml): hub id, files and layout of each."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Files:
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """A data set of the catalogue.
+    """A data set of the catalog.
 
     Args:
         name: name on the command line; aliases: other names for it; hub: its hub id; revision: branch to read.
@@ -79,7 +79,7 @@ _NAMES: dict[str, Spec] = {
 
 
 def find(name: str) -> Spec | None:
-    """Look up a data set by name, alias or hub id; None if it is not in the catalogue."""
+    """Look up a data set by name, alias or hub id; None if it is not in the catalog."""
     return _NAMES.get(_plain(name))
 
 
@@ -89,7 +89,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def unknown(name: str) -> ConfigError:
-    """The error for a name that is neither in the catalogue nor a hub id."""
+    """The error for a name that is neither in the catalog nor a hub id."""
     near = closest(_plain(name), _NAMES)
     guess = f"did you mean {_NAMES[near].name}? " if near else ""
     how = f"{guess}there are {', '.join(CATALOGUE)}, or any owner/name"
@@ -97,7 +97,7 @@ def unknown(name: str) -> ConfigError:
 
 
 def chosen_subsets(spec: Spec, asked: tuple[str, ...]) -> tuple[str, ...]:
-    """The subsets to read, in the catalogue's order.
+    """The subsets to read, in the catalog's order.
 
     Raises:
         ConfigError: the data set has no such subset.
@@ -112,6 +112,6 @@ def chosen_subsets(spec: Spec, asked: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def table() -> str:
-    """Format the catalogue, one line per data set."""
+    """Format the catalog, one line per data set."""
     wide = max(len(s.name) for s in SPECS)
     return "\n".join(f"{s.name:<{wide}}  {'gated  ' if s.gated else '       '}{s.summary} ({s.terms})" for s in SPECS)

@@ -112,7 +112,7 @@ class Plan:
 
     Args:
         origin: the hub page or the local path; hub_id, commit: of a data set on the hub, empty for a local copy.
-        sources: in reading order; terms: its license, if it is in the catalogue.
+        sources: in reading order; terms: its license, if it is in the catalog.
         left_out: a note on missing or unread subsets and files.
     """
 
@@ -195,7 +195,7 @@ def _absent(spec: Spec, subsets: Iterable[str], found: Sequence[Source]) -> str:
 def _of_spec(
     spec: Spec, subsets: Iterable[str], paths: Sequence[str]
 ) -> Iterable[tuple[str, str, str, tuple[str, bool]]]:
-    """(subset, split, path, (layout, prompts only)) of the paths that a catalogue entry names."""
+    """(subset, split, path, (layout, prompts only)) of the paths that a catalog entry names."""
     for name in subsets:
         held = spec.subsets[name]
         for split, pattern in held.splits.items():

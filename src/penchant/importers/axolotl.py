@@ -52,7 +52,7 @@ def often(given: Given) -> Iterator[Line]:
 
 
 def dtype(given: Given) -> Iterator[Line]:
-    """bf16 (auto, true, full), fp16, and the keys without mixed precision."""
+    """bf16 (auto, true, full) and fp16, and bfloat16, float16 and float32, which are without mixed precision."""
     keys = ["bf16", "fp16", "bfloat16", "float16", "float32"]
     there = [k for k in keys if given.says(k)] or ["bf16"]
     half = given["bf16"] if given.says("bf16") else None if given["fp16"] or given["float16"] else given["bf16"]

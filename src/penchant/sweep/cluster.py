@@ -58,7 +58,7 @@ def read_cluster(values: Mapping[str, Any], places: Places, source: str, runs: S
         runs: configs of the runs, or of representative ones.
 
     Raises:
-        ConfigError: an option does not apply to the cluster, or the number of GPUs per run is missing or contradicts the runs.
+        ConfigError: an option is malformed or not for this cluster, or the number of GPUs per run is missing or contradicts the runs.
     """
     if values.get("cluster") is None:
         return ClusterConfig()
