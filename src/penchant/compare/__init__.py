@@ -220,7 +220,7 @@ class RunComparer:
             return []
         if self.question.data is None:
             return [
-                f"The checkpoints of {', '.join(best)} were chosen by held-out rows such as these; --data TEST has the last word."
+                f"The checkpoints of {', '.join(best)} were chosen by held-out rows such as these; use --data TEST for an unbiased result."
             ]
         seen = {key_of(t) for r in self.everyone if (rows := r.data.rows.datasets[1]) is not None for t in rows.trees}
         shared = sum(key_of(t) in seen for t in self.held_out.rows.trees)
@@ -250,7 +250,7 @@ class RunComparer:
             if self._sees and getattr(self.question, name) is not None:
                 how = "leave it out: the likelihood of given answers is compared"
                 raise ConfigError(
-                    f"--{name}", "judges what models write, and here they write nothing about pictures", how
+                    f"--{name}", "scores generated answers, but with pictures no answers are generated", how
                 )
 
     def _about_reward(self) -> list[str]:

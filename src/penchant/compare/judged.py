@@ -120,7 +120,7 @@ class Judgement:
             says = f"{little}favors the {'first' if p.estimate > 0.5 else 'second'} position"
             said.append(
                 f"{judge} {says if biased else 'shows no clear preference for a position'}: {share} of its verdicts are for the first "
-                f"one (each pair was asked both ways round, so 50% is none). In {self.disagreed:,} of {counted(heard, 'pair')} its two "
+                f"one (each pair was asked in both orders, so 50% means no bias). In {self.disagreed:,} of {counted(heard, 'pair')} its two "
                 f"verdicts disagree{'; those count as ties' if in_words else ''}."
             )
         if self.left_out:

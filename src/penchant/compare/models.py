@@ -252,7 +252,9 @@ class Sampling:
     def heading(self, prompts: int, rows: str) -> str:
         """Describe what the figures are based on."""
         if not self.samples:
-            return f"{prompts} held-out prompts of {rows} with their given answers (to pictures none are written)"
+            return (
+                f"{prompts} held-out prompts of {rows} with their given answers (no answers are generated for pictures)"
+            )
         return (
             f"{prompts} held-out prompts of {rows}, {self.samples} completion(s) each of at most "
             f"{self.max_new_tokens} tokens at temperature 1"

@@ -264,15 +264,13 @@ def all_trained_prompts(runs: Sequence[TrainedRun], *, lenient: bool) -> tuple[s
         except PenchantError as error:
             if not lenient:
                 raise
-            notes.append(
-                f"What {run.name} was trained on cannot be looked at, so its prompts are not left out ({error})."
-            )
+            notes.append(f"The training data of {run.name} cannot be read, so its prompts are not left out ({error}).")
         for config in lineage(run):
             try:
                 trained |= trained_prompts(Run(config, quiet=True))
             except PenchantError as error:
                 notes.append(
-                    f"What the start of {run.name} was trained on cannot be looked at, so its prompts are not left out ({error})."
+                    f"The training data of the start of {run.name} cannot be read, so its prompts are not left out ({error})."
                 )
     return trained, list(dict.fromkeys(notes))
 

@@ -471,8 +471,8 @@ def reward_figures(rewards: np.ndarray) -> Metrics:
     """
     known = np.isfinite(rewards)
     if not known.any():
-        what = f"says nothing of any of the {counted(len(rewards), 'held-out completion')}"
-        raise RewardError("reward", what, "hold out rows of which it says something (data.eval_path), or none")
+        what = f"gives no value for any of the {counted(len(rewards), 'held-out completion')}"
+        raise RewardError("reward", what, "hold out rows that it applies to (data.eval_path), or none")
     silent = {} if known.all() else {"reward/none": 1.0 - float(known.mean())}
     return bootstrap_ci(rewards[known], draws=DRAWS).named("reward") | silent
 

@@ -64,11 +64,9 @@ OTHER_REWARD = Metric(
 )
 # metrics of each named reward in a weighted sum
 REWARDS = {
-    "mean": Metric(
-        "rewards/NAME/mean", "mean of one reward of the sum, over the completions of which it says something"
-    ),
+    "mean": Metric("rewards/NAME/mean", "mean of one reward of the sum, over the completions that it applies to"),
     "std": Metric("rewards/NAME/std", "its standard deviation over them"),
-    "none": Metric("rewards/NAME/none", "share of completions of which it says nothing", share=True),
+    "none": Metric("rewards/NAME/none", "share of completions that it does not apply to", share=True),
 }
 SPEED = (
     Metric("seconds", "wall time of the optimizer step"),

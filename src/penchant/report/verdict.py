@@ -63,7 +63,7 @@ def of_comparison(comparison: Comparison) -> list[Node]:
     about = [mapping(v) for v in sequence(figures.get("verdict"))]
     about += [{}] * (len(sentences) - len(about))  # older files have no tones
     if not sentences:
-        why = " holds no verdict: it was not finished, or is of an older version."
+        why = " holds no verdict: it was not finished, or was written by an older version."
         return [statement("open", said(comparison.name), why, lead=True)]
     tones: list[Tone] = [next((tone for tone in TONES if tone == a.get("tone")), "plain") for a in about]
     bys = [text(a.get("by")) for a in about]
@@ -117,10 +117,10 @@ def of_run(run: RunData, first: bool = True) -> list[Node]:
     judged = [c for c in order if c.reading != "plain"]
     if judged and all(c.reading == "unclear" for c in judged):
         rows = num(run.last, "eval/rows")
-        words = "Nothing separates from chance on the held-out rows."
+        words = "No figure differs from chance on the held-out rows."
         if own:
             held = "" if rows is None else f"{rows:,.0f} "
-            words = f"On the {held}held-out rows by themselves nothing separates from chance."
+            words = f"On the {held}held-out rows no figure differs from chance."
         elif all(c.figure.null is None for c in judged):  # only losses, which have no chance level
             words = "The intervals of start and end overlap on the held-out rows, so a change is not shown; more rows narrow them."
         nothing = statement("open", words, lead=first and not own)
