@@ -44,8 +44,8 @@ from penchant.metrics.flags import comparison_flags, summary
 from penchant.metrics.flags.rule import Flag
 from penchant.requests import HUMANS, CompareRequest
 from penchant.rewards.functions import reads_columns
-from penchant.runfolder import COMPARISON, COMPARISON_ROWS, REPORT, make_folder, told_damage
-from penchant.runfolder.read import read
+from penchant.runfolder import COMPARISON, COMPARISON_ROWS, REPORT, damage_notes, make_folder
+from penchant.runfolder.read import read_folder
 from penchant.runs.find import Source
 from penchant.runs.identity import changed_since
 from penchant.runs.state import check_reward, reward_hashes, reward_terms
@@ -138,7 +138,7 @@ class RunComparer:
             run.data.rows.keep_columns |= self._reads_columns
         trained, notes = all_trained_prompts(self.everyone, lenient=test)
         self.notes += notes + [said for run in self.everyone for said in changed_since(run.folder, run.config)]
-        self.notes += [said for run in self.everyone for said in told_damage(run.folder)]
+        self.notes += [said for run in self.everyone for said in damage_notes(run.folder)]
         found = clear_of(self.readers[0].name, self.test_rows, trained) if test else self._validation(trained)
         if not found.rows.trees:
             raise DataError(
@@ -402,7 +402,7 @@ def _was_chosen(run: TrainedRun) -> bool:
     """Whether the checkpoint was chosen as the best of several by held-out rows."""
     last, _ = latest_checkpoint(run.folder)
     best = checkpoint_state(last).get("best_step") if last is not None else None
-    evaluated = [x["step"] for x in read(run.folder).metrics if x.get("kind") == "eval" and x["step"] > 0]
+    evaluated = [x["step"] for x in read_folder(run.folder).metrics if x.get("kind") == "eval" and x["step"] > 0]
     return best == run.step and len(evaluated) > 1
 
 

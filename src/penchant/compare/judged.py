@@ -23,7 +23,7 @@ from penchant.metrics.verdict import (
     corrected,
     meetings,
 )
-from penchant.runfolder import finite
+from penchant.runfolder import nan_to_none
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class Judgement:
         found = []
         for contest in self.contests:
             at = contest.start + prompt * self.shape[1] + sample
-            values = finite([float(v) for v in (self.both.wins[at], *self.both.values[at])])
+            values = nan_to_none([float(v) for v in (self.both.wins[at], *self.both.values[at])])
             a, b = contest.models
             found.append({"a": a, "b": b, "win": values[0], "first": values[1:]})
         return found
