@@ -10,7 +10,7 @@ import pytest
 from penchant import demo
 from penchant.errors import CheckpointError, DataError
 from penchant.rewards.builtin import sentiment
-from penchant.runfolder import RunLock, damaged
+from penchant.runfolder import RunLock, damaged_files
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def few_openings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("few_openings")
 def test_every_stage_leaves_its_result(tmp_path: Path) -> None:
     code = demo.run_demo(tmp_path / "demo", quiet=True)
-    assert not damaged(tmp_path / "demo")
+    assert not damaged_files(tmp_path / "demo")
     results = json.loads((tmp_path / "demo/results.json").read_text())
     assert code == (0 if all(h.get("met", True) for h in results["headline"]) else 1)
     by_name = {h["name"]: h for h in results["headline"]}

@@ -259,7 +259,7 @@ def _write_samples(folder: Path, openings: Sequence[str], before: Written, after
         rewards = {"reward_before": float(before.rewards[at]), "reward_after": float(after.rewards[at])}
         row = {"prompt": opening, "before": before.texts[at], "after": after.texts[at], **rewards}
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    runfolder.keep(folder / runfolder.SAMPLES, "".join(lines))
+    runfolder.write_summed(folder / runfolder.SAMPLES, "".join(lines))
 
 
 # ---- Progress and results ----

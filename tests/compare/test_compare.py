@@ -382,7 +382,7 @@ def test_data_that_has_changed_is_refused(world: Path, tmp_path: Path) -> None:
     refused(world, CheckpointError, "no longer holds the rows that gone was trained on", run)
     test = write_jsonl(tmp_path / "test.jsonl", ROWS[24:])
     found = compare(world, str(run), data=test)
-    assert any("What gone was trained on cannot be looked at" in n for n in found.figures["notes"])
+    assert any("The training data of gone cannot be read" in n for n in found.figures["notes"])
 
 
 def test_validation_rows_that_chose_a_checkpoint_are_said(world: Path, tmp_path: Path) -> None:

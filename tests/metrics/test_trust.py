@@ -431,7 +431,7 @@ def test_rows_that_are_only_learned_by_heart() -> None:
     (flag,) = run_flags(lines)
     assert (
         flag.name == "overfitting"
-        and "100% of training's pairs are got right, of held-out ones 49% (99% interval" in flag.sentence
+        and "100% of training pairs are ranked correctly, against 49% (99% interval" in flag.sentence
     )
     assert flag.sentence.endswith("the gap is above 20% since step 20.")
     assert run_flags(lines, {"trust": {"accuracy_gap": 0.6}}) == []

@@ -162,9 +162,9 @@ def test_a_reward_models_page_has_no_samples(tmp_path: Path) -> None:
 
 def test_a_running_run_loads_itself_anew(tmp_path: Path) -> None:
     text = written(make_run(tmp_path / "r", status="running"))
-    assert '"running":true' in text and '<noscript><meta http-equiv="refresh"' in text and "still going on" in text
+    assert '"running":true' in text and '<noscript><meta http-equiv="refresh"' in text and "still running" in text
     text = written(make_run(tmp_path / "r"))
-    assert '"running":false' in text and 'http-equiv="refresh"' not in text and "still going on</span>" not in text
+    assert '"running":false' in text and 'http-equiv="refresh"' not in text and "still running</span>" not in text
 
 
 JUNK: list[Any] = [
@@ -246,7 +246,7 @@ def test_a_part_that_cannot_be_made_does_not_take_the_page_with_it(
     data = read_report([make_run(tmp_path / "r")], 0.0)
     text = render(data)
     assert (
-        "This part could not be made of these files (RuntimeError: " in text
+        "This section could not be built from these files (RuntimeError: " in text
         and "<b>why" not in text
         and "Curves" in text
     )

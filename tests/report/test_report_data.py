@@ -12,8 +12,8 @@ from report_folders import evaluation, make_comparison, make_run, make_sweep, wr
 
 from penchant.errors import CheckpointError
 from penchant.report.data import letter, read_report, without_seed
-from penchant.runfolder.read import alive, read_lines
-from penchant.runfolder.values import ci_of, flat, num
+from penchant.runfolder.read import may_be_running, read_lines
+from penchant.runfolder.values import ci_of, flatten, num
 
 
 def test_a_wrong_path_is_said(tmp_path: Path) -> None:
@@ -92,12 +92,12 @@ def test_values_that_are_no_numbers_are_none() -> None:
     row = {"a": float("nan"), "b": True, "c": "1", "d": 10**400, "e": 2, "e/ci": [1, 3], "f/ci": [3, 1], "g/ci": "xy"}
     assert [num(row, k) for k in "abcde"] == [None, None, None, None, 2.0]
     assert ci_of(row, "e") == (1.0, 3.0) and ci_of(row, "f") is None and ci_of(row, "g") is None
-    assert flat({"a": {"b": 1, "c": {}}, "d": [1]}) == {"a.b": 1, "a.c": {}, "d": [1]}
+    assert flatten({"a": {"b": 1, "c": {}}, "d": [1]}) == {"a.b": 1, "a.c": {}, "d": [1]}
 
 
 def test_a_running_run_whose_process_is_gone_was_killed(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", status="running")
-    assert alive(run) and read_report([run], 0.0).going_on
+    assert may_be_running(run) and read_report([run], 0.0).going_on
     (run / ".lock").write_text(f"PID {os.getpid()} on {socket.gethostname()}\n")
     assert read_report([run], 0.0).going_on
     (run / ".lock").write_text(f"PID 999999999 on {socket.gethostname()}\n")

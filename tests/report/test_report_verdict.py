@@ -55,7 +55,7 @@ def test_a_run_that_learned(tmp_path: Path) -> None:
 
 def test_a_run_that_shows_nothing_says_so_first(tmp_path: Path) -> None:
     text = _said(make_run(tmp_path / "r", evals=[evaluation(0), evaluation(40, 0.53, 0.1)]))
-    assert text.startswith("\u25cbnot shown: Nothing separates from chance on the held-out rows.")
+    assert text.startswith("\u25cbnot shown: No figure differs from chance on the held-out rows.")
     assert "the interval includes one half, which chance gives" in text
 
 
@@ -122,7 +122,7 @@ def test_beside_a_runs_own_verdict_rows_are_counted_whole(tmp_path: Path) -> Non
     few = [{**e, "eval/rows": 40} for e in (evaluation(0), evaluation(40, 0.53, 0.1))]
     run = make_run(tmp_path / "r", evals=few)
     write_json(run / "results.json", {"verdict": "Every goal was met.", "headline": []})
-    assert "On the 40 held-out rows by themselves nothing separates from chance." in _said(run)
+    assert "On the 40 held-out rows no figure differs from chance." in _said(run)
 
 
 def test_the_held_out_table(tmp_path: Path) -> None:

@@ -26,8 +26,8 @@ from penchant.cli import main
 from penchant.compare.models import write_files
 from penchant.errors import CheckpointError, DiskError, RewardError
 from penchant.report import LiveReport
-from penchant.runfolder import damaged
-from penchant.runfolder.read import read
+from penchant.runfolder import damaged_files
+from penchant.runfolder.read import read_folder
 from penchant.runs.find import find_model
 from penchant.training.checkpoint import checkpoints
 
@@ -78,7 +78,7 @@ class World:
         ours, theirs = (load_file(f / LAST / "state.safetensors") for f in (self.run, self.kept))
         assert all(torch.equal(ours[name], value) for name, value in theirs.items())
         assert json.loads((self.run / "manifest.json").read_text())["status"] == "finished"
-        assert not damaged(self.run)
+        assert not damaged_files(self.run)
         assert not list(self.run.rglob(".tmp-*"))
 
 
@@ -179,7 +179,7 @@ def stopped_early(world: World, *, quiet: bool = True) -> None:
 
 def test_without_sums_a_folder_goes_on_as_before(world: World) -> None:
     (world.fresh() / "sums.json").unlink()
-    assert not damaged(world.run)
+    assert not damaged_files(world.run)
     with pytest.raises(StopHere):
         stopped_early(world)
 
@@ -196,7 +196,7 @@ def test_a_config_that_was_changed_is_refused_by_those_that_read_it(world: World
             CheckpointError, match=r"config.resolved.yaml: was changed .*beta: 0.1 -> 0.9.*command line"
         ):
             command(world.run, quiet=True)
-    assert damaged(world.run) == ["config.resolved.yaml"]
+    assert damaged_files(world.run) == ["config.resolved.yaml"]
     api.report(world.run)
     assert "config.resolved.yaml" in (world.run / "report.html").read_text().split("Changed after the run wrote it")[1]
 
@@ -248,18 +248,18 @@ def test_states_of_several_runs_are_refused_where_a_bit_was_flipped(tmp_path: Pa
         flip(made.path, 0.3, bit=0)
         with pytest.raises(CheckpointError, match=rf"{made.path.name}: was changed after it was written"):
             type(made).read(tmp_path)
-        assert not getattr(read(tmp_path), made.path.stem)
+        assert not getattr(read_folder(tmp_path), made.path.stem)
         made.save()
         assert type(made).read(tmp_path) == made
 
 
 def test_a_comparison_with_a_flipped_bit_is_not_read(tmp_path: Path) -> None:
     write_files(tmp_path, {"models": [], "sentences": []}, [{"prompt": "a"}, {"prompt": "b"}])
-    assert read(tmp_path).comparison and len(read(tmp_path).comparison_rows) == 2
+    assert read_folder(tmp_path).comparison and len(read_folder(tmp_path).comparison_rows) == 2
     for name in ("comparison.json", "comparison.jsonl"):
         path = tmp_path / name
         path.write_text(path.read_text().replace("m", "n"))
-    assert not read(tmp_path).comparison and not read(tmp_path).comparison_rows
+    assert not read_folder(tmp_path).comparison and not read_folder(tmp_path).comparison_rows
     with pytest.raises(CheckpointError, match=r"comparison.json: was changed after it was written; compare again"):
         api.flags(tmp_path)
     api.report(tmp_path)
@@ -275,7 +275,7 @@ def test_a_line_of_evaluations_with_a_flipped_bit_is_left_out(world: World) -> N
     first, second = path.read_text().splitlines()
     old = {k: v for k, v in json.loads(first).items() if k != "sha256"}
     path.write_text(f"{first.replace('eval/loss', 'eval/lost', 1)}\n{second}\n{json.dumps(old)}\n")
-    found = read(run)
+    found = read_folder(run)
     assert [line["step"] for line in found.evaluations] == [4, 4] and found.unreadable["evaluations.jsonl"] == 1
     assert found.evaluations[1] == old
 

@@ -19,7 +19,7 @@ from transformers.utils import chat_template_utils
 from penchant import api
 from penchant.config import config_from_mapping
 from penchant.errors import CheckpointError, ModelError, PenchantError
-from penchant.runfolder import TOKENS, changed, keep
+from penchant.runfolder import TOKENS, identity_changes, write_summed
 from penchant.runs import Run
 from penchant.runs.find import check_config, find_model
 from penchant.runs.identity import model_contents, run_identity
@@ -319,7 +319,7 @@ def test_an_adapters_base_that_was_trained_anew_is_refused_by_all_that_put_it_on
 
 
 def test_a_changed_config_is_refused_also_where_nothing_else_says_what_it_was(tmp_path: Path) -> None:
-    keep(tmp_path / "config.resolved.yaml", "model: {path: a/b}\ndata: {path: rows.jsonl}\noutput: out\n")
+    write_summed(tmp_path / "config.resolved.yaml", "model: {path: a/b}\ndata: {path: rows.jsonl}\noutput: out\n")
     (tmp_path / "config.resolved.yaml").write_text("model: {path: c/d}\ndata: {path: rows.jsonl}\noutput: out\n")
     with pytest.raises(CheckpointError, match=r"was changed after the run wrote it; undo"):
         check_config(tmp_path / "config.resolved.yaml")
@@ -420,11 +420,11 @@ def test_the_files_of_a_hub_id_are_part_of_a_run(tmp_path: Path, monkeypatch: py
     now = model_contents(config)
     assert [name for name in before if now[name] != before[name]] == [f"{CACHED}: {part}"]
     kept = {"config": {}, TOKENS: "1"}  # from a run that did not record them
-    assert changed(kept, kept | now, {}) == [] and changed(kept | before, kept | now, {}) != []
+    assert identity_changes(kept, kept | now, {}) == [] and identity_changes(kept | before, kept | now, {}) != []
     later = {
         k: v for k, v in before.items() if not k.endswith("generation_config.json")
     }  # a file that is downloaded later
-    assert changed(kept | later, kept | before, {}) == [] and len(later) < len(before)
+    assert identity_changes(kept | later, kept | before, {}) == [] and len(later) < len(before)
 
 
 def test_a_function_that_a_rewards_file_lacks_is_what_is_said_of_a_used_folder(

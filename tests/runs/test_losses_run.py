@@ -341,7 +341,7 @@ def test_a_run_of_a_version_that_knew_less_goes_on(base: dict[str, Any]) -> None
     for key in ("algorithm", "reward"):
         del identity["config"][key]
     del identity["config"]["train"]["logp_floor"], identity["config"]["loss"]["nll_weight"]
-    runfolder.keep(path, json.dumps(identity))  # with a valid checksum, since a damaged file is not read
+    runfolder.write_summed(path, json.dumps(identity))  # with a valid checksum, since a damaged file is not read
     assert api.train({**base, "loss": "dpo"}, quiet=True).steps == result.steps
 
 

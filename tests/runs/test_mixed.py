@@ -16,7 +16,7 @@ from penchant import api
 from penchant.config import config_from_mapping, load_config
 from penchant.data.mapped import StoredRows, StoredTokens
 from penchant.errors import CheckpointError, ConfigError, DataError
-from penchant.runfolder.values import rows_behind
+from penchant.runfolder.values import sample_size
 from penchant.runs import Run
 from penchant.runs.rows import Rows
 from penchant.runs.sharing import Alone
@@ -99,7 +99,7 @@ def test_a_run_of_two_sources_and_two_held_out_sets_resumes_to_the_bit(tmp_path:
         assert (whole.model / name).read_bytes() == (resumed.model / name).read_bytes()
     after = resumed.after
     assert after["eval/rows"] == 8 and after["eval/plain/rows"] == after["eval/swapped/rows"] == 4
-    assert rows_behind(after, "eval/plain/rewards/accuracies") == 4 and rows_behind(after, "eval/loss") == 8
+    assert sample_size(after, "eval/plain/rewards/accuracies") == 4 and sample_size(after, "eval/loss") == 8
     of_sets = (after["eval/plain/loss"], after["eval/swapped/loss"])
     assert after["eval/loss"] == pytest.approx(np.mean(of_sets), rel=1e-6) and of_sets[0] < of_sets[1]
     # each set's metrics equal those of a run with that set alone

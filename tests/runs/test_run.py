@@ -22,7 +22,7 @@ from penchant import api
 from penchant.algorithms.offline import Offline
 from penchant.errors import CheckpointError, ConfigError, DataError, ModelError
 from penchant.report import headline
-from penchant.runfolder import keep
+from penchant.runfolder import write_summed
 from penchant.runs import Run, evaluating
 from penchant.runs.sharing import Shared
 from penchant.training.loop import Loop
@@ -166,7 +166,7 @@ def test_only_the_first_process_keeps_the_starts_losses_and_all_read_the_same(
     trees = [make_tree(0, 2, (2, 2)), make_tree(1, 3, (2, 2))]
     second = evaluating.HeldOut(config, unused, unused, tmp_path, unused, unused, 1, keep=True)
     assert second.loss_change(unused, unused, trees) == {} and not list(tmp_path.iterdir())
-    keep(path, "{}")
+    write_summed(path, "{}")
     path.write_text("damaged, as the second process sees it")
     assert replace(second, step=1).loss_change(unused, unused, trees)["eval/loss_change"] == 1.0
 

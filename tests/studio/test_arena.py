@@ -29,7 +29,7 @@ from penchant.data.audit import audit
 from penchant.data.load import load_preferences
 from penchant.errors import DataError
 from penchant.judges.humans import Judgement
-from penchant.runfolder.read import lock_of
+from penchant.runfolder.read import lock_state
 from penchant.studio import pairs
 from penchant.studio.arena import _take
 from penchant.studio.pairs import Answers, Arena
@@ -230,7 +230,7 @@ def test_a_studio_that_was_stopped_in_its_turn_is_named_with_a_way_out(
 
     other = forked(takes_its_turn)
     try:
-        while lock_of(arena.folder) != "held":
+        while lock_state(arena.folder) != "held":
             time.sleep(0.01)
         assert other.pid is not None
         os.kill(other.pid, signal.SIGSTOP)

@@ -20,7 +20,7 @@ from tiny import polite_rows, tiny_model_folder, write_jsonl
 from penchant import api
 from penchant.cli import main
 from penchant.errors import CheckpointError, ConfigError, ModelError
-from penchant.runfolder import keep
+from penchant.runfolder import write_summed
 from penchant.runs.sharing import Alone, Shared
 from penchant.sweep import Sweep, load_sweep
 from penchant.sweep import workers as sweep_jobs
@@ -385,7 +385,7 @@ def test_an_interrupted_run_is_resumed_and_is_no_result(
     assert [r["state"] for r in records.values()] == ["finished", "interrupted"]
     if how == "kill":  # what a kill -9 leaves
         records["beta-0.5"]["state"] = "running"
-        keep(state, json.dumps({**json.loads(state.read_text()), "runs": records}))
+        write_summed(state, json.dumps({**json.loads(state.read_text()), "runs": records}))
     assert len((tmp_path / "other/sweep.jsonl").read_text().splitlines()) == 1
     assert plan(base) == [
         "beta-0.1  unchanged: 3 steps",

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from penchant.distributed.world import World
 from penchant.errors import CheckpointError
 from penchant.plan.memory import LiveBytes
-from penchant.runfolder import MetricsLog, RunLock, damaged, is_whole, keep, newest_state, open_run
+from penchant.runfolder import MetricsLog, RunLock, damaged_files, is_intact, latest_state, open_run, write_summed
 from penchant.training import checkpoint as module
 from penchant.training.checkpoint import (
     checkpoints,
@@ -63,7 +63,7 @@ def test_a_file_whose_sum_is_not_listed_is_not_taken_for_whole(tmp_path: Path, n
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError):
         load_checkpoint(path)
-    assert (newest_state(tmp_path) == {}) == (name == "state.json")
+    assert (latest_state(tmp_path) == {}) == (name == "state.json")
 
 
 def test_a_missing_file_is_a_sentence(tmp_path: Path) -> None:
@@ -194,13 +194,13 @@ def test_a_sum_is_of_the_old_or_the_new_file_wherever_it_is_cut_off(
 
         monkeypatch.setattr(os, "replace", cut)
         with suppress(OSError):
-            keep(path, f"text {stop_at}")
-        assert is_whole(path) and not damaged(tmp_path)
+            write_summed(path, f"text {stop_at}")
+        assert is_intact(path) and not damaged_files(tmp_path)
     monkeypatch.undo()
     path.write_text("changed")
-    assert not is_whole(path) and damaged(tmp_path) == ["manifest.json"]
-    keep(path, "written again")
-    assert is_whole(path)
+    assert not is_intact(path) and damaged_files(tmp_path) == ["manifest.json"]
+    write_summed(path, "written again")
+    assert is_intact(path)
 
 
 def test_a_lock_of_a_dead_process_is_no_obstacle(tmp_path: Path) -> None:

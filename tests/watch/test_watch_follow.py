@@ -13,7 +13,7 @@ import pytest
 
 from penchant.runfolder import RunLock
 from penchant.runfolder import read as follow
-from penchant.runfolder.read import Tail, Whole, json_object, lock_of
+from penchant.runfolder.read import CachedFile, Tail, json_object, lock_state
 
 
 def test_half_a_line_waits_for_its_end(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_whatever_happens_to_the_file_the_rows_are_its_rows(tmp_path: Path) -> N
 def test_a_small_file_is_parsed_when_it_changes_and_kept_when_it_breaks(tmp_path: Path) -> None:
     calls: list[str] = []
     path = tmp_path / "a.json"
-    whole = Whole(path, lambda text: (calls.append(text), json_object(text))[1], {})
+    whole = CachedFile(path, lambda text: (calls.append(text), json_object(text))[1], {})
     assert whole.read() == {}
     path.write_text('{"a": 1}')
     assert whole.read() == whole.read() == {"a": 1} and len(calls) == 1
@@ -120,20 +120,20 @@ def test_a_small_file_is_parsed_when_it_changes_and_kept_when_it_breaks(tmp_path
 
 
 def test_a_lock_is_seen_without_being_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert lock_of(tmp_path) == "free"
+    assert lock_state(tmp_path) == "free"
     with RunLock(tmp_path):
         stat = (tmp_path / ".lock").stat()
         monkeypatch.setattr("fcntl.flock", lambda *_: pytest.fail("a probe may turn a run away"))
-        assert lock_of(tmp_path) == "held"
-        assert lock_of(tmp_path, locks=tmp_path / "none") == "held"  # a system without /proc/locks
+        assert lock_state(tmp_path) == "held"
+        assert lock_state(tmp_path, locks=tmp_path / "none") == "held"  # a system without /proc/locks
         monkeypatch.undo()
     assert (tmp_path / ".lock").stat() == stat
     # this process is alive and its id is still in the file, but it does not hold the lock
     if Path("/proc/locks").exists():
-        assert lock_of(tmp_path) == "free"
+        assert lock_state(tmp_path) == "free"
     (tmp_path / ".lock").write_text(f"PID 999999999 on {socket.gethostname()}\n")
-    assert lock_of(tmp_path, locks=tmp_path / "none") == "free"
+    assert lock_state(tmp_path, locks=tmp_path / "none") == "free"
     (tmp_path / ".lock").write_text("PID 1 on some-other-machine\n")
-    assert lock_of(tmp_path) == "elsewhere"
+    assert lock_state(tmp_path) == "elsewhere"
     (tmp_path / ".lock").write_text("who knows")
-    assert lock_of(tmp_path) == "free"
+    assert lock_state(tmp_path) == "free"

@@ -239,13 +239,13 @@ def _check_config(args: argparse.Namespace) -> Any:
     from penchant.models.options import check_model_path
     from penchant.rewards.functions import check_reward_name
     from penchant.rollout.environment import check_environment_name
-    from penchant.runfolder import stands_for_model
+    from penchant.runfolder import leads_to_model
 
     more = import_module("penchant.cli.train").launched(args) if args.command == "train" else []
     config = load_config(args.config, [*args.overrides, *more])
     if args.command == "eval":
         return config  # a finished run does not need its base model nor, with --data, its own rows
-    if not stands_for_model(Path(config.model.path).expanduser()):
+    if not leads_to_model(Path(config.model.path).expanduser()):
         check_model_path(config.model.path)
     for reward in filter(None, (config.reward, config.evaluation.reward)):
         for name in reward.terms:

@@ -31,9 +31,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.json:
         import json
 
-        from penchant.runfolder import finite
+        from penchant.runfolder import nan_to_none
 
-        print(json.dumps(finite(metrics), indent=1))
+        print(json.dumps(nan_to_none(metrics), indent=1))
         return 0
     from penchant.evaluate.output import explained, table
 

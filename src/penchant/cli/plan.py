@@ -42,9 +42,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         import json
 
-        from penchant.runfolder import finite
+        from penchant.runfolder import nan_to_none
 
-        print(json.dumps(finite(found.to_json()), indent=1, ensure_ascii=False))
+        print(json.dumps(nan_to_none(found.to_json()), indent=1, ensure_ascii=False))
         return 0
     from penchant.plan import plan_text
 

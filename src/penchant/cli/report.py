@@ -46,10 +46,10 @@ def add(commands: Any) -> None:
 
 def _report(args: argparse.Namespace) -> int:
     from penchant import api
-    from penchant.runfolder import told_damage
+    from penchant.runfolder import damage_notes
 
     page = api.report(*args.paths, output=args.output)
-    for sentence in (s for path in args.paths for s in told_damage(Path(path))):
+    for sentence in (s for path in args.paths for s in damage_notes(Path(path))):
         print(sentence, file=sys.stderr)
     print(page)
     return 0
@@ -59,7 +59,7 @@ def _flags(args: argparse.Namespace) -> int:
     from penchant import api
     from penchant.errors import ConfigError
     from penchant.metrics.flags import as_text, markdown
-    from penchant.runfolder import told_damage
+    from penchant.runfolder import damage_notes
 
     if args.rules:
         print(markdown(), end="")
@@ -67,7 +67,7 @@ def _flags(args: argparse.Namespace) -> int:
     if args.path is None:
         raise ConfigError("flags", "no folder is given", "give a run's folder, one with a comparison.json, or --rules")
     found = api.flags(args.path)
-    for sentence in told_damage(Path(args.path)):
+    for sentence in damage_notes(Path(args.path)):
         print(sentence, file=sys.stderr)
     if args.json:
         import json

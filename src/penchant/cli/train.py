@@ -27,8 +27,8 @@ def add(commands: Any) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     from penchant import api
-    from penchant.runfolder.read import read
-    from penchant.runfolder.values import unchanged
+    from penchant.runfolder.read import read_folder
+    from penchant.runfolder.values import count_unchanged
 
     config = api.as_config(args.config, [*args.overrides, *launched(args)])
     if started_by_torchrun():
@@ -68,7 +68,7 @@ def _train(args: argparse.Namespace) -> int:
     from penchant.report import headline
 
     print(f"result: {headline(result.folder)}")
-    same, of = unchanged(read(result.folder).samples)
+    same, of = count_unchanged(read_folder(result.folder).samples)
     if same:
         print(f"        {same} of {of} sampled answers are unchanged by training")
     return 0

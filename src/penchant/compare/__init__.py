@@ -44,8 +44,8 @@ from penchant.metrics.flags import comparison_flags, summary
 from penchant.metrics.flags.rule import Flag
 from penchant.requests import HUMANS, CompareRequest
 from penchant.rewards.functions import reads_columns
-from penchant.runfolder import COMPARISON, COMPARISON_ROWS, REPORT, make_folder, told_damage
-from penchant.runfolder.read import read
+from penchant.runfolder import COMPARISON, COMPARISON_ROWS, REPORT, damage_notes, make_folder
+from penchant.runfolder.read import read_folder
 from penchant.runs.find import Source
 from penchant.runs.identity import changed_since
 from penchant.runs.state import check_reward, reward_hashes, reward_terms
@@ -138,7 +138,7 @@ class RunComparer:
             run.data.rows.keep_columns |= self._reads_columns
         trained, notes = all_trained_prompts(self.everyone, lenient=test)
         self.notes += notes + [said for run in self.everyone for said in changed_since(run.folder, run.config)]
-        self.notes += [said for run in self.everyone for said in told_damage(run.folder)]
+        self.notes += [said for run in self.everyone for said in damage_notes(run.folder)]
         found = clear_of(self.readers[0].name, self.test_rows, trained) if test else self._validation(trained)
         if not found.rows.trees:
             raise DataError(
@@ -220,7 +220,7 @@ class RunComparer:
             return []
         if self.question.data is None:
             return [
-                f"The checkpoints of {', '.join(best)} were chosen by held-out rows such as these; --data TEST has the last word."
+                f"The checkpoints of {', '.join(best)} were chosen by held-out rows such as these; use --data TEST for an unbiased result."
             ]
         seen = {key_of(t) for r in self.everyone if (rows := r.data.rows.datasets[1]) is not None for t in rows.trees}
         shared = sum(key_of(t) in seen for t in self.held_out.rows.trees)
@@ -250,7 +250,7 @@ class RunComparer:
             if self._sees and getattr(self.question, name) is not None:
                 how = "leave it out: the likelihood of given answers is compared"
                 raise ConfigError(
-                    f"--{name}", "judges what models write, and here they write nothing about pictures", how
+                    f"--{name}", "scores generated answers, but with pictures no answers are generated", how
                 )
 
     def _about_reward(self) -> list[str]:
@@ -402,7 +402,7 @@ def _was_chosen(run: TrainedRun) -> bool:
     """Whether the checkpoint was chosen as the best of several by held-out rows."""
     last, _ = latest_checkpoint(run.folder)
     best = checkpoint_state(last).get("best_step") if last is not None else None
-    evaluated = [x["step"] for x in read(run.folder).metrics if x.get("kind") == "eval" and x["step"] > 0]
+    evaluated = [x["step"] for x in read_folder(run.folder).metrics if x.get("kind") == "eval" and x["step"] > 0]
     return best == run.step and len(evaluated) > 1
 
 

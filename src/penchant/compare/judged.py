@@ -23,7 +23,7 @@ from penchant.metrics.verdict import (
     corrected,
     meetings,
 )
-from penchant.runfolder import finite
+from penchant.runfolder import nan_to_none
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class Judgement:
         found = []
         for contest in self.contests:
             at = contest.start + prompt * self.shape[1] + sample
-            values = finite([float(v) for v in (self.both.wins[at], *self.both.values[at])])
+            values = nan_to_none([float(v) for v in (self.both.wins[at], *self.both.values[at])])
             a, b = contest.models
             found.append({"a": a, "b": b, "win": values[0], "first": values[1:]})
         return found
@@ -120,7 +120,7 @@ class Judgement:
             says = f"{little}favors the {'first' if p.estimate > 0.5 else 'second'} position"
             said.append(
                 f"{judge} {says if biased else 'shows no clear preference for a position'}: {share} of its verdicts are for the first "
-                f"one (each pair was asked both ways round, so 50% is none). In {self.disagreed:,} of {counted(heard, 'pair')} its two "
+                f"one (each pair was asked in both orders, so 50% means no bias). In {self.disagreed:,} of {counted(heard, 'pair')} its two "
                 f"verdicts disagree{'; those count as ties' if in_words else ''}."
             )
         if self.left_out:

@@ -89,7 +89,7 @@ class Measured:
         """
         values = self.written.rewards if judge is None else self.also[judge]
         if values is not None and (silent := int(np.isnan(values).sum())):
-            what = f"says nothing of {silent} of {counted(len(values), 'completion')}, so that models cannot be compared prompt by prompt"
+            what = f"gives no value for {silent} of {counted(len(values), 'completion')}, so that models cannot be compared prompt by prompt"
             raise RewardError(f"reward {judge or ''}".strip(), what, "give one that judges every completion")
         return None if values is None else values.reshape(-1, self.setting.samples)
 

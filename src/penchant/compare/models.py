@@ -36,8 +36,8 @@ from penchant.metrics.verdict import (
 )
 from penchant.rewards import load_reward
 from penchant.rewards.reward_model import PolicyText, rows_by_source
-from penchant.runfolder import COMPARISON, COMPARISON_ROWS, keep
-from penchant.runfolder.values import FEW_ROWS, ci_of, span
+from penchant.runfolder import COMPARISON, COMPARISON_ROWS, write_summed
+from penchant.runfolder.values import FEW_ROWS, ci_of, format_interval
 from penchant.runs import Run
 from penchant.runs.find import Source
 from penchant.runs.parts import answering
@@ -233,7 +233,7 @@ def _cell(metrics: Metrics, name: str, digits: int) -> str:
     if all_tied(metrics, name):
         return "all tied"
     form = f".{digits}f"
-    return f"{metrics[name]:{form}} {span(ci_of(metrics, name), form)}".rstrip()
+    return f"{metrics[name]:{form}} {format_interval(ci_of(metrics, name), form)}".rstrip()
 
 
 # ---- Named models on held-out rows: loading them, their shared setting, and the files written ----
@@ -252,7 +252,9 @@ class Sampling:
     def heading(self, prompts: int, rows: str) -> str:
         """Describe what the figures are based on."""
         if not self.samples:
-            return f"{prompts} held-out prompts of {rows} with their given answers (to pictures none are written)"
+            return (
+                f"{prompts} held-out prompts of {rows} with their given answers (no answers are generated for pictures)"
+            )
         return (
             f"{prompts} held-out prompts of {rows}, {self.samples} completion(s) each of at most "
             f"{self.max_new_tokens} tokens at temperature 1"
@@ -412,8 +414,8 @@ def text_of(figures: Mapping[str, Any], heading: str, notes: Iterable[str] = ())
 def write_files(folder: Path, figures: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
     """Write comparison.json and comparison.jsonl, each atomically."""
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    keep(folder / COMPARISON_ROWS, lines)
-    keep(folder / COMPARISON, json.dumps(figures, indent=1, ensure_ascii=False))
+    write_summed(folder / COMPARISON_ROWS, lines)
+    write_summed(folder / COMPARISON, json.dumps(figures, indent=1, ensure_ascii=False))
 
 
 def tokens_sha256(setting: Setting) -> str:

@@ -22,8 +22,8 @@ from penchant.config import RunConfig, load_config, what_is_computed, with_absol
 from penchant.errors import CheckpointError, ConfigError, DataError, ModelError, PenchantError
 from penchant.models.load import cast_parameters, load_causal_model, resolve_device, source_sha256
 from penchant.models.merge import is_adapter, model_sha256
-from penchant.runfolder import CONFIG, IDENTITY, MANIFEST, PIPELINE, check_whole
-from penchant.runfolder.read import read
+from penchant.runfolder import CONFIG, IDENTITY, MANIFEST, PIPELINE, check_intact
+from penchant.runfolder.read import read_folder
 from penchant.runs import Run
 from penchant.runs.find import START, Source, check_config, trained_source
 from penchant.runs.state import model_folder
@@ -127,8 +127,8 @@ def _read(folder: Path, name: str, step: str | None) -> TrainedRun:
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(str(folder / MANIFEST), f"cannot be read ({error})", "train the run again") from error
     for file in (MANIFEST, IDENTITY):
-        check_whole(folder / file)
-    contents = {k: v for k, v in read(folder).identity.items() if k.startswith("content of reward")}
+        check_intact(folder / file)
+    contents = {k: v for k, v in read_folder(folder).identity.items() if k.startswith("content of reward")}
     return TrainedRun(name, folder, with_absolute_paths(config), manifest, contents, model_folder(folder, step))
 
 
@@ -264,15 +264,13 @@ def all_trained_prompts(runs: Sequence[TrainedRun], *, lenient: bool) -> tuple[s
         except PenchantError as error:
             if not lenient:
                 raise
-            notes.append(
-                f"What {run.name} was trained on cannot be looked at, so its prompts are not left out ({error})."
-            )
+            notes.append(f"The training data of {run.name} cannot be read, so its prompts are not left out ({error}).")
         for config in lineage(run):
             try:
                 trained |= trained_prompts(Run(config, quiet=True))
             except PenchantError as error:
                 notes.append(
-                    f"What the start of {run.name} was trained on cannot be looked at, so its prompts are not left out ({error})."
+                    f"The training data of the start of {run.name} cannot be read, so its prompts are not left out ({error})."
                 )
     return trained, list(dict.fromkeys(notes))
 
@@ -309,7 +307,7 @@ def budget_of(run: TrainedRun, up_to: int | None = None) -> Budget:
 
     Rows (prompts of an online method) count every time they are used; the tokens of a shared prompt count once.
     """
-    lines = [line for line in read(run.folder).metrics if line.get("kind") == "train"]
+    lines = [line for line in read_folder(run.folder).metrics if line.get("kind") == "train"]
     lines = [line for line in lines if up_to is None or line["step"] <= up_to]
     last: Mapping[str, Any] = lines[-1] if lines else {"step": 0, "epoch": 0.0, "tokens": 0}
     data = run.manifest["data"]

@@ -11,7 +11,7 @@ from penchant.errors import ConfigError
 from penchant.evaluate.evaluator import Evaluation, held_out_of_run
 from penchant.evaluate.output import keep
 from penchant.requests import EvalRequest
-from penchant.runfolder import told_damage
+from penchant.runfolder import damage_notes
 from penchant.runs.find import check_there, find_model, find_run, of_config, runs_in
 
 __all__ = ["evaluate_model"]
@@ -50,7 +50,7 @@ def evaluate_model(
         evaluated = Evaluation(source, request, tuple(overrides), quiet).measure()
         folder = source.folder
     if folder is not None:
-        evaluated.notes.extend(told_damage(folder))
+        evaluated.notes.extend(damage_notes(folder))
     evaluated.notes.extend(keep(evaluated, folder, request))
     notes = {"notes": evaluated.notes} if evaluated.notes else {}
     return evaluated.metrics | notes | ({"rows": evaluated.answers} if rows else {})

@@ -13,8 +13,8 @@ from penchant.base.text import printable
 from penchant.evaluate.evaluator import Evaluated
 from penchant.metrics.names import all_tied, metric
 from penchant.requests import EvalRequest
-from penchant.runfolder import EVALUATIONS, IDENTITY, LINE_SUM, MetricsLog, finite, line_sum
-from penchant.runfolder.values import FEW_ROWS, ci_of, interval_of, span
+from penchant.runfolder import EVALUATIONS, IDENTITY, LINE_SUM, MetricsLog, line_sha256, nan_to_none
+from penchant.runfolder.values import FEW_ROWS, ci_of, format_interval, interval_of
 
 NO_FIGURE = ("tables", "notes")
 COUNT = "/n"
@@ -43,15 +43,15 @@ def keep(evaluated: Evaluated, run: Path | None, request: EvalRequest) -> list[s
     """
     line = record(evaluated)
     if request.output is not None:
-        write_output(request.output, json.dumps(finite(line), indent=1, ensure_ascii=False) + "\n")
+        write_output(request.output, json.dumps(nan_to_none(line), indent=1, ensure_ascii=False) + "\n")
     for path, rows in ((request.samples_output, evaluated.rows), (request.rows_output, evaluated.answers)):
         if path is not None:
-            write_output(path, "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows))
+            write_output(path, "".join(json.dumps(nan_to_none(row), ensure_ascii=False) + "\n" for row in rows))
     if run is None or not (run / IDENTITY).exists():
         return []
     try:
-        line = json.loads(json.dumps(finite(line)))
-        MetricsLog(run / EVALUATIONS).write({**line, LINE_SUM: line_sum(line)})
+        line = json.loads(json.dumps(nan_to_none(line)))
+        MetricsLog(run / EVALUATIONS).write({**line, LINE_SUM: line_sha256(line)})
     except OSError as error:
         return [f"Not kept in {run / EVALUATIONS}: it cannot be written ({error.strerror})."]
     return []
@@ -110,5 +110,5 @@ def _span(metrics: Mapping[str, Any], name: str) -> str:
     if all_tied(metrics, name):
         return "all tied"
     if interval := ci_of(metrics, name):
-        return span(interval, ",.4f")
+        return format_interval(interval, ",.4f")
     return f"fewer than {FEW_ROWS}: no interval" if interval_of(metrics, name) else ""

@@ -17,7 +17,7 @@ from penchant.export.formats import Check, Format
 from penchant.export.subject import Subject
 from penchant.metrics.names import metric
 from penchant.models.options import looks_like_folder
-from penchant.runfolder.read import Folder, read
+from penchant.runfolder.read import Folder, read_folder
 from penchant.runfolder.values import ci_of, mapping, num
 
 CARD = "README.md"
@@ -33,7 +33,7 @@ def card(
     Args:
         files: SHA-256 by file name; notes: the export's notes.
     """
-    run = read(subject.run)
+    run = read_folder(subject.run)
     manifest = run.manifest
     name = f"{subject.run.name} (step {subject.step})"
     parts = [

@@ -21,7 +21,7 @@ from penchant.export.formats import FORMATS, Check, Format, compared, dtype_of
 from penchant.export.subject import NAMES, Subject, find_subject, outputs
 from penchant.models.options import looks_like_folder
 from penchant.requests import ExportRequest
-from penchant.runfolder import MANIFEST, damaged
+from penchant.runfolder import MANIFEST, damaged_files
 from penchant.runfolder.read import json_object
 from penchant.runfolder.values import mapping
 
@@ -229,7 +229,7 @@ def _write(
     rows = subject.rows()
     own = outputs(subject.own(), rows)
     model, notes = form.write(subject, request, dtype, folder)
-    notes = (*notes, *(f"the run's {name} was changed after it was written" for name in damaged(subject.run)))
+    notes = (*notes, *(f"the run's {name} was changed after it was written" for name in damaged_files(subject.run)))
     expected = outputs(model, rows)
     del model
     merged = subject.adapter is not None and form.name != "adapter" and not subject.reward

@@ -19,7 +19,7 @@ from penchant.models.load import load_causal_model, load_tokenizer, own_memory, 
 from penchant.models.merge import is_adapter, merged_model, with_adapter
 from penchant.models.options import ModelConfig, check_text_alone
 from penchant.models.reward import ADAPTER, choose_padding, load_model_config, load_reward_model, set_padding
-from penchant.runfolder.read import read
+from penchant.runfolder.read import read_folder
 from penchant.runs.find import check_base, check_there, find_run, runs_in
 from penchant.training.checkpoint import find_checkpoint, load_checkpoint
 
@@ -116,7 +116,7 @@ class Subject:
     def rows(self) -> list[list[int]]:
         """Return token ids to compare models on: the run's own samples, and a fixed row of random tokens."""
         tokenizer = self.tokenizer()
-        texts = [str(s.get("prompt", "")) + str(s.get("after", "")) for s in read(self.run).samples[:PROMPTS]]
+        texts = [str(s.get("prompt", "")) + str(s.get("after", "")) for s in read_folder(self.run).samples[:PROMPTS]]
         found = [tokenizer(text, add_special_tokens=False)["input_ids"][:LONGEST] for text in texts]
         top = min(len(tokenizer), int(self.model_config().get_text_config().vocab_size))
         drawn = torch.randint(0, top, (FIXED,), generator=torch.Generator().manual_seed(0)).tolist()

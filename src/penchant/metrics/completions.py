@@ -27,7 +27,7 @@ from penchant.metrics.answers import TokenScores, completion_sums, kl_figures
 from penchant.metrics.figures import DRAWS, Figure, mean_of, ratio_of, share_of
 from penchant.metrics.stats import Interval, bootstrap_ci, bootstrap_sums, share_ci, t_quantile
 from penchant.rollout.generate import sample
-from penchant.runfolder import is_whole, keep
+from penchant.runfolder import is_intact, write_summed
 from penchant.types import PackedBatch, TokenTree
 
 # ---- Diversity over all samples, and repetition within a sample ----
@@ -471,8 +471,8 @@ def reward_figures(rewards: np.ndarray) -> Metrics:
     """
     known = np.isfinite(rewards)
     if not known.any():
-        what = f"says nothing of any of the {counted(len(rewards), 'held-out completion')}"
-        raise RewardError("reward", what, "hold out rows of which it says something (data.eval_path), or none")
+        what = f"gives no value for any of the {counted(len(rewards), 'held-out completion')}"
+        raise RewardError("reward", what, "hold out rows that it applies to (data.eval_path), or none")
     silent = {} if known.all() else {"reward/none": 1.0 - float(known.mean())}
     return bootstrap_ci(rewards[known], draws=DRAWS).named("reward") | silent
 
@@ -489,14 +489,14 @@ def rows_of(written: Written, tokenizer: Any) -> list[dict[str, Any]]:
 
 def keep_start(path: Path, asked: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
     """Save the initial model's completions and rewards atomically, so that a resumed run compares against the same ones."""
-    keep(path, json.dumps({"asked": asked, "completions": list(rows)}, indent=1, ensure_ascii=False))
+    write_summed(path, json.dumps({"asked": asked, "completions": list(rows)}, indent=1, ensure_ascii=False))
 
 
 def kept_start(path: Path, asked: dict[str, Any]) -> np.ndarray | None:
     """Return the rewards of the initial model's completions, (prompts,); None if missing, damaged, or made with other settings."""
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-        if not is_whole(path) or kept["asked"] != json.loads(json.dumps(asked)):
+        if not is_intact(path) or kept["asked"] != json.loads(json.dumps(asked)):
             return None
         return np.array([row["reward"] for row in kept["completions"]], dtype=np.float64)
     except (OSError, ValueError, KeyError, TypeError):

@@ -390,6 +390,8 @@ def check_alone(judge: str, asked: Mapping[str, Any]) -> None:
     given = next((name for name, value in asked.items() if value and name != "judge"), None)
     if given is not None:
         flag = f"--{given.replace('_', '-')}"
-        raise ConfigError(flag, f"cannot be asked of {judge}: people judged answers that stand there", "leave it out")
+        raise ConfigError(
+            flag, f"cannot be used with {judge}: its answers are already written and judged", "leave it out"
+        )
     if not Path(judge.removeprefix(HUMANS)).expanduser().exists():
         raise DataError(judge.removeprefix(HUMANS), "no such file", "give the preferences.jsonl of an arena")

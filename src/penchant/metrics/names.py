@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from penchant.base.files import packaged_yaml
-from penchant.runfolder.values import FEW_ROWS, ci_of, interval_of, num, rows_behind, span
+from penchant.runfolder.values import FEW_ROWS, ci_of, format_interval, interval_of, num, sample_size
 
 # a cost is the price of a gain (the KL of a reward): lower is better, but only at the same gain
 Better = Literal["higher", "lower", "cost"]
@@ -64,11 +64,9 @@ OTHER_REWARD = Metric(
 )
 # metrics of each named reward in a weighted sum
 REWARDS = {
-    "mean": Metric(
-        "rewards/NAME/mean", "mean of one reward of the sum, over the completions of which it says something"
-    ),
+    "mean": Metric("rewards/NAME/mean", "mean of one reward of the sum, over the completions that it applies to"),
     "std": Metric("rewards/NAME/std", "its standard deviation over them"),
-    "none": Metric("rewards/NAME/none", "share of completions of which it says nothing", share=True),
+    "none": Metric("rewards/NAME/none", "share of completions that it does not apply to", share=True),
 }
 SPEED = (
     Metric("seconds", "wall time of the optimizer step"),
@@ -118,14 +116,14 @@ def all_tied(line: Mapping[str, Any], name: str) -> bool:
 
 def figure_text(line: Mapping[str, Any], name: str, digits: int = 4) -> str:
     """Format a figure of a metrics line with its interval; all ties, and shares of only a few rows, become counts."""
-    value, n, share = num(line, name), rows_behind(line, name), metric(name).share
+    value, n, share = num(line, name), sample_size(line, name), metric(name).share
     if value is None:
         return "not a number"
     if all_tied(line, name):
         return f"{value:.{digits}f} (tied on {n} of {n})" if n else f"{value:.{digits}f} (all tied)"
     if share and n and n < FEW_ROWS and metric(name).null is not None:
         return f"{value * n:g} of {n}, too few to tell"
-    return f"{value:.{digits}f} {span(ci_of(line, name), f'.{digits}f')}".rstrip()
+    return f"{value:.{digits}f} {format_interval(ci_of(line, name), f'.{digits}f')}".rstrip()
 
 
 def higher_is_better(name: str) -> bool:

@@ -22,7 +22,7 @@ from penchant.metrics.stats import (
     share_ci,
     sign_flip_test,
 )
-from penchant.runfolder.values import FEW_ROWS, span
+from penchant.runfolder.values import FEW_ROWS, format_interval
 
 T = TypeVar("T")
 
@@ -364,7 +364,7 @@ def comparisons_table(pairs: Sequence[Pair], what: str, comparisons: int | None 
 
 
 def _brackets(interval: Interval, form: str = ".3f") -> str:
-    return span((interval.low, interval.high), form)
+    return format_interval((interval.low, interval.high), form)
 
 
 def p_text(p: float) -> str:

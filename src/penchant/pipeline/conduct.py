@@ -21,7 +21,7 @@ from penchant.models.merge import is_adapter, merge_to_folder, model_sha256
 from penchant.pipeline import Pipeline, Ref, Stage
 from penchant.pipeline.compare import Comparer, Outcome
 from penchant.plan import checkpointing, misfit
-from penchant.runfolder import CHECKPOINTS, CONFIG, IDENTITY, RunLock, keep
+from penchant.runfolder import CHECKPOINTS, CONFIG, IDENTITY, RunLock, write_summed
 from penchant.runs import Run
 from penchant.runs.state import (
     Inputs,
@@ -114,9 +114,9 @@ def _follow(folder: Path, moved: Mapping[str, str]) -> None:
     config, identity = folder / CONFIG, folder / IDENTITY
     if config.exists():
         values = renamed(yaml_value(config.read_text(encoding="utf-8")))
-        keep(config, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+        write_summed(config, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
     if identity.exists():
-        keep(identity, json.dumps(renamed(json.loads(identity.read_text())), indent=1))
+        write_summed(identity, json.dumps(renamed(json.loads(identity.read_text())), indent=1))
 
 
 # ---- Running a pipeline: each stage is an ordinary run that is trained, resumed or skipped, and the comparison comes last ----

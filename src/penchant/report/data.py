@@ -14,8 +14,8 @@ from typing import Any
 from penchant.errors import CheckpointError
 from penchant.metrics.names import with_k3
 from penchant.runfolder import CHECKPOINTS, COMPARISON, METRICS, PERF
-from penchant.runfolder.read import Folder, alive, read
-from penchant.runfolder.values import flat, mapping, mappings, num, text
+from penchant.runfolder.read import Folder, may_be_running, read_folder
+from penchant.runfolder.values import flatten, mapping, mappings, num, text
 
 NOT_A_SETTING, SEED = ("output", "logging"), "train.seed"
 MOST_RUNS = 200
@@ -32,7 +32,7 @@ class RunData(Folder):
     def __init__(self, path: Path, name: str) -> None:
         super().__init__(path)
         self.name = name
-        self.alive = alive(path)
+        self.alive = may_be_running(path)
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """Rows of a file; for files that are over steps, only the rows with a step."""
@@ -88,7 +88,7 @@ class RunData(Folder):
     @cached_property
     def settings(self) -> dict[str, Any]:
         """Flat settings without those that do not distinguish settings: output, logging and seed."""
-        return {k: v for k, v in flat(self.config).items() if k.split(".")[0] not in NOT_A_SETTING and k != SEED}
+        return {k: v for k, v in flatten(self.config).items() if k.split(".")[0] not in NOT_A_SETTING and k != SEED}
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +164,7 @@ def read_report(paths: Sequence[Path], now: float) -> ReportData:
     kind = found[0].kind if len(found) == 1 else "runs" if run_folders else "comparison"
     title = folders[0].name if len(folders) == 1 else _together([f.name for f in folders])
     states = [text(mapping(r).get("state")) for r in mapping(sweep.get("runs")).values()]
-    going_on = any(r.status == "running" for r in runs) or ("running" in states and alive(folders[0]))
+    going_on = any(r.status == "running" for r in runs) or ("running" in states and may_be_running(folders[0]))
     return ReportData(
         kind=kind,
         title=title or str(folders[0]),
@@ -196,7 +196,7 @@ def _checked(path: Path) -> Path:
 
 
 def _contents(folder: Path) -> _Contents:
-    here = read(folder)
+    here = read_folder(folder)
     comparisons = (folder,) if (folder / COMPARISON).is_file() else ()
     if here.sweep:
         return _Contents("sweep", _inside(folder, mapping(here.sweep.get("runs"))), comparisons, sweep=here.sweep)
@@ -214,7 +214,7 @@ def _contents(folder: Path) -> _Contents:
 
 
 def _is_run(folder: Path) -> bool:
-    return folder.is_dir() and read(folder).is_run
+    return folder.is_dir() and read_folder(folder).is_run
 
 
 def _inside(folder: Path, names: Iterable[str]) -> tuple[Path, ...]:
@@ -258,7 +258,7 @@ def _together(names: Sequence[str]) -> str:
 
 def read_comparison(path: Path) -> Comparison:
     """Read a comparison's folder as far as possible."""
-    folder = read(path)
+    folder = read_folder(path)
     figures = folder.comparison
     flags = mappings(figures["flags"]) if "flags" in figures else None if folder.is_run else folder.flags
     return Comparison(path.name, figures, folder.comparison_rows, flags)

@@ -83,7 +83,7 @@ def _guarded(make: Callable[[ReportData], Node], data: ReportData, strict: bool)
     except Exception as error:
         if strict:
             raise
-        why = f"This part could not be made of these files ({type(error).__name__}: "
+        why = f"This section could not be built from these files ({type(error).__name__}: "
         return soft(why, said(str(error)[:300]), ").")
 
 
@@ -91,14 +91,14 @@ def _guarded(make: Callable[[ReportData], Node], data: ReportData, strict: bool)
 
 
 def _header(data: ReportData) -> Element:
-    going_on = el("span", "still going on", class_="live")
+    going_on = el("span", "still running", class_="live")
     written = _time(data.now, id="written")
     return el(
         "header",
         el("p", f"Penchant report \u00b7 {data.kind}", class_="kicker"),
         el("h1", said(data.title)),
         el("p", _facts(data), class_="soft facts-line"),
-        el("p", going_on, " This page loads itself anew. It was written ", written, ".", class_="going-on")
+        el("p", going_on, " This page reloads itself. It was written ", written, ".", class_="going-on")
         if data.going_on
         else None,
     )
@@ -160,7 +160,7 @@ def _time(seconds: float, **attributes: str) -> Element:
 
 
 SECTIONS = (
-    Section("flags", "Flags", "Trust flags", flags, "there is no flags.json here; nobody has looked for flags."),
+    Section("flags", "Flags", "Trust flags", flags, "there is no flags.json here, so flags have not been checked."),
     Section(
         "settings",
         "Ranking",

@@ -13,8 +13,8 @@ from penchant.report.data import Comparison, ReportData, RunData
 from penchant.report.html import Element, Node, el, fold, keyed, note, panel, said, soft
 from penchant.report.settings import short
 from penchant.report.svg import MISSING, duration, estimate, interval, number
-from penchant.runfolder import damaged
-from penchant.runfolder.values import ci_of, flat, mapping, num, sequence, text
+from penchant.runfolder import damaged_files
+from penchant.runfolder.values import ci_of, flatten, mapping, num, sequence, text
 
 # ---- Provenance of the figures: time and memory, versions, hashes, data, seeds, machine, and commands to reproduce them ----
 
@@ -68,7 +68,7 @@ def provenance(data: ReportData) -> Element | None:
         are = "is" if bad == 1 else "are"
         parts.append(soft(f"{count(bad, 'line')} of these folders\u2019 files could not be read and {are} left out."))
     folders = dict.fromkeys([*(r.path for r in data.runs), *data.paths])
-    changed = [str(folder / name) for folder in folders for name in damaged(folder)]
+    changed = [str(folder / name) for folder in folders for name in damaged_files(folder)]
     if changed:
         parts.append(
             soft(f"Changed after the run wrote {'it' if len(changed) == 1 else 'them'}: {', '.join(changed)}.")
@@ -78,7 +78,7 @@ def provenance(data: ReportData) -> Element | None:
 
 
 def _flat(value: Any) -> dict[str, Any]:
-    return {k: v for k, v in flat(value).items() if v not in (None, "")}
+    return {k: v for k, v in flatten(value).items() if v not in (None, "")}
 
 
 def _shared(manifests: Sequence[tuple[RunData, Mapping[str, Any]]]) -> Element:

@@ -13,7 +13,7 @@ from penchant.metrics.names import METRICS, Metric, higher_is_better, metric
 from penchant.report.data import ReportData, RunData, Setting
 from penchant.report.html import Element, Node, el, fold, keyed, note, panel, said, soft, table
 from penchant.report.svg import MISSING, estimate, interval, shown, strip, swatch
-from penchant.runfolder.values import algorithm_of, ci_of, flat, mapping, mappings, num, text
+from penchant.runfolder.values import algorithm_of, ci_of, flatten, mapping, mappings, num, text
 
 # ---- Configs: first the differences, then the full config of each setting ----
 
@@ -74,7 +74,7 @@ def differing(settings: list[dict[str, Any]]) -> list[str]:
 
 
 def _main(config: Mapping[str, Any]) -> Element | None:
-    values = flat(config)
+    values = flatten(config)
     if algorithm_of(config):  # the loss section is then unused
         values = {k: v for k, v in values.items() if not k.startswith("loss.")}
     rows: list[list[Node]] = [

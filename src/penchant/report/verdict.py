@@ -12,7 +12,17 @@ from penchant.report.data import Comparison, ReportData, RunData
 from penchant.report.html import Element, Node, el, fold, keyed, note, panel, said, spoken, table
 from penchant.report.settings import Ranking, Row, held_out_rows, ranking, spread, tried
 from penchant.report.svg import MISSING, estimate, interval, number, shown, strip
-from penchant.runfolder.values import FEW_ROWS, ci_of, mapping, mappings, num, rows_behind, sequence, text, unchanged
+from penchant.runfolder.values import (
+    FEW_ROWS,
+    ci_of,
+    count_unchanged,
+    mapping,
+    mappings,
+    num,
+    sample_size,
+    sequence,
+    text,
+)
 
 # ---- The verdict: the outcome in words, before any figure, also if nothing was shown ----
 
@@ -63,7 +73,7 @@ def of_comparison(comparison: Comparison) -> list[Node]:
     about = [mapping(v) for v in sequence(figures.get("verdict"))]
     about += [{}] * (len(sentences) - len(about))  # older files have no tones
     if not sentences:
-        why = " holds no verdict: it was not finished, or is of an older version."
+        why = " holds no verdict: it was not finished, or was written by an older version."
         return [statement("open", said(comparison.name), why, lead=True)]
     tones: list[Tone] = [next((tone for tone in TONES if tone == a.get("tone")), "plain") for a in about]
     bys = [text(a.get("by")) for a in about]
@@ -103,7 +113,7 @@ def of_run(run: RunData, first: bool = True) -> list[Node]:
             made.append(statement("plain", f"{why}, so there is no comparison with the start.", lead=first))
         return made
     order = [c for n, c in found.items() if c.figure.main and not (n == "loss" and "reward" in found)]
-    same, of = unchanged(run.samples)
+    same, of = count_unchanged(run.samples)
     stays = 0 < of == same  # even if likelihoods changed, users see the same answers
     for i, change in enumerate(order):
         lead = first and i == 0 and not own
@@ -117,10 +127,10 @@ def of_run(run: RunData, first: bool = True) -> list[Node]:
     judged = [c for c in order if c.reading != "plain"]
     if judged and all(c.reading == "unclear" for c in judged):
         rows = num(run.last, "eval/rows")
-        words = "Nothing separates from chance on the held-out rows."
+        words = "No figure differs from chance on the held-out rows."
         if own:
             held = "" if rows is None else f"{rows:,.0f} "
-            words = f"On the {held}held-out rows by themselves nothing separates from chance."
+            words = f"On the {held}held-out rows no figure differs from chance."
         elif all(c.figure.null is None for c in judged):  # only losses, which have no chance level
             words = "The intervals of start and end overlap on the held-out rows, so a change is not shown; more rows narrow them."
         nothing = statement("open", words, lead=first and not own)
@@ -137,7 +147,7 @@ def _small(node: Node) -> Node:
 
 def _sentence(c: Change, run: RunData) -> list[Node]:
     share, name = c.figure.share, f"eval/{c.figure.name}"
-    rows, n = num(run.last, "eval/rows"), rows_behind(run.last, name)
+    rows, n = num(run.last, "eval/rows"), sample_size(run.last, name)
     value = el("b", estimate(c.after, c.after_ci, share))
     brackets = f" {c.brackets}" if c.brackets else ""
     of = f" of {count(rows, 'held-out row')}" if rows is not None else " of the held-out rows"

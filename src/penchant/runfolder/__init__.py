@@ -43,7 +43,7 @@ COMPARISON, COMPARISON_ROWS = "comparison.json", "comparison.jsonl"  # in a comp
 SWEEP, PIPELINE = "sweep.json", "pipeline.json"  # in the folder of a sweep or pipeline, which contains run folders
 
 
-def stands_for_model(folder: Path) -> bool:
+def leads_to_model(folder: Path) -> bool:
     """Whether a folder is of a run, checkpoint or adapter: not loadable by transformers itself, but leading to a model."""
     inside = folder.name.startswith("step-") and (folder / "model").is_dir()
     return inside or any((folder / name).exists() for name in (CONFIG, CHECKPOINTS, "adapter_config.json"))
@@ -64,7 +64,7 @@ def make_folder(folder: Path) -> None:
         raise disk_error(folder, error) from error
 
 
-def sign(handle: int) -> None:
+def write_lock_holder(handle: int) -> None:
     """Write the process and machine that hold a lock into its file."""
     os.ftruncate(handle, 0)
     os.write(handle, f"PID {os.getpid()} on {socket.gethostname()}\n".encode())
@@ -84,13 +84,13 @@ class RunLock:
         except OSError as error:
             if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
                 raise disk_error(self.path, error) from error
-            raise self._odd() from error
+            raise self._unlockable() from error
         try:
             found = os.fstat(handle)
             if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-                raise self._odd()  # writing to it could write to another file
+                raise self._unlockable()  # writing to it could write to another file
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            sign(handle)
+            write_lock_holder(handle)
         except BlockingIOError as error:
             holder = os.read(handle, 200).decode(errors="replace").strip() or "another process"
             os.close(handle)
@@ -105,7 +105,7 @@ class RunLock:
         self._handle = handle
         return self
 
-    def _odd(self) -> CheckpointError:
+    def _unlockable(self) -> CheckpointError:
         return CheckpointError(str(self.path), "is a link, a folder or a pipe, so nothing can be locked", "remove it")
 
     def __exit__(self, *_: object) -> None:
@@ -117,28 +117,28 @@ class RunLock:
 # ---- Files with checksums ----
 
 
-def keep(path: Path, content: str | bytes) -> None:
+def write_summed(path: Path, content: str | bytes) -> None:
     """Write a file of a run atomically, and its SHA-256 to ``sums.json``.
 
     The new sum is listed next to the current one before the file is replaced, so that an interruption at any point leaves a file that
     matches one of the two.
     """
     content = content.encode() if isinstance(content, str) else content
-    new, known = hashlib.sha256(content).hexdigest(), _sums(path.parent) or {}
-    old = [file_sha256(path)] if path.is_file() else []
-    if path.name in known and old and old[0] not in known[path.name]:
-        old = []  # the current file is damaged: its sum must not become a valid one
-    files = {**known, path.name: sorted({*old, new})}
-    write_atomically(path.parent / SUMS, {"files": files, "sha256": _sum_of(files)})
+    new_sum, known = hashlib.sha256(content).hexdigest(), _load_sums(path.parent) or {}
+    old_sums = [file_sha256(path)] if path.is_file() else []
+    if path.name in known and old_sums and old_sums[0] not in known[path.name]:
+        old_sums = []  # the current file is damaged: its sum must not become a valid one
+    files = {**known, path.name: sorted({*old_sums, new_sum})}
+    write_atomically(path.parent / SUMS, {"files": files, "sha256": _json_sha256(files)})
     write_text_atomically(path, content)
 
 
-def _sums(folder: Path) -> dict[str, list[str]] | None:
+def _load_sums(folder: Path) -> dict[str, list[str]] | None:
     """The valid SHA-256 sums of files by name; None if the list itself is damaged, empty if there is none."""
     try:
         found = json.loads((folder / SUMS).read_text(encoding="utf-8"))
         files: dict[str, list[str]] = found["files"]
-        good = found["sha256"] == _sum_of(files) and all(isinstance(v, list) for v in files.values())
+        good = found["sha256"] == _json_sha256(files) and all(isinstance(v, list) for v in files.values())
         return files if good else None
     except FileNotFoundError:
         return {}
@@ -149,20 +149,20 @@ def _sums(folder: Path) -> dict[str, list[str]] | None:
 LINE_SUM = "sha256"  # key for the sum of the rest of a line, in files that several commands append to
 
 
-def line_sum(row: Mapping[str, Any]) -> str:
+def line_sha256(row: Mapping[str, Any]) -> str:
     """SHA-256 of a line without its own sum."""
-    return _sum_of({key: value for key, value in row.items() if key != LINE_SUM})
+    return _json_sha256({key: value for key, value in row.items() if key != LINE_SUM})
 
 
-def _sum_of(files: Mapping[str, Any]) -> str:
+def _json_sha256(files: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def is_whole(path: Path) -> bool:
+def is_intact(path: Path) -> bool:
     """Whether a file of a run is unchanged since it was written; True if it is missing or has no known sum (older versions)."""
     for _ in range(2):  # a running process may replace both between the two reads
         try:
-            known = (_sums(path.parent) or {}).get(path.name)
+            known = (_load_sums(path.parent) or {}).get(path.name)
             if known is None or not path.is_file() or file_sha256(path) in known:
                 return True
         except OSError:
@@ -170,35 +170,37 @@ def is_whole(path: Path) -> bool:
     return False
 
 
-def check_whole(
+def check_intact(
     path: Path, how: str = "restore it, or run penchant train with the run's own config, which writes it again"
 ) -> None:
-    """Check that a file of a run is unchanged since it was written; see `is_whole`.
+    """Check that a file of a run is unchanged since it was written; see `is_intact`.
 
     Raises:
         CheckpointError: it was changed; `how` says how to fix it.
     """
-    if not is_whole(path):
+    if not is_intact(path):
         what = "was changed after it was written"
         raise CheckpointError(str(path), what, f"{how} (to take it as it is, delete {SUMS} beside it)")
 
 
-def damaged(folder: Path) -> list[str]:
+def damaged_files(folder: Path) -> list[str]:
     """Names of a run's files that were changed after they were written, as far as known."""
-    known = _sums(folder)
-    found = [SUMS] if known is None else [name for name in known if not is_whole(folder / name)]
-    at = newest_state(folder)
-    if at.get("metrics_sha256") and not prefix_is(folder / METRICS, at.get("metrics_offset"), at["metrics_sha256"]):
+    known = _load_sums(folder)
+    found = [SUMS] if known is None else [name for name in known if not is_intact(folder / name)]
+    state = latest_state(folder)
+    if state.get("metrics_sha256") and not prefix_matches(
+        folder / METRICS, state.get("metrics_offset"), state["metrics_sha256"]
+    ):
         found.append(METRICS)
     return sorted(found)
 
 
-def told_damage(folder: Path) -> list[str]:
+def damage_notes(folder: Path) -> list[str]:
     """A sentence for each damaged file, to show next to the run's figures."""
-    return [f"{folder / name} was changed after it was written." for name in damaged(folder)]
+    return [f"{folder / name} was changed after it was written." for name in damaged_files(folder)]
 
 
-def prefix_is(path: Path, offset: Any, sha256: Any) -> bool:
+def prefix_matches(path: Path, offset: Any, sha256: Any) -> bool:
     """Whether the first `offset` bytes of a file have the given SHA-256."""
     try:
         with path.open("rb") as file:
@@ -207,7 +209,7 @@ def prefix_is(path: Path, offset: Any, sha256: Any) -> bool:
         return False
 
 
-def newest_state(folder: Path) -> dict[str, Any]:
+def latest_state(folder: Path) -> dict[str, Any]:
     """``state.json`` of the newest checkpoint in which it is intact; empty if there is none."""
     for path in reversed(checkpoints(folder)):
         with suppress(CheckpointError, OSError, ValueError, TypeError):
@@ -261,54 +263,62 @@ def open_run(
     make_folder(folder)
     sweep(folder)
     sweep(folder / CHECKPOINTS)
-    theirs, notes = kept_identity(folder)
-    mine = json.loads(json.dumps(identity))
-    if theirs is not None:
-        theirs = json.loads(without_passwords(json.dumps(theirs)))  # older versions kept passwords in it
-    for more in (dict, later):
-        mine |= json.loads(json.dumps(more()))
-        found = [] if theirs is None else changed(theirs, mine, json.loads(json.dumps(defaults or {})))
-        if found:
-            shown = "".join(f"\n  {line}" for line in found)
-            back = "put back what has changed, " if all(line.startswith((CONTENT, "data: ")) for line in found) else ""
-            longer = all(line.startswith("config.train.") for line in found)
+    saved, notes = load_identity(folder)
+    current = json.loads(json.dumps(identity))
+    if saved is not None:
+        saved = json.loads(without_passwords(json.dumps(saved)))  # older versions kept passwords in it
+    for part in (dict, later):
+        current |= json.loads(json.dumps(part()))
+        changes = [] if saved is None else identity_changes(saved, current, json.loads(json.dumps(defaults or {})))
+        if changes:
+            shown = "".join(f"\n  {line}" for line in changes)
+            put_back = (
+                "put back what has changed, " if all(line.startswith((CONTENT, "data: ")) for line in changes) else ""
+            )
+            longer = all(line.startswith("config.train.") for line in changes)
             last = checkpoints(folder)[-1] / "model" if longer else ""
-            on = f"; to train on from its last checkpoint, set model.path={last} and another output" if longer else ""
-            how = f"{back}choose another output, or delete the folder to start over{on}. What differs:{shown}"
+            train_on = (
+                f"; to train on from its last checkpoint, set model.path={last} and another output" if longer else ""
+            )
+            how = f"{put_back}choose another output, or delete the folder to start over{train_on}. What differs:{shown}"
             raise CheckpointError(str(folder), "holds checkpoints of a different run", how)
-    new = [key for key in mine if theirs is not None and key.startswith(CONTENT) and key not in theirs]
+    new = [key for key in current if saved is not None and key.startswith(CONTENT) and key not in saved]
     if new:
-        told = ", ".join(key.removeprefix(CONTENT) for key in new)
-        notes.append(f"{folder}: an older version made it, which did not record this; it is taken as unchanged: {told}")
-    keep(folder / IDENTITY, json.dumps(mine, indent=1))
-    keep(folder / CONFIG, without_passwords(resolved_config))
+        listed = ", ".join(key.removeprefix(CONTENT) for key in new)
+        notes.append(
+            f"{folder}: an older version made it, which did not record this; it is taken as unchanged: {listed}"
+        )
+    write_summed(folder / IDENTITY, json.dumps(current, indent=1))
+    write_summed(folder / CONFIG, without_passwords(resolved_config))
     return notes
 
 
-def changed(theirs: Mapping[str, Any], mine: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+def identity_changes(saved: Mapping[str, Any], current: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
     """One line for each difference between two identities; what an older version did not record counts as equal."""
-    looked_at = {key.partition(": ")[0] for key in theirs} if TOKENS in theirs else set()
-    not_kept = {k: v for k, v in mine.items() if k.startswith(CONTENT) and k.partition(": ")[0] not in looked_at}
-    theirs = {**not_kept, **theirs}
-    on_one_side = {k for k in mine.keys() ^ theirs.keys() if k.partition(": ")[0].endswith(IN_CACHE)}
-    theirs, mine = ({k: v for k, v in of.items() if k not in on_one_side} for of in (theirs, mine))
-    if TOKENS not in mine:
-        theirs = {key: value for key, value in theirs.items() if key != TOKENS}
-    rows = [] if theirs.get("data") == mine.get("data") else [f"data: the rows of {_files_of(mine)} have changed"]
-    names = sorted(k for k in theirs.keys() | mine.keys() if k.startswith(CONTENT) and theirs.get(k) != mine.get(k))
-    files = [f"{k} {'is new' if k not in theirs else 'has changed' if k in mine else 'is gone'}" for k in names]
-    old, new = ({k: v for k, v in of.items() if k != "data" and not k.startswith(CONTENT)} for of in (theirs, mine))
+    recorded = {key.partition(": ")[0] for key in saved} if TOKENS in saved else set()
+    not_recorded = {k: v for k, v in current.items() if k.startswith(CONTENT) and k.partition(": ")[0] not in recorded}
+    saved = {**not_recorded, **saved}
+    on_one_side = {k for k in current.keys() ^ saved.keys() if k.partition(": ")[0].endswith(IN_CACHE)}
+    saved, current = ({k: v for k, v in of.items() if k not in on_one_side} for of in (saved, current))
+    if TOKENS not in current:
+        saved = {key: value for key, value in saved.items() if key != TOKENS}
+    rows = (
+        [] if saved.get("data") == current.get("data") else [f"data: the rows of {_data_files(current)} have changed"]
+    )
+    names = sorted(k for k in saved.keys() | current.keys() if k.startswith(CONTENT) and saved.get(k) != current.get(k))
+    files = [f"{k} {'is new' if k not in saved else 'has changed' if k in current else 'is gone'}" for k in names]
+    old, new = ({k: v for k, v in of.items() if k != "data" and not k.startswith(CONTENT)} for of in (saved, current))
     return [*differences(old, new, defaults=defaults), *files, *rows]
 
 
-def _files_of(identity: Mapping[str, Any]) -> str:
+def _data_files(identity: Mapping[str, Any]) -> str:
     data = identity.get("config", {}).get("data", {})
     named = [p for name in ("path", "eval_path") for p in [data.get(name)] if p]
     paths = [p for path in named for p in (path.values() if isinstance(path, dict) else [path])]
     return ", ".join(str(p) for path in paths for p in (path if isinstance(path, list) else [path])) or "the run"
 
 
-def kept_identity(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
+def load_identity(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     """The identity of the run whose checkpoints a folder holds, None if it holds none, and sentences about damage.
 
     Raises:
@@ -316,25 +326,25 @@ def kept_identity(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     """
     if not any((folder / CHECKPOINTS).glob("step-*")):
         return None, []
-    return _identity_of(folder / IDENTITY)
+    return _read_identity(folder / IDENTITY)
 
 
-def _identity_of(path: Path) -> tuple[dict[str, Any], list[str]]:
+def _read_identity(path: Path) -> tuple[dict[str, Any], list[str]]:
     """Read identity.json, or if it is damaged or missing the copy in the newest checkpoint, with a sentence that says so."""
     damage = "was changed after it was written"
     try:
-        if is_whole(path):
+        if is_intact(path):
             return dict(json.loads(path.read_text(encoding="utf-8"))), []
     except FileNotFoundError:
         damage = "is gone"
     except (OSError, ValueError, TypeError) as error:
         damage = f"cannot be read ({error})"
-    kept = newest_state(path.parent).get("identity")
-    if not isinstance(kept, dict):
-        gone = f"holds checkpoints but no {IDENTITY}" if damage == "is gone" else f"its {IDENTITY} {damage}"
+    identity = latest_state(path.parent).get("identity")
+    if not isinstance(identity, dict):
+        problem = f"holds checkpoints but no {IDENTITY}" if damage == "is gone" else f"its {IDENTITY} {damage}"
         how = "restore it, choose another output, or delete the folder to start over"
-        raise CheckpointError(str(path.parent), f"{gone}, so it is unknown which run they belong to", how)
-    return kept, [f"{path}: {damage}; it is written again as the newest checkpoint has it"]
+        raise CheckpointError(str(path.parent), f"{problem}, so it is unknown which run they belong to", how)
+    return identity, [f"{path}: {damage}; it is written again as the newest checkpoint has it"]
 
 
 def differences(old: Any, new: Any, prefix: str = "", defaults: Any = None) -> list[str]:
@@ -365,12 +375,12 @@ class MetricsLog:
             self._file = path.open("ab+", buffering=0)
             whole_lines(self._file.fileno())
         except OSError as error:
-            self._failed(error)
+            self._handle_error(error)
 
     def write(self, row: Mapping[str, Any]) -> None:
         if self._file is None:
             return
-        line = memoryview((json.dumps(finite(row), ensure_ascii=False) + "\n").encode())
+        line = memoryview((json.dumps(nan_to_none(row), ensure_ascii=False) + "\n").encode())
         end = self._size()
         try:
             while line:
@@ -378,7 +388,7 @@ class MetricsLog:
         except OSError as error:
             with suppress(OSError):
                 self._file.truncate(end)
-            self._failed(error)
+            self._handle_error(error)
 
     def offset(self) -> int:
         """Bytes written so far, after syncing them to disk."""
@@ -402,7 +412,7 @@ class MetricsLog:
         what = ""
         if size < offset:
             what = f"has {size:,} bytes, but the checkpoint was written when it had {offset:,}"
-        elif sha256 is not None and not prefix_is(self.path, offset, sha256):
+        elif sha256 is not None and not prefix_matches(self.path, offset, sha256):
             what = f"its first {offset:,} bytes are not those that it had when the checkpoint was written"
         if what:
             raise CheckpointError(str(self.path), what, "restore the file, or delete the run folder to start over")
@@ -411,14 +421,14 @@ class MetricsLog:
     def _size(self) -> int:
         return os.fstat(self._file.fileno()).st_size
 
-    def _failed(self, error: OSError) -> None:
+    def _handle_error(self, error: OSError) -> None:
         if self._say is None:
             raise error
         self._say(f"{self.path}: {error.strerror}; lines that cannot be written are left out")
         self._say = lambda _: None
 
 
-class NoLog(MetricsLog):
+class NullLog(MetricsLog):
     """A log that writes nothing, for ranks other than the one that writes the file."""
 
     def __init__(self) -> None:
@@ -437,10 +447,10 @@ class NoLog(MetricsLog):
         pass
 
 
-def finite(value: Any) -> Any:
+def nan_to_none(value: Any) -> Any:
     """Replace every NaN and infinity, which JSON does not have, by None."""
     if isinstance(value, float):
         return value if value - value == 0.0 else None
     if isinstance(value, Mapping):
-        return {k: finite(v) for k, v in value.items()}
-    return [finite(v) for v in value] if isinstance(value, (list, tuple)) else value
+        return {k: nan_to_none(v) for k, v in value.items()}
+    return [nan_to_none(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -1,4 +1,4 @@
-"""The reader for folders of runs, sweeps, pipelines and comparisons: once (`read`) or while they are being written (`follow`).
+"""The reader for folders of runs, sweeps, pipelines and comparisons: once (`read_folder`) or while they are being written (`follow`).
 
 Missing, incomplete, foreign or damaged files read as empty, so no file can crash a reader. Nothing is ever written.
 """
@@ -36,8 +36,8 @@ from penchant.runfolder import (
     SAMPLES,
     SAMPLES_BEFORE,
     SWEEP,
-    is_whole,
-    line_sum,
+    is_intact,
+    line_sha256,
 )
 from penchant.runfolder.values import mapping, mappings
 
@@ -75,11 +75,11 @@ def flag_list(text: str) -> list[Row]:
 def json_rows(text: str) -> tuple[list[Row], int]:
     """Parse JSONL into its objects and the number of invalid lines. A last line without its end is not counted as invalid."""
     *lines, last = text.split("\n")  # not splitlines: JSON strings may hold U+2028
-    found = [_row(line) for line in lines if line.strip()]
-    return [row for row in (*found, _row(last)) if row is not None], found.count(None)
+    found = [_parse_row(line) for line in lines if line.strip()]
+    return [row for row in (*found, _parse_row(last)) if row is not None], found.count(None)
 
 
-def _row(line: str) -> Row | None:
+def _parse_row(line: str) -> Row | None:
     try:
         return json_object(line)
     except (ValueError, RecursionError):
@@ -102,12 +102,12 @@ def read_lines(path: Path) -> tuple[list[Row], int]:
 # ---- Reading a folder once ----
 
 
-def _whole(name: str, parse: Callable[[str], T], empty: T, *, summed: bool = False) -> cached_property[T]:
+def _file_property(name: str, parse: Callable[[str], T], empty: T, *, summed: bool = False) -> cached_property[T]:
     """A cached property with a file's value, `empty` if it is invalid or, with `summed`, was changed after it was written."""
 
     def value(folder: Folder) -> T:
         try:
-            whole = not summed or is_whole(folder.path / name)
+            whole = not summed or is_intact(folder.path / name)
             return parse(read_text(folder.path / name)) if whole else empty
         except (ValueError, RecursionError):
             return empty
@@ -115,11 +115,13 @@ def _whole(name: str, parse: Callable[[str], T], empty: T, *, summed: bool = Fal
     return cached_property(value)
 
 
-def _object(name: str, parse: Callable[[str], Row] = json_object, *, summed: bool = False) -> cached_property[Row]:
-    return _whole(name, parse, {}, summed=summed)
+def _object_property(
+    name: str, parse: Callable[[str], Row] = json_object, *, summed: bool = False
+) -> cached_property[Row]:
+    return _file_property(name, parse, {}, summed=summed)
 
 
-def _rows(name: str) -> cached_property[list[Row]]:
+def _rows_property(name: str) -> cached_property[list[Row]]:
     return cached_property(lambda folder: folder.rows(name))
 
 
@@ -131,13 +133,13 @@ class Folder:
     """
 
     config_text = cached_property(lambda self: read_text(self.path / CONFIG))
-    config = _object(CONFIG, yaml_object)
-    identity, manifest, results = _object(IDENTITY), _object(MANIFEST), _object(RESULTS)
-    audit, calibration = _object(AUDIT), _object(CALIBRATION)
-    comparison, sweep, pipeline = (_object(name, summed=True) for name in (COMPARISON, SWEEP, PIPELINE))
-    flags: cached_property[list[Row] | None] = _whole(FLAGS, flag_list, None)  # None: no readable flags.json
-    metrics, perf = _rows(METRICS), _rows(PERF)
-    samples, samples_before = _rows(SAMPLES), _rows(SAMPLES_BEFORE)
+    config = _object_property(CONFIG, yaml_object)
+    identity, manifest, results = _object_property(IDENTITY), _object_property(MANIFEST), _object_property(RESULTS)
+    audit, calibration = _object_property(AUDIT), _object_property(CALIBRATION)
+    comparison, sweep, pipeline = (_object_property(name, summed=True) for name in (COMPARISON, SWEEP, PIPELINE))
+    flags: cached_property[list[Row] | None] = _file_property(FLAGS, flag_list, None)  # None: no readable flags.json
+    metrics, perf = _rows_property(METRICS), _rows_property(PERF)
+    samples, samples_before = _rows_property(SAMPLES), _rows_property(SAMPLES_BEFORE)
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -151,14 +153,14 @@ class Folder:
     def evaluations(self) -> list[Row]:
         """The lines of evaluations.jsonl that are unchanged since they were written."""
         lines = self.rows(EVALUATIONS)
-        whole = [line for line in lines if line.pop(LINE_SUM, None) in (None, line_sum(line))]
+        whole = [line for line in lines if line.pop(LINE_SUM, None) in (None, line_sha256(line))]
         self.unreadable[EVALUATIONS] += len(lines) - len(whole)
         return whole
 
     @cached_property
     def comparison_rows(self) -> list[Row]:
         """The lines of comparison.jsonl; empty if it was changed after it was written."""
-        return self.rows(COMPARISON_ROWS) if is_whole(self.path / COMPARISON_ROWS) else []
+        return self.rows(COMPARISON_ROWS) if is_intact(self.path / COMPARISON_ROWS) else []
 
     @property
     def is_run(self) -> bool:
@@ -166,7 +168,7 @@ class Folder:
         return any((self.path / name).is_file() for name in (METRICS, MANIFEST, CONFIG, RESULTS))
 
 
-def read(folder: Path | str) -> Folder:
+def read_folder(folder: Path | str) -> Folder:
     """Open a folder for reading; see `Folder`."""
     return Folder(Path(folder))
 
@@ -192,7 +194,7 @@ class Tail:
     def __init__(self, path: Path, last: int | None = None) -> None:
         self.path, self._last = path, last
         self._seen: tuple[int, int, int] | None = None
-        self._forget()
+        self._reset()
 
     def read(self) -> tuple[bool, list[Row]]:
         """Return (whether rows from earlier calls are obsolete, the new rows)."""
@@ -202,27 +204,27 @@ class Tail:
                 seen = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
                 if seen == self._seen:
                     return False, []
-                anew = self._offset > 0 and not self._is_same(file, stat.st_ino)
-                if anew:
-                    self._forget()
+                restarted = self._offset > 0 and not self._is_same_file(file, stat.st_ino)
+                if restarted:
+                    self._reset()
                 self._seen = seen
-                return anew, self._new(file)
+                return restarted, self._read_new_rows(file)
         except OSError:  # does not exist yet, or no longer
-            anew = self._offset > 0
-            self._forget()
-            return anew, []
+            restarted = self._offset > 0
+            self._reset()
+            return restarted, []
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._offset, self._mark, self._seen = 0, b"", None
         self.unreadable = 0  # number of lines that are not a JSON object
 
-    def _is_same(self, file: Any, inode: int) -> bool:
+    def _is_same_file(self, file: Any, inode: int) -> bool:
         if self._seen is None or inode != self._seen[0]:
             return False
         file.seek(self._offset - len(self._mark))
         return bool(file.read(len(self._mark)) == self._mark)
 
-    def _new(self, file: Any) -> list[Row]:
+    def _read_new_rows(self, file: Any) -> list[Row]:
         rows: list[Row] = []
         if not self._offset and self._last is not None and (size := os.fstat(file.fileno()).st_size) > self._last:
             file.seek(size - self._last)
@@ -239,7 +241,7 @@ class Tail:
         return rows
 
 
-class Whole(Generic[T]):
+class CachedFile(Generic[T]):
     """The value of a small file, parsed again only if the file has changed; keeps the last value while it cannot be read.
 
     Args:
@@ -263,7 +265,7 @@ class Whole(Generic[T]):
         return self._value
 
 
-class Followed:
+class FollowedRun:
     """The files of a run folder that change during the run.
 
     Args:
@@ -273,53 +275,54 @@ class Followed:
     def __init__(self, folder: Path, brief: bool = False) -> None:
         last = BRIEF if brief else (None, None)
         self.metrics, self.perf = Tail(folder / METRICS, last[0]), Tail(folder / PERF, last[1])
-        self.manifest = Whole[Row](folder / MANIFEST, json_object, {})
+        self.manifest = CachedFile[Row](folder / MANIFEST, json_object, {})
         self.config = (
-            Whole[Row](folder / IDENTITY, lambda text: mapping(json_object(text).get("config")), {})
+            CachedFile[Row](folder / IDENTITY, lambda text: mapping(json_object(text).get("config")), {})
             if brief
-            else Whole[Row](folder / CONFIG, yaml_object, {})
+            else CachedFile[Row](folder / CONFIG, yaml_object, {})
         )
         self.samples, self.samples_before = (
-            Whole[list[Row]](folder / name, lambda text: json_rows(text)[0], []) for name in (SAMPLES, SAMPLES_BEFORE)
+            CachedFile[list[Row]](folder / name, lambda text: json_rows(text)[0], [])
+            for name in (SAMPLES, SAMPLES_BEFORE)
         )
-        self.flags = Whole[list[Row]](folder / FLAGS, flag_list, [])
+        self.flags = CachedFile[list[Row]](folder / FLAGS, flag_list, [])
 
 
-def follow(folder: Path, brief: bool = False) -> Followed:
-    """Follow a run folder while it is being written; see `Followed`."""
-    return Followed(folder, brief)
+def follow(folder: Path, brief: bool = False) -> FollowedRun:
+    """Follow a run folder while it is being written; see `FollowedRun`."""
+    return FollowedRun(folder, brief)
 
 
 # ---- Whether a process is using the folder, without taking its lock: even a brief probe could make a starting run fail ----
 
 LOCKS = Path("/proc/locks")
-Held = Literal["held", "free", "elsewhere"]
+LockState = Literal["held", "free", "elsewhere"]
 
 
-def holder(folder: Path) -> tuple[int, str] | None:
+def lock_holder(folder: Path) -> tuple[int, str] | None:
     """(PID, machine) that last held the folder, from its lock file; None if unknown."""
     found = re.match(r"PID (\d{1,20}) on (.*)", read_text(folder / LOCK))
     return None if found is None else (int(found[1]), found[2].strip())
 
 
-def alive(folder: Path) -> bool:
+def may_be_running(folder: Path) -> bool:
     """Whether the process that last held a folder may still exist; False only if it is known to be gone."""
-    found = holder(folder)
-    return found is None or found[1] != socket.gethostname() or _is_there(found[0])
+    found = lock_holder(folder)
+    return found is None or found[1] != socket.gethostname() or _process_exists(found[0])
 
 
-def lock_of(folder: Path, locks: Path = LOCKS) -> Held:
+def lock_state(folder: Path, locks: Path = LOCKS) -> LockState:
     """Whether a folder's lock is held by a process of this machine, free, or last held by another machine.
 
     A process leaves its PID in the file when it ends, and the system may reuse that PID. Therefore the system's list of locks must
     include the file too, if there is such a list.
     """
-    found = holder(folder)
+    found = lock_holder(folder)
     if found is None:
         return "free"
     if found[1] != socket.gethostname():
         return "elsewhere"
-    if not _is_there(found[0]):
+    if not _process_exists(found[0]):
         return "free"
     try:
         inode = (folder / LOCK).stat().st_ino
@@ -330,7 +333,7 @@ def lock_of(folder: Path, locks: Path = LOCKS) -> Held:
     return "held" if ours else "free"
 
 
-def _is_there(pid: int) -> bool:
+def _process_exists(pid: int) -> bool:
     try:
         os.kill(pid, 0)  # signal 0 only checks whether the process exists
     except (ProcessLookupError, OverflowError):

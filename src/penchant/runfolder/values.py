@@ -28,7 +28,7 @@ def num(row: Any, key: str) -> float | None:
 FEW_ROWS = 10  # fewer rows, prompts or completions get no interval, because a percentile bootstrap is too narrow
 
 
-def rows_behind(row: Any, key: str) -> int | None:
+def sample_size(row: Any, key: str) -> int | None:
     """Number of rows, prompts or completions behind a figure of a metrics line; None if the line does not say."""
     name = key.removeprefix("eval/")
     sampled = name.startswith(("kl/", "completions/", "reward", "win_rate")) and not name.startswith("rewards/")
@@ -41,11 +41,11 @@ def rows_behind(row: Any, key: str) -> int | None:
 def ci_of(row: Any, key: str) -> tuple[float, float] | None:
     """The interval ``KEY/ci`` of a metrics line for display; None if it is missing, has no width, or is over fewer than `FEW_ROWS`."""
     found = interval_of(row, key)
-    few = (rows_behind(row, key) or FEW_ROWS) < FEW_ROWS
+    few = (sample_size(row, key) or FEW_ROWS) < FEW_ROWS
     return None if found is None or few or found[0] == found[1] else found
 
 
-def span(interval: tuple[float, float] | None, form: str) -> str:
+def format_interval(interval: tuple[float, float] | None, form: str) -> str:
     """``[low, high]``; empty if there is no interval or rounding leaves it without a width."""
     if interval is None:
         return ""
@@ -62,7 +62,7 @@ def interval_of(row: Any, key: str) -> tuple[float, float] | None:
     return None if low is None or high is None or low > high else (low, high)
 
 
-def unchanged(samples: Any) -> tuple[int, int]:
+def count_unchanged(samples: Any) -> tuple[int, int]:
     """(unchanged, total) number of sampled answers, comparing those before and after training."""
     pairs = [(r["before"], r["after"]) for r in mappings(samples) if {"before", "after"} <= r.keys()]
     return sum(a == b for a, b in pairs), len(pairs)
@@ -97,7 +97,7 @@ def text(value: Any) -> str:
     return repr(value) if isinstance(value, float) else str(value)
 
 
-def flat(value: Any, prefix: str = "", depth: int = 0) -> dict[str, Any]:
+def flatten(value: Any, prefix: str = "", depth: int = 0) -> dict[str, Any]:
     """``{"a.b": leaf}`` of nested mappings."""
     if not isinstance(value, Mapping) or depth > 20:
         return {prefix: value} if prefix else {}
@@ -105,7 +105,7 @@ def flat(value: Any, prefix: str = "", depth: int = 0) -> dict[str, Any]:
         return {prefix: {}}
     found: dict[str, Any] = {}
     for key, inner in value.items():
-        found |= flat(inner, f"{prefix}.{key}" if prefix else str(key), depth + 1)
+        found |= flatten(inner, f"{prefix}.{key}" if prefix else str(key), depth + 1)
     return found
 
 

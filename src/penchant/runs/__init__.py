@@ -43,14 +43,14 @@ from penchant.runfolder import (
     TOKENS,
     RunLock,
     checkpoints,
-    finite,
-    is_whole,
-    keep,
-    kept_identity,
+    is_intact,
+    leads_to_model,
+    load_identity,
+    nan_to_none,
     open_run,
-    stands_for_model,
+    write_summed,
 )
-from penchant.runfolder.read import read
+from penchant.runfolder.read import read_folder
 from penchant.runfolder.values import mapping, number_of
 from penchant.runs.evaluating import START_LOSSES, HeldOut, prompts_of, writes_completions
 from penchant.runs.find import with_model_folders
@@ -101,7 +101,7 @@ class TrainResult:
     @property
     def rows(self) -> list[dict[str, Any]]:
         """All logged lines, each with ``kind`` (train or eval), ``step``, ``epoch`` and the metrics by name."""
-        return list(read(self.folder).metrics)
+        return list(read_folder(self.folder).metrics)
 
     @property
     def metrics(self) -> Any:
@@ -245,7 +245,7 @@ class Run:
         started, began = time.time(), time.monotonic()
         live = LiveReport(self.folder, self.console.note)
         check_installed(self.config.logging.trackers)
-        if not stands_for_model(Path(self.config.model.path)):
+        if not leads_to_model(Path(self.config.model.path)):
             check_model_path(self.config.model.path)  # before the rows are read
         for reward in filter(None, (self.config.reward, self.config.evaluation.reward)):
             for name in filter(is_own, reward.terms):
@@ -273,7 +273,7 @@ class Run:
             for start in (self.folder / START_FILE, self.folder / START_LOSSES):
                 if anew:  # left over from an earlier start
                     start.unlink(missing_ok=True)
-                elif not is_whole(start):
+                elif not is_intact(start):
                     self.console.note(f"{start}: was changed after it was written, so it is left out")
             for remark in remarks(self.config, rows):
                 self.console.note(remark)
@@ -302,17 +302,17 @@ class Run:
                     manifest(status, why)
                 flags = write_flags(self.folder, self.console.note)
                 live.now()
-                mirrors.finish(status, finite(loop.state.last_eval))
+                mirrors.finish(status, nan_to_none(loop.state.last_eval))
                 if not (loop.stop and isinstance(error, Paused)):
                     raise
                 self.console.note(f"stopped by a callback: {error.what}")
             else:
                 flags = write_flags(self.folder, self.console.note)
                 live.now()
-                mirrors.finish("finished", finite(loop.state.last_eval))
+                mirrors.finish("finished", nan_to_none(loop.state.last_eval))
         if live.path.is_file():
             self.console.note(f"report: {live.path}")
-        evals = [line for line in read(self.folder).metrics if line["kind"] == "eval"]
+        evals = [line for line in read_folder(self.folder).metrics if line["kind"] == "eval"]
         result = TrainResult(
             folder=self.folder,
             model=self.folder / CHECKPOINTS / f"step-{loop.state.step}" / "model",
@@ -328,7 +328,7 @@ class Run:
 
     def _tell_day(self) -> None:
         """Give a chat template that inserts today's date the day of the run's first start, also when resuming."""
-        data, (known, _) = self.config.data, kept_identity(self.folder)
+        data, (known, _) = self.config.data, load_identity(self.folder)
         if DATE in data.template_options:
             return
         day = mapping(mapping(mapping(mapping(known).get("config")).get("data")).get("template_options")).get(DATE)
@@ -354,7 +354,7 @@ class Run:
         """The date in the prompts of this sweep's other runs, which it is compared with; None if there is none."""
         if not (self.folder.parent / SWEEP).is_file():
             return None
-        others = (read(p.parent).identity for p in sorted(self.folder.parent.glob(f"*/{IDENTITY}")))
+        others = (read_folder(p.parent).identity for p in sorted(self.folder.parent.glob(f"*/{IDENTITY}")))
         days = (
             mapping(mapping(mapping(mapping(o).get("config")).get("data")).get("template_options")).get(DATE)
             for o in others
@@ -387,7 +387,7 @@ class Run:
                     write_quarantine(tokenized.quarantined, self.folder, f"{name}.tokens")
         audit = rows.audit().to_json()
         with self._spared(AUDIT):
-            keep(self.folder / AUDIT, json.dumps(audit, indent=1))
+            write_summed(self.folder / AUDIT, json.dumps(audit, indent=1))
         if said := summary(run_flags((), self.config.model_dump(mode="json"), audit, trust=self.config.trust)):
             self.console.note(said)
 
@@ -395,7 +395,7 @@ class Run:
         """Resolve `gradient_checkpointing: auto`; a resumed run keeps its first choice."""
         if self.config.train.gradient_checkpointing != "auto":
             return
-        known = mapping(read(self.folder).manifest).get("gradient_checkpointing")
+        known = mapping(read_folder(self.folder).manifest).get("gradient_checkpointing")
         if latest_checkpoint(self.folder)[0] is not None and known in ("off", "layers"):
             again, why = known == "layers", "as the run began"
         else:
@@ -488,7 +488,7 @@ class Run:
         metrics = self.held_out.at(step, keep=True)
         if self.held_out.tables and self.world.leads:
             with self._spared(CALIBRATION):
-                keep(self.folder / CALIBRATION, json.dumps({"step": step, **self.held_out.tables}, indent=1))
+                write_summed(self.folder / CALIBRATION, json.dumps({"step": step, **self.held_out.tables}, indent=1))
         return metrics
 
     def evaluate(self, step: str = "last") -> dict[str, Any]:
@@ -527,9 +527,9 @@ class Run:
 
     def _kept_samples(self, path: Path) -> list[dict[str, Any]] | None:
         """The stored completions from before training; None, with a note, if they have to be generated again."""
-        found = read(self.folder)
+        found = read_folder(self.folder)
         rows = found.samples_before
-        whole = is_whole(path) and path.exists() and not found.unreadable.get(path.name)
+        whole = is_intact(path) and path.exists() and not found.unreadable.get(path.name)
         if whole and all("prompt" in row and "completion" in row for row in rows):
             return rows
         self.console.note(f"{path}: is gone or was changed after it was written; it is written again")
@@ -559,10 +559,10 @@ class Run:
         path = self.folder / MANIFEST
         if not path.exists():
             return None
-        known = read(self.folder).manifest
+        known = read_folder(self.folder).manifest
         try:
             _ = known["model"]["sha256"], known["hardware"]["dtype"]
-            if is_whole(path):
+            if is_intact(path):
                 return known
         except (KeyError, TypeError):
             pass

@@ -31,7 +31,7 @@ from penchant.metrics.completions import (
 from penchant.metrics.heldout import figures_by_set, loss_change, row_losses, score_heldout
 from penchant.rewards import load_reward
 from penchant.rewards.reward_model import PolicyText
-from penchant.runfolder import is_whole, keep
+from penchant.runfolder import is_intact, write_summed
 from penchant.runs.identity import reward_contents
 from penchant.runs.parts import Built, frozen_scorer, start_key
 from penchant.runs.rows import Rows
@@ -44,7 +44,7 @@ START_LOSSES = "start.losses.json"  # in the run folder: losses of held-out rows
 def kept_losses(path: Path) -> dict[int, tuple[float, float]] | None:
     """Map each data row to its loss at the start and its weight; None if the file is missing or damaged."""
     try:
-        if is_whole(path):
+        if is_intact(path):
             return {int(row): (float(v), float(w)) for row, (v, w) in json.loads(path.read_text()).items()}
     except (OSError, ValueError, TypeError, AttributeError):
         pass
@@ -106,7 +106,7 @@ class HeldOut:
     fresh: Fresh | None = None
     tables: dict[str, Any] = field(default_factory=dict)
     step: int = 0
-    keep: bool = False
+    write_summed: bool = False
     of_start: dict[str, Any] = field(default_factory=dict)
 
     def at(self, step: int, *, keep: bool = False) -> dict[str, Any]:
@@ -217,9 +217,9 @@ class HeldOut:
                 before = row_losses(algorithm, scored, [self.parts.trees[1][i] for i in order])
         if self.keep and START_LOSSES not in self.of_start and before is not None:
             self.of_start[START_LOSSES] = before
-            if current().leads and (self.step == 0 or not (path.is_file() and is_whole(path))):
+            if current().leads and (self.step == 0 or not (path.is_file() and is_intact(path))):
                 with spared(path, self.console.note):
-                    keep(path, json.dumps({str(row): before[row] for row in sorted(before)}))
+                    write_summed(path, json.dumps({str(row): before[row] for row in sorted(before)}))
         return {} if self.step == 0 else loss_change(before or {}, losses, trees)
 
     def completions(self) -> dict[str, Any]:

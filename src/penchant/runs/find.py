@@ -24,10 +24,10 @@ from penchant.runfolder import (
     MANIFEST,
     SUMS,
     differences,
-    is_whole,
-    stands_for_model,
+    is_intact,
+    leads_to_model,
 )
-from penchant.runfolder.read import read
+from penchant.runfolder.read import read_folder
 from penchant.runfolder.values import mapping, text
 from penchant.runs.identity import run_identity
 from penchant.runs.state import model_folder
@@ -149,7 +149,7 @@ def check_base(run: Path, base: ModelConfig, model: Any) -> None:
     """
     if base.init == "random":  # random weights depend on the processor
         return
-    known = read(run).manifest if is_whole(run / MANIFEST) else {}
+    known = read_folder(run).manifest if is_intact(run / MANIFEST) else {}
     start = mapping(known.get("model"))
     dtype = getattr(torch, text(mapping(known.get("hardware")).get("dtype")), None)
     if not start.get("sha256") or not isinstance(dtype, torch.dtype):
@@ -167,9 +167,9 @@ def check_config(path: Path) -> None:
     Raises:
         CheckpointError: they differ or cannot be compared; metrics would silently be those of other settings.
     """
-    if is_whole(path):
+    if is_intact(path):
         return
-    known = mapping(read(path.parent).identity.get("config")) if is_whole(path.parent / IDENTITY) else {}
+    known = mapping(read_folder(path.parent).identity.get("config")) if is_intact(path.parent / IDENTITY) else {}
     try:
         now = run_identity(with_absolute_paths(load_config(path)), [], {})["config"]
         found = differences(known, now, defaults=default_settings()) if known else []
@@ -198,7 +198,7 @@ def model_of(given: str | None) -> tuple[Path, RunConfig | None] | None:
     Raises:
         CheckpointError: a run without a checkpoint.
     """
-    if given is None or not stands_for_model(path := Path(given).expanduser()):
+    if given is None or not leads_to_model(path := Path(given).expanduser()):
         return None
     run = find_run(given, "last")
     if run is None:

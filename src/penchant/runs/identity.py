@@ -21,8 +21,8 @@ from penchant.logprobs.reference import hash_trees
 from penchant.models.merge import adapter_base, is_adapter
 from penchant.models.options import looks_like_folder
 from penchant.rewards.reward_model import content_sha256, contents_beside
-from penchant.runfolder import CONTENT, IDENTITY, IN_CACHE, TOKENS, is_whole
-from penchant.runfolder.read import read
+from penchant.runfolder import CONTENT, IDENTITY, IN_CACHE, TOKENS, is_intact
+from penchant.runfolder.read import read_folder
 
 if TYPE_CHECKING:
     from penchant.runs.rows import Rows
@@ -114,7 +114,7 @@ def _model_folders(key: str, path: str | None) -> Iterator[tuple[str, Path]]:
 
 def changed_since(folder: Path, config: RunConfig) -> list[str]:
     """A sentence for each file besides config and rows that has changed or disappeared since the run was trained."""
-    theirs, mine = read(folder).identity if is_whole(folder / IDENTITY) else {}, contents_of(config)
+    theirs, mine = read_folder(folder).identity if is_intact(folder / IDENTITY) else {}, contents_of(config)
     kept = {key: value for key, value in theirs.items() if key.startswith(CONTENT) and key != TOKENS}
     of_both = {key.partition(": ")[0] for key in kept} & {key.partition(": ")[0] for key in mine}  # not overridden
     asked = {*kept, *mine} if TOKENS in theirs else {*kept}

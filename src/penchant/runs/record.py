@@ -20,7 +20,7 @@ from penchant.base.text import redact, without_passwords
 from penchant.config import RunConfig, dump_config
 from penchant.data.load import turns_of
 from penchant.distributed.world import current
-from penchant.runfolder import GIVEN_FOLDER, keep
+from penchant.runfolder import GIVEN_FOLDER, write_summed
 from penchant.runs.sharing import Alone
 from penchant.types import Prompt
 
@@ -151,7 +151,7 @@ def write_manifest(
         **({"given": given} if (given := _given(config)) else {}),
         "hardware": {**hardware(), "device": str(parts.device), "dtype": str(parts.dtype).removeprefix("torch.")},
     }
-    keep(path, without_passwords(json.dumps(manifest, indent=1)))
+    write_summed(path, without_passwords(json.dumps(manifest, indent=1)))
 
 
 # ---- samples -------------------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def write_samples(
     ]
     if current().leads:
         with spared(path, say):
-            keep(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in found))
+            write_summed(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in found))
     return found
 
 
@@ -214,4 +214,4 @@ def join_samples(path: Path, before: Sequence[Mapping[str, Any]], after: Sequenc
         {**{k: v for k, v in a.items() if k != "completion"}, "before": b["completion"], "after": a["completion"]}
         for b, a in zip(before, after, strict=False)
     ]
-    keep(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_summed(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

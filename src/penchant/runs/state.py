@@ -24,11 +24,11 @@ from penchant.runfolder import (
     IDENTITY,
     MANIFEST,
     PIPELINE,
-    check_whole,
+    check_intact,
     checkpoint_state,
     checkpoints,
     differences,
-    keep,
+    write_summed,
 )
 from penchant.training.checkpoint import latest_checkpoint
 
@@ -77,7 +77,7 @@ def read_state(path: Path, keys: Sequence[str]) -> dict[str, Any]:
     """Read the state of several runs; empty if nothing is stored yet."""
     if not path.exists():
         return {}
-    check_whole(path, "restore it, or choose another output")
+    check_intact(path, "restore it, or choose another output")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         return {**values, **{key: values[key] for key in keys}}
@@ -113,7 +113,7 @@ class State:
 
     def save(self) -> None:
         """Write the file atomically."""
-        keep(
+        write_summed(
             self.path, json.dumps({"stages": self.stages, "comparison": self.comparison}, indent=1, ensure_ascii=False)
         )
 

@@ -26,7 +26,7 @@ from penchant.data.layouts import LAYOUTS
 from penchant.data.read import ending
 from penchant.errors import ConfigError, DataError, PenchantError
 from penchant.runfolder import CONFIG
-from penchant.runfolder.read import json_object, read
+from penchant.runfolder.read import json_object, read_folder
 from penchant.runfolder.values import mapping, sequence, text
 from penchant.studio.app import Area, Studio, form
 from penchant.studio.launch import Children, command, environment, last_words, place_of, suggestions
@@ -343,7 +343,7 @@ class Data:
         how: dict[str, Any] = {}
         path = str(folder)
         if (folder / CONFIG).is_file():
-            config = read(folder).config
+            config = read_folder(folder).config
             how = {k: v for k, v in mapping(config.get("data")).items() if k in HOW}
             model = mapping(config.get("model"))
             inside = sorted(folder.glob("checkpoints/step-*/model/tokenizer_config.json"))

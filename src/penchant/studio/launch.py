@@ -39,8 +39,8 @@ from penchant.runfolder import (
     SWEEP,
     make_folder,
 )
-from penchant.runfolder.read import holder, lock_of, read
-from penchant.runfolder.values import flat, mapping, text
+from penchant.runfolder.read import lock_holder, lock_state, read_folder
+from penchant.runfolder.values import flatten, mapping, text
 from penchant.studio.app import can_be_linked
 from penchant.studio.pairs import ARENA
 
@@ -170,9 +170,9 @@ def draft(root: Path, fields: Sequence[tuple[str, str]]) -> Draft:
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, str]:
     """Return the settings of a run that differ from their defaults, in the form's format."""
-    usual = flat(default_settings())
+    usual = flatten(default_settings())
     found = {}
-    for key, value in flat(config).items():
+    for key, value in flatten(config).items():
         if key == "output" or value is None or value in ({}, []) or (key in usual and usual[key] == value):
             continue
         found[key] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -315,13 +315,13 @@ class Processes:
         """
         folder = self.root / path
         until = time.monotonic() + (LETS_GO if path in self._stopped else 0)
-        while (lock_of(folder) != "free" or self.running(path)) and time.monotonic() < until:
+        while (lock_state(folder) != "free" or self.running(path)) and time.monotonic() < until:
             time.sleep(0.1)
         if not (folder / CONFIG).is_file():
             raise CheckpointError(path, f"has no {CONFIG}", "start it again with its own config")
-        place = place_of(self.root, read(folder).config)
+        place = place_of(self.root, read_folder(folder).config)
         with self._lock:
-            if lock_of(folder) != "free" or self.running(path):
+            if lock_state(folder) != "free" or self.running(path):
                 raise CheckpointError(path, "another process holds this run", "wait for it, or stop it")
             self._stopped.discard(path)
             self._start(path, [str(folder / CONFIG), f"output={json.dumps(str(folder))}"], place)
@@ -348,8 +348,8 @@ class Processes:
         Raises:
             CheckpointError: no process on this machine holds it.
         """
-        found = holder(self.root / path)
-        if found is not None and lock_of(self.root / path) == "held":
+        found = lock_holder(self.root / path)
+        if found is not None and lock_state(self.root / path) == "held":
             os.kill(found[0], signal.SIGTERM)
             with suppress(ProcessLookupError):  # it has already ended
                 os.kill(found[0], signal.SIGCONT)  # a suspended process (Ctrl-Z) handles SIGTERM only once it continues

@@ -22,8 +22,8 @@ from typing import Any
 from penchant.base.files import aside_of, file_sha256, fsync, write_atomically, write_text_atomically, writing
 from penchant.errors import DataError
 from penchant.judges.humans import PREFERENCES, Preferences, prompt_key
-from penchant.runfolder import COMPARISON, COMPARISON_ROWS, LOCK, SAMPLES, sign
-from penchant.runfolder.read import holder, json_object, lock_of, read_lines, read_text
+from penchant.runfolder import COMPARISON, COMPARISON_ROWS, LOCK, SAMPLES, write_lock_holder
+from penchant.runfolder.read import json_object, lock_holder, lock_state, read_lines, read_text
 from penchant.runfolder.values import mapping
 
 ARENAS, ARENA, PAIRS, WRITTEN = "arenas", "arena.json", "pairs.jsonl", "written.jsonl"
@@ -162,7 +162,7 @@ class Arena:
                     raise self._held()
                 time.sleep(0.005)
             with writing(self.folder):
-                sign(handle)
+                write_lock_holder(handle)
             with self.lock:  # only now, so that pages which only read do not wait for other processes
                 yield
         finally:
@@ -170,7 +170,7 @@ class Arena:
 
     def _held(self) -> DataError:
         """Return the error for a lock that another process, perhaps a suspended one, does not release."""
-        held = holder(self.folder) if lock_of(self.folder) == "held" else None
+        held = lock_holder(self.folder) if lock_state(self.folder) == "held" else None
         who, how = "another process", "end the other studio of this folder, then try again"
         if held is not None:
             who, wake = f"process {held[0]}", f"wake it with kill -CONT {held[0]} or end it with kill -9 {held[0]}"

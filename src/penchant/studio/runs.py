@@ -25,7 +25,7 @@ from penchant.report.data import read_report
 from penchant.report.page import render
 from penchant.report.svg import duration, number
 from penchant.runfolder import CONFIG, REPORT, SAMPLES, SAMPLES_BEFORE
-from penchant.runfolder.read import lock_of, read, read_text
+from penchant.runfolder.read import lock_state, read_folder, read_text
 from penchant.runfolder.values import mapping, mappings, number_of, sequence, text
 from penchant.studio.app import Area, Studio, can_be_linked, fields, form
 from penchant.studio.launch import Processes, draft, first_keys, form_parts, settings_of, suggestions
@@ -127,7 +127,7 @@ class Runs:
     def _can(self, path: str, state: str) -> dict[str, Any]:
         """Return which actions a run allows, and why its process failed if it did."""
         folder = self.studio.inside(path)
-        locked, stopped = lock_of(folder) == "held", self.processes.stopped(path)
+        locked, stopped = lock_state(folder) == "held", self.processes.stopped(path)
         held = locked or self.processes.running(path)
         ends = not held or stopped
         starting = held and not stopped and state not in OPEN_STATES
@@ -154,7 +154,7 @@ class Runs:
             raise HTTPException(404, "there is no such sweep, pipeline or comparison")
         prefix = "" if path == "." else f"{path}/"
         inside = [e for e in lines if e is not line and e.path.startswith(prefix)]
-        table = mapping(read(self.studio.inside(path)).sweep.get("table"))
+        table = mapping(read_folder(self.studio.inside(path)).sweep.get("table"))
         return self.studio.page(
             request, "group.html", line=line, lines=inside, settings=mappings(table.get("settings")),
             metric=metric(text(table.get("metric")).removeprefix("eval/")).title, best=sequence(table.get("best")), now=time(),
@@ -214,7 +214,7 @@ class Runs:
         given: dict[str, str] = {}
         if (like := request.query_params.get("like")) is not None:
             folder = self.studio.inside(self.run_of(like))
-            given = settings_of(read(folder).config)
+            given = settings_of(read_folder(folder).config)
             given["output"] = _free(self.studio.folder, self.run_of(like))
         offered = await run_in_threadpool(suggestions, self.studio.folder)
         first = first_keys()

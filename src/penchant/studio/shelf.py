@@ -14,7 +14,7 @@ from penchant.metrics.names import metric
 from penchant.report.html import visible
 from penchant.report.svg import duration, with_interval
 from penchant.runfolder import CHECKPOINTS, COMPARISON, CONFIG, IDENTITY, LOCK, MANIFEST, METRICS, PERF, PIPELINE, SWEEP
-from penchant.runfolder.read import Whole, json_object, lock_of
+from penchant.runfolder.read import CachedFile, json_object, lock_state
 from penchant.runfolder.values import mapping, mappings, sequence, text
 from penchant.studio.app import can_be_linked
 from penchant.watch.views import FIGURES, OPEN_STATES, Member, RunView
@@ -120,7 +120,7 @@ class Shelf:
         self.root = root
         self._lock = threading.Lock()
         self._brief: dict[str, RunView] = {}
-        self._groups: dict[tuple[str, str], Whole[dict[str, Any]]] = {}
+        self._groups: dict[tuple[str, str], CachedFile[dict[str, Any]]] = {}
         self._whole: dict[str, tuple[RunView, float]] = {}  # followed runs, and when each was last read
 
     def lines(self) -> tuple[list[Line], bool]:
@@ -140,7 +140,7 @@ class Shelf:
     def _group(self, found: Found, runs: Mapping[str, Line]) -> Line:
         name = next(name for name, kind in GROUPS.items() if kind == found.kind)
         file = self.root / found.path / name
-        whole = self._groups.setdefault((found.kind, found.path), Whole[dict[str, Any]](file, json_object, {}))
+        whole = self._groups.setdefault((found.kind, found.path), CachedFile[dict[str, Any]](file, json_object, {}))
         said = whole.read()
         changed = _changed(file)
         if found.kind == "comparison":
@@ -153,7 +153,7 @@ class Shelf:
         prefix = "" if found.path == "." else f"{found.path}/"
         going = [line for path, line in runs.items() if path.startswith(prefix) and line.state in OPEN_STATES]
         done = bool(records) and set(inside) <= {"finished", "stopped", "cut"}
-        state = "running" if going or lock_of(file.parent) == "held" else "finished" if done else "interrupted"
+        state = "running" if going or lock_state(file.parent) == "held" else "finished" if done else "interrupted"
         table = mapping(said.get("table"))
         best = ", ".join(text(name) for name in sequence(table.get("best"))[:3])
         headline = f"best by validation: {best}" if best else ""
@@ -323,7 +323,7 @@ def facts_of(view: RunView, path: str) -> dict[str, Any]:
             for flag in mappings(view.flags)
         ],
         "samples": len(view.samples),
-        "lock": lock_of(view.folder),
+        "lock": lock_state(view.folder),
     }
 
 

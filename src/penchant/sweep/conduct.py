@@ -14,7 +14,7 @@ from typing import Any
 from penchant.base.text import did_you_mean
 from penchant.errors import CheckpointError, ConfigError, PenchantError
 from penchant.report import LiveReport
-from penchant.runfolder import IDENTITY, PIPELINE, SWEEP, RunLock, differences, keep
+from penchant.runfolder import IDENTITY, PIPELINE, SWEEP, RunLock, differences, write_summed
 from penchant.runs import Run
 from penchant.runs.sharing import Shared
 from penchant.runs.state import (
@@ -122,7 +122,7 @@ class State:
     def save(self) -> None:
         """Write the file atomically."""
         said = {"sweep": self.about, "table": self.table, "search": self.search, "runs": self.runs}
-        keep(self.path, json.dumps(said, indent=1, ensure_ascii=False))
+        write_summed(self.path, json.dumps(said, indent=1, ensure_ascii=False))
 
     def write_lines(self, runs: Sequence[SweepRun]) -> None:
         """Write `sweep.jsonl`: one line per finished, stopped or cut run, in the sweep's order."""
@@ -133,7 +133,7 @@ class State:
                 known = {k: v for k, v in record.items() if k != "inputs"}
                 lines.append({"run": run.name, "setting": run.setting, "seed": run.seed, **known})
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        keep(self.path.with_name(LINES), text)
+        write_summed(self.path.with_name(LINES), text)
 
     def same_search(self, search: SearchConfig, where: str) -> None:
         """Record the search. Raises CheckpointError if it differs from the one that drew the existing trials."""

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from penchant.base.text import one_line
 from penchant.errors import CheckpointError, ConfigError
-from penchant.runfolder import CONFIG, METRICS, PIPELINE, SWEEP, RunLock, told_damage
-from penchant.runfolder.read import read
+from penchant.runfolder import CONFIG, METRICS, PIPELINE, SWEEP, RunLock, damage_notes
+from penchant.runfolder.read import read_folder
 from penchant.track.tracker import FOLDER, TRACKERS, RunInfo, Sent, TrackerSpec, sent_file, sent_to
 
 if TYPE_CHECKING:
@@ -260,9 +260,9 @@ def track_run(
     with RunLock(folder):
         mirrors = Mirrors(folder, logging, config.model_dump(mode="json"), say)
         mirrors.begin(anew=anew)
-        for sentence in told_damage(folder):
+        for sentence in damage_notes(folder):
             say(sentence)
-        known = read(folder)
+        known = read_folder(folder)
         last = next((row for row in reversed(known.metrics) if row.get("kind") == "eval"), {})
         status = str(known.manifest.get("status", "killed"))
         # a manifest that says "running" although the lock was free means that the process died

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from penchant.runfolder.values import flat
+from penchant.runfolder.values import flatten
 from penchant.track.tracker import STEP, Line, RunInfo, Started
 
 # ---- W&B: one history row per line, plotted over the optimizer step. `WANDB_MODE=offline` works as usual ----
@@ -129,7 +129,7 @@ class MLflow:
         if info.group:
             tags["group"] = info.group
         self.id = self.client.create_run(experiment, run_name=info.name, tags=tags).info.run_id
-        params = [Param(name, str(value)[:LONGEST]) for name, value in flat(info.config).items()]
+        params = [Param(name, str(value)[:LONGEST]) for name, value in flatten(info.config).items()]
         for at in range(0, len(params), PARAMS):
             self.client.log_batch(self.id, params=params[at : at + PARAMS])
         return Started(self.id, where)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from penchant.base.text import one_line, redact, told
-from penchant.runfolder.read import read
+from penchant.runfolder.read import read_folder
 from penchant.track.tracker import Line, RunInfo, Tail, Tracker, sent_to, unsent
 
 EVERY = 0.5  # seconds between two reads of the logs
@@ -73,7 +73,7 @@ class Worker:
                 break
         if self.started:
             try:
-                self.tracker.finish(status, summary, read(self.folder).samples)
+                self.tracker.finish(status, summary, read_folder(self.folder).samples)
             except Exception as error:
                 self._failed(error)
         self._write()

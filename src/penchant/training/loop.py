@@ -27,7 +27,7 @@ from penchant.distributed.world import World, agreed, current
 from penchant.errors import CheckpointError, PenchantError, TrainingStopped
 from penchant.losses.schedules import progress_at
 from penchant.models.router import RouterLoss
-from penchant.runfolder import CHECKPOINTS, METRICS, PERF, MetricsLog, NoLog, finite
+from penchant.runfolder import CHECKPOINTS, METRICS, PERF, MetricsLog, NullLog, nan_to_none
 from penchant.training.callbacks import Callbacks
 from penchant.training.checkpoint import (
     copied,
@@ -134,8 +134,8 @@ class Loop:
         """
         schedule = self.schedule
         total = schedule.total_steps
-        metrics = MetricsLog(self.folder / METRICS) if self.world.leads else NoLog()
-        perf = MetricsLog(self.folder / PERF, self.console.note) if self.world.leads else NoLog()
+        metrics = MetricsLog(self.folder / METRICS) if self.world.leads else NullLog()
+        perf = MetricsLog(self.folder / PERF, self.console.note) if self.world.leads else NullLog()
         resumed = self._resume(metrics)
         if not resumed:
             metrics.truncate(0)
@@ -224,7 +224,7 @@ class Loop:
         else:
             self.model.eval()
             values = self.evaluate(step) if self.evaluate is not None else {}
-        raise Paused(str(self.folder), step, total, finite(values))
+        raise Paused(str(self.folder), step, total, nan_to_none(values))
 
     def take_step(self, step: int, schedule: BatchSchedule) -> tuple[Metrics, int, int]:
         """Take one optimizer step, without logging, evaluation or checkpoints.
@@ -537,7 +537,7 @@ class Loop:
         what: dict[str, Any] = {
             "write_model": self.write_model(),
             "tensors": self.optimizer.state_tensors() | {f"algorithm/{n}": value for n, value in algorithm.items()},
-            "state": finite(asdict(self.state)) | logged | {"identity": finite(self.identity)},
+            "state": nan_to_none(asdict(self.state)) | logged | {"identity": nan_to_none(self.identity)},
         }
 
         def done() -> None:

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from penchant.base.text import clean, closest, unescaped
 from penchant.errors import CheckpointError, ConfigError
-from penchant.runfolder import told_damage
+from penchant.runfolder import damage_notes
 from penchant.watch.plot import ASCII, UNICODE
 from penchant.watch.screens import Size, ends, group_frame, run_frame, whole_frame, wrapped
 from penchant.watch.views import GroupView, RunView, is_run, open_view
@@ -132,7 +132,7 @@ def _print(shown: Watch, console: Console) -> int:
         line.rstrip()
         console.print(line, no_wrap=True, overflow="crop", markup=False, soft_wrap=False)
     for path in shown.paths:
-        for sentence in told_damage(path):
+        for sentence in damage_notes(path):
             print(clean(sentence), file=sys.stderr)
     return 0
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from penchant.base.text import clean
 from penchant.metrics.names import with_k3
 from penchant.runfolder import CONFIG, IDENTITY, METRICS, PIPELINE, SWEEP
-from penchant.runfolder.read import Held, Whole, follow, json_object, lock_of
+from penchant.runfolder.read import CachedFile, LockState, follow, json_object, lock_state
 from penchant.runfolder.values import algorithm_of, ci_of, is_online, mapping, mappings, number_of, sequence
 from penchant.watch.plot import Point
 
@@ -105,7 +105,7 @@ class RunView:
             self._take_speed(row)
         self.config, self.manifest, self.flags = files.config.read(), files.manifest.read(), files.flags.read()
         self.samples = [] if self._brief else files.samples.read() or files.samples_before.read()
-        self.state, self.why = self._state(lock_of(self.folder))
+        self.state, self.why = self._state(lock_state(self.folder))
 
     def _take(self, row: dict[str, Any]) -> None:
         step, kind = whole(row.get("step")), row.get("kind")
@@ -225,7 +225,7 @@ class RunView:
         n = min(EDGE, max(1, len(values) // 10))
         return (sum(values[:n]) / n, sum(values[-n:]) / n) if len(values) > 1 else None
 
-    def _state(self, lock: Held) -> tuple[State, str]:
+    def _state(self, lock: LockState) -> tuple[State, str]:
         said = self.manifest.get("status")
         if not is_run(self.folder):
             return "waiting", ""
@@ -240,7 +240,7 @@ class RunView:
             why = self.manifest.get("why")
             if not isinstance(why, str):
                 batch = self.folder / f"stopped-batch-step-{self.manifest.get('steps')}.json"
-                why = Whole[Any](batch, json_object, {}).read().get("what")
+                why = CachedFile[Any](batch, json_object, {}).read().get("what")
             known = isinstance(why, str)
             return ("stopped", clean(why, 300)) if known else ("interrupted", "it ended before its last step")
         if said is None:
@@ -336,7 +336,9 @@ class GroupView:
         self.title, self.kind, self.folder, self.named = title, kind, folder, named
         self.members: list[Member] = []
         self.record: dict[str, Any] = {}  # contents of sweep.json or pipeline.json
-        self._file = None if folder is None or kind == "runs" else Whole[Any](folder / f"{kind}.json", json_object, {})
+        self._file = (
+            None if folder is None or kind == "runs" else CachedFile[Any](folder / f"{kind}.json", json_object, {})
+        )
         self._known: dict[Path, RunView] = {}
 
     @property
@@ -386,7 +388,7 @@ class GroupView:
     @property
     def going(self) -> bool:
         """True if a run is active, or if none is but the sweep's or pipeline's own process holds its lock."""
-        held = self._file is not None and lock_of(self._file.path.parent) == "held"
+        held = self._file is not None and lock_state(self._file.path.parent) == "held"
         return held or any(m.state in OPEN_STATES for m in self.members)
 
     @property

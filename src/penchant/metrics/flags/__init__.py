@@ -17,8 +17,8 @@ from penchant.base.text import printable
 from penchant.errors import CheckpointError
 from penchant.metrics.flags import of_comparison, of_data, of_training
 from penchant.metrics.flags.rule import ComparisonView, Evidence, Flag, Rule, RunView, Seen, TrustConfig, number
-from penchant.runfolder import COMPARISON, FLAGS, METRICS, check_whole, keep
-from penchant.runfolder.read import read
+from penchant.runfolder import COMPARISON, FLAGS, METRICS, check_intact, write_summed
+from penchant.runfolder.read import read_folder
 
 __all__ = ["RULES", "TrustConfig", "comparison_flags", "run_flags"]
 
@@ -98,8 +98,8 @@ def _flags_of(path: Path) -> list[Flag]:
     if (folder / METRICS).exists():
         return _of_run(folder)
     if (folder / COMPARISON).exists():
-        check_whole(folder / COMPARISON, "compare again")
-        found = read(folder)
+        check_intact(folder / COMPARISON, "compare again")
+        found = read_folder(folder)
         if not found.comparison:
             raise CheckpointError(str(folder / COMPARISON), "cannot be read", "compare again")
         return comparison_flags(found.comparison, found.comparison_rows)
@@ -111,12 +111,12 @@ def write_flags(run: Path, say: Callable[[str], None] = lambda _: None) -> list[
     """Return the flags of a run, warnings first, and write them to RUN/flags.json; `say` gets a note if that cannot be written."""
     found = _of_run(run)
     with spared(run / FLAGS, say):
-        keep(run / FLAGS, json.dumps([f.to_json() for f in found], indent=1, ensure_ascii=False))
+        write_summed(run / FLAGS, json.dumps([f.to_json() for f in found], indent=1, ensure_ascii=False))
     return found
 
 
 def _of_run(path: Path) -> list[Flag]:
-    run = read(path)
+    run = read_folder(path)
     try:
         trust = TrustConfig.model_validate(run.config.get("trust") or {})
     except ValueError:  # written by another version

@@ -5,7 +5,7 @@ from __future__ import annotations
 from penchant.base.text import counted
 from penchant.metrics.flags.rule import RunView, Seen, percent, seen
 from penchant.metrics.names import TIES
-from penchant.runfolder.values import algorithm_of, num, rows_behind, unchanged
+from penchant.runfolder.values import algorithm_of, count_unchanged, num, sample_size
 
 
 def _cut_rows(run: RunView) -> Seen | None:
@@ -51,7 +51,7 @@ def _tied(run: RunView) -> Seen | None:
         ("win_rate", "prompts", "the run's completion and its start's", cannot),
         ("rewards/accuracies", "pairs", "both answers", learned),
     ):
-        ties, n = num(last, f"eval/{TIES[name]}"), rows_behind(last, f"eval/{name}")
+        ties, n = num(last, f"eval/{TIES[name]}"), sample_size(last, f"eval/{name}")
         if ties is not None and ties >= run.trust.ties and n:
             sentence = f"Tied on {round(ties * n):,} of {n:,} held-out {what}: {tied} have the same reward. {so}"
             return seen(sentence, "share of ties", ties, level="warning" if so == cannot else "note")
@@ -59,7 +59,7 @@ def _tied(run: RunView) -> Seen | None:
 
 
 def _samples_unchanged(run: RunView) -> Seen | None:
-    same, n = unchanged(run.samples)
+    same, n = count_unchanged(run.samples)
     if not n or same < n:
         return None
     return seen(

@@ -181,7 +181,9 @@ def _displacement(run: RunView) -> Seen | None:
     if rejected is not None:
         moved = f"fell by {number(-rejected.value)}" if rejected.value < 0 else f"rose by {number(rejected.value)}"
         ending = (
-            ", no more than the chosen ones: what both lose goes to answers that nobody has seen." if spared else "."
+            ", no more than the chosen ones: the probability that both lose goes to answers outside the data."
+            if spared
+            else "."
         )
         sentence += f" Rejected answers {moved}{ending}"
         shown.append(evidence("the same for rejected answers, last", [rejected]))
@@ -346,7 +348,7 @@ def _gap(run: RunView) -> Seen | None:
         return None
     gaps = [Point(p.step, near - p.value) for p in held if (near := _near(lines, p.step)) is not None]
     sentence = (
-        f"At step {train.step:,} {percent(train.value)} of training's pairs are got right, of held-out ones {share_interval(held[-1])}; the gap is above "
+        f"At step {train.step:,} {percent(train.value)} of training pairs are ranked correctly, against {share_interval(held[-1])} of held-out pairs; the gap is above "
         f"{percent(limit)} since step {since(gaps, limit):,}."
     )
     return Seen(sentence, (evidence("training minus held-out accuracy", gaps), evidence("held-out accuracy", held)))
