@@ -223,7 +223,7 @@ def test_preferences_are_rows_that_penchant_reads(models: list[ChatModel], tmp_p
     chat, _, notes = _session(
         models, ["/left", "One", "/left", "/left", "Two", "/right", "Three", "/tie", "Four"], prefer=str(file)
     )
-    assert "ask something first" in notes and "this answer is judged" in notes
+    assert "ask something first" in notes and "already judged" in notes
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     data = load_preferences(str(file))
     assert data.kind == "pairs" and len(data.trees) == 2 and not data.quarantined

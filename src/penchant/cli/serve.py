@@ -45,7 +45,7 @@ def _chat(args: argparse.Namespace) -> int:
         if given and args.against is None:
             raise ConfigError(name, "is given without a second model", "name it with --against")
     if args.prefer and not args.prefer.endswith(".jsonl"):
-        how = "give it that ending, by which its kind is told"
+        how = "give it that ending"
         raise ConfigError("--prefer", f"{args.prefer} does not end in .jsonl", how)
     terminal = _terminal()
     which = [(args.model, args.step, args.base)]

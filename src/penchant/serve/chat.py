@@ -429,11 +429,11 @@ class Chat:
     def prefer(self, side: int | None) -> None:
         """Record which answer is better (None: neither) and continue with that one."""
         if len(self.models) < 2:
-            self.terminal.note("there is one model only: start with --against RUN to compare two")
+            self.terminal.note("only one model is loaded: start with --against RUN to compare two")
             return
         last = self.last
         if last is None or last.judged:
-            why = "ask something first" if last is None else "this answer is judged"
+            why = "ask something first" if last is None else "this answer is already judged"
             self.terminal.note(f"there is nothing to judge: {why}")
             return
         names = [self.models[i].name for i in last.order]
@@ -444,7 +444,7 @@ class Chat:
         empty = [] if side is None else [i for i in (side, 1 - side) if not last.texts[i].strip()]
         if empty:
             which = "that" if empty[0] == side else "the other"
-            self.terminal.note(f"{which} answer is empty, and no training could use it: nothing was written")
+            self.terminal.note(f"{which} answer is empty and cannot be trained on; nothing was written")
             return
         file = Path(self.wanted.prefer or "preferences.jsonl").expanduser()
         first, second, one, other = ("left", "right", 0, 1) if side is None else ("chosen", "rejected", side, 1 - side)

@@ -70,7 +70,7 @@ def _last(_: Any, messages: Sequence[Message], told: Mapping[str, Any]) -> str:
 
 def _tells_nothing(told: Mapping[str, Any]) -> None:
     if told:
-        raise TemplateRefused(f"{', '.join(told)}: only a chat template can write that, and none is used")
+        raise TemplateRefused(f"{', '.join(told)}: needs a chat template, and none is used")
 
 
 _WRITTEN = 'no chat template: the conversation is written as "\\n\\nHuman: ...\\n\\nAssistant:"'
@@ -155,7 +155,7 @@ class ChatModel:
             first = self.tokenizer.bos_token_id
             ids = [self.tokenizer.eos_token_id if first is None else first]
         if max(ids) >= (known := self.model.get_input_embeddings().weight.shape[0]):
-            raise TemplateRefused(f"the tokenizer makes token {max(ids):,} of it, and the model knows {known:,}")
+            raise TemplateRefused(f"the text contains token {max(ids):,}, but the model has only {known:,} embeddings")
         return ids
 
     def prompt_of(self, messages: Sequence[Message], told: Mapping[str, Any] | None = None) -> list[int]:

@@ -103,7 +103,7 @@ class TextPart(_Input):
 
 def _text_part(part: Any) -> Any:
     if not isinstance(part, dict) or part.get("type") != "text":
-        raise PydanticCustomError("part_type", "must be of type text: this server reads nothing else")
+        raise PydanticCustomError("part_type", "must have type text; this server accepts nothing else")
     return part
 
 

@@ -229,7 +229,7 @@ class Studio:
             where = path + (f"?{urlencode(rest)}" if rest else "")
             return self._let_in("/" + where.lstrip("/")) if self._opens(given) else RedirectResponse("/login", 303)
         if request.method in CHANGES and not _same_site(headers):
-            return PlainTextResponse("this change was asked for by a page of another site", 403)
+            return PlainTextResponse("this request came from a page of another site", 403)
         if path == "/login":
             return None
         cookie = request.cookies.get(self.cookie, "")
@@ -240,7 +240,7 @@ class Studio:
         if request.method in CHANGES:
             token = headers.get("x-csrf-token", "")
             if not hmac.compare_digest(token.encode("utf-8", "surrogatepass"), self._csrf.encode()):
-                return PlainTextResponse("this page is of an earlier start of the studio; load it again", 403)
+                return PlainTextResponse("this page belongs to an earlier session of the studio; reload it", 403)
         return None
 
     # ---- errors ----------------------------------------------------------------------------------------------------
