@@ -81,12 +81,12 @@ def model_of(folder: str, **options: Any) -> ChatModel:
 def serving(chat_model: ChatModel, name: str = "tiny", **options: Any) -> Iterator[Any]:
     """Run a server in a thread. `server.url` is its address."""
     from penchant.serve.app import App, Limits, Scheduler
-    from penchant.serve.server import Server, address_of, listen
+    from penchant.serve.server import Server, listen, server_url
 
     scheduler = Scheduler(options.pop("at_once", 4), options.pop("waiting", 64))
     key, local = options.pop("key", None), options.pop("local", True)
     server: Any = Server(App(chat_model, name, scheduler, key, local, Limits(**options)), listen("127.0.0.1", 0))
-    server.url = address_of(server.sock)
+    server.url = server_url(server.sock)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     until = time.monotonic() + 60

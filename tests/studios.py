@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 
 from penchant.judges.humans import Preferences
-from penchant.serve.server import Server, address_of, listen
+from penchant.serve.server import Server, listen, server_url
 from penchant.studio.app import Studio
 from penchant.studio.pairs import Answers, Arena, Settings, gold_pairs, make_arena, pairs_of
 
@@ -25,7 +25,7 @@ def studio_of(folder: Path, port: int = 0, **how: Any) -> Iterator[Any]:
     """Run a studio. `address` ends with a slash, `open` includes the token, `studio` is the application."""
     studio = Studio(folder, **how)
     server: Any = Server(studio, listen("127.0.0.1", port))
-    server.address = address_of(server.sock, "/")
+    server.address = server_url(server.sock, "/")
     server.open = f"{server.address}?token={studio.token}"
     server.studio = studio
     thread = threading.Thread(target=server.run, daemon=True)

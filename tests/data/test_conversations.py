@@ -26,7 +26,7 @@ from penchant.errors import DataError
 from penchant.logprobs import Scorer
 from penchant.runs.rows import Rows
 from penchant.runs.sharing import Alone
-from penchant.serve.model import TemplateRefused, style_of
+from penchant.serve.model import TemplateRefused, choose_style
 from penchant.serve.openai import ChatMessage, ChatRequest, read_request
 from penchant.training.console import console
 from penchant.types import TokenTree
@@ -256,7 +256,7 @@ def test_a_server_asks_a_model_as_it_was_trained() -> None:
     rows = from_rows([{"prompt": TALK[:3], "tools": TOOLS}])
     (tree,) = rows.trees
     tokenizer = _tokenizer(AS_OBJECTS)
-    style = style_of("auto", tokenizer, otherwise="plain")
+    style = choose_style("auto", tokenizer, fallback_style="plain")
     text = style.render(tokenizer, list(tree.prompt), {"tools": TOOLS})  # type: ignore[arg-type]
     assert text == _text(tokenize(rows, tokenizer, max_length=2048).trees[0].prompt_ids)
     with pytest.raises(TemplateRefused, match="leaves out the tools"):

@@ -334,8 +334,8 @@ def test_what_is_not_the_export_asked_for_is_not_pushed(world: Path, tmp_path: P
     [
         (lambda out: (out / "config.json").write_text("{}"), "'config.json' is not as the export wrote it"),
         (lambda out: (out / "notes.txt").write_text("mine"), "'notes.txt' is not as the export wrote it"),
-        (lambda out: (out / "tokenizer.json").unlink(), "'tokenizer.json' is gone"),
-        (lambda out: (out / "README.md").unlink(), "'README.md' is gone"),
+        (lambda out: (out / "tokenizer.json").unlink(), "'tokenizer.json' is missing"),
+        (lambda out: (out / "README.md").unlink(), "'README.md' is missing"),
         (lambda out: (out / "export.json").write_text("[1"), "not a finished export"),
         (lambda out: _record(out, checkpoint=None), "does not say which checkpoint"),
         (lambda out: _record(out, sha256=7), "is not as the export wrote it"),

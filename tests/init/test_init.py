@@ -20,8 +20,9 @@ from tiny import polite_rows, tiny_model_folder, write_jsonl
 from penchant import api
 from penchant.cli import main
 from penchant.config import load_config, parse_yaml
+from penchant.data.load import load_preferences
 from penchant.errors import ConfigError, ModelError, PenchantError
-from penchant.init import GOALS, _scalar, fitting, propose, write_config
+from penchant.init import GOALS, _scalar, fitting, look, propose, write_config
 from penchant.init.ask import Asker, answers
 from penchant.init.look import DataFacts, ModelFacts, look_at_data, look_at_model
 from penchant.metrics.stats import wilson
@@ -338,6 +339,12 @@ def test_rows_with_answers_are_checked_by_them(tmp_path: Path, model: str) -> No
         start = propose(data, look_at_model(model), "grpo")
         assert data.rows == 9 and start.sections["reward"].keys() == {"accuracy"}
         assert load_config(write_config(start, tmp_path / f"{name}.yaml")).reward is not None
+
+
+def test_no_more_rows_than_the_sample_are_tokenized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(look, "SAMPLE", 4)
+    dataset = load_preferences(write_jsonl(tmp_path / "rows.jsonl", polite_rows(7)))
+    assert [len(look._lengths(dataset.subset(range(n)), None)[0]) for n in (0, 3, 4, 5, 7)] == [0, 3, 4, 4, 4]
 
 
 def test_conversations_with_several_answers_are_learned_whole(tmp_path: Path, model: str) -> None:

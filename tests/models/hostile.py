@@ -277,7 +277,7 @@ def uses(folder: Path, kind: str, work: Path) -> dict[str, Any]:
         from penchant.types import Message
 
         with suppress(TemplateRefused):  # a clear error for the user
-            model.prompt_of([Message("user", "Hello")])
+            model.encode_messages([Message("user", "Hello")])
 
     def reward() -> None:
         api.evaluate(str(folder), data=rows, quiet=True, generate=1, max_new_tokens=3)

@@ -25,7 +25,18 @@ from penchant.cli import main
 from penchant.data.load import load_preferences
 from penchant.data.tokenize import tokenize
 from penchant.errors import ConfigError
-from penchant.serve.chat import Chat, ChatOptions, Conversation, Terminal, TooLong, Turn, TwoColumns, Wrapper, fit, safe
+from penchant.serve.chat import (
+    Chat,
+    ChatOptions,
+    Conversation,
+    Terminal,
+    TooLong,
+    Turn,
+    TwoColumns,
+    Wrapper,
+    fit_prompt,
+    safe,
+)
 from penchant.serve.model import ChatModel, TemplateRefused, load_chat_model
 from penchant.serve.stream import Sampling
 from penchant.types import Message
@@ -46,7 +57,7 @@ def _session(
     out, notes = io.StringIO(), io.StringIO()
     sampling = Sampling(tokens, temperature=wanted.pop("temperature", 1.0))
     chat = Chat(models, ChatOptions(sampling, **wanted), Terminal(read, out, notes, live, lambda: width))
-    chat.sides = random.Random(0)
+    chat.rng = random.Random(0)
     assert chat.run() == 0
     return chat, out.getvalue(), notes.getvalue()
 
@@ -80,11 +91,11 @@ def test_prompts_are_those_of_training(models: list[ChatModel], plain_model: Cha
     ours = tuple(Message(m["role"], m["content"]) for m in messages)
     for chat_model in (models[0], model_of(plain_model.name, template="transcript")):
         (tree,) = tokenize(data, chat_model.tokenizer).trees
-        assert chat_model.prompt_of(ours) == tree.prompt_ids.tolist()
+        assert chat_model.encode_messages(ours) == tree.prompt_ids.tolist()
     (tree,) = tokenize(
         load_preferences(_rows(tmp_path, [{"prompt": "Once", "completion": " upon"}])), plain_model.tokenizer
     ).trees
-    assert plain_model.prompt_of([Message("user", "Once")]) == tree.prompt_ids.tolist()
+    assert plain_model.encode_messages([Message("user", "Once")]) == tree.prompt_ids.tolist()
 
 
 def _rows(folder: Path, rows: list[dict[str, Any]]) -> str:
@@ -97,7 +108,7 @@ def test_turns_are_remembered_and_a_seed_repeats_them(models: list[ChatModel], a
     chat, out, notes = _session(models[:1], ["Hello", "And then?"], system="Be kind.")
     assert _session(models[:1], ["Hello", "And then?"], system="Be kind.")[1] == out
     (turn,) = chat.conversation.turns
-    assert turn.said == "Hello" and turn.answer and chat.last is not None and chat.last.texts[0] != turn.answer
+    assert turn.message == "Hello" and turn.answer and chat.last is not None and chat.last.texts[0] != turn.answer
     assert asked[:2] == [
         ["system: Be kind.", "user: Hello"],
         ["system: Be kind.", "user: Hello", f"assistant: {turn.answer}", "user: And then?"],
@@ -109,13 +120,13 @@ def test_turns_are_remembered_and_a_seed_repeats_them(models: list[ChatModel], a
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Collects the messages of every prompt that a chat_model receives."""
     seen: list[list[str]] = []
-    prompt_of = ChatModel.prompt_of
+    encode_messages = ChatModel.encode_messages
 
     def spy(self: ChatModel, messages: Any, told: Any) -> list[int]:
         seen.append([f"{m.role}: {m.content}" for m in messages])
-        return prompt_of(self, messages, told)
+        return encode_messages(self, messages, told)
 
-    monkeypatch.setattr(ChatModel, "prompt_of", spy)
+    monkeypatch.setattr(ChatModel, "encode_messages", spy)
     return seen
 
 
@@ -134,19 +145,19 @@ def test_retry_undo_reset_system(models: list[ChatModel], asked: list[list[str]]
 def test_commands_that_are_none_and_messages_that_look_like_some(models: list[ChatModel]) -> None:
     chat, _, notes = _session(models[:1], ["/foo\x1b[2J", "/left", "//left", "/help", "/quit", "never"])
     assert "/foo\\x1b[2J is not a command" in notes and "one model only" in notes
-    assert chat.last is not None and chat.last.said == "/left"
+    assert chat.last is not None and chat.last.message == "/left"
     assert all(f"/{c}" in notes for c in ("retry", "undo", "save", "tie", "quit"))
 
 
 def test_a_block_of_lines_is_one_message(models: list[ChatModel]) -> None:
     chat, _, _ = _session(models[:1], ['"""', "one", "", "two", '"""'])
-    assert chat.last is not None and chat.last.said == "one\n\ntwo"
+    assert chat.last is not None and chat.last.message == "one\n\ntwo"
 
 
 def test_plain_text_is_continued(plain_model: ChatModel) -> None:
     chat, _, _ = _session([plain_model], ["", "Once upon", "", "A new one"])
     first, second = chat.conversation.turns
-    assert second.said == first.said + first.answer and chat.last is not None and chat.last.said == "A new one"
+    assert second.message == first.message + first.answer and chat.last is not None and chat.last.message == "A new one"
     assert len(chat.conversation.messages("x")) == 1
     _, _, notes = _session([plain_model], ["/system Be kind."])
     assert "no system prompt" in notes
@@ -171,7 +182,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_session(models: list[ChatModel], mo
     monkeypatch.setattr(stream.Completions, "step", interrupted)
     chat, _, notes = _session(models[:1], ["Hello", KeyboardInterrupt(), "Again"])
     assert "2 tokens" in notes and "stopped" in notes and "Ctrl-D or /quit leaves" in notes
-    assert [t.said for t in chat.conversation.turns] == ["Hello"] and chat.last is not None
+    assert [t.message for t in chat.conversation.turns] == ["Hello"] and chat.last is not None
 
 
 def test_save_gives_rows_that_penchant_reads(models: list[ChatModel], plain_model: ChatModel, tmp_path: Path) -> None:
@@ -204,13 +215,15 @@ def test_the_oldest_turns_leave_a_full_context_and_it_says_so(models: list[ChatM
 def test_what_fits_is_the_longest_that_does(models: list[ChatModel]) -> None:
     chat_model = models[0]
     talk = Conversation(True, "Be kind.", [Turn(c * 60, "ok") for c in "abcdef"])
-    found = fit(chat_model, talk, "now", 100)
+    found = fit_prompt(chat_model, talk, "now", 100)
     assert 0 < found.dropped < 6 and len(found.ids) + 100 <= chat_model.context
-    assert len(chat_model.prompt_of(talk.messages("now", found.dropped - 1))) + 100 > chat_model.context
-    assert found.ids == chat_model.prompt_of(talk.messages("now", found.dropped))
-    assert fit(chat_model, talk, "x" * 400, 100).room < 100  # the answer is shortened before the message is refused
+    assert len(chat_model.encode_messages(talk.messages("now", found.dropped - 1))) + 100 > chat_model.context
+    assert found.ids == chat_model.encode_messages(talk.messages("now", found.dropped))
+    assert (
+        fit_prompt(chat_model, talk, "x" * 400, 100).room < 100
+    )  # the answer is shortened before the message is refused
     with pytest.raises(TooLong, match="nothing was sent"):
-        fit(chat_model, talk, "x" * 600, 100)
+        fit_prompt(chat_model, talk, "x" * 600, 100)
     _, _, notes = _session([chat_model], ["x" * 600])
     assert "not sent" in notes
 
@@ -223,7 +236,7 @@ def test_preferences_are_rows_that_penchant_reads(models: list[ChatModel], tmp_p
     chat, _, notes = _session(
         models, ["/left", "One", "/left", "/left", "Two", "/right", "Three", "/tie", "Four"], prefer=str(file)
     )
-    assert "ask something first" in notes and "this answer is judged" in notes
+    assert "ask something first" in notes and "already judged" in notes
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     data = load_preferences(str(file))
     assert data.kind == "pairs" and len(data.trees) == 2 and not data.quarantined
@@ -336,7 +349,7 @@ def test_piped_lines_and_the_command_line(
 
 
 @pytest.mark.parametrize(
-    "options,said",
+    "options,message",
     [
         (["--blind"], "--blind: is given without a second model"),
         (["--prefer", "a.jsonl"], "--prefer: is given without a second model"),
@@ -347,11 +360,11 @@ def test_piped_lines_and_the_command_line(
     ],
 )
 def test_mistakes_are_sentences(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
     folder = random_folder(tmp_path / "model")
     assert main(["chat", folder, *(o.replace("MODEL", folder) for o in options)]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_chat_template_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -449,7 +462,7 @@ def test_tools_reach_the_template_and_the_rows(tmp_path: Path) -> None:
     assert talk.rows()[0]["tools"] == list(tools) == talk.told["tools"]
     model = model_of(writer_folder(tmp_path, "Yes!"))
     with pytest.raises(TemplateRefused, match="leaves out the tools"):
-        fit(model, talk, "And now?", 8)
+        fit_prompt(model, talk, "And now?", 8)
 
 
 def test_a_model_that_does_not_run_in_bf16_is_a_sentence(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ KEY = "a-long-random-text"
 
 @pytest.fixture(scope="module")
 def chat_model(tmp_path_factory: pytest.TempPathFactory) -> ChatModel:
-    return model_of(random_folder(tmp_path_factory.mktemp("model")), otherwise="transcript")
+    return model_of(random_folder(tmp_path_factory.mktemp("model")), fallback_style="transcript")
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def _text(client: Any, prompt: Any = "Hello", **options: Any) -> Any:
 
 
 def test_chat_is_what_sample_gives(client: Any, chat_model: ChatModel) -> None:
-    prompt = chat_model.prompt_of([Message("system", "Be kind."), Message("user", "Hello")])
+    prompt = chat_model.encode_messages([Message("system", "Be kind."), Message("user", "Hello")])
     (rows,) = sample(
         chat_model.model, [prompt], n=2, max_new_tokens=24, seed=7, temperature=1.3, top_p=0.9, eos_token_id=1
     )
@@ -141,7 +141,7 @@ def test_seeds(client: Any) -> None:
 
 
 def test_log_probs_are_the_models(client: Any, chat_model: ChatModel) -> None:
-    prompt = chat_model.prompt_of([Message("user", "Hello")])
+    prompt = chat_model.encode_messages([Message("user", "Hello")])
     content = _chat(client, logprobs=True, top_logprobs=4, temperature=0.5).choices[0].logprobs.content
     ((row,),) = sample(chat_model.model, [prompt], max_new_tokens=24, seed=7, temperature=0.5, eos_token_id=1)
     ids = [i for i in row.ids if i != 1]
@@ -155,7 +155,9 @@ def test_log_probs_are_the_models(client: Any, chat_model: ChatModel) -> None:
         assert [t.token for t in told.top_logprobs] == [chat_model.tokenizer.decode([t]) for t in tokens.tolist()]
     assert b"".join(bytes(t.bytes) for t in content).decode("utf-8", "replace") == chat_model.tokenizer.decode(ids)
     legacy = (
-        _text(client, chat_model.prompt_of([Message("user", "Hello")]), logprobs=2, temperature=0.5).choices[0].logprobs
+        _text(client, chat_model.encode_messages([Message("user", "Hello")]), logprobs=2, temperature=0.5)
+        .choices[0]
+        .logprobs
     )
     assert legacy.token_logprobs == pytest.approx([t.logprob for t in content], abs=1e-4)
     assert legacy.text_offset[0] == 0 and legacy.text_offset == sorted(legacy.text_offset)
@@ -203,9 +205,9 @@ def test_an_answer_that_is_cut(writer: Any) -> None:
 
 def test_without_a_chat_template_messages_are_a_transcript(tmp_path: Path) -> None:
     folder = writer_folder(tmp_path, "Yes!", after=":", chat=False)
-    with serving(model_of(folder, otherwise="transcript")) as server:
+    with serving(model_of(folder, fallback_style="transcript")) as server:
         assert _chat(_client(server)).choices[0].message.content == "Yes!"
-    assert model_of(folder, otherwise="transcript").style is STYLES["transcript"]
+    assert model_of(folder, fallback_style="transcript").style is STYLES["transcript"]
 
 
 def test_requests_at_once_give_what_they_give_alone(client: Any) -> None:
@@ -458,7 +460,7 @@ def test_a_body_that_is_no_http_is_refused_once(chat_model: ChatModel, monkeypat
 def test_connections_that_are_not_used_are_given_up(chat_model: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
     from penchant.serve import server as module
 
-    monkeypatch.setattr(module, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(module, "HEAD_TIMEOUT", 0.3)
     with serving(chat_model) as server:
         parts = urlsplit(server.url)
         for sent in (b"", b"POST /v1/comple", b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: "):
@@ -481,7 +483,7 @@ def test_connections_that_are_not_used_are_given_up(chat_model: ChatModel, monke
 def test_idle_connections_do_not_turn_others_away(chat_model: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
     from penchant.serve import server as module
 
-    monkeypatch.setattr(module, "CONNECTIONS", 4)
+    monkeypatch.setattr(module, "MAX_CONNECTIONS", 4)
     with serving(chat_model) as server, ExitStack() as opened:
         parts = urlsplit(server.url)
         for sent in (b"", b"GET /hea", b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n") * 3:

@@ -76,16 +76,19 @@ def test_every_end_token_ends() -> None:
     assert _drawn(chat_model, Sampling(30, seed=5))[0] == free[: first + 1]
 
 
-@pytest.mark.parametrize("presence,frequency", [(2.0, 0.0), (0.0, 1.0)])
-def test_penalties_are_taken_off_the_logits(presence: float, frequency: float) -> None:
+@pytest.mark.parametrize("presence_penalty,frequency_penalty", [(2.0, 0.0), (0.0, 1.0)])
+def test_penalties_are_taken_off_the_logits(presence_penalty: float, frequency_penalty: float) -> None:
     chat_model = _model("llama", ends=())
-    got = _drawn(chat_model, Sampling(25, temperature=0.0, presence=presence, frequency=frequency))[0]
+    got = _drawn(
+        chat_model,
+        Sampling(25, temperature=0.0, presence_penalty=presence_penalty, frequency_penalty=frequency_penalty),
+    )[0]
     ids, own = list(PROMPT), []
     for _ in range(25):
         with torch.no_grad():
             logits = chat_model.model(torch.tensor([ids])).logits[0, -1]
         counts = torch.bincount(torch.tensor(own, dtype=torch.int64), minlength=len(logits))
-        token = int((logits - frequency * counts - presence * (counts > 0)).argmax())
+        token = int((logits - frequency_penalty * counts - presence_penalty * (counts > 0)).argmax())
         ids.append(token)
         own.append(token)
     assert got == own

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 
-from penchant.serve.stream import Detokenizer, Stops, token_bytes, token_text
+from penchant.serve.stream import Detokenizer, StopFilter, token_bytes, token_text
 
 TOKENIZER = tiny_tokenizer()
 
@@ -83,7 +83,7 @@ def test_a_continued_text_keeps_its_first_space() -> None:
 def test_stops_cut_at_the_first_stop_text(pieces: list[str], texts: list[str]) -> None:
     whole = "".join(pieces)
     found = [at for at in (whole.find(t) for t in texts) if at >= 0]
-    stops, shown, met = Stops(texts), "", False
+    stops, shown, met = StopFilter(texts), "", False
     for piece in pieces:
         text, met = stops.add(piece)
         shown += text
@@ -100,7 +100,7 @@ def test_stops_cut_at_the_first_stop_text(pieces: list[str], texts: list[str]) -
 
 
 def test_nothing_is_held_back_longer_than_needed() -> None:
-    stops = Stops(["\n\nHuman:"])
+    stops = StopFilter(["\n\nHuman:"])
     assert [stops.add(p)[0] for p in ("Hi\n", "\n", "Hu", "go", "\n\nHuman")] == ["Hi", "", "", "\n\nHugo", ""]
     assert stops.add(": no") == ("", True)
 

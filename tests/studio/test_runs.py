@@ -97,13 +97,13 @@ def test_the_buttons_follow_what_can_be_done(client: TestClient, folder: Path, m
     with RunLock(folder / "second"):
         assert buttons() == ["Stop it"] and Feed(Shelf(folder), ["second"]).news()["second"]["facts"]["lock"] == "held"
         asked.append(True)
-        assert buttons() == [] and "asked to end" in client.get("/runs/actions?run=second").text
+        assert buttons() == [] and "stopping; it writes" in client.get("/runs/actions?run=second").text
     assert (
         buttons() == ["Go on with it"] and Feed(Shelf(folder), ["second"]).news()["second"]["facts"]["lock"] == "free"
     )
     asked.clear()
     monkeypatch.setattr(Processes, "running", lambda *_: True)  # it was started, but has not reported yet
-    assert buttons() == ["Stop it"] and "reads its model" in client.get("/runs/actions?run=second").text
+    assert buttons() == ["Stop it"] and "loading the model" in client.get("/runs/actions?run=second").text
 
 
 @pytest.mark.parametrize(

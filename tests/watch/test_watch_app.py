@@ -151,7 +151,7 @@ def test_it_leaves_cleanly(tmp_path: Path, how: str) -> None:
     with terminal(str(tmp_path / "runs")) as shown:
         shown.wait_for("2 runs: 1 interrupted, 1 finished")
         os.write(shown.master, b"n")
-        shown.wait_for("its process ended without a word")
+        shown.wait_for("its process died")
         os.write(shown.master, b"p")
         if how == "term":
             shown.process.send_signal(signal.SIGTERM)

@@ -112,8 +112,8 @@ def test_steps_between_two_logged_ones_count(tmp_path: Path) -> None:
     "manifest,held,state,words",
     [
         ({}, True, "running", "24s left"),
-        ({}, False, "interrupted", "its process ended without a word; the same command continues"),
-        ({"status": "interrupted"}, False, "interrupted", "the same command continues"),
+        ({}, False, "interrupted", "its process died without a message; run the same command to resume"),
+        ({"status": "interrupted"}, False, "interrupted", "the same command to resume"),
         ({"status": "interrupted"}, True, "preparing", ""),  # resumed, not yet at its first step
         ({"status": "stopped", "why": "the loss is \x1b[31mNaN"}, False, "stopped", r"the loss is \x1b[31mNaN"),
         ({"status": "stopped"}, False, "interrupted", "it ended before its last step"),
@@ -310,7 +310,7 @@ def test_where_runs_do_not_fit_those_that_go_on_stay(tmp_path: Path) -> None:
         view.refresh()
         said = text(view, 80, 24)
     assert "b                 running" in said or "\nb " in said
-    assert "more, for which there is no room" in said
+    assert "more that do not fit" in said
 
 
 def test_a_sweep_s_names_lead_nowhere_else(tmp_path: Path) -> None:

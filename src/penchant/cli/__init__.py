@@ -187,7 +187,7 @@ def _run(argv: Sequence[str] | None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except SystemExit as stop:
-        print(f"penchant: something that was run called exit({stop.code}), so this is not finished", file=sys.stderr)
+        print(f"penchant: your code called exit({stop.code}), so the command did not finish", file=sys.stderr)
         return stop.code if isinstance(stop.code, int) and stop.code > 0 else 2
     except Exception as error:
         told = mistake(error)

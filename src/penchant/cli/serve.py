@@ -45,7 +45,7 @@ def _chat(args: argparse.Namespace) -> int:
         if given and args.against is None:
             raise ConfigError(name, "is given without a second model", "name it with --against")
     if args.prefer and not args.prefer.endswith(".jsonl"):
-        how = "give it that ending, by which its kind is told"
+        how = "give it that ending"
         raise ConfigError("--prefer", f"{args.prefer} does not end in .jsonl", how)
     terminal = _terminal()
     which = [(args.model, args.step, args.base)]
@@ -59,10 +59,10 @@ def _chat(args: argparse.Namespace) -> int:
     if args.model == args.against:  # one run at two steps
         for chat_model, (given, step, _) in zip(models, which, strict=True):
             chat_model.name = f"{given} (step {step})"
-    if len({v.style.remembers for v in models}) == 2:
+    if len({v.style.keeps_history for v in models}) == 2:
         what = "one model has a chat template and the other has none"
         raise ConfigError("--against", what, "give --template transcript or plain")
-    if args.system and not models[0].style.remembers:
+    if args.system and not models[0].style.keeps_history:
         raise ConfigError("--system", "plain text has no system prompt", "leave it out, or give --template transcript")
     tools = _tools(args.tools) if args.tools else ()
     sampling = Sampling(args.max_new_tokens, 1, args.temperature, args.top_p, args.top_k, args.seed)
@@ -119,17 +119,17 @@ def _add_serve(commands: Any) -> None:
 def _serve(args: argparse.Namespace) -> int:
     from penchant.judges.endpoint import key_from_environment
     from penchant.serve.server import (
-        KEY,
+        KEY_ENV,
         Server,
-        address_of,
         check_host,
         listen,
-        log_to,
         require_server,
         served_name,
+        server_url,
+        set_up_logging,
     )
 
-    key = key_from_environment(KEY)
+    key = key_from_environment(KEY_ENV)
     local = check_host(args.host, key)
     sock = listen(args.host, args.port)  # before the model is loaded, so that a port in use is reported at once
     try:
@@ -144,7 +144,7 @@ def _serve(args: argparse.Namespace) -> int:
             step=args.step,
             base=args.base,
             template=args.template,
-            otherwise="transcript",
+            fallback_style="transcript",
             dtype=args.dtype,
             device=args.device,
         )
@@ -154,8 +154,8 @@ def _serve(args: argparse.Namespace) -> int:
     except BaseException:
         sock.close()
         raise
-    log_to(args.quiet)
+    set_up_logging(args.quiet)
     print(f"messages: {chat_model.style.note}", file=sys.stderr)
-    print(f"serving {safe(name)} at {address_of(sock)} ({'with' if key else 'without'} a key); Ctrl-C ends", flush=True)
+    print(f"serving {safe(name)} at {server_url(sock)} ({'with' if key else 'without'} a key); Ctrl-C ends", flush=True)
     server.run_until_signal()
     return 0

@@ -25,10 +25,10 @@ def add(commands: Any) -> None:
 def _studio(args: argparse.Namespace) -> int:
     from penchant.errors import ConfigError
     from penchant.judges.endpoint import key_from_environment
-    from penchant.serve.server import KEY, Server, address_of, check_host, listen, log_to, require_server
+    from penchant.serve.server import KEY_ENV, Server, check_host, listen, require_server, server_url, set_up_logging
 
     require_server("studio")
-    key = key_from_environment(KEY)
+    key = key_from_environment(KEY_ENV)
     local = check_host(args.host, key)
     folder = Path(args.folder).expanduser().absolute()
     if not folder.is_dir():
@@ -42,15 +42,15 @@ def _studio(args: argparse.Namespace) -> int:
     except BaseException:
         sock.close()
         raise
-    log_to(not args.log)
-    address = address_of(sock, "/")
+    set_up_logging(not args.log)
+    address = server_url(sock, "/")
     if key is None:
         said = f"{for_terminal(f'studio of {folder}: open {address}')}?token={studio.token}"
         print(
             said, file=unescaped(sys.stdout), flush=True
         )  # bypasses the wrapper that hides secrets: the token is for the user who started the studio
     else:
-        print(f"studio of {folder}: open {address} and give the key in {KEY}", flush=True)
+        print(f"studio of {folder}: open {address} and give the key in {KEY_ENV}", flush=True)
     print("Ctrl-C ends it", file=sys.stderr, flush=True)
     for area in studio.areas:
         threading.Thread(target=area.warm, daemon=True).start()

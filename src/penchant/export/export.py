@@ -53,7 +53,7 @@ def finished(folder: Path, asked: Mapping[str, Any]) -> tuple[Check, tuple[str, 
     found, written = hashes(folder), mapping(record.get("sha256"))
     for name in sorted({*found, *written, CARD}):
         if name not in found:
-            raise taken(folder, f"{name!r} is gone from it")
+            raise taken(folder, f"its file {name!r} is missing")
         if name not in (ABOUT, CARD) and found[name] != written.get(name):
             raise taken(folder, f"{name!r} is not as the export wrote it")
     check, notes = _check(record.get("check")), record.get("notes")

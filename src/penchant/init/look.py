@@ -22,7 +22,7 @@ from penchant.models.reward import is_encoder, load_model_config
 from penchant.runs.find import model_of
 from penchant.types import Prompt
 
-SAMPLE = 2000  # minimum number of rows to tokenize, if there are as many; fewer than twice as many are
+SAMPLE = 2000  # maximum number of rows to tokenize
 NO_CUT = 1 << 30
 CHARACTERS_A_TOKEN = 3.5  # estimate without a tokenizer: English text has about four
 
@@ -176,9 +176,10 @@ def _quantiles(lengths: Sequence[int]) -> tuple[int, ...]:
 
 
 def _lengths(dataset: Dataset, model: str | None) -> tuple[list[int], list[int], str]:
-    """Return the lengths of evenly spaced rows (prompt plus longest completion), of their prompts, and the unit."""
-    step = max(1, len(dataset.trees) // SAMPLE)
-    some = dataset.subset(range(0, len(dataset.trees), step))
+    """Return the lengths of at most SAMPLE evenly spaced rows (prompt plus longest completion), of their prompts, and the unit."""
+    rows = len(dataset.trees)
+    count = min(rows, SAMPLE)
+    some = dataset.subset([i * rows // count for i in range(count)])
     try:
         tokenizer = load_tokenizer(model) if model is not None else None
     except PenchantError:

@@ -23,7 +23,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from penchant.serve import openai
-from penchant.serve.http import CLIENT_GONE, answer, names_this_machine, read_body
+from penchant.serve.http import CLIENT_GONE, handle_request, names_this_machine, read_body
 from penchant.serve.model import ChatModel, TemplateRefused
 from penchant.serve.openai import ApiError, ChatRequest, Json, Prompt, Responses, TextRequest, as_json, invalid
 from penchant.serve.stream import Completions, Piece
@@ -46,7 +46,7 @@ class Scheduler:
     """
 
     def __init__(self, at_once: int = 4, waiting: int = 64) -> None:
-        self._slots, self._most = asyncio.Semaphore(at_once), at_once + waiting
+        self._slots, self._capacity = asyncio.Semaphore(at_once), at_once + waiting
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")  # first come, first served
         self._prompts: set[asyncio.Task[None]] = set()
         self._active = 0
@@ -68,24 +68,24 @@ class Scheduler:
         Raises:
             ApiError: too many prompts are waiting.
         """
-        if len(starts) > self._most - len(self._prompts):
+        if len(starts) > self._capacity - len(self._prompts):
             what = "too many requests are waiting; try again in a moment"
             raise ApiError(429, what, code="rate_limit_exceeded", kind="rate_limit_error")
-        tasks = [asyncio.create_task(self._write(start, partial(notify, i))) for i, start in enumerate(starts)]
+        tasks = [asyncio.create_task(self._generate(start, partial(notify, i))) for i, start in enumerate(starts)]
         for task in tasks:
             self._prompts.add(task)
             task.add_done_callback(self._prompts.discard)
         return tasks
 
-    async def _write(self, start: Callable[[], Completions], notify: Callable[[Event], None]) -> None:
+    async def _generate(self, start: Callable[[], Completions], notify: Callable[[Event], None]) -> None:
         try:
             async with self._slots:
                 self._active += 1
                 try:
-                    completions = await self._turn(start)
+                    completions = await self._call_in_thread(start)
                     notify(completions)
                     while not completions.done:
-                        for piece in await self._turn(completions.step):
+                        for piece in await self._call_in_thread(completions.step):
                             notify(piece)
                 finally:
                     self._active -= 1
@@ -93,7 +93,7 @@ class Scheduler:
         except Exception as error:  # a failure affects only its own request
             notify(error)
 
-    async def _turn(self, call: Callable[[], T]) -> T:
+    async def _call_in_thread(self, call: Callable[[], T]) -> T:
         if self.closing:
             raise ApiError(503, "the server is shutting down", code="shutting_down", kind="server_error")
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
@@ -147,7 +147,11 @@ class App:
             Route("/v1/chat/completions", partial(self._complete, ChatRequest), methods=["POST"]),
             Route("/v1/completions", partial(self._complete, TextRequest), methods=["POST"]),
         ]
-        handlers: Any = {ApiError: _refused, HTTPException: _no_route, ClientDisconnect: _gone}
+        handlers: Any = {
+            ApiError: _handle_api_error,
+            HTTPException: _handle_http_error,
+            ClientDisconnect: _handle_disconnect,
+        }
         self._starlette = Starlette(routes=routes, exception_handlers=handlers)
         self._starlette.router.redirect_slashes = False
 
@@ -155,13 +159,22 @@ class App:
         """Check the Host header and the key, then answer."""
         path = scope.get("path", "")
         known = path if path in PATHS else "/v1/models" if path.startswith("/v1/models/") else "(unknown)"
-        failed = _response(ApiError(500, "something went wrong in the server", kind="server_error"))
-        by = partial(self._by, scope)
-        await answer(scope, receive, send, by=by, failed=failed, headers=_headers, log=log, path=known)
+        error_response = _error_response(ApiError(500, "something went wrong in the server", kind="server_error"))
+        choose_app = partial(self._choose_app, scope)
+        await handle_request(
+            scope,
+            receive,
+            send,
+            choose_app=choose_app,
+            error_response=error_response,
+            headers=_add_headers,
+            log=log,
+            path=known,
+        )
 
-    def _by(self, scope: Scope) -> ASGIApp:
-        refused = self._refusal(Headers(scope=scope), scope["path"])
-        return self._starlette if refused is None else _response(refused)
+    def _choose_app(self, scope: Scope) -> ASGIApp:
+        refusal = self._refusal(Headers(scope=scope), scope["path"])
+        return self._starlette if refusal is None else _error_response(refusal)
 
     def _refusal(self, headers: Headers, path: str) -> ApiError | None:
         """Return the error if the request must not be answered, else None."""
@@ -203,7 +216,7 @@ class App:
 
     async def _complete(self, kind: type[openai.Request], request: Request) -> Response:
         """Handle both endpoints that generate."""
-        params = openai.read_request(kind, await _body(request, self.limits))
+        params = openai.read_request(kind, await _read_json_body(request, self.limits))
         self._check_name(params.model, "model")
         if params.max_new_tokens is not None and params.max_new_tokens > self.limits.max_tokens:
             raise invalid("max_tokens", f"this server writes {self.limits.max_tokens} tokens at most")
@@ -215,7 +228,7 @@ class App:
                 async for number, event in running.events:
                     if isinstance(event, Piece):
                         pieces[number * params.n + event.row].append(event)
-            return Response(as_json(responses.whole(pieces, running.usage)), media_type="application/json")
+            return Response(as_json(responses.full_response(pieces, running.usage)), media_type="application/json")
         try:
             first = await anext(running.events)  # before the status is sent, so that a refused prompt gives a 400
         except BaseException:
@@ -230,20 +243,20 @@ class App:
             ApiError: the prompt is invalid or leaves no room for an answer.
         """
         model = self.chat_model
-        ids, continued = token_ids(model, prompt, params.told)
+        ids, continued = token_ids(model, prompt, params.template_variables)
         room = model.context - len(ids)
         if room < 1:
             what = f"the prompt has {len(ids)} tokens and the model's context is {model.context}"
             raise ApiError(400, what, param="prompt" if continued else "messages", code="context_length_exceeded")
-        most = min(room, params.max_new_tokens or self.limits.max_tokens)
+        max_new_tokens = min(room, params.max_new_tokens or self.limits.max_tokens)
         stops = [*params.stop, *(() if continued else model.style.stops)]
-        return Completions(model, ids, params.sampling(most), stops, continued=continued)
+        return Completions(model, ids, params.sampling(max_new_tokens), stops, continued=continued)
 
 
 PATHS = ("/health", "/healthz", "/v1/models", "/v1/chat/completions", "/v1/completions")
 
 
-def token_ids(model: ChatModel, prompt: Prompt, told: Json) -> tuple[list[int], bool]:
+def token_ids(model: ChatModel, prompt: Prompt, template_variables: Json) -> tuple[list[int], bool]:
     """Return (token ids, whether a text is continued rather than messages answered)."""
     if isinstance(prompt, str):
         try:
@@ -253,16 +266,16 @@ def token_ids(model: ChatModel, prompt: Prompt, told: Json) -> tuple[list[int], 
     ids = [i for i in prompt if isinstance(i, int)]
     if not ids:
         try:
-            return model.prompt_of([m for m in prompt if not isinstance(m, int)], told), False
+            return model.encode_messages([m for m in prompt if not isinstance(m, int)], template_variables), False
         except TemplateRefused as error:
-            raise invalid("tools" if "tools" in told else "messages", str(error)) from error
+            raise invalid("tools" if "tools" in template_variables else "messages", str(error)) from error
     vocabulary = model.model.get_input_embeddings().weight.shape[0]
     if not all(0 <= i < vocabulary for i in ids):
         raise invalid("prompt", f"holds a token id that is not within 0 and {vocabulary - 1}")
     return ids, True
 
 
-async def _body(request: Request, limits: Limits) -> bytes:
+async def _read_json_body(request: Request, limits: Limits) -> bytes:
     """Read the whole body.
 
     Raises:
@@ -291,13 +304,13 @@ class _Running:
     def __init__(self, app: App, params: openai.Request, request: Request) -> None:
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._seconds = app.limits.seconds
-        self._begun: list[Completions] = []
+        self._started: list[Completions] = []
         starts = [partial(app.completions, params, prompt) for prompt in params.prompts]
         self._tasks = app.scheduler.submit(starts, lambda number, event: self._queue.put_nowait((number, event)))
-        self._tasks.append(asyncio.create_task(self._wait_until_gone(request)))
-        self.events = self._read(len(starts))
+        self._tasks.append(asyncio.create_task(self._wait_for_disconnect(request)))
+        self.events = self._read_events(len(starts))
 
-    async def _wait_until_gone(self, request: Request) -> None:
+    async def _wait_for_disconnect(self, request: Request) -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
         self._queue.put_nowait((0, ClientDisconnect()))
@@ -310,17 +323,17 @@ class _Running:
     @property
     def usage(self) -> Json:
         """Token counts of the prompts read and the completions generated so far."""
-        prompt, written = sum(len(c.prompt) for c in self._begun), sum(c.tokens for c in self._begun)
+        prompt, written = sum(len(c.prompt) for c in self._started), sum(c.tokens for c in self._started)
         return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
-    async def _read(self, left: int) -> AsyncIterator[tuple[int, Event]]:
+    async def _read_events(self, remaining: int) -> AsyncIterator[tuple[int, Event]]:
         """Yield (index of the prompt, event).
 
         Raises:
             ApiError: a prompt failed or timed out. ClientDisconnect: the client disconnected.
         """
         deadline = asyncio.get_running_loop().time() + self._seconds
-        while left:
+        while remaining:
             try:
                 async with asyncio.timeout_at(deadline):
                     number, event = await self._queue.get()
@@ -333,8 +346,8 @@ class _Running:
                 log.error("a completion failed", exc_info=event)
                 raise ApiError(500, "the model failed at this request", kind="server_error") from event
             if isinstance(event, Completions):
-                self._begun.append(event)
-            left -= event is None
+                self._started.append(event)
+            remaining -= event is None
             yield number, event
 
 
@@ -346,8 +359,8 @@ async def _stream(
     def chunks(number: int, event: Event) -> list[str]:
         at = number * params.n
         if isinstance(event, Completions):
-            return [_data(as_json(chunk)) for chunk in responses.first(range(at, at + params.n))]
-        return [_data(as_json(responses.chunk(at + event.row, event)))] if isinstance(event, Piece) else []
+            return [_sse_event(as_json(chunk)) for chunk in responses.opening_chunks(range(at, at + params.n))]
+        return [_sse_event(as_json(responses.chunk(at + event.row, event)))] if isinstance(event, Piece) else []
 
     try:
         for chunk in chunks(*first):
@@ -356,16 +369,16 @@ async def _stream(
             for chunk in chunks(number, event):
                 yield chunk
         if params.stream_options.include_usage:
-            yield _data(as_json(responses.last(running.usage)))
-        yield _data("[DONE]")
+            yield _sse_event(as_json(responses.usage_chunk(running.usage)))
+        yield _sse_event("[DONE]")
     except ClientDisconnect:
         request.state.status = CLIENT_GONE
     except ApiError as error:
         request.state.status = error.status
-        yield _data(json.dumps(error.body))
+        yield _sse_event(json.dumps(error.body))
 
 
-def _data(text: str) -> str:
+def _sse_event(text: str) -> str:
     return f"data: {text}\n\n"
 
 
@@ -384,27 +397,27 @@ class _EventStream(StreamingResponse):
 # ---- errors ----
 
 
-def _headers(status: int, headers: MutableHeaders) -> None:
+def _add_headers(status: int, headers: MutableHeaders) -> None:
     headers.update({"cache-control": "no-store", "x-content-type-options": "nosniff"})
     if status >= 400:
         headers["connection"] = "close"
 
 
-def _response(error: ApiError) -> Response:
+def _error_response(error: ApiError) -> Response:
     headers = {"www-authenticate": "Bearer"} if error.status == 401 else None
     return JSONResponse(error.body, error.status, headers)
 
 
-async def _refused(_: Request, error: ApiError) -> Response:
-    return _response(error)
+async def _handle_api_error(_: Request, error: ApiError) -> Response:
+    return _error_response(error)
 
 
-async def _no_route(request: Request, error: HTTPException) -> Response:
+async def _handle_http_error(request: Request, error: HTTPException) -> Response:
     if error.status_code == 405:
         what = f"{request.method[:20]} is not allowed for this path"
-        return _response(ApiError(405, what, code="method_not_allowed"))
-    return _response(ApiError(404, f"there is no {request.url.path[:80]}", code="not_found"))
+        return _error_response(ApiError(405, what, code="method_not_allowed"))
+    return _error_response(ApiError(404, f"there is no {request.url.path[:80]}", code="not_found"))
 
 
-async def _gone(_: Request, __: ClientDisconnect) -> Response:
+async def _handle_disconnect(_: Request, __: ClientDisconnect) -> Response:
     return Response(status_code=CLIENT_GONE)  # no client reads this, but the log shows it

@@ -22,7 +22,7 @@ from penchant.types import Message
 # ---- the screen ----
 
 GAP = " │ "
-WIDE = 90  # minimum width in cells for two columns
+TWO_COLUMNS_WIDTH = 90  # minimum width in cells for two columns
 
 
 def safe(text: str) -> str:
@@ -47,10 +47,10 @@ class Wrapper:
             if i:
                 self.lines.append("")
             if part:
-                self.lines[-1:] = _wrapped(self.lines[-1] + part, self.width)
+                self.lines[-1:] = _wrap(self.lines[-1] + part, self.width)
 
 
-def _wrapped(line: str, width: int) -> list[str]:
+def _wrap(line: str, width: int) -> list[str]:
     made = []
     while cell_len(line.rstrip(" ")) > width:
         head = chop_cells(line, width)[0]
@@ -95,21 +95,21 @@ class TwoColumns:
         self._out = out
         self._width = (width - 1 - len(GAP)) // 2
         self._sides = (Wrapper(self._width), Wrapper(self._width))
-        self._done = 0
+        self._final_lines = 0
         line = GAP.join(set_cell_size(clean(t), self._width) for t in titles)
         self._out.write(f"{line.rstrip()}\n{'─' * self._width}─┼─{'─' * self._width}\n")
 
     def add(self, side: int, text: str) -> None:
         self._sides[side].add(safe(text))
-        while self._done < min(len(s.lines) for s in self._sides) - 1:
-            self._out.write(f"\r\x1b[K{self._line(self._done)}\n")
-            self._done += 1
-        self._out.write(f"\r\x1b[K{self._line(self._done)}")
+        while self._final_lines < min(len(s.lines) for s in self._sides) - 1:
+            self._out.write(f"\r\x1b[K{self._line(self._final_lines)}\n")
+            self._final_lines += 1
+        self._out.write(f"\r\x1b[K{self._line(self._final_lines)}")
         self._out.flush()
 
     def end(self) -> None:
         """Write the remaining lines of the longer side."""
-        for at in range(self._done, max(len(s.lines) for s in self._sides)):
+        for at in range(self._final_lines, max(len(s.lines) for s in self._sides)):
             self._out.write(f"\r\x1b[K{self._line(at)}\n")
         self._out.flush()
 
@@ -129,7 +129,7 @@ class TooLong(Exception):
 class Turn:
     """One user message and its answer."""
 
-    said: str
+    message: str
     answer: str
 
 
@@ -138,43 +138,43 @@ class Conversation:
     """The turns so far, after the system prompt ("" for none).
 
     Args:
-        remembers: whether earlier turns come before a new one (not in plain text); tools: for the chat template.
+        keeps_history: whether earlier turns come before a new one (not in plain text); tools: for the chat template.
     """
 
-    remembers: bool
+    keeps_history: bool
     system: str = ""
     turns: list[Turn] = field(default_factory=list)
     tools: tuple[Any, ...] = ()
 
     @property
-    def told(self) -> dict[str, Any]:
+    def template_variables(self) -> dict[str, Any]:
         """Extra variables for the chat template besides the messages."""
         return {"tools": list(self.tools)} if self.tools else {}
 
-    def messages(self, said: str, dropped: int = 0) -> tuple[Message, ...]:
-        """Return the messages a model answers: the history without the first `dropped` turns, then `said`."""
-        before = [Message("system", self.system)] if self.system and self.remembers else []
-        for turn in self.turns[dropped:] if self.remembers else ():
-            before += [Message("user", turn.said), Message("assistant", turn.answer)]
-        return (*before, Message("user", said))
+    def messages(self, message: str, dropped: int = 0) -> tuple[Message, ...]:
+        """Return the messages a model answers: the history without the first `dropped` turns, then `message`."""
+        history = [Message("system", self.system)] if self.system and self.keeps_history else []
+        for turn in self.turns[dropped:] if self.keeps_history else ():
+            history += [Message("user", turn.message), Message("assistant", turn.answer)]
+        return (*history, Message("user", message))
 
-    def prompt_row(self, said: str, dropped: int = 0) -> Any:
+    def prompt_row(self, message: str, dropped: int = 0) -> Any:
         """Return the prompt of a data row: messages, or the text to continue."""
-        return prompt_json(self.messages(said, dropped)) if self.remembers else said
+        return prompt_json(self.messages(message, dropped)) if self.keeps_history else message
 
     def rows(self) -> list[dict[str, Any]]:
         """Return rows that penchant can load: the whole conversation as messages, or one prompt and completion per turn."""
         if not self.turns:
             return []
-        if not self.remembers:
-            return [{"prompt": t.said, "completion": t.answer} for t in self.turns]
+        if not self.keeps_history:
+            return [{"prompt": t.message, "completion": t.answer} for t in self.turns]
         last = self.turns[-1]
-        before = Conversation(True, self.system, self.turns[:-1]).messages(last.said)
-        return [{"messages": prompt_json((*before, Message("assistant", last.answer))), **self.told}]
+        history = Conversation(True, self.system, self.turns[:-1]).messages(last.message)
+        return [{"messages": prompt_json((*history, Message("assistant", last.answer))), **self.template_variables}]
 
 
 @dataclass(frozen=True, slots=True)
-class Fitted:
+class FittedPrompt:
     """A prompt that fits into the context.
 
     Args:
@@ -186,7 +186,9 @@ class Fitted:
     dropped: int
 
 
-def fit(chat_model: ChatModel, conversation: Conversation, said: str, max_new_tokens: int, dropped: int = 0) -> Fitted:
+def fit_prompt(
+    chat_model: ChatModel, conversation: Conversation, message: str, max_new_tokens: int, dropped: int = 0
+) -> FittedPrompt:
     """Build the next prompt, leaving out as many of the oldest turns as needed for prompt and answer to fit into the context.
 
     At most half of the context is reserved for the answer, so an answer may get fewer than `max_new_tokens`.
@@ -198,15 +200,15 @@ def fit(chat_model: ChatModel, conversation: Conversation, said: str, max_new_to
         TooLong: the message does not fit by itself. TemplateRefused: the chat template refuses it.
     """
     reserve = min(max_new_tokens, chat_model.context // 2)
-    turns = len(conversation.turns) if conversation.remembers else 0
-    for left_out in range(min(dropped, turns), turns + 1):
-        ids = chat_model.prompt_of(conversation.messages(said, left_out), conversation.told)
+    turns = len(conversation.turns) if conversation.keeps_history else 0
+    for dropped_turns in range(min(dropped, turns), turns + 1):
+        ids = chat_model.encode_messages(conversation.messages(message, dropped_turns), conversation.template_variables)
         if len(ids) + reserve <= chat_model.context:
             break
     room = min(max_new_tokens, chat_model.context - len(ids))
     if room < 1:
         raise TooLong(f"it has {len(ids):,} tokens and the model's context is {chat_model.context:,}; nothing was sent")
-    return Fitted(ids, room, left_out)
+    return FittedPrompt(ids, room, dropped_turns)
 
 
 # ---- the session ----
@@ -256,7 +258,7 @@ class Exchange:
         order: the model that wrote each answer; judged: a preference was given; dropped: number of turns left out of the prompt.
     """
 
-    said: str
+    message: str
     texts: list[str]
     order: list[int]
     dropped: int
@@ -272,17 +274,19 @@ class Chat:
     """
 
     models: list[ChatModel]
-    wanted: ChatOptions
+    options: ChatOptions
     terminal: Terminal
     conversation: Conversation = field(init=False)
     last: Exchange | None = None
     attempt: int = 0
     dropped: int = 0
     tally: dict[str, int] = field(default_factory=dict)
-    sides: random.Random = field(default_factory=random.SystemRandom)
+    rng: random.Random = field(default_factory=random.SystemRandom)
 
     def __post_init__(self) -> None:
-        self.conversation = Conversation(self.models[0].style.remembers, self.wanted.system, tools=self.wanted.tools)
+        self.conversation = Conversation(
+            self.models[0].style.keeps_history, self.options.system, tools=self.options.tools
+        )
 
     # ---- the session ----------------------------------------------------------------------------------------------
 
@@ -290,10 +294,10 @@ class Chat:
         """Chat until /quit or the end of the input and return the exit code."""
         for line in self._lines():
             if line.startswith("/") and not line.startswith("//"):
-                if self._command(line):
+                if self._dispatch(line):
                     break
             else:
-                self._say(line.removeprefix("/") if line.startswith("//") else line)
+                self._send_message(line.removeprefix("/") if line.startswith("//") else line)
         if self.tally:
             self.terminal.note("preferred: " + ", ".join(f"{safe(k)} {v}" for k, v in sorted(self.tally.items())))
         return 0
@@ -322,60 +326,60 @@ class Chat:
         if block:
             yield "\n".join(block)
 
-    def _command(self, line: str) -> bool:
+    def _dispatch(self, line: str) -> bool:
         """Run a command and return True if the session ends."""
         name, _, rest = line[1:].partition(" ")
         if name not in COMMANDS:
             how = "/help lists them (write // for a message that begins with /)"
             self.terminal.note(f"/{safe(name)} is not a command; {how}")
             return False
-        _, _, obey = COMMANDS[name]
-        return bool(obey(self, rest.strip()))
+        _, _, run_command = COMMANDS[name]
+        return bool(run_command(self, rest.strip()))
 
     # ---- answers --------------------------------------------------------------------------------------------------
 
-    def _say(self, line: str) -> None:
+    def _send_message(self, line: str) -> None:
         """Answer a message; in plain text an empty line continues the text so far."""
-        if not line.strip() and (self.conversation.remembers or self.last is None):
+        if not line.strip() and (self.conversation.keeps_history or self.last is None):
             return
-        self.keep()
+        self.keep_answer()
         self.attempt = 0
         if not line.strip():
             turn = self.conversation.turns[-1]
-            line = turn.said + turn.answer
+            line = turn.message + turn.answer
         self.answer(line)
 
-    def keep(self, side: int = 0) -> None:
+    def keep_answer(self, side: int = 0) -> None:
         """Append the last message and one of its answers to the conversation as a turn."""
         if self.last is not None:
-            self.conversation.turns.append(Turn(self.last.said, self.last.texts[side]))
+            self.conversation.turns.append(Turn(self.last.message, self.last.texts[side]))
             self.last = None
 
-    def answer(self, said: str) -> None:
+    def answer(self, message: str) -> None:
         """Generate and show every model's answer."""
         try:
-            fitted = self._fitted(said)
+            fitted = self._fit_prompts(message)
         except (TooLong, TemplateRefused) as error:
             self.terminal.note(f"not sent: {safe(str(error))}")
             return
         order = list(range(len(self.models)))
-        if self.wanted.blind:
-            self.sides.shuffle(order)
-        draws = replace(self.wanted.sampling, turn=len(self.conversation.turns), attempt=self.attempt)
-        writing = []
+        if self.options.blind:
+            self.rng.shuffle(order)
+        sampling = replace(self.options.sampling, turn=len(self.conversation.turns), attempt=self.attempt)
+        completions = []
         for i in order:
             style, prompt = self.models[i].style, fitted[i]
-            sampling = replace(draws, max_new_tokens=prompt.room)
-            writing.append(Completions(self.models[i], prompt.ids, sampling, style.stops, not style.remembers))
-        self.last = Exchange(said, self._show(writing, order), order, self.dropped)
+            sampling = replace(sampling, max_new_tokens=prompt.room)
+            completions.append(Completions(self.models[i], prompt.ids, sampling, style.stops, not style.keeps_history))
+        self.last = Exchange(message, self._show_answers(completions, order), order, self.dropped)
 
-    def _fitted(self, said: str) -> list[Fitted]:
+    def _fit_prompts(self, message: str) -> list[FittedPrompt]:
         """Return the prompt for every model, all with the same turns."""
-        tokens = self.wanted.sampling.max_new_tokens
-        fitted = [fit(v, self.conversation, said, tokens) for v in self.models]
+        tokens = self.options.sampling.max_new_tokens
+        fitted = [fit_prompt(v, self.conversation, message, tokens) for v in self.models]
         dropped = max(f.dropped for f in fitted)
         if any(f.dropped != dropped for f in fitted):  # leave the same turns out for both
-            fitted = [fit(v, self.conversation, said, tokens, dropped) for v in self.models]
+            fitted = [fit_prompt(v, self.conversation, message, tokens, dropped) for v in self.models]
         if dropped and dropped != self.dropped:
             context = min(v.context for v in self.models)
             turns = "the oldest turn is" if dropped == 1 else f"the {dropped} oldest turns are"
@@ -383,76 +387,78 @@ class Chat:
         self.dropped = dropped
         return fitted
 
-    def _show(self, writing: list[Completions], order: list[int]) -> list[str]:
+    def _show_answers(self, completions: list[Completions], order: list[int]) -> list[str]:
         """Show the answers as they are generated and return their texts; Ctrl-C stops them and keeps the text so far."""
-        out, width, count = self.terminal.out, self.terminal.width(), len(writing)
-        texts, ends, stopped = [""] * count, [""] * count, False
-        began = time.perf_counter()
-        beside = count == 2 and self.terminal.live and width >= WIDE
-        groups = [[0, 1]] if beside else [[i] for i in range(count)]  # generated at the same time
+        out, width, count = self.terminal.out, self.terminal.width(), len(completions)
+        texts, finish_reasons, stopped = [""] * count, [""] * count, False
+        started = time.perf_counter()
+        side_by_side = count == 2 and self.terminal.live and width >= TWO_COLUMNS_WIDTH
+        groups = [[0, 1]] if side_by_side else [[i] for i in range(count)]  # generated at the same time
         titles = [self.title(i, order) for i in range(count)]
-        shown = TwoColumns(out, width, titles) if beside else OneColumn(out)
+        display = TwoColumns(out, width, titles) if side_by_side else OneColumn(out)
         try:
             for group in groups:
                 if len(groups) > 1:
-                    shown.end()
+                    display.end()
                     self.terminal.note(f"── {titles[group[0]]} ──")
-                while not all(writing[i].done for i in group):
+                while not all(completions[i].done for i in group):
                     for i in group:
-                        for piece in writing[i].step():
+                        for piece in completions[i].step():
                             texts[i] += piece.text
-                            ends[i] = piece.finish or ends[i]
-                            shown.add(i, piece.text)
+                            finish_reasons[i] = piece.finish or finish_reasons[i]
+                            display.add(i, piece.text)
         except KeyboardInterrupt:
             stopped = True
-        shown.end()
-        self._sum_up(writing, ends, stopped, time.perf_counter() - began)
+        display.end()
+        self._print_summary(completions, finish_reasons, stopped, time.perf_counter() - started)
         return texts
 
-    def _sum_up(self, writing: list[Completions], ends: list[str], stopped: bool, seconds: float) -> None:
-        tokens = sum(w.tokens for w in writing)
-        parts = [" + ".join(f"{w.tokens:,}" for w in writing) + " tokens"]
+    def _print_summary(
+        self, completions: list[Completions], finish_reasons: list[str], stopped: bool, seconds: float
+    ) -> None:
+        tokens = sum(w.tokens for w in completions)
+        parts = [" + ".join(f"{w.tokens:,}" for w in completions) + " tokens"]
         if tokens > 1 and seconds > 0:
             parts.append(f"{tokens / seconds:,.1f} tokens/s")
         if stopped:
             parts.append("stopped")
-        elif "length" in ends:
+        elif "length" in finish_reasons:
             parts.append("cut at the limit of tokens")
         self.terminal.note(f"({', '.join(parts)})")
 
     def title(self, side: int, order: list[int]) -> str:
         """Return the heading of an answer."""
-        return SIDES[side] if self.wanted.blind else f"{SIDES[side]}: {safe(self.models[order[side]].name)}"
+        return SIDES[side] if self.options.blind else f"{SIDES[side]}: {safe(self.models[order[side]].name)}"
 
     # ---- preferences ----------------------------------------------------------------------------------------------
 
     def prefer(self, side: int | None) -> None:
         """Record which answer is better (None: neither) and continue with that one."""
         if len(self.models) < 2:
-            self.terminal.note("there is one model only: start with --against RUN to compare two")
+            self.terminal.note("only one model is loaded: start with --against RUN to compare two")
             return
         last = self.last
         if last is None or last.judged:
-            why = "ask something first" if last is None else "this answer is judged"
+            why = "ask something first" if last is None else "this answer is already judged"
             self.terminal.note(f"there is nothing to judge: {why}")
             return
         names = [self.models[i].name for i in last.order]
-        prompt = self.conversation.prompt_row(last.said, last.dropped)
+        prompt = self.conversation.prompt_row(last.message, last.dropped)
         if side is not None and last.texts[0] == last.texts[1]:
             self.terminal.note("the two answers are the same: this counts as a tie")
             side = None
         empty = [] if side is None else [i for i in (side, 1 - side) if not last.texts[i].strip()]
         if empty:
             which = "that" if empty[0] == side else "the other"
-            self.terminal.note(f"{which} answer is empty, and no training could use it: nothing was written")
+            self.terminal.note(f"{which} answer is empty and cannot be trained on; nothing was written")
             return
-        file = Path(self.wanted.prefer or "preferences.jsonl").expanduser()
+        file = Path(self.options.prefer or "preferences.jsonl").expanduser()
         first, second, one, other = ("left", "right", 0, 1) if side is None else ("chosen", "rejected", side, 1 - side)
         if side is None:
             # a row with two answers and no verdict would train as if the first were better
             file = file.with_name(f"{file.name.removesuffix('.jsonl')}.ties.jsonl")
         row = {"prompt": prompt, first: last.texts[one], second: last.texts[other]}
-        row |= {f"{first}_by": names[one], f"{second}_by": names[other], **self.conversation.told}
+        row |= {f"{first}_by": names[one], f"{second}_by": names[other], **self.conversation.template_variables}
         if not self.append(file, [row]):
             return
         winner = "neither" if side is None else names[side]
@@ -478,11 +484,11 @@ class Chat:
 
 
 def _help(chat: Chat, _: str) -> None:
-    for name, (takes, does, _obey) in COMMANDS.items():
-        chat.terminal.note(f"  {f'/{name} {takes}'.strip():<20} {does}")
+    for name, (arguments, description, _function) in COMMANDS.items():
+        chat.terminal.note(f"  {f'/{name} {arguments}'.strip():<20} {description}")
     chat.terminal.note('  """                  before and after a message of several lines')
     chat.terminal.note("  Ctrl-C               stop the answer; Ctrl-D leaves")
-    if not chat.conversation.remembers:
+    if not chat.conversation.keeps_history:
         chat.terminal.note("  an empty line        continue the text so far")
     if len(chat.models) == 2:
         both = "both models see one conversation"
@@ -510,25 +516,25 @@ def _undo(chat: Chat, _: str) -> None:
 
 
 def _retry(chat: Chat, _: str) -> None:
-    said = None
+    message = None
     if chat.last is not None:
-        said, chat.last = chat.last.said, None
+        message, chat.last = chat.last.message, None
     elif chat.conversation.turns:
-        said = chat.conversation.turns.pop().said
-    if said is None:
+        message = chat.conversation.turns.pop().message
+    if message is None:
         chat.terminal.note("there is nothing to retry")
         return
     chat.attempt += 1
-    chat.answer(said)
+    chat.answer(message)
 
 
 def _system(chat: Chat, text: str) -> None:
-    if not chat.conversation.remembers:
+    if not chat.conversation.keeps_history:
         chat.terminal.note("plain text has no system prompt")
         return
     chat.conversation.system = text
-    said = "(the system prompt is set; /reset forgets the turns before it)"
-    chat.terminal.note(said if text else "(no system prompt)")
+    message = "(the system prompt is set; /reset forgets the turns before it)"
+    chat.terminal.note(message if text else "(no system prompt)")
 
 
 def _save(chat: Chat, file: str) -> None:
@@ -537,7 +543,7 @@ def _save(chat: Chat, file: str) -> None:
         return
     turns = list(chat.conversation.turns)
     if chat.last is not None:
-        turns.append(Turn(chat.last.said, chat.last.texts[0]))
+        turns.append(Turn(chat.last.message, chat.last.texts[0]))
     whole = replace(chat.conversation, turns=[t for t in turns if t.answer.strip()])
     if not whole.turns:
         chat.terminal.note("there is nothing to save")

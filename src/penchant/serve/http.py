@@ -20,13 +20,13 @@ from penchant.judges.endpoint import is_local
 CLIENT_GONE = 499  # as nginx logs it
 
 
-async def answer(
+async def handle_request(
     scope: Scope,
     receive: Receive,
     send: Send,
     *,
-    by: Callable[[], ASGIApp],
-    failed: Response,
+    choose_app: Callable[[], ASGIApp],
+    error_response: Response,
     headers: Callable[[int, MutableHeaders], None],
     log: logging.Logger,
     path: str,
@@ -34,12 +34,12 @@ async def answer(
     """Answer a request and log one line that contains none of the text sent or returned.
 
     Args:
-        by: returns the app that answers; failed: response sent if that raises; headers: adds headers, given the status.
+        choose_app: returns the app that answers; error_response: sent if that raises; headers: adds headers, given the status.
         path: path to log. A handler may set the status to log in `scope["state"]["status"]`.
     """
     if scope["type"] != "http":
         raise RuntimeError("only HTTP is served")
-    began, status = time.perf_counter(), 0
+    started, status = time.perf_counter(), 0
 
     async def send_with_headers(message: Message) -> None:
         nonlocal status
@@ -50,14 +50,14 @@ async def answer(
 
     state = scope.setdefault("state", {})
     try:
-        await by()(scope, receive, send_with_headers)
+        await choose_app()(scope, receive, send_with_headers)
     except LocalProtocolError:  # the body was not valid HTTP, and its reader has already refused it
         state["status"] = 400
     except Exception as error:
         log.error("a request failed: %s", told(error), exc_info=error)
         if not status:
-            await failed(scope, receive, send_with_headers)
-    log.info("%s %s %d %.2f s", scope["method"], path, state.get("status", status), time.perf_counter() - began)
+            await error_response(scope, receive, send_with_headers)
+    log.info("%s %s %d %.2f s", scope["method"], path, state.get("status", status), time.perf_counter() - started)
 
 
 def names_this_machine(host: str) -> bool:
@@ -68,25 +68,25 @@ def names_this_machine(host: str) -> bool:
         return False
 
 
-async def read_body(request: Request, most: int, seconds: float) -> bytes:
+async def read_body(request: Request, max_bytes: int, seconds: float) -> bytes:
     """Read the whole body.
 
     Args:
-        most: size limit in bytes; seconds: time limit for it to arrive.
+        max_bytes: size limit; seconds: time limit for it to arrive.
 
     Raises:
         HTTPException: it is too large or too slow. ClientDisconnect: the client disconnected.
     """
-    too_large = HTTPException(413, f"the body is larger than {most} bytes")
+    too_large = HTTPException(413, f"the body is larger than {max_bytes} bytes")
     length = request.headers.get("content-length", "0")
-    if length.isdecimal() and int(length[:20]) > most:
+    if length.isdecimal() and int(length[:20]) > max_bytes:
         raise too_large
     data = bytearray()
     try:
         async with asyncio.timeout(seconds):
             async for chunk in request.stream():
                 data += chunk
-                if len(data) > most:
+                if len(data) > max_bytes:
                     raise too_large
     except TimeoutError as error:
         raise HTTPException(408, f"the body took longer than {seconds:g} seconds") from error

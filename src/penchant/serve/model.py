@@ -31,20 +31,23 @@ class Style:
 
     Args:
         render: maps (tokenizer, messages, extra template variables) to the text before the answer; stops: texts that end an answer.
-        remembers: whether earlier turns come before a new one; note: a sentence to show the user.
+        keeps_history: whether earlier turns come before a new one; note: a sentence to show the user.
     """
 
     name: str
     render: Callable[[Any, Sequence[Message], Mapping[str, Any]], str]
     stops: tuple[str, ...]
-    remembers: bool
+    keeps_history: bool
     note: str
 
 
-def _chat(
-    tokenizer: Any, messages: Sequence[Message], told: Mapping[str, Any], options: Mapping[str, Any] | None = None
+def _render_chat(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    template_variables: Mapping[str, Any],
+    options: Mapping[str, Any] | None = None,
 ) -> str:
-    template = ChatTemplate(tokenizer, options, told)
+    template = ChatTemplate(tokenizer, options, template_variables)
     try:
         text = template.asked(messages)
         template.check_tools(messages, text)
@@ -55,57 +58,57 @@ def _chat(
     return text
 
 
-def _transcript(_: Any, messages: Sequence[Message], told: Mapping[str, Any]) -> str:
-    _tells_nothing(told)
+def _render_transcript(_: Any, messages: Sequence[Message], template_variables: Mapping[str, Any]) -> str:
+    _refuse_template_variables(template_variables)
     try:
         return plain(PromptTree(tuple(messages), ()))[0]
     except RowError as error:
         raise TemplateRefused(f"{error.what}; {error.how}") from error
 
 
-def _last(_: Any, messages: Sequence[Message], told: Mapping[str, Any]) -> str:
-    _tells_nothing(told)
+def _render_last(_: Any, messages: Sequence[Message], template_variables: Mapping[str, Any]) -> str:
+    _refuse_template_variables(template_variables)
     return messages[-1].content
 
 
-def _tells_nothing(told: Mapping[str, Any]) -> None:
-    if told:
-        raise TemplateRefused(f"{', '.join(told)}: only a chat template can write that, and none is used")
+def _refuse_template_variables(template_variables: Mapping[str, Any]) -> None:
+    if template_variables:
+        raise TemplateRefused(f"{', '.join(template_variables)}: needs a chat template, and none is used")
 
 
-_WRITTEN = 'no chat template: the conversation is written as "\\n\\nHuman: ...\\n\\nAssistant:"'
-_PLAIN = "plain text: the model continues what you write; it does not answer"
+_TRANSCRIPT_NOTE = 'no chat template: the conversation is written as "\\n\\nHuman: ...\\n\\nAssistant:"'
+_PLAIN_NOTE = "plain text: the model continues what you write; it does not answer"
 STYLES = {
-    "chat": Style("chat", _chat, (), True, "the model's own chat template"),
-    "transcript": Style("transcript", _transcript, ("\n\nHuman:",), True, _WRITTEN),
-    "plain": Style("plain", _last, (), False, _PLAIN),
+    "chat": Style("chat", _render_chat, (), True, "the model's own chat template"),
+    "transcript": Style("transcript", _render_transcript, ("\n\nHuman:",), True, _TRANSCRIPT_NOTE),
+    "plain": Style("plain", _render_last, (), False, _PLAIN_NOTE),
 }
 
 
-def style_of(
-    wanted: str,
+def choose_style(
+    requested: str,
     tokenizer: Any,
     *,
-    trained_on: str = "auto",
-    otherwise: str,
+    run_template: str = "auto",
+    fallback_style: str,
     options: Mapping[str, Any] | None = None,
 ) -> Style:
     """Return the style to use for a model.
 
     Args:
-        wanted: auto or a style's name; trained_on: the `data.template` of its run; otherwise: fallback if there is no chat template;
+        requested: auto or a style's name; run_template: the `data.template` of its run; fallback_style: used if there is no chat template;
             options: the `data.template_options` of its run, passed to the chat template.
 
     Raises:
         ConfigError: `chat` was requested and the tokenizer has no chat template.
     """
-    if wanted == "chat" and not uses_chat(wanted, tokenizer):
+    if requested == "chat" and not uses_chat(requested, tokenizer):
         how = "give transcript or plain, or leave it out"
         raise ConfigError("--template", "the tokenizer has no chat template", how)
-    if wanted == "auto":
-        wanted = "chat" if uses_chat(trained_on, tokenizer) else otherwise
-    style = STYLES[wanted]
-    return replace(style, render=partial(_chat, options=options)) if style.name == "chat" and options else style
+    if requested == "auto":
+        requested = "chat" if uses_chat(run_template, tokenizer) else fallback_style
+    style = STYLES[requested]
+    return replace(style, render=partial(_render_chat, options=options)) if style.name == "chat" and options else style
 
 
 # ---- the model ----
@@ -138,7 +141,7 @@ class ChatModel:
             return FastDecoder(self.model, rows=1, groups=1, prompt_tokens=1, new_tokens=1)
 
     @cached_property
-    def _starts_with(self) -> int | None:
+    def _leading_bos(self) -> int | None:
         return self.tokenizer.bos_token_id if uses_bos(self.tokenizer) else None
 
     def encode(self, text: str) -> list[int]:
@@ -148,32 +151,36 @@ class ChatModel:
             TemplateRefused: the text contains a token that the model has no embedding for.
         """
         ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        first = self._starts_with
+        first = self._leading_bos
         if first is not None and ids[:1] != [first]:
             ids = [first, *ids]
         if not ids:
             first = self.tokenizer.bos_token_id
             ids = [self.tokenizer.eos_token_id if first is None else first]
-        if max(ids) >= (known := self.model.get_input_embeddings().weight.shape[0]):
-            raise TemplateRefused(f"the tokenizer makes token {max(ids):,} of it, and the model knows {known:,}")
+        if max(ids) >= (embeddings := self.model.get_input_embeddings().weight.shape[0]):
+            raise TemplateRefused(
+                f"the text contains token {max(ids):,}, but the model has only {embeddings:,} embeddings"
+            )
         return ids
 
-    def prompt_of(self, messages: Sequence[Message], told: Mapping[str, Any] | None = None) -> list[int]:
-        """Return the token ids before the answer to these messages; `told`: tools and options for the chat template.
+    def encode_messages(
+        self, messages: Sequence[Message], template_variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """Return the token ids before the answer to these messages; `template_variables`: tools and options for the chat template.
 
         Raises:
             TemplateRefused: the chat template refuses them, or the model has no embedding for a token.
         """
-        return self.encode(self.style.render(self.tokenizer, messages, told or {}))
+        return self.encode(self.style.render(self.tokenizer, messages, template_variables or {}))
 
 
 def load_chat_model(
-    given: str,
+    path: str,
     *,
     step: str = "last",
     base: str | None = None,
     template: str = "auto",
-    otherwise: str = "plain",
+    fallback_style: str = "plain",
     dtype: str | None = None,
     device: str | None = None,
 ) -> ChatModel:
@@ -181,40 +188,40 @@ def load_chat_model(
 
     Args:
         step: step of a run; base: base model of an adapter; template: auto, chat, transcript or plain;
-            otherwise: the style if there is no chat template.
+            fallback_style: used if there is no chat template.
         dtype, device: as in `model.dtype` and `model.device`; the default is the run's setting, else auto.
 
     Raises:
         CheckpointError, ConfigError, ModelError: there is no such model, or it cannot generate text.
     """
-    source = _find(given, step, base)
+    source = _find_source(path, step, base)
     settings = source.base if source.run is None else source.run.model
-    check_text_alone(settings, given, "talking to a model")
+    check_text_alone(settings, path, "talking to a model")
     where = resolve_device(device or settings.device)
     tokenizer = load_tokenizer(source.tokenizer, settings.revision if source.adapter is None else None)
-    trained_on, options = (
+    run_template, options = (
         ("auto", None) if source.run is None else (source.run.data.template, source.run.data.template_options)
     )
-    style = style_of(template, tokenizer, trained_on=trained_on, otherwise=otherwise, options=options)
+    style = choose_style(template, tokenizer, run_template=run_template, fallback_style=fallback_style, options=options)
     model = source.load(where)
     cast_parameters(model, resolve_dtype(dtype or settings.dtype, where))
     check_precision(model)
     model.eval()
     ends = end_ids(tokenizer, model)
-    chat_model = ChatModel(given, model, tokenizer, style, ends, context_of(model, tokenizer))
+    chat_model = ChatModel(path, model, tokenizer, style, ends, context_length(model, tokenizer))
     _ = chat_model.decoder  # pack the weights now rather than at the first question
     return chat_model
 
 
-def _find(given: str, step: str, base: str | None) -> Source:
-    runs = runs_in(given)
+def _find_source(path: str, step: str, base: str | None) -> Source:
+    runs = runs_in(path)
     if runs:
-        check_there(given)
-        raise ConfigError(given, "is not a run but a folder of runs", f"give one of them: {', '.join(runs)}")
-    return find_model(given, step=step, base=base)
+        check_there(path)
+        raise ConfigError(path, "is not a run but a folder of runs", f"give one of them: {', '.join(runs)}")
+    return find_model(path, step=step, base=base)
 
 
-def context_of(model: Any, tokenizer: Any) -> int:
+def context_length(model: Any, tokenizer: Any) -> int:
     """Return the model's context length: prompt and answer together, in tokens."""
     config = model.config
     found = getattr(config, "max_position_embeddings", None)

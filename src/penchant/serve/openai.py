@@ -67,7 +67,7 @@ def invalid(param: str, what: str, code: str | None = None) -> ApiError:
 # ---- requests ----
 
 
-def _only(*allowed: Any) -> AfterValidator:
+def _accept_only(*allowed: Any) -> AfterValidator:
     """Accept only those values of an unsupported parameter that have no effect."""
 
     def check(value: Any) -> Any:
@@ -93,7 +93,7 @@ class _Input(BaseModel):
 
 class StreamOptions(_Input):
     include_usage: bool = False
-    include_obfuscation: Annotated[Any, _only(False)] = False
+    include_obfuscation: Annotated[Any, _accept_only(False)] = False
 
 
 class TextPart(_Input):
@@ -101,24 +101,24 @@ class TextPart(_Input):
     text: str
 
 
-def _text_part(part: Any) -> Any:
+def _check_text_part(part: Any) -> Any:
     if not isinstance(part, dict) or part.get("type") != "text":
-        raise PydanticCustomError("part_type", "must be of type text: this server reads nothing else")
+        raise PydanticCustomError("part_type", "must have type text; this server accepts nothing else")
     return part
 
 
 Objects = list[dict[str, Any]]
 
 
-def _of_a_role(info: Any, wanted: str) -> None:
-    if info.data.get("role", wanted) != wanted:
+def _check_role(info: Any, role: str) -> None:
+    if info.data.get("role", role) != role:
         raise PydanticCustomError("unsupported_parameter", "belongs to another role")
 
 
 class ChatMessage(_Input):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[
-        list[Annotated[TextPart, BeforeValidator(_text_part)]],
+        list[Annotated[TextPart, BeforeValidator(_check_text_part)]],
         BeforeValidator(lambda given: [{"type": "text", "text": given}] if isinstance(given, str) else given),
         Field(min_length=1),
     ]
@@ -139,16 +139,16 @@ class ChatMessage(_Input):
 
     @field_validator("tool_call_id", "name")
     @classmethod
-    def _of_a_tool(cls, value: str, info: ValidationInfo) -> str:
-        _of_a_role(info, "tool")
+    def _check_tool_field(cls, value: str, info: ValidationInfo) -> str:
+        _check_role(info, "tool")
         return value
 
     @field_validator("reasoning_content", "tool_calls")
     @classmethod
-    def _of_an_assistant(cls, value: Any, info: ValidationInfo) -> Any:
-        _of_a_role(info, "assistant")
+    def _check_assistant_field(cls, value: Any, info: ValidationInfo) -> Any:
+        _check_role(info, "assistant")
         if info.field_name == "tool_calls":
-            _read(lambda: _calls_of(value))
+            _read_value(lambda: _tool_calls_json(value))
         return value
 
     @property
@@ -158,24 +158,24 @@ class ChatMessage(_Input):
             self.role,
             row.joined(part.text for part in self.content),
             reasoning=self.reasoning_content,
-            tool_calls=_calls_of(self.tool_calls) if self.tool_calls else "",
+            tool_calls=_tool_calls_json(self.tool_calls) if self.tool_calls else "",
             tool_call_id=self.tool_call_id,
             name=self.name,
         )
 
 
-def _calls_of(given: Objects) -> str:
+def _tool_calls_json(given: Objects) -> str:
     return row.as_message({"role": "assistant", "tool_calls": given}, "it").tool_calls
 
 
-def _read(how: Callable[[], Any]) -> Any:
-    """Return `how()`, with the `RowError` of a row reader turned into a validation error.
+def _read_value(reader: Callable[[], Any]) -> Any:
+    """Return `reader()`, with the `RowError` of a row reader turned into a validation error.
 
     Raises:
         PydanticCustomError: the value is invalid.
     """
     try:
-        return how()
+        return reader()
     except RowError as error:
         said = f"cannot be read: {error.what}; {error.how}".replace("{", "{{").replace("}", "}}")
         raise PydanticCustomError("invalid_value", said) from error  # type: ignore[arg-type]
@@ -205,8 +205,8 @@ class Request(_Input):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     max_tokens: Count | None = None
-    logit_bias: Annotated[Any, _only({})] = None
-    store: Annotated[Any, _only(False)] = None
+    logit_bias: Annotated[Any, _accept_only({})] = None
+    store: Annotated[Any, _accept_only(False)] = None
     # identify the caller or control storage; they do not change the answer
     user: Any = None
     metadata: Any = None
@@ -225,7 +225,7 @@ class Request(_Input):
         raise NotImplementedError
 
     @property
-    def told(self) -> Json:
+    def template_variables(self) -> Json:
         """Extra variables for the chat template besides the messages."""
         return {}
 
@@ -248,17 +248,17 @@ class Request(_Input):
             self.top_p,
             self.top_k,
             self.seed % 2**64,
-            presence=self.presence_penalty,
-            frequency=self.frequency_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
             top_logprobs=self.logprob_count,
         )
 
 
-def _readable(name: str, how: Callable[[Json], str]) -> AfterValidator:
+def _validated_by(name: str, reader: Callable[[Json], str]) -> AfterValidator:
     """Validate a parameter with the reader of the row column of the same name."""
 
     def check(value: Any) -> Any:
-        _read(lambda: how({name: value}))
+        _read_value(lambda: reader({name: value}))
         return value
 
     return AfterValidator(check)
@@ -271,19 +271,19 @@ class ChatRequest(Request):
     max_completion_tokens: Count | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
-    tools: Annotated[Objects, _readable("tools", row.tools)] = []
-    chat_template_kwargs: Annotated[dict[str, Any], _readable("chat_template_kwargs", row.template_options)] = {}
-    tool_choice: Annotated[Any, _only("none", "auto")] = None
-    functions: Annotated[Objects, _readable("functions", row.tools)] = []
-    function_call: Annotated[Any, _only("none", "auto")] = None
+    tools: Annotated[Objects, _validated_by("tools", row.tools)] = []
+    chat_template_kwargs: Annotated[dict[str, Any], _validated_by("chat_template_kwargs", row.template_options)] = {}
+    tool_choice: Annotated[Any, _accept_only("none", "auto")] = None
+    functions: Annotated[Objects, _validated_by("functions", row.tools)] = []
+    function_call: Annotated[Any, _accept_only("none", "auto")] = None
     parallel_tool_calls: Any = None
-    response_format: Annotated[Any, _only({"type": "text"})] = None
-    modalities: Annotated[Any, _only(["text"])] = None
-    service_tier: Annotated[Any, _only("auto", "default")] = None
-    reasoning_effort: Annotated[Any, _only("none")] = None
+    response_format: Annotated[Any, _accept_only({"type": "text"})] = None
+    modalities: Annotated[Any, _accept_only(["text"])] = None
+    service_tier: Annotated[Any, _accept_only("auto", "default")] = None
+    reasoning_effort: Annotated[Any, _accept_only("none")] = None
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Self:
+    def _check_combinations(self) -> Self:
         if "top_logprobs" in self.model_fields_set and not self.logprobs:
             raise invalid("top_logprobs", "goes with logprobs: true only")
         if self.max_tokens and self.max_completion_tokens:
@@ -295,7 +295,7 @@ class ChatRequest(Request):
         return [tuple(m.message for m in self.messages)]
 
     @property
-    def told(self) -> Json:
+    def template_variables(self) -> Json:
         listed = row.tools({"tools": self.tools, "functions": self.functions})
         own = {k: v for k, v in self.chat_template_kwargs.items() if v is not None}
         return {**own, **({"tools": json.loads(listed)} if listed and self.tool_choice != "none" else {})}
@@ -319,12 +319,12 @@ class TextRequest(Request):
 
     prompt: str | Annotated[list[str], Field(min_length=1)] | TokenIds | Annotated[list[TokenIds], Field(min_length=1)]
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    echo: Annotated[Any, _only(False)] = None
-    best_of: Annotated[Any, _only(1)] = None
-    suffix: Annotated[Any, _only("")] = None
+    echo: Annotated[Any, _accept_only(False)] = None
+    best_of: Annotated[Any, _accept_only(1)] = None
+    suffix: Annotated[Any, _accept_only("")] = None
 
     @model_validator(mode="after")
-    def _not_too_many(self) -> Self:
+    def _check_completion_count(self) -> Self:
         if len(self.prompts) * self.n > MAX_COMPLETIONS:
             raise invalid("prompt", f"asks for more than {MAX_COMPLETIONS} answers in one request")
         return self
@@ -332,8 +332,8 @@ class TextRequest(Request):
     @property
     def prompts(self) -> list[Prompt]:
         given: Any = self.prompt
-        several = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
-        return [p if isinstance(p, str) else tuple(p) for p in several]
+        prompts = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
+        return [p if isinstance(p, str) else tuple(p) for p in prompts]
 
     @property
     def logprob_count(self) -> int | None:
@@ -400,7 +400,7 @@ class Responses:
         self._name, self._created = name, int(time.time())
         self._id = ("chatcmpl-" if self._chat else "cmpl-") + uuid.uuid4().hex
 
-    def whole(self, completions: Sequence[Sequence[Piece]], usage: Json) -> Json:
+    def full_response(self, completions: Sequence[Sequence[Piece]], usage: Json) -> Json:
         """Return the response without streaming; each completion is given as its pieces."""
         choices = []
         for index, pieces in enumerate(completions):
@@ -410,7 +410,7 @@ class Responses:
             choices.append(self._choice(index, content, tokens, pieces[-1].finish))
         return self._response(choices, "chat.completion", usage=usage)
 
-    def first(self, indices: Iterable[int]) -> list[Json]:
+    def opening_chunks(self, indices: Iterable[int]) -> list[Json]:
         """Return the chunks that open the completions of a stream; only the chat endpoint has them."""
         delta = {"role": "assistant", "content": "", "refusal": None}
         opening = {"delta": delta, "logprobs": None, "finish_reason": None}
@@ -422,7 +422,7 @@ class Responses:
         content = {"delta": delta} if self._chat else {"text": piece.text}
         return self._chunk([self._choice(index, content, piece.tokens, piece.finish)])
 
-    def last(self, usage: Json) -> Json:
+    def usage_chunk(self, usage: Json) -> Json:
         """Return the final chunk, which holds the usage."""
         return self._response([], "chat.completion.chunk", usage=usage)
 

@@ -19,7 +19,7 @@ from penchant.errors import ConfigError
 from penchant.judges.endpoint import is_loopback
 
 
-class Served(Protocol):
+class ServedApp(Protocol):
     """An ASGI application that can be stopped and closed with its server."""
 
     def __call__(self, scope: Any, receive: Any, send: Any) -> Awaitable[None]: ...
@@ -31,11 +31,11 @@ class Served(Protocol):
         """Release everything after serving has ended."""
 
 
-KEY = "PENCHANT_API_KEY"  # the environment variable with the required API key
-CONNECTIONS = 256  # maximum number at a time
-GRACE = 5  # seconds for responses under way to finish at shutdown
-HEAD_SECONDS = 20.0  # seconds for the head of a request to arrive
-READ_SECONDS = 60.0  # seconds for a client to read what was written to it
+KEY_ENV = "PENCHANT_API_KEY"  # the environment variable with the required API key
+MAX_CONNECTIONS = 256  # maximum number at a time
+SHUTDOWN_TIMEOUT = 5  # seconds for responses under way to finish at shutdown
+HEAD_TIMEOUT = 20.0  # seconds for the head of a request to arrive
+READ_TIMEOUT = 60.0  # seconds for a client to read what was written to it
 
 
 def check_host(host: str, key: str | None) -> bool:
@@ -47,7 +47,7 @@ def check_host(host: str, key: str | None) -> bool:
     local = is_loopback(host)
     if not local and key is None:
         what = f"{host!r} can be reached from other machines, and there is no key"
-        how = f"set the environment variable {KEY} to a long random text, or leave --host out"
+        how = f"set the environment variable {KEY_ENV} to a long random text, or leave --host out"
         raise ConfigError("--host", what, how)
     return local
 
@@ -78,49 +78,49 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         found = socket.getaddrinfo("127.0.0.1" if host == "localhost" else host, port, type=socket.SOCK_STREAM)
         family, *_, address = found[0]
-        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # :: stands for every address of this machine
-        return socket.create_server(address, family=family, backlog=128, dualstack_ipv6=both)
+        dual_stack = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # :: means every address of this machine
+        return socket.create_server(address, family=family, backlog=128, dualstack_ipv6=dual_stack)
     except (OSError, UnicodeError, OverflowError) as error:
         taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
         why = "another program listens there already" if taken else str(error)
         raise ConfigError(f"{host}:{port}", f"cannot be bound: {why}", "choose another --port or --host") from error
 
 
-def address_of(made: socket.socket, path: str = "/v1") -> str:
+def server_url(bound: socket.socket, path: str = "/v1") -> str:
     """Return ``http://HOST:PORT/v1``."""
-    host, port = made.getsockname()[:2]
+    host, port = bound.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}{path}"
 
 
-def served_name(given: str, name: str | None) -> str:
+def served_name(model: str, name: str | None) -> str:
     """Return the name a model is served under: `name`, a hub id, or the last folder of a path (the run's, for one of its steps)."""
     if name is not None:
         return name
-    path = Path(given).expanduser()
+    path = Path(model).expanduser()
     if not path.exists():
-        return given
+        return model
     parts = [p for p in path.resolve().parts if not re.fullmatch(r"model|checkpoints|step-\d+", p)]
     return Path(parts[-1]).stem if path.is_file() else parts[-1]
 
 
-def _protocol() -> Any:
+def _http_protocol() -> Any:
     """Return uvicorn's HTTP protocol class with timeouts; it also drops idle connections if a new client finds no free one."""
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
-    class Impatient(H11Protocol):
+    class TimeoutProtocol(H11Protocol):
         connections: set[Any]
-        late: Any = None  # timer that closes a connection whose request head does not arrive
-        stuck: Any = None  # timer that closes one whose client does not read
+        head_timer: Any = None  # timer that closes a connection whose request head does not arrive
+        read_timer: Any = None  # timer that closes one whose client does not read
 
         @property
-        def unasked(self) -> bool:
+        def is_idle(self) -> bool:
             return self.cycle is None or self.cycle.response_complete
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             self.since = self.loop.time()
-            idle = [c for c in self.connections if c is not self and (c.unasked or c.cycle.more_body)]
-            for other in sorted(idle, key=lambda c: c.since)[: max(0, len(self.connections) - CONNECTIONS + 1)]:
+            idle = [c for c in self.connections if c is not self and (c.is_idle or c.cycle.more_body)]
+            for other in sorted(idle, key=lambda c: c.since)[: max(0, len(self.connections) - MAX_CONNECTIONS + 1)]:
                 self.connections.discard(other)
                 other.transport.abort()
             self._wait_for_head()
@@ -130,29 +130,29 @@ def _protocol() -> Any:
             self._wait_for_head()
 
         def _wait_for_head(self) -> None:
-            if not self.unasked:
-                self.late = self._cancelled(self.late)
-            elif self.late is None:
-                self.late = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
+            if not self.is_idle:
+                self.head_timer = self._cancel(self.head_timer)
+            elif self.head_timer is None:
+                self.head_timer = self.loop.call_later(HEAD_TIMEOUT, self.transport.abort)
 
         def pause_writing(self) -> None:
             super().pause_writing()
-            self.stuck = self.loop.call_later(READ_SECONDS, self.transport.abort)
+            self.read_timer = self.loop.call_later(READ_TIMEOUT, self.transport.abort)
 
         def resume_writing(self) -> None:
             super().resume_writing()
-            self.stuck = self._cancelled(self.stuck)
+            self.read_timer = self._cancel(self.read_timer)
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self.late, self.stuck = self._cancelled(self.late), self._cancelled(self.stuck)
+            self.head_timer, self.read_timer = self._cancel(self.head_timer), self._cancel(self.read_timer)
             super().connection_lost(exc)
 
-        def _cancelled(self, timer: Any) -> Any:
+        def _cancel(self, timer: Any) -> Any:
             if timer is not None:
                 timer.cancel()
             return None
 
-    return Impatient
+    return TimeoutProtocol
 
 
 @dataclass
@@ -163,7 +163,7 @@ class Server:
         sock: an already bound socket.
     """
 
-    app: Served
+    app: ServedApp
     sock: socket.socket
 
     def __post_init__(self) -> None:
@@ -178,16 +178,16 @@ class Server:
 
         config = uvicorn.Config(
             self.app,
-            http=_protocol(),
+            http=_http_protocol(),
             lifespan="off",
             ws="none",
             log_config=None,
             access_log=False,
             proxy_headers=False,
             server_header=False,
-            limit_concurrency=CONNECTIONS,
+            limit_concurrency=MAX_CONNECTIONS,
             timeout_keep_alive=30,
-            timeout_graceful_shutdown=GRACE,
+            timeout_graceful_shutdown=SHUTDOWN_TIMEOUT,
         )
         self.uvicorn: Any = Uvicorn(config)
 
@@ -207,20 +207,20 @@ class Server:
     def run_until_signal(self) -> None:
         """Call `run`, and `stop` at SIGINT or SIGTERM; a second signal forces an immediate exit."""
 
-        def end(_: int, __: Any) -> None:
+        def handle_signal(_: int, __: Any) -> None:
             if self.uvicorn.should_exit:
                 self.uvicorn.force_exit = True
             self.stop()
 
-        before = {s: signal.signal(s, end) for s in (signal.SIGINT, signal.SIGTERM)}
+        previous_handlers = {s: signal.signal(s, handle_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             self.run()
         finally:
-            for number, handler in before.items():
+            for number, handler in previous_handlers.items():
                 signal.signal(number, handler)
 
 
-def log_to(quiet: bool) -> None:
+def set_up_logging(quiet: bool) -> None:
     """Log one line per request to stderr (method, path, status, seconds), never the text of prompts or answers."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))

@@ -35,8 +35,8 @@ class Sampling:
     seed: int = 0
     turn: int = 0
     attempt: int = 0
-    presence: float = 0.0
-    frequency: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     top_logprobs: int | None = None
 
 
@@ -60,15 +60,15 @@ class SampledToken:
 # A model with the caches of one prompt has three methods:
 #   first() -> logits after the prompt (rows, V)
 #   next(tokens) -> feed each row its last token; return the logits (rows, V) of the next one
-#   keep(going) -> drop the other rows; return the previous index of each remaining row
+#   keep_rows(active) -> drop the other rows; return the previous index of each remaining row
 
 
-class _Packed:
+class _PackedDecoder:
     """The packed decoder of models/cpu/decode.py."""
 
     def __init__(self, decoder: FastDecoder, prompt: Sequence[int], rows: int, new_tokens: int) -> None:
         self._decoder = decoder.with_room(rows=rows, groups=1, prompt_tokens=len(prompt), new_tokens=new_tokens)
-        self._prompt, self._rows, self._age = list(prompt), rows, 0
+        self._prompt, self._rows, self._generated = list(prompt), rows, 0
         self._lengths = torch.tensor([len(prompt)])
 
     def first(self) -> Tensor:
@@ -76,28 +76,28 @@ class _Packed:
 
     def next(self, tokens: Tensor) -> Tensor:
         count = len(tokens)
-        ages = torch.full((count,), self._age, dtype=torch.int64)
-        self._age += 1
+        ages = torch.full((count,), self._generated, dtype=torch.int64)
+        self._generated += 1
         return self._decoder.step(tokens, torch.zeros(count, dtype=torch.int64), ages, self._lengths)
 
-    def keep(self, going: Tensor) -> Tensor:
-        stay = int(going.sum())
+    def keep_rows(self, active: Tensor) -> Tensor:
+        stay = int(active.sum())
         order = torch.arange(stay)
-        holes = (~going[:stay]).nonzero().squeeze(1)
-        order[holes] = going[stay:].nonzero().squeeze(1) + stay
-        if self._age:
-            self._decoder.move_rows(order[holes].tolist(), holes.tolist(), self._age)
+        holes = (~active[:stay]).nonzero().squeeze(1)
+        order[holes] = active[stay:].nonzero().squeeze(1) + stay
+        if self._generated:
+            self._decoder.move_rows(order[holes].tolist(), holes.tolist(), self._generated)
         return order
 
 
-class _Transformer:
+class _TransformersDecoder:
     """Any transformers model, with its own cache."""
 
     def __init__(self, model: Any, prompt: Sequence[int], rows: int) -> None:
         self._model, self._prompt, self._rows = model, list(prompt), rows
         self._device = next(model.parameters()).device
         self._cache: Any = None
-        self._at = len(self._prompt)
+        self._position = len(self._prompt)
 
     def first(self) -> Tensor:
         out = self._model(input_ids=torch.tensor([self._prompt], device=self._device), use_cache=True, logits_to_keep=1)
@@ -109,14 +109,14 @@ class _Transformer:
 
     def next(self, tokens: Tensor) -> Tensor:
         ids = tokens[:, None].to(self._device)
-        position = torch.full_like(ids, self._at)
-        self._at += 1
+        position = torch.full_like(ids, self._position)
+        self._position += 1
         out = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, position_ids=position)
         logits: Tensor = out.logits[:, -1]
         return logits
 
-    def keep(self, going: Tensor) -> Tensor:
-        order = going.nonzero().squeeze(1)
+    def keep_rows(self, active: Tensor) -> Tensor:
+        order = active.nonzero().squeeze(1)
         self._cache.batch_select_indices(order.to(self._device))
         return order
 
@@ -129,11 +129,14 @@ class Stream:
     """
 
     def __init__(self, chat_model: ChatModel, prompt: Sequence[int], sampling: Sampling) -> None:
-        self._ends, self._sampling = torch.tensor(sorted(chat_model.eos_token_ids), dtype=torch.int64), sampling
+        self._eos_ids, self._sampling = torch.tensor(sorted(chat_model.eos_token_ids), dtype=torch.int64), sampling
         n, new_tokens = sampling.n, sampling.max_new_tokens
         fast = chat_model.decoder if can_decode_fast(chat_model.model, len(prompt) + new_tokens) else None
-        self._feed: _Packed | _Transformer
-        self._feed = _Packed(fast, prompt, n, new_tokens) if fast else _Transformer(chat_model.model, prompt, n)
+        self._backend: _PackedDecoder | _TransformersDecoder
+        if fast is not None:
+            self._backend = _PackedDecoder(fast, prompt, n, new_tokens)
+        else:
+            self._backend = _TransformersDecoder(chat_model.model, prompt, n)
         self._rows = torch.arange(n)  # the answer that each active row belongs to
         self._stopped: set[int] = set()
         self._tokens: Tensor | None = None
@@ -154,30 +157,30 @@ class Stream:
         """Return the next token of every unfinished answer."""
         with torch.inference_mode():
             if self._tokens is not None:
-                self._drop(torch.tensor([int(r) not in self._stopped for r in self._rows], dtype=torch.bool))
+                self._keep_rows(torch.tensor([int(r) not in self._stopped for r in self._rows], dtype=torch.bool))
             if self.done:
                 return []
-            logits = (self._feed.first() if self._tokens is None else self._feed.next(self._tokens)).cpu()
+            logits = (self._backend.first() if self._tokens is None else self._backend.next(self._tokens)).cpu()
             tokens = self._draw(logits)
-            ended = torch.isin(tokens, self._ends)
+            ended = torch.isin(tokens, self._eos_ids)
             self._step += 1
             last = ended | (self._step >= self._sampling.max_new_tokens)
             logps, likeliest = self._log_probs(logits, tokens)
             rows, drawn = self._rows.tolist(), tokens.tolist()
             columns = (rows, drawn, logps, likeliest, ended.tolist(), last.tolist())
-            made = [SampledToken(*values) for values in zip(*columns, strict=True)]
+            sampled_tokens = [SampledToken(*values) for values in zip(*columns, strict=True)]
             self._tokens = tokens
-            self._drop(~last)
-        return made
+            self._keep_rows(~last)
+        return sampled_tokens
 
     def _draw(self, logits: Tensor) -> Tensor:
         s = self._sampling
-        if s.presence or s.frequency:
+        if s.presence_penalty or s.frequency_penalty:
             logits = logits.float()
             if self._counts is None:
                 self._counts = torch.zeros(s.n, logits.shape[1])
             counts = self._counts[self._rows]
-            logits = logits - s.frequency * counts - s.presence * (counts > 0)
+            logits = logits - s.frequency_penalty * counts - s.presence_penalty * (counts > 0)
         uniforms = self._uniforms[self._rows, self._step]
         tokens, logps = draw(logits, uniforms, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k)
         check_logps(logps)
@@ -194,11 +197,11 @@ class Stream:
         likeliest = [tuple(zip(i, v, strict=True)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
         return logps.gather(1, tokens[:, None]).squeeze(1).tolist(), likeliest
 
-    def _drop(self, going: Tensor) -> None:
-        if bool(going.all()):
+    def _keep_rows(self, active: Tensor) -> None:
+        if bool(active.all()):
             return
         assert self._tokens is not None
-        order = self._feed.keep(going) if bool(going.any()) else going.nonzero().squeeze(1)
+        order = self._backend.keep_rows(active) if bool(active.any()) else active.nonzero().squeeze(1)
         self._rows, self._tokens = self._rows[order], self._tokens[order]
 
 
@@ -221,7 +224,7 @@ class Detokenizer:
         self._before: list[int] = []
         self._skip = ""
         self._ids: list[int] = []
-        self._given = ""  # text already returned for the tokens in _ids
+        self._returned = ""  # text already returned for the tokens in _ids
         self._settle(list(before))
 
     def _decode(self, ids: Sequence[int]) -> str:
@@ -233,7 +236,7 @@ class Detokenizer:
         last = ids[-CONTEXT:]
         skip = self._decode(last) if last else ""
         if BROKEN not in skip:  # otherwise the last character may still change
-            self._before, self._skip, self._ids, self._given = last, skip, [], ""
+            self._before, self._skip, self._ids, self._returned = last, skip, [], ""
 
     def _text(self) -> str:
         """Return the text of the tokens in _ids, with partial characters as U+FFFD."""
@@ -243,24 +246,24 @@ class Detokenizer:
         """Return the characters that one more token completes; may be empty."""
         self._ids.append(token)
         text = self._text()
-        piece = self._up_to(text.rstrip(BROKEN))
-        if len(self._ids) >= self._freeze and self._given == text:
+        piece = self._new_text(text.rstrip(BROKEN))
+        if len(self._ids) >= self._freeze and self._returned == text:
             self._settle([*self._before, *self._ids])
         return piece
 
     def flush(self) -> str:
         """Return the rest, partial characters included, if no token follows."""
-        return self._up_to(self._text())
+        return self._new_text(self._text())
 
-    def _up_to(self, text: str) -> str:
-        if not text.startswith(self._given):
+    def _new_text(self, text: str) -> str:
+        if not text.startswith(self._returned):
             return ""
-        new = text[len(self._given) :]
-        self._given = text
+        new = text[len(self._returned) :]
+        self._returned = text
         return new
 
 
-class Stops:
+class StopFilter:
     """Cuts text before the first of several stop texts.
 
     Args:
@@ -278,9 +281,9 @@ class Stops:
         if found:
             self._held = ""
             return text[: min(found)], True
-        keep = max((_overlap(text, t) for t in self._texts), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep], False
+        held = max((_overlap(text, t) for t in self._texts), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held], False
 
     def flush(self) -> str:
         """Return the text held back as a possible beginning of a stop text."""
@@ -309,12 +312,12 @@ def token_bytes(tokenizer: Any, token: int) -> list[int] | None:
     piece = tokenizer.convert_ids_to_tokens(token) or ""
     if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
         return [int(piece[3:5], 16)]
-    table = _byte_of()
+    table = _byte_decoder()
     return [table[c] for c in piece] if all(c in table for c in piece) else None
 
 
 @lru_cache
-def _byte_of() -> dict[str, int]:
+def _byte_decoder() -> dict[str, int]:
     """Map each character of a byte-level vocabulary to its byte: printable bytes to themselves, the others from U+0100 on."""
     themselves = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in themselves]
@@ -349,7 +352,7 @@ class _Row:
     """State of one answer: characters decoded, characters shown, and tokens whose text is not shown yet."""
 
     detokenizer: Detokenizer
-    stops: Stops
+    stops: StopFilter
     decoded: int = 0
     shown: int = 0
     count: int = 0
@@ -376,7 +379,7 @@ class Completions:
         self.prompt, self.sampling = list(prompt), sampling
         self._stream = Stream(chat_model, prompt, sampling)
         before = prompt if continued else ()
-        self._rows = [_Row(Detokenizer(chat_model.tokenizer, before), Stops(stops)) for _ in range(sampling.n)]
+        self._rows = [_Row(Detokenizer(chat_model.tokenizer, before), StopFilter(stops)) for _ in range(sampling.n)]
 
     @property
     def done(self) -> bool:
@@ -401,8 +404,8 @@ class Completions:
         if sampled.last:
             new += row.detokenizer.flush()
         row.decoded += len(new)
-        text, met = row.stops.add(new)
-        if met:
+        text, stopped = row.stops.add(new)
+        if stopped:
             row.finish = STOP
             self._stream.stop(sampled.row)
         elif sampled.last:
@@ -410,6 +413,6 @@ class Completions:
             row.finish = STOP if sampled.ended else LENGTH
         row.shown += len(text)
         # a token is reported along with its text; one that lies entirely within a stop text is never reported
-        ready = tuple(t for t in row.waiting if t.start < row.shown or (row.finish is not None and not met))
+        ready = tuple(t for t in row.waiting if t.start < row.shown or (row.finish is not None and not stopped))
         row.waiting = [t for t in row.waiting if t not in ready]
         return Piece(sampled.row, text, ready, row.finish)

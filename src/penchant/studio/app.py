@@ -30,7 +30,7 @@ from penchant import __version__
 from penchant.base.files import ANYWHERE, disk_error
 from penchant.errors import PenchantError
 from penchant.report.html import text_html, visible
-from penchant.serve.http import CLIENT_GONE, answer, names_this_machine, read_body
+from penchant.serve.http import CLIENT_GONE, handle_request, names_this_machine, read_body
 
 log = logging.getLogger("penchant.studio")
 HERE = Path(__file__).parent
@@ -208,12 +208,21 @@ class Studio:
             for name, value in HEADERS.items():
                 given.setdefault(name, value)
 
-        def by() -> ASGIApp:
+        def choose_app() -> ASGIApp:
             return self._refusal(Request(scope, receive)) or self._starlette
 
-        failed = PlainTextResponse("something went wrong in the studio; its log says what", 500)
+        error_response = PlainTextResponse("something went wrong in the studio; its log says what", 500)
         shown = visible(path)[:80]
-        await answer(scope, receive, send, by=by, failed=failed, headers=headers, log=log, path=shown)
+        await handle_request(
+            scope,
+            receive,
+            send,
+            choose_app=choose_app,
+            error_response=error_response,
+            headers=headers,
+            log=log,
+            path=shown,
+        )
 
     def _refusal(self, request: Request) -> Response | None:
         """Return the response if the request is refused or redirected, else None."""
@@ -229,7 +238,7 @@ class Studio:
             where = path + (f"?{urlencode(rest)}" if rest else "")
             return self._let_in("/" + where.lstrip("/")) if self._opens(given) else RedirectResponse("/login", 303)
         if request.method in CHANGES and not _same_site(headers):
-            return PlainTextResponse("this change was asked for by a page of another site", 403)
+            return PlainTextResponse("this request came from a page of another site", 403)
         if path == "/login":
             return None
         cookie = request.cookies.get(self.cookie, "")
@@ -240,7 +249,7 @@ class Studio:
         if request.method in CHANGES:
             token = headers.get("x-csrf-token", "")
             if not hmac.compare_digest(token.encode("utf-8", "surrogatepass"), self._csrf.encode()):
-                return PlainTextResponse("this page is of an earlier start of the studio; load it again", 403)
+                return PlainTextResponse("this page belongs to an earlier session of the studio; reload it", 403)
         return None
 
     # ---- errors ----------------------------------------------------------------------------------------------------

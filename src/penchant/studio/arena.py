@@ -316,7 +316,7 @@ def _taken(arena: Arena, annotator: str, given: list[tuple[str, str]]) -> str:
     )
     arena.preferences.append(judgement.to_json())
     trained = judgement.edited is None or verdict in ("a", "b")
-    return "" if trained else "Your own answer is kept, but not trained on: it would take the place of the better one."
+    return "" if trained else "Your answer is kept but not trained on, since you chose neither answer as better."
 
 
 def _take_back(rooms: Rooms, arena: Arena, annotator: str, order: str) -> tuple[str, Judgement | None]:

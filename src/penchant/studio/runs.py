@@ -42,8 +42,8 @@ REPORT_POLICY = (
     "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
 )
-ENDING = "it was asked to end, and writes a checkpoint first"
-STARTING = "its process was started, and reads its model and rows"
+ENDING = "stopping; it writes a checkpoint first"
+STARTING = "starting; it is loading the model and the data"
 ENDED_EARLY = ("stopped", "interrupted", "paused")
 STATES = {"running": "good", "preparing": "good", "stopped": "bad", "interrupted": "warn", "paused": "warn"}
 

@@ -96,10 +96,10 @@ class Writers:
         from penchant.types import Message
 
         if folder not in self._models:
-            self._models[folder] = load_chat_model(str(folder), otherwise="transcript")
+            self._models[folder] = load_chat_model(str(folder), fallback_style="transcript")
         model = self._models[folder]
         asked = prompt if isinstance(prompt, str) else tuple(Message(r, t) for r, t in turns_of(prompt))
-        if isinstance(asked, str) and model.style.remembers and model.style.name == "chat":
+        if isinstance(asked, str) and model.style.keeps_history and model.style.name == "chat":
             asked = (Message("user", asked),)
         ids, continued = token_ids(model, asked, {})
         room = model.context - len(ids)

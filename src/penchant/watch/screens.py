@@ -224,7 +224,7 @@ def _figures(view: RunView) -> list[str]:
     if rate is not None:
         found.append(f"lr {rate:.1e}")
     if view.state in ("running", "preparing") and view.took is not None:
-        found.append(f"going for {duration(view.took)}")
+        found.append(f"running for {duration(view.took)}")
     return found
 
 
@@ -379,7 +379,7 @@ def _runs(view: GroupView, size: Size) -> list[Text]:
     widths[0] = min(widths[0], max(12, size.width - sum(widths[1:]) - 2 * 4 - 12))
     lines = [columns(row, widths) for row in (head, *rows)]
     if len(members) < len(view.members):
-        lines.append(Text(f"and {len(view.members) - len(members)} more, for which there is no room", "dim"))
+        lines.append(Text(f"and {len(view.members) - len(members)} more that do not fit", "dim"))
     return lines
 
 

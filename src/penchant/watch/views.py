@@ -245,8 +245,8 @@ class RunView:
             return ("stopped", clean(why, 300)) if known else ("interrupted", "it ended before its last step")
         if said is None:
             return "interrupted", "it has no manifest.json" if self.step else "before its first step"
-        ended = "its process ended without a word; " if said == "running" else ""
-        return "interrupted", f"{ended}the same command continues"
+        ended = "its process died without a message; " if said == "running" else ""
+        return "interrupted", f"{ended}run the same command to resume"
 
 
 # ---- Several runs: those of a sweep, a pipeline or a folder, or a list of runs ----
