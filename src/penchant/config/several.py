@@ -125,5 +125,5 @@ class Member:
 
     def refusal(self, why: str, how: str) -> CheckpointError:
         """The error for a run that exists with other inputs, so that it can be neither skipped nor overwritten."""
-        what = f"{self.title.format(self.name)} is done or half done with other inputs: {why}"
+        what = f"{self.title.format(self.name)} was already run, fully or in part, with other inputs: {why}"
         return CheckpointError(self.place, what, how)
