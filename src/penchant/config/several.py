@@ -36,7 +36,9 @@ def read_values(given: Mapping[str, Any] | str | Path, shape: str, what: str) ->
     return values, places, source
 
 
-def read_top(values: Mapping[str, Any], keys: Sequence[str], places: Places, source: str, what: str, part: str) -> Path:
+def read_output(
+    values: Mapping[str, Any], keys: Sequence[str], places: Places, source: str, what: str, part: str
+) -> Path:
     """Check the top-level keys of a file of several runs and return its output folder.
 
     Args:
@@ -93,7 +95,7 @@ class Member:
 
     title: ClassVar[str] = "run {}"
 
-    def made_of(self, values: Mapping[str, Any]) -> RunConfig:
+    def build_config(self, values: Mapping[str, Any]) -> RunConfig:
         """Build the config of `values` with this run's folder as output.
 
         Raises:
