@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penchant.config import RunConfig, config_from_mapping, dump_config, load_config, what_is_computed
+from penchant.config import RunConfig, config_from_mapping, dump_config, load_config, result_settings
 from penchant.errors import ConfigError
 
 BASE = "model: {path: m}\ndata: {path: d}\noutput: o\n"
@@ -224,7 +224,7 @@ def test_how_long_something_may_take_is_no_part_of_what_is_computed() -> None:
     base = {"model": {"path": "x"}, "data": {"path": "y"}, "algorithm": {"name": "grpo"}, "output": "o"}
 
     def computed(reward: dict[str, Any], **rollout: Any) -> dict[str, Any]:
-        return what_is_computed(config_from_mapping({**base, "reward": reward, "rollout": rollout}, []))
+        return result_settings(config_from_mapping({**base, "reward": reward, "rollout": rollout}, []))
 
     short = computed({"words": 1.0, "timeout": 5.0}, environment="calculator", environment_timeout=1.0)
     assert (

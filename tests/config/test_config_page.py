@@ -8,7 +8,7 @@ import pytest
 
 from penchant.cli import main
 from penchant.config import default_settings
-from penchant.config.page import REFUSED, markdown, parts, refusal, text
+from penchant.config.page import REJECTED, error_for, markdown, parts, text
 
 KEYS = {k.path: k for p in parts() for k in p.keys}
 
@@ -35,14 +35,14 @@ def test_every_key_says_what_it_means() -> None:
     assert [k for k, v in KEYS.items() if not v.meaning] == []
 
 
-@pytest.mark.parametrize("settings", REFUSED, ids=" ".join)
+@pytest.mark.parametrize("settings", REJECTED, ids=" ".join)
 def test_what_the_page_calls_refused_is(settings: tuple[str, ...]) -> None:
-    assert len(refusal(settings)) > 20
+    assert len(error_for(settings)) > 20
 
 
 def test_what_is_accepted_cannot_stand_there() -> None:
     with pytest.raises(AssertionError, match="is accepted"):
-        refusal(("train.lr=1e-5",))
+        error_for(("train.lr=1e-5",))
 
 
 def test_one_key_and_a_section(capsys: pytest.CaptureFixture[str]) -> None:

@@ -314,7 +314,7 @@ def test_what_was_found_comes_first_and_what_is_in_order_is_one_line() -> None:
     result = audit(from_rows([pair(0), pair(0), *(pair(i) for i in range(1, 30))]), languages=False)
     short, whole = result.to_text().splitlines(), result.to_text(whole=True).splitlines()
     assert short[2].startswith("exact duplicates of an earlier row") and "--all" in short[-1]
-    (fine,) = [line for line in short if line.startswith("Checked too, nothing found: ")]
+    (fine,) = [line for line in short if line.startswith("Also checked, nothing found: ")]
     assert "contradictions" in fine and "pii email" in fine and ", duplicates" not in fine
     assert len(short) < 12 < len(whole) and any(line.startswith("characters") for line in whole)
 

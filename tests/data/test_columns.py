@@ -263,7 +263,7 @@ def test_judged_answers_are_no_demonstrations(tmp_path: Path, row: dict[str, Any
             continue
         layouts = {"messages": "messages", "conversations": "sharegpt", "instruction": "alpaca", "prompt": "sft"}
         layout = next(layouts[name] for name in row if name in layouts)
-        with pytest.raises(DataError, match="judges the answer"):
+        with pytest.raises(DataError, match="rates the answer"):
             load_preferences(written(tmp_path, row), shape=layout, layout_options=options)
 
 
@@ -351,7 +351,7 @@ def test_usual_names_of_a_prompt_an_answer_and_a_word_about_it_are_read_and_said
 
 
 def test_a_number_about_an_answer_and_two_answers_are_still_asked_about(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="judges the answer"):
+    with pytest.raises(DataError, match="rates the answer"):
         load_preferences(written(tmp_path, {"prompt": "p", "completion": "a", "rating": 4}))
     with pytest.raises(DataError, match=r"no known layout|several answers"):
         load_preferences(written(tmp_path, {"prompt": "p", "answer": "a", "response": "b"}))

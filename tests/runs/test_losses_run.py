@@ -296,7 +296,7 @@ def test_a_divergence_ceiling_stops_too(base: dict[str, Any]) -> None:
         ({"loss": {"name": "dpo", "beta": {"from": 0.1, "to": -1.0}}}, "greater than 0"),
         ({"loss": {"name": "dpo", "beta": {"from": 0.1, "to": 0.2, "shape": "step"}}}, "'linear' or 'cosine'"),
         ({"loss": {"name": "ipo", "average": {"from": 0.0, "to": 1.0}}}, "true or false|schedule"),
-        ({"loss": {"name": "simpo", "average_log_prob": True}}, "looks at lengths itself"),
+        ({"loss": {"name": "simpo", "average_log_prob": True}}, "uses lengths itself"),
         ({"loss": {"name": "dpo", "weight": 0.5}}, "a single loss has no weight"),
         ({"loss": {"mix": [{"name": "dpo"}, {"name": "dpo"}]}}, "listed twice"),
         ({"loss": {"mix": "dpo"}}, "not a list of losses"),

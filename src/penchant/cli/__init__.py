@@ -199,11 +199,11 @@ def _run(argv: Sequence[str] | None) -> int:
 
 def _as_settings(args: argparse.Namespace, rest: Sequence[str], command: str) -> str:
     """Suggest what to write in place of unknown options: ``--lr 1e-4`` is the setting train.lr=1e-4."""
-    from penchant.config.explain import setting_of
+    from penchant.config.explain import full_key
 
     first, *others = rest
     name, _, value = first.lstrip("-").partition("=")
-    key = name if "." in name else setting_of(name.replace("-", "_"), {}).partition(" ")[0]
+    key = name if "." in name else full_key(name.replace("-", "_"), {}).partition(" ")[0]
     if not key or not hasattr(args, "overrides"):
         return f"`{command} --help` lists what there is"
     value = value or next((w for w in others if not w.startswith("--")), "VALUE")

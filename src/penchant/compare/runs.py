@@ -18,7 +18,7 @@ from penchant.base.files import file_sha256
 from penchant.base.machine import why_not
 from penchant.base.text import counted
 from penchant.compare.models import trained_prompts
-from penchant.config import RunConfig, load_config, what_is_computed, with_absolute_paths
+from penchant.config import RunConfig, load_config, result_settings, with_absolute_paths
 from penchant.errors import CheckpointError, ConfigError, DataError, ModelError, PenchantError
 from penchant.models.load import cast_parameters, load_causal_model, resolve_device, source_sha256
 from penchant.models.merge import is_adapter, model_sha256
@@ -57,7 +57,7 @@ class TrainedRun:
     @property
     def setting(self) -> str:
         """Everything that a run's result depends on except its seed, as JSON; equal for runs of one setting."""
-        values = what_is_computed(self.config)
+        values = result_settings(self.config)
         values["train"].pop("seed")
         data = self.manifest["data"]
         whole = {name: data[name]["fingerprint"] for name in ("train", "heldout") if name in data}

@@ -13,12 +13,12 @@ from penchant.base.functions import is_own
 from penchant.base.section import recorded
 from penchant.config.explain import SYNONYMS, explain_all, with_place  # noqa: F401
 from penchant.config.schema import (  # noqa: F401
-    BOTH,
-    HOLD_OUT,
+    HOLD_OUT_KEYS,
+    LOSS_AND_ALGORITHM,
     RunConfig,
     default_settings,
-    merged,
-    what_is_computed,
+    merge_settings,
+    result_settings,
     with_absolute_paths,
 )
 from penchant.config.yaml import (  # noqa: F401
@@ -28,12 +28,12 @@ from penchant.config.yaml import (  # noqa: F401
     apply_overrides,
     check_values,
     dump_config,
+    expand_source_list,
     parse_yaml,
     place_of,
     plain_values,
     read_mapping,
     set_key,
-    sources_named,
 )
 from penchant.errors import ConfigError
 from penchant.losses.section import LossConfig, LossModifiers, LossProblem
@@ -51,7 +51,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def load_config_with_places(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, Places]:
     """Like `load_config`, with the place of each key that is set: ``{key path: "file:line" or "command line"}``."""
     values, places = read_mapping(path, "a config is a mapping with model, data and output; see recipes/")
-    places = sources_named(values, places)
+    places = expand_source_list(values, places)
     places = apply_overrides(values, places, overrides)
     with recorded() if Path(path).name == RESOLVED else nullcontext():
         return build(values, places, str(path)), places
@@ -60,7 +60,7 @@ def load_config_with_places(path: str | Path, overrides: Sequence[str] = ()) -> 
 def config_from_mapping(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
     """Like `load_config`, from a mapping, for Python callers."""
     plain = plain_values(values)
-    return build(plain, apply_overrides(plain, sources_named(plain, {}), overrides), "config")
+    return build(plain, apply_overrides(plain, expand_source_list(plain, {}), overrides), "config")
 
 
 def build(values: dict[str, Any], places: Places, source: str) -> RunConfig:
@@ -69,9 +69,9 @@ def build(values: dict[str, Any], places: Places, source: str) -> RunConfig:
     Args:
         places: ``{key path: "file:line"}`` for messages; source: the place of keys that have none.
     """
-    places = sources_named(values, places)
+    places = expand_source_list(values, places)
     check_values(values, places, source)
-    values = _own_files_found(values, places, source)
+    values = _resolve_own_files(values, places, source)
     _check_loss(values, places, source)
     try:
         return RunConfig.model_validate(values)
@@ -81,10 +81,10 @@ def build(values: dict[str, Any], places: Places, source: str) -> RunConfig:
         raise with_place(error, places, source) from error
 
 
-def _own_files_found(values: dict[str, Any], places: Places, source: str) -> dict[str, Any]:
+def _resolve_own_files(values: dict[str, Any], places: Places, source: str) -> dict[str, Any]:
     """Resolve the user's own losses, algorithm and layout, looked up next to the config file, then in the working folder."""
 
-    def found(name: Any, path: tuple[str, ...]) -> Any:
+    def resolved_name(name: Any, path: tuple[str, ...]) -> Any:
         if not isinstance(name, str) or not is_own(name):
             return name
         file, _, function = name.rpartition(":")
@@ -92,20 +92,20 @@ def _own_files_found(values: dict[str, Any], places: Places, source: str) -> dic
         there = beside if beside.is_file() else Path(file).expanduser()
         return f"{there.resolve()}:{function}" if there.is_file() else name
 
-    def section(value: Any, path: tuple[str, ...]) -> Any:
+    def resolved_section(value: Any, path: tuple[str, ...]) -> Any:
         if isinstance(value, str):
-            return found(value, path)
+            return resolved_name(value, path)
         if not isinstance(value, Mapping):
             return value
-        made = {**value, "name": found(value["name"], (*path, "name"))} if "name" in value else dict(value)
+        made = {**value, "name": resolved_name(value["name"], (*path, "name"))} if "name" in value else dict(value)
         if isinstance(made.get("mix"), list):
-            made["mix"] = [section(m, (*path, "mix", str(i))) for i, m in enumerate(made["mix"])]
+            made["mix"] = [resolved_section(m, (*path, "mix", str(i))) for i, m in enumerate(made["mix"])]
         return made
 
     data = values.get("data")
     if isinstance(data, Mapping) and "shape" in data:
-        values = {**values, "data": {**data, "shape": found(data["shape"], ("data", "shape"))}}
-    return {k: section(v, (k,)) if k in BY_NAME else v for k, v in values.items()}
+        values = {**values, "data": {**data, "shape": resolved_name(data["shape"], ("data", "shape"))}}
+    return {k: resolved_section(v, (k,)) if k in BY_NAME else v for k, v in values.items()}
 
 
 def _check_loss(values: Mapping[str, Any], places: Places, source: str) -> None:
@@ -117,7 +117,7 @@ def _check_loss(values: Mapping[str, Any], places: Places, source: str) -> None:
         return
     resolved = isinstance(loss, Mapping) and LossModifiers.model_fields.keys() <= loss.keys()  # by `dump_config`
     if values.get("algorithm") is not None and not resolved:
-        what, _, how = BOTH.partition("; ")
+        what, _, how = LOSS_AND_ALGORITHM.partition("; ")
         raise ConfigError(place_of(("loss",), places, source), what, how)
     section = {"name": loss} if isinstance(loss, str) else {k: v for k, v in loss.items() if k != "ref_ema"}
     try:

@@ -73,7 +73,7 @@ SYNONYMS = {
 }
 
 
-MOST = 20  # errors of one section shown after the first
+MAX_ERRORS = 20  # errors of one section shown after the first
 
 
 def explain_all(
@@ -91,9 +91,9 @@ def explain_all(
         if p.how != known.how:  # a union of types reports each of its members
             found[p.where, p.what] = ConfigError(p.where, p.what, f"{known.how} or {p.how.removeprefix('give ')}")
     first, *others = found.values()
-    more = "".join(f"\n{p}" for p in others[:MOST])
-    if len(others) > MOST:
-        more += f"\nand {len(others) - MOST:,} more like these"
+    more = "".join(f"\n{p}" for p in others[:MAX_ERRORS])
+    if len(others) > MAX_ERRORS:
+        more += f"\nand {len(others) - MAX_ERRORS:,} more like these"
     if not first.how:
         return ConfigError(first.where, first.what + more)
     return ConfigError(first.where, first.what, first.how + more)
@@ -136,18 +136,18 @@ def _explain(error: Any, places: Places, source: str, suggest: Callable[[str], s
         return ConfigError(where, f"{dotted} is {short(as_yaml(value))}", f"it is a section: {how}")
     if kind == "value_error" and not isinstance(value, bool):
         what, _, how = str(error["msg"]).removeprefix("Value error, ").partition("; ")
-        where = _place_of_words(what, path, places) or where
+        where = _place_of_named_key(what, path, places) or where
         return ConfigError(where, f"{dotted}: {what}" if dotted else what, how)
     if isinstance(value, str) and kind.split("_")[0] in ("float", "finite", "int", "bool", "literal"):
-        plain = _unquoted(value)
+        plain = _number_without_quotes(value)
         if plain is not None:
             return ConfigError(
                 where, f"{dotted} is the text {short(repr(value))}", f"write {short(plain)} without quotes"
             )
-    return ConfigError(where, f"{dotted} is {shown}", f"give {_wanted(error, path)}")
+    return ConfigError(where, f"{dotted} is {shown}", f"give {_expected(error, path)}")
 
 
-def _place_of_words(what: str, path: tuple[str, ...], places: Places) -> str:
+def _place_of_named_key(what: str, path: tuple[str, ...], places: Places) -> str:
     """The place of a section's keys that an error message names: the command line if any is set there, else the first place."""
     words = re.findall(r"\w+(?:\.\w+)*", what)
     found = [places[key] for word in words if (key := (*path, *word.split("."))) in places]
@@ -175,7 +175,7 @@ def _description(path: tuple[str, ...]) -> str:
     return (info.description if info is not None else None) or "see recipes/ for an example"
 
 
-def _unquoted(text: str) -> str | None:
+def _number_without_quotes(text: str) -> str | None:
     """A quoted number or boolean without its quotes; None for any other text."""
     try:
         value, _ = parse_yaml(text, "")
@@ -195,14 +195,14 @@ def _example(path: tuple[str, ...]) -> str:
     return "5e-6" if path[-1] == "lr" else "0.1"
 
 
-WANTED = {
+EXPECTED = {
     "int": "a whole number",
     "bool": "true or false",
     "list": "a list",
 }
 
 
-def _wanted(error: Any, path: tuple[str, ...]) -> str:
+def _expected(error: Any, path: tuple[str, ...]) -> str:
     kind = error["type"].split("_")[0]  # float_parsing, int_type, string_too_short
     if kind == "string":
         return f"text ({_description(path)})"
@@ -210,7 +210,7 @@ def _wanted(error: Any, path: tuple[str, ...]) -> str:
         return f"a number such as {_example(path)}"
     message = str(error["msg"]).removeprefix("Input should be ")
     if kind not in ("greater", "less"):
-        return WANTED.get(kind, message)
+        return EXPECTED.get(kind, message)
     info = _fields_of(path).get(path[-1])
     limits = bounds(info) if info is not None else ""
     share = "," in limits and limits.endswith(("< 1", "<= 1"))
@@ -219,7 +219,7 @@ def _wanted(error: Any, path: tuple[str, ...]) -> str:
     return wanted + (", or null for none" if optional else "")
 
 
-def setting_of(word: str, places: Places) -> str:
+def full_key(word: str, places: Places) -> str:
     """The full key for a word without its section or from another tool; empty if there is none.
 
     Args:
@@ -243,6 +243,6 @@ def _suggest_key(path: tuple[str, ...], places: Places) -> str:
     names = list(_fields_of(path))
     if near := closest(word, names):
         return f'did you mean "{near}"?'
-    if elsewhere := setting_of(word, places):
+    if elsewhere := full_key(word, places):
         return f'did you mean "{elsewhere}"?'
     return f"there are {', '.join(sorted(names))}"

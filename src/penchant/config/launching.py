@@ -36,7 +36,7 @@ def check_launch(config: RunConfig, processes: int) -> None:
     if launch.context > 1:
         why = None
         if config.algorithm is not None:
-            why = f"{config.method.name} writes answers, and has not been tried with it"
+            why = f"{config.method.name} samples completions, which is untested with it"
         elif config.model.router_aux_loss is not None:
             why = "a router's balance loss has not been tried with it"
         elif config.train.packing == "padded":

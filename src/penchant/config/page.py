@@ -22,7 +22,7 @@ from penchant.rewards.builtin import WITH_OPTIONS, RewardConfig
 _PLAIN = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null", Any: "anything"}
 
 # settings that are rejected; the page shows the actual error messages
-REFUSED: tuple[tuple[str, ...], ...] = (
+REJECTED: tuple[tuple[str, ...], ...] = (
     ("data.validation_rows=50", "data.validation_fraction=0.1"),
     ("reference.ema=0.99", "reference.sync_every=64"),
     ("reference.sync_mixup=0.5",),
@@ -71,21 +71,21 @@ class Part:
 
 def takes(info: FieldInfo) -> str:
     """What a field accepts: its type in words, its choices, its range."""
-    return ", ".join(filter(None, (_words(info.annotation), bounds(info))))
+    return ", ".join(filter(None, (_type_in_words(info.annotation), bounds(info))))
 
 
-def _words(kind: Any) -> str:
+def _type_in_words(kind: Any) -> str:
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        return _words(inner[0])
+        return _type_in_words(inner[0])
     if origin is Literal:
         return " or ".join(str(v) for v in inner)
     if origin in (Union, types.UnionType):
-        return " or ".join(_words(i) for i in inner)
+        return " or ".join(_type_in_words(i) for i in inner)
     if origin is list:
-        return "list of sections" if _is_section(inner[0]) else f"list of {_words(inner[0])}"
+        return "list of sections" if _is_section(inner[0]) else f"list of {_type_in_words(inner[0])}"
     if origin is dict:
-        return f"mapping of {_words(inner[0])} to {_words(inner[1])}"
+        return f"mapping of {_type_in_words(inner[0])} to {_type_in_words(inner[1])}"
     return _PLAIN.get(kind, getattr(kind, "__name__", str(kind)))
 
 
@@ -194,7 +194,7 @@ def text(key: str | None = None) -> str:
     return "\n".join(lines[1:])
 
 
-def refusal(settings: tuple[str, ...]) -> str:
+def error_for(settings: tuple[str, ...]) -> str:
     """The error message for a config with these settings.
 
     Raises:
@@ -238,5 +238,5 @@ def markdown() -> str:
         "",
     ]
     lines += ["| settings | answer |", "|---|---|"]
-    lines += [f"| `{' '.join(settings)}` | {_cell(refusal(settings))} |" for settings in REFUSED]
+    lines += [f"| `{' '.join(settings)}` | {_cell(error_for(settings))} |" for settings in REJECTED]
     return "\n".join(lines) + "\n"

@@ -23,8 +23,8 @@ from penchant.rewards.builtin import RewardConfig, kind_of
 from penchant.rollout.options import PLACES, RolloutConfig
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
 
-BOTH = "loss and algorithm are both set; keep one: an algorithm uses no loss of this section"
-WATCHING_ONLY = ("output", "logging", "trust", "launch")  # sections that do not affect what a run computes
+LOSS_AND_ALGORITHM = "loss and algorithm are both set; keep one: an algorithm uses no loss of this section"
+OBSERVING_SECTIONS = ("output", "logging", "trust", "launch")  # sections that do not affect what a run computes
 
 
 class EvaluationConfig(EvalConfig):
@@ -36,7 +36,7 @@ class EvaluationConfig(EvalConfig):
     )
 
     @model_validator(mode="after")
-    def _something_to_judge(self) -> EvaluationConfig:
+    def _check_rewards(self) -> EvaluationConfig:
         if self.reward is not None and self.kl_prompts == 0:
             raise ValueError(
                 "reward judges the completions of kl_prompts held-out prompts, and kl_prompts is 0; raise it"
@@ -68,7 +68,7 @@ class RunConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _reference_of_the_loss(cls, values: Any) -> Any:
+    def _move_ref_ema(cls, values: Any) -> Any:
         """Accept loss.ref_ema, PMPO's own name for a reference that follows the policy, as reference.ema."""
         loss = values.get("loss") if isinstance(values, dict) else None
         if not isinstance(loss, Mapping) or "ref_ema" not in loss:
@@ -85,7 +85,7 @@ class RunConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _teacher_is_the_reference(cls, values: Any) -> Any:
+    def _move_teacher_path(cls, values: Any) -> Any:
         """Accept teacher.path as reference.path for gkd, whose reference is its teacher."""
         if not isinstance(values, dict) or "teacher" not in values:
             return values
@@ -102,7 +102,7 @@ class RunConfig(Section):
 
     @field_validator("algorithm", mode="before")
     @classmethod
-    def _each_has_its_own(cls, value: Any) -> Any:
+    def _parse_algorithm(cls, value: Any) -> Any:
         if isinstance(value, str):
             value = {"name": value}
         if isinstance(value, Mapping):
@@ -112,11 +112,11 @@ class RunConfig(Section):
         return value
 
     @field_serializer("algorithm")
-    def _algorithm_by_alias(self, value: Section | None) -> dict[str, Any] | None:
+    def _serialize_algorithm(self, value: Section | None) -> dict[str, Any] | None:
         return None if value is None else value.model_dump(mode="json", by_alias=True)
 
     @model_validator(mode="after")
-    def _quantized_below_an_adapter(self) -> RunConfig:
+    def _check_quantize(self) -> RunConfig:
         if self.model.quantize == "none":
             return self
         if self.lora is None and self.model.adapter is None:
@@ -131,7 +131,7 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _online_or_offline(self) -> RunConfig:
+    def _check_reward_and_loss(self) -> RunConfig:
         if self.algorithm is None and self.reward is not None:
             raise ValueError("reward is set without an algorithm; add algorithm.name (rloo, grpo, online_dpo, ppo)")
         if self.algorithm is not None and self.reward is not None and not self.algorithm.takes_reward:
@@ -147,11 +147,11 @@ class RunConfig(Section):
                 "leave it out, and use compare for other rewards"
             )
         if self.algorithm is not None and "loss" in self.model_fields_set and self.loss.name != "dpo":
-            raise ValueError(BOTH)
+            raise ValueError(LOSS_AND_ALGORITHM)
         return self
 
     @model_validator(mode="after")
-    def _somebody_writes(self) -> RunConfig:
+    def _check_rollout(self) -> RunConfig:
         if self.rollout != RolloutConfig() and self.method.rollouts is None:
             raise ValueError(
                 "rollout is for methods that write completions in training; leave it out, or set algorithm.name"
@@ -159,7 +159,7 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _nothing_in_vain(self) -> RunConfig:
+    def _check_unused_settings(self) -> RunConfig:
         for key, why in self.method.idle.items():
             section, _, name = key.partition(".")
             if name:
@@ -167,7 +167,7 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _what_can_see(self) -> RunConfig:
+    def _check_vision(self) -> RunConfig:
         """Allow pictures only for losses on given answers, in one process; no completions are sampled for such prompts."""
         if not self.model.sees:
             if self.data.image_dir is not None:
@@ -217,19 +217,19 @@ class RunConfig(Section):
 
     @field_validator("loss", mode="before")
     @classmethod
-    def _loss_by_name(cls, value: Any) -> Any:
+    def _parse_loss(cls, value: Any) -> Any:
         if isinstance(value, str):
             value = {"name": value}
         return LossConfig.from_mapping(value) if isinstance(value, Mapping) else value
 
     @field_serializer("loss")
-    def _loss_as_mapping(self, value: LossConfig) -> dict[str, Any]:
+    def _serialize_loss(self, value: LossConfig) -> dict[str, Any]:
         return value.to_mapping()
 
 
-def what_is_computed(config: RunConfig) -> dict[str, Any]:
+def result_settings(config: RunConfig) -> dict[str, Any]:
     """The settings that affect what a run computes: no sections that only observe, and places and timeouts at their defaults."""
-    settings = config.model_dump(mode="json", exclude=set(WATCHING_ONLY))
+    settings = config.model_dump(mode="json", exclude=set(OBSERVING_SECTIONS))
     default = RolloutConfig().model_dump(mode="json")
     settings["rollout"] |= {name: default[name] for name in (*PLACES, "environment_timeout")}
     settings["reference"]["device"] = "auto"
@@ -298,12 +298,12 @@ def default_settings() -> dict[str, Any]:
     return defaults
 
 
-WHOLE = ("loss", "algorithm", "reward")  # a method's own settings mean nothing to another method
-OF_A_MODEL = ("revision", "init", "tokenizer", "adapter")  # settings that belong to a model.path
-HOLD_OUT = ("eval_path", "validation_rows", "validation_fraction")
+NOT_MERGED = ("loss", "algorithm", "reward")  # a method's own settings mean nothing to another method
+MODEL_SPECIFIC = ("revision", "init", "tokenizer", "adapter")  # settings that belong to a model.path
+HOLD_OUT_KEYS = ("eval_path", "validation_rows", "validation_fraction")
 
 
-def merged(defaults: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+def merge_settings(defaults: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """Merge a stage's `own` keys over `defaults`, section by section.
 
     `loss`, `algorithm` and `reward` are taken whole; a stage with one of loss and algorithm does not inherit the other, and a
@@ -316,14 +316,14 @@ def merged(defaults: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any
             result.pop(other, None)
     for key, value in own.items():
         base = defaults.get(key)
-        if key in WHOLE or not (isinstance(base, dict) and isinstance(value, dict)):
+        if key in NOT_MERGED or not (isinstance(base, dict) and isinstance(value, dict)):
             result[key] = value
             continue
         dropped: set[str] = set()
         if key == "model" and "path" in value:
-            dropped |= set(OF_A_MODEL)
-        if key == "data" and set(HOLD_OUT) & set(value):
-            dropped |= set(HOLD_OUT)
+            dropped |= set(MODEL_SPECIFIC)
+        if key == "data" and set(HOLD_OUT_KEYS) & set(value):
+            dropped |= set(HOLD_OUT_KEYS)
         result[key] = {k: v for k, v in base.items() if k not in dropped} | value
     if result.get("algorithm") is None and "reward" not in own:
         result.pop("reward", None)

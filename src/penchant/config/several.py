@@ -36,7 +36,9 @@ def read_values(given: Mapping[str, Any] | str | Path, shape: str, what: str) ->
     return values, places, source
 
 
-def read_top(values: Mapping[str, Any], keys: Sequence[str], places: Places, source: str, what: str, part: str) -> Path:
+def read_output(
+    values: Mapping[str, Any], keys: Sequence[str], places: Places, source: str, what: str, part: str
+) -> Path:
     """Check the top-level keys of a file of several runs and return its output folder.
 
     Args:
@@ -93,7 +95,7 @@ class Member:
 
     title: ClassVar[str] = "run {}"
 
-    def made_of(self, values: Mapping[str, Any]) -> RunConfig:
+    def build_config(self, values: Mapping[str, Any]) -> RunConfig:
         """Build the config of `values` with this run's folder as output.
 
         Raises:
@@ -125,5 +127,5 @@ class Member:
 
     def refusal(self, why: str, how: str) -> CheckpointError:
         """The error for a run that exists with other inputs, so that it can be neither skipped nor overwritten."""
-        what = f"{self.title.format(self.name)} is done or half done with other inputs: {why}"
+        what = f"{self.title.format(self.name)} was already run, fully or in part, with other inputs: {why}"
         return CheckpointError(self.place, what, how)

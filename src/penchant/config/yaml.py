@@ -77,7 +77,7 @@ for _side in _SIDES:
         _side.add_constructor(TAG + "bool", _bool)
 
 
-def _root(text: str) -> tuple[Any, yaml.Node | None]:
+def _compose(text: str) -> tuple[Any, yaml.Node | None]:
     """`yaml_root` by libyaml, ten times as fast; if that fails, by PyYAML's own loader, which reads the text or raises."""
     try:
         return yaml_root(text, _FastLoader)
@@ -88,11 +88,11 @@ def _root(text: str) -> tuple[Any, yaml.Node | None]:
 def parse_yaml(text: str, source: str) -> tuple[Any, Places]:
     """The value of a YAML text, and the place of each of its keys."""
     try:
-        loader, node = _root(text)
+        loader, node = _compose(text)
         places: Places = {}
         if node is None:
             return None, places
-        _lines(node, source, (), places)
+        _collect_places(node, source, (), places)
         return loader.construct_document(node), places
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
@@ -102,7 +102,7 @@ def parse_yaml(text: str, source: str) -> tuple[Any, Places]:
         raise ConfigError(where, f"not valid YAML ({what})", how) from error
 
 
-def _lines(node: yaml.Node, source: str, prefix: tuple[str, ...], places: Places) -> None:
+def _collect_places(node: yaml.Node, source: str, prefix: tuple[str, ...], places: Places) -> None:
     """Put ``{key path: "file:line"}`` into `places`; duplicate keys raise."""
     pairs = node.value if isinstance(node, yaml.MappingNode) else ()
     if isinstance(node, yaml.SequenceNode):
@@ -115,7 +115,7 @@ def _lines(node: yaml.Node, source: str, prefix: tuple[str, ...], places: Places
         if path in places:
             raise ConfigError(where, f"{'.'.join(path)} is set twice", "keep one")
         places[path] = where
-        _lines(value, source, path, places)
+        _collect_places(value, source, path, places)
 
 
 def place_of(path: tuple[str, ...], places: Mapping[tuple[str, ...], str], source: str) -> str:
@@ -131,7 +131,7 @@ DATA_ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet", ".gz", ".xlsx")
 RESOLVED = "config.resolved.yaml"  # in a run's folder
 
 
-def _data_file(path: Path) -> ConfigError:
+def _data_file_error(path: Path) -> ConfigError:
     how = f"write one for this file with `penchant init --data {path}`"
     return ConfigError(str(path), "is a data file, and a config (YAML) is expected here", how)
 
@@ -147,7 +147,7 @@ def read_mapping(path: str | Path, shape: str) -> tuple[dict[str, Any], Places]:
     """
     path = Path(path)
     if path.suffix.lower() in DATA_ENDINGS and path.is_file():
-        raise _data_file(path)
+        raise _data_file_error(path)
     try:
         with path.open("rb") as file:
             text = file.read(YAML_BYTES + 1).decode("utf-8-sig")
@@ -165,7 +165,7 @@ def read_mapping(path: str | Path, shape: str) -> tuple[dict[str, Any], Places]:
     except (OSError, ValueError) as error:
         raise ConfigError(str(path), f"cannot be read ({error})", "give a UTF-8 YAML file") from error
     if path.suffix.lower() == ".json" and not text.lstrip().startswith("{"):
-        raise _data_file(path)
+        raise _data_file_error(path)
     values, places = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         what = "is empty" if values is None else f"holds a {type(values).__name__} at the top"
@@ -185,8 +185,8 @@ def plain_values(value: Any, depth: int = 0) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-MOST_WHOLE, MOST_NUMBER = 2**63 - 1, 1e30  # fp32 holds up to 3e38
-MOST_TEXT = 4096  # characters: the longest path on Linux
+MAX_INT, MAX_FLOAT = 2**63 - 1, 1e30  # fp32 holds up to 3e38
+MAX_TEXT = 4096  # characters: the longest path on Linux
 FREE_TEXTS = (("data", "template_options"), ("reward",))  # variables of a template; words and patterns of rewards
 
 
@@ -207,13 +207,13 @@ def check_values(value: Any, places: Places, source: str, path: tuple[str, ...] 
     if isinstance(value, float) and not math.isfinite(value):
         what, how = f"is {value}", "give a finite number"
     elif isinstance(value, (int, float)):
-        if abs(value) > (MOST_NUMBER if isinstance(value, float) else MOST_WHOLE):
+        if abs(value) > (MAX_FLOAT if isinstance(value, float) else MAX_INT):
             what = "is beyond every range"
-        elif 0 < abs(value) < 1 / MOST_NUMBER:
+        elif 0 < abs(value) < 1 / MAX_FLOAT:
             what = "is nearly zero and not zero"
     elif isinstance(value, str):
         how = "give a shorter text without control characters"
-        if len(value) > (YAML_BYTES if any(path[: len(p)] == p for p in FREE_TEXTS) else MOST_TEXT):
+        if len(value) > (YAML_BYTES if any(path[: len(p)] == p for p in FREE_TEXTS) else MAX_TEXT):
             what = f"has {len(value):,} characters"
         elif re.search("[\0\ud800-\udfff]", value):
             what = "holds a NUL or half a character"
@@ -237,7 +237,7 @@ def apply_overrides(values: dict[str, Any], places: Places, overrides: Sequence[
     return places
 
 
-def sources_named(values: dict[str, Any], places: Places) -> Places:
+def expand_source_list(values: dict[str, Any], places: Places) -> Places:
     """Turn a list given as `data` into `data.sources`, in place; return the adjusted places."""
     if not isinstance(values.get("data"), list):
         return places

@@ -353,7 +353,7 @@ def with_answer(turns: Sequence[Message], answer: Message) -> list[Message]:
     if not continues(turns):
         return [*turns, answer]
     if answer.reasoning:
-        what = "the answer goes on with the prompt's last turn and has reasoning apart"
+        what = "the answer continues the prompt's last turn and has separate reasoning"
         raise RowError(what, "put it into that turn")
     begun = turns[-1]
     return [*turns[:-1], replace(begun, content=begun.content + answer.content, tool_calls=answer.tool_calls)]
@@ -368,7 +368,7 @@ def plain(tree: PromptTree) -> Rendered:
     """Text prompts as they are; chat prompts as a ``\\n\\nHuman: ...\\n\\nAssistant:`` transcript."""
     turns = () if isinstance(tree.prompt, str) else tree.prompt
     held = (
-        ("reasoning apart", any(c.reasoning for c in tree.completions)),
+        ("separate reasoning", any(c.reasoning for c in tree.completions)),
         ("tools", tree.tools or any(m.role == "tool" or m.tool_calls for m in turns)),
         ("tool calls", any(c.tool_calls for c in tree.completions)),
         ("chat_template_kwargs", tree.template_options),

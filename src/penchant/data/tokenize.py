@@ -118,9 +118,7 @@ class TokenizedDataset:
             parts[-1] += f" ({'; '.join(f'{n:,} {what}' for n, what in kinds if n)})"
         if self.apart:
             what = counted(self.apart, "conversation")
-            parts.append(
-                f"{what} learned answer by answer (written once, the model would not see what it is trained on)"
-            )
+            parts.append(f"{what} learned answer by answer (one text would not match what the model sees)")
         if self.cut_prompts:
             parts.append(f"{counted(len(self.cut_prompts), 'prompt')} without the start (cut)")
         if self.cut_completions:
@@ -388,7 +386,7 @@ class CausalTokenization(Tokenization):
             raise ConfigError("data.template", "the tokenizer has no chat template", "set data.template=plain or auto")
         self.template = "chat" if chats and kind != "text" else "plain"
         if set(template_options or ()) - {DATE} and self.template != "chat":
-            what = "no chat template is used that could take them"
+            what = "no chat template is in use"
             raise ConfigError("data.template_options", what, "leave them out")
         self.options, self.strict = template_options, strict
         self.text = kind == "text"

@@ -215,7 +215,7 @@ class LossConfig(LossModifiers):
         if self.average_log_prob:
             for s in specs:
                 if s.uses_lengths:
-                    what = f"is set, but {s.name} looks at lengths itself"
+                    what = f"is set, but {s.name} already uses lengths itself"
                     raise ConfigError("loss.average_log_prob", what, "leave average_log_prob out")
 
     def to_mapping(self) -> dict[str, Any]:

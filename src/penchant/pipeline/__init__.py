@@ -13,8 +13,8 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from penchant.base.section import Section
 from penchant.base.text import did_you_mean, repeated
-from penchant.config import Places, RunConfig, apply_overrides, merged, place_of
-from penchant.config.several import Member, read_section, read_top, read_values
+from penchant.config import Places, RunConfig, apply_overrides, merge_settings, place_of
+from penchant.config.several import Member, read_output, read_section, read_values
 from penchant.errors import ConfigError
 from penchant.rewards.builtin import BUILT_IN, RewardConfig
 
@@ -74,7 +74,7 @@ class Stage(Member):
 
     def resolved(self, resolve: Resolve) -> RunConfig:
         """The config with every reference replaced by `resolve(reference)`."""
-        return self.made_of(resolved(self.values, resolve))
+        return self.build_config(resolved(self.values, resolve))
 
     @property
     def upstream(self) -> tuple[str, ...]:
@@ -182,7 +182,7 @@ def load_pipeline(given: Mapping[str, Any] | str | Path, overrides: Sequence[str
     values, places, source = read_values(given, SHAPE, "pipeline")
     named = list(values["stages"]) if isinstance(values.get("stages"), dict) else []
     places = apply_overrides(values, places, overrides)
-    folder = read_top(values, KEYS, places, source, "pipeline", '"defaults" or a stage: defaults')
+    folder = read_output(values, KEYS, places, source, "pipeline", '"defaults" or a stage: defaults')
     stages, defaults = (_section(values, name, places, source) for name in ("stages", "defaults"))
     if not stages:
         raise ConfigError(source, "there are no stages", "add some: stages: {sft: {loss: sft}, ...}")
@@ -225,7 +225,7 @@ def _stage(
         if "output" in section:
             how = "leave it out: a stage's folder is the pipeline's output and its name"
             raise ConfigError(place_of((*where, "output"), places, source), f"{'.'.join(where)}.output is set", how)
-    values = merged(defaults, own)
+    values = merge_settings(defaults, own)
     mine = {p[1:]: w for p, w in places.items() if p[0] == "defaults" and p[1:]}
     mine |= {p[2:]: w for p, w in places.items() if p[:2] == ("stages", name) and p[2:]}
     return Stage(name, values, mine, place, folder / name)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from penchant.base.files import file_sha256
 from penchant.base.hub import snapshot
 from penchant.base.text import without_passwords
-from penchant.config import RunConfig, what_is_computed
+from penchant.config import RunConfig, result_settings
 from penchant.data.cached import AUTO_BYTES, hashes_of
 from penchant.data.mapped import row_weights
 from penchant.errors import ModelError
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 def run_identity(config: RunConfig, fingerprints: list[str], contents: Mapping[str, str]) -> dict[str, Any]:
     """All settings that affect the result, the fingerprints of the data, and the hashes in `contents`."""
-    settings = what_is_computed(config)
+    settings = result_settings(config)
     for name in ("cache", "bounds", "workers"):  # they do not affect the rows
         settings["data"].pop(name, None)
     if settings["algorithm"] is not None and settings["algorithm"].get("value_init") == "auto":

@@ -10,7 +10,7 @@ from typing import Any
 
 from penchant.base.files import file_sha256
 from penchant.base.functions import imported_sha256
-from penchant.config import RunConfig, default_settings, what_is_computed
+from penchant.config import RunConfig, default_settings, result_settings
 from penchant.config.several import Member
 from penchant.data.load import Dataset
 from penchant.errors import CheckpointError
@@ -169,7 +169,7 @@ def inputs_of(
     """
     data = {n: d.fingerprint for n, d in zip(("training", "held-out"), splits, strict=True) if d is not None}
     return {
-        "config": what_is_computed(config),
+        "config": result_settings(config),
         "data": data,
         "upstream": {text: model_sha256(folder) for text, folder in (upstream or {}).items()},
         **files,

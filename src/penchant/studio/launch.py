@@ -20,9 +20,9 @@ from typing import Any
 from penchant.algorithms import ALGORITHMS
 from penchant.base.files import aside_of, write_text_atomically
 from penchant.base.text import printable
-from penchant.config import BOTH, RunConfig, build, default_settings, parse_yaml
+from penchant.config import LOSS_AND_ALGORITHM, RunConfig, build, default_settings, parse_yaml
 from penchant.config.page import Key, Part, parts
-from penchant.config.yaml import dump_yaml, set_key, sources_named
+from penchant.config.yaml import dump_yaml, expand_source_list, set_key
 from penchant.data.read import ending
 from penchant.errors import CheckpointError, ConfigError
 from penchant.judges.humans import PREFERENCES
@@ -121,9 +121,9 @@ def values_of(fields: Sequence[tuple[str, str]]) -> tuple[dict[str, Any], dict[t
     places: dict[tuple[str, ...], str] = {}
     for name, value in sorted(given, key=lambda one: one[0] not in ("loss.name", "algorithm.name")):
         if name.startswith("loss.") and any(key == "algorithm.name" for key, _ in given):
-            raise ConfigError(FORM, *BOTH.split("; ", 1))
+            raise ConfigError(FORM, *LOSS_AND_ALGORITHM.split("; ", 1))
         places = set_key(values, places, tuple(name.split(".")), parse_yaml(value, f"{FORM}, {name}")[0], FORM)
-    return values, sources_named(values, places)
+    return values, expand_source_list(values, places)
 
 
 def _every_algorithm() -> Iterator[Part]:

@@ -14,20 +14,20 @@ from typing import Any
 from penchant.algorithms import ALGORITHMS
 from penchant.base.text import closest
 from penchant.config import (
-    HOLD_OUT,
+    HOLD_OUT_KEYS,
     SYNONYMS,
     Places,
     RunConfig,
     apply_overrides,
-    merged,
+    expand_source_list,
+    merge_settings,
     parse_yaml,
     place_of,
     plain_values,
     read_mapping,
     set_key,
-    sources_named,
 )
-from penchant.config.several import Member, read_section, read_top, read_values
+from penchant.config.several import Member, read_output, read_section, read_values
 from penchant.errors import ConfigError
 from penchant.losses import LOSSES
 from penchant.metrics.names import higher_is_better
@@ -155,7 +155,7 @@ class SweepRun(Member):
     @cached_property
     def config(self) -> RunConfig:
         """The run's config, checked."""
-        return self.made_of(copy.deepcopy(self.values))
+        return self.build_config(copy.deepcopy(self.values))
 
     @property
     def seed(self) -> int:
@@ -199,7 +199,7 @@ def load_sweep(given: Mapping[str, Any] | str | Path, overrides: Sequence[str] =
         values, places = _of_a_run(values, places)
     own, of_base = _told_apart(overrides)
     places = apply_overrides(values, places, own)
-    output = read_top(values, KEYS, places, source, "sweep", '"base": base')
+    output = read_output(values, KEYS, places, source, "sweep", '"base": base')
     base, base_places = _base(values, places, source)
     axes = grid(values.get("grid"), places, source, base)
     for text in of_base:
@@ -276,7 +276,7 @@ def _base(values: Mapping[str, Any], places: Places, source: str) -> tuple[dict[
     if "stages" in base:
         raise ConfigError(place, "base is a pipeline", "give a run's config")
     base.pop("output", None)
-    return base, sources_named(base, found)
+    return base, expand_source_list(base, found)
 
 
 # ---- What varies ----
@@ -328,7 +328,7 @@ class _Maker:
         last = [key.split(".")[-1] for key, *_ in settings]  # the last part names a key, the whole key if two share it
         short = {key: end if last.count(end) == 1 else key for (key, *_), end in zip(settings, last, strict=True)}
         before = [variant] if variant != BASE else []
-        values, places = merged(copy.deepcopy(self.base), copy.deepcopy(over[0])), {**self.places, **over[1]}
+        values, places = merge_settings(copy.deepcopy(self.base), copy.deepcopy(over[0])), {**self.places, **over[1]}
         # the loss's name first, because setting it drops the settings of another loss
         for key, value, _, where in sorted(settings, key=lambda s: not s[0].endswith("name")):
             places = set_key(values, places, tuple(key.split(".")), copy.deepcopy(value), where)
@@ -353,7 +353,7 @@ def _check_names(runs: Sequence[SweepRun], source: str) -> None:
 
 def _check_run(run: SweepRun) -> None:
     data = run.config.data
-    if all(getattr(data, name) is None for name in HOLD_OUT):
+    if all(getattr(data, name) is None for name in HOLD_OUT_KEYS):
         what = "nothing is held out, so runs cannot be compared"
         how = "set data.validation_fraction, data.validation_rows or data.eval_path"
         raise ConfigError(place_of(("data",), run.places, run.place), what, how)

@@ -331,7 +331,7 @@ class Lengths(Counting):
             yield "length_bias", Finding(title, 0, 0, (), "all lengths are equal")
             return
         ties = self.rows - self.differing
-        note = f"{ties:,} ties apart" if ties else ""
+        note = f"not counting {ties:,} ties" if ties else ""
         advice = "far from 50%: the model may learn length; a length-controlled comparison shows it, length-normalized losses help"
         yield "length_bias", unlike_half(title, self.longer, self.differing, note, advice)
 
@@ -501,7 +501,7 @@ class Disagreement:
         scale = calibrate(decided)
         sure = int((-scale * against > np.log(SURE / (1 - SURE))).sum())
         places = tuple(where for _, _, where in sorted(self._worst, reverse=True))
-        note = f"{len(margins) - len(decided):,} ties apart; " if len(margins) > len(decided) else ""
+        note = f"not counting {len(margins) - len(decided):,} ties; " if len(margins) > len(decided) else ""
         note += f"in {sure:,} of them it is at least {SURE:.0%} sure (margins times {scale:.3g})"
         note += ", the largest margin first"
         title, advice = f"label noise: {self.name} prefers the rejected answer", "look at the first of these places"

@@ -94,7 +94,7 @@ class Audit:
         fine = [name.replace("_", " ") for name, f in self.findings.items() if f.of and name not in found]
         fine = [words.replace("tokenising", "tokenizing") for words in fine]  # an old name in audit.json
         lines += [""] * bool(found) + [
-            f"{'Checked too, nothing found' if found else 'Checked, nothing found'}: {', '.join(fine)}."
+            f"{'Also checked, nothing found' if found else 'Checked, nothing found'}: {', '.join(fine)}."
         ]
         return "\n".join(printable(line) for line in [*lines, "Every count, with lengths and more places: --all"])
 

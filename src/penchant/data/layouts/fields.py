@@ -64,8 +64,8 @@ def as_text(value: Any, what: str) -> str:
     if value is None:
         raise RowError(f"{what} is null", "give it a text or drop the row")
     if isinstance(value, Missing):
-        how = "give it a text or drop the row; where an answer says just that, write the rows as JSONL"
-        raise RowError(f"{what} is {value.strip()}, which is how tables write that a value is missing", how)
+        how = "give it a text or drop the row; if an answer is literally that, use JSONL"
+        raise RowError(f"{what} is {value.strip()}, a table's marker for a missing value", how)
     if not isinstance(value, str):
         kind = {bool: "boolean", int: "number", float: "number"}.get(type(value), type(value).__name__)
         raise RowError(f"{what} is a {kind} ({shown(value)})", "make it a string")
@@ -107,7 +107,7 @@ def not_judged(row: Mapping[str, Any], where: str = "") -> None:
         if value is None:
             continue
         if finite(value) is not None or isinstance(value, bool) or shown(value).strip().lower() in LABELS:
-            what = f'"{name}"{where} judges the answer ({shown(value)}), which would be learned whatever it says'
+            what = f'"{name}"{where} rates the answer ({shown(value)}), but it would be trained on regardless'
             how = f"use it as a label (--column label={name}; data.columns in a config) or a score (score={name})"
             raise RowError(what, f"{how}, or set it aside with --column ignored={name}")
 
@@ -266,7 +266,7 @@ def _calls(value: Any, what: str) -> list[dict[str, Any]]:
     """Tool calls in the form that every chat template knows, with arguments as objects."""
     read = read_json(value, f"{what}: its call", _CALL)
     if not read:
-        raise RowError(f"{what} calls no tool", _CALL)
+        raise RowError(f"{what} has an empty tool call", _CALL)
     return [_call(c, what) for c in (read if isinstance(read, (list, tuple)) else [read])]
 
 
@@ -372,7 +372,7 @@ def _joined_parts(parts: Sequence[Any], what: str) -> str:
         text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else None
         if not isinstance(text, str):
             kind = part.get("type") if isinstance(part, Mapping) else None
-            held = f"a part of type {shown(kind)}" if isinstance(kind, str) and kind != "text" else "something other"
+            held = f"a part of type {shown(kind)}" if isinstance(kind, str) and kind != "text" else "something else"
             raise RowError(f"{what} holds {held}, not text", PICTURES if str(kind).startswith("image") else OTHER_MEDIA)
         texts.append(text)
     return joined(texts)

@@ -206,7 +206,7 @@ class Layout:
         if self.kind == "text":
             if tools or told:
                 raise fields.RowError(
-                    '"tools" or "chat_template_kwargs" are there, and plain text has no chat template', "take them out"
+                    '"tools" or "chat_template_kwargs" is set, but plain text has no chat template', "take them out"
                 )
             return trees
         prompts = [fields.behind_system(row, t.prompt) for t in trees]
