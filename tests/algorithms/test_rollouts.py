@@ -82,11 +82,11 @@ def test_a_reward_cannot_log_a_number_in_place_of_the_runs_own(model: Any) -> No
     one: Any = writer(model)
     said = Judgement(np.zeros(3), {}, {"loss": 1.0})
     one.reward = SimpleNamespace(judge=lambda *_: said)
-    with pytest.raises(RewardError, match='log_metric\\("loss"\\) would replace a figure of the run'):
+    with pytest.raises(RewardError, match='log_metric\\("loss"\\) would overwrite a metric of the run'):
         one.write(prompts("a"), 0)
     of_reward = {"rewards/mine/mean": 1.0}
     one.reward = SimpleNamespace(judge=lambda *_: Judgement(np.zeros(3), {"mine": np.zeros(3)}, of_reward))
-    with pytest.raises(RewardError, match="would replace a figure of the run"):
+    with pytest.raises(RewardError, match="would overwrite a metric of the run"):
         one.write(prompts("a"), 0)
     one.reward = SimpleNamespace(judge=lambda *_: replace(said, metrics={"digits": 1.0}))
     assert one.write(prompts("a"), 0)[0].logged == {"digits": 1.0}

@@ -171,7 +171,7 @@ def test_a_judge_that_changed_is_refused(base: dict[str, Any], tmp_path: Path) -
     [
         (["evaluation.kl_prompts=0"], "kl_prompts is 0; raise it"),
         (["evaluation.reward=sentimint"], "is not a reward"),
-        (["data.validation_rows=null"], r"evaluation\.reward.*nothing is held out"),
+        (["data.validation_rows=null"], r"evaluation\.reward.*held-out"),
         (["algorithm=reward_model"], "a reward model writes nothing"),
         (["evaluation.rewrad=words"], 'did you mean "reward"'),
     ],

@@ -295,8 +295,8 @@ WRONG: dict[str, Callable[[dict[str, Any]], Any]] = {
     "has 4 tokens": lambda a: a["choices"][0].update(token_ids=[7, 8, 9, 9]),
     "2 log-probs came back for 3 tokens": lambda a: a["choices"][0]["logprobs"]["token_logprobs"].pop(),
     "none of the model's 10 tokens": lambda a: a["choices"][0].update(token_ids=[7, 8, 10]),
-    "log-probs are none": lambda a: a["choices"][0]["logprobs"].update(token_logprobs=[-1.0, float("nan"), -3.0]),
-    "goes on behind its end": lambda a: a["choices"][0].update(token_ids=[7, 1, 9]),
+    "invalid log-probs": lambda a: a["choices"][0]["logprobs"].update(token_logprobs=[-1.0, float("nan"), -3.0]),
+    "after its end": lambda a: a["choices"][0].update(token_ids=[7, 1, 9]),
     "was broken off": lambda a: a["choices"][1].update(token_ids=[7, 8], finish_reason="abort"),
     "not a completion with token ids": lambda a: a["choices"][0].pop("token_ids"),
 }

@@ -439,7 +439,7 @@ def test_a_finished_run_says_so(tmp_path: Path) -> None:
     again, said = make_loop(tmp_path), io.StringIO()
     again.console = PlainConsole(said)
     again.run()
-    assert "finished already" in said.getvalue() and f"model.path={tmp_path}" in said.getvalue()
+    assert "already finished" in said.getvalue() and f"model.path={tmp_path}" in said.getvalue()
     assert "resumed" not in said.getvalue()
 
 

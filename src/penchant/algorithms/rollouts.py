@@ -423,7 +423,7 @@ class Writer:
             | {f"rewards/{name}/{of}" for name in said.terms for of in REWARDS}
         )
         if taken := [n for n in said.metrics if n in ours]:
-            what = f'log_metric("{taken[0]}") would replace a figure of the run'
+            what = f'log_metric("{taken[0]}") would overwrite a metric of the run'
             raise RewardError("reward", what, "log another name")
         rewards = torch.from_numpy(said.total).view(len(prompts), k)
         terms = {name: torch.from_numpy(values).view(len(prompts), k) for name, values in said.terms.items()}

@@ -47,7 +47,7 @@ def yaml_root(text: str, loader: Any) -> tuple[Any, yaml.Node | None]:
         anchor, problem, note = getattr(event, "anchor", None), "", "write out what is meant"
         if isinstance(event, yaml.AliasEvent):
             if anchor in (name for name, _ in open_):
-                problem = f"*{anchor} stands in what it repeats"
+                problem = f"*{anchor} refers to itself"
             count += sizes.get(anchor or "", 1)
         elif isinstance(event, yaml.CollectionEndEvent):
             anchor, before = open_.pop()
@@ -55,7 +55,7 @@ def yaml_root(text: str, loader: Any) -> tuple[Any, yaml.Node | None]:
                 sizes[anchor] = count - before
         elif isinstance(event, yaml.NodeEvent):
             if event.tag not in YAML_TAGS:  # type: ignore[attr-defined]
-                problem, note = f"{event.tag} is a tag that is not read", "leave it out"  # type: ignore[attr-defined]
+                problem, note = f"{event.tag} is an unsupported tag", "leave it out"  # type: ignore[attr-defined]
             if isinstance(event, yaml.CollectionStartEvent):
                 open_.append((anchor, count))
                 if event.tag not in (None, "!", "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"):
@@ -372,7 +372,7 @@ def check_sums(checkpoint: Path, names: str = "") -> None:
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         if checkpoint.name.startswith("step-") and checkpoint.name != f"step-{manifest['step']}":
-            raise CheckpointError(str(checkpoint / MANIFEST), "is of another step, or was changed", how)
+            raise CheckpointError(str(checkpoint / MANIFEST), "belongs to another step, or was modified", how)
         if not any(name.startswith(names) for name in manifest["sha256"]):
             raise CheckpointError(str(checkpoint / MANIFEST), f"has no sum of {names or 'any file'}", how)
         for name, expected in manifest["sha256"].items():

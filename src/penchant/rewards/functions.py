@@ -261,7 +261,7 @@ def _values(term: RewardTerm, asked: Asked, timeout: float | None) -> np.ndarray
     if lacking and on_trees is None:
         raise _no_column(term.name, lacking[0], asked.columns, RewardError)
     if on_trees is None and asked.ids is None and "completion_ids" in term.takes.required:
-        what = "counts tokens, and these are texts alone"
+        what = "needs token ids, which are not available here"
         raise RewardError(f"reward {term.name}", what, "use it where a model writes: in training, eval or compare")
     try:
         given = _call(term, asked, range(n), timeout) if on_trees is None else on_trees(asked.trees)

@@ -494,10 +494,10 @@ def _sample(ids: list[int], logps: list[float], why: Any, settings: Settings, wo
     if not all(isinstance(t, int) and 0 <= t < words for t in ids):
         raise Nonsense(f"a completion holds ids that are none of the model's {words} tokens")
     if not all(isinstance(p, (int, float)) and math.isfinite(p) and -9000 < p < 1e-3 for p in logps):
-        raise Nonsense("a completion's log-probs are none: NaN, above 0, or of tokens that cannot be drawn")
+        raise Nonsense("a completion has invalid log-probs: NaN, above 0, or of tokens that cannot be drawn")
     finished = ids[-1] in settings.ends
     if any(t in settings.ends for t in ids[:-1]):
-        raise Nonsense("a completion goes on behind its end")
+        raise Nonsense("a completion continues after its end token")
     if not finished and (len(ids) < settings.max_new_tokens or why not in ("length", "stop")):
         raise Nonsense(f"a completion was broken off ({shown(str(why))})")
     return Sample(list(ids), [min(0.0, float(p)) for p in logps], finished)

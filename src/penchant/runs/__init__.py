@@ -400,7 +400,7 @@ class Run:
             again, why = known == "layers", "as the run began"
         else:
             try:
-                again, why = (False, "nobody counted") if self.checkpointing is None else self.checkpointing(self)
+                again, why = (False, "not estimated") if self.checkpointing is None else self.checkpointing(self)
             except Exception:  # the estimate failed
                 again, why = True, "what the run needs cannot be counted"
         self.console.note(f"gradient checkpointing: {'layers' if again else 'off'} ({why})")
@@ -532,7 +532,7 @@ class Run:
         whole = is_intact(path) and path.exists() and not found.unreadable.get(path.name)
         if whole and all("prompt" in row and "completion" in row for row in rows):
             return rows
-        self.console.note(f"{path}: is gone or was changed after it was written; it is written again")
+        self.console.note(f"{path}: is missing or was modified; writing it again")
         return None
 
     def _check_start(self, known: Mapping[str, Any] | None) -> None:
@@ -567,8 +567,8 @@ class Run:
         except (KeyError, TypeError):
             pass
         self.console.note(
-            f"{path}: was changed after it was written; whether the run started from the weights that are now at "
-            f"{self.config.model.path} cannot be told"
+            f"{path}: was changed after it was written; it is unknown whether the run started from the weights that "
+            f"are now at {self.config.model.path}"
         )
         return None
 

@@ -144,7 +144,7 @@ class Rows:
             return train, self.loaded["heldout"]
         if data.validation_rows is None and data.validation_fraction is None:
             if self.config.evaluation.reward is not None:
-                what = "is set, but nothing is held out whose prompts could be answered"
+                what = "is set, but there is no held-out set to sample completions for"
                 how = "set data.validation_rows, data.validation_fraction or data.eval_path, or leave it out"
                 raise ConfigError("evaluation.reward", what, how)
             return train, None

@@ -213,7 +213,7 @@ def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     for path in reversed(checkpoints(folder)):
         if (path / MANIFEST).exists():
             return path, warnings
-        warnings.append(f"{path}: no manifest, so it is not whole; an older checkpoint is taken")
+        warnings.append(f"{path}: has no manifest, so it is incomplete; using an older checkpoint")
     return None, warnings
 
 
@@ -239,7 +239,7 @@ def find_checkpoint(folder: Path, step: str) -> Path | None:
         best = checkpoint_state(last).get("best_step")
         if best is None:
             how = f"give last, 0 or a step: {', '.join(there)}"
-            raise CheckpointError(str(folder), "this run did not look for its best step", how)
+            raise CheckpointError(str(folder), "this run did not track a best checkpoint", how)
         step = str(best)
     path = folder / CHECKPOINTS / f"step-{step}"
     if path.name not in there:

@@ -449,7 +449,7 @@ class Loop:
             self._dump_and_stop(
                 step,
                 f"the mean log-prob of its completions is {logp:.1f} nats a token, below train.logp_floor={t.logp_floor:g}: "
-                "nothing holds the policy any more",
+                "the policy is diverging",
                 batches,
                 "lower train.lr, raise the loss's beta (PMPO has a minimum only where beta outweighs the rejected answers; see "
                 "docs/losses.md), or set train.logp_floor=null",
@@ -575,7 +575,7 @@ class Loop:
 
     def _done(self) -> str:
         return (
-            f"{self.folder} is finished already, at step {self.state.step:,}: nothing is trained. To train its model further, "
+            f"{self.folder} is already finished at step {self.state.step:,}; there is nothing to train. To train its model further, "
             f"set model.path={self.folder} and another output"
         )
 

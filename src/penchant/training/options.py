@@ -81,7 +81,7 @@ class TrainConfig(Section):
     def _of_this_optimizer(self) -> TrainConfig:
         kind = self.optimizer
         if self.momentum is not None and kind not in ("sgd", "muon"):
-            raise ValueError(f"momentum is set, which optimizer={kind} does not have (its adam_beta1 does that)")
+            raise ValueError(f"momentum has no effect with optimizer={kind}; use adam_beta1")
         if kind not in ("sgd", "adafactor"):
             return self
         for name in ("adam_beta1", "adam_beta2", "adam_eps"):
@@ -93,7 +93,7 @@ class TrainConfig(Section):
                 if kind == "adafactor"
                 else "try 1e-3 to 1e-1"
             )
-            raise ValueError(f"lr is auto, which knows no rate for optimizer={kind}; set it ({usual})")
+            raise ValueError(f"lr: auto has no default for optimizer={kind}; set it ({usual})")
         return self
 
 
