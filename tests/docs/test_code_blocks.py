@@ -38,7 +38,7 @@ NOT_RUN = {
     r"--host 0\.0\.0\.0": "listens to other machines until it is ended; tests/serve/ does so on this one",
     r"^export ": "is for the shell that a person sits at, and the command after it is not run here",
     r" --(processes|gpus) \d": "starts processes, each importing torch; tests/distributed does",
-    r" --jobs \d": "starts processes, each importing torch; tests/test_sweep.py does",
+    r" --jobs \d": "starts processes, each importing torch; tests/sweep/ does",
     r"^penchant studio": "runs until it is ended; tests/studio/ does",
     r"^penchant demo": "two minutes; tests/test_demo.py does, and a stand-in for runs/demo is here",
 }

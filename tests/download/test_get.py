@@ -466,7 +466,7 @@ def test_published_splits_are_kept_and_the_missing_one_is_drawn(
     found = rows_in(tmp_path / "out")
     assert sorted(map(str, found["test"])) == sorted(map(str, rows[540:] + rows[:3]))
     assert 5 <= len(found["validation"]) <= 60 and len(found["train"]) + len(found["validation"]) == 540
-    assert "1 groups of prompts (6 rows) stand in several published splits" in capsys.readouterr().out
+    assert "1 groups of prompts (6 rows) occur in several published splits" in capsys.readouterr().out
     assert main(["data", "get", "mine", *arguments, "--first", "9", "--redo"]) == 0
     assert [len(found) for found in rows_in(tmp_path / "out").values()][2] == 9
 

@@ -535,7 +535,7 @@ def test_redo_trains_a_stage_and_all_that_use_it_anew_and_keeps_the_old(
     old_weights = {name: weights(folder) for name, folder in old.models.items()}
     changed = "stages.sft.train.lr=1e-3"
     assert plan(base, changed)["sft"] == "CHANGED: train.lr: 0.003 -> 0.001"
-    assert plan(base, changed)["dpo"] == "to be looked at again: after sft"
+    assert plan(base, changed)["dpo"] == "to be checked again: after sft"
     assert "to redo" in plan(base, changed, redo=["sft"])["dpo"]
     names = trained(monkeypatch)
     new = run(base, changed, redo=["sft"])
@@ -558,7 +558,7 @@ def test_an_upstream_that_comes_out_differently_makes_a_finished_stage_stale(don
     base, output = done | {"compare": None}, Path(done["output"])
     del base["stages"]["rloo"]
     shutil.rmtree(output / "sft")
-    assert plan(base) == {"sft": "to run: its checkpoints are gone", "dpo": "to be looked at again: after sft"}
+    assert plan(base) == {"sft": "to run: its checkpoints are gone", "dpo": "to be checked again: after sft"}
     run(base)  # training is deterministic, so dpo's input is unchanged
     assert plan(base)["dpo"] == "unchanged: 4 steps"
     shutil.rmtree(output / "sft")

@@ -93,7 +93,7 @@ def test_steps_tokens_passes_and_times_are_those_of_the_run(tmp_path: Path) -> N
     written = sum(p.stat().st_size for p in kept[0].rglob("*") if p.is_file())
     assert plan.disk.checkpoint == pytest.approx(written, rel=0.05)
     after = api.plan(config, probe=False)
-    assert after.folder == "holds step-8: that is its end"
+    assert after.folder == "holds step-8: finished"
 
 
 def test_without_shared_prompts_every_prompt_is_repeated(tmp_path: Path) -> None:
@@ -553,7 +553,7 @@ def test_memory_of_each_of_several_gpus(tmp_path: Path, capsys: pytest.CaptureFi
     path = _yaml(tmp_path, launch={"replicas": 2}, reference={"kind": "frozen"})
     assert main(["plan", path, "--gpus", "4"]) == 0
     said = capsys.readouterr().out
-    assert "of each GPU" in said and "never measured" in said and "reference" in said
+    assert "of each GPU" in said and "not measured" in said and "reference" in said
     assert main(["plan", path, "--gpus", "5"]) == 2 and "launch.replicas" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["plan", path, "--gpus", "many"])

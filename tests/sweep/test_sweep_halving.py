@@ -252,7 +252,7 @@ def test_changes_are_refused_and_deleted_folders_of_what_was_cut_are_not_missed(
     assert entered == []
     other = {k: v for k, v in halved.items() if k != "halving"} | {"output": str(tmp_path / "other")}
     run(other, "train.max_steps=2")
-    with pytest.raises(CheckpointError, match="it was not there"):
+    with pytest.raises(CheckpointError, match="there was no halving"):
         run({**other, "halving": halved["halving"]}, "train.max_steps=2")
 
 

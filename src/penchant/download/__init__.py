@@ -252,7 +252,7 @@ class _Job:
             where = f"kept in {cache} ({gigabytes(there)} free)"
             self.say(f"to fetch: {gigabytes(fetch)} in {len(plan.sources)} files, {where}")
         short = "; that may not be enough" if free < 2 * text else ""
-        self.say(f"to write: about {gigabytes(text)}, twice that for a moment ({gigabytes(free)} free{short})")
+        self.say(f"to write: about {gigabytes(text)} (twice that temporarily; {gigabytes(free)} free{short})")
 
     @contextmanager
     def _rows(self, plan: Plan, source: Source) -> Iterator[Iterator[Row | BadRow]]:
@@ -462,7 +462,7 @@ def summary(result: GetResult) -> str:
     if data["straddling"]["groups"]:
         held = data["straddling"]
         many = f"{held['groups']:,} groups of prompts ({held['rows']:,} rows)"
-        lines.append(f"  {many} stand in several published splits")
+        lines.append(f"  {many} occur in several published splits")
     published = sorted({s["split"] for s in data["sources"]})
     if len(published) > 1 and not kept:
         put = f"the published splits ({', '.join(published)}) were put together"

@@ -22,7 +22,7 @@ SOURCES: dict[str, Source] = {
 STATUS: dict[Status, str] = {"translated": "translated", "same": "no key needed here", "unsupported": "NOT SUPPORTED"}
 COUNTED: dict[Status, str] = {
     "translated": "translated",
-    "same": "without need of one here",
+    "same": "not needed here",
     "unsupported": "not supported",
 }
 # sections of tools that cannot be imported; a file with two of a tool's sections is rejected as that tool's

@@ -126,7 +126,7 @@ WORDS = {
     "run": "to run",
     "resume": "to continue",
     "changed": "CHANGED",
-    "later": "to be looked at again",
+    "later": "to be checked again",
 }
 
 

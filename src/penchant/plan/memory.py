@@ -479,8 +479,8 @@ def _activations(run: OutlinedRun, work: Work) -> tuple[Activations, str]:
         found = _rule_of_thumb(run, work)
         return found, "this model's operations cannot be counted on shapes alone; activations are a rule of thumb"
     if run.method.rollouts is not None:
-        return found, "rollouts count as long as they may be; reward models are not counted"
-    return found, "of pictures their tokens are counted, and not what makes them" if run.config.model.sees else ""
+        return found, "assumes rollouts of maximum length; reward models are not counted"
+    return found, "counts picture tokens, but not the vision tower" if run.config.model.sees else ""
 
 
 def _rule_of_thumb(run: OutlinedRun, work: Work) -> Activations:

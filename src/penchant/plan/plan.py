@@ -158,7 +158,7 @@ def misfit(run: Run) -> str | None:
     advice = f"Try {memory.advice[0][0]}" if memory.advice else "Take a smaller model"
     return (
         f"! memory: roughly {gigabytes(memory.peak)} needed, {gigabytes(memory.machine)} on this machine: the run will probably "
-        f"be killed. {advice}; penchant plan counts it."
+        f"be killed. {advice}; `penchant plan` has the details."
     )
 
 
@@ -202,7 +202,7 @@ def _differences(run: OutlinedRun, found: Probe) -> list[str]:
     if (found.packing, found.fast) == (packing, fast):
         return []
     real = f"{found.packing}{' with' if found.fast else ' without'} the fast path"
-    return [f"the model takes {real}, unlike what its config says: token counts and memory above are for {packing}"]
+    return [f"the loaded model uses {real}, unlike its config; the counts above assume {packing}"]
 
 
 def _what_is_there(folder: Path, steps: int) -> str:
@@ -212,4 +212,4 @@ def _what_is_there(folder: Path, steps: int) -> str:
     if last is None:
         return "exists, without a checkpoint"
     end = last.name == f"step-{steps}"
-    return f"holds {last.name}: {'that is its end' if end else 'training goes on from there'}"
+    return f"holds {last.name}: {'finished' if end else 'training resumes from it'}"

@@ -96,7 +96,7 @@ def derived_values(run: OutlinedRun) -> dict[str, Derived]:
             found[f"algorithm.{name}"] = (value, f"the default of {run.method.name}")
     encoder = run.rows.reward_parts
     if encoder is not None and encoder.max_length < run.config.data.max_length:
-        found["data.max_length"] = (encoder.max_length, "the encoder takes no more")
+        found["data.max_length"] = (encoder.max_length, "the encoder's limit")
     return found
 
 
@@ -127,7 +127,7 @@ def _threads(run: OutlinedRun) -> Derived:
     parameters = parameter_counts(run.model)[0]
     threads = threads_for(run.config, parameters)
     if parameters < SMALL_MODEL:
-        return threads, f"{parameters:,} parameters: a second thread costs more in waiting than it brings"
+        return threads, f"{parameters:,} parameters: too small to gain from a second thread"
     return threads, f"{cores()} cores"
 
 

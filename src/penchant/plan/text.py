@@ -51,7 +51,7 @@ def _ranks(plan: Plan) -> list[str]:
     rows.append(["of each GPU", *(size(sum(plan.ranks[n].values())) for n in counts)])
     return [
         "",
-        "MEMORY OF EACH GPU: arithmetic, without the GPU's own context; it was never measured on several",
+        "MEMORY PER GPU: computed, without the GPU's own context; not measured on several GPUs",
         *("  " + line for line in columns(rows)),
     ]
 
@@ -64,9 +64,7 @@ def _fits(plan: Plan) -> list[str]:
         ("disk", disk.fits, disk.peak, disk.free),
     ):
         tight = "" if peak <= free else ": MORE THAN IS FREE NOW"
-        rows.append(
-            (what, f"{'fits' + tight if fits else 'IT DOES NOT FIT'}: {size(peak)} of {size(free)} that are free")
-        )
+        rows.append((what, f"{'fits' + tight if fits else 'IT DOES NOT FIT'}: {size(peak)} of {size(free)} free"))
     rows += [
         ("time", _time(plan)[0]),
         ("steps", f"{work.steps:,} ({work.steps_per_epoch:,} an epoch)"),

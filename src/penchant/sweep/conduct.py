@@ -152,7 +152,7 @@ class State:
             self.about["halving"] = None if halving is None else {**halving.to_json(), "runs": list(runs), "judged": []}
             return
         now = {**halving.to_json(), "runs": list(runs), "judged": (old or {}).get("judged", [])}
-        changed = "it was not there" if old is None else ""
+        changed = "there was no halving" if old is None else ""
         if old is not None:
             before = {k: v for k, v in old.items() if k not in ("runs", "judged")}
             changed = "; ".join(differences(before, halving.to_json()))
@@ -499,7 +499,7 @@ class SweepConductor:
         others = [name for name in self.state.runs if name not in ours]
         if others:
             self.console.note(
-                f"left alone, and not in the table: {', '.join(others)} (runs of this folder's earlier sweeps)"
+                f"not touched, and not in the table: {', '.join(others)} (from earlier sweeps in this folder)"
             )
 
     def _to_train(self) -> Iterator[SweepRun]:

@@ -60,8 +60,8 @@ class Halving:
         """Describe the rule in a sentence."""
         shares = [f"1/{self.factor ** (self.rungs - k)}" for k in range(1, self.rungs)]
         return (
-            f"successive halving: after {' and '.join(shares)} of its steps a setting goes on if it is among the best 1 in "
-            f"{self.factor} by {self.metric}"
+            f"successive halving: after {' and '.join(shares)} of its steps, a setting continues if it is among the best 1 "
+            f"in {self.factor} by {self.metric}"
         )
 
 
