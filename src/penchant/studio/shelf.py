@@ -212,7 +212,7 @@ def line_of(view: RunView, path: str) -> Line:
         warnings=levels.count("warning"),
         notes=len(levels) - levels.count("warning"),
         changed=_last_modified(*files),
-        took=view.took,
+        took=view.elapsed,
     )
 
 
@@ -307,7 +307,7 @@ def thin(values: Sequence[Any]) -> Sequence[Any]:
 def facts_of(view: RunView, path: str) -> dict[str, Any]:
     """Return what a run's page shows beside its curves, made safe for HTML."""
     line = line_of(view, path)
-    speed, left = view.speed, view.left if view.state in OPEN_STATES else None
+    speed, left = view.speed, view.seconds_left if view.state in OPEN_STATES else None
     return {
         "state": line.state,
         "why": visible(line.why),
