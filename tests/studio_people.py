@@ -27,7 +27,7 @@ class Simulated:
     noise: float = 1.0
     careless: bool = False
 
-    def chance(self, quality: Any, left: Any, longer: Any) -> Any:
+    def hashed_uniform(self, quality: Any, left: Any, longer: Any) -> Any:
         """P(a is called better). left, longer: 1 if a is on the left or longer, else -1."""
         logit = quality / self.noise + self.position * left + self.length * longer
         return 0.5 + 0 * logit if self.careless else 1 / (1 + np.exp(-logit))
@@ -64,7 +64,7 @@ def truth(draws: int = 200_000, seed: int = 99) -> Truth:
     votes = []
     for person in PEOPLE:
         left = np.where(rng.random(draws) < 0.5, 1, -1)
-        p[person.name] = person.chance(quality, left, longer)
+        p[person.name] = person.hashed_uniform(quality, left, longer)
         won = rng.random(draws) < p[person.name]
         votes.append(won[:20_000])
         lefts[person.name] = float(np.where(left > 0, p[person.name], 1 - p[person.name]).mean())
@@ -133,7 +133,7 @@ def judged(arena: Arena, quality: dict[str, float], seed: int, *, file: bool = F
             sides = 1 if item.left == "a" else -1
             # a check is as obvious as possible
             good = 6.0 if item.pair.gold else quality[item.pair.prompt]
-            won = rng.random() < person.chance(good, sides, 1 if len(a) > len(b) else -1)
+            won = rng.random() < person.hashed_uniform(good, sides, 1 if len(a) > len(b) else -1)
             say(arena, item, person.name, "a" if won else "b", float(rng.lognormal(1.5, 0.4)))
     return found
 

@@ -15,7 +15,7 @@ import httpx
 from penchant.judges.humans import Preferences
 from penchant.serve.server import Server, listen, server_url
 from penchant.studio.app import Studio
-from penchant.studio.pairs import Answers, Arena, Settings, gold_pairs, make_arena, pairs_of
+from penchant.studio.pairs import Answers, Arena, Settings, gold_pairs, make_arena, make_pairs
 
 SOURCE = {"source": "made here", "sha256": "0" * 64}
 
@@ -82,7 +82,7 @@ def arena_of(
 ) -> Arena:
     """An arena with such answers, and with checks."""
     answers = answers or answers_of(pairs, models)
-    made = pairs_of(answers, settings.get("seed", 0))
+    made = make_pairs(answers, settings.get("seed", 0))
     golden = [(f"Is {i} one?", {"chosen": "Right.", "rejected": f"Wrong {i}."}) for i in range(gold)]
     made += gold_pairs(Answers(golden, dict.fromkeys(("chosen", "rejected"), SOURCE)))
     return make_arena(folder, name, Settings(models=answers.models, **settings), made)

@@ -268,8 +268,14 @@ def test_a_request_to_a_server_is_read_as_a_row_is() -> None:
     body = {"model": "m", "messages": turns, "tools": TOOLS, "chat_template_kwargs": {"enable_thinking": False}}
     asked = read_request(ChatRequest, json.dumps(body).encode())
     (tree,) = from_rows([{"prompt": turns, "tools": TOOLS, "chat_template_kwargs": {"enable_thinking": False}}]).trees
-    assert asked.prompts == [tree.prompt] and asked.told == told(tree) == {"enable_thinking": False, "tools": TOOLS}
-    assert "tools" not in read_request(ChatRequest, json.dumps({**body, "tool_choice": "none"}).encode()).told
+    assert asked.prompts == [tree.prompt] and asked.template_variables == told(tree) == {
+        "enable_thinking": False,
+        "tools": TOOLS,
+    }
+    assert (
+        "tools"
+        not in read_request(ChatRequest, json.dumps({**body, "tool_choice": "none"}).encode()).template_variables
+    )
 
 
 # ---- options of a row ---------------------------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from tiny import polite_rows, tiny_model_folder, write_jsonl
 from penchant import api
 from penchant.cli import main
 from penchant.errors import CheckpointError, ConfigError, ModelError
-from penchant.export.card import public
-from penchant.export.formats import DTYPES, FORMATS, compared
+from penchant.export.card import strip_paths
+from penchant.export.formats import DTYPES, FORMATS, compare_outputs
 from penchant.export.subject import outputs
 
 ROW = [[5, 99, 17, 240, 31, 8]]
@@ -265,7 +265,12 @@ def test_the_cards_code_loads_the_folder(world: Path, tmp_path: Path) -> None:
 
 def test_paths_lose_their_folders_wherever_they_stand() -> None:
     settings = {"a": "/home/x/data.jsonl", "b": ["~/y.py:f", "owner/name"], "/tmp/reward": 1.0, "c": "words:20-60"}
-    assert public(settings) == {"a": "data.jsonl", "b": ["y.py:f", "owner/name"], "reward": 1.0, "c": "words:20-60"}
+    assert strip_paths(settings) == {
+        "a": "data.jsonl",
+        "b": ["y.py:f", "owner/name"],
+        "reward": 1.0,
+        "c": "words:20-60",
+    }
 
 
 def test_the_command_says_what_it_compared(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -373,7 +378,7 @@ def test_a_comparison_is_with_the_weights_written_and_with_the_runs_own_model() 
     nan[0, 0] = float("nan")
 
     def good(own: torch.Tensor, written: torch.Tensor, read: torch.Tensor) -> bool:
-        return compared(own, written, read, equal=1e-5, dtype="fp32", exact=False, tokens=2).good
+        return compare_outputs(own, written, read, equal=1e-5, dtype="fp32", exact=False, tokens=2).good
 
     assert good(one, one, one) and good(near, one, one)
     assert not good(far, one, one) and not good(one, far, one) and not good(one, one, nan)

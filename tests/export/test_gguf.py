@@ -17,8 +17,8 @@ from penchant.export.gguf import (
     CONTROL,
     NORMAL,
     UNUSED,
-    as_stored,
     check_config,
+    dequantized,
     read_gguf,
     vocabulary_of,
     write_gguf,
@@ -69,7 +69,7 @@ def test_what_is_read_back_computes_what_was_written(tmp_path: Path, family: str
         if name.endswith("bias") or "norm" in name:
             torch.nn.init.normal_(p, 1.0, 0.3)  # initial ones and zeros would hide errors
     before = outputs(model, ROWS)
-    round_weights(model, lambda _name, value: as_stored(value, dtype))
+    round_weights(model, lambda _name, value: dequantized(value, dtype))
     write_gguf(tmp_path / "m.gguf", model, tiny_tokenizer(), dtype, f"a-{family}")
     read = outputs(read_gguf(tmp_path), ROWS)
     torch.testing.assert_close(read, outputs(model, ROWS), rtol=0, atol=1e-5)

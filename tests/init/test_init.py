@@ -22,8 +22,8 @@ from penchant.cli import main
 from penchant.config import load_config, parse_yaml
 from penchant.data.load import load_preferences
 from penchant.errors import ConfigError, ModelError, PenchantError
-from penchant.init import GOALS, _scalar, fitting, look, propose, write_config
-from penchant.init.ask import Asker, answers
+from penchant.init import GOALS, _yaml_scalar, goals_for, look, propose, write_config
+from penchant.init.ask import Asker, collect_answers
 from penchant.init.look import DataFacts, ModelFacts, look_at_data, look_at_model
 from penchant.metrics.stats import wilson
 from penchant.runs import Run
@@ -52,7 +52,7 @@ BY_DEFAULT = {
 COMBINATIONS = [
     pytest.param(kind, goal.name, marks=() if (kind, goal.name) in BY_DEFAULT else (pytest.mark.slow,))
     for kind in ROWS
-    for goal in fitting(kind)
+    for goal in goals_for(kind)
 ]
 
 
@@ -72,10 +72,10 @@ def test_every_goal_trains_as_written(kind: str, goal: str, tmp_path: Path, mode
 
 
 def test_every_goal_is_tried_and_every_kind_has_one() -> None:
-    assert {(k, g.name) for k in ROWS for g in fitting(k)} >= BY_DEFAULT
-    assert {g.name for k in ROWS for g in fitting(k)} == set(GOALS)
-    assert fitting("pairs")[0].name == "dpo" and fitting("unpaired")[0].name == "kto"
-    assert fitting("prompts")[0].name == "ppo" and fitting("sft")[0].name == fitting("text")[0].name == "sft"
+    assert {(k, g.name) for k in ROWS for g in goals_for(k)} >= BY_DEFAULT
+    assert {g.name for k in ROWS for g in goals_for(k)} == set(GOALS)
+    assert goals_for("pairs")[0].name == "dpo" and goals_for("unpaired")[0].name == "kto"
+    assert goals_for("prompts")[0].name == "ppo" and goals_for("sft")[0].name == goals_for("text")[0].name == "sft"
 
 
 def test_each_key_has_a_reason_and_reads_back(tmp_path: Path, model: str) -> None:
@@ -97,7 +97,7 @@ def test_a_file_is_never_overwritten(tmp_path: Path, model: str, capsys: pytest.
 def test_without_a_terminal_the_missing_flags_are_named(model: str) -> None:
     nobody = Asker(io.StringIO(), io.StringIO(), terminal=False)
     with pytest.raises(ConfigError, match="--data and --goal are not given") as told:
-        answers(nobody, None, model, None)
+        collect_answers(nobody, None, model, None)
     assert "dpo|" in told.value.how
 
 
@@ -143,7 +143,7 @@ def test_values_follow_data_model_and_machine() -> None:
 @example("\x85")
 @example("a\u2028b")
 def test_any_value_reads_back(value: Any) -> None:
-    shown = _scalar(value)
+    shown = _yaml_scalar(value)
     read, _ = parse_yaml(f"key: {shown}", "yaml")
     assert read["key"] == (pytest.approx(value, rel=0.06) if isinstance(value, float) else value)
 
@@ -152,7 +152,7 @@ def test_the_questions_are_asked_with_their_defaults(tmp_path: Path, model: str)
     data = write_jsonl(tmp_path / "rows.jsonl", ROWS["pairs"])
     screen = io.StringIO()
     typed = io.StringIO(f"{tmp_path}/nothing.jsonl\n{data}\n{model}\nkpo\n\n")
-    found = answers(Asker(typed, screen, terminal=True), None, None, None)
+    found = collect_answers(Asker(typed, screen, terminal=True), None, None, None)
     assert found.goal == "dpo" and found.data.unit == "tokens"
     shown = screen.getvalue()
     assert (
@@ -165,17 +165,17 @@ def test_the_questions_are_asked_with_their_defaults(tmp_path: Path, model: str)
 
 def test_only_what_is_missing_is_asked(tmp_path: Path, model: str) -> None:
     data, screen = write_jsonl(tmp_path / "rows.jsonl", ROWS["unpaired"]), io.StringIO()
-    found = answers(Asker(io.StringIO("\n"), screen, terminal=True), data, model, None)
+    found = collect_answers(Asker(io.StringIO("\n"), screen, terminal=True), data, model, None)
     assert found.goal == "kto" and "Data" not in screen.getvalue() and "Model (" not in screen.getvalue()
 
 
 def test_wrong_answers_end(tmp_path: Path, model: str) -> None:
     typed = io.StringIO("nowhere.jsonl\n" * 9)
     with pytest.raises(PenchantError, match="no such file"):
-        answers(Asker(typed, io.StringIO(), terminal=True), None, model, "dpo")
+        collect_answers(Asker(typed, io.StringIO(), terminal=True), None, model, "dpo")
     assert len(typed.read().splitlines()) == 6  # three tries
     with pytest.raises(ConfigError, match="the input ended"):
-        answers(Asker(io.StringIO(), io.StringIO(), terminal=True), None, model, "dpo")
+        collect_answers(Asker(io.StringIO(), io.StringIO(), terminal=True), None, model, "dpo")
 
 
 def test_on_a_real_terminal(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,7 +325,7 @@ def test_a_mistyped_model_is_met_before_the_data_is_read(tmp_path: Path, model: 
     wrong = str(Path(model).parent / (Path(model).name + "l"))
     screen = io.StringIO()
     with pytest.raises(ModelError, match="no such folder; did you mean"):
-        answers(Asker(io.StringIO(), screen, terminal=False), data, wrong, "dpo")
+        collect_answers(Asker(io.StringIO(), screen, terminal=False), data, wrong, "dpo")
     assert not screen.getvalue()
 
 

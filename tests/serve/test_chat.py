@@ -144,7 +144,7 @@ def test_retry_undo_reset_system(models: list[ChatModel], asked: list[list[str]]
 
 def test_commands_that_are_none_and_messages_that_look_like_some(models: list[ChatModel]) -> None:
     chat, _, notes = _session(models[:1], ["/foo\x1b[2J", "/left", "//left", "/help", "/quit", "never"])
-    assert "/foo\\x1b[2J is not a command" in notes and "one model only" in notes
+    assert "/foo\\x1b[2J is not a command" in notes and "only one model" in notes
     assert chat.last is not None and chat.last.message == "/left"
     assert all(f"/{c}" in notes for c in ("retry", "undo", "save", "tie", "quit"))
 
@@ -459,7 +459,7 @@ def test_a_run_and_its_start(
 def test_tools_reach_the_template_and_the_rows(tmp_path: Path) -> None:
     tools = ({"type": "function", "function": {"name": "forecast"}},)
     talk = Conversation(True, "", [Turn("Rain?", "No.")], tools)
-    assert talk.rows()[0]["tools"] == list(tools) == talk.told["tools"]
+    assert talk.rows()[0]["tools"] == list(tools) == talk.template_variables["tools"]
     model = model_of(writer_folder(tmp_path, "Yes!"))
     with pytest.raises(TemplateRefused, match="leaves out the tools"):
         fit_prompt(model, talk, "And now?", 8)

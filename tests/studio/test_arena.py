@@ -31,10 +31,10 @@ from penchant.errors import DataError
 from penchant.judges.humans import Judgement
 from penchant.runfolder.read import lock_state
 from penchant.studio import pairs
-from penchant.studio.arena import _take
+from penchant.studio.arena import _record_verdict
 from penchant.studio.pairs import Answers, Arena
-from penchant.studio.queue import next_item, overlaps
-from penchant.studio.text import CUT, folds, rendered
+from penchant.studio.queue import is_shared, next_item
+from penchant.studio.text import CUT, render_markdown, should_fold
 from penchant.studio.writers import Writers
 
 
@@ -210,7 +210,7 @@ def test_two_studios_at_once_write_one_word_on_one_showing(tmp_path: Path, slowl
     item = next_item(first, "ada")
     assert item is not None
     given = [("pair", item.pair.id), ("order", "0"), ("verdict", "left")]
-    threads = [threading.Thread(target=_take, args=(Arena(first.folder), "ada", given)) for _ in range(4)]
+    threads = [threading.Thread(target=_record_verdict, args=(Arena(first.folder), "ada", given)) for _ in range(4)]
     for t in threads:
         t.start()
     for t in threads:
@@ -221,11 +221,11 @@ def test_two_studios_at_once_write_one_word_on_one_showing(tmp_path: Path, slowl
 def test_a_studio_that_was_stopped_in_its_turn_is_named_with_a_way_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pairs, "PATIENCE", 0.2)
+    monkeypatch.setattr(pairs, "LOCK_TIMEOUT", 0.2)
     arena = arena_of(tmp_path)
 
     def takes_its_turn() -> None:
-        with Arena(arena.folder).turn():
+        with Arena(arena.folder).locked():
             time.sleep(600)
 
     other = forked(takes_its_turn)
@@ -307,7 +307,7 @@ def test_two_people_at_once_lose_nothing_and_share_what_overlaps(studio: Any, tm
     said = judgements(arena)
     by = {n: {j.pair for j in said if j.annotator == n} for n in ends}
     assert by["ada"] | by["ben"] == set(arena.pairs)
-    shared = {p.id for p in arena.pairs.values() if overlaps(arena, p)}
+    shared = {p.id for p in arena.pairs.values() if is_shared(arena, p)}
     assert by["ada"] & by["ben"] == shared and 4 <= len(shared) <= 20 and len(said) == 24 + len(shared)
 
 
@@ -386,11 +386,11 @@ def test_hostile_texts_are_inert(studio: Any, tmp_path: Path) -> None:
 
 
 def test_long_answers_fold_alike_and_endless_ones_are_cut() -> None:
-    assert not folds("short", "short") and folds("short", "x" * 5000) and folds("a\n" * 40, "b")
-    assert "more characters are not shown" in str(rendered("y" * (CUT + 5)))
-    assert "empty answer" in str(rendered(" \n"))
+    assert not should_fold("short", "short") and should_fold("short", "x" * 5000) and should_fold("a\n" * 40, "b")
+    assert "more characters are not shown" in str(render_markdown("y" * (CUT + 5)))
+    assert "empty answer" in str(render_markdown(" \n"))
     for nasty in ("[" * 20_000, "*a " * 12_000, "`" * 30_000, ">" * 30_000, "- " * 20_000, "|" * 9_000):
-        assert rendered(nasty)
+        assert render_markdown(nasty)
 
 
 # ---- the queue ----
@@ -540,10 +540,10 @@ def test_arenas_are_made_of_runs_comparisons_and_data(studio: Any, tmp_path: Pat
 
 def test_equal_answers_are_no_pair(tmp_path: Path) -> None:
     same = Answers([("P", {"a": "x", "b": "x "})], {"a": {}, "b": {}})
-    assert pairs.pairs_of(same, 0) == []
+    assert pairs.make_pairs(same, 0) == []
     with pytest.raises(DataError, match="no pair of two different answers"):
         arena_of(tmp_path, answers=same)
-    assert len(pairs.pairs_of(answers_of(3, ("a", "b", "c")), 0)) == 9
+    assert len(pairs.make_pairs(answers_of(3, ("a", "b", "c")), 0)) == 9
 
 
 # ---- live answers ----
@@ -599,7 +599,7 @@ def test_a_key_goes_to_no_endpoint_that_another_person_put_into_an_arena(
     assert "event: failed" in told and "secret-of-mine" not in told
 
     async def asked(**writer: str) -> None:
-        async for _ in Writers()._of_endpoint({"model": "writer", **writer}, "One?"):
+        async for _ in Writers()._stream_from_endpoint({"model": "writer", **writer}, "One?"):
             pass
 
     for writer, words in (
@@ -677,7 +677,7 @@ def test_an_arena_that_does_not_fit_leaves_its_name_free(
         answer = ada.post("/arena/new", asked)
         assert answer.status_code == 400 and "No space left" in answer.text
         assert not any((tmp_path / "arenas").iterdir())
-        patched.setattr("penchant.studio.arena.pairs.of_pairs", full)  # any disk error becomes a message
+        patched.setattr("penchant.studio.arena.pairs.answers_from_pairs", full)  # any disk error becomes a message
         answer = ada.post("/arena/new", asked)
         assert answer.status_code == 507 and "No space left" in answer.text
     made = pairs.write_atomically

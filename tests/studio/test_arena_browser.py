@@ -238,7 +238,7 @@ def test_answers_that_are_written_are_seen_and_then_judged(
 
     monkeypatch.setattr("penchant.studio.writers.Writers.write", write)
     two = {"one": {"run": "a"}, "two": {"run": "b"}}
-    arena = arena_of(tmp_path, answers=pairs.of_prompts(["Why?"], two), writers=two)
+    arena = arena_of(tmp_path, answers=pairs.answers_to_generate(["Why?"], two), writers=two)
     with studio_of(tmp_path) as server:
         enter(browser, server, "arena/test")
         sign_in(browser, "Ada")

@@ -147,7 +147,7 @@ def test_changes_need_the_token(client: TestClient, folder: Path) -> None:
     at = {"file": "rows.jsonl", "where": "rows.jsonl:2", "line": "2", "action": "drop"}
     for path in ("edit", "undo", "copy", "audit"):
         assert client.post(f"/data/{path}", data=at, headers={"x-csrf-token": "other"}).status_code == 403
-    assert Edits(folder, "rows.jsonl").made() == {}
+    assert Edits(folder, "rows.jsonl").latest() == {}
 
 
 def test_findings_of_an_audit_are_filters(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,10 +189,10 @@ def test_two_audits_at_once_have_a_file_each(tmp_path: Path, monkeypatch: pytest
     for thread in threads:
         thread.join()
     end = time.monotonic() + 60
-    while any(audits.found(tmp_path / name, "auto")[0] == "running" for name in names):
+    while any(audits.result(tmp_path / name, "auto")[0] == "running" for name in names):
         assert time.monotonic() < end
         time.sleep(0.02)
-    assert [audits.found(tmp_path / name, "auto")[1]["of"] for name in names] == [f"./{name}" for name in names]
+    assert [audits.result(tmp_path / name, "auto")[1]["of"] for name in names] == [f"./{name}" for name in names]
     audits.close()
 
 
@@ -258,7 +258,7 @@ def test_edits_outlive_a_full_disk_and_stay_inside(folder: Path, monkeypatch: py
         with pytest.raises(DiskError, match="cannot be written"):
             edits.add("rows.jsonl:3", "dropped")
     edits.add("rows.jsonl:4", "dropped")
-    assert [*edits.made()] == ["rows.jsonl:1", "rows.jsonl:2", "rows.jsonl:4"]
+    assert [*edits.latest()] == ["rows.jsonl:1", "rows.jsonl:2", "rows.jsonl:4"]
     long = "/".join(["a" * 90] * 4)
     assert Edits(folder, f"x{long}").file != Edits(folder, f"y{long}").file
     (folder / ".studio").rename(folder / "moved")

@@ -19,14 +19,14 @@ from penchant.studio import rows
 from penchant.studio.rows import (
     Edits,
     File,
-    Lines,
+    LineIndex,
     answers_of,
     as_json,
-    differences,
-    is_aside,
-    lines_of,
-    places,
-    sum_of,
+    content_hash,
+    diff_words,
+    is_quarantined,
+    line_numbers,
+    rows_of_places,
 )
 from penchant.types import Completion, Message, PromptTree
 
@@ -65,7 +65,7 @@ def test_every_line_is_found_where_the_reader_says_it_is(tmp_path: Path, end: st
         at = page.next
     assert found == said
     assert file.lines is not None and file.page(next(iter(numbers(file, 655))), 1).items[0].values is not None
-    file.lines.look()
+    file.lines.scan()
     assert file.lines.total == path.read_bytes().count(b"\n") + (not last)
 
 
@@ -74,10 +74,10 @@ def test_the_first_page_of_a_long_file_reads_its_beginning_alone(
 ) -> None:
     path = write(tmp_path / "a.jsonl", pairs(20_000))
 
-    def never(self: Lines, line: int | None = None, seconds: float = 0.0) -> None:
+    def never(self: LineIndex, line: int | None = None, seconds: float = 0.0) -> None:
         raise AssertionError("the whole file was looked at")
 
-    monkeypatch.setattr(Lines, "look", never)
+    monkeypatch.setattr(LineIndex, "scan", never)
     page = File(path).page(1)
     assert [item.number for item in page.items] == list(range(1, 21)) and page.next == 21
 
@@ -98,7 +98,7 @@ def test_a_line_over_the_bound_is_told_and_the_others_are_shown(
 def test_lines_are_counted_a_block_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "BLOCK", 37)
     path = write(tmp_path / "a.jsonl", pairs(1200))
-    lines = Lines(path)
+    lines = LineIndex(path)
     data = path.read_bytes()
     starts = [0, *(i + 1 for i, byte in enumerate(data) if byte == 10)]
     for line in (1, 2, 255, 256, 257, 258, 512, 513, 514, 1024, 1025, 1200):
@@ -139,9 +139,9 @@ def test_trees_are_those_that_training_reads(tmp_path: Path) -> None:
     loaded = load_preferences(str(path), on_bad_row="skip")
     page = File(path).page(1)
     assert [tree for item in page.items for tree in item.trees] == [*loaded.trees]
-    aside = [(item.where, *item.aside) for item in page.items if is_aside(item) and item.aside]
+    aside = [(item.where, *item.aside) for item in page.items if is_quarantined(item) and item.aside]
     assert aside == [(q.where, q.what, q.how) for q in loaded.quarantined]
-    assert numbers(File(path), wanted=is_aside) == [6, 7, 8, 9]
+    assert numbers(File(path), wanted=is_quarantined) == [6, 7, 8, 9]
 
 
 def test_rows_that_make_an_example_together_are_shown_together(tmp_path: Path) -> None:
@@ -191,8 +191,8 @@ def test_search_finds_texts_in_any_case_and_goes_on(tmp_path: Path, monkeypatch:
 
 def test_places_of_findings_name_rows() -> None:
     where = ["a.jsonl:12 (as a.jsonl:3)", "a.jsonl:5#2", "my file (1).csv:9", "owner/name: row 7", "odd"]
-    assert places(where) == ["a.jsonl:12", "a.jsonl:5", "my file (1).csv:9", "owner/name: row 7"]
-    assert lines_of(places(where)) == [12, 5, 9, 7]
+    assert rows_of_places(where) == ["a.jsonl:12", "a.jsonl:5", "my file (1).csv:9", "owner/name: row 7"]
+    assert line_numbers(rows_of_places(where)) == [12, 5, 9, 7]
 
 
 # ---- Differences ----
@@ -200,17 +200,17 @@ def test_places_of_findings_name_rows() -> None:
 
 @pytest.mark.parametrize("a, b", [("I can do it.", "I cannot do it!"), ("", "x"), ("a  b\n", "a b"), ("same", "same")])
 def test_differences_keep_both_texts(a: str, b: str) -> None:
-    left, right = differences(a, b)
+    left, right = diff_words(a, b)
     assert "".join(t for _, t in left) == a and "".join(t for _, t in right) == b
     assert [t for m, t in left if not m] == [t for m, t in right if not m]
     assert any(m for m, _ in (*left, *right)) == (a != b)
 
 
 def test_differences_are_of_words_and_bounded(tmp_path: Path) -> None:
-    left, right = differences("It can work", "It cannot work")
+    left, right = diff_words("It can work", "It cannot work")
     assert ("in", "can") in left and ("in", "cannot") in right
     long = "word " * 3000
-    assert differences(long, long + "more") == ([("", long)], [("", long + "more")])
+    assert diff_words(long, long + "more") == ([("", long)], [("", long + "more")])
     file = File(write(tmp_path / "a.jsonl", pairs(1)))
     chosen, rejected = answers_of(file.page(1).items[0].trees[0], diff=True)
     assert (chosen.kind, rejected.kind) == ("chosen", "rejected") and ("in", "Good") in chosen.words
@@ -243,11 +243,11 @@ def test_edits_go_into_a_copy_with_a_record(tmp_path: Path) -> None:
     before = path.read_bytes()
     file, edits = File(path), Edits(tmp_path, "a.jsonl")
     two, three, four, _ = file.page(2).items
-    edits.add(two.where, "changed", sum_of(two), {"prompt": "Mine?", "chosen": "Yes.", "rejected": "No."})
-    edits.add(three.where, "dropped", sum_of(three))
-    edits.add(four.where, "dropped", sum_of(four))
+    edits.add(two.where, "changed", content_hash(two), {"prompt": "Mine?", "chosen": "Yes.", "rejected": "No."})
+    edits.add(three.where, "dropped", content_hash(three))
+    edits.add(four.where, "dropped", content_hash(four))
     edits.add(four.where, "undone")
-    assert {*Edits(tmp_path, "a.jsonl").made()} == {"a.jsonl:2", "a.jsonl:3"}  # after a restart they are read again
+    assert {*Edits(tmp_path, "a.jsonl").latest()} == {"a.jsonl:2", "a.jsonl:3"}  # after a restart they are read again
     done = copy(edits, tmp_path / "b.jsonl", also=True)
     assert (done.rows, done.written, done.edited) == (5, 3, 1)
     assert done.dropped["by_hand"] == 1 and done.dropped["duplicates"] == 1
@@ -266,7 +266,7 @@ def test_an_edit_of_a_row_that_is_another_one_now_is_refused(tmp_path: Path) -> 
     path = write(tmp_path / "a.jsonl", pairs(3))
     edits = Edits(tmp_path, "a.jsonl")
     item = File(path).page(2).items[0]
-    edits.add(item.where, "dropped", sum_of(item))
+    edits.add(item.where, "dropped", content_hash(item))
     write(path, pairs(4)[1:])
     with pytest.raises(DataError, match="another row now"):
         copy(edits, tmp_path / "b.jsonl", also=False)
@@ -288,11 +288,11 @@ def test_the_original_is_never_written_to(tmp_path: Path) -> None:
 @pytest.mark.parametrize("said", ["", "[1]", "{", '{"a": 1} {"b": 2}', '{"a": 1, "a": 2}'])
 def test_what_is_no_row_is_said(said: str) -> None:
     with pytest.raises(DataError):
-        rows.read_edited(said)
+        rows.parse_edited_row(said)
 
 
 def test_a_row_may_stand_on_several_lines() -> None:
-    assert rows.read_edited('{\r\n "a": "b\\nc",\n "d": 1\n}') == {"a": "b\nc", "d": 1}
+    assert rows.parse_edited_row('{\r\n "a": "b\\nc",\n "d": 1\n}') == {"a": "b\nc", "d": 1}
 
 
 # ---- Tokens ----
@@ -342,6 +342,6 @@ def test_a_token_is_shown_as_it_stands_behind_the_one_before_it() -> None:
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
     kinds = ["trained", "trained", "trained", "cut"]
-    alone = rows._tokens(tokenizer, [1, 2, 3, 1], kinds)
+    alone = rows._display_tokens(tokenizer, [1, 2, 3, 1], kinds)
     assert [t.text for t in alone] == ["good", " day", "s", " good"] and [t.kind for t in alone] == kinds
-    assert [t.text for t in rows._tokens(tokenizer, [1, 2], kinds, before=[3])] == [" good", " day"]
+    assert [t.text for t in rows._display_tokens(tokenizer, [1, 2], kinds, before=[3])] == [" good", " day"]

@@ -24,7 +24,7 @@ from penchant.errors import CheckpointError, ConfigError
 from penchant.runfolder import CONSOLE, RunLock
 from penchant.studio import launch, shelf
 from penchant.studio.app import Studio
-from penchant.studio.launch import INTERRUPTED, Processes, draft, form_parts, place_of, settings_of
+from penchant.studio.launch import INTERRUPTED, Processes, draft, form_parts, settings_of, working_folder
 from penchant.studio.runs import sample_of
 from penchant.studio.shelf import Feed, Shelf
 
@@ -88,21 +88,26 @@ def test_samples_of_a_run_that_goes_on_are_those_from_before() -> None:
 def test_the_buttons_follow_what_can_be_done(client: TestClient, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shelf, "FRESH", 0.0)
     asked: list[bool] = []
-    monkeypatch.setattr(Processes, "stopped", lambda self, path: bool(asked))
+    monkeypatch.setattr(Processes, "stop_requested", lambda self, path: bool(asked))
 
     def buttons() -> list[str]:
         return re.findall(r"<button[^>]*>([^<]*)", client.get("/runs/actions?run=second").text)
 
     make_run(folder / "second", 5)
     with RunLock(folder / "second"):
-        assert buttons() == ["Stop it"] and Feed(Shelf(folder), ["second"]).news()["second"]["facts"]["lock"] == "held"
+        assert (
+            buttons() == ["Stop it"] and Feed(Shelf(folder), ["second"]).updates()["second"]["facts"]["lock"] == "held"
+        )
         asked.append(True)
         assert buttons() == [] and "stopping; it writes" in client.get("/runs/actions?run=second").text
     assert (
-        buttons() == ["Go on with it"] and Feed(Shelf(folder), ["second"]).news()["second"]["facts"]["lock"] == "free"
+        buttons() == ["Go on with it"]
+        and Feed(Shelf(folder), ["second"]).updates()["second"]["facts"]["lock"] == "free"
     )
     asked.clear()
-    monkeypatch.setattr(Processes, "running", lambda *_: True)  # it was started, but has not reported yet
+    monkeypatch.setattr(
+        Processes, "is_running", lambda *_: True
+    )  # it was started, but has not reported yet
     assert buttons() == ["Stop it"] and "loading the model" in client.get("/runs/actions?run=second").text
 
 
@@ -300,26 +305,30 @@ def test_a_run_is_started_stopped_and_gone_on_with(processes: Processes, folder:
     made = draft(folder, FORM)
     processes.start(made)
     assert (folder / "new.yaml").read_text() == made.text
-    until(lambda: "trains" in processes.said("new"))
-    assert "['train', './new.yaml']" in processes.said("new") and processes.running("new")
+    until(lambda: "trains" in processes.output_of("new"))
+    assert "['train', './new.yaml']" in processes.output_of("new") and processes.is_running("new")
     with pytest.raises(CheckpointError, match="holds this run"):
         processes.resume("new")
     process = processes.started["new"]
     assert _session(process.pid) == process.pid  # signals to the studio's session do not reach it
     processes.stop("new")
-    assert process.wait(60) == INTERRUPTED and "stopped well" in processes.said("new") and not processes.failure("new")
+    assert (
+        process.wait(60) == INTERRUPTED
+        and "stopped well" in processes.output_of("new")
+        and not processes.failure("new")
+    )
     with pytest.raises(CheckpointError, match="no process"):
         processes.stop("new")
     with pytest.raises(CheckpointError, match="holds a run already"):
         processes.start(made)
     processes.resume("new")
-    until(lambda: "trains" in processes.said("new"))
-    assert "new/config.resolved.yaml" in processes.said("new")
+    until(lambda: "trains" in processes.output_of("new"))
+    assert "new/config.resolved.yaml" in processes.output_of("new")
     process = processes.started["new"]
     processes.stop("new")
     processes.resume("new")  # immediately, while the other one is still writing
     assert processes.started["new"] is not process and process.poll() == INTERRUPTED
-    until(lambda: "trains" in processes.said("new"))
+    until(lambda: "trains" in processes.output_of("new"))
 
 
 def test_two_clicks_at_once_start_one_process(processes: Processes, folder: Path) -> None:
@@ -410,7 +419,7 @@ def test_the_studio_ends_while_a_plan_is_made(processes: Processes, monkeypatch:
 
     thread = threading.Thread(target=plans)
     thread.start()
-    until(lambda: bool(processes.children._going))
+    until(lambda: bool(processes.children._running))
     processes.close()
     thread.join(60)
     assert failed and not thread.is_alive()
@@ -452,15 +461,15 @@ def test_a_start_that_failed_can_be_mended(processes: Processes, folder: Path, m
         processes.start(draft(folder, FORM))
         assert processes.started["new"].wait(60)
     processes.start(draft(folder, [*FORM, ("train.seed", "3")]))
-    assert "seed: 3" in (folder / "new.yaml").read_text() and processes.running("new")
+    assert "seed: 3" in (folder / "new.yaml").read_text() and processes.is_running("new")
 
 
 def test_paths_of_a_run_start_where_its_model_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     root, config = tmp_path / "runs", {"model": {"path": "model"}}
     root.mkdir()
-    assert place_of(root, config) == root
+    assert working_folder(root, config) == root
     (tmp_path / "model").mkdir()
-    assert place_of(root, config) == tmp_path  # the studio was started beside it, for the runs folder only
+    assert working_folder(root, config) == tmp_path  # the studio was started beside it, for the runs folder only
     (root / "model").mkdir()
-    assert place_of(root, config) == root
+    assert working_folder(root, config) == root

@@ -10,13 +10,13 @@ import pytest
 from run_folders import eval_row, lines, make_run, perf_rows, train_rows
 
 from penchant.runfolder.read import Tail
-from penchant.studio.shelf import MOST_POINTS, Feed, Shelf, find, thinned
+from penchant.studio.shelf import MOST_POINTS, Feed, Shelf, find_folders, thin
 
 FIXTURES = Path(__file__).parents[1] / "fixtures/v0_1"
 
 
 def test_everything_of_a_folder_is_found() -> None:
-    found, more = find(FIXTURES)
+    found, more = find_folders(FIXTURES)
     kinds = {(f.kind, f.path) for f in found}
     assert {("run", "finished"), ("sweep", "sweep"), ("run", "sweep/beta-0.1"), ("comparison", "pipeline")} <= kinds
     assert not more and not any("checkpoints" in f.path for f in found)
@@ -34,7 +34,7 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
     make_run(tmp_path / "outside" / "secret")
     (tmp_path / "inside").mkdir()
     (tmp_path / "inside" / "link").symlink_to(tmp_path / "outside")
-    assert find(tmp_path / "inside") == ([], False)
+    assert find_folders(tmp_path / "inside") == ([], False)
 
 
 def test_a_line_says_state_step_figure_and_flags(tmp_path: Path) -> None:
@@ -72,46 +72,46 @@ def test_only_what_was_appended_is_read_and_told(tmp_path: Path, monkeypatch: py
     run = make_run(tmp_path / "a", 8)
     shelf = Shelf(tmp_path)
     feed, other = Feed(shelf, ["a"]), Feed(shelf, ["a"])
-    first = feed.news()["a"]
+    first = feed.updates()["a"]
     assert first["line"]["loss"][0] == list(range(1, 9)) and first["points"]["loss"][0] == [0, 8]
     assert first["points"]["rewards/accuracies"][2] == [0.45, 0.53] and first["facts"]["step"].startswith("8")
-    assert feed.news() == {}
+    assert feed.updates() == {}
     read: list[int] = []
     before = Tail._new
     monkeypatch.setattr(Tail, "_new", lambda self, file: [*map(read_of(read), before(self, file))])
     with (run / "metrics.jsonl").open("a") as file:
         file.write(lines(train_rows(9, 9)) + '{"kind": "train", "st')
-    news = feed.news()["a"]
-    assert read == [9] and news["line"]["loss"] == [[9], [pytest.approx(0.61)]] and "points" not in news
-    assert other.news()["a"]["line"]["loss"][0] == list(range(1, 10))  # a page opened later gets all of it
+    updates = feed.updates()["a"]
+    assert read == [9] and updates["line"]["loss"] == [[9], [pytest.approx(0.61)]] and "points" not in updates
+    assert other.updates()["a"]["line"]["loss"][0] == list(range(1, 10))  # a page opened later gets all of it
 
 
 def test_a_log_that_is_cut_back_is_told_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("penchant.studio.shelf.FRESH", 0.0)
     run = make_run(tmp_path / "a", 8)
     feed = Feed(Shelf(tmp_path), ["a"])
-    feed.news()
+    feed.updates()
     (run / "metrics.jsonl").write_text(lines([eval_row(0), *train_rows(1, 4)]))  # resumed from step 4
-    news = feed.news()["a"]
-    assert news["anew"] is True and news["line"]["loss"][0] == [1, 2, 3, 4]
+    updates = feed.updates()["a"]
+    assert updates["anew"] is True and updates["line"]["loss"][0] == [1, 2, 3, 4]
 
 
 def test_flags_appear_as_they_are_written_and_are_inert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("penchant.studio.shelf.FRESH", 0.0)
     run = make_run(tmp_path / "a", 8)
     feed = Feed(Shelf(tmp_path), ["a"])
-    assert feed.news()["a"]["facts"]["flags"] == []
+    assert feed.updates()["a"]["facts"]["flags"] == []
     said = [{"title": "evil \u202e \x1b[31m", "level": "warning", "sentence": "s", "advice": "a"}]
     (run / "flags.json").write_text(json.dumps(said))
-    (flag,) = feed.news()["a"]["facts"]["flags"]
+    (flag,) = feed.updates()["a"]["facts"]["flags"]
     assert flag["level"] == "warning" and "\u202e" not in flag["title"] and "\x1b" not in flag["title"]
 
 
 def test_a_long_curve_is_thinned_and_keeps_its_ends() -> None:
     values = list(range(10 * MOST_POINTS + 7))
-    kept = thinned(values)
+    kept = thin(values)
     assert len(kept) <= MOST_POINTS + 1 and kept[0] == 0 and kept[-1] == values[-1]
-    assert thinned([1, 2, 3]) == [1, 2, 3]
+    assert thin([1, 2, 3]) == [1, 2, 3]
 
 
 def test_damaged_files_bring_nothing_down(tmp_path: Path) -> None:
@@ -125,10 +125,10 @@ def test_damaged_files_bring_nothing_down(tmp_path: Path) -> None:
     shelf = Shelf(tmp_path)
     found, _ = shelf.lines()
     assert len([line for line in found if line.kind == "run"]) == 36
-    assert Feed(shelf, [line.path for line in found if line.kind == "run"]).news()
+    assert Feed(shelf, [line.path for line in found if line.kind == "run"]).updates()
 
 
 def test_perf_gives_speed_and_time_left(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a", 8)
     (run / "perf.jsonl").write_text(lines(perf_rows(1, 8)))
-    assert "tokens/s" in Feed(Shelf(tmp_path), ["a"]).news()["a"]["facts"]["speed"]
+    assert "tokens/s" in Feed(Shelf(tmp_path), ["a"]).updates()["a"]["facts"]["speed"]

@@ -18,7 +18,7 @@ from tiny import polite_rows, tiny_model_folder, write_jsonl
 from penchant import api
 from penchant.errors import ConfigError
 from penchant.track import TRACKERS, Mirrors, TrackerSpec
-from penchant.track.tracker import Line, Tail, as_line, unsent
+from penchant.track.tracker import Line, Tail, to_line, unsent
 from penchant.training.options import LoggingConfig
 
 
@@ -50,12 +50,12 @@ def test_names_are_those_of_the_field_and_an_interval_becomes_two_numbers() -> N
         "x": None,
     }
     expected = {"eval/loss": 0.5, "eval/loss/ci_low": 0.4, "eval/loss/ci_high": 0.6, "eval/epoch": 1.0}
-    assert as_line(row) == Line("eval", 3, expected)
-    assert as_line({"kind": "train", "step": 1, "rewards/margins": 2, "ok": True}).values == {
+    assert to_line(row) == Line("eval", 3, expected)
+    assert to_line({"kind": "train", "step": 1, "rewards/margins": 2, "ok": True}).values == {
         "train/rewards/margins": 2.0,
         "train/ok": 1.0,
     }
-    assert as_line({"step": 1, "seconds": 0.5}, "perf") == Line("perf", 1, {"perf/seconds": 0.5})
+    assert to_line({"step": 1, "seconds": 0.5}, "perf") == Line("perf", 1, {"perf/seconds": 0.5})
 
 
 def test_half_a_line_waits_and_a_log_that_was_cut_back_is_read_again(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from tiny import polite_rows, tiny_model_folder, write_jsonl
 from wandb_file import history, run_of
 
 from penchant import api
-from penchant.track.tracker import STEP, as_line
+from penchant.track.tracker import STEP, to_line
 
 FLOAT32 = 1e-6  # the precision of TensorBoard's scalars
 
@@ -55,8 +55,8 @@ def crashed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Pa
 
 def _rows(run: Path) -> list[Any]:
     """Every line as trackers should have it. A step that ran twice keeps the speed of its first run."""
-    metrics = [as_line(json.loads(t)) for t in (run / "metrics.jsonl").read_text().splitlines()]
-    perf = [as_line(json.loads(t), "perf") for t in (run / "perf.jsonl").read_text().splitlines()]
+    metrics = [to_line(json.loads(t)) for t in (run / "metrics.jsonl").read_text().splitlines()]
+    perf = [to_line(json.loads(t), "perf") for t in (run / "perf.jsonl").read_text().splitlines()]
     first = {line.step: line for line in reversed(perf)}
     return [*metrics, *first.values()]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from rich.cells import cell_len
 
-from penchant.watch.plot import ASCII, GUTTER, UNICODE, Point, axis_label, binned, plot
+from penchant.watch.plot import ASCII, GUTTER, UNICODE, Point, axis_label, bin_points, plot
 
 
 def drawn(*args: object, **kw: object) -> list[str]:
@@ -58,8 +58,8 @@ def test_no_line_is_wider_than_it_may_be(line: list[tuple[float, float]], width:
 
 def test_a_column_shows_the_mean_of_its_steps() -> None:
     line = [(float(s), float(s % 2)) for s in range(1000)]
-    assert binned(line, 0, 999, 10)[3:5] == [(3, pytest.approx(0.5, abs=0.01)), (4, pytest.approx(0.5, abs=0.01))]
-    assert [at for at, _ in binned([(0, 1.0), (9, 2.0)], 0, 9, 10)] == [0, 9]
+    assert bin_points(line, 0, 999, 10)[3:5] == [(3, pytest.approx(0.5, abs=0.01)), (4, pytest.approx(0.5, abs=0.01))]
+    assert [at for at, _ in bin_points([(0, 1.0), (9, 2.0)], 0, 9, 10)] == [0, 9]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from penchant.base.text import clean
 from penchant.runfolder import RunLock
 from penchant.watch.plot import ASCII
 from penchant.watch.screens import Size, group_frame, run_frame, with_interval
-from penchant.watch.views import GroupView, RunView, number, open_view, whole
+from penchant.watch.views import GroupView, RunView, number, open_view, step_count
 
 SIZES = [(80, 24), (80, 23), (120, 40), (40, 12), (200, 70), (20, 3), (60, 1)]
 
@@ -43,7 +43,7 @@ def test_a_run_that_goes_on(tmp_path: Path) -> None:
         view = seen(folder)
         assert (view.state, view.step, view.total, view.epoch) == ("running", 8, 20, (0.8, 2.0))
         assert view.speed is not None and (view.speed.seconds, view.speed.tokens, view.speed.trees) == (2.0, 50.0, 4.0)
-        assert view.left == 12 * 2.0
+        assert view.seconds_left == 12 * 2.0
         said = text(view)
         for part in (
             "dpo  run",
@@ -91,7 +91,7 @@ def test_only_the_last_steps_say_how_fast_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [True, None, "3", [3], float("nan"), float("-inf"), 10**400, 1e300, -1e300])
 def test_what_is_no_number_is_none(tmp_path: Path, value: Any) -> None:
-    assert number(value) is None and whole(value) is None
+    assert number(value) is None and step_count(value) is None
     folder = make_run(tmp_path / "run", 3)
     rows = [r | {"loss": v} for r, v in zip(train_rows(1, 3), (-1e300, value, 1e300), strict=True)]
     (folder / "metrics.jsonl").write_text(lines(rows))
@@ -285,13 +285,13 @@ def test_a_sweep_has_a_line_a_run_and_the_time_left_of_all(tmp_path: Path) -> No
         assert isinstance(view, GroupView)
         view.refresh()
         assert [m.state for m in view.members] == ["finished", "running", "cut", "to come"]
-        assert view.left == (12 + 20) * 2.0  # b has 12 steps left, d all 20
+        assert view.seconds_left == (12 + 20) * 2.0  # b has 12 steps left, d all 20
         said = text(view, 110, 30)
-        assert view.going
+        assert view.is_active
     view.refresh()
-    assert not view.going and "not running" in text(view)
+    assert not view.is_active and "not running" in text(view)
     with RunLock(folder):  # between two of its runs
-        assert view.going and "running, at most" in text(view)
+        assert view.is_active and "running, at most" in text(view)
     assert "running, at most 1m04s left" in said and "4 runs: 1 running, 1 finished, 1 cut, 1 to come" in said
     rows = {line.split()[0]: line for line in said.splitlines()[3:7]}
     assert "20/20  0.7000 " in rows["a"] and "[" not in rows["a"] and "24s left, 50 tokens/s" in rows["b"]

@@ -97,10 +97,10 @@ class _Parser(argparse.ArgumentParser):
         self.register("action", "parsers", _Commands)
 
     def error(self, message: str) -> NoReturn:
-        wrong = re.search(r"invalid choice: '(.*?)'", message)
-        if wrong and self._subparsers:
+        match = re.search(r"invalid choice: '(.*?)'", message)
+        if match and self._subparsers:
             (commands,) = self._subparsers._group_actions
-            message = f"{wrong[1]!r} is not a command; {did_you_mean(wrong[1], list(commands.choices or ()))}"
+            message = f"{match[1]!r} is not a command; {did_you_mean(match[1], list(commands.choices or ()))}"
         self.exit(2, f"penchant: {message}\n")
 
 
@@ -122,18 +122,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code. A user's mistake prints one paragraph on stderr, never a traceback."""
-    with _for_people():
+    with _printable_output():
         return _run(argv)
 
 
 @contextmanager
-def _for_people() -> Iterator[None]:
+def _printable_output() -> Iterator[None]:
     """Make everything printed within the block printable and free of secrets."""
-    with ExitStack() as replaced:
+    with ExitStack() as stack:
         for name, replacing in (("stdout", redirect_stdout), ("stderr", redirect_stderr)):
             stream = unescaped(getattr(sys, name))
             if stream is not None:
-                replaced.enter_context(replacing(Shown(stream)))  # type: ignore[type-var]
+                stack.enter_context(replacing(Shown(stream)))  # type: ignore[type-var]
         try:
             yield
         except Exception:
@@ -154,15 +154,15 @@ def _run(argv: Sequence[str] | None) -> int:
             return code
     from penchant.base.functions import no_exit
     from penchant.base.mistakes import mistake
-    from penchant.cli.arguments import bounded
+    from penchant.cli.arguments import apply_bounds
 
     parser = build_parser()
-    args, rest = parser.parse_known_args(argv)
-    if rest:  # argparse does not accept overrides after an option
-        if not hasattr(args, "overrides") or any(r.startswith("-") or "=" not in r for r in rest):
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:  # argparse does not accept overrides after an option
+        if not hasattr(args, "overrides") or any(r.startswith("-") or "=" not in r for r in unknown):
             command = " ".join(filter(None, ("penchant", args.command, getattr(args, "verb", None))))
-            parser.error(f"unrecognized arguments: {' '.join(rest)}; {_as_settings(args, rest, command)}")
-        args.overrides += rest
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}; {_suggest_setting(args, unknown, command)}")
+        args.overrides += unknown
     if args.command is None:
         parser.print_help()
         return 0
@@ -173,12 +173,12 @@ def _run(argv: Sequence[str] | None) -> int:
             quiet = getattr(args, "quiet", False)
             if sys.stderr.isatty() and not quiet and not os.environ.get("PENCHANT_REEXECUTED"):
                 print(f"penchant {args.command}: loading torch", file=sys.stderr)
-            _with_allocator(_device_of(args, config), _is_one_of_several(args, config))
+            _reexecute(_device_of(args, config), _is_distributed(args, config))
             # a command that only prints may end when its reader does, but work must continue: ``penchant train run.yaml | head``
             for stream in (sys.stdout, sys.stderr):
                 if isinstance(stream, Shown):
                     stream.leaves = not stream.isatty()
-        with no_exit(), bounded(args):
+        with no_exit(), apply_bounds(args):
             return int(args.handler(args) or 0)
     except KeyboardInterrupt:
         print("penchant: interrupted", file=sys.stderr)
@@ -197,11 +197,11 @@ def _run(argv: Sequence[str] | None) -> int:
         return told.exit_code
 
 
-def _as_settings(args: argparse.Namespace, rest: Sequence[str], command: str) -> str:
+def _suggest_setting(args: argparse.Namespace, unknown: Sequence[str], command: str) -> str:
     """Suggest what to write in place of unknown options: ``--lr 1e-4`` is the setting train.lr=1e-4."""
     from penchant.config.explain import full_key
 
-    first, *others = rest
+    first, *others = unknown
     name, _, value = first.lstrip("-").partition("=")
     key = name if "." in name else full_key(name.replace("-", "_"), {}).partition(" ")[0]
     if not key or not hasattr(args, "overrides"):
@@ -241,7 +241,7 @@ def _check_config(args: argparse.Namespace) -> Any:
     from penchant.rollout.environment import check_environment_name
     from penchant.runfolder import leads_to_model
 
-    more = import_module("penchant.cli.train").launched(args) if args.command == "train" else []
+    more = import_module("penchant.cli.train").launch_settings(args) if args.command == "train" else []
     config = load_config(args.config, [*args.overrides, *more])
     if args.command == "eval":
         return config  # a finished run does not need its base model nor, with --data, its own rows
@@ -257,7 +257,7 @@ def _check_config(args: argparse.Namespace) -> Any:
     return config
 
 
-def _with_allocator(device: str, several: bool) -> None:
+def _reexecute(device: str, several: bool) -> None:
     """Re-execute this process once, with the environment for the device it will use."""
     for name, value in FALLBACK_ENV.get(device, {}).items():  # works without re-execution: no torch yet
         os.environ.setdefault(name, value)
@@ -273,11 +273,11 @@ def environment_of(device: str, several: bool = False) -> dict[str, str]:
         several: the process is one of several that train together, or starts them.
     """
     on_gpu = device == "cuda" or (device == "auto" and gpu_visible())
-    ours = CUDA_ENV if on_gpu else FALLBACK_ENV.get(device, SHARDED_CPU_ENV if several else CPU_ENV)
-    return {**ours, **os.environ, "PENCHANT_REEXECUTED": "1"}
+    variables = CUDA_ENV if on_gpu else FALLBACK_ENV.get(device, SHARDED_CPU_ENV if several else CPU_ENV)
+    return {**variables, **os.environ, "PENCHANT_REEXECUTED": "1"}
 
 
-def _is_one_of_several(args: argparse.Namespace, config: Any) -> bool:
+def _is_distributed(args: argparse.Namespace, config: Any) -> bool:
     """Return True if a command trains with several processes, whether torchrun started them or the command will."""
     from penchant.distributed.world import started_by_torchrun
 

@@ -49,7 +49,7 @@ def column_pairs(given: Sequence[str], flag: str = "--column") -> dict[str, str]
 
 
 @contextmanager
-def bounded(args: argparse.Namespace) -> Iterator[None]:
+def apply_bounds(args: argparse.Namespace) -> Iterator[None]:
     """Apply the bounds of a command's `--bound` options to all rows read within the block.
 
     Raises:
@@ -83,32 +83,32 @@ def bounded(args: argparse.Namespace) -> Iterator[None]:
 def add_arguments(parser: argparse.ArgumentParser, request: type) -> None:
     """Add the options described by the fields of a command's request; see `penchant.requests.option`."""
     kinds, groups = get_type_hints(request), {"": parser}
-    for held in fields(request):
-        about, required = dict(held.metadata), held.default is MISSING and held.default_factory is MISSING
+    for option in fields(request):
+        about, required = dict(option.metadata), option.default is MISSING and option.default_factory is MISSING
         heading = about.get("group", "")
         if heading not in groups:
             groups[heading] = parser.add_argument_group(heading)  # type: ignore[assignment]
-        if held.name == "columns":
+        if option.name == "columns":
             add_columns(groups[heading], *about.get("also", ()), nargs="+")
             continue
-        inner = get_args(kinds[held.name])
-        kind = inner[0] if type(None) in inner else kinds[held.name]
-        given: dict[str, Any] = {"help": about["help"], "default": None if required else held.default}
+        inner = get_args(kinds[option.name])
+        kind = inner[0] if type(None) in inner else kinds[option.name]
+        given: dict[str, Any] = {"help": about["help"], "default": None if required else option.default}
         if about.get("either"):
             given["action"] = argparse.BooleanOptionalAction
         elif kind is bool:
             given["action"] = "store_true"
         else:
             given |= {"metavar": about["metavar"], "choices": about.get("choices")}
-        if held.default in ((), MISSING) and not required:
+        if option.default in ((), MISSING) and not required:
             given |= {"action": "append", "default": []}
         elif kind in (int, float):
-            given["type"] = within(kind, about.get("low"), about.get("high"), about.get("above"))
+            given["type"] = number_type(kind, about.get("low"), about.get("high"), about.get("above"))
         if about.get("positional"):
-            groups[heading].add_argument(held.name, nargs=None if required else "?", **given)
+            groups[heading].add_argument(option.name, nargs=None if required else "?", **given)
         else:
-            flag = about.get("flag", "--" + held.name.strip("_").replace("_", "-"))
-            groups[heading].add_argument(flag, dest=held.name, required=required, **given)
+            flag = about.get("flag", "--" + option.name.strip("_").replace("_", "-"))
+            groups[heading].add_argument(flag, dest=option.name, required=required, **given)
 
 
 def options_of(args: argparse.Namespace, request: type) -> dict[str, Any]:
@@ -118,28 +118,28 @@ def options_of(args: argparse.Namespace, request: type) -> dict[str, Any]:
         ConfigError: an option cannot be parsed.
     """
     found: dict[str, Any] = {}
-    for held in fields(request):
-        value, read = getattr(args, held.name), held.metadata.get("read", lambda text: text)
-        if held.default_factory is not MISSING:
-            pairs = column_pairs(value, held.metadata.get("flag", "--column"))
+    for option in fields(request):
+        value, read = getattr(args, option.name), option.metadata.get("read", lambda text: text)
+        if option.default_factory is not MISSING:
+            pairs = column_pairs(value, option.metadata.get("flag", "--column"))
             value = {name: read(text) for name, text in pairs.items()}
-        found[held.name] = read(value) if isinstance(value, str) else value
+        found[option.name] = read(value) if isinstance(value, str) else value
     return found
 
 
-def within(kind: type, low: float | None = None, high: float | None = None, above: float | None = None) -> Any:
+def number_type(kind: type, low: float | None = None, high: float | None = None, above: float | None = None) -> Any:
     """Return an argparse type for finite numbers within bounds, and within what any machine can count or hold."""
-    most = MOST[kind] if high is None else high
-    bounds = [(low, "at least"), (above, "more than"), (most, "at most")]
-    wanted = " and ".join(f"{word} {bound:g}" for bound, word in bounds if bound is not None)
+    upper = MOST[kind] if high is None else high
+    bounds = [(low, "at least"), (above, "more than"), (upper, "at most")]
+    expected = " and ".join(f"{word} {bound:g}" for bound, word in bounds if bound is not None)
 
     def number(text: str) -> float:
         from penchant.base.text import short
 
         value: float = kind(text) if len(text) <= 400 else math.inf
-        least = -MOST[kind] if low is None else low
-        if not (least <= value <= most and (above is None or value > above)):
-            raise argparse.ArgumentTypeError(f"{short(text)} is not {'a number' if value != value else wanted}")
+        lower = -MOST[kind] if low is None else low
+        if not (lower <= value <= upper and (above is None or value > above)):
+            raise argparse.ArgumentTypeError(f"{short(text)} is not {'a number' if value != value else expected}")
         return value
 
     number.__name__ = kind.__name__  # argparse says "invalid int value"

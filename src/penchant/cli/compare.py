@@ -32,7 +32,7 @@ def _compare(args: argparse.Namespace) -> int:
     from penchant import api
 
     if (args.judge or "").startswith(HUMANS):
-        return _by_humans(args)
+        return _compare_by_humans(args)
     result = api.compare(*args.runs, quiet=args.quiet or args.json, **options_of(args, CompareRequest))
     if args.json:
         import json
@@ -46,7 +46,7 @@ def _compare(args: argparse.Namespace) -> int:
     return 0
 
 
-def _by_humans(args: argparse.Namespace) -> int:
+def _compare_by_humans(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from penchant.metrics.humans import check_alone, judge_by_humans

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from penchant.cli.arguments import add_arguments, add_columns, column_pairs, options_of, within
+from penchant.cli.arguments import add_arguments, add_columns, column_pairs, number_type, options_of
 from penchant.requests import FixRequest, GetRequest, workers_in
 
 
@@ -80,7 +80,7 @@ def _add_show(verbs: Any) -> None:
         "show", help="show how a file's rows are read: the layout, why it was chosen, and the first examples"
     )
     show.add_argument("path", metavar="FILE", help="data file, or hub id (owner/name)")
-    show.add_argument("-n", "--rows", type=within(int), default=3, metavar="N", help="rows to show (default: 3)")
+    show.add_argument("-n", "--rows", type=number_type(int), default=3, metavar="N", help="rows to show (default: 3)")
     show.add_argument(
         "--shape", default="auto", metavar="NAME", help="layout of the rows (default: detected from the columns)"
     )
@@ -131,7 +131,7 @@ def _add_audit(verbs: Any) -> None:
     )
     audit.add_argument("--shape", default="auto", help="layout of the rows (default: detected from the columns)")
     add_columns(audit)
-    audit.add_argument("--limit", type=within(int), metavar="N", help="read only the first N rows of each split")
+    audit.add_argument("--limit", type=number_type(int), metavar="N", help="read only the first N rows of each split")
     audit.add_argument(
         "--workers",
         metavar="N",
@@ -143,7 +143,7 @@ def _add_audit(verbs: Any) -> None:
     )
     audit.add_argument(
         "--places",
-        type=within(int),
+        type=number_type(int),
         default=20,
         metavar="N",
         help="places listed per finding in the JSON, up to 1000 (default: 20)",
@@ -167,7 +167,7 @@ def _audit(args: argparse.Namespace) -> int:
         paths, args.json = [*paths, args.json], "-"  # the path came after a bare --json
     if not paths and not args.split:
         raise ConfigError("data audit", "no file is given", "give a CONFIG.yaml, data files or --split NAME=FILE")
-    reads = (*paths, *_splits(args.split).values(), args.reward, args.check)
+    reads = (*paths, *_parse_splits(args.split).values(), args.reward, args.check)
     for path, ours in ((args.json, AUDITED), (args.html, PAGE)):
         if path not in (None, "-"):
             check_output(path, ours, reads)
@@ -180,7 +180,7 @@ def _audit(args: argparse.Namespace) -> int:
     else:
         result = api.audit_files(
             *paths,
-            splits=_splits(args.split),
+            splits=_parse_splits(args.split),
             shape=args.shape,
             columns=column_pairs(args.columns),
             limit=args.limit,
@@ -201,7 +201,7 @@ def _audit(args: argparse.Namespace) -> int:
     return 0
 
 
-def _splits(given: list[str]) -> dict[str, str]:
+def _parse_splits(given: list[str]) -> dict[str, str]:
     from penchant.errors import ConfigError
 
     splits: dict[str, str] = {}

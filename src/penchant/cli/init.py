@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
     from penchant.errors import ConfigError
     from penchant.init import propose, write_config
-    from penchant.init.ask import answers, here
+    from penchant.init.ask import collect_answers, terminal_asker
     from penchant.rewards.functions import check_reward
 
     if Path(args.output).exists():  # before any question is asked
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     if args.reward is not None:  # before any question is asked
         check_reward(args.reward)
     named = column_pairs(args.columns)
-    found = answers(here(), args.data, args.model, args.goal, eval_data=args.eval_data, columns=named)
+    found = collect_answers(terminal_asker(), args.data, args.model, args.goal, eval_data=args.eval_data, columns=named)
     start = propose(
         found.data,
         found.model,

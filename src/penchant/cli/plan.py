@@ -17,7 +17,7 @@ def add(commands: Any) -> None:
     plan.add_argument(
         "--gpus",
         metavar="N[,N...]",
-        type=_counts,
+        type=_parse_counts,
         default=(),
         help="estimate the memory per GPU with N GPUs, e.g. 8 or 8,16,32",
     )
@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
     plan.set_defaults(handler=run, allocator=True, reads="run")
 
 
-def _counts(text: str) -> tuple[int, ...]:
+def _parse_counts(text: str) -> tuple[int, ...]:
     found = tuple(int(n) for n in text.split(",") if n.strip().isdigit())
     if not found or len(found) != len(text.split(",")) or not all(1 <= n <= 65536 for n in found):
         raise argparse.ArgumentTypeError(f"{text}: give a number of GPUs, or several: 8,16,32")

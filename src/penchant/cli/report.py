@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from penchant.cli.arguments import within
+from penchant.cli.arguments import number_type
 
 
 def add(commands: Any) -> None:
@@ -39,7 +39,11 @@ def add(commands: Any) -> None:
     )
     watch.add_argument("--once", action="store_true", help="print one frame and exit")
     watch.add_argument(
-        "--interval", type=within(float), default=2.0, metavar="SECONDS", help="seconds between two frames (default: 2)"
+        "--interval",
+        type=number_type(float),
+        default=2.0,
+        metavar="SECONDS",
+        help="seconds between two frames (default: 2)",
     )
     watch.set_defaults(handler=_watch)
 

@@ -48,16 +48,16 @@ def _chat(args: argparse.Namespace) -> int:
         how = "give it that ending"
         raise ConfigError("--prefer", f"{args.prefer} does not end in .jsonl", how)
     terminal = _terminal()
-    which = [(args.model, args.step, args.base)]
-    which += [] if args.against is None else [(args.against, args.against_step, None)]
+    sources = [(args.model, args.step, args.base)]
+    sources += [] if args.against is None else [(args.against, args.against_step, None)]
     models = []
-    for given, step, base in which:
+    for given, step, base in sources:
         terminal.note(f"loading {safe(given)} ...")
         models.append(
             load_chat_model(given, step=step, base=base, template=args.template, dtype=args.dtype, device=args.device)
         )
     if args.model == args.against:  # one run at two steps
-        for chat_model, (given, step, _) in zip(models, which, strict=True):
+        for chat_model, (given, step, _) in zip(models, sources, strict=True):
             chat_model.name = f"{given} (step {step})"
     if len({v.style.keeps_history for v in models}) == 2:
         what = "one model has a chat template and the other has none"
@@ -97,10 +97,10 @@ def _terminal() -> Terminal:
         with suppress(ImportError):  # line editing and history, if Python has readline
             import readline  # noqa: F401
         return Terminal(lambda: input("> "), unescaped(sys.stdout), sys.stdout, True)
-    return Terminal(_next_line, sys.stdout, sys.stderr, False)
+    return Terminal(_read_line, sys.stdout, sys.stderr, False)
 
 
-def _next_line() -> str:
+def _read_line() -> str:
     line = sys.stdin.readline()
     if not line:
         raise EOFError

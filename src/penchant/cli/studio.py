@@ -53,6 +53,6 @@ def _studio(args: argparse.Namespace) -> int:
         print(f"studio of {folder}: open {address} and give the key in {KEY_ENV}", flush=True)
     print("Ctrl-C ends it", file=sys.stderr, flush=True)
     for area in studio.areas:
-        threading.Thread(target=area.warm, daemon=True).start()
+        threading.Thread(target=area.preload, daemon=True).start()
     server.run_until_signal()
     return 0

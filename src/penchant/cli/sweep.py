@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from penchant.cli.arguments import add_config, within
+from penchant.cli.arguments import add_config, number_type
 
 
 def add(commands: Any) -> None:
@@ -34,7 +34,7 @@ def add(commands: Any) -> None:
     add_config(sweep, "SWEEP.yaml, or a run's CONFIG.yaml", overrides=every)
     sweep.add_argument(
         "--jobs",
-        type=within(int),
+        type=number_type(int),
         metavar="N",
         help="how many runs to train at a time, each on its share of the cores (default: 1; on a cluster all of them)",
     )

@@ -30,7 +30,7 @@ def _train(args: argparse.Namespace) -> int:
     from penchant.runfolder.read import read_folder
     from penchant.runfolder.values import count_unchanged
 
-    config = api.as_config(args.config, [*args.overrides, *launched(args)])
+    config = api.as_config(args.config, [*args.overrides, *launch_settings(args)])
     if started_by_torchrun():
         from penchant.distributed.launch import leave, watched
 
@@ -57,7 +57,7 @@ def _train(args: argparse.Namespace) -> int:
         result = api.train(config, quiet=args.quiet)
     for name, metrics in (("before", result.before), ("after", result.after)):
         if metrics:
-            print(f"{name:>6}: {_held_out_line(metrics)}")
+            print(f"{name:>6}: {_held_out_summary(metrics)}")
     print(f" model: {result.model}")
     if (report := result.folder / "report.html").is_file():
         print(f"report: {report}")
@@ -74,7 +74,7 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
-def launched(args: argparse.Namespace) -> list[str]:
+def launch_settings(args: argparse.Namespace) -> list[str]:
     """Return --processes and --gpus as settings."""
     if args.gpus is not None:
         return [f"launch.processes={args.gpus}", "model.device=cuda"]
@@ -100,11 +100,11 @@ def _launch(args: argparse.Namespace, config: Any) -> int:
         there = counted(cores(), "core")
         raise ConfigError("launch.processes", f"is {processes}, and this machine has {there}", f"give at most {most}")
     more = ["--quiet"] if args.quiet else []
-    command = ["train", args.config, *args.overrides, *launched(args), *more]
+    command = ["train", args.config, *args.overrides, *launch_settings(args), *more]
     return launch(command, processes, config.launch.restarts, max(30.0, config.launch.timeout))
 
 
-def _held_out_line(metrics: Any) -> str:
+def _held_out_summary(metrics: Any) -> str:
     from penchant.base.text import counted
     from penchant.metrics.names import figure_text
 

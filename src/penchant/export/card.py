@@ -21,11 +21,11 @@ from penchant.runfolder.read import Folder, read_folder
 from penchant.runfolder.values import ci_of, mapping, num
 
 CARD = "README.md"
-NOT_SETTINGS = ("output", "logging", "trust", "checkpoint")  # settings that do not affect the weights
+OMITTED_SETTINGS = ("output", "logging", "trust", "checkpoint")  # settings that do not affect the weights
 PUNCTUATION = re.compile(r"([\\`*_{}\[\]<>#|~!&])")
 
 
-def card(
+def model_card(
     subject: Subject, form: Format, dtype: str, check: Check, files: Mapping[str, str], notes: Sequence[str]
 ) -> str:
     """Return the whole text of README.md.
@@ -37,12 +37,12 @@ def card(
     manifest = run.manifest
     name = f"{subject.run.name} (step {subject.step})"
     parts = [
-        _front(subject, form),
-        f"# {plain(name)}",
+        _front_matter(subject, form),
+        f"# {escape_markdown(name)}",
         _summary(subject, form, dtype, manifest),
         "> **No license is chosen.** Whoever publishes this decides on one: add `license:` to the first lines of this file, and see "
         "what the licenses of the base model and of the data require.",
-        f"## Load it\n\n```python\n{_load(subject, form, files)}```",
+        f"## Load it\n\n```python\n{_loading_code(subject, form, files)}```",
         f"## Method\n\n{subject.config.method.about}\n\n<details><summary>Every setting</summary>\n\n```yaml\n{_settings(subject.config)}"
         "```\n\n</details>",
         f"## Data\n\n{_data(subject, run)}",
@@ -55,12 +55,12 @@ def card(
     return "\n\n".join(parts) + "\n"
 
 
-def plain(text: object) -> str:
+def escape_markdown(text: object) -> str:
     """Escape all markup in a text and put it on one line."""
     return PUNCTUATION.sub(r"\\\1", _one_line(text))
 
 
-def coded(text: object) -> str:
+def inline_code(text: object) -> str:
     """Format a text as inline code, on one line."""
     return "`" + _one_line(text).replace("`", "'").replace("|", "\\|") + "`"
 
@@ -69,12 +69,12 @@ def _one_line(text: object) -> str:
     return "".join(c if c.isprintable() else " " for c in str(text))
 
 
-def public(value: Any) -> Any:
+def strip_paths(value: Any) -> Any:
     """Strip this machine's paths from settings: only the last part of a path is kept."""
     if isinstance(value, Mapping):
-        return {public(k): public(v) for k, v in value.items()}
+        return {strip_paths(k): strip_paths(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [public(v) for v in value]
+        return [strip_paths(v) for v in value]
     return Path(value).name if isinstance(value, str) and value.startswith(("/", "~", "./", "../")) else value
 
 
@@ -84,13 +84,13 @@ def base_name(subject: Subject) -> str:
     return Path(path).name if looks_like_folder(path) else path
 
 
-def hashes(folder: Path) -> dict[str, str]:
+def file_hashes(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of every file in a folder."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
 
 
-def _front(subject: Subject, form: Format) -> str:
+def _front_matter(subject: Subject, form: Format) -> str:
     config = subject.config
     values: dict[str, Any] = {
         "library_name": form.library,
@@ -117,12 +117,12 @@ def _summary(subject: Subject, form: Format, dtype: str, manifest: Mapping[str, 
     steps = manifest.get("total_steps")
     of = f" of {steps}" if steps else ""
     return (
-        f"{what}, made from {coded(base_name(subject))} by {subject.config.method.name.replace('+', ' and ')}: {how} trained for "
+        f"{what}, made from {inline_code(base_name(subject))} by {subject.config.method.name.replace('+', ' and ')}: {how} trained for "
         f"{subject.step}{of} optimizer steps with Penchant {penchant.__version__}. This is {form.what}, in {dtype}."
     )
 
 
-def _load(subject: Subject, form: Format, files: Mapping[str, str]) -> str:
+def _loading_code(subject: Subject, form: Format, files: Mapping[str, str]) -> str:
     auto = "AutoModelForSequenceClassification" if subject.reward else "AutoModelForCausalLM"
     file = next((f for f in files if f.endswith(".gguf")), "")
     labels = ", num_labels=1" if subject.reward else ""
@@ -130,24 +130,26 @@ def _load(subject: Subject, form: Format, files: Mapping[str, str]) -> str:
 
 
 def _settings(config: RunConfig) -> str:
-    shown = config.model_dump(mode="json", exclude=set(NOT_SETTINGS))
+    shown = config.model_dump(mode="json", exclude=set(OMITTED_SETTINGS))
     shown["reference"].pop("cache_dir", None)
-    text = yaml.safe_dump(public(shown), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(strip_paths(shown), sort_keys=False, allow_unicode=True)
     return text.replace("```", "'''")
 
 
 def _data(subject: Subject, run: Folder) -> str:
-    names = public(subject.config.data.path)
-    shown = ", ".join(coded(n) for n in ([names] if isinstance(names, str) else names))
+    names = strip_paths(subject.config.data.path)
+    shown = ", ".join(inline_code(n) for n in ([names] if isinstance(names, str) else names))
     rows = ["| | rows | kept aside | fingerprint |", "|---|---|---|---|"]
     for name, part in mapping(run.manifest.get("data")).items():
         one = mapping(part)
         count = one.get("accepted", one.get("rows", ""))
-        rows.append(f"| {plain(name)} | {count} | {one.get('quarantined', '')} | `{one.get('fingerprint', '')}` |")
+        rows.append(
+            f"| {escape_markdown(name)} | {count} | {one.get('quarantined', '')} | `{one.get('fingerprint', '')}` |"
+        )
     found = map(mapping, mapping(run.audit.get("findings")).values())
-    audit = [f"- {plain(f.get('title'))}: {f.get('count')} of {f.get('of')}" for f in found if f.get("count")]
-    told = "\n".join(audit) if audit else "- nothing was found"
-    return f"From {shown}.\n\n" + "\n".join(rows) + f"\n\nWhat the audit of the data found:\n\n{told}"
+    audit = [f"- {escape_markdown(f.get('title'))}: {f.get('count')} of {f.get('of')}" for f in found if f.get("count")]
+    findings = "\n".join(audit) if audit else "- nothing was found"
+    return f"From {shown}.\n\n" + "\n".join(rows) + f"\n\nWhat the audit of the data found:\n\n{findings}"
 
 
 def _results(metrics: Sequence[Mapping[str, Any]], step: int) -> str:
@@ -164,11 +166,11 @@ def _results(metrics: Sequence[Mapping[str, Any]], step: int) -> str:
             continue
         start, interval = num(before, name), ci_of(after, name)
         cells = [
-            plain(name.removeprefix("eval/")),
+            escape_markdown(name.removeprefix("eval/")),
             "" if start is None else f"{start:.4f}",
             f"{value:.4f}",
             "" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}",
-            plain(metric(name).meaning),
+            escape_markdown(metric(name).meaning),
         ]
         rows.append(f"| {' | '.join(cells)} |")
     many = after.get("eval/rows")
@@ -179,17 +181,17 @@ def _results(metrics: Sequence[Mapping[str, Any]], step: int) -> str:
 
 
 def _flags(run: Folder) -> str:
-    shown = ((plain(f.get(key)) for key in ("title", "level", "sentence")) for f in run.flags or ())
+    shown = ((escape_markdown(f.get(key)) for key in ("title", "level", "sentence")) for f in run.flags or ())
     return "\n".join(f"- **{title}** ({level}): {said}" for title, level, said in shown) or "No flag was raised."
 
 
 def _export(form: Format, dtype: str, check: Check, notes: Sequence[str]) -> str:
     lines = [f"{form.what[0].upper()}{form.what[1:]}, weights in {dtype}. It was {check.to_text()}."]
-    return "\n\n".join([*lines, *(f"Note: {plain(n)}." for n in notes)])
+    return "\n\n".join([*lines, *(f"Note: {escape_markdown(n)}." for n in notes)])
 
 
 def _hashes(files: Mapping[str, str], manifest: Mapping[str, Any]) -> str:
-    rows = ["| file | SHA-256 |", "|---|---|", *(f"| {coded(n)} | `{h}` |" for n, h in files.items())]
+    rows = ["| file | SHA-256 |", "|---|---|", *(f"| {inline_code(n)} | `{h}` |" for n, h in files.items())]
     base = mapping(manifest.get("model")).get("sha256")
     rows += [f"| the base model's weights, as loaded | `{base}` |"] if base else []
     return "\n".join(rows)
@@ -198,5 +200,11 @@ def _hashes(files: Mapping[str, str], manifest: Mapping[str, Any]) -> str:
 def _versions(manifest: Mapping[str, Any]) -> str:
     names = ("penchant", "python", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
     hardware = mapping(manifest.get("hardware"))
-    on = ", ".join(f"{k} {plain(v)}" for k, v in hardware.items() if k in ("cpu", "gpu", "device", "dtype") and v)
-    return ", ".join(f"{n} {plain(manifest[n])}" for n in names if manifest.get(n)) + (f"; {on}" if on else "") + "."
+    on = ", ".join(
+        f"{k} {escape_markdown(v)}" for k, v in hardware.items() if k in ("cpu", "gpu", "device", "dtype") and v
+    )
+    return (
+        ", ".join(f"{n} {escape_markdown(manifest[n])}" for n in names if manifest.get(n))
+        + (f"; {on}" if on else "")
+        + "."
+    )

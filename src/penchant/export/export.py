@@ -16,9 +16,9 @@ from penchant.base.files import EXPORT, aside_of, sweep, writing
 from penchant.base.hub import ask_again
 from penchant.base.text import told
 from penchant.errors import CheckpointError, ConfigError, ModelError
-from penchant.export.card import CARD, card, hashes
-from penchant.export.formats import FORMATS, Check, Format, compared, dtype_of
-from penchant.export.subject import NAMES, Subject, find_subject, outputs
+from penchant.export.formats import FORMATS, Check, Format, compare_outputs, dtype_of
+from penchant.export.model_card import CARD, file_hashes, model_card
+from penchant.export.subject import DTYPE_NAMES, Subject, find_subject, outputs
 from penchant.models.options import looks_like_folder
 from penchant.requests import ExportRequest
 from penchant.runfolder import MANIFEST, damaged_files
@@ -27,49 +27,49 @@ from penchant.runfolder.values import mapping
 
 # ---- An existing export: if it is what was requested, and unchanged, it can be pushed as it is ----
 
-ABOUT = EXPORT
+RECORD = EXPORT
 
 
-def finished(folder: Path, asked: Mapping[str, Any]) -> tuple[Check, tuple[str, ...]]:
+def check_finished(folder: Path, expected_record: Mapping[str, Any]) -> tuple[Check, tuple[str, ...]]:
     """Return the comparison and the notes of a finished export.
 
     Args:
-        folder: the existing folder; asked: the values its record must have (run, step, format, dtype, checkpoint).
+        folder: the existing folder; expected_record: the values its record must have (run, step, format, dtype, checkpoint).
 
     Raises:
         CheckpointError: it is not an export, is an export of something else, or its files have changed. Only the card may have changed,
             since a license is added to it before publication.
     """
     try:
-        record = {} if folder.is_symlink() else json_object((folder / ABOUT).read_text(encoding="utf-8"))
+        record = {} if folder.is_symlink() else json_object((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         record = {}
     if not record:
-        raise taken(folder, "it is not a finished export")
-    for name, value in asked.items():
+        raise exists_error(folder, "it is not a finished export")
+    for name, value in expected_record.items():
         if record.get(name) != value:
             other = f"is of another {name} ({record.get(name)!r}, not {value!r})"
-            raise taken(folder, f"it {other if name in record else f'does not say which {name}'}")
-    found, written = hashes(folder), mapping(record.get("sha256"))
+            raise exists_error(folder, f"it {other if name in record else f'does not say which {name}'}")
+    found, written = file_hashes(folder), mapping(record.get("sha256"))
     for name in sorted({*found, *written, CARD}):
         if name not in found:
-            raise taken(folder, f"its file {name!r} is missing")
-        if name not in (ABOUT, CARD) and found[name] != written.get(name):
-            raise taken(folder, f"{name!r} is not as the export wrote it")
-    check, notes = _check(record.get("check")), record.get("notes")
+            raise exists_error(folder, f"its file {name!r} is missing")
+        if name not in (RECORD, CARD) and found[name] != written.get(name):
+            raise exists_error(folder, f"{name!r} is not as the export wrote it")
+    check, notes = _parse_check(record.get("check")), record.get("notes")
     lines = isinstance(notes, list) and all(isinstance(note, str) and note.isprintable() for note in notes)
     if check is None or not check.good or not lines:
-        raise taken(folder, f"its {ABOUT} records no comparison that was passed")
+        raise exists_error(folder, f"its {RECORD} records no comparison that was passed")
     return check, tuple(record["notes"])
 
 
-def taken(folder: Path, why: str | None = None) -> CheckpointError:
+def exists_error(folder: Path, why: str | None = None) -> CheckpointError:
     """Return the error for a folder that exists and is not overwritten; `why`: the reason it cannot be pushed as it is."""
     reason = "nothing is overwritten" if why is None else f"{why}, and nothing is overwritten"
     return CheckpointError(str(folder), f"already exists, and {reason}", "give another --output")
 
 
-def _check(found: Any) -> Check | None:
+def _parse_check(found: Any) -> Check | None:
     values: dict[str, Any] = {f.name: mapping(found).get(f.name) for f in fields(Check)}
     numbers = [v for name, v in values.items() if not (name == "greedy" and v is None)]
     return Check(**values) if all(isinstance(v, (int, float)) for v in numbers) else None
@@ -126,7 +126,7 @@ def push(folder: Path, repo: str, *, private: bool, message: str) -> str:
 
 # ---- One export: write to a temporary folder, read back, compare, describe, rename; optionally push ----
 
-SIZE = re.compile(r"[1-9]\d*(KB|MB|GB|TB|KiB|MiB|GiB|TiB)")
+SHARD_SIZE = re.compile(r"[1-9]\d*(KB|MB|GB|TB|KiB|MiB|GiB|TiB)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,18 +156,18 @@ def export_run(request: ExportRequest, say: Callable[[str], None] = lambda _: No
         ConfigError: no such format, dtype or name; no token for a push. CheckpointError: no run or step, or the folder already exists.
         ModelError: the format cannot hold this model, or what was read back differs (it is kept as ``NAME.failed``).
     """
-    form, subject, dtype = _checked(request)
+    form, subject, dtype = _validate_request(request)
     named = f"step-{subject.step}-{form.name}" + ("" if request.dtype == "auto" else f"-{dtype}")
     folder = Path(request.output).expanduser() if request.output else subject.run / "export" / named
     if request.push is not None:
         check_push(request.push, subject.base.path if form.name == "adapter" else None)
     if folder.exists() or folder.is_symlink():
         if request.push is None:
-            raise taken(folder)
-        check, notes = finished(folder, _identity(subject, form, dtype))
+            raise exists_error(folder)
+        check, notes = check_finished(folder, _identity(subject, form, dtype))
         notes = (*notes, "it was exported and compared before, and is pushed as it is")
     else:
-        check, notes = _make(subject, form, request, dtype, folder)
+        check, notes = _export_to(subject, form, request, dtype, folder)
     for note in notes:
         say(note)
     url = None
@@ -177,7 +177,7 @@ def export_run(request: ExportRequest, say: Callable[[str], None] = lambda _: No
     return ExportResult(folder, form.name, dtype, subject.step, check, notes, url)
 
 
-def _make(
+def _export_to(
     subject: Subject, form: Format, request: ExportRequest, dtype: str, folder: Path
 ) -> tuple[Check, tuple[str, ...]]:
     """Write to a temporary folder, and rename it if the comparison passes."""
@@ -197,17 +197,17 @@ def _make(
                 what = f"what was written is not the run's model: {check.to_text()}"
                 raise ModelError(str(folder), what, f"see {failed}")
             if folder.exists():
-                raise taken(folder)
+                raise exists_error(folder)
             os.rename(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return check, notes
 
 
-def _checked(request: ExportRequest) -> tuple[Format, Subject, str]:
+def _validate_request(request: ExportRequest) -> tuple[Format, Subject, str]:
     if request.to not in FORMATS:
         raise ConfigError("--to", f"{request.to} is not an export format", f"there are {', '.join(FORMATS)}")
-    if not SIZE.fullmatch(request.max_shard_size):
+    if not SHARD_SIZE.fullmatch(request.max_shard_size):
         what = f"{request.max_shard_size!r} is not a size"
         raise ConfigError("--max-shard-size", what, "give a number of GB or MB: 5GB")
     form = FORMATS[request.to]
@@ -227,24 +227,24 @@ def _write(
 ) -> tuple[Check, tuple[str, ...]]:
     """Write the files, compare what is read back, and describe them."""
     rows = subject.rows()
-    own = outputs(subject.own(), rows)
+    own = outputs(subject.load_own(), rows)
     model, notes = form.write(subject, request, dtype, folder)
     notes = (*notes, *(f"the run's {name} was changed after it was written" for name in damaged_files(subject.run)))
     expected = outputs(model, rows)
     del model
     merged = subject.adapter is not None and form.name != "adapter" and not subject.reward
-    check = compared(
+    check = compare_outputs(
         own,
         expected,
         outputs(form.read(subject, folder), rows),
         equal=form.equal,
         dtype=dtype,
-        exact=NAMES[subject.dtype()] == dtype and not merged and not (subject.reward and form.name == "adapter"),
+        exact=DTYPE_NAMES[subject.dtype()] == dtype and not merged and not (subject.reward and form.name == "adapter"),
         tokens=sum(map(len, rows)),
     )
-    files = hashes(folder)
+    files = file_hashes(folder)
     record = {"check": check.to_json(), "notes": list(notes), "sha256": files}
     about = {**_identity(subject, form, dtype), **record}
-    (folder / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
-    (folder / CARD).write_text(card(subject, form, dtype, check, files, notes), encoding="utf-8")
+    (folder / RECORD).write_text(json.dumps(about, indent=1), encoding="utf-8")
+    (folder / CARD).write_text(model_card(subject, form, dtype, check, files, notes), encoding="utf-8")
     return check, notes

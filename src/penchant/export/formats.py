@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from penchant.errors import ConfigError
-from penchant.export.gguf import Q8, as_stored, read_gguf, refuse_what_gguf_cannot, write_gguf
-from penchant.export.subject import NAMES, Subject, loader_of, read_model, round_weights
+from penchant.export.gguf import Q8, check_supported, dequantized, read_gguf, write_gguf
+from penchant.export.subject import DTYPE_NAMES, Subject, auto_class, read_model, round_weights
 from penchant.models.folder import read_object
 from penchant.models.merge import TOLERANCE, with_adapter
 from penchant.models.reward import SETTINGS
@@ -58,11 +58,11 @@ def _cast(value: Tensor, dtype: str) -> Tensor:
 
 def _save_whole(subject: Subject, request: ExportRequest, dtype: str, folder: Path) -> Written:
     """Write a folder that transformers loads."""
-    model = subject.whole()
+    model = subject.load_merged()
     round_weights(model, lambda _name, value: _cast(value, dtype))
     model.save_pretrained(folder, state_dict=_cast_state(model, dtype), max_shard_size=request.max_shard_size)
     _save_config(model.config, dtype, folder)  # again, because save_pretrained records the dtype in memory
-    _save_beside(subject, folder)
+    _save_tokenizer(subject, folder)
     return model, ()
 
 
@@ -81,7 +81,7 @@ def _save_config(config: Any, dtype: str, folder: Path) -> None:
     config.save_pretrained(folder)
 
 
-def _save_beside(subject: Subject, folder: Path) -> None:
+def _save_tokenizer(subject: Subject, folder: Path) -> None:
     """Write the tokenizer, and for a reward model its text settings."""
     subject.tokenizer().save_pretrained(folder)
     if subject.reward:
@@ -94,20 +94,20 @@ def _read_whole(subject: Subject, folder: Path) -> Any:
 
 def _save_state_dict(subject: Subject, _request: ExportRequest, dtype: str, folder: Path) -> Written:
     """Write one file of tensors, with the config and the tokenizer beside it."""
-    model = subject.whole()
+    model = subject.load_merged()
     round_weights(model, lambda _name, value: _cast(value, dtype))
     _save_config(model.config, dtype, folder)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
     torch.save(_cast_state(model, dtype), folder / STATE)
-    _save_beside(subject, folder)
+    _save_tokenizer(subject, folder)
     return model, ()
 
 
 def _read_state_dict(subject: Subject, folder: Path) -> Any:
     from transformers import AutoConfig
 
-    model = loader_of(subject.reward).from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+    model = auto_class(subject.reward).from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
     model.load_state_dict(torch.load(folder / STATE, weights_only=True))
     return model.eval()
 
@@ -124,18 +124,18 @@ def _save_adapter(subject: Subject, _request: ExportRequest, dtype: str, folder:
     config = read_object(adapter / "adapter_config.json")
     config["base_model_name_or_path"] = subject.base.path
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    _save_beside(subject, folder)
-    model = with_adapter(subject.bare(), adapter)
+    _save_tokenizer(subject, folder)
+    model = with_adapter(subject.load_base(), adapter)
     trained = {name for name, _ in model.named_parameters() if "lora_" in name or ".modules_to_save." in name}
     round_weights(model, lambda name, value: _cast(value, dtype) if name in trained else value)
     return model, ()
 
 
 def _read_adapter(subject: Subject, folder: Path) -> Any:
-    return with_adapter(subject.bare(), folder)
+    return with_adapter(subject.load_base(), folder)
 
 
-def _needs_adapter(to: str) -> Callable[[Subject], None]:
+def _require_adapter(to: str) -> Callable[[Subject], None]:
     def check(subject: Subject) -> None:
         if subject.adapter is None:
             what = f"{to} needs a LoRA run, and {subject.run} trained the whole model"
@@ -146,9 +146,9 @@ def _needs_adapter(to: str) -> Callable[[Subject], None]:
 
 def _save_gguf(subject: Subject, _request: ExportRequest, dtype: str, folder: Path) -> Written:
     """Write one file for llama.cpp and compatible tools."""
-    model = subject.whole()
+    model = subject.load_merged()
     name = f"{subject.run.name}-step-{subject.step}"
-    round_weights(model, lambda _name, value: as_stored(value, dtype))
+    round_weights(model, lambda _name, value: dequantized(value, dtype))
     return model, write_gguf(folder / f"{name}-{dtype}.gguf", model, subject.tokenizer(), dtype, name)
 
 
@@ -176,9 +176,9 @@ FORMATS = {
     for f in (
         Format("safetensors", "a folder that transformers loads", _save_whole, _read_whole, "transformers", _WHOLE),
         Format("pt", "one state dict for torch.load", _save_state_dict, _read_state_dict, "transformers", _PT),
-        Format("merged", _MERGED, _save_whole, _read_whole, "transformers", _WHOLE, _needs_adapter("merged")),
-        Format("adapter", "the LoRA adapter alone, for peft", _save_adapter, _read_adapter, "peft", _ADAPTER, _needs_adapter("adapter")),
-        Format("gguf", "one file for llama.cpp and its kin", _save_gguf, lambda _, folder: read_gguf(folder), "gguf", _GGUF, refuse_what_gguf_cannot, TOLERANCE, _ALL),
+        Format("merged", _MERGED, _save_whole, _read_whole, "transformers", _WHOLE, _require_adapter("merged")),
+        Format("adapter", "the LoRA adapter alone, for peft", _save_adapter, _read_adapter, "peft", _ADAPTER, _require_adapter("adapter")),
+        Format("gguf", "one file for llama.cpp and its kin", _save_gguf, lambda _, folder: read_gguf(folder), "gguf", _GGUF, check_supported, TOLERANCE, _ALL),
     )
 }  # fmt: skip
 
@@ -190,7 +190,7 @@ def dtype_of(form: Format, subject: Subject, asked: str) -> str:
         ConfigError: the format does not support it.
     """
     if asked == "auto":
-        return NAMES[subject.dtype()]
+        return DTYPE_NAMES[subject.dtype()]
     if asked not in form.dtypes:
         raise ConfigError("--dtype", f"{form.name} has no {asked}", f"there are {', '.join(form.dtypes)}")
     return asked
@@ -239,7 +239,7 @@ class Check:
         )
 
 
-def compared(
+def compare_outputs(
     own: Tensor, written: Tensor, read: Tensor, *, equal: float, dtype: str, exact: bool, tokens: int
 ) -> Check:
     """Compare outputs, each (tokens, V).
@@ -254,15 +254,15 @@ def compared(
     return Check(
         tokens=tokens,
         largest=largest,
-        read=_away(read, written),
+        read=_max_difference(read, written),
         read_limit=equal * scale,
-        own=_away(read, own),
+        own=_max_difference(read, own),
         own_limit=equal * scale if exact else ROUNDING[dtype] * scale,
         greedy=None if own.shape[-1] == 1 else float((own.argmax(-1) == read.argmax(-1)).float().mean()),
     )
 
 
-def _away(one: Tensor, other: Tensor) -> float:
+def _max_difference(one: Tensor, other: Tensor) -> float:
     if one.shape != other.shape or not bool(torch.isfinite(one).all()):
         return float("inf")
     return float((one - other).abs().max())

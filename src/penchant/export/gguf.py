@@ -72,11 +72,11 @@ def vocabulary_of(tokenizer: Any, rows: int, where: str) -> Vocabulary:
     model = definition["model"]
     if model["type"] != "BPE":
         raise ModelError(where, f"GGUF export supports BPE tokenizers, not {model['type']}", "use --to safetensors")
-    kind, pre, adds_space, notes = _kind(definition, where)
+    kind, pre, adds_space, notes = _bpe_kind(definition, where)
     by_id = {int(i): str(t) for t, i in backend.get_vocab(with_added_tokens=True).items()}
     added = {int(t["id"]): bool(t["special"]) for t in definition["added_tokens"]}
     tokens = [by_id.get(i, f"[PAD{i}]") for i in range(rows)]
-    types = [_type(i, tokens[i], i in by_id, added, model.get("unk_token"), kind) for i in range(rows)]
+    types = [_token_type(i, tokens[i], i in by_id, added, model.get("unk_token"), kind) for i in range(rows)]
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     ids = {k: getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "unk", "pad")}
     first = tokenizer("a")["input_ids"]
@@ -97,37 +97,37 @@ def vocabulary_of(tokenizer: Any, rows: int, where: str) -> Vocabulary:
     )
 
 
-def _kind(definition: Mapping[str, Any], where: str) -> tuple[str, str, bool, tuple[str, ...]]:
+def _bpe_kind(definition: Mapping[str, Any], where: str) -> tuple[str, str, bool, tuple[str, ...]]:
     """Return (model, pre-tokenizer, whether a space is put before a text, notes) of a BPE tokenizer."""
-    cut, normal, model = definition["pre_tokenizer"], definition["normalizer"], definition["model"]
+    pre_tokenizer, normalizer, model = definition["pre_tokenizer"], definition["normalizer"], definition["model"]
     marked = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
     if model.get("byte_fallback"):
-        if not marked and cut is None and _spaces(normal) is not None:
-            return "llama", "default", bool(_spaces(normal)), ()
+        if not marked and pre_tokenizer is None and _adds_leading_space(normalizer) is not None:
+            return "llama", "default", bool(_adds_leading_space(normalizer)), ()
     else:
-        name = _named(cut)
+        name = _pre_tokenizer_name(pre_tokenizer)
         # of these, llama.cpp looks up whole words before merging for Llama 3 only
         if bool(model.get("ignore_merges")) != (name == "llama-bpe") or marked:
             name = None
-        if name is not None and (normal is None or normal == {"type": "NFC"}):
+        if name is not None and (normalizer is None or normalizer == {"type": "NFC"}):
             told = "texts are not normalized (NFC) by llama.cpp before they are cut, as they are in transformers"
-            return "gpt2", name, False, (told,) if normal else ()
+            return "gpt2", name, False, (told,) if normalizer else ()
     what = "its tokenizer cuts texts in a way that llama.cpp has no verified name for here"
     raise ModelError(where, what, "use --to safetensors; llama.cpp's own converter may know it")
 
 
-def _spaces(normal: Any) -> bool | None:
+def _adds_leading_space(normalizer: Any) -> bool | None:
     """Return whether a SentencePiece-like normalizer puts a space before a text; None for any other normalizer."""
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    parts = normal.get("normalizers", [normal]) if isinstance(normal, Mapping) else []
+    parts = normalizer.get("normalizers", [normalizer]) if isinstance(normalizer, Mapping) else []
     prepend = {"type": "Prepend", "prepend": SPACE}
     known: dict[str, bool] = {json.dumps([prepend, replace]): True, json.dumps([replace]): False}
     return known.get(json.dumps(parts))
 
 
-def _named(cut: Any) -> str | None:
+def _pre_tokenizer_name(pre_tokenizer: Any) -> str | None:
     """Return llama.cpp's name of a pre-tokenizer, or None."""
-    parts = cut.get("pretokenizers", [cut]) if isinstance(cut, Mapping) else []
+    parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if isinstance(pre_tokenizer, Mapping) else []
     if not parts or parts[-1].get("type") != "ByteLevel" or parts[-1].get("add_prefix_space"):
         return None
     before, regex = parts[:-1], bool(parts[-1].get("use_regex", True))
@@ -141,8 +141,10 @@ def _named(cut: Any) -> str | None:
     return None
 
 
-def _type(i: int, token: str, there: bool, added: Mapping[int, bool], unknown: str | None, kind: str) -> int:
-    if not there:
+def _token_type(
+    i: int, token: str, in_vocabulary: bool, added: Mapping[int, bool], unknown: str | None, kind: str
+) -> int:
+    if not in_vocabulary:
         return UNUSED
     if kind == "llama" and BYTE_TOKEN.match(token):
         return BYTE
@@ -178,7 +180,7 @@ FILE_TYPES = {"fp32": "ALL_F32", "fp16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", Q8
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 
 
-def refuse_what_gguf_cannot(subject: Subject) -> None:
+def check_supported(subject: Subject) -> None:
     """Refuse an unsupported run before anything is loaded.
 
     Raises:
@@ -209,7 +211,7 @@ def check_config(config: Any, where: str) -> str:
         "hidden_act": config.hidden_act != "silu",
         "attention_bias": bool(getattr(config, "attention_bias", False)),
         "mlp_bias": bool(getattr(config, "mlp_bias", False)),
-        "sliding_window": _slides(config),
+        "sliding_window": _uses_sliding_window(config),
         "head_dim": kind == "qwen3" and getattr(config, "head_dim", None) != QWEN3_HEAD,
     }
     for name, is_wrong in wrong.items():
@@ -220,7 +222,7 @@ def check_config(config: Any, where: str) -> str:
     return ARCHITECTURES[kind]
 
 
-def _slides(config: Any) -> bool:
+def _uses_sliding_window(config: Any) -> bool:
     """Return True if attention is limited to a window shorter than the context."""
     window: int | None = getattr(config, "sliding_window", None)
     used = getattr(config, "use_sliding_window", True)
@@ -243,33 +245,33 @@ def write_gguf(path: Path, model: Any, tokenizer: Any, dtype: str, name: str) ->
     writer = GGUFWriter(path, architecture)
     _add_settings(writer, config, name, dtype)
     _add_vocabulary(writer, vocabulary)
-    fallen = 0
+    fp16_fallbacks = 0
     for n, p in model.named_parameters():  # yields tied weights only once
         found = names.get_name(n, try_suffixes=(".weight", ".bias"))
         if found is None:
             raise ModelError(name, f"GGUF has no place for the weight {n}", "use --to safetensors")
-        kind = _type_of(p, dtype)
-        fallen += kind == "F16" and dtype == Q8
-        values = _stored(_arranged(n, _array(p), config, architecture), kind)
+        kind = _storage_type(p, dtype)
+        fp16_fallbacks += kind == "F16" and dtype == Q8
+        values = _quantize(_interleave_heads(n, _to_numpy(p), config, architecture), kind)
         writer.add_tensor(found, values, raw_dtype=GGMLQuantizationType[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    note = f"{fallen} matrices have rows whose length is not a multiple of {BLOCK}; they are stored in fp16"
-    return (*vocabulary.notes, note) if fallen else vocabulary.notes
+    note = f"{fp16_fallbacks} matrices have rows whose length is not a multiple of {BLOCK}; they are stored in fp16"
+    return (*vocabulary.notes, note) if fp16_fallbacks else vocabulary.notes
 
 
-def as_stored(value: Tensor, dtype: str) -> Tensor:
+def dequantized(value: Tensor, dtype: str) -> Tensor:
     """Return the value that a weight has after it is stored in a file of this dtype."""
     from gguf import GGMLQuantizationType, quants
 
-    kind = _type_of(value, dtype)
-    found = quants.dequantize(_stored(_array(value), kind), GGMLQuantizationType[kind])
+    kind = _storage_type(value, dtype)
+    found = quants.dequantize(_quantize(_to_numpy(value), kind), GGMLQuantizationType[kind])
     return torch.from_numpy(np.array(found, dtype=np.float32))
 
 
-def _type_of(p: Tensor, dtype: str) -> str:
+def _storage_type(p: Tensor, dtype: str) -> str:
     """Return the storage type: the requested one for matrices; vectors (norms, biases) are small and stay in fp32."""
     if p.dim() < 2:
         return "F32"
@@ -277,17 +279,17 @@ def _type_of(p: Tensor, dtype: str) -> str:
     return "F16" if kind == "Q8_0" and p.shape[-1] % BLOCK else kind
 
 
-def _array(value: Tensor) -> np.ndarray:
+def _to_numpy(value: Tensor) -> np.ndarray:
     return value.detach().to(torch.float32).contiguous().numpy()
 
 
-def _stored(values: np.ndarray, kind: str) -> np.ndarray:
+def _quantize(values: np.ndarray, kind: str) -> np.ndarray:
     from gguf import GGMLQuantizationType, quants
 
     return quants.quantize(values, GGMLQuantizationType[kind])
 
 
-def _arranged(name: str, values: np.ndarray, config: Any, architecture: str) -> np.ndarray:
+def _interleave_heads(name: str, values: np.ndarray, config: Any, architecture: str) -> np.ndarray:
     """Reorder rows for GGUF: in a Llama, the two coordinates rotated together are adjacent there and half a head apart here."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     part = name.split(".")[-2]

@@ -24,8 +24,12 @@ from penchant.runs.find import check_base, check_there, find_run, runs_in
 from penchant.training.checkpoint import find_checkpoint, load_checkpoint
 
 CPU = torch.device("cpu")
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-PROMPTS, LONGEST, FIXED = 4, 96, 24  # sample texts to compare on, tokens of each, tokens of the fixed row
+DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+MAX_PROMPTS, MAX_TOKENS, RANDOM_TOKENS = (
+    4,
+    96,
+    24,
+)  # sample texts to compare on, tokens of each, tokens of the fixed row
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +74,7 @@ class Subject:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
                     dtype = file.get_tensor(name).dtype
-                    if dtype in NAMES:
+                    if dtype in DTYPE_NAMES:
                         return dtype
         return torch.float32
 
@@ -79,7 +83,7 @@ class Subject:
         own = (self.folder / "config.json").exists()
         return load_model_config(str(self.folder) if own else self.base.path)
 
-    def own(self) -> Any:
+    def load_own(self) -> Any:
         """Load the model as the run has it, in fp32: an adapter stays beside its base (a reward model is stored merged)."""
         if self.reward:
             return read_model(self.folder, reward=True)
@@ -89,19 +93,19 @@ class Subject:
         check_base(self.run, self.base, base)
         return with_adapter(base, self.adapter)
 
-    def whole(self) -> Any:
+    def load_merged(self) -> Any:
         """Load the complete model, in fp32, with any adapter merged into it."""
         if self.reward:
-            return self.own()
+            return self.load_own()
         if self.adapter is None:
-            model = self.own()
+            model = self.load_own()
         else:
             check = partial(check_base, self.run, self.base)
             model = merged_model(self.base, self.adapter, CPU, self.config.train.seed, check).eval()
         name_ends(model, self.tokenizer())
         return model
 
-    def bare(self) -> Any:
+    def load_base(self) -> Any:
         """Load the model that the adapter is applied to, in fp32."""
         seed = self.config.train.seed
         if not self.reward:
@@ -116,12 +120,12 @@ class Subject:
     def rows(self) -> list[list[int]]:
         """Return token ids to compare models on: the run's own samples, and a fixed row of random tokens."""
         tokenizer = self.tokenizer()
-        texts = [str(s.get("prompt", "")) + str(s.get("after", "")) for s in read_folder(self.run).samples[:PROMPTS]]
-        found = [tokenizer(text, add_special_tokens=False)["input_ids"][:LONGEST] for text in texts]
+        texts = [str(s.get("prompt", "")) + str(s.get("after", "")) for s in read_folder(self.run).samples[:MAX_PROMPTS]]
+        found = [tokenizer(text, add_special_tokens=False)["input_ids"][:MAX_TOKENS] for text in texts]
         top = min(len(tokenizer), int(self.model_config().get_text_config().vocab_size))
-        drawn = torch.randint(0, top, (FIXED,), generator=torch.Generator().manual_seed(0)).tolist()
+        random_ids = torch.randint(0, top, (RANDOM_TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
         # without padding tokens: a reward model's score is read at the last token that is not padding
-        fixed = [i for i in drawn if i != tokenizer.pad_token_id]
+        fixed = [i for i in random_ids if i != tokenizer.pad_token_id]
         return [*(row for row in found if row), fixed]
 
 
@@ -151,7 +155,7 @@ def find_subject(given: str | Path, step: str = "last") -> Subject:
     return Subject(run, config, checkpoint, reward, adapter)
 
 
-def loader_of(reward: bool) -> Any:
+def auto_class(reward: bool) -> Any:
     """Return the transformers class that loads such a model."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -165,7 +169,7 @@ def read_model(folder: Path, reward: bool = False, **options: Any) -> Any:
     logging.disable_progress_bar()
     check_folder(folder)
     with loading(str(folder), "the model could not be loaded", "export it again"):
-        model = loader_of(reward).from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, **options)
+        model = auto_class(reward).from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, **options)
     own_memory(model)  # otherwise their alignment in the file would affect the last bits
     return model.eval()
 
@@ -177,7 +181,7 @@ def outputs(model: Any, rows: list[list[int]]) -> Tensor:
     return torch.cat([f.reshape(-1, f.shape[-1]) for f in found])
 
 
-def round_weights(model: Any, seen: Callable[[str, Tensor], Tensor]) -> None:
+def round_weights(model: Any, stored_value: Callable[[str, Tensor], Tensor]) -> None:
     """Replace every weight by the value that its stored form decodes to; the model stays in fp32."""
     for name, p in model.named_parameters():
-        p.data = seen(name, p.data).to(torch.float32)
+        p.data = stored_value(name, p.data).to(torch.float32)

@@ -59,21 +59,21 @@ _TABLE: dict[str, dict[str, Any]] = packaged_yaml(__package__, "goals.yaml")
 GOALS = {name: Goal(name, **held) for name, held in _TABLE.items()}
 
 
-def fitting(kind: str) -> list[Goal]:
+def goals_for(kind: str) -> list[Goal]:
     """Return the goals that this kind of data can serve, best fit first."""
     order = list(GOALS.values())
-    able = [g for g in order if kind in g.kinds]
-    return sorted(able, key=lambda g: (g.kinds.index(kind) > 0, order.index(g)))
+    feasible = [g for g in order if kind in g.kinds]
+    return sorted(feasible, key=lambda g: (g.kinds.index(kind) > 0, order.index(g)))
 
 
 # ---- The starting config: values derived from data, model and machine, each with its reason ----
 
-LENGTHS = (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 32768)
+LENGTH_CHOICES = (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 32768)
 # share of this machine's memory for a whole model's weights and optimizer; the rest is for activations and other processes
 SHARE_OF_MEMORY = 0.6
-WHOLE_BYTES = 16  # per parameter of a whole model: weights, master, gradient, two moments (bf16: 18, fp32: 16)
-HELD_OUT = 200  # maximum number of rows
-ENOUGH = rows_to_tell()  # fewer held-out rows give no verdict
+BYTES_PER_PARAMETER = 16  # per parameter of a whole model: weights, master, gradient, two moments (bf16: 18, fp32: 16)
+MAX_HELD_OUT = 200  # maximum number of rows
+MIN_HELD_OUT = rows_to_tell()  # fewer held-out rows give no verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +102,10 @@ class Start:
         ]
         for name, keys in self.sections.items():
             lines.append(f"{name}:")
-            shown = {key: f"  {key}: {_scalar(value)}" for key, (value, _) in keys.items()}
+            shown = {key: f"  {key}: {_yaml_scalar(value)}" for key, (value, _) in keys.items()}
             width = min(46, max(map(len, shown.values())))
             lines += [f"{shown[key]:<{width}}  # {why}" for key, (_, why) in keys.items()]
-        lines.append(f"output: {_scalar(self.output)}  # the run's folder: checkpoints, metrics, report.html")
+        lines.append(f"output: {_yaml_scalar(self.output)}  # the run's folder: checkpoints, metrics, report.html")
         return "\n".join(lines) + "\n"
 
 
@@ -113,7 +113,7 @@ def _one_line(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
-def _scalar(value: Any) -> str:
+def _yaml_scalar(value: Any) -> str:
     """Format a value as one line of YAML that reads back unchanged."""
     if isinstance(value, float) and 0 < abs(value) < 1e-3:
         return f"{value:.1e}".replace("e-0", "e-")
@@ -157,10 +157,10 @@ def propose(
         about = f"{model.parameters:,} parameters; a folder or a hub id"
     sections: dict[str, Lines] = {
         "model": {"path": (model.path, about)},
-        "data": _data(data, model, chosen, held_out),
+        "data": _data_section(data, model, chosen, held_out),
     }
-    if lora or _wants_adapter(model):
-        gigabytes = round((model.parameters or 0) * WHOLE_BYTES / 2**30)
+    if lora or _needs_adapter(model):
+        gigabytes = round((model.parameters or 0) * BYTES_PER_PARAMETER / 2**30)
         why = f", which would need about {gigabytes} GB" if gigabytes else ""
         sections["lora"] = {
             "r": (16, f"an adapter in place of the whole model{why}; rank"),
@@ -172,16 +172,16 @@ def propose(
         if reward is None and data.answers is not None:
             why = f"1 for an answer that is the column's ({data.answers}), else 0; pip install 'penchant[math]'"
         sections["reward"] = {reward or ("accuracy" if data.answers is not None else "sentiment"): (1.0, why)}
-    sections["train"] = _train(data, model, chosen)
+    sections["train"] = _train_section(data, model, chosen)
     sections["evaluation"] = {"every": ("epoch", "or a number of optimizer steps; also before the first step")}
     held = (
         held_out.rows - held_out.aside if held_out is not None else sections["data"].get("validation_rows", (0, ""))[0]
     )
     remark = ""
-    if held < ENOUGH:
+    if held < MIN_HELD_OUT:
         remark = (
-            f"{held or 'no'} rows held out give no verdict: to tell an accuracy of 70% from chance takes {ENOUGH} "
-            f"({2 * ENOUGH} rows in all, half of them held out; or a file of their own: --eval-data)"
+            f"{held or 'no'} rows held out give no verdict: to tell an accuracy of 70% from chance takes {MIN_HELD_OUT} "
+            f"({2 * MIN_HELD_OUT} rows in all, half of them held out; or a file of their own: --eval-data)"
         )
     return Start(chosen, data, model, sections, output or f"runs/{chosen.name}", remark)
 
@@ -192,26 +192,26 @@ def check_goal(goal: str, data: DataFacts, model: ModelFacts) -> Goal:
     Raises:
         ConfigError: they cannot; lists the goals they can serve.
     """
-    able = [g.name for g in fitting(data.kind) if not model.encoder or g.name == "reward"]
+    feasible = [g.name for g in goals_for(data.kind) if not model.encoder or g.name == "reward"]
     if goal not in GOALS:
         raise ConfigError("--goal", f"{goal!r} is not known", did_you_mean(goal, GOALS))
     if model.encoder and goal != "reward":
         how = "give --goal reward, or a causal model"
         raise ConfigError("--goal", f"{model.path} is an encoder, which writes nothing", how)
-    if goal not in able:
-        how = f"with these rows: {', '.join(able) or 'none'}"
+    if goal not in feasible:
+        how = f"with these rows: {', '.join(feasible) or 'none'}"
         raise ConfigError("--goal", f"{goal} cannot learn from rows that are {data.kind}", how)
     return GOALS[goal]
 
 
-def _wants_adapter(model: ModelFacts) -> bool:
+def _needs_adapter(model: ModelFacts) -> bool:
     """Return True if training the whole model would leave too little of this machine's memory."""
     if model.parameters is None:
         return True  # unknown size: an adapter is the safe choice
-    return model.parameters * WHOLE_BYTES > SHARE_OF_MEMORY * machine_memory()[0]
+    return model.parameters * BYTES_PER_PARAMETER > SHARE_OF_MEMORY * machine_memory()[0]
 
 
-def _data(data: DataFacts, model: ModelFacts, goal: Goal, held_out: HeldOut | None) -> Lines:
+def _data_section(data: DataFacts, model: ModelFacts, goal: Goal, held_out: HeldOut | None) -> Lines:
     keys: dict[str, tuple[Any, str]] = {"path": (data.path, f"{counted(data.rows, 'row')}, {data.to_kind()}")}
     if held_out is not None:
         keys["eval_path"] = (held_out.path, f"{counted(held_out.rows, 'row')} outside training")
@@ -231,14 +231,14 @@ def _data(data: DataFacts, model: ModelFacts, goal: Goal, held_out: HeldOut | No
         keys["layout_options"] = ({"turns": "all"}, why)
     keys |= _conversion(data, goal)
     rows = data.rows - data.aside
-    held = min(HELD_OUT, max(1, rows // 10))
-    if held < ENOUGH <= rows // 2:
-        held = ENOUGH
+    held = min(MAX_HELD_OUT, max(1, rows // 10))
+    if held < MIN_HELD_OUT <= rows // 2:
+        held = MIN_HELD_OUT
     documents = data.kind == "text"  # they have no prompts, so whole documents are held out
     if held_out is None and (data.prompts > 1 or documents) and rows > 3:
         why = "whole documents" if documents else "held out by prompt: no prompt is on both sides"
         keys["validation_rows"] = (held, why)
-    keys["max_length"] = _length(data, model, goal)
+    keys["max_length"] = _max_length(data, model, goal)
     return keys
 
 
@@ -256,37 +256,37 @@ def _conversion(data: DataFacts, goal: Goal) -> dict[str, tuple[Any, str]]:
 LABEL_KINDS = GOALS["kto"].kinds
 
 
-def _length(data: DataFacts, model: ModelFacts, goal: Goal) -> tuple[int, str]:
+def _max_length(data: DataFacts, model: ModelFacts, goal: Goal) -> tuple[int, str]:
     lengths = data.prompt if goal.online else data.longest
-    wanted = next((n for n in LENGTHS if n >= lengths[1]), LENGTHS[-1])
+    rounded = next((n for n in LENGTH_CHOICES if n >= lengths[1]), LENGTH_CHOICES[-1])
     what = "prompts" if goal.online else "rows"
-    room = None if model.context is None else model.context - (64 if goal.online else 0)
-    most = f"95% of {what} have {lengths[1]:,} or less"
-    if room is not None and wanted > room:
-        return max(8, room), f"tokens; the model's context is {model.context:,}, and {most}"
+    available = None if model.context is None else model.context - (64 if goal.online else 0)
+    summary = f"95% of {what} have {lengths[1]:,} or less"
+    if available is not None and rounded > available:
+        return max(8, available), f"tokens; the model's context is {model.context:,}, and {summary}"
     if data.kind == "text":
-        return min(wanted, 512, room or 512), "tokens; longer documents become several rows"
-    return wanted, f"tokens; {most}, longer ones lose the start of their prompt"
+        return min(rounded, 512, available or 512), "tokens; longer documents become several rows"
+    return rounded, f"tokens; {summary}, longer ones lose the start of their prompt"
 
 
-def _train(data: DataFacts, model: ModelFacts, goal: Goal) -> Lines:
+def _train_section(data: DataFacts, model: ModelFacts, goal: Goal) -> Lines:
     small = model.parameters is not None and model.parameters < SMALL_MODEL
     trees = 1 if data.kind in ("sft", "text", "unpaired", "prompts") else 2
-    most = _length(data, model, goal)[0] * trees
-    tokens = 4096 if small else max(512, min(4096, 1 << (most - 1).bit_length()))  # rounded up to a power of two
+    step_tokens = _max_length(data, model, goal)[0] * trees
+    tokens = 4096 if small else max(512, min(4096, 1 << (step_tokens - 1).bit_length()))  # rounded up to a power of two
     whole, adapter = (f"{auto_lr(goal.default_lr, lora, model.parameters):g}" for lora in (False, True))
-    usual = "by the encoder's size" if model.encoder else f"{whole} for the whole model"
+    default_lr_note = "by the encoder's size" if model.encoder else f"{whole} for the whole model"
     return {
         "epochs": (1, "passes over the data; start with one"),
-        "batch_size": (_batch(data, goal), "rows per optimizer step"),
+        "batch_size": (_batch_size(data, goal), "rows per optimizer step"),
         "tokens_per_step": (tokens, "tokens of one forward/backward pass: the unit of memory, no effect on the result"),
-        "lr": ("auto", f"peak learning rate: {usual}, {adapter} with an adapter (lora)"),
+        "lr": ("auto", f"peak learning rate: {default_lr_note}, {adapter} with an adapter (lora)"),
     }
 
 
-def _batch(data: DataFacts, goal: Goal) -> int:
+def _batch_size(data: DataFacts, goal: Goal) -> int:
     """Return the goal's batch size, halved (but not below 4) while an epoch would have fewer than 20 steps."""
-    rows = (data.prompts if goal.online and data.kind != "prompts" else data.rows - data.aside) - HELD_OUT
+    rows = (data.prompts if goal.online and data.kind != "prompts" else data.rows - data.aside) - MAX_HELD_OUT
     size = goal.batch_size
     while size > 4 and rows // size < 20:
         size //= 2

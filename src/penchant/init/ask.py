@@ -10,7 +10,7 @@ from typing import TextIO, TypeVar
 
 from penchant.base.text import counted, printable
 from penchant.errors import ConfigError, PenchantError
-from penchant.init import GOALS, check_goal, fitting
+from penchant.init import GOALS, check_goal, goals_for
 from penchant.init.look import (
     DataFacts,
     HeldOut,
@@ -24,7 +24,7 @@ from penchant.init.look import (
 T = TypeVar("T")
 READABLE = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz")
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-ENDS = 3  # attempts per question
+MAX_ATTEMPTS = 3  # attempts per question
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Asker:
         Raises:
             PenchantError: raised by `check` on the last attempt. ConfigError: the input ended.
         """
-        for attempt in range(ENDS):
+        for attempt in range(MAX_ATTEMPTS):
             proposed = f" [{printable(default)}]" if default else ""
             print(f"{question}{proposed}: ", end="", file=self.screen, flush=True)
             line = self.answers.readline()
@@ -65,7 +65,7 @@ class Asker:
                     raise ConfigError("init", "nothing was given", "type an answer")
                 return check(given)
             except PenchantError as error:
-                if attempt == ENDS - 1:
+                if attempt == MAX_ATTEMPTS - 1:
                     raise
                 print(f"  {printable(str(error))}", file=self.screen)
         raise AssertionError("unreachable")
@@ -74,12 +74,12 @@ class Asker:
         print(printable(text), file=self.screen, flush=True)
 
 
-def here() -> Asker:
+def terminal_asker() -> Asker:
     """Return an asker on this process's terminal."""
     return Asker(sys.stdin, sys.stderr, sys.stdin.isatty() and sys.stderr.isatty())
 
 
-def answers(
+def collect_answers(
     asker: Asker,
     data: str | None,
     model: str | None,
@@ -107,32 +107,32 @@ def answers(
     def read(path: str) -> DataFacts:
         return look_at_data(path, model, columns)
 
-    known = look_at_model(model) if model is not None else None  # before a long file is read
-    facts = read(data) if data is not None else asker.ask("Data (a file, or a hub id)", a_file_here(), read)
+    given_model = look_at_model(model) if model is not None else None  # before a long file is read
+    facts = read(data) if data is not None else asker.ask("Data (a file, or a hub id)", only_data_file(), read)
     asker.say(f"  {facts.to_text()}")
     held_out = _held_out(asker, facts, eval_data)
-    if known is not None:
-        found = known
+    if given_model is not None:
+        chosen_model = given_model
     else:
-        found = asker.ask("Model (a folder or hub id)", DEFAULT_MODEL, look_at_model)
-        facts = look_at_data(facts.path, found.path, columns)  # count in the model's own tokens
-    known_size = found.parameters is not None
+        chosen_model = asker.ask("Model (a folder or hub id)", DEFAULT_MODEL, look_at_model)
+        facts = look_at_data(facts.path, chosen_model.path, columns)  # count in the model's own tokens
+    known_size = chosen_model.parameters is not None
     asker.say(
-        f"  {found.parameters:,} parameters"
+        f"  {chosen_model.parameters:,} parameters"
         if known_size
-        else f"  {found.path}: not in the cache, and the hub cannot be reached: check the name"
+        else f"  {chosen_model.path}: not in the cache, and the hub cannot be reached: check the name"
     )
     if goal is not None:
-        return Answers(facts, found, check_goal(goal, facts, found).name, held_out)
-    able = [g for g in fitting(facts.kind) if not found.encoder or g.name == "reward"]
+        return Answers(facts, chosen_model, check_goal(goal, facts, chosen_model).name, held_out)
+    able = [g for g in goals_for(facts.kind) if not chosen_model.encoder or g.name == "reward"]
     if not able:
         what = f"no goal fits rows that are {facts.kind} and this model"
         raise ConfigError("init", what, "give other data or another model")
     asker.say("Goals that these rows can serve:")
     for g in able:
         asker.say(f"  {g.name:<7} {g.about}")
-    chosen = asker.ask("Goal", able[0].name, lambda name: check_goal(name, facts, found).name)
-    return Answers(facts, found, chosen, held_out)
+    chosen = asker.ask("Goal", able[0].name, lambda name: check_goal(name, facts, chosen_model).name)
+    return Answers(facts, chosen_model, chosen, held_out)
 
 
 def _held_out(asker: Asker, facts: DataFacts, eval_data: str | None) -> HeldOut | None:
@@ -145,7 +145,7 @@ def _held_out(asker: Asker, facts: DataFacts, eval_data: str | None) -> HeldOut 
     return found
 
 
-def a_file_here() -> str | None:
+def only_data_file() -> str | None:
     """Return the only data file of the current folder, or None if there is not exactly one."""
     files = [p for p in Path().iterdir() if p.is_file() and p.suffix in READABLE]
     found = sorted(p.name for p in files if not p.name.startswith("."))

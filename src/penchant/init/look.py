@@ -23,8 +23,8 @@ from penchant.runs.find import model_of
 from penchant.types import Prompt
 
 SAMPLE = 2000  # maximum number of rows to tokenize
-NO_CUT = 1 << 30
-CHARACTERS_A_TOKEN = 3.5  # estimate without a tokenizer: English text has about four
+NO_TRUNCATION = 1 << 30
+CHARACTERS_PER_TOKEN = 3.5  # estimate without a tokenizer: English text has about four
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ def look_at_data(path: str, model: str | None, columns: Mapping[str, str] | None
             raise
         # not demonstrations (the answer is a number) but prompts with reference answers
         dataset = load_preferences(path, columns=columns, on_bad_row="skip", keep_columns=True, rollouts=True)
-    both, prompts, unit = _lengths(dataset, model)
+    row_lengths, prompts, unit = _lengths(dataset, model)
     scores = [c.score for t in dataset.trees for c in t.completions if c.score is not None]
     return DataFacts(
         path,
@@ -126,7 +126,7 @@ def look_at_data(path: str, model: str | None, columns: Mapping[str, str] | None
         dataset.total,
         len(dataset.quarantined),
         len({t.prompt for t in dataset.trees}),
-        _quantiles(both),
+        _quantiles(row_lengths),
         _quantiles(prompts),
         unit,
         float(np.median(scores)) if scores and dataset.kind == "scored" else None,
@@ -179,23 +179,23 @@ def _lengths(dataset: Dataset, model: str | None) -> tuple[list[int], list[int],
     """Return the lengths of at most SAMPLE evenly spaced rows (prompt plus longest completion), of their prompts, and the unit."""
     rows = len(dataset.trees)
     count = min(rows, SAMPLE)
-    some = dataset.subset([i * rows // count for i in range(count)])
+    sample = dataset.subset([i * rows // count for i in range(count)])
     try:
         tokenizer = load_tokenizer(model) if model is not None else None
     except PenchantError:
         tokenizer = None
     if tokenizer is not None:
-        ends = tokenizer.eos_token_id is not None
-        made = tokenize(some, tokenizer, max_length=NO_CUT, on_bad_row="skip", add_eos=ends)
-        both = [len(t.prompt_ids) + max(map(len, t.completion_ids), default=0) for t in made.trees]
-        return both, [len(t.prompt_ids) for t in made.trees], "tokens"
-    prompts = [_characters(t.prompt) for t in some.trees]
-    answers = [max((len(c.whole) for c in t.completions), default=0) for t in some.trees]
-    guess = [round((p + a) / CHARACTERS_A_TOKEN) for p, a in zip(prompts, answers, strict=True)]
-    return guess, [round(p / CHARACTERS_A_TOKEN) for p in prompts], "tokens (a guess from characters)"
+        has_eos = tokenizer.eos_token_id is not None
+        tokenized = tokenize(sample, tokenizer, max_length=NO_TRUNCATION, on_bad_row="skip", add_eos=has_eos)
+        row_lengths = [len(t.prompt_ids) + max(map(len, t.completion_ids), default=0) for t in tokenized.trees]
+        return row_lengths, [len(t.prompt_ids) for t in tokenized.trees], "tokens"
+    prompts = [_count_characters(t.prompt) for t in sample.trees]
+    answers = [max((len(c.whole) for c in t.completions), default=0) for t in sample.trees]
+    estimates = [round((p + a) / CHARACTERS_PER_TOKEN) for p, a in zip(prompts, answers, strict=True)]
+    return estimates, [round(p / CHARACTERS_PER_TOKEN) for p in prompts], "tokens (a guess from characters)"
 
 
-def _characters(prompt: Prompt) -> int:
+def _count_characters(prompt: Prompt) -> int:
     return len(prompt) if isinstance(prompt, str) else sum(len(m.content) for m in prompt)
 
 
@@ -207,9 +207,9 @@ def look_at_model(path: str) -> ModelFacts:
     """
     from penchant.plan.outline import outline, parameter_counts
 
-    named = model_of(path)
-    if named is not None and not is_adapter(named[0]):
-        return replace(look_at_model(str(named[0])), path=path)
+    source = model_of(path)
+    if source is not None and not is_adapter(source[0]):
+        return replace(look_at_model(str(source[0])), path=path)
     try:
         check_model_path(path)
         config = load_model_config(path)

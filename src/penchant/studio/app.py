@@ -34,7 +34,7 @@ from penchant.serve.http import CLIENT_GONE, handle_request, names_this_machine,
 
 log = logging.getLogger("penchant.studio")
 HERE = Path(__file__).parent
-SHARED = HERE.parent / "report" / "shared.css"  # the stylesheet of the report and the studio
+SHARED_CSS = HERE.parent / "report" / "shared.css"  # the stylesheet of the report and the studio
 BODY, BODY_SECONDS = 1 << 20, 30.0  # limits on a form
 CHANGES = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 WEEK = 7 * 24 * 3600
@@ -62,14 +62,14 @@ class Area:
 
     Args:
         title: text in the navigation; path: its first page (``/arena``); routes: with full paths; close: called when the server ends.
-        warm: called in its own thread when the server starts, to load in advance what the first page needs.
+        preload: called in its own thread when the server starts, to load in advance what the first page needs.
     """
 
     title: str
     path: str
     routes: Sequence[BaseRoute]
     close: Callable[[], None] = lambda: None
-    warm: Callable[[], Any] = lambda: None
+    preload: Callable[[], Any] = lambda: None
 
 
 @dataclass
@@ -94,21 +94,21 @@ class Studio:
         routes: list[BaseRoute] = [
             Route("/", self._home),
             Route("/login", self._login, methods=["GET", "POST"]),
-            Route(f"/static/{SHARED.name}", _shared),
+            Route(f"/static/{SHARED_CSS.name}", _shared_css),
             Mount("/static", StaticFiles(directory=HERE / "static")),
             *(route for area in self.areas for route in area.routes),
         ]
         handlers: Any = {
-            HTTPException: self._failed,
-            PenchantError: self._refused,
-            OSError: self._no_disk,
-            ClientDisconnect: _gone,
+            HTTPException: self._handle_http_error,
+            PenchantError: self._handle_user_error,
+            OSError: self._handle_os_error,
+            ClientDisconnect: _handle_disconnect,
         }
         self._starlette = Starlette(routes=routes, exception_handlers=handlers)
 
     # ---- for areas -------------------------------------------------------------------------------------------------
 
-    def inside(self, name: str) -> Path:
+    def resolve(self, name: str) -> Path:
         """Resolve a path inside the folder.
 
         Raises:
@@ -157,31 +157,31 @@ class Studio:
     @staticmethod
     def _asset(name: str) -> str:
         """Return the URL of a static file; it changes whenever the file does."""
-        file = SHARED if name == SHARED.name else HERE / "static" / name
+        file = SHARED_CSS if name == SHARED_CSS.name else HERE / "static" / name
         return f"/static/{name}?{int(file.stat().st_mtime)}"
 
     # ---- access control --------------------------------------------------------------------------------------------
 
-    def _made_of(self, what: str) -> str:
+    def _derive_secret(self, what: str) -> str:
         return hmac.new(self.token.encode(), what.encode(), hashlib.sha256).hexdigest()
 
     @cached_property
     def cookie(self) -> str:
         """Name of the session cookie, specific to this studio because cookies are shared by all ports of a host."""
-        return f"penchant_{self._made_of('name')[:8]}"
+        return f"penchant_{self._derive_secret('name')[:8]}"
 
     @cached_property
     def _session(self) -> str:
-        return self._made_of("session")
+        return self._derive_secret("session")
 
     @cached_property
     def _csrf(self) -> str:
-        return self._made_of("csrf")
+        return self._derive_secret("csrf")
 
-    def _opens(self, token: str) -> bool:
+    def _token_matches(self, token: str) -> bool:
         return hmac.compare_digest(token.encode("utf-8", "surrogatepass"), self.token.encode())
 
-    def _let_in(self, where: str) -> Response:
+    def _login_response(self, where: str) -> Response:
         response = RedirectResponse(where, 303)
         response.set_cookie(self.cookie, self._session, max_age=WEEK, httponly=True, samesite="strict")
         return response
@@ -189,9 +189,9 @@ class Studio:
     async def _login(self, request: Request) -> Response:
         wrong = False
         if request.method == "POST":
-            given = await form(request)
-            if self._opens(given.get("token", "").strip()):
-                return self._let_in("/")
+            given = await read_form(request)
+            if self._token_matches(given.get("token", "").strip()):
+                return self._login_response("/")
             wrong = True
         return self.page(request, "login.html", 401 if wrong else 200, wrong=wrong)
 
@@ -236,7 +236,11 @@ class Studio:
         if given is not None and request.method == "GET":
             rest = [(k, v) for k, v in request.query_params.multi_items() if k != "token"]
             where = path + (f"?{urlencode(rest)}" if rest else "")
-            return self._let_in("/" + where.lstrip("/")) if self._opens(given) else RedirectResponse("/login", 303)
+            return (
+                self._login_response("/" + where.lstrip("/"))
+                if self._token_matches(given)
+                else RedirectResponse("/login", 303)
+            )
         if request.method in CHANGES and not _same_site(headers):
             return PlainTextResponse("this request came from a page of another site", 403)
         if path == "/login":
@@ -254,19 +258,19 @@ class Studio:
 
     # ---- errors ----------------------------------------------------------------------------------------------------
 
-    async def _failed(self, request: Request, error: HTTPException) -> Response:
+    async def _handle_http_error(self, request: Request, error: HTTPException) -> Response:
         what = error.detail if error.detail != "Not Found" else "there is no such page"
-        return self._error(request, error.status_code, what)
+        return self._error_page(request, error.status_code, what)
 
-    async def _refused(self, request: Request, error: PenchantError) -> Response:
-        return self._error(request, 400, str(error))
+    async def _handle_user_error(self, request: Request, error: PenchantError) -> Response:
+        return self._error_page(request, 400, str(error))
 
-    async def _no_disk(self, request: Request, error: OSError) -> Response:
+    async def _handle_os_error(self, request: Request, error: OSError) -> Response:
         if error.errno not in ANYWHERE | {errno.ENAMETOOLONG}:
             raise error
-        return self._error(request, 507, str(disk_error(Path(error.filename or self.folder), error)))
+        return self._error_page(request, 507, str(disk_error(Path(error.filename or self.folder), error)))
 
-    def _error(self, request: Request, status: int, what: str) -> Response:
+    def _error_page(self, request: Request, status: int, what: str) -> Response:
         if "hx-request" in request.headers or request.method in CHANGES:
             return PlainTextResponse(visible(what), status)
         return self.page(request, "error.html", status, what=what)
@@ -292,35 +296,35 @@ def _same_site(headers: Headers) -> bool:
     return headers.get("sec-fetch-site", "same-origin") in ("same-origin", "none")
 
 
-def can_be_linked(name: str) -> bool:
+def is_linkable(name: str) -> bool:
     """Return True if a file name is valid text; names with other bytes cannot appear in a URL."""
     return not any("\ud800" <= c <= "\udfff" for c in name)
 
 
-async def _shared(_: Request) -> Response:
-    return FileResponse(SHARED)
+async def _shared_css(_: Request) -> Response:
+    return FileResponse(SHARED_CSS)
 
 
-async def _gone(_: Request, __: Exception) -> Response:
+async def _handle_disconnect(_: Request, __: Exception) -> Response:
     return Response(status_code=CLIENT_GONE)  # no client reads this, but the log shows it
 
 
-async def form(request: Request, most: int = BODY) -> dict[str, str]:
+async def read_form(request: Request, max_bytes: int = BODY) -> dict[str, str]:
     """Return the fields of a form; the last value wins if a name is repeated.
 
     Raises:
         HTTPException: it is too large or not a form.
     """
-    return dict(await fields(request, most))
+    return dict(await read_fields(request, max_bytes))
 
 
-async def fields(request: Request, most: int = BODY) -> list[tuple[str, str]]:
+async def read_fields(request: Request, max_bytes: int = BODY) -> list[tuple[str, str]]:
     """Return every field of a form as (name, value), in order."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/x-www-form-urlencoded":
         raise HTTPException(415, "send a form")
     try:
-        text = (await read_body(request, most, BODY_SECONDS)).decode("ascii")
+        text = (await read_body(request, max_bytes, BODY_SECONDS)).decode("ascii")
         return parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=2000)
     except ValueError as error:
         raise HTTPException(400, "this form cannot be read") from error

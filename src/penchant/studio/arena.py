@@ -26,19 +26,19 @@ from penchant.judges.humans import PREFERENCES, Judgement, turns_of
 from penchant.metrics.humans import human_verdict
 from penchant.runfolder import COMPARISON_ROWS, MANIFEST, SAMPLES, checkpoints
 from penchant.studio import pairs
-from penchant.studio.app import Area, Studio, fields, form
+from penchant.studio.app import Area, Studio, read_fields, read_form
 from penchant.studio.launch import suggestions
 from penchant.studio.pairs import Arena, Settings
 from penchant.studio.queue import Item, item_of, next_item
 from penchant.studio.results import results_body, results_page
-from penchant.studio.shelf import find
-from penchant.studio.text import folds, rendered
-from penchant.studio.writers import Writers, allow
+from penchant.studio.shelf import find_folders
+from penchant.studio.text import render_markdown, should_fold
+from penchant.studio.writers import Writers, approve_endpoint
 
-HELD_SECONDS = 900.0  # seconds for which a pair on one annotator's screen is kept from the others
-WHO = "penchant_annotator"
-SAID = {"left", "right", "tie", "both_bad", "skip"}
-EDITED = 100_000  # maximum characters of an answer written by an annotator
+ASSIGNMENT_TIMEOUT = 900.0  # seconds for which a pair on one annotator's screen is kept from the others
+ANNOTATOR_COOKIE = "penchant_annotator"
+VERDICT_BUTTONS = {"left", "right", "tie", "both_bad", "skip"}
+MAX_EDITED = 100_000  # maximum characters of an answer written by an annotator
 # (verdict, label, key shown, keys accepted)
 KEYS = (
     ("left", "Left", "←", "ArrowLeft 1"),
@@ -49,7 +49,7 @@ KEYS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class Assignment:
     """A pair on an annotator's screen: the annotator's record count at that time, and when it was shown."""
 
     pair: str
@@ -57,81 +57,85 @@ class Held:
     since: float
 
 
-class Rooms:
+class Sessions:
     """The opened arenas of a folder, and which pair each annotator is looking at."""
 
     def __init__(self, studio: Studio) -> None:
         self.studio = studio
         self.opened: dict[str, tuple[tuple[int, int], Arena]] = {}  # by name, with (inode, mtime) to detect a new arena
-        self.held: dict[tuple[str, str], Held] = {}  # by (arena, annotator)
+        self.assignments: dict[tuple[str, str], Assignment] = {}  # by (arena, annotator)
         self.bodies: dict[str, tuple[Arena, int, Markup]] = {}  # by name: (arena, records, rendered results)
         self.writers = Writers()
 
-    def named(self, request: Request) -> Arena:
+    def arena_of(self, request: Request) -> Arena:
         """Return the arena that a request's URL names.
 
         Raises:
             HTTPException: there is no such arena (404).
         """
         name = str(request.path_params["name"])
-        folder = self.studio.inside(f"{pairs.ARENAS}/{name}")
+        folder = self.studio.resolve(f"{pairs.ARENAS}/{name}")
         if not pairs.is_arena(folder, self.studio.folder):
             raise HTTPException(404, "there is no such arena")
         return self.open(Arena(folder))
 
     def open(self, arena: Arena) -> Arena:
         """Return the cached arena of this name, or `arena` if none is cached or it has been replaced on disk."""
-        about = (arena.folder / pairs.ARENA).stat()
-        now = about.st_ino, about.st_mtime_ns
-        was = self.opened.get(arena.name)
-        if was is None or was[0] != now:
-            was = self.opened[arena.name] = now, arena
-        return was[1]
+        stat = (arena.folder / pairs.ARENA).stat()
+        version = stat.st_ino, stat.st_mtime_ns
+        cached = self.opened.get(arena.name)
+        if cached is None or cached[0] != version:
+            cached = self.opened[arena.name] = version, arena
+        return cached[1]
 
     def next(self, arena: Arena, annotator: str) -> Item | None:
         """Return the pair an annotator is looking at until it gets a verdict, then the next one."""
-        me, now = (arena.name, annotator), time.monotonic()
+        key, now = (arena.name, annotator), time.monotonic()
         with arena.lock:
             order = arena.preferences.refresh().records.get(annotator, 0)
-            had = self.held.get(me)
+            current = self.assignments.get(key)
             others = {
-                held.pair
-                for (name, who), held in list(self.held.items())
-                if name == arena.name and who != annotator and now - held.since < HELD_SECONDS
+                assignment.pair
+                for (name, other), assignment in list(self.assignments.items())
+                if name == arena.name and other != annotator and now - assignment.since < ASSIGNMENT_TIMEOUT
             }
-            item = item_of(arena, annotator, had.pair, others) if had is not None and had.order == order else None
+            item = (
+                item_of(arena, annotator, current.pair, others)
+                if current is not None and current.order == order
+                else None
+            )
             if item is None:
                 item = next_item(arena, annotator, others)
-                self.hold(arena, annotator, item)
+                self.assign(arena, annotator, item)
             return item
 
     def results(self, arena: Arena) -> Markup:
         """Return an arena's rendered results, computed again only after new records."""
         records = sum(arena.preferences.refresh().records.values())
-        had = self.bodies.get(arena.name)
-        if had is None or had[0] is not arena or had[1] != records:
+        cached = self.bodies.get(arena.name)
+        if cached is None or cached[0] is not arena or cached[1] != records:
             body = Markup(str(results_body(human_verdict(arena.preferences))))
-            had = self.bodies[arena.name] = arena, records, body
-        return had[2]
+            cached = self.bodies[arena.name] = arena, records, body
+        return cached[2]
 
-    def hold(self, arena: Arena, annotator: str, item: Item | None) -> None:
+    def assign(self, arena: Arena, annotator: str, item: Item | None) -> None:
         """Remember which pair an annotator is looking at."""
-        me = arena.name, annotator
+        key = arena.name, annotator
         if item is None:
-            self.held.pop(me, None)
+            self.assignments.pop(key, None)
         else:
-            self.held[me] = Held(item.pair.id, item.order, time.monotonic())
+            self.assignments[key] = Assignment(item.pair.id, item.order, time.monotonic())
 
 
 def area(studio: Studio) -> Area:
     """Return the arena's area."""
-    rooms = Rooms(studio)
+    sessions = Sessions(studio)
 
     async def index(request: Request) -> Response:
         found = pairs.arenas(studio.folder)
         counts = {}
         for arena in found:
-            here = rooms.open(arena)
+            here = sessions.open(arena)
             said = here.preferences.refresh()
             real = sum(p.gold is None for p in here.pairs.values())
             counts[arena.name] = real, len(said.judgements), len(said.records)
@@ -139,68 +143,70 @@ def area(studio: Studio) -> Area:
 
     async def new(request: Request) -> Response:
         if request.method == "POST":
-            return await _make(studio, await fields(request))
+            return await _create_arena(studio, await read_fields(request))
         found = await run_in_threadpool(_sources, studio)
         return studio.page(request, "arena_new.html", **found, settings=Settings())
 
     async def judge(request: Request) -> Response:
-        arena, annotator = rooms.named(request), _annotator(request)
+        arena, annotator = sessions.arena_of(request), _annotator(request)
         if annotator is None:
             return studio.page(request, "arena_who.html", arena=arena, names=list(arena.preferences.refresh().records))
-        return studio.page(request, "arena.html", **await run_in_threadpool(_shown, rooms, arena, annotator))
+        return studio.page(request, "arena.html", **await run_in_threadpool(_pair_values, sessions, arena, annotator))
 
-    async def who(request: Request) -> Response:
-        arena = rooms.named(request)
-        name = " ".join((await form(request)).get("annotator", "").split())
+    async def sign_in(request: Request) -> Response:
+        arena = sessions.arena_of(request)
+        name = " ".join((await read_form(request)).get("annotator", "").split())
         if not 0 < len(name) <= 60:
             raise HTTPException(400, "give a name of at most 60 letters")
-        return _go(f"/arena/{quote(arena.name)}", name)
+        return _redirect(f"/arena/{quote(arena.name)}", name)
 
     async def leave(request: Request) -> Response:
-        return _go(f"/arena/{quote(rooms.named(request).name)}", "")
+        return _redirect(f"/arena/{quote(sessions.arena_of(request).name)}", "")
 
-    async def panel(
-        request: Request, arena: Arena, annotator: str, note: str = "", back: Judgement | None = None
+    async def pair_panel(
+        request: Request, arena: Arena, annotator: str, note: str = "", undone: Judgement | None = None
     ) -> Response:
-        values = await run_in_threadpool(_shown, rooms, arena, annotator, note, back)
+        values = await run_in_threadpool(_pair_values, sessions, arena, annotator, note, undone)
         return studio.page(request, "arena_pair.html", **values)
 
     async def item(request: Request) -> Response:
-        return await panel(request, rooms.named(request), _known(request))
+        return await pair_panel(request, sessions.arena_of(request), _require_annotator(request))
 
-    async def say(request: Request) -> Response:
-        arena, annotator = rooms.named(request), _known(request)
-        given = await fields(request)
-        note = await run_in_threadpool(_take, arena, annotator, given)
-        return await panel(request, arena, annotator, note)
+    async def submit(request: Request) -> Response:
+        arena, annotator = sessions.arena_of(request), _require_annotator(request)
+        given = await read_fields(request)
+        note = await run_in_threadpool(_record_verdict, arena, annotator, given)
+        return await pair_panel(request, arena, annotator, note)
 
     async def undo(request: Request) -> Response:
-        arena, annotator = rooms.named(request), _known(request)
-        told = await run_in_threadpool(_take_back, rooms, arena, annotator, (await form(request)).get("order", ""))
-        return await panel(request, arena, annotator, *told)
+        arena, annotator = sessions.arena_of(request), _require_annotator(request)
+        outcome = await run_in_threadpool(
+            _undo_verdict, sessions, arena, annotator, (await read_form(request)).get("order", "")
+        )
+        return await pair_panel(request, arena, annotator, *outcome)
 
     async def live(request: Request) -> Response:
-        arena, annotator = rooms.named(request), _known(request)
-        shown = rooms.next(arena, annotator)
+        arena, annotator = sessions.arena_of(request), _require_annotator(request)
+        shown = sessions.next(arena, annotator)
         if shown is None or shown.pair.answers is not None:
             return Response("event: done\ndata: {}\n\n", media_type="text/event-stream")
-        return StreamingResponse(_written(rooms, arena, shown), media_type="text/event-stream")
+        return StreamingResponse(_stream_answers(sessions, arena, shown), media_type="text/event-stream")
 
     async def results(request: Request) -> Response:
-        arena = rooms.named(request)
-        body = await run_in_threadpool(rooms.results, arena)
+        arena = sessions.arena_of(request)
+        body = await run_in_threadpool(sessions.results, arena)
         file = shlex.quote(studio.relative(arena.preferences.path))
         return studio.page(request, "arena_results.html", arena=arena, body=body, file=file)
 
     async def report(request: Request) -> Response:
-        arena = rooms.named(request)
+        arena = sessions.arena_of(request)
         text = await run_in_threadpool(results_page, arena.name, arena.preferences)
         # the file contains its own policy, which allows its stylesheet
         headers = {"content-security-policy": "sandbox", "content-disposition": 'attachment; filename="arena.html"'}
         return HTMLResponse(text, headers=headers)
 
     async def file(request: Request) -> Response:
-        path = rooms.named(request).preferences.path
+        path = sessions.arena_of(request).preferences.path
         if not path.is_file():
             raise HTTPException(404, "nothing was judged yet")
         return FileResponse(path, media_type="application/jsonl", filename=PREFERENCES)
@@ -210,77 +216,81 @@ def area(studio: Studio) -> Area:
         Route("/arena", index),
         Route("/arena/new", new, methods=["GET", "POST"]),
         Route(base, judge),
-        Route(f"{base}/who", who, methods=["POST"]),
+        Route(f"{base}/who", sign_in, methods=["POST"]),
         Route(f"{base}/leave", leave, methods=["POST"]),
         Route(f"{base}/item", item),
-        Route(f"{base}/judge", say, methods=["POST"]),
+        Route(f"{base}/judge", submit, methods=["POST"]),
         Route(f"{base}/undo", undo, methods=["POST"]),
         Route(f"{base}/live", live),
         Route(f"{base}/results", results),
         Route(f"{base}/report", report),
         Route(f"{base}/{PREFERENCES}", file),
     ]
-    return Area("Arena", "/arena", routes, rooms.writers.close)
+    return Area("Arena", "/arena", routes, sessions.writers.close)
 
 
 # ---- annotators ----
 
 
 def _annotator(request: Request) -> str | None:
-    return unquote(request.cookies.get(WHO, "")) or None
+    return unquote(request.cookies.get(ANNOTATOR_COOKIE, "")) or None
 
 
-def _known(request: Request) -> str:
+def _require_annotator(request: Request) -> str:
     name = _annotator(request)
     if name is None:
         raise HTTPException(400, "say who you are first: load this page again")
     return name
 
 
-def _go(where: str, annotator: str | None = None) -> Response:
+def _redirect(where: str, annotator: str | None = None) -> Response:
     response = Response(headers={"hx-redirect": where})
     if annotator:
-        response.set_cookie(WHO, quote(annotator, safe=""), max_age=30 * 24 * 3600, httponly=True, samesite="strict")
+        response.set_cookie(
+            ANNOTATOR_COOKIE, quote(annotator, safe=""), max_age=30 * 24 * 3600, httponly=True, samesite="strict"
+        )
     elif annotator is not None:
-        response.delete_cookie(WHO)
+        response.delete_cookie(ANNOTATOR_COOKIE)
     return response
 
 
 # ---- one pair ----
 
 
-def _shown(rooms: Rooms, arena: Arena, annotator: str, note: str = "", back: Judgement | None = None) -> dict[str, Any]:
+def _pair_values(
+    sessions: Sessions, arena: Arena, annotator: str, note: str = "", undone: Judgement | None = None
+) -> dict[str, Any]:
     """Return the template values of a pair's page; none of them reveals which model wrote which answer."""
-    item = rooms.next(arena, annotator)
-    mine = arena.preferences.of(annotator)
+    item = sessions.next(arena, annotator)
+    own_judgements = arena.preferences.of(annotator)
     values: dict[str, Any] = {"arena": arena, "annotator": annotator, "item": item, "note": note, "keys": KEYS}
-    values["reasons"], values["edited"] = ((), "") if back is None else (back.reasons, back.edited or "")
+    values["reasons"], values["edited"] = ((), "") if undone is None else (undone.reasons, undone.edited or "")
     values["order"] = arena.preferences.records.get(annotator, 0)
-    values["judged"] = len([j for j in mine if j.repeat_of is None])
-    values["can_undo"] = bool(mine)
+    values["judged"] = len([j for j in own_judgements if j.repeat_of is None])
+    values["can_undo"] = bool(own_judgements)
     if item is not None:
-        values["turns"] = [(role, rendered(text)) for role, text in turns_of(item.pair.prompt)]
+        values["turns"] = [(role, render_markdown(text)) for role, text in turns_of(item.pair.prompt)]
         values["writes"] = item.pair.answers is None
         texts = ("", "") if item.pair.answers is None else item.sides
         values["texts"] = texts
-        values["answers"] = [rendered(t) for t in texts]
-        values["folded"] = folds(*texts)
+        values["answers"] = [render_markdown(t) for t in texts]
+        values["folded"] = should_fold(*texts)
     return values
 
 
-def _take(arena: Arena, annotator: str, given: list[tuple[str, str]]) -> str:
+def _record_verdict(arena: Arena, annotator: str, given: list[tuple[str, str]]) -> str:
     """Record a verdict and return a message to show, or "".
 
     A second verdict on one showing (a key pressed twice, a second window, a retry after a crash) has no effect.
     """
-    with arena.turn():
-        return _taken(arena, annotator, given)
+    with arena.locked():
+        return _record_verdict_locked(arena, annotator, given)
 
 
-def _taken(arena: Arena, annotator: str, given: list[tuple[str, str]]) -> str:
+def _record_verdict_locked(arena: Arena, annotator: str, given: list[tuple[str, str]]) -> str:
     values = dict(given)
     said = values.get("verdict", "")
-    if said not in SAID:
+    if said not in VERDICT_BUTTONS:
         raise HTTPException(400, "that is not a verdict")
     item = item_of(arena, annotator, values.get("pair", ""))
     if item is None or values.get("order") != str(item.order):
@@ -312,25 +322,25 @@ def _taken(arena: Arena, annotator: str, given: list[tuple[str, str]]) -> str:
         gold=item.pair.gold,
         repeat_of=item.repeat_of,
         reasons=tuple(v for k, v in given if k == "reason" and v in allowed),
-        edited=edited[:EDITED] if edited.strip() else None,
+        edited=edited[:MAX_EDITED] if edited.strip() else None,
     )
     arena.preferences.append(judgement.to_json())
     trained = judgement.edited is None or verdict in ("a", "b")
     return "" if trained else "Your answer is kept but not trained on, since you chose neither answer as better."
 
 
-def _take_back(rooms: Rooms, arena: Arena, annotator: str, order: str) -> tuple[str, Judgement | None]:
+def _undo_verdict(sessions: Sessions, arena: Arena, annotator: str, order: str) -> tuple[str, Judgement | None]:
     """Undo the annotator's last verdict, once; return a message and that verdict, whose reasons and answer fill the form again."""
-    with arena.turn():
-        mine = arena.preferences.refresh().of(annotator)
-        if not mine or order != str(arena.preferences.records.get(annotator, 0)):
+    with arena.locked():
+        own_judgements = arena.preferences.refresh().of(annotator)
+        if not own_judgements or order != str(arena.preferences.records.get(annotator, 0)):
             return "There is nothing to take back.", None
-        arena.preferences.undo(mine[-1])
-        rooms.hold(arena, annotator, item_of(arena, annotator, mine[-1].pair))
-    return "Your last verdict was taken back; judge this pair again.", mine[-1]
+        arena.preferences.undo(own_judgements[-1])
+        sessions.assign(arena, annotator, item_of(arena, annotator, own_judgements[-1].pair))
+    return "Your last verdict was taken back; judge this pair again.", own_judgements[-1]
 
 
-async def _written(rooms: Rooms, arena: Arena, item: Item) -> AsyncIterator[str]:
+async def _stream_answers(sessions: Sessions, arena: Arena, item: Item) -> AsyncIterator[str]:
     """Yield both answers as events while they are generated, then a final event."""
 
     def event(kind: str, **data: Any) -> str:
@@ -340,7 +350,7 @@ async def _written(rooms: Rooms, arena: Arena, item: Item) -> AsyncIterator[str]
     texts = ["", ""]
     writers = [arena.settings.writers.get(m, {}) for m in item.pair.models]
     try:
-        async for at, piece in rooms.writers.write(rooms.studio, writers, item.pair.prompt):
+        async for at, piece in sessions.writers.write(sessions.studio, writers, item.pair.prompt):
             texts[at] += piece
             yield event("left" if at == left else "right", text=piece)
     except Exception as error:
@@ -348,7 +358,7 @@ async def _written(rooms: Rooms, arena: Arena, item: Item) -> AsyncIterator[str]
 
         yield event("failed", text=str(error) if isinstance(error, DataError) else told(error))
         return
-    await run_in_threadpool(arena.wrote, item.pair, (texts[0], texts[1]))
+    await run_in_threadpool(arena.save_answers, item.pair, (texts[0], texts[1]))
     yield event("done")
 
 
@@ -357,96 +367,100 @@ async def _written(rooms: Rooms, arena: Arena, item: Item) -> AsyncIterator[str]
 
 def _sources(studio: Studio) -> dict[str, Any]:
     """List the sources of answers in this folder."""
-    found, offered = find(studio.folder)[0], suggestions(studio.folder)
+    found, offered = find_folders(studio.folder)[0], suggestions(studio.folder)
 
-    def having(kind: str, file: str) -> list[str]:
+    def folders_with(kind: str, file: str) -> list[str]:
         return [f.path for f in found if f.kind == kind and (studio.folder / f.path / file).is_file()]
 
     return {
-        "runs": having("run", SAMPLES),
-        "comparisons": having("comparison", COMPARISON_ROWS),
+        "runs": folders_with("run", SAMPLES),
+        "comparisons": folders_with("comparison", COMPARISON_ROWS),
         "files": [name for name in offered["data.path"] if not name.startswith(f"{pairs.ARENAS}/")],
         "models": offered["model.path"],
     }
 
 
-async def _make(studio: Studio, given: list[tuple[str, str]]) -> Response:
-    arena = await run_in_threadpool(_made, studio, given)
-    return _go(f"/arena/{quote(arena.name)}")
+async def _create_arena(studio: Studio, given: list[tuple[str, str]]) -> Response:
+    arena = await run_in_threadpool(_build_arena, studio, given)
+    return _redirect(f"/arena/{quote(arena.name)}")
 
 
-def _made(studio: Studio, given: list[tuple[str, str]]) -> Arena:
+def _build_arena(studio: Studio, given: list[tuple[str, str]]) -> Arena:
     values = dict(given)
-    settings, writers = _settings(values), {}
+    settings, writers = _parse_settings(values), {}
     kind = values.get("source", "")
     if kind == "runs":
-        runs = [studio.inside(f"{v}/{SAMPLES}").parent for k, v in given if k == "run"]
+        runs = [studio.resolve(f"{v}/{SAMPLES}").parent for k, v in given if k == "run"]
         if not runs:
             raise DataError("runs", "none is ticked", "tick one or more")
-        found = pairs.of_runs(runs)
+        found = pairs.answers_from_runs(runs)
     elif kind == "comparison":
-        found = pairs.of_comparison(studio.inside(f"{values.get('comparison', '')}/{COMPARISON_ROWS}").parent)
+        found = pairs.answers_from_comparison(
+            studio.resolve(f"{values.get('comparison', '')}/{COMPARISON_ROWS}").parent
+        )
     elif kind == "pairs":
-        found = pairs.of_pairs(_file(studio, values.get("file", "")))
+        found = pairs.answers_from_pairs(_data_file(studio, values.get("file", "")))
     elif kind == "prompts":
-        writers = {letter: _writer(studio, values, letter) for letter in ("one", "two")}
+        writers = {letter: _parse_writer(studio, values, letter) for letter in ("one", "two")}
         names = [w.get("run") or w.get("model") or n for n, w in writers.items()]
         if names[0] == names[1]:
             names = [f"{names[0]} (1)", f"{names[1]} (2)"]
         writers = dict(zip(names, writers.values(), strict=True))
-        found = pairs.of_prompts(_prompts(studio, values), writers, {n: _hash(studio, w) for n, w in writers.items()})
+        found = pairs.answers_to_generate(
+            _read_prompts(studio, values), writers, {n: _checkpoint_hash(studio, w) for n, w in writers.items()}
+        )
     else:
         raise DataError("source", "is not chosen", "choose where the answers come from")
-    made = pairs.pairs_of(found, settings.seed)
+    made = pairs.make_pairs(found, settings.seed)
     if values.get("checks_file"):
-        golden = pairs.of_pairs(_file(studio, values["checks_file"]))
+        golden = pairs.answers_from_pairs(_data_file(studio, values["checks_file"]))
         made += pairs.gold_pairs(golden)
     settings = replace(settings, models=found.models, writers=writers)
     return pairs.make_arena(studio.folder, values.get("name", "").strip(), settings, made)
 
 
-def _file(studio: Studio, name: str) -> Path:
-    path = studio.inside(name)
+def _data_file(studio: Studio, name: str) -> Path:
+    path = studio.resolve(name)
     if not name or not path.is_file():
         raise DataError(name or "file", "no such file in this folder", "choose one of the list")
     return path
 
 
-def _prompts(studio: Studio, values: Mapping[str, str]) -> list[Any]:
-    typed = pairs.prompts_of(values.get("prompts", ""))
+def _read_prompts(studio: Studio, values: Mapping[str, str]) -> list[Any]:
+    typed = pairs.split_prompts(values.get("prompts", ""))
     if not typed and not values.get("prompts_file"):
         raise DataError("prompts", "there is none", "type some, or choose a file that holds some")
     if not values.get("prompts_file"):
         return list(typed)
     from penchant.data.load import load_preferences, prompt_json
 
-    found = load_preferences(str(_file(studio, values["prompts_file"])), on_bad_row="skip")
+    found = load_preferences(str(_data_file(studio, values["prompts_file"])), on_bad_row="skip")
     return [*typed, *(prompt_json(t.prompt) for t in found.trees if t.prompt)]
 
 
-def _writer(studio: Studio, values: Mapping[str, str], which: str) -> dict[str, str]:
-    run, url = values.get(f"run_{which}", ""), values.get(f"url_{which}", "").strip()
-    name = {"one": "first model", "two": "second model"}[which]
+def _parse_writer(studio: Studio, values: Mapping[str, str], slot: str) -> dict[str, str]:
+    run, url = values.get(f"run_{slot}", ""), values.get(f"url_{slot}", "").strip()
+    name = {"one": "first model", "two": "second model"}[slot]
     if url:
-        model, key = values.get(f"model_{which}", "").strip(), values.get(f"key_{which}", "").strip()
+        model, key = values.get(f"model_{slot}", "").strip(), values.get(f"key_{slot}", "").strip()
         if not model:
             raise DataError(name, "the endpoint has no model", "name it as the endpoint calls it")
         connect(url, key or None, name, f"{name}, key")  # refuses an invalid address and a missing key
-        allow(url, key)
+        approve_endpoint(url, key)
         return {"url": url, "model": model, "key_env": key}
     if not run:
         raise DataError(name, "is not chosen", "choose a run or a model, or give an endpoint's address")
-    studio.inside(run)
+    studio.resolve(run)
     return {"run": run}
 
 
-def _hash(studio: Studio, writer: Mapping[str, str]) -> str:
+def _checkpoint_hash(studio: Studio, writer: Mapping[str, str]) -> str:
     """Return the SHA-256 of the manifest of a run's newest checkpoint, or "" if there is none."""
-    last = checkpoints(studio.inside(writer["run"]))[-1:] if "run" in writer else []
+    last = checkpoints(studio.resolve(writer["run"]))[-1:] if "run" in writer else []
     return next((file_sha256(c / MANIFEST) for c in last if (c / MANIFEST).is_file()), "")
 
 
-def _settings(values: Mapping[str, str]) -> Settings:
+def _parse_settings(values: Mapping[str, str]) -> Settings:
     default = Settings()
 
     def share(name: str) -> float:

@@ -28,8 +28,8 @@ from penchant.errors import ConfigError, DataError, PenchantError
 from penchant.runfolder import CONFIG
 from penchant.runfolder.read import json_object, read_folder
 from penchant.runfolder.values import mapping, sequence, text
-from penchant.studio.app import Area, Studio, form
-from penchant.studio.launch import Children, command, environment, last_words, place_of, suggestions
+from penchant.studio.app import Area, Studio, read_form
+from penchant.studio.launch import Children, command, environment, last_error_line, suggestions, working_folder
 from penchant.studio.rows import (
     ROWS,
     Edits,
@@ -38,21 +38,27 @@ from penchant.studio.rows import (
     Page,
     answers_of,
     as_json,
-    is_aside,
-    lines_of,
-    places,
-    read_edited,
+    content_hash,
+    is_quarantined,
+    line_numbers,
+    parse_edited_row,
+    rows_of_places,
     stamp,
-    sum_of,
     tokens_of,
     turns_of,
 )
 
-OPEN = 8  # files kept open
-COUNTS = 0.05  # time limit for counting a file's rows when a page is shown; enough for most files
-PLACES = 1000  # places of an audit's finding that a filter can show
+MAX_OPEN_FILES = 8  # files kept open
+COUNT_TIMEOUT = 0.05  # time limit for counting a file's rows when a page is shown; enough for most files
+MAX_PLACES = 1000  # places of an audit's finding that a filter can show
 ROW_BYTES = 4 << 20  # maximum size of an edited row
-HOW = ("template", "template_options", "max_length", "truncation", "add_eos")  # keys of a run's data that affect tokens
+TOKENIZATION_KEYS = (
+    "template",
+    "template_options",
+    "max_length",
+    "truncation",
+    "add_eos",
+)  # keys of a run's data that affect tokens
 
 
 class Audits:
@@ -69,7 +75,9 @@ class Audits:
             if key in self._jobs:
                 return
             out = Path(self._folder.name) / f"{len(self._jobs)}.json"
-            asked = command("data", "audit", f"./{path}", "--json", str(out), "--places", str(PLACES), "--shape", shape)
+            asked = command(
+                "data", "audit", f"./{path}", "--json", str(out), "--places", str(MAX_PLACES), "--shape", shape
+            )
             with out.with_suffix(".log").open("wb") as log:
                 job = subprocess.Popen(
                     asked, cwd=root, env=environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log
@@ -80,7 +88,7 @@ class Audits:
     def _key(path: Path, shape: str) -> tuple[Any, ...]:
         return (path, shape, *stamp(path))
 
-    def found(self, path: Path, shape: str) -> tuple[str, dict[str, Any]]:
+    def result(self, path: Path, shape: str) -> tuple[str, dict[str, Any]]:
         """Return (``none``, ``running``, ``done`` or an error message, the audit)."""
         known = self._jobs.get(self._key(path, shape))
         if known is None:
@@ -109,7 +117,7 @@ class Data:
         self._files: OrderedDict[tuple[Path, str], File] = OrderedDict()
         self._edits: dict[str, Edits] = {}
         self._tokenizers: dict[str, Any] = {}
-        own = {"size": gigabytes, "answers_of": answers_of, "turns_of": turns_of, "hidden": _hidden}
+        own = {"size": gigabytes, "answers_of": answers_of, "turns_of": turns_of, "hidden": _hidden_fields}
         studio.templates.globals |= own
         studio.templates.filters["as_json"] = as_json
 
@@ -132,18 +140,18 @@ class Data:
 
     # ---- files -----------------------------------------------------------------------------------------------------
 
-    def path_of(self, name: str) -> str:
+    def data_path(self, name: str) -> str:
         """Return the path of a data file as it is linked.
 
         Raises:
             HTTPException: there is no such file in the folder (404).
         """
-        path = self.studio.inside(name)
+        path = self.studio.resolve(name)
         if not path.is_file() or not ending(path.name):
             raise HTTPException(404, "there is no file of rows of this name in this folder")
         return self.studio.relative(path)
 
-    def file_of(self, path: str, shape: str) -> File:
+    def open_file(self, path: str, shape: str) -> File:
         """Return the opened file; it is opened again if it has changed."""
         if shape != "auto" and shape not in LAYOUTS:
             raise HTTPException(404, "there is no such layout")
@@ -153,7 +161,7 @@ class Data:
             known = File(whole, shape)
         self._files[whole, shape] = known
         self._files.move_to_end((whole, shape))
-        while len(self._files) > OPEN:
+        while len(self._files) > MAX_OPEN_FILES:
             self._files.popitem(last=False)
         return known
 
@@ -168,18 +176,18 @@ class Data:
 
     async def view(self, request: Request) -> Response:
         asked = request.query_params
-        path, shape = self.path_of(asked.get("file", "")), asked.get("shape", "auto")
-        word, only, start = asked.get("q", "").strip()[:500], asked.get("only", ""), _number(asked.get("line"), 1)
-        file = await run_in_threadpool(self.file_of, path, shape)
+        path, shape = self.data_path(asked.get("file", "")), asked.get("shape", "auto")
+        word, only, start = asked.get("q", "").strip()[:500], asked.get("only", ""), _parse_number(asked.get("line"), 1)
+        file = await run_in_threadpool(self.open_file, path, shape)
         if file.lines is not None:
-            await run_in_threadpool(file.lines.look, None, COUNTS)
-        state, audit = self.audits.found(file.path, shape)
+            await run_in_threadpool(file.lines.scan, None, COUNT_TIMEOUT)
+        state, audit = self.audits.result(file.path, shape)
         findings = {name: f for name, f in mapping(audit.get("findings")).items() if sequence(mapping(f).get("where"))}
-        made = await run_in_threadpool(self.edits_of(path).made)
+        made = await run_in_threadpool(self.edits_of(path).latest)
         look = partial(self._page, file, start, word, only, findings, made)
         page = await run_in_threadpool(look)
         offered = await run_in_threadpool(suggestions, self.studio.folder)
-        items = [_marked(file, item, made) for item in page.items]
+        items = [_with_edit(file, item, made) for item in page.items]
         here = {"file": path, **({"shape": shape} if shape != "auto" else {})}
         filters = {k: v for k, v in (("q", word), ("only", only), ("show", asked.get("show", ""))) if v}
         return self.studio.page(
@@ -194,27 +202,27 @@ class Data:
         self, file: File, start: int, word: str, only: str, findings: Mapping[str, Any], made: Mapping[str, Any]
     ) -> Page:
         if only == "aside":
-            return file.page(start, wanted=is_aside, needle=word)
+            return file.page(start, wanted=is_quarantined, needle=word)
         if only == "edited":
-            return self._of_places(file, start, [*made], word)
+            return self._page_of_places(file, start, [*made], word)
         if only in findings:
-            return self._of_places(file, start, places(sequence(findings[only].get("where"))), word)
+            return self._page_of_places(file, start, rows_of_places(sequence(findings[only].get("where"))), word)
         return file.page(start, needle=word)
 
-    def _of_places(self, file: File, start: int, where: Sequence[str], word: str) -> Page:
+    def _page_of_places(self, file: File, start: int, where: Sequence[str], word: str) -> Page:
         """Return the rows at the given places."""
         wanted: set[str] = set(where)
         if file.lines is None or file.grouped:
             return file.page(start, wanted=lambda item: item.where in wanted, needle=word)
         items: list[Item] = []
-        numbers = sorted({number for number in lines_of(where) if number >= start})
+        numbers = sorted({number for number in line_numbers(where) if number >= start})
         for at, number in enumerate(numbers):
             if len(items) == ROWS:
                 return Page(tuple(items), number, numbers[at - 1])
             items += [item for item in file.page(number, 1).items if item.number == number]
         return Page(tuple(items), None, numbers[-1] if numbers else start)
 
-    def _item(self, file: File, where: str, number: int) -> Item:
+    def _find_item(self, file: File, where: str, number: int) -> Item:
         page = file.page(number, 1)
         item = next((item for item in page.items if item.where == where), None)
         if item is None:
@@ -225,14 +233,14 @@ class Data:
 
     async def edit(self, request: Request) -> Response:
         """Show a row as JSON for editing, or record an edit."""
-        given = dict(request.query_params) if request.method == "GET" else await form(request, ROW_BYTES)
-        path, shape, where = self.path_of(given.get("file", "")), given.get("shape", "auto"), given.get("where", "")
-        file = await run_in_threadpool(self.file_of, path, shape)
-        item = await run_in_threadpool(self._item, file, where, _number(given.get("line"), 1))
+        given = dict(request.query_params) if request.method == "GET" else await read_form(request, ROW_BYTES)
+        path, shape, where = self.data_path(given.get("file", "")), given.get("shape", "auto"), given.get("where", "")
+        file = await run_in_threadpool(self.open_file, path, shape)
+        item = await run_in_threadpool(self._find_item, file, where, _parse_number(given.get("line"), 1))
         edits = self.edits_of(path)
         values: dict[str, Any] = {"name": path, "shape": shape, "error": "", "aside": False}
         if request.method == "GET":
-            known = edits.made().get(where)
+            known = edits.latest().get(where)
             said = as_json(item.values if known is None or known.values is None else known.values)
             return self.studio.page(request, "data_edit.html", item=item, said=said, **values)
         if not file.editable(item):
@@ -240,46 +248,46 @@ class Data:
                 400, "this row cannot be edited: several rows make an example together, or one makes several"
             )
         if given.get("action") == "drop":
-            await run_in_threadpool(edits.add, where, "dropped", sum_of(item))
+            await run_in_threadpool(edits.add, where, "dropped", content_hash(item))
         else:
             said = given.get("row", "")
             try:
-                row = read_edited(said)
-                became = file.convert(row, where)
+                row = parse_edited_row(said)
+                converted = file.convert(row, where)
             except PenchantError as error:
                 return self.studio.page(
                     request, "data_edit.html", item=item, said=said, **{**values, "error": str(error)}
                 )
-            if became.aside is not None and given.get("anyway") != "on":
-                why = f"it would be kept aside: {became.aside[0]}; {became.aside[1]}"
+            if converted.aside is not None and given.get("anyway") != "on":
+                why = f"it would be kept aside: {converted.aside[0]}; {converted.aside[1]}"
                 values |= {"error": why, "aside": True}
                 return self.studio.page(request, "data_edit.html", item=item, said=said, **values)
-            await run_in_threadpool(edits.add, where, "changed", sum_of(item), row)
-        return await self._row(request, file, path, shape, item)
+            await run_in_threadpool(edits.add, where, "changed", content_hash(item), row)
+        return await self._row_page(request, file, path, shape, item)
 
     async def row(self, request: Request) -> Response:
         """Show a row."""
         asked = request.query_params
-        path, shape, where = self.path_of(asked.get("file", "")), asked.get("shape", "auto"), asked.get("where", "")
-        file = await run_in_threadpool(self.file_of, path, shape)
-        item = await run_in_threadpool(self._item, file, where, _number(asked.get("line"), 1))
-        return await self._row(request, file, path, shape, item)
+        path, shape, where = self.data_path(asked.get("file", "")), asked.get("shape", "auto"), asked.get("where", "")
+        file = await run_in_threadpool(self.open_file, path, shape)
+        item = await run_in_threadpool(self._find_item, file, where, _parse_number(asked.get("line"), 1))
+        return await self._row_page(request, file, path, shape, item)
 
     async def undo(self, request: Request) -> Response:
         """Undo an edit."""
-        given = await form(request)
-        path, shape, where = self.path_of(given.get("file", "")), given.get("shape", "auto"), given.get("where", "")
-        file = await run_in_threadpool(self.file_of, path, shape)
-        item = await run_in_threadpool(self._item, file, where, _number(given.get("line"), 1))
+        given = await read_form(request)
+        path, shape, where = self.data_path(given.get("file", "")), given.get("shape", "auto"), given.get("where", "")
+        file = await run_in_threadpool(self.open_file, path, shape)
+        item = await run_in_threadpool(self._find_item, file, where, _parse_number(given.get("line"), 1))
         await run_in_threadpool(self.edits_of(path).add, where, "undone")
-        return await self._row(request, file, path, shape, item)
+        return await self._row_page(request, file, path, shape, item)
 
-    async def _row(self, request: Request, file: File, path: str, shape: str, item: Item) -> Response:
-        made = self.edits_of(path).made()
+    async def _row_page(self, request: Request, file: File, path: str, shape: str, item: Item) -> Response:
+        made = self.edits_of(path).latest()
         return self.studio.page(
             request,
             "data_row.html",
-            item=_marked(file, item, made),
+            item=_with_edit(file, item, made),
             file=file,
             name=path,
             shape=shape,
@@ -292,27 +300,27 @@ class Data:
 
     async def copy(self, request: Request) -> Response:
         """Write the corrected copy."""
-        given = await form(request)
-        path, shape = self.path_of(given.get("file", "")), given.get("shape", "auto")
-        output = self.studio.inside(given.get("output", "").strip() or ".")
+        given = await read_form(request)
+        path, shape = self.data_path(given.get("file", "")), given.get("shape", "auto")
+        output = self.studio.resolve(given.get("output", "").strip() or ".")
         copied = self.studio.relative(output)
         keep = [] if given.get("also") == "on" else ["--keep", ",".join(name for name in DEFAULT if name != ALWAYS)]
         edits = str(self.edits_of(path).file)
         fix = command("data", "fix", f"./{path}", f"./{copied}", "--edits", edits, "--shape", shape, *keep)
         done = await run_in_threadpool(self.children.run, fix, self.studio.folder)
         if done.returncode:
-            raise DataError("the copy", last_words(done))
+            raise DataError("the copy", last_error_line(done))
         touched = f"{copied}.touched.jsonl"
         return self.studio.page(request, "data_copied.html", said=done.stdout.decode(), copied=copied, touched=touched)
 
     # ---- audit and tokens ------------------------------------------------------------------------------------------
 
     async def audit(self, request: Request) -> Response:
-        given = dict(request.query_params) if request.method == "GET" else await form(request)
-        path, shape = self.path_of(given.get("file", "")), given.get("shape", "auto")
+        given = dict(request.query_params) if request.method == "GET" else await read_form(request)
+        path, shape = self.data_path(given.get("file", "")), given.get("shape", "auto")
         if request.method == "POST":
             await run_in_threadpool(self.audits.start, self.studio.folder, path, shape)
-        state, _ = self.audits.found(self.studio.folder / path, shape)
+        state, _ = self.audits.result(self.studio.folder / path, shape)
         if state == "done":
             return Response(headers={"hx-refresh": "true"})
         return self.studio.page(request, "data_audit.html", name=path, shape=shape, audit=state)
@@ -320,18 +328,18 @@ class Data:
     async def tokens(self, request: Request) -> Response:
         """Show a row as tokens, with the tokenizer of a run or a model folder."""
         asked = request.query_params
-        path, shape, where = self.path_of(asked.get("file", "")), asked.get("shape", "auto"), asked.get("where", "")
-        file = await run_in_threadpool(self.file_of, path, shape)
-        item = await run_in_threadpool(self._item, file, where, _number(asked.get("line"), 1))
-        folder = self.studio.inside(asked.get("tokenizer", ""))
+        path, shape, where = self.data_path(asked.get("file", "")), asked.get("shape", "auto"), asked.get("where", "")
+        file = await run_in_threadpool(self.open_file, path, shape)
+        item = await run_in_threadpool(self._find_item, file, where, _parse_number(asked.get("line"), 1))
+        folder = self.studio.resolve(asked.get("tokenizer", ""))
         values: dict[str, Any] = {"error": "", "parts": [], "of": self.studio.relative(folder), "length": None}
         try:
-            tokenizer, how = await run_in_threadpool(self._tokenizer, folder)
-            if length := _number(asked.get("max_length"), 0):
-                how["max_length"] = max(8, length)
-            values["length"] = how.get("max_length", 1024)
+            tokenizer, options = await run_in_threadpool(self._tokenizer, folder)
+            if length := _parse_number(asked.get("max_length"), 0):
+                options["max_length"] = max(8, length)
+            values["length"] = options.get("max_length", 1024)
             for tree in item.trees:
-                values["parts"] += await run_in_threadpool(tokens_of, tree, file.kind, tokenizer, how)
+                values["parts"] += await run_in_threadpool(tokens_of, tree, file.kind, tokenizer, options)
         except PenchantError as error:
             values["error"] = str(error)
         return self.studio.page(request, "data_tokens.html", **values)
@@ -340,34 +348,34 @@ class Data:
         """Return (tokenizer, tokenization options) of a run's or a model's folder."""
         from penchant.models.load import load_tokenizer
 
-        how: dict[str, Any] = {}
+        options: dict[str, Any] = {}
         path = str(folder)
         if (folder / CONFIG).is_file():
             config = read_folder(folder).config
-            how = {k: v for k, v in mapping(config.get("data")).items() if k in HOW}
+            options = {k: v for k, v in mapping(config.get("data")).items() if k in TOKENIZATION_KEYS}
             model = mapping(config.get("model"))
             inside = sorted(folder.glob("checkpoints/step-*/model/tokenizer_config.json"))
-            named = place_of(self.studio.folder, config) / text(model.get("tokenizer") or model.get("path"))
+            named = working_folder(self.studio.folder, config) / text(model.get("tokenizer") or model.get("path"))
             path = str(inside[-1].parent if inside else named)
         if not Path(path).is_dir():
             raise ConfigError(path, "has no tokenizer here", "choose a folder that holds one")
         if path not in self._tokenizers:
             self._tokenizers[path] = load_tokenizer(path)
-        return self._tokenizers[path], how
+        return self._tokenizers[path], options
 
 
-def _marked(file: File, item: Item, made: Mapping[str, Any]) -> Item:
+def _with_edit(file: File, item: Item, made: Mapping[str, Any]) -> Item:
     """Return a row with its edit applied, as it will be in the copy."""
     known = made.get(item.where)
     if known is None:
         return item
     if known.values is None or file.grouped:
         return replace(item, edited="dropped" if known.values is None else "changed")
-    became = file.convert(known.values, item.where)
-    return replace(item, edited="changed", raw=known.values, trees=became.trees, aside=became.aside)
+    converted = file.convert(known.values, item.where)
+    return replace(item, edited="changed", raw=known.values, trees=converted.trees, aside=converted.aside)
 
 
-def _hidden(name: str, shape: str, item: Item) -> Markup:
+def _hidden_fields(name: str, shape: str, item: Item) -> Markup:
     """Return the hidden form fields that identify a row."""
     fields = {"file": name, "shape": shape, "where": item.where, "line": item.number}
     return Markup("").join(Markup('<input type="hidden" name="{}" value="{}">').format(*f) for f in fields.items())
@@ -380,11 +388,11 @@ def _copy_name(path: str) -> str:
     return Path(path).with_name(f"{Path(name).stem}.fixed{kind}").as_posix()
 
 
-def _number(said: str | None, otherwise: int) -> int:
+def _parse_number(said: str | None, default: int) -> int:
     try:
-        return min(max(0, int(said or "")), 2**40) or otherwise
+        return min(max(0, int(said or "")), 2**40) or default
     except ValueError:
-        return otherwise
+        return default
 
 
 def area(studio: Studio) -> Area:

@@ -41,7 +41,7 @@ from penchant.runfolder import (
 )
 from penchant.runfolder.read import lock_holder, lock_state, read_folder
 from penchant.runfolder.values import flatten, mapping, text
-from penchant.studio.app import can_be_linked
+from penchant.studio.app import is_linkable
 from penchant.studio.pairs import ARENA
 
 FORM = "the form"  # the source of a setting, for messages
@@ -73,7 +73,9 @@ def form_parts(loss: str = "", algorithm: str = "") -> Iterator[Part]:
         keys = [key for key in part.keys if ".N." not in key.path and key.takes != "list of sections"]
         if part.title == "loss":
             names = tuple(LOSSES)
-            keys = [_named(key, names) if key.path == "loss.name" else key for key in keys if key.path != "loss.mix"]
+            keys = [
+                _with_choices(key, names) if key.path == "loss.name" else key for key in keys if key.path != "loss.mix"
+            ]
             own = LOSSES.get(loss or "dpo")
             own_keys = (
                 [Key(f"loss.{name}", "", default, said) for name, default, said in parameters(own)] if own else []
@@ -86,7 +88,7 @@ def form_parts(loss: str = "", algorithm: str = "") -> Iterator[Part]:
             yield Part(part.title, part.about, tuple(keys))
 
 
-def _named(key: Key, names: Sequence[str]) -> Key:
+def _with_choices(key: Key, names: Sequence[str]) -> Key:
     return Key(key.path, key.takes, key.default, key.meaning, tuple(names))
 
 
@@ -98,13 +100,13 @@ def first_keys() -> list[Key]:
     return [known[path] for path in FIRST]
 
 
-def values_of(fields: Sequence[tuple[str, str]]) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
+def parse_form(fields: Sequence[tuple[str, str]]) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
     """Return (settings, their sources) from the form's fields: those with a key's name and a value, then the extra lines.
 
     Raises:
         ConfigError: a value is not valid YAML, or a line is not a setting.
     """
-    kinds = {key.path: key.takes for part in (*form_parts(), *_every_algorithm()) for key in part.keys}
+    kinds = {key.path: key.takes for part in (*form_parts(), *_algorithm_parts()) for key in part.keys}
     given = [(name, value) for name, value in fields if "." in name or name in ("output", "reward")]
     given = [
         (name, json.dumps(value) if kinds.get(name) == "text" else value) for name, value in given if value.strip()
@@ -126,7 +128,7 @@ def values_of(fields: Sequence[tuple[str, str]]) -> tuple[dict[str, Any], dict[t
     return values, expand_source_list(values, places)
 
 
-def _every_algorithm() -> Iterator[Part]:
+def _algorithm_parts() -> Iterator[Part]:
     return (part for part in parts() if part.title.startswith("algorithm"))
 
 
@@ -150,7 +152,7 @@ def draft(root: Path, fields: Sequence[tuple[str, str]]) -> Draft:
     Raises:
         ConfigError: the config is invalid, or the run's folder is not inside the studio's.
     """
-    values, places = values_of(fields)
+    values, places = parse_form(fields)
     output = values.get("output")
     if isinstance(output, str) and output.strip():
         try:
@@ -170,10 +172,10 @@ def draft(root: Path, fields: Sequence[tuple[str, str]]) -> Draft:
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, str]:
     """Return the settings of a run that differ from their defaults, in the form's format."""
-    usual = flatten(default_settings())
+    defaults = flatten(default_settings())
     found = {}
     for key, value in flatten(config).items():
-        if key == "output" or value is None or value in ({}, []) or (key in usual and usual[key] == value):
+        if key == "output" or value is None or value in ({}, []) or (key in defaults and defaults[key] == value):
             continue
         found[key] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return found
@@ -184,7 +186,7 @@ def suggestions(root: Path) -> dict[str, list[str]]:
     files: list[str] = []
     models: list[str] = []
     for looked, (at, folders, names) in enumerate(os.walk(root)):
-        folders[:] = sorted(n for n in folders if n[0] != "." and n != "__pycache__" and can_be_linked(n))
+        folders[:] = sorted(n for n in folders if n[0] != "." and n != "__pycache__" and is_linkable(n))
         if looked > 2000 or len(files) + len(models) > SUGGESTED:
             break
         here = Path(at).relative_to(root).as_posix()
@@ -199,11 +201,11 @@ def suggestions(root: Path) -> dict[str, list[str]]:
             folders[:] = [name for name in folders if name != CHECKPOINTS]
         else:
             rows = (here + name for name in sorted(names) if ending(name) and name not in NO_ROWS)
-            files += islice((path for path in rows if can_be_linked(path) and _is_inside(root, path)), SUGGESTED)
+            files += islice((path for path in rows if is_linkable(path) and _is_file_inside(root, path)), SUGGESTED)
     return {"data.path": files[:SUGGESTED], "data.eval_path": files[:SUGGESTED], "model.path": models[:SUGGESTED]}
 
 
-def _is_inside(root: Path, path: str) -> bool:
+def _is_file_inside(root: Path, path: str) -> bool:
     """Return True if there is a file and it is not a link that leads out of the folder."""
     file = root / path
     return file.is_file() and (not file.is_symlink() or file.resolve().is_relative_to(root))
@@ -222,7 +224,7 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "penchant", *arguments]
 
 
-def place_of(root: Path, config: Mapping[str, Any]) -> Path:
+def working_folder(root: Path, config: Mapping[str, Any]) -> Path:
     """Return the folder that a run's paths are relative to: the studio's, or the one the studio was started in."""
     model = text(mapping(config.get("model")).get("path"))
     here = Path.cwd()
@@ -230,16 +232,18 @@ def place_of(root: Path, config: Mapping[str, Any]) -> Path:
 
 
 PLAN_SECONDS = 300.0  # time limit of a plan
-LETS_GO = 20.0  # seconds to wait for a stopped run to release its folder
+RELEASE_TIMEOUT = 20.0  # seconds to wait for a stopped run to release its folder
 
 
 class Children:
     """Child processes that a request waits for, used for work that is slow or might crash."""
 
     def __init__(self) -> None:
-        self._going: set[subprocess.Popen[bytes]] = set()
+        self._running: set[subprocess.Popen[bytes]] = set()
 
-    def run(self, asked: Sequence[str], root: Path, seconds: float | None = None) -> subprocess.CompletedProcess[bytes]:
+    def run(
+        self, arguments: Sequence[str], root: Path, seconds: float | None = None
+    ) -> subprocess.CompletedProcess[bytes]:
         """Run a command in a folder until it ends.
 
         Raises:
@@ -247,23 +251,23 @@ class Children:
         """
         pipe = subprocess.PIPE
         with subprocess.Popen(
-            asked, cwd=root, env=environment(), stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe
-        ) as made:
-            self._going.add(made)
+            arguments, cwd=root, env=environment(), stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe
+        ) as process:
+            self._running.add(process)
             try:
-                out, said = made.communicate(timeout=seconds)
+                out, err = process.communicate(timeout=seconds)
             finally:
-                self._going.discard(made)
-                made.kill()
-        return subprocess.CompletedProcess(asked, made.returncode, out, said)
+                self._running.discard(process)
+                process.kill()
+        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
     def close(self) -> None:
         """Kill the running processes."""
-        for one in [*self._going]:
+        for one in [*self._running]:
             one.kill()
 
 
-def last_words(done: subprocess.CompletedProcess[bytes]) -> str:
+def last_error_line(done: subprocess.CompletedProcess[bytes]) -> str:
     """Return the last line of a failed command's stderr."""
     lines = done.stderr.decode(errors="replace").strip().splitlines()
     return lines[-1].removeprefix("penchant: ") if lines else "failed"
@@ -284,28 +288,30 @@ class Processes:
     _stopped: set[str] = field(default_factory=set)  # runs that were asked to stop and have not been started again
     _lock: threading.Lock = field(default_factory=threading.Lock)  # so that two clicks start only one process
 
-    def start(self, made: Draft) -> None:
+    def start(self, new_run: Draft) -> None:
         """Write the config beside the run's folder and start training.
 
         Raises:
             CheckpointError: the folder already holds a run, or another config exists there.
         """
         with self._lock:
-            self._start_anew(made)
+            self._start_new(new_run)
 
-    def _start_anew(self, made: Draft) -> None:
-        folder, file = self.root / made.folder, self.root / made.file
-        if self.running(made.folder):  # a second click or a second window
-            raise CheckpointError(made.folder, "was started already", "find it among the runs")
+    def _start_new(self, new_run: Draft) -> None:
+        folder, file = self.root / new_run.folder, self.root / new_run.file
+        if self.is_running(new_run.folder):  # a second click or a second window
+            raise CheckpointError(new_run.folder, "was started already", "find it among the runs")
         if (folder / CHECKPOINTS).exists() or (folder / CONFIG).exists():
-            raise CheckpointError(made.folder, "holds a run already", "choose another output, or go on with that run")
-        known = made.text, self._written.get(made.file)  # the config of a failed start may be replaced
+            raise CheckpointError(
+                new_run.folder, "holds a run already", "choose another output, or go on with that run"
+            )
+        known = new_run.text, self._written.get(new_run.file)  # the config of a failed start may be replaced
         if file.is_symlink() or (file.exists() and file.read_text(encoding="utf-8", errors="replace") not in known):
-            raise CheckpointError(made.file, "already exists, and says something else", "choose another output")
+            raise CheckpointError(new_run.file, "already exists, and says something else", "choose another output")
         make_folder(folder)
-        write_text_atomically(file, made.text)
-        self._written[made.file] = made.text
-        self._start(made.folder, [f"./{made.file}"])
+        write_text_atomically(file, new_run.text)
+        self._written[new_run.file] = new_run.text
+        self._spawn(new_run.folder, [f"./{new_run.file}"])
 
     def resume(self, path: str) -> None:
         """Resume a run whose process has ended or is about to: a stopped run may still be writing its checkpoint.
@@ -314,19 +320,19 @@ class Processes:
             CheckpointError: it is still running, or its config is missing.
         """
         folder = self.root / path
-        until = time.monotonic() + (LETS_GO if path in self._stopped else 0)
-        while (lock_state(folder) != "free" or self.running(path)) and time.monotonic() < until:
+        until = time.monotonic() + (RELEASE_TIMEOUT if path in self._stopped else 0)
+        while (lock_state(folder) != "free" or self.is_running(path)) and time.monotonic() < until:
             time.sleep(0.1)
         if not (folder / CONFIG).is_file():
             raise CheckpointError(path, f"has no {CONFIG}", "start it again with its own config")
-        place = place_of(self.root, read_folder(folder).config)
+        place = working_folder(self.root, read_folder(folder).config)
         with self._lock:
-            if lock_state(folder) != "free" or self.running(path):
+            if lock_state(folder) != "free" or self.is_running(path):
                 raise CheckpointError(path, "another process holds this run", "wait for it, or stop it")
             self._stopped.discard(path)
-            self._start(path, [str(folder / CONFIG), f"output={json.dumps(str(folder))}"], place)
+            self._spawn(path, [str(folder / CONFIG), f"output={json.dumps(str(folder))}"], place)
 
-    def _start(self, path: str, arguments: Sequence[str], place: Path | None = None) -> None:
+    def _spawn(self, path: str, arguments: Sequence[str], place: Path | None = None) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         log = os.open(self.root / path / CONSOLE, flags, 0o644)
         try:
@@ -359,11 +365,11 @@ class Processes:
             raise CheckpointError(path, "no process of this machine trains it", "it has ended, or runs elsewhere")
         self._stopped.add(path)
 
-    def stopped(self, path: str) -> bool:
+    def stop_requested(self, path: str) -> bool:
         """Return True if the run was asked to stop and has not been started again."""
         return path in self._stopped
 
-    def running(self, path: str) -> bool:
+    def is_running(self, path: str) -> bool:
         """Return True if the process started here is still running."""
         process = self.started.get(path)
         return process is not None and process.poll() is None
@@ -373,9 +379,9 @@ class Processes:
         process = self.started.get(path)
         if process is None or process.poll() in (None, 0, INTERRUPTED):
             return ""
-        return self.said(path) or f"it ended with the exit code {process.returncode}"
+        return self.output_of(path) or f"it ended with the exit code {process.returncode}"
 
-    def said(self, path: str) -> str:
+    def output_of(self, path: str) -> str:
         """Return the end of a process's output."""
         try:
             with (self.root / path / CONSOLE).open("rb") as file:
@@ -393,14 +399,14 @@ class Processes:
         with tempfile.TemporaryDirectory(prefix="penchant-plan-") as folder:
             file = Path(folder) / "form.yaml"
             file.write_text(text, encoding="utf-8")
-            asked = command("plan", str(file), "--json", *([] if probe else ["--no-probe"]))
+            arguments = command("plan", str(file), "--json", *([] if probe else ["--no-probe"]))
             try:
-                done = self.children.run(asked, self.root, PLAN_SECONDS)
+                done = self.children.run(arguments, self.root, PLAN_SECONDS)
             except subprocess.TimeoutExpired as error:
                 how = "run penchant plan in a terminal"
                 raise ConfigError("plan", f"took more than {PLAN_SECONDS:.0f} s", how) from error
         if done.returncode:
-            raise ConfigError("plan", last_words(done).replace(str(file), FORM))
+            raise ConfigError("plan", last_error_line(done).replace(str(file), FORM))
         found: dict[str, Any] = json.loads(done.stdout)
         return found
 

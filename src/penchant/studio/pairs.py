@@ -30,9 +30,9 @@ ARENAS, ARENA, PAIRS, WRITTEN = "arenas", "arena.json", "pairs.jsonl", "written.
 START = "start"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,59}")
 REASONS = ("correct", "clear", "helpful", "honest", "concise", "safe", "style")
-MOST_PAIRS = 20_000
-PATIENCE = 5.0  # seconds to wait for another process that holds an arena; its turns take milliseconds
-MAKING = threading.Lock()  # so that a button pressed twice makes one arena
+MAX_PAIRS = 20_000
+LOCK_TIMEOUT = 5.0  # seconds to wait for another process that holds an arena; its turns take milliseconds
+CREATE_LOCK = threading.Lock()  # so that a button pressed twice makes one arena
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Pair:
         return {"pair": self.id, "prompt": self.prompt, **models, **answers, **gold}
 
 
-def pair_of(prompt: Any, models: tuple[str, str], answers: tuple[str, str] | None, gold: str | None = None) -> Pair:
+def make_pair(prompt: Any, models: tuple[str, str], answers: tuple[str, str] | None, gold: str | None = None) -> Pair:
     """Make a pair whose id is a hash of its content."""
     content = json.dumps([prompt, models, answers, gold], sort_keys=True).encode()
     return Pair(hashlib.sha256(content).hexdigest()[:12], prompt, models, answers, gold)
@@ -128,13 +128,13 @@ class Arena:
         """Pairs by id; answers generated on demand are filled in as far as they exist."""
         found: dict[str, Pair] = {}
         for row in read_lines(self.folder / PAIRS)[0]:
-            pair = _pair_of_row(row)
+            pair = _parse_pair(row)
             if pair is not None:
                 found[pair.id] = pair
-        self._add_written(found)
+        self._fill_answers(found)
         return found
 
-    def _add_written(self, pairs: dict[str, Pair]) -> None:
+    def _fill_answers(self, pairs: dict[str, Pair]) -> None:
         for row in read_lines(self.folder / WRITTEN)[0]:
             pair = pairs.get(str(row.get("pair")))
             if pair is not None and pair.answers is None:
@@ -146,7 +146,7 @@ class Arena:
         return Preferences(self.folder / PREFERENCES)
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Hold the arena's lock, which keeps other threads and other studios from writing between our read and our write.
 
         Raises:
@@ -156,10 +156,10 @@ class Arena:
         with writing(self.folder):
             handle = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
-            until = time.monotonic() + PATIENCE
-            while not _hold(handle):
+            until = time.monotonic() + LOCK_TIMEOUT
+            while not _try_lock(handle):
                 if time.monotonic() > until:
-                    raise self._held()
+                    raise self._lock_error()
                 time.sleep(0.005)
             with writing(self.folder):
                 write_lock_holder(handle)
@@ -168,19 +168,21 @@ class Arena:
         finally:
             os.close(handle)
 
-    def _held(self) -> DataError:
+    def _lock_error(self) -> DataError:
         """Return the error for a lock that another process, perhaps a suspended one, does not release."""
         held = lock_holder(self.folder) if lock_state(self.folder) == "held" else None
         who, how = "another process", "end the other studio of this folder, then try again"
         if held is not None:
             who, wake = f"process {held[0]}", f"wake it with kill -CONT {held[0]} or end it with kill -9 {held[0]}"
             how = f"if it was stopped (Ctrl-Z), {wake}, then try again"
-        return DataError(self.name, f"{who} has held this arena for {PATIENCE:g} seconds, so nothing was written", how)
+        return DataError(
+            self.name, f"{who} has held this arena for {LOCK_TIMEOUT:g} seconds, so nothing was written", how
+        )
 
-    def wrote(self, pair: Pair, answers: tuple[str, str]) -> Pair:
+    def save_answers(self, pair: Pair, answers: tuple[str, str]) -> Pair:
         """Save newly generated answers, unless another request saved some first, and return the pair with its answers."""
-        with self.turn():
-            self._add_written(self.pairs)
+        with self.locked():
+            self._fill_answers(self.pairs)
             there = self.pairs[pair.id]
             if there.answers is None:
                 row = {"pair": pair.id, "answer_a": answers[0], "answer_b": answers[1]}
@@ -189,7 +191,7 @@ class Arena:
             return there
 
 
-def _hold(handle: int) -> bool:
+def _try_lock(handle: int) -> bool:
     """Try to take a lock; the kernel releases it when its holder dies."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -203,7 +205,7 @@ def with_answers(pair: Pair, answers: tuple[str, str]) -> Pair:
     return Pair(pair.id, pair.prompt, pair.models, answers, pair.gold)
 
 
-def _pair_of_row(row: Mapping[str, Any]) -> Pair | None:
+def _parse_pair(row: Mapping[str, Any]) -> Pair | None:
     texts = [row.get(k) for k in ("pair", "model_a", "model_b")]
     answers = (row.get("answer_a"), row.get("answer_b"))
     if not all(isinstance(t, str) for t in texts) or not isinstance(row.get("prompt"), (str, list)):
@@ -221,11 +223,11 @@ def arenas(folder: Path) -> list[Arena]:
     return sorted(found, key=lambda a: (str(a.settings.created), a.name), reverse=True)
 
 
-def is_arena(place: Path, folder: Path) -> bool:
+def is_arena(arena_folder: Path, folder: Path) -> bool:
     """Return True if there is an arena and none of its files is a link that leads out of the folder."""
     files = (ARENA, PAIRS, WRITTEN, PREFERENCES)
-    inside = all((place / name).resolve().is_relative_to(folder.resolve()) for name in files)
-    return inside and NAME.fullmatch(place.name) is not None and (place / ARENA).is_file()
+    inside = all((arena_folder / name).resolve().is_relative_to(folder.resolve()) for name in files)
+    return inside and NAME.fullmatch(arena_folder.name) is not None and (arena_folder / ARENA).is_file()
 
 
 # ---- making one ----
@@ -243,7 +245,7 @@ class Answers:
     models: Mapping[str, Mapping[str, str]]
 
 
-def of_runs(folders: Sequence[Path]) -> Answers:
+def answers_from_runs(folders: Sequence[Path]) -> Answers:
     """Return the last samples of runs and of their starting model, grouped by prompt.
 
     Raises:
@@ -251,12 +253,12 @@ def of_runs(folders: Sequence[Path]) -> Answers:
     """
     found: dict[tuple[str, int], tuple[Any, dict[str, str]]] = {}
     models: dict[str, dict[str, str]] = {}
-    names = _names(folders)
+    names = _short_names(folders)
     for folder in folders:
         seen: dict[str, int] = {}
         file = folder / SAMPLES
         for row in read_lines(file)[0]:
-            prompt = _prompt(row)
+            prompt = _prompt_of_row(row)
             if prompt is None:
                 continue
             key = prompt_key(prompt)
@@ -266,10 +268,10 @@ def of_runs(folders: Sequence[Path]) -> Answers:
                 if isinstance(text, str):
                     answers.setdefault(name, text)
                     models.setdefault(name, {"source": str(file), "sha256": file_sha256(file)})
-    return _enough(Answers(list(found.values()), models), "the samples of these runs", SAMPLES)
+    return _require_pairs(Answers(list(found.values()), models), "the samples of these runs", SAMPLES)
 
 
-def of_comparison(folder: Path) -> Answers:
+def answers_from_comparison(folder: Path) -> Answers:
     """Return the completions of a comparison.
 
     Raises:
@@ -279,15 +281,15 @@ def of_comparison(folder: Path) -> Answers:
     for row in read_lines(file)[0]:
         made = {str(n): mapping(c).get("text") for n, c in mapping(row.get("completions")).items()}
         answers = {n: t for n, t in made.items() if isinstance(t, str)}
-        prompt = _prompt(row)
+        prompt = _prompt_of_row(row)
         if prompt is not None:
             rows.append((prompt, answers))
             names |= set(answers)
     source = {"source": str(file), "sha256": file_sha256(file) if file.is_file() else ""}
-    return _enough(Answers(rows, dict.fromkeys(sorted(names), source)), folder.name, COMPARISON)
+    return _require_pairs(Answers(rows, dict.fromkeys(sorted(names), source)), folder.name, COMPARISON)
 
 
-def of_pairs(file: Path) -> Answers:
+def answers_from_pairs(file: Path) -> Answers:
     """Return the pairs of a data file in any supported layout: the better answers as `chosen`, the others as `rejected`.
 
     Raises:
@@ -302,30 +304,30 @@ def of_pairs(file: Path) -> Answers:
         if len(texts) == 2 and tree.prompt:
             rows.append((prompt_json(tree.prompt), {"chosen": texts[True], "rejected": texts[False]}))
     source = {"source": str(file), "sha256": file_sha256(file)}
-    return _enough(Answers(rows, {"chosen": source, "rejected": source}), file.name, "pairs")
+    return _require_pairs(Answers(rows, {"chosen": source, "rejected": source}), file.name, "pairs")
 
 
-def of_prompts(
+def answers_to_generate(
     prompts: Sequence[Any], writers: Mapping[str, Mapping[str, str]], hashes: Mapping[str, str] | None = None
 ) -> Answers:
     """Return prompts whose answers are generated on demand; `hashes`: SHA-256 by writer, if known."""
     known = hashes or {}
-    models = {n: {"source": _said(w), "sha256": known.get(n, "")} for n, w in writers.items()}
+    models = {n: {"source": _describe_writer(w), "sha256": known.get(n, "")} for n, w in writers.items()}
     return Answers([(p, {}) for p in prompts], models)
 
 
-def _said(writer: Mapping[str, str]) -> str:
+def _describe_writer(writer: Mapping[str, str]) -> str:
     return writer.get("run") or f"{writer.get('model')} at {writer.get('url')}"
 
 
-def prompts_of(text: str) -> list[str]:
+def split_prompts(text: str) -> list[str]:
     """Split typed text into prompts: at lines of ``---`` if there are any, else one per line."""
     parts = re.split(r"^---[ \t]*$", text.replace("\r\n", "\n"), flags=re.M)
     found = parts if len(parts) > 1 else text.splitlines()
     return [p.strip() for p in found if p.strip()]
 
 
-def _prompt(row: Mapping[str, Any]) -> Any:
+def _prompt_of_row(row: Mapping[str, Any]) -> Any:
     """Return a row's prompt: its messages if it has any, else its text, else None."""
     messages = row.get("messages")
     if isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages):
@@ -333,47 +335,47 @@ def _prompt(row: Mapping[str, Any]) -> Any:
     return row.get("prompt") if isinstance(row.get("prompt"), str) else None
 
 
-def _names(folders: Iterable[Path]) -> dict[Path, str]:
+def _short_names(folders: Iterable[Path]) -> dict[Path, str]:
     """Return short names that tell folders apart."""
     found = list(folders)
     short = [f.name for f in found]
     return {f: f.name if short.count(f.name) == 1 else "/".join(f.parts[-2:]) for f in found}
 
 
-def _enough(found: Answers, where: str, what: str) -> Answers:
+def _require_pairs(found: Answers, where: str, what: str) -> Answers:
     if not any(len(answers) > 1 for _, answers in found.rows):
         how = "choose runs that wrote samples (evaluation.samples), a comparison, or a file of pairs"
         raise DataError(where, f"no prompt has two answers ({what})", how)
     return found
 
 
-def pairs_of(answers: Answers, seed: int, contests: Sequence[tuple[str, str]] | None = None) -> list[Pair]:
+def make_pairs(answers: Answers, seed: int, contests: Sequence[tuple[str, str]] | None = None) -> list[Pair]:
     """Pair the different answers of every two models to each prompt; a given pair of models keeps the same order throughout.
 
     Args:
         contests: pairs of models to compare; None for all.
     """
     names = list(answers.models)
-    met = list(contests or combinations(names, 2))
+    matchups = list(contests or combinations(names, 2))
     found: dict[str, Pair] = {}
     for prompt, texts in answers.rows:
-        for a, b in met:
+        for a, b in matchups:
             if not texts:
-                made = pair_of(prompt, (a, b), None)
+                made = make_pair(prompt, (a, b), None)
             elif a in texts and b in texts and texts[a].strip() != texts[b].strip():
-                made = pair_of(prompt, (a, b), (texts[a], texts[b]))
+                made = make_pair(prompt, (a, b), (texts[a], texts[b]))
             else:
                 continue
             found.setdefault(made.id, made)
     pairs = list(found.values())
     random.Random(seed).shuffle(pairs)
-    return pairs[:MOST_PAIRS]
+    return pairs[:MAX_PAIRS]
 
 
 def gold_pairs(answers: Answers) -> list[Pair]:
     """Return checks: pairs whose better answer is known."""
     return [
-        pair_of(prompt, ("chosen", "rejected"), (texts["chosen"], texts["rejected"]), "a")
+        make_pair(prompt, ("chosen", "rejected"), (texts["chosen"], texts["rejected"]), "a")
         for prompt, texts in answers.rows
         if texts.keys() >= {"chosen", "rejected"}
     ]
@@ -389,7 +391,7 @@ def make_arena(folder: Path, name: str, settings: Settings, pairs: Sequence[Pair
         raise DataError("name", f"{name!r} is not a name", "use letters, digits, spaces, '.', '_' and '-'")
     if not any(p.gold is None for p in pairs):
         raise DataError(name, "there is no pair of two different answers", "choose other models or prompts")
-    with MAKING:
+    with CREATE_LOCK:
         return _make_arena(folder / ARENAS / name, folder, settings, pairs)
 
 

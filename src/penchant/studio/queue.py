@@ -41,7 +41,7 @@ class Item:
 
 
 @lru_cache(maxsize=1 << 18)
-def chance(*parts: object) -> float:
+def hashed_uniform(*parts: object) -> float:
     """Return a pseudo-random number in [0, 1) that depends only on the parts."""
     text = "\0".join(map(str, parts)).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.sha256(text).digest()[:7]) / 2**56
@@ -58,31 +58,35 @@ def next_item(arena: Arena, annotator: str, taken: Collection[str] = ()) -> Item
         taken: pairs that other annotators are looking at now.
     """
     settings, judged = arena.settings, arena.preferences.refresh()
-    mine = judged.of(annotator)
-    seen = {j.pair for j in mine}
-    everyone = list(judged.judgements.values())
-    open_ = _open(arena, everyone, seen, taken)
-    if not open_:
+    own_judgements = judged.of(annotator)
+    seen = {j.pair for j in own_judgements}
+    all_judgements = list(judged.judgements.values())
+    open_pairs = _open_pairs(arena, all_judgements, seen, taken)
+    if not open_pairs:
         return None
     order = judged.records.get(annotator, 0)
     shares = "checks", "repeats", "overlap"
-    check, again, shared = (_due(getattr(settings, of), order, settings.seed, of, annotator) for of in shares)
+    check_due, repeat_due, shared = (
+        _is_due(getattr(settings, of), order, settings.seed, of, annotator) for of in shares
+    )
     golds = [p for p in arena.pairs.values() if p.gold is not None and p.id not in seen]
-    repeated = {j.repeat_of for j in mine}
-    old = [j for j in mine[:-REPEAT_AFTER] if j.counts and j.id not in repeated and j.pair in arena.pairs]
-    if golds and mine and check:
-        pair = min(golds, key=lambda p: chance(settings.seed, annotator, p.id))
-    elif old and again:
-        pair = arena.pairs[min(old, key=lambda j: chance(settings.seed, annotator, order, j.id)).pair]
+    repeated = {j.repeat_of for j in own_judgements}
+    repeatable = [
+        j for j in own_judgements[:-REPEAT_AFTER] if j.counts and j.id not in repeated and j.pair in arena.pairs
+    ]
+    if golds and own_judgements and check_due:
+        pair = min(golds, key=lambda p: hashed_uniform(settings.seed, annotator, p.id))
+    elif repeatable and repeat_due:
+        pair = arena.pairs[min(repeatable, key=lambda j: hashed_uniform(settings.seed, annotator, order, j.id)).pair]
     else:
-        pair = _first(arena, everyone, open_, shared)
+        pair = _most_urgent(arena, all_judgements, open_pairs, shared)
     return item_of(arena, annotator, pair.id, taken)
 
 
-def _due(share: float, order: int, *parts: object) -> bool:
+def _is_due(share: float, order: int, *parts: object) -> bool:
     """Return True if a showing falls into a share of all: one at a random position in every ``1 / share``, so gaps stay short."""
     near = range(int(order * share), int((order + 1) * share) + 1) if share else ()
-    return any(order <= (k + chance(*parts, k)) / share < order + 1 for k in near)
+    return any(order <= (k + hashed_uniform(*parts, k)) / share < order + 1 for k in near)
 
 
 def item_of(arena: Arena, annotator: str, pair: str, taken: Collection[str] = ()) -> Item | None:
@@ -95,52 +99,52 @@ def item_of(arena: Arena, annotator: str, pair: str, taken: Collection[str] = ()
         pair: its id; taken: pairs that other annotators are looking at now, which do not count as still to come.
     """
     judged = arena.preferences.refresh()
-    mine, found, order = judged.of(annotator), arena.pairs.get(pair), judged.records.get(annotator, 0)
-    earlier = [j for j in mine if j.pair == pair]
+    own_judgements, found, order = judged.of(annotator), arena.pairs.get(pair), judged.records.get(annotator, 0)
+    earlier = [j for j in own_judgements if j.pair == pair]
     if found is None or len(earlier) > 1 or any(not j.counts for j in earlier):
         return None
-    left: Literal["a", "b"] = "a" if chance(arena.settings.seed, "side", annotator, order) < 0.5 else "b"
-    open_ = _open(arena, list(judged.judgements.values()), {j.pair for j in mine}, taken)
-    done = len([j for j in mine if j.repeat_of is None])
-    return Item(found, order, left, earlier[0].id if earlier else None, done, len(open_))
+    left: Literal["a", "b"] = "a" if hashed_uniform(arena.settings.seed, "side", annotator, order) < 0.5 else "b"
+    open_pairs = _open_pairs(arena, list(judged.judgements.values()), {j.pair for j in own_judgements}, taken)
+    done = len([j for j in own_judgements if j.repeat_of is None])
+    return Item(found, order, left, earlier[0].id if earlier else None, done, len(open_pairs))
 
 
-def overlaps(arena: Arena, pair: Pair) -> bool:
+def is_shared(arena: Arena, pair: Pair) -> bool:
     """Return True if every annotator judges a pair."""
-    return chance(arena.settings.seed, "overlap", pair.id) < arena.settings.overlap
+    return hashed_uniform(arena.settings.seed, "overlap", pair.id) < arena.settings.overlap
 
 
-def _open(arena: Arena, everyone: list[Judgement], seen: set[str], taken: Collection[str]) -> list[Pair]:
-    judged = {j.pair for j in everyone if j.verdict in WINS and j.repeat_of is None}
+def _open_pairs(arena: Arena, all_judgements: list[Judgement], seen: set[str], taken: Collection[str]) -> list[Pair]:
+    judged = {j.pair for j in all_judgements if j.verdict in WINS and j.repeat_of is None}
     ordinary = [p for p in arena.pairs.values() if p.gold is None and p.id not in seen]
-    return [p for p in ordinary if overlaps(arena, p) or (p.id not in judged and p.id not in taken)]
+    return [p for p in ordinary if is_shared(arena, p) or (p.id not in judged and p.id not in taken)]
 
 
-def _first(arena: Arena, everyone: list[Judgement], open_: list[Pair], shared: bool) -> Pair:
+def _most_urgent(arena: Arena, all_judgements: list[Judgement], open_pairs: list[Pair], shared: bool) -> Pair:
     wins: dict[tuple[str, str], list[float]] = {}
     prompts: Counter[str] = Counter()
-    for j in everyone:
+    for j in all_judgements:
         if j.counts:
             wins.setdefault(j.models, []).append(WINS[j.verdict])
             prompts[prompt_key(j.prompt)] += 1
 
     def urgency(models: tuple[str, str]) -> float:
-        had = wins.get(models, [])
+        results = wins.get(models, [])
         if arena.settings.first == "widest":
-            low, high = wilson_interval(sum(had), len(had)) if had else (0.0, 1.0)
+            low, high = wilson_interval(sum(results), len(results)) if results else (0.0, 1.0)
             return low - high
-        return len(had)
+        return len(results)
 
-    contests = {m: urgency(m) for m in {p.models for p in open_}}
+    contests = {m: urgency(m) for m in {p.models for p in open_pairs}}
     seed = arena.settings.seed
-    best = min(contests, key=lambda m: (contests[m], chance(seed, *m)))
-    found = [(p, overlaps(arena, p)) for p in open_ if p.models == best]
+    best = min(contests, key=lambda m: (contests[m], hashed_uniform(seed, *m)))
+    found = [(p, is_shared(arena, p)) for p in open_pairs if p.models == best]
     # prompt counts would send annotators to different pairs among those meant to be shared
     return min(
         found,
         key=lambda one: (
             one[1] != shared,
             0 if one[1] else prompts[prompt_key(one[0].prompt)],
-            chance(seed, one[0].id),
+            hashed_uniform(seed, one[0].id),
         ),
     )[0]

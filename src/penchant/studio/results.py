@@ -16,7 +16,7 @@ MARKS = {"good": "●", "open": "○", "plain": "·"}
 
 def results_page(name: str, preferences: Preferences) -> str:
     """Render the offline page, one self-contained file."""
-    found = human_verdict(preferences.refresh())
+    verdict = human_verdict(preferences.refresh())
     when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     body = el(
         "main",
@@ -26,16 +26,16 @@ def results_page(name: str, preferences: Preferences) -> str:
             el("h1", said(name)),
             el("p", f"Written by Penchant {__version__}, {when}. This file loads nothing.", class_="soft facts-line"),
         ),
-        results_body(found),
+        results_body(verdict),
     )
     return document(f"{name} · Penchant arena", str(body))
 
 
-def results_body(found: HumanVerdict) -> Element:
+def results_body(verdict: HumanVerdict) -> Element:
     """Render the verdict, its caveats, and a row for every pair of models and every person."""
-    if not found.people:
+    if not verdict.people:
         return el("p", "Nobody has judged anything yet.", class_="soft")
-    lines = found.verdict()
+    lines = verdict.verdict()
     words = [
         el("p", el("span", MARKS[s.tone], class_=f"mark {s.tone}", aria_hidden="true"), said(s.text, "span"))
         for s in lines
@@ -43,10 +43,10 @@ def results_body(found: HumanVerdict) -> Element:
     return el(
         "div",
         el("section", words, id="verdict", class_="verdict", aria_label="Verdict"),
-        el("ul", [el("li", said(n)) for n in found.notes()], class_="notes"),
-        _tally(found),
-        el("section", el("h2", "Models"), _models(found), aria_label="Models") if found.pairs else None,
-        el("section", el("h2", "People"), _people(found), aria_label="People"),
+        el("ul", [el("li", said(n)) for n in verdict.notes()], class_="notes"),
+        _tally_cards(verdict),
+        el("section", el("h2", "Models"), _models_table(verdict), aria_label="Models") if verdict.pairs else None,
+        el("section", el("h2", "People"), _people_table(verdict), aria_label="People"),
         note(
             "Win rates, intervals and p-values are those of penchant compare: ties and both bad count one half; checks and repetitions "
             "say nothing about the models. Left and longer: share of decided pairs; without a bias for a side, left is 50%."
@@ -54,17 +54,17 @@ def results_body(found: HumanVerdict) -> Element:
     )
 
 
-def _tally(found: HumanVerdict) -> Element:
-    t = found.tally
+def _tally_cards(verdict: HumanVerdict) -> Element:
+    t = verdict.tally
     cards: list[tuple[str, str, str]] = [
-        ("Judgments", f"{found.judged:,}", f"by {found.by}"),
+        ("Judgments", f"{verdict.judged:,}", f"by {verdict.by}"),
         ("Ties", f"{t['tie']:,}", "neither is better"),
         ("Both bad", f"{t['both_bad']:,}", "neither is any good"),
         ("Skipped", f"{t['skip']:,}", f"{t['undone']:,} taken back"),
     ]
-    if found.alpha is not None:
-        a = found.alpha
-        about = f"[{a.low:z.2f}, {a.high:z.2f}] on {counted(found.shared, 'shared pair')}"
+    if verdict.alpha is not None:
+        a = verdict.alpha
+        about = f"[{a.low:z.2f}, {a.high:z.2f}] on {counted(verdict.shared, 'shared pair')}"
         cards.insert(1, ("Krippendorff's alpha", f"{a.estimate:z.2f}", about))
     return el(
         "dl",
@@ -82,26 +82,26 @@ def _tally(found: HumanVerdict) -> Element:
     )
 
 
-def _models(found: HumanVerdict) -> Element:
+def _models_table(verdict: HumanVerdict) -> Element:
     rows: list[list[Node]] = []
-    for pair in found.pairs:
+    for pair in verdict.pairs:
         rows.append(
             [
                 el("span", said(pair.name), " over ", said(pair.other)),
-                _share(pair.win_rate),
-                _marks(pair.win_rate),
-                _share(pair.equal_length),
-                _p(pair.corrected),
-                f"{found.prompts[pair.name, pair.other]:,}",
+                _percent(pair.win_rate),
+                _interval_svg(pair.win_rate),
+                _percent(pair.equal_length),
+                _p_value(pair.corrected),
+                f"{verdict.prompts[pair.name, pair.other]:,}",
             ]
         )
     head = ["Models", "Win rate", "", "At equal length", "p (corrected)", "Prompts"]
     return panel(head, rows, numeric=(1, 3, 4, 5), caption="Win rates with 95% intervals")
 
 
-def _people(found: HumanVerdict) -> Element:
-    rows = [_person(p) for p in found.people]
-    one = [f"Win rate of {found.pairs[0].name}"] if len(found.pairs) == 1 else ["Win rate"]
+def _people_table(verdict: HumanVerdict) -> Element:
+    rows = [_person_row(p) for p in verdict.people]
+    one = [f"Win rate of {verdict.pairs[0].name}"] if len(verdict.pairs) == 1 else ["Win rate"]
     head: list[Node] = [
         "Name",
         "Judged",
@@ -116,28 +116,28 @@ def _people(found: HumanVerdict) -> Element:
     return panel(head, rows, numeric=(1, 2, 3, 4, 5, 6, 7, 8), caption="Each person, with 95% intervals")
 
 
-def _person(p: Person) -> list[Node]:
+def _person_row(p: Person) -> list[Node]:
     failed, checks = p.checks
     return [
         said(p.name),
         f"{p.judged:,}",
-        _share(p.wins),
-        _share(p.left),
-        _share(p.longer),
-        _share(p.with_others),
-        _share(p.again),
+        _percent(p.wins),
+        _percent(p.left),
+        _percent(p.longer),
+        _percent(p.with_others),
+        _percent(p.again),
         f"{failed} of {checks}" if checks else "-",
         "-" if p.seconds is None else f"{p.seconds:.1f}",
     ]
 
 
-def _share(share: Interval | None) -> Node:
+def _percent(share: Interval | None) -> Node:
     if share is None:
         return "-"
     return el("span", f"{share.estimate:.0%} ", el("small", f"[{share.low:.0%}, {share.high:.0%}]"), class_="ci")
 
 
-def _marks(share: Interval | None) -> Node:
+def _interval_svg(share: Interval | None) -> Node:
     """Draw an interval on a line from 0 to 1 with a tick at one half."""
     if share is None:
         return None
@@ -154,5 +154,5 @@ def _marks(share: Interval | None) -> Node:
     )
 
 
-def _p(p: float) -> str:
+def _p_value(p: float) -> str:
     return "< 0.0001" if p < 1e-4 else f"{p:.4f}" if p < 0.1 else f"{p:.2f}"

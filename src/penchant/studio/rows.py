@@ -42,7 +42,7 @@ LOOKED_AT = 200  # rows read at once while filtering
 # ---- Line offsets ----
 
 
-class Lines:
+class LineIndex:
     """Offsets of a file's lines, found on demand; only one in `STEP` is stored.
 
     Args:
@@ -52,47 +52,47 @@ class Lines:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.size = path.stat().st_size
-        self._kept = array("q", [0])  # offset of line 1, 1 + STEP, ...
-        self._read = self._ends = 0  # bytes scanned, and line ends found in them
+        self._offsets = array("q", [0])  # offset of line 1, 1 + STEP, ...
+        self._scanned = self._line_ends = 0  # bytes scanned, and line ends found in them
         self._last = b""
         self._lock = threading.Lock()
 
     @property
     def total(self) -> int | None:
         """Number of lines, or None if the file has not been read to its end yet."""
-        return None if self._read < self.size else self._ends + (self._last not in (b"", b"\n"))
+        return None if self._scanned < self.size else self._line_ends + (self._last not in (b"", b"\n"))
 
     @property
     def guess(self) -> int:
         """Estimated number of lines, based on the part read so far."""
-        return self.total or round(self._ends * self.size / self._read) if self._read else 0
+        return self.total or round(self._line_ends * self.size / self._scanned) if self._scanned else 0
 
-    def look(self, line: int | None = None, seconds: float = SECONDS) -> None:
+    def scan(self, line: int | None = None, seconds: float = SECONDS) -> None:
         """Scan further, up to a line (None: to the end), for at most this many seconds."""
         end = time.monotonic() + seconds
         with self._lock, self.path.open("rb") as file:
-            file.seek(self._read)
-            while self._read < self.size and (line is None or self._ends < line) and time.monotonic() < end:
-                block = file.read(min(BLOCK, self.size - self._read))
+            file.seek(self._scanned)
+            while self._scanned < self.size and (line is None or self._line_ends < line) and time.monotonic() < end:
+                block = file.read(min(BLOCK, self.size - self._scanned))
                 if not block:
-                    self.size = self._read  # the file has been truncated
+                    self.size = self._scanned  # the file has been truncated
                     return
                 ends = np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == 10)
-                at = (STEP - 1 - self._ends) % STEP
-                self._kept.extend((ends[at::STEP] + (self._read + 1)).tolist())
-                self._ends += len(ends)
-                self._read += len(block)
+                at = (STEP - 1 - self._line_ends) % STEP
+                self._offsets.extend((ends[at::STEP] + (self._scanned + 1)).tolist())
+                self._line_ends += len(ends)
+                self._scanned += len(block)
                 self._last = block[-1:]
 
     def offset(self, line: int) -> int | None:
         """Return the byte offset of a line, counted from 1, or None if there is no such line."""
         if line > 1:
-            self.look(line, 60.0)
-        if line < 1 or line > self._ends + 1:
+            self.scan(line, 60.0)
+        if line < 1 or line > self._line_ends + 1:
             return None
         place, rest = divmod(line - 1, STEP)
         with self.path.open("rb") as file:
-            file.seek(self._kept[place])
+            file.seek(self._offsets[place])
             for _ in range(rest):
                 file.readline()
             return file.tell() if file.tell() < self.size else None
@@ -130,7 +130,7 @@ class Page:
     upto: int
 
 
-Wanted = Callable[[Item], bool]
+ItemFilter = Callable[[Item], bool]
 
 
 class File:
@@ -146,10 +146,10 @@ class File:
     def __init__(self, path: Path, shape: str = "auto") -> None:
         self.path, self.name, self.shape, self.seen = path, path.name, shape, stamp(path)
         self.bounds = Bounds()
-        self.lines = Lines(path) if self._by_line() else None
+        self.lines = LineIndex(path) if self._has_line_offsets() else None
         self._cursor: tuple[Iterator[Any], int] | None = None
         self._lock = threading.Lock()
-        first = self._first()
+        first = self._first_rows()
         self.problem = ""  # why its rows cannot be turned into examples
         self.columns: Mapping[str, str] = {}
         self.layout, self.why = "", ""
@@ -165,20 +165,20 @@ class File:
             self.layout, self.grouped, self.kind = "", False, ""
             self.problem = str(error)
 
-    def _by_line(self) -> bool:
+    def _has_line_offsets(self) -> bool:
         if ending(self.name) not in (".jsonl", ".json", ".ndjson") or self.name.lower().endswith(".gz"):
             return False
         with self.path.open("rb") as stream:
             source = Source(stream, self.name, self.bounds)
             return b"\n" in source.head and is_lines(source)
 
-    def _first(self) -> list[Row | BadRow]:
+    def _first_rows(self) -> list[Row | BadRow]:
         if self.lines is not None:
-            return self._chunk(1, FIRST_ROWS)[0]
+            return self._read_chunk(1, FIRST_ROWS)[0]
         rows = read_rows(str(self.path), self.bounds)
         return [row for _, row in zip(range(FIRST_ROWS), rows, strict=False)]
 
-    def page(self, start: int = 1, most: int = ROWS, wanted: Wanted | None = None, needle: str = "") -> Page:
+    def page(self, start: int = 1, most: int = ROWS, wanted: ItemFilter | None = None, needle: str = "") -> Page:
         """Return a page of rows, beginning at a row number.
 
         Args:
@@ -192,18 +192,20 @@ class File:
         for items, upto, end in self._batches(start, at_once, needle):
             found += [item for item in items if wanted is None or wanted(item)]
             if end:
-                return Page(tuple(found[:most]), _behind(found, most), upto)
+                return Page(tuple(found[:most]), _next_number(found, most), upto)
             if not looks or len(found) >= most or time.monotonic() > until:
-                return Page(tuple(found[:most]), _behind(found, most) or upto + 1, upto)
+                return Page(tuple(found[:most]), _next_number(found, most) or upto + 1, upto)
         return Page(tuple(found[:most]), None, start)
 
     def _batches(self, start: int, most: int, needle: str) -> Iterator[tuple[list[Item], int, bool]]:
         """Yield (items, number of the last row scanned, whether it is the last in the file), one batch at a time."""
-        word = needle_of(needle)
+        word = search_bytes(needle)
         if self.lines is not None and not self.grouped:
             while True:
-                rows, upto, end = self._chunk(start, most, word)
-                rows = [row for row in rows if not needle or isinstance(row, BadRow) or holds(row.values, needle)]
+                rows, upto, end = self._read_chunk(start, most, word)
+                rows = [
+                    row for row in rows if not needle or isinstance(row, BadRow) or contains_text(row.values, needle)
+                ]
                 yield self._items(rows), upto, end
                 start = upto + 1
                 if end:
@@ -213,8 +215,8 @@ class File:
             while True:
                 batch = [unit for _, unit in zip(range(most), units, strict=False)]
                 self._cursor = (units, start + len(batch))
-                made = [*self._made(batch, start)]
-                kept = [item for item in made if not needle or holds(item.raw, needle)]
+                made = [*self._convert_batch(batch, start)]
+                kept = [item for item in made if not needle or contains_text(item.raw, needle)]
                 yield kept, start + len(batch) - 1, len(batch) < most
                 start += len(batch)
                 if len(batch) < most:
@@ -230,14 +232,14 @@ class File:
             pass
         return units
 
-    def _made(self, batch: Sequence[Any], start: int) -> Iterator[Item]:
+    def _convert_batch(self, batch: Sequence[Any], start: int) -> Iterator[Item]:
         if not self.grouped:
-            yield from self._converted(batch, [*range(start, start + len(batch))])
+            yield from self._convert_rows(batch, [*range(start, start + len(batch))])
             return
         for number, made in enumerate(batch, start):
-            yield _item(made, number)
+            yield _make_item(made, number)
 
-    def _chunk(self, start: int, most: int, word: bytes = b"") -> tuple[list[Row | BadRow], int, bool]:
+    def _read_chunk(self, start: int, most: int, word: bytes = b"") -> tuple[list[Row | BadRow], int, bool]:
         """Return (rows of the next non-blank lines, number of the last line read, whether it is the last in the file)."""
         assert self.lines is not None
         offset = self.lines.offset(start)
@@ -278,17 +280,17 @@ class File:
         return rows, max(number, start), end
 
     def _items(self, rows: Sequence[Row | BadRow]) -> list[Item]:
-        return [*self._converted(rows, [int(row.where.rpartition(":")[2]) for row in rows])]
+        return [*self._convert_rows(rows, [int(row.where.rpartition(":")[2]) for row in rows])]
 
-    def _converted(self, rows: Sequence[Row | BadRow], numbers: Sequence[int]) -> Iterator[Item]:
+    def _convert_rows(self, rows: Sequence[Row | BadRow], numbers: Sequence[int]) -> Iterator[Item]:
         if not self.layout:
             for row, number in zip(rows, numbers, strict=True):
-                yield _kept_aside(row, number) or _plain(row, number)
+                yield _quarantined_item(row, number) or _unconverted_item(row, number)
             return
         layout = LAYOUTS[self.layout]
         made = convert_rows(rows, layout, layout.settings({}), self.columns)
         for row, of_row, number in zip(rows, made, numbers, strict=True):
-            yield _kept_aside(row, number) or _item(of_row, number)
+            yield _quarantined_item(row, number) or _make_item(of_row, number)
 
     def editable(self, item: Item) -> bool:
         """Return True if the row can be replaced in a copy, that is, if it forms an example by itself."""
@@ -296,7 +298,7 @@ class File:
 
     def convert(self, values: Mapping[str, Any], where: str) -> Item:
         """Convert a row to an item."""
-        (item,) = self._converted([Row(where, values)], [0])
+        (item,) = self._convert_rows([Row(where, values)], [0])
         return item
 
 
@@ -306,7 +308,7 @@ def stamp(path: Path) -> tuple[int, int, int]:
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-def _behind(found: Sequence[Item], most: int) -> int | None:
+def _next_number(found: Sequence[Item], most: int) -> int | None:
     """Return the number of the first item that did not fit on a page, or None if all fit."""
     return found[most].number if len(found) > most else None
 
@@ -314,7 +316,7 @@ def _behind(found: Sequence[Item], most: int) -> int | None:
 QUARANTINE = {"where", "what", "how", "row"}  # columns of a quarantined row
 
 
-def _kept_aside(row: Row | BadRow, number: int) -> Item | None:
+def _quarantined_item(row: Row | BadRow, number: int) -> Item | None:
     """Return the item for a line of quarantine.NAME.jsonl: the quarantined row with its reason; None for any other row."""
     if not isinstance(row, Row) or set(row.values) != QUARANTINE:
         return None
@@ -322,13 +324,13 @@ def _kept_aside(row: Row | BadRow, number: int) -> Item | None:
     return Item(number, where, None, row.values["row"], aside=(what, how))
 
 
-def _plain(row: Row | BadRow, number: int) -> Item:
+def _unconverted_item(row: Row | BadRow, number: int) -> Item:
     if isinstance(row, BadRow):
         return Item(number, row.where, None, row.raw, aside=(row.what, row.how))
     return Item(number, row.where, row.values, row.values)
 
 
-def _item(made: Converted, number: int) -> Item:
+def _make_item(made: Converted, number: int) -> Item:
     first = made.source[0]
     values = first.values if isinstance(first, Row) else None
     raw = first.raw if isinstance(first, BadRow) else first.values
@@ -342,19 +344,19 @@ def _item(made: Converted, number: int) -> Item:
 # ---- Search and filters ----
 
 
-def needle_of(word: str) -> bytes:
+def search_bytes(word: str) -> bytes:
     """Return lower-case bytes that every JSON line containing the text must contain: its longest ASCII part, JSON-escaped."""
     parts = re.findall(r"[ -~]+", word.lower())
     return json.dumps(max(parts, key=len, default=""))[1:-1].encode()
 
 
-def holds(raw: Any, word: str) -> bool:
+def contains_text(raw: Any, word: str) -> bool:
     """Return True if a row contains a text, ignoring case."""
     wanted = json.dumps(word.lower(), ensure_ascii=False)[1:-1]
     return wanted in json.dumps(raw, ensure_ascii=False, default=str).lower()
 
 
-def is_aside(item: Item) -> bool:
+def is_quarantined(item: Item) -> bool:
     """Return True if a row is quarantined rather than left out by an option."""
     return item.aside is not None and not item.left_out
 
@@ -362,12 +364,12 @@ def is_aside(item: Item) -> bool:
 PLACE = re.compile(r"^(.*?:(?: row )?\d+)(?:#\d+)?(?: \(.*\))?$", re.DOTALL)
 
 
-def places(where: Collection[str]) -> list[str]:
+def rows_of_places(where: Collection[str]) -> list[str]:
     """Return the rows that an audit's places refer to: ``train.jsonl:12 (as train.jsonl:3)`` is line 12."""
     return [found[1] for one in where if (found := PLACE.match(one))]
 
 
-def lines_of(where: Sequence[str]) -> list[int]:
+def line_numbers(where: Sequence[str]) -> list[int]:
     """Return the line numbers of places."""
     return [int(re.sub(r".*\D", "", place)) for place in where]
 
@@ -394,7 +396,7 @@ def answers_of(tree: PromptTree, diff: bool = False) -> list[Answer]:
     pair = [c.label for c in tree.completions] == [True, False]
     words: tuple[Words, Words] = ([], [])
     if pair and diff:
-        words = differences(*(c.whole for c in tree.completions))
+        words = diff_words(*(c.whole for c in tree.completions))
     return [_answer(c, pair, words[i] if pair and diff else []) for i, c in enumerate(tree.completions)]
 
 
@@ -412,13 +414,13 @@ def turns_of(tree: PromptTree) -> list[tuple[str, str, str]]:
     return [(m.role, m.content, m.reasoning) for m in tree.prompt]
 
 
-MOST_COMPARED = 1_000_000  # product of the word counts; comparing longer texts takes seconds
+MAX_WORD_PRODUCT = 1_000_000  # product of the word counts; comparing longer texts takes seconds
 
 
-def differences(a: str, b: str) -> tuple[Words, Words]:
+def diff_words(a: str, b: str) -> tuple[Words, Words]:
     """Compare two texts word by word and mark what only one contains; texts too long to compare are returned unmarked."""
     one, other = (re.findall(r"\s+|\w+|[^\w\s]", said) for said in (a, b))
-    if len(one) * len(other) > MOST_COMPARED:
+    if len(one) * len(other) > MAX_WORD_PRODUCT:
         return [("", a)], [("", b)]
     left: Words = []
     right: Words = []
@@ -454,13 +456,13 @@ class Edits:
             raise DataError(".studio", "is a link that leads out of the studio's folder", "remove the link")
         self._lock = threading.Lock()
 
-    def made(self) -> dict[str, Edit]:
+    def latest(self) -> dict[str, Edit]:
         """Return the last edit of each row, by the row's place."""
         return read_edits(self.file) if self.file.is_file() else {}
 
     def add(self, where: str, action: str, was: str = "", row: Mapping[str, Any] | None = None) -> None:
         """Append an edit: ``changed``, ``dropped`` or ``undone``."""
-        told = {
+        record = {
             "where": where,
             "action": action,
             "was": was,
@@ -468,28 +470,28 @@ class Edits:
         }
         with self._lock, writing(self.file):
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            append_line(self.file, told | ({"row": dict(row)} if row is not None else {}))
+            append_line(self.file, record | ({"row": dict(row)} if row is not None else {}))
 
 
-def read_edited(said: str) -> dict[str, Any]:
+def parse_edited_row(said: str) -> dict[str, Any]:
     """Parse a row that a person typed as JSON.
 
     Raises:
         DataError: it is not a row.
     """
-    rows = [*json_lines(Source(io.BytesIO(json_line_of(said)), "the row", Bounds()))]
+    rows = [*json_lines(Source(io.BytesIO(to_json_line(said)), "the row", Bounds()))]
     if len(rows) != 1 or isinstance(rows[0], BadRow):
         what = rows[0].what if rows and isinstance(rows[0], BadRow) else "is empty"
         raise DataError("the row", what, "write one JSON object")
     return dict(rows[0].values)
 
 
-def json_line_of(said: str) -> bytes:
+def to_json_line(said: str) -> bytes:
     """Join JSON into one line; its line breaks can only be white space, unless it is invalid anyway."""
     return said.replace("\r", " ").replace("\n", " ").encode("utf-8", "surrogatepass")
 
 
-def sum_of(item: Item) -> str:
+def content_hash(item: Item) -> str:
     """Return the content hash by which an edit recognizes its row; empty if the row has no values."""
     return "" if item.values is None else content_sum(item.values)
 
@@ -526,25 +528,27 @@ def tokens_of(tree: PromptTree, kind: str, tokenizer: Any, how: Mapping[str, Any
     names = [a.name for a in answers_of(tree)]
     for number, one in enumerate(cut):
         full = whole[number] if len(whole) == len(cut) else one
-        gone = len(full.prompt_ids) - len(one.prompt_ids)
+        truncated = len(full.prompt_ids) - len(one.prompt_ids)
         bos = (
             1
-            if gone and len(one.prompt_ids) and full.prompt_ids[0] == one.prompt_ids[0] == tokenizer.bos_token_id
+            if truncated and len(one.prompt_ids) and full.prompt_ids[0] == one.prompt_ids[0] == tokenizer.bos_token_id
             else 0
         )
-        kinds = ["prompt"] * bos + ["cut"] * gone + ["prompt"] * len(full.prompt_ids)
-        prompt = _tokens(tokenizer, full.prompt_ids, kinds)
+        kinds = ["prompt"] * bos + ["cut"] * truncated + ["prompt"] * len(full.prompt_ids)
+        prompt = _display_tokens(tokenizer, full.prompt_ids, kinds)
         shown.append(("prompt" if len(cut) == 1 else f"part {number + 1}", prompt))
         for i, ids in enumerate(one.completion_ids):
             masks = one.masks[i] if one.masks else [True] * len(ids)
             whole_ids = [*ids, *full.completion_ids[i][len(ids) :]]
             kinds = ["trained" if m else "masked" for m in masks] + ["cut"] * len(whole_ids)
-            tokens = _tokens(tokenizer, whole_ids, kinds, one.prompt_ids[-1:])
+            tokens = _display_tokens(tokenizer, whole_ids, kinds, one.prompt_ids[-1:])
             shown.append((names[i] if len(names) == len(one.completion_ids) else "answer", tokens))
     return shown
 
 
-def _tokens(tokenizer: Any, ids: Sequence[int], kinds: Sequence[str], before: Sequence[int] = ()) -> list[Token]:
+def _display_tokens(
+    tokenizer: Any, ids: Sequence[int], kinds: Sequence[str], before: Sequence[int] = ()
+) -> list[Token]:
     """Return the tokens, each with the text it adds to the one before: decoded alone, many would lose their leading space."""
 
     def said(*some: int) -> str:

@@ -27,14 +27,14 @@ from penchant.report.svg import duration, number
 from penchant.runfolder import CONFIG, REPORT, SAMPLES, SAMPLES_BEFORE
 from penchant.runfolder.read import lock_state, read_folder, read_text
 from penchant.runfolder.values import mapping, mappings, number_of, sequence, text
-from penchant.studio.app import Area, Studio, can_be_linked, fields, form
+from penchant.studio.app import Area, Studio, is_linkable, read_fields, read_form
 from penchant.studio.launch import Processes, draft, first_keys, form_parts, settings_of, suggestions
 from penchant.studio.shelf import Feed, Shelf, facts_of, titles
 from penchant.watch.views import OPEN_STATES, is_run
 
 EVERY = 1.0  # seconds between two updates of a page
 BEAT = 15  # updates without news before a keep-alive is sent
-MOST_RUNS = 24  # maximum in one overlay
+MAX_RUNS = 24  # maximum in one overlay
 SHOWN = 12  # samples per page
 REPORT_BYTES = 64 << 20
 # policy of a report: it runs its own script in a sandboxed frame and may not make requests
@@ -42,8 +42,8 @@ REPORT_POLICY = (
     "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
 )
-ENDING = "stopping; it writes a checkpoint first"
-STARTING = "starting; it is loading the model and the data"
+STOPPING_TEXT = "stopping; it writes a checkpoint first"
+STARTING_TEXT = "starting; it is loading the model and the data"
 ENDED_EARLY = ("stopped", "interrupted", "paused")
 STATES = {"running": "good", "preparing": "good", "stopped": "bad", "interrupted": "warn", "paused": "warn"}
 
@@ -77,13 +77,13 @@ class Runs:
             Route("/runs/resume", self.resume, methods=["POST"]),
         ]
 
-    def run_of(self, name: str) -> str:
+    def run_path(self, name: str) -> str:
         """Return a run's path as it is linked.
 
         Raises:
             HTTPException: there is no such run (404).
         """
-        folder = self.studio.inside(name)
+        folder = self.studio.resolve(name)
         if not is_run(folder):
             raise HTTPException(404, "there is no run in this folder")
         return self.studio.relative(folder)
@@ -101,15 +101,15 @@ class Runs:
         asked = list(dict.fromkeys(request.query_params.getlist("run")))
         if not asked:
             raise HTTPException(404, "no run is named: choose some in the list")
-        alone = self.studio.inside(asked[0])
+        alone = self.studio.resolve(asked[0])
         if len(asked) == 1 and not is_run(alone) and self.studio.relative(alone) in self.processes.started:
-            return self._starting(request, self.studio.relative(alone))
+            return self._starting_page(request, self.studio.relative(alone))
         if "hx-request" in request.headers:  # from the page that waits for a run to start
             return Response(headers={"hx-refresh": "true"})
-        paths = [self.run_of(name) for name in asked[:MOST_RUNS]]
+        paths = [self.run_path(name) for name in asked[:MAX_RUNS]]
         facts = {}
         for path in paths:
-            view = await run_in_threadpool(self.shelf.followed, path)
+            view = await run_in_threadpool(self.shelf.follow, path)
             facts[path] = {**facts_of(view, path), "method": view.method}
         values: dict[str, Any] = {
             "paths": paths,
@@ -118,35 +118,35 @@ class Runs:
             "left_out": len(asked) - len(paths),
         }
         if len(paths) == 1:
-            values |= {"config": read_text(self.studio.inside(f"{paths[0]}/{CONFIG}"))[:100_000]}
-            values |= self._can(paths[0], facts[paths[0]]["state"])
-            asides = self.studio.inside(paths[0]).glob("quarantine.*.jsonl")
-            values["aside"] = sorted(f.name for f in asides if can_be_linked(f.name))
+            values |= {"config": read_text(self.studio.resolve(f"{paths[0]}/{CONFIG}"))[:100_000]}
+            values |= self._allowed_actions(paths[0], facts[paths[0]]["state"])
+            asides = self.studio.resolve(paths[0]).glob("quarantine.*.jsonl")
+            values["aside"] = sorted(f.name for f in asides if is_linkable(f.name))
         return self.studio.page(request, "run.html" if len(paths) == 1 else "overlay.html", **values)
 
-    def _can(self, path: str, state: str) -> dict[str, Any]:
+    def _allowed_actions(self, path: str, state: str) -> dict[str, Any]:
         """Return which actions a run allows, and why its process failed if it did."""
-        folder = self.studio.inside(path)
-        locked, stopped = lock_state(folder) == "held", self.processes.stopped(path)
-        held = locked or self.processes.running(path)
+        folder = self.studio.resolve(path)
+        locked, stopped = lock_state(folder) == "held", self.processes.stop_requested(path)
+        held = locked or self.processes.is_running(path)
         ends = not held or stopped
         starting = held and not stopped and state not in OPEN_STATES
         return {
             "failure": "" if state in OPEN_STATES else self.processes.failure(path),
             "can_stop": held and not ends,
-            "doing": ENDING if locked and stopped else STARTING if starting else "",
+            "doing": STOPPING_TEXT if locked and stopped else STARTING_TEXT if starting else "",
             "can_resume": ends and state in ENDED_EARLY and (folder / CONFIG).is_file(),
         }
 
     async def actions(self, request: Request) -> Response:
         """Return the buttons of a run's page, requested when the allowed actions change."""
-        path = self.run_of(request.query_params.get("run", ""))
-        view = await run_in_threadpool(self.shelf.followed, path)
-        return self.studio.page(request, "run_actions.html", run=path, **self._can(path, view.state))
+        path = self.run_path(request.query_params.get("run", ""))
+        view = await run_in_threadpool(self.shelf.follow, path)
+        return self.studio.page(request, "run_actions.html", run=path, **self._allowed_actions(path, view.state))
 
     async def group(self, request: Request) -> Response:
         """Show a sweep, a pipeline or a comparison."""
-        path = self.studio.relative(self.studio.inside(request.query_params.get("path", ".")))
+        path = self.studio.relative(self.studio.resolve(request.query_params.get("path", ".")))
         lines, _ = await run_in_threadpool(self.shelf.lines)
         kind = request.query_params.get("kind", "")
         line = next((e for e in lines if e.path == path and e.kind == kind), None)
@@ -154,7 +154,7 @@ class Runs:
             raise HTTPException(404, "there is no such sweep, pipeline or comparison")
         prefix = "" if path == "." else f"{path}/"
         inside = [e for e in lines if e is not line and e.path.startswith(prefix)]
-        table = mapping(read_folder(self.studio.inside(path)).sweep.get("table"))
+        table = mapping(read_folder(self.studio.resolve(path)).sweep.get("table"))
         return self.studio.page(
             request, "group.html", line=line, lines=inside, settings=mappings(table.get("settings")),
             metric=metric(text(table.get("metric")).removeprefix("eval/")).title, best=sequence(table.get("best")), now=time(),
@@ -162,7 +162,7 @@ class Runs:
 
     async def feed(self, request: Request) -> Response:
         """Stream updates of several runs as server-sent events."""
-        paths = [self.run_of(name) for name in request.query_params.getlist("run")[:MOST_RUNS]]
+        paths = [self.run_path(name) for name in request.query_params.getlist("run")[:MAX_RUNS]]
         if not paths:
             raise HTTPException(404, "no run is named")
         return StreamingResponse(self._events(Feed(self.shelf, paths)), media_type="text/event-stream")
@@ -171,10 +171,10 @@ class Runs:
         silent = 0
         start: Mapping[str, Any] = {"start": True}
         while not self.studio.closing:
-            news = await run_in_threadpool(feed.news)
-            silent = 0 if news or start else silent + 1
-            if news or start:
-                yield f"data: {json.dumps({**start, 'runs': news}, separators=(',', ':'))}\n\n"
+            updates = await run_in_threadpool(feed.updates)
+            silent = 0 if updates or start else silent + 1
+            if updates or start:
+                yield f"data: {json.dumps({**start, 'runs': updates}, separators=(',', ':'))}\n\n"
                 start = {}
             elif silent % BEAT == 0:
                 yield ": still here\n\n"
@@ -182,16 +182,16 @@ class Runs:
 
     async def samples(self, request: Request) -> Response:
         """Show the latest samples of a run."""
-        path = self.run_of(request.query_params.get("run", ""))
+        path = self.run_path(request.query_params.get("run", ""))
         for name in (SAMPLES, SAMPLES_BEFORE):
-            self.studio.inside(f"{path}/{name}")
-        view = await run_in_threadpool(self.shelf.followed, path)
+            self.studio.resolve(f"{path}/{name}")
+        view = await run_in_threadpool(self.shelf.follow, path)
         some = [sample_of(row) for row in islice(view.samples, SHOWN)]
         return self.studio.page(request, "samples.html", samples=some, of=len(view.samples))
 
     async def report(self, request: Request) -> Response:
         """Return a folder's report: the existing one, or one rendered from its current files."""
-        folder = self.studio.inside(request.query_params.get("path", "."))
+        folder = self.studio.resolve(request.query_params.get("path", "."))
         page = await run_in_threadpool(self._report, folder)
         return HTMLResponse(page, headers={"content-security-policy": REPORT_POLICY})
 
@@ -203,19 +203,21 @@ class Runs:
 
     # ---- start, stop, resume -----------------------------------------------------------------------------------------
 
-    def _starting(self, request: Request, path: str) -> Response:
+    def _starting_page(self, request: Request, path: str) -> Response:
         """Show a run that was started but has not written anything yet."""
-        going = self.processes.running(path)
-        said = self.processes.said(path) if going else self.processes.failure(path) or self.processes.said(path)
+        going = self.processes.is_running(path)
+        said = (
+            self.processes.output_of(path) if going else self.processes.failure(path) or self.processes.output_of(path)
+        )
         return self.studio.page(request, "starting.html", run=path, going=going, said=said)
 
     async def new(self, request: Request) -> Response:
         """Show the form, empty or filled in with the settings of a run."""
         given: dict[str, str] = {}
         if (like := request.query_params.get("like")) is not None:
-            folder = self.studio.inside(self.run_of(like))
+            folder = self.studio.resolve(self.run_path(like))
             given = settings_of(read_folder(folder).config)
-            given["output"] = _free(self.studio.folder, self.run_of(like))
+            given["output"] = _unused_name(self.studio.folder, self.run_path(like))
         offered = await run_in_threadpool(suggestions, self.studio.folder)
         first = first_keys()
         top = {key.path for key in first}
@@ -237,7 +239,7 @@ class Runs:
 
     async def plan(self, request: Request) -> Response:
         """Show the form's YAML, the plan of the run, and the start button."""
-        given = await fields(request)
+        given = await read_fields(request)
         values: dict[str, Any] = {"made": None, "error": "", "plan": None}
         try:
             made = values["made"] = await run_in_threadpool(draft, self.studio.folder, given)
@@ -251,31 +253,31 @@ class Runs:
         return self.studio.page(request, "outcome.html", **values)
 
     async def start(self, request: Request) -> Response:
-        made = await run_in_threadpool(draft, self.studio.folder, await fields(request))
+        made = await run_in_threadpool(draft, self.studio.folder, await read_fields(request))
         await run_in_threadpool(self.processes.start, made)
-        return _to(made.folder)
+        return _redirect_to_run(made.folder)
 
     async def stop(self, request: Request) -> Response:
-        path = self._asked(await form(request))
+        path = self._requested_run(await read_form(request))
         self.processes.stop(path)
-        return Response(ENDING, media_type="text/plain")
+        return Response(STOPPING_TEXT, media_type="text/plain")
 
     async def resume(self, request: Request) -> Response:
-        path = self._asked(await form(request))
+        path = self._requested_run(await read_form(request))
         await run_in_threadpool(self.processes.resume, path)
-        return _to(path)
+        return _redirect_to_run(path)
 
-    def _asked(self, given: Mapping[str, str]) -> str:
-        path = self.studio.relative(self.studio.inside(given.get("run", "")))
-        return path if path in self.processes.started else self.run_of(path)
+    def _requested_run(self, given: Mapping[str, str]) -> str:
+        path = self.studio.relative(self.studio.resolve(given.get("run", "")))
+        return path if path in self.processes.started else self.run_path(path)
 
 
-def _to(path: str) -> Response:
+def _redirect_to_run(path: str) -> Response:
     """Redirect to a run's page."""
     return Response(headers={"hx-redirect": f"/runs/view?run={quote(path)}"})
 
 
-def _free(root: Path, path: str) -> str:
+def _unused_name(root: Path, path: str) -> str:
     """Return an unused name for a run derived from another."""
     number = 2
     while (root / f"{path}-{number}").exists() or (root / f"{path}-{number}.yaml").exists():

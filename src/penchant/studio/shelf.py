@@ -16,11 +16,11 @@ from penchant.report.svg import duration, with_interval
 from penchant.runfolder import CHECKPOINTS, COMPARISON, CONFIG, IDENTITY, LOCK, MANIFEST, METRICS, PERF, PIPELINE, SWEEP
 from penchant.runfolder.read import CachedFile, json_object, lock_state
 from penchant.runfolder.values import mapping, mappings, sequence, text
-from penchant.studio.app import can_be_linked
+from penchant.studio.app import is_linkable
 from penchant.watch.views import FIGURES, OPEN_STATES, Member, RunView
 
 DEPTH = 4  # levels below the studio's folder to search for runs
-MOST_FOLDERS = 5000  # maximum number of folders searched
+MAX_FOLDERS = 5000  # maximum number of folders searched
 IS_RUN = frozenset({IDENTITY, CONFIG, METRICS})
 GROUPS = {SWEEP: "sweep", PIPELINE: "pipeline", COMPARISON: "comparison"}
 NO_RUNS = frozenset({"node_modules", "__pycache__", "site-packages", CHECKPOINTS, "merged", "export"})
@@ -30,35 +30,35 @@ NO_RUNS = frozenset({"node_modules", "__pycache__", "site-packages", CHECKPOINTS
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class FoundFolder:
     """A folder that Penchant wrote; `path` is relative to the studio's folder, with slashes."""
 
     kind: str
     path: str
 
 
-def find(root: Path) -> tuple[list[Found], bool]:
+def find_folders(root: Path) -> tuple[list[FoundFolder], bool]:
     """Return (what was found in a folder, whether the search was cut short); links are not followed."""
-    found: list[Found] = []
+    found: list[FoundFolder] = []
     level, looked = [(root, "")], 0
     for depth in range(DEPTH + 1):
         below: list[tuple[Path, str]] = []
         for folder, path in level:
             looked += 1
-            if looked > MOST_FOLDERS:
+            if looked > MAX_FOLDERS:
                 return found, True
-            names, folders = _listed(folder)
+            names, folders = _scan_folder(folder)
             is_run = bool(names & IS_RUN)
             kinds = ["run"] if is_run else []
             kinds += [kind for name, kind in GROUPS.items() if name in names]
-            found += [Found(kind, path or ".") for kind in kinds]
+            found += [FoundFolder(kind, path or ".") for kind in kinds]
             if depth < DEPTH:
                 below += [(folder / name, f"{path}/{name}".lstrip("/")) for name in folders]
         level = below
     return found, False
 
 
-def _listed(folder: Path) -> tuple[set[str], list[str]]:
+def _scan_folder(folder: Path) -> tuple[set[str], list[str]]:
     """Return (file names, names of subfolders that may hold runs)."""
     names: set[str] = set()
     folders: list[str] = []
@@ -66,7 +66,7 @@ def _listed(folder: Path) -> tuple[set[str], list[str]]:
         with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
-                    shown = entry.name[0] != "." and entry.name not in NO_RUNS and can_be_linked(entry.name)
+                    shown = entry.name[0] != "." and entry.name not in NO_RUNS and is_linkable(entry.name)
                     folders += [entry.name] * shown
                 else:
                     names.add(entry.name)
@@ -119,66 +119,66 @@ class Shelf:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._lock = threading.Lock()
-        self._brief: dict[str, RunView] = {}
+        self._brief_views: dict[str, RunView] = {}
         self._groups: dict[tuple[str, str], CachedFile[dict[str, Any]]] = {}
-        self._whole: dict[str, tuple[RunView, float]] = {}  # followed runs, and when each was last read
+        self._full_views: dict[str, tuple[RunView, float]] = {}  # followed runs, and when each was last read
 
     def lines(self) -> tuple[list[Line], bool]:
         """Return (all entries, most recently changed first, whether the search was cut short)."""
         with self._lock:
-            found, more = find(self.root)
+            found, more = find_folders(self.root)
             runs = {f.path: self._run(f.path) for f in found if f.kind == "run"}
-            self._brief = {path: self._brief[path] for path in runs}
+            self._brief_views = {path: self._brief_views[path] for path in runs}
             lines = [*runs.values(), *(self._group(f, runs) for f in found if f.kind != "run")]
         return sorted(lines, key=lambda line: -line.changed), more
 
     def _run(self, path: str) -> Line:
-        view = self._brief.setdefault(path, RunView(self.root / path, path, brief=True))
+        view = self._brief_views.setdefault(path, RunView(self.root / path, path, brief=True))
         view.refresh()
         return line_of(view, path)
 
-    def _group(self, found: Found, runs: Mapping[str, Line]) -> Line:
+    def _group(self, found: FoundFolder, runs: Mapping[str, Line]) -> Line:
         name = next(name for name, kind in GROUPS.items() if kind == found.kind)
         file = self.root / found.path / name
         whole = self._groups.setdefault((found.kind, found.path), CachedFile[dict[str, Any]](file, json_object, {}))
         said = whole.read()
-        changed = _changed(file)
+        changed = _last_modified(file)
         if found.kind == "comparison":
-            return Line("comparison", found.path, headline=_compared(said), changed=changed)
+            return Line("comparison", found.path, headline=_comparison_headline(said), changed=changed)
         records = mapping(said.get("runs" if found.kind == "sweep" else "stages"))
         inside: dict[str, int] = {}
         for record in records.values():
             state = text(mapping(record).get("state")) or "to come"
             inside[state] = inside.get(state, 0) + 1
         prefix = "" if found.path == "." else f"{found.path}/"
-        going = [line for path, line in runs.items() if path.startswith(prefix) and line.state in OPEN_STATES]
+        active = [line for path, line in runs.items() if path.startswith(prefix) and line.state in OPEN_STATES]
         done = bool(records) and set(inside) <= {"finished", "stopped", "cut"}
-        state = "running" if going or lock_state(file.parent) == "held" else "finished" if done else "interrupted"
+        state = "running" if active or lock_state(file.parent) == "held" else "finished" if done else "interrupted"
         table = mapping(said.get("table"))
         best = ", ".join(text(name) for name in sequence(table.get("best"))[:3])
         headline = f"best by validation: {best}" if best else ""
         return Line(found.kind, found.path, state, headline=headline, changed=changed, inside=inside)
 
-    def followed(self, path: str) -> RunView:
+    def follow(self, path: str) -> RunView:
         """Return a run with its curves, up to date; it is read at most twice a second, however many pages show it."""
         with self._lock:
-            view, read = self._whole.get(path) or (RunView(self.root / path, path), 0.0)
+            view, read = self._full_views.get(path) or (RunView(self.root / path, path), 0.0)
             now = time.monotonic()
             if now - read >= FRESH:
                 view.refresh()
                 read = now
-            self._whole.pop(path, None)
-            self._whole[path] = (view, read)  # moved to the end, so the least recently requested come first
-            while len(self._whole) > KEPT:
-                self._whole.pop(next(iter(self._whole)))
+            self._full_views.pop(path, None)
+            self._full_views[path] = (view, read)  # moved to the end, so the least recently requested come first
+            while len(self._full_views) > MAX_FULL_VIEWS:
+                self._full_views.pop(next(iter(self._full_views)))
             return view
 
 
 FRESH = 0.5  # seconds for which a reading of a run counts as up to date
-KEPT = 40  # runs whose curves are kept in memory
+MAX_FULL_VIEWS = 40  # runs whose curves are kept in memory
 
 
-def _changed(*files: Path) -> float:
+def _last_modified(*files: Path) -> float:
     found = [0.0]
     for file in files:
         try:
@@ -188,7 +188,7 @@ def _changed(*files: Path) -> float:
     return max(found)
 
 
-def _compared(figures: Mapping[str, Any]) -> str:
+def _comparison_headline(figures: Mapping[str, Any]) -> str:
     sentences = [said for said in sequence(figures.get("sentences")) if isinstance(said, str)]
     models = mapping(figures.get("models"))
     return sentences[0] if sentences else f"compares {', '.join(models)}" if models else ""
@@ -211,8 +211,8 @@ def line_of(view: RunView, path: str) -> Line:
         headline=headline,
         warnings=levels.count("warning"),
         notes=len(levels) - levels.count("warning"),
-        changed=_changed(*files),
-        took=view.took,
+        changed=_last_modified(*files),
+        took=view.elapsed,
     )
 
 
@@ -241,34 +241,34 @@ class Feed:
 
     def __init__(self, shelf: Shelf, paths: Sequence[str]) -> None:
         self._shelf, self._paths = shelf, paths
-        self._told: dict[tuple[str, str], tuple[int, Any]] = {}
+        self._sent: dict[tuple[str, str], tuple[int, Any]] = {}
         self._facts: dict[str, dict[str, Any]] = {}
 
-    def news(self) -> dict[str, Any]:
+    def updates(self) -> dict[str, Any]:
         """Return the updates by run: ``facts`` if changed, new ``line`` and ``points``, and ``anew`` if everything sent so far is invalid.
 
         ``line`` is ``{metric: [[steps], [values]]}`` in training, ``points`` ``{metric: [[steps], [values], [lows], [highs]]}`` held out.
         """
         found = {}
         for path in self._paths:
-            if made := self._of_run(path, self._shelf.followed(path)):
+            if made := self._run_update(path, self._shelf.follow(path)):
                 found[path] = made
         return found
 
-    def _of_run(self, path: str, view: RunView) -> dict[str, Any]:
+    def _run_update(self, path: str, view: RunView) -> dict[str, Any]:
         curves: dict[str, Sequence[Any]] = {**view.line, **view.points}
-        anew = any(self._is_other(path, key, curves.get(key, ())) for of, key in self._told if of == path)
+        anew = any(self._was_rewritten(path, key, curves.get(key, ())) for of, key in self._sent if of == path)
         if anew:
-            self._told = {k: v for k, v in self._told.items() if k[0] != path}
+            self._sent = {k: v for k, v in self._sent.items() if k[0] != path}
         made: dict[str, Any] = {"anew": True} if anew else {}
-        lines = {key: [[x for x, _ in new], [y for _, y in new]] for key, new in self._new(path, view.line)}
+        lines = {key: [[x for x, _ in new], [y for _, y in new]] for key, new in self._new_points(path, view.line)}
         points = {
             key.removeprefix("eval/"): [
                 [p.step for p in new],
                 [p.value for p in new],
                 *([None if p.interval is None else p.interval[i] for p in new] for i in (0, 1)),
             ]
-            for key, new in self._new(path, view.points)
+            for key, new in self._new_points(path, view.points)
         }
         made |= {"line": lines} if lines else {}
         made |= {"points": points} if points else {}
@@ -277,27 +277,27 @@ class Feed:
             self._facts[path] = made["facts"] = facts
         return made
 
-    def _is_other(self, path: str, key: str, values: Sequence[Any]) -> bool:
-        count, last = self._told[path, key]
+    def _was_rewritten(self, path: str, key: str, values: Sequence[Any]) -> bool:
+        count, last = self._sent[path, key]
         return len(values) < count or values[count - 1] != last
 
-    def _new(self, path: str, curves: Mapping[str, Sequence[Any]]) -> Iterator[tuple[str, Sequence[Any]]]:
-        for key in sorted(curves, key=_order):
+    def _new_points(self, path: str, curves: Mapping[str, Sequence[Any]]) -> Iterator[tuple[str, Sequence[Any]]]:
+        for key in sorted(curves, key=_curve_order):
             values = curves[key]
-            count, _ = self._told.get((path, key), (0, None))
+            count, _ = self._sent.get((path, key), (0, None))
             if len(values) > count:
-                self._told[path, key] = (len(values), values[-1])
-                yield key, thinned(values[count:])
+                self._sent[path, key] = (len(values), values[-1])
+                yield key, thin(values[count:])
 
 
-_PLACES = {name: i for i, name in enumerate(FIGURES)}
+_CURVE_ORDER = {name: i for i, name in enumerate(FIGURES)}
 
 
-def _order(key: str) -> tuple[int, str]:
-    return _PLACES.get(key.removeprefix("eval/"), len(_PLACES)), key
+def _curve_order(key: str) -> tuple[int, str]:
+    return _CURVE_ORDER.get(key.removeprefix("eval/"), len(_CURVE_ORDER)), key
 
 
-def thinned(values: Sequence[Any]) -> Sequence[Any]:
+def thin(values: Sequence[Any]) -> Sequence[Any]:
     """Thin the values evenly to at most `MOST_POINTS` + 1; the last one is always kept."""
     every = -(-len(values) // MOST_POINTS)
     kept = values[::every]
@@ -307,7 +307,7 @@ def thinned(values: Sequence[Any]) -> Sequence[Any]:
 def facts_of(view: RunView, path: str) -> dict[str, Any]:
     """Return what a run's page shows beside its curves, made safe for HTML."""
     line = line_of(view, path)
-    speed, left = view.speed, view.left if view.state in OPEN_STATES else None
+    speed, left = view.speed, view.seconds_left if view.state in OPEN_STATES else None
     return {
         "state": line.state,
         "why": visible(line.why),

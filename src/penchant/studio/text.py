@@ -22,14 +22,14 @@ def _markdown() -> MarkdownIt:
     made.enable(["table", "strikethrough"])
     made.disable(["link", "image", "autolink", "html_inline", "html_block", "reference"])
 
-    def text(self: Any, tokens: Any, at: int, options: Any, env: Any) -> str:
-        return text_html(tokens[at].content)
+    def text(self: Any, tokens: Any, index: int, options: Any, env: Any) -> str:
+        return text_html(tokens[index].content)
 
-    def code(self: Any, tokens: Any, at: int, options: Any, env: Any) -> str:
-        return f"<code>{text_html(tokens[at].content)}</code>"
+    def code(self: Any, tokens: Any, index: int, options: Any, env: Any) -> str:
+        return f"<code>{text_html(tokens[index].content)}</code>"
 
-    def block(self: Any, tokens: Any, at: int, options: Any, env: Any) -> str:
-        return f'<pre tabindex="0"><code>{text_html(tokens[at].content)}</code></pre>\n'
+    def block(self: Any, tokens: Any, index: int, options: Any, env: Any) -> str:
+        return f'<pre tabindex="0"><code>{text_html(tokens[index].content)}</code></pre>\n'
 
     for name, rule in (("text", text), ("code_inline", code), ("code_block", block), ("fence", block)):
         made.add_render_rule(name, rule)
@@ -37,7 +37,7 @@ def _markdown() -> MarkdownIt:
 
 
 @lru_cache(maxsize=256)
-def rendered(text: str) -> Markup:
+def render_markdown(text: str) -> Markup:
     """Render a text as HTML."""
     if not text.strip():
         return Markup('<p class="soft">(an empty answer)</p>')
@@ -56,6 +56,6 @@ def rendered(text: str) -> Markup:
     return Markup(html + cut)
 
 
-def folds(*texts: str) -> bool:
+def should_fold(*texts: str) -> bool:
     """Return True if texts shown side by side are folded: all of them are if any is long."""
     return any(len(t) > FOLD_CHARACTERS or t.count("\n") > FOLD_LINES for t in texts)

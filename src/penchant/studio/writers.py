@@ -42,34 +42,38 @@ class Writers:
         """
         queue: asyncio.Queue[tuple[int, str | Exception | None]] = asyncio.Queue()
 
-        async def follow(at: int, writer: Mapping[str, str]) -> None:
+        async def forward_pieces(index: int, writer: Mapping[str, str]) -> None:
             try:
-                pieces = self._of_endpoint(writer, prompt) if "url" in writer else self._of_run(studio, writer, prompt)
+                pieces = (
+                    self._stream_from_endpoint(writer, prompt)
+                    if "url" in writer
+                    else self._stream_from_run(studio, writer, prompt)
+                )
                 length = 0
                 async with asyncio.timeout(SECONDS):
                     async for piece in pieces:
                         length += len(piece)
                         if length > LONGEST:
                             break
-                        queue.put_nowait((at, piece))
-                queue.put_nowait((at, None))
+                        queue.put_nowait((index, piece))
+                queue.put_nowait((index, None))
             except Exception as error:
-                queue.put_nowait((at, error))
+                queue.put_nowait((index, error))
 
-        tasks = [asyncio.create_task(follow(i, w)) for i, w in enumerate(writers)]
+        tasks = [asyncio.create_task(forward_pieces(i, w)) for i, w in enumerate(writers)]
         try:
-            left = len(tasks)
-            while left and not studio.closing:
+            remaining = len(tasks)
+            while remaining and not studio.closing:
                 try:
-                    at, piece = await asyncio.wait_for(queue.get(), 0.5)
+                    index, piece = await asyncio.wait_for(queue.get(), 0.5)
                 except TimeoutError:
                     continue
                 if isinstance(piece, Exception):
                     raise piece
                 if piece is None:
-                    left -= 1
+                    remaining -= 1
                 else:
-                    yield at, piece
+                    yield index, piece
         finally:
             for task in tasks:
                 task.cancel()
@@ -78,18 +82,18 @@ class Writers:
 
     # ---- runs of the folder ----
 
-    async def _of_run(self, studio: Studio, writer: Mapping[str, str], prompt: Any) -> AsyncIterator[str]:
+    async def _stream_from_run(self, studio: Studio, writer: Mapping[str, str], prompt: Any) -> AsyncIterator[str]:
         loop = asyncio.get_running_loop()
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
-        folder = studio.inside(writer.get("run", ""))
-        completions = await loop.run_in_executor(self._thread, self._begin, folder, prompt)
+        folder = studio.resolve(writer.get("run", ""))
+        completions = await loop.run_in_executor(self._thread, self._start_completions, folder, prompt)
         while not completions.done:
             for piece in await loop.run_in_executor(self._thread, completions.step):
                 if piece.text:
                     yield piece.text
 
-    def _begin(self, folder: Path, prompt: Any) -> Any:
+    def _start_completions(self, folder: Path, prompt: Any) -> Any:
         from penchant.serve.app import token_ids
         from penchant.serve.model import load_chat_model
         from penchant.serve.stream import Completions, Sampling
@@ -98,10 +102,10 @@ class Writers:
         if folder not in self._models:
             self._models[folder] = load_chat_model(str(folder), fallback_style="transcript")
         model = self._models[folder]
-        asked = prompt if isinstance(prompt, str) else tuple(Message(r, t) for r, t in turns_of(prompt))
-        if isinstance(asked, str) and model.style.keeps_history and model.style.name == "chat":
-            asked = (Message("user", asked),)
-        ids, continued = token_ids(model, asked, {})
+        messages = prompt if isinstance(prompt, str) else tuple(Message(r, t) for r, t in turns_of(prompt))
+        if isinstance(messages, str) and model.style.keeps_history and model.style.name == "chat":
+            messages = (Message("user", messages),)
+        ids, continued = token_ids(model, messages, {})
         room = model.context - len(ids)
         if room < 1:
             raise DataError(folder.name, f"the prompt has {len(ids)} tokens, and its context is {model.context}")
@@ -110,12 +114,12 @@ class Writers:
 
     # ---- endpoints ----
 
-    async def _of_endpoint(self, writer: Mapping[str, str], prompt: Any) -> AsyncIterator[str]:
+    async def _stream_from_endpoint(self, writer: Mapping[str, str], prompt: Any) -> AsyncIterator[str]:
         import httpx
 
         key, name = writer.get("key_env", ""), f"writer {writer.get('model')}"
-        there = connect(writer["url"], key or None, name, name)
-        if (key or not is_local(there.url)) and [writer["url"], key] not in _allowed():
+        endpoint = connect(writer["url"], key or None, name, name)
+        if (key or not is_local(endpoint.url)) and [writer["url"], key] not in _approved_endpoints():
             raise DataError(
                 name,
                 f"this arena would send {f'the key in ${key}' if key else 'prompts'} to {writer['url']}, and it was not made in your studio",
@@ -123,7 +127,7 @@ class Writers:
             )
         headers = {"accept": "text/event-stream"}
         if key:  # `connect` may find a default key, but only a key the user named is sent
-            headers["authorization"] = f"Bearer {there.key}"
+            headers["authorization"] = f"Bearer {endpoint.key}"
         body = {
             "model": writer.get("model", ""),
             "messages": [{"role": role, "content": text} for role, text in turns_of(prompt)],
@@ -131,17 +135,17 @@ class Writers:
             "max_tokens": MAX_TOKENS,
             "temperature": TEMPERATURE,
         }
-        where = f"{writer.get('model')} at {there.url}"
+        where = f"{writer.get('model')} at {endpoint.url}"
         try:
             async with (
-                httpx.AsyncClient(timeout=there.timeout, trust_env=not is_local(there.url)) as client,
-                client.stream("POST", f"{there.url}/chat/completions", json=body, headers=headers) as reply,
+                httpx.AsyncClient(timeout=endpoint.timeout, trust_env=not is_local(endpoint.url)) as client,
+                client.stream("POST", f"{endpoint.url}/chat/completions", json=body, headers=headers) as reply,
             ):
                 if reply.status_code != 200:
-                    said = there.without_key(one_line(refusal(await reply.aread()))[:300])
+                    said = endpoint.without_key(one_line(refusal(await reply.aread()))[:300])
                     raise DataError(where, f"answered {reply.status_code}: {said}", "check its address and model")
                 async for line in reply.aiter_lines():
-                    if piece := _piece(line):
+                    if piece := _delta_text(line):
                         yield piece
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise DataError(where, f"cannot be asked ({type(error).__name__})", "check that it is running") from error
@@ -153,16 +157,16 @@ class Writers:
         self._models.clear()
 
 
-def allow(url: str, key_env: str) -> None:
+def approve_endpoint(url: str, key_env: str) -> None:
     """Record that this user approved an endpoint and the key to send it, since an arena's folder may come from someone else."""
-    known = _allowed()
-    if [url, key_env] not in known:
+    approved = _approved_endpoints()
+    if [url, key_env] not in approved:
         path = cache_folder("studio") / KEYS
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, [*known, [url, key_env]])
+        write_atomically(path, [*approved, [url, key_env]])
 
 
-def _allowed() -> list[Any]:
+def _approved_endpoints() -> list[Any]:
     try:
         found = json.loads((cache_folder("studio") / KEYS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -170,7 +174,7 @@ def _allowed() -> list[Any]:
     return found if isinstance(found, list) else []
 
 
-def _piece(line: str) -> str:
+def _delta_text(line: str) -> str:
     """Return the text in one line of the event stream."""
     kind, _, data = line.partition(":")
     if kind != "data" or data.strip() in ("", "[DONE]"):

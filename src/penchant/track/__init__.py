@@ -93,7 +93,7 @@ class Mirror:
             )
             assert self.process.stdout is not None
             os.set_blocking(self.process.stdout.fileno(), False)
-            self._tell(request)
+            self._send(request)
         except OSError as error:
             self._warn(f"could not be started ({error.strerror})")
 
@@ -109,14 +109,14 @@ class Mirror:
             new = b""
         *whole, self._read = (self._read + new).split(b"\n")
         for text in whole:
-            self._hear(json.loads(text))
+            self._handle_message(json.loads(text))
         if not new and not self.done and self.failed is None:
             self._warn("ended before the run did")
 
     def end(self, status: str, summary: Mapping[str, Any]) -> None:
         """Notify the process that the run has ended."""
         if self.process is not None:
-            self._tell({"end": status, "summary": dict(summary)})
+            self._send({"end": status, "summary": dict(summary)})
 
     def close(self, deadline: float | None) -> bool:
         """Wait for the process until the deadline (None: without limit), then kill it; return whether every line was sent."""
@@ -132,16 +132,16 @@ class Mirror:
         whole = self.done and sent.unsent == 0 and sent.error is None
         if not whole:
             later = f"`penchant track {self.info.folder} --to {self.spec.name}` sends what is missing"
-            self.say(f"{self.spec.label}: {self._why(hung, sent)}; metrics.jsonl has every line. {later}")
+            self.say(f"{self.spec.label}: {self._failure_reason(hung, sent)}; metrics.jsonl has every line. {later}")
         return whole
 
-    def _why(self, hung: bool, sent: Sent) -> str:
+    def _failure_reason(self, hung: bool, sent: Sent) -> str:
         """Return what went wrong, without repeating a message that was already shown."""
         why = f"no answer in {self.timeout:g} s" if hung else sent.error or self.failed or "it ended by itself"
         count = f"{sent.unsent} lines were not sent" if sent.unsent else "its run was not closed"
         return count if why == self.failed else f"{count} ({one_line(why)})"
 
-    def _tell(self, message: Mapping[str, Any]) -> None:
+    def _send(self, message: Mapping[str, Any]) -> None:
         assert self.process is not None and self.process.stdin is not None
         try:
             self.process.stdin.write((json.dumps(dict(message)) + "\n").encode())
@@ -149,7 +149,7 @@ class Mirror:
         except OSError:
             pass  # the process is gone; `close` reports that
 
-    def _hear(self, message: Mapping[str, Any]) -> None:
+    def _handle_message(self, message: Mapping[str, Any]) -> None:
         if "where" in message:
             self.say(f"{self.spec.label}: {one_line(str(message['where']))}")
         if "error" in message:

@@ -69,14 +69,14 @@ class TensorBoard:
     def start(self, info: RunInfo) -> Started:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        folder = Path(info.dir) / "tensorboard" / info.id if info.id else self._free(info)
+        folder = Path(info.dir) / "tensorboard" / info.id if info.id else self._unused_folder(info)
         self.writer = EventFileWriter(str(folder))
         if info.id is None:
             self._text("config", json.dumps(info.config, indent=1), 0)
         self.writer.flush()
         return Started(folder.name, str(folder))
 
-    def _free(self, info: RunInfo) -> Path:
+    def _unused_folder(self, info: RunInfo) -> Path:
         """Return a folder that no earlier run has used, since curves of two runs in one folder would mix."""
         root = Path(info.dir) / "tensorboard"
         names = (info.name if i == 1 else f"{info.name}-{i}" for i in range(1, 10_000))

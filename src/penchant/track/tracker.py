@@ -156,11 +156,11 @@ def sent_to(folder: Path, tracker: str) -> Sent:
 # ---- From log files to tracker lines: complete lines only, each once, under the usual names ----
 
 FILES = {METRICS: None, PERF: "perf"}  # the kind of lines that do not state it
-NOT_VALUES = ("kind", "step")
+NON_METRICS = ("kind", "step")
 STEP = "train/global_step"
 
 
-def as_line(row: Mapping[str, Any], kind: str | None = None) -> Line:
+def to_line(row: Mapping[str, Any], kind: str | None = None) -> Line:
     """Convert a row to a line with names like ``train/loss``, ``eval/loss`` or ``perf/tokens_per_second``; an interval becomes two values.
 
     Text and nulls are left out, since trackers plot numbers.
@@ -169,19 +169,19 @@ def as_line(row: Mapping[str, Any], kind: str | None = None) -> Line:
     values = {
         shown: float(value)
         for name, given in row.items()
-        if name not in NOT_VALUES
-        for shown, value in _numbers(f"{kind}/{name.removeprefix(f'{kind}/')}", given)
+        if name not in NON_METRICS
+        for shown, value in _flatten(f"{kind}/{name.removeprefix(f'{kind}/')}", given)
     }
     return Line(kind, int(row["step"]), values)
 
 
-def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
+def _flatten(name: str, value: Any) -> Iterator[tuple[str, float]]:
     if isinstance(value, (bool, int, float)):
         if math.isfinite(value):
             yield name, value
     elif isinstance(value, Sequence) and not isinstance(value, str) and name.endswith("/ci") and len(value) == 2:
         for end, bound in zip(("low", "high"), value, strict=True):
-            yield from _numbers(f"{name}_{end}", bound)
+            yield from _flatten(f"{name}_{end}", bound)
 
 
 class Tail:
@@ -196,7 +196,7 @@ class Tail:
         If a log was truncated, all of its lines are returned again, since a resumed run writes the same ones.
         """
         rows = [(row, kind) for log, kind in self._logs for row in log.read()[1]]
-        found = [as_line(row, kind) for row, kind in rows if isinstance(row.get("step"), int)]
+        found = [to_line(row, kind) for row, kind in rows if isinstance(row.get("step"), int)]
         return sorted(found, key=lambda line: (line.step, line.kind == "eval"))
 
 

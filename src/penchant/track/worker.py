@@ -22,10 +22,10 @@ from penchant.base.text import one_line, redact, told
 from penchant.runfolder.read import read_folder
 from penchant.track.tracker import Line, RunInfo, Tail, Tracker, sent_to, unsent
 
-EVERY = 0.5  # seconds between two reads of the logs
+POLL_SECONDS = 0.5  # seconds between two reads of the logs
 BATCH = 200  # lines per call; small, so that the record of what was sent stays up to date
-PATIENCE = 1.0  # seconds before a failed call is repeated, doubled up to a minute
-LAST_TRIES = 2  # attempts after the run's end before the remaining lines are given up
+RETRY_SECONDS = 1.0  # seconds before a failed call is repeated, doubled up to a minute
+FINAL_ATTEMPTS = 2  # attempts after the run's end before the remaining lines are given up
 
 
 class Worker:
@@ -41,67 +41,67 @@ class Worker:
         self.tail = Tail(self.folder)
         self.sent = sent_to(self.folder, name)
         self.sent.error = None
-        self.waiting: list[Line] = []
+        self.pending: list[Line] = []
         self.started = False
-        self.not_before = 0.0
+        self.retry_at = 0.0
         self.failures = 0
 
-    def look(self, *, at_once: bool = False) -> bool:
+    def send_pending(self, *, at_once: bool = False) -> bool:
         """Send new lines; return whether everything known has been sent."""
-        self.waiting += self.tail.new()
-        self.waiting = unsent(self.waiting, self.sent.sent)
-        if not at_once and time.monotonic() < self.not_before:
+        self.pending += self.tail.new()
+        self.pending = unsent(self.pending, self.sent.sent)
+        if not at_once and time.monotonic() < self.retry_at:
             return False
         try:
             self._start()
-            while self.waiting:
-                batch = self.waiting[:BATCH]
+            while self.pending:
+                batch = self.pending[:BATCH]
                 self.tracker.log(batch)
                 self.sent.add(batch)
-                del self.waiting[: len(batch)]
-                self._write()
+                del self.pending[: len(batch)]
+                self._save_record()
         except Exception as error:  # no matter what a library raises, keep the lines and go on
-            self._failed(error)
+            self._record_failure(error)
             return False
         self.failures = 0
         return True
 
     def end(self, status: str, summary: Mapping[str, Any]) -> None:
         """Send the rest and close the tracker's run."""
-        for _ in range(LAST_TRIES):
-            if self.look(at_once=True):
+        for _ in range(FINAL_ATTEMPTS):
+            if self.send_pending(at_once=True):
                 break
         if self.started:
             try:
                 self.tracker.finish(status, summary, read_folder(self.folder).samples)
             except Exception as error:
-                self._failed(error)
-        self._write()
+                self._record_failure(error)
+        self._save_record()
         self.say({"done": True})
 
     def _start(self) -> None:
         if self.started:
             return
-        began = self.tracker.start(self.info)
+        started_run = self.tracker.start(self.info)
         self.started = True
-        self.sent.id, self.sent.where = began.id, one_line(redact(began.where))
-        self._write()
+        self.sent.id, self.sent.where = started_run.id, one_line(redact(started_run.where))
+        self._save_record()
         self.say({"where": self.sent.where})
 
-    def _failed(self, error: Exception) -> None:
-        self.not_before = time.monotonic() + min(60.0, PATIENCE * 2.0**self.failures)
+    def _record_failure(self, error: Exception) -> None:
+        self.retry_at = time.monotonic() + min(60.0, RETRY_SECONDS * 2.0**self.failures)
         self.failures += 1
         if self.sent.error is None:
             self.sent.error = told(error)
             self.say({"error": self.sent.error})
-        self._write()
+        self._save_record()
 
-    def _write(self) -> None:
-        self.sent.unsent = len(self.waiting)
+    def _save_record(self) -> None:
+        self.sent.unsent = len(self.pending)
         self.sent.write(self.folder, self.name)
 
 
-def _listen(lines: queue.Queue[dict[str, Any]], timeout: float) -> None:
+def _read_messages(lines: queue.Queue[dict[str, Any]], timeout: float) -> None:
     """Queue the rest of the input; `timeout` seconds after its end, kill the process group in case the tracker hangs."""
     for text in sys.stdin:
         lines.put(json.loads(text))
@@ -129,13 +129,13 @@ def main() -> int:
             return  # the run's process is gone; still finish the tracker's run
 
     messages: queue.Queue[dict[str, Any]] = queue.Queue()
-    threading.Thread(target=_listen, args=(messages, float(request["timeout"])), daemon=True).start()
+    threading.Thread(target=_read_messages, args=(messages, float(request["timeout"])), daemon=True).start()
     tracker = getattr(importlib.import_module(module), name)()
     worker = Worker(tracker, request["tracker"], info, say)
     while True:
-        worker.look()
+        worker.send_pending()
         try:
-            message = messages.get(timeout=EVERY)
+            message = messages.get(timeout=POLL_SECONDS)
         except queue.Empty:
             continue
         if "end" in message:

@@ -21,7 +21,7 @@ from penchant.base.text import clean, closest, unescaped
 from penchant.errors import CheckpointError, ConfigError
 from penchant.runfolder import damage_notes
 from penchant.watch.plot import ASCII, UNICODE
-from penchant.watch.screens import Size, ends, group_frame, run_frame, whole_frame, wrapped
+from penchant.watch.screens import Size, crop_frame, group_frame, justify, run_frame, wrap_labelled
 from penchant.watch.views import GroupView, RunView, is_run, open_view
 
 __all__ = ["watch"]
@@ -54,7 +54,7 @@ class Watch:
         self.view.refresh()
 
     @property
-    def nothing(self) -> bool:
+    def is_empty(self) -> bool:
         """True if there is nothing to show yet."""
         return isinstance(self.view, RunView) and not is_run(self.view.folder)
 
@@ -64,8 +64,8 @@ class Watch:
         self.chosen = (self.chosen + move) % (runs + 1)
 
     def frame(self, size: Size) -> list[Text]:
-        if self.nothing:
-            return whole_frame(wrapped("", waiting_words(self.paths[0]), size.width, size.height, 0), size)
+        if self.is_empty:
+            return crop_frame(wrap_labelled("", waiting_message(self.paths[0]), size.width, size.height, 0), size)
         if isinstance(self.view, RunView):
             return run_frame(self.view, size)
         if 0 < self.chosen <= len(self.view.members):
@@ -74,7 +74,7 @@ class Watch:
 
     def footer(self, every: float, width: int) -> Text:
         keys = "q quits" + (", n and p: next and previous run" if isinstance(self.view, GroupView) else "")
-        return ends(Text(keys, "dim"), Text(f"{time.strftime('%H:%M:%S')}, every {every:g} s", "dim"), width)
+        return justify(Text(keys, "dim"), Text(f"{time.strftime('%H:%M:%S')}, every {every:g} s", "dim"), width)
 
 
 def watch(paths: Sequence[str], *, once: bool = False, interval: float = 2.0) -> int:
@@ -95,16 +95,16 @@ def watch(paths: Sequence[str], *, once: bool = False, interval: float = 2.0) ->
     for path in paths:
         if Path(path).is_file():
             raise ConfigError(clean(path), "is a file", "give the folder that its `output` names")
-    shown = Watch([Path(p) for p in paths])
+    watched = Watch([Path(p) for p in paths])
     with suppress(AttributeError, ValueError):
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     console = Console(file=unescaped(sys.stdout), highlight=False)
     if once or not console.is_terminal or console.is_dumb_terminal:
-        return _print(shown, console)
-    return _follow(shown, console, interval)
+        return _print(watched, console)
+    return _follow(watched, console, interval)
 
 
-def waiting_words(path: Path) -> str:
+def waiting_message(path: Path) -> str:
     """Return a message that there is nothing yet, with the name of a similar folder if there is one."""
     if path.is_dir():
         return f"{clean(path)}: no run in this folder yet"
@@ -120,85 +120,89 @@ def _size(console: Console, width: int, height: int) -> Size:
     return Size(max(20, width), height, UNICODE if console.encoding.startswith("utf") else ASCII)
 
 
-def _print(shown: Watch, console: Console) -> int:
-    shown.refresh()
-    if shown.nothing:
-        what = waiting_words(shown.paths[0]).rpartition(": ")[2]
-        raise CheckpointError(clean(shown.paths[0]), what, "give a run's folder")
+def _print(watched: Watch, console: Console) -> int:
+    watched.refresh()
+    if watched.is_empty:
+        what = waiting_message(watched.paths[0]).rpartition(": ")[2]
+        raise CheckpointError(clean(watched.paths[0]), what, "give a run's folder")
     columns, lines = shutil.get_terminal_size(PRINTED)
-    frame = shown.frame(_size(console, columns, lines - 1))
+    frame = watched.frame(_size(console, columns, lines - 1))
     console.width = max(20, columns)
     for line in frame:
         line.rstrip()
         console.print(line, no_wrap=True, overflow="crop", markup=False, soft_wrap=False)
-    for path in shown.paths:
+    for path in watched.paths:
         for sentence in damage_notes(path):
             print(clean(sentence), file=sys.stderr)
     return 0
 
 
-def _follow(shown: Watch, console: Console, interval: float) -> int:
+def _follow(watched: Watch, console: Console, interval: float) -> int:
     try:
-        with _ended_by_signals(), _keys() as pressed, Live(console=console, screen=True, auto_refresh=False) as live:
+        with (
+            _interrupt_on_signals(),
+            _key_reader() as read_key,
+            Live(console=console, screen=True, auto_refresh=False) as live,
+        ):
             while True:
-                shown.refresh()
-                if not _until(time.monotonic() + interval, shown, console, live, pressed, interval):
+                watched.refresh()
+                if not _show_until(time.monotonic() + interval, watched, console, live, read_key, interval):
                     return 0
     except KeyboardInterrupt:
         return 0
 
 
-def _until(
-    end: float, shown: Watch, console: Console, live: Live, pressed: Callable[[float], str], every: float
+def _show_until(
+    end: float, watched: Watch, console: Console, live: Live, read_key: Callable[[float], str], every: float
 ) -> bool:
     """Show the frame until it is time for the next one; return False if a key ended it."""
     drawn = None
     while time.monotonic() < end:
         width, height = console.size
-        if (now := (width, height, shown.chosen)) != drawn:
+        if (now := (width, height, watched.chosen)) != drawn:
             drawn = now
             size = _size(console, width, height - 1)
-            frame = shown.frame(size)
+            frame = watched.frame(size)
             frame += [Text()] * (size.height - len(frame))
-            live.update(Group(*frame, shown.footer(every, size.width)), refresh=True)
-        key = pressed(min(SLICE, max(0.0, end - time.monotonic())))
+            live.update(Group(*frame, watched.footer(every, size.width)), refresh=True)
+        key = read_key(min(SLICE, max(0.0, end - time.monotonic())))
         if key in QUIT and key:
             return False
-        shown.press(key)
+        watched.press(key)
     return True
 
 
 @contextmanager
-def _keys() -> Iterator[Callable[[float], str]]:
+def _key_reader() -> Iterator[Callable[[float], str]]:
     """Yield a function that waits up to some seconds for a key and returns it, "" for none; without a terminal it only waits."""
     if not sys.stdin or not sys.stdin.isatty():
-        yield _no_key
+        yield _wait_without_keys
         return
     import termios
     import tty
 
     handle = sys.stdin.fileno()
-    before = termios.tcgetattr(handle)
+    saved = termios.tcgetattr(handle)
 
-    def pressed(seconds: float) -> str:
+    def read_key(seconds: float) -> str:
         if not select.select([handle], [], [], seconds)[0]:
             return ""
         return os.read(handle, 1).decode(errors="replace") or "q"  # end of input: the terminal is gone
 
     tty.setcbreak(handle)
     try:
-        yield pressed
+        yield read_key
     finally:
-        termios.tcsetattr(handle, termios.TCSADRAIN, before)
+        termios.tcsetattr(handle, termios.TCSADRAIN, saved)
 
 
-def _no_key(seconds: float) -> str:
+def _wait_without_keys(seconds: float) -> str:
     time.sleep(seconds)
     return ""
 
 
 @contextmanager
-def _ended_by_signals() -> Iterator[None]:
+def _interrupt_on_signals() -> Iterator[None]:
     """Make SIGTERM and SIGHUP end the program as Ctrl-C does, so that the terminal is restored."""
 
     def end(number: int, _frame: Any) -> None:

@@ -49,17 +49,17 @@ def axis_label(value: float, span: float, largest: float) -> str:
     return made.lstrip("-") if float(made) == 0 else made
 
 
-def binned(line: Sequence[Pair], x0: float, x1: float, columns: int) -> list[tuple[int, float]]:
+def bin_points(line: Sequence[Pair], x0: float, x1: float, columns: int) -> list[tuple[int, float]]:
     """Return (column, mean) of the points that fall into each dot column; empty columns are left out."""
     sums: dict[int, tuple[float, int]] = {}
     for x, y in line:
-        at = _scaled(x, x0, x1, columns)
+        at = _to_cell(x, x0, x1, columns)
         total, n = sums.get(at, (0.0, 0))
         sums[at] = (total + y, n + 1)
     return [(at, total / n) for at, (total, n) in sorted(sums.items())]
 
 
-def _scaled(v: float, low: float, high: float, cells: int) -> int:
+def _to_cell(v: float, low: float, high: float, cells: int) -> int:
     share = (v - low) / (high - low) if high > low else 0.5
     return min(cells - 1, max(0, round(share * (cells - 1))))
 
@@ -86,27 +86,33 @@ def plot(
         return [Text(" " * max(0, width)) for _ in range(max(0, height))]
     columns, rows = width - GUTTER - 1, height - 1
     x0, x1 = min(steps), max(*steps, x_end)
-    means = binned(line, x0, x1, columns * 2)
+    means = bin_points(line, x0, x1, columns * 2)
     y0, y1 = _limits([y for _, y in means] + [e for p in points for e in (p.value, *(p.interval or ()))])
 
-    def up(value: float) -> int:
+    def dots_from_top(value: float) -> int:
         """Return the distance from the top, in dots."""
-        return rows * 4 - 1 - _scaled(value, y0, y1, rows * 4)
+        return rows * 4 - 1 - _to_cell(value, y0, y1, rows * 4)
 
-    dots = _dots([(x, up(y)) for x, y in means])
-    over: dict[tuple[int, int], str] = {}
-    at = [_scaled(p.step, x0, x1, columns * 2) // 2 for p in points]
+    dots = _braille_bits([(x, dots_from_top(y)) for x, y in means])
+    overlay: dict[tuple[int, int], str] = {}
+    at = [_to_cell(p.step, x0, x1, columns * 2) // 2 for p in points]
     for x, p in zip(at, points, strict=True):
         if p.interval is not None:
-            over |= {(x, y): glyphs.whisker for y in range(up(p.interval[1]) // 4, up(p.interval[0]) // 4 + 1)}
-    over |= {(x, up(p.value) // 4): glyphs.point for x, p in zip(at, points, strict=True)}
+            overlay |= {
+                (x, y): glyphs.whisker
+                for y in range(dots_from_top(p.interval[1]) // 4, dots_from_top(p.interval[0]) // 4 + 1)
+            }
+    overlay |= {(x, dots_from_top(p.value) // 4): glyphs.point for x, p in zip(at, points, strict=True)}
     # the outer labels give the edges of the plot, the middle one gives the center of its row
     middle = {(rows - 1) // 2: y1 - (y1 - y0) * ((rows - 1) // 2 + 0.5) / rows} if rows >= 5 else {}
     labels = {y: axis_label(v, y1 - y0, max(abs(y0), abs(y1))) for y, v in {0: y1, **middle, rows - 1: y0}.items()}
     made = [
         Text.assemble(
             (f"{labels.get(y, '')[:GUTTER]:>{GUTTER}}{glyphs.bar}", AXIS),
-            *((over[x, y], POINT) if (x, y) in over else _cell(dots.get((x, y), 0), glyphs) for x in range(columns)),
+            *(
+                (overlay[x, y], POINT) if (x, y) in overlay else _glyph(dots.get((x, y), 0), glyphs)
+                for x in range(columns)
+            ),
         )
         for y in range(rows)
     ]
@@ -115,7 +121,7 @@ def plot(
     return [*made, Text(f"{'':>{GUTTER}}{glyphs.corner}{first}{rule}{last}"[:width], AXIS)]
 
 
-def _dots(path: Sequence[tuple[int, int]]) -> dict[tuple[int, int], int]:
+def _braille_bits(path: Sequence[tuple[int, int]]) -> dict[tuple[int, int], int]:
     """Return the braille bits of each cell that a path through the dots touches."""
     made: dict[tuple[int, int], int] = {}
     for (x0, y0), (x1, y1) in zip(path, [*path[1:], *path[-1:]], strict=True):
@@ -126,7 +132,7 @@ def _dots(path: Sequence[tuple[int, int]]) -> dict[tuple[int, int], int]:
     return made
 
 
-def _cell(bits: int, glyphs: Glyphs) -> tuple[str, str]:
+def _glyph(bits: int, glyphs: Glyphs) -> tuple[str, str]:
     if not bits:
         return " ", ""
     if glyphs.braille:

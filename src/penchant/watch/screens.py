@@ -22,7 +22,7 @@ from penchant.watch.views import (
     RunView,
     interval,
     number,
-    whole,
+    step_count,
 )
 
 # ---- Building blocks: lines of Text cut to the terminal's width ----
@@ -41,7 +41,7 @@ STYLES = {
 }
 
 
-def figure(value: float | None) -> str:
+def format_figure(value: float | None) -> str:
     """Format a figure with up to four decimals: ``0.5833``, ``-165.74``, ``1.20e-05``."""
     if value is None:
         return "-"
@@ -53,8 +53,8 @@ def figure(value: float | None) -> str:
 
 def with_interval(value: float | None, ci: tuple[float, float] | None) -> str:
     """Format ``0.7000 [0.6000, 0.8000]``; the interval is left out if it has no width after rounding."""
-    ends = [] if ci is None else [figure(end) for end in ci]
-    return figure(value) + (f" [{', '.join(ends)}]" if len(set(ends)) == 2 else "")
+    ends = [] if ci is None else [format_figure(end) for end in ci]
+    return format_figure(value) + (f" [{', '.join(ends)}]" if len(set(ends)) == 2 else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Size:
     height: int
     glyphs: Glyphs = UNICODE
 
-    def lower(self, height: int) -> Size:
+    def with_height(self, height: int) -> Size:
         return Size(self.width, max(0, height), self.glyphs)
 
 
@@ -76,21 +76,21 @@ def fit(text: Text, width: int) -> Text:
     return made
 
 
-def ends(left: Text, right: Text, width: int) -> Text:
+def justify(left: Text, right: Text, width: int) -> Text:
     """Put one text at each end of a line; the left one is cut if both do not fit."""
-    room = max(0, width - right.cell_len - 2)
-    return fit(Text.assemble(fit(left, room), "  ", right), width)
+    available = max(0, width - right.cell_len - 2)
+    return fit(Text.assemble(fit(left, available), "  ", right), width)
 
 
 def title(kind: str, name: str, state: Text, width: int) -> Text:
     """Return the first line: what is shown, and its state at the right. A long path keeps its end, which distinguishes it from others."""
     kind = f"{kind}  " if kind else ""
-    room = max(1, width - state.cell_len - 2 - cell_len(kind))
-    if cell_len(name) > room:
-        while name and cell_len(name) >= room:
+    available = max(1, width - state.cell_len - 2 - cell_len(kind))
+    if cell_len(name) > available:
+        while name and cell_len(name) >= available:
             name = name[1:]
         name = f"…{name}"
-    return ends(Text.assemble((kind, "bold cyan"), (name, "bold")), state, width)
+    return justify(Text.assemble((kind, "bold cyan"), (name, "bold")), state, width)
 
 
 def columns(cells: Sequence[Text], widths: Sequence[int]) -> Text:
@@ -99,13 +99,13 @@ def columns(cells: Sequence[Text], widths: Sequence[int]) -> Text:
     return Text("  ").join([*made, *cells[len(made) :]])
 
 
-def wrapped(label: str, text: str, width: int, most: int, label_width: int) -> list[Text]:
+def wrap_labelled(label: str, text: str, width: int, most: int, label_width: int) -> list[Text]:
     """Wrap a labelled text to at most `most` lines; an ellipsis marks a cut."""
-    room = max(1, width - label_width)
-    lines = [line.plain.strip() for line in Text(text).wrap(CONSOLE, room)]
+    available = max(1, width - label_width)
+    lines = [line.plain.strip() for line in Text(text).wrap(CONSOLE, available)]
     if len(lines) > most:
         last = Text(lines[most - 1] + "…")
-        last.truncate(room, overflow="ellipsis")
+        last.truncate(available, overflow="ellipsis")
         lines = [*lines[: most - 1], last.plain]
     first = [label, *[""] * (len(lines) - 1)]
     return [Text.assemble((f"{w:<{label_width}}", "dim"), line) for w, line in zip(first, lines, strict=True)]
@@ -124,7 +124,7 @@ def bar(done: float, width: int, size: Size) -> Text:
     return Text.assemble((full * n, "green"), (rest * (width - n), "dim"))
 
 
-def whole_frame(lines: Sequence[Text], size: Size) -> list[Text]:
+def crop_frame(lines: Sequence[Text], size: Size) -> list[Text]:
     """Return at most `size.height` lines, each of exactly its width."""
     return [fit(line, size.width) for line in lines[: size.height]]
 
@@ -133,8 +133,8 @@ def whole_frame(lines: Sequence[Text], size: Size) -> list[Text]:
 
 PANEL_WIDTH = 38  # minimum
 PANEL_HEIGHT = 7  # minimum to show the shape of a curve
-TALLEST = 18
-LABEL = 8  # cells before a sample's text
+MAX_PANEL_HEIGHT = 18
+LABEL_WIDTH = 8  # cells before a sample's text
 
 OFFLINE = (  # panels, most informative first
     *("loss", "rewards/accuracies", "rewards/margins", "kl/k3", "reward", "win_rate", "logps/chosen"),
@@ -153,14 +153,14 @@ def run_frame(view: RunView, size: Size) -> list[Text]:
     if view.state in WAITING and not view.last and not view.last_eval:
         lines.append(Text(WAITING[view.state], "dim"))
     lines += _flags(view, size)
-    room = size.height - len(lines)
+    available = size.height - len(lines)
     table = _table(view, size)
     samples_room = 4 if view.samples else 0
-    table = table[: max(0, room - samples_room - PANEL_HEIGHT)]
-    curves = panels(view, size.lower(room - len(table) - samples_room))
+    table = table[: max(0, available - samples_room - PANEL_HEIGHT)]
+    curves = panels(view, size.with_height(available - len(table) - samples_room))
     lines += curves + table
-    lines += _samples(view, size.lower(size.height - len(lines)))
-    return whole_frame(lines, size)
+    lines += _samples(view, size.with_height(size.height - len(lines)))
+    return crop_frame(lines, size)
 
 
 # ---- progress ----
@@ -168,26 +168,26 @@ def run_frame(view: RunView, size: Size) -> list[Text]:
 
 def header(view: RunView, size: Size) -> list[Text]:
     """Return the method and state, the progress, the speed, and an explanation if the state needs one."""
-    lines = [title(view.method, view.name, state_words(view), size.width)]
+    lines = [title(view.method, view.name, state_text(view), size.width)]
     if view.step or view.total:
         lines.append(_progress(view, size))
-    if figures := _figures(view):
+    if figures := _progress_figures(view):
         lines.append(Text("  ".join(figures)))
     if view.why:
-        lines += wrapped("", view.why, size.width, 2, 0)
+        lines += wrap_labelled("", view.why, size.width, 2, 0)
     if view.unreadable:
         n = view.unreadable
         lines.append(Text(f"{n} line{'s' if n > 1 else ''} of its logs cannot be read", "yellow"))
     return lines
 
 
-def state_words(view: RunView) -> Text:
+def state_text(view: RunView) -> Text:
     """Return the state, with the time left or taken."""
     rest = ""
-    if view.state == "running" and view.left is not None:
-        rest = f", {duration(view.left)} left"
-    elif view.state == "finished" and view.took is not None:
-        rest = f" in {duration(view.took)}"
+    if view.state == "running" and view.seconds_left is not None:
+        rest = f", {duration(view.seconds_left)} left"
+    elif view.state == "finished" and view.elapsed is not None:
+        rest = f" in {duration(view.elapsed)}"
     return Text.assemble((view.state, STYLES[view.state]), rest)
 
 
@@ -199,11 +199,11 @@ def _progress(view: RunView, size: Size) -> Text:
     if not total:
         return Text(f"{said}  {end}")
     end = f"{min(100, 100 * step // total)}%  {end}".rstrip()
-    room = max(4, min(60, size.width - len(said) - len(end) - 4))
-    return Text.assemble(f"{said}  ", bar(step / total, room, size), f"  {end}")
+    available = max(4, min(60, size.width - len(said) - len(end) - 4))
+    return Text.assemble(f"{said}  ", bar(step / total, available, size), f"  {end}")
 
 
-def _figures(view: RunView) -> list[str]:
+def _progress_figures(view: RunView) -> list[str]:
     """Return speed, memory, learning rate, and elapsed time."""
     found = []
     speed = view.speed
@@ -223,8 +223,8 @@ def _figures(view: RunView) -> list[str]:
     rate = number(view.last.get("lr"))
     if rate is not None:
         found.append(f"lr {rate:.1e}")
-    if view.state in ("running", "preparing") and view.took is not None:
-        found.append(f"running for {duration(view.took)}")
+    if view.state in ("running", "preparing") and view.elapsed is not None:
+        found.append(f"running for {duration(view.elapsed)}")
     return found
 
 
@@ -247,14 +247,17 @@ def panels(view: RunView, size: Size) -> list[Text]:
     """Return as many panels as fit, most informative first."""
     keys = [(key, f"eval/{key}") for key in (ONLINE if view.online else OFFLINE)]
     wanted = [(line, points) for line, points in keys if view.line.get(line) or view.points.get(points)]
-    across = min(len(wanted), max(1, (size.width + 2) // (PANEL_WIDTH + 2)))
+    panel_columns = min(len(wanted), max(1, (size.width + 2) // (PANEL_WIDTH + 2)))
     if not wanted or size.height < PANEL_HEIGHT:
         return []
-    down = min(-(-len(wanted) // across), max(1, size.height // (PANEL_HEIGHT + 2)))
-    height, width = min(TALLEST, size.height // down), (size.width - 2 * (across - 1)) // across
+    panel_rows = min(-(-len(wanted) // panel_columns), max(1, size.height // (PANEL_HEIGHT + 2)))
+    height, width = (
+        min(MAX_PANEL_HEIGHT, size.height // panel_rows),
+        (size.width - 2 * (panel_columns - 1)) // panel_columns,
+    )
     lines: list[Text] = []
-    for i in range(down):
-        row = [_panel(view, *keys, width, height, size) for keys in wanted[i * across : (i + 1) * across]]
+    for i in range(panel_rows):
+        row = [_panel(view, *keys, width, height, size) for keys in wanted[i * panel_columns : (i + 1) * panel_columns]]
         lines += [columns(cells, [width] * len(cells)) for cells in zip(*row, strict=True)]
     return lines
 
@@ -263,8 +266,8 @@ def _panel(view: RunView, key: str, held_out: str, width: int, height: int, size
     line, points = view.line.get(key, []), view.points.get(held_out, [])
     if view.online and key == "loss":
         points = []  # on held-out rows, loss is a different figure
-    trained = (f"  {figure(line[-1][1])}" if line else "", LINE)
-    words = [with_interval(points[-1].value, points[-1].interval), figure(points[-1].value)] if points else [""]
+    trained = (f"  {format_figure(line[-1][1])}" if line else "", LINE)
+    words = [with_interval(points[-1].value, points[-1].interval), format_figure(points[-1].value)] if points else [""]
     made = [
         Text.assemble((METRICS[key].picture, "bold"), trained, (f"  {size.glyphs.point} {w}" if w else "", POINT))
         for w in words
@@ -280,13 +283,19 @@ def _table(view: RunView, size: Size) -> list[Text]:
     keys = [(key, METRICS[key].row) for key in FIGURES if METRICS[key].row]
     first, last = view.first_eval, view.last_eval
     if last:
-        rows = [_held_out(view, f"eval/{k}", label) for k, label in keys if number(last.get(f"eval/{k}")) is not None]
-        begin, end = (f"step {whole(e.get('step')) or 0:,}" for e in (first, last))
-        held = whole(last.get("rows", last.get("eval/rows")))
+        rows = [
+            _held_out_row(view, f"eval/{k}", label) for k, label in keys if number(last.get(f"eval/{k}")) is not None
+        ]
+        begin, end = (f"step {step_count(e.get('step')) or 0:,}" for e in (first, last))
+        held = step_count(last.get("rows", last.get("eval/rows")))
         which = "held out" + (f", {counted(held, 'row')}" if held else "")
         head = ("", begin, end, "change") if begin != end else ("", "", end, "")
     else:
-        rows = [(label, figure(e[0]), figure(e[1]), f"{e[1] - e[0]:+.4f}") for k, label in keys if (e := view.edges(k))]
+        rows = [
+            (label, format_figure(e[0]), format_figure(e[1]), f"{e[1] - e[0]:+.4f}")
+            for k, label in keys
+            if (e := view.edges(k))
+        ]
         which, head = "training: mean of the first and of the last steps", ("", "first", "last", "change")
     if not rows:
         return []
@@ -295,7 +304,7 @@ def _table(view: RunView, size: Size) -> list[Text]:
     return [heading(which, size.width, size.glyphs), Text(lines[0], "dim"), *map(Text, lines[1:])]
 
 
-def _held_out(view: RunView, key: str, label: str) -> tuple[str, str, str, str]:
+def _held_out_row(view: RunView, key: str, label: str) -> tuple[str, str, str, str]:
     """Return a table row of a held-out figure; a single evaluation is shown as the last one."""
     first, last = number(view.first_eval.get(key)), number(view.last_eval.get(key))
     before, after = (with_interval(v, interval(e, key)) for v, e in ((first, view.first_eval), (last, view.last_eval)))
@@ -318,36 +327,36 @@ def _samples(view: RunView, size: Size) -> list[Text]:
     most = max(1, (size.height - 1) // max(1, sum(len(p) for p in per)))
     for sample in per:
         for label, text in sample:
-            lines += wrapped(label, text, size.width, most, LABEL)
+            lines += wrap_labelled(label, text, size.width, most, LABEL_WIDTH)
     return lines[: size.height]
 
 
 # ---- Several runs: one line each, the time left for all, and below them the run in progress ----
 
-BAR = 10  # cells
-ORDER = ("running", "preparing", "interrupted", "paused", "stopped", "finished", "cut", "to come", "waiting")
+BAR_WIDTH = 10  # cells
+STATE_ORDER = ("running", "preparing", "interrupted", "paused", "stopped", "finished", "cut", "to come", "waiting")
 
 
 def group_frame(view: GroupView, size: Size) -> list[Text]:
     """Render the runs in at most `size.height` lines."""
-    lines = [title(view.kind, view.title, _state(view), size.width)]
+    lines = [title(view.kind, view.title, _group_state(view), size.width)]
     if not view.members:
-        return whole_frame([*lines, Text("no run has begun", "dim")], size)
+        return crop_frame([*lines, Text("no run has begun", "dim")], size)
     lines.append(_counts(view))
     rest = size.height - len(lines)
     n = len(view.members) + 1
-    lines += _runs(view, size.lower(rest if rest < n + 1 + PANEL_HEIGHT else n))
-    shown = _shown(view)
-    room = size.height - len(lines) - 1
-    if shown is not None and room >= PANEL_HEIGHT:
-        curves = panels(shown.view, size.lower(room))
+    lines += _runs(view, size.with_height(rest if rest < n + 1 + PANEL_HEIGHT else n))
+    shown = _run_to_plot(view)
+    available = size.height - len(lines) - 1
+    if shown is not None and available >= PANEL_HEIGHT:
+        curves = panels(shown.view, size.with_height(available))
         lines += [heading(shown.view.name, size.width, size.glyphs), *curves] if curves else []
-    return whole_frame(lines, size)
+    return crop_frame(lines, size)
 
 
-def _state(view: GroupView) -> Text:
-    if view.going:
-        left = view.left
+def _group_state(view: GroupView) -> Text:
+    if view.is_active:
+        left = view.seconds_left
         upper = "at most " if view.about.get("halving") else ""
         rest = f", {upper}{duration(left)} left" if left is not None else ""
         return Text.assemble(("running", STYLES["running"]), rest)
@@ -357,7 +366,7 @@ def _state(view: GroupView) -> Text:
 
 def _counts(view: GroupView) -> Text:
     counts = view.counts
-    said = [f"{counts[s]} {s}" for s in ORDER if s in counts]
+    said = [f"{counts[s]} {s}" for s in STATE_ORDER if s in counts]
     n = len(view.members)
     return Text(f"{n} run{'s' if n > 1 else ''}: {', '.join(said)}")
 
@@ -365,10 +374,10 @@ def _counts(view: GroupView) -> Text:
 def _runs(view: GroupView, size: Size) -> list[Text]:
     """Return one line per run. If not all fit, active runs are kept first and the omitted ones are counted."""
     members = view.members
-    room = size.height - 1
-    if len(members) > room:
-        ranked = sorted(members, key=lambda m: ORDER.index(m.state) if m.state in ORDER else 0)
-        kept = {id(m) for m in ranked[: max(0, room - 1)]}
+    available = size.height - 1
+    if len(members) > available:
+        ranked = sorted(members, key=lambda m: STATE_ORDER.index(m.state) if m.state in STATE_ORDER else 0)
+        kept = {id(m) for m in ranked[: max(0, available - 1)]}
         members = [m for m in members if id(m) in kept]
     metrics = [m.metric(view.metric) for m in members]
     names = sorted({m.name for m in metrics if m is not None})
@@ -387,12 +396,12 @@ def _row(member: Member, metric: Metric | None, size: Size, mixed: bool) -> list
     step, total = member.steps
     steps = Text(f"{step:,}" if step else "")
     if total:
-        steps = Text.assemble(bar(step / total, BAR, size), f" {step:,}/{total:,}")
-    end, view, took = "", member.view, member.took
+        steps = Text.assemble(bar(step / total, BAR_WIDTH, size), f" {step:,}/{total:,}")
+    end, view, took = "", member.view, member.elapsed
     if member.state in ("stopped", "cut"):
         end = member.why.removeprefix("stopped at ")
     elif member.state == "running":
-        end = "" if view.left is None else f"{duration(view.left)} left"
+        end = "" if view.seconds_left is None else f"{duration(view.seconds_left)} left"
         end += "" if view.speed is None else f", {view.speed.tokens:,.0f} tokens/s"
     elif member.state == "finished" and took is not None:
         end = duration(took)
@@ -402,7 +411,7 @@ def _row(member: Member, metric: Metric | None, size: Size, mixed: bool) -> list
     return [Text(view.name), Text(member.state, STYLES.get(member.state, "")), steps, Text(value), Text(end)]
 
 
-def _shown(view: GroupView) -> Member | None:
+def _run_to_plot(view: GroupView) -> Member | None:
     """Return the run to plot: the first active one, else the last finished one, else the last one with figures, else None."""
     members = [m for m in view.members if m.view.last]
     going = [m for m in members if m.state in OPEN_STATES]

@@ -28,7 +28,7 @@ def number(value: Any) -> float | None:
     return None if made is None or abs(made) >= LARGEST else made
 
 
-def whole(value: Any) -> int | None:
+def step_count(value: Any) -> int | None:
     """Return a step count, an integer of at least 0, or None."""
     made = number(value)
     return int(made) if made is not None and made >= 0 and made == int(made) else None
@@ -81,9 +81,9 @@ class RunView:
         self._files = follow(folder, brief)
         self._figures = [key for key in FIGURES if key in USUAL] if brief else FIGURES
         self._perf: deque[tuple[int, float, float, float]] = deque(maxlen=RECENT)
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self.line: dict[str, list[tuple[float, float]]] = {}  # training figures over steps
         self.points: dict[str, list[Point]] = {}  # held-out figures over steps
         self.last: dict[str, Any] = {}  # the last training line
@@ -95,20 +95,20 @@ class RunView:
         files = self._files
         anew, rows = files.metrics.read()
         if anew:
-            self._forget()
+            self._reset()
         for row in rows:
-            self._take(row)
+            self._add_row(row)
         anew, rows = files.perf.read()
         if anew:
             self._perf.clear()
         for row in rows:
-            self._take_speed(row)
+            self._add_speed(row)
         self.config, self.manifest, self.flags = files.config.read(), files.manifest.read(), files.flags.read()
         self.samples = [] if self._brief else files.samples.read() or files.samples_before.read()
         self.state, self.why = self._state(lock_state(self.folder))
 
-    def _take(self, row: dict[str, Any]) -> None:
-        step, kind = whole(row.get("step")), row.get("kind")
+    def _add_row(self, row: dict[str, Any]) -> None:
+        step, kind = step_count(row.get("step")), row.get("kind")
         if step is None or kind not in ("train", "eval"):
             return
         row = dict(with_k3(row))
@@ -128,8 +128,8 @@ class RunView:
             else:
                 self.points.setdefault(key, []).append(Point(step, value, interval(row, key)))
 
-    def _take_speed(self, row: Mapping[str, Any]) -> None:
-        step, seconds = whole(row.get("step")), number(row.get("seconds"))
+    def _add_speed(self, row: Mapping[str, Any]) -> None:
+        step, seconds = step_count(row.get("step")), number(row.get("seconds"))
         if step is None or seconds is None:
             return
         while self._perf and self._perf[-1][0] >= step:  # a resumed run repeats these steps
@@ -147,8 +147,8 @@ class RunView:
     @property
     def step(self) -> int:
         """Optimizer steps done, from metrics.jsonl (truncated when a run resumes) or, if that logs every n-th step only, perf.jsonl."""
-        logged = whole(self.last.get("step")) or whole(self.last_eval.get("step")) or 0
-        every = whole(mapping(self.config.get("logging")).get("every")) or 1
+        logged = step_count(self.last.get("step")) or step_count(self.last_eval.get("step")) or 0
+        every = step_count(mapping(self.config.get("logging")).get("every")) or 1
         timed = self._perf[-1][0] if self._perf else 0
         return timed if logged <= timed < logged + every else logged
 
@@ -159,23 +159,23 @@ class RunView:
     @property
     def total(self) -> int | None:
         """Optimizer steps of the whole run, from the manifest; for older runs without that entry, derived from epochs."""
-        said = whole(self.manifest.get("total_steps"))
-        if said:
-            return said
+        total_steps = step_count(self.manifest.get("total_steps"))
+        if total_steps:
+            return total_steps
         if self.state == "finished":
-            return whole(self.manifest.get("steps"))
-        epochs, most = number(self._train.get("epochs")), whole(self._train.get("max_steps"))
-        step, epoch = whole(self.last.get("step")), number(self.last.get("epoch"))
+            return step_count(self.manifest.get("steps"))
+        epochs, max_steps = number(self._train.get("epochs")), step_count(self._train.get("max_steps"))
+        step, epoch = step_count(self.last.get("step")), number(self.last.get("epoch"))
         if not epochs or not step or not epoch:
-            return most
+            return max_steps
         steps = max(1, round(epochs * round(step / epoch)))
-        return steps if most is None else min(steps, most)
+        return steps if max_steps is None else min(steps, max_steps)
 
     @property
     def epoch(self) -> tuple[float | None, float | None]:
         """(epochs done, epochs in all)."""
         epochs, total, epoch = number(self._train.get("epochs")), self.total, number(self.last.get("epoch"))
-        step = whole(self.last.get("step"))
+        step = step_count(self.last.get("step"))
         if epochs is not None and total and step and epoch:
             epochs = min(epochs, total * epoch / step)  # train.max_steps may end training sooner
         return epoch, epochs
@@ -189,13 +189,13 @@ class RunView:
         return Speed(seconds / len(rows), sum(r[2] for r in rows) / seconds, sum(r[3] for r in rows) / seconds)
 
     @property
-    def left(self) -> float | None:
+    def seconds_left(self) -> float | None:
         """Seconds to the end at the recent speed, without evaluations and checkpoints."""
         speed, total = self.speed, self.total
         return None if speed is None or total is None else max(0, total - self.step) * speed.seconds
 
     @property
-    def took(self) -> float | None:
+    def elapsed(self) -> float | None:
         """Seconds over all sessions; for an active run, seconds of the current session so far."""
         if self.state not in ("running", "preparing"):
             return number(self.manifest.get("seconds"))
@@ -226,26 +226,26 @@ class RunView:
         return (sum(values[:n]) / n, sum(values[-n:]) / n) if len(values) > 1 else None
 
     def _state(self, lock: LockState) -> tuple[State, str]:
-        said = self.manifest.get("status")
+        status = self.manifest.get("status")
         if not is_run(self.folder):
             return "waiting", ""
-        if said == "finished":
+        if status == "finished":
             return "finished", ""
-        if lock == "held" or (lock == "elsewhere" and said == "running"):
+        if lock == "held" or (lock == "elsewhere" and status == "running"):
             where = "" if lock == "held" else "on another machine, as its files say"
-            return ("running" if said == "running" and self.step else "preparing"), where
-        if said == "paused":
+            return ("running" if status == "running" and self.step else "preparing"), where
+        if status == "paused":
             return "paused", clean(self.manifest.get("why", ""), 300)
-        if said == "stopped":  # stopped early by itself or by a signal; older manifests do not say which
+        if status == "stopped":  # stopped early by itself or by a signal; older manifests do not say which
             why = self.manifest.get("why")
             if not isinstance(why, str):
                 batch = self.folder / f"stopped-batch-step-{self.manifest.get('steps')}.json"
                 why = CachedFile[Any](batch, json_object, {}).read().get("what")
             known = isinstance(why, str)
             return ("stopped", clean(why, 300)) if known else ("interrupted", "it ended before its last step")
-        if said is None:
+        if status is None:
             return "interrupted", "it has no manifest.json" if self.step else "before its first step"
-        ended = "its process died without a message; " if said == "running" else ""
+        ended = "its process died without a message; " if status == "running" else ""
         return "interrupted", f"{ended}run the same command to resume"
 
 
@@ -277,9 +277,9 @@ class Member:
 
     @property
     def state(self) -> Status:
-        said = self.record.get("state")
-        if said in ENDED:
-            return str(said)
+        status = self.record.get("state")
+        if status in ENDED:
+            return str(status)
         if self.view.state == "finished":  # the record is written only after the run has finished
             return "finished"
         return "to come" if self.view.state == "waiting" else self.view.state
@@ -293,28 +293,28 @@ class Member:
         return self.state in ENDED
 
     @property
-    def took(self) -> float | None:
+    def elapsed(self) -> float | None:
         """Seconds over all sessions from the record, if it has them, else those of the view."""
-        return number(self.record.get("seconds")) or self.view.took
+        return number(self.record.get("seconds")) or self.view.elapsed
 
     @property
     def steps(self) -> tuple[int, int | None]:
         """(steps done, steps in all), from the record if the run's files are gone or belong to another session."""
-        said = whole(self.record.get("steps"))
-        return (self.view.step or said or 0), self.view.total or (said if self.state == "finished" else None)
+        recorded = step_count(self.record.get("steps"))
+        return (self.view.step or recorded or 0), self.view.total or (recorded if self.state == "finished" else None)
 
     @property
-    def _at_rung(self) -> dict[str, Any]:
+    def _rung_metrics(self) -> dict[str, Any]:
         """The metrics at the last rung of a run that is paused or cut there; they are not in the run's own files."""
         if self.state not in ("paused", "cut"):
             return {}
         rungs = mappings([*mapping(self.record.get("rungs")).values()])
-        last = max(rungs, key=lambda r: whole(r.get("step")) or 0, default={})
+        last = max(rungs, key=lambda r: step_count(r.get("step")) or 0, default={})
         return mapping(last.get("metrics"))
 
     def metric(self, name: str | None) -> Metric | None:
         """Return the metric's last held-out value (at its rung, if the run waits there), else its mean over the last training steps."""
-        last = self._at_rung or self.view.last_eval
+        last = self._rung_metrics or self.view.last_eval
         for key in (name,) if name else USUAL:
             value = number(last.get(key))
             if value is not None:
@@ -329,17 +329,17 @@ class GroupView:
     """Several runs, their states, and the time left for all of them.
 
     Args:
-        title: heading; kind: ``sweep``, ``pipeline`` or ``runs``; folder: of the sweep or pipeline; named: run folders to show.
+        title: heading; kind: ``sweep``, ``pipeline`` or ``runs``; folder: of the sweep or pipeline; run_folders: folders to show.
     """
 
-    def __init__(self, title: str, kind: str, folder: Path | None = None, named: Sequence[Path] = ()) -> None:
-        self.title, self.kind, self.folder, self.named = title, kind, folder, named
+    def __init__(self, title: str, kind: str, folder: Path | None = None, run_folders: Sequence[Path] = ()) -> None:
+        self.title, self.kind, self.folder, self.run_folders = title, kind, folder, run_folders
         self.members: list[Member] = []
         self.record: dict[str, Any] = {}  # contents of sweep.json or pipeline.json
         self._file = (
             None if folder is None or kind == "runs" else CachedFile[Any](folder / f"{kind}.json", json_object, {})
         )
-        self._known: dict[Path, RunView] = {}
+        self._views: dict[Path, RunView] = {}
 
     @property
     def about(self) -> Mapping[str, Any]:
@@ -356,17 +356,17 @@ class GroupView:
         if self._file is not None:
             self.record = self._file.read()
         made = []
-        for name, folder, record in self._listed():
-            view = self._known.setdefault(folder, RunView(folder, name))
+        for name, folder, record in self._member_folders():
+            view = self._views.setdefault(folder, RunView(folder, name))
             member = Member(view, record)
             if not (member.ended and view.last):  # a run that has ended is read only once
                 view.refresh()
             made.append(member)
         self.members = made
 
-    def _listed(self) -> Iterator[tuple[str, Path, Mapping[str, Any]]]:
+    def _member_folders(self) -> Iterator[tuple[str, Path, Mapping[str, Any]]]:
         if self.folder is None:
-            yield from ((clean(path, 200), path, {}) for path in self.named)
+            yield from ((clean(path, 200), path, {}) for path in self.run_folders)
         elif self._file is None:
             yield from ((clean(path.relative_to(self.folder), 200), path, {}) for path in runs_below(self.folder))
         else:
@@ -386,25 +386,25 @@ class GroupView:
         return Counter(m.state for m in self.members)
 
     @property
-    def going(self) -> bool:
+    def is_active(self) -> bool:
         """True if a run is active, or if none is but the sweep's or pipeline's own process holds its lock."""
         held = self._file is not None and lock_state(self._file.path.parent) == "held"
         return held or any(m.state in OPEN_STATES for m in self.members)
 
     @property
-    def left(self) -> float | None:
+    def seconds_left(self) -> float | None:
         """Seconds until all runs are done: the remaining steps at the measured speeds, divided by the number of active runs.
 
         With successive halving this is an upper bound, since it assumes that no further run is cut.
         """
-        at_once = max(1, sum(m.state in OPEN_STATES for m in self.members))
+        active = max(1, sum(m.state in OPEN_STATES for m in self.members))
         speeds = [s.seconds for m in self.members if (s := m.view.speed) is not None]
         totals = [t for m in self.members if (t := m.view.total) is not None]
-        if not self.going or not speeds or not totals or self.kind == "pipeline":
+        if not self.is_active or not speeds or not totals or self.kind == "pipeline":
             return None
-        usual, steps = sum(speeds) / len(speeds), sum(totals) / len(totals)
-        todo = [(m, max(0.0, (m.view.total or steps) - m.view.step)) for m in self.members if not m.ended]
-        return sum(n * (s.seconds if (s := m.view.speed) is not None else usual) for m, n in todo) / at_once
+        mean_seconds, steps = sum(speeds) / len(speeds), sum(totals) / len(totals)
+        remaining = [(m, max(0.0, (m.view.total or steps) - m.view.step)) for m in self.members if not m.ended]
+        return sum(n * (s.seconds if (s := m.view.speed) is not None else mean_seconds) for m, n in remaining) / active
 
 
 def runs_below(folder: Path) -> list[Path]:
@@ -433,7 +433,7 @@ def _folders(folder: Path) -> list[Path]:
 def open_view(paths: Sequence[Path]) -> RunView | GroupView:
     """Open what the paths hold: one run (possibly still to come), a sweep, a pipeline, a folder of runs, or several runs."""
     if len(paths) > 1:
-        return GroupView(f"{len(paths)} runs", "runs", named=paths)
+        return GroupView(f"{len(paths)} runs", "runs", run_folders=paths)
     folder = paths[0]
     for name in (SWEEP, PIPELINE):
         if (folder / name).exists():
