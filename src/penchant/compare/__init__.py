@@ -39,7 +39,7 @@ from penchant.compare.runs import (
 )
 from penchant.data.load import Dataset, load_preferences
 from penchant.errors import ConfigError, DataError
-from penchant.judges import OF_ENDPOINTS, JudgeOptions, PairJudge, load_judge
+from penchant.judges import ENDPOINT_FLAGS, JudgeOptions, PairJudge, load_judge
 from penchant.metrics.flags import comparison_flags, summary
 from penchant.metrics.flags.rule import Flag
 from penchant.requests import HUMANS, CompareRequest
@@ -391,8 +391,8 @@ def _judge_of(question: CompareRequest) -> JudgeOptions | None:
     if isinstance(question.judge, str) and question.judge.startswith(HUMANS):
         how = "leave the runs out: penchant compare --judge humans:FILE"
         raise ConfigError("--judge", "people judged the answers in their file, and runs would write new ones", how)
-    of_endpoint = {name: getattr(question, f"judge_{name}") for name in OF_ENDPOINTS}
-    given = [OF_ENDPOINTS[name] for name, value in of_endpoint.items() if value is not None]
+    of_endpoint = {name: getattr(question, f"judge_{name}") for name in ENDPOINT_FLAGS}
+    given = [ENDPOINT_FLAGS[name] for name, value in of_endpoint.items() if value is not None]
     if question.judge is None and given:
         raise ConfigError(given[0], "is given without --judge", "name the judge")
     return JudgeOptions(question.judge, **of_endpoint) if isinstance(question.judge, str) else question.judge

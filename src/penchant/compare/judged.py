@@ -10,7 +10,7 @@ import numpy as np
 
 from penchant.base.text import counted
 from penchant.compare.measured import Measured, Metrics, Setting
-from penchant.judges.judge import BothWays, PairJudge, Question, ask_both_ways
+from penchant.judges.judge import BothOrders, PairJudge, Question, ask_both_orders
 from penchant.metrics.stats import Interval, share_ci
 from penchant.metrics.verdict import (
     MOST_UNJUDGED,
@@ -49,7 +49,7 @@ class Judgement:
     described: Mapping[str, Any]
     pairs: list[Pair]
     contests: Sequence[Contest]
-    both: BothWays
+    both: BothOrders
     shape: tuple[int, int]
     first_position: Interval | None
 
@@ -155,7 +155,7 @@ def judge_pairs(
                 texts = zip(asked, mine.written.texts, theirs.written.texts, strict=True)
                 questions += [Question(*three) for three in texts]
     progress = setting.progress(f"{judge.name} judges, questions") if setting.progress else None
-    both = ask_both_ways(judge, questions, progress)
+    both = ask_both_orders(judge, questions, progress)
     by_name = {c.name: c for c in candidates}
     pairs = []
     for a, b in meetings(list(settings)):
