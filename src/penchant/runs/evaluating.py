@@ -106,7 +106,7 @@ class HeldOut:
     fresh: Fresh | None = None
     tables: dict[str, Any] = field(default_factory=dict)
     step: int = 0
-    write_summed: bool = False
+    keep: bool = False
     of_start: dict[str, Any] = field(default_factory=dict)
 
     def at(self, step: int, *, keep: bool = False) -> dict[str, Any]:
