@@ -15,7 +15,7 @@ from penchant.compare.judged import WIN_RATE
 from penchant.compare.models import Compared, compare_models, table
 from penchant.judges import Answers, Question
 from penchant.metrics.stats import Interval, bootstrap_ci, holm
-from penchant.metrics.verdict import Candidate, Family, Pair, compare_judged, compare_two, comparisons_table
+from penchant.metrics.verdict import Candidate, ComparisonGroup, Pair, compare_judged, compare_two, comparisons_table
 
 NAN = float("nan")
 
@@ -192,13 +192,13 @@ def test_too_many_failures_name_no_winner() -> None:
 def test_failures_of_one_comparison_leave_that_one_without_a_winner() -> None:
     win, level = Interval(0.8, 0.7, 0.9), Interval(0.75, 0.6, 0.85)
     clear = Pair("b", "a", Interval(0.3, 0.2, 0.4), 0.001, None, win, level, corrected=0.003, unjudged=0.05)
-    (said,) = (s.text for s in Family("oracle", [clear], WIN_RATE, 3).sentences(200))
+    (said,) = (s.text for s in ComparisonGroup("oracle", [clear], WIN_RATE, 3).sentences(200))
     assert (
         said
         == "By oracle: b is better than a: its win rate is 80% [70%, 90%], p = 0.0030 (corrected for 3 comparisons)."
     )
-    (said,) = (s.text for s in Family("oracle", [replace(clear, unjudged=0.2)], WIN_RATE, 3).sentences(200))
+    (said,) = (s.text for s in ComparisonGroup("oracle", [replace(clear, unjudged=0.2)], WIN_RATE, 3).sentences(200))
     assert "there is no clear winner" in said and said.endswith("20% of their pairs could not be judged.")
     near = replace(clear, difference=Interval(0.1, -0.01, 0.2), corrected=0.2, p_prompts=0.2)
-    (said,) = (s.text for s in Family("oracle", [near], WIN_RATE, 3).sentences(200))
+    (said,) = (s.text for s in ComparisonGroup("oracle", [near], WIN_RATE, 3).sentences(200))
     assert said.endswith("the interval of the win rate includes 50%.")

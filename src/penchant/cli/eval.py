@@ -39,9 +39,9 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     parts = [table(metrics, args.all or args.explain), "\n".join(metrics.get("notes", []))]
     if "tables" in metrics:
-        from penchant.metrics.heldout import as_text
+        from penchant.metrics.heldout import format_quality
 
-        parts.append(as_text(metrics["tables"]))
+        parts.append(format_quality(metrics["tables"]))
     if args.explain:
         parts.append(explained(metrics))
     print("\n\n".join(p for p in parts if p))

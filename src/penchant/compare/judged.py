@@ -13,15 +13,15 @@ from penchant.compare.measured import Measured, Metrics, Setting
 from penchant.judges.judge import BothOrders, PairJudge, Question, ask_both_orders
 from penchant.metrics.stats import Interval, share_ci
 from penchant.metrics.verdict import (
-    MOST_UNJUDGED,
+    MAX_UNJUDGED,
     NOTABLE,
     WIN_RATE,
     Candidate,
-    Family,
+    ComparisonGroup,
     Pair,
     compare_judged,
-    corrected,
-    meetings,
+    correct_p_values,
+    pairings,
 )
 from penchant.runfolder import nan_to_none
 
@@ -69,12 +69,12 @@ class Judgement:
         return int((~self.both.agreed & ~self.both.identical & ~np.isnan(self.both.wins)).sum())
 
     @property
-    def family(self) -> Family:
+    def family(self) -> ComparisonGroup:
         """Its comparisons as a family for the verdict."""
         doubt, share = "", self.left_out / max(1, self.judged)
-        if share > MOST_UNJUDGED:
+        if share > MAX_UNJUDGED:
             doubt = f"{self.left_out:,} of {counted(self.judged, 'pair')} ({share:.0%}) could not be judged"
-        return Family(self.name, self.pairs, WIN_RATE, len(self.pairs), doubt)
+        return ComparisonGroup(self.name, self.pairs, WIN_RATE, len(self.pairs), doubt)
 
     def against(self, name: str, first: str) -> Metrics:
         """A setting's win rates over the first setting; empty if there are none."""
@@ -148,7 +148,7 @@ def judge_pairs(
     size, contests = shape[0] * shape[1], []
     questions: list[Question] = []
     asked = [prompt for prompt in setting.asked for _ in range(setting.samples)]
-    for a, b in meetings(list(settings)):
+    for a, b in pairings(list(settings)):
         for mine in settings[a]:
             for theirs in settings[b]:
                 contests.append(Contest((a, b), (mine.name, theirs.name), len(questions)))
@@ -158,14 +158,20 @@ def judge_pairs(
     both = ask_both_orders(judge, questions, progress)
     by_name = {c.name: c for c in candidates}
     pairs = []
-    for a, b in meetings(list(settings)):
+    for a, b in pairings(list(settings)):
         starts = [c.start for c in contests if c.settings == (a, b)]
         wins = np.stack([both.wins[s : s + size] for s in starts])
         pair = compare_judged(by_name[a], by_name[b], wins.reshape(by_name[a].seeds, by_name[b].seeds, *shape))
         pairs += [pair] if pair is not None else []
     prompts = np.tile(np.repeat(np.arange(shape[0]), shape[1]), len(contests))
     return Judgement(
-        judge.name, judge.describe(), corrected(pairs), contests, both, shape, _position(both.first_position, prompts)
+        judge.name,
+        judge.describe(),
+        correct_p_values(pairs),
+        contests,
+        both,
+        shape,
+        _position(both.first_position, prompts),
     )
 
 

@@ -25,13 +25,13 @@ from penchant.metrics.figures import prompt_numbers
 from penchant.metrics.names import all_tied
 from penchant.metrics.verdict import (
     Candidate,
-    Family,
+    ComparisonGroup,
     Pair,
     Sentence,
     compare_all,
-    compare_each,
+    compare_uncorrected,
     comparisons_table,
-    corrected,
+    correct_p_values,
     verdict,
 )
 from penchant.rewards import load_reward
@@ -131,7 +131,7 @@ def compare_models(
         for name, metrics in models.items():
             metrics["judged"] = {judgement.name: judgement.against(name, names[0])}
     together = sum(map(len, also.values()))
-    families = [Family(judge, by_it, "mean reward", together) for judge, by_it in also.items()]
+    families = [ComparisonGroup(judge, by_it, "mean reward", together) for judge, by_it in also.items()]
     families += [judgement.family] if judgement is not None else []
     said = verdict(candidates, pairs, outcome, families) if candidates else [Sentence(NO_OUTCOME, "open")]
     rows = _rows(measured, setting, judgement)
@@ -156,8 +156,8 @@ def _candidates(settings: Mapping[str, Sequence[Measured]], fixed: bool) -> tupl
 
 def _also(settings: Mapping[str, Sequence[Measured]], fixed: bool, names: Iterable[str]) -> dict[str, list[Pair]]:
     """Comparisons by the other rewards, corrected together; those by the main reward are corrected separately."""
-    by_judge = {judge: compare_each(_by_reward(settings, fixed, judge)) for judge in names}
-    together = iter(corrected([pair for pairs in by_judge.values() for pair in pairs]))
+    by_judge = {judge: compare_uncorrected(_by_reward(settings, fixed, judge)) for judge in names}
+    together = iter(correct_p_values([pair for pairs in by_judge.values() for pair in pairs]))
     return {judge: [next(together) for _ in pairs] for judge, pairs in by_judge.items()}
 
 

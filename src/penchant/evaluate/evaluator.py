@@ -17,16 +17,16 @@ from penchant.evaluate.material import Material
 from penchant.logprobs.reference import LiveReference
 from penchant.metrics.answers import TokenScores, answer_figures, figures_by_answer, score_tokens, text_figures
 from penchant.metrics.completions import (
-    Judge,
-    Written,
-    judged,
-    kl_of_written,
+    Completions,
+    RewardFunction,
+    generation_figures,
+    generation_kl,
     overlap_figures,
     require_overlap,
-    text_of_written,
-    write,
+    sample_completions,
+    score_completions,
 )
-from penchant.metrics.figures import Figure, flat
+from penchant.metrics.figures import Figure, flatten
 from penchant.models.load import load_tokenizer, tokens_of
 from penchant.models.options import check_text_alone, looks_like_folder
 from penchant.rewards import load_reward
@@ -69,7 +69,7 @@ class Evaluation(Material):
     # ---- the models -----------------------------------------------------------------------------------------------
 
     @cached_property
-    def judges(self) -> dict[str, Judge]:
+    def judges(self) -> dict[str, RewardFunction]:
         """The main reward under "", and the others by name."""
         assert self.rows is not None
         asked: dict[str, Any] = {} if self.request.reward is None else {"": self.request.reward}
@@ -201,14 +201,14 @@ class Evaluation(Material):
             figures += more
             if reference is not None:
                 own = self._scores(policy, reference, written.trees, "own completions")
-                figures += kl_of_written(own, written, sampled=self.request.temperature == 1.0)
+                figures += generation_kl(own, written, sampled=self.request.temperature == 1.0)
                 if self.request.temperature != 1.0:
                     self.notes.append("Sampled KL (k1, k3) is left out: it is unbiased at temperature 1 alone.")
         self._about_intervals(figures)
         head: dict[str, Any] = {"model": self.source.name}
         head |= {"checkpoint": self.source.checkpoint} if self.source.checkpoint else {}
         head |= {"reference": self.reference_source.name} if self.reference_source is not None else {}
-        return Evaluated(head | flat(figures), self.notes, self._what(), rows, self.source.step, answers)
+        return Evaluated(head | flatten(figures), self.notes, self._what(), rows, self.source.step, answers)
 
     def _answer_rows(self, scores: TokenScores) -> list[dict[str, Any]]:
         """The figures of each given answer next to its texts, under the same names as the overall figures."""
@@ -251,10 +251,10 @@ class Evaluation(Material):
             progress=self.run.console.counter(f"log-probs of {what}"),
         )
 
-    def _generated(self, policy: LiveReference) -> tuple[Written, list[Figure], list[dict[str, Any]]]:
+    def _generated(self, policy: LiveReference) -> tuple[Completions, list[Figure], list[dict[str, Any]]]:
         """Sample completions; return them, their figures, and their rows for a file."""
         r, tokenizer = self.request, self.run.rows.tokenizer
-        written = write(
+        written = sample_completions(
             policy.scorer.model,
             tokenizer,
             [t.prompt_ids.tolist() for t in self.prompts],
@@ -266,8 +266,8 @@ class Evaluation(Material):
             sources=[t.source for t in self.prompts],
             progress=self.run.console.counter("prompts written to"),
         )
-        also = {n: judged(j, tokenizer, written.trees, written.texts) for n, j in self.judges.items() if n}
-        figures = text_of_written(written, also)
+        also = {n: score_completions(j, tokenizer, written.trees, written.texts) for n, j in self.judges.items() if n}
+        figures = generation_figures(written, also)
         references = [self.good_answers.get(t.prompt_ids.tobytes(), []) for t in self.prompts for _ in range(r.samples)]
         have = [i for i, refs in enumerate(references) if refs]
         if r.overlap and have:
@@ -282,7 +282,7 @@ class Evaluation(Material):
         return written, figures, self._completions(written, also, references)
 
     def _completions(
-        self, written: Written, also: Mapping[str, np.ndarray], references: Sequence[Sequence[str]]
+        self, written: Completions, also: Mapping[str, np.ndarray], references: Sequence[Sequence[str]]
     ) -> list[dict[str, Any]]:
         decode = self.run.rows.tokenizer.decode
         rows = []

@@ -12,7 +12,7 @@ from penchant.data.adapt import adapt
 from penchant.data.load import Dataset, load_preferences
 from penchant.data.tokenize import TokenizedDataset, tokenize
 from penchant.errors import DataError
-from penchant.metrics.answers import is_answer, without_eos
+from penchant.metrics.answers import is_answer, strip_eos
 from penchant.models.load import load_tokenizer
 from penchant.requests import EvalRequest
 from penchant.rewards.functions import reads_columns
@@ -141,7 +141,7 @@ class Material:
                 "each without what came before it."
             )
         size = {t.source: len(t.completions[0].text.encode()) for t in texts.trees}
-        return without_eos(made.trees, tokenizer.eos_token_id), size, texts.fingerprint
+        return strip_eos(made.trees, tokenizer.eos_token_id), size, texts.fingerprint
 
     @cached_property
     def prompts(self) -> list[TokenTree]:
