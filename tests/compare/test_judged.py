@@ -12,7 +12,7 @@ import pytest
 from comparing import scorer, setting
 
 from penchant.compare.judged import WIN_RATE
-from penchant.compare.models import Compared, compare_models, table
+from penchant.compare.models import ComparisonResult, compare_models, table
 from penchant.judges import Answers, Question
 from penchant.metrics.stats import Interval, bootstrap_ci, holm
 from penchant.metrics.verdict import Candidate, ComparisonGroup, Pair, compare_judged, compare_two, comparisons_table
@@ -52,7 +52,7 @@ def by_reward(q: Question) -> float:
 MADE = {"a": 0, "x1": 1, "x2": 2, "y1": 3}
 
 
-def compared(pairwise: Any, names: Sequence[str] = ("a", "x1"), **changes: Any) -> Compared:
+def compared(pairwise: Any, names: Sequence[str] = ("a", "x1"), **changes: Any) -> ComparisonResult:
     options = {k: changes.pop(k) for k in ("seeds", "fixed") if k in changes}
     values = {"samples": 1, **changes}
     return compare_models(list(names), lambda n: scorer(MADE[n]), setting(pairwise=pairwise, **values), **options)
@@ -174,7 +174,7 @@ def test_too_many_failures_name_no_winner() -> None:
         return By(lambda q: NAN if int(q.prompt.split()[-1]) < 7 + prompts else by_reward(q))
 
     one = compared(without(1), judge=None).judgement  # one prompt of twelve
-    assert one is not None and not one.family.doubt and (one.both.failures, one.left_out) == (2, 1)
+    assert one is not None and not one.comparison_group.doubt and (one.both.failures, one.left_out) == (2, 1)
     assert "on 2 questions; for instance 'hm'. 1 of 12 pairs are left out." in one.sentences()[1]
     two = compared(without(2), judge=None)
     assert two.judgement is not None and (two.judgement.both.failures, two.judgement.left_out) == (4, 2)

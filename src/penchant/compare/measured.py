@@ -63,13 +63,13 @@ class Setting:
         return [self.tokenizer.decode(list(p), skip_special_tokens=True) for p in self.prompts]
 
     @property
-    def paired(self) -> bool:
+    def is_paired(self) -> bool:
         """Whether the answers are pairs."""
         return bool(self.answers) and all(len(t.completion_ids) == 2 for t in self.answers)
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """A model's raw figures; those relative to the first model are None for the first model itself.
 
     Args:
@@ -124,7 +124,7 @@ class Measured:
         return found
 
     @cached_property
-    def surprise(self) -> tuple[np.ndarray, np.ndarray]:
+    def chosen_nlls(self) -> tuple[np.ndarray, np.ndarray]:
         """``-log p`` of every token of the chosen answers, and the prompt index of each."""
         assert self.answers is not None
         answers = self.setting.answers
@@ -135,8 +135,8 @@ class Measured:
 
 
 def measure(
-    name: str, scorer: Scorer, setting: Setting, first: Measured | None = None, first_scorer: Scorer | None = None
-) -> Measured:
+    name: str, scorer: Scorer, setting: Setting, first: Measurement | None = None, first_scorer: Scorer | None = None
+) -> Measurement:
     """Sample and score a model's completions and given answers, and compare them with the first model's if given."""
     progress = setting.progress
     written = Completions([], [], None)
@@ -157,22 +157,22 @@ def measure(
         answers = compute_logps(LiveReference(scorer), setting.answers, tokens_per_step=setting.tokens_per_step)
     also = {n: score_completions(j, setting.tokenizer, written.trees, written.texts) for n, j in setting.also.items()}
     if first is None or first_scorer is None:
-        return Measured(name, setting, written, answers, also)
+        return Measurement(name, setting, written, answers, also)
     correct = None
-    if setting.paired and answers is not None and first.answers is not None:
+    if setting.is_paired and answers is not None and first.answers is not None:
         correct = pair_change(answers.sums, first.answers.sums).correct
     if not written.trees:
-        return Measured(name, setting, written, answers, also, correct)
+        return Measurement(name, setting, written, answers, also, correct)
     kl, kl_k3 = kl_by_completion(
         LiveReference(scorer),
         LiveReference(first_scorer),
         written.trees,
         tokens_per_step=setting.tokens_per_step,
     )
-    return Measured(name, setting, written, answers, also, correct, kl, kl_k3)
+    return Measurement(name, setting, written, answers, also, correct, kl, kl_k3)
 
 
-def figures(seeds: Sequence[Measured]) -> Metrics:
+def figures(seeds: Sequence[Measurement]) -> Metrics:
     """A setting's figures: of its only model, with intervals by prompt, or means over the models of several seeds.
 
     With several seeds, intervals come from `interval_from_sources` over the seeds' means and the prompts' means.
@@ -192,7 +192,7 @@ def figures(seeds: Sequence[Measured]) -> Metrics:
     if seeds[0].written.trees:
         metrics["distinct_2"] = float(np.mean([distinct_n(m.written.ids) for m in seeds]))
     if seeds[0].answers is not None:
-        nll = _interval([m.surprise for m in seeds], SEVERAL_DRAWS)
+        nll = _interval([m.chosen_nlls for m in seeds], SEVERAL_DRAWS)
         metrics |= Interval(*(float(np.exp(v)) for v in (nll.estimate, nll.low, nll.high))).named("perplexity")
     return metrics
 
