@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from penchant import api, demo
-from penchant.metrics.completions import Written
+from penchant.metrics.completions import Completions
 from penchant.metrics.stats import bootstrap_ci
 
 STUDENTS: dict[str, dict[str, Any]] = {
@@ -90,7 +90,7 @@ def main() -> None:
         f"{len(rows)} openings, {args.epochs} epochs of 16 a step, lr {args.lr:g}; {len(openings['eval'])} held-out openings\n"
     )
     print("| student | seeds | KL(student to teacher) | KL(teacher to student) | sentiment |\n|---|---|---|---|---|")
-    shown: Written = demo._write(teacher, tokenizer, openings["eval"], demo.EVAL_SAMPLES, 1, None)
+    shown: Completions = demo._write(teacher, tokenizer, openings["eval"], demo.EVAL_SAMPLES, 1, None)
     theirs = demo._logps(teacher, shown.trees)
     for name, folders in models.items():
         own, back, rewards = [], [], []

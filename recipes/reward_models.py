@@ -17,7 +17,7 @@ from typing import Any
 
 import penchant
 from penchant import api
-from penchant.metrics.heldout import as_text
+from penchant.metrics.heldout import format_quality
 
 HELD_OUT = 500
 
@@ -92,7 +92,7 @@ def main() -> None:
         details.append(
             f"{name}: {m['model']['parameters']:,} parameters, {rows[0]:,} training pairs, {a['eval/rows']:,} held out, "
             f"{found['steps']} steps, {m['hardware']['dtype']}; the longer answer wins {a['eval/length/longer_wins']:.3f}\n"
-            + as_text(found["quality"])
+            + format_quality(found["quality"])
         )
     print("| model | accuracy | loss | ECE | Brier | accuracy by quartile of length gap |")
     print("|---|---|---|---|---|---|")

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from penchant.metrics.completions import EVALUATION
+from penchant.metrics.completions import EVALUATION_ITERATION
 from penchant.rollout.engines import request_seed
 from penchant.rollout.generate import sample
 
@@ -138,7 +138,7 @@ class FakeVLLM:
     @property
     def drawn(self) -> dict[int, tuple[int, int]]:
         if not _DRAWN:
-            for iteration in (*range(12), EVALUATION):
+            for iteration in (*range(12), EVALUATION_ITERATION):
                 seed = iteration % 2**63
                 turns = [(((row << 16) | at) << 8) + t for row in range(8) for at in range(3) for t in range(3)]
                 _DRAWN.update({request_seed(seed, row): (seed, row) for row in (*range(40), *turns)})

@@ -167,9 +167,9 @@ def flags(path: str | Path) -> list[Flag]:
     Raises:
         CheckpointError: the folder is neither.
     """
-    from penchant.metrics.flags import flags_of
+    from penchant.metrics.flags import compute_flags
 
-    return flags_of(path)
+    return compute_flags(path)
 
 
 def audit(

@@ -22,7 +22,7 @@ from penchant import api, runfolder
 from penchant.base.text import counted, for_terminal, unescaped
 
 if TYPE_CHECKING:
-    from penchant.metrics.completions import Written
+    from penchant.metrics.completions import Completions
 
 SAMPLES = 8  # continuations per training opening
 PAIRS = 3  # pairs per opening: the best against the worst, the second best against the second worst, ...
@@ -143,12 +143,12 @@ def _load(folder: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def _write(model: Any, tokenizer: Any, openings: Sequence[str], n: int, seed: int, progress: Any) -> Written:
+def _write(model: Any, tokenizer: Any, openings: Sequence[str], n: int, seed: int, progress: Any) -> Completions:
     """Sample `n` continuations of each opening, scored by the lexicon."""
-    from penchant.metrics.completions import write
+    from penchant.metrics.completions import sample_completions
     from penchant.rewards.builtin import sentiment
 
-    return write(
+    return sample_completions(
         model,
         tokenizer,
         [[tokenizer.bos_token_id, *tokenizer(o, add_special_tokens=False)["input_ids"]] for o in openings],
@@ -181,7 +181,7 @@ def _make_pairs(model: Any, tokenizer: Any, openings: Sequence[str], seed: int, 
 
 
 def _measure(
-    start: Any, aligned: Any, tokenizer: Any, before: Written, after: Written, reviews: str | None
+    start: Any, aligned: Any, tokenizer: Any, before: Completions, after: Completions, reviews: str | None
 ) -> dict[str, Any]:
     from penchant.metrics.completions import distinct_n
     from penchant.metrics.stats import bootstrap_ci, paired_bootstrap, win_rate
@@ -250,7 +250,9 @@ def _perplexity(model: Any, tokenizer: Any, path: str) -> float:
     return float(np.exp(-_logps(model, trees).sum() / tokens))
 
 
-def _write_samples(folder: Path, openings: Sequence[str], before: Written, after: Written, count: int = 12) -> None:
+def _write_samples(
+    folder: Path, openings: Sequence[str], before: Completions, after: Completions, count: int = 12
+) -> None:
     """Write the first continuation of the first openings, before and after training, without any selection."""
     assert before.rewards is not None and after.rewards is not None
     lines = []

@@ -17,7 +17,7 @@ from tiny import polite_rows, tiny_model_folder, write_jsonl
 from penchant import api
 from penchant.base.files import write_text_atomically
 from penchant.cli import main
-from penchant.compare.runs import NUMBERS, WORDS, budget_sentences, by_setting, read_runs
+from penchant.compare.runs import NUMBERS, WORDS, budget_sentences, group_by_setting, read_runs
 from penchant.errors import CheckpointError, ConfigError, DataError, ModelError, PenchantError
 from penchant.judges import JudgeOptions
 
@@ -283,7 +283,8 @@ def test_what_makes_another_setting(world: Path, tmp_path: Path, what: str) -> N
     loss = {"beta": 0.37} if what == "beta" else {}
     other = copied(world, tmp_path, train={"seed": 5}, loss=loss)
     assert (
-        len(by_setting(read_runs([world / "runs/dpo", copied(world, tmp_path, to="x", train={"seed": 5})], None))) == 1
+        len(group_by_setting(read_runs([world / "runs/dpo", copied(world, tmp_path, to="x", train={"seed": 5})], None)))
+        == 1
     )
     if what == "rows":
         edit(other, lambda m: m["data"]["train"].update(fingerprint="0"))
@@ -291,7 +292,7 @@ def test_what_makes_another_setting(world: Path, tmp_path: Path, what: str) -> N
         edit(other, lambda m: m["model"].update(sha256="0"))
     if what == "reward":
         edit(other, lambda m: m.update({"content of reward r.py:f": "0"}), "identity.json")
-    assert len(by_setting(read_runs([world / "runs/dpo", other], None))) == 2
+    assert len(group_by_setting(read_runs([world / "runs/dpo", other], None))) == 2
 
 
 def test_runs_of_one_name_are_told_apart(world: Path, tmp_path: Path) -> None:

@@ -12,17 +12,17 @@ from comparing import Letters, even, scorer, setting
 from families import make_tree
 
 from penchant.compare.measured import by_prompt
-from penchant.compare.models import NO_OUTCOME, Compared, compare_models, table
+from penchant.compare.models import NO_OUTCOME, ComparisonResult, compare_models, table
 from penchant.metrics.stats import holm
 from penchant.types import TokenTree
 
 
 @pytest.fixture(scope="module")
-def compared() -> Compared:
+def compared() -> ComparisonResult:
     return compare_models(["a", "same", "b"], lambda name: scorer(1 if name == "b" else 0), setting())
 
 
-def test_a_model_against_itself_is_a_draw(compared: Compared) -> None:
+def test_a_model_against_itself_is_a_draw(compared: ComparisonResult) -> None:
     same = compared.models["same"]
     assert same["win_rate"] == pytest.approx(0.5)
     assert same["kl"] == 0.0 == same["kl_per_token"]
@@ -32,7 +32,7 @@ def test_a_model_against_itself_is_a_draw(compared: Compared) -> None:
     assert "Between same and a there is no clear winner" in " ".join(s.text for s in compared.sentences)
 
 
-def test_every_model_meets_the_same_prompts(compared: Compared) -> None:
+def test_every_model_meets_the_same_prompts(compared: ComparisonResult) -> None:
     rows = compared.rows
     assert [(r["prompt"], r["sample"]) for r in rows] == [(f"5 6 {7 + i}", s) for i in range(12) for s in (0, 1)]
     for name in ("a", "same", "b"):
@@ -45,7 +45,7 @@ def test_every_model_meets_the_same_prompts(compared: Compared) -> None:
         assert compared.models[name]["ended"] == pytest.approx(np.mean(ended))
 
 
-def test_likelihood_figures_equal_transformers_own(compared: Compared) -> None:
+def test_likelihood_figures_equal_transformers_own(compared: ComparisonResult) -> None:
     models = {name: scorer(1 if name == "b" else 0).model for name in ("a", "b")}
 
     def logps(model: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:
@@ -86,7 +86,7 @@ def test_the_sampled_kl_agrees_with_the_exact_one() -> None:
     assert [(s.text, s.tone) for s in got.sentences] == [(NO_OUTCOME, "open")]
 
 
-def test_the_table_is_plain_and_whole(compared: Compared) -> None:
+def test_the_table_is_plain_and_whole(compared: ComparisonResult) -> None:
     lines = table(compared.models).splitlines()
     assert lines[0].split() == ["a", "same", "b"]
     by_name = {line[:38].strip(): line for line in lines[1:]}

@@ -12,10 +12,10 @@ import pytest
 from comparing import scorer, setting
 
 from penchant.compare.judged import WIN_RATE
-from penchant.compare.models import Compared, compare_models, table
+from penchant.compare.models import ComparisonResult, compare_models, table
 from penchant.judges import Answers, Question
 from penchant.metrics.stats import Interval, bootstrap_ci, holm
-from penchant.metrics.verdict import Candidate, Family, Pair, compare_judged, compare_two, comparisons_table
+from penchant.metrics.verdict import Candidate, ComparisonGroup, Pair, compare_judged, compare_two, comparisons_table
 
 NAN = float("nan")
 
@@ -52,7 +52,7 @@ def by_reward(q: Question) -> float:
 MADE = {"a": 0, "x1": 1, "x2": 2, "y1": 3}
 
 
-def compared(pairwise: Any, names: Sequence[str] = ("a", "x1"), **changes: Any) -> Compared:
+def compared(pairwise: Any, names: Sequence[str] = ("a", "x1"), **changes: Any) -> ComparisonResult:
     options = {k: changes.pop(k) for k in ("seeds", "fixed") if k in changes}
     values = {"samples": 1, **changes}
     return compare_models(list(names), lambda n: scorer(MADE[n]), setting(pairwise=pairwise, **values), **options)
@@ -174,7 +174,7 @@ def test_too_many_failures_name_no_winner() -> None:
         return By(lambda q: NAN if int(q.prompt.split()[-1]) < 7 + prompts else by_reward(q))
 
     one = compared(without(1), judge=None).judgement  # a single prompt of twelve
-    assert one is not None and not one.family.doubt and (one.both.failures, one.left_out) == (2, 1)
+    assert one is not None and not one.comparison_group.doubt and (one.both.failures, one.left_out) == (2, 1)
     assert "on 2 questions; for instance 'hm'. 1 of 12 pairs are left out." in one.sentences()[1]
     two = compared(without(2), judge=None)
     assert two.judgement is not None and (two.judgement.both.failures, two.judgement.left_out) == (4, 2)
@@ -192,13 +192,13 @@ def test_too_many_failures_name_no_winner() -> None:
 def test_failures_of_one_comparison_leave_that_one_without_a_winner() -> None:
     win, level = Interval(0.8, 0.7, 0.9), Interval(0.75, 0.6, 0.85)
     clear = Pair("b", "a", Interval(0.3, 0.2, 0.4), 0.001, None, win, level, corrected=0.003, unjudged=0.05)
-    (said,) = (s.text for s in Family("oracle", [clear], WIN_RATE, 3).sentences(200))
+    (said,) = (s.text for s in ComparisonGroup("oracle", [clear], WIN_RATE, 3).sentences(200))
     assert (
         said
         == "By oracle: b is better than a: its win rate is 80% [70%, 90%], p = 0.0030 (corrected for 3 comparisons)."
     )
-    (said,) = (s.text for s in Family("oracle", [replace(clear, unjudged=0.2)], WIN_RATE, 3).sentences(200))
+    (said,) = (s.text for s in ComparisonGroup("oracle", [replace(clear, unjudged=0.2)], WIN_RATE, 3).sentences(200))
     assert "there is no clear winner" in said and said.endswith("20% of their pairs could not be judged.")
     near = replace(clear, difference=Interval(0.1, -0.01, 0.2), corrected=0.2, p_prompts=0.2)
-    (said,) = (s.text for s in Family("oracle", [near], WIN_RATE, 3).sentences(200))
+    (said,) = (s.text for s in ComparisonGroup("oracle", [near], WIN_RATE, 3).sentences(200))
     assert said.endswith("the interval of the win rate includes 50%.")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from penchant.judges import Answers, Question, ask_both_ways
+from penchant.judges import Answers, Question, ask_both_orders
 
 NAN = float("nan")
 
@@ -36,7 +36,7 @@ class Says:
 
 def wins(first: float, swapped: float, graded: bool = False) -> tuple[float, bool, float]:
     """(win of a, agreed, preference for the first position) of verdicts on (a, b) and on (b, a)."""
-    both = ask_both_ways(Says({("a", "b"): first, ("b", "a"): swapped}, graded), [Question("p", "a", "b")])
+    both = ask_both_orders(Says({("a", "b"): first, ("b", "a"): swapped}, graded), [Question("p", "a", "b")])
     return both.wins[0], bool(both.agreed[0]), both.first_position[0]
 
 
@@ -62,16 +62,16 @@ def test_numbers_are_averaged() -> None:
 
 
 def test_a_missing_verdict_leaves_the_pair_out() -> None:
-    both = ask_both_ways(Says({("a", "b"): NAN, ("b", "a"): 1.0}), [Question("p", "a", "b")])
+    both = ask_both_orders(Says({("a", "b"): NAN, ("b", "a"): 1.0}), [Question("p", "a", "b")])
     assert np.isnan(both.wins[0]) and not both.agreed[0] and np.isnan(both.first_position[0]) and both.failures == 1
 
 
 def test_equal_texts_are_a_tie_that_nobody_is_asked_and_no_question_is_put_twice() -> None:
     judge = Says({("a", "b"): 1.0, ("b", "a"): 0.0})
     pairs = [Question("p", "a", "b"), Question("p", "x", "x"), Question("p", "b", "a"), Question("p", "a", "b")]
-    both = ask_both_ways(judge, pairs)
+    both = ask_both_orders(judge, pairs)
     assert both.wins.tolist() == [1.0, 0.5, 0.0, 1.0] and both.identical.tolist() == [False, True, False, False]
     assert judge.asked == [Question("p", "a", "b"), Question("p", "b", "a")] and both.asked == 2
     assert np.isnan(both.first_position[1])
-    none = ask_both_ways(judge, [Question("p", "x", "x")])
+    none = ask_both_orders(judge, [Question("p", "x", "x")])
     assert none.wins.tolist() == [0.5] and none.asked == 0

@@ -16,7 +16,7 @@ from endpoints import Asked, longer, serve
 
 from penchant.errors import CheckpointError, ConfigError, RewardError
 from penchant.judges import JudgeOptions, Question, load_judge
-from penchant.judges.endpoint import GIVE_UP, PARAMETERS, EndpointJudge, Replies, connect, key_of
+from penchant.judges.endpoint import MAX_SILENT, PARAMETERS, EndpointJudge, VerdictCache, cache_key, connect
 
 PAIRS = [Question(f"prompt {i}", "x" * (1 + i % 3), "y" * 2) for i in range(12)]
 EXPECTED = [0.0, 0.5, 1.0] * 4
@@ -74,7 +74,7 @@ def test_a_cache_is_of_a_model_an_instruction_and_parameters() -> None:
         ("m", "i", {"t": 0}, PAIRS[0].swapped),
         ("m", "i", {"t": 0}, Question("prompt 0x", "", "yy")),
     ]
-    assert len({key_of(*args) for args in (base, *others)}) == 7
+    assert len({cache_key(*args) for args in (base, *others)}) == 7
     with serve(longer) as server:
         judge_at(server.url).ask(PAIRS)
         for changed in ({"model": "n"}, {"parameters": '{"temperature": 1}'}):
@@ -82,18 +82,18 @@ def test_a_cache_is_of_a_model_an_instruction_and_parameters() -> None:
 
 
 def test_a_damaged_cache_is_asked_anew(tmp_path: Path) -> None:
-    replies = Replies.open(tmp_path, "m", "i", {})
-    replies.keep("one", 1.0, "A")
+    replies = VerdictCache.open(tmp_path, "m", "i", {})
+    replies.add("one", 1.0, "A")
     replies.path.write_bytes(replies.path.read_bytes() + b'{"key": "torn", "verd')
-    again = Replies.open(tmp_path, "m", "i", {})
-    assert again.known == {"one": 1.0}
-    again.keep("two", 0.0, "B\u2028")
-    assert Replies.open(tmp_path, "m", "i", {}).known == {"one": 1.0, "two": 0.0}
+    again = VerdictCache.open(tmp_path, "m", "i", {})
+    assert again.verdicts == {"one": 1.0}
+    again.add("two", 0.0, "B\u2028")
+    assert VerdictCache.open(tmp_path, "m", "i", {}).verdicts == {"one": 1.0, "two": 0.0}
     replies.path.write_text('{"key": "x", "verdict": 7}\n[1]\n{"key": "y", "verdict": null}\n')
-    assert Replies.open(tmp_path, "m", "i", {}).known == {}
+    assert VerdictCache.open(tmp_path, "m", "i", {}).verdicts == {}
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="replies cannot be kept"):
-        Replies.open(tmp_path / "file", "m", "i", {})
+        VerdictCache.open(tmp_path / "file", "m", "i", {})
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
@@ -166,7 +166,7 @@ def test_nobody_there() -> None:
         many = [Question(str(i), "a", "b") for i in range(40)]
         with pytest.raises(RewardError, match=r"answered 503 .*\(6 attempts\)"):
             judge_at(server.url).ask(many)
-        assert len(server.asked) <= (GIVE_UP + 8) * 6  # and then it stops
+        assert len(server.asked) <= (MAX_SILENT + 8) * 6  # and then it stops
 
 
 def test_a_slow_endpoint_is_not_waited_for_for_ever() -> None:

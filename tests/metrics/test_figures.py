@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from penchant.metrics.completions import distinct_n, distinct_n_interval, repetition
-from penchant.metrics.figures import Figure, exp, flat, mean_of, prompt_clusters, ratio_of
+from penchant.metrics.figures import Figure, exp, flatten, mean_figure, prompt_clusters, ratio_figure
 from penchant.metrics.stats import bootstrap_ci, bootstrap_ratio, bootstrap_sums
 from penchant.types import TokenTree
 
@@ -55,15 +55,15 @@ def test_ratios_of_nothing_are_refused(above: list[float], below: list[float]) -
 
 
 def test_one_prompt_has_no_interval() -> None:
-    assert mean_of("x", [1.0, 2.0], [0, 0]) == Figure("x", 1.5, None, 2)
-    several = mean_of("x", [1.0, 2.0], [0, 1])
+    assert mean_figure("x", [1.0, 2.0], [0, 0]) == Figure("x", 1.5, None, 2)
+    several = mean_figure("x", [1.0, 2.0], [0, 1])
     assert several.interval == (1.0, 2.0)
-    metrics = flat([several, mean_of("y", [1.0], [0])])
+    metrics = flatten([several, mean_figure("y", [1.0], [0])])
     assert metrics == {"eval/x": 1.5, "eval/x/ci": [1.0, 2.0], "eval/x/n": 2, "eval/y": 1.0, "eval/y/n": 1}
 
 
 def test_a_perplexity_is_finite_and_its_interval_is_mapped_too() -> None:
-    found = ratio_of("p", [2.0, 4.0], [2.0, 2.0], [0, 1], exp)
+    found = ratio_figure("p", [2.0, 4.0], [2.0, 2.0], [0, 1], exp)
     assert found.value == pytest.approx(math.exp(1.5))
     assert found.interval == (pytest.approx(math.e), pytest.approx(math.exp(2)))
     assert math.isfinite(exp(1e9))

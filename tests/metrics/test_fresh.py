@@ -13,7 +13,14 @@ from tiny import polite_rows, tiny_model_folder, write_jsonl
 from penchant import api
 from penchant.cli import main
 from penchant.errors import CheckpointError, ConfigError
-from penchant.metrics.completions import START_FILE, Written, completion_figures, gain_figures, keep_start, kept_start
+from penchant.metrics.completions import (
+    START_FILE,
+    Completions,
+    completion_figures,
+    gain_figures,
+    load_start_rewards,
+    save_start,
+)
 from penchant.training.loop import Loop
 from penchant.types import TokenTree
 
@@ -35,7 +42,7 @@ def test_length_ends_and_variety_by_hand() -> None:
         TokenTree(0, np.array([9]), (np.array([1, 2, 1, 2]),), (True,)),
         TokenTree(1, np.array([9]), (np.array([3, 4]),), (False,)),
     ]
-    got = completion_figures(Written(trees, ["a", "b"], None))
+    got = completion_figures(Completions(trees, ["a", "b"], None))
     assert got["completions/length"] == 3.0 and got["completions/length/ci"] == [2.0, 4.0]
     assert got["completions/ended"] == 0.5
     assert got["completions/distinct_2"] == 3 / 4
@@ -43,13 +50,13 @@ def test_length_ends_and_variety_by_hand() -> None:
 
 def test_what_was_kept_is_read_only_where_the_same_was_asked(tmp_path: Path) -> None:
     path, asked = tmp_path / START_FILE, {"seed": 0, "judge": ["words"]}
-    assert kept_start(path, asked) is None
-    keep_start(path, asked, [{"reward": 1.5}, {"reward": -2.0}])
-    found = kept_start(path, asked)
+    assert load_start_rewards(path, asked) is None
+    save_start(path, asked, [{"reward": 1.5}, {"reward": -2.0}])
+    found = load_start_rewards(path, asked)
     assert found is not None and found.tolist() == [1.5, -2.0]
-    assert kept_start(path, {"seed": 1, "judge": ["words"]}) is None
+    assert load_start_rewards(path, {"seed": 1, "judge": ["words"]}) is None
     path.write_text("{half")
-    assert kept_start(path, asked) is None
+    assert load_start_rewards(path, asked) is None
 
 
 # ---- whole runs -----------------------------------------------------------------------------------------------------

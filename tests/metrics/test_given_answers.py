@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from penchant.metrics.answers import TokenScores, answer_figures, completion_sums, is_answer, text_figures, without_eos
+from penchant.metrics.answers import TokenScores, answer_figures, completion_sums, is_answer, strip_eos, text_figures
 from penchant.metrics.figures import Figure
 from penchant.types import TokenTree
 
@@ -97,6 +97,6 @@ def test_eos_behind_a_document_is_not_part_of_it() -> None:
     whole = TokenTree(0, np.array([0], np.int32), (ids,), (False,), "a")
     cut = TokenTree(1, np.array([0], np.int32), (ids,), (True,), "b")  # its end is in another chunk
     only = TokenTree(2, np.array([0], np.int32), (ids[1:],), (False,), "b")
-    left = without_eos([whole, cut, only], eos=1)
+    left = strip_eos([whole, cut, only], eos=1)
     assert [t.completion_ids[0].tolist() for t in left] == [[4], [4, 1]]
     assert [t.row for t in left] == [0, 1]

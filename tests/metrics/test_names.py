@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from penchant.metrics.names import METRICS, SPEED, figure_text, higher_is_better, metric, of_evaluation, with_k3
+from penchant.metrics.names import METRICS, SPEED, format_figure, higher_is_better, metric, with_current_names, with_k3
 from penchant.runfolder import MetricsLog
 
 OLD = Path(__file__).parents[1] / "fixtures/v0_1"
@@ -73,16 +73,16 @@ def test_two_accuracies_have_two_names_and_two_meanings() -> None:
 def test_an_old_evaluation_on_asked_rows_is_read_as_what_it_meant() -> None:
     (asked,) = logged("finished/evaluations.jsonl")
     assert "beta" in asked["what"]
-    found = of_evaluation(asked)
+    found = with_current_names(asked)
     for part in ("metrics", "n"):
         assert not any(k.startswith("eval/rewards/") for k in found[part])
         assert list(found[part].values()) == list(asked[part].values())
     assert found["metrics"]["eval/implicit_reward/margins/ci"] == asked["metrics"]["eval/rewards/margins/ci"]
-    assert of_evaluation(found) == found
+    assert with_current_names(found) == found
     # the run's own metrics, by the loss's reward, in old and new files
     bare = {**asked, "what": {"checkpoint": "step-6", "data": "held out"}}
-    assert of_evaluation(bare) == bare and "eval/rewards/accuracies" in bare["metrics"]
-    assert of_evaluation({"what": 3, "metrics": None}) == {"what": 3, "metrics": None}
+    assert with_current_names(bare) == bare and "eval/rewards/accuracies" in bare["metrics"]
+    assert with_current_names({"what": 3, "metrics": None}) == {"what": 3, "metrics": None}
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_an_old_evaluation_on_asked_rows_is_read_as_what_it_meant() -> None:
     ],
 )
 def test_a_figure_stands_only_for_what_it_can_say(line: dict[str, Any], name: str, said: str) -> None:
-    assert figure_text(line, name) == said
+    assert format_figure(line, name) == said
 
 
 def test_an_older_kl_is_shown_unless_it_is_below_zero() -> None:

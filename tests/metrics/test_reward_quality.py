@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from penchant.metrics.heldout import as_text, by_length_gap, calibration, pair_quality
+from penchant.metrics.heldout import by_length_gap, calibration, format_quality, pair_quality
 
 
 def test_calibration_by_hand() -> None:
@@ -59,5 +59,5 @@ def test_flat_figures_and_tables() -> None:
     flat, quality = pair_quality(np.array([1.0, -2.0, 3.0]), np.array([4.0, -1.0, 2.0]))
     assert flat["eval/calibration/ece"] == quality["calibration"]["ece"]
     assert flat["eval/length/longer_wins"] == pytest.approx(2 / 3)
-    text = as_text(quality)
+    text = format_quality(quality)
     assert "share right" in text and "2 to 2" in text

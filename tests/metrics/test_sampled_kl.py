@@ -11,7 +11,7 @@ from families import some_trees, tiny_model
 
 from penchant.logprobs import Scorer
 from penchant.logprobs.reference import LiveReference
-from penchant.metrics.completions import kl_by_completion, kl_on, write
+from penchant.metrics.completions import estimate_kl, kl_by_completion, sample_completions
 
 
 def _live(seed: int) -> LiveReference:
@@ -20,8 +20,8 @@ def _live(seed: int) -> LiveReference:
 
 def _estimate(policy: LiveReference, reference: LiveReference, n: int) -> dict[str, float]:
     wordless = SimpleNamespace(eos_token_id=None, decode=lambda ids, **_: "")
-    written = write(policy.scorer.model, wordless, [[5, 6]] * n, n=1, max_new_tokens=1, seed=0)
-    return kl_on(policy, reference, written.trees, tokens_per_step=4096)
+    written = sample_completions(policy.scorer.model, wordless, [[5, 6]] * n, n=1, max_new_tokens=1, seed=0)
+    return estimate_kl(policy, reference, written.trees, tokens_per_step=4096)
 
 
 def test_equal_models_have_no_kl() -> None:
@@ -66,6 +66,6 @@ def test_k1_and_k3_by_hand() -> None:
     d = np.concatenate(gaps)
     assert k1 == pytest.approx([g.sum() for g in gaps], rel=1e-9)
     assert k3 == pytest.approx([(np.exp(-g) - 1 + g).sum() for g in gaps], rel=1e-9)
-    figures = kl_on(policy, reference, trees, tokens_per_step=30)
+    figures = estimate_kl(policy, reference, trees, tokens_per_step=30)
     assert figures["kl/per_token"] == pytest.approx(sum(k3) / sum(map(len, gaps)), rel=1e-9)  # not per completion
     assert abs((np.exp(d) - 1 - d).sum() / k3.sum() - 1) > 0.1  # the other sign gives another number

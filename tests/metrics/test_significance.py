@@ -9,9 +9,9 @@ import pytest
 
 from penchant.metrics.stats import (
     holm,
+    interval_from_sources,
+    p_value_from_sources,
     seeds_difference,
-    several_sources,
-    several_sources_p,
     sign_flip_test,
     t_quantile,
 )
@@ -108,12 +108,12 @@ def test_one_seed_says_nothing_of_another() -> None:
 def test_several_sources_by_hand() -> None:
     """s^2 / n of {1, 3} is 2 / 2 = 1 with one degree of freedom, of {0, 1, 2} it is 1 / 3 with two."""
     variance, freedom = 4 / 3, (4 / 3) ** 2 / (1 / 1 + (1 / 3) ** 2 / 2)
-    found = several_sources(5.0, [[1.0, 3.0], [0.0, 1.0, 2.0]])
+    found = interval_from_sources(5.0, [[1.0, 3.0], [0.0, 1.0, 2.0]])
     half = t_quantile(0.975, freedom) * variance**0.5
     assert (found.estimate, found.low, found.high) == pytest.approx((5.0, 5.0 - half, 5.0 + half))
-    two_seeds = several_sources(0.0, [[1.0, 3.0]])  # the tabulated Student's t with one degree of freedom
+    two_seeds = interval_from_sources(0.0, [[1.0, 3.0]])  # the tabulated Student's t with one degree of freedom
     assert two_seeds.high == pytest.approx(12.7062047)
-    assert several_sources_p(12.7062047, [[1.0, 3.0]]) == pytest.approx(0.05, rel=1e-6)
+    assert p_value_from_sources(12.7062047, [[1.0, 3.0]]) == pytest.approx(0.05, rel=1e-6)
 
 
 def test_random_flips_never_promise_more_than_they_can_tell() -> None:

@@ -14,7 +14,7 @@ from penchant.logprobs import Scorer
 from penchant.logprobs.reference import LiveReference
 from penchant.metrics import answers as token_scores
 from penchant.metrics.answers import TokenScores, completion_sums, score_tokens
-from penchant.metrics.completions import Written, kl_of_written
+from penchant.metrics.completions import Completions, generation_kl
 from penchant.rollout.generate import sample
 from penchant.types import TokenTree
 
@@ -99,9 +99,9 @@ def test_k1_goes_towards_the_exact_kl_and_the_exact_one_varies_less() -> None:
     n = 1500
     rows = sample(policy.scorer.model, [[5, 6]], n=n, max_new_tokens=2, seed=0)[0]
     ids = tuple(np.array(r.ids, np.int32) for r in rows)
-    written = Written([TokenTree(0, np.array([5, 6], np.int32), ids, (True,) * n)], [""] * n, None)
+    written = Completions([TokenTree(0, np.array([5, 6], np.int32), ids, (True,) * n)], [""] * n, None)
     scores = score_tokens(policy, reference, written.trees, exact=True, tokens_per_step=10**6)
-    figures = {f.name: f for f in kl_of_written(scores, written, sampled=True)}
+    figures = {f.name: f for f in generation_kl(scores, written, sampled=True)}
     exact = figures["generated/kl/policy_ref"].value
     with torch.no_grad():  # the true value: KL of the first token, plus that of the second after every first
         model = [m.scorer.model for m in (policy, reference)]

@@ -18,15 +18,24 @@ from penchant.errors import CheckpointError
 from penchant.metrics.flags import (
     RULES,
     TrustConfig,
-    as_text,
     comparison_flags,
-    flags_of,
+    compute_flags,
+    format_flags,
     markdown,
     run_flags,
     summary,
     write_flags,
 )
-from penchant.metrics.flags.rule import Flag, Point, RunView, change, critical, since, standard_error, window
+from penchant.metrics.flags.rule import (
+    Flag,
+    Point,
+    RunView,
+    critical_t,
+    difference,
+    first_step_above,
+    standard_error,
+    window,
+)
 from penchant.metrics.heldout import length_figures, likelihood_figures
 
 Line = dict[str, Any]
@@ -568,8 +577,8 @@ def test_the_interval_is_wider_than_the_one_in_the_line_and_never_without_width_
     assert p.bounds()[1] == pytest.approx(2.58, abs=0.02)
     few = standard_error(0.0, [-1.96, 1.96], 5)
     assert few == pytest.approx(math.sqrt(5 / 4), rel=1e-3)
-    assert critical(5) == pytest.approx(4.604, abs=1e-3)  # t with 4 degrees of freedom
-    assert critical(10_000, tests=10) == pytest.approx(3.29, abs=0.01)
+    assert critical_t(5) == pytest.approx(4.604, abs=1e-3)  # t with 4 degrees of freedom
+    assert critical_t(10_000, tests=10) == pytest.approx(3.29, abs=0.01)
     assert (standard_error(1.0, [1.0, 1.0], 16, share=True) or 0) > 0.05
     assert standard_error(1.0, [1.0, 1.0], 16) == 0.0
     assert standard_error(1.0, None, 16) is None and standard_error(1.0, [None, 1.0], 16) is None
@@ -582,8 +591,8 @@ def test_windows_and_steps() -> None:
     assert (last.step, last.value, last.n) == (39, 34.5, 10) and (first.step, first.value) == (0, 4.5)
     assert last.se == pytest.approx(np.std(np.arange(10), ddof=1) / math.sqrt(10))
     assert window(points[:9]) is None
-    assert since([Point(s, v) for s, v in ((1, 5.0), (2, 0.0), (3, 2.0), (4, 3.0))], 1.0) == 3
-    assert change(Point(2, 5.0, 3.0, 9), Point(1, 1.0, 2.0, 9), times=2.0) == Point(2, 3.0, 5.0, 9)
+    assert first_step_above([Point(s, v) for s, v in ((1, 5.0), (2, 0.0), (3, 2.0), (4, 3.0))], 1.0) == 3
+    assert difference(Point(2, 5.0, 3.0, 9), Point(1, 1.0, 2.0, 9), times=2.0) == Point(2, 3.0, 5.0, 9)
 
 
 # ---- folders and the command --------------------------------------------------------------------------------------------
@@ -601,9 +610,9 @@ def test_a_run_s_folder_and_its_file(tmp_path: Path) -> None:
     found = write_flags(run)
     assert warnings(found) == ["kl_band"] and "above trust.kl's 30" in found[0].sentence
     assert json.loads((run / "flags.json").read_text()) == [f.to_json() for f in found]
-    assert flags_of(run) == found and not list(run.glob(".flags*"))
+    assert compute_flags(run) == found and not list(run.glob(".flags*"))
     (run / "config.resolved.yaml").write_text("trust: {kl: nonsense}\n")
-    assert "above trust.kl's 20" in flags_of(run)[0].sentence  # the defaults, if the file is from another version
+    assert "above trust.kl's 20" in compute_flags(run)[0].sentence  # the defaults, if the file is from another version
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -629,13 +638,17 @@ def test_a_comparison_s_folder(tmp_path: Path) -> None:
     figures, rows = compared(long=True)
     (tmp_path / "comparison.json").write_text(json.dumps(figures))
     (tmp_path / "comparison.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    assert warnings(flags_of(tmp_path)) == ["accuracy_by_length"] == warnings(flags_of(tmp_path / "comparison.json"))
+    assert (
+        warnings(compute_flags(tmp_path))
+        == ["accuracy_by_length"]
+        == warnings(compute_flags(tmp_path / "comparison.json"))
+    )
 
 
 def test_names_in_files_do_not_reach_the_terminal_raw() -> None:
     evil = "dpo\x1b[2J\u202e"
     flags = comparison_flags({"models": {"start": {}, evil: {"kl": 90.0, "kl/ci": [80.0, 99.0]}}, "prompts": 200})
-    for text in (as_text(flags), summary(flags)):
+    for text in (format_flags(flags), summary(flags)):
         assert r"dpo\x1b[2J\u202e" in text and "\x1b" not in text and "\u202e" not in text
 
 
@@ -655,16 +668,16 @@ def test_lines_that_are_none_are_passed_over(tmp_path: Path, line: str) -> None:
     run = folder_of(tmp_path / "run", LOUD["kl_band"][0])
     with (run / "metrics.jsonl").open("a") as out:
         out.write(line)
-    assert warnings(flags_of(run)) == ["kl_band"]
+    assert warnings(compute_flags(run)) == ["kl_band"]
 
 
 def test_files_of_somebody_else_are_met_with_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "comparison.json").write_text('{"models": {"a": {}, "b": 3}, "prompts": 5}')
     with pytest.raises(CheckpointError, match="not as Penchant writes them"):
-        flags_of(tmp_path)
+        compute_flags(tmp_path)
     (tmp_path / "comparison.json").write_text("{half")
     with pytest.raises(CheckpointError, match=r"comparison\.json: cannot be read"):
-        flags_of(tmp_path)
+        compute_flags(tmp_path)
 
 
 def test_the_page_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,15 +11,15 @@ import pytest
 from penchant.metrics.stats import (
     Interval,
     holm,
+    interval_from_sources,
+    p_value_from_sources,
     seeds_difference,
-    several_sources,
-    several_sources_p,
     t_quantile,
     t_two_sided,
 )
 from penchant.metrics.verdict import (
     Candidate,
-    Family,
+    ComparisonGroup,
     compare_all,
     compare_two,
     comparisons_table,
@@ -190,7 +190,10 @@ def test_sentences_of_another_reward_say_so_and_have_their_own_tone() -> None:
     start = candidate("start", [noise(0)], fixed=True)
     pairs = compare_all([start, candidate("x", [noise(0)] * 2)])
     better = compare_all([start, candidate("x", [noise(0) + 1 + noise(i, scale=0.1) for i in (1, 2)])])
-    families = [Family("words", better, "mean reward", 1), Family("judge", better, "win rate", 1, doubt="it failed")]
+    families = [
+        ComparisonGroup("words", better, "mean reward", 1),
+        ComparisonGroup("judge", better, "win rate", 1, doubt="it failed"),
+    ]
     found = verdict([start, candidate("x", [noise(0)] * 2)], pairs, "mean reward", families)
     assert [(s.tone, s.by) for s in found] == [("open", ""), ("good", "words"), ("open", "judge")]
     assert all(s.text.startswith(f"By {s.by}: ") for s in found if s.by)
@@ -211,9 +214,9 @@ def test_t_two_sided_is_the_inverse_of_its_quantile() -> None:
 def test_the_p_value_of_seeds_says_what_their_interval_says() -> None:
     sources = [np.array([0.1, 0.5, 0.2]), noise(0, 40, 0.3)]
     for level in (0.5, 0.9, 0.99):
-        width = several_sources(0.0, sources, level=level).high
-        assert several_sources_p(width, sources) == pytest.approx(1 - level, abs=1e-8)
-    assert several_sources_p(0.0, [np.ones(2)]) == 1.0 and several_sources_p(0.3, [np.full(3, 0.1)]) == 0.0
+        width = interval_from_sources(0.0, sources, level=level).high
+        assert p_value_from_sources(width, sources) == pytest.approx(1 - level, abs=1e-8)
+    assert p_value_from_sources(0.0, [np.ones(2)]) == 1.0 and p_value_from_sources(0.3, [np.full(3, 0.1)]) == 0.0
 
 
 def test_the_win_rate_over_seeds_knows_that_seeds_differ() -> None:

@@ -108,14 +108,14 @@ class GKDConfig(SamplingConfig):
 
     def evaluate(self, held_out: EvaluationContext) -> dict[str, Any]:
         """The divergence on the held-out answers, or on the policy's own if the data has only prompts."""
-        from penchant.metrics.completions import EVALUATION
+        from penchant.metrics.completions import EVALUATION_ITERATION
         from penchant.metrics.heldout import heldout_metrics, score_heldout
 
         algorithm: GKD = replace(held_out.algorithm, answering=False)
         if self.signal == "tokens":
             scored, trees = held_out.scored(algorithm)
             return heldout_metrics(algorithm, scored, trees) | held_out.completions()
-        written, *_ = algorithm.writer.written(held_out.parts.trees[1], EVALUATION, 1)
+        written, *_ = algorithm.writer.written(held_out.parts.trees[1], EVALUATION_ITERATION, 1)
         scored, order = score_heldout(
             algorithm,
             written,

@@ -406,7 +406,7 @@ class Writer:
         Raises:
             RewardError: the reward function failed; it names the completion.
         """
-        from penchant.metrics.completions import EVALUATION
+        from penchant.metrics.completions import EVALUATION_ITERATION
         from penchant.metrics.names import METRICS, REWARDS
 
         cfg = self.config
@@ -415,7 +415,9 @@ class Writer:
         trees, logps, version = self.written(prompts, iteration, k)
         asked = [self.tokenizer.decode(t.prompt_ids, skip_special_tokens=True) for t in prompts]
         texts = [[self.tokenizer.decode(ids, skip_special_tokens=True) for ids in t.completion_ids] for t in trees]
-        step = iteration * cfg.updates if iteration != EVALUATION else 0  # evaluations are not steps of the run
+        step = (
+            iteration * cfg.updates if iteration != EVALUATION_ITERATION else 0
+        )  # evaluations are not steps of the run
         said = self.reward.judge([p for p in asked for _ in range(k)], [t for row in texts for t in row], trees, step)
         ours = (
             METRICS.keys()

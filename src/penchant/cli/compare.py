@@ -49,10 +49,10 @@ def _compare(args: argparse.Namespace) -> int:
 def _compare_by_humans(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from penchant.metrics.humans import check_alone, judge_by_humans
+    from penchant.metrics.humans import check_no_other_options, judge_by_humans
 
     given, default = options_of(args, CompareRequest), asdict(CompareRequest())
-    check_alone(args.judge, {name: value for name, value in given.items() if value != default[name]})
+    check_no_other_options(args.judge, {name: value for name, value in given.items() if value != default[name]})
     found = judge_by_humans(args.judge, args.runs)
     if args.json:
         import json

@@ -35,14 +35,14 @@ def _evaluate(args: argparse.Namespace) -> int:
 
         print(json.dumps(nan_to_none(metrics), indent=1))
         return 0
-    from penchant.evaluate.output import explained, table
+    from penchant.evaluate.output import explain, format_table
 
-    parts = [table(metrics, args.all or args.explain), "\n".join(metrics.get("notes", []))]
+    parts = [format_table(metrics, args.all or args.explain), "\n".join(metrics.get("notes", []))]
     if "tables" in metrics:
-        from penchant.metrics.heldout import as_text
+        from penchant.metrics.heldout import format_quality
 
-        parts.append(as_text(metrics["tables"]))
+        parts.append(format_quality(metrics["tables"]))
     if args.explain:
-        parts.append(explained(metrics))
+        parts.append(explain(metrics))
     print("\n\n".join(p for p in parts if p))
     return 0

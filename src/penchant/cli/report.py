@@ -62,7 +62,7 @@ def _report(args: argparse.Namespace) -> int:
 def _flags(args: argparse.Namespace) -> int:
     from penchant import api
     from penchant.errors import ConfigError
-    from penchant.metrics.flags import as_text, markdown
+    from penchant.metrics.flags import format_flags, markdown
     from penchant.runfolder import damage_notes
 
     if args.rules:
@@ -78,7 +78,7 @@ def _flags(args: argparse.Namespace) -> int:
 
         print(json.dumps([f.to_json() for f in found], indent=1))
     else:
-        print(as_text(found))
+        print(format_flags(found))
     return 0
 
 

@@ -106,7 +106,7 @@ def _launch(args: argparse.Namespace, config: Any) -> int:
 
 def _held_out_summary(metrics: Any) -> str:
     from penchant.base.text import counted
-    from penchant.metrics.names import figure_text
+    from penchant.metrics.names import format_figure
 
     parts = []
     for name, label in (
@@ -119,5 +119,5 @@ def _held_out_summary(metrics: Any) -> str:
         ("eval/perplexity", "perplexity"),
     ):
         if name in metrics and not (name == "eval/loss" and "eval/reward" in metrics):
-            parts.append(f"{label} {figure_text(metrics, name)}")
+            parts.append(f"{label} {format_figure(metrics, name)}")
     return ", ".join(parts) + f" ({counted(metrics['eval/rows'], 'held-out row')})"

@@ -15,31 +15,31 @@ from penchant.compare.models import (
     NO_OUTCOME,
     HeldOut,
     Sampling,
-    clear_of,
     compare_sources,
-    figures_of,
-    key_of,
+    comparison_json,
+    exclude_prompts,
+    format_comparison,
     make_setting,
-    text_of,
+    tree_key,
     write_files,
 )
 from penchant.compare.runs import (
     Readings,
     TrainedRun,
     all_trained_prompts,
-    budget_of,
     budget_sentences,
-    by_setting,
     check_bases,
     check_tokenizers,
     common_start,
     data_sentences,
+    group_by_setting,
     read_runs,
-    unfinished,
+    training_budget,
+    unfinished_notes,
 )
 from penchant.data.load import Dataset, load_preferences
 from penchant.errors import ConfigError, DataError
-from penchant.judges import OF_ENDPOINTS, JudgeOptions, PairJudge, load_judge
+from penchant.judges import ENDPOINT_FLAGS, JudgeOptions, PairJudge, load_judge
 from penchant.metrics.flags import comparison_flags, summary
 from penchant.metrics.flags.rule import Flag
 from penchant.requests import HUMANS, CompareRequest
@@ -57,7 +57,7 @@ __all__ = ["RunComparison", "compare_runs"]
 
 # ---- `penchant compare`: runs against their start and each other, on rows that none of them was trained on ----
 
-NAMED = 4  # maximum settings in the name of the default folder
+MAX_NAMED = 4  # maximum settings in the name of the default folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,9 @@ class RunComparison:
     def to_text(self) -> str:
         """Format heading, notes, flags, tables and, at the end, the verdict."""
         flags = summary([Flag.from_json(f) for f in self.figures["flags"]])
-        return text_of(self.figures, self.figures["heading"], [*self.figures["notes"], *([flags] if flags else [])])
+        return format_comparison(
+            self.figures, self.figures["heading"], [*self.figures["notes"], *([flags] if flags else [])]
+        )
 
 
 @dataclass
@@ -92,54 +94,54 @@ class RunComparer:
     # ---- runs -----------------------------------------------------------------------------------------------------
 
     @cached_property
-    def everyone(self) -> list[TrainedRun]:
+    def all_runs(self) -> list[TrainedRun]:
         """All runs; `against` is appended if it is not among them."""
         paths = [*self.paths]
-        if self.question.against is not None and self._against_path not in [_whole(p) for p in paths]:
+        if self.question.against is not None and self._against_path not in [_resolve(p) for p in paths]:
             paths.append(self.question.against)
         return read_runs(paths, self.question.step)
 
     @property
     def _against_path(self) -> Path:
         assert self.question.against is not None
-        return _whole(self.question.against)
+        return _resolve(self.question.against)
 
     @cached_property
     def against(self) -> TrainedRun | None:
         if self.question.against is None:
             return None
-        return next(r for r in self.everyone if r.folder == self._against_path)
+        return next(r for r in self.all_runs if r.folder == self._against_path)
 
     @cached_property
     def settings(self) -> dict[str, list[TrainedRun]]:
         """The settings to compare, without `against`, each with its runs by seed."""
-        others = [r for r in self.everyone if r is not self.against]
+        others = [r for r in self.all_runs if r is not self.against]
         if not others:
             raise ConfigError("compare", "there is nothing to compare with --against", "give another run")
-        return by_setting(others)
+        return group_by_setting(others)
 
     @cached_property
     def first(self) -> Source:
         """The model that all settings are compared with."""
-        return common_start(self.everyone) if self.against is None else self.against.source
+        return common_start(self.all_runs) if self.against is None else self.against.source
 
     # ---- rows -----------------------------------------------------------------------------------------------------
 
     @cached_property
     def readers(self) -> list[TrainedRun]:
         """Runs whose config may be used to read rows; runs on pairs come first, because pairs also give likelihood figures."""
-        return sorted(self.everyone, key=lambda r: r.data.method.signal != "pairs")
+        return sorted(self.all_runs, key=lambda r: r.data.method.signal != "pairs")
 
     @cached_property
     def held_out(self) -> HeldOut:
         """Rows with prompts that no run, nor any run it started from, was trained on."""
         test = self.question.data is not None
-        for run in self.everyone:  # before any of them reads its rows
+        for run in self.all_runs:  # before any of them reads its rows
             run.data.rows.keep_columns |= self._reads_columns
-        trained, notes = all_trained_prompts(self.everyone, lenient=test)
-        self.notes += notes + [said for run in self.everyone for said in changed_since(run.folder, run.config)]
-        self.notes += [said for run in self.everyone for said in damage_notes(run.folder)]
-        found = clear_of(self.readers[0].name, self.test_rows, trained) if test else self._validation(trained)
+        trained, notes = all_trained_prompts(self.all_runs, lenient=test)
+        self.notes += notes + [note for run in self.all_runs for note in changed_since(run.folder, run.config)]
+        self.notes += [note for run in self.all_runs for note in damage_notes(run.folder)]
+        found = exclude_prompts(self.readers[0].name, self.test_rows, trained) if test else self._validation(trained)
         if not found.rows.trees:
             raise DataError(
                 str(self.question.data) if test else "compare",
@@ -156,7 +158,7 @@ class RunComparer:
             rows = run.data.rows.datasets[1]
             if rows is None or rows.kind == "text":
                 continue
-            found = clear_of(run.name, rows, trained)
+            found = exclude_prompts(run.name, rows, trained)
             if found.rows.trees:
                 return found
         if found is None:
@@ -170,7 +172,7 @@ class RunComparer:
     @cached_property
     def test_rows(self) -> Dataset:
         """The rows of `--data`, read with the data settings of the first reader."""
-        file, data = _whole(str(self.question.data)), self.readers[0].config.data
+        file, data = _resolve(str(self.question.data)), self.readers[0].config.data
         rows = load_preferences(
             str(file),
             shape=data.shape,
@@ -180,7 +182,7 @@ class RunComparer:
             layout_options=data.layout_options,
             bounds=data.bounds.model_dump(),
             keep_columns=self._reads_columns,
-            image_dir=(data.image_dir or "") if self._sees else None,
+            image_dir=(data.image_dir or "") if self._is_vision else None,
             rollouts=self._reads_columns and self.readers[0].config.method.signal == "prompts",
         )
         if rows.kind == "text":
@@ -193,99 +195,99 @@ class RunComparer:
             self.notes.append(f"Kept aside: {counted(len(rows.quarantined), 'bad row')} of {file.name}.")
         return rows
 
-    def _readings(self) -> Readings | None:
+    def _open_readings(self) -> Readings | None:
         if self.question.data is None:
             return None
-        made = Readings(_whole(str(self.question.data)), self.test_rows.fingerprint)
+        made = Readings(_resolve(str(self.question.data)), self.test_rows.fingerprint)
         made.check_writable()
         return made
 
     # ---- notes next to the figures --------------------------------------------------------------------------------
 
-    def _about_budgets(self) -> tuple[list[str], dict[str, Any]]:
+    def _budget_notes(self) -> tuple[list[str], dict[str, Any]]:
         step = self.question.step
         up_to = int(step) if step is not None and step.isdigit() else None
-        budgets = {r.name: budget_of(r, up_to) for r in self.everyone}
+        budgets = {r.name: training_budget(r, up_to) for r in self.all_runs}
         of_settings = {name: [budgets[r.name] for r in runs] for name, runs in self.settings.items()}
         known = {r.name for runs in self.settings.values() for r in runs}  # all but `against`
-        of_settings |= {r.name: [budgets[r.name]] for r in self.everyone if r.name not in known}
-        said = budget_sentences(of_settings) + data_sentences(self.settings)
-        said += [] if up_to is not None else unfinished(budgets)
-        return said, {name: dict(b) for name, b in budgets.items()}
+        of_settings |= {r.name: [budgets[r.name]] for r in self.all_runs if r.name not in known}
+        notes = budget_sentences(of_settings) + data_sentences(self.settings)
+        notes += [] if up_to is not None else unfinished_notes(budgets)
+        return notes, {name: dict(b) for name, b in budgets.items()}
 
-    def _about_selection(self) -> list[str]:
+    def _selection_notes(self) -> list[str]:
         """Notes on checkpoints chosen by held-out rows: on such rows they look better than they are."""
-        best = [r.name for r in self.everyone if _was_chosen(r)]
+        best = [r.name for r in self.all_runs if _was_selected(r)]
         if self.question.step == "last" or not best:
             return []
         if self.question.data is None:
             return [
                 f"The checkpoints of {', '.join(best)} were chosen by held-out rows such as these; use --data TEST for an unbiased result."
             ]
-        seen = {key_of(t) for r in self.everyone if (rows := r.data.rows.datasets[1]) is not None for t in rows.trees}
-        shared = sum(key_of(t) in seen for t in self.held_out.rows.trees)
+        seen = {tree_key(t) for r in self.all_runs if (rows := r.data.rows.datasets[1]) is not None for t in rows.trees}
+        shared = sum(tree_key(t) in seen for t in self.held_out.rows.trees)
         return [f"{shared:,} of the test rows are held-out rows by which checkpoints were chosen."] if shared else []
 
     @cached_property
     def judge(self) -> PairJudge | None:
-        options = _judge_of(self.question)
+        options = _judge_options(self.question)
         return None if options is None else load_judge(options)
 
     @property
     def sampling(self) -> Sampling:
         q = self.question
-        new = (0, 0) if self._sees else (q.samples, q.max_new_tokens)  # models generate no answers about pictures
+        new = (0, 0) if self._is_vision else (q.samples, q.max_new_tokens)  # models generate no answers about pictures
         return Sampling(q.prompts, *new, q.seed)
 
     @property
-    def _sees(self) -> bool:
-        return self.everyone[0].config.model.sees
+    def _is_vision(self) -> bool:
+        return self.all_runs[0].config.model.sees
 
     def _check_pictures(self) -> None:
-        other = next((r.name for r in self.everyone if r.config.model.sees != self._sees), None)
+        other = next((r.name for r in self.all_runs if r.config.model.sees != self._is_vision), None)
         if other is not None:
-            what = f"one of {self.everyone[0].name} and {other} reads pictures, the other reads text alone"
+            what = f"one of {self.all_runs[0].name} and {other} reads pictures, the other reads text alone"
             raise ConfigError("compare", what, "compare runs on the same rows")
         for name in ("reward", "judge"):
-            if self._sees and getattr(self.question, name) is not None:
+            if self._is_vision and getattr(self.question, name) is not None:
                 how = "leave it out: the likelihood of given answers is compared"
                 raise ConfigError(
                     f"--{name}", "scores generated answers, but with pictures no answers are generated", how
                 )
 
-    def _about_reward(self) -> list[str]:
+    def _reward_notes(self) -> list[str]:
         """Notes on runs that were trained on a reward they are judged by."""
         terms = {"this reward": reward_terms(self.question.reward), **{name: [name] for name in self.question.also}}
-        said = []
+        notes = []
         for what, names in terms.items():
-            judged = set(map(_absolute, names))
+            judged = set(map(_absolute_name, names))
             trained = [
                 r.name
-                for r in self.everyone
-                if r.config.reward is not None and judged & set(map(_absolute, r.config.reward.terms))
+                for r in self.all_runs
+                if r.config.reward is not None and judged & set(map(_absolute_name, r.config.reward.terms))
             ]
-            said += [f"Trained to raise {what}: {', '.join(trained)}."] if trained else []
-        return said
+            notes += [f"Trained to raise {what}: {', '.join(trained)}."] if trained else []
+        return notes
 
     # ---- running --------------------------------------------------------------------------------------------------
 
     def run(self) -> RunComparison:
         """Run the comparison, write both files, and record the reading of the test set."""
         self._check_pictures()
-        check_tokenizers(self.everyone)
+        check_tokenizers(self.all_runs)
         for reward in (self.question.reward, *self.question.also):
             check_reward(reward)
         if self.judge is not None:
-            odd = self.judge.check()
-            self.notes += [odd] if odd else []
+            note = self.judge.check()
+            self.notes += [note] if note else []
         settings, first = self.settings, self.first
-        check_bases(self.everyone)
+        check_bases(self.all_runs)
         held = self.held_out
-        readings = self._readings()
-        folder = self._folder()
-        budget, budgets = self._about_budgets()
-        notes = [*self.notes, *self._about_selection(), *self._about_reward()]
-        owner = next(r for r in self.everyone if r.name == held.owner)
+        readings = self._open_readings()
+        folder = self._make_folder()
+        budget, budgets = self._budget_notes()
+        notes = [*self.notes, *self._selection_notes(), *self._reward_notes()]
+        owner = next(r for r in self.all_runs if r.name == held.owner)
         also = {name: name for name in self.question.also}
         setting = make_setting(
             owner.data,
@@ -299,7 +301,7 @@ class RunComparer:
         )
         if not setting.prompts:
             raise DataError("compare", "no row is left after cutting rows into tokens", "look at data.max_length")
-        if self.question.reward is None and self.judge is None and not setting.paired:
+        if self.question.reward is None and self.judge is None and not setting.is_paired:
             console(self.quiet).note(f"{NO_OUTCOME} Give --reward, --judge or rows with chosen and rejected answers.")
         sources = [first, *(r.source for runs in settings.values() for r in runs)]
         seeds = {name: [r.name for r in runs] for name, runs in settings.items()}
@@ -310,27 +312,27 @@ class RunComparer:
             notes = [readings.sentence(earlier), *notes]
         equal = "Equal budgets: steps, rows, completions, tokens, learning rates and data agree within 5%."
         listed = ["The budgets are not equal:", *(f"- {s}" for s in budget)] if budget else [equal]
-        figures = figures_of(compared) | {
+        figures = comparison_json(compared) | {
             "heading": self._heading(len(setting.prompts)),
             "notes": [*listed, *notes],
             "budget": {"equal": not budget, "sentences": budget, "runs": budgets},
             "first": first.name,
             "seeds": {n: {r.name: r.seed for r in runs} for n, runs in settings.items()},
-            "checkpoints": {r.name: str(r.model) for r in self.everyone},
+            "checkpoints": {r.name: str(r.model) for r in self.all_runs},
             "prompts": len(setting.prompts),
             "answers": len(setting.answers),
             "left_out": held.leaked,
             "test_readings_before": None if readings is None else len(earlier),
-            "settings": self._asked(),
+            "settings": self._settings_record(),
         }
         figures["flags"] = [f.to_json() for f in comparison_flags(figures, compared.rows)]
         if readings is not None:  # before any figure is shown, so that no reading goes unrecorded
-            details = {"checkpoints": figures["checkpoints"], "output": str(folder), **self._asked()}
-            readings.record([r.name for r in self.everyone], details)
+            details = {"checkpoints": figures["checkpoints"], "output": str(folder), **self._settings_record()}
+            readings.record([r.name for r in self.all_runs], details)
         write_files(folder, figures, compared.rows)
         return RunComparison(folder, figures)
 
-    def _asked(self) -> dict[str, Any]:
+    def _settings_record(self) -> dict[str, Any]:
         q = self.question
         return {
             "reward": q.reward,
@@ -342,7 +344,7 @@ class RunComparer:
             "max_new_tokens": self.sampling.max_new_tokens,
             "seed": q.seed,
             "step": q.step,
-            "data": None if q.data is None else str(_whole(q.data)),
+            "data": None if q.data is None else str(_resolve(q.data)),
         }
 
     def _heading(self, prompts: int) -> str:
@@ -352,13 +354,13 @@ class RunComparer:
         over = f", over seeds and prompts for {', '.join(several)}" if several else ""
         return f"{self.sampling.heading(prompts, rows)}; in brackets 95% intervals by prompt{over}"
 
-    def _folder(self) -> Path:
+    def _make_folder(self) -> Path:
         """Make the output folder. By default it is next to the first run and named after the settings."""
         names = [n.replace("/", "-") for n in self.settings]
-        more = f"-and-{len(names) - NAMED}-more" if len(names) > NAMED else ""
+        more = f"-and-{len(names) - MAX_NAMED}-more" if len(names) > MAX_NAMED else ""
         rows = f"-on-{Path(self.question.data).stem}" if self.question.data is not None else ""
-        folder = self.everyone[0].folder.parent / f"compare-{'-'.join(names[:NAMED])}{more}{rows}"
-        folder = folder if self.question.output is None else _whole(self.question.output)
+        folder = self.all_runs[0].folder.parent / f"compare-{'-'.join(names[:MAX_NAMED])}{more}{rows}"
+        folder = folder if self.question.output is None else _resolve(self.question.output)
         ours = {COMPARISON: r'\{\n "', COMPARISON_ROWS: r'\{"prompt": .*"completions": \{', REPORT: PAGE}
         for name, begins in ours.items():
             check_output(folder / name, begins)
@@ -380,25 +382,25 @@ def compare_runs(paths: Sequence[str | Path], question: CompareRequest, *, quiet
         raise ConfigError("--also", f"names {', '.join(twice)} twice, or as --reward too", "leave it out of --also")
     if also and question.reward is None:
         raise ConfigError("--also", "is given without a reward", "name the first one as --reward")
-    _judge_of(question)  # raises if an endpoint option is given without a judge
+    _judge_options(question)  # raises if an endpoint option is given without a judge
     for name in ("prompts", "samples", "max_new_tokens"):
         if getattr(question, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')}", "is below 1", "give 1 or more")
     return RunComparer(paths, question, quiet).run()
 
 
-def _judge_of(question: CompareRequest) -> JudgeOptions | None:
+def _judge_options(question: CompareRequest) -> JudgeOptions | None:
     if isinstance(question.judge, str) and question.judge.startswith(HUMANS):
         how = "leave the runs out: penchant compare --judge humans:FILE"
         raise ConfigError("--judge", "people judged the answers in their file, and runs would write new ones", how)
-    of_endpoint = {name: getattr(question, f"judge_{name}") for name in OF_ENDPOINTS}
-    given = [OF_ENDPOINTS[name] for name, value in of_endpoint.items() if value is not None]
-    if question.judge is None and given:
-        raise ConfigError(given[0], "is given without --judge", "name the judge")
-    return JudgeOptions(question.judge, **of_endpoint) if isinstance(question.judge, str) else question.judge
+    endpoint_options = {name: getattr(question, f"judge_{name}") for name in ENDPOINT_FLAGS}
+    given_flags = [ENDPOINT_FLAGS[name] for name, value in endpoint_options.items() if value is not None]
+    if question.judge is None and given_flags:
+        raise ConfigError(given_flags[0], "is given without --judge", "name the judge")
+    return JudgeOptions(question.judge, **endpoint_options) if isinstance(question.judge, str) else question.judge
 
 
-def _was_chosen(run: TrainedRun) -> bool:
+def _was_selected(run: TrainedRun) -> bool:
     """Whether the checkpoint was chosen as the best of several by held-out rows."""
     last, _ = latest_checkpoint(run.folder)
     best = checkpoint_state(last).get("best_step") if last is not None else None
@@ -406,11 +408,11 @@ def _was_chosen(run: TrainedRun) -> bool:
     return best == run.step and len(evaluated) > 1
 
 
-def _whole(path: str | Path) -> Path:
+def _resolve(path: str | Path) -> Path:
     return Path(path).expanduser().resolve()
 
 
-def _absolute(name: str) -> str:
+def _absolute_name(name: str) -> str:
     path, colon, function = name.rpartition(":")
     file = Path(path if colon else name).expanduser()
     return (

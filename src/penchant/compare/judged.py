@@ -9,25 +9,25 @@ from typing import Any
 import numpy as np
 
 from penchant.base.text import counted
-from penchant.compare.measured import Measured, Metrics, Setting
-from penchant.judges.judge import BothWays, PairJudge, Question, ask_both_ways
+from penchant.compare.measured import Measurement, Metrics, Setting
+from penchant.judges.judge import BothOrders, PairJudge, Question, ask_both_orders
 from penchant.metrics.stats import Interval, share_ci
 from penchant.metrics.verdict import (
-    MOST_UNJUDGED,
+    MAX_UNJUDGED,
     NOTABLE,
     WIN_RATE,
     Candidate,
-    Family,
+    ComparisonGroup,
     Pair,
     compare_judged,
-    corrected,
-    meetings,
+    correct_p_values,
+    pairings,
 )
 from penchant.runfolder import nan_to_none
 
 
 @dataclass(frozen=True, slots=True)
-class Contest:
+class Matchup:
     """Two models compared sample by sample: settings and models of both sides, and the index of their first pair."""
 
     settings: tuple[str, str]
@@ -48,8 +48,8 @@ class Judgement:
     name: str
     described: Mapping[str, Any]
     pairs: list[Pair]
-    contests: Sequence[Contest]
-    both: BothWays
+    contests: Sequence[Matchup]
+    both: BothOrders
     shape: tuple[int, int]
     first_position: Interval | None
 
@@ -69,18 +69,18 @@ class Judgement:
         return int((~self.both.agreed & ~self.both.identical & ~np.isnan(self.both.wins)).sum())
 
     @property
-    def family(self) -> Family:
+    def comparison_group(self) -> ComparisonGroup:
         """Its comparisons as a family for the verdict."""
         doubt, share = "", self.left_out / max(1, self.judged)
-        if share > MOST_UNJUDGED:
+        if share > MAX_UNJUDGED:
             doubt = f"{self.left_out:,} of {counted(self.judged, 'pair')} ({share:.0%}) could not be judged"
-        return Family(self.name, self.pairs, WIN_RATE, len(self.pairs), doubt)
+        return ComparisonGroup(self.name, self.pairs, WIN_RATE, len(self.pairs), doubt)
 
-    def against(self, name: str, first: str) -> Metrics:
+    def win_rates_against(self, name: str, first: str) -> Metrics:
         """A setting's win rates over the first setting; empty if there are none."""
         return next((win_rates(p) for p in self.pairs if (p.name, p.other) == (name, first)), {})
 
-    def of_row(self, prompt: int, sample: int) -> list[dict[str, Any]]:
+    def verdicts_for(self, prompt: int, sample: int) -> list[dict[str, Any]]:
         """Every verdict on one prompt's completions: `win` of a, and the preference for the first position with a, then b, in it."""
         found = []
         for contest in self.contests:
@@ -109,31 +109,31 @@ class Judgement:
 
     def sentences(self) -> list[str]:
         """Caveats to its verdicts: position bias and unreadable replies."""
-        judge, said = f"The judge {self.name}", []
+        judge, sentences = f"The judge {self.name}", []
         if self.first_position is not None:
             p = self.first_position
             share = f"{p.estimate:.0%} [{p.low:.0%}, {p.high:.0%}]"
-            heard = self.judged - self.left_out
+            decided = self.judged - self.left_out
             biased = p.low > 0.5 or p.high < 0.5
             in_words = bool(np.isin(self.both.values[~np.isnan(self.both.values)], (0.0, 0.5, 1.0)).all())
             little = "slightly " if abs(p.estimate - 0.5) < NOTABLE else ""
-            says = f"{little}favors the {'first' if p.estimate > 0.5 else 'second'} position"
-            said.append(
-                f"{judge} {says if biased else 'shows no clear preference for a position'}: {share} of its verdicts are for the first "
-                f"one (each pair was asked in both orders, so 50% means no bias). In {self.disagreed:,} of {counted(heard, 'pair')} its two "
+            preference = f"{little}favors the {'first' if p.estimate > 0.5 else 'second'} position"
+            sentences.append(
+                f"{judge} {preference if biased else 'shows no clear preference for a position'}: {share} of its verdicts are for the first "
+                f"one (each pair was asked in both orders, so 50% means no bias). In {self.disagreed:,} of {counted(decided, 'pair')} its two "
                 f"verdicts disagree{'; those count as ties' if in_words else ''}."
             )
         if self.left_out:
             unread = f"; for instance '{self.both.unread[0]}'" if self.both.unread else ""
-            said.append(
+            sentences.append(
                 f"{judge} gave no verdict that can be read on {self.both.failures:,} questions{unread}. {self.left_out:,} of "
                 f"{counted(self.judged, 'pair')} are left out."
             )
-        return said
+        return sentences
 
 
 def judge_pairs(
-    judge: PairJudge, settings: Mapping[str, Sequence[Measured]], setting: Setting, fixed: bool
+    judge: PairJudge, settings: Mapping[str, Sequence[Measurement]], setting: Setting, fixed: bool
 ) -> Judgement:
     """Judge every two settings: each seed of one against each seed of the other, sample by sample, each pair in both orders.
 
@@ -143,44 +143,50 @@ def judge_pairs(
     Raises:
         RewardError: the judge failed or cannot be reached.
     """
-    candidates = sides(settings, fixed)
+    candidates = judged_candidates(settings, fixed)
     shape = len(setting.prompts), setting.samples
     size, contests = shape[0] * shape[1], []
     questions: list[Question] = []
     asked = [prompt for prompt in setting.asked for _ in range(setting.samples)]
-    for a, b in meetings(list(settings)):
+    for a, b in pairings(list(settings)):
         for mine in settings[a]:
             for theirs in settings[b]:
-                contests.append(Contest((a, b), (mine.name, theirs.name), len(questions)))
+                contests.append(Matchup((a, b), (mine.name, theirs.name), len(questions)))
                 texts = zip(asked, mine.written.texts, theirs.written.texts, strict=True)
                 questions += [Question(*three) for three in texts]
     progress = setting.progress(f"{judge.name} judges, questions") if setting.progress else None
-    both = ask_both_ways(judge, questions, progress)
+    both = ask_both_orders(judge, questions, progress)
     by_name = {c.name: c for c in candidates}
     pairs = []
-    for a, b in meetings(list(settings)):
+    for a, b in pairings(list(settings)):
         starts = [c.start for c in contests if c.settings == (a, b)]
         wins = np.stack([both.wins[s : s + size] for s in starts])
         pair = compare_judged(by_name[a], by_name[b], wins.reshape(by_name[a].seeds, by_name[b].seeds, *shape))
         pairs += [pair] if pair is not None else []
     prompts = np.tile(np.repeat(np.arange(shape[0]), shape[1]), len(contests))
     return Judgement(
-        judge.name, judge.describe(), corrected(pairs), contests, both, shape, _position(both.first_position, prompts)
+        judge.name,
+        judge.describe(),
+        correct_p_values(pairs),
+        contests,
+        both,
+        shape,
+        _first_position(both.first_position, prompts),
     )
 
 
-def _position(values: np.ndarray, prompts: np.ndarray) -> Interval | None:
-    heard = ~np.isnan(values)
-    return share_ci(values[heard], clusters=prompts[heard]) if heard.any() else None
+def _first_position(values: np.ndarray, prompts: np.ndarray) -> Interval | None:
+    known = ~np.isnan(values)
+    return share_ci(values[known], clusters=prompts[known]) if known.any() else None
 
 
-def sides(settings: Mapping[str, Sequence[Measured]], fixed: bool) -> list[Candidate]:
+def judged_candidates(settings: Mapping[str, Sequence[Measurement]], fixed: bool) -> list[Candidate]:
     """Candidates without an outcome of their own, for pairwise judging."""
     first = next(iter(settings))
-    return [Candidate(n, None, None, lengths_of(seeds), fixed and n == first) for n, seeds in settings.items()]
+    return [Candidate(n, None, None, stack_lengths(seeds), fixed and n == first) for n, seeds in settings.items()]
 
 
-def lengths_of(seeds: Sequence[Measured]) -> np.ndarray:
+def stack_lengths(seeds: Sequence[Measurement]) -> np.ndarray:
     """Tokens of each completion, (seeds, prompts, samples)."""
     return np.stack([m.lengths for m in seeds])
 

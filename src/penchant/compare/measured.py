@@ -14,10 +14,17 @@ from penchant.errors import RewardError
 from penchant.judges.judge import PairJudge
 from penchant.logprobs import CompletionLogps, Scorer
 from penchant.logprobs.reference import LiveReference, compute_logps
-from penchant.metrics.completions import Judge, Written, distinct_n, judged, kl_by_completion, write
+from penchant.metrics.completions import (
+    Completions,
+    RewardFunction,
+    distinct_n,
+    kl_by_completion,
+    sample_completions,
+    score_completions,
+)
 from penchant.metrics.figures import prompt_numbers
 from penchant.metrics.heldout import pair_change
-from penchant.metrics.stats import Interval, bootstrap_ci, several_sources, share_ci
+from penchant.metrics.stats import Interval, bootstrap_ci, interval_from_sources, share_ci
 from penchant.types import TokenTree
 
 Metrics = dict[str, Any]
@@ -40,12 +47,12 @@ class Setting:
     prompts: Sequence[Sequence[int]]
     sources: Sequence[str]
     answers: Sequence[TokenTree]
-    judge: Judge | None
+    judge: RewardFunction | None
     samples: int
     max_new_tokens: int
     seed: int
     tokens_per_step: int = 4096
-    also: Mapping[str, Judge] = field(default_factory=dict)
+    also: Mapping[str, RewardFunction] = field(default_factory=dict)
     pairwise: PairJudge | None = None
     progress: Callable[[str], Callable[[int, int], None]] | None = None
     turns: Sequence[Mapping[str, Any]] = ()
@@ -56,13 +63,13 @@ class Setting:
         return [self.tokenizer.decode(list(p), skip_special_tokens=True) for p in self.prompts]
 
     @property
-    def paired(self) -> bool:
+    def is_paired(self) -> bool:
         """Whether the answers are pairs."""
         return bool(self.answers) and all(len(t.completion_ids) == 2 for t in self.answers)
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """A model's raw figures; those relative to the first model are None for the first model itself.
 
     Args:
@@ -74,7 +81,7 @@ class Measured:
 
     name: str
     setting: Setting
-    written: Written
+    written: Completions
     answers: CompletionLogps | None
     also: Mapping[str, np.ndarray] = field(default_factory=dict)
     correct: np.ndarray | None = None
@@ -117,7 +124,7 @@ class Measured:
         return found
 
     @cached_property
-    def surprise(self) -> tuple[np.ndarray, np.ndarray]:
+    def chosen_nlls(self) -> tuple[np.ndarray, np.ndarray]:
         """``-log p`` of every token of the chosen answers, and the prompt index of each."""
         assert self.answers is not None
         answers = self.setting.answers
@@ -128,13 +135,13 @@ class Measured:
 
 
 def measure(
-    name: str, scorer: Scorer, setting: Setting, first: Measured | None = None, first_scorer: Scorer | None = None
-) -> Measured:
+    name: str, scorer: Scorer, setting: Setting, first: Measurement | None = None, first_scorer: Scorer | None = None
+) -> Measurement:
     """Sample and score a model's completions and given answers, and compare them with the first model's if given."""
     progress = setting.progress
-    written = Written([], [], None)
+    written = Completions([], [], None)
     if setting.samples:
-        written = write(
+        written = sample_completions(
             scorer.model,
             setting.tokenizer,
             setting.prompts,
@@ -148,27 +155,27 @@ def measure(
     answers = None
     if setting.answers:
         answers = compute_logps(LiveReference(scorer), setting.answers, tokens_per_step=setting.tokens_per_step)
-    also = {n: judged(j, setting.tokenizer, written.trees, written.texts) for n, j in setting.also.items()}
+    also = {n: score_completions(j, setting.tokenizer, written.trees, written.texts) for n, j in setting.also.items()}
     if first is None or first_scorer is None:
-        return Measured(name, setting, written, answers, also)
+        return Measurement(name, setting, written, answers, also)
     correct = None
-    if setting.paired and answers is not None and first.answers is not None:
+    if setting.is_paired and answers is not None and first.answers is not None:
         correct = pair_change(answers.sums, first.answers.sums).correct
     if not written.trees:
-        return Measured(name, setting, written, answers, also, correct)
+        return Measurement(name, setting, written, answers, also, correct)
     kl, kl_k3 = kl_by_completion(
         LiveReference(scorer),
         LiveReference(first_scorer),
         written.trees,
         tokens_per_step=setting.tokens_per_step,
     )
-    return Measured(name, setting, written, answers, also, correct, kl, kl_k3)
+    return Measurement(name, setting, written, answers, also, correct, kl, kl_k3)
 
 
-def figures(seeds: Sequence[Measured]) -> Metrics:
+def figures(seeds: Sequence[Measurement]) -> Metrics:
     """A setting's figures: of its only model, with intervals by prompt, or means over the models of several seeds.
 
-    With several seeds, intervals come from `several_sources` over the seeds' means and the prompts' means.
+    With several seeds, intervals come from `interval_from_sources` over the seeds' means and the prompts' means.
     """
     metrics: Metrics = {}
     for name in seeds[0].values:
@@ -185,7 +192,7 @@ def figures(seeds: Sequence[Measured]) -> Metrics:
     if seeds[0].written.trees:
         metrics["distinct_2"] = float(np.mean([distinct_n(m.written.ids) for m in seeds]))
     if seeds[0].answers is not None:
-        nll = _interval([m.surprise for m in seeds], SEVERAL_DRAWS)
+        nll = _interval([m.chosen_nlls for m in seeds], SEVERAL_DRAWS)
         metrics |= Interval(*(float(np.exp(v)) for v in (nll.estimate, nll.low, nll.high))).named("perplexity")
     return metrics
 
@@ -195,7 +202,7 @@ def _interval(seeds: Sequence[tuple[np.ndarray, np.ndarray]], draws: int, *, sha
         return (share_ci if share else bootstrap_ci)(seeds[0][0], clusters=seeds[0][1], draws=draws)
     parts = np.stack([by_prompt(values, clusters) for values, clusters in seeds])
     sources = [parts.mean(1), parts.mean(0)] if parts.shape[1] > 1 else [parts.mean(1)]
-    return several_sources(parts.mean(), sources)
+    return interval_from_sources(parts.mean(), sources)
 
 
 def by_prompt(values: np.ndarray, clusters: np.ndarray) -> np.ndarray:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from penchant.base.text import columns
-from penchant.compare.judged import WIN_RATE, Judgement, judge_pairs, lengths_of, sides, win_rates
-from penchant.compare.measured import Measured, Metrics, Setting, figures, measure
+from penchant.compare.judged import WIN_RATE, Judgement, judge_pairs, judged_candidates, stack_lengths, win_rates
+from penchant.compare.measured import Measurement, Metrics, Setting, figures, measure
 from penchant.data.load import Dataset, first_text, turns_of
 from penchant.data.split import prompt_key
 from penchant.errors import ConfigError
@@ -25,13 +25,13 @@ from penchant.metrics.figures import prompt_numbers
 from penchant.metrics.names import all_tied
 from penchant.metrics.verdict import (
     Candidate,
-    Family,
+    ComparisonGroup,
     Pair,
     Sentence,
     compare_all,
-    compare_each,
+    compare_uncorrected,
     comparisons_table,
-    corrected,
+    correct_p_values,
     verdict,
 )
 from penchant.rewards import load_reward
@@ -71,7 +71,7 @@ NO_OUTCOME = "No winner is named: there is neither a reward nor a held-out pair 
 
 
 @dataclass(frozen=True, slots=True)
-class Compared:
+class ComparisonResult:
     """The result of a comparison.
 
     Args:
@@ -98,7 +98,7 @@ def compare_models(
     *,
     seeds: Mapping[str, Sequence[str]] | None = None,
     fixed: bool = False,
-) -> Compared:
+) -> ComparisonResult:
     """Compare models with the first one and with each other.
 
     Args:
@@ -115,67 +115,73 @@ def compare_models(
         del scorer
     groups = {names[0]: [names[0]], **(seeds if seeds is not None else {n: [n] for n in names[1:]})}
     by_setting = {name: [measured[m] for m in members] for name, members in groups.items()}
-    models = {name: figures(of_seeds) for name, of_seeds in by_setting.items()}
+    models = {name: figures(group) for name, group in by_setting.items()}
     runs = {m: figures([measured[m]]) for members in groups.values() if len(members) > 1 for m in members}
     candidates, outcome = _candidates(by_setting, fixed)
     pairs = compare_all(candidates) if candidates and candidates[0].outcome is not None else []
-    also = _also(by_setting, fixed, setting.also)
+    also = _compare_by_others(by_setting, fixed, setting.also)
     for pair in pairs[: len(models) - 1]:
-        models[pair.name] |= _gain(pair)
-    for judge, by_it in also.items():
-        for pair in by_it[: len(models) - 1]:
-            models[pair.name]["also"][judge] |= _gain(pair)
+        models[pair.name] |= _gain_metrics(pair)
+    for judge, reward_pairs in also.items():
+        for pair in reward_pairs[: len(models) - 1]:
+            models[pair.name]["also"][judge] |= _gain_metrics(pair)
     judgement = None
     if setting.pairwise is not None:
         judgement = judge_pairs(setting.pairwise, by_setting, setting, fixed)
         for name, metrics in models.items():
-            metrics["judged"] = {judgement.name: judgement.against(name, names[0])}
-    together = sum(map(len, also.values()))
-    families = [Family(judge, by_it, "mean reward", together) for judge, by_it in also.items()]
-    families += [judgement.family] if judgement is not None else []
-    said = verdict(candidates, pairs, outcome, families) if candidates else [Sentence(NO_OUTCOME, "open")]
-    rows = _rows(measured, setting, judgement)
-    return Compared(models, runs, rows, len(setting.prompts), pairs, outcome, also, judgement, said)
+            metrics["judged"] = {judgement.name: judgement.win_rates_against(name, names[0])}
+    total = sum(map(len, also.values()))
+    families = [ComparisonGroup(judge, reward_pairs, "mean reward", total) for judge, reward_pairs in also.items()]
+    families += [judgement.comparison_group] if judgement is not None else []
+    sentences = verdict(candidates, pairs, outcome, families) if candidates else [Sentence(NO_OUTCOME, "open")]
+    rows = _comparison_rows(measured, setting, judgement)
+    return ComparisonResult(models, runs, rows, len(setting.prompts), pairs, outcome, also, judgement, sentences)
 
 
-def _candidates(settings: Mapping[str, Sequence[Measured]], fixed: bool) -> tuple[list[Candidate], str]:
+def _candidates(settings: Mapping[str, Sequence[Measurement]], fixed: bool) -> tuple[list[Candidate], str]:
     """Candidates and outcome: mean rewards with a reward, else judged win rates or preference accuracy; empty without any of them."""
     first = next(iter(settings))
     setting = settings[first][0].setting
     if setting.judge is not None:
-        return _by_reward(settings, fixed, None), "mean reward"
+        return _reward_candidates(settings, fixed, None), "mean reward"
     if setting.pairwise is not None:
-        return sides(settings, fixed), WIN_RATE
-    if not setting.paired:
+        return judged_candidates(settings, fixed), WIN_RATE
+    if not setting.is_paired:
         return [], ""
     return [
-        Candidate(name, np.stack([_right(m) for m in seeds]), None, lengths_of(seeds), fixed and name == first)
+        Candidate(
+            name, np.stack([_accuracy_by_prompt(m) for m in seeds]), None, stack_lengths(seeds), fixed and name == first
+        )
         for name, seeds in settings.items()
     ], "held-out preference accuracy"
 
 
-def _also(settings: Mapping[str, Sequence[Measured]], fixed: bool, names: Iterable[str]) -> dict[str, list[Pair]]:
+def _compare_by_others(
+    settings: Mapping[str, Sequence[Measurement]], fixed: bool, names: Iterable[str]
+) -> dict[str, list[Pair]]:
     """Comparisons by the other rewards, corrected together; those by the main reward are corrected separately."""
-    by_judge = {judge: compare_each(_by_reward(settings, fixed, judge)) for judge in names}
-    together = iter(corrected([pair for pairs in by_judge.values() for pair in pairs]))
+    by_judge = {judge: compare_uncorrected(_reward_candidates(settings, fixed, judge)) for judge in names}
+    together = iter(correct_p_values([pair for pairs in by_judge.values() for pair in pairs]))
     return {judge: [next(together) for _ in pairs] for judge, pairs in by_judge.items()}
 
 
-def _by_reward(settings: Mapping[str, Sequence[Measured]], fixed: bool, judge: str | None) -> list[Candidate]:
+def _reward_candidates(
+    settings: Mapping[str, Sequence[Measurement]], fixed: bool, judge: str | None
+) -> list[Candidate]:
     """Every setting with its mean rewards, by the main reward or by the one named `judge`."""
     first, found = next(iter(settings)), []
     for name, seeds in settings.items():
         rewards = np.stack([r for m in seeds if (r := m.rewards(judge)) is not None])
-        found.append(Candidate(name, rewards.mean(2), rewards, lengths_of(seeds), fixed and name == first))
+        found.append(Candidate(name, rewards.mean(2), rewards, stack_lengths(seeds), fixed and name == first))
     return found
 
 
-def _gain(pair: Pair) -> Metrics:
+def _gain_metrics(pair: Pair) -> Metrics:
     """A setting's gain over the first model as named figures; empty without a reward."""
     return {} if pair.win_rate is None else pair.difference.named("reward_change") | win_rates(pair)
 
 
-def _right(m: Measured) -> np.ndarray:
+def _accuracy_by_prompt(m: Measurement) -> np.ndarray:
     """Preference accuracy by prompt, (prompts,); one half for the first model, which cannot gain over itself.
 
     Prompts with more pairs are weighted up, so that the mean over prompts is the mean over pairs.
@@ -186,8 +192,8 @@ def _right(m: Measured) -> np.ndarray:
     return np.asarray(np.bincount(clusters, weights=right) / counts.mean())
 
 
-def _rows(
-    measured: Mapping[str, Measured], setting: Setting, judgement: Judgement | None = None
+def _comparison_rows(
+    measured: Mapping[str, Measurement], setting: Setting, judgement: Judgement | None = None
 ) -> list[dict[str, Any]]:
     rows = []
     for i, asked in enumerate(setting.asked):
@@ -198,7 +204,7 @@ def _rows(
             for name, m in measured.items():
                 row["completions"][name] = {"text": m.written.texts[at], **m.written.row(at, m.also)}
             if judgement is not None:
-                row["judged"] = judgement.of_row(i, s)
+                row["judged"] = judgement.verdicts_for(i, s)
             rows.append(row)
     return rows
 
@@ -208,26 +214,26 @@ def table(models: Mapping[str, Metrics], prompts: int = FEW_ROWS) -> str:
     if prompts < FEW_ROWS:
         models = {name: {k: v for k, v in m.items() if not k.endswith("/ci")} for name, m in models.items()}
     first = next(iter(models))
-    lines = [["", *models], *_lines(models, JUDGED, first)]
+    lines = [["", *models], *_table_lines(models, JUDGED, first)]
     for judge in models[first].get("also", {}):
-        lines += _lines({n: m["also"][judge] for n, m in models.items()}, JUDGED, first, f", by {judge}")
+        lines += _table_lines({n: m["also"][judge] for n, m in models.items()}, JUDGED, first, f", by {judge}")
     for judge in models[first].get("judged", {}):
-        lines += _lines({n: m["judged"][judge] for n, m in models.items()}, JUDGED, first, f", by {judge}")
-    return columns(lines + _lines(models, ROWS, first))
+        lines += _table_lines({n: m["judged"][judge] for n, m in models.items()}, JUDGED, first, f", by {judge}")
+    return columns(lines + _table_lines(models, ROWS, first))
 
 
-def _lines(
+def _table_lines(
     models: Mapping[str, Metrics], rows: Sequence[tuple[str, str, int]], first: str, by: str = ""
 ) -> list[list[str]]:
     """The rows for which any model has a figure."""
     return [
-        [label.format(first=first) + by, *(_cell(m, name, digits) for m in models.values())]
+        [label.format(first=first) + by, *(_format_cell(m, name, digits) for m in models.values())]
         for name, label, digits in rows
         if any(name in m for m in models.values())
     ]
 
 
-def _cell(metrics: Metrics, name: str, digits: int) -> str:
+def _format_cell(metrics: Metrics, name: str, digits: int) -> str:
     if name not in metrics:
         return "-"
     if all_tied(metrics, name):
@@ -270,7 +276,7 @@ class HeldOut:
     leaked: int
 
 
-def key_of(tree: PromptTree) -> str:
+def tree_key(tree: PromptTree) -> str:
     """The key by which prompts count as the same."""
     return prompt_key(tree.prompt, first_text(tree))
 
@@ -278,12 +284,12 @@ def key_of(tree: PromptTree) -> str:
 def trained_prompts(run: Run) -> set[str]:
     """Keys of the prompts that a run trains on; empty for texts without prompts."""
     rows = run.rows.datasets[0]
-    return set() if rows.kind == "text" else {key_of(t) for t in rows.trees}
+    return set() if rows.kind == "text" else {tree_key(t) for t in rows.trees}
 
 
-def clear_of(owner: str, rows: Dataset, trained: set[str]) -> HeldOut:
+def exclude_prompts(owner: str, rows: Dataset, trained: set[str]) -> HeldOut:
     """Keep the rows whose prompts are not in `trained`; may leave none."""
-    clean = [i for i, t in enumerate(rows.trees) if key_of(t) not in trained]
+    clean = [i for i, t in enumerate(rows.trees) if tree_key(t) not in trained]
     return HeldOut(owner, rows.subset(clean), len(rows.trees) - len(clean))
 
 
@@ -353,7 +359,7 @@ def compare_sources(
     *,
     seeds: Mapping[str, Sequence[str]] | None = None,
     fixed: bool = False,
-) -> Compared:
+) -> ComparisonResult:
     """Compare models in the precision and on the device of `run`; see `compare_models`."""
     by_name = {s.name: s for s in sources}
     longest = max(map(len, setting.prompts)) + setting.max_new_tokens
@@ -376,7 +382,7 @@ def _check_context(model: Any, name: str, longest: int, place: str) -> None:
 # ---- output ----
 
 
-def figures_of(compared: Compared) -> dict[str, Any]:
+def comparison_json(compared: ComparisonResult) -> dict[str, Any]:
     """A comparison as written to comparison.json."""
     judged = compared.judgement
     return {
@@ -384,7 +390,7 @@ def figures_of(compared: Compared) -> dict[str, Any]:
         **({"runs": compared.runs} if compared.runs else {}),
         "outcome": compared.outcome,
         "comparisons": [p.to_json() for p in compared.pairs or (judged.pairs if judged else [])],
-        "comparisons_text": _tables(compared),
+        "comparisons_text": _comparison_tables(compared),
         **({"also": {n: [p.to_json() for p in pairs] for n, pairs in compared.also.items()}} if compared.also else {}),
         **({"judge": judged.to_json()} if judged is not None else {}),
         "sentences": [s.text for s in compared.sentences],
@@ -392,7 +398,7 @@ def figures_of(compared: Compared) -> dict[str, Any]:
     }
 
 
-def _tables(compared: Compared) -> str:
+def _comparison_tables(compared: ComparisonResult) -> str:
     if compared.prompts < FEW_ROWS:
         return ""
     tables = [comparisons_table(compared.pairs, compared.outcome)] if compared.pairs else []
@@ -404,7 +410,7 @@ def _tables(compared: Compared) -> str:
     return "\n\n".join(tables)
 
 
-def text_of(figures: Mapping[str, Any], heading: str, notes: Iterable[str] = ()) -> str:
+def format_comparison(figures: Mapping[str, Any], heading: str, notes: Iterable[str] = ()) -> str:
     """Format a comparison as text: heading, notes, tables and, at the end, the verdict."""
     few = table(figures["models"], int(figures.get("prompts") or FEW_ROWS))
     parts = [heading, "\n".join(notes), few, figures.get("comparisons_text", "")]

@@ -132,7 +132,7 @@ def _read(folder: Path, name: str, step: str | None) -> TrainedRun:
     return TrainedRun(name, folder, with_absolute_paths(config), manifest, contents, model_folder(folder, step))
 
 
-def by_setting(runs: Sequence[TrainedRun]) -> dict[str, list[TrainedRun]]:
+def group_by_setting(runs: Sequence[TrainedRun]) -> dict[str, list[TrainedRun]]:
     """Group runs that differ only in their seed into settings, each named after the shortest name of its runs.
 
     Raises:
@@ -180,20 +180,20 @@ def common_start(runs: Sequence[TrainedRun]) -> Source:
     for (sha256, dtype), run in kinds.items():
         # in another precision the same weights have a different sum; the check below compares them in fp32
         if dtype == dtype_of[first.name] and sha256 != first.manifest["model"]["sha256"]:
-            raise _other_start(first, run)
-    wide = {run.name: start_sha256(run) for run in kinds.values()}
-    for name, sha256 in wide.items():
-        if sha256 != wide[first.name]:
-            raise _other_start(first, next(r for r in runs if r.name == name))
+            raise _different_start(first, run)
+    fp32_sha256 = {run.name: start_sha256(run) for run in kinds.values()}
+    for name, sha256 in fp32_sha256.items():
+        if sha256 != fp32_sha256[first.name]:
+            raise _different_start(first, next(r for r in runs if r.name == name))
     adapters = {run.name: None if (a := run.config.model.adapter) is None else model_sha256(Path(a)) for run in runs}
     for name, adapter in adapters.items():
         if adapter != adapters[first.name]:
-            raise _other_start(first, next(r for r in runs if r.name == name))
+            raise _different_start(first, next(r for r in runs if r.name == name))
     own = first.data.config.model
     return Source(START, own, adapter=None if own.adapter is None else Path(own.adapter), seed=first.seed)
 
 
-def _other_start(one: TrainedRun, other: TrainedRun) -> ConfigError:
+def _different_start(one: TrainedRun, other: TrainedRun) -> ConfigError:
     return ConfigError(
         "compare",
         f"{one.name} and {other.name} start from different weights, so there is no common start to compare with",
@@ -205,11 +205,11 @@ def start_sha256(run: TrainedRun) -> str:
     """SHA-256 in fp32 of the weights that a run starts from; ModelError if they have changed."""
     config = run.data.config.model
     model = load_causal_model(config, resolve_device("cpu"), run.seed)
-    wide = source_sha256(config, model)
+    fp32_sha256 = source_sha256(config, model)
     cast_parameters(model, getattr(torch, run.manifest["hardware"]["dtype"]))
     if source_sha256(config, model) != run.manifest["model"]["sha256"]:
         raise ModelError(config.path, f"is no longer the model that {run.name} started from", "restore it")
-    return wide
+    return fp32_sha256
 
 
 def check_bases(runs: Sequence[TrainedRun]) -> None:
@@ -230,14 +230,14 @@ def lineage(run: TrainedRun) -> list[RunConfig]:
     found: list[RunConfig] = []
     seen = {run.folder}
     path = run.config.model.adapter or run.config.model.path
-    while (folder := _run_of(Path(path))) is not None and folder not in seen:
+    while (folder := _find_run(Path(path))) is not None and folder not in seen:
         seen.add(folder)
         found.append(with_absolute_paths(load_config(folder / CONFIG)))
         path = found[-1].model.adapter or found[-1].model.path
     return found
 
 
-def _run_of(model: Path) -> Path | None:
+def _find_run(model: Path) -> Path | None:
     """The run that a model folder belongs to, ``RUN/checkpoints/step-N/model`` or ``RUN/merged/step-N``; None if there is none."""
     for parents in (3, 2):
         folder = model.parents[parents - 1] if len(model.parents) >= parents else None
@@ -302,7 +302,7 @@ WORDS = {"schedule": "Learning-rate schedules", "template": "Prompt templates", 
 Budget = Mapping[str, Any]  # by the names of `NUMBERS` and `WORDS`, and `finished`
 
 
-def budget_of(run: TrainedRun, up_to: int | None = None) -> Budget:
+def training_budget(run: TrainedRun, up_to: int | None = None) -> Budget:
     """A run's training budget, in total or up to a step.
 
     Rows (prompts of an online method) count every time they are used; the tokens of a shared prompt count once.
@@ -333,26 +333,26 @@ def budget_of(run: TrainedRun, up_to: int | None = None) -> Budget:
 
 def budget_sentences(budgets: Mapping[str, Sequence[Budget]]) -> list[str]:
     """One sentence for each difference: numbers by more than 5% between settings (means over seeds) or within one, words at all."""
-    said = []
+    sentences = []
     for field, words in NUMBERS.items():
         means = {name: float(np.mean([b[field] for b in of])) for name, of in budgets.items()}
-        if _differ(list(means.values())):
-            said.append(f"{words} differ: {_listed({n: _shown(v) for n, v in means.items()})}.")
+        if _differs(list(means.values())):
+            sentences.append(f"{words} differ: {_join_named({n: _format_number(v) for n, v in means.items()})}.")
         for name, of in budgets.items():
             values = [b[field] for b in of]
-            if _differ(values):
-                said.append(f"{words} differ among the seeds of {name}: {', '.join(map(_shown, values))}.")
+            if _differs(values):
+                sentences.append(f"{words} differ among the seeds of {name}: {', '.join(map(_format_number, values))}.")
     for field, words in WORDS.items():
-        of_each = {name: ", ".join(dict.fromkeys(b[field] for b in of)) for name, of in budgets.items()}
-        if len(set(of_each.values())) > 1:
-            said.append(f"{words} differ: {_listed(of_each)}.")
-    return said
+        values_by_name = {name: ", ".join(dict.fromkeys(b[field] for b in of)) for name, of in budgets.items()}
+        if len(set(values_by_name.values())) > 1:
+            sentences.append(f"{words} differ: {_join_named(values_by_name)}.")
+    return sentences
 
 
 def data_sentences(settings: Mapping[str, Sequence[TrainedRun]]) -> list[str]:
     """A sentence for each setting trained on other rows than the first; the same prompts in another shape do not count."""
     first, *others = settings
-    said = []
+    sentences = []
     for name in others:
         one, other = settings[first][0], settings[name][0]
         if one.manifest["data"]["train"]["fingerprint"] == other.manifest["data"]["train"]["fingerprint"]:
@@ -361,18 +361,20 @@ def data_sentences(settings: Mapping[str, Sequence[TrainedRun]]) -> list[str]:
             a, b = (trained_prompts(r.data) for r in (one, other))
             shapes = {r.data.rows.datasets[0].kind for r in (one, other)}
         except PenchantError:
-            said.append(f"The data of {name} is not that of {first}.")
+            sentences.append(f"The data of {name} is not that of {first}.")
             continue
         if a != b:
-            said.append(
+            sentences.append(
                 f"The data differs: {first} was trained on {counted(len(a), 'prompt')}, {name} on {len(b):,}, and {len(a & b):,} are the same."
             )
         elif len(shapes) == 1:
-            said.append(f"The data differs: {first} and {name} were trained on the same prompts with other answers.")
-    return said
+            sentences.append(
+                f"The data differs: {first} and {name} were trained on the same prompts with other answers."
+            )
+    return sentences
 
 
-def unfinished(budgets: Mapping[str, Budget]) -> list[str]:
+def unfinished_notes(budgets: Mapping[str, Budget]) -> list[str]:
     """A sentence for each run that did not finish."""
     return [
         f"{name} did not finish: it stopped at step {b['steps']:.0f}."
@@ -381,15 +383,15 @@ def unfinished(budgets: Mapping[str, Budget]) -> list[str]:
     ]
 
 
-def _differ(values: Sequence[float]) -> bool:
+def _differs(values: Sequence[float]) -> bool:
     return max(values) > (1 + TOLERANCE) * min(values)
 
 
-def _shown(value: float) -> str:
+def _format_number(value: float) -> str:
     return f"{value:,.0f}" if value == round(value) else f"{value:.3g}"
 
 
-def _listed(values: Mapping[str, str]) -> str:
+def _join_named(values: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
@@ -465,11 +467,11 @@ class Readings:
             return f"This test set is read for the first time; the reading is recorded in {self.log}."
         times = "once" if len(earlier) == 1 else f"{len(earlier)} times"
         first, last = earlier[0], earlier[-1]
-        said = (
+        text = (
             f"This test set has been read {times} before, first on {first['time'][:10]} for {', '.join(first['runs'])}"
         )
         if len(earlier) > 1:
-            said += f", last on {last['time'][:10]} for {', '.join(last['runs'])}"
+            text += f", last on {last['time'][:10]} for {', '.join(last['runs'])}"
         other = sum(row["fingerprint"] != self.fingerprint for row in earlier)
         changed = f" ({other} of them with other rows in the file)" if other else ""
-        return f"{said}{changed}: what is chosen by it is no longer tested by it."
+        return f"{text}{changed}: what is chosen by it is no longer tested by it."

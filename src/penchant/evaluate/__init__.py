@@ -8,8 +8,8 @@ from typing import Any
 
 from penchant.config import RunConfig
 from penchant.errors import ConfigError
-from penchant.evaluate.evaluator import Evaluation, held_out_of_run
-from penchant.evaluate.output import keep
+from penchant.evaluate.evaluator import Evaluation, evaluate_held_out
+from penchant.evaluate.output import save
 from penchant.requests import EvalRequest
 from penchant.runfolder import damage_notes
 from penchant.runs.find import check_there, find_model, find_run, of_config, runs_in
@@ -40,7 +40,7 @@ def evaluate_model(
                 raise ConfigError(name, "no such run here", how)
             what = "is not a run, so it does not say what to evaluate on"
             raise ConfigError(name, what, "give --data FILE or --text FILE")
-        evaluated = held_out_of_run(*found, quiet)
+        evaluated = evaluate_held_out(*found, quiet)
         folder: Path | None = Path(found[0].output)
     else:
         if isinstance(given, RunConfig):
@@ -51,6 +51,6 @@ def evaluate_model(
         folder = source.folder
     if folder is not None:
         evaluated.notes.extend(damage_notes(folder))
-    evaluated.notes.extend(keep(evaluated, folder, request))
+    evaluated.notes.extend(save(evaluated, folder, request))
     notes = {"notes": evaluated.notes} if evaluated.notes else {}
     return evaluated.metrics | notes | ({"rows": evaluated.answers} if rows else {})

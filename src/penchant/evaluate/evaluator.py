@@ -13,20 +13,20 @@ from pydantic import ValidationError
 
 from penchant.config import RunConfig
 from penchant.errors import ConfigError, DataError, ModelError
-from penchant.evaluate.material import Material
+from penchant.evaluate.material import EvaluationData
 from penchant.logprobs.reference import LiveReference
 from penchant.metrics.answers import TokenScores, answer_figures, figures_by_answer, score_tokens, text_figures
 from penchant.metrics.completions import (
-    Judge,
-    Written,
-    judged,
-    kl_of_written,
+    Completions,
+    RewardFunction,
+    generation_figures,
+    generation_kl,
     overlap_figures,
     require_overlap,
-    text_of_written,
-    write,
+    sample_completions,
+    score_completions,
 )
-from penchant.metrics.figures import Figure, flat
+from penchant.metrics.figures import Figure, flatten
 from penchant.models.load import load_tokenizer, tokens_of
 from penchant.models.options import check_text_alone, looks_like_folder
 from penchant.rewards import load_reward
@@ -38,11 +38,11 @@ from penchant.runs.parts import answering
 from penchant.types import TokenTree
 
 NO_REFERENCE = "none"
-FEW = 10  # with fewer prompts a percentile bootstrap is too narrow
+FEW_PROMPTS = 10  # with fewer prompts a percentile bootstrap is too narrow
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluated:
+class EvaluationResult:
     """The result of an evaluation.
 
     Args:
@@ -59,7 +59,7 @@ class Evaluated:
     answers: list[dict[str, Any]] = field(default_factory=list)
 
 
-class Evaluation(Material):
+class Evaluation(EvaluationData):
     """One evaluation of one model. All checks happen before a model is loaded.
 
     Raises:
@@ -69,35 +69,35 @@ class Evaluation(Material):
     # ---- the models -----------------------------------------------------------------------------------------------
 
     @cached_property
-    def judges(self) -> dict[str, Judge]:
+    def judges(self) -> dict[str, RewardFunction]:
         """The main reward under "", and the others by name."""
         assert self.rows is not None
-        asked: dict[str, Any] = {} if self.request.reward is None else {"": self.request.reward}
-        asked |= {name: name for name in self.request.also}
+        requested: dict[str, Any] = {} if self.request.reward is None else {"": self.request.reward}
+        requested |= {name: name for name in self.request.also}
         prompts, data = rows_by_source(self.rows.trees), self.config.data
         policy = PolicyText(self.run.rows.tokenizer, data.template, prompts, data.template_options)
         try:
-            return {name: load_reward(reward, policy, self.run.device) for name, reward in asked.items()}
+            return {name: load_reward(reward, policy, self.run.device) for name, reward in requested.items()}
         except ValidationError as error:  # a mapping with something other than names and weights
-            said = error.errors()[0]["msg"].removeprefix("Value error, ")
-            raise ConfigError("--reward", said, "write NAME or {NAME: WEIGHT, ...}") from error
+            message = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise ConfigError("--reward", message, "write NAME or {NAME: WEIGHT, ...}") from error
 
     @cached_property
     def reference_source(self) -> Source | None:
         """The reference model: as requested, else the model's start if known; None without one."""
-        asked = self.request.reference
-        if asked == NO_REFERENCE:
+        requested = self.request.reference
+        if requested == NO_REFERENCE:
             return None
-        if asked is not None:
-            found = find_model(asked)
+        if requested is not None:
+            reference = find_model(requested)
             if self.config.model.sees:
-                eyes = self.config.model.model_dump(include={"vision", "image_options"})
-                found = replace(found, base=found.base.model_copy(update=eyes))
-            if self.run.rows.tokenizer.get_vocab() != load_tokenizer(found.tokenizer).get_vocab():
-                what = f"{found.name} has another tokenizer than {self.source.name}"
+                vision = self.config.model.model_dump(include={"vision", "image_options"})
+                reference = replace(reference, base=reference.base.model_copy(update=vision))
+            if self.run.rows.tokenizer.get_vocab() != load_tokenizer(reference.tokenizer).get_vocab():
+                what = f"{reference.name} has another tokenizer than {self.source.name}"
                 how = "log-probs and KL compare the same tokens: give a model with the same one"
                 raise ConfigError("--reference", what, how)
-            return found
+            return reference
         start = self.source.start
         if start is not None and looks_like_folder(start.base.path) and not Path(start.base.path).expanduser().is_dir():
             self.notes.append(
@@ -179,7 +179,7 @@ class Evaluation(Material):
         beta = getattr(component.params, "beta", 1.0)
         return float(beta) if "beta" not in component.schedules else 1.0
 
-    def measure(self) -> Evaluated:
+    def measure(self) -> EvaluationResult:
         """Run the evaluation and return everything that was requested."""
         self.check()
         figures: list[Figure] = []
@@ -188,27 +188,27 @@ class Evaluation(Material):
         policy = self._load(self.policy)
         reference = None if self.reference_source is None else self._load(self.reference_source)
         if self.answers:
-            scores = self._scores(policy, reference, self.answers, "answers")
+            scores = self._score(policy, reference, self.answers, "answers")
             figures += answer_figures(scores, self.answers, self.beta)
             answers = self._answer_rows(scores)
             if reference is not None:
                 self.notes.append(f"eval/implicit_reward is beta x (log pi - log ref) with beta = {self.beta:g}.")
         if self.request.text is not None:
             chunks, size, _ = self.documents
-            figures += text_figures(self._scores(policy, reference, chunks, "texts", exact=False), chunks, size)
+            figures += text_figures(self._score(policy, reference, chunks, "texts", exact=False), chunks, size)
         if self.request.generate is not None:
-            written, more, rows = self._generated(policy)
+            written, more, rows = self._generate(policy)
             figures += more
             if reference is not None:
-                own = self._scores(policy, reference, written.trees, "own completions")
-                figures += kl_of_written(own, written, sampled=self.request.temperature == 1.0)
+                own = self._score(policy, reference, written.trees, "own completions")
+                figures += generation_kl(own, written, sampled=self.request.temperature == 1.0)
                 if self.request.temperature != 1.0:
                     self.notes.append("Sampled KL (k1, k3) is left out: it is unbiased at temperature 1 alone.")
-        self._about_intervals(figures)
+        self._note_intervals(figures)
         head: dict[str, Any] = {"model": self.source.name}
         head |= {"checkpoint": self.source.checkpoint} if self.source.checkpoint else {}
         head |= {"reference": self.reference_source.name} if self.reference_source is not None else {}
-        return Evaluated(head | flat(figures), self.notes, self._what(), rows, self.source.step, answers)
+        return EvaluationResult(head | flatten(figures), self.notes, self._settings(), rows, self.source.step, answers)
 
     def _answer_rows(self, scores: TokenScores) -> list[dict[str, Any]]:
         """The figures of each given answer next to its texts, under the same names as the overall figures."""
@@ -223,18 +223,20 @@ class Evaluation(Material):
             rows.append(texts | figures)
         return rows
 
-    def _about_intervals(self, figures: Sequence[Figure]) -> None:
+    def _note_intervals(self, figures: Sequence[Figure]) -> None:
         """Add notes on intervals that are unreliable or missing."""
         counts = {"prompts with answers": len({t.prompt_key for t in self.answers})} if self.answers else {}
         counts |= {"documents": len(self.documents[1])} if self.request.text is not None else {}
         counts |= {"prompts written to": len(self.prompts)} if self.request.generate is not None else {}
-        few = [f"{n} {what}" for what, n in counts.items() if n < FEW]
+        few = [f"{n} {what}" for what, n in counts.items() if n < FEW_PROMPTS]
         if few:
-            self.notes.append(f"Intervals from fewer than {FEW} prompts are too narrow to rely on: {', '.join(few)}.")
+            self.notes.append(
+                f"Intervals from fewer than {FEW_PROMPTS} prompts are too narrow to rely on: {', '.join(few)}."
+            )
         if any(f.interval is None for f in figures):
             self.notes.append("Figures of a single prompt or document have no interval.")
 
-    def _scores(
+    def _score(
         self,
         policy: LiveReference,
         reference: LiveReference | None,
@@ -251,10 +253,10 @@ class Evaluation(Material):
             progress=self.run.console.counter(f"log-probs of {what}"),
         )
 
-    def _generated(self, policy: LiveReference) -> tuple[Written, list[Figure], list[dict[str, Any]]]:
+    def _generate(self, policy: LiveReference) -> tuple[Completions, list[Figure], list[dict[str, Any]]]:
         """Sample completions; return them, their figures, and their rows for a file."""
         r, tokenizer = self.request, self.run.rows.tokenizer
-        written = write(
+        written = sample_completions(
             policy.scorer.model,
             tokenizer,
             [t.prompt_ids.tolist() for t in self.prompts],
@@ -266,8 +268,8 @@ class Evaluation(Material):
             sources=[t.source for t in self.prompts],
             progress=self.run.console.counter("prompts written to"),
         )
-        also = {n: judged(j, tokenizer, written.trees, written.texts) for n, j in self.judges.items() if n}
-        figures = text_of_written(written, also)
+        also = {n: score_completions(j, tokenizer, written.trees, written.texts) for n, j in self.judges.items() if n}
+        figures = generation_figures(written, also)
         references = [self.good_answers.get(t.prompt_ids.tobytes(), []) for t in self.prompts for _ in range(r.samples)]
         have = [i for i, refs in enumerate(references) if refs]
         if r.overlap and have:
@@ -279,10 +281,10 @@ class Evaluation(Material):
             )
             figures += overlap
             self.notes.append(f"{signature}.")
-        return written, figures, self._completions(written, also, references)
+        return written, figures, self._completion_rows(written, also, references)
 
-    def _completions(
-        self, written: Written, also: Mapping[str, np.ndarray], references: Sequence[Sequence[str]]
+    def _completion_rows(
+        self, written: Completions, also: Mapping[str, np.ndarray], references: Sequence[Sequence[str]]
     ) -> list[dict[str, Any]]:
         decode = self.run.rows.tokenizer.decode
         rows = []
@@ -299,7 +301,7 @@ class Evaluation(Material):
             rows.append(row)
         return rows
 
-    def _what(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
         """Settings and fingerprints of the evaluation, for the log."""
         found: dict[str, Any] = {"model": self.source.name, "checkpoint": self.source.checkpoint or None}
         reference = self.reference_source
@@ -314,7 +316,7 @@ class Evaluation(Material):
         return found | {"dtype": str(self.run.dtype).removeprefix("torch."), "device": str(self.run.device)}
 
 
-def held_out_of_run(config: RunConfig, step: str, quiet: bool) -> Evaluated:
+def evaluate_held_out(config: RunConfig, step: str, quiet: bool) -> EvaluationResult:
     """Compute a run's own held-out metrics, the same as during training."""
     run = Run(config, quiet=quiet)
     metrics = run.evaluate(step)
@@ -324,4 +326,4 @@ def held_out_of_run(config: RunConfig, step: str, quiet: bool) -> Evaluated:
     what = {"checkpoint": name, "data": "held out", "fingerprint": held.fingerprint, "rows": held.accepted}
     what |= {"dtype": str(run.dtype).removeprefix("torch."), "device": str(run.device)}
     at = 0 if name == START else int(name.removeprefix("step-"))
-    return Evaluated(metrics, changed_since(run.folder, run.config), what, [], at)
+    return EvaluationResult(metrics, changed_since(run.folder, run.config), what, [], at)

@@ -12,7 +12,7 @@ from penchant.data.adapt import adapt
 from penchant.data.load import Dataset, load_preferences
 from penchant.data.tokenize import TokenizedDataset, tokenize
 from penchant.errors import DataError
-from penchant.metrics.answers import is_answer, without_eos
+from penchant.metrics.answers import is_answer, strip_eos
 from penchant.models.load import load_tokenizer
 from penchant.requests import EvalRequest
 from penchant.rewards.functions import reads_columns
@@ -23,7 +23,7 @@ from penchant.types import TokenTree
 
 
 @dataclass
-class Material:
+class EvaluationData:
     """Rows, answers, prompts and texts of one evaluation, each read on first use.
 
     Args:
@@ -67,13 +67,13 @@ class Material:
     def rows(self) -> Dataset | None:
         """The rows with prompts: those of --data, or the run's held-out rows; None if there are none."""
         data = self.config.data
-        asks = any(reads_columns(reward) for reward in (self.request.reward, *self.request.also))
+        needs_columns = any(reads_columns(reward) for reward in (self.request.reward, *self.request.also))
         if self.request.data is None:
             if self.source.run is None:
                 return None
-            self.run.rows.keep_columns |= asks
-            held = self.run.rows.datasets[1]
-            return None if held is None or held.kind == "text" else held
+            self.run.rows.keep_columns |= needs_columns
+            held_out = self.run.rows.datasets[1]
+            return None if held_out is None or held_out.kind == "text" else held_out
         own_shape = self.source.run is not None  # an online run reads only prompts, but these rows may have answers
         own_limit = self.source.run is None or any(o.startswith("data.limit=") for o in self.overrides)
         rows = load_preferences(
@@ -85,8 +85,8 @@ class Material:
             layout_options=data.layout_options,
             bounds=data.bounds.model_dump(),
             limit=data.limit if own_limit else None,
-            keep_columns=asks,
-            rollouts=asks and self.run.rows.method.signal == "prompts",
+            keep_columns=needs_columns,
+            rollouts=needs_columns and self.run.rows.method.signal == "prompts",
             image_dir=(data.image_dir or "") if self.config.model.sees else None,
         )
         if rows.kind == "text":
@@ -102,18 +102,18 @@ class Material:
     @cached_property
     def tokens(self) -> TokenizedDataset:
         assert self.rows is not None
-        made = self.run.rows.tokenize(self.rows)
+        tokenized = self.run.rows.tokenize(self.rows)
         for what, count in (
-            ("rows could not be made into tokens", len(made.quarantined)),
-            ("prompts lost their start", len(made.cut_prompts)),
-            ("rows have an answer that lost its end", len(made.cut_completions)),
+            ("rows could not be made into tokens", len(tokenized.quarantined)),
+            ("prompts lost their start", len(tokenized.cut_prompts)),
+            ("rows have an answer that lost its end", len(tokenized.cut_completions)),
         ):
             if count:
                 self.notes.append(f"At data.max_length {self.config.data.max_length}: {count:,} {what}.")
-        if not made.trees:
+        if not tokenized.trees:
             how = "look at data.max_length"
             raise DataError(str(self.request.data), "no row is left after cutting rows into tokens", how)
-        return made
+        return tokenized
 
     @cached_property
     def answers(self) -> list[TokenTree]:
@@ -132,16 +132,16 @@ class Material:
         )
         if texts.quarantined:
             self.notes.append(f"Kept aside: {len(texts.quarantined):,} bad documents of {texts.total:,}.")
-        made = tokenize(
+        tokenized = tokenize(
             texts, tokenizer, max_length=data.max_length, add_eos=tokenizer.eos_token_id is not None, on_bad_row="error"
         )
-        if made.split_documents:
+        if tokenized.split_documents:
             self.notes.append(
-                f"{made.split_documents:,} documents longer than data.max_length {data.max_length} are read in parts, "
+                f"{tokenized.split_documents:,} documents longer than data.max_length {data.max_length} are read in parts, "
                 "each without what came before it."
             )
         size = {t.source: len(t.completions[0].text.encode()) for t in texts.trees}
-        return without_eos(made.trees, tokenizer.eos_token_id), size, texts.fingerprint
+        return strip_eos(tokenized.trees, tokenizer.eos_token_id), size, texts.fingerprint
 
     @cached_property
     def prompts(self) -> list[TokenTree]:
@@ -159,9 +159,9 @@ class Material:
         """Texts of the good answers by prompt."""
         assert self.rows is not None
         text_of = {t.source: t for t in self.rows.trees}
-        found: dict[bytes, list[str]] = {}
+        answers: dict[bytes, list[str]] = {}
         for t in self.answers:
             for i, c in enumerate(text_of[t.source].completions):
                 if c.label if c.label is not None else i == 0:
-                    found.setdefault(t.prompt_ids.tobytes(), []).append(c.text.strip())
-        return found
+                    answers.setdefault(t.prompt_ids.tobytes(), []).append(c.text.strip())
+        return answers

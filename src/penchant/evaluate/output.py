@@ -10,7 +10,7 @@ from typing import Any
 
 from penchant.base.files import write_output
 from penchant.base.text import printable
-from penchant.evaluate.evaluator import Evaluated
+from penchant.evaluate.evaluator import EvaluationResult
 from penchant.metrics.names import all_tied, metric
 from penchant.requests import EvalRequest
 from penchant.runfolder import EVALUATIONS, IDENTITY, LINE_SUM, MetricsLog, line_sha256, nan_to_none
@@ -21,21 +21,21 @@ COUNT = "/n"
 SUFFIXES = ("/ci", COUNT)
 
 
-def record(evaluated: Evaluated) -> dict[str, Any]:
+def record(evaluated: EvaluationResult) -> dict[str, Any]:
     """An evaluation as written to files: time, step, settings, figures, the count behind each, notes."""
-    found = evaluated.metrics
-    metrics = {k: v for k, v in found.items() if k not in NO_FIGURE and not k.endswith(COUNT)}
+    figures = evaluated.metrics
+    metrics = {k: v for k, v in figures.items() if k not in NO_FIGURE and not k.endswith(COUNT)}
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "step": evaluated.step,
         "what": evaluated.what,
         "metrics": metrics,
-        "n": {k.removesuffix(COUNT): v for k, v in found.items() if k.endswith(COUNT)},
+        "n": {k.removesuffix(COUNT): v for k, v in figures.items() if k.endswith(COUNT)},
         "notes": evaluated.notes,
     }
 
 
-def keep(evaluated: Evaluated, run: Path | None, request: EvalRequest) -> list[str]:
+def save(evaluated: EvaluationResult, run: Path | None, request: EvalRequest) -> list[str]:
     """Write the requested files and append to the run's log; return a note if the log cannot be written.
 
     Raises:
@@ -57,46 +57,46 @@ def keep(evaluated: Evaluated, run: Path | None, request: EvalRequest) -> list[s
     return []
 
 
-def table(metrics: Mapping[str, Any], whole: bool = True) -> str:
+def format_table(metrics: Mapping[str, Any], whole: bool = True) -> str:
     """Format one line per figure: name, value, 95% interval, count; without `whole`, only the main ones with descriptions."""
-    names = _shown(metrics)
+    names = _figure_names(metrics)
     main = names if whole else [n for n in names if metric(n).main or metric(n).word or n == "checkpoint"]
-    left, names = len(names) - len(main), main or names
+    hidden, names = len(names) - len(main), main or names
     width = max(28, *map(len, names))
-    spans = {n: _span(metrics, n) for n in names}
-    broad = max(map(len, spans.values()), default=0)
+    spans = {n: _interval_text(metrics, n) for n in names}
+    span_width = max(map(len, spans.values()), default=0)
     lines = []
     for name in names:
         value = metrics[name]
         shown = f"{value:,.4f}" if isinstance(value, float) else printable(str(value))
         line = f"{printable(name):<{width}} {shown:>12}"
         if isinstance(value, float):
-            over = _over(metrics, name)
-            line += f"  {spans[name]:<{broad}}  {over}"
+            over = _count_text(metrics, name)
+            line += f"  {spans[name]:<{span_width}}  {over}"
             known = metric(name)
             if not whole:
                 line += f"{' ' * max(2, 18 - len(over))}{known.word or known.label}"
         lines.append(line.rstrip())
-    if left and not whole:
-        lines.append(f"{left} more with --all; --explain says what each is")
+    if hidden and not whole:
+        lines.append(f"{hidden} more with --all; --explain says what each is")
     return "\n".join(lines)
 
 
-def explained(metrics: Mapping[str, Any]) -> str:
+def explain(metrics: Mapping[str, Any]) -> str:
     """Describe each figure: meaning and formula."""
     lines = []
-    for name in _shown(metrics):
+    for name in _figure_names(metrics):
         known = metric(name)
         if known.meaning:
             lines += [printable(name), *(f"    {line}" for line in (known.meaning, known.formula) if line)]
     return "\n".join(lines)
 
 
-def _shown(metrics: Mapping[str, Any]) -> list[str]:
+def _figure_names(metrics: Mapping[str, Any]) -> list[str]:
     return [n for n in metrics if n not in NO_FIGURE and not n.endswith(SUFFIXES)]
 
 
-def _over(metrics: Mapping[str, Any], name: str) -> str:
+def _count_text(metrics: Mapping[str, Any], name: str) -> str:
     """The count behind a figure, ``n=200 pairs``; a run's own metrics are over held-out rows, its KL over completions."""
     if f"{name}/n" in metrics:
         return f"n={metrics[f'{name}/n']:,} {metric(name).over}".rstrip()
@@ -105,7 +105,7 @@ def _over(metrics: Mapping[str, Any], name: str) -> str:
     return f"n={metrics['eval/rows']:,} rows" if "eval/rows" in metrics else ""
 
 
-def _span(metrics: Mapping[str, Any], name: str) -> str:
+def _interval_text(metrics: Mapping[str, Any], name: str) -> str:
     """The interval as text, or why there is none."""
     if all_tied(metrics, name):
         return "all tied"

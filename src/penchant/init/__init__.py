@@ -17,7 +17,7 @@ from penchant.config.yaml import dump_yaml
 from penchant.data.layouts import LAYOUTS
 from penchant.errors import ConfigError, DiskError
 from penchant.init.look import DataFacts, HeldOut, ModelFacts
-from penchant.metrics.stats import rows_to_tell
+from penchant.metrics.stats import rows_to_detect
 from penchant.rewards.functions import check_reward
 
 __all__ = ["Start", "propose", "write_config"]
@@ -73,7 +73,7 @@ LENGTH_CHOICES = (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 1
 SHARE_OF_MEMORY = 0.6
 BYTES_PER_PARAMETER = 16  # per parameter of a whole model: weights, master, gradient, two moments (bf16: 18, fp32: 16)
 MAX_HELD_OUT = 200  # maximum number of rows
-MIN_HELD_OUT = rows_to_tell()  # fewer held-out rows give no verdict
+MIN_HELD_OUT = rows_to_detect()  # fewer held-out rows give no verdict
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,11 +11,11 @@ from typing import Any
 from penchant.errors import ConfigError
 from penchant.judges.endpoint import PARAMETERS, EndpointJudge, connect
 from penchant.judges.instruction import INSTRUCTION, read_instruction
-from penchant.judges.judge import Answers, BothWays, PairJudge, Question, ask_both_ways, load_function_judge
+from penchant.judges.judge import Answers, BothOrders, PairJudge, Question, ask_both_orders, load_function_judge
 
-__all__ = ["Answers", "BothWays", "JudgeOptions", "PairJudge", "Question", "ask_both_ways", "load_judge"]
+__all__ = ["Answers", "BothOrders", "JudgeOptions", "PairJudge", "Question", "ask_both_orders", "load_judge"]
 
-OF_ENDPOINTS = {
+ENDPOINT_FLAGS = {
     "model": "--judge-model",
     "key_env": "--judge-key-env",
     "instruction": "--judge-instruction",
@@ -49,7 +49,7 @@ def load_judge(options: JudgeOptions) -> PairJudge:
         ConfigError: no such judge, or options that do not apply to it.
     """
     if not options.spec.startswith(("http://", "https://")):
-        given = [flag for name, flag in OF_ENDPOINTS.items() if getattr(options, name) is not None]
+        given = [flag for name, flag in ENDPOINT_FLAGS.items() if getattr(options, name) is not None]
         if given:
             raise ConfigError(given[0], f"is for endpoints, and {options.spec} is not one", "leave it out")
         return load_function_judge(options.spec)
@@ -62,12 +62,12 @@ def load_judge(options: JudgeOptions) -> PairJudge:
         connect(options.spec, options.key_env),
         options.model,
         INSTRUCTION if options.instruction is None else read_instruction(options.instruction),
-        _parameters(options.parameters),
+        _parse_parameters(options.parameters),
         concurrency,
     )
 
 
-def _parameters(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
+def _parse_parameters(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
     if given is None:
         return dict(PARAMETERS)
     try:

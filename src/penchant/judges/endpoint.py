@@ -21,7 +21,7 @@ import numpy as np
 from penchant.base.files import cache_folder
 from penchant.base.text import shown
 from penchant.errors import CheckpointError, ConfigError, RewardError
-from penchant.judges.instruction import filled, verdict_of
+from penchant.judges.instruction import fill_instruction, parse_verdict
 from penchant.judges.judge import Answers, Progress, Question
 from penchant.runfolder.read import read_lines
 from penchant.runfolder.values import num
@@ -31,14 +31,14 @@ from penchant.runfolder.values import num
 VERSION = 1  # part of every key: increase it if the way of asking changes
 
 
-def key_of(model: str, instruction: str, parameters: Mapping[str, Any], question: Question) -> str:
+def cache_key(model: str, instruction: str, parameters: Mapping[str, Any], question: Question) -> str:
     """SHA-256 of everything a reply depends on: model, instruction, parameters, prompt, and both answers in order."""
     parts = [VERSION, model, instruction, parameters, question.prompt, question.first, question.second]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass
-class Replies:
+class VerdictCache:
     """A cache of verdicts by key, with one append-only file per judge.
 
     Args:
@@ -46,17 +46,17 @@ class Replies:
     """
 
     path: Path
-    known: dict[str, float] = field(default_factory=dict)
+    verdicts: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, folder: Path, model: str, instruction: str, parameters: Mapping[str, Any]) -> Replies:
+    def open(cls, folder: Path, model: str, instruction: str, parameters: Mapping[str, Any]) -> VerdictCache:
         """Open a judge's cache and make sure that it can be written.
 
         Raises:
             CheckpointError: the file cannot be written.
         """
-        made = json.dumps([VERSION, model, instruction, parameters], sort_keys=True)
-        path = folder / f"{hashlib.sha256(made.encode()).hexdigest()[:16]}.jsonl"
+        settings = json.dumps([VERSION, model, instruction, parameters], sort_keys=True)
+        path = folder / f"{hashlib.sha256(settings.encode()).hexdigest()[:16]}.jsonl"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with path.open("ab") as out:
@@ -68,9 +68,9 @@ class Replies:
         rows = ((row.get("key"), num(row, "verdict")) for row in read_lines(path)[0])
         return cls(path, {str(key): v for key, v in rows if key is not None and v is not None and 0.0 <= v <= 1.0})
 
-    def keep(self, key: str, verdict: float, reply: str) -> None:
+    def add(self, key: str, verdict: float, reply: str) -> None:
         """Add a verdict to the cache."""
-        self.known[key] = verdict
+        self.verdicts[key] = verdict
         line = json.dumps({"key": key, "verdict": verdict, "reply": reply}) + "\n"
         with self.path.open("ab") as out:
             out.write(line.encode())
@@ -78,14 +78,14 @@ class Replies:
 
 # ---- HTTP ----
 
-LARGEST = 4 << 20  # maximum bytes of a reply
-LONGEST = 60.0  # maximum seconds between two attempts
-RETRIED = (408, 409, 425, 429)  # status codes that are retried, as is every 5xx
-HOPELESS = (401, 403, 404, 405)  # status codes that every other question would get too
+MAX_REPLY_BYTES = 4 << 20  # maximum bytes of a reply
+MAX_WAIT = 60.0  # maximum seconds between two attempts
+RETRY_STATUSES = (408, 409, 425, 429)  # status codes that are retried, as is every 5xx
+FATAL_STATUSES = (401, 403, 404, 405)  # status codes that every other question would get too
 DEFAULT_KEY = "OPENAI_API_KEY"
 
 
-class NoReply(Exception):
+class NoReplyError(Exception):
     """A question got no reply.
 
     Args:
@@ -112,7 +112,7 @@ class Connection:
     timeout: float = 120.0
     attempts: int = 6
     pause: float = 1.0
-    largest: int = LARGEST
+    largest: int = MAX_REPLY_BYTES
 
     def post(self, path: str, body: Mapping[str, Any] | None, stop: threading.Event) -> Any:
         """Send a request and return the JSON of the reply; None if the reply is not JSON or too large.
@@ -121,19 +121,19 @@ class Connection:
             body: JSON body to POST, or None for GET; stop: set to cancel waiting requests.
 
         Raises:
-            NoReply: no reply after all attempts, or the request was refused or canceled.
+            NoReplyError: no reply after all attempts, or the request was refused or canceled.
         """
         data = None if body is None else json.dumps(body).encode()
         if stop.is_set():
-            raise NoReply("was not asked: an earlier question was refused")
+            raise NoReplyError("was not asked: an earlier question was refused")
         for attempt in range(1, self.attempts + 1):
-            failure, wait = self._once(path, data)
+            failure, wait = self._attempt(path, data)
             if not isinstance(failure, str):
                 return failure[0]
             # with jitter, so that waiting questions do not all retry at once
             pause = self.pause * 2.0 ** (attempt - 1) * random.uniform(0.75, 1.25)
-            if attempt == self.attempts or stop.wait(min(LONGEST, max(wait, pause))):
-                raise NoReply(f"{failure} ({attempt} attempts)" if attempt > 1 else failure, silent=True)
+            if attempt == self.attempts or stop.wait(min(MAX_WAIT, max(wait, pause))):
+                raise NoReplyError(f"{failure} ({attempt} attempts)" if attempt > 1 else failure, silent=True)
         raise AssertionError("at least one attempt")
 
     @cached_property
@@ -153,7 +153,7 @@ class Connection:
         if client is not None:
             client.close()
 
-    def _once(self, path: str, data: bytes | None) -> tuple[tuple[Any] | str, float]:
+    def _attempt(self, path: str, data: bytes | None) -> tuple[tuple[Any] | str, float]:
         """Make one attempt; return the reply in a 1-tuple or an error text, and the seconds to wait before retrying."""
         import httpx
 
@@ -172,13 +172,13 @@ class Connection:
         except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
             return f"cannot be reached ({shown(self.without_key(str(error)) or type(error).__name__)})", 0.0
         if reply.is_success:
-            return (_json(received, self.largest),), 0.0
+            return (_parse_json(received, self.largest),), 0.0
         what = f"answered {reply.status_code} {shown(reply.reason_phrase)}".rstrip()
-        said = refusal(received)
-        what += f": {shown(self.without_key(said)[:300])}" if said else ""
-        if reply.status_code in RETRIED or reply.status_code >= 500:
-            return what, _seconds(reply.headers.get("Retry-After"))
-        raise NoReply(what, final=reply.status_code in HOPELESS or reply.status_code < 400)
+        message = error_message(received)
+        what += f": {shown(self.without_key(message)[:300])}" if message else ""
+        if reply.status_code in RETRY_STATUSES or reply.status_code >= 500:
+            return what, _retry_after(reply.headers.get("Retry-After"))
+        raise NoReplyError(what, final=reply.status_code in FATAL_STATUSES or reply.status_code < 400)
 
     def without_key(self, text: str) -> str:
         """Remove the API key from a text of the endpoint, which may echo it."""
@@ -206,8 +206,8 @@ def connect(url: str, key_env: str | None, where: str = "--judge", where_key: st
         how = f"leave user, password and query out; a key comes by {where_key}"
         raise ConfigError(where, "holds more than an address", how)
     address = url.rstrip("/").removesuffix("/chat/completions")
-    readable = parts.scheme == "http" and not is_local(url)  # in transit: only send a key that was named explicitly
-    key = None if key_env is None and readable else key_from_environment(key_env or DEFAULT_KEY)
+    unencrypted = parts.scheme == "http" and not is_local(url)  # in transit: only send a key that was named explicitly
+    key = None if key_env is None and unencrypted else key_from_environment(key_env or DEFAULT_KEY)
     if key_env is not None and key is None:
         raise ConfigError(where_key, f"{key_env} is not set", "set that environment variable to the key")
     return Connection(address, key)
@@ -238,7 +238,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _json(data: bytes | bytearray, largest: int = LARGEST) -> Any:
+def _parse_json(data: bytes | bytearray, largest: int = MAX_REPLY_BYTES) -> Any:
     if len(data) > largest:
         return None
     try:
@@ -247,15 +247,15 @@ def _json(data: bytes | bytearray, largest: int = LARGEST) -> Any:
         return None
 
 
-def refusal(data: bytes | bytearray) -> str:
+def error_message(data: bytes | bytearray) -> str:
     """The error message of a refusal: from its JSON, or its text."""
-    found = _json(data)
-    error = found.get("error", found) if isinstance(found, dict) else found
-    said = error.get("message") if isinstance(error, dict) else error
-    return said if isinstance(said, str) else data[:600].decode("utf-8", "replace")
+    reply = _parse_json(data)
+    error = reply.get("error", reply) if isinstance(reply, dict) else reply
+    message = error.get("message") if isinstance(error, dict) else error
+    return message if isinstance(message, str) else data[:600].decode("utf-8", "replace")
 
 
-def _seconds(header: str | None) -> float:
+def _retry_after(header: str | None) -> float:
     try:
         return max(0.0, float(header or 0.0))
     except ValueError:
@@ -265,9 +265,9 @@ def _seconds(header: str | None) -> float:
 # ---- the judge ----
 
 PARAMETERS: Mapping[str, Any] = {"temperature": 0, "max_tokens": 512}
-READS = 2  # how often a question is asked while its reply cannot be read
-GIVE_UP = 8  # consecutive questions without any reply before giving up
-UNREAD = 3  # maximum unreadable replies to show
+READ_ATTEMPTS = 2  # how often a question is asked while its reply cannot be read
+MAX_SILENT = 8  # consecutive questions without any reply before giving up
+MAX_UNREAD = 3  # maximum unreadable replies to show
 PROBE = Question("Say hello.", "Hello! How can I help you?", "No.")
 
 
@@ -285,7 +285,7 @@ class EndpointJudge:
     instruction: str
     parameters: Mapping[str, Any]
     concurrency: int
-    read: Callable[[str], float | None] = verdict_of
+    read: Callable[[str], float | None] = parse_verdict
 
     @property
     def name(self) -> str:
@@ -307,9 +307,9 @@ class EndpointJudge:
         Raises:
             RewardError: the endpoint cannot be reached or refuses. CheckpointError: the cache cannot be written.
         """
-        impatient = replace(self, connection=replace(self.connection, attempts=min(2, self.connection.attempts)))
-        said = impatient._ask([PROBE], None, give_up=1).unread
-        return f"The judge's reply to a trial question cannot be read: '{said[0]}'." if said else None
+        quick = replace(self, connection=replace(self.connection, attempts=min(2, self.connection.attempts)))
+        unread = quick._ask([PROBE], None, give_up=1).unread
+        return f"The judge's reply to a trial question cannot be read: '{unread[0]}'." if unread else None
 
     def ask(self, questions: Sequence[Question], progress: Progress | None = None) -> Answers:
         """Return the model's verdict on each question; those of earlier comparisons come from the cache.
@@ -319,37 +319,37 @@ class EndpointJudge:
         Raises:
             RewardError: the endpoint refuses, or gives no reply to several questions in a row. Verdicts received so far stay cached.
         """
-        return self._ask(questions, progress, give_up=GIVE_UP)
+        return self._ask(questions, progress, give_up=MAX_SILENT)
 
     # ---- concurrency ----------------------------------------------------------------------------------------------
 
     def _ask(self, questions: Sequence[Question], progress: Progress | None, *, give_up: int) -> Answers:
-        replies = Replies.open(cache_folder("judge"), self.model, self.instruction, self.parameters)
-        keys = [key_of(self.model, self.instruction, self.parameters, q) for q in questions]
-        values = np.array([replies.known.get(k, np.nan) for k in keys], dtype=np.float64)
+        replies = VerdictCache.open(cache_folder("judge"), self.model, self.instruction, self.parameters)
+        keys = [cache_key(self.model, self.instruction, self.parameters, q) for q in questions]
+        values = np.array([replies.verdicts.get(k, np.nan) for k in keys], dtype=np.float64)
         todo = np.flatnonzero(np.isnan(values)).tolist()
         unread: list[str] = []
         silent = 0  # consecutive questions without an answer
         stop = threading.Event()
         pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="judge")
-        futures = {pool.submit(self._verdict, questions[i], stop): i for i in todo}
+        futures = {pool.submit(self._ask_one, questions[i], stop): i for i in todo}
         try:
             for done, future in enumerate(as_completed(futures), 1):
                 i = futures[future]
                 try:
                     verdict, reply = future.result()
                     silent = 0
-                except NoReply as error:
+                except NoReplyError as error:
                     silent = silent + 1 if error.silent else 0
                     if error.final or silent >= give_up or give_up == 1:
                         how = "fix that and run again; every verdict so far is kept and is not asked for again"
                         raise RewardError(f"judge {self.connection.url}", str(error), how) from error
                     verdict, reply = None, str(error)
                 if verdict is None:
-                    unread += [shown(reply[:80])] if len(unread) < UNREAD else []
+                    unread += [shown(reply[:80])] if len(unread) < MAX_UNREAD else []
                 else:
                     values[i] = verdict
-                    replies.keep(keys[i], verdict, reply)
+                    replies.add(keys[i], verdict, reply)
                 if progress is not None:
                     progress(done, len(todo))
         finally:
@@ -358,14 +358,14 @@ class EndpointJudge:
             self.connection.close()
         return Answers(values, np.zeros(len(values), dtype=bool), len(questions), len(questions) - len(todo), unread)
 
-    def _verdict(self, question: Question, stop: threading.Event) -> tuple[float | None, str]:
-        messages = [{"role": "user", "content": filled(self.instruction, question)}]
+    def _ask_one(self, question: Question, stop: threading.Event) -> tuple[float | None, str]:
+        messages = [{"role": "user", "content": fill_instruction(self.instruction, question)}]
         body = {**self.parameters, "model": self.model, "messages": messages}
         reply = ""
-        for _ in range(READS):
+        for _ in range(READ_ATTEMPTS):
             try:
-                reply = text_of(self.connection.post("/chat/completions", body, stop))
-            except NoReply as error:
+                reply = completion_text(self.connection.post("/chat/completions", body, stop))
+            except NoReplyError as error:
                 if error.final:  # before another question is asked
                     stop.set()
                 raise
@@ -375,7 +375,7 @@ class EndpointJudge:
         return None, reply
 
 
-def text_of(reply: Any) -> str:
+def completion_text(reply: Any) -> str:
     """The text of a chat completion; empty if there is none."""
     try:
         content = reply["choices"][0]["message"]["content"]

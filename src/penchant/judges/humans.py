@@ -88,7 +88,7 @@ class Judgement:
         }
 
 
-def judgement_of(row: Mapping[str, Any]) -> Judgement | None:
+def parse_judgement(row: Mapping[str, Any]) -> Judgement | None:
     """Parse a record; None if it is not a judgment."""
     seconds, order = num(row, "seconds"), num(row, "order")
     texts = [row.get(k) for k in ("id", "pair", "annotator", "answer_a", "answer_b", "model_a", "model_b")]
@@ -131,8 +131,8 @@ class Preferences:
     records: dict[str, int] = field(default_factory=dict)  # number per annotator, including undos and those taken back
     undone: int = 0
     damaged: int = 0
-    _read: int = 0
-    _file: tuple[int, int] = (0, 0)
+    _offset: int = 0
+    _file_id: tuple[int, int] = (0, 0)
     _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     def refresh(self) -> Preferences:
@@ -140,39 +140,39 @@ class Preferences:
         with self._lock:
             try:
                 with self.path.open("rb") as file:
-                    about = os.fstat(file.fileno())
-                    if (about.st_dev, about.st_ino) != self._file or about.st_size < self._read:
-                        self._forget()
-                        self._file = about.st_dev, about.st_ino
-                    if about.st_size == self._read:
+                    stat = os.fstat(file.fileno())
+                    if (stat.st_dev, stat.st_ino) != self._file_id or stat.st_size < self._offset:
+                        self._reset()
+                        self._file_id = stat.st_dev, stat.st_ino
+                    if stat.st_size == self._offset:
                         return self
-                    file.seek(self._read)
+                    file.seek(self._offset)
                     text = file.read()
             except FileNotFoundError:
-                self._forget()
+                self._reset()
                 return self
-            whole = text[: text.rfind(b"\n") + 1]  # an incomplete last line is still being written
-            self._read += len(whole)
-            rows, damaged = json_rows(whole.decode("utf-8", "replace"))
+            complete = text[: text.rfind(b"\n") + 1]  # an incomplete last line is still being written
+            self._offset += len(complete)
+            rows, damaged = json_rows(complete.decode("utf-8", "replace"))
             self.damaged += damaged
             for row in rows:
-                self._take(row)
+                self._apply(row)
             return self
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self.judgements.clear()
         self.records.clear()
-        self.undone = self.damaged = self._read = 0
+        self.undone = self.damaged = self._offset = 0
 
-    def _take(self, row: dict[str, Any]) -> None:
+    def _apply(self, row: dict[str, Any]) -> None:
         annotator = str(row.get("annotator"))
-        found = judgement_of(row)
-        if found is None and row.get("verdict") != UNDO:
+        judgement = parse_judgement(row)
+        if judgement is None and row.get("verdict") != UNDO:
             self.damaged += 1
             return
         self.records[annotator] = self.records.get(annotator, 0) + 1
-        if found is not None:
-            self.judgements.setdefault(found.id, found)
+        if judgement is not None:
+            self.judgements.setdefault(judgement.id, judgement)
         elif self.judgements.pop(str(row.get("id")), None) is not None:
             self.undone += 1
 
@@ -206,10 +206,10 @@ def read_preferences(path: Path | str) -> Preferences:
     file = file / PREFERENCES if file.is_dir() else file
     if not file.is_file():
         raise DataError(str(file), "no such file", "give the preferences.jsonl of an arena")
-    found = Preferences(file).refresh()
-    if not found.judgements and not found.undone:
+    preferences = Preferences(file).refresh()
+    if not preferences.judgements and not preferences.undone:
         raise DataError(str(file), "holds no judgment", "give the preferences.jsonl of an arena of penchant studio")
-    return found
+    return preferences
 
 
 def prompt_key(prompt: Any) -> str:
@@ -225,5 +225,5 @@ def turns_of(prompt: Any) -> Iterator[tuple[str, str]]:
     for message in prompt if isinstance(prompt, Sequence) else ():
         turn = mapping(message)
         content = turn.get("content") or turn.get("tool_calls") or ""
-        said = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
-        yield str(turn.get("role") or "user"), said
+        text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+        yield str(turn.get("role") or "user"), text

@@ -84,7 +84,7 @@ class PairJudge(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class BothWays:
+class BothOrders:
     """A judge's verdicts on pairs of answers a and b, each asked as (a, b) and as (b, a).
 
     Args:
@@ -110,7 +110,7 @@ class BothWays:
         return np.asarray(self.values.mean(1))
 
 
-def ask_both_ways(judge: PairJudge, pairs: Sequence[Question], progress: Progress | None = None) -> BothWays:
+def ask_both_orders(judge: PairJudge, pairs: Sequence[Question], progress: Progress | None = None) -> BothOrders:
     """Judge each pair in both orders of its answers; duplicate questions are asked only once.
 
     Verdicts in words count as a win if both orders name the same answer, else as a tie. Verdicts in numbers are averaged:
@@ -120,25 +120,25 @@ def ask_both_ways(judge: PairJudge, pairs: Sequence[Question], progress: Progres
     """
     identical = np.array([p.first == p.second for p in pairs], dtype=bool)
     both = [(p, p.swapped) for p in pairs]
-    questions = list(dict.fromkeys(q for two, same in zip(both, identical, strict=True) if not same for q in two))
-    found = judge.ask(questions, progress)
-    place = {q: i for i, q in enumerate(questions)}
+    questions = list(dict.fromkeys(q for pair, same in zip(both, identical, strict=True) if not same for q in pair))
+    answers = judge.ask(questions, progress)
+    index = {q: i for i, q in enumerate(questions)}
     values = np.full((len(pairs), 2), np.nan)
     graded = np.zeros((len(pairs), 2), dtype=bool)
     for i in np.flatnonzero(~identical).tolist():
-        at = [place[q] for q in both[i]]
-        values[i], graded[i] = found.values[at], found.graded[at]
+        rows = [index[q] for q in both[i]]
+        values[i], graded[i] = answers.values[rows], answers.graded[rows]
     preferred = np.stack([values[:, 0], 1.0 - values[:, 1]], axis=1)  # preference for a
     agreed = (np.sign(preferred[:, 0] - TIE) == np.sign(preferred[:, 1] - TIE)) & ~np.isnan(preferred).any(1)
     wins = np.where(graded.any(1) | agreed | np.isnan(preferred).any(1), preferred.mean(1), TIE)
     wins[identical] = TIE
-    failures = int(np.isnan(found.values).sum())
-    return BothWays(values, wins, agreed, identical, found.asked, found.cached, failures, found.unread)
+    failures = int(np.isnan(answers.values).sum())
+    return BothOrders(values, wins, agreed, identical, answers.asked, answers.cached, failures, answers.unread)
 
 
 # ---- a Python function ----
 
-TAKES = ("prompt", "a", "b")
+PARAMETERS = ("prompt", "a", "b")
 BATCH = "prompts"  # name of the first parameter if the function takes lists
 RETURN = 'return "a", "b" or "tie", or how much a is preferred as a number from 0 to 1'
 
@@ -165,49 +165,55 @@ class FunctionJudge:
         Raises:
             RewardError: the function raised, or returned an invalid verdict; the message names the question.
         """
-        given = self._all(questions) if self.batch else [self._one(i, q) for i, q in enumerate(questions)]
+        verdicts = (
+            self._judge_batch(questions) if self.batch else [self._judge_one(i, q) for i, q in enumerate(questions)]
+        )
         if progress is not None and questions:
             progress(len(questions), len(questions))
-        values = np.array([self._value(i, v, questions[i]) for i, v in enumerate(given)], dtype=np.float64)
-        return Answers(values, np.array([not isinstance(v, str) for v in given], dtype=bool), len(questions))
+        values = np.array([self._parse_verdict(i, v, questions[i]) for i, v in enumerate(verdicts)], dtype=np.float64)
+        return Answers(values, np.array([not isinstance(v, str) for v in verdicts], dtype=bool), len(questions))
 
     def describe(self) -> dict[str, Any]:
         """The function's name and the SHA-256 of its code."""
         return {"kind": "function", "function": self.name, "sha256": own_sha256(self.name)}
 
-    def _one(self, at: int, q: Question) -> Any:
-        return self._called((q.prompt, q.first, q.second), f" (pair {at}: {_answers(q)})", "a prompt and two answers")
+    def _judge_one(self, at: int, q: Question) -> Any:
+        return self._call(
+            (q.prompt, q.first, q.second), f" (pair {at}: {_quote_answers(q)})", "a prompt and two answers"
+        )
 
-    def _all(self, questions: Sequence[Question]) -> list[Any]:
+    def _judge_batch(self, questions: Sequence[Question]) -> list[Any]:
         if not questions:
             return []
         lists = ([q.prompt for q in questions], [q.first for q in questions], [q.second for q in questions])
-        given = self._called(lists, "", "lists of prompts, of first and of second answers")
-        if hasattr(given, "detach"):  # a tensor, on any device
-            given = given.detach().cpu().double().numpy()
-        if isinstance(given, str) or not hasattr(given, "__len__"):
-            raise RewardError(f"judge {self.name}", f"returned {type(given).__name__}", "return a list of verdicts")
-        if len(given) != len(questions):
-            what = f"returned {len(given)} verdicts for {counted(len(questions), 'pair')}"
+        verdicts = self._call(lists, "", "lists of prompts, of first and of second answers")
+        if hasattr(verdicts, "detach"):  # a tensor, on any device
+            verdicts = verdicts.detach().cpu().double().numpy()
+        if isinstance(verdicts, str) or not hasattr(verdicts, "__len__"):
+            raise RewardError(f"judge {self.name}", f"returned {type(verdicts).__name__}", "return a list of verdicts")
+        if len(verdicts) != len(questions):
+            what = f"returned {len(verdicts)} verdicts for {counted(len(questions), 'pair')}"
             raise RewardError(f"judge {self.name}", what, "return one for each pair, in order")
-        return list(given)
+        return list(verdicts)
 
-    def _called(self, arguments: tuple[Any, ...], where: str, gets: str) -> Any:
+    def _call(self, arguments: tuple[Any, ...], where: str, gets: str) -> Any:
         try:
             return self.function(*arguments)
         except Exception as error:
             what = f"{type(error).__name__}: {shown(str(error))}{where}"
             raise RewardError(f"judge {self.name}", what, f"fix the function; it gets {gets}") from error
 
-    def _value(self, at: int, verdict: Any, q: Question) -> float:
+    def _parse_verdict(self, at: int, verdict: Any, q: Question) -> float:
         if isinstance(verdict, str) and verdict.strip().lower() in WORDS:
             return WORDS[verdict.strip().lower()]
         if isinstance(verdict, (numbers.Real, np.bool_)) and 0.0 <= float(verdict) <= 1.0:
             return float(verdict)
-        raise RewardError(f"judge {self.name}", f"returned {str(verdict)[:60]!r} for pair {at} ({_answers(q)})", RETURN)
+        raise RewardError(
+            f"judge {self.name}", f"returned {str(verdict)[:60]!r} for pair {at} ({_quote_answers(q)})", RETURN
+        )
 
 
-def _answers(q: Question) -> str:
+def _quote_answers(q: Question) -> str:
     return f"{q.first[:40]!r} and {q.second[:40]!r}"
 
 
@@ -223,6 +229,6 @@ def load_function_judge(spec: str) -> FunctionJudge:
     if not is_own(spec):
         how = "give path.py:function, or an endpoint: http://HOST:PORT/v1"
         raise ConfigError("judge", f"{spec!r} is not a judge", how)
-    function = python_function(spec, "judge", TAKES)
+    function = python_function(spec, "judge", PARAMETERS)
     first = next(iter(inspect.signature(function).parameters), "")
     return FunctionJudge(spec, function, first == BATCH)

@@ -16,7 +16,7 @@ from penchant.data.packing import pack, passes_over
 from penchant.errors import ModelError
 from penchant.logprobs.reference import LiveReference
 from penchant.losses.divergences import DivergenceKind, log_probs, value_of
-from penchant.metrics.figures import Figure, exp, mean_of, prompt_clusters, ratio_of, share_of
+from penchant.metrics.figures import Figure, exp, mean_figure, prompt_clusters, ratio_figure, share_figure
 from penchant.types import PackedBatch, TokenTree
 
 # ---- Figures of given answers: log-probs, preference accuracy and margin against a reference, perplexity, exact KL ----
@@ -47,18 +47,18 @@ def answer_figures(scores: TokenScores, trees: Sequence[TokenTree], beta: float)
     """
     c = _completions(trees)
     policy = completion_sums(scores.policy, c.lengths)
-    found = [*_by_side("logps", policy, c), *_pair_share("logps/accuracies", policy, c)]
-    found += _perplexities("perplexity", -policy, c)
+    figures = [*_by_side("logps", policy, c), *_pair_accuracy("logps/accuracies", policy, c)]
+    figures += _perplexities("perplexity", -policy, c)
     if scores.reference is not None:
         reference = completion_sums(scores.reference, c.lengths)
         ratio = policy - reference
-        found += _perplexities("perplexity_ratio", -ratio, c)
-        found += [*_by_side("ref_logps", reference, c), *_by_side("logratios", ratio, c)]
-        found += _by_side("implicit_reward", beta * ratio, c)
-        gaps, clusters = _gaps(beta * ratio, c)
-        found += [mean_of("implicit_reward/margins", gaps, clusters)] if len(gaps) else []
-        found += _pair_share("implicit_reward/accuracies", ratio, c)
-    return found + kl_figures("answers/kl", scores, c.lengths, c.clusters)
+        figures += _perplexities("perplexity_ratio", -ratio, c)
+        figures += [*_by_side("ref_logps", reference, c), *_by_side("logratios", ratio, c)]
+        figures += _by_side("implicit_reward", beta * ratio, c)
+        gaps, clusters = _pair_gaps(beta * ratio, c)
+        figures += [mean_figure("implicit_reward/margins", gaps, clusters)] if len(gaps) else []
+        figures += _pair_accuracy("implicit_reward/accuracies", ratio, c)
+    return figures + kl_figures("answers/kl", scores, c.lengths, c.clusters)
 
 
 def figures_by_answer(
@@ -89,13 +89,13 @@ def kl_figures(name: str, scores: TokenScores, lengths: np.ndarray, clusters: np
     Args:
         lengths, clusters: tokens and prompt of each completion, in order.
     """
-    found = []
-    for way, values in (("policy_ref", scores.policy_ref), ("ref_policy", scores.ref_policy)):
+    figures = []
+    for direction, values in (("policy_ref", scores.policy_ref), ("ref_policy", scores.ref_policy)):
         if values is not None:
             sums = completion_sums(values, lengths)
-            found.append(mean_of(f"{name}/{way}", sums, clusters))
-            found.append(ratio_of(f"{name}/{way}_per_token", sums, lengths, clusters))
-    return found
+            figures.append(mean_figure(f"{name}/{direction}", sums, clusters))
+            figures.append(ratio_figure(f"{name}/{direction}_per_token", sums, lengths, clusters))
+    return figures
 
 
 def completion_sums(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -107,12 +107,12 @@ def _completions(trees: Sequence[TokenTree]) -> _Completions:
     by_tree = prompt_clusters(trees)
     tree = [i for i, t in enumerate(trees) for _ in t.completion_ids]
     slot = [s for t in trees for s in range(len(t.completion_ids))]
-    good = [_good(t, s) for t in trees for s in range(len(t.completion_ids))]
+    good = [_is_good(t, s) for t in trees for s in range(len(t.completion_ids))]
     lengths = [n for t in trees for n in t.trained]
     return _Completions(np.array(tree), np.array(slot), np.array(good), np.array(lengths), by_tree[tree])
 
 
-def _good(tree: TokenTree, slot: int) -> bool:
+def _is_good(tree: TokenTree, slot: int) -> bool:
     label = tree.labels[slot] if tree.labels else None
     return slot == 0 if label is None else label
 
@@ -120,27 +120,27 @@ def _good(tree: TokenTree, slot: int) -> bool:
 def _sides(name: str, c: _Completions) -> Iterator[tuple[str, np.ndarray]]:
     """Yield ``NAME/chosen`` and ``NAME/rejected`` with their masks over completions, if there are any."""
     sides = ((f"{name}/chosen", c.good), (f"{name}/rejected", ~c.good))
-    return ((side, mine) for side, mine in sides if mine.any())
+    return ((side, mask) for side, mask in sides if mask.any())
 
 
 def _by_side(name: str, values: np.ndarray, c: _Completions) -> list[Figure]:
-    return [mean_of(side, values[mine], c.clusters[mine]) for side, mine in _sides(name, c)]
+    return [mean_figure(side, values[mask], c.clusters[mask]) for side, mask in _sides(name, c)]
 
 
 def _perplexities(name: str, nats: np.ndarray, c: _Completions) -> list[Figure]:
     """``exp(sum nats / sum tokens)`` for chosen and rejected answers."""
-    return [ratio_of(s, nats[mine], c.lengths[mine], c.clusters[mine], exp) for s, mine in _sides(name, c)]
+    return [ratio_figure(s, nats[mask], c.lengths[mask], c.clusters[mask], exp) for s, mask in _sides(name, c)]
 
 
-def _gaps(values: np.ndarray, c: _Completions) -> tuple[np.ndarray, np.ndarray]:
+def _pair_gaps(values: np.ndarray, c: _Completions) -> tuple[np.ndarray, np.ndarray]:
     """Chosen minus rejected of every pair, and each pair's prompt."""
     second = np.flatnonzero(c.slot == 1)
     return values[second - 1] - values[second], c.clusters[second]
 
 
-def _pair_share(name: str, values: np.ndarray, c: _Completions) -> list[Figure]:
-    gaps, clusters = _gaps(values, c)
-    return [share_of(name, (gaps > 0) + 0.5 * (gaps == 0), clusters)] if len(gaps) else []
+def _pair_accuracy(name: str, values: np.ndarray, c: _Completions) -> list[Figure]:
+    gaps, clusters = _pair_gaps(values, c)
+    return [share_figure(name, (gaps > 0) + 0.5 * (gaps == 0), clusters)] if len(gaps) else []
 
 
 # ---- Both models' log-probs of every completion token, and the exact KL there over the whole vocabulary, computed in chunks ----
@@ -190,18 +190,18 @@ def score_tokens(
     if not same:  # row = index into trees, so that a batch can be repacked for the reference below
         trees = [replace(t, row=i) for i, t in enumerate(trees)]
 
-    def found_of(batch: PackedBatch) -> Tensor:
+    def score_batch(batch: PackedBatch) -> Tensor:
         if reference is None:
             return policy.completion_logps(batch).tokens[None]
         # completions are ordered tree by tree in either layout
         other = batch if same else pack([trees[i] for i in batch.rows], shared=reference.scorer.shared).to(device)
         if exact:
-            return _exact(policy, reference, batch, other)
+            return _logps_and_kl(policy, reference, batch, other)
         return torch.stack([policy.completion_logps(batch).tokens, reference.completion_logps(other).tokens])
 
     parts: dict[int, Tensor] = {}
     lanes = lanes and (reference is None or reference.side_by_side)
-    for members, found in passes_over(found_of, trees, tokens_per_step, shared=shared, device=device, lanes=lanes):
+    for members, found in passes_over(score_batch, trees, tokens_per_step, shared=shared, device=device, lanes=lanes):
         counts = [sum(trees[i].trained) for i in members]
         parts |= dict(zip(members, found.cpu().double().split(counts, dim=1), strict=True))
         if progress is not None:
@@ -210,12 +210,12 @@ def score_tokens(
     return TokenScores(*whole)
 
 
-def _exact(policy: LiveReference, reference: LiveReference, batch: PackedBatch, other: PackedBatch) -> Tensor:
+def _logps_and_kl(policy: LiveReference, reference: LiveReference, batch: PackedBatch, other: PackedBatch) -> Tensor:
     """(4, R): log-probs of both models, then KL in both directions."""
     of_policy, of_reference = policy.row_logits(batch), reference.row_logits(other)
     models: list[Any] = [policy.scorer.model, reference.scorer.model]
     rows = max(16, CHUNK_ELEMENTS // max(m.get_input_embeddings().weight.shape[0] for m in models))
-    found = []
+    chunks = []
     for targets, at in zip(batch.target_ids.split(rows), range(0, len(batch.target_ids), rows), strict=True):
         p, q = of_policy(slice(at, at + rows)), of_reference(slice(at, at + rows))
         if p.shape != q.shape:
@@ -223,23 +223,23 @@ def _exact(policy: LiveReference, reference: LiveReference, batch: PackedBatch, 
             raise ModelError("reference", f"has {q.shape[1]:,} logits a token, the model {p.shape[1]:,}", how)
         lp, lq = log_probs(p), log_probs(q)
         picked = [x.gather(1, targets[:, None]).squeeze(1) for x in (lp, lq)]
-        found.append(torch.stack([*picked, value_of(lp, lq, POLICY_REF), value_of(lp, lq, REF_POLICY)]))
-    return torch.cat(found, dim=1)
+        chunks.append(torch.stack([*picked, value_of(lp, lq, POLICY_REF), value_of(lp, lq, REF_POLICY)]))
+    return torch.cat(chunks, dim=1)
 
 
 # ---- Perplexity and bits per byte of given texts, with intervals by document ----
 
 
-def without_eos(trees: Sequence[TokenTree], eos: int | None) -> list[TokenTree]:
+def strip_eos(trees: Sequence[TokenTree], eos: int | None) -> list[TokenTree]:
     """Strip the appended EOS from chunks of documents, so that only the text itself is measured."""
-    found: list[TokenTree] = []
+    stripped: list[TokenTree] = []
     for t in trees:
         ids = t.completion_ids[0]
         if not t.truncated[0] and len(ids) and ids[-1] == eos:
             ids = ids[:-1]
         if len(ids):
-            found.append(replace(t, row=len(found), completion_ids=(ids,)))
-    return found
+            stripped.append(replace(t, row=len(stripped), completion_ids=(ids,)))
+    return stripped
 
 
 def text_figures(scores: TokenScores, trees: Sequence[TokenTree], size: Mapping[str, int]) -> list[Figure]:
@@ -256,12 +256,12 @@ def text_figures(scores: TokenScores, trees: Sequence[TokenTree], size: Mapping[
     tokens, nats = by_document
     each = np.arange(n)
     bytes_ = np.array([size[source] for source in numbers], dtype=np.float64)
-    found = [
-        ratio_of("text/perplexity", nats, tokens, each, exp),
-        ratio_of("text/bits_per_byte", nats / math.log(2), bytes_, each),
+    figures = [
+        ratio_figure("text/perplexity", nats, tokens, each, exp),
+        ratio_figure("text/bits_per_byte", nats / math.log(2), bytes_, each),
     ]
     if scores.reference is not None:
         before = np.bincount(document, weights=-completion_sums(scores.reference, lengths))
-        found.append(ratio_of("text/ref_perplexity", before, tokens, each, exp))
-        found.append(ratio_of("text/perplexity_ratio", nats - before, tokens, each, exp))
-    return found
+        figures.append(ratio_figure("text/ref_perplexity", before, tokens, each, exp))
+        figures.append(ratio_figure("text/perplexity_ratio", nats - before, tokens, each, exp))
+    return figures

@@ -24,7 +24,7 @@ from penchant.logprobs import Scorer, per_completion
 from penchant.logprobs.reference import LiveReference
 from penchant.losses.divergences import kl_estimate
 from penchant.metrics.answers import TokenScores, completion_sums, kl_figures
-from penchant.metrics.figures import DRAWS, Figure, mean_of, ratio_of, share_of
+from penchant.metrics.figures import DRAWS, Figure, mean_figure, ratio_figure, share_figure
 from penchant.metrics.stats import Interval, bootstrap_ci, bootstrap_sums, share_ci, t_quantile
 from penchant.rollout.generate import sample
 from penchant.runfolder import is_intact, write_summed
@@ -39,7 +39,7 @@ def distinct_n(samples: Sequence[Sequence[int]], n: int = 2) -> float:
     Args:
         samples: token ids of each text; n: length of the n-grams.
     """
-    grams = [g for ids in samples for g in _grams(ids, n)]
+    grams = [g for ids in samples for g in _ngrams(ids, n)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
@@ -58,7 +58,7 @@ def distinct_n_interval(
     """
     by_cluster: dict[int, Counter[tuple[int, ...]]] = {}
     for ids, c in zip(samples, clusters, strict=True):
-        by_cluster.setdefault(c, Counter()).update(_grams(ids, n))
+        by_cluster.setdefault(c, Counter()).update(_ngrams(ids, n))
     owners: Counter[tuple[int, ...]] = Counter(g for grams in by_cluster.values() for g in grams)
     total = sum(sum(grams.values()) for grams in by_cluster.values())
     k = len(by_cluster)
@@ -80,22 +80,22 @@ def repetition(ids: Sequence[int], n: int = 4) -> float | None:
 
     Paper: arXiv 1908.04319 (seq-rep-n).
     """
-    grams = list(_grams(ids, n))
+    grams = list(_ngrams(ids, n))
     return 1.0 - len(set(grams)) / len(grams) if grams else None
 
 
-def _grams(ids: Sequence[int], n: int) -> list[tuple[int, ...]]:
+def _ngrams(ids: Sequence[int], n: int) -> list[tuple[int, ...]]:
     return [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
 
 
 # ---- Completions for held-out prompts, with or without rewards: the basis of every comparison ----
 
 # (prompts, completions, the trees of these texts) -> one reward per completion
-Judge = Callable[[Sequence[str], Sequence[str], Sequence[TokenTree]], np.ndarray]
+RewardFunction = Callable[[Sequence[str], Sequence[str], Sequence[TokenTree]], np.ndarray]
 
 
 @dataclass(frozen=True)
-class Written:
+class Completions:
     """Completions, grouped by prompt.
 
     Args:
@@ -125,16 +125,16 @@ class Written:
     def row(self, at: int, also: Mapping[str, np.ndarray] | None = None) -> dict[str, Any]:
         """Fields written to files next to a completion's text; `also`: other rewards of all completions, by name."""
         row: dict[str, Any] = {"tokens": len(self.ids[at]), "ended": bool(self.ended[at])}
-        row |= {} if self.rewards is None else {"reward": _or_none(self.rewards[at])}
-        return row | ({"also": {name: _or_none(v[at]) for name, v in also.items()}} if also else {})
+        row |= {} if self.rewards is None else {"reward": _nan_to_none(self.rewards[at])}
+        return row | ({"also": {name: _nan_to_none(v[at]) for name, v in also.items()}} if also else {})
 
 
-def _or_none(value: Any) -> float | None:
+def _nan_to_none(value: Any) -> float | None:
     """A reward for JSON: None (null) if no reward applies to the completion."""
     return None if np.isnan(value) else float(value)
 
 
-def write(
+def sample_completions(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
@@ -143,10 +143,10 @@ def write(
     max_new_tokens: int,
     seed: int,
     temperature: float = 1.0,
-    judge: Judge | None = None,
+    judge: RewardFunction | None = None,
     sources: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
-) -> Written:
+) -> Completions:
     """Sample `n` completions of each prompt and score them. The ranks share the sampling.
 
     Args:
@@ -154,15 +154,15 @@ def write(
         sources: where each prompt came from, so that a reward model can find it in its own tokens; may be empty.
     """
     world = current()
-    mine = range(world.rank, len(prompts), world.size)
+    indices = range(world.rank, len(prompts), world.size)
     sampled = sample(
         model,
-        [prompts[i] for i in mine],
+        [prompts[i] for i in indices],
         n=n,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
-        prompt_seeds=mine,
+        prompt_seeds=indices,
         eos_token_id=end_ids(tokenizer, model),
         progress=progress,
     )
@@ -178,56 +178,60 @@ def write(
         for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))
     ]
     texts = [tokenizer.decode(s.ids, skip_special_tokens=True) for row in rows for s in row]
-    return Written(trees, texts, None if judge is None else judged(judge, tokenizer, trees, texts))
+    return Completions(trees, texts, None if judge is None else score_completions(judge, tokenizer, trees, texts))
 
 
-def judged(judge: Judge, tokenizer: Any, trees: Sequence[TokenTree], texts: Sequence[str]) -> np.ndarray:
+def score_completions(
+    judge: RewardFunction, tokenizer: Any, trees: Sequence[TokenTree], texts: Sequence[str]
+) -> np.ndarray:
     """Return the reward of each completion, (completions,).
 
     Args:
         trees: prompts with their completions; texts: of all completions in order.
     """
-    asked = [(tokenizer.decode(t.prompt_ids.tolist(), skip_special_tokens=True), len(t.completion_ids)) for t in trees]
-    return judge([prompt for prompt, n in asked for _ in range(n)], texts, trees)
+    decoded = [
+        (tokenizer.decode(t.prompt_ids.tolist(), skip_special_tokens=True), len(t.completion_ids)) for t in trees
+    ]
+    return judge([prompt for prompt, n in decoded for _ in range(n)], texts, trees)
 
 
 # ---- Figures of a model's own completions: rewards, length, diversity, repetition, KL from a reference ----
 
-REPEATED = 4  # n of the n-grams for repetition
+REPETITION_N = 4  # n of the n-grams for repetition
 
 
-def text_of_written(written: Written, also: Mapping[str, np.ndarray]) -> list[Figure]:
+def generation_figures(completions: Completions, also: Mapping[str, np.ndarray]) -> list[Figure]:
     """Compute rewards, length, share ended by EOS, distinct-1 and -2, and repetition, with intervals by prompt.
 
     Args:
         also: other rewards of every completion, by name.
     """
-    prompts = written.prompts
-    found = []
-    if written.rewards is not None:
-        found += _mean_reward("generated/reward", written.rewards, prompts)
+    prompts = completions.prompts
+    figures = []
+    if completions.rewards is not None:
+        figures += _mean_reward("generated/reward", completions.rewards, prompts)
     for name, values in also.items():
-        found += _mean_reward(f"generated/reward[{name}]", values, prompts)
-    found.append(mean_of("generated/length", [len(ids) for ids in written.ids], prompts))
-    found.append(share_of("generated/ended", written.ended, prompts))
+        figures += _mean_reward(f"generated/reward[{name}]", values, prompts)
+    figures.append(mean_figure("generated/length", [len(ids) for ids in completions.ids], prompts))
+    figures.append(share_figure("generated/ended", completions.ended, prompts))
     for n in (1, 2):
-        interval = distinct_n_interval(written.ids, prompts.tolist(), n)
+        interval = distinct_n_interval(completions.ids, prompts.tolist(), n)
         span = None if interval is None else (interval.low, interval.high)
-        found.append(Figure(f"generated/distinct_{n}", distinct_n(written.ids, n), span, len(written.ids)))
-    shares = [repetition(ids, REPEATED) for ids in written.ids]
+        figures.append(Figure(f"generated/distinct_{n}", distinct_n(completions.ids, n), span, len(completions.ids)))
+    shares = [repetition(ids, REPETITION_N) for ids in completions.ids]
     long = [(share, prompt) for share, prompt in zip(shares, prompts.tolist(), strict=True) if share is not None]
     if long:
-        found.append(mean_of("generated/repetition", [s for s, _ in long], [p for _, p in long]))
-    return found
+        figures.append(mean_figure("generated/repetition", [s for s, _ in long], [p for _, p in long]))
+    return figures
 
 
 def _mean_reward(name: str, values: np.ndarray, prompts: np.ndarray) -> list[Figure]:
     """Mean over the completions that the reward applies to; empty if there are none."""
     known = np.isfinite(values)
-    return [mean_of(name, values[known], prompts[known])] if known.any() else []
+    return [mean_figure(name, values[known], prompts[known])] if known.any() else []
 
 
-def kl_of_written(scores: TokenScores, written: Written, *, sampled: bool) -> list[Figure]:
+def generation_kl(scores: TokenScores, completions: Completions, *, sampled: bool) -> list[Figure]:
     """KL from a reference on the model's own completions.
 
     With ``d_t = log policy(y_t) - log reference(y_t)``: ``k1 = sum_t d_t`` per completion, ``k3 = exp(-d_t) - 1 + d_t`` per token, both
@@ -240,14 +244,14 @@ def kl_of_written(scores: TokenScores, written: Written, *, sampled: bool) -> li
     Papers: Schulman, "Approximating KL divergence" (2020); arXiv 2504.10637.
     """
     assert scores.reference is not None
-    lengths = np.array([len(ids) for ids in written.ids])
-    found = []
+    lengths = np.array([len(ids) for ids in completions.ids])
+    figures = []
     if sampled:
         policy, reference = torch.from_numpy(scores.policy), torch.from_numpy(scores.reference)
         k1, k3 = kl_estimate(policy, reference, "k1").numpy(), kl_estimate(policy, reference, "k3").numpy()
-        found.append(mean_of("generated/kl/k1", completion_sums(k1, lengths), written.prompts))
-        found.append(ratio_of("generated/kl/k3", completion_sums(k3, lengths), lengths, written.prompts))
-    return found + kl_figures("generated/kl", scores, lengths, written.prompts)
+        figures.append(mean_figure("generated/kl/k1", completion_sums(k1, lengths), completions.prompts))
+        figures.append(ratio_figure("generated/kl/k3", completion_sums(k3, lengths), lengths, completions.prompts))
+    return figures + kl_figures("generated/kl", scores, lengths, completions.prompts)
 
 
 # ---- BLEU (sacrebleu) and ROUGE (rouge-score) of completions against reference answers; both packages are optional ----
@@ -291,7 +295,7 @@ def overlap_figures(
     bleu, signature = _bleu(texts, references, clusters)
     scorer, how = RougeScorer(list(ROUGE), use_stemmer=stemmer), "on" if stemmer else "off"
     scores = [scorer.score_multi(list(refs), text) for text, refs in zip(texts, references, strict=True)]
-    rouge = [mean_of(f"generated/{ours}", [s[n].fmeasure for s in scores], clusters) for n, ours in ROUGE.items()]
+    rouge = [mean_figure(f"generated/{ours}", [s[n].fmeasure for s in scores], clusters) for n, ours in ROUGE.items()]
     return [bleu, *rouge], f"BLEU|{signature}; ROUGE F1|stemmer:{how}"
 
 
@@ -333,7 +337,7 @@ def bleu_of_sums(sums: np.ndarray) -> float:
 # ---- KL(policy || reference) from the policy's own completions ----
 
 
-def kl_on(
+def estimate_kl(
     policy: LiveReference, reference: LiveReference, trees: Sequence[TokenTree], *, tokens_per_step: int
 ) -> dict[str, Any]:
     """Estimate KL(policy || reference) on completions that the policy sampled at temperature 1, any number per prompt.
@@ -384,7 +388,7 @@ START_FILE = "start.completions.json"  # of a run folder
 
 
 @dataclass(frozen=True, slots=True)
-class Fresh:
+class CompletionSampler:
     """Samples fresh completions from the policy at every evaluation.
 
     Args:
@@ -397,12 +401,12 @@ class Fresh:
     sources: Sequence[str]
     max_new_tokens: int
     seed: int
-    judge: Judge | None = None
+    judge: RewardFunction | None = None
     judge_name: Any = None
 
-    def write(self, model: Any, step: int) -> Written:
+    def write(self, model: Any, step: int) -> Completions:
         """Sample and score one completion per prompt at temperature 1, determined by weights, seed and optimizer step."""
-        return write(
+        return sample_completions(
             model,
             self.tokenizer,
             self.prompts,
@@ -427,13 +431,13 @@ class Fresh:
         }
 
 
-def completion_figures(written: Written) -> Metrics:
+def completion_figures(completions: Completions) -> Metrics:
     """``completions/length`` in tokens and ``completions/ended``, with intervals by prompt; ``completions/distinct_2`` over all."""
-    ids = written.ids
+    ids = completions.ids
     lengths = np.array([len(i) for i in ids], dtype=np.float64)
     return {
-        **bootstrap_ci(lengths, clusters=written.prompts, draws=DRAWS).named("completions/length"),
-        **share_ci(written.ended, clusters=written.prompts, draws=DRAWS).named("completions/ended"),
+        **bootstrap_ci(lengths, clusters=completions.prompts, draws=DRAWS).named("completions/length"),
+        **share_ci(completions.ended, clusters=completions.prompts, draws=DRAWS).named("completions/ended"),
         "completions/distinct_2": distinct_n(ids),
     }
 
@@ -453,14 +457,14 @@ def gain_figures(rewards: Sequence[float] | np.ndarray, start: Sequence[float] |
     now, then = np.asarray(rewards, dtype=np.float64), np.asarray(start, dtype=np.float64)
     if now.shape != then.shape:
         raise ValueError(f"rewards of the same prompts are wanted, not {now.shape} and {then.shape}")
-    both = np.isfinite(now) & np.isfinite(then)  # NaN: the reward does not apply to the completion
+    known = np.isfinite(now) & np.isfinite(then)  # NaN: the reward does not apply to the completion
     wins = (now > then) + 0.5 * (now == then)
-    won = (
-        share_ci(wins[both], draws=DRAWS).named("win_rate") | {"win_rate/ties": float((now == then)[both].mean())}
-        if both.any()
+    win_rate = (
+        share_ci(wins[known], draws=DRAWS).named("win_rate") | {"win_rate/ties": float((now == then)[known].mean())}
+        if known.any()
         else {}
     )
-    return reward_figures(now) | won
+    return reward_figures(now) | win_rate
 
 
 def reward_figures(rewards: np.ndarray) -> Metrics:
@@ -480,32 +484,32 @@ def reward_figures(rewards: np.ndarray) -> Metrics:
 # ---- the initial model's completions ----
 
 
-def rows_of(written: Written, tokenizer: Any) -> list[dict[str, Any]]:
+def completion_rows(completions: Completions, tokenizer: Any) -> list[dict[str, Any]]:
     """Scored completions, one per prompt, as rows for the file."""
-    prompts = [tokenizer.decode(tree.prompt_ids.tolist(), skip_special_tokens=True) for tree in written.trees]
-    both = enumerate(zip(prompts, written.texts, strict=True))
-    return [{"prompt": prompt, "completion": text, **written.row(i)} for i, (prompt, text) in both]
+    prompts = [tokenizer.decode(tree.prompt_ids.tolist(), skip_special_tokens=True) for tree in completions.trees]
+    both = enumerate(zip(prompts, completions.texts, strict=True))
+    return [{"prompt": prompt, "completion": text, **completions.row(i)} for i, (prompt, text) in both]
 
 
-def keep_start(path: Path, asked: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+def save_start(path: Path, asked: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
     """Save the initial model's completions and rewards atomically, so that a resumed run compares against the same ones."""
     write_summed(path, json.dumps({"asked": asked, "completions": list(rows)}, indent=1, ensure_ascii=False))
 
 
-def kept_start(path: Path, asked: dict[str, Any]) -> np.ndarray | None:
+def load_start_rewards(path: Path, asked: dict[str, Any]) -> np.ndarray | None:
     """Return the rewards of the initial model's completions, (prompts,); None if missing, damaged, or made with other settings."""
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if not is_intact(path) or kept["asked"] != json.loads(json.dumps(asked)):
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if not is_intact(path) or saved["asked"] != json.loads(json.dumps(asked)):
             return None
-        return np.array([row["reward"] for row in kept["completions"]], dtype=np.float64)
+        return np.array([row["reward"] for row in saved["completions"]], dtype=np.float64)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 # ---- Evaluation of online methods on held-out prompts: reward of fresh completions, and KL from the initial model ----
 
-EVALUATION = 2**40  # an iteration number that training never reaches, so its sampling seed is never shared
+EVALUATION_ITERATION = 2**40  # an iteration number that training never reaches, so its sampling seed is never shared
 
 
 def evaluate_online(
@@ -530,14 +534,14 @@ def evaluate_online(
         ``eval/loss`` is minus the reward, so that the best checkpoint has the highest reward. Rewards that compare completions of a
         prompt with each other give none of reward, win rate and loss.
     """
-    groups = writer.write(prompts, EVALUATION, 1)
+    groups = writer.write(prompts, EVALUATION_ITERATION, 1)
     rewards = np.array([float(g.rewards[0]) for g in groups])
     trees = [g.tree for g in groups]
     k1, k3 = kl_by_completion(LiveReference(scorer), start, trees, tokens_per_step=tokens_per_step)
     # a reward that compares completions needs more than one per prompt
-    of_rewards = {} if writer.reward.compares else reward_figures(rewards)
-    metrics: dict[str, Any] = {"eval/loss": -float(of_rewards["reward"])} if of_rewards else {}
-    metrics |= {"eval/rows": len(trees)} | {f"eval/{name}": value for name, value in of_rewards.items()}
+    reward_metrics = {} if writer.reward.compares else reward_figures(rewards)
+    metrics: dict[str, Any] = {"eval/loss": -float(reward_metrics["reward"])} if reward_metrics else {}
+    metrics |= {"eval/rows": len(trees)} | {f"eval/{name}": value for name, value in reward_metrics.items()}
     for name, values in {"kl/policy_ref": k1, "kl/k3": k3}.items():
         metrics |= bootstrap_ci(values, draws=DRAWS).named(f"eval/{name}")
     for name in groups[0].terms:
@@ -547,10 +551,10 @@ def evaluate_online(
             metrics[f"eval/rewards/{name}/std"] = float(values[known].std(ddof=min(1, known.sum() - 1)))
         if not known.all():
             metrics[f"eval/rewards/{name}/none"] = 1.0 - float(known.mean())
-    start_rewards = rewards_of_start(rewards) if of_rewards else None
+    start_rewards = rewards_of_start(rewards) if reward_metrics else None
     if start_rewards is not None:
-        gained = gain_figures(rewards, start_rewards)
-        metrics |= {f"eval/{name}": value for name, value in gained.items() if name.startswith("win_rate")}
+        gains = gain_figures(rewards, start_rewards)
+        metrics |= {f"eval/{name}": value for name, value in gains.items() if name.startswith("win_rate")}
     metrics["eval/completions/length"] = float(np.mean([t.trained[0] for t in trees]))
     metrics["eval/completions/ended"] = float(np.mean([not t.truncated[0] for t in trees]))
     return metrics

@@ -41,7 +41,7 @@ class Figure:
         return Figure(name, map_(found.estimate), (map_(found.low), map_(found.high)) if several else None, n)
 
 
-def mean_of(name: str, values: ArrayLike, clusters: ArrayLike) -> Figure:
+def mean_figure(name: str, values: ArrayLike, clusters: ArrayLike) -> Figure:
     """``mean(values)``; the interval resamples whole clusters.
 
     Args:
@@ -51,13 +51,13 @@ def mean_of(name: str, values: ArrayLike, clusters: ArrayLike) -> Figure:
     return Figure.of(name, bootstrap_ci(found, clusters=clusters, draws=DRAWS), len(found), clusters)
 
 
-def share_of(name: str, values: ArrayLike, clusters: ArrayLike) -> Figure:
-    """`mean_of` for values within [0, 1]; the interval keeps a width even if all rows agree (see `share_ci`)."""
+def share_figure(name: str, values: ArrayLike, clusters: ArrayLike) -> Figure:
+    """`mean_figure` for values within [0, 1]; the interval keeps a width even if all rows agree (see `share_ci`)."""
     found = np.asarray(values, dtype=np.float64)
     return Figure.of(name, share_ci(found, clusters=clusters, draws=DRAWS), len(found), clusters)
 
 
-def ratio_of(
+def ratio_figure(
     name: str,
     numerators: ArrayLike,
     denominators: ArrayLike,
@@ -80,7 +80,7 @@ def exp(value: float) -> float:
     return math.exp(min(700.0, value))
 
 
-def flat(figures: Iterable[Figure]) -> dict[str, Any]:
+def flatten(figures: Iterable[Figure]) -> dict[str, Any]:
     """Flatten figures to ``{eval/NAME: value, eval/NAME/ci: [low, high], eval/NAME/n: n}``, the format of a metrics line."""
     found: dict[str, Any] = {}
     for f in figures:

@@ -52,8 +52,8 @@ def score_heldout(
         algorithm.begin_step(0, at, trees)
         lanes = algorithm.side_by_side
         passes = passes_over(algorithm.score, trees, tokens_per_step, shared=shared, device=device, lanes=lanes)
-        for members, made in passes:
-            parts.append(made)
+        for members, scored in passes:
+            parts.append(scored)
             order += members
             if progress is not None:
                 progress(len(order), len(trees))
@@ -90,8 +90,8 @@ def heldout_metrics(
         # one value per tree or completion, equally weighted: the case for the bootstrap over prompts
         labels = next((c for c in (clusters, by_completion) if len(c) == len(values)), None)
         if name in WITH_INTERVAL and weights is None and labels is not None and len(values) > 1:
-            of = share_ci if name.endswith("accuracies") else bootstrap_ci
-            metrics |= of(values.cpu().double().numpy(), clusters=labels, draws=2000).named(prefix + name)
+            interval_of = share_ci if name.endswith("accuracies") else bootstrap_ci
+            metrics |= interval_of(values.cpu().double().numpy(), clusters=labels, draws=2000).named(prefix + name)
             if name.endswith("rewards/accuracies"):
                 ties = name.removesuffix("accuracies") + "ties"
                 metrics[prefix + ties] = float((values == 0.5).double().mean())
@@ -101,8 +101,8 @@ def heldout_metrics(
             and labels is not None
             and len(values) > 1
         ):
-            of_tokens = mean_ratio(values.cpu().double().numpy(), weights.cpu().double().numpy(), labels)
-            metrics |= of_tokens.named(prefix + name)
+            ratio = mean_ratio(values.cpu().double().numpy(), weights.cpu().double().numpy(), labels)
+            metrics |= ratio.named(prefix + name)
     metrics |= {prefix + name: value for name, value in _pair_figures(scored, out, clusters).items()}
     if prefix + "nll" in metrics:
         metrics[prefix + "perplexity"] = exp(metrics[prefix + "nll"])
@@ -110,7 +110,7 @@ def heldout_metrics(
     return metrics
 
 
-def figures_by_set(
+def metrics_by_set(
     algorithm: Algorithm, scored: Scored, trees: Sequence[TokenTree], names: Sequence[str]
 ) -> dict[str, Any]:
     """Compute `heldout_metrics` for each of several held-out sets, as ``eval/NAME/loss`` and so on.
@@ -118,14 +118,14 @@ def figures_by_set(
     Args:
         trees: in the order in which they were scored; names: of the sets, indexed by the trees' `origin`. Sets without trees are left out.
     """
-    found: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     origins = extra_of(trees, "origin")
     for origin, name in enumerate(names):
-        mine = np.flatnonzero(origins == origin).tolist()
-        if mine:
-            some = [trees[i] for i in mine]
-            found |= heldout_metrics(algorithm, scored.of_trees(mine), some, prefix=f"eval/{name}/")
-    return found
+        indices = np.flatnonzero(origins == origin).tolist()
+        if indices:
+            subset = [trees[i] for i in indices]
+            metrics |= heldout_metrics(algorithm, scored.of_trees(indices), subset, prefix=f"eval/{name}/")
+    return metrics
 
 
 def row_losses(algorithm: Algorithm, scored: Scored, trees: Sequence[TokenTree]) -> dict[int, tuple[float, float]]:
@@ -150,8 +150,8 @@ def loss_change(
     if set(before) != set(after) or len({round(before[r][0] / max(before[r][1], 1.0), 6) for r in rows}) < 2:
         return {}
     change = [after[r][0] - before[r][0] for r in rows]
-    of_prompt = [_prompt_cluster(t) for t in trees]
-    clusters = of_prompt if len(set(of_prompt)) > 1 else rows
+    prompts = [_prompt_cluster(t) for t in trees]
+    clusters = prompts if len(set(prompts)) > 1 else rows
     return mean_ratio(change, [after[r][1] for r in rows], clusters).named("eval/loss_change")
 
 
@@ -214,14 +214,14 @@ def likelihood_figures(
             rows have weights, the log-probs and lengths are already multiplied by them.
     """
     policy = np.asarray(chosen, dtype=np.float64)
-    found = _exp("perplexity/chosen", mean_ratio(-policy, lengths, clusters))
+    found = _perplexity("perplexity/chosen", mean_ratio(-policy, lengths, clusters))
     if ref_chosen is not None:
         change = np.asarray(ref_chosen, dtype=np.float64) - policy
-        found |= _exp("perplexity_ratio/chosen", mean_ratio(change, lengths, clusters))
+        found |= _perplexity("perplexity_ratio/chosen", mean_ratio(change, lengths, clusters))
     return found
 
 
-def _exp(name: str, nats: Interval) -> dict[str, Any]:
+def _perplexity(name: str, nats: Interval) -> dict[str, Any]:
     return Interval(*(exp(x) for x in (nats.estimate, nats.low, nats.high))).named(name)
 
 
@@ -371,7 +371,7 @@ def pair_quality(margins: np.ndarray, gaps: np.ndarray) -> tuple[dict[str, float
     return flat, {"rows": len(margins), "calibration": fit, "length": length}
 
 
-def as_text(quality: dict[str, Any]) -> str:
+def format_quality(quality: dict[str, Any]) -> str:
     """Format the tables as text: share right by confidence, accuracy by length gap."""
     lines = ["confidence  share right  pairs"]
     lines += [f"{b['confidence']:>10.3f}  {b['right']:>11.3f}  {b['rows']:>5}" for b in quality["calibration"]["bins"]]

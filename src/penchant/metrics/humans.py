@@ -18,27 +18,27 @@ from penchant.metrics.verdict import (
     NOTABLE,
     WIN_RATE,
     Candidate,
-    Family,
+    ComparisonGroup,
     Pair,
     Sentence,
     compare_judged,
     comparisons_table,
-    corrected,
+    correct_p_values,
 )
 from penchant.requests import HUMANS
 from penchant.runfolder.values import FEW_ROWS
 
-FEWEST_PEOPLE = 3  # annotators needed to treat people as a source of variance
-FEWEST_WORDS = 10  # judgments of a pair of models that each of them needs
-READING = 25.0  # words per second, faster than anyone reads
-BLINK = 0.5  # seconds, less than anyone needs to decide
-SLOW = 3.5  # robust standard deviations of log seconds above the median
+MIN_PEOPLE = 3  # annotators needed to treat people as a source of variance
+MIN_JUDGMENTS = 10  # judgments of a pair of models that each of them needs
+MAX_READING_SPEED = 25.0  # words per second, faster than anyone reads
+MIN_SECONDS = 0.5  # seconds, less than anyone needs to decide
+SLOW_DEVIATIONS = 3.5  # robust standard deviations of log seconds above the median
 ALPHA_DRAWS = 1000
-ORDER = (0.0, 0.5, 1.0)  # ordinal categories for agreement: b better, neither, a better
+ORDINAL_SCORES = (0.0, 0.5, 1.0)  # ordinal categories for agreement: b better, neither, a better
 
 
 @dataclass(frozen=True, slots=True)
-class Person:
+class Annotator:
     """One annotator.
 
     Args:
@@ -66,11 +66,13 @@ class Person:
 
     def warnings(self) -> list[str]:
         """Reasons to doubt this person's judgments."""
-        said = []
+        sentences = []
         if self.left is not None and not self.left.low <= 0.5 <= self.left.high:
             strong = abs(self.left.estimate - 0.5) >= NOTABLE
             side = "left" if self.left.estimate > 0.5 else "right"
-            said.append(f"{'' if strong else 'slightly '}favors the {side} side ({_percent(self.left)} for the left)")
+            sentences.append(
+                f"{'' if strong else 'slightly '}favors the {side} side ({_percent(self.left)} for the left)"
+            )
         others = self.longer_of_others
         if (
             self.longer is not None
@@ -78,17 +80,19 @@ class Person:
             and not any(self.longer.low <= share <= self.longer.high for share in (others, 0.5))
         ):
             which = "longer" if self.longer.estimate > others else "shorter"
-            said.append(f"favors {which} answers ({_percent(self.longer)} for the longer, the others {others:.0%})")
+            sentences.append(
+                f"favors {which} answers ({_percent(self.longer)} for the longer, the others {others:.0%})"
+            )
         failed, checks = self.checks
         if failed:
-            said.append(f"failed {failed} of {counted(checks, 'check')}")
+            sentences.append(f"failed {failed} of {counted(checks, 'check')}")
         if self.again is not None and self.again.high < 0.7:
-            said.append(f"repeats the same verdict in only {_percent(self.again)} of repeated pairs")
+            sentences.append(f"repeats the same verdict in only {_percent(self.again)} of repeated pairs")
         if self.fast:
-            said.append(f"judged {counted(self.fast, 'pair')} faster than anybody reads")
+            sentences.append(f"judged {counted(self.fast, 'pair')} faster than anybody reads")
         if self.slow:
-            said.append(f"took far longer than usual over {counted(self.slow, 'pair')}")
-        return said
+            sentences.append(f"took far longer than usual over {counted(self.slow, 'pair')}")
+        return sentences
 
     def to_json(self) -> dict[str, Any]:
         shares = {"win_rate": self.wins, "left": self.left, "longer": self.longer, "again": self.again}
@@ -122,7 +126,7 @@ class HumanVerdict:
     file: str
     pairs: list[Pair]
     prompts: dict[tuple[str, str], int]
-    people: list[Person]
+    people: list[Annotator]
     alpha: Interval | None
     shared: int
     tally: Mapping[str, int]
@@ -140,37 +144,37 @@ class HumanVerdict:
 
     def verdict(self) -> list[Sentence]:
         """One sentence for every two models, worded as in `penchant compare`."""
-        said = []
+        sentences = []
         for pair in self.pairs:
             prompts = self.prompts[pair.name, pair.other]
             met = f"{pair.name} and {pair.other} met on {counted(prompts, 'prompt')}"
             doubt = f"{met}, too few for an interval (at least {FEW_ROWS})" if prompts < FEW_ROWS else ""
-            said += Family(self.by, [pair], WIN_RATE, len(self.pairs), doubt).sentences(prompts)
-        return said
+            sentences += ComparisonGroup(self.by, [pair], WIN_RATE, len(self.pairs), doubt).sentences(prompts)
+        return sentences
 
     def notes(self) -> list[str]:
         """Caveats to the verdict."""
-        said = []
+        sentences = []
         if self.alpha is not None:
             a = self.alpha
             word = "weak" if a.estimate < 0.4 else "moderate" if a.estimate < 0.667 else "good"
-            said.append(
+            sentences.append(
                 f"Agreement is {word}: Krippendorff's alpha {a.estimate:z.2f} [{a.low:z.2f}, {a.high:z.2f}] on "
                 f"{counted(self.shared, 'pair')} that several people judged (1 is perfect, 0 is chance)."
             )
-        said += [f"{person.name} {what}." for person in self.people for what in person.warnings()]
+        sentences += [f"{person.name} {what}." for person in self.people for what in person.warnings()]
         if self.tally["both_bad"] > 0.2 * max(1, self.judged):
-            said.append(
+            sentences.append(
                 f"Both answers were bad in {self.tally['both_bad']:,} of {self.judged:,} judgments; they count as ties."
             )
         if self.over_people:
-            said.append("Intervals are over prompts and people: other people could have said otherwise.")
+            sentences.append("Intervals are over prompts and people: other people could have said otherwise.")
         elif self.judged:
-            said.append(
+            sentences.append(
                 f"Intervals are over prompts alone: with {self.by} nothing says what others would have said "
-                f"(at least {FEWEST_PEOPLE} who judge {FEWEST_WORDS} pairs of every two models)."
+                f"(at least {MIN_PEOPLE} who judge {MIN_JUDGMENTS} pairs of every two models)."
             )
-        return [*said, *self.unknown]
+        return [*sentences, *self.unknown]
 
     def to_text(self) -> str:
         """The verdict as it is printed."""
@@ -204,64 +208,76 @@ def judge_by_humans(judge: str, models: Sequence[str] = ()) -> HumanVerdict:
     Raises:
         DataError: no such file, or nothing in it. ConfigError: a model without judgments.
     """
-    found = read_preferences(judge.removeprefix(HUMANS))
-    there = sorted({m for j in found.judgements.values() if j.gold is None for m in j.models})
+    preferences = read_preferences(judge.removeprefix(HUMANS))
+    known = sorted({m for j in preferences.judgements.values() if j.gold is None for m in j.models})
     for name in models:
-        if name not in there:
-            what = f"{name!r} is not a model of {found.path}"
-            raise ConfigError("compare", what, f"there are {', '.join(there)}; leave the names out for all")
-    return human_verdict(found, models)
+        if name not in known:
+            what = f"{name!r} is not a model of {preferences.path}"
+            raise ConfigError("compare", what, f"there are {', '.join(known)}; leave the names out for all")
+    return human_verdict(preferences, models)
 
 
-def human_verdict(found: Preferences, models: Sequence[str] = ()) -> HumanVerdict:
+def human_verdict(preferences: Preferences, models: Sequence[str] = ()) -> HumanVerdict:
     """Return the verdict of preferences already read; see `judge_by_humans`."""
-    every = list(found.judgements.values())
+    judgments = list(preferences.judgements.values())
     if models:
-        asked = set(models)
-        every = [j for j in every if j.gold is not None or len(asked & set(j.models)) == min(2, len(asked))]
-    counting = [j for j in every if j.counts]
+        wanted = set(models)
+        judgments = [j for j in judgments if j.gold is not None or len(wanted & set(j.models)) == min(2, len(wanted))]
+    counting = [j for j in judgments if j.counts]
     contests: dict[tuple[str, str], list[Judgement]] = {}
     for j in counting:
         a, b = j.models
         contests.setdefault((b, a) if (b, a) in contests else (a, b), []).append(j)
-    made: list[Pair] = []
+    pairs: list[Pair] = []
     over_people = bool(contests)
     for (a, b), judged in contests.items():
-        pair, people_too = _contest(a, b, judged)
+        pair, people_too = _compare_models(a, b, judged)
         over_people = over_people and people_too
-        made += [pair] if pair is not None else []
+        pairs += [pair] if pair is not None else []
     prompts = {m: len({prompt_key(j.prompt) for j in judged}) for m, judged in contests.items()}
-    alpha, shared, unknown = _agreement(counting)
-    tally = {kind: sum(j.verdict == kind and j.gold is None for j in every) for kind in (*WINS, "skip")}
-    tally |= {"undone": found.undone}
-    two = next(iter(contests), None) if len(contests) == 1 else None
-    people = [_person(name, every, counting, two) for name in dict.fromkeys(j.annotator for j in every)]
-    why = (unknown,) if unknown else ()
-    return HumanVerdict(str(found.path), corrected(made), prompts, people, alpha, shared, tally, over_people, why)
+    alpha, shared, unknown = _krippendorff_alpha(counting)
+    tally = {kind: sum(j.verdict == kind and j.gold is None for j in judgments) for kind in (*WINS, "skip")}
+    tally |= {"undone": preferences.undone}
+    only_models = next(iter(contests), None) if len(contests) == 1 else None
+    people = [
+        _annotator(name, judgments, counting, only_models) for name in dict.fromkeys(j.annotator for j in judgments)
+    ]
+    unknown_reasons = (unknown,) if unknown else ()
+    return HumanVerdict(
+        str(preferences.path),
+        correct_p_values(pairs),
+        prompts,
+        people,
+        alpha,
+        shared,
+        tally,
+        over_people,
+        unknown_reasons,
+    )
 
 
-def win_of(judgement: Judgement, model: str) -> float:
+def score_of(judgement: Judgement, model: str) -> float:
     """A model's score in a judgment: 1 for a win, 0 for a loss, else one half."""
     value = WINS[judgement.verdict]
     return value if judgement.models[0] == model else 1.0 - value
 
 
-def _words(text: str) -> int:
+def _word_count(text: str) -> int:
     return len(text.split())
 
 
 def _lengths(j: Judgement, model: str) -> tuple[int, int]:
-    a, b = map(_words, j.answers)
+    a, b = map(_word_count, j.answers)
     return (a, b) if j.models[0] == model else (b, a)
 
 
-def _contest(a: str, b: str, judged: Sequence[Judgement]) -> tuple[Pair | None, bool]:
+def _compare_models(a: str, b: str, judged: Sequence[Judgement]) -> tuple[Pair | None, bool]:
     """Compare two models with `compare_judged`, people taking the place of seeds if there are enough; also return whether they did."""
-    by: dict[str, list[Judgement]] = defaultdict(list)
+    by_annotator: dict[str, list[Judgement]] = defaultdict(list)
     for j in judged:
-        by[j.annotator].append(j)
-    people_too = len(by) >= FEWEST_PEOPLE and min(map(len, by.values())) >= FEWEST_WORDS
-    people = list(by) if people_too else [""]
+        by_annotator[j.annotator].append(j)
+    people_too = len(by_annotator) >= MIN_PEOPLE and min(map(len, by_annotator.values())) >= MIN_JUDGMENTS
+    people = list(by_annotator) if people_too else [""]
     prompts: dict[
         str, dict[str, int]
     ] = {}  # prompt -> sample index of every pair, or of every judgment if people are pooled
@@ -276,32 +292,36 @@ def _contest(a: str, b: str, judged: Sequence[Judgement]) -> tuple[Pair | None, 
     for j in judged:
         person = people.index(j.annotator) if people_too else 0
         where = at[prompt_key(j.prompt)], place[j.id]
-        wins[(person, 0, *where)] = win_of(j, a)
+        wins[(person, 0, *where)] = score_of(j, a)
         lengths[(slice(None), 0, *where)] = _lengths(j, a)
-    mine = Candidate(a, None, None, np.repeat(lengths[0], len(people), 0))
-    pair = compare_judged(mine, Candidate(b, None, None, lengths[1], fixed=True), wins, chance="people")
+    candidate = Candidate(a, None, None, np.repeat(lengths[0], len(people), 0))
+    pair = compare_judged(candidate, Candidate(b, None, None, lengths[1], fixed=True), wins, chance="people")
     # people saw only some of the pairs and judged all of those, so none counts as unjudged
     return (None if pair is None else replace(pair, unjudged=0.0)), people_too
 
 
-def _agreement(counting: Sequence[Judgement]) -> tuple[Interval | None, int, str]:
+def _krippendorff_alpha(counting: Sequence[Judgement]) -> tuple[Interval | None, int, str]:
     """Krippendorff's alpha with a bootstrap over pairs, the number of pairs that several people judged, and why alpha is None."""
     units: dict[str, dict[str, float]] = defaultdict(dict)
     for j in counting:
         units[j.pair].setdefault(j.annotator, WINS[j.verdict])
-    shared = [list(words.values()) for words in units.values() if len(words) > 1]
+    shared = [list(scores.values()) for scores in units.values() if len(scores) > 1]
     if not shared:
         return None, 0, "No pair was judged by two people, so nothing says whether people agree."
     try:
         import krippendorff
     except ImportError:
         return None, len(shared), "Agreement needs krippendorff: pip install 'penchant[studio]'."
-    counts = np.array([[words.count(v) for v in ORDER] for words in shared], dtype=np.int64)
+    counts = np.array([[scores.count(v) for v in ORDINAL_SCORES] for scores in shared], dtype=np.int64)
 
-    def alpha(of: np.ndarray) -> float:
-        if (of.sum(0) > 0).sum() < 2:
+    def alpha(value_counts: np.ndarray) -> float:
+        if (value_counts.sum(0) > 0).sum() < 2:
             return float("nan")  # one verdict throughout: alpha is not defined
-        return float(krippendorff.alpha(value_counts=of, value_domain=list(ORDER), level_of_measurement="ordinal"))
+        return float(
+            krippendorff.alpha(
+                value_counts=value_counts, value_domain=list(ORDINAL_SCORES), level_of_measurement="ordinal"
+            )
+        )
 
     estimate = alpha(counts)
     if estimate != estimate:
@@ -315,72 +335,81 @@ def _agreement(counting: Sequence[Judgement]) -> tuple[Interval | None, int, str
     return Interval(estimate, float(low), float(high)), len(shared), ""
 
 
-def _person(
-    name: str, every: Sequence[Judgement], counting: Sequence[Judgement], two: tuple[str, str] | None
-) -> Person:
-    all_mine = [j for j in every if j.annotator == name]
-    mine, others = ([j for j in counting if (j.annotator == name) == own] for own in (True, False))
-    decided = [j for j in mine if j.side is not None]
+def _annotator(
+    name: str, judgments: Sequence[Judgement], counting: Sequence[Judgement], models: tuple[str, str] | None
+) -> Annotator:
+    all_own = [j for j in judgments if j.annotator == name]
+    own_judgments, others = ([j for j in counting if (j.annotator == name) == own] for own in (True, False))
+    decided = [j for j in own_judgments if j.side is not None]
     lefts = sum(j.side == "left" for j in decided)
-    long_mine = _for_the_longer(mine)
-    golds = [j for j in all_mine if j.gold is not None and j.verdict in WINS]
-    by_id = {j.id: j for j in all_mine}
-    again = [j for j in all_mine if j.repeat_of in by_id and j.verdict in WINS]
+    long_mine = _prefers_longer(own_judgments)
+    golds = [j for j in all_own if j.gold is not None and j.verdict in WINS]
+    by_id = {j.id: j for j in all_own}
+    again = [j for j in all_own if j.repeat_of in by_id and j.verdict in WINS]
     same = sum(WINS[j.verdict] == WINS.get(by_id[str(j.repeat_of)].verdict) for j in again)
-    theirs: dict[str, list[float]] = defaultdict(list)
+    others_by_pair: dict[str, list[float]] = defaultdict(list)
     for j in others:
-        theirs[j.pair].append(WINS[j.verdict])
-    with_others = [1.0 - abs(WINS[j.verdict] - float(np.mean(theirs[j.pair]))) for j in mine if j.pair in theirs]
-    seconds = np.array([j.seconds for j in mine if j.seconds > 0])
-    prompts = [prompt_key(j.prompt) for j in mine]
-    return Person(
+        others_by_pair[j.pair].append(WINS[j.verdict])
+    with_others = [
+        1.0 - abs(WINS[j.verdict] - float(np.mean(others_by_pair[j.pair])))
+        for j in own_judgments
+        if j.pair in others_by_pair
+    ]
+    seconds = np.array([j.seconds for j in own_judgments if j.seconds > 0])
+    prompts = [prompt_key(j.prompt) for j in own_judgments]
+    return Annotator(
         name=name,
-        judged=len(mine),
-        skipped=sum(j.verdict == "skip" for j in all_mine),
-        wins=share_ci([win_of(j, two[0]) for j in mine], clusters=prompts, draws=2000) if mine and two else None,
+        judged=len(own_judgments),
+        skipped=sum(j.verdict == "skip" for j in all_own),
+        wins=share_ci([score_of(j, models[0]) for j in own_judgments], clusters=prompts, draws=2000)
+        if own_judgments and models
+        else None,
         left=wilson(lefts, len(decided)) if decided else None,
         longer=wilson(sum(long_mine), len(long_mine)) if long_mine else None,
-        longer_of_others=_median_share(others),
-        ties=1.0 - len(decided) / len(mine) if mine else None,
+        longer_of_others=_median_longer_share(others),
+        ties=1.0 - len(decided) / len(own_judgments) if own_judgments else None,
         again=wilson(same, len(again)) if again else None,
         with_others=share_ci(with_others, draws=2000) if with_others else None,
         checks=(sum(j.verdict != j.gold for j in golds), len(golds)),
         seconds=float(np.median(seconds)) if len(seconds) else None,
         # the shorter of the two: a glance may be enough to reject the other one
-        fast=sum(0 < j.seconds < max(BLINK, min(map(_words, j.answers)) / READING) for j in mine),
-        slow=_slow(seconds),
+        fast=sum(
+            0 < j.seconds < max(MIN_SECONDS, min(map(_word_count, j.answers)) / MAX_READING_SPEED)
+            for j in own_judgments
+        ),
+        slow=_count_slow(seconds),
     )
 
 
-def _for_the_longer(judged: Sequence[Judgement]) -> list[bool]:
+def _prefers_longer(judged: Sequence[Judgement]) -> list[bool]:
     """For each verdict between two answers of different length, whether it favors the longer one."""
-    sizes = [(j, _words(j.answers[0]), _words(j.answers[1])) for j in judged if j.verdict in ("a", "b")]
+    sizes = [(j, _word_count(j.answers[0]), _word_count(j.answers[1])) for j in judged if j.verdict in ("a", "b")]
     return [(a > b) == (j.verdict == "a") for j, a, b in sizes if a != b]
 
 
-def _median_share(others: Sequence[Judgement]) -> float | None:
+def _median_longer_share(others: Sequence[Judgement]) -> float | None:
     """Median share for the longer answer over other people with enough judgments. One biased annotator does not move a median."""
-    by: dict[str, list[Judgement]] = defaultdict(list)
+    by_annotator: dict[str, list[Judgement]] = defaultdict(list)
     for j in others:
-        by[j.annotator].append(j)
-    shares = [float(np.mean(s)) for s in map(_for_the_longer, by.values()) if len(s) >= FEW_ROWS]
+        by_annotator[j.annotator].append(j)
+    shares = [float(np.mean(s)) for s in map(_prefers_longer, by_annotator.values()) if len(s) >= FEW_ROWS]
     return float(np.median(shares)) if shares else None
 
 
-def _slow(seconds: np.ndarray) -> int:
+def _count_slow(seconds: np.ndarray) -> int:
     if len(seconds) < FEW_ROWS:
         return 0
     logs = np.log(seconds)
     middle = np.median(logs)
     spread = 1.4826 * np.median(np.abs(logs - middle))
-    return int((logs - middle > SLOW * spread).sum()) if spread > 0 else 0
+    return int((logs - middle > SLOW_DEVIATIONS * spread).sum()) if spread > 0 else 0
 
 
 def _percent(share: Interval) -> str:
     return f"{share.estimate:.0%} [{share.low:.0%}, {share.high:.0%}]"
 
 
-def check_alone(judge: str, asked: Mapping[str, Any]) -> None:
+def check_no_other_options(judge: str, asked: Mapping[str, Any]) -> None:
     """Refuse options that do not apply to human judgments that already exist.
 
     Raises:

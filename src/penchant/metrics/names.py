@@ -13,7 +13,7 @@ from penchant.runfolder.values import FEW_ROWS, ci_of, format_interval, interval
 Better = Literal["higher", "lower", "cost"]
 
 # caveat shown with the best of several settings
-CHOSEN = "It was chosen by these held-out rows, so its figure is optimistic and its lead proves nothing: measure it on rows that no run has seen."
+SELECTION_CAVEAT = "It was chosen by these held-out rows, so its figure is optimistic and its lead proves nothing: measure it on rows that no run has seen."
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ def all_tied(line: Mapping[str, Any], name: str) -> bool:
     return tied_interval if ties is None else ties == 1.0
 
 
-def figure_text(line: Mapping[str, Any], name: str, digits: int = 4) -> str:
+def format_figure(line: Mapping[str, Any], name: str, digits: int = 4) -> str:
     """Format a figure of a metrics line with its interval; all ties, and shares of only a few rows, become counts."""
     value, n, share = num(line, name), sample_size(line, name), metric(name).share
     if value is None:
@@ -131,7 +131,7 @@ def higher_is_better(name: str) -> bool:
     return metric(name).better in ("higher", None)
 
 
-def of_evaluation(line: Mapping[str, Any]) -> dict[str, Any]:
+def with_current_names(line: Mapping[str, Any]) -> dict[str, Any]:
     """Return a line of evaluations.jsonl with the current metric names.
 
     Evaluations of given answers (their settings have a beta) used to write ``implicit_reward/*`` as ``rewards/*``, the loss's own reward.

@@ -59,9 +59,9 @@ def bootstrap_ci(
     x = np.asarray(values, dtype=np.float64)
     if x.ndim != 1 or len(x) == 0:
         raise ValueError("values must be a non-empty list of numbers")
-    member = _members(len(x), clusters)
+    member = _cluster_indices(len(x), clusters)
     sums, counts = np.bincount(member, weights=x), np.bincount(member).astype(np.float64)
-    low, high = _percentiles(np.concatenate([a / b for a, b in _drawn(sums, counts, draws, seed)]), level)
+    low, high = _percentiles(np.concatenate([a / b for a, b in _resample(sums, counts, draws, seed)]), level)
     return Interval(float(x.mean()), low, high)
 
 
@@ -80,7 +80,7 @@ def share_ci(
     """
     x = np.asarray(values, dtype=np.float64)
     if x.ndim == 1 and len(x) and (x == x[0]).all():
-        trials = len(np.unique(_members(len(x), clusters)))
+        trials = len(np.unique(_cluster_indices(len(x), clusters)))
         return wilson(float(x[0]) * trials, trials, NormalDist().inv_cdf((1 + level) / 2))
     return bootstrap_ci(x, clusters=clusters, level=level, draws=draws, seed=seed)
 
@@ -110,9 +110,9 @@ def bootstrap_ratio(
         raise ValueError(f"give two equal, non-empty lists of numbers, not {a.shape} and {b.shape}")
     if b.sum() <= 0:
         raise ValueError("the denominators sum to nothing")
-    member = _members(len(a), clusters)
+    member = _cluster_indices(len(a), clusters)
     above, below = np.bincount(member, weights=a), np.bincount(member, weights=b)
-    parts = [(x, y) for x, y in _drawn(above, below, draws, seed)]
+    parts = [(x, y) for x, y in _resample(above, below, draws, seed)]
     drawn, weight = np.concatenate([x for x, _ in parts]), np.concatenate([y for _, y in parts])
     low, high = _percentiles(drawn[weight > 0] / weight[weight > 0], level)
     return Interval(float(a.sum() / b.sum()), low, high)
@@ -138,7 +138,7 @@ def bootstrap_sums(
     x = np.asarray(statistics, dtype=np.float64)
     if x.ndim != 2 or len(x) == 0:
         raise ValueError(f"statistics must be (rows, m) with at least one row, not {x.shape}")
-    member = _members(len(x), clusters)
+    member = _cluster_indices(len(x), clusters)
     sums = np.stack([np.bincount(member, weights=column) for column in x.T], axis=1)
     rng = np.random.default_rng(seed)
     k = len(sums)
@@ -147,7 +147,7 @@ def bootstrap_sums(
     return Interval(float(value(x.sum(0))), low, high)
 
 
-def _members(n: int, clusters: ArrayLike | Sequence[object] | None) -> np.ndarray:
+def _cluster_indices(n: int, clusters: ArrayLike | Sequence[object] | None) -> np.ndarray:
     """The index of each row's cluster, (n,); every row is its own cluster if `clusters` is None."""
     labels = np.arange(n) if clusters is None else np.asarray(clusters)
     if labels.shape != (n,):
@@ -155,7 +155,7 @@ def _members(n: int, clusters: ArrayLike | Sequence[object] | None) -> np.ndarra
     return np.unique(labels, return_inverse=True)[1]
 
 
-def _drawn(sums: np.ndarray, counts: np.ndarray, draws: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _resample(sums: np.ndarray, counts: np.ndarray, draws: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield sums and counts over clusters drawn with replacement, in blocks of draws that bound the memory of the indices."""
     k = len(sums)
     rng = np.random.default_rng(seed)
@@ -209,7 +209,7 @@ def wilson(successes: float, n: int, z: float = 1.959963984540054) -> Interval:
     return Interval(successes / n, *wilson_interval(successes, n, z))
 
 
-def rows_to_tell(rate: float = 0.7) -> int:
+def rows_to_detect(rate: float = 0.7) -> int:
     """How many held-out pairs it takes to tell an accuracy of `rate` from chance: from here on, Wilson's 95% interval is above 0.5."""
     return 1 + max(n for n in range(1, 1000) if wilson(int(rate * n), n).low <= 0.5)
 
@@ -236,7 +236,7 @@ def sign_flip_test(
     a, b = np.asarray(after, dtype=np.float64), np.asarray(before, dtype=np.float64)
     if a.shape != b.shape or a.ndim != 1 or len(a) == 0:
         raise ValueError(f"before and after must be two equal, non-empty lists of numbers, not {b.shape} and {a.shape}")
-    member = _members(len(a), clusters)
+    member = _cluster_indices(len(a), clusters)
     sums = np.bincount(member, weights=a - b)
     k = len(sums)
     # tolerance: rounding must not make a flipped sum differ from an equal one
@@ -288,10 +288,10 @@ def seeds_difference(before: ArrayLike, after: ArrayLike, *, level: float = 0.95
             "nothing says what another would have given"
         )
     # the prompts' noise within a seed's mean is counted twice: the interval is a little too wide, never too narrow
-    return several_sources(a.mean() - b.mean(), [a.mean(1), b.mean(1), a.mean(0) - b.mean(0)], level=level)
+    return interval_from_sources(a.mean() - b.mean(), [a.mean(1), b.mean(1), a.mean(0) - b.mean(0)], level=level)
 
 
-def several_sources(estimate: float, sources: Sequence[ArrayLike], *, level: float = 0.95) -> Interval:
+def interval_from_sources(estimate: float, sources: Sequence[ArrayLike], *, level: float = 0.95) -> Interval:
     """An estimate with its interval, given several independent sources of variance.
 
     ``E +- t sqrt(sum_k s_k^2 / n_k)``, s_k the standard deviation of source k's n_k draws; t by Welch-Satterthwaite.
@@ -299,20 +299,20 @@ def several_sources(estimate: float, sources: Sequence[ArrayLike], *, level: flo
     Args:
         sources: the draws of each source, (n_k,) with n_k >= 2: means of seeds, means of prompts.
     """
-    variance, freedom = _variance(sources)
+    variance, freedom = _total_variance(sources)
     half = t_quantile((1 + level) / 2, freedom) * math.sqrt(variance) if variance > 0.0 else 0.0
     return Interval(float(estimate), float(estimate - half), float(estimate + half))
 
 
-def several_sources_p(estimate: float, sources: Sequence[ArrayLike]) -> float:
-    """Two-sided p-value against zero, for the estimate and sources of `several_sources`."""
-    variance, freedom = _variance(sources)
+def p_value_from_sources(estimate: float, sources: Sequence[ArrayLike]) -> float:
+    """Two-sided p-value against zero, for the estimate and sources of `interval_from_sources`."""
+    variance, freedom = _total_variance(sources)
     if variance == 0.0:
         return 1.0 if estimate == 0.0 else 0.0
     return t_two_sided(estimate / math.sqrt(variance), freedom)
 
 
-def _variance(sources: Sequence[ArrayLike]) -> tuple[float, float]:
+def _total_variance(sources: Sequence[ArrayLike]) -> tuple[float, float]:
     """``sum_k s_k^2 / n_k`` and its degrees of freedom (Welch-Satterthwaite)."""
     draws = [np.asarray(x, dtype=np.float64) for x in sources]
     parts = [(float(x.var(ddof=1)) / len(x), len(x) - 1) for x in draws]
@@ -388,7 +388,7 @@ def length_controlled_win_rate(
         raise ValueError("wins must be within 0 and 1, 0.5 for a tie")
     spread = gap.std()
     x = np.tanh(gap / spread) if spread > 0 else np.zeros_like(gap)
-    member = _members(len(y), clusters)
+    member = _cluster_indices(len(y), clusters)
     k = int(member.max()) + 1
     rng = np.random.default_rng(seed)
     counts = np.stack([np.bincount(rng.integers(0, k, k), minlength=k) for _ in range(draws)]).astype(np.float64)

@@ -14,11 +14,11 @@ from penchant.base.text import columns
 from penchant.metrics.stats import (
     Interval,
     holm,
+    interval_from_sources,
     length_controlled_win_rate,
+    p_value_from_sources,
     paired_bootstrap,
     seeds_difference,
-    several_sources,
-    several_sources_p,
     share_ci,
     sign_flip_test,
 )
@@ -27,7 +27,7 @@ from penchant.runfolder.values import FEW_ROWS, format_interval
 T = TypeVar("T")
 
 ALPHA = 0.05
-MOST_UNJUDGED = 0.1  # no winner is named if more than this share of pairs has no verdict
+MAX_UNJUDGED = 0.1  # no winner is named if more than this share of pairs has no verdict
 WIN_RATE = "judged win rate"
 NOTABLE = 0.05  # distance from one half: a smaller position preference is called slight, even if significant
 MANY_PROMPTS = 100  # with fewer prompts, a sentence without a winner adds that they are few
@@ -107,22 +107,22 @@ class Pair:
 
 def compare_all(candidates: Sequence[Candidate]) -> list[Pair]:
     """Compare every candidate with the first, then all others with each other, corrected for the number of comparisons."""
-    return corrected(compare_each(candidates))
+    return correct_p_values(compare_uncorrected(candidates))
 
 
-def compare_each(candidates: Sequence[Candidate]) -> list[Pair]:
+def compare_uncorrected(candidates: Sequence[Candidate]) -> list[Pair]:
     """`compare_all` without the correction."""
-    return [compare_two(a, b) for a, b in meetings(candidates)]
+    return [compare_two(a, b) for a, b in pairings(candidates)]
 
 
-def meetings(settings: Sequence[T]) -> Iterator[tuple[T, T]]:
+def pairings(settings: Sequence[T]) -> Iterator[tuple[T, T]]:
     """Yield every setting paired with the first, then all pairs of the others."""
     first, *others = settings
     yield from ((setting, first) for setting in others)
     yield from combinations(others, 2)
 
 
-def corrected(pairs: Sequence[Pair]) -> list[Pair]:
+def correct_p_values(pairs: Sequence[Pair]) -> list[Pair]:
     """Add p-values corrected for the number of comparisons."""
     return [replace(p, corrected=c) for p, c in zip(pairs, holm([p.p for p in pairs]), strict=True)]
 
@@ -130,19 +130,19 @@ def corrected(pairs: Sequence[Pair]) -> list[Pair]:
 def compare_two(a: Candidate, b: Candidate) -> Pair:
     """Compare two candidates by their outcomes, without correction."""
     assert a.outcome is not None and b.outcome is not None
-    over_seeds = _over_seeds(a, b)
-    mine, theirs = a.outcome.mean(0), b.outcome.mean(0)
+    over_seeds = _has_seed_variance(a, b)
+    a_means, b_means = a.outcome.mean(0), b.outcome.mean(0)
     p_seeds, difference = None, None
     if over_seeds:
         seeds = [o.mean(1) for c, o in ((a, a.outcome), (b, b.outcome)) if not c.fixed]
-        sources = [*seeds, mine - theirs]
-        p_seeds = several_sources_p(float(mine.mean() - theirs.mean()), sources)
-        difference = several_sources(float(mine.mean() - theirs.mean()), sources)
+        sources = [*seeds, a_means - b_means]
+        p_seeds = p_value_from_sources(float(a_means.mean() - b_means.mean()), sources)
+        difference = interval_from_sources(float(a_means.mean() - b_means.mean()), sources)
         if not (a.fixed or b.fixed):
             difference = seeds_difference(b.outcome, a.outcome)
-    difference = difference or paired_bootstrap(theirs, mine)
+    difference = difference or paired_bootstrap(b_means, a_means)
     raw, controlled, ties = _win_rates(a, b, over_seeds)
-    return Pair(a.name, b.name, difference, sign_flip_test(theirs, mine), p_seeds, raw, controlled, ties=ties)
+    return Pair(a.name, b.name, difference, sign_flip_test(b_means, a_means), p_seeds, raw, controlled, ties=ties)
 
 
 def _win_rates(a: Candidate, b: Candidate, over_seeds: bool) -> tuple[Interval | None, Interval | None, float | None]:
@@ -152,8 +152,8 @@ def _win_rates(a: Candidate, b: Candidate, over_seeds: bool) -> tuple[Interval |
     # (seeds of a, seeds of b, prompts, samples of a, samples of b)
     x, y = a.rewards[:, None, :, :, None], b.rewards[None, :, :, None, :]
     wins = (x > y) + 0.5 * (x == y)
-    raw = _raw(wins, _sources(a, b, wins) if over_seeds else None)
-    controlled = _controlled(wins, a.lengths[:, None, :, :, None], b.lengths[None, :, :, None, :])
+    raw = _win_rate(wins, _variance_sources(a, b, wins) if over_seeds else None)
+    controlled = _win_rate_at_equal_length(wins, a.lengths[:, None, :, :, None], b.lengths[None, :, :, None, :])
     return raw, controlled, float((x == y).mean())
 
 
@@ -166,37 +166,37 @@ def compare_judged(a: Candidate, b: Candidate, wins: np.ndarray, chance: str = "
         wins: of a, (seeds of a, seeds of b, prompts, samples), sample by sample: 1, 0 or between, NaN without a verdict.
         chance: name of what the seed axes stand for.
     """
-    heard = ~np.isnan(wins)
-    unjudged = 1.0 - float(heard.mean())
-    if not heard.any():
+    judged = ~np.isnan(wins)
+    unjudged = 1.0 - float(judged.mean())
+    if not judged.any():
         return None
-    wins = wins[:, :, heard.any((0, 1, 3))]
+    wins = wins[:, :, judged.any((0, 1, 3))]
     by_prompt = np.nanmean(wins, (0, 1, 3))
-    sources = _sources(a, b, wins) if _over_seeds(a, b) and len(by_prompt) > 1 else None
+    sources = _variance_sources(a, b, wins) if _has_seed_variance(a, b) and len(by_prompt) > 1 else None
     if sources is not None and any(np.isnan(s).any() for s in sources):
         sources = None  # a seed without any verdict
-    raw = _raw(wins, sources)
+    raw = _win_rate(wins, sources)
     gain = Interval(*(v - 0.5 for v in (raw.estimate, raw.low, raw.high)))
-    mine, theirs = (x[:, :, heard.any((0, 1, 3))] for x in (a.lengths[:, None], b.lengths[None, :]))
+    a_lengths, b_lengths = (x[:, :, judged.any((0, 1, 3))] for x in (a.lengths[:, None], b.lengths[None, :]))
     return Pair(
         a.name,
         b.name,
         gain,
         sign_flip_test(np.full(len(by_prompt), 0.5), by_prompt),
-        None if sources is None else several_sources_p(gain.estimate, sources),
+        None if sources is None else p_value_from_sources(gain.estimate, sources),
         raw,
-        _controlled(wins, mine, theirs),
+        _win_rate_at_equal_length(wins, a_lengths, b_lengths),
         unjudged=unjudged,
         chance=chance,
     )
 
 
-def _over_seeds(a: Candidate, b: Candidate) -> bool:
+def _has_seed_variance(a: Candidate, b: Candidate) -> bool:
     """Whether the variance between seeds can be estimated."""
     return all(c.fixed or c.seeds > 1 for c in (a, b)) and not (a.fixed and b.fixed) and a.prompts > 1
 
 
-def _sources(a: Candidate, b: Candidate, wins: np.ndarray) -> list[np.ndarray]:
+def _variance_sources(a: Candidate, b: Candidate, wins: np.ndarray) -> list[np.ndarray]:
     """A win rate's sources of variance: seeds of either side, prompts. wins: (seeds of a, seeds of b, prompts, ...)."""
     rest = tuple(range(3, wins.ndim))
     with warnings.catch_warnings():  # the mean of an empty slice is NaN, which the caller checks
@@ -206,22 +206,22 @@ def _sources(a: Candidate, b: Candidate, wins: np.ndarray) -> list[np.ndarray]:
     return [*seeds, np.nanmean(wins, (0, 1, *rest))]
 
 
-def _raw(wins: np.ndarray, sources: Sequence[np.ndarray] | None) -> Interval:
+def _win_rate(wins: np.ndarray, sources: Sequence[np.ndarray] | None) -> Interval:
     """The win rate with its interval: by prompt, or over several sources of variance."""
     by_prompt = np.nanmean(wins, (0, 1, *range(3, wins.ndim)))
     if sources is None:
         return share_ci(by_prompt)
-    raw = several_sources(float(by_prompt.mean()), sources)
+    raw = interval_from_sources(float(by_prompt.mean()), sources)
     return Interval(raw.estimate, max(0.0, raw.low), min(1.0, raw.high))
 
 
-def _controlled(wins: np.ndarray, mine: np.ndarray, theirs: np.ndarray) -> Interval:
-    """The win rate at equal length. mine, theirs: tokens, broadcastable to (seeds of a, seeds of b, prompts, ...)."""
+def _win_rate_at_equal_length(wins: np.ndarray, a_lengths: np.ndarray, b_lengths: np.ndarray) -> Interval:
+    """The win rate at equal length. a_lengths, b_lengths: tokens, broadcastable to (seeds of a, seeds of b, prompts, ...)."""
     prompts = np.arange(wins.shape[2]).reshape(-1, *[1] * (wins.ndim - 3))
-    heard = ~np.isnan(wins)
-    lengths, others, clusters = (np.broadcast_to(x, wins.shape)[heard] for x in (mine, theirs, prompts))
+    judged = ~np.isnan(wins)
+    lengths, other_lengths, clusters = (np.broadcast_to(x, wins.shape)[judged] for x in (a_lengths, b_lengths, prompts))
     draws = max(200, min(1000, 4_000_000 // wins.size))  # bounds the memory of the drawn weights
-    return length_controlled_win_rate(wins[heard], lengths, others, clusters=clusters, draws=draws)
+    return length_controlled_win_rate(wins[judged], lengths, other_lengths, clusters=clusters, draws=draws)
 
 
 # ---- in words ----
@@ -242,7 +242,7 @@ class Sentence:
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
+class ComparisonGroup:
     """Comparisons by one judge, reported after those by the reward.
 
     Args:
@@ -260,12 +260,12 @@ class Family:
         """One sentence per comparison, or a single one with the doubt."""
         if self.doubt:
             return [Sentence(f"By {self.by}: no winner is named: {self.doubt}.", "open", self.by)]
-        said = (_sentence(p, self.comparisons, prompts, self.what) for p in self.pairs)
-        return [Sentence(f"By {self.by}: {s.text}", s.tone, self.by) for s in said]
+        sentences = (_sentence(p, self.comparisons, prompts, self.what) for p in self.pairs)
+        return [Sentence(f"By {self.by}: {s.text}", s.tone, self.by) for s in sentences]
 
 
 def verdict(
-    candidates: Sequence[Candidate], pairs: Sequence[Pair], what: str, others: Sequence[Family] = ()
+    candidates: Sequence[Candidate], pairs: Sequence[Pair], what: str, others: Sequence[ComparisonGroup] = ()
 ) -> list[Sentence]:
     """State for each comparison which setting is better, or why there is no clear winner, then list settings with only one seed.
 
@@ -277,15 +277,15 @@ def verdict(
     if prompts < FEW_ROWS:
         why = f"{prompts} prompts are too few for an interval (at least {FEW_ROWS})"
         return [Sentence(f"No winner is named: {why}.", "open")]
-    said = [_sentence(pair, len(pairs), prompts, what) for pair in pairs]
-    said += [s for family in others for s in family.sentences(prompts)]
+    sentences = [_sentence(pair, len(pairs), prompts, what) for pair in pairs]
+    sentences += [s for family in others for s in family.sentences(prompts)]
     single = [c.name for c in candidates if c.seeds == 1 and not c.fixed]
     if single:
-        have = "has one seed" if len(single) == 1 else "have one seed each"
-        said.append(
-            Sentence(f"{_listed(single)} {have}: another seed of the same setting could turn what is said of it.")
+        ending = "has one seed" if len(single) == 1 else "have one seed each"
+        sentences.append(
+            Sentence(f"{_join_names(single)} {ending}: another seed of the same setting could turn what is said of it.")
         )
-    return said
+    return sentences
 
 
 def _sentence(pair: Pair, comparisons: int, prompts: int, what: str) -> Sentence:
@@ -298,51 +298,51 @@ def _sentence(pair: Pair, comparisons: int, prompts: int, what: str) -> Sentence
     if pair.ties == 1.0:
         return Sentence(f"{neither} tied on {prompts} of {prompts} prompts, so {what} cannot tell them apart.", "open")
     if gap.estimate == 0.0:
-        near = f" {_brackets(gap)}" if gap.low < gap.high and pair.unjudged is None else ""
+        near = f" {_format_brackets(gap)}" if gap.low < gap.high and pair.unjudged is None else ""
         return Sentence(f"{neither} neither is ahead in {what}{near}.", "open")
-    shown = f"{what} is {gap.estimate:.3f} {_brackets(gap)} higher"
+    shown = f"{what} is {gap.estimate:.3f} {_format_brackets(gap)} higher"
     if pair.unjudged is not None and rate is not None:
-        shown = f"win rate is {rate.estimate:.0%} {_brackets(rate, '.0%')}"
+        shown = f"win rate is {rate.estimate:.0%} {_format_brackets(rate, '.0%')}"
     elif rate is not None:
-        shown += f", its win rate {rate.estimate:.0%} {_brackets(rate, '.0%')}"
-    shown += f", p {_p_is(pair.corrected)} (corrected for {_comparisons(comparisons)})"
-    why = _doubt(pair, gap, rate, level, what)
+        shown += f", its win rate {rate.estimate:.0%} {_format_brackets(rate, '.0%')}"
+    shown += f", p {_p_clause(pair.corrected)} (corrected for {_count_comparisons(comparisons)})"
+    why = _reason_for_doubt(pair, gap, rate, level, what)
     if why is None:
-        return Sentence(f"{best} is better than {worst}: its {shown}.{_about_length(rate, level)}", "good")
+        return Sentence(f"{best} is better than {worst}: its {shown}.{_length_caveat(rate, level)}", "good")
     if pair.corrected >= ALPHA and prompts < MANY_PROMPTS:
         why += f"; with {prompts} prompts only a large difference shows"
     return Sentence(f"{neither} {best}'s {shown}; {why}.", "open")
 
 
-def _doubt(pair: Pair, gap: Interval, rate: Interval | None, level: Interval | None, what: str) -> str | None:
+def _reason_for_doubt(
+    pair: Pair, gap: Interval, rate: Interval | None, level: Interval | None, what: str
+) -> str | None:
     """Why the leading setting is not called better; None if it is."""
-    if pair.unjudged is not None and pair.unjudged > MOST_UNJUDGED:
+    if pair.unjudged is not None and pair.unjudged > MAX_UNJUDGED:
         return f"{pair.unjudged:.0%} of their pairs could not be judged"
     if pair.corrected < ALPHA:
         if rate is not None and rate.estimate <= 0.5:
             return f"the figures contradict each other: the higher {what}, and no more wins than losses"
         if level is not None and level.high < 0.5:
-            return f"the figures contradict each other: at equal length its win rate is {level.estimate:.0%} {_brackets(level, '.0%')}"
-        return None if gap.low > 0.0 else _includes(pair)
+            return f"the figures contradict each other: at equal length its win rate is {level.estimate:.0%} {_format_brackets(level, '.0%')}"
+        return None if gap.low > 0.0 else _includes_chance(pair)
     if pair.p < ALPHA:
-        return f"p {_p_is(pair.p)} by itself is not small enough among so many comparisons"
+        return f"p {_p_clause(pair.p)} by itself is not small enough among so many comparisons"
     if pair.p_prompts < ALPHA and pair.p_seeds is not None:
         return f"its {pair.chance} differ too much from each other: on these prompts alone it would be one"
     if gap.low <= 0.0:
-        return _includes(pair)
+        return _includes_chance(pair)
     return f"the interval is near {'0' if pair.unjudged is None else '50%'} and the test by prompt does not tell them apart"
 
 
-def _includes(pair: Pair) -> str:
+def _includes_chance(pair: Pair) -> str:
     return f"the interval of the {'difference includes 0' if pair.unjudged is None else 'win rate includes 50%'}"
 
 
-def _about_length(rate: Interval | None, level: Interval | None) -> str:
+def _length_caveat(rate: Interval | None, level: Interval | None) -> str:
     if rate is None or level is None or level.low > 0.5:
         return ""
-    return (
-        f" At equal length its win rate is {level.estimate:.0%} {_brackets(level, '.0%')}: length may be why it wins."
-    )
+    return f" At equal length its win rate is {level.estimate:.0%} {_format_brackets(level, '.0%')}: length may be why it wins."
 
 
 def comparisons_table(pairs: Sequence[Pair], what: str, comparisons: int | None = None) -> str:
@@ -351,34 +351,36 @@ def comparisons_table(pairs: Sequence[Pair], what: str, comparisons: int | None 
     lines = [["comparison", *([] if by_pairs else [f"difference of {what}"])]]
     judged = any(p.win_rate is not None for p in pairs)
     lines[0] += ["win rate", "at equal length"] if judged else []
-    lines[0] += ["p", f"p corrected for {_comparisons(len(pairs) if comparisons is None else comparisons)}"]
+    lines[0] += ["p", f"p corrected for {_count_comparisons(len(pairs) if comparisons is None else comparisons)}"]
     for p in pairs:
         line = [f"{p.name} - {p.other}"]
-        line += [] if by_pairs else [f"{p.difference.estimate:.3f} {_brackets(p.difference)}".rstrip()]
+        line += [] if by_pairs else [f"{p.difference.estimate:.3f} {_format_brackets(p.difference)}".rstrip()]
         if judged and p.ties == 1.0:
             line += ["all tied", "-"]
         elif judged:
-            line += [f"{i.estimate:.3f} {_brackets(i)}".rstrip() if i else "-" for i in (p.win_rate, p.equal_length)]
-        lines.append([*line, p_text(p.p), p_text(p.corrected)])
+            line += [
+                f"{i.estimate:.3f} {_format_brackets(i)}".rstrip() if i else "-" for i in (p.win_rate, p.equal_length)
+            ]
+        lines.append([*line, format_p(p.p), format_p(p.corrected)])
     return columns(lines)
 
 
-def _brackets(interval: Interval, form: str = ".3f") -> str:
+def _format_brackets(interval: Interval, form: str = ".3f") -> str:
     return format_interval((interval.low, interval.high), form)
 
 
-def p_text(p: float) -> str:
+def format_p(p: float) -> str:
     """Format a p-value with its significant digits."""
     return "<0.0001" if p < 1e-4 else f"{p:.4f}" if p < 0.1 else f"{p:.2f}"
 
 
-def _p_is(p: float) -> str:
-    return "< 0.0001" if p < 1e-4 else f"= {p_text(p)}"
+def _p_clause(p: float) -> str:
+    return "< 0.0001" if p < 1e-4 else f"= {format_p(p)}"
 
 
-def _comparisons(n: int) -> str:
+def _count_comparisons(n: int) -> str:
     return "1 comparison" if n == 1 else f"{n} comparisons"
 
 
-def _listed(names: Sequence[str]) -> str:
+def _join_names(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

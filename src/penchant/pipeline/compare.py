@@ -15,12 +15,12 @@ from penchant.compare.measured import Setting
 from penchant.compare.models import (
     HeldOut,
     Sampling,
-    clear_of,
     compare_sources,
-    figures_of,
+    comparison_json,
+    exclude_prompts,
+    format_comparison,
     make_setting,
     same_vocabulary,
-    text_of,
     tokens_sha256,
     trained_prompts,
     write_files,
@@ -53,7 +53,7 @@ class Outcome:
 
     def to_text(self) -> str:
         """Format the tables, followed by the conclusions."""
-        return text_of(self.figures, self.heading)
+        return format_comparison(self.figures, self.heading)
 
 
 class Comparer:
@@ -88,7 +88,7 @@ class Comparer:
             rows = run.rows.datasets[1]
             if rows is None or rows.kind == "text":
                 continue
-            found = clear_of(name, rows, trained)
+            found = exclude_prompts(name, rows, trained)
             if not found.rows.trees:
                 what = f"compare: every prompt that {name} holds out is trained on by another stage"
                 how = "give all stages the same data, train.seed and way of holding out"
@@ -159,7 +159,7 @@ class Comparer:
             )
         sources = [self._source(ref, resolve, folder_of) for ref in self.compare.models]
         compared = compare_sources(sources, self._run, setting, self.sampling)
-        figures = figures_of(compared) | {
+        figures = comparison_json(compared) | {
             "prompts": len(setting.prompts),
             "answers": len(setting.answers),
             "held_out_of": self.heldout.owner,

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from penchant.base.text import counted as count
-from penchant.metrics.names import metric, of_evaluation
+from penchant.metrics.names import metric, with_current_names
 from penchant.report.data import Comparison, ReportData, RunData
 from penchant.report.html import Element, Node, el, fold, keyed, note, panel, said, soft
 from penchant.report.settings import short
@@ -176,7 +176,7 @@ MOST = 20
 
 def evaluations(data: ReportData) -> Element | None:
     """Later evaluations, newest first; None if there are none."""
-    found = [(r, of_evaluation(e)) for r in data.runs for e in r.evaluations if mapping(e.get("metrics"))]
+    found = [(r, with_current_names(e)) for r in data.runs for e in r.evaluations if mapping(e.get("metrics"))]
     if not found:
         return None
     found.sort(key=lambda f: text(f[1].get("time")), reverse=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from penchant.base.text import counted as count
-from penchant.metrics.names import CHOSEN, METRICS, Metric, all_tied
+from penchant.metrics.names import METRICS, SELECTION_CAVEAT, Metric, all_tied
 from penchant.report.data import Comparison, ReportData, RunData
 from penchant.report.html import Element, Node, el, fold, keyed, note, panel, said, spoken, table
 from penchant.report.settings import Ranking, Row, held_out_rows, ranking, spread, tried
@@ -249,7 +249,7 @@ def of_runs(data: ReportData) -> list[Node]:
     made: list[Node] = [statement("plain", start, names, figure.replace(" ()", ""), lead=True)]
     made += _doubts(ranked, best)
     if not only:
-        made.append(statement("plain", CHOSEN))
+        made.append(statement("plain", SELECTION_CAVEAT))
     return [*made, *_cut(data), *progress]
 
 

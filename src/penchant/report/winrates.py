@@ -8,7 +8,7 @@ from typing import Any
 
 from penchant.metrics.names import with_k3
 from penchant.metrics.stats import Interval
-from penchant.metrics.verdict import p_text
+from penchant.metrics.verdict import format_p
 from penchant.report.data import Comparison, ReportData
 from penchant.report.html import Element, Node, el, note, panel, said
 from penchant.report.svg import MISSING, estimate, interval, percent, shown, strip
@@ -137,7 +137,7 @@ def _pairs_table(pairs: Sequence[Mapping[str, Any]], judge: str, outcome: str) -
 
 def p_value(p: float | None) -> str:
     """Format a p-value with its significant digits."""
-    return MISSING if p is None else p_text(p)
+    return MISSING if p is None else format_p(p)
 
 
 def compared_figures(data: ReportData) -> Element | None:

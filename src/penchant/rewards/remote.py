@@ -14,8 +14,8 @@ from typing import Any
 
 from penchant.base.text import counted, shown
 from penchant.errors import RewardError
-from penchant.judges.endpoint import PARAMETERS, Connection, EndpointJudge, NoReply, connect
-from penchant.judges.instruction import INSTRUCTION, said_of
+from penchant.judges.endpoint import PARAMETERS, Connection, EndpointJudge, NoReplyError, connect
+from penchant.judges.instruction import INSTRUCTION, visible_lines
 from penchant.judges.judge import TIE, Question
 from penchant.rewards.builtin import LARGEST, EndpointReward, HttpReward, JudgeReward
 
@@ -56,8 +56,8 @@ _GRADE = re.compile(
 
 
 def grade_of(reply: str) -> float | None:
-    """The grade in a reply, in [0, 1]; None if there is none, or two. Parsed as `judges.instruction.verdict_of` parses verdicts."""
-    lines = said_of(reply)
+    """The grade in a reply, in [0, 1]; None if there is none, or two. Parsed as `judges.instruction.parse_verdict` parses verdicts."""
+    lines = visible_lines(reply)
     found = {float(m.group(1)) for x in (lines[:1] + lines[-1:]) if (m := _GRADE.fullmatch(x))}
     grade = found.pop() if len(found) == 1 else None
     return grade / HIGHEST if grade is not None and grade <= HIGHEST else None
@@ -177,7 +177,7 @@ class Http:
 
         try:
             return [value for found in pool.map(ask, starts) for value in found]
-        except NoReply as error:
+        except NoReplyError as error:
             how = "start it, or fix reward.http.url; what was written is lost with this step"
             raise RewardError(f"reward {self.connection.url}", str(error), how) from error
         finally:

@@ -26,7 +26,7 @@ from torch import Tensor
 from penchant.base.machine import place_of
 from penchant.base.text import shown
 from penchant.errors import ConfigError, PenchantError, RolloutError
-from penchant.judges.endpoint import Connection, NoReply, connect
+from penchant.judges.endpoint import Connection, NoReplyError, connect
 from penchant.models.load import base_model_of, effective_weights, plain_name, without_cache
 from penchant.rollout.generate import Sample, Settings, sample
 from penchant.rollout.options import RolloutConfig
@@ -271,7 +271,7 @@ class VLLMServer(Remote):
     def _ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         try:
             return self.connection.post(path, body, threading.Event())
-        except NoReply as error:
+        except NoReplyError as error:
             how = "look at the server's own log, start it again and run the same command: the run goes on from its last checkpoint"
             if error.final and not path.startswith("/v1/"):
                 how = "start it with VLLM_SERVER_DEV_MODE=1 (vLLM 0.29 or later), which opens the routes for weights"
@@ -395,12 +395,12 @@ class VLLMServer(Remote):
                 how = {"weights_path": str(self.folder.resolve())}
                 self._ask("/collective_rpc", {"method": "reload_weights", "kwargs": how})
         except PenchantError:
-            with suppress(NoReply):  # the server may be gone
+            with suppress(NoReplyError):  # the server may be gone
                 replace(self.connection, attempts=1).post("/resume", {}, threading.Event())
             raise
         try:
             self.connection.post("/update_weight_version", {"new_version": tag}, threading.Event())
-        except NoReply as error:  # an older vLLM stores no version; its log-probs are compared instead
+        except NoReplyError as error:  # an older vLLM stores no version; its log-probs are compared instead
             if not error.final:
                 what = f"/update_weight_version {error}"
                 raise RolloutError(self.where, what, "look at the server's own log") from error

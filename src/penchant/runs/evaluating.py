@@ -19,16 +19,16 @@ from penchant.logprobs.reference import LiveReference
 from penchant.losses.schedules import progress_at
 from penchant.metrics.completions import (
     START_FILE,
-    Fresh,
-    Written,
+    Completions,
+    CompletionSampler,
     completion_figures,
+    completion_rows,
+    estimate_kl,
     gain_figures,
-    keep_start,
-    kept_start,
-    kl_on,
-    rows_of,
+    load_start_rewards,
+    save_start,
 )
-from penchant.metrics.heldout import figures_by_set, loss_change, row_losses, score_heldout
+from penchant.metrics.heldout import loss_change, metrics_by_set, row_losses, score_heldout
 from penchant.rewards import load_reward
 from penchant.rewards.reward_model import PolicyText
 from penchant.runfolder import is_intact, write_summed
@@ -59,7 +59,7 @@ def writes_completions(config: RunConfig, rows: Rows) -> bool:
     return method.signal != "tokens" or asked.reward is not None
 
 
-def prompts_of(config: RunConfig, rows: Rows, device: Any) -> Fresh:
+def prompts_of(config: RunConfig, rows: Rows, device: Any) -> CompletionSampler:
     """The prompts to complete at every evaluation, and the reward that scores the completions.
 
     Raises:
@@ -73,7 +73,7 @@ def prompts_of(config: RunConfig, rows: Rows, device: Any) -> Fresh:
     if reward is not None:
         policy = PolicyText(rows.tokenizer, config.data.template, rows.asked, config.data.template_options)
         judge = load_reward(reward, policy, device)
-    return Fresh(
+    return CompletionSampler(
         rows.tokenizer,
         prompts,
         [sources[p] for p in prompts],
@@ -103,7 +103,7 @@ class HeldOut:
     shared: Alone
     console: Any
     total_steps: int
-    fresh: Fresh | None = None
+    fresh: CompletionSampler | None = None
     tables: dict[str, Any] = field(default_factory=dict)
     step: int = 0
     keep: bool = False
@@ -147,7 +147,7 @@ class HeldOut:
             return self.built.start
         return LiveReference(frozen_scorer(self.parts, self.shared, start=True))
 
-    def _start_rewards(self, fresh: Fresh, written: Written | None) -> np.ndarray:
+    def _start_rewards(self, fresh: CompletionSampler, written: Completions | None) -> np.ndarray:
         """Rewards of the starting model's completions of the same prompts, computed once and stored for resumed runs.
 
         Args:
@@ -163,14 +163,14 @@ class HeldOut:
                 written = fresh.write(start.scorer.model, 0)
         if self.keep and current().leads:
             with spared(path, self.console.note):
-                keep_start(path, fresh.asked, rows_of(written, self.rows.tokenizer))
+                save_start(path, fresh.asked, completion_rows(written, self.rows.tokenizer))
         assert written.rewards is not None
         self.of_start[START_FILE] = written.rewards
         return written.rewards
 
     def _known_rewards(self, asked: dict[str, Any]) -> np.ndarray | None:
         known = self.of_start.get(START_FILE)
-        return kept_start(self.folder / START_FILE, asked) if known is None else known
+        return load_start_rewards(self.folder / START_FILE, asked) if known is None else known
 
     # ---- what `Method.evaluate` can use (`algorithms.method.EvaluationContext`) ---------------------------------------------
 
@@ -190,7 +190,7 @@ class HeldOut:
         return scored, [trees[i] for i in order]
 
     def by_set(self, algorithm: Algorithm, scored: Scored, trees: list[TokenTree]) -> dict[str, Any]:
-        return figures_by_set(algorithm, scored, trees, self.rows.held_out_sets)
+        return metrics_by_set(algorithm, scored, trees, self.rows.held_out_sets)
 
     def _score(self, algorithm: Algorithm, at: float) -> tuple[Scored, list[int]]:
         """Score the held-out trees at progress `at`; return the scores and the trees' order."""
@@ -232,13 +232,13 @@ class HeldOut:
             return {}
         asked = json.dumps(fresh.asked, sort_keys=True)
 
-        def estimate() -> tuple[Written, dict[str, Any]]:
+        def estimate() -> tuple[Completions, dict[str, Any]]:
             with whole_weights(self.parts.engine):
                 written = fresh.write(self.parts.model, self.step)
             if self.config.method.signal == "tokens":
                 return written, {}
             policy = LiveReference(self.parts.scorer)
-            return written, kl_on(policy, self.start(), written.trees, tokens_per_step=self.budget)
+            return written, estimate_kl(policy, self.start(), written.trees, tokens_per_step=self.budget)
 
         key = ("start completions", start_key(self.config), self.rows.key, asked, self.budget)
         written, metrics = estimate() if self.step else self.shared.once(key, estimate)
@@ -255,14 +255,14 @@ class HeldOut:
         assert config.reward is not None
         judge = [config.reward.model_dump(mode="json"), reward_contents(config)]
         prompts = [t.prompt_ids.tolist() for t in self.parts.trees[1]]
-        fresh = Fresh(self.rows.tokenizer, prompts, [], max_new_tokens, config.train.seed, None, judge)
+        fresh = CompletionSampler(self.rows.tokenizer, prompts, [], max_new_tokens, config.train.seed, None, judge)
         asked, path = {**fresh.asked, **sampling}, self.folder / START_FILE
         if self.step:
             return current().share(self._known_rewards(asked))
         self.of_start[START_FILE] = rewards
         if self.keep and current().leads:
             with spared(path, self.console.note):
-                keep_start(path, asked, [{"reward": float(r)} for r in rewards])
+                save_start(path, asked, [{"reward": float(r)} for r in rewards])
         return rewards
 
     def keep_tables(self, tables: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ import time
 from penchant import __version__
 from penchant.base.text import counted
 from penchant.judges.humans import Preferences
-from penchant.metrics.humans import HumanVerdict, Person, human_verdict
+from penchant.metrics.humans import Annotator, HumanVerdict, human_verdict
 from penchant.metrics.stats import Interval
 from penchant.report.html import Element, Node, document, el, note, panel, said
 
@@ -116,7 +116,7 @@ def _people_table(verdict: HumanVerdict) -> Element:
     return panel(head, rows, numeric=(1, 2, 3, 4, 5, 6, 7, 8), caption="Each person, with 95% intervals")
 
 
-def _person_row(p: Person) -> list[Node]:
+def _person_row(p: Annotator) -> list[Node]:
     failed, checks = p.checks
     return [
         said(p.name),

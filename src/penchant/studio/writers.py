@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from penchant.base.files import cache_folder, write_atomically
 from penchant.base.text import one_line
 from penchant.errors import DataError
-from penchant.judges.endpoint import connect, is_local, refusal
+from penchant.judges.endpoint import connect, error_message, is_local
 from penchant.judges.humans import turns_of
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class Writers:
                 client.stream("POST", f"{endpoint.url}/chat/completions", json=body, headers=headers) as reply,
             ):
                 if reply.status_code != 200:
-                    said = endpoint.without_key(one_line(refusal(await reply.aread()))[:300])
+                    said = endpoint.without_key(one_line(error_message(await reply.aread()))[:300])
                     raise DataError(where, f"answered {reply.status_code}: {said}", "check its address and model")
                 async for line in reply.aiter_lines():
                     if piece := _delta_text(line):

@@ -9,7 +9,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from penchant.base.text import columns
-from penchant.metrics.names import CHOSEN
+from penchant.metrics.names import SELECTION_CAVEAT
 from penchant.runfolder.values import ci_of
 from penchant.sweep import SEED, SweepRun
 from penchant.sweep.halving import SCALED
@@ -107,7 +107,7 @@ class Table:
                 + (f", {len(cut)} of them only in part" if cut else "")
             )
             if n > 1:
-                found.append(CHOSEN)
+                found.append(SELECTION_CAVEAT)
         else:
             found.append("no setting has finished with all its seeds, so none is called best")
         if any(not r.whole and r.values for r in self.rows):

@@ -16,7 +16,16 @@ from penchant.base.files import packaged_yaml, spared
 from penchant.base.text import printable
 from penchant.errors import CheckpointError
 from penchant.metrics.flags import of_comparison, of_data, of_training
-from penchant.metrics.flags.rule import ComparisonView, Evidence, Flag, Rule, RunView, Seen, TrustConfig, number
+from penchant.metrics.flags.rule import (
+    ComparisonView,
+    Evidence,
+    Finding,
+    Flag,
+    Rule,
+    RunView,
+    TrustConfig,
+    format_number,
+)
 from penchant.runfolder import COMPARISON, FLAGS, METRICS, check_intact, write_summed
 from penchant.runfolder.read import read_folder
 
@@ -28,12 +37,12 @@ OF_COMPARISON = of_training.OF_COMPARISON | of_comparison.OF_COMPARISON
 LIMITS = of_training.LIMITS | of_comparison.LIMITS  # constants filled into the texts of rules.yaml
 
 
-def _rule(name: str, said: dict[str, Any]) -> Rule:
+def _make_rule(name: str, said: dict[str, Any]) -> Rule:
     what = said["what"].format(**LIMITS)
     return Rule(name, **said | {"what": what}, of_run=OF_RUN.get(name), of_comparison=OF_COMPARISON.get(name))
 
 
-RULES = {name: _rule(name, said) for name, said in packaged_yaml(__package__, "rules.yaml").items()}
+RULES = {name: _make_rule(name, said) for name, said in packaged_yaml(__package__, "rules.yaml").items()}
 
 
 def run_flags(
@@ -54,7 +63,7 @@ def run_flags(
         section = (config or {}).get("trust")
         trust = TrustConfig.model_validate(section) if isinstance(section, Mapping) else TrustConfig()
     view = RunView(lines, config or {}, audit or {}, trust, samples)
-    return _flags((rule, seen) for rule in RULES.values() if rule.of_run and (seen := rule.of_run(view)))
+    return _sorted_flags((rule, seen) for rule in RULES.values() if rule.of_run and (seen := rule.of_run(view)))
 
 
 def comparison_flags(
@@ -66,10 +75,10 @@ def comparison_flags(
         figures: comparison.json; rows: of comparison.jsonl, needed for the win rate at equal length if `figures` lacks it.
     """
     view = ComparisonView(figures, rows, trust or TrustConfig())
-    return _flags((r, seen) for r in RULES.values() if r.of_comparison for seen in r.of_comparison(view))
+    return _sorted_flags((r, seen) for r in RULES.values() if r.of_comparison for seen in r.of_comparison(view))
 
 
-def _flags(found: Iterable[tuple[Rule, Seen]]) -> list[Flag]:
+def _sorted_flags(found: Iterable[tuple[Rule, Finding]]) -> list[Flag]:
     return sorted((rule.flag(seen) for rule, seen in found), key=lambda f: f.level != "warning")
 
 
@@ -78,25 +87,25 @@ def _flags(found: Iterable[tuple[Rule, Seen]]) -> list[Flag]:
 SHOWN = 8  # values of a piece of evidence shown in its line
 
 
-def flags_of(path: Path | str) -> list[Flag]:
+def compute_flags(path: Path | str) -> list[Flag]:
     """Return the flags of a run folder, or of a comparison.json or the folder with it.
 
     Raises:
         CheckpointError: no such folder, neither a run nor a comparison in it, or files not in Penchant's format.
     """
     try:
-        return _flags_of(Path(path))
+        return _compute_flags(Path(path))
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         what = f"its files are not as Penchant writes them ({type(error).__name__}: {error})"
         raise CheckpointError(str(path), what, "restore them") from error
 
 
-def _flags_of(path: Path) -> list[Flag]:
+def _compute_flags(path: Path) -> list[Flag]:
     folder = path.parent if path.name == COMPARISON else path
     if not folder.is_dir():
         raise CheckpointError(str(path), "no such folder", f"give a run's folder, or one with a {COMPARISON}")
     if (folder / METRICS).exists():
-        return _of_run(folder)
+        return _run_folder_flags(folder)
     if (folder / COMPARISON).exists():
         check_intact(folder / COMPARISON, "compare again")
         found = read_folder(folder)
@@ -109,13 +118,13 @@ def _flags_of(path: Path) -> list[Flag]:
 
 def write_flags(run: Path, say: Callable[[str], None] = lambda _: None) -> list[Flag]:
     """Return the flags of a run, warnings first, and write them to RUN/flags.json; `say` gets a note if that cannot be written."""
-    found = _of_run(run)
+    found = _run_folder_flags(run)
     with spared(run / FLAGS, say):
         write_summed(run / FLAGS, json.dumps([f.to_json() for f in found], indent=1, ensure_ascii=False))
     return found
 
 
-def _of_run(path: Path) -> list[Flag]:
+def _run_folder_flags(path: Path) -> list[Flag]:
     run = read_folder(path)
     try:
         trust = TrustConfig.model_validate(run.config.get("trust") or {})
@@ -129,18 +138,18 @@ def _of_run(path: Path) -> list[Flag]:
 
 def summary(flags: Sequence[Flag]) -> str:
     """One line per flag, printed at the end of a run."""
-    return "\n".join(f"{_mark(f)}: {_about(f)}{printable(f.sentence)} ({f.name})" for f in flags)
+    return "\n".join(f"{_mark(f)}: {_subject_prefix(f)}{printable(f.sentence)} ({f.name})" for f in flags)
 
 
-def as_text(flags: Sequence[Flag]) -> str:
+def format_flags(flags: Sequence[Flag]) -> str:
     """Format every flag with its evidence and advice."""
     if not flags:
         return "no flags: no rule of docs/trust.md fired, which does not prove that nothing is wrong"
     parts = []
     for f in flags:
-        lines = [f"{_mark(f)}: {_about(f)}{f.title} ({f.name})", *_wrapped(f.sentence)]
-        lines += [f"    {printable(e.label)}: {_values(e)}" for e in f.evidence]
-        lines += _wrapped(f"What to do: {f.advice}")
+        lines = [f"{_mark(f)}: {_subject_prefix(f)}{f.title} ({f.name})", *_wrap(f.sentence)]
+        lines += [f"    {printable(e.label)}: {_format_values(e)}" for e in f.evidence]
+        lines += _wrap(f"What to do: {f.advice}")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
@@ -149,18 +158,18 @@ def _mark(flag: Flag) -> str:
     return "! warning" if flag.level == "warning" else "  note"
 
 
-def _about(flag: Flag) -> str:
+def _subject_prefix(flag: Flag) -> str:
     return f"{printable(flag.about)}: " if flag.about else ""
 
 
-def _wrapped(text: str) -> list[str]:
+def _wrap(text: str) -> list[str]:
     return textwrap.wrap(printable(text), 110, initial_indent="    ", subsequent_indent="    ", break_long_words=False)
 
 
-def _values(e: Evidence) -> str:
+def _format_values(e: Evidence) -> str:
     """Format values with their steps; only the first and last ones if there are many."""
     shown = [
-        number(v) + (f" (step {s:,})" if s is not None else "")
+        format_number(v) + (f" (step {s:,})" if s is not None else "")
         for v, s in zip(e.values, e.steps or (None,) * len(e.values), strict=False)
     ]
     if len(shown) > SHOWN:

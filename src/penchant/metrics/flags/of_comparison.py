@@ -11,12 +11,12 @@ import numpy as np
 from penchant.base.text import counted
 from penchant.metrics.flags.rule import (
     ComparisonView,
+    Finding,
     RunView,
-    Seen,
-    number,
+    finding,
+    format_number,
+    format_share,
     percent,
-    seen,
-    share_interval,
 )
 from penchant.metrics.stats import Interval, bootstrap_ci, length_controlled_win_rate
 from penchant.runfolder.values import ci_of, mapping, num
@@ -26,9 +26,9 @@ from penchant.runfolder.values import ci_of, mapping, num
 APART = 0.05  # smallest reported difference between the win rate and that at equal length
 
 
-def _length_of_run(run: RunView) -> Seen | None:
+def _length_of_run(run: RunView) -> Finding | None:
     names = ("rewards/accuracies", "length/controlled_accuracy", "length/agreement", "length/longer_wins")
-    series = [run.held_out(name) for name in names]
+    series = [run.held_out_points(name) for name in names]
     if not all(series) or len({s[-1].step for s in series}) > 1:
         return None
     right, controlled, agreement, longer = (s[-1] for s in series)
@@ -37,25 +37,23 @@ def _length_of_run(run: RunView) -> Seen | None:
     label = "accuracy, at equal length, agreement with length, of the rule alone"
     values = [s[-1].value for s in series]
     sides = agreement.bounds()
-    said = f"At step {right.step:,} the accuracy on held-out pairs is {share_interval(right)}"
+    said = f"At step {right.step:,} the accuracy on held-out pairs is {format_share(right)}"
     if controlled.bounds()[0] <= 0.5 and not sides[0] <= 0.5 <= sides[1]:
         which = "longer" if agreement.value > 0.5 else "shorter"
         often = percent(max(agreement.value, 1 - agreement.value))
-        explained = (
-            f"{share_interval(controlled)} at equal length: the {which} answer is preferred in {often} of pairs."
-        )
-        return seen(f"{said}, but {explained}", label, *values)
+        explained = f"{format_share(controlled)} at equal length: the {which} answer is preferred in {often} of pairs."
+        return finding(f"{said}, but {explained}", label, *values)
     alone = max(longer.value, 1 - longer.value)
     if right.value <= alone and replace(longer, value=alone).bounds()[0] > 0.5:
         which = "longer" if longer.value > 0.5 else "shorter"
         sentence = f"{said}; preferring the {which} answer gets {percent(alone)} right without reading it."
-        return seen(sentence, label, *values, level="note")
+        return finding(sentence, label, *values, level="note")
     return None
 
 
-def _length_of_comparison(view: ComparisonView) -> Iterator[Seen]:
+def _length_of_comparison(view: ComparisonView) -> Iterator[Finding]:
     for name, figures in view.others.items():
-        pair = _from_figures(figures) or _from_rows(view, name)
+        pair = _win_rates_from_figures(figures) or _win_rates_from_rows(view, name)
         if pair is None:
             continue
         raw, equal = pair
@@ -64,17 +62,17 @@ def _length_of_comparison(view: ComparisonView) -> Iterator[Seen]:
         if not (wins or loses) or kept or abs(raw.estimate - equal.estimate) < APART:
             continue
         sentence = (
-            f"The win rate of {name} against {view.first} is {_shown(raw)}, but {_shown(equal)} at equal length: length may be why it "
+            f"The win rate of {name} against {view.first} is {_format_share(raw)}, but {_format_share(equal)} at equal length: length may be why it "
             f"{'wins' if wins else 'loses'}."
         )
-        yield seen(sentence, "win rate, raw and at equal length", raw.estimate, equal.estimate, about=name)
+        yield finding(sentence, "win rate, raw and at equal length", raw.estimate, equal.estimate, about=name)
 
 
-def _shown(i: Interval) -> str:
+def _format_share(i: Interval) -> str:
     return f"{percent(i.estimate)} (95% interval {percent(i.low)} to {percent(i.high)})"
 
 
-def _from_figures(figures: Mapping[str, Any]) -> tuple[Interval, Interval] | None:
+def _win_rates_from_figures(figures: Mapping[str, Any]) -> tuple[Interval, Interval] | None:
     found = [
         Interval(value, *ci)
         for name in ("win_rate", "win_rate_equal_length")
@@ -83,7 +81,7 @@ def _from_figures(figures: Mapping[str, Any]) -> tuple[Interval, Interval] | Non
     return (found[0], found[1]) if len(found) == 2 else None
 
 
-def _from_rows(view: ComparisonView, name: str) -> tuple[Interval, Interval] | None:
+def _win_rates_from_rows(view: ComparisonView, name: str) -> tuple[Interval, Interval] | None:
     """Win rate, raw and at equal length, of a model's completions over the first model's, by the rewards in the rows."""
     wins, mine, theirs, prompts = [], [], [], []
     for row in view.rows:
@@ -106,25 +104,25 @@ def _from_rows(view: ComparisonView, name: str) -> tuple[Interval, Interval] | N
 # ---- Unreliable judges: position preference, failures, disagreement with the reward ----
 
 
-def _position(view: ComparisonView) -> Iterator[Seen]:
+def _position_bias(view: ComparisonView) -> Iterator[Finding]:
     point, limit = view.point(view.judge, "first_position"), view.trust.first_position
     if point is None or point.se is None:
         return
     low, high = point.bounds()
     if low > 0.5 + limit or high < 0.5 - limit:
         which, asked = "first" if point.value > 0.5 else "second", int(view.judge.get("asked") or 0)
-        sentence = f"The judge names the {which} answer more often, whatever it is: the first one in {share_interval(point)} of {asked:,} replies."
-        yield seen(sentence, "share of replies for the first answer", point.value, low, high)
+        sentence = f"The judge names the {which} answer more often, whatever it is: the first one in {format_share(point)} of {asked:,} replies."
+        yield finding(sentence, "share of replies for the first answer", point.value, low, high)
 
 
-def _failures(view: ComparisonView) -> Iterator[Seen]:
+def _judge_failures(view: ComparisonView) -> Iterator[Finding]:
     failed, asked = (int(view.judge.get(key) or 0) for key in ("failures", "asked"))
     if asked and failed / asked > view.trust.judge_failures:
         sentence = f"{failed:,} of {asked:,} replies of the judge ({percent(failed / asked)}) could not be read; they are left out."
-        yield seen(sentence, "share of replies that could not be read", failed / asked)
+        yield finding(sentence, "share of replies that could not be read", failed / asked)
 
 
-def _disagree(view: ComparisonView) -> Iterator[Seen]:
+def _judges_disagree(view: ComparisonView) -> Iterator[Finding]:
     for name, figures in view.others.items():
         low, high = figures.get("reward_change/ci") or (0.0, 0.0)
         for other, by_it in (figures.get("also") or {}).items():
@@ -132,16 +130,16 @@ def _disagree(view: ComparisonView) -> Iterator[Seen]:
             if not (low > 0 > their_high or high < 0 < their_low):
                 continue
             change, theirs = float(figures["reward_change"]), float(by_it["reward_change"])
-            sentence = f"By the reward {name} gained {number(change)} over {view.first}, by {other} {number(theirs)}: they contradict each other."
-            yield seen(sentence, "change of reward, by both", change, theirs, about=name)
+            sentence = f"By the reward {name} gained {format_number(change)} over {view.first}, by {other} {format_number(theirs)}: they contradict each other."
+            yield finding(sentence, "change of reward, by both", change, theirs, about=name)
 
 
 # ---- Too few prompts or seeds to say much ----
 
 
-def _prompts_of_run(run: RunView) -> Seen | None:
+def _prompts_of_run(run: RunView) -> Finding | None:
     rows = int(run.evals[-1].get("eval/rows") or 0) if run.evals else 0
-    wins = run.held_out("win_rate")
+    wins = run.held_out_points("win_rate")
     if 0 < rows < run.trust.prompts:
         what, count, how = "held-out rows", rows, "hold more rows out (data.validation_rows)"
     elif wins and 0 < wins[-1].n < run.trust.prompts:
@@ -151,38 +149,38 @@ def _prompts_of_run(run: RunView) -> Seen | None:
     sentence = (
         f"Held-out figures rest on {count:,} {what}: their intervals are wide, and only large effects can be seen."
     )
-    return seen(sentence, what, count, level="note", advice=f"To see more, {how}.")
+    return finding(sentence, what, count, level="note", advice=f"To see more, {how}.")
 
 
-def _prompts_of_comparison(view: ComparisonView) -> Iterator[Seen]:
+def _prompts_of_comparison(view: ComparisonView) -> Iterator[Finding]:
     if 0 < view.prompts < view.trust.prompts:
         sentence = f"The comparison rests on {counted(view.prompts, 'prompt')}: only large differences can be seen."
-        yield seen(sentence, "prompts", view.prompts, level="note", advice="Compare on more prompts.")
+        yield finding(sentence, "prompts", view.prompts, level="note", advice="Compare on more prompts.")
 
 
-def _tied(view: ComparisonView) -> Iterator[Seen]:
+def _tied(view: ComparisonView) -> Iterator[Finding]:
     for name, figures in view.others.items():
         ties = num(figures, "win_rate/ties")
         if ties is not None and ties >= view.trust.ties:
             sentence = f"{percent(ties)} of the pairs of completions of {name} and {view.first} have the same reward: it cannot tell them apart."
-            yield seen(sentence, "share of ties", ties, about=name)
+            yield finding(sentence, "share of ties", ties, about=name)
 
 
-def _one_seed(view: ComparisonView) -> Iterator[Seen]:
+def _one_seed(view: ComparisonView) -> Iterator[Finding]:
     given = mapping(view.figures.get("seeds"))
     counts = {name: len(runs) if isinstance(runs := given.get(name), (dict, list)) else 1 for name in view.others}
     one = [name for name, n in counts.items() if n < 2]
     if one:
         sentence = f"{', '.join(one)}: trained with one seed, so it is unknown what another seed would give."
-        yield seen(sentence, "seeds of each setting", *counts.values(), level="note")
+        yield finding(sentence, "seeds of each setting", *counts.values(), level="note")
 
 
 OF_RUN = {"accuracy_by_length": _length_of_run, "few_prompts": _prompts_of_run}
 OF_COMPARISON = {
     "accuracy_by_length": _length_of_comparison,
-    "judge_first_position": _position,
-    "judge_failures": _failures,
-    "judges_disagree": _disagree,
+    "judge_first_position": _position_bias,
+    "judge_failures": _judge_failures,
+    "judges_disagree": _judges_disagree,
     "tied": _tied,
     "few_prompts": _prompts_of_comparison,
     "one_seed": _one_seed,

@@ -12,17 +12,17 @@ from penchant.base.text import counted
 from penchant.metrics.flags.rule import (
     SMALLEST_WINDOW,
     ComparisonView,
+    Finding,
     Point,
     RunView,
-    Seen,
-    change,
-    evidence,
-    interval,
-    number,
+    difference,
+    finding,
+    first_step_above,
+    format_interval,
+    format_number,
+    format_share,
+    make_evidence,
     percent,
-    seen,
-    share_interval,
-    since,
     smooth,
     standard_error,
     window,
@@ -33,37 +33,39 @@ from penchant.runfolder.values import is_online, num
 # ---- KL and perplexity outside their accepted ranges ----
 
 
-HARDLY_MOVED = "The policy hardly moved: raise train.lr, train longer, or lower the pull towards the reference."
+HARDLY_MOVED_ADVICE = "The policy hardly moved: raise train.lr, train longer, or lower the pull towards the reference."
 
 
-def _kl_of_run(run: RunView) -> Seen | None:
+def _kl_of_run(run: RunView) -> Finding | None:
     found = run.latest("kl/policy_ref")
     if found is None:
         return None
     now, series = found
     low, high = run.trust.kl
-    shown = (evidence("KL to the start, nats per completion", series),)
-    said = f"The KL to the start is {number(now.value)} nats per completion at step {now.step:,}{interval(now)}"
+    shown = (make_evidence("KL to the start, nats per completion", series),)
+    said = f"The KL to the start is {format_number(now.value)} nats per completion at step {now.step:,}{format_interval(now)}"
     if now.bounds()[0] > high:
-        return Seen(f"{said}, above trust.kl's {number(high)} since step {since(series, high):,}.", shown)
+        return Finding(
+            f"{said}, above trust.kl's {format_number(high)} since step {first_step_above(series, high):,}.", shown
+        )
     if low > 0 and now.bounds()[1] < low:
-        return Seen(f"{said}, below trust.kl's {number(low)}.", shown, "note", advice=HARDLY_MOVED)
+        return Finding(f"{said}, below trust.kl's {format_number(low)}.", shown, "note", advice=HARDLY_MOVED_ADVICE)
     return None
 
 
-def _kl_of_comparison(view: ComparisonView) -> Iterator[Seen]:
+def _kl_of_comparison(view: ComparisonView) -> Iterator[Finding]:
     high = view.trust.kl[1]
     for name, figures in view.others.items():
         now = view.point(figures, "kl")
         if now is not None and now.bounds()[0] > high:
-            sentence = f"{name} is {number(now.value)} nats per completion away from {view.first}{interval(now)}, above trust.kl's {number(high)}."
-            yield seen(sentence, "KL to the first model, nats per completion", now.value, about=name)
+            sentence = f"{name} is {format_number(now.value)} nats per completion away from {view.first}{format_interval(now)}, above trust.kl's {format_number(high)}."
+            yield finding(sentence, "KL to the first model, nats per completion", now.value, about=name)
 
 
 REFERENCE = "the reference's"
 
 
-def _log(points: Sequence[Point], run: RunView, name: str) -> list[Point]:
+def _log_points(points: Sequence[Point], run: RunView, name: str) -> list[Point]:
     """The logarithm of a ratio at every evaluation, with its standard error."""
     intervals = {int(m["step"]): m.get(f"eval/{name}/ci") for m in run.evals}
     made = []
@@ -77,17 +79,17 @@ def _log(points: Sequence[Point], run: RunView, name: str) -> list[Point]:
 
 def _perplexity_series(run: RunView) -> tuple[Point, list[Point], str] | None:
     """(last, all, baseline) of the log perplexity ratio."""
-    ratios = run.held_out("perplexity_ratio/chosen")
+    ratios = run.held_out_points("perplexity_ratio/chosen")
     if ratios and ratios[-1].step > 0 and ratios[-1].value > 0:
-        series = _log(ratios, run, "perplexity_ratio/chosen")
+        series = _log_points(ratios, run, "perplexity_ratio/chosen")
         return series[-1], series, REFERENCE
     for name in ("perplexity/chosen", "perplexity"):
-        held = [p for p in run.held_out(name) if p.value > 0]
+        held = [p for p in run.held_out_points(name) if p.value > 0]
         if len(held) > 1:
             # no standard error: on the same rows, an unchanged model gives exactly the same value
             series = [Point(p.step, math.log(p.value / held[0].value)) for p in held]
             return series[-1], series, f"that of step {held[0].step:,}"
-    lines, tokens = run.training("logratios/chosen"), run.chosen_tokens
+    lines, tokens = run.training_points("logratios/chosen"), run.chosen_tokens
     now = window(lines)
     if now is None or tokens is None or now.se is None:
         return None
@@ -95,7 +97,7 @@ def _perplexity_series(run: RunView) -> tuple[Point, list[Point], str] | None:
     return Point(now.step, -now.value / tokens, now.se / tokens, now.n), series, REFERENCE
 
 
-def _perplexity_of_run(run: RunView) -> Seen | None:
+def _perplexity_of_run(run: RunView) -> Finding | None:
     found = _perplexity_series(run)
     if found is None:
         return None
@@ -106,19 +108,19 @@ def _perplexity_of_run(run: RunView) -> Seen | None:
     ratio, most = math.exp(min(700.0, now.value)), run.trust.perplexity_ratio
     answers = "chosen answers" if against == REFERENCE else "held-out answers"
     sentence = (
-        f"At step {now.step:,} the perplexity of {answers} is {number(ratio)} times {against}, above trust.perplexity_ratio's {number(most)} "
-        f"since step {since(series, limit):,}."
+        f"At step {now.step:,} the perplexity of {answers} is {format_number(ratio)} times {against}, above trust.perplexity_ratio's {format_number(most)} "
+        f"since step {first_step_above(series, limit):,}."
     )
-    return Seen(sentence, (evidence("logarithm of the perplexity ratio, nats per token", series),))
+    return Finding(sentence, (make_evidence("logarithm of the perplexity ratio, nats per token", series),))
 
 
-def _perplexity_of_comparison(view: ComparisonView) -> Iterator[Seen]:
+def _perplexity_of_comparison(view: ComparisonView) -> Iterator[Finding]:
     base = num(view.models.get(view.first), "perplexity")
     for name, figures in view.others.items():
         mine = num(figures, "perplexity")
         if base is not None and mine is not None and 0 < base * view.trust.perplexity_ratio < mine:
-            sentence = f"Held-out chosen answers have a perplexity of {number(mine)} under {name}, {number(base)} under {view.first}: {number(mine / base)} times."
-            yield seen(sentence, "perplexity, first model and this one", base, mine, about=name)
+            sentence = f"Held-out chosen answers have a perplexity of {format_number(mine)} under {name}, {format_number(base)} under {view.first}: {format_number(mine / base)} times."
+            yield finding(sentence, "perplexity, first model and this one", base, mine, about=name)
 
 
 # ---- Likelihood displacement: chosen answers become less likely too ----
@@ -127,8 +129,8 @@ LARGE = 0.1  # nats per token: each token of a chosen answer about 10% less like
 
 
 @dataclass(frozen=True, slots=True)
-class _Change:
-    """Change of log-probs in nats per completion: now, and over the run (`series`); `since`: the baseline in words."""
+class _LogpChange:
+    """Change of log-probs in nats per completion: now, and over the run (`series`); `first_step_above`: the baseline in words."""
 
     chosen: Point
     rejected: Point | None
@@ -136,59 +138,63 @@ class _Change:
     since: str
 
 
-def _against_reference(run: RunView) -> _Change | None:
+def _against_reference(run: RunView) -> _LogpChange | None:
     found, rest = run.latest("logratios/chosen"), run.latest("logratios/rejected")
     if found is None:
         return None
-    return _Change(found[0], None if rest is None else rest[0], found[1], "under the reference")
+    return _LogpChange(found[0], None if rest is None else rest[0], found[1], "under the reference")
 
 
-def _against_start(run: RunView) -> _Change | None:
+def _against_start(run: RunView) -> _LogpChange | None:
     """For losses without a reference: held-out rows at the first and the last evaluation, or early and late training lines."""
-    found, rest = run.ends("logps/chosen"), run.ends("logps/rejected")
+    found, rest = run.first_and_last("logps/chosen"), run.first_and_last("logps/rejected")
     if found is None:
         return None
     first, last, points = found
-    rejected = None if rest is None else change(rest[1], rest[0])
+    rejected = None if rest is None else difference(rest[1], rest[0])
     series = [Point(p.step, p.value - first.value) for p in points]
-    if len(run.held_out("logps/chosen")) > 1:  # on the same rows, so without noise
-        return _Change(series[-1], rejected, series, f"at step {first.step:,}")
-    return _Change(change(last, first), rejected, smooth(series), "in the first training lines")
+    if len(run.held_out_points("logps/chosen")) > 1:  # on the same rows, so without noise
+        return _LogpChange(series[-1], rejected, series, f"at step {first.step:,}")
+    return _LogpChange(difference(last, first), rejected, smooth(series), "in the first training lines")
 
 
 def _per_token(run: RunView, chosen: Point) -> float | None:
-    ratio = run.held_out("perplexity_ratio/chosen")
+    ratio = run.held_out_points("perplexity_ratio/chosen")
     if ratio and ratio[-1].step == chosen.step:
         return -math.log(ratio[-1].value)
     return None if run.chosen_tokens is None else chosen.value / run.chosen_tokens
 
 
-def _displacement(run: RunView) -> Seen | None:
+def _displacement(run: RunView) -> Finding | None:
     found = _against_reference(run) or _against_start(run)
     limit = run.trust.chosen_fall
     if found is None or not found.chosen.bounds()[1] < -limit:
         return None
     chosen, rejected = found.chosen, found.rejected
     per_token = _per_token(run, chosen)
-    start = since([Point(p.step, -p.value) for p in found.series], limit)
-    token = "" if per_token is None else f", {number(-per_token)} per token"
+    start = first_step_above([Point(p.step, -p.value) for p in found.series], limit)
+    token = "" if per_token is None else f", {format_number(-per_token)} per token"
     sentence = (
-        f"From step {start:,} on chosen answers are less likely than {found.since}: by {number(-chosen.value)} nats per completion at step "
-        f"{chosen.step:,}{interval(replace(chosen, value=-chosen.value))}{token}."
+        f"From step {start:,} on chosen answers are less likely than {found.since}: by {format_number(-chosen.value)} nats per completion at step "
+        f"{chosen.step:,}{format_interval(replace(chosen, value=-chosen.value))}{token}."
     )
     spared = rejected is not None and rejected.value >= chosen.value
-    shown = [evidence("change of the log-prob of chosen answers, nats per completion", found.series)]
+    shown = [make_evidence("change of the log-prob of chosen answers, nats per completion", found.series)]
     if rejected is not None:
-        moved = f"fell by {number(-rejected.value)}" if rejected.value < 0 else f"rose by {number(rejected.value)}"
+        moved = (
+            f"fell by {format_number(-rejected.value)}"
+            if rejected.value < 0
+            else f"rose by {format_number(rejected.value)}"
+        )
         ending = (
             ", no more than the chosen ones: the probability that both lose goes to answers outside the data."
             if spared
             else "."
         )
         sentence += f" Rejected answers {moved}{ending}"
-        shown.append(evidence("the same for rejected answers, last", [rejected]))
+        shown.append(make_evidence("the same for rejected answers, last", [rejected]))
     strong = spared or rejected is None or (per_token is not None and per_token < -LARGE)
-    return Seen(sentence, tuple(shown), "warning" if strong else "note")
+    return Finding(sentence, tuple(shown), "warning" if strong else "note")
 
 
 # ---- Completions that become longer, and data that teach length ----
@@ -196,40 +202,40 @@ def _displacement(run: RunView) -> Seen | None:
 FEWER_ENDED = 0.2  # how far the share of completions that end with EOS may fall
 LONGER_CHOSEN = 0.6  # data teach length if the chosen answer is the longer one more often than this
 Z99 = 2.5758293035489004
-BALANCE = (
+LENGTH_ADVICE = (
     "Watch eval/completions/length, and compare at equal length. Balance the lengths of the pairs, or use a loss that takes length out "
     "(r_dpo, simpo, ld_dpo)."
 )
 
 
-def _length_of_run(run: RunView) -> Seen | None:
-    bias, grown = _bias(run.audit), _grown(run)
+def _length_of_run(run: RunView) -> Finding | None:
+    bias, grown = _length_bias(run.audit), _length_growth(run)
     if bias is None or grown is None:
         return grown or bias
-    return Seen(f"{grown.sentence} {bias.sentence}", (*grown.evidence, *bias.evidence))
+    return Finding(f"{grown.sentence} {bias.sentence}", (*grown.evidence, *bias.evidence))
 
 
-def _grown(run: RunView) -> Seen | None:
-    lengths, ended = run.ends("completions/length"), run.ends("completions/ended")
+def _length_growth(run: RunView) -> Finding | None:
+    lengths, ended = run.first_and_last("completions/length"), run.first_and_last("completions/ended")
     if lengths is None:
         return None
     first, last, series = lengths
-    longer = change(last, first, run.trust.length_ratio).bounds()[0] > 0
-    cut = ended is not None and change(ended[0], ended[1]).bounds()[0] > FEWER_ENDED
+    longer = difference(last, first, run.trust.length_ratio).bounds()[0] > 0
+    cut = ended is not None and difference(ended[0], ended[1]).bounds()[0] > FEWER_ENDED
     if not longer and not cut:
         return None
     sentence = (
-        f"Completions went from {number(first.value)} tokens at step {first.step:,} to {number(last.value)} at step {last.step:,}"
-        f"{interval(last)}"
+        f"Completions went from {format_number(first.value)} tokens at step {first.step:,} to {format_number(last.value)} at step {last.step:,}"
+        f"{format_interval(last)}"
     )
-    shown = [evidence("tokens of a completion", series)]
+    shown = [make_evidence("tokens of a completion", series)]
     if ended is not None:
         sentence += f", and {percent(ended[1].value)} of them end by themselves, {percent(ended[0].value)} before"
-        shown.append(evidence("share of completions that end by themselves", ended[2]))
-    return Seen(f"{sentence}.", tuple(shown))
+        shown.append(make_evidence("share of completions that end by themselves", ended[2]))
+    return Finding(f"{sentence}.", tuple(shown))
 
 
-def _bias(audit: Mapping[str, Any]) -> Seen | None:
+def _length_bias(audit: Mapping[str, Any]) -> Finding | None:
     """A note if the chosen answer of the data is the longer one more often than `LONGER_CHOSEN`."""
     found = (audit.get("findings") or {}).get("length_bias") or {}
     count, of = found.get("count"), found.get("of")
@@ -239,71 +245,73 @@ def _bias(audit: Mapping[str, Any]) -> Seen | None:
     if known.low <= LONGER_CHOSEN:
         return None
     sentence = f"In the data the chosen answer is the longer one in {percent(known.estimate)} of {counted(of, 'pair')} of unequal length."
-    return seen(sentence, "share of pairs whose chosen answer is longer", known.estimate, level="note", advice=BALANCE)
+    return finding(
+        sentence, "share of pairs whose chosen answer is longer", known.estimate, level="note", advice=LENGTH_ADVICE
+    )
 
 
-def _length_of_comparison(view: ComparisonView) -> Iterator[Seen]:
+def _length_of_comparison(view: ComparisonView) -> Iterator[Finding]:
     base = view.point(view.models.get(view.first, {}), "tokens")
     for name, figures in view.others.items():
         mine = view.point(figures, "tokens")
-        if base is None or mine is None or change(mine, base, view.trust.length_ratio).bounds()[0] <= 0:
+        if base is None or mine is None or difference(mine, base, view.trust.length_ratio).bounds()[0] <= 0:
             continue
-        sentence = f"{name} writes {number(mine.value)} tokens per completion, {view.first} {number(base.value)}."
+        sentence = f"{name} writes {format_number(mine.value)} tokens per completion, {view.first} {format_number(base.value)}."
         label, advice = "tokens per completion, first model and this one", "Look at the win rate at equal length."
-        yield seen(sentence, label, base.value, mine.value, about=name, advice=advice)
+        yield finding(sentence, label, base.value, mine.value, about=name, advice=advice)
 
 
 # ---- Reward margin that rises without a gain in win rate ----
 
-UNKNOWN = (
+WIN_RATE_ADVICE = (
     "Raise evaluation.kl_prompts: a win rate over n prompts is known to about 1.3 / sqrt(n) on either side, so 16 prompts "
     "tell little and 400 tell 60% from 50%."
 )
 
 
-def _margin(run: RunView) -> Seen | None:
-    margins, wins = run.held_out("rewards/margins"), run.held_out("win_rate")
+def _margin_without_wins(run: RunView) -> Finding | None:
+    margins, wins = run.held_out_points("rewards/margins"), run.held_out_points("win_rate")
     if len(margins) < 2 or margins[-1].se is None or not wins or wins[-1].step == 0:
         return None
-    if change(margins[-1], margins[0]).bounds()[0] <= 0:
+    if difference(margins[-1], margins[0]).bounds()[0] <= 0:
         return None
     last = wins[-1]
     low, high = last.bounds()
-    shown = (evidence("held-out reward margin", margins), evidence("win rate against the start", wins))
+    shown = (make_evidence("held-out reward margin", margins), make_evidence("win rate against the start", wins))
     rose = (
-        f"Between steps {margins[0].step:,} and {margins[-1].step:,} the held-out reward margin rose from {number(margins[0].value)} to "
-        f"{number(margins[-1].value)}"
+        f"Between steps {margins[0].step:,} and {margins[-1].step:,} the held-out reward margin rose from {format_number(margins[0].value)} to "
+        f"{format_number(margins[-1].value)}"
     )
     if low <= 0.5 and high < run.trust.win_rate:
-        return Seen(f"{rose}, but completions win against the start's in {share_interval(last)} of prompts.", shown)
-    fallen = _fallen(margins, wins)
+        return Finding(f"{rose}, but completions win against the start's in {format_share(last)} of prompts.", shown)
+    fallen = _best_before_fall(margins, wins)
     if fallen is not None:
         fell = f"from {percent(fallen.value)} at step {fallen.step:,} to {percent(last.value)} at step {last.step:,}"
-        return Seen(f"{rose}, but the win rate against the start fell {fell}.", shown)
+        return Finding(f"{rose}, but the win rate against the start fell {fell}.", shown)
     if low <= 0.5:
-        sentence = f"{rose}. Whether completions win by it cannot be told: {share_interval(last)} of {last.n} prompts."
-        return Seen(sentence, shown, "note", advice=UNKNOWN)
+        sentence = f"{rose}. Whether completions win by it cannot be told: {format_share(last)} of {last.n} prompts."
+        return Finding(sentence, shown, "note", advice=WIN_RATE_ADVICE)
     return None
 
 
-def _fallen(margins: list[Point], wins: list[Point]) -> Point | None:
+def _best_before_fall(margins: list[Point], wins: list[Point]) -> Point | None:
     """The best win rate, if the last one is significantly below it and the margin has risen since; else None."""
     best = max(wins, key=lambda p: p.value)
     at_best = [m for m in margins if m.step <= best.step]
     if best.step == wins[-1].step or not at_best or margins[-1].value <= at_best[-1].value:
         return None
-    return best if change(best, wins[-1]).bounds(tests=len(wins) - 1)[0] > 0 else None
+    return best if difference(best, wins[-1]).bounds(tests=len(wins) - 1)[0] > 0 else None
 
 
 # ---- Overfitting: training keeps improving while held-out rows get worse ----
 
-DIVERGES = (
+DIVERGENCE_ADVICE = (
     "Training itself gets worse: lower train.lr, lengthen the warm-up, or look at the rows of the steps where it turns."
 )
 
 
 @dataclass(frozen=True, slots=True)
-class _Watched:
+class _WatchedMetric:
     """A figure in both training and evaluation lines; multiplied by `sign`, lower is better."""
 
     name: str
@@ -311,12 +319,12 @@ class _Watched:
     sign: float
 
 
-LOSS = _Watched("loss", "loss", 1.0)
-ACCURACY = _Watched("rewards/accuracies", "accuracy", -1.0)
-REWARD = _Watched("reward", "reward of fresh completions", -1.0)
+LOSS = _WatchedMetric("loss", "loss", 1.0)
+ACCURACY = _WatchedMetric("rewards/accuracies", "accuracy", -1.0)
+REWARD = _WatchedMetric("reward", "reward of fresh completions", -1.0)
 
 
-def _watched(run: RunView) -> list[_Watched]:
+def _watched_metrics(run: RunView) -> list[_WatchedMetric]:
     if is_online(run.config):
         return [REWARD]
     # with scheduled hyperparameters, losses of different evaluations are not comparable
@@ -333,55 +341,59 @@ def _scheduled(loss: Any) -> bool:
     return isinstance(loss, list) and any(map(_scheduled, loss))
 
 
-def _overfitting(run: RunView) -> Seen | None:
-    return next((seen for w in _watched(run) if (seen := _turned(run, w)) is not None), None) or _gap(run)
+def _overfitting(run: RunView) -> Finding | None:
+    return next(
+        (seen for w in _watched_metrics(run) if (seen := _turning_point(run, w)) is not None), None
+    ) or _accuracy_gap(run)
 
 
-def _gap(run: RunView) -> Seen | None:
+def _accuracy_gap(run: RunView) -> Finding | None:
     """A finding if accuracy on training rows is far above that on held-out rows."""
-    held, lines = run.held_out(ACCURACY.name), run.training(ACCURACY.name)
+    held, lines = run.held_out_points(ACCURACY.name), run.training_points(ACCURACY.name)
     train = window(lines)
     if not held or train is None or held[-1].se is None or held[-1].step < train.step:
         return None
     limit = run.trust.accuracy_gap
-    if change(train, held[-1]).bounds()[0] <= limit:
+    if difference(train, held[-1]).bounds()[0] <= limit:
         return None
-    gaps = [Point(p.step, near - p.value) for p in held if (near := _near(lines, p.step)) is not None]
+    gaps = [Point(p.step, near - p.value) for p in held if (near := _training_mean(lines, p.step)) is not None]
     sentence = (
-        f"At step {train.step:,} {percent(train.value)} of training pairs are ranked correctly, against {share_interval(held[-1])} of held-out pairs; the gap is above "
-        f"{percent(limit)} since step {since(gaps, limit):,}."
+        f"At step {train.step:,} {percent(train.value)} of training pairs are ranked correctly, against {format_share(held[-1])} of held-out pairs; the gap is above "
+        f"{percent(limit)} since step {first_step_above(gaps, limit):,}."
     )
-    return Seen(sentence, (evidence("training minus held-out accuracy", gaps), evidence("held-out accuracy", held)))
+    return Finding(
+        sentence, (make_evidence("training minus held-out accuracy", gaps), make_evidence("held-out accuracy", held))
+    )
 
 
-def _turned(run: RunView, watched: _Watched) -> Seen | None:
-    held = [Point(p.step, watched.sign * p.value, p.se, p.n) for p in run.held_out(watched.name)]
+def _turning_point(run: RunView, watched: _WatchedMetric) -> Finding | None:
+    held = [Point(p.step, watched.sign * p.value, p.se, p.n) for p in run.held_out_points(watched.name)]
     if len(held) < 3 or held[-1].se is None:
         return None
     best = min(held, key=lambda p: p.value)
     last = held[-1]
-    if best.step == last.step or change(last, best).bounds(tests=len(held) - 1)[0] <= 0:
+    if best.step == last.step or difference(last, best).bounds(tests=len(held) - 1)[0] <= 0:
         return None
-    train = run.training(watched.name)
-    early, late = _near(train, best.step), _near(train, last.step)
+    train = run.training_points(watched.name)
+    early, late = _training_mean(train, best.step), _training_mean(train, last.step)
     shown = (
-        evidence(f"held-out {watched.label}", [Point(p.step, watched.sign * p.value) for p in held]),
-        evidence(f"training {watched.label}", train),
+        make_evidence(f"held-out {watched.label}", [Point(p.step, watched.sign * p.value) for p in held]),
+        make_evidence(f"training {watched.label}", train),
     )
-    values = f"from {number(watched.sign * best.value)} at step {best.step:,} to {number(watched.sign * last.value)} at step {last.step:,}"
+    values = f"from {format_number(watched.sign * best.value)} at step {best.step:,} to {format_number(watched.sign * last.value)} at step {last.step:,}"
     if early is None or late is None:
         trained = ""
     elif watched.sign * (late - early) >= 0:
-        said = f"Held-out {watched.label} got worse {values}, and so did training's, from {number(early)} to {number(late)}"
-        return Seen(f"{said}: training diverges.", shown, advice=DIVERGES)
+        said = f"Held-out {watched.label} got worse {values}, and so did training's, from {format_number(early)} to {format_number(late)}"
+        return Finding(f"{said}: training diverges.", shown, advice=DIVERGENCE_ADVICE)
     else:
-        trained = f", while training's went on from {number(early)} to {number(late)}"
-    return Seen(
+        trained = f", while training's went on from {format_number(early)} to {format_number(late)}"
+    return Finding(
         f"Overfitting starts at step {best.step:,}: held-out {watched.label} got worse {values}{trained}.", shown
     )
 
 
-def _near(train: list[Point], step: int) -> float | None:
+def _training_mean(train: list[Point], step: int) -> float | None:
     """Mean of the five training lines up to a step, or of the first five."""
     upto = [p.value for p in train if p.step <= step][-SMALLEST_WINDOW:]
     values = upto if len(upto) == SMALLEST_WINDOW else [p.value for p in train[:SMALLEST_WINDOW]]
@@ -393,18 +405,18 @@ def _near(train: list[Point], step: int) -> float | None:
 DRIFT = 0.5  # nats per completion: difference that bf16 rounding may cause in a mean over rows
 
 
-def _skipped(run: RunView) -> Seen | None:
+def _skipped(run: RunView) -> Finding | None:
     skipped = [m for m in run.train if m.get("skipped")]
     if not run.train or len(skipped) / len(run.train) <= run.trust.skipped:
         return None
     (why, _), *_ = Counter(str(m["skipped"]) for m in skipped).most_common(1)
     share = len(skipped) / len(run.train)
     sentence = f"{len(skipped):,} of {len(run.train):,} optimizer steps ({percent(share)}) were not taken, most of them because: {why}."
-    return Seen(sentence, (evidence("steps not taken", [Point(int(m["step"]), 1.0) for m in skipped]),))
+    return Finding(sentence, (make_evidence("steps not taken", [Point(int(m["step"]), 1.0) for m in skipped]),))
 
 
-def _not_finite(run: RunView) -> Seen | None:
-    places = [(int(m["step"]), name) for m in run.whole for name, value in m.items() if value is None]
+def _not_finite(run: RunView) -> Finding | None:
+    places = [(int(m["step"]), name) for m in run.step_lines for name, value in m.items() if value is None]
     if not places:
         return None
     step, name = places[0]
@@ -413,13 +425,13 @@ def _not_finite(run: RunView) -> Seen | None:
     more = f", and {len(places) - 1:,} more figures after it ({shown})" if len(places) > 1 else ""
     counts = [Point(s, float(n)) for s, n in sorted(Counter(s for s, _ in places).items())]
     sentence = f"{name} was NaN or infinite at step {step:,}{more}."
-    return Seen(sentence, (evidence("figures that are not finite, by step", counts),))
+    return Finding(sentence, (make_evidence("figures that are not finite, by step", counts),))
 
 
-def _drift(run: RunView) -> Seen | None:
-    if run.section("reference").get("path") or not run.whole:
+def _reference_drift(run: RunView) -> Finding | None:
+    if run.section("reference").get("path") or not run.step_lines:
         return None
-    first = next((m for m in run.whole if m.get("step") in (0, 1)), None)
+    first = next((m for m in run.step_lines if m.get("step") in (0, 1)), None)
     if first is None or (first.get("kind") == "train" and first.get("step") != 1):
         return None
     prefix = "eval/" if first.get("kind") == "eval" else ""
@@ -427,16 +439,16 @@ def _drift(run: RunView) -> Seen | None:
         value = num(first, f"{prefix}logratios/{side}")
         if value is not None and abs(value) > DRIFT:
             sentence = (
-                f"Before the first step {side} answers already differ from the reference by {number(value)} nats per completion, though the reference "
+                f"Before the first step {side} answers already differ from the reference by {format_number(value)} nats per completion, though the reference "
                 "should be the model that training starts from."
             )
             label = f"log-ratio of {side} answers before the first step, nats"
-            return Seen(sentence, (evidence(label, [Point(int(first["step"]), value)]),))
+            return Finding(sentence, (make_evidence(label, [Point(int(first["step"]), value)]),))
     return None
 
 
 OF_RUN = {
-    "margin_without_wins": _margin,
+    "margin_without_wins": _margin_without_wins,
     "likelihood_displacement": _displacement,
     "overfitting": _overfitting,
     "length_growth": _length_of_run,
@@ -444,7 +456,7 @@ OF_RUN = {
     "perplexity_band": _perplexity_of_run,
     "not_finite": _not_finite,
     "skipped_steps": _skipped,
-    "reference_drift": _drift,
+    "reference_drift": _reference_drift,
 }
 OF_COMPARISON = {
     "length_growth": _length_of_comparison,

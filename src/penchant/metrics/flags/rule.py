@@ -111,7 +111,7 @@ class TrustConfig(Section):
     prompts: int = Field(50, ge=2, description="with fewer prompts than this, a comparison is called small")
 
     @model_validator(mode="after")
-    def _a_band(self) -> TrustConfig:
+    def _check_kl(self) -> TrustConfig:
         if not 0 <= self.kl[0] < self.kl[1]:
             raise ValueError(f"kl is {self.kl}; give [low, high] with 0 <= low < high")
         return self
@@ -139,17 +139,17 @@ class Point:
 
     def bounds(self, tests: int = 1) -> tuple[float, float]:
         """The 99% interval (Student's t), Bonferroni-corrected for `tests` tests; just the value without a standard error."""
-        half = 0.0 if self.se is None else critical(self.n, tests) * self.se
+        half = 0.0 if self.se is None else critical_t(self.n, tests) * self.se
         return self.value - half, self.value + half
 
 
 @lru_cache(maxsize=1024)
-def critical(n: int, tests: int = 1) -> float:
+def critical_t(n: int, tests: int = 1) -> float:
     """Student's t for a 99% interval from n clusters, Bonferroni-corrected for `tests` tests."""
     return t_quantile(1 - (1 - CONFIDENCE) / (2 * tests), max(2, n) - 1)
 
 
-def change(now: Point, before: Point, times: float = 1.0) -> Point:
+def difference(now: Point, before: Point, times: float = 1.0) -> Point:
     """``now - times * before``, as if they were independent. On the same rows its interval is a bit too wide, never too narrow."""
     parts = [p for p in (now.se, None if before.se is None else times * before.se) if p is not None]
     se = math.sqrt(sum(p * p for p in parts)) if parts else None
@@ -170,39 +170,39 @@ class RunView:
     trust: TrustConfig = field(default_factory=TrustConfig)
     samples: Sequence[Mapping[str, Any]] = ()
 
-    def counted(self, name: str) -> tuple[int, int]:
+    def audit_count(self, name: str) -> tuple[int, int]:
         """(count, total) of the rows that an audit finding is about."""
         found = mapping(mapping(self.audit.get("findings")).get(name))
         return int(num(found, "count") or 0), int(num(found, "of") or 0)
 
     @cached_property
-    def whole(self) -> list[Mapping[str, Any]]:
+    def step_lines(self) -> list[Mapping[str, Any]]:
         """Lines with a step."""
         return [m for m in self.lines if num(m, "step") is not None]
 
     @cached_property
     def train(self) -> list[Mapping[str, Any]]:
-        return [m for m in self.whole if m.get("kind") == "train"]
+        return [m for m in self.step_lines if m.get("kind") == "train"]
 
     @cached_property
     def evals(self) -> list[Mapping[str, Any]]:
-        return [m for m in self.whole if m.get("kind") == "eval"]
+        return [m for m in self.step_lines if m.get("kind") == "eval"]
 
     def section(self, name: str) -> Mapping[str, Any]:
         """A section of the config; empty if it is missing."""
         return mapping(self.config.get(name))
 
-    def held_out(self, name: str) -> list[Point]:
+    def held_out_points(self, name: str) -> list[Point]:
         """``eval/NAME`` at every evaluation that has it, with the standard error from its 95% interval."""
         key, share = f"eval/{name}", metric(name).share
         points = []
         for m in self.evals:
             if (value := num(m, key)) is not None:
-                n = self._behind(m, name)
+                n = self._sample_size(m, name)
                 points.append(Point(int(m["step"]), value, standard_error(value, m.get(f"{key}/ci"), n, share), n))
         return points
 
-    def _behind(self, line: Mapping[str, Any], name: str) -> int:
+    def _sample_size(self, line: Mapping[str, Any], name: str) -> int:
         """Number of prompts behind a figure: the sampled prompts for a figure of completions, else the held-out rows."""
         rows = int(line.get("eval/rows") or 0)
         if not name.startswith(("completions/", "kl/", "reward", "win_rate")) or name.startswith("rewards/"):
@@ -213,7 +213,7 @@ class RunView:
         asked = 0 if self.config.get("algorithm") else int(self.section("evaluation").get("kl_prompts") or 0)
         return min(rows, asked) if asked else rows
 
-    def training(self, name: str) -> list[Point]:
+    def training_points(self, name: str) -> list[Point]:
         """A figure from every training line that has it.
 
         Rollout figures that repeat the previous line, as in a second epoch on the same rollouts, are skipped.
@@ -228,19 +228,19 @@ class RunView:
 
     def latest(self, name: str) -> tuple[Point, list[Point]] | None:
         """(now, all) of a figure: from evaluations if there is one after the start, else means over training lines."""
-        held = self.held_out(name)
+        held = self.held_out_points(name)
         if held and held[-1].step > 0:
             return held[-1], held
-        lines = self.training(name)
+        lines = self.training_points(name)
         now = window(lines)
         return None if now is None else (now, smooth(lines))
 
-    def ends(self, name: str) -> tuple[Point, Point, list[Point]] | None:
+    def first_and_last(self, name: str) -> tuple[Point, Point, list[Point]] | None:
         """(first, last, all) of a figure: from evaluations if there are at least two, else from training lines."""
-        held = self.held_out(name)
+        held = self.held_out_points(name)
         if len(held) > 1:
             return held[0], held[-1], held
-        lines = self.training(name)
+        lines = self.training_points(name)
         first, last = window(lines, last=False), window(lines)
         return None if first is None or last is None else (first, last, lines)
 
@@ -275,7 +275,7 @@ def smooth(points: Sequence[Point]) -> list[Point]:
     ]
 
 
-def since(points: Sequence[Point], limit: float) -> int:
+def first_step_above(points: Sequence[Point], limit: float) -> int:
     """The first step from which all values are above `limit`; the last step if there is none."""
     step = points[-1].step
     for p in reversed(points):
@@ -285,7 +285,7 @@ def since(points: Sequence[Point], limit: float) -> int:
     return step
 
 
-def evidence(label: str, points: Sequence[Point]) -> Evidence:
+def make_evidence(label: str, points: Sequence[Point]) -> Evidence:
     """Make the evidence of a flag from points."""
     return Evidence(label, tuple(p.value for p in points), tuple(p.step for p in points))
 
@@ -311,25 +311,25 @@ def standard_error(value: float, interval: Any, n: int, share: bool = False) -> 
 # ---- Formatting figures in sentences ----
 
 
-def number(value: float) -> str:
+def format_number(value: float) -> str:
     """Format a number with three significant digits, and no exponent if it is large."""
     shown = f"{value:.3g}"
     return f"{value:,.0f}" if "e" in shown and abs(value) >= 100 else shown
 
 
-def interval(p: Point, tests: int = 1) -> str:
+def format_interval(p: Point, tests: int = 1) -> str:
     """`` (99% interval 1 to 2)``, or empty if the standard error is unknown."""
     if p.se is None:
         return ""
     low, high = p.bounds(tests)
-    return f" (99% interval {number(low)} to {number(high)})"
+    return f" (99% interval {format_number(low)} to {format_number(high)})"
 
 
 def percent(value: float) -> str:
     return f"{100 * value:.0f}%"
 
 
-def share_interval(p: Point) -> str:
+def format_share(p: Point) -> str:
     """A share in percent with its 99% interval, clipped to 0 and 100%."""
     low, high = p.bounds()
     return f"{percent(p.value)} (99% interval {percent(max(0.0, low))} to {percent(min(1.0, high))})"
@@ -396,17 +396,17 @@ class Rule:
     alarms: str
     advice: str
     thresholds: Sequence[str] = ()
-    of_run: Callable[[RunView], Seen | None] | None = None
-    of_comparison: Callable[[ComparisonView], Iterable[Seen]] | None = None
+    of_run: Callable[[RunView], Finding | None] | None = None
+    of_comparison: Callable[[ComparisonView], Iterable[Finding]] | None = None
 
-    def flag(self, seen: Seen) -> Flag:
+    def flag(self, seen: Finding) -> Flag:
         """Make a flag of this rule."""
         advice = seen.advice or self.advice
         return Flag(self.name, self.title, seen.level, seen.sentence, advice, seen.evidence, seen.about)
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class Finding:
     """A finding of a rule; `advice` replaces the rule's own if it does not fit."""
 
     sentence: str
@@ -416,8 +416,8 @@ class Seen:
     advice: str = ""
 
 
-def seen(
+def finding(
     sentence: str, label: str, *values: float, level: Level = "warning", about: str = "", advice: str = ""
-) -> Seen:
+) -> Finding:
     """A finding with one piece of evidence that is not over steps."""
-    return Seen(sentence, (Evidence(label, tuple(map(float, values))),), level, about, advice)
+    return Finding(sentence, (Evidence(label, tuple(map(float, values))),), level, about, advice)
