@@ -16,7 +16,6 @@ from penchant.losses.pairwise import (
     aot_unpaired,
     apo_down,
     apo_zero,
-    by_rank,
     cal_dpo,
     chi_po,
     discopop,
@@ -29,6 +28,7 @@ from penchant.losses.pairwise import (
     hinge,
     ipo,
     ld_dpo,
+    match_ranks,
     nca,
     odpo,
     r_dpo,
@@ -480,7 +480,7 @@ def test_a_batch_of_one_pair_is_dpo(fn) -> None:  # type: ignore[no-untyped-def]
 
 def test_by_rank() -> None:
     values, like = torch.tensor([5.0, 1.0, 3.0]), torch.tensor([0.2, 0.9, 0.1])
-    assert by_rank(values, like).tolist() == [3.0, 5.0, 1.0]
+    assert match_ranks(values, like).tolist() == [3.0, 5.0, 1.0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from penchant.losses.policy_gradient import (
     kl_to_go,
     leave_one_out,
     sequence_log_ratio,
-    whitened,
+    whiten,
 )
 
 F64 = torch.float64
@@ -99,11 +99,11 @@ def test_rewards_land_on_the_last_real_token() -> None:
 
 def test_whitening() -> None:
     x = torch.tensor([1.0, 2.0, 3.0, 6.0], dtype=F64)
-    y = whitened(x)
+    y = whiten(x)
     assert y.mean().item() == pytest.approx(0.0, abs=1e-15) and y.var().item() == pytest.approx(1.0, rel=1e-6)
-    assert whitened(x, keep_mean=True).mean().item() == pytest.approx(3.0)
-    assert whitened(torch.ones(1)).tolist() == [0.0]
-    assert torch.isfinite(whitened(torch.ones(5))).all()
+    assert whiten(x, keep_mean=True).mean().item() == pytest.approx(3.0)
+    assert whiten(torch.ones(1)).tolist() == [0.0]
+    assert torch.isfinite(whiten(torch.ones(5))).all()
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from penchant.losses.policy_gradient import (
     kl_to_go,
     leave_one_out,
     sequence_log_ratio,
-    whitened,
+    whiten,
 )
 from penchant.types import LossOutput, PackedBatch, TokenTree
 
@@ -261,7 +261,7 @@ class GroupPolicyGradient(OnPolicy):
                 > 0
             )
         if bool(counted.any()):
-            whole[counted] = whitened(whole[counted])
+            whole[counted] = whiten(whole[counted])
         for g, part in zip(groups, whole.split(sizes), strict=True):
             g.extras["advantages"] = part
 

@@ -16,7 +16,7 @@ from penchant.algorithms.rollouts import Group, OnlineConfig, OnPolicy, kept, re
 from penchant.base.lazy import Tensor, lazy, torch
 from penchant.data.tokenize import same_tokens
 from penchant.errors import ConfigError
-from penchant.losses.policy_gradient import at_last_token, clipped_surrogate, clipped_value_loss, gae, whitened
+from penchant.losses.policy_gradient import at_last_token, clipped_surrogate, clipped_value_loss, gae, whiten
 from penchant.models.options import ModelConfig
 from penchant.types import LossOutput, PackedBatch, Weighted
 
@@ -175,13 +175,13 @@ class PPO(OnPolicy):
         scores = self._shaped(torch.cat([g.rewards for g in groups]), known).to(old.dtype)
         rewards = at_last_token(scores, lengths) - self.beta * divergences.kl_estimate(old, ref, cfg.kl_estimator)
         if cfg.whiten_rewards:
-            rewards = whitened(rewards, keep_mean=True)
+            rewards = whiten(rewards, keep_mean=True)
         advantages, returns = gae(rewards, values, lengths, gamma=cfg.gamma, lam=cfg.lam)
         mine = None if known is None else known.repeat_interleave(lengths)  # tokens that are trained on
         if cfg.whiten_advantages and mine is None:
-            advantages = whitened(advantages)
+            advantages = whiten(advantages)
         elif cfg.whiten_advantages and mine is not None and bool(mine.any()):
-            advantages[mine] = whitened(advantages[mine])
+            advantages[mine] = whiten(advantages[mine])
         if mine is not None:
             for g, part in zip(groups, mine.to(old.dtype).split(sizes), strict=True):
                 g.extras["keep"] = part

@@ -54,11 +54,11 @@ def divergence(policy_logits: Tensor, ref_logits: Tensor, kind: DivergenceKind) 
         raise ValueError(
             f"logits must both be (rows, vocabulary), got {tuple(policy_logits.shape)}, {tuple(ref_logits.shape)}"
         )
-    out: Tensor = _OfLogits.apply(policy_logits, ref_logits, kind)  # type: ignore[no-untyped-call]
+    out: Tensor = _DivergenceOfLogits.apply(policy_logits, ref_logits, kind)  # type: ignore[no-untyped-call]
     return out
 
 
-class _OfLogits(torch.autograd.Function):
+class _DivergenceOfLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, policy_logits: Tensor, ref_logits: Tensor, kind: DivergenceKind) -> Tensor:
         lp, lq = log_probs(policy_logits), log_probs(ref_logits)

@@ -50,7 +50,7 @@ def _load(file: str, attribute: str, sha256: str, where: str) -> LossSpec:
         function = python_function(name, where, ("logps",))
         if not inspect.isfunction(function):
             raise ValueError("is not a function")
-        spec = next((s for s in LOSSES.values() if s.fn is function), None) or _plain(function)
+        spec = next((s for s in LOSSES.values() if s.fn is function), None) or _spec_of_plain_function(function)
         check(spec)
     except ValueError as error:
         raise ConfigError(where, f"{name}: {error}", "fix the function; docs/own_losses.md has an example") from error
@@ -60,14 +60,14 @@ def _load(file: str, attribute: str, sha256: str, where: str) -> LossSpec:
     return spec
 
 
-def _plain(function: Any) -> LossSpec:
+def _spec_of_plain_function(function: Any) -> LossSpec:
     """The spec of a function without `@loss`: against a reference, on pairs or, by annotation, `UnpairedLogps` or `ListLogps`."""
     name = function.__name__
     if name in LOSSES:
         raise ValueError(f"there is a loss called {name} already; choose another name")
     first = next(iter(inspect.signature(function).parameters.values()))
-    said = str(first.annotation)
-    signal: Signal = "unpaired" if "UnpairedLogps" in said else "lists" if "ListLogps" in said else "pairs"
+    annotation = str(first.annotation)
+    signal: Signal = "unpaired" if "UnpairedLogps" in annotation else "lists" if "ListLogps" in annotation else "pairs"
     also = {"unpaired": {"labels"}, "lists": {"scores"}}.get(signal, set())
     return LossSpec(
         name=name,
@@ -90,19 +90,21 @@ def check(spec: LossSpec) -> None:
             policy and reference equal, or at log-ratios of +-1e4 nats), does not depend on the policy, or differs from its declared
             value when policy and reference are equal.
     """
-    ordinary: Any = _inputs(spec)
-    gradients = _tried(spec, ordinary, "on ordinary log-probs")
+    ordinary: Any = _sample_inputs(spec)
+    gradients = _run_and_check(spec, ordinary, "on ordinary log-probs")
     if not any(bool(g.abs().sum() > 0) for g in gradients):
         raise ValueError("no gradient reaches the policy's log-probs")
-    equal = replace(ordinary, **{k: getattr(ordinary, k.replace("ref_", "policy_")) for k in _named(ordinary, "ref_")})
+    equal = replace(
+        ordinary, **{k: getattr(ordinary, k.replace("ref_", "policy_")) for k in _tensor_fields(ordinary, "ref_")}
+    )
     if isinstance(equal, UnpairedLogps):
         equal = replace(equal, z0=0.0, delta=0.0)
-    _tried(spec, equal, "where policy and reference are equal")
-    for key in [k for k in _named(ordinary, "policy_") if k.endswith("logps") and "shared" not in k]:
+    _run_and_check(spec, equal, "where policy and reference are equal")
+    for key in [k for k in _tensor_fields(ordinary, "policy_") if k.endswith("logps") and "shared" not in k]:
         for policy, ref in ((-FAR, -1.0), (-1.0, -FAR)):
             ref_key = key.replace("policy_", "ref_")
             far = {k: torch.full_like(getattr(ordinary, key), v) for k, v in ((key, policy), (ref_key, ref))}
-            _tried(spec, replace(ordinary, **far), f"at a log-ratio of {policy - ref:+.0f} nats")
+            _run_and_check(spec, replace(ordinary, **far), f"at a log-ratio of {policy - ref:+.0f} nats")
     if spec.equal_policy_loss is not None:
         _check_value(spec, equal)
 
@@ -119,9 +121,9 @@ def _check_value(spec: LossSpec, equal: Inputs) -> None:
             raise ValueError(f"gives {given:g} where policy and reference are equal, and declares {declared:g}")
 
 
-def _tried(spec: LossSpec, logps: Inputs, when: str) -> list[Tensor]:
+def _run_and_check(spec: LossSpec, logps: Inputs, when: str) -> list[Tensor]:
     """Run a loss, check its output, and return the gradients of its policy inputs."""
-    named = [k for prefix in ("policy_", "div", "weighted_") for k in _named(logps, prefix)]
+    named = [k for prefix in ("policy_", "div", "weighted_") for k in _tensor_fields(logps, prefix)]
     leaves = {k: getattr(logps, k).clone().requires_grad_() for k in named}
     try:
         out = spec.fn(replace(logps, **leaves), **spec.params().arguments())
@@ -149,12 +151,12 @@ def _tried(spec: LossSpec, logps: Inputs, when: str) -> list[Tensor]:
     return gradients
 
 
-def _named(logps: Inputs, prefix: str) -> list[str]:
+def _tensor_fields(logps: Inputs, prefix: str) -> list[str]:
     """Names of the fields that start with `prefix` and hold a tensor."""
     return [f.name for f in fields(logps) if f.name.startswith(prefix) and getattr(logps, f.name) is not None]
 
 
-def _inputs(spec: LossSpec) -> Inputs:
+def _sample_inputs(spec: LossSpec) -> Inputs:
     """Ordinary float32 rows with every input that a loss could need."""
     generator = torch.Generator().manual_seed(0)
 

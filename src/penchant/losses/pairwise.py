@@ -335,7 +335,7 @@ def aot(logps: PairLogps, *, beta: Beta = 0.1, label_smoothing: LabelSmoothing =
     margins = logps.policy_chosen_logps - logps.policy_rejected_logps
     assert logps.ref_chosen_logps is not None and logps.ref_rejected_logps is not None
     ref_margins = logps.ref_chosen_logps - logps.ref_rejected_logps
-    losses = logistic(beta * (margins - by_rank(ref_margins, margins)), label_smoothing)
+    losses = logistic(beta * (margins - match_ranks(ref_margins, margins)), label_smoothing)
     return pair_output(losses, beta * chosen, beta * rejected)
 
 
@@ -352,11 +352,11 @@ def aot_unpaired(logps: PairLogps, *, beta: Beta = 0.1, label_smoothing: LabelSm
     l is the (smoothed) logistic loss. Which answers were paired in the data does not matter.
     """
     chosen, rejected = pair_logratios(logps)
-    losses = logistic(beta * (chosen - by_rank(rejected, chosen)), label_smoothing)
+    losses = logistic(beta * (chosen - match_ranks(rejected, chosen)), label_smoothing)
     return pair_output(losses, beta * chosen, beta * rejected)
 
 
-def by_rank(values: Tensor, like: Tensor) -> Tensor:
+def match_ranks(values: Tensor, like: Tensor) -> Tensor:
     """Reorder `values` like `like`: the k-th smallest value goes to the position of the k-th smallest number of `like`."""
     ranks = torch.argsort(torch.argsort(like.detach(), stable=True))
     return values.sort(stable=True).values[ranks]

@@ -28,7 +28,7 @@ def leave_one_out(rewards: Tensor) -> Tensor:
     Paper: arXiv 2402.14740.
     """
     _require_group(rewards)
-    rewards, k = _above_least(rewards), rewards.shape[1]
+    rewards, k = _minus_group_min(rewards), rewards.shape[1]
     if not bool(rewards.isnan().any()):
         return (rewards - rewards.mean(1, keepdim=True)) * (k / (k - 1))
     known = (~rewards.isnan()).sum(1, keepdim=True)
@@ -53,7 +53,7 @@ def group_normalized(rewards: Tensor, scale: Literal["group", "batch", "none"] =
     _require_group(rewards)
     unknown = rewards.isnan()
     partial = bool(unknown.any())
-    whole, rewards = rewards, _above_least(rewards)
+    raw_rewards, rewards = rewards, _minus_group_min(rewards)
     centered = (
         (rewards - rewards.nanmean(1, keepdim=True)).nan_to_num()
         if partial
@@ -62,10 +62,10 @@ def group_normalized(rewards: Tensor, scale: Literal["group", "batch", "none"] =
     if scale == "none":
         return centered
     if scale == "batch":
-        return centered / (whole[~unknown].std() + eps)
+        return centered / (raw_rewards[~unknown].std() + eps)
     if partial:
-        free = (~unknown).sum(1, keepdim=True) - 1
-        std = (centered.square().sum(1, keepdim=True) / free.clamp(min=1)).sqrt()
+        degrees_of_freedom = (~unknown).sum(1, keepdim=True) - 1
+        std = (centered.square().sum(1, keepdim=True) / degrees_of_freedom.clamp(min=1)).sqrt()
     else:
         std = rewards.std(1, keepdim=True)
     return centered / (std + eps)
@@ -76,7 +76,7 @@ def _require_group(rewards: Tensor) -> None:
         raise ValueError(f"rewards must be (groups, k) with k >= 2, got {tuple(rewards.shape)}")
 
 
-def _above_least(rewards: Tensor) -> Tensor:
+def _minus_group_min(rewards: Tensor) -> Tensor:
     """Rewards minus their group's minimum: equal rewards become exactly 0, whereas their mean may differ from them by rounding."""
     return rewards - torch.where(rewards.isnan(), torch.inf, rewards).amin(1, keepdim=True)
 
@@ -107,20 +107,20 @@ def gae(
     last = lengths.cumsum(0) - 1
     ends = torch.zeros(len(rewards), dtype=torch.bool, device=rewards.device)
     ends[last] = True
-    after = torch.cat([values[1:], values.new_zeros(1)]).masked_fill(ends, 0.0)
-    deltas = rewards + gamma * after - values
+    next_values = torch.cat([values[1:], values.new_zeros(1)]).masked_fill(ends, 0.0)
+    deltas = rewards + gamma * next_values - values
     # all completions at once, from their ends: sorting by length would save work, but a loop over the longest is short enough
     advantages = torch.zeros_like(deltas)
     running = deltas.new_zeros(len(lengths))
-    for back in range(int(lengths.max())):
-        alive = lengths > back
-        at = (last - back)[alive]
-        running[alive] = deltas[at] + gamma * lam * running[alive]
-        advantages[at] = running[alive]
+    for steps_back in range(int(lengths.max())):
+        alive = lengths > steps_back
+        positions = (last - steps_back)[alive]
+        running[alive] = deltas[positions] + gamma * lam * running[alive]
+        advantages[positions] = running[alive]
     return advantages, advantages + values
 
 
-def whitened(x: Tensor, *, keep_mean: bool = False, eps: float = 1e-8) -> Tensor:
+def whiten(x: Tensor, *, keep_mean: bool = False, eps: float = 1e-8) -> Tensor:
     """Zero mean (unless kept) and unit variance over all real tokens.
 
     ``(x - mean) / sqrt(var + eps)``, var unbiased; a single token is only centered.
@@ -168,14 +168,14 @@ def clipped_surrogate(
     """
     require_vectors(logps, old_logps, advantages)
     ratio = torch.exp((logps - old_logps).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
-    bounded = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
-    losses = torch.maximum(-advantages * ratio, -advantages * bounded)
-    bound = -advantages * bounded > -advantages * ratio
+    clipped_ratio = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
+    losses = torch.maximum(-advantages * ratio, -advantages * clipped_ratio)
+    clipped = -advantages * clipped_ratio > -advantages * ratio
     if dual is not None:
-        most = -dual * advantages
-        beyond = (advantages < 0) & (losses > most)
-        losses, bound = torch.where(beyond, most, losses), bound | beyond
-    return losses, ratio.detach(), bound.detach().to(losses.dtype)
+        dual_losses = -dual * advantages
+        dual_clipped = (advantages < 0) & (losses > dual_losses)
+        losses, clipped = torch.where(dual_clipped, dual_losses, losses), clipped | dual_clipped
+    return losses, ratio.detach(), clipped.detach().to(losses.dtype)
 
 
 def sequence_log_ratio(logps: Tensor, old_logps: Tensor, lengths: Tensor) -> Tensor:
@@ -218,11 +218,11 @@ def importance_weights(
     Paper: truncated importance sampling: Ionides (2008), https://doi.org/10.1198/106186008X320456; masked at both ends: arXiv 2510.18855.
     """
     require_vectors(logps, sampled_logps)
-    drift = (logps - sampled_logps).detach()
+    log_ratio = (logps - sampled_logps).detach()
     if level == "sequence":
-        of = torch.repeat_interleave(torch.arange(len(lengths), device=drift.device), lengths)
-        drift = drift.new_zeros(len(lengths)).index_add(0, of, drift)[of]
-    ratio = torch.exp(drift.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+        completion_of = torch.repeat_interleave(torch.arange(len(lengths), device=log_ratio.device), lengths)
+        log_ratio = log_ratio.new_zeros(len(lengths)).index_add(0, completion_of, log_ratio)[completion_of]
+    ratio = torch.exp(log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
     if kind == "tis":
         return ratio.clamp(max=high)
     return torch.where((ratio >= low) & (ratio <= high), ratio, 0.0)
@@ -277,12 +277,12 @@ def clipped_value_loss(
         ValueError: the shapes differ.
     """
     require_vectors(values, old_values, returns)
-    plain = (values - returns).square()
+    losses = (values - returns).square()
     if clip is None:
-        return 0.5 * plain, torch.zeros_like(plain).detach()
-    near = torch.minimum(torch.maximum(values, old_values - clip), old_values + clip)
-    bounded = (near - returns).square()
-    return 0.5 * torch.maximum(plain, bounded), (bounded > plain).to(plain.dtype).detach()
+        return 0.5 * losses, torch.zeros_like(losses).detach()
+    clipped_values = torch.minimum(torch.maximum(values, old_values - clip), old_values + clip)
+    clipped_losses = (clipped_values - returns).square()
+    return 0.5 * torch.maximum(losses, clipped_losses), (clipped_losses > losses).to(losses.dtype).detach()
 
 
 def at_last_token(values: Tensor, lengths: Tensor) -> Tensor:

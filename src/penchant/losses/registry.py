@@ -39,11 +39,11 @@ class LossParams(Section):
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", populate_by_name=True)
 
-    taken: ClassVar[tuple[str, ...]] = ()  # the keyword-only arguments of the loss function
+    argument_names: ClassVar[tuple[str, ...]] = ()  # the keyword-only arguments of the loss function
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments of the loss function."""
-        return {name: getattr(self, name) for name in self.taken}
+        return {name: getattr(self, name) for name in self.argument_names}
 
     def to_mapping(self) -> dict[str, Any]:
         """The config mapping that gives these values again."""
@@ -146,10 +146,12 @@ def loss(
         known = LOSSES.get(name)
         if known is not None and known.fn.__module__ != fn.__module__:
             raise ValueError(f"there is a loss called {name} already; choose another name")
-        value = equal if callable(equal) or equal is None else lambda **_: equal
-        of_fn = params_of(fn, params)
-        spec = LossSpec(name, signal, frozenset(needs), fn, of_fn, formula, paper, value, uses_lengths, lr)
-        fn.__doc__ = _documented(spec)
+        equal_policy_loss = equal if callable(equal) or equal is None else lambda **_: equal
+        fn_params = params_of(fn, params)
+        spec = LossSpec(
+            name, signal, frozenset(needs), fn, fn_params, formula, paper, equal_policy_loss, uses_lengths, lr
+        )
+        fn.__doc__ = _full_docstring(spec)
         LOSSES[name] = spec
         return fn
 
@@ -187,18 +189,18 @@ def params_of(fn: Callable[..., Any], base: type[LossParams] = LossParams) -> ty
             ),
         )
     title = f"{getattr(fn, '__name__', 'Loss')}Params"
-    made = _model(title, LossParams, fields)
+    made = _create_params(title, LossParams, fields)
     if base is not LossParams:  # the function's arguments first, then the base's settings
-        made = _model(title, (base, made), {})
-    made.taken = tuple(fields)
+        made = _create_params(title, (base, made), {})
+    made.argument_names = tuple(fields)
     return made
 
 
-def _model(title: str, base: Any, fields: dict[str, Any]) -> type[LossParams]:
+def _create_params(title: str, base: Any, fields: dict[str, Any]) -> type[LossParams]:
     return create_model(title, __base__=base, **fields)  # type: ignore[no-any-return]
 
 
-def _documented(spec: LossSpec) -> str:
+def _full_docstring(spec: LossSpec) -> str:
     """The function's docstring, completed from the decorator's arguments."""
     kind = INPUTS.get(spec.signal, "UnpairedLogps")
     shape = "(lists, k)" if spec.signal == "lists" else "(batch,)"

@@ -69,7 +69,7 @@ class LossProblem(Exception):
 
 
 @contextlib.contextmanager
-def _problems_at(path: Path, name: str, keys: Path) -> Iterator[None]:
+def _locate_errors(path: Path, name: str, keys: Path) -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
@@ -134,9 +134,9 @@ class ComponentConfig(BaseModel):
         schedules: dict[str, Schedule] = {}
         for key, given in rest.items():
             if isinstance(given, Mapping) and key in names:
-                with _problems_at((*path, key), name, ("from", "to", "shape")):
+                with _locate_errors((*path, key), name, ("from", "to", "shape")):
                     schedules[key] = Schedule.model_validate(given)
-        with _problems_at(path, name, tuple(names)):
+        with _locate_errors(path, name, tuple(names)):
             params_type.model_validate(rest | {k: s.end for k, s in schedules.items()})
             params = params_type.model_validate(rest | {k: s.start for k, s in schedules.items()})
         for key in schedules:
@@ -179,7 +179,7 @@ class LossConfig(LossModifiers):
         """From ``{name: dpo, beta: 0.1}`` or ``{mix: [{name: dpo, weight: 0.8}, {name: sft, weight: 0.2}]}``, and modifiers."""
         rest = dict(value)
         given = {k: rest.pop(k) for k in LossModifiers.model_fields if k in rest}
-        with _problems_at(("loss",), "dpo", tuple(LossModifiers.model_fields)):
+        with _locate_errors(("loss",), "dpo", tuple(LossModifiers.model_fields)):
             modifiers = LossModifiers.model_validate(given)
         mix = rest.pop("mix", None)
         if mix is None:
