@@ -282,7 +282,7 @@ class Run:
             loop = self.make_loop(known)
             loop.identity = identity
             mirrors = Mirrors(self.folder, self.config.logging, self.config.model_dump(mode="json"), self.console.note)
-            loop.watched = _watchers(live.on_event, mirrors, anew)
+            loop.on_progress = _progress_handler(live.on_event, mirrors, anew)
             self._check_start(known)
             manifest = self._manifest(loop, started, began, known)
             manifest("running", None)
@@ -593,7 +593,7 @@ class Run:
         return write
 
 
-def _watchers(report: Callable[[str], None], mirrors: Mirrors, anew: bool) -> Callable[[str], None]:
+def _progress_handler(report: Callable[[str], None], mirrors: Mirrors, anew: bool) -> Callable[[str], None]:
     def on_event(event: str) -> None:
         if event == "start":
             mirrors.begin(anew=anew)

@@ -155,7 +155,7 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
         eps=how.adam_eps,
         momentum=how.momentum,
         weight_decay=how.weight_decay,
-        rate_of=lambda name: config.lora.lr_ratio if config.lora is not None and is_b_matrix(name) else 1.0,
+        lr_scale=lambda name: config.lora.lr_ratio if config.lora is not None and is_b_matrix(name) else 1.0,
         stays_wide=partial(stays_wide, model),
     )
     if not current().many:
