@@ -19,7 +19,7 @@ from penchant.models.load import load_tokenizer
 from penchant.models.merge import is_adapter
 from penchant.models.options import ModelConfig, check_model_path
 from penchant.models.reward import is_encoder, load_model_config
-from penchant.runs.find import model_of
+from penchant.runs.find import resolve_model
 from penchant.types import Prompt
 
 SAMPLE = 2000  # minimum number of rows to tokenize, if there are as many; fewer than twice as many are
@@ -206,7 +206,7 @@ def look_at_model(path: str) -> ModelFacts:
     """
     from penchant.plan.outline import outline, parameter_counts
 
-    named = model_of(path)
+    named = resolve_model(path)
     if named is not None and not is_adapter(named[0]):
         return replace(look_at_model(str(named[0])), path=path)
     try:
