@@ -110,7 +110,7 @@ def trained(
     config, console = config_from_mapping(settings, []), EpisodeConsole(clock, updates)
     rows = Rows(config, Alone(), console)
     # in place of the cached properties that read a data file
-    rows.trees, rows.asked = (read_trees(spec), []), {}
+    rows.trees, rows.prompts_by_source = (read_trees(spec), []), {}
     run = Run(config, console=console, rows=rows)
     run.folder.mkdir(parents=True, exist_ok=True)
     run.make_loop().run()

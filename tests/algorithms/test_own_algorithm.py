@@ -18,7 +18,7 @@ from penchant import api
 from penchant.algorithms import ALGORITHMS
 from penchant.cli import main
 from penchant.errors import CheckpointError, ConfigError
-from penchant.runs.state import changes, inputs_of
+from penchant.runs.state import changes, run_inputs
 from penchant.training.loop import Interrupted, Loop
 
 
@@ -114,10 +114,10 @@ def test_it_resumes_bit_for_bit_and_not_with_another_file(
 
 
 def test_a_stage_notices_that_its_file_changed(config: dict[str, Any], tmp_path: Path) -> None:
-    before = inputs_of(api.as_config(config), (None, None), {})
+    before = run_inputs(api.as_config(config), (None, None), {})
     with (tmp_path / "my_algorithms.py").open("a") as file:
         file.write("# another file\n")
-    found = changes(before, inputs_of(api.as_config(config), (None, None), {}))
+    found = changes(before, run_inputs(api.as_config(config), (None, None), {}))
     assert len(found) == 1 and "my_algorithms.py:Fading has changed" in found[0]
 
 

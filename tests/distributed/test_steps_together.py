@@ -240,9 +240,9 @@ class Told(Callback):
 
 def in_the_background(root: Path) -> dict[str, Any]:
     """A run that keeps training during slow writes, and one whose rank 1 runs out of disk space meanwhile."""
-    numbered, found = checkpoints._numbered, dict[str, Any]()
+    numbered, found = checkpoints._assign_files, dict[str, Any]()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints, "_numbered", lambda *of: (time.sleep(0.5), numbered(*of))[1])
+        patch.setattr(checkpoints, "_assign_files", lambda *of: (time.sleep(0.5), numbered(*of))[1])
         loop = make_loop(root / "two-background", background=True)
         told = Told(loop)
         loop.callbacks = Callbacks([told] if current().leads else [])

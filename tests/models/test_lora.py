@@ -143,7 +143,7 @@ def test_lora_plus_is_pefts() -> None:
         ours.named_parameters(),
         dtype=torch.float32,
         weight_decay=0.1,
-        rate_of=lambda name: 8.0 if is_b_matrix(name) else 1.0,
+        lr_scale=lambda name: 8.0 if is_b_matrix(name) else 1.0,
     )
     for _ in range(3):
         for model in (ours, theirs):

@@ -251,6 +251,6 @@ def test_members_of_a_sweep_have_one_day(tmp_path: Path) -> None:
     other = {"config": {"data": {"template_options": {"strftime_now": "2026-11-01"}}}}
     (tmp_path / "a").mkdir()
     open_run(tmp_path / "a", "", other)
-    assert run._day_of_sweep() is None  # unrelated runs in the same folder
+    assert run._sweep_date() is None  # unrelated runs in the same folder
     (tmp_path / "sweep.json").write_text("{}")
-    assert run._day_of_sweep() == "2026-11-01"
+    assert run._sweep_date() == "2026-11-01"

@@ -21,7 +21,7 @@ from penchant.models.options import ModelConfig
 from penchant.plan.outline import OutlinedRun
 from penchant.runs import Run
 from penchant.runs.find import find_model
-from penchant.runs.state import check_models, files_of
+from penchant.runs.state import check_models, file_hashes
 from penchant.training.loop import Paused
 
 CPU = torch.device("cpu")
@@ -56,7 +56,7 @@ def test_a_runs_and_a_checkpoints_folder_stand_for_their_model(work: Path) -> No
         check_models(config)
         run = Run(config, quiet=True)
         assert (run.config.model.path, run.config.reference.path) == (str(model), str(model))
-        assert files_of(config)["models"] == files_of(run.config)["models"]
+        assert file_hashes(config)["models"] == file_hashes(run.config)["models"]
         assert len(run.rows.tokenizer) > 0
 
 

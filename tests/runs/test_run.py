@@ -422,7 +422,7 @@ def test_prompts_of_files_with_one_name_are_told_apart_or_not_at_all(base: dict[
         (tmp_path / name).mkdir()
         write_jsonl(tmp_path / name / "x.jsonl", rows)
     base["data"] = {"path": str(tmp_path / "a/x.jsonl"), "eval_path": str(tmp_path / "b/x.jsonl")}
-    prompts = Run(api.as_config(base), quiet=True).rows.asked
+    prompts = Run(api.as_config(base), quiet=True).rows.prompts_by_source
     first, *others = (row and row.prompt for row in prompts.values())
     assert list(prompts) == [f"x.jsonl:{i}" for i in (1, 2, 3)]
     assert first == polite_rows()[0]["prompt"] and others == [None, None]

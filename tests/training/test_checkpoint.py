@@ -319,7 +319,7 @@ def test_a_file_of_tensors_is_what_safetensors_writes_and_needs_one_tensor_at_a_
         "state1/w": torch.arange(7, dtype=torch.uint8),
         "step/w": torch.tensor(3.0),
         "none": torch.zeros(0, 5),
-        **{f"algorithm/{dtype}": torch.arange(-2, 3).to(dtype) for dtype in module._STORED_AS},
+        **{f"algorithm/{dtype}": torch.arange(-2, 3).to(dtype) for dtype in module._SAFETENSORS_DTYPES},
     }
     with LiveBytes(tensors.values()) as live:
         module.write_tensors(tmp_path / "ours", tensors)

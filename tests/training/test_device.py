@@ -117,7 +117,7 @@ def test_a_step_of_the_optimizer_makes_no_call_for_each_parameter(dtype: torch.d
         optimizer = MasterAdamW(model.named_parameters(), dtype=dtype)
         for master in optimizer.masters.values():
             master.grad = torch.ones_like(master)
-        optimizer.parts[0].step = lambda: None  # type: ignore[method-assign, misc, assignment]  # torch's own, one call; it refuses the meta device
+        optimizer.optimizers[0].step = lambda: None  # type: ignore[method-assign, misc, assignment]  # torch's own, one call; it refuses the meta device
         with Ops() as ops:
             optimizer.clip(1.0)  # the meta device raises on a read
             optimizer.step(1e-3)
@@ -187,7 +187,7 @@ def loop_of(algorithm: Any, device: torch.device, folder: Path) -> Loop:
     trees = [replace(t, labels=(True, False), scores=(1.0, 0.5)) for t in some_pairs(6)]
     optimizer = MasterAdamW(algorithm.scorer.model.named_parameters(), dtype=torch.float32)
     if device == META:
-        optimizer.parts[0].step = lambda: None  # type: ignore[method-assign, misc, assignment]  # torch's own: it refuses the meta device
+        optimizer.optimizers[0].step = lambda: None  # type: ignore[method-assign, misc, assignment]  # torch's own: it refuses the meta device
     train = {"batch_size": 6, "tokens_per_step": 40}
     more = {"write_model": lambda: lambda _: None, "start_tolerance": (0.0, 0.0)}  # the meta device has nothing to save
     return small_loop(algorithm, optimizer, trees, train, folder, **more)

@@ -167,7 +167,7 @@ def test_a_run_goes_on_with_another_number_of_threads(tmp_path: Path) -> None:
     whole.run()
     torch.set_num_threads(2)
     killed = made(tmp_path / "killed", "dpo", **settings)
-    killed.watched = stop
+    killed.on_progress = stop
     with pytest.raises(KeyboardInterrupt):
         killed.run()
     torch.set_num_threads(3)

@@ -111,7 +111,7 @@ class GKDConfig(SamplingConfig):
         from penchant.metrics.completions import EVALUATION_ITERATION
         from penchant.metrics.heldout import heldout_metrics, score_heldout
 
-        algorithm: GKD = replace(held_out.algorithm, answering=False)
+        algorithm: GKD = replace(held_out.algorithm, samples_answers=False)
         if self.signal == "tokens":
             scored, trees = held_out.scored(algorithm)
             return heldout_metrics(algorithm, scored, trees) | held_out.completions()
@@ -141,7 +141,7 @@ class GKD(Algorithm):
 
     Args:
         teacher: runs in each step; writer: samples; rows: vocabulary size of both heads, if the teacher's is larger.
-        answering: whether a step samples answers; False while scoring held-out ones.
+        samples_answers: whether a step samples answers; False while scoring held-out ones.
     """
 
     scorer: Scorer
@@ -149,7 +149,7 @@ class GKD(Algorithm):
     writer: Writer
     config: GKDConfig
     rows: int | None = None
-    answering: bool = True
+    samples_answers: bool = True
     _values: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -165,7 +165,7 @@ class GKD(Algorithm):
 
     def begin_step(self, step: int, progress: float, trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
         """Replace the answers of a fraction `lambda` of the rows (drawn from seed and step) with the policy's own."""
-        if not self.answering:
+        if not self.samples_answers:
             return trees
         rng = np.random.default_rng([self.writer.seed, step])
         wanted = self.config.lam * len(trees)

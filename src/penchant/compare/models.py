@@ -40,7 +40,7 @@ from penchant.runfolder import COMPARISON, COMPARISON_ROWS, write_summed
 from penchant.runfolder.values import FEW_ROWS, ci_of, format_interval
 from penchant.runs import Run
 from penchant.runs.find import Source
-from penchant.runs.parts import answering
+from penchant.runs.parts import prepare_for_inference
 from penchant.runs.rows import Rows
 from penchant.training.console import PlainConsole
 from penchant.types import PromptTree, TokenTree
@@ -367,7 +367,9 @@ def compare_sources(
     def load(name: str) -> Scorer:
         model = by_name[name].load(run.device)
         _check_context(model, name, longest, sampling.place)
-        return answering(model, run.config, run.dtype, run.rows.processor if run.config.model.sees else None)
+        return prepare_for_inference(
+            model, run.config, run.dtype, run.rows.processor if run.config.model.sees else None
+        )
 
     return compare_models(list(by_name), load, setting, seeds=seeds, fixed=fixed)
 

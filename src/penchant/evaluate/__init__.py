@@ -12,7 +12,7 @@ from penchant.evaluate.evaluator import Evaluation, evaluate_held_out
 from penchant.evaluate.output import save
 from penchant.requests import EvalRequest
 from penchant.runfolder import damage_notes
-from penchant.runs.find import check_there, find_model, find_run, of_config, runs_in
+from penchant.runs.find import check_exists, find_model, find_run, runs_in, source_from_config
 
 __all__ = ["evaluate_model"]
 
@@ -31,7 +31,7 @@ def evaluate_model(
     found = (given, request.step) if isinstance(given, RunConfig) else find_run(name, request.step, overrides)
     if request.bare and not rows:
         if found is None:
-            check_there(name)
+            check_exists(name)
             runs = runs_in(name)
             if runs:
                 raise ConfigError(name, "is not a run but a folder of runs", f"give one of them: {', '.join(runs)}")
@@ -44,7 +44,7 @@ def evaluate_model(
         folder: Path | None = Path(found[0].output)
     else:
         if isinstance(given, RunConfig):
-            source = of_config(given, request.step, request.base)
+            source = source_from_config(given, request.step, request.base)
         else:
             source = find_model(name, step=request.step, base=request.base, overrides=overrides)
         evaluated = Evaluation(source, request, tuple(overrides), quiet).measure()

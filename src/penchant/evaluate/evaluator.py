@@ -34,7 +34,7 @@ from penchant.rewards.reward_model import PolicyText, rows_by_source
 from penchant.runs import Run
 from penchant.runs.find import START, Source, find_model
 from penchant.runs.identity import changed_since
-from penchant.runs.parts import answering
+from penchant.runs.parts import prepare_for_inference
 from penchant.types import TokenTree
 
 NO_REFERENCE = "none"
@@ -111,7 +111,7 @@ class Evaluation(EvaluationData):
         model = source.load(run.device)
         self._check_context(source, model)
         processor = run.rows.processor if run.config.model.sees else None
-        return LiveReference(answering(model, run.config, run.dtype, processor))
+        return LiveReference(prepare_for_inference(model, run.config, run.dtype, processor))
 
     def _check_context(self, source: Source, model: Any) -> None:
         rows = model.get_input_embeddings().weight.shape[0]

@@ -20,7 +20,7 @@ from penchant.models.merge import is_adapter, merged_model, with_adapter
 from penchant.models.options import ModelConfig, check_text_alone
 from penchant.models.reward import ADAPTER, choose_padding, load_model_config, load_reward_model, set_padding
 from penchant.runfolder.read import read_folder
-from penchant.runs.find import check_base, check_there, find_run, runs_in
+from penchant.runs.find import check_base, check_exists, find_run, runs_in
 from penchant.training.checkpoint import find_checkpoint, load_checkpoint
 
 CPU = torch.device("cpu")
@@ -137,7 +137,7 @@ def find_subject(given: str | Path, step: str = "last") -> Subject:
     """
     found = find_run(str(given), step)
     if found is None:
-        check_there(str(given))
+        check_exists(str(given))
         inside = runs_in(str(given))
         how = f"name one of its runs: {', '.join(inside)}" if inside else "give a run's folder"
         raise CheckpointError(str(given), "is not a run", how)

@@ -19,7 +19,7 @@ from penchant.models.load import load_tokenizer
 from penchant.models.merge import is_adapter
 from penchant.models.options import ModelConfig, check_model_path
 from penchant.models.reward import is_encoder, load_model_config
-from penchant.runs.find import model_of
+from penchant.runs.find import resolve_model
 from penchant.types import Prompt
 
 SAMPLE = 2000  # maximum number of rows to tokenize
@@ -207,7 +207,7 @@ def look_at_model(path: str) -> ModelFacts:
     """
     from penchant.plan.outline import outline, parameter_counts
 
-    source = model_of(path)
+    source = resolve_model(path)
     if source is not None and not is_adapter(source[0]):
         return replace(look_at_model(str(source[0])), path=path)
     try:

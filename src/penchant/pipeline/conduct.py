@@ -29,11 +29,11 @@ from penchant.runs.state import (
     State,
     check_models,
     check_reward,
-    files_of,
-    inputs_of,
-    judge,
+    checkpoint_hashes,
+    file_hashes,
     model_folder,
-    outputs_of,
+    planned_action,
+    run_inputs,
 )
 from penchant.training.console import console, duration
 
@@ -46,7 +46,7 @@ def judge_stage(stage: Stage, record: Mapping[str, Any] | None, inputs: Inputs) 
     Args:
         record: the stage's record in `pipeline.json`, or None; inputs: its current inputs.
     """
-    made = judge(stage, record, inputs, "pipeline")
+    made = planned_action(stage, record, inputs, "pipeline")
     if made is not None:
         return made
     assert record is not None
@@ -188,9 +188,9 @@ class Conductor:
     def inputs(self, stage: Stage) -> Inputs:
         """A stage's current inputs. Every stage that it uses must be done."""
         judging = (stage.values.get("evaluation") or {}).get("reward")
-        files = files_of(stage.config, stage.values.get("reward"), judging)
+        files = file_hashes(stage.config, stage.values.get("reward"), judging)
         upstream = {ref.text: self.folder_of(ref) for ref in stage.refs}
-        return inputs_of(stage.config, self.data[stage.name].rows.datasets, files, upstream)
+        return run_inputs(stage.config, self.data[stage.name].rows.datasets, files, upstream)
 
     def folder_of(self, ref: Ref) -> Path:
         """The model folder that a reference points to. For an adapter, the adapter's folder."""
@@ -306,7 +306,7 @@ class Conductor:
         ended: dict[str, Any] = {"state": "stopped"}
         try:
             result = Run(config, quiet=self.quiet, look=misfit, checkpointing=checkpointing).train()
-            ended = {"state": "finished", "steps": result.steps, "checkpoints": outputs_of(stage.folder)}
+            ended = {"state": "finished", "steps": result.steps, "checkpoints": checkpoint_hashes(stage.folder)}
         finally:  # after a SIGKILL the record stays "running", which does not count as finished either
             seconds = round(record["seconds"] + time.monotonic() - started, 1)
             self.state.stages[stage.name] = {**record, **ended, "seconds": seconds}

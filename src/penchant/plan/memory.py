@@ -39,7 +39,7 @@ from penchant.rollout.generate import (
 )
 from penchant.runs.evaluating import writes_completions
 from penchant.runs.parts import reference_kind, reference_place, starts_adapted, threads_for
-from penchant.runs.record import sampled
+from penchant.runs.record import has_samples
 from penchant.training.optim import state_bytes
 from penchant.types import PackedBatch, TokenTree
 
@@ -268,7 +268,7 @@ def _askings(run: OutlinedRun) -> list[tuple[int, int, list[int]]]:
     elif writes_completions(run.config, run.rows) and heldout:
         prompts = list(dict.fromkeys(t.prompt_ids.tobytes() for t in run.rows.trees[1]))[: asked.kl_prompts]
         found.append((1, asked.sample_tokens, [len(p) // 4 for p in prompts]))  # int32
-    if sampled(run.config, run.rows):
+    if has_samples(run.config, run.rows):
         found.append((1, asked.sample_tokens, (heldout or train)[: asked.samples]))
     return [(n, new, prompts) for n, new, prompts in found if prompts]
 

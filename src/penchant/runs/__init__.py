@@ -52,9 +52,9 @@ from penchant.runfolder import (
 )
 from penchant.runfolder.read import read_folder
 from penchant.runfolder.values import mapping, number_of
-from penchant.runs.evaluating import START_LOSSES, HeldOut, prompts_of, writes_completions
+from penchant.runs.evaluating import START_LOSSES, HeldOut, completion_prompts, writes_completions
 from penchant.runs.find import with_model_folders
-from penchant.runs.identity import contents_of, run_identity, trees_sha256
+from penchant.runs.identity import content_hashes, run_identity, trees_sha256
 from penchant.runs.parts import (
     Built,
     build,
@@ -67,7 +67,7 @@ from penchant.runs.parts import (
     remarks,
     start_key,
 )
-from penchant.runs.record import join_samples, sampled, versions, write_manifest, write_samples
+from penchant.runs.record import has_samples, join_samples, versions, write_manifest, write_samples
 from penchant.runs.rows import Rows, within_context
 from penchant.runs.sharing import Alone
 from penchant.track import Mirrors, check_installed
@@ -187,7 +187,7 @@ class Run:
         """The evaluation on the held-out set."""
         fresh = None
         if self.rows.trees[1] and writes_completions(self.config, self.rows):
-            fresh = prompts_of(self.config, self.rows, self.device)
+            fresh = completion_prompts(self.config, self.rows, self.device)
         return HeldOut(
             self.config, self.rows, self.built, self.folder, self.shared, self.console, self.schedule.total_steps, fresh
         )
@@ -206,40 +206,40 @@ class Run:
             what = f"{self.world.local_size} processes on this machine share {torch.cuda.device_count()} GPUs"
             raise ConfigError("launch.processes", what, "start one for each GPU, or set model.device=cpu")
         if not self.world.leads:
-            return self._follow()
+            return self._train_as_follower()
         try:
-            return self._lead()
+            return self._train_as_leader()
         except Exception as error:
             if not self._is_open:
                 self.world.agree(error, patient=True)  # the other ranks are waiting for the rows
             raise
 
-    def _opened(self) -> None:
+    def _release_ranks(self) -> None:
         """Release the other ranks: the run folder is open and the rows are cached."""
         self._is_open = True
         self.world.agree(patient=True)
         self.world.share(self.config.data.template_options)
         self.world.agree()
 
-    def _follow(self) -> TrainResult:
-        """Train on a rank other than 0: the parts of `_lead` that involve all ranks."""
+    def _train_as_follower(self) -> TrainResult:
+        """Train on a rank other than 0: the parts of `_train_as_leader` that involve all ranks."""
         world, rows = self.world, self.rows
         world.agree(patient=True)  # the folder is open, and the rows are in the cache
-        self._with_options(world.share(self.config.data.template_options))
+        self._set_template_options(world.share(self.config.data.template_options))
         with world.together():
             _ = rows.trees, rows.mismatched
         known: dict[str, Any] | None
-        known, anew = world.share((None, True))
+        known, is_new = world.share((None, True))
         loop = self.make_loop(known)
         self._check_start(known)
-        self._samples("before", anew)
+        self._samples("before", is_new)
         world.agree(patient=True)
         loop.run()
         self._samples("after", True)
         folder = self.folder / CHECKPOINTS / f"step-{loop.state.step}" / "model"
         return TrainResult(self.folder, folder, loop.state.step, {}, {}, loop.state.best_step)
 
-    def _lead(self) -> TrainResult:
+    def _train_as_leader(self) -> TrainResult:
         from penchant.report import LiveReport
 
         started, began = time.time(), time.monotonic()
@@ -252,10 +252,10 @@ class Run:
                 check_reward(name)  # before its content is compared with the recorded hash
         if self.config.rollout.environment is not None:
             find_environment(self.config.rollout.environment)
-        self._tell_day()
-        contents, rows = contents_of(self.config), self.rows
+        self._set_template_date()
+        contents, rows = content_hashes(self.config), self.rows
         if self.config.data.sources:
-            contents |= {f"{CONTENT}source {name}": d.fingerprint for name, d in rows.of_sources.items()}
+            contents |= {f"{CONTENT}source {name}": d.fingerprint for name, d in rows.datasets_by_source.items()}
         identity = run_identity(self.config, [d.fingerprint for d in rows.datasets if d is not None], contents)
 
         def tokens() -> dict[str, Any]:
@@ -267,37 +267,37 @@ class Run:
                 self.console.note(note)
             self._write_rows()
             self._choose_checkpointing()
-            self._look()
-            self._opened()
-            anew = latest_checkpoint(self.folder)[0] is None
+            self._check_fit()
+            self._release_ranks()
+            is_new = latest_checkpoint(self.folder)[0] is None
             for start in (self.folder / START_FILE, self.folder / START_LOSSES):
-                if anew:  # left over from an earlier start
+                if is_new:  # left over from an earlier start
                     start.unlink(missing_ok=True)
                 elif not is_intact(start):
                     self.console.note(f"{start}: was changed after it was written, so it is left out")
             for remark in remarks(self.config, rows):
                 self.console.note(remark)
-            known = None if anew else self._known_manifest()
-            self.world.share((known, anew))
+            known = None if is_new else self._load_manifest()
+            self.world.share((known, is_new))
             loop = self.make_loop(known)
             loop.identity = identity
             mirrors = Mirrors(self.folder, self.config.logging, self.config.model_dump(mode="json"), self.console.note)
-            loop.watched = _watchers(live.on_event, mirrors, anew)
+            loop.on_progress = _progress_handler(live.on_event, mirrors, is_new)
             self._check_start(known)
-            manifest = self._manifest(loop, started, began, known)
+            manifest = self._manifest_writer(loop, started, began, known)
             manifest("running", None)
-            before = self._samples("before", anew)
+            before = self._samples("before", is_new)
             with self.world.leading():
                 self._check_space()
             try:
                 with writing(self.folder):
                     loop.run()
                 after = self._samples("after", True)
-                with self._spared(SAMPLES):
+                with self._optional_write(SAMPLES):
                     join_samples(self.folder / SAMPLES, before, after)
                 manifest("finished", None)
             except BaseException as error:
-                status, why = _ended_by(error)
+                status, why = _end_status(error)
                 with suppress(OSError):  # perhaps the same full disk; an existing manifest stays intact
                     manifest(status, why)
                 flags = write_flags(self.folder, self.console.note)
@@ -326,7 +326,7 @@ class Run:
         self.callbacks("on_end", result)
         return result
 
-    def _tell_day(self) -> None:
+    def _set_template_date(self) -> None:
         """Give a chat template that inserts today's date the day of the run's first start, also when resuming."""
         data, (known, _) = self.config.data, load_identity(self.folder)
         if DATE in data.template_options:
@@ -336,7 +336,7 @@ class Run:
             judges = [r.terms for r in (self.config.reward, self.config.evaluation.reward) if r is not None]
             chat = uses_chat(data.template, self.rows.tokenizer) and writes_date(self.rows.tokenizer)
             if chat or any(reward_writes_date(name) for terms in judges for name in terms):
-                day = self._day_of_sweep() or date.today().isoformat()
+                day = self._sweep_date() or date.today().isoformat()
                 if known is not None:
                     self.console.note(
                         f"{self.folder}: the day of its prompts was not kept; they have {day} from now on"
@@ -344,13 +344,13 @@ class Run:
         elif day is not None and day != date.today().isoformat():
             self.console.note(f"the chat template writes the date: {day} as at this run's first start, not today's")
         if day is not None:
-            self._with_options({**data.template_options, DATE: day})
+            self._set_template_options({**data.template_options, DATE: day})
 
-    def _with_options(self, template_options: Mapping[str, Any]) -> None:
+    def _set_template_options(self, template_options: Mapping[str, Any]) -> None:
         data = self.config.data.model_copy(update={"template_options": dict(template_options)})
         self.config = self.rows.config = self.config.model_copy(update={"data": data})
 
-    def _day_of_sweep(self) -> str | None:
+    def _sweep_date(self) -> str | None:
         """The date in the prompts of this sweep's other runs, which it is compared with; None if there is none."""
         if not (self.folder.parent / SWEEP).is_file():
             return None
@@ -370,7 +370,7 @@ class Run:
         found["data"]["template_options"] = {k: v for k, v in self.config.data.template_options.items() if k == DATE}
         return {"config": found}
 
-    def _spared(self, name: str) -> AbstractContextManager[None]:
+    def _optional_write(self, name: str) -> AbstractContextManager[None]:
         """Write a file that the run can do without: a failure is only noted."""
         return spared(self.folder / name, self.console.note)
 
@@ -378,15 +378,15 @@ class Run:
         """Write the quarantined rows and the audit."""
         rows = self.rows
         for name, dataset in rows.loaded.items():
-            with self._spared(f"quarantine.{name}.jsonl"):
+            with self._optional_write(f"quarantine.{name}.jsonl"):
                 write_quarantine(dataset.quarantined, self.folder, name)
         for name, tokenized in zip(("train", "heldout"), rows.tokenized, strict=True):
             if tokenized is not None:
                 self.console.note(f"{name}: {tokenized.summary()}")
-                with self._spared(f"quarantine.{name}.tokens.jsonl"):
+                with self._optional_write(f"quarantine.{name}.tokens.jsonl"):
                     write_quarantine(tokenized.quarantined, self.folder, f"{name}.tokens")
         audit = rows.audit().to_json()
-        with self._spared(AUDIT):
+        with self._optional_write(AUDIT):
             write_summed(self.folder / AUDIT, json.dumps(audit, indent=1))
         if said := summary(run_flags((), self.config.model_dump(mode="json"), audit, trust=self.config.trust)):
             self.console.note(said)
@@ -397,26 +397,28 @@ class Run:
             return
         known = mapping(read_folder(self.folder).manifest).get("gradient_checkpointing")
         if latest_checkpoint(self.folder)[0] is not None and known in ("off", "layers"):
-            again, why = known == "layers", "as the run began"
+            checkpointing, why = known == "layers", "as the run began"
         else:
             try:
-                again, why = (False, "not estimated") if self.checkpointing is None else self.checkpointing(self)
+                checkpointing, why = (
+                    (False, "not estimated") if self.checkpointing is None else self.checkpointing(self)
+                )
             except Exception:  # the estimate failed
-                again, why = True, "what the run needs cannot be counted"
-        self.console.note(f"gradient checkpointing: {'layers' if again else 'off'} ({why})")
-        train = self.config.train.model_copy(update={"gradient_checkpointing": again})
+                checkpointing, why = True, "what the run needs cannot be counted"
+        self.console.note(f"gradient checkpointing: {'layers' if checkpointing else 'off'} ({why})")
+        train = self.config.train.model_copy(update={"gradient_checkpointing": checkpointing})
         self.config = self.rows.config = self.config.model_copy(update={"train": train})
 
-    def _look(self) -> None:
+    def _check_fit(self) -> None:
         """Note it if the run may not fit. A failed estimate never stops the run."""
         if self.look is None or self.world.many or self.config.model.sees:  # it covers one process, and text only
             return
         try:
-            said = self.look(self)
+            warning = self.look(self)
         except Exception:  # the estimate failed; the run itself will either train or report why
-            said = None
-        if said:
-            self.console.note(said)
+            warning = None
+        if warning:
+            self.console.note(warning)
 
     def _check_space(self) -> None:
         """Note before the first step if the disk has no room for all checkpoints.
@@ -425,12 +427,12 @@ class Run:
             DiskError: there is no room for a single one.
         """
         keep_last, free = self.config.checkpoint.keep_last, free_bytes(self.folder)
-        one = checkpoint_bytes(self.config, self.built.parts.model, self.dtype)
+        size = checkpoint_bytes(self.config, self.built.parts.model, self.dtype)
         missing = keep_last + self.config.checkpoint.keep_best + 1 - len(checkpoints(self.folder))
-        if free is None or free >= one * missing:
+        if free is None or free >= size * missing:
             return
-        needed = f"a checkpoint takes about {gigabytes(one)}"
-        if free < one:
+        needed = f"a checkpoint takes about {gigabytes(size)}"
+        if free < size:
             how = "free some space, or choose another output, then run the same command again"
             raise DiskError(str(self.folder), f"{needed} and its disk has {gigabytes(free)} free", how)
         self.console.note(
@@ -487,7 +489,7 @@ class Run:
     def _evaluate_in_training(self, step: int) -> dict[str, Any]:
         metrics = self.held_out.at(step, keep=True)
         if self.held_out.tables and self.world.leads:
-            with self._spared(CALIBRATION):
+            with self._optional_write(CALIBRATION):
                 write_summed(self.folder / CALIBRATION, json.dumps({"step": step, **self.held_out.tables}, indent=1))
         return metrics
 
@@ -502,7 +504,7 @@ class Run:
             raise CheckpointError(str(self.folder), "this run has no checkpoint yet", how)
         built, held_out = self.built, self.held_out
         if path is not None:
-            self._check_start(self._known_manifest())
+            self._check_start(self._load_manifest())
             tensors, _state = load_checkpoint(path)
             built.optimizer.load_state_tensors(tensors)
             built.algorithm.load_state_tensors(algorithm_state(tensors))
@@ -513,19 +515,19 @@ class Run:
 
     # ---- record -----------------------------------------------------------------------------------------------------
 
-    def _samples(self, name: str, anew: bool) -> list[dict[str, Any]]:
+    def _samples(self, name: str, is_new: bool) -> list[dict[str, Any]]:
         """Greedy completions before or after training; a resumed run reads back those from before."""
         path = self.folder / f"samples.{name}.jsonl"
-        if not sampled(self.config, self.rows):
+        if not has_samples(self.config, self.rows):
             return []
-        kept = self.world.share(None if anew or not self.world.leads else self._kept_samples(path))
-        if kept is not None:
-            return kept
+        stored = self.world.share(None if is_new or not self.world.leads else self._stored_samples(path))
+        if stored is not None:
+            return stored
         key = start_key(self.config) if name == "before" else None
         with whole_weights(self.built.parts.engine):
             return write_samples(path, self.rows, self.built.parts.model, self.shared, key, self.console.note)
 
-    def _kept_samples(self, path: Path) -> list[dict[str, Any]] | None:
+    def _stored_samples(self, path: Path) -> list[dict[str, Any]] | None:
         """The stored completions from before training; None, with a note, if they have to be generated again."""
         found = read_folder(self.folder)
         rows = found.samples_before
@@ -544,8 +546,8 @@ class Run:
         Raises:
             CheckpointError: the weights at model.path have changed. Not checked with another torch version or dtype.
         """
-        drawn = self.method.learns_reward or self.config.model.init == "random"  # weights vary by processor
-        if drawn or known is None:
+        is_random = self.method.learns_reward or self.config.model.init == "random"  # weights vary by processor
+        if is_random or known is None:
             return
         dtype = str(self.dtype).removeprefix("torch.")
         if (known["hardware"]["dtype"], known.get("torch")) != (dtype, versions()["torch"]):
@@ -554,7 +556,7 @@ class Run:
             what = f"its weights are not those that {self.folder} was trained from"
             raise CheckpointError(self.config.model.path, what, "put them back, or choose another output")
 
-    def _known_manifest(self) -> dict[str, Any] | None:
+    def _load_manifest(self) -> dict[str, Any] | None:
         """The run's manifest.json; None if it is missing or, with a note, damaged."""
         path = self.folder / MANIFEST
         if not path.exists():
@@ -572,7 +574,7 @@ class Run:
         )
         return None
 
-    def _manifest(
+    def _manifest_writer(
         self, loop: Loop, started: float, began: float, known: Mapping[str, Any] | None
     ) -> Callable[[str, str | None], None]:
         """A function that writes manifest.json; the starting weights are hashed now, or their hash is taken from `known`.
@@ -593,10 +595,10 @@ class Run:
         return write
 
 
-def _watchers(report: Callable[[str], None], mirrors: Mirrors, anew: bool) -> Callable[[str], None]:
+def _progress_handler(report: Callable[[str], None], mirrors: Mirrors, is_new: bool) -> Callable[[str], None]:
     def on_event(event: str) -> None:
         if event == "start":
-            mirrors.begin(anew=anew)
+            mirrors.begin(anew=is_new)
             return
         report(event)
         mirrors.poll()
@@ -604,7 +606,7 @@ def _watchers(report: Callable[[str], None], mirrors: Mirrors, anew: bool) -> Ca
     return on_event
 
 
-def _ended_by(error: BaseException) -> tuple[str, str | None]:
+def _end_status(error: BaseException) -> tuple[str, str | None]:
     """(status, why) of a run that ended early."""
     if isinstance(error, Paused):
         return "paused", f"at step {error.step}"

@@ -41,7 +41,7 @@ from penchant.types import Algorithm, Scored, TokenTree
 START_LOSSES = "start.losses.json"  # in the run folder: losses of held-out rows before the first step
 
 
-def kept_losses(path: Path) -> dict[int, tuple[float, float]] | None:
+def load_start_losses(path: Path) -> dict[int, tuple[float, float]] | None:
     """Map each data row to its loss at the start and its weight; None if the file is missing or damaged."""
     try:
         if is_intact(path):
@@ -53,13 +53,18 @@ def kept_losses(path: Path) -> dict[int, tuple[float, float]] | None:
 
 def writes_completions(config: RunConfig, rows: Rows) -> bool:
     """Whether evaluations also sample completions: with offline preference losses always, with SFT only if evaluation.reward is set."""
-    method, asked = config.method, config.evaluation
-    if method.rollouts is not None or method.learns_reward or not asked.kl_prompts or rows.datasets[0].kind == "text":
+    method, evaluation = config.method, config.evaluation
+    if (
+        method.rollouts is not None
+        or method.learns_reward
+        or not evaluation.kl_prompts
+        or rows.datasets[0].kind == "text"
+    ):
         return False
-    return method.signal != "tokens" or asked.reward is not None
+    return method.signal != "tokens" or evaluation.reward is not None
 
 
-def prompts_of(config: RunConfig, rows: Rows, device: Any) -> CompletionSampler:
+def completion_prompts(config: RunConfig, rows: Rows, device: Any) -> CompletionSampler:
     """The prompts to complete at every evaluation, and the reward that scores the completions.
 
     Raises:
@@ -71,7 +76,7 @@ def prompts_of(config: RunConfig, rows: Rows, device: Any) -> CompletionSampler:
     prompts = list(sources)[: config.evaluation.kl_prompts]
     reward, judge = config.evaluation.reward, None
     if reward is not None:
-        policy = PolicyText(rows.tokenizer, config.data.template, rows.asked, config.data.template_options)
+        policy = PolicyText(rows.tokenizer, config.data.template, rows.prompts_by_source, config.data.template_options)
         judge = load_reward(reward, policy, device)
     return CompletionSampler(
         rows.tokenizer,
@@ -93,7 +98,7 @@ class HeldOut:
         fresh: prompts to complete besides the method's own evaluation, or None.
         tables: of the last evaluation (a reward model's calibration).
         step: optimizer steps of the evaluated policy; keep: whether to store results of the starting model in the folder.
-        of_start: these results by file name, in memory too, so that a failed write does not change any metric.
+        start_results: these results by file name, in memory too, so that a failed write does not change any metric.
     """
 
     config: RunConfig
@@ -107,13 +112,13 @@ class HeldOut:
     tables: dict[str, Any] = field(default_factory=dict)
     step: int = 0
     keep: bool = False
-    of_start: dict[str, Any] = field(default_factory=dict)
+    start_results: dict[str, Any] = field(default_factory=dict)
 
     def at(self, step: int, *, keep: bool = False) -> dict[str, Any]:
         """Metrics of the policy after `step` optimizer steps."""
-        one = replace(self, step=step, keep=keep)
-        metrics = self.config.method.evaluate(one)
-        self.tables = one.tables
+        context = replace(self, step=step, keep=keep)
+        metrics = self.config.method.evaluate(context)
+        self.tables = context.tables
         return metrics
 
     @property
@@ -155,7 +160,7 @@ class HeldOut:
         """
         path = self.folder / START_FILE
         if written is None:
-            found = current().share(self._known_rewards(fresh.asked))
+            found = current().share(self._stored_start_rewards(fresh.asked))
             if found is not None:
                 return found
             start = self._start_policy()
@@ -165,11 +170,11 @@ class HeldOut:
             with spared(path, self.console.note):
                 save_start(path, fresh.asked, completion_rows(written, self.rows.tokenizer))
         assert written.rewards is not None
-        self.of_start[START_FILE] = written.rewards
+        self.start_results[START_FILE] = written.rewards
         return written.rewards
 
-    def _known_rewards(self, asked: dict[str, Any]) -> np.ndarray | None:
-        known = self.of_start.get(START_FILE)
+    def _stored_start_rewards(self, asked: dict[str, Any]) -> np.ndarray | None:
+        known = self.start_results.get(START_FILE)
         return load_start_rewards(self.folder / START_FILE, asked) if known is None else known
 
     # ---- what `Method.evaluate` can use (`algorithms.method.EvaluationContext`) ---------------------------------------------
@@ -209,14 +214,18 @@ class HeldOut:
         path, losses = self.folder / START_LOSSES, row_losses(algorithm, scored, trees)
         if not losses or not self.config.evaluation.at_start:
             return {}
-        before = losses if self.step == 0 else current().share(self.of_start.get(START_LOSSES) or kept_losses(path))
+        before = (
+            losses
+            if self.step == 0
+            else current().share(self.start_results.get(START_LOSSES) or load_start_losses(path))
+        )
         if before is None and self.keep:  # all ranks recompute, or none
             start = self._start_policy()
             with start.off():
                 scored, order = self._score(replace(algorithm, scorer=start.scorer), progress_at(0, self.total_steps))
                 before = row_losses(algorithm, scored, [self.parts.trees[1][i] for i in order])
-        if self.keep and START_LOSSES not in self.of_start and before is not None:
-            self.of_start[START_LOSSES] = before
+        if self.keep and START_LOSSES not in self.start_results and before is not None:
+            self.start_results[START_LOSSES] = before
             if current().leads and (self.step == 0 or not (path.is_file() and is_intact(path))):
                 with spared(path, self.console.note):
                     write_summed(path, json.dumps({str(row): before[row] for row in sorted(before)}))
@@ -258,8 +267,8 @@ class HeldOut:
         fresh = CompletionSampler(self.rows.tokenizer, prompts, [], max_new_tokens, config.train.seed, None, judge)
         asked, path = {**fresh.asked, **sampling}, self.folder / START_FILE
         if self.step:
-            return current().share(self._known_rewards(asked))
-        self.of_start[START_FILE] = rewards
+            return current().share(self._stored_start_rewards(asked))
+        self.start_results[START_FILE] = rewards
         if self.keep and current().leads:
             with spared(path, self.console.note):
                 save_start(path, asked, [{"reward": float(r)} for r in rewards])

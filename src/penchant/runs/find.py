@@ -79,63 +79,63 @@ def trained_source(name: str, model: Path, config: RunConfig) -> Source:
     """The model in a checkpoint's model folder, for a run with this config."""
     if is_adapter(model):
         return Source(name, config.model, adapter=model, seed=config.train.seed)
-    return Source(name, _of_folder(model, config))
+    return Source(name, _model_config(model, config))
 
 
-def _of_folder(model: Path, config: RunConfig) -> ModelConfig:
+def _model_config(model: Path, config: RunConfig) -> ModelConfig:
     """The config of a checkpoint's whole model, with the run's vision settings."""
-    own_eyes = config.model.model_dump(include={"vision", "image_options"}, exclude_defaults=True)
-    return ModelConfig(path=str(model), **own_eyes)
+    vision_settings = config.model.model_dump(include={"vision", "image_options"}, exclude_defaults=True)
+    return ModelConfig(path=str(model), **vision_settings)
 
 
-def find_run(given: str, step: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, str] | None:
-    """The config and step if `given` is a config, a run folder or a checkpoint in one; None otherwise.
+def find_run(spec: str, step: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, str] | None:
+    """The config and step if `spec` is a config, a run folder or a checkpoint in one; None otherwise.
 
     Raises:
         CheckpointError: a run folder without its config. ConfigError: a step given together with a checkpoint.
     """
-    path = Path(given).expanduser()
+    path = Path(spec).expanduser()
     if path.suffix in (".yaml", ".yml"):
         return load_config(path, list(overrides)), step
-    inside = _checkpoint_of(path)
-    if inside is not None:
-        folder, own = inside
-        if step not in ("last", own):
-            what = f"is {step}, but {given} is step {own} already"
+    checkpoint = _parse_checkpoint_path(path)
+    if checkpoint is not None:
+        folder, own_step = checkpoint
+        if step not in ("last", own_step):
+            what = f"is {step}, but {spec} is step {own_step} already"
             raise ConfigError("--step", what, "leave it out, or give the run")
-        return _config_of(folder, overrides), own
+        return _load_run_config(folder, overrides), own_step
     if (path / CONFIG).exists():
-        return _config_of(path, overrides), step
+        return _load_run_config(path, overrides), step
     if (path / CHECKPOINTS).is_dir():
-        raise CheckpointError(given, f"has checkpoints but no {CONFIG}", "give the model folder in a checkpoint")
+        raise CheckpointError(spec, f"has checkpoints but no {CONFIG}", "give the model folder in a checkpoint")
     return None
 
 
-def find_model(given: str, *, step: str = "last", base: str | None = None, overrides: Sequence[str] = ()) -> Source:
-    """Find the model that `given` names.
+def find_model(spec: str, *, step: str = "last", base: str | None = None, overrides: Sequence[str] = ()) -> Source:
+    """Find the model that `spec` names.
 
     Args:
-        given: a run folder, a config, a checkpoint (``RUN/checkpoints/step-N``), an adapter or model folder, or a hub id.
+        spec: a run folder, a config, a checkpoint (``RUN/checkpoints/step-N``), an adapter or model folder, or a hub id.
         step: of a run; base: of an adapter that does not name an available one; overrides: settings of a run or config.
 
     Raises:
         CheckpointError: no such run, checkpoint or folder. ConfigError: an option that does not apply to it.
         ModelError: no complete model.
     """
-    run = find_run(given, step, overrides)
+    run = find_run(spec, step, overrides)
     if run is not None:
-        return of_config(run[0], run[1], base, given)
-    check_there(given)
-    path = Path(given).expanduser()
+        return source_from_config(run[0], run[1], base, spec)
+    check_exists(spec)
+    path = Path(spec).expanduser()
     if step != "last":
-        raise ConfigError("--step", f"{given} is not a run, so it has no steps", "leave it out, or give the run")
+        raise ConfigError("--step", f"{spec} is not a run, so it has no steps", "leave it out, or give the run")
     if path.is_dir() and is_adapter(path):
-        return _of_adapter(given, path, base)
-    _no_base(given, base)
-    return Source(given, ModelConfig(path=given), given)
+        return _source_from_adapter(spec, path, base)
+    _refuse_base(spec, base)
+    return Source(spec, ModelConfig(path=spec), spec)
 
 
-def _config_of(folder: Path, overrides: Sequence[str]) -> RunConfig:
+def _load_run_config(folder: Path, overrides: Sequence[str]) -> RunConfig:
     check_config(folder / CONFIG)
     config = load_config(folder / CONFIG, list(overrides))
     return config.model_copy(update={"output": str(folder.resolve())})  # it may have been moved
@@ -155,9 +155,9 @@ def check_base(run: Path, base: ModelConfig, model: Any) -> None:
     if not start.get("sha256") or not isinstance(dtype, torch.dtype):
         return
     if source_sha256(base, model, dtype) != start["sha256"]:
-        there = text(start.get("path"))
-        of = "" if there == base.path else f" ({there})"
-        what = f"its weights are not those that the adapter of {run} was trained on{of}"
+        original_path = text(start.get("path"))
+        suffix = "" if original_path == base.path else f" ({original_path})"
+        what = f"its weights are not those that the adapter of {run} was trained on{suffix}"
         raise ModelError(base.path, what, "put them back, or name the right base")
 
 
@@ -169,15 +169,15 @@ def check_config(path: Path) -> None:
     """
     if is_intact(path):
         return
-    known = mapping(read_folder(path.parent).identity.get("config")) if is_intact(path.parent / IDENTITY) else {}
+    recorded = mapping(read_folder(path.parent).identity.get("config")) if is_intact(path.parent / IDENTITY) else {}
     try:
-        now = run_identity(with_absolute_paths(load_config(path)), [], {})["config"]
-        found = differences(known, now, defaults=default_settings()) if known else []
-        if known and not found:
+        current = run_identity(with_absolute_paths(load_config(path)), [], {})["config"]
+        changed = differences(recorded, current, defaults=default_settings()) if recorded else []
+        if recorded and not changed:
             return  # only comments, or settings that do not affect the result
     except PenchantError as error:
-        found = [f"it cannot be read: {error.what}"]
-    said = f" ({'; '.join(found[:3])}{'; ...' if found[3:] else ''})" if found else ""
+        changed = [f"it cannot be read: {error.what}"]
+    said = f" ({'; '.join(changed[:3])}{'; ...' if changed[3:] else ''})" if changed else ""
     raise CheckpointError(
         str(path),
         f"was changed after the run wrote it{said}",
@@ -189,7 +189,7 @@ def check_config(path: Path) -> None:
 # ---- A config may name a run, a checkpoint or an adapter as a model ----
 
 
-def model_of(given: str | None) -> tuple[Path, RunConfig | None] | None:
+def resolve_model(spec: str | None) -> tuple[Path, RunConfig | None] | None:
     """The model or adapter folder inside a run, checkpoint or adapter folder, and the run's config.
 
     For a run it is in the best checkpoint if that is tracked and kept, else in the last, as for a pipeline's ``stage:NAME``.
@@ -198,14 +198,14 @@ def model_of(given: str | None) -> tuple[Path, RunConfig | None] | None:
     Raises:
         CheckpointError: a run without a checkpoint.
     """
-    if given is None or not leads_to_model(path := Path(given).expanduser()):
+    if spec is None or not leads_to_model(path := Path(spec).expanduser()):
         return None
-    run = find_run(given, "last")
+    run = find_run(spec, "last")
     if run is None:
         return (path, None) if is_adapter(path) else None
     config, step = run
-    inside = step if step != "last" else None
-    return model_folder(Path(config.output), inside), with_absolute_paths(config)
+    checkpoint_step = step if step != "last" else None
+    return model_folder(Path(config.output), checkpoint_step), with_absolute_paths(config)
 
 
 def with_model_folders(
@@ -223,7 +223,7 @@ def with_model_folders(
     """
     path, tokenizer, reference = config.model.path, config.model.tokenizer, config.reference.path
     adapter_too = tokenizer is None and not merge  # the base may have another tokenizer
-    own = model_of(path if adapter_too else tokenizer)
+    own = resolve_model(path if adapter_too else tokenizer)
     model = {
         "path": _model_folder("model.path", path, say, merge),
         "tokenizer": tokenizer if own is None else str(own[0]),
@@ -245,19 +245,19 @@ def with_model_folders(
     )
 
 
-def _model_folder(key: str, given: str, say: Callable[[str], None], merge: bool) -> str:
-    found = model_of(given)
+def _model_folder(key: str, spec: str, say: Callable[[str], None], merge: bool) -> str:
+    found = resolve_model(spec)
     if found is None:
-        return given
+        return spec
     folder, run = found
     if not is_adapter(folder):
-        if Path(given).expanduser().resolve() != folder.resolve():
-            say(f"{key}: {given} means {folder}")
+        if Path(spec).expanduser().resolve() != folder.resolve():
+            say(f"{key}: {spec} means {folder}")
         return str(folder)
     if run is not None:
         base, seed, target = run.model, run.train.seed, Path(run.output) / "merged" / folder.parent.name
     else:
-        base, seed = _of_adapter(given, folder, None).base, 0
+        base, seed = _source_from_adapter(spec, folder, None).base, 0
         target = cache_folder("reference") / "merged" / model_sha256(folder)[:16]
     if not merge:
         return str(target) if target.is_dir() else base.path
@@ -273,109 +273,111 @@ def _adapter_folder(config: RunConfig, say: Callable[[str], None]) -> Path:
     Raises:
         ConfigError: the method or model.path does not fit an adapter. ModelError: there is no adapter, or several.
     """
-    given = str(config.model.adapter)
+    spec = str(config.model.adapter)
     if config.method.learns_reward:
         what = "is set, and a reward model's adapter is trained with its head"
         raise ConfigError("model.adapter", what, "leave it out, or train a language model")
-    found, path = model_of(given), Path(given).expanduser()
+    found, path = resolve_model(spec), Path(spec).expanduser()
     if found is None:
-        inside = sorted(p.parent.name for p in path.glob("*/adapter_config.json"))
-        if len(inside) > 1:
-            what = f"holds several adapters ({', '.join(inside)}), and one is trained"
-            raise ModelError(given, what, f"name one of them, e.g. model.adapter={path / inside[0]}")
-        how = f"did you mean {path / inside[0]}?" if inside else "name an adapter's, a run's or a checkpoint's folder"
-        raise ModelError(given, "holds no adapter" if path.is_dir() else "no such folder", how)
+        names = sorted(p.parent.name for p in path.glob("*/adapter_config.json"))
+        if len(names) > 1:
+            what = f"holds several adapters ({', '.join(names)}), and one is trained"
+            raise ModelError(spec, what, f"name one of them, e.g. model.adapter={path / names[0]}")
+        how = f"did you mean {path / names[0]}?" if names else "name an adapter's, a run's or a checkpoint's folder"
+        raise ModelError(spec, "holds no adapter" if path.is_dir() else "no such folder", how)
     folder, _ = found
     if not is_adapter(folder):
-        raise ModelError(given, "is a whole model, not an adapter", "name it as model.path")
-    under = model_of(config.model.path)
-    if under is not None and under[0].resolve() == folder.resolve():
+        raise ModelError(spec, "is a whole model, not an adapter", "name it as model.path")
+    base_model = resolve_model(config.model.path)
+    if base_model is not None and base_model[0].resolve() == folder.resolve():
         base = adapter_base(folder)
         raise ConfigError("model.path", "is the adapter's own folder", f"name the model under it (it says {base})")
     if path.resolve() != folder.resolve():
-        say(f"model.adapter: {given} means {folder}")
+        say(f"model.adapter: {spec} means {folder}")
     return folder.resolve()
 
 
 def check_adapters_base(adapter: Path, base: ModelConfig, model: Any) -> None:
     """`check_base` for the adapter of a run's checkpoint; a standalone adapter does not record its base's weights."""
-    inside = _checkpoint_of(adapter)
+    inside = _parse_checkpoint_path(adapter)
     if inside is not None:
         check_base(inside[0], base, model)
 
 
-def runs_in(given: str, limit: int = 4) -> list[str]:
+def runs_in(spec: str, limit: int = 4) -> list[str]:
     """The first `limit` run folders directly inside a folder (a sweep or pipeline), then "..." if there are more."""
-    found = sorted(str(p.parent) for p in Path(given).expanduser().glob(f"*/{CONFIG}"))
+    found = sorted(str(p.parent) for p in Path(spec).expanduser().glob(f"*/{CONFIG}"))
     return found if len(found) <= limit else [*found[:limit], "..."]
 
 
-def check_there(given: str) -> None:
+def check_exists(spec: str) -> None:
     """Raise CheckpointError for a name that looks like a path but is not a folder; the hub's own error would be unclear."""
-    path = Path(given).expanduser()
+    path = Path(spec).expanduser()
     if path.exists():
         if path.is_file():
-            raise CheckpointError(given, "is a file", "give a run, a model's folder, a hub id or a CONFIG.yaml")
+            raise CheckpointError(spec, "is a file", "give a run, a model's folder, a hub id or a CONFIG.yaml")
         return
-    if looks_like_folder(given):
+    if looks_like_folder(spec):
         names = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
         near = closest(path.name, names, 0.7)
         how = "give a run, a CONFIG.yaml, a model's folder or a hub id"
         how = f"did you mean {path.parent / near}?" if near else how
-        raise CheckpointError(given, "no such run or config, nor a model", how)
+        raise CheckpointError(spec, "no such run or config, nor a model", how)
 
 
-def _checkpoint_of(path: Path) -> tuple[Path, str] | None:
+def _parse_checkpoint_path(path: Path) -> tuple[Path, str] | None:
     """(run, step) if a folder is a run's checkpoint or the model folder in it, else None."""
-    whole = path.resolve()
-    for at in (whole, whole.parent if whole.name == "model" else whole):
-        run = at.parent.parent
-        if at.name.startswith("step-") and at.parent.name == CHECKPOINTS and (run / CONFIG).exists():
-            return run, at.name.removeprefix("step-")
+    full_path = path.resolve()
+    for folder in (full_path, full_path.parent if full_path.name == "model" else full_path):
+        run = folder.parent.parent
+        if folder.name.startswith("step-") and folder.parent.name == CHECKPOINTS and (run / CONFIG).exists():
+            return run, folder.name.removeprefix("step-")
     return None
 
 
-def _no_base(given: str, base: str | None) -> None:
+def _refuse_base(spec: str, base: str | None) -> None:
     if base is not None:
-        raise ConfigError("--base", f"{given} is not an adapter by itself", "leave it out")
+        raise ConfigError("--base", f"{spec} is not an adapter by itself", "leave it out")
 
 
-def of_config(config: RunConfig, step: str, base: str | None = None, given: str = "") -> Source:
+def source_from_config(config: RunConfig, step: str, base: str | None = None, spec: str = "") -> Source:
     """The model of a config: a checkpoint of its run, or the starting model if there is none.
 
     Raises:
         CheckpointError: no such checkpoint. ConfigError: a reward model, or a base for something that is not an adapter.
     """
     config = with_model_folders(with_absolute_paths(config))
-    folder, given = Path(config.output), given or config.output
+    folder, spec = Path(config.output), spec or config.output
     if config.method.learns_reward:
         raise ConfigError(
-            given,
+            spec,
             "is a reward model, which writes nothing and has no log-probs",
             "penchant eval on its run, without options, gives accuracy and calibration; it can be --reward of a language model",
         )
     checkpoint = find_checkpoint(folder, step)
     if checkpoint is None and step != "0" and (folder / IDENTITY).exists():
         raise CheckpointError(
-            given, "this run has no checkpoint yet", "continue training it, or give --step 0 for its start"
+            spec, "this run has no checkpoint yet", "continue training it, or give --step 0 for its start"
         )
     seed, tokenizer = config.train.seed, config.model.tokenizer or config.model.path
     adapter = None if config.model.adapter is None else Path(config.model.adapter)
-    first = Source(START, config.model, tokenizer, adapter, seed, config, folder, START)
-    named = _named_start(config)
+    start_source = Source(START, config.model, tokenizer, adapter, seed, config, folder, START)
+    reference = _reference_source(config)
     model = None if checkpoint is None else checkpoint / "model"
     if model is None or not is_adapter(model):
-        _no_base(given, base)
+        _refuse_base(spec, base)
     if model is None or checkpoint is None:
-        return replace(first, name=given, start=named)
-    own = str(model) if (model / "tokenizer_config.json").exists() else tokenizer
-    made = replace(first, name=given, checkpoint=checkpoint.name, tokenizer=own, start=named or first)
+        return replace(start_source, name=spec, start=reference)
+    own_tokenizer = str(model) if (model / "tokenizer_config.json").exists() else tokenizer
+    source = replace(
+        start_source, name=spec, checkpoint=checkpoint.name, tokenizer=own_tokenizer, start=reference or start_source
+    )
     if is_adapter(model):
-        return replace(made, base=config.model if base is None else ModelConfig(path=base), adapter=model)
-    return replace(made, base=_of_folder(model, config), adapter=None)
+        return replace(source, base=config.model if base is None else ModelConfig(path=base), adapter=model)
+    return replace(source, base=_model_config(model, config), adapter=None)
 
 
-def _named_start(config: RunConfig) -> Source | None:
+def _reference_source(config: RunConfig) -> Source | None:
     """The model at `reference.path`, or None."""
     path = config.reference.path
     if path is None:
@@ -383,12 +385,12 @@ def _named_start(config: RunConfig) -> Source | None:
     return Source(path, ModelConfig(path=path), config.model.tokenizer or path, run=config)
 
 
-def _of_adapter(given: str, path: Path, base: str | None) -> Source:
-    named = base or adapter_base(path)
-    if named is None:
-        raise ModelError(given, "the adapter does not say what its base model is", "name it with --base")
-    if looks_like_folder(named) and not Path(named).expanduser().is_dir():
-        raise ModelError(given, f"its base model {named!r} is not there", "name the base with --base")
-    model = ModelConfig(path=named)
-    own = str(path) if (path / "tokenizer_config.json").exists() else named
-    return Source(given, model, own, path, start=Source(named, model, named))
+def _source_from_adapter(spec: str, path: Path, base: str | None) -> Source:
+    base_path = base or adapter_base(path)
+    if base_path is None:
+        raise ModelError(spec, "the adapter does not say what its base model is", "name it with --base")
+    if looks_like_folder(base_path) and not Path(base_path).expanduser().is_dir():
+        raise ModelError(spec, f"its base model {base_path!r} is not there", "name the base with --base")
+    model = ModelConfig(path=base_path)
+    own_tokenizer = str(path) if (path / "tokenizer_config.json").exists() else base_path
+    return Source(spec, model, own_tokenizer, path, start=Source(base_path, model, base_path))

@@ -38,7 +38,7 @@ def run_identity(config: RunConfig, fingerprints: list[str], contents: Mapping[s
     return json.loads(without_passwords(json.dumps({"config": settings, "data": fingerprints, **contents})))
 
 
-def contents_of(config: RunConfig) -> dict[str, str]:
+def content_hashes(config: RunConfig) -> dict[str, str]:
     """SHA-256 of all files that a run uses besides its config and rows, keyed by the name to report if one has changed."""
     what = "loss" if config.algorithm is None else "algorithm"
     own = {f"content of {what} {n}": sha256 for n, sha256 in config.own_contents().items()}
@@ -53,12 +53,12 @@ def reward_contents(config: RunConfig) -> dict[str, str]:
     return found | {f"content of reward {n}: {f}": sha256 for n in names for f, sha256 in contents_beside(n).items()}
 
 
-OF_MODEL = re.compile(r"(adapter_|generation_)?config\.json")
-OF_TOKENIZER = re.compile(
+MODEL_FILES = re.compile(r"(adapter_|generation_)?config\.json")
+TOKENIZER_FILES = re.compile(
     r"(tokenizer|special_tokens|added_tokens|vocab|merges|spiece|sentencepiece|chat_template).*\.(json|txt|model|jinja)"
 )
-OF_PROCESSOR = re.compile(r"(pre)?processor_config\.json")
-WEIGHTS = re.compile(r".*\.(safetensors|bin)")
+PROCESSOR_FILES = re.compile(r"(pre)?processor_config\.json")
+WEIGHT_FILES = re.compile(r".*\.(safetensors|bin)")
 
 
 def model_contents(config: RunConfig) -> dict[str, str]:
@@ -67,18 +67,24 @@ def model_contents(config: RunConfig) -> dict[str, str]:
     Starting weights are covered by the hash of the loaded model in manifest.json, except for reward models, whose head is
     initialized randomly.
     """
-    weights = [WEIGHTS] if config.method.learns_reward else []
+    weights = [WEIGHT_FILES] if config.method.learns_reward else []
     tokenizer = "model.path" if config.model.tokenizer is None else "model.tokenizer"
-    asked = (
-        ("model.path", config.model.path, [OF_MODEL, *weights]),
-        (tokenizer, config.model.tokenizer or config.model.path, [OF_TOKENIZER, *([OF_PROCESSOR] * config.model.sees)]),
-        ("model.adapter", config.model.adapter, [OF_MODEL, WEIGHTS]),
-        ("reference.path", config.reference.path, [OF_MODEL, WEIGHTS]),
+    sources = (
+        ("model.path", config.model.path, [MODEL_FILES, *weights]),
+        (
+            tokenizer,
+            config.model.tokenizer or config.model.path,
+            [TOKENIZER_FILES, *([PROCESSOR_FILES] * config.model.sees)],
+        ),
+        ("model.adapter", config.model.adapter, [MODEL_FILES, WEIGHT_FILES]),
+        ("reference.path", config.reference.path, [MODEL_FILES, WEIGHT_FILES]),
     )
     found: dict[str, str] = {}
-    for key, path, patterns in asked:
+    for key, path, patterns in sources:
         hub = path is not None and not looks_like_folder(path)
-        folders = _in_hub_cache(key, str(path), config.model.revision, patterns) if hub else _model_folders(key, path)
+        folders = (
+            _cached_hub_folder(key, str(path), config.model.revision, patterns) if hub else _model_folders(key, path)
+        )
         for at, folder in folders:
             files = sorted(p for p in folder.iterdir() if p.is_file() and any(t.fullmatch(p.name) for t in patterns))
             # a large file is hashed once; afterwards its size and timestamps tell whether it has changed
@@ -88,13 +94,13 @@ def model_contents(config: RunConfig) -> dict[str, str]:
     return found
 
 
-def _in_hub_cache(
+def _cached_hub_folder(
     key: str, name: str, revision: str | None, patterns: Sequence[re.Pattern[str]]
 ) -> Iterator[tuple[str, Path]]:
     """The cached folder of a hub id, with all the files to hash."""
-    wanted = ["*.json", *(["*.txt", "*.model", "*.jinja"] if OF_TOKENIZER in patterns else [])]
-    folder = snapshot(name, revision, [*wanted, *(["*.safetensors"] if WEIGHTS in patterns else [])])
-    if folder is not None and WEIGHTS in patterns and not any(folder.glob("*.safetensors")):
+    wanted = ["*.json", *(["*.txt", "*.model", "*.jinja"] if TOKENIZER_FILES in patterns else [])]
+    folder = snapshot(name, revision, [*wanted, *(["*.safetensors"] if WEIGHT_FILES in patterns else [])])
+    if folder is not None and WEIGHT_FILES in patterns and not any(folder.glob("*.safetensors")):
         folder = snapshot(name, revision, [*wanted, "*.bin"])
     if folder is not None:
         yield f"{key}{IN_CACHE}", folder
@@ -114,13 +120,17 @@ def _model_folders(key: str, path: str | None) -> Iterator[tuple[str, Path]]:
 
 def changed_since(folder: Path, config: RunConfig) -> list[str]:
     """A sentence for each file besides config and rows that has changed or disappeared since the run was trained."""
-    theirs, mine = read_folder(folder).identity if is_intact(folder / IDENTITY) else {}, contents_of(config)
-    kept = {key: value for key, value in theirs.items() if key.startswith(CONTENT) and key != TOKENS}
-    of_both = {key.partition(": ")[0] for key in kept} & {key.partition(": ")[0] for key in mine}  # not overridden
-    asked = {*kept, *mine} if TOKENS in theirs else {*kept}
-    names = [key for key in sorted(asked) if mine.get(key) != kept.get(key) and key.partition(": ")[0] in of_both]
-    so = f"has changed since {folder.name} was trained with it: these figures are of what it is now."
-    return [f"{key.removeprefix(CONTENT)} {so}" for key in names]
+    recorded, current = read_folder(folder).identity if is_intact(folder / IDENTITY) else {}, content_hashes(config)
+    recorded_hashes = {key: value for key, value in recorded.items() if key.startswith(CONTENT) and key != TOKENS}
+    common = {key.partition(": ")[0] for key in recorded_hashes} & {
+        key.partition(": ")[0] for key in current
+    }  # not overridden
+    keys = {*recorded_hashes, *current} if TOKENS in recorded else {*recorded_hashes}
+    names = [
+        key for key in sorted(keys) if current.get(key) != recorded_hashes.get(key) and key.partition(": ")[0] in common
+    ]
+    sentence = f"has changed since {folder.name} was trained with it: these figures are of what it is now."
+    return [f"{key.removeprefix(CONTENT)} {sentence}" for key in names]
 
 
 def trees_sha256(rows: Rows) -> str:

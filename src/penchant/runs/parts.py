@@ -137,7 +137,16 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
     set_threads(config, model)
     model = prepared(model, config, rows)
     parts = Parts(
-        config, device, dtype, rows.tokenizer, lambda: rows.asked, rows.trees, rows.mismatched, model, {}, None
+        config,
+        device,
+        dtype,
+        rows.tokenizer,
+        lambda: rows.prompts_by_source,
+        rows.trees,
+        rows.mismatched,
+        model,
+        {},
+        None,
     )
     method.check(parts)
     parts.modules = method.modules(parts, lambda: fresh_model(config, config.model, device, shared), console.note)
@@ -155,7 +164,7 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
         eps=how.adam_eps,
         momentum=how.momentum,
         weight_decay=how.weight_decay,
-        rate_of=lambda name: config.lora.lr_ratio if config.lora is not None and is_b_matrix(name) else 1.0,
+        lr_scale=lambda name: config.lora.lr_ratio if config.lora is not None and is_b_matrix(name) else 1.0,
         stays_wide=partial(stays_wide, model),
     )
     if not current().many:
@@ -326,7 +335,7 @@ def set_threads(config: RunConfig, model: Any) -> None:
     set_precision(next(model.parameters()).device, config.train.tf32)
 
 
-def answering(model: Any, config: RunConfig, dtype: torch.dtype, processor: Any = None) -> Scorer:
+def prepare_for_inference(model: Any, config: RunConfig, dtype: torch.dtype, processor: Any = None) -> Scorer:
     """A loaded language model for inference only: frozen, in `dtype`, with the threads and packing of its config.
 
     Args:
@@ -532,8 +541,8 @@ def _reference(built: Built, kind: str, rows: Rows, shared: Alone, console: Any,
     if cfg.path is not None:
         live = LiveReference(frozen_scorer(parts, shared))
     if not cache:
-        return _computed(built, live)
-    return _cached(built, live, rows, shared, console)
+        return _compute_reference(built, live)
+    return _cached_reference(built, live, rows, shared, console)
 
 
 def starts_adapted(config: RunConfig) -> bool:
@@ -573,7 +582,7 @@ def reference_source(config: RunConfig) -> ModelConfig:
     )
 
 
-def _cached(built: Built, live: LiveReference, rows: Rows, shared: Alone, console: Any) -> CachedReference:
+def _cached_reference(built: Built, live: LiveReference, rows: Rows, shared: Alone, console: Any) -> CachedReference:
     """A cached reference, read from disk or computed now."""
     found_for: list[CachedReference] = []
     parts, own = built.parts, built.parts.config.reference.path
@@ -606,7 +615,7 @@ def with_adapter_sha256(config: RunConfig, weights: str) -> str:
     return f"{weights} {lora.model_dump_json() if lora and adapter is None else model_sha256(Path(str(adapter)))}"
 
 
-def _computed(built: Built, live: LiveReference) -> CachedReference:
+def _compute_reference(built: Built, live: LiveReference) -> CachedReference:
     """A reference computed now, with its time and tokens stored in `built`."""
     parts = built.parts
     trees = [*parts.trees[0], *parts.trees[1], *parts.mismatched.values()]
@@ -634,13 +643,16 @@ def cache_paths(config: RunConfig, rows: Rows, weights: str, model: Any) -> dict
         weights += processor_sha256(rows.processor)
     how = {"dtype": dtype, "tokenizer": tokenizer_sha256(rows.tokenizer), "template": config.data.template}
     return {
-        name: (trees, folder / f"{cache_key(weights + config_sha256(model) + _seen(trees), trees, **how)}.safetensors")
+        name: (
+            trees,
+            folder / f"{cache_key(weights + config_sha256(model) + _pictures_sha256(trees), trees, **how)}.safetensors",
+        )
         for name, trees in groups.items()
         if trees
     }
 
 
-def _seen(trees: Sequence[TokenTree]) -> str:
+def _pictures_sha256(trees: Sequence[TokenTree]) -> str:
     """SHA-256 of the pictures of some trees; empty if there are none, as in all trees on disk."""
     if isinstance(trees, StoredTokens):
         return ""

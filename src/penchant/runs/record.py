@@ -80,7 +80,7 @@ def tokenizer_sha256(tokenizer: Any) -> str:
 # ---- manifest ------------------------------------------------------------------------------------------------------------
 
 
-def _given(config: RunConfig) -> list[str]:
+def _given_files(config: RunConfig) -> list[str]:
     """The files in the run folder of objects given from Python that the config refers to."""
     text = dump_config(config)
     folder = Path(config.output) / GIVEN_FOLDER
@@ -107,7 +107,7 @@ def write_manifest(
         status: running, finished, paused, interrupted or stopped; why: it ended early, or None; lr: the peak.
     """
     config, parts = built.parts.config, built.parts
-    again = config.train.gradient_checkpointing
+    checkpointing = config.train.gradient_checkpointing
     data: dict[str, Any] = {
         name: {
             "layout": d.shape,
@@ -118,7 +118,7 @@ def write_manifest(
         }
         for name, d in rows.loaded.items()
     }
-    for name, d in rows.of_sources.items() if config.data.sources else ():
+    for name, d in rows.datasets_by_source.items() if config.data.sources else ():
         data[f"source {name}"] = {"total": d.total, "accepted": d.accepted, "fingerprint": d.fingerprint}
     for name, split in zip(("train split", "held-out split"), rows.datasets, strict=True):
         if split is not None:
@@ -145,10 +145,10 @@ def write_manifest(
         "packing": parts.engine.packing + (" (fast path)" if parts.engine.fast else ""),
         "attention": getattr(getattr(parts.engine, "scorer", parts.engine), "attention", None),
         "reference": built.reference_kind,
-        "gradient_checkpointing": again if isinstance(again, str) else ("off", "layers")[again],
+        "gradient_checkpointing": checkpointing if isinstance(checkpointing, str) else ("off", "layers")[checkpointing],
         "data": data,
         **({"processes": current().size} if current().many else {}),
-        **({"given": given} if (given := _given(config)) else {}),
+        **({"given": given} if (given := _given_files(config)) else {}),
         "hardware": {**hardware(), "device": str(parts.device), "dtype": str(parts.dtype).removeprefix("torch.")},
     }
     write_summed(path, without_passwords(json.dumps(manifest, indent=1)))
@@ -157,7 +157,7 @@ def write_manifest(
 # ---- samples -------------------------------------------------------------------------------------------------------------
 
 
-def sampled(config: RunConfig, rows: Rows) -> bool:
+def has_samples(config: RunConfig, rows: Rows) -> bool:
     """Whether completions of some prompts are sampled before and after training."""
     texts = config.method.signal == "tokens" and rows.datasets[0].kind == "text"
     return bool(config.evaluation.samples) and not config.method.learns_reward and not texts
@@ -175,37 +175,37 @@ def write_samples(
     from penchant.rollout.generate import greedy
 
     config = rows.config
-    count, longest = config.evaluation.samples, config.evaluation.sample_tokens
+    count, max_new_tokens = config.evaluation.samples, config.evaluation.sample_tokens
     trees = (rows.trees[1] or rows.trees[0])[:count]
     prompts = [t.prompt_ids.tolist() for t in trees]
     model.eval()
 
     def write() -> list[str]:
-        return greedy(model, rows.tokenizer, prompts, max_new_tokens=longest)
+        return greedy(model, rows.tokenizer, prompts, max_new_tokens=max_new_tokens)
 
-    asked = ("answers", key, rows.key, bool(rows.trees[1]), count, longest)
-    texts = write() if key is None else shared.once(asked, write)
-    turns = _turns(rows, [t.source for t in trees])
-    found = [
-        {"prompt": rows.tokenizer.decode(p, skip_special_tokens=True), **more, "completion": c}
-        for p, more, c in zip(prompts, turns, texts, strict=True)
+    cache_key = ("answers", key, rows.key, bool(rows.trees[1]), count, max_new_tokens)
+    texts = write() if key is None else shared.once(cache_key, write)
+    turns = _prompt_messages(rows, [t.source for t in trees])
+    samples = [
+        {"prompt": rows.tokenizer.decode(p, skip_special_tokens=True), **messages, "completion": c}
+        for p, messages, c in zip(prompts, turns, texts, strict=True)
     ]
     if current().leads:
         with spared(path, say):
-            write_summed(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in found))
-    return found
+            write_summed(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in samples))
+    return samples
 
 
-def _turns(rows: Rows, sources: Sequence[str]) -> list[dict[str, Any]]:
+def _prompt_messages(rows: Rows, sources: Sequence[str]) -> list[dict[str, Any]]:
     """``{"messages": ...}`` of each prompt that is a conversation, as in its row; empty for a plain text."""
     dataset, wanted = rows.datasets[1] if rows.trees[1] else rows.datasets[0], set(sources)
-    found: dict[str, Prompt] = {}
+    prompts: dict[str, Prompt] = {}
     for tree in dataset.trees if dataset is not None else ():
-        if len(found) == len(wanted):
+        if len(prompts) == len(wanted):
             break
         if tree.source in wanted:
-            found.setdefault(tree.source, tree.prompt)
-    return [turns_of(found.get(source, "")) for source in sources]
+            prompts.setdefault(tree.source, tree.prompt)
+    return [turns_of(prompts.get(source, "")) for source in sources]
 
 
 def join_samples(path: Path, before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> None:

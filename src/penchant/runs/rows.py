@@ -80,7 +80,7 @@ class Rows:
     @cached_property
     def loaded(self) -> dict[str, Dataset]:
         """The loaded files with their quarantined rows: ``train``, and ``heldout`` if it has files of its own."""
-        names, parts = self.held_out_sets, self.of_sources
+        names, parts = self.held_out_sets, self.datasets_by_source
         found = {
             "train": self.cache.together(list(parts.values()), list(parts))
             if len(parts) > 1
@@ -100,7 +100,7 @@ class Rows:
         return found
 
     @cached_property
-    def of_sources(self) -> dict[str, Dataset]:
+    def datasets_by_source(self) -> dict[str, Dataset]:
         """The training data by source."""
         data = self.config.data
         sources = {", ".join(s.files): s for s in data.sources}
@@ -150,7 +150,7 @@ class Rows:
             return train, None
         seed = self.config.train.seed if data.split_seed is None else data.split_seed
         train, heldout = self.shared.once(
-            ("split", *content_of(train), str(data.path), data.validation_rows, data.validation_fraction, seed),
+            ("split", *dataset_key(train), str(data.path), data.validation_rows, data.validation_fraction, seed),
             lambda: self.cache.split(
                 self.loaded["train"],
                 validation_rows=data.validation_rows,
@@ -161,8 +161,8 @@ class Rows:
         self.console.note(f"split by prompt: {train.accepted:,} train, {heldout.accepted:,} held out")
         return train, heldout
 
-    def _load(self, path: Any, own: Mapping[str, Any] | None = None) -> Dataset:
-        """Load files as rows to train on; `own` holds the source's own settings for reading them."""
+    def _load(self, path: Any, source_settings: Mapping[str, Any] | None = None) -> Dataset:
+        """Load files as rows to train on; `source_settings` holds the source's own settings for reading them."""
         data, method = self.config.data, self.method
         reading = data.model_dump(include={"shape", "columns", "on_bad_row", "identical", "limit", "layout_options"})
         if data.weight is not None:
@@ -173,7 +173,7 @@ class Rows:
         reading |= data.model_dump(include={"bounds"}, exclude_defaults=True)
         if self.config.model.sees:
             reading |= {"image_dir": data.image_dir or ""}
-        reading |= own or {}
+        reading |= source_settings or {}
         if self.keep_columns:
             reading |= {"keep_columns": True, "rollouts": method.signal == "prompts"}
         dataset = self.shared.once(
@@ -183,8 +183,8 @@ class Rows:
         adapted = adapt(dataset, method.name, method.signal, method.needs, data, str(path))
         if method.signal == "prompts" and dataset.kind != "prompts":
             self.console.note(f"{path}: its answers are not used; each prompt is asked once")
-        if method.signal == "prompts" and (said := repeated_prompts(adapted)):
-            self.console.note(f"{path}: {said}")
+        if method.signal == "prompts" and (note := repeated_prompts(adapted)):
+            self.console.note(f"{path}: {note}")
         if method.signal == "unpaired":
             good, bad = label_counts(adapted.trees)
             self.console.note(f"{path}: {good:,} good and {counted(bad, 'bad answer')}")
@@ -224,17 +224,17 @@ class Rows:
         data = self.config.data
         if self.reward_parts is not None:
             return self.reward_parts.tokenize(dataset, on_bad_row or data.on_bad_row)
-        how = data.model_dump(
+        options = data.model_dump(
             include={"template", "template_options", "max_length", "truncation", "on_bad_row", "identical", "add_eos"}
         )
-        how["on_bad_row"] = on_bad_row or data.on_bad_row
+        options["on_bad_row"] = on_bad_row or data.on_bad_row
         if uses_chat(data.template, self.tokenizer):
-            how["template_options"] = dated(data.template_options, self.tokenizer)
+            options["template_options"] = dated(data.template_options, self.tokenizer)
         if self.config.model.sees:
-            return PicturedTokenization(self.processor, dataset.kind, **how).all(dataset.trees)
-        key = ("tokens", *self.tokenizer_key[1:], str(data.path), str(data.eval_path), *content_of(dataset))
+            return PicturedTokenization(self.processor, dataset.kind, **options).all(dataset.trees)
+        key = ("tokens", *self.tokenizer_key[1:], str(data.path), str(data.eval_path), *dataset_key(dataset))
         return self.shared.once(
-            (*key, json.dumps(how, sort_keys=True)), lambda: self.cache.tokenize(dataset, self.tokenizer, **how)
+            (*key, json.dumps(options, sort_keys=True)), lambda: self.cache.tokenize(dataset, self.tokenizer, **options)
         )
 
     @cached_property
@@ -285,19 +285,19 @@ class Rows:
         return found
 
     @cached_property
-    def asked(self) -> Mapping[str, PromptTree | None]:
+    def prompts_by_source(self) -> Mapping[str, PromptTree | None]:
         """Map each row's source to its prompt with extra columns; None if files of the same name differ there."""
         return rows_by_source(t for d in self.datasets if d is not None for t in d.trees)
 
     def part(self, train: Sequence[int], heldout: int, config: RunConfig) -> Rows:
         """A subset for a run with another config: the given training rows and the first `heldout` held-out rows."""
-        few = copy.copy(self)  # with everything loaded so far
-        few.config = config
-        vars(few).pop("shares", None)
-        few.trees = [self.trees[0][i] for i in train], self.trees[1][:heldout]
-        rows = {t.row for part in few.trees for t in part}
-        few.mismatched = {row: t for row, t in self.mismatched.items() if row in rows}
-        return few
+        subset = copy.copy(self)  # with everything loaded so far
+        subset.config = config
+        vars(subset).pop("shares", None)
+        subset.trees = [self.trees[0][i] for i in train], self.trees[1][:heldout]
+        rows = {t.row for part in subset.trees for t in part}
+        subset.mismatched = {row: t for row, t in self.mismatched.items() if row in rows}
+        return subset
 
     def audit(self, tokenize: bool = True, *, languages: bool = False, counters: Sequence[Any] = ()) -> Audit:
         """The data audit of every split; an audit with additional `counters` is not shared between runs."""
@@ -305,28 +305,28 @@ class Rows:
         splits = {"train": train} | ({"held out": heldout} if heldout is not None else {})
         whole, path = self.loaded["train"], self.config.data.path
 
-        def made() -> Audit:
+        def run() -> Audit:
             tokens = self.tokenize(whole, on_bad_row="skip") if tokenize else None
             if counters:
                 return run_audit(whole, tokens, splits, path, languages=languages, counters=counters)
             return self.cache.audit(whole, tokens, splits, path, languages=languages)
 
         if counters:
-            return made()  # keys do not cover a user's own functions
-        return self.shared.once(("audit", tokenize, languages, *content_of(whole), *self.key), made)
+            return run()  # keys do not cover a user's own functions
+        return self.shared.once(("audit", tokenize, languages, *dataset_key(whole), *self.key), run)
 
     # ---- keys for what runs can share ----------------------------------------------------------------------------------
 
     @property
     def tokenizer_key(self) -> Key:
         model = self.config.model
-        eyes = (json.dumps([model.vision, model.image_options], sort_keys=True),) if model.sees else ()
-        return ("tokenizer", model.tokenizer or model.path, model.revision, *eyes)
+        vision = (json.dumps([model.vision, model.image_options], sort_keys=True),) if model.sees else ()
+        return ("tokenizer", model.tokenizer or model.path, model.revision, *vision)
 
     @property
     def key(self) -> Key:
         """Everything that the token trees depend on."""
-        content = [content_of(d) for d in self.datasets if d is not None]
+        content = [dataset_key(d) for d in self.datasets if d is not None]
         method = self.method.name if self.method.learns_reward else "rows"
         return (method, self.method.signal, self.tokenizer_key, self.config.data.model_dump_json(), *content)
 
@@ -357,6 +357,6 @@ def within_context(config: RunConfig, note: Callable[[str], None] = lambda text:
     return config.model_copy(update={"data": data.model_copy(update={"max_length": room})})
 
 
-def content_of(dataset: Dataset) -> Key:
+def dataset_key(dataset: Dataset) -> Key:
     """A key that distinguishes a dataset from others made of the same files."""
     return (dataset.fingerprint, dataset.kind, dataset.accepted, dataset.total)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 Key = tuple[Hashable, ...]
-MANY = 16  # small objects kept per model
+SMALL_OBJECTS_PER_MODEL = 16  # small objects kept per model
 
 
 class Alone:
@@ -32,24 +32,24 @@ class Shared(Alone):
     """Caches objects by key; the least recently used are dropped first.
 
     Args:
-        kept: the number of models to keep; of every other kind, `MANY` times as many are kept.
+        kept: the number of models to keep; of every other kind, `SMALL_OBJECTS_PER_MODEL` times as many are kept.
     """
 
     def __init__(self, kept: int = 4) -> None:
         self.kept = kept
         self.made: Counter[Hashable] = Counter()  # by kind: how many objects were made
-        self._found: dict[Key, Any] = {}
+        self._objects: dict[Key, Any] = {}
 
     def once(self, key: Key, make: Callable[[], T]) -> T:
-        if key in self._found:
-            self._found[key] = self._found.pop(key)  # most recently used last
-            return self._found[key]
+        if key in self._objects:
+            self._objects[key] = self._objects.pop(key)  # most recently used last
+            return self._objects[key]
         value = make()
         self.made[key[0]] += 1
-        self._found[key] = value
-        of_kind = [k for k in self._found if k[0] == key[0]]
-        for old in of_kind[: -self.kept * (1 if key[0] == "model" else MANY)]:
-            del self._found[old]
+        self._objects[key] = value
+        same_kind = [k for k in self._objects if k[0] == key[0]]
+        for old in same_kind[: -self.kept * (1 if key[0] == "model" else SMALL_OBJECTS_PER_MODEL)]:
+            del self._objects[old]
         return value
 
     def fresh(self, key: Key, make: Callable[[], T]) -> T:

@@ -46,7 +46,7 @@ class Planned:
     why: str
 
 
-def judge(
+def planned_action(
     member: Member, record: Mapping[str, Any] | None, inputs: Inputs, what: str, ended: Collection[str] = ("finished",)
 ) -> Planned | None:
     """Decide what to do with a run that is new, changed or interrupted; None for any other, whose record decides.
@@ -62,11 +62,11 @@ def judge(
         return Planned(member.name, "run", "not started")
     state = record["state"]
     if last is None and not (state == "stopped" and state in ended and member.folder.exists()):
-        gone = state in ended or state in ("paused", "cut")
-        return Planned(member.name, "run", "its checkpoints are gone" if gone else "started, no checkpoint yet")
-    found = changes(record["inputs"], inputs)
-    if found:
-        return Planned(member.name, "changed", "; ".join(found))
+        lost = state in ended or state in ("paused", "cut")
+        return Planned(member.name, "run", "its checkpoints are gone" if lost else "started, no checkpoint yet")
+    changed = changes(record["inputs"], inputs)
+    if changed:
+        return Planned(member.name, "changed", "; ".join(changed))
     if state not in (*ended, "paused", "cut"):
         assert last is not None
         return Planned(member.name, "resume", f"interrupted at {last.name.replace('-', ' ')}")
@@ -85,7 +85,7 @@ def read_state(path: Path, keys: Sequence[str]) -> dict[str, Any]:
         raise CheckpointError(str(path), f"cannot be read ({error})", "restore it, or choose another output") from error
 
 
-CHANGED = {  # inputs other than settings, with the message for a change in each
+CHANGE_MESSAGES = {  # inputs other than settings, with the message for a change in each
     "data": "the {} rows have changed",
     "upstream": "the model of {} has changed",
     "models": "the model of {} has changed",
@@ -139,33 +139,33 @@ def model_folder(folder: Path, which: str | None) -> Path:
         name = f"step-{which}"
     elif which != "last":
         best = checkpoint_state(last).get("best_step")
-        kept = best is not None and (folder / CHECKPOINTS / f"step-{best}" / MANIFEST).exists()
-        if which == "best" and not kept:
+        has_best = best is not None and (folder / CHECKPOINTS / f"step-{best}" / MANIFEST).exists()
+        if which == "best" and not has_best:
             how = "hold something out and set checkpoint.keep_best, or use @last"
             raise CheckpointError(str(folder), "has no best checkpoint", how)
-        name = f"step-{best}" if kept else last.name
+        name = f"step-{best}" if has_best else last.name
     path = folder / CHECKPOINTS / name
     if not (path / MANIFEST).exists():
-        there = ", ".join(p.name for p in checkpoints(folder))
-        how = f"there are {there}; checkpoint.keep_last says how many are kept"
+        names = ", ".join(p.name for p in checkpoints(folder))
+        how = f"there are {names}; checkpoint.keep_last says how many are kept"
         raise CheckpointError(str(path), "no such checkpoint", how)
     return path / "model"
 
 
-def outputs_of(folder: Path) -> dict[str, str]:
+def checkpoint_hashes(folder: Path) -> dict[str, str]:
     """``{checkpoint: SHA-256 of its model}`` for the best and the last checkpoint."""
     found = {model_folder(folder, which) for which in (None, "last")}
     return {model.parent.name: model_sha256(model) for model in sorted(found)}
 
 
-def inputs_of(
+def run_inputs(
     config: RunConfig, splits: Sequence[Dataset | None], files: Inputs, upstream: Mapping[str, Path] | None = None
 ) -> Inputs:
     """Everything that a run's result depends on, apart from the program.
 
     Args:
         config: with references to stages as written (so moving a folder changes nothing); splits: training and held-out rows.
-        files: from `files_of`; upstream: the model folder behind each reference.
+        files: from `file_hashes`; upstream: the model folder behind each reference.
     """
     data = {n: d.fingerprint for n, d in zip(("training", "held-out"), splits, strict=True) if d is not None}
     return {
@@ -177,7 +177,7 @@ def inputs_of(
     }
 
 
-def files_of(config: RunConfig, *rewards: Any) -> Inputs:
+def file_hashes(config: RunConfig, *rewards: Any) -> Inputs:
     """SHA-256 of the models that a config names, and of the files behind its rewards (given as written in the config)."""
     paths = {
         "model.path": config.model.path,
@@ -185,13 +185,13 @@ def files_of(config: RunConfig, *rewards: Any) -> Inputs:
         "model.adapter": config.model.adapter,
         "reference.path": config.reference.path,
     }
-    found = {k: _own_folder(Path(p).expanduser()) for k, p in paths.items() if p is not None}
+    found = {k: _resolve_model_folder(Path(p).expanduser()) for k, p in paths.items() if p is not None}
     local = {k: folder for k, folder in found.items() if folder.is_dir()}
     hashes = {name: found for reward in rewards for name, found in reward_hashes(reward).items()}
     return {"models": {key: model_sha256(folder) for key, folder in local.items()}, "rewards": hashes}
 
 
-def _own_folder(folder: Path) -> Path:
+def _resolve_model_folder(folder: Path) -> Path:
     """A model folder; for a run or checkpoint folder, the one inside it."""
     if (folder / CHECKPOINTS).is_dir():
         return model_folder(folder, None)
@@ -202,7 +202,7 @@ def check_models(config: RunConfig, *, stages: bool = False) -> None:
     """Raise ModelError or CheckpointError for missing model folders; `stages` allows ``stage:NAME`` for one made later."""
     for path in (config.model.path, config.reference.path):
         if path is not None and not (stages and path.startswith("stage:")):
-            folder = _own_folder(Path(path).expanduser())
+            folder = _resolve_model_folder(Path(path).expanduser())
             if not is_adapter(folder):
                 check_model_path(str(folder) if folder.is_dir() else path)
 
@@ -233,7 +233,7 @@ def changes(old: Inputs, new: Inputs) -> list[str]:
     defaults = json.loads(json.dumps(default_settings()))
     new = json.loads(json.dumps(new))
     found = differences(old.get("config"), new.get("config"), defaults=defaults)
-    for part, words in CHANGED.items():
+    for part, words in CHANGE_MESSAGES.items():
         before, now = old.get(part, {}), new.get(part, {})
         for key in sorted({*before, *now}):
             if ": " in key and part not in ("data", "models") and not any(": " in k for k in before):

@@ -17,7 +17,7 @@ from penchant.logprobs.packing import check_precision
 from penchant.models.cpu.decode import FastDecoder, can_decode_fast
 from penchant.models.load import cast_parameters, load_tokenizer, resolve_device, resolve_dtype
 from penchant.models.options import check_text_alone
-from penchant.runs.find import Source, check_there, find_model, runs_in
+from penchant.runs.find import Source, check_exists, find_model, runs_in
 from penchant.types import Message, PromptTree
 
 
@@ -216,7 +216,7 @@ def load_chat_model(
 def _find_source(path: str, step: str, base: str | None) -> Source:
     runs = runs_in(path)
     if runs:
-        check_there(path)
+        check_exists(path)
         raise ConfigError(path, "is not a run but a folder of runs", f"give one of them: {', '.join(runs)}")
     return find_model(path, step=step, base=base)
 

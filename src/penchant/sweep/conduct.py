@@ -23,10 +23,10 @@ from penchant.runs.state import (
     changes,
     check_models,
     check_reward,
-    files_of,
-    inputs_of,
-    judge,
+    file_hashes,
+    planned_action,
     read_state,
+    run_inputs,
 )
 from penchant.sweep import Sweep, SweepRun
 from penchant.sweep.cluster import Cluster, open_cluster
@@ -173,7 +173,7 @@ def judge_run(run: SweepRun, record: Mapping[str, Any] | None, inputs: Inputs, h
     """
     if record is not None and record["state"] == "cut" and halved and not changes(record["inputs"], inputs):
         return Planned(run.name, "done", record["why"])  # even if its folder is gone
-    made = judge(run, record, inputs, "sweep", ENDED)
+    made = planned_action(run, record, inputs, "sweep", ENDED)
     if made is not None:
         return made
     assert record is not None
@@ -292,8 +292,8 @@ class SweepConductor:
             one = Run(config, quiet=True, shared=self.shared)
             splits = one.rows.datasets
             self._look(one)
-            files = self.shared.once(("files", *named), lambda: files_of(config, *rewards))
-            self._inputs[run.name] = inputs_of(config, splits, files)
+            files = self.shared.once(("files", *named), lambda: file_hashes(config, *rewards))
+            self._inputs[run.name] = run_inputs(config, splits, files)
         return self._inputs[run.name]
 
     def _look(self, run: Run) -> None:

@@ -35,33 +35,33 @@ class Callbacks:
     """Several callbacks as one.
 
     Args:
-        given: objects with some of the methods of `Callback`; a plain function is used as `on_step`.
+        callbacks: objects with some of the methods of `Callback`; a plain function is used as `on_step`.
 
     Raises:
         ConfigError: an item is neither.
     """
 
-    def __init__(self, given: Sequence[Any] = ()) -> None:
-        self.given = list(given)
-        for i, one in enumerate(self.given):
-            if not callable(one) and not any(callable(getattr(one, name, None)) for name in EVENTS):
+    def __init__(self, callbacks: Sequence[Any] = ()) -> None:
+        self.callbacks = list(callbacks)
+        for i, callback in enumerate(self.callbacks):
+            if not callable(callback) and not any(callable(getattr(callback, name, None)) for name in EVENTS):
                 how = f"give a function f(step, metrics), or an object with {', '.join(EVENTS[:-1])} or {EVENTS[-1]}"
-                raise ConfigError(f"callbacks[{i}]", f"is of type {type(one).__name__}", how)
+                raise ConfigError(f"callbacks[{i}]", f"is of type {type(callback).__name__}", how)
 
-    def __call__(self, event: str, *said: Any) -> bool:
+    def __call__(self, event: str, *args: Any) -> bool:
         """Notify every callback of an event; return whether any of them asked to stop the run.
 
         Raises:
             ConfigError: a callback returned something other than None or ``"stop"``.
         """
         stop = False
-        for one in self.given:
-            method = getattr(one, event, None)
-            if event == "on_step" and not any(hasattr(one, name) for name in EVENTS):
-                method = one
-            answer = None if method is None else method(*said)
+        for callback in self.callbacks:
+            method = getattr(callback, event, None)
+            if event == "on_step" and not any(hasattr(callback, name) for name in EVENTS):
+                method = callback
+            answer = None if method is None else method(*args)
             if answer is not None and answer != STOP:
-                where = f"callback {getattr(one, '__name__', type(one).__name__)}"
+                where = f"callback {getattr(callback, '__name__', type(callback).__name__)}"
                 raise ConfigError(where, f"{event} returned {answer!r}", f"return {STOP!r} to end the run, or nothing")
             stop |= answer == STOP
         return stop

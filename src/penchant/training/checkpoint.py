@@ -53,7 +53,7 @@ def save_checkpoint(
             sums = {str(p.relative_to(aside)): file_sha256(p) for p in sorted(aside.rglob("*")) if p.is_file()}
             for path in aside.rglob("*"):
                 fsync(path)
-            _give_its_name(aside, final, step, sums)
+            _finalize_checkpoint(aside, final, step, sums)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -61,7 +61,7 @@ def save_checkpoint(
 
 
 # safetensors' names for dtypes
-_STORED_AS = {
+_SAFETENSORS_DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -77,10 +77,10 @@ _STORED_AS = {
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file one tensor at a time; `save_file` would copy all GPU tensors to host memory at once."""
-    in_order = sorted(tensors.items(), key=lambda named: (-named[1].element_size(), named[0]))
+    in_order = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     ends = itertools.accumulate((t.nbytes for _, t in in_order), initial=0)
     parts = {
-        name: {"dtype": _STORED_AS[t.dtype], "shape": list(t.shape), "data_offsets": place}
+        name: {"dtype": _SAFETENSORS_DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": place}
         for (name, t), place in zip(in_order, itertools.pairwise(ends), strict=True)
     }
     header = json.dumps(parts).encode()
@@ -130,8 +130,8 @@ def save_sharded(
         with world.together(patient=True), writing(final):  # only rank 0 writes the model, perhaps slowly
             write_model(aside / "model")
         try:
-            with writing(final), _its_cause():
-                files = _numbered(tensors, world.size * FILE_BYTES)
+            with writing(final), _reraise_cause():
+                files = _assign_files(tensors, world.size * FILE_BYTES)
                 writer = HuggingFaceStorageWriter(str(aside / SHARDS), files, save_distributed=True)
                 dcp.save(dict(tensors), storage_writer=writer, process_group=world.group)
         except DiskError as error:  # DCP raises one rank's error on all ranks
@@ -145,12 +145,12 @@ def save_sharded(
                 if path.name.startswith(f"shard-{world.rank + 1:05d}-") if shard else world.leads:
                     sums[str(path.relative_to(aside))] = file_sha256(path)
                     fsync(path)
-        everyone = {name: sha256 for part in world.gather(sums) for name, sha256 in part.items()}
+        all_sums = {name: sha256 for part in world.gather(sums) for name, sha256 in part.items()}
         with world.together(), writing(final):
             if world.leads:
                 for path in (p for p in aside.iterdir() if p.is_dir()):
                     fsync(path)
-                _give_its_name(aside, final, step, everyone)
+                _finalize_checkpoint(aside, final, step, all_sums)
     except BaseException:
         if world.leads:
             shutil.rmtree(aside, ignore_errors=True)
@@ -158,26 +158,26 @@ def save_sharded(
     return final
 
 
-def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def copy_to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copy this rank's shard of all tensors to host memory, as they may change during the write."""
     from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
     return BlockingAsyncStager().stage(dict(tensors))  # type: ignore[return-value]
 
 
-def _numbered(tensors: Mapping[str, Tensor], room: int) -> dict[str, int]:
-    """Map each tensor to the number (from 1) of its file, which holds up to `room` bytes over all ranks, or one tensor."""
-    found, number, held = {}, 1, 0
+def _assign_files(tensors: Mapping[str, Tensor], max_bytes: int) -> dict[str, int]:
+    """Map each tensor to the number (from 1) of its file, which holds up to `max_bytes` bytes over all ranks, or one tensor."""
+    numbers, number, used = {}, 1, 0
     for name, tensor in tensors.items():
         size = tensor.numel() * tensor.element_size()
-        if held and held + size > room:
-            number, held = number + 1, 0
-        found[name], held = number, held + size
-    return found
+        if used and used + size > max_bytes:
+            number, used = number + 1, 0
+        numbers[name], used = number, used + size
+    return numbers
 
 
 @contextmanager
-def _its_cause() -> Iterator[None]:
+def _reraise_cause() -> Iterator[None]:
     """Raise the first failing rank's own exception in place of DCP's, which is not an Exception."""
     from torch.distributed.checkpoint.api import CheckpointException
 
@@ -188,7 +188,7 @@ def _its_cause() -> Iterator[None]:
         raise cause from None
 
 
-def _give_its_name(aside: Path, final: Path, step: int, sums: Mapping[str, str]) -> None:
+def _finalize_checkpoint(aside: Path, final: Path, step: int, sums: Mapping[str, str]) -> None:
     """Finish a checkpoint whose files are on disk: write its manifest and rename it."""
     (aside / MANIFEST).write_text(json.dumps({"step": step, "sha256": dict(sums)}, indent=1))
     fsync(aside / MANIFEST)
@@ -234,16 +234,16 @@ def find_checkpoint(folder: Path, step: str) -> Path | None:
         raise CheckpointError(str(folder), what, "give last or 0, or train first")
     if step == "last":
         return last
-    there = [p.name for p in checkpoints(folder)]
+    names = [p.name for p in checkpoints(folder)]
     if step == "best":
         best = checkpoint_state(last).get("best_step")
         if best is None:
-            how = f"give last, 0 or a step: {', '.join(there)}"
+            how = f"give last, 0 or a step: {', '.join(names)}"
             raise CheckpointError(str(folder), "this run did not track a best checkpoint", how)
         step = str(best)
     path = folder / CHECKPOINTS / f"step-{step}"
-    if path.name not in there:
-        raise CheckpointError(str(path), "no such checkpoint", f"there are {', '.join(there)}; or last, best, 0")
+    if path.name not in names:
+        raise CheckpointError(str(path), "no such checkpoint", f"there are {', '.join(names)}; or last, best, 0")
     return path
 
 
@@ -290,7 +290,7 @@ def _read_shards(folder: Path, masters: Mapping[str, Tensor]) -> dict[str, Tenso
         else:
             tensors[name] = torch.zeros(found.size, dtype=found.properties.dtype)
     reader = HuggingFaceStorageReader(str(folder))
-    with warnings.catch_warnings(), _its_cause():
+    with warnings.catch_warnings(), _reraise_cause():
         warnings.filterwarnings(
             "ignore", "torch.distributed is disabled"
         )  # one process reading a checkpoint of several
@@ -300,10 +300,10 @@ def _read_shards(folder: Path, masters: Mapping[str, Tensor]) -> dict[str, Tenso
 
 def prune(folder: Path, keep_last: int, best_step: int | None) -> None:
     """Delete all checkpoints except the newest `keep_last` and the best one; incomplete ones are deleted too."""
-    there = checkpoints(folder)
-    whole = [p for p in there if (p / MANIFEST).exists()]
-    kept = {*whole[-keep_last:], folder / CHECKPOINTS / f"step-{best_step}"} & {*whole}
-    for path in there:
+    existing = checkpoints(folder)
+    complete = [p for p in existing if (p / MANIFEST).exists()]
+    kept = {*complete[-keep_last:], folder / CHECKPOINTS / f"step-{best_step}"} & {*complete}
+    for path in existing:
         if path not in kept:
             with suppress(OSError):
                 _remove(path)

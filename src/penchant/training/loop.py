@@ -30,7 +30,7 @@ from penchant.models.router import RouterLoss
 from penchant.runfolder import CHECKPOINTS, METRICS, PERF, MetricsLog, NullLog, nan_to_none
 from penchant.training.callbacks import Callbacks
 from penchant.training.checkpoint import (
-    copied,
+    copy_to_host,
     latest_checkpoint,
     load_checkpoint,
     prune,
@@ -68,7 +68,7 @@ class Loop:
         write_model: takes a snapshot of the model and returns a function that writes it as a checkpoint's model folder.
         evaluate: metrics of the held-out set (keys start with ``eval/``), or None.
         updates: optimizer steps per batch (online methods: per batch of rollouts).
-        watched: called with ``"start"`` once the logs are truncated to where the run continues, and with ``"step"`` and
+        on_progress: called with ``"start"`` once the logs are truncated to where the run continues, and with ``"step"`` and
             ``"eval"`` after the line of each step and evaluation is written.
         callbacks: notified of steps, evaluations and checkpoints; may set `stop`, which ends the run as `pause_at` does.
         identity: of the run, also stored in its checkpoints.
@@ -98,7 +98,7 @@ class Loop:
     start_tolerance: tuple[float, float] | None = None
     router: RouterLoss | None = None
     updates: int = 1
-    watched: Callable[[str], None] = lambda _: None
+    on_progress: Callable[[str], None] = lambda _: None
     callbacks: Callbacks = field(default_factory=Callbacks)
     stop: bool = False
     pause_at: int | None = None
@@ -108,10 +108,12 @@ class Loop:
     shares: tuple[Share, ...] = ()
     world: World = field(default_factory=current)
     background: bool = False
-    _writing: tuple[Future[Path], Callable[[], None]] | None = None  # a checkpoint in progress, and its callback
-    _writers: World | None = None  # the same ranks, with a process group for the writing threads
-    _in_order: bool = False
-    _ahead: tuple[int, Callable[[], tuple[Sequence[TokenTree], Sequence[PackedBatch]]]] | None = None
+    _pending_checkpoint: tuple[Future[Path], Callable[[], None]] | None = (
+        None  # a checkpoint in progress, and its callback
+    )
+    _writer_world: World | None = None  # the same ranks, with a process group for the writing threads
+    _has_ordered_hooks: bool = False
+    _prefetched: tuple[int, Callable[[], tuple[Sequence[TokenTree], Sequence[PackedBatch]]]] | None = None
 
     @property
     def schedule(self) -> BatchSchedule:
@@ -139,11 +141,11 @@ class Loop:
         resumed = self._resume(metrics)
         if not resumed:
             metrics.truncate(0)
-        self.watched("start")
+        self.on_progress("start")
         if not resumed and self.evaluate is not None and self.evaluation.at_start:
             self._evaluate(metrics, schedule)
         self._check_pause(total)
-        with _signals(self), self._to_the_end():
+        with _signals(self), self._finish_pending_checkpoint():
             for step in range(self.state.step, total):
                 started = time.perf_counter()
                 line, tokens, trees = self.take_step(step, schedule)
@@ -161,27 +163,27 @@ class Loop:
                 }
                 perf.write(speed)
                 self.console.step(step + 1, total, {**line, **speed, "rows": trees})
-                self._tell("on_step", step + 1, line)
+                self._notify_callbacks("on_step", step + 1, line)
                 self._after_step(metrics, schedule, total)
-                self.watched("step")
+                self.on_progress("step")
         return self.state
 
     def _after_step(self, metrics: MetricsLog, schedule: BatchSchedule, total: int) -> None:
         step = self.state.step
         last = step == total
-        if self.evaluate is not None and (last or _due(self.evaluation.every, step, schedule)):
+        if self.evaluate is not None and (last or _is_due(self.evaluation.every, step, schedule)):
             self._evaluate(metrics, schedule)
-        asked, stop = self._asked_to_stop()
+        signum, stop = self._asked_to_stop()
         paused = (stop or step == self.pause_at) and not last
-        if last or paused or asked is not None or _due(self.checkpoint.every, step, schedule):
-            self._save(metrics, waits=last or paused or asked is not None)
-            asked, stop = self._asked_to_stop()  # again, as saving takes a while and calls callbacks
+        if last or paused or signum is not None or _is_due(self.checkpoint.every, step, schedule):
+            self._save(metrics, wait=last or paused or signum is not None)
+            signum, stop = self._asked_to_stop()  # again, as saving takes a while and calls callbacks
             paused |= stop and not last
-        if asked is not None and not last:
+        if signum is not None and not last:
             raise agreed(
                 Interrupted(
                     str(self.folder),
-                    f"stopped by {signal.Signals(asked).name} at step {step} of {total}; a checkpoint was written",
+                    f"stopped by {signal.Signals(signum).name} at step {step} of {total}; a checkpoint was written",
                     "run the same command to continue",
                 )
             )
@@ -190,16 +192,16 @@ class Loop:
 
     def _asked_to_stop(self) -> tuple[int | None, bool]:
         """The signal that any rank received, or None, and whether a callback asked to stop the run."""
-        written = self._writing is not None and self._writing[0].done()
+        written = self._pending_checkpoint is not None and self._pending_checkpoint[0].done()
         found = self.world.gather((self.interrupted, self.stop, written))
         if all(done for *_, done in found):  # all ranks get here together, so one rank's error is raised on all
-            self._written()
+            self._wait_for_checkpoint()
             found = self.world.gather((self.interrupted, self.stop, written))
         return next((n for n, *_ in found if n is not None), None), any(stop for _, stop, _ in found)
 
-    def _tell(self, event: str, *said: Any) -> None:
-        if self.callbacks.given and self.world.leads:
-            self.stop |= self.callbacks(event, *said)
+    def _notify_callbacks(self, event: str, *args: Any) -> None:
+        if self.callbacks.callbacks and self.world.leads:
+            self.stop |= self.callbacks(event, *args)
 
     def _check_pause(self, total: int) -> None:
         """Pause now if a resumed run is already at `pause_at`; CheckpointError if it is beyond."""
@@ -239,22 +241,22 @@ class Loop:
             TrainingStopped: NaN/Inf, or a failed step-0 check.
         """
         total = schedule.total_steps
-        given, ahead = self._rows_of(step, schedule)
+        scheduled, packed = self._step_rows(step, schedule)
         self._seed(step, 0, rank=0)
         self.model.train()
-        trees = self.algorithm.begin_step(step, progress_at(step, total), given)
+        trees = self.algorithm.begin_step(step, progress_at(step, total), scheduled)
         if self.world.many:
-            self._check_rows(step, None if trees is given else trees)
+            self._check_rows(step, None if trees is scheduled else trees)
             self._seed(step, 0)
         self.algorithm.look_ahead(step, total, lambda later: [self.trees[i] for i in schedule.batch(later)])
-        batches = ahead if ahead is not None and trees is given else self._micro_batches(trees)
+        batches = packed if packed is not None and trees is scheduled else self._micro_batches(trees)
         if not batches:
             return self._empty_step(step, schedule), 0, 0
         batches = [replace(b, seed=self._seed_of(step, i)) for i, b in enumerate(batches)]
         for batch in batches:
             batch.columns |= self.algorithm.columns(batch)
-        if packs_ahead(self.device) and trees is given and step + 1 < total:
-            self._ahead = step + 1, in_background(lambda: self._packed(step + 1, schedule))
+        if packs_ahead(self.device) and trees is scheduled and step + 1 < total:
+            self._prefetched = step + 1, in_background(lambda: self._pack_step(step + 1, schedule))
         weights = [self.algorithm.weights(b) for b in batches if not b.idle]
         counts = self.world.sums({name: sum(w[name] for w in weights) for name in (weights[0] if weights else ())})
         if self.router is not None:
@@ -265,44 +267,46 @@ class Loop:
             means["loss"] += self.router.coef * means["router_aux_loss"]
         t = self.train
         lr = learning_rate(step, total, self.peak_lr, t.schedule, t.warmup_fraction, t.min_lr_fraction)
-        self._check_floor(step, means, batches)
+        self._check_limits(step, means, batches)
         values = self.algorithm.step_values()
-        taken = self.algorithm.accepts(means)
-        if taken:
+        accepted = self.algorithm.accepts(means)
+        if accepted:
             self.optimizer.step(lr)
         else:
             self.optimizer.zero_grad()
         self.algorithm.end_step(step + 1, means)
         tokens = sum(tree_tokens(t, self.shared) for t in trees)
         line = {
-            **_line("train", step + 1, schedule),
+            **_line_header("train", step + 1, schedule),
             **means,
             **values,
             "lr": lr,
             "grad_norm": grad_norm,
             "tokens": self.state.tokens + tokens,
         }
-        if not taken:
+        if not accepted:
             line["skipped"] = "the method refused this step"
         return line, tokens, len(trees)
 
     def _empty_step(self, step: int, schedule: BatchSchedule) -> Metrics:
         """The metrics line of a step with nothing to learn from (every group's rewards are equal); the weights stay unchanged."""
         return {
-            **_line("train", step + 1, schedule),
+            **_line_header("train", step + 1, schedule),
             **self.algorithm.step_values(),
             "skipped": "nothing to learn from in this step",
             "tokens": self.state.tokens,
         }
 
-    def _rows_of(self, step: int, schedule: BatchSchedule) -> tuple[Sequence[TokenTree], Sequence[PackedBatch] | None]:
+    def _step_rows(
+        self, step: int, schedule: BatchSchedule
+    ) -> tuple[Sequence[TokenTree], Sequence[PackedBatch] | None]:
         """The rows of a step, and its batches if they were packed during the previous step."""
-        held, self._ahead = self._ahead, None
-        if held is not None and held[0] == step:
-            return held[1]()
+        prefetched, self._prefetched = self._prefetched, None
+        if prefetched is not None and prefetched[0] == step:
+            return prefetched[1]()
         return [self.trees[i] for i in schedule.batch(step)], None
 
-    def _packed(self, step: int, schedule: BatchSchedule) -> tuple[Sequence[TokenTree], Sequence[PackedBatch]]:
+    def _pack_step(self, step: int, schedule: BatchSchedule) -> tuple[Sequence[TokenTree], Sequence[PackedBatch]]:
         """The rows of a step and their batches, pinned for the GPU."""
         trees = [self.trees[i] for i in schedule.batch(step)]
         return trees, [b.pinned() if self.device.type == "cuda" else b for b in self._micro_batches(trees)]
@@ -315,12 +319,12 @@ class Loop:
         """
         sizes = [tree_tokens(t, self.shared) for t in trees]
         if self.world.many:
-            dealt = plan_dealt(sizes, self.train.tokens_per_step, self.world.dealers)[
+            shares = plan_dealt(sizes, self.train.tokens_per_step, self.world.dealers)[
                 self.world.dealer :: self.world.dealers
             ]
             smallest = min(range(len(sizes)), key=lambda i: sizes[i], default=0)
-            made = [(m, pack([trees[i] for i in m or [smallest]], shared=self.shared)) for m in dealt]
-            return [replace(batch, idle=not members) for members, batch in made]
+            passes = [(m, pack([trees[i] for i in m or [smallest]], shared=self.shared)) for m in shares]
+            return [replace(batch, idle=not members) for members, batch in passes]
         lanes, strands = self.algorithm.side_by_side, self.algorithm.strands
         plan = plan_passes(sizes, self.train.tokens_per_step, lanes, len(strands))
         packed = [pack([trees[i] for i in members], shared=self.shared) for members in plan]
@@ -336,13 +340,13 @@ class Loop:
                 self._backward_coupled(step, [b.to(self.device) for b in batches], counts, totals)
             else:
 
-                def one(_: int, batch: PackedBatch) -> Summed:
+                def backward(_: int, batch: PackedBatch) -> Summed:
                     out = self._loss(step, self.algorithm.score(batch.to(self.device)))
                     loss = reduced(out, counts)
                     (loss * 0.0 if batch.idle else loss).backward()
                     return Totals.summed(out)
 
-                for batch, summed in zip(batches, self._of_batches(one, batches), strict=True):
+                for batch, summed in zip(batches, self._map_batches(backward, batches), strict=True):
                     if not batch.idle:
                         totals.append(summed)
         (grad_norm,) = totals.read(self.optimizer.clip(self.train.max_grad_norm))
@@ -377,43 +381,43 @@ class Loop:
             return scored
 
         with torch.set_grad_enabled(fits):
-            parts = list(self._of_batches(score, batches))
-        mine = tuple(part for part, b in zip(parts, batches, strict=True) if not b.idle)
-        everyone = self.world.gather_tensors(mine, self.device) if self.world.many else [mine]
-        whole = Scored.cat([part for of_rank in everyone for part in of_rank])
+            parts = list(self._map_batches(score, batches))
+        own_parts = tuple(part for part, b in zip(parts, batches, strict=True) if not b.idle)
+        all_parts = self.world.gather_tensors(own_parts, self.device) if self.world.many else [own_parts]
+        whole = Scored.cat([part for rank_parts in all_parts for part in rank_parts])
         leaf = whole.policy_logps.detach().requires_grad_()
         out = self._loss(step, replace(whole, policy_logps=leaf))
         (grad,) = torch.autograd.grad(reduced(out, counts), leaf)
         if self.world.leads:  # every rank computed the whole step's loss
             totals.add(out)
-        before = sum(len(part.lengths) for of_rank in everyone[: self.world.rank] for part in of_rank)
-        own = iter(
-            grad[before:].split(
-                [*(len(p.lengths) for p in mine), len(grad[before:]) - sum(len(p.lengths) for p in mine)]
+        offset = sum(len(part.lengths) for rank_parts in all_parts[: self.world.rank] for part in rank_parts)
+        own_grads = iter(
+            grad[offset:].split(
+                [*(len(p.lengths) for p in own_parts), len(grad[offset:]) - sum(len(p.lengths) for p in own_parts)]
             )
         )
-        grads = [torch.zeros_like(b.lengths, dtype=grad.dtype) if b.idle else next(own) for b in batches]
-        del whole, everyone
+        grads = [torch.zeros_like(b.lengths, dtype=grad.dtype) if b.idle else next(own_grads) for b in batches]
+        del whole, all_parts
 
-        def back(i: int, batch: PackedBatch) -> None:
+        def backward(i: int, batch: PackedBatch) -> None:
             logps = (parts[i] if fits else score(i, batch)).policy_logps
             (logps * grads[i]).sum().backward()
 
-        list(self._of_batches(back, batches))
+        list(self._map_batches(backward, batches))
 
-    def _of_batches(self, call: Callable[[int, PackedBatch], T], batches: Sequence[PackedBatch]) -> Iterator[T]:
-        """Map `call` over (number, batch), in parallel if the algorithm allows; gradients are summed in batch order."""
+    def _map_batches(self, function: Callable[[int, PackedBatch], T], batches: Sequence[PackedBatch]) -> Iterator[T]:
+        """Map `function` over (number, batch), in parallel if the algorithm allows; gradients are summed in batch order."""
         if not self.algorithm.side_by_side:
-            yield from map(call, range(len(batches)), batches)
+            yield from map(function, range(len(batches)), batches)
             return
-        if not self._in_order:
+        if not self._has_ordered_hooks:
             for p in self.optimizer.params.values():
                 in_order(p)
-            self._in_order = True
+            self._has_ordered_hooks = True
         turns = Turns([b.strand for b in batches])
         trees = self.train.batch_size * len({b.strand for b in batches})
-        most = at_once([b.tokens for b in batches], self.train.tokens_per_step, trees)
-        yield from side_by_side(lambda i: call(i, batches[i]), range(len(batches)), most=most, turns=turns)
+        max_parallel = at_once([b.tokens for b in batches], self.train.tokens_per_step, trees)
+        yield from side_by_side(lambda i: function(i, batches[i]), range(len(batches)), most=max_parallel, turns=turns)
         with torch.no_grad():
             turns.close()
 
@@ -427,21 +431,23 @@ class Loop:
         assert self.start_tolerance is not None
         if not isinstance(scored, Scored) or scored.ref_logps is None:
             return
-        away = (scored.policy_logps.detach() - scored.ref_logps).abs()
+        differences = (scored.policy_logps.detach() - scored.ref_logps).abs()
         per_completion, per_token = self.start_tolerance
-        worst = (away - per_token * scored.lengths).argmax()[None]
-        apart, length = on_host(torch.cat([in_fp64(v).index_select(0, worst) for v in (away, scored.lengths)]))
+        worst_index = (differences - per_token * scored.lengths).argmax()[None]
+        difference, length = on_host(
+            torch.cat([in_fp64(v).index_select(0, worst_index) for v in (differences, scored.lengths)])
+        )
         allowed = per_completion + per_token * length
-        if not apart <= allowed:
+        if not difference <= allowed:
             raise TrainingStopped(
                 f"{self.folder}: step 0",
-                f"policy and reference should be equal, but a completion's log-probs differ by {apart:.3g} nats "
+                f"policy and reference should be equal, but a completion's log-probs differ by {difference:.3g} nats "
                 f"(allowed: {allowed:.3g})",
                 "the reference is not the model that training starts from, or a stale cache; delete the cache or set "
                 "reference.kind=frozen",
             )
 
-    def _check_floor(self, step: int, means: Mapping[str, float], batches: Sequence[PackedBatch]) -> None:
+    def _check_limits(self, step: int, means: Mapping[str, float], batches: Sequence[PackedBatch]) -> None:
         """Stop a run that diverges under an objective without a lower bound, before everything is NaN."""
         t = self.train
         logp = means.get("logps/per_token", 0.0)
@@ -515,10 +521,10 @@ class Loop:
         assert self.evaluate is not None
         self.model.eval()
         values = self.world.share(self.evaluate(self.state.step))
-        line = _line("eval", self.state.step, schedule) | values
+        line = _line_header("eval", self.state.step, schedule) | values
         metrics.write(line)
-        self.watched("eval")
-        self._tell("on_evaluation", self.state.step, line)
+        self.on_progress("eval")
+        self._notify_callbacks("on_evaluation", self.state.step, line)
         self.console.evaluated(self.state.step, line)
         self.state.last_eval = line
         value = values.get(self.checkpoint.metric)
@@ -529,9 +535,9 @@ class Loop:
         if better:
             self.state.best_value, self.state.best_step = float(value), self.state.step
 
-    def _save(self, metrics: MetricsLog, waits: bool = True) -> None:
-        """Write a checkpoint, in the background if that is enabled and `waits` is False."""
-        self._written()
+    def _save(self, metrics: MetricsLog, wait: bool = True) -> None:
+        """Write a checkpoint, in the background if that is enabled and `wait` is False."""
+        self._wait_for_checkpoint()
         step, best, algorithm = self.state.step, self.state.best_step, self.algorithm.state_tensors()
         logged = {"metrics_offset": metrics.offset(), "metrics_sha256": metrics.sha256()}
         what: dict[str, Any] = {
@@ -543,12 +549,15 @@ class Loop:
         def done() -> None:
             if self.world.leads:
                 prune(self.folder, self.checkpoint.keep_last, best if self.checkpoint.keep_best else None)
-                self._tell("on_checkpoint", step, self.folder / CHECKPOINTS / f"step-{step}")
+                self._notify_callbacks("on_checkpoint", step, self.folder / CHECKPOINTS / f"step-{step}")
 
-        if self.world.many and self.background and not waits:
-            self._writers = writers = self._writers or self.world.beside()
-            what["tensors"] = copied(what["tensors"])
-            self._writing = started(lambda: save_sharded(self.folder, step, world=writers, **what)), done
+        if self.world.many and self.background and not wait:
+            self._writer_world = writers = self._writer_world or self.world.beside()
+            what["tensors"] = copy_to_host(what["tensors"])
+            self._pending_checkpoint = (
+                run_in_thread(lambda: save_sharded(self.folder, step, world=writers, **what)),
+                done,
+            )
             return
         if self.world.many:
             save_sharded(self.folder, step, world=self.world, **what)
@@ -556,24 +565,24 @@ class Loop:
             save_checkpoint(self.folder, step, **what)
         done()
 
-    def _written(self) -> None:
+    def _wait_for_checkpoint(self) -> None:
         """Wait for the checkpoint being written; all ranks do, and one rank's error is raised on all."""
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing[0].result()
-            writing[1]()
+        pending, self._pending_checkpoint = self._pending_checkpoint, None
+        if pending is not None:
+            pending[0].result()
+            pending[1]()
 
     @contextmanager
-    def _to_the_end(self) -> Iterator[None]:
+    def _finish_pending_checkpoint(self) -> Iterator[None]:
         """Finish a pending checkpoint if the run ends with an error raised on all ranks; otherwise a rank may be gone."""
         try:
             yield
         except PenchantError as error:
             if getattr(error, "agreed", False):
-                self._written()
+                self._wait_for_checkpoint()
             raise
 
-    def _done(self) -> str:
+    def _finished_message(self) -> str:
         return (
             f"{self.folder} is already finished at step {self.state.step:,}; there is nothing to train. To train its model further, "
             f"set model.path={self.folder} and another output"
@@ -590,7 +599,9 @@ class Loop:
         self.algorithm.load_state_tensors(algorithm_state(tensors))
         metrics.truncate(int(state["metrics_offset"]), state.get("metrics_sha256"))
         self.state = RunState(**{f.name: state[f.name] for f in fields(RunState)})
-        self.console.note(f"resumed from {path.name}" if self.state.step < self.schedule.total_steps else self._done())
+        self.console.note(
+            f"resumed from {path.name}" if self.state.step < self.schedule.total_steps else self._finished_message()
+        )
         return True
 
 
@@ -625,34 +636,34 @@ def packs_ahead(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def in_background(make: Callable[[], T]) -> Callable[[], T]:
-    """Run `make` in a thread; the returned function waits for its result or re-raises its exception."""
-    return started(make).result
+def in_background(function: Callable[[], T]) -> Callable[[], T]:
+    """Run `function` in a thread; the returned function waits for its result or re-raises its exception."""
+    return run_in_thread(function).result
 
 
-def started(make: Callable[[], T]) -> Future[T]:
-    """Run `make` in a thread on the caller's current GPU; a new thread would use the first GPU, and memory there."""
-    made: Future[T] = Future()
+def run_in_thread(function: Callable[[], T]) -> Future[T]:
+    """Run `function` in a thread on the caller's current GPU; a new thread would use the first GPU, and memory there."""
+    future: Future[T] = Future()
     gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
     def run() -> None:
         try:
             if gpu is not None:
                 torch.cuda.set_device(gpu)
-            made.set_result(make())
+            future.set_result(function())
         except BaseException as error:
-            made.set_exception(error)
+            future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    return made
+    return future
 
 
-def _line(kind: str, step: int, schedule: BatchSchedule) -> Metrics:
+def _line_header(kind: str, step: int, schedule: BatchSchedule) -> Metrics:
     """The common fields of every line in metrics.jsonl."""
     return {"kind": kind, "step": step, "epoch": round(schedule.epoch_at(step), 6)}
 
 
-def _due(every: int | str | None, step: int, schedule: BatchSchedule) -> bool:
+def _is_due(every: int | str | None, step: int, schedule: BatchSchedule) -> bool:
     if every is None:
         return False
     return schedule.ends_epoch(step) if every == "epoch" else step % int(every) == 0
@@ -661,20 +672,20 @@ def _due(every: int | str | None, step: int, schedule: BatchSchedule) -> bool:
 @contextmanager
 def _signals(loop: Loop) -> Iterator[None]:
     """On SIGINT or SIGTERM, finish the step and write a checkpoint; a second signal takes effect at once."""
-    old: dict[int, Any] = {}
+    previous: dict[int, Any] = {}
 
     def restore() -> None:
-        for n, handler in old.items():
+        for n, handler in previous.items():
             signal.signal(n, handler)
 
-    def finish(number: int, _frame: Any) -> None:
-        loop.interrupted = number
+    def finish(signum: int, _frame: Any) -> None:
+        loop.interrupted = signum
         restore()
-        loop.console.note(f"{signal.Signals(number).name}: finishing the step and writing a checkpoint")
+        loop.console.note(f"{signal.Signals(signum).name}: finishing the step and writing a checkpoint")
 
     if threading.current_thread() is threading.main_thread():  # signal handlers can only be set there
         for n in (signal.SIGINT, signal.SIGTERM):
-            old[n] = signal.signal(n, finish)
+            previous[n] = signal.signal(n, finish)
     try:
         yield
     finally:

@@ -65,7 +65,7 @@ class MasterAdamW:
             factored second moments; ``muon``: torch's, for the matrices within layers, with updates of AdamW's size (0.2 RMS), and
             AdamW for everything else; ``sgd``.
         betas, eps: of AdamW; momentum: of ``sgd`` (None: 0.9) and ``muon`` (None: 0.95).
-        rate_of: maps a parameter's name to its learning rate as a multiple of the step's.
+        lr_scale: maps a parameter's name to its learning rate as a multiple of the step's.
         stays_wide: maps a parameter's name to whether it stays in fp32 (as its own master) whatever `dtype` is.
 
     Raises:
@@ -76,7 +76,7 @@ class MasterAdamW:
 
     def __init__(
         self,
-        named: Iterable[tuple[str, nn.Parameter]],
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
         *,
         dtype: torch.dtype,
         kind: str = "adamw",
@@ -84,10 +84,10 @@ class MasterAdamW:
         eps: float = 1e-8,
         momentum: float | None = None,
         weight_decay: float = 0.0,
-        rate_of: Callable[[str], float] = lambda _: 1.0,
+        lr_scale: Callable[[str], float] = lambda _: 1.0,
         stays_wide: Callable[[str], bool] = lambda _: False,
     ) -> None:
-        self.params = {name: p for name, p in named if p.requires_grad}
+        self.params = {name: p for name, p in named_parameters if p.requires_grad}
         self.masters: dict[str, Tensor] = {}
         self._hooks = []
         for name, p in self.params.items():
@@ -99,31 +99,31 @@ class MasterAdamW:
                 master.grad = p.main_grad  # type: ignore[attr-defined]
                 self._hooks.append(p.register_post_accumulate_grad_hook(_add_to_main_grad))
             self.masters[name] = master
-        alike: dict[tuple[bool, bool, float], list[Tensor]] = {}
+        by_settings: dict[tuple[bool, bool, float], list[Tensor]] = {}
         for name, master in self.masters.items():
-            alike.setdefault((_is_muons(kind, name, master), master.ndim < 2, rate_of(name)), []).append(master)
+            by_settings.setdefault((_uses_muon(kind, name, master), master.ndim < 2, lr_scale(name)), []).append(master)
         groups: dict[bool, list[dict[str, Any]]] = {}
-        for (hidden, vectors, rate), masters in sorted(alike.items(), key=lambda g: g[0]):
-            group = {"params": masters, "weight_decay": 0.0 if vectors else weight_decay, "rate": rate}
+        for (hidden, no_decay, rate), masters in sorted(by_settings.items(), key=lambda g: g[0]):
+            group = {"params": masters, "weight_decay": 0.0 if no_decay else weight_decay, "rate": rate}
             groups.setdefault(hidden, []).append(group)
 
-        def made(hidden: bool) -> torch.optim.Optimizer:
-            of = groups[hidden]
+        def make_optimizer(hidden: bool) -> torch.optim.Optimizer:
+            param_groups = groups[hidden]
             if hidden:
-                inertia = 0.95 if momentum is None else momentum
-                return torch.optim.Muon(of, lr=0.0, momentum=inertia, adjust_lr_fn="match_rms_adamw")
+                muon_momentum = 0.95 if momentum is None else momentum
+                return torch.optim.Muon(param_groups, lr=0.0, momentum=muon_momentum, adjust_lr_fn="match_rms_adamw")
             if kind == "sgd":
-                return torch.optim.SGD(of, lr=0.0, momentum=0.9 if momentum is None else momentum)
+                return torch.optim.SGD(param_groups, lr=0.0, momentum=0.9 if momentum is None else momentum)
             if kind == "adafactor":
-                return torch.optim.Adafactor(of, lr=0.0)
+                return torch.optim.Adafactor(param_groups, lr=0.0)
             adam: Any = torch.optim.AdamW
             if kind in _EIGHT_BIT:
                 adam = getattr(bitsandbytes("train.optimizer", kind).optim, _EIGHT_BIT[kind])
-            more = {"fused": True} if adam is torch.optim.AdamW else {}
-            made_of: torch.optim.Optimizer = adam(of, lr=0.0, betas=betas, eps=eps, **more)
-            return made_of
+            extra = {"fused": True} if adam is torch.optim.AdamW else {}
+            optimizer: torch.optim.Optimizer = adam(param_groups, lr=0.0, betas=betas, eps=eps, **extra)
+            return optimizer
 
-        self.parts = [made(hidden) for hidden in groups]
+        self.optimizers = [make_optimizer(hidden) for hidden in groups]
 
     def clip(self, max_norm: float | None) -> Tensor:
         """Scale gradients to at most `max_norm` in L2 norm; return the norm before clipping, without a GPU synchronization."""
@@ -136,7 +136,7 @@ class MasterAdamW:
 
     def step(self, lr: float) -> None:
         """Take one step at learning rate `lr`, then update the shadows and zero the gradients."""
-        for part in self.parts:
+        for part in self.optimizers:
             for group in part.param_groups:
                 group["lr"] = lr * group["rate"]
             part.step()
@@ -161,7 +161,9 @@ class MasterAdamW:
         tensors: dict[str, Tensor] = {}
         for name, master in self.masters.items():
             tensors[f"master/{name}"] = master.detach()
-            state: Mapping[str, Any] = next((part.state[master] for part in self.parts if master in part.state), {})
+            state: Mapping[str, Any] = next(
+                (part.state[master] for part in self.optimizers if master in part.state), {}
+            )
             for key in _STATE:
                 if state.get(key) is not None:
                     tensors[f"{key}/{name}"] = torch.as_tensor(state[key])  # bitsandbytes' step count is an int
@@ -175,7 +177,7 @@ class MasterAdamW:
             if master is not p:
                 p.data.copy_(master)
         names = {id(master): name for name, master in self.masters.items()}
-        for part in self.parts:
+        for part in self.optimizers:
             for i, group in enumerate(part.param_groups):
                 for j, master in enumerate(group["params"]):
                     name = names[id(master)]
@@ -200,11 +202,11 @@ def state_bytes(kind: str, named: Iterable[tuple[str, Tensor]], momentum: float 
         elif kind in _EIGHT_BIT and n >= 4096:
             total += 2 * n + 2 * 4 * -(-n // 256)
         else:
-            total += 4 * n if _is_muons(kind, name, p) else 8 * n
+            total += 4 * n if _uses_muon(kind, name, p) else 8 * n
     return total
 
 
-def _is_muons(kind: str, name: str, p: Tensor) -> bool:
+def _uses_muon(kind: str, name: str, p: Tensor) -> bool:
     return kind == "muon" and p.ndim == 2 and _HIDDEN.search(name) is not None
 
 

@@ -73,12 +73,12 @@ class TrainConfig(Section):
 
     @field_validator("gradient_checkpointing")
     @classmethod
-    def _one_word_for_each(cls, value: bool | str) -> bool | str:
+    def _normalize_aliases(cls, value: bool | str) -> bool | str:
         """Map ``off`` and ``layers`` to False and True, the values that run folders store."""
         return {"off": False, "layers": True}.get(value, value) if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _of_this_optimizer(self) -> TrainConfig:
+    def _check_optimizer(self) -> TrainConfig:
         kind = self.optimizer
         if self.momentum is not None and kind not in ("sgd", "muon"):
             raise ValueError(f"momentum has no effect with optimizer={kind}; use adam_beta1")
@@ -147,7 +147,7 @@ class LoggingConfig(Section):
 
     @field_validator("trackers", mode="before")
     @classmethod
-    def _one_alone(cls, value: Any) -> Any:
+    def _as_unique_list(cls, value: Any) -> Any:
         """Turn a single name into a list of one, and drop duplicates."""
         names = [value] if isinstance(value, str) else value
         return (

@@ -35,15 +35,15 @@ Share = tuple[int, int, int]  # of a source: its first tree, its number of trees
 @lru_cache(maxsize=2)
 def _mixed_order(shares: tuple[Share, ...], seed: int | None, epoch: int) -> np.ndarray:
     """Continue each source where the previous epoch stopped, pass after pass, so that its rows come up equally often."""
-    taken = []
+    parts = []
     for i, (first, rows, count) in enumerate(shares):
-        passes, at = np.divmod(np.arange(epoch * count, (epoch + 1) * count), rows)
+        passes, offsets = np.divmod(np.arange(epoch * count, (epoch + 1) * count), rows)
         for number in np.unique(passes):
             order = np.arange(rows) if seed is None else np.random.default_rng([seed, i, number]).permutation(rows)
-            taken.append(first + order[at[passes == number]])
-    drawn = np.concatenate(taken)[_order(sum(map(len, taken)), seed, epoch)]
-    drawn.flags.writeable = False
-    return drawn
+            parts.append(first + order[offsets[passes == number]])
+    mixed = np.concatenate(parts)[_order(sum(map(len, parts)), seed, epoch)]
+    mixed.flags.writeable = False
+    return mixed
 
 
 def shares_of(
@@ -57,13 +57,16 @@ def shares_of(
     Args:
         rows: row count of each source, in their order; weights, repeats: of each source. Sources without rows are skipped.
     """
-    there = [i for i, n in enumerate(rows) if n]
-    whole = sum(weights[i] or 0.0 for i in there)
-    wanted = {i: sum(rows) * (weights[i] or 0.0) / whole if whole else rows[i] * (repeats[i] or 1.0) for i in there}
-    counts = {i: max(1, round(n)) for i, n in wanted.items()}
-    if all(counts[i] == rows[i] for i in there):
+    nonempty = [i for i, n in enumerate(rows) if n]
+    total_weight = sum(weights[i] or 0.0 for i in nonempty)
+    targets = {
+        i: sum(rows) * (weights[i] or 0.0) / total_weight if total_weight else rows[i] * (repeats[i] or 1.0)
+        for i in nonempty
+    }
+    counts = {i: max(1, round(n)) for i, n in targets.items()}
+    if all(counts[i] == rows[i] for i in nonempty):
         return ()
-    return tuple((sum(rows[:i]), rows[i], counts[i]) for i in there)
+    return tuple((sum(rows[:i]), rows[i], counts[i]) for i in nonempty)
 
 
 @dataclass(frozen=True, slots=True)
