@@ -20,7 +20,7 @@ from penchant.errors import CheckpointError
 from penchant.models.merge import is_adapter, merge_to_folder, model_sha256
 from penchant.pipeline import Pipeline, Ref, Stage
 from penchant.pipeline.compare import Comparer, Outcome
-from penchant.plan import checkpointing, misfit
+from penchant.plan import checkpointing, memory_warning
 from penchant.runfolder import CHECKPOINTS, CONFIG, IDENTITY, RunLock, keep
 from penchant.runs import Run
 from penchant.runs.state import (
@@ -305,7 +305,7 @@ class Conductor:
         started = time.monotonic()
         ended: dict[str, Any] = {"state": "stopped"}
         try:
-            result = Run(config, quiet=self.quiet, look=misfit, checkpointing=checkpointing).train()
+            result = Run(config, quiet=self.quiet, look=memory_warning, checkpointing=checkpointing).train()
             ended = {"state": "finished", "steps": result.steps, "checkpoints": outputs_of(stage.folder)}
         finally:  # after a SIGKILL the record stays "running", which does not count as finished either
             seconds = round(record["seconds"] + time.monotonic() - started, 1)
