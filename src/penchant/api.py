@@ -54,10 +54,10 @@ def get_data(name: str, **asked: Any) -> GetResult:
     Raises:
         ConfigError, DataError, RewardError: an error that the user can fix.
     """
-    from penchant.download import get_data, on_stderr
+    from penchant.download import get_data, print_progress
 
     request = request_of(GetRequest, {"name": name, **asked}, "data get")
-    return get_data(request, (lambda line: None) if request.quiet else on_stderr)
+    return get_data(request, (lambda line: None) if request.quiet else print_progress)
 
 
 def train(
