@@ -244,10 +244,10 @@ def _models_are_read_once() -> Iterator[None]:
             ways[key] = found
         return copy.deepcopy(ways[key])
 
-    look = plan.misfit
+    look = plan.memory_warning
     with pytest.MonkeyPatch.context() as patch:
         # every tiny run fits, and estimating it takes a twentieth of its time
-        patch.setattr(plan, "misfit", lambda run: None if KEEPS["fits"] else look(run))
+        patch.setattr(plan, "memory_warning", lambda run: None if KEEPS["fits"] else look(run))
         patch.setattr(load, "_load", loaded)
         patch.setattr(packing, "_first_right", first_right)
         patch.setattr(packing, "_fast_is_right", fast_is_right)

@@ -54,10 +54,10 @@ def get_data(name: str, **asked: Any) -> GetResult:
     Raises:
         ConfigError, DataError, RewardError: an error that the user can fix.
     """
-    from penchant.download import get_data, on_stderr
+    from penchant.download import get_data, print_progress
 
     request = request_of(GetRequest, {"name": name, **asked}, "data get")
-    return get_data(request, (lambda line: None) if request.quiet else on_stderr)
+    return get_data(request, (lambda line: None) if request.quiet else print_progress)
 
 
 def train(
@@ -83,11 +83,11 @@ def train(
         ConfigError, DataError, ModelError, CheckpointError: an error that the user can fix.
         TrainingStopped: NaN/Inf or a signal.
     """
-    from penchant.plan import checkpointing, misfit
+    from penchant.plan import checkpointing, memory_warning
     from penchant.runs import Run
 
     found = as_config(config, overrides, given)
-    return Run(found, quiet=quiet, look=misfit, checkpointing=checkpointing, callbacks=callbacks).train()
+    return Run(found, quiet=quiet, look=memory_warning, checkpointing=checkpointing, callbacks=callbacks).train()
 
 
 def plan(
@@ -460,11 +460,11 @@ def sweep(
         ConfigError, DataError, ModelError, RewardError, CheckpointError: an error that the user can fix.
         TrainingStopped: a signal; a run that stops itself is a result.
     """
-    from penchant.plan import misfit
+    from penchant.plan import memory_warning
     from penchant.sweep import load_sweep
     from penchant.sweep.conduct import SweepConductor
 
-    return SweepConductor(load_sweep(config, overrides), jobs=jobs, quiet=quiet, look=misfit).run()
+    return SweepConductor(load_sweep(config, overrides), jobs=jobs, quiet=quiet, look=memory_warning).run()
 
 
 def sweep_plan(config: Mapping[str, Any] | str | Path, *overrides: str) -> str:

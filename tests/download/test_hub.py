@@ -14,7 +14,7 @@ from fake_hub import COMMIT, FakeHub, fake_hub
 
 from penchant.cli import main
 from penchant.download import hub as module
-from penchant.download.hub import Hub, PartFile
+from penchant.download.hub import Hub, RemoteFile
 
 SECRET = "hf_planted0123456789"
 HH = "Anthropic/hh-rlhf"
@@ -68,7 +68,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(tmp_path / "tokens"))
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(module, "WAITS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(module, "RETRY_DELAYS", (0.0, 0.0, 0.0))
     for place in (huggingface_hub.file_download, huggingface_hub.utils._http):
         monkeypatch.setattr(place, "time", _NoSleep())
     monkeypatch.chdir(tmp_path)
@@ -359,9 +359,9 @@ def test_parts_of_a_file(start: Callable[..., FakeHub]) -> None:
     content = random.Random(0).randbytes(100_000)
     start(files={"me/x": {"x.parquet": content, "y.csv": content}})
     hub = Hub(lambda line: None)
-    repository = hub.look("me/x", "main")
+    repository = hub.list_repository("me/x", "main")
     for file in repository.files:
-        with io.BufferedReader(PartFile(hub, repository, file), 1000) as stream:
+        with io.BufferedReader(RemoteFile(hub, repository, file), 1000) as stream:
             stream.seek(-10, io.SEEK_END)
             assert stream.read() == content[-10:]
             stream.seek(5000)

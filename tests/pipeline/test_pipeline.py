@@ -73,11 +73,11 @@ def test_stages_start_from_the_defaults_and_refer_to_each_other(tmp_path: Path) 
     assert dpo.config.loss.components[0].params.beta == 0.5
     assert dpo.config.model.dtype == "fp32" and dpo.config.train.seed == 7
     assert dpo.config.output == str(tmp_path / "hh/dpo")
-    assert [(r.stage, r.which, r.full_model) for r in dpo.refs] == [("sft", None, True)]
+    assert [(r.stage, r.which, r.needs_full_model) for r in dpo.refs] == [("sft", None, True)]
     ppo = pipeline.stages["ppo"].resolved(lambda ref: f"/models/{ref.stage}/{ref.which}")
     assert ppo.model.path == "/models/sft/last"
     assert ppo.reward is not None and ppo.reward.terms == {"/models/judge/None": 1.0, "words": -0.01}
-    assert [r.full_model for r in pipeline.stages["ppo"].refs] == [True, False]
+    assert [r.needs_full_model for r in pipeline.stages["ppo"].refs] == [True, False]
     assert pipeline.downstream(["dpo"]) == ["dpo", "judge", "ppo"]
     assert pipeline.needed("ppo") == ["sft", "dpo", "judge"]
 

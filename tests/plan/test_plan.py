@@ -23,7 +23,7 @@ from penchant.logprobs import Scorer, head
 from penchant.models.cpu.decode import FastDecoder
 from penchant.models.load import cast_parameters, load_causal_model
 from penchant.models.options import ModelConfig
-from penchant.plan import misfit
+from penchant.plan import memory_warning
 from penchant.plan.memory import (
     CAPACITY,
     KERNEL,
@@ -498,9 +498,9 @@ def test_train_says_before_the_model_is_loaded_that_it_will_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Run(config_from_mapping(_config(tmp_path)), quiet=True)
-    assert misfit(run) is None
+    assert memory_warning(run) is None
     monkeypatch.setattr("penchant.plan.memory.machine_memory", lambda: (1 << 10, 1 << 10))
-    said = misfit(run)
+    said = memory_warning(run)
     assert said is not None and "will probably be killed" in said and "built" not in vars(run)
 
 

@@ -27,8 +27,8 @@ from penchant.sweep import workers as sweep_jobs
 from penchant.sweep.conduct import SweepConductor
 from penchant.sweep.search import Range, SearchConfig, draw
 from penchant.sweep.table import make_table
-from penchant.sweep.worker import answer
-from penchant.sweep.workers import shares, told
+from penchant.sweep.worker import train_order
+from penchant.sweep.workers import order_json, split_cores
 from penchant.training.loop import Loop
 
 TEXT = """\
@@ -483,7 +483,7 @@ class InProcess:
         self.shared = Shared()
 
     def train(self, run: Any, pause_at: int | None = None) -> Any:
-        return json.loads(json.dumps(answer(told(run, pause_at), self.shared)))
+        return json.loads(json.dumps(train_order(order_json(run, pause_at), self.shared)))
 
     def interrupt(self, number: int = 0) -> None:
         pass
@@ -512,7 +512,7 @@ def test_two_at_a_time_is_the_same(base: dict[str, Any], tmp_path: Path, monkeyp
     base["base"]["train"]["max_steps"] = 1
     said = run(base).to_text()
     monkeypatch.setattr(sweep_jobs, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": ForkedPython}))
-    worker = sweep_jobs.Worker(shares(1)[0], quiet=True)
+    worker = sweep_jobs.Worker(split_cores(1)[0], quiet=True)
     for one in load_sweep(base, [f"output={tmp_path}/process"]).runs:
         made = worker.train(one)
         assert made is not None and made["state"] == "finished"
@@ -550,9 +550,9 @@ def test_ctrl_c_reaches_every_worker_once(base: dict[str, Any], tmp_path: Path) 
 
 def test_cores_are_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1, 2, 5, 7}, raising=False)
-    assert shares(2) == [[0, 2, 7], [1, 5]]
+    assert split_cores(2) == [[0, 2, 7], [1, 5]]
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {3}, raising=False)
-    assert shares(3) == [[3], [3], [3]]
+    assert split_cores(3) == [[3], [3], [3]]
 
 
 # ---- a search -------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from penchant.runfolder import RunLock
 from penchant.sweep import cluster as cluster_module
 from penchant.sweep import conduct, load_sweep, worker, workers
 from penchant.sweep.cluster import ORDERS, Slurm
-from penchant.sweep.worker import carry_out, result_of
+from penchant.sweep.worker import carry_out, result_path
 from penchant.training.loop import Interrupted, Loop
 
 __all__ = ["base", "whole"]  # fixtures
@@ -65,8 +65,8 @@ class Pretended:
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Any:
     made = Pretended()
     monkeypatch.setattr(conduct, "open_cluster", lambda config, folder: made)
-    monkeypatch.setattr(workers, "LOOK", 0.0)
-    monkeypatch.setattr(workers, "LATE", 0.0)
+    monkeypatch.setattr(workers, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(workers, "LAG_SECONDS", 0.0)
     before = signal.getsignal(signal.SIGUSR2)
     yield made
     signal.signal(signal.SIGUSR2, before)
@@ -163,12 +163,12 @@ def test_jobs_outlive_the_sweep_and_are_waited_for_again(
 def test_a_signal_between_two_jobs_sends_no_more(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     class Done(Pretended):
         def work(self, job: str) -> None:
-            result_of(self.orders[job]).write_text('{"state": "done", "seconds": 0.0}')
+            result_path(self.orders[job]).write_text('{"state": "done", "seconds": 0.0}')
 
     def end(run: Any, made: Any) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(workers, "told", lambda run, pause_at: "")
+    monkeypatch.setattr(workers, "order_json", lambda run, pause_at: "")
     made = Done()
     jobs = workers.Jobs(made, 1, tmp_path, lambda run: None, lambda run: None, lambda run, job: None, lambda line: None)
     runs: list[Any] = [SimpleNamespace(name=name, folder=tmp_path / name) for name in ("first", "second")]
@@ -229,7 +229,7 @@ def test_a_job_that_was_sent_and_not_noted_trains_nothing_twice(
 def test_a_job_that_slurm_starts_once_more_goes_on(
     short: dict[str, Any], cluster: Pretended, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, tries = worker.answer, []
+    real, tries = worker.train_order, []
 
     def preempted(line: str, shared: Any) -> dict[str, Any]:
         tries.append(line)
@@ -237,7 +237,7 @@ def test_a_job_that_slurm_starts_once_more_goes_on(
             carry_out(str(cluster.orders["1"]), "1")  # the job started, its node failed, and it was requeued
         return real(line, shared)
 
-    monkeypatch.setattr(worker, "answer", preempted)
+    monkeypatch.setattr(worker, "train_order", preempted)
     result = run(short, *AWAY, "loss.beta=0.5")
     assert len(tries) == 2 and {r["state"] for r in result.runs.values()} == {"finished"}
 

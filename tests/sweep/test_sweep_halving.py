@@ -17,7 +17,7 @@ from penchant.runs import Run
 from penchant.sweep import conduct as sweep_run
 from penchant.sweep import load_sweep
 from penchant.sweep import workers as sweep_jobs
-from penchant.sweep.conduct import standings_at, stop_the_rest
+from penchant.sweep.conduct import mark_cut_runs, standings_at
 from penchant.sweep.halving import Halving, standings
 from penchant.sweep.table import make_table
 from penchant.training.loop import Interrupted, Loop, Paused
@@ -34,7 +34,7 @@ BETAS = "loss.beta=0.05,0.1,0.3,2.0"
 def test_rungs_lie_a_factor_apart_and_end_with_the_run() -> None:
     assert RULE.steps(36) == [4, 12, 36] and RULE.steps(100) == [11, 33, 100]
     assert Halving(2, 2, "m", True, "").steps(7) == [4, 7]  # 3.5 rounds to even
-    assert [RULE.kept(n) for n in (1, 2, 3, 4, 9, 10)] == [1, 1, 1, 2, 3, 4]
+    assert [RULE.survivors(n) for n in (1, 2, 3, 4, 9, 10)] == [1, 1, 1, 2, 3, 4]
     # the work of 9 settings with factor 3 and 3 rungs: 9/9 + 3 * (1/3 - 1/9) + 1 * (1 - 1/3) of a full run
     assert 9 * 4 + 3 * (12 - 4) + 1 * (36 - 12) == 84
 
@@ -67,10 +67,10 @@ def test_seeds_stay_or_go_together_and_ranks_stand_in_the_table(tmp_path: Path) 
     records["beta-0.7-seed-1"] = {"state": "stopped", "why": "step 3: a floor", "rungs": {}}
     for one in ("beta-0.3-seed-0", "beta-0.3-seed-1", "beta-0.5-seed-0", "beta-0.5-seed-1"):
         records[one]["rungs"] |= reached(r2=0.2 if "0.3" in one else 0.1)["rungs"]
-    stop_the_rest(sweep.runs, records, rule, 1, standings_at(sweep.runs, records, rule, 1))
+    mark_cut_runs(sweep.runs, records, rule, 1, standings_at(sweep.runs, records, rule, 1))
     second = standings_at(sweep.runs, records, rule, 2)
     assert [(s.setting, s.kept) for s in second] == [("beta-0.5", True), ("beta-0.3", False)]
-    stop_the_rest(sweep.runs, records, rule, 2, second)
+    mark_cut_runs(sweep.runs, records, rule, 2, second)
     states = {n: r["state"] for n, r in records.items()}
     assert [n for n, s in states.items() if s == "paused"] == ["beta-0.5-seed-0", "beta-0.5-seed-1"]
     assert states["beta-0.7-seed-1"] == "stopped" and states["beta-0.7-seed-0"] == "cut"
@@ -299,4 +299,4 @@ def test_the_documented_sweep_is_one(tmp_path: Path) -> None:
     (tmp_path / "halved.yaml").write_text(block)
     sweep = load_sweep(tmp_path / "halved.yaml")
     assert sweep.halving is not None and len({r.setting for r in sweep.runs}) == 10
-    assert (sweep.halving.kept(10), sweep.halving.kept(4)) == (4, 2)  # as computed in the docs
+    assert (sweep.halving.survivors(10), sweep.halving.survivors(4)) == (4, 2)  # as computed in the docs

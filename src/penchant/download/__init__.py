@@ -21,7 +21,7 @@ from penchant.base.text import counted, gigabytes, printable
 from penchant.data.load import detected, prompt_text
 from penchant.data.read import BOUNDS, SHARD, BadRow, Bounds, Row, read_stream
 from penchant.data.split import SPLITS, Assignment, Splitter
-from penchant.download.catalogue import find
+from penchant.download.catalogue import find_spec
 from penchant.download.convert import (
     Conversion,
     Converter,
@@ -29,13 +29,13 @@ from penchant.download.convert import (
     Filters,
     Pace,
     Part,
+    atomic_write,
     conversion_of,
     labeller_of,
     read_json,
-    whole,
     write_json,
 )
-from penchant.download.hub import BLOCK, Hub, PartFile
+from penchant.download.hub import BLOCK, Hub, RemoteFile
 from penchant.download.plan import Plan, Source, check_request, identity, make_plan
 from penchant.errors import CheckpointError, ConfigError, DataError
 from penchant.requests import GetRequest
@@ -43,8 +43,8 @@ from penchant.runfolder import RunLock, differences
 from penchant.types import Message
 
 WORK = ".get"
-OURS = (*(f"{s}.jsonl" for s in SPLITS), "quarantine.jsonl", "data.json")
-GROWTH = {".gz": 3.5, ".parquet": 2.5}  # approximate ratio of a file's text to its size
+RESULT_FILES = (*(f"{s}.jsonl" for s in SPLITS), "quarantine.jsonl", "data.json")
+TEXT_GROWTH = {".gz": 3.5, ".parquet": 2.5}  # approximate ratio of a file's text to its size
 DETECT_ROWS = 100
 
 
@@ -65,29 +65,29 @@ class GetResult:
         return Counts.from_json(self.data["counts"])
 
 
-def get_data(asked: GetRequest, say: Callable[[str], None] = lambda line: None) -> GetResult:
+def get_data(request: GetRequest, say: Callable[[str], None] = lambda line: None) -> GetResult:
     """Download a published data set as train.jsonl, validation.jsonl and test.jsonl.
 
     Args:
-        asked: what to get, and how; say: called with progress lines.
+        request: what to get, and how; say: called with progress lines.
 
     Raises:
         ConfigError: the request is invalid, or the folder holds the result of another one.
         DataError: no access, no network, a damaged file, or a full disk. RewardError: a reward or labeling function failed.
     """
-    check_request(asked)
-    folder = Path(asked.output or default_output(asked.name)).expanduser()
+    check_request(request)
+    folder = Path(request.output or default_output(request.name)).expanduser()
     try:
         work = folder / WORK
-        done = _check_folder(folder, identity(asked), asked.redo)
+        done = _check_folder(folder, identity(request), request.redo)
         if done is not None:
             shutil.rmtree(work, ignore_errors=True)
             return GetResult(folder, done, fresh=False)
-        if asked.redo or read_json(work / "request.json") != identity(asked):
+        if request.redo or read_json(work / "request.json") != identity(request):
             shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True, exist_ok=True)
         with RunLock(work):
-            result = _Job(asked, folder, work, say, Hub(say)).run()
+            result = _Job(request, folder, work, say, Hub(say)).run()
         shutil.rmtree(work)
         return result
     except CheckpointError as error:
@@ -101,11 +101,11 @@ def get_data(asked: GetRequest, say: Callable[[str], None] = lambda line: None) 
 
 def default_output(name: str) -> str:
     """Default output folder: ``data/`` and the data set's name in the catalog, or the last part of its id."""
-    spec = find(name)
+    spec = find_spec(name)
     return str(Path("data", spec.name if spec else name.rstrip("/").rpartition("/")[2]))
 
 
-def on_stderr(line: str) -> None:
+def print_progress(line: str) -> None:
     """Print a progress line to stderr, with control characters escaped."""
     print(f"penchant: {printable(line)}", file=sys.stderr, flush=True)
 
@@ -116,24 +116,24 @@ def _check_folder(folder: Path, identity: Mapping[str, Any], redo: bool) -> Mapp
     Raises:
         ConfigError: the folder holds something else, or a file of the result was changed.
     """
-    done, mine = read_json(folder / "data.json"), dict(identity)
+    done, current = read_json(folder / "data.json"), dict(identity)
     anew = "choose another --output, or add --redo to start over in this one"
     converted = any((folder / WORK).glob("part-*[0-9].json"))  # a plan alone may be replaced
-    begun = read_json(folder / WORK / "request.json") if converted else None
-    if done is None and begun is None:
-        taken = [name for name in OURS if (folder / name).exists()]
+    started = read_json(folder / WORK / "request.json") if converted else None
+    if done is None and started is None:
+        taken = [name for name in RESULT_FILES if (folder / name).exists()]
         if taken:
             what = f"has a {taken[0]} that `penchant data get` did not write"
             raise ConfigError(str(folder), what, "choose another --output")
-    if redo or (done is None and begun is None):
+    if redo or (done is None and started is None):
         return None
-    if done is not None and done["request"] == mine:
+    if done is not None and done["request"] == current:
         _check_files(folder, done, anew)
         return cast(Mapping[str, Any], done)
-    if begun == mine:
+    if started == current:
         return None
     state = "holds" if done is not None else "holds the beginning of"
-    changed = "".join(f"\n  {line}" for line in differences(done["request"] if done else begun, mine))
+    changed = "".join(f"\n  {line}" for line in differences(done["request"] if done else started, current))
     raise ConfigError(str(folder), f"{state} what other arguments gave; old -> new:{changed}\n", anew)
 
 
@@ -146,39 +146,39 @@ def _check_files(folder: Path, done: Mapping[str, Any], anew: str) -> None:
 
 @dataclass(slots=True)
 class _Job:
-    asked: GetRequest
+    request: GetRequest
     folder: Path
     work: Path
     say: Callable[[str], None]
     hub: Hub
 
     def run(self) -> GetResult:
-        labeller = labeller_of(self.asked)
+        labeller = labeller_of(self.request)
         plan = self._plan()
         self._check_disk(plan)
         conversions: dict[str | None, Conversion] = {}
         total = Counts()
         read: list[dict[str, Any]] = []
         left: dict[str, int] = {}
-        filters, columns = Filters(self.asked), self.asked.columns
+        filters, columns = Filters(self.request), self.request.columns
         self._convert_in_processes(plan, filters)
         for number, source in enumerate(plan.sources):
             part = Part(self.work, number)
-            limited = source.split if self.asked.published_splits else ""
-            limit = left.get(limited, self.asked.first) if self.asked.first else None
+            limited = source.split if self.request.published_splits else ""
+            limit = left.get(limited, self.request.first) if self.request.first else None
             if limit == 0:
                 break
             counts = part.counts()
             if counts is None:
-                with self._rows(plan, source) as rows:
+                with self._open_rows(plan, source) as rows:
                     taken: Iterator[Row | BadRow] = islice(rows, limit)
                     if source.layout is None and None not in conversions:
                         first = list(islice(taken, DETECT_ROWS))
-                        conversions[None], columns = self._detected(source.path, first)
+                        conversions[None], columns = self._detect_conversion(source.path, first)
                         taken = chain(first, taken)
                     if source.layout and source.layout not in conversions:
                         conversions[source.layout] = self._conversion(source)
-                    how, transcripts = conversions[source.layout], self._transcripts(source)
+                    how, transcripts = conversions[source.layout], self._reads_transcripts(source)
                     # every finished part has this file
                     write_json(part.layout, [how.layout.name, how.kind, dict(how.options)])
                     converter = Converter(how, dict(columns), filters, labeller, transcripts)
@@ -187,8 +187,8 @@ class _Job:
             if limit is not None:
                 left[limited] = limit - counts.rows
             total.add(counts)
-            read.append(_source_json(source, counts, whole=not self.asked.first))
-        self._check_kept(plan, total, filters.languages)
+            read.append(_source_json(source, counts, whole=not self.request.first))
+        self._check_accepted(plan, total, filters.languages)
         parts = [Part(self.work, n) for n in range(len(read))]
         layouts = [read_json(part.layout) for part in parts]
         kinds = sorted({kind for _, kind, _ in layouts})
@@ -205,40 +205,40 @@ class _Job:
             _check_unchanged(plan)
             self.say("continuing what was begun")
             return plan
-        plan = make_plan(self.asked, self.hub)
-        if self.asked.layout is not None:
-            plan = replace(plan, sources=tuple(replace(s, layout=self.asked.layout) for s in plan.sources))
+        plan = make_plan(self.request, self.hub)
+        if self.request.layout is not None:
+            plan = replace(plan, sources=tuple(replace(s, layout=self.request.layout) for s in plan.sources))
         for source in plan.sources:
             if source.layout is not None:
                 self._conversion(source)  # raises now if it cannot be converted
         write_json(self.work / "plan.json", asdict(plan))
-        write_json(self.work / "request.json", identity(self.asked))
+        write_json(self.work / "request.json", identity(self.request))
         if plan.left_out:
             self.say(plan.left_out)
         return plan
 
-    def _transcripts(self, source: Source) -> bool:
-        return source.prompts_only and self.asked.layout is None
+    def _reads_transcripts(self, source: Source) -> bool:
+        return source.prompts_only and self.request.layout is None
 
     def _conversion(self, source: Source) -> Conversion:
-        if self._transcripts(source) and self.asked.as_ != "prompts":
+        if self._reads_transcripts(source) and self.request.as_ != "prompts":
             what = "its publishers mean it for neither tuning nor preferences"
             raise ConfigError(f"--subset {source.subset}", what, "add --as prompts")
         assert source.layout is not None
-        return conversion_of(source.layout, self.asked)
+        return conversion_of(source.layout, self.request)
 
-    def _detected(self, name: str, rows: list[Row | BadRow]) -> tuple[Conversion, Mapping[str, str]]:
+    def _detect_conversion(self, name: str, rows: list[Row | BadRow]) -> tuple[Conversion, Mapping[str, str]]:
         """(conversion, column names) detected from the first rows."""
-        layout, found, columns = detected(rows, name, self.asked.columns, {})
+        layout, found, columns = detected(rows, name, self.request.columns, {})
         self.say(found.sentence(name, "--layout"))
-        return conversion_of(layout, self.asked), columns
+        return conversion_of(layout, self.request), columns
 
     def _check_disk(self, plan: Plan) -> None:
-        if self.asked.first:
-            of_each = " of each published split" if self.asked.published_splits else ""
-            self.say(f"reading the first {counted(self.asked.first, 'row')}{of_each}")
+        if self.request.first:
+            of_each = " of each published split" if self.request.published_splits else ""
+            self.say(f"reading the first {counted(self.request.first, 'row')}{of_each}")
             return
-        text = sum(s.size * next((g for e, g in GROWTH.items() if s.path.endswith(e)), 1.0) for s in plan.sources)
+        text = sum(s.size * next((g for e, g in TEXT_GROWTH.items() if s.path.endswith(e)), 1.0) for s in plan.sources)
         free = shutil.disk_usage(self.folder).free
         if plan.hub_id:
             cache = self.hub.cache_folder()
@@ -255,9 +255,9 @@ class _Job:
         self.say(f"to write: about {gigabytes(text)} (twice that temporarily; {gigabytes(free)} free{short})")
 
     @contextmanager
-    def _rows(self, plan: Plan, source: Source) -> Iterator[Iterator[Row | BadRow]]:
-        if plan.hub_id and self.asked.first:
-            part = PartFile(self.hub, plan.repository, source)
+    def _open_rows(self, plan: Plan, source: Source) -> Iterator[Iterator[Row | BadRow]]:
+        if plan.hub_id and self.request.first:
+            part = RemoteFile(self.hub, plan.repository, source)
             with io.BufferedReader(part, BLOCK) as stream:
                 yield read_stream(cast(BinaryIO, stream), source.path)
             read = f"{gigabytes(part.fetched)} of {gigabytes(source.size)} read"
@@ -269,27 +269,27 @@ class _Job:
     def _convert_in_processes(self, plan: Plan, filters: Filters) -> None:
         """Convert the unfinished files in parallel, if they are large and can be converted independently."""
         left = [(n, s) for n, s in enumerate(plan.sources) if Part(self.work, n).counts() is None]
-        many = number_of(self.asked.workers, len(left))
-        if many < 2 or self.asked.first or self.asked.labels or sum(s.size for _, s in left) < SHARD:
+        many = number_of(self.request.workers, len(left))
+        if many < 2 or self.request.first or self.request.labels or sum(s.size for _, s in left) < SHARD:
             return
-        columns = self.asked.columns
+        columns = self.request.columns
         named: str | None = None  # detected layout of the first file without a given one, used for all such files
 
         def tasks() -> Iterator[_Task]:
             nonlocal columns, named
             for number, source in left:
                 if source.layout is None and named is None:
-                    with self._rows(plan, source) as rows:
-                        found, columns = self._detected(source.path, list(islice(rows, DETECT_ROWS)))
+                    with self._open_rows(plan, source) as rows:
+                        found, columns = self._detect_conversion(source.path, list(islice(rows, DETECT_ROWS)))
                     named = found.layout.name
                 elif source.layout is not None:
                     self._conversion(source)  # raises if it cannot be converted
                 layout, bounds = source.layout or str(named), BOUNDS.get() or Bounds()
                 path = str(self._file(plan, source))
-                more = dict(columns), self._transcripts(source), path, source.path, bounds
-                yield _Task(self.asked, self.work, number, layout, *more)
+                more = dict(columns), self._reads_transcripts(source), path, source.path, bounds
+                yield _Task(self.request, self.work, number, layout, *more)
 
-        done = in_order(_Task.converted, tasks(), RAY if self.asked.workers == RAY else many)
+        done = in_order(_Task.convert, tasks(), RAY if self.request.workers == RAY else many)
         for (_, source), (counts, languages) in zip(left, done, strict=True):
             filters.languages += languages
             self.say(f"{source.path}: {counted(counts.rows, 'row')}, {counts.accepted:,} accepted")
@@ -297,7 +297,7 @@ class _Job:
     def _file(self, plan: Plan, source: Source) -> Path:
         return self.hub.fetch(plan.repository, source) if plan.hub_id else Path(source.local or "")
 
-    def _check_kept(self, plan: Plan, total: Counts, languages: Mapping[str, int]) -> None:
+    def _check_accepted(self, plan: Plan, total: Counts, languages: Mapping[str, int]) -> None:
         """Raise DataError if no row was accepted, and discard the request, since there is nothing to continue."""
         if total.accepted:
             return
@@ -311,7 +311,7 @@ class _Job:
         aside = (Part(self.work, n).aside for n in range(len(plan.sources)))
         with_reason = next((p for p in aside if p.exists() and p.stat().st_size), None)
         if with_reason is None:
-            raise DataError(self.asked.name, what, "choose other options")
+            raise DataError(self.request.name, what, "choose other options")
         with with_reason.open("rb") as stream:
             q = json.loads(stream.readline())
         raise DataError(q["where"], f"{q['what']}; {what}", q["how"])
@@ -329,14 +329,16 @@ class _Job:
         (self.folder / "data.json").unlink(missing_ok=True)
         assignment = self._assign(parts, [r["split"] for r in read])
         rows, examples = self._write_splits(parts, assignment)
-        with whole(self.folder / "quarantine.jsonl") as out:
+        with atomic_write(self.folder / "quarantine.jsonl") as out:
             for part in parts:
                 with part.aside.open("rb") as stream:
                     shutil.copyfileobj(stream, out)
         _, kind, options = layouts[0]
-        files = {n: {"bytes": (p := self.folder / n).stat().st_size, "sha256": file_sha256(p)} for n in OURS[:-1]}
+        files = {
+            n: {"bytes": (p := self.folder / n).stat().st_size, "sha256": file_sha256(p)} for n in RESULT_FILES[:-1]
+        }
         data = {
-            "name": self.asked.name,
+            "name": self.request.name,
             "origin": plan.origin,
             "commit": plan.commit or None,
             "terms": plan.terms or None,
@@ -350,7 +352,7 @@ class _Job:
             "labelled_with_sha256": label_sha256,
             "sources": read,
             "files": files,
-            "request": identity(self.asked),
+            "request": identity(self.request),
         }
         write_json(self.folder / "data.json", data)
         return GetResult(self.folder, read_json(self.folder / "data.json"), fresh=True)
@@ -358,20 +360,20 @@ class _Job:
     def _assign(self, parts: list[Part], published: list[str]) -> Assignment:
         splitter = Splitter()
         large = sum(part.rows.stat().st_size for part in parts) >= SHARD
-        many = number_of(self.asked.workers if large else 1, len(parts))
-        workers: Workers = RAY if many > 1 and self.asked.workers == RAY else many
+        many = number_of(self.request.workers if large else 1, len(parts))
+        workers: Workers = RAY if many > 1 and self.request.workers == RAY else many
         for made in in_order(_prompts_of, zip(parts, published, strict=True), workers):
             splitter.merge(made)
             if large:
                 self.say(f"grouping prompts: {counted(len(splitter), 'row')}")
-        return splitter.assign(self.asked.split, self.asked.seed, keep_published=self.asked.published_splits)
+        return splitter.assign(self.request.split, self.request.seed, keep_published=self.request.published_splits)
 
     def _write_splits(self, parts: list[Part], assignment: Assignment) -> tuple[list[int], list[int]]:
         rows, examples = [0, 0, 0], [0, 0, 0]
         where = iter(assignment.split.tolist())
         pace = Pace(self.say, "writing")
         with ExitStack() as stack:
-            outs = [stack.enter_context(whole(self.folder / name)) for name in OURS[:3]]
+            outs = [stack.enter_context(atomic_write(self.folder / name)) for name in RESULT_FILES[:3]]
             for part in parts:
                 for held in part.lines():
                     to = next(where)
@@ -387,7 +389,7 @@ class _Job:
 class _Task:
     """A worker's task: convert one file into its part."""
 
-    asked: GetRequest
+    request: GetRequest
     work: Path
     number: int
     layout: str
@@ -397,9 +399,13 @@ class _Task:
     name: str
     bounds: Bounds
 
-    def converted(self) -> tuple[Counts, Counter[str]]:
+    def convert(self) -> tuple[Counts, Counter[str]]:
         """Convert the file. Returns the counts, and how often each language occurred."""
-        how, filters, part = conversion_of(self.layout, self.asked), Filters(self.asked), Part(self.work, self.number)
+        how, filters, part = (
+            conversion_of(self.layout, self.request),
+            Filters(self.request),
+            Part(self.work, self.number),
+        )
         write_json(part.layout, [how.layout.name, how.kind, dict(how.options)])
         converter = Converter(how, self.columns, filters, None, self.transcripts)
         with Path(self.file).open("rb") as stream:
@@ -469,10 +475,10 @@ def summary(result: GetResult) -> str:
         lines.append(f"  {put}; --published-splits keeps them")
     if counts.quarantined:
         lines.append(f"  rows kept aside, with reasons: {result.folder / 'quarantine.jsonl'}")
-    return "\n".join([*lines, *_next(result)])
+    return "\n".join([*lines, *_next_steps(result)])
 
 
-def _next(result: GetResult) -> list[str]:
+def _next_steps(result: GetResult) -> list[str]:
     train = result.folder / "train.jsonl"
     held_out = result.folder / "validation.jsonl"
     more = f" --eval-data {shlex.quote(str(held_out))}" if result.data["splits"]["validation"]["rows"] else ""

@@ -69,18 +69,18 @@ SPECS = tuple(CATALOGUE.values())
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def _plain(name: str) -> str:
+def _normalized(name: str) -> str:
     return name.lower().replace("_", "-")
 
 
 _NAMES: dict[str, Spec] = {
-    _plain(n): spec for spec in SPECS for n in (spec.name, *spec.aliases, spec.hub, spec.hub.partition("/")[2])
+    _normalized(n): spec for spec in SPECS for n in (spec.name, *spec.aliases, spec.hub, spec.hub.partition("/")[2])
 }
 
 
-def find(name: str) -> Spec | None:
+def find_spec(name: str) -> Spec | None:
     """Look up a data set by name, alias or hub id; None if it is not in the catalog."""
-    return _NAMES.get(_plain(name))
+    return _NAMES.get(_normalized(name))
 
 
 def is_hub_id(name: str) -> bool:
@@ -88,21 +88,21 @@ def is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None and ".." not in name
 
 
-def unknown(name: str) -> ConfigError:
+def unknown_name_error(name: str) -> ConfigError:
     """The error for a name that is neither in the catalog nor a hub id."""
-    near = closest(_plain(name), _NAMES)
+    near = closest(_normalized(name), _NAMES)
     guess = f"did you mean {_NAMES[near].name}? " if near else ""
     how = f"{guess}there are {', '.join(CATALOGUE)}, or any owner/name"
     return ConfigError(name, "is not a data set of the catalog", how)
 
 
-def chosen_subsets(spec: Spec, asked: tuple[str, ...]) -> tuple[str, ...]:
+def chosen_subsets(spec: Spec, requested: tuple[str, ...]) -> tuple[str, ...]:
     """The subsets to read, in the catalog's order.
 
     Raises:
         ConfigError: the data set has no such subset.
     """
-    wanted = spec.subsets if asked == ("all",) else asked or spec.default
+    wanted = spec.subsets if requested == ("all",) else requested or spec.default
     for name in wanted:
         if name not in spec.subsets:
             near = closest(name, spec.subsets)

@@ -66,7 +66,7 @@ class Counts:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically."""
-    with whole(path) as out:
+    with atomic_write(path) as out:
         out.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
@@ -76,7 +76,7 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[IO[bytes]]:
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """Open a file for writing that is renamed to `path` once it is completely on disk."""
     made = path.with_name(path.name + ".part")
     with made.open("wb") as out:
@@ -120,19 +120,19 @@ class MissingColumn(Exception):
 class Filters:
     """The filters of a request. `languages` counts each language, for the message if no row is left."""
 
-    def __init__(self, asked: GetRequest) -> None:
+    def __init__(self, request: GetRequest) -> None:
         self.languages: Counter[str] = Counter()
         # a row is counted under the first test that it fails
         self.tests: dict[str, Callable[[Fields], bool]] = {}
-        if asked.language:
-            wanted = {name.casefold() for name in asked.language}
+        if request.language:
+            wanted = {name.casefold() for name in request.language}
             self.tests["language"] = lambda row: _language(row, self.languages).casefold() in wanted
-        if asked.redacted != "keep":
-            only = asked.redacted == "only"
-            self.tests["not redacted" if only else "redacted"] = lambda row: _redacted(row) == only
-        if asked.moderation != "keep":
-            limit = asked.moderation if isinstance(asked.moderation, float) else None
-            self.tests["moderation"] = lambda row: not _objected(row, limit)
+        if request.redacted != "keep":
+            only = request.redacted == "only"
+            self.tests["not redacted" if only else "redacted"] = lambda row: _is_redacted(row) == only
+        if request.moderation != "keep":
+            limit = request.moderation if isinstance(request.moderation, float) else None
+            self.tests["moderation"] = lambda row: not _is_flagged(row, limit)
 
     def reason(self, row: Fields, where: str) -> str | None:
         """Why a row is left out, or None if it is kept.
@@ -163,24 +163,24 @@ def _language(row: Fields, met: Counter[str]) -> str:
     return str(value)
 
 
-def _redacted(row: Fields) -> bool:
+def _is_redacted(row: Fields) -> bool:
     value = row.get("redacted")
     if value is None:
         raise MissingColumn("redacted")
     return str(value).strip().lower() in ("true", "1", "1.0")
 
 
-def _objected(row: Fields, limit: float | None) -> bool:
+def _is_flagged(row: Fields, limit: float | None) -> bool:
     """Whether any message was flagged or, with a limit, scored at least `limit` in any category. Messages without a result count."""
     column = next((c for c in MODERATION if c in row), None)
     if column is None:
         raise MissingColumn("moderation")
     value = row[column]
     results = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    return not results or any(_bad(r, limit) for r in results)
+    return not results or any(_result_is_flagged(r, limit) for r in results)
 
 
-def _bad(result: Any, limit: float | None) -> bool:
+def _result_is_flagged(result: Any, limit: float | None) -> bool:
     if not isinstance(result, Mapping):
         return True
     if limit is None:
@@ -195,7 +195,7 @@ def _bad(result: Any, limit: float | None) -> bool:
 
 
 BATCH = 256  # answers labeled at a time
-Judged = Callable[[Sequence[Prompt], Sequence[str]], list[tuple[bool | None, float | None]]]
+LabelFunction = Callable[[Sequence[Prompt], Sequence[str]], list[tuple[bool | None, float | None]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +207,7 @@ class Labeller:
         sha256: hash of the reward's or function's files; None for a built-in reward.
     """
 
-    judge: Judged
+    judge: LabelFunction
     sha256: str | None
 
     def label(self, trees: Sequence[PromptTree]) -> list[PromptTree | None]:
@@ -224,7 +224,7 @@ class Labeller:
         ]
 
 
-def labeller_of(asked: GetRequest) -> Labeller | None:
+def labeller_of(request: GetRequest) -> Labeller | None:
     """The labeller of a request, or None if it asks for no labels.
 
     Raises:
@@ -236,28 +236,28 @@ def labeller_of(asked: GetRequest) -> Labeller | None:
         own, beside = content_sha256(name), contents_beside(name)
         return hashlib.sha256(repr((own, beside)).encode()).hexdigest() if beside else own
 
-    if asked.label_with is not None:
-        return Labeller(_by_function(asked.label_with), content(asked.label_with))
-    if asked.reward is None or asked.threshold is None:
+    if request.label_with is not None:
+        return Labeller(_by_function(request.label_with), content(request.label_with))
+    if request.reward is None or request.threshold is None:
         return None
-    return Labeller(_by_reward(asked.reward, asked.threshold), content(asked.reward))
+    return Labeller(_by_reward(request.reward, request.threshold), content(request.reward))
 
 
-def _by_reward(name: str, threshold: float) -> Judged:
+def _by_reward(name: str, threshold: float) -> LabelFunction:
     from penchant.rewards import load_reward
 
     reward = load_reward(name)
     # a reward model applies its own chat template to messages; functions expect text
-    whole = all(hasattr(term.function, "score_trees") for term in reward.terms)
+    takes_messages = all(hasattr(term.function, "score_trees") for term in reward.terms)
 
     def judge(prompts: Sequence[Prompt], answers: Sequence[str]) -> list[tuple[bool | None, float | None]]:
-        shown: Any = list(prompts) if whole else [prompt_text(p) for p in prompts]
+        shown: Any = list(prompts) if takes_messages else [prompt_text(p) for p in prompts]
         return [(bool(v >= threshold), float(v)) for v in reward(shown, answers)]
 
     return judge
 
 
-def _by_function(name: str) -> Judged:
+def _by_function(name: str) -> LabelFunction:
     from penchant.base.functions import python_function
 
     function = python_function(name, "--label-with")
@@ -295,7 +295,7 @@ class Conversion:
     options: Mapping[str, Any]
     kind: str
 
-    def turning(self, before: Callable[[Fields], Fields]) -> Layout:
+    def layout_for_kind(self, before: Callable[[Fields], Fields]) -> Layout:
         """The layout, changed to give data of the requested kind.
 
         Args:
@@ -305,7 +305,7 @@ class Conversion:
         def turn(values: Fields, options: Fields) -> tuple[PromptTree, ...]:
             found = self.layout.convert(before(values), options)
             each = found if self.kind == "sft" else (t for tree in found for t in apart(tree))
-            turned = tuple(t for tree in each for t in TURNS[self.kind](tree))
+            turned = tuple(t for tree in each for t in KIND_CONVERTERS[self.kind](tree))
             if not turned:
                 raise RowError(f"has nothing that can be {self.kind} data", "choose another --as")
             return turned
@@ -313,14 +313,14 @@ class Conversion:
         return replace(self.layout, turn=turn)
 
 
-def conversion_of(name: str, asked: GetRequest) -> Conversion:
+def conversion_of(name: str, request: GetRequest) -> Conversion:
     """Choose the conversion of a layout's rows for a request.
 
     Raises:
         ConfigError: there is no such layout or option, or its rows cannot become the requested kind.
     """
-    layout, as_, labelled = layout_named(name), asked.as_, asked.labels
-    wanted = dict(asked.options)
+    layout, as_, labelled = layout_named(name), request.as_, request.labels
+    wanted = dict(request.options)
     use = layout.options.get("use")
     if as_ is not None and use is not None and "use" not in wanted:
         fitting = "sft" if labelled else as_  # labeling needs single answers
@@ -363,7 +363,7 @@ def _as_unpaired(tree: PromptTree) -> list[PromptTree]:
     ]
 
 
-TURNS: dict[str, Callable[[PromptTree], list[PromptTree]]] = {
+KIND_CONVERTERS: dict[str, Callable[[PromptTree], list[PromptTree]]] = {
     **dict.fromkeys(("scored", "text"), lambda tree: [tree]),
     "pairs": _as_pairs,
     "prompts": lambda tree: [replace(tree, completions=())] if tree.prompt else [],
@@ -390,11 +390,11 @@ def _pair_row(tree: PromptTree) -> list[dict[str, Any]]:
     return [row]
 
 
-def _answers(tree: PromptTree, more: Callable[[Completion], Mapping[str, Any]]) -> list[dict[str, Any]]:
-    asked = prompt_json(tree.prompt)
+def _answer_rows(tree: PromptTree, more: Callable[[Completion], Mapping[str, Any]]) -> list[dict[str, Any]]:
+    prompt = prompt_json(tree.prompt)
     return [
         {
-            "prompt": asked,
+            "prompt": prompt,
             "completion": [message_json(answer_turn(c))] if c.reasoning or c.tool_calls else c.text,
             **more(c),
         }
@@ -415,11 +415,11 @@ def _conversation_row(tree: PromptTree) -> list[dict[str, Any]]:
 
 WRITERS: dict[str, Callable[[PromptTree], list[dict[str, Any]]]] = {
     "pairs": _pair_row,
-    "unpaired": lambda tree: _answers(
+    "unpaired": lambda tree: _answer_rows(
         tree, lambda c: {"label": c.label} | ({} if c.score is None else {"score": c.score})
     ),
-    "scored": lambda tree: _answers(tree, lambda c: {"score": c.score}),
-    "sft": lambda tree: _conversation_row(tree) or _answers(tree, lambda c: {}),
+    "scored": lambda tree: _answer_rows(tree, lambda c: {"score": c.score}),
+    "sft": lambda tree: _conversation_row(tree) or _answer_rows(tree, lambda c: {}),
     "prompts": lambda tree: [{"prompt": prompt_json(tree.prompt)}],
     "text": lambda tree: [{"text": c.text} for c in tree.completions],
 }
@@ -471,8 +471,8 @@ class Converter:
             DataError: the file is damaged, or lacks the column that a filter reads. RewardError: a labeling function failed.
         """
         counts = Counts()
-        layout = self.conversion.turning(lambda values: self._before(values, name))
-        with whole(part.rows) as out, whole(part.aside) as aside:
+        layout = self.conversion.layout_for_kind(lambda values: self._filter_row(values, name))
+        with atomic_write(part.rows) as out, atomic_write(part.aside) as aside:
             writer = _Writer(out, aside, counts, self)
             for made in convert_rows(rows, layout, self.conversion.options, self.columns, identical="keep"):
                 pace.step(made.rows)
@@ -483,7 +483,7 @@ class Converter:
         write_json(part.done, counts.to_json())
         return counts
 
-    def _before(self, values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    def _filter_row(self, values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
         reason = self.filters.reason(values, name)
         if reason is not None:
             raise LeftOut(reason, "")

@@ -20,8 +20,8 @@ from penchant.download.catalogue import HUB
 from penchant.errors import DataError
 
 T = TypeVar("T")
-Told = tuple[str, str]  # (what went wrong, what to do)
-WAITS = (1.0, 2.0, 4.0)  # seconds before each retry
+Advice = tuple[str, str]  # (what went wrong, what to do)
+RETRY_DELAYS = (1.0, 2.0, 4.0)  # seconds before each retry
 TRANSIENT = {408, 429, 500, 502, 503, 504}
 BLOCK = 1 << 18  # buffer size in bytes when a remote file is read sequentially
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
@@ -72,7 +72,7 @@ class Hub:
         if not sys.stderr.isatty():
             disable_progress_bars()
 
-    def look(self, hub_id: str, revision: str) -> Repository:
+    def list_repository(self, hub_id: str, revision: str) -> Repository:
         """List a data set's files at the current commit of `revision`.
 
         Raises:
@@ -82,10 +82,10 @@ class Hub:
         from huggingface_hub.hf_api import RepoFile
 
         api = HfApi(endpoint=self.endpoint)
-        info = self._tried(hub_id, "its page", lambda: api.dataset_info(hub_id, revision=revision))
+        info = self._with_retries(hub_id, "its page", lambda: api.dataset_info(hub_id, revision=revision))
         commit = str(info.sha)
 
-        listed = self._tried(
+        listed = self._with_retries(
             hub_id,
             "its list of files",
             lambda: [*api.list_repo_tree(hub_id, repo_type="dataset", revision=commit, recursive=True)],
@@ -109,7 +109,9 @@ class Hub:
         from huggingface_hub import get_hf_file_metadata
 
         url = self._url(repository, file)
-        self._tried(repository.hub_id, file.path, lambda: get_hf_file_metadata(url, token=None, endpoint=self.endpoint))
+        self._with_retries(
+            repository.hub_id, file.path, lambda: get_hf_file_metadata(url, token=None, endpoint=self.endpoint)
+        )
 
     def fetch(self, repository: Repository, file: HubFile) -> Path:
         """Fetch a file into the hub's local cache and check its hash, with one more download if it is wrong.
@@ -117,18 +119,18 @@ class Hub:
         Raises:
             DataError: the file cannot be fetched, or its hash is wrong twice.
         """
-        path = self._download(repository, file, anew=False)
+        path = self._download(repository, file, force=False)
         if matches(path, file):
             return path
         self.say(f"{file.path}: its hash is not the published one; fetching it again")
-        path = self._download(repository, file, anew=True)
+        path = self._download(repository, file, force=True)
         if not matches(path, file):
             what = f"{file.path} has another hash than the published one, twice"
             how = f"something between here and the hub changes it; {AGAIN} later"
             raise DataError(HUB + repository.hub_id, what, how)
         return path
 
-    def _download(self, repository: Repository, file: HubFile, anew: bool) -> Path:
+    def _download(self, repository: Repository, file: HubFile, force: bool) -> Path:
         from huggingface_hub import hf_hub_download
 
         def fetch() -> str:
@@ -139,12 +141,12 @@ class Hub:
                 revision=repository.commit,
                 endpoint=self.endpoint,
                 cache_dir=self.cache,
-                force_download=anew,
+                force_download=force,
             )
 
-        return Path(self._tried(repository.hub_id, file.path, fetch))
+        return Path(self._with_retries(repository.hub_id, file.path, fetch))
 
-    def part(self, repository: Repository, file: HubFile, start: int, end: int) -> bytes:
+    def fetch_range(self, repository: Repository, file: HubFile, start: int, end: int) -> bytes:
         """Fetch bytes `start` to `end` (exclusive) of a file."""
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -160,7 +162,7 @@ class Hub:
                 raise OSError("the connection broke")
             return found
 
-        return self._tried(repository.hub_id, file.path, ask)
+        return self._with_retries(repository.hub_id, file.path, ask)
 
     def _url(self, repository: Repository, file: HubFile) -> str:
         from huggingface_hub import hf_hub_url
@@ -183,24 +185,24 @@ class Hub:
 
         return Path(self.cache or constants.HF_HUB_CACHE)
 
-    def _tried(self, hub_id: str, what: str, call: Callable[[], T]) -> T:
-        for wait in (*WAITS, None):
+    def _with_retries(self, hub_id: str, what: str, call: Callable[[], T]) -> T:
+        for wait in (*RETRY_DELAYS, None):
             try:
                 return call()
-            except _known() as error:
+            except _client_errors() as error:
                 if wait is None or not is_transient(error):
-                    raise explained(error, hub_id, what) from None  # the original message may contain a signed URL
-                self.say(f"{what}: {_short(error)}; trying again in {wait:g} s")
+                    raise explain_error(error, hub_id, what) from None  # the original message may contain a signed URL
+                self.say(f"{what}: {_short_reason(error)}; trying again in {wait:g} s")
                 time.sleep(wait)
         raise AssertionError("unreachable")
 
 
-class PartFile(io.RawIOBase):
+class RemoteFile(io.RawIOBase):
     """A file on the hub that is read over the network on demand. `fetched` counts the bytes received."""
 
     def __init__(self, hub: Hub, repository: Repository, file: HubFile) -> None:
         super().__init__()
-        self._ask = lambda start, end: hub.part(repository, file, start, end)
+        self._fetch_range = lambda start, end: hub.fetch_range(repository, file, start, end)
         self._size, self._at, self.fetched = file.size, 0, 0
 
     def readable(self) -> bool:
@@ -220,7 +222,7 @@ class PartFile(io.RawIOBase):
         end = min(self._at + len(buffer), self._size)
         if end <= self._at:
             return 0
-        found = self._ask(self._at, end)
+        found = self._fetch_range(self._at, end)
         buffer[: len(found)] = found
         self._at += len(found)
         self.fetched += len(found)
@@ -270,24 +272,24 @@ def is_transient(error: BaseException) -> bool:
     )
 
 
-def _known() -> tuple[type[Exception], ...]:
+def _client_errors() -> tuple[type[Exception], ...]:
     """Exceptions that the hub's client raises. Anything else is a bug in this program."""
     from huggingface_hub import errors
 
     return errors.HTTPError, errors.EntryNotFoundError, OSError, ValueError, KeyError
 
 
-def _short(error: BaseException) -> str:
+def _short_reason(error: BaseException) -> str:
     status = status_of(error)
     return f"the hub answers {status}" if status is not None else "the connection failed"
 
 
-def explained(error: BaseException, hub_id: str, what: str) -> DataError:
+def explain_error(error: BaseException, hub_id: str, what: str) -> DataError:
     """Convert an error of the hub's client to a DataError that says what to do, without the original text."""
     from huggingface_hub import errors
 
     private = "" if logged_in() else f"; if it is private, {LOGIN}"
-    told: dict[type[Exception], Told] = {  # the most specific first
+    explanations: dict[type[Exception], Advice] = {  # the most specific first
         errors.OfflineModeIsEnabled: (
             "HF_HUB_OFFLINE is set, so nothing is fetched",
             "unset it, or give a copy on this machine with --from",
@@ -308,13 +310,13 @@ def explained(error: BaseException, hub_id: str, what: str) -> DataError:
             f"{what} is not there",
             "its files may have been renamed; name another --revision",
         ),
-        errors.HfHubHTTPError: _refused(what, status_of(error)),
+        errors.HfHubHTTPError: _refusal(what, status_of(error)),
     }
-    found = (said for kind, said in told.items() if isinstance(error, kind))
+    found = (said for kind, said in explanations.items() if isinstance(error, kind))
     return DataError(HUB + hub_id, *next(found, _unreachable(what, error)))
 
 
-def _gated() -> Told:
+def _gated() -> Advice:
     if not logged_in():
         how = f"accept its terms on that page with your Hugging Face account, then {LOGIN}, and {AGAIN}"
         return "this data set is gated, and nobody is logged in here", how
@@ -325,7 +327,7 @@ def _gated() -> Told:
     return "this data set is gated, and the account that is logged in has not accepted its terms", how
 
 
-def _refused(what: str, status: int | None) -> Told:
+def _refusal(what: str, status: int | None) -> Advice:
     if status == 401:
         return "the hub does not accept the token that it was given (401)", f"{LOGIN} anew, and {AGAIN}"
     if status in TRANSIENT:
@@ -334,10 +336,10 @@ def _refused(what: str, status: int | None) -> Told:
     return f"the hub answers {status} for {what}", f"see its page; if you may read it, {LOGIN}, and {AGAIN}"
 
 
-def _unreachable(what: str, error: BaseException) -> Told:
+def _unreachable(what: str, error: BaseException) -> Advice:
     cause = error.__cause__ if status_of(error) is None else None
     if cause is not None and status_of(cause) is not None:
-        return _refused(what, status_of(cause))
+        return _refusal(what, status_of(cause))
     if isinstance(error, (ValueError, KeyError)) and cause is None:
         how = f"something in between, a proxy or a login page, may have given it; check the network, and {AGAIN}"
         return "the hub's answer cannot be understood", how

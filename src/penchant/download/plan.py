@@ -16,7 +16,7 @@ from penchant.base.files import file_sha256
 from penchant.base.functions import own_sha256
 from penchant.data.read import ENDINGS, ending, find_files
 from penchant.data.split import SPLITS
-from penchant.download.catalogue import HUB, Files, Spec, chosen_subsets, find, is_hub_id, unknown
+from penchant.download.catalogue import HUB, Files, Spec, chosen_subsets, find_spec, is_hub_id, unknown_name_error
 from penchant.download.hub import Hub, HubFile, Repository
 from penchant.errors import ConfigError, DataError
 from penchant.requests import GetRequest
@@ -30,32 +30,32 @@ AS = ("sft", "prompts", "unpaired")
 REDACTED = ("keep", "only", "drop")
 
 
-def identity(asked: GetRequest) -> dict[str, Any]:
+def identity(request: GetRequest) -> dict[str, Any]:
     """The options that determine the result, as JSON values: all but output, redo, quiet and workers."""
     held = json.loads(
-        json.dumps({k: v for k, v in asdict(asked).items() if k not in ("output", "redo", "quiet", "workers")})
+        json.dumps({k: v for k, v in asdict(request).items() if k not in ("output", "redo", "quiet", "workers")})
     )
-    held["source"] = None if asked.source is None else str(Path(asked.source).expanduser().resolve())
-    own = own_sha256(asked.layout or "")
+    held["source"] = None if request.source is None else str(Path(request.source).expanduser().resolve())
+    own = own_sha256(request.layout or "")
     return dict(held) if own is None else {**held, "layout_sha256": own}
 
 
-def check_request(asked: GetRequest) -> None:
+def check_request(request: GetRequest) -> None:
     """Check a request's options.
 
     Raises:
         ConfigError: an option is invalid; the error names it.
     """
-    _check_split(asked.split)
-    if asked.first is not None and asked.first < 1:
-        raise ConfigError("--first", f"is {asked.first}", "give a number of rows, 1 or more")
-    for flag, value, allowed in (("--as", asked.as_, (None, *AS)), ("--redacted", asked.redacted, REDACTED)):
+    _check_split(request.split)
+    if request.first is not None and request.first < 1:
+        raise ConfigError("--first", f"is {request.first}", "give a number of rows, 1 or more")
+    for flag, value, allowed in (("--as", request.as_, (None, *AS)), ("--redacted", request.redacted, REDACTED)):
         if value not in allowed:
             raise ConfigError(flag, f"is {value!r}", f"choose one of {', '.join(filter(None, allowed))}")
-    moderation = asked.moderation
+    moderation = request.moderation
     if not (moderation in ("keep", "drop-flagged") or (isinstance(moderation, float) and 0 <= moderation <= 1)):
         raise ConfigError("--moderation", f"is {moderation!r}", "give keep, drop-flagged or a score from 0 to 1")
-    _check_labels(asked)
+    _check_labels(request)
 
 
 def _check_split(shares: Sequence[float]) -> None:
@@ -66,24 +66,24 @@ def _check_split(shares: Sequence[float]) -> None:
         raise ConfigError("--split", "train has no share", "give it one above 0")
 
 
-def _check_labels(asked: GetRequest) -> None:
-    if asked.reward is not None and asked.label_with is not None:
+def _check_labels(request: GetRequest) -> None:
+    if request.reward is not None and request.label_with is not None:
         how = "keep one: both say which answers are good"
         raise ConfigError("--reward", "is given together with --label-with", how)
-    if asked.labels and asked.as_ != "unpaired":
-        given = "--reward" if asked.reward is not None else "--label-with"
+    if request.labels and request.as_ != "unpaired":
+        given = "--reward" if request.reward is not None else "--label-with"
         raise ConfigError(given, "labels answers, which only unpaired data have", "add --as unpaired")
-    if asked.reward is not None and asked.threshold is None:
+    if request.reward is not None and request.threshold is None:
         raise ConfigError("--threshold", "is missing", "a reward at or above it makes an answer good; give both")
-    if asked.reward is None and asked.threshold is not None:
+    if request.reward is None and request.threshold is not None:
         raise ConfigError("--threshold", "is given without --reward", "give --reward too")
-    if asked.threshold is not None and not math.isfinite(asked.threshold):
-        raise ConfigError("--threshold", f"is {asked.threshold}", "give a finite number")
+    if request.threshold is not None and not math.isfinite(request.threshold):
+        raise ConfigError("--threshold", f"is {request.threshold}", "give a finite number")
 
 
 # ---- The files, on the hub or in a local copy: subset, published split and layout of each ----
 
-_WORDS = {
+_SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval"), "test"),
@@ -134,24 +134,26 @@ class Plan:
         return Plan(**{**held, "sources": sources})
 
 
-def make_plan(asked: GetRequest, hub: Hub) -> Plan:
+def make_plan(request: GetRequest, hub: Hub) -> Plan:
     """Choose the files that a request reads.
 
     Raises:
         ConfigError: no such name or subset. DataError: no such path, no access, no network, or no readable file.
     """
-    spec = find(asked.name)
-    if spec is None and asked.subsets and asked.source is not None:
-        what = f"{asked.name} has none that are known here"
+    spec = find_spec(request.name)
+    if spec is None and request.subsets and request.source is not None:
+        what = f"{request.name} has none that are known here"
         raise ConfigError("--subset", what, "give the folder of one with --from")
-    if asked.source is not None:
-        return local_plan(Path(asked.source).expanduser(), asked, spec)
-    if spec is None and not is_hub_id(asked.name):
-        raise unknown(asked.name)
+    if request.source is not None:
+        return local_plan(Path(request.source).expanduser(), request, spec)
+    if spec is None and not is_hub_id(request.name):
+        raise unknown_name_error(request.name)
     if spec is not None:
-        chosen_subsets(spec, asked.subsets)  # raises for an unknown subset before any network access
-    repository = hub.look(spec.hub if spec else asked.name, asked.revision or (spec.revision if spec else "main"))
-    sources, left_out = hub_sources(repository.files, repository.configs, asked, spec)
+        chosen_subsets(spec, request.subsets)  # raises for an unknown subset before any network access
+    repository = hub.list_repository(
+        spec.hub if spec else request.name, request.revision or (spec.revision if spec else "main")
+    )
+    sources, left_out = hub_sources(repository.files, repository.configs, request, spec)
     if not sources:
         what = "holds no file that can be read here" if spec is None else "its files are not where they were published"
         how = (
@@ -169,30 +171,30 @@ def make_plan(asked: GetRequest, hub: Hub) -> Plan:
 
 
 def hub_sources(
-    files: Sequence[HubFile], configs: Sequence[Mapping[str, Any]], asked: GetRequest, spec: Spec | None
+    files: Sequence[HubFile], configs: Sequence[Mapping[str, Any]], request: GetRequest, spec: Spec | None
 ) -> tuple[tuple[Source, ...], str]:
     """(files of a repository that a request reads, note on what is left out)."""
     if spec is not None:
         paths = {f.path: f for f in files}
         found = tuple(
             Source(**asdict(paths[p]), split=split, subset=name, layout=layout, prompts_only=prompts_only)
-            for name, split, p, (layout, prompts_only) in _of_spec(
-                spec, chosen_subsets(spec, asked.subsets), list(paths)
+            for name, split, p, (layout, prompts_only) in _catalog_files(
+                spec, chosen_subsets(spec, request.subsets), list(paths)
             )
         )
-        return found, _absent(spec, chosen_subsets(spec, asked.subsets), found)
+        return found, _missing_note(spec, chosen_subsets(spec, request.subsets), found)
     data = [f for f in files if ending(f.path) in READABLE and not f.path.startswith(".")]
-    chosen, left_out = _of_card(data, configs, asked.subsets) if configs else _by_name(data, asked.subsets)
+    chosen, left_out = _card_files(data, configs, request.subsets) if configs else _files_by_name(data, request.subsets)
     return tuple(Source(**asdict(f), split=split, subset=subset) for f, split, subset in chosen), left_out
 
 
-def _absent(spec: Spec, subsets: Iterable[str], found: Sequence[Source]) -> str:
+def _missing_note(spec: Spec, subsets: Iterable[str], found: Sequence[Source]) -> str:
     there = {(s.subset, s.split) for s in found}
     gone = [f"{n} ({split})" for n in subsets for split in spec.subsets[n].splits if (n, split) not in there]
     return f"not there: {', '.join(gone)}" if found and gone else ""
 
 
-def _of_spec(
+def _catalog_files(
     spec: Spec, subsets: Iterable[str], paths: Sequence[str]
 ) -> Iterable[tuple[str, str, str, tuple[str, bool]]]:
     """(subset, split, path, (layout, prompts only)) of the paths that a catalog entry names."""
@@ -200,24 +202,24 @@ def _of_spec(
         held = spec.subsets[name]
         for split, pattern in held.splits.items():
             for path in sorted(p for p in paths if fnmatchcase(p, pattern)):
-                yield name, split, path, _rows_of(spec, held)
+                yield name, split, path, _row_layout(spec, held)
 
 
-def _rows_of(spec: Spec, held: Files) -> tuple[str, bool]:
+def _row_layout(spec: Spec, held: Files) -> tuple[str, bool]:
     return held.layout or spec.layout, held.prompts_only
 
 
 Chosen = list[tuple[HubFile, str, str]]
 
 
-def _of_card(
-    files: Sequence[HubFile], configs: Sequence[Mapping[str, Any]], asked: tuple[str, ...]
+def _card_files(
+    files: Sequence[HubFile], configs: Sequence[Mapping[str, Any]], requested: tuple[str, ...]
 ) -> tuple[Chosen, str]:
     """(files, note on unread subsets) by the subsets and splits in a data set's card."""
     named = {str(c.get("config_name", "default")): c for c in configs}
     default = next((n for n, c in named.items() if c.get("default")), None)
     default = default or ("default" if "default" in named else next(iter(named)))
-    wanted = tuple(named) if asked == ("all",) else asked or (default,)
+    wanted = tuple(named) if requested == ("all",) else requested or (default,)
     for name in wanted:
         if name not in named:
             raise ConfigError("--subset", f"it has no subset {name!r}", f"it has {', '.join(named)}")
@@ -230,7 +232,7 @@ def _of_card(
     ]
     others = [n for n in named if n not in wanted]
     if not chosen:
-        return _by_name(files, ())
+        return _files_by_name(files, ())
     return chosen, f"subsets not read: {', '.join(others)} (--subset)" if others else ""
 
 
@@ -248,43 +250,43 @@ def _patterns(value: Any) -> list[str]:
     return [str(v) for v in value] if isinstance(value, list) else [str(value)]
 
 
-def _by_name(files: Sequence[HubFile], asked: tuple[str, ...]) -> tuple[Chosen, str]:
+def _files_by_name(files: Sequence[HubFile], requested: tuple[str, ...]) -> tuple[Chosen, str]:
     """(files, note on unread files) without a card: the file type with the most bytes, splits by file name."""
-    if asked:
+    if requested:
         raise ConfigError("--subset", "this data set's page names no subsets", "leave it out")
     sizes: dict[str, int] = {}
     for f in files:
-        sizes[_kind(f.path)] = sizes.get(_kind(f.path), 0) + f.size
+        sizes[_file_type(f.path)] = sizes.get(_file_type(f.path), 0) + f.size
     most = max(sizes, key=lambda k: sizes[k], default="")
-    others = [f.path for f in files if _kind(f.path) != most]
+    others = [f.path for f in files if _file_type(f.path) != most]
     left_out = f"files not read: {', '.join(others[:5])}{' ...' if len(others) > 5 else ''}" if others else ""
-    return [(f, split_of(f.path), "") for f in files if _kind(f.path) == most], left_out
+    return [(f, split_of(f.path), "") for f in files if _file_type(f.path) == most], left_out
 
 
-def _kind(path: str) -> str:
+def _file_type(path: str) -> str:
     return Path(path.removesuffix(".gz")).suffix
 
 
 def split_of(path: str) -> str:
     """The published split of a path: the last word in it that names one, or else train."""
-    found = [_WORDS[w] for w in re.findall(r"[a-z]+", path.lower()) if w in _WORDS]
+    found = [_SPLIT_WORDS[w] for w in re.findall(r"[a-z]+", path.lower()) if w in _SPLIT_WORDS]
     return found[-1] if found else "train"
 
 
 # ---- A local copy ----
 
 
-def local_plan(root: Path, asked: GetRequest, spec: Spec | None) -> Plan:
+def local_plan(root: Path, request: GetRequest, spec: Spec | None) -> Plan:
     """Plan for a local copy: its files at the published paths, or else any readable files."""
     if not os.path.lexists(root):
         raise DataError(str(root), "no such file or folder", "give a file or folder with --from")
-    paths = _files(root)
+    paths = _readable_files(root)
     if not paths:
         how = f"files are read that end with {', '.join(READABLE)}"
         raise DataError(str(root), "holds no file that can be read", how)
-    subsets = chosen_subsets(spec, asked.subsets) if spec else ()
-    found: Found = list(_of_spec(spec, subsets, list(paths))) if spec else []
-    found = found or _any(spec, subsets, paths)
+    subsets = chosen_subsets(spec, request.subsets) if spec else ()
+    found: Found = list(_catalog_files(spec, subsets, list(paths))) if spec else []
+    found = found or _files_anywhere(spec, subsets, paths)
     if not found:
         raise DataError(str(root), f"holds no file of {', '.join(subsets)}", "give another --subset or --from")
     sources = []
@@ -292,11 +294,11 @@ def local_plan(root: Path, asked: GetRequest, spec: Spec | None) -> Plan:
         path = paths[name]
         size, place = path.stat().st_size, str(path.resolve())
         sources.append(Source(name, size, file_sha256(path), None, split, subset, place, *rows))
-    left_out = _absent(spec, subsets, sources) if spec and any(s.subset for s in sources) else ""
+    left_out = _missing_note(spec, subsets, sources) if spec and any(s.subset for s in sources) else ""
     return Plan(str(root.resolve()), "", "", tuple(sources), spec.terms if spec else "", left_out)
 
 
-def _files(root: Path) -> dict[str, Path]:
+def _readable_files(root: Path) -> dict[str, Path]:
     if not root.is_dir():
         return {f.name: f for f in find_files(str(root)) or () if ending(f.name) in READABLE}
     found = sorted(p for p in root.rglob("*") if p.is_file() and ending(p.name) in READABLE)
@@ -307,7 +309,7 @@ def _files(root: Path) -> dict[str, Path]:
 Found = list[tuple[str, str, str, tuple[Any, ...]]]
 
 
-def _any(spec: Spec | None, subsets: tuple[str, ...], paths: Mapping[str, Path]) -> Found:
+def _files_anywhere(spec: Spec | None, subsets: tuple[str, ...], paths: Mapping[str, Path]) -> Found:
     """Files that are not at the published paths: the subset is a path part that equals its name, the split a word in the path."""
     found: Found = []
     for name in paths:
@@ -318,5 +320,5 @@ def _any(spec: Spec | None, subsets: tuple[str, ...], paths: Mapping[str, Path])
         subset = next((s for s in spec.subsets if s in parts), None)
         if subset is None or subset in subsets:
             held = spec.subsets[subset or subsets[0]]
-            found.append((subset or "", split_of(name), name, _rows_of(spec, held)))
+            found.append((subset or "", split_of(name), name, _row_layout(spec, held)))
     return found

@@ -20,7 +20,7 @@ from penchant.rewards.builtin import BUILT_IN, RewardConfig
 
 SHAPE = "a pipeline is a mapping with output, stages and, if you like, defaults and compare; see recipes/pipeline.yaml"
 KEYS = ("output", "defaults", "stages", "compare")
-FULL_MODEL = (("model", "path"), ("reference", "path"))  # an adapter there is merged first
+FULL_MODEL_KEYS = (("model", "path"), ("reference", "path"))  # an adapter there is merged first
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _REFERENCE = re.compile(r"([A-Za-z0-9_-]+)(?:@(best|last|\d+))?")
@@ -42,9 +42,9 @@ class Ref:
     path: tuple[str, ...]
 
     @property
-    def full_model(self) -> bool:
+    def needs_full_model(self) -> bool:
         """Whether this key needs a whole model rather than an adapter."""
-        return self.path in FULL_MODEL
+        return self.path in FULL_MODEL_KEYS
 
 
 Resolve = Callable[[Ref], str]
@@ -97,7 +97,7 @@ class CompareConfig(Section):
 
     @field_validator("models")
     @classmethod
-    def _at_least_two(cls, models: list[str]) -> list[str]:
+    def _check_models(cls, models: list[str]) -> list[str]:
         if twice := sorted(repeated(models)):
             raise ValueError(f"{', '.join(twice)} is listed twice")
         if len(models) < 2:
@@ -106,7 +106,7 @@ class CompareConfig(Section):
 
     @field_validator("reward")
     @classmethod
-    def _a_reward(cls, reward: Any) -> Any:
+    def _check_reward(cls, reward: Any) -> Any:
         try:
             RewardConfig.model_validate(reward if reward is not None else "words")
         except ValidationError as error:  # report it now, not after all stages have trained
@@ -117,7 +117,7 @@ class CompareConfig(Section):
         return reward
 
     @model_validator(mode="after")
-    def _other_rewards(self) -> CompareConfig:
+    def _check_also(self) -> CompareConfig:
         twice = sorted({n for n in self.also if self.also.count(n) > 1 or n == self.reward})
         if twice:
             raise ValueError(f"also names {', '.join(twice)} twice, or as reward too; leave it out of also")
@@ -159,11 +159,11 @@ class Pipeline:
 
     def downstream(self, names: Sequence[str]) -> list[str]:
         """The stages `names` and every stage that uses one of them, directly or indirectly, in order."""
-        return [n for n in self.stages if {n, *_reached(n, self.stages)} & set(names)]
+        return [n for n in self.stages if {n, *_all_upstream(n, self.stages)} & set(names)]
 
     def needed(self, name: str) -> list[str]:
         """Every stage that `name` uses, directly or indirectly, in order."""
-        found = _reached(name, self.stages)
+        found = _all_upstream(name, self.stages)
         return [n for n in self.stages if n in found]
 
     def stage(self, name: str, where: str) -> Stage:
@@ -196,7 +196,7 @@ def load_pipeline(given: Mapping[str, Any] | str | Path, overrides: Sequence[str
         _ = stage.config  # check every stage before anything trains
     for stage in made.values():
         _check_kinds(stage, made)
-        check_names(
+        check_bare_names(
             stage.values.get("reward"),
             made,
             place_of(("reward",), stage.places, stage.place),
@@ -226,9 +226,9 @@ def _stage(
             how = "leave it out: a stage's folder is the pipeline's output and its name"
             raise ConfigError(place_of((*where, "output"), places, source), f"{'.'.join(where)}.output is set", how)
     values = merge_settings(defaults, own)
-    mine = {p[1:]: w for p, w in places.items() if p[0] == "defaults" and p[1:]}
-    mine |= {p[2:]: w for p, w in places.items() if p[:2] == ("stages", name) and p[2:]}
-    return Stage(name, values, mine, place, folder / name)
+    own_places = {p[1:]: w for p, w in places.items() if p[0] == "defaults" and p[1:]}
+    own_places |= {p[2:]: w for p, w in places.items() if p[:2] == ("stages", name) and p[2:]}
+    return Stage(name, values, own_places, place, folder / name)
 
 
 # ---- References ----
@@ -242,11 +242,11 @@ def references(values: Any, path: tuple[str, ...] = ()) -> tuple[Ref, ...]:
     """
     found: list[Ref] = []
 
-    def kept(ref: Ref) -> str:
+    def collect(ref: Ref) -> str:
         found.append(ref)
         return ref.text
 
-    resolved(values, kept, path)
+    resolved(values, collect, path)
     return tuple(found)
 
 
@@ -284,7 +284,7 @@ def _check_references(stage: Stage, stages: Mapping[str, Stage]) -> None:
         if ref.stage == stage.name:
             raise ConfigError(where, f"stages.{stage.name}: it refers to itself", "name a stage that stands before it")
         if order.index(ref.stage) > order.index(stage.name):
-            if stage.name in _reached(ref.stage, stages):
+            if stage.name in _all_upstream(ref.stage, stages):
                 what = f"stages.{stage.name} and stages.{ref.stage} need each other: a cycle"
                 raise ConfigError(where, what, "take one of the references out")
             what = f"stages.{stage.name}: it needs {ref.stage!r}, which stands after it"
@@ -297,8 +297,8 @@ def _check_kinds(stage: Stage, stages: Mapping[str, Stage]) -> None:
         where = place_of(ref.path, stage.places, stage.place)
         if ref.path[0] == "reward" or ref.path[:2] == ("evaluation", "reward"):
             key = "evaluation.reward" if ref.path[0] == "evaluation" else "reward"
-            check_judge(ref, stages, where, f"stages.{stage.name}: {key}")
-        elif ref.path in FULL_MODEL and stages[ref.stage].learns_reward and not stage.learns_reward:
+            check_reward_model(ref, stages, where, f"stages.{stage.name}: {key}")
+        elif ref.path in FULL_MODEL_KEYS and stages[ref.stage].learns_reward and not stage.learns_reward:
             raise ConfigError(
                 where,
                 f"stages.{stage.name}: {'.'.join(ref.path)} is {ref.text}, a reward model, which writes nothing",
@@ -311,7 +311,7 @@ def _check_kinds(stage: Stage, stages: Mapping[str, Stage]) -> None:
                 raise ConfigError(where, what, "name it as model.path, or give that stage a lora section")
 
 
-def check_judge(ref: Ref, stages: Mapping[str, Stage], where: str, what: str) -> None:
+def check_reward_model(ref: Ref, stages: Mapping[str, Stage], where: str, what: str) -> None:
     """Raise ConfigError if a reward refers to a stage that trains no reward model."""
     if not stages[ref.stage].learns_reward:
         there = [name for name, other in stages.items() if other.learns_reward]
@@ -319,7 +319,7 @@ def check_judge(ref: Ref, stages: Mapping[str, Stage], where: str, what: str) ->
         raise ConfigError(where, f"{what} is {ref.text}, which trains no reward model", hint)
 
 
-def check_names(reward: Any, stages: Mapping[str, Stage], where: str, what: str) -> None:
+def check_bare_names(reward: Any, stages: Mapping[str, Stage], where: str, what: str) -> None:
     """Raise ConfigError if a reward is a stage's bare name without ``stage:``."""
     items = reward if isinstance(reward, list) else [reward or ()]
     for name in (n for item in items for n in ([item] if isinstance(item, str) else item)):
@@ -327,15 +327,15 @@ def check_names(reward: Any, stages: Mapping[str, Stage], where: str, what: str)
             raise ConfigError(where, f"{what} is {name!r}, a stage's bare name", f"write stage:{name}")
 
 
-def _reached(name: str, stages: Mapping[str, Stage]) -> set[str]:
+def _all_upstream(name: str, stages: Mapping[str, Stage]) -> set[str]:
     """Every stage that `name` needs, directly or indirectly. Unknown names are skipped."""
     found: set[str] = set()
-    open_ = [name]
-    while open_:
-        for other in stages[open_.pop()].upstream:
+    pending = [name]
+    while pending:
+        for other in stages[pending.pop()].upstream:
             if other in stages and other not in found:
                 found.add(other)
-                open_.append(other)
+                pending.append(other)
     return found
 
 
@@ -364,9 +364,9 @@ def _comparison(
         if ref.stage not in stages:
             raise ConfigError(where, f"compare: there is no stage {ref.stage!r}", did_you_mean(ref.stage, stages))
     for rewards, key in ((config.reward, "reward"), (config.also, "also")):
-        check_names(rewards, stages, place_of(("compare", key), places, place), f"compare.{key}")
+        check_bare_names(rewards, stages, place_of(("compare", key), places, place), f"compare.{key}")
     for ref in refs:
-        check_judge(ref, stages, place_of(ref.path, places, place), f"compare.{ref.path[1]}")
+        check_reward_model(ref, stages, place_of(ref.path, places, place), f"compare.{ref.path[1]}")
     for ref in models:
         if stages[ref.stage].learns_reward:
             what = f"compare.models: {ref.stage} is a reward model, which writes nothing"

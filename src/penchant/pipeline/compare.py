@@ -100,7 +100,7 @@ class Comparer:
     # ---- Common setting of all models -----------------------------------------------------------------------------
 
     @property
-    def _run(self) -> Run:
+    def _owner_run(self) -> Run:
         return self.runs[self.heldout.owner]
 
     def setting(self, resolve: Resolve, folder_of: FolderOf) -> Setting:
@@ -112,7 +112,9 @@ class Comparer:
                 how = "compare models that start from the same one: KL and likelihood are of the same tokens"
                 raise ConfigError(self.compare.place, what, how)
         reward, also = self.compare.reward(resolve), self.compare.also(resolve)
-        return make_setting(self._run, tokenizers[0], self.heldout.rows, reward, self.sampling, self.console, also)
+        return make_setting(
+            self._owner_run, tokenizers[0], self.heldout.rows, reward, self.sampling, self.console, also
+        )
 
     def _source(self, ref: Ref, resolve: Resolve, folder_of: FolderOf) -> Source:
         folder, stage = folder_of(ref), self.pipeline.stages[ref.stage]
@@ -130,7 +132,7 @@ class Comparer:
             | reward_hashes(dict.fromkeys(c.config.also, 1.0))
             | {ref.text: model_sha256(folder_of(ref)) for ref in c.reward_refs},
             "tokens": tokens_sha256(setting),
-            "dtype": str(self._run.dtype),
+            "dtype": str(self._owner_run.dtype),
         }
 
     def unchanged(self, record: Mapping[str, Any], resolve: Resolve, folder_of: FolderOf) -> bool:
@@ -158,7 +160,7 @@ class Comparer:
                 f"left out: {counted(self.heldout.leaked, 'held-out row')} whose prompts another stage trains on"
             )
         sources = [self._source(ref, resolve, folder_of) for ref in self.compare.models]
-        compared = compare_sources(sources, self._run, setting, self.sampling)
+        compared = compare_sources(sources, self._owner_run, setting, self.sampling)
         figures = comparison_json(compared) | {
             "prompts": len(setting.prompts),
             "answers": len(setting.answers),

@@ -20,7 +20,7 @@ from penchant.errors import CheckpointError
 from penchant.models.merge import is_adapter, merge_to_folder, model_sha256
 from penchant.pipeline import Pipeline, Ref, Stage
 from penchant.pipeline.compare import Comparer, Outcome
-from penchant.plan import checkpointing, misfit
+from penchant.plan import checkpointing, memory_warning
 from penchant.runfolder import CHECKPOINTS, CONFIG, IDENTITY, RunLock, write_summed
 from penchant.runs import Run
 from penchant.runs.state import (
@@ -59,7 +59,7 @@ def judge_stage(stage: Stage, record: Mapping[str, Any] | None, inputs: Inputs) 
     return Planned(stage.name, "done", f"{record['steps']} steps")
 
 
-def _check(stage: Stage, planned: Planned) -> None:
+def _check_unchanged(stage: Stage, planned: Planned) -> None:
     """Raise if a stage's inputs or models have changed since it was trained."""
     if planned.action == "changed":
         how = f"--redo {stage.name} moves its folder aside and retrains it, with every stage that uses it; "
@@ -76,15 +76,15 @@ def move_aside(pipeline: Pipeline, names: Sequence[str], state: State) -> list[s
     """
     if not names:
         return []
-    there = [pipeline.stages[n] for n in names if pipeline.stages[n].folder.exists()]
+    existing = [pipeline.stages[n] for n in names if pipeline.stages[n].folder.exists()]
     number = 1
-    while any(_numbered(s.folder, number).exists() for s in there):
+    while any(_numbered(s.folder, number).exists() for s in existing):
         number += 1
-    moved = {str(s.folder): str(_numbered(s.folder, number)) for s in there}
+    moved = {str(s.folder): str(_numbered(s.folder, number)) for s in existing}
     with ExitStack() as locks:
-        for stage in there:
+        for stage in existing:
             locks.enter_context(RunLock(stage.folder))  # fails if a run is still training there
-        for stage in there:
+        for stage in existing:
             os.rename(stage.folder, moved[str(stage.folder)])
             state.stages.pop(stage.name, None)
             state.save()
@@ -92,7 +92,7 @@ def move_aside(pipeline: Pipeline, names: Sequence[str], state: State) -> list[s
         state.stages.pop(name, None)
     state.save()
     for folder in moved.values():
-        _follow(Path(folder), moved)
+        _update_paths(Path(folder), moved)
     return [f"{Path(old).name}: moved aside to {Path(new).name}" for old, new in moved.items()]
 
 
@@ -100,12 +100,12 @@ def _numbered(folder: Path, number: int) -> Path:
     return folder.with_name(f"{folder.name}.{number}")
 
 
-def _follow(folder: Path, moved: Mapping[str, str]) -> None:
-    def renamed(value: Any) -> Any:
+def _update_paths(folder: Path, moved: Mapping[str, str]) -> None:
+    def replaced(value: Any) -> Any:
         if isinstance(value, dict):
-            return {renamed(k): renamed(v) for k, v in value.items()}
+            return {replaced(k): replaced(v) for k, v in value.items()}
         if isinstance(value, list):
-            return [renamed(v) for v in value]
+            return [replaced(v) for v in value]
         for old, new in moved.items():
             if isinstance(value, str) and (value == old or value.startswith(f"{old}/")):
                 return new + value[len(old) :]
@@ -113,10 +113,10 @@ def _follow(folder: Path, moved: Mapping[str, str]) -> None:
 
     config, identity = folder / CONFIG, folder / IDENTITY
     if config.exists():
-        values = renamed(yaml_value(config.read_text(encoding="utf-8")))
+        values = replaced(yaml_value(config.read_text(encoding="utf-8")))
         write_summed(config, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
     if identity.exists():
-        write_summed(identity, json.dumps(renamed(json.loads(identity.read_text())), indent=1))
+        write_summed(identity, json.dumps(replaced(json.loads(identity.read_text())), indent=1))
 
 
 # ---- Running a pipeline: each stage is an ordinary run that is trained, resumed or skipped, and the comparison comes last ----
@@ -204,12 +204,14 @@ class Conductor:
         planned: dict[str, Planned] = {}
         for stage in self.pipeline.stages.values():
             record = self.state.stages.get(stage.name)
-            waits = [n for n in stage.upstream if planned[n].action != "done"]
-            if waits and record is not None and stage.folder.exists():
-                made = Planned(stage.name, "later", f"after {', '.join(waits)}")
-            elif waits:
+            unfinished = [n for n in stage.upstream if planned[n].action != "done"]
+            if unfinished and record is not None and stage.folder.exists():
+                made = Planned(stage.name, "later", f"after {', '.join(unfinished)}")
+            elif unfinished:
                 made = judge_stage(stage, record, {})
-                made = made if made.action == "changed" else Planned(stage.name, "run", f"after {', '.join(waits)}")
+                made = (
+                    made if made.action == "changed" else Planned(stage.name, "run", f"after {', '.join(unfinished)}")
+                )
             else:
                 made = judge_stage(stage, record, self.inputs(stage))
             planned[stage.name] = made
@@ -217,7 +219,7 @@ class Conductor:
 
     def plan_text(self, redo: Sequence[str] = ()) -> str:
         """Format the plan for the terminal. `redo` marks the stages that would be moved aside."""
-        moved = set(self._redone(redo))
+        moved = set(self._stages_to_redo(redo))
         planned = self.plan()
         width = max(len(n) for n in (*self.pipeline.stages, "compare"))
         lines = []
@@ -248,28 +250,28 @@ class Conductor:
         """
         if only is not None:
             self.pipeline.stage(only, "--only")
-        again = self._redone(redo)
+        to_redo = self._stages_to_redo(redo)
         _ = self.data, self.comparer  # check everything before anything trains
         with RunLock(self.pipeline.output):
             self.state = State.read(self.pipeline.output)
-            for sentence in move_aside(self.pipeline, again, self.state):
+            for sentence in move_aside(self.pipeline, to_redo, self.state):
                 self.console.note(sentence)
             planned = {p.name: p for p in self.plan()}
             if only is not None:
                 self._check_needed(only, planned)
             targets = [only] if only is not None else list(self.pipeline.stages)
             for name in targets:
-                _check(self.pipeline.stages[name], planned[name])
+                _check_unchanged(self.pipeline.stages[name], planned[name])
             done = {}
             for number, name in enumerate(targets, 1):
-                done[name] = self._stage(self.pipeline.stages[name], f"[{number}/{len(targets)}]")
+                done[name] = self._run_stage(self.pipeline.stages[name], f"[{number}/{len(targets)}]")
             outcome = None
             if only is None and self.comparer is not None:
                 outcome = self.comparer.run(self.state, self.resolve, self.folder_of)
         models = {name: model_folder(self._folder(name), None) for name in done}
         return PipelineResult(self.pipeline.output, models, done, outcome)
 
-    def _redone(self, redo: Sequence[str]) -> list[str]:
+    def _stages_to_redo(self, redo: Sequence[str]) -> list[str]:
         for name in redo:
             self.pipeline.stage(name, "--redo")
         return self.pipeline.downstream(redo)
@@ -279,17 +281,17 @@ class Conductor:
 
     def _check_needed(self, only: str, planned: dict[str, Planned]) -> None:
         for name in self.pipeline.needed(only):
-            _check(self.pipeline.stages[name], planned[name])
+            _check_unchanged(self.pipeline.stages[name], planned[name])
             if planned[name].action != "done":
                 what = f"stages.{only} needs {name}, which is not finished"
                 how = f"run --only {name} first, or leave --only out"
                 raise CheckpointError(self.pipeline.stages[only].place, what, how)
 
-    def _stage(self, stage: Stage, number: str) -> str:
+    def _run_stage(self, stage: Stage, number: str) -> str:
         """Skip, resume or train one stage, and return a phrase that says what was done."""
         inputs = self.inputs(stage)
         planned = judge_stage(stage, self.state.stages.get(stage.name), inputs)
-        _check(stage, planned)
+        _check_unchanged(stage, planned)
         self.console.note(f"{number} {stage.name}: {WORDS[planned.action]}, {planned.why}")
         if planned.action == "done":
             return f"unchanged, {planned.why}"
@@ -305,7 +307,7 @@ class Conductor:
         started = time.monotonic()
         ended: dict[str, Any] = {"state": "stopped"}
         try:
-            result = Run(config, quiet=self.quiet, look=misfit, checkpointing=checkpointing).train()
+            result = Run(config, quiet=self.quiet, look=memory_warning, checkpointing=checkpointing).train()
             ended = {"state": "finished", "steps": result.steps, "checkpoints": checkpoint_hashes(stage.folder)}
         finally:  # after a SIGKILL the record stays "running", which does not count as finished either
             seconds = round(record["seconds"] + time.monotonic() - started, 1)
@@ -317,7 +319,7 @@ class Conductor:
     def resolve(self, ref: Ref) -> str:
         """The model folder that replaces a reference in a config. Merges an adapter first if a whole model is needed."""
         folder = self.folder_of(ref)
-        if not (ref.full_model and is_adapter(folder)):
+        if not (ref.needs_full_model and is_adapter(folder)):
             return str(folder)
         stage = self.pipeline.stages[ref.stage]
         trained = stage.resolved(self.resolve)

@@ -95,14 +95,14 @@ class Activations:
     Args:
         layers: saved by the layers for the backward pass; head: additional bytes at the peak.
         layouts: attention plans of all micro-batches of a step; forward: peak of a pass without gradients.
-        by: the implementation that was counted, ``kernels`` or ``transformers``, or ``rule of thumb``.
+        counted_by: the implementation that was counted, ``kernels`` or ``transformers``, or ``rule of thumb``.
     """
 
     layers: int
     head: int
     layouts: int
     forward: int
-    by: str
+    counted_by: str
 
     @property
     def total(self) -> int:
@@ -120,31 +120,31 @@ def activations_of(run: OutlinedRun, model: Any, batches: Sequence[Sequence[Toke
     Args:
         batches: the step's micro-batches, largest first.
     """
-    with _on_shapes(run, model, batches if fast else batches[:1], fast) as (engine, packed):
+    with _on_meta_device(run, model, batches if fast else batches[:1], fast) as (engine, packed):
         model.train()
         if fast and run.dtype != torch.bfloat16 and len(packed) > 1:  # gradients of the earlier micro-batches
             for p in model.parameters():
                 p.grad = torch.empty_like(p) if p.requires_grad else None
-        known, layers = _known(model), 0
+        known, layers = _model_tensors(model), 0
         if fast:
             with LiveBytes(known) as live:
                 hidden = getattr(engine, "scorer", engine).hidden(packed[0])
                 layers = live.live
                 del hidden
         with LiveBytes(known) as live, Turns().of(0) if fast else nullcontext():
-            _of_completions(engine, packed[0]).backward()
+            _output_sum(engine, packed[0]).backward()
         # lasting gradients are reported separately; the rest of the peak is activations and temporary gradients
         there = {id(t) for t in known}
         gradients = (p.grad for p in model.parameters() if p.grad is not None and id(p.grad) not in there)
         peak = max(layers, live.peak - sum(g.nbytes for g in gradients))
-        layouts = sum(_held(b.cache.values()) for b in packed)
+        layouts = sum(_tensor_bytes(b.cache.values()) for b in packed)
     forward = forward_bytes(run, model, batches[0], fast)
     layers = layers or peak
     found = Activations(layers, peak - layers, layouts, forward, "kernels" if fast else "transformers")
-    return found.times(_share(run, [sum(tree_tokens(t, run.shared_prompts) for t in b) for b in batches]))
+    return found.times(_concurrency_factor(run, [sum(tree_tokens(t, run.shared_prompts) for t in b) for b in batches]))
 
 
-def _share(run: OutlinedRun, sizes: Sequence[int]) -> float:
+def _concurrency_factor(run: OutlinedRun, sizes: Sequence[int]) -> float:
     """Tokens of the largest concurrent passes, as a multiple of the tokens of the largest pass."""
     train, models = run.config.train, 1 + run.method.copies  # one pass for each model
     most = at_once(sizes, train.tokens_per_step, train.batch_size * models) if run.side_by_side else 1
@@ -154,19 +154,19 @@ def _share(run: OutlinedRun, sizes: Sequence[int]) -> float:
 
 def forward_bytes(run: OutlinedRun, model: Any, batch: Sequence[TokenTree], fast: bool) -> int:
     """Peak bytes of a pass without gradients, beyond the weights."""
-    with _on_shapes(run, model, [batch], fast) as (engine, packed):
+    with _on_meta_device(run, model, [batch], fast) as (engine, packed):
         model.eval()
-        with LiveBytes(_known(model)) as live, torch.no_grad():
-            _of_completions(engine, packed[0])
-        return live.peak + _held(packed[0].cache.values())
+        with LiveBytes(_model_tensors(model)) as live, torch.no_grad():
+            _output_sum(engine, packed[0])
+        return live.peak + _tensor_bytes(packed[0].cache.values())
 
 
 @contextmanager
-def _on_shapes(
+def _on_meta_device(
     run: OutlinedRun, model: Any, batches: Sequence[Sequence[TokenTree]], fast: bool
 ) -> Iterator[tuple[Any, list[PackedBatch]]]:
     """Yield a run's engine and packed batches, ready for passes on the meta device. Clears the model's gradients on exit."""
-    hooks = _outlined_precision(model, run.dtype, fast)
+    hooks = _cast_for_training(model, run.dtype, fast)
     packed = [replace(pack([replace(t, pictures=None) for t in b], shared=run.shared_prompts), seed=0) for b in batches]
     kernels = fast_forward(model) if fast else None
     engine = _engine(run, model, "auto" if fast else "off")
@@ -181,17 +181,17 @@ def _on_shapes(
             vars(p).pop("main_grad", None)
 
 
-def _known(model: Any) -> list[Tensor]:
+def _model_tensors(model: Any) -> list[Tensor]:
     gradients = [g for p in model.parameters() for g in (p.grad, getattr(p, "main_grad", None)) if g is not None]
     return [*model.parameters(), *model.buffers(), *gradients]
 
 
-def _held(made: Any) -> int:
+def _tensor_bytes(value: Any) -> int:
     """Bytes of all tensors in a batch's cached layouts, however nested."""
-    if isinstance(made, torch.Tensor):
-        return made.nbytes
-    parts = [getattr(made, f.name) for f in fields(made)] if is_dataclass(made) else made
-    return sum(map(_held, parts)) if isinstance(parts, Iterable) else 0
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    parts = [getattr(value, f.name) for f in fields(value)] if is_dataclass(value) else value
+    return sum(map(_tensor_bytes, parts)) if isinstance(parts, Iterable) else 0
 
 
 @contextmanager
@@ -218,7 +218,7 @@ def _flash_attention() -> Iterator[None]:
         F.scaled_dot_product_attention = plain
 
 
-def _of_completions(engine: Any, batch: PackedBatch) -> Tensor:
+def _output_sum(engine: Any, batch: PackedBatch) -> Tensor:
     found: Tensor = engine.logps(batch).sums if isinstance(engine, Scorer) else engine.rewards(batch)
     return found.sum()
 
@@ -232,7 +232,7 @@ def _engine(run: OutlinedRun, model: Any, kernels: str) -> Any:
     return scorer if not run.method.learns_reward else CausalRewards(scorer)
 
 
-def _outlined_precision(model: Any, dtype: torch.dtype, fast: bool) -> list[Any]:
+def _cast_for_training(model: Any, dtype: torch.dtype, fast: bool) -> list[Any]:
     """Cast the model to its training dtype and return hooks that free each bf16 gradient at once, as a run adds it to an fp32 buffer."""
     hooks = []
     cast_parameters(model, dtype)
@@ -240,11 +240,11 @@ def _outlined_precision(model: Any, dtype: torch.dtype, fast: bool) -> list[Any]
         if p.requires_grad and p.dtype == torch.bfloat16:
             if fast:
                 p.main_grad = torch.empty_like(p, dtype=torch.float32)
-            hooks.append(p.register_post_accumulate_grad_hook(_forget))
+            hooks.append(p.register_post_accumulate_grad_hook(_free_grad))
     return hooks
 
 
-def _forget(p: Tensor) -> None:
+def _free_grad(p: Tensor) -> None:
     p.grad = None
 
 
@@ -253,27 +253,27 @@ def _forget(p: Tensor) -> None:
 PREFILL_TOKENS = 4096  # tokens that `FastDecoder.prefill` processes at once
 
 
-def _askings(run: OutlinedRun) -> list[tuple[int, int, list[int]]]:
+def _decoding_rounds(run: OutlinedRun) -> list[tuple[int, int, list[int]]]:
     """(completions per prompt, new tokens, prompt lengths) of each kind of decoding that a run does."""
     if run.method.learns_reward:
         return []
-    asked, found = run.config.evaluation, []
+    evaluation, rounds = run.config.evaluation, []
     train, heldout = ([len(t.prompt_ids) for t in part] for part in run.rows.trees)
     rollouts = run.method.rollouts
     if rollouts is not None:
-        batch = max((run.schedule.batch(s) for s in _steps(run)), key=lambda b: sum(train[i] for i in b))
-        found.append((rollouts.samples, rollouts.max_new_tokens, [train[i] for i in batch]))
+        batch = max((run.schedule.batch(s) for s in _rollout_steps(run)), key=lambda b: sum(train[i] for i in b))
+        rounds.append((rollouts.samples, rollouts.max_new_tokens, [train[i] for i in batch]))
         if heldout:
-            found.append((1, rollouts.max_new_tokens, heldout))
+            rounds.append((1, rollouts.max_new_tokens, heldout))
     elif writes_completions(run.config, run.rows) and heldout:
-        prompts = list(dict.fromkeys(t.prompt_ids.tobytes() for t in run.rows.trees[1]))[: asked.kl_prompts]
-        found.append((1, asked.sample_tokens, [len(p) // 4 for p in prompts]))  # int32
+        prompts = list(dict.fromkeys(t.prompt_ids.tobytes() for t in run.rows.trees[1]))[: evaluation.kl_prompts]
+        rounds.append((1, evaluation.sample_tokens, [len(p) // 4 for p in prompts]))  # int32
     if has_samples(run.config, run.rows):
-        found.append((1, asked.sample_tokens, (heldout or train)[: asked.samples]))
-    return [(n, new, prompts) for n, new, prompts in found if prompts]
+        rounds.append((1, evaluation.sample_tokens, (heldout or train)[: evaluation.samples]))
+    return [(n, new, prompts) for n, new, prompts in rounds if prompts]
 
 
-def _steps(run: OutlinedRun) -> range:
+def _rollout_steps(run: OutlinedRun) -> range:
     """Steps of the first epoch that generate rollouts."""
     return range(0, min(run.schedule.total_steps, run.schedule.steps_per_epoch), run.schedule.repeat)
 
@@ -288,13 +288,13 @@ def decoding_bytes(model: Any, size: int, prompts: Sequence[int], n: int, new_to
     if not can_decode_fast(model, longest + new_tokens):
         per_row = row_bytes(model, size, longest, n, new_tokens)
         return round(min(n * len(prompts), rows_that_fit(per_row, CACHE_BYTES)) * per_row)
-    a_token, vocabulary = key_value_bytes(model, size), size_of(model, "vocab_size")
-    at_once = max(1, min(len(prompts), rows_by_memory(a_token, vocabulary, n, longest, new_tokens) // n))
+    token_bytes, vocabulary = key_value_bytes(model, size), size_of(model, "vocab_size")
+    at_once = max(1, min(len(prompts), rows_by_memory(token_bytes, vocabulary, n, longest, new_tokens) // n))
     rows, groups = at_once * n, min(len(prompts), PROMPTS_HELD * at_once)
-    caches = a_token * cached_tokens(rows, groups, longest, new_tokens)
+    caches = token_bytes * cached_tokens(rows, groups, longest, new_tokens)
     read = min(at_once * longest, max(longest, PREFILL_TOKENS))
-    passing = max(read * passing_bytes(model, size), rows * vocabulary * (size + 8))
-    return packed_weights(model) * size + caches + passing
+    scratch = max(read * passing_bytes(model, size), rows * vocabulary * (size + 8))
+    return packed_weights(model) * size + caches + scratch
 
 
 def packed_weights(model: Any) -> int:
@@ -305,7 +305,7 @@ def packed_weights(model: Any) -> int:
     return int(layers + head.numel())
 
 
-def start_weights(run: OutlinedRun) -> int:
+def initial_model_parameters(run: OutlinedRun) -> int:
     """Parameters of the initial model that an evaluation loads temporarily, or 0.
 
     It is loaded if completions are compared with the initial model's and no frozen reference is in memory.
@@ -384,14 +384,16 @@ def memory_of(run: OutlinedRun, work: Work, baseline: int, rows: int, *, counted
     trainable += copies
     size = torch.empty(0, dtype=run.dtype).element_size()
     shadow = size < 4  # bf16 weights are shadows of fp32 masters
-    of_reference, away = _frozen_models(run), reference_place(run.config) != run.device
-    reference = (of_reference[0] + of_reference[1] * (not away)) * size
+    frozen_parameters, away = _frozen_models(run), reference_place(run.config) != run.device
+    reference = (frozen_parameters[0] + frozen_parameters[1] * (not away)) * size
     activations, coarse = _activations(run, work) if counted else (_rule_of_thumb(run, work), "a rule of thumb")
     if run.config.train.gradient_checkpointing == "offload":  # the GPU holds no more than a pass that saves nothing
         activations = replace(activations, layers=min(activations.layers, activations.forward))
     train, bits = run.config.train, run.config.model.quantize
     quantized, few, largest = quantized_bytes(model, bits)
-    elsewhere = _elsewhere(run, (of_reference[1] * size + activations.forward) * bool(away and of_reference[1]))
+    elsewhere = _other_device_bytes(
+        run, (frozen_parameters[1] * size + activations.forward) * bool(away and frozen_parameters[1])
+    )
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     whole = list(base_model_of(model).named_parameters()) if run.method.copies else []
     kept = [state_bytes(train.optimizer, named, train.momentum) for named in (trained, whole)]
@@ -404,52 +406,52 @@ def memory_of(run: OutlinedRun, work: Work, baseline: int, rows: int, *, counted
         MOMENTS: kept[0] + kept[1] * run.method.copies,
         # frozen weights are cast from fp32 to bf16 one at a time, and the gaps they leave are too small for an activation
         "left by fp32 weights": (every - quantized - trainable) * 2 if shadow and on_cpu else 0,
-        "prepared products, by size of pass": _prepared(run, work) if shadow else 0,
+        "prepared products, by size of pass": _onednn_bytes(run, work) if shadow else 0,
         "reference": reference,
     }
-    of_a_step = {
+    step_parts = {
         "activations of the largest micro-batch"
         + (" and those beside it" if run.side_by_side else ""): activations.layers + activations.layouts,
         "head (or the backward pass of a layer)": activations.head,
     }
     if largest:
-        of_a_step["a layer's dequantized weight"] = largest * (size + 4)
-    passing = sum(of_a_step.values())
+        step_parts["a layer's dequantized weight"] = largest * (size + 4)
+    step_bytes = sum(step_parts.values())
     if run.device.type == "cuda":
         del lasting["Python, torch, transformers"]
         free, total = torch.cuda.mem_get_info()
-        moments = {"a training step": sum(lasting.values()) + passing}
+        moments = {"a training step": sum(lasting.values()) + step_bytes}
         coarse = "the GPU's own context and cached blocks are not counted"
-        parts = lasting | of_a_step
+        parts = lasting | step_parts
         advice = _advice(run, parts, activations, trainable, every) if sum(parts.values()) > total else ()
         return Memory(parts, moments, total, free, coarse, advice, elsewhere)
     process = lasting["Python, torch, transformers"] + rows
-    loss = 1.0 + HEAP_LOSS[activations.by]
+    loss = 1.0 + HEAP_LOSS[activations.counted_by]
 
     def with_losses(more: int) -> int:
         """Total bytes of the process with `more` bytes of tensors, including heap fragmentation."""
         return process + round((sum(lasting.values()) - process + more) * loss)
 
     before = process + (every - quantized) * size + few + trainable * (8 if shadow else 0)
-    step = with_losses(passing)
+    step = with_losses(step_bytes)
     moments = {
         "loading the model": process + (every - quantized) * 4 + few + weight_file_bytes(run.config.model.path, model),
         "before the first step": before + round(activations.forward * loss) + reference,
         "a training step": step,
     }
     # the largest round of decoding: packed weights, KV cache, prefill, logits; 0 if nothing is generated
-    writing = max((decoding_bytes(run.model, size, p, n, new) for n, new, p in _askings(run)), default=0)
-    evaluating = with_losses(max(activations.forward, _scoring(run, activations), writing))
-    again = start_weights(run)
-    if again:
+    writing = max((decoding_bytes(run.model, size, p, n, new) for n, new, p in _decoding_rounds(run)), default=0)
+    evaluating = with_losses(max(activations.forward, _scoring_bytes(run, activations), writing))
+    initial_parameters = initial_model_parameters(run)
+    if initial_parameters:
         # its fp32 weights reuse the pages of freed activations; the file that it is read from comes on top
-        evaluating = max(step, evaluating, with_losses(again * 4))
+        evaluating = max(step, evaluating, with_losses(initial_parameters * 4))
         evaluating += weight_file_bytes(run.config.reference.path or run.config.model.path, model)
     if run.rows.trees[1]:
-        moments["an evaluation" + (", which loads the start again" if again else "")] = evaluating
+        moments["an evaluation" + (", which loads the start again" if initial_parameters else "")] = evaluating
     elif writing:
         moments["writing answers"] = evaluating
-    parts = lasting | of_a_step
+    parts = lasting | step_parts
     parts["lost between tensors"] = step - sum(parts.values())
     total, free = machine_memory()
     fits = max(moments.values()) <= total
@@ -457,7 +459,7 @@ def memory_of(run: OutlinedRun, work: Work, baseline: int, rows: int, *, counted
     return Memory(parts, moments, total, free, coarse, advice, elsewhere)
 
 
-def _prepared(run: OutlinedRun, work: Work) -> int:
+def _onednn_bytes(run: OutlinedRun, work: Work) -> int:
     """Bytes that oneDNN keeps for bf16 matmuls, from the number of distinct pass sizes and this process's cache capacity."""
     if run.device.type != "cpu":
         return 0
@@ -487,11 +489,13 @@ def _rule_of_thumb(run: OutlinedRun, work: Work) -> Activations:
     """Activations by the usual rule of 34 d bytes per token and layer in bf16 (17 values of width d)."""
     size = torch.empty(0, dtype=run.dtype).element_size()
     between = work.largest * size_of(run.model, "hidden_size") * size
-    a_layer, depth = between * 17, size_of(run.model, "num_hidden_layers") or 12
-    again = run.config.train.gradient_checkpointing is not False  # only the inputs of the layers are kept
-    layers = between * depth + a_layer if again else a_layer * depth
-    found = Activations(layers, work.largest * size_of(run.model, "vocab_size"), 0, a_layer, "rule of thumb")
-    return found.times(_share(run, [sum(tree_tokens(t, run.shared_prompts) for t in b) for b in work.batch]))
+    layer_bytes, depth = between * 17, size_of(run.model, "num_hidden_layers") or 12
+    checkpointing = run.config.train.gradient_checkpointing is not False  # only the inputs of the layers are kept
+    layers = between * depth + layer_bytes if checkpointing else layer_bytes * depth
+    found = Activations(layers, work.largest * size_of(run.model, "vocab_size"), 0, layer_bytes, "rule of thumb")
+    return found.times(
+        _concurrency_factor(run, [sum(tree_tokens(t, run.shared_prompts) for t in b) for b in work.batch])
+    )
 
 
 def _frozen_models(run: OutlinedRun) -> tuple[int, int]:
@@ -503,7 +507,7 @@ def _frozen_models(run: OutlinedRun) -> tuple[int, int]:
     return adapter, parameter_counts(base_model_of(outline(run.config.model)))[0]
 
 
-def _elsewhere(run: OutlinedRun, reference: int) -> dict[str, int]:
+def _other_device_bytes(run: OutlinedRun, reference: int) -> dict[str, int]:
     """Bytes on devices other than the policy's, by device: `reference` (its weights and a pass), and reward models' weights."""
     found = Counter({str(reference_place(run.config)): reference})
     if run.config.reward is not None and run.config.reward.device not in ("auto", str(run.device)):
@@ -512,15 +516,17 @@ def _elsewhere(run: OutlinedRun, reference: int) -> dict[str, int]:
     return {device: n for device, n in found.items() if n}
 
 
-def _scoring(run: OutlinedRun, known: Activations) -> int:
+def _scoring_bytes(run: OutlinedRun, known: Activations) -> int:
     """Bytes of scoring the largest micro-batch of held-out rows, or 0 if there is none or `known` is a rule of thumb."""
     trees = run.rows.trees[1]
     passes = passes_over(run, trees) if trees and run.method.rollouts is None else []
-    if not passes or known.by == "rule of thumb":
+    if not passes or known.counted_by == "rule of thumb":
         return 0
     tokens = [sum(tree_tokens(trees[i], run.shared_prompts) for i in members) for members in passes]
     largest = passes[tokens.index(max(tokens))]
-    return round(forward_bytes(run, run.model, [trees[i] for i in largest], run.layout[1]) * _share(run, tokens))
+    return round(
+        forward_bytes(run, run.model, [trees[i] for i in largest], run.layout[1]) * _concurrency_factor(run, tokens)
+    )
 
 
 def _advice(
@@ -528,11 +534,12 @@ def _advice(
 ) -> tuple[tuple[str, int], ...]:
     """(setting to change, approximate bytes saved) for a run that does not fit, largest saving first."""
     train, reference = run.config.train, run.config.reference
-    of_training = parts["fp32 master weights"] + parts["gradients"] + parts[MOMENTS]
+    training_bytes = parts["fp32 master weights"] + parts["gradients"] + parts[MOMENTS]
     longest = max((t.shared_tokens for t in run.rows.trees[0]), default=0)
     two_fit = train.tokens_per_step >= 2 * longest
     saved = {
-        "lora={r: 16} (an adapter in place of the whole model)": round(of_training * 0.96) * (run.config.lora is None),
+        "lora={r: 16} (an adapter in place of the whole model)": round(training_bytes * 0.96)
+        * (run.config.lora is None),
         "half of train.tokens_per_step": a.total // 2 * two_fit,
         "half of data.max_length, with half of train.tokens_per_step": a.total // 2 * (not two_fit),
         "train.gradient_checkpointing=layers (a third slower)": a.layers

@@ -23,7 +23,7 @@ from penchant.runs.identity import reward_contents
 from penchant.runs.parts import check_offload, check_places, reference_kind, remarks
 from penchant.training.checkpoint import latest_checkpoint
 
-LOOKED_AT = 100  # steps that `misfit` counts
+MISFIT_STEPS = 100  # steps that `memory_warning` counts
 ROOM = 0.9  # share of the machine's memory above which gradient_checkpointing=auto turns checkpointing on
 PROBE_ROOM = 0.9  # share of the free memory above which no probe is taken
 
@@ -90,9 +90,9 @@ def make_plan(config: RunConfig, places: Places, *, with_probe: bool = True, gpu
         launch = config.launch.model_copy(update={"processes": count})
         check_launch(config.model_copy(update={"launch": launch}), count)
     if gpus:
-        config, with_probe = _as_on_gpus(config), False
+        config, with_probe = _gpu_config(config), False
     run = OutlinedRun(config, quiet=True)
-    _load_what_training_loads(run)
+    _preload_libraries(run)
     baseline = resident()
     _ = run.rows.trees, run.rows.mismatched
     if config.reward is not None or config.evaluation.reward is not None:
@@ -123,15 +123,15 @@ def make_plan(config: RunConfig, places: Places, *, with_probe: bool = True, gpu
         else:
             found = probe(run, work, disk.checkpoint, cached)
             duration = duration_of(found, work)
-            notes += _differences(run, found)
+            notes += _packing_mismatch(run, found)
     notes += remarks(asked if gpus else run.config, run.rows)
     return Plan(
-        run.method.name, str(run.folder), _what_is_there(run.folder, work.steps), settings, rows, work, parameters, memory, disk, reference,
+        run.method.name, str(run.folder), _folder_state(run.folder, work.steps), settings, rows, work, parameters, memory, disk, reference,
         found, duration, tuple(notes), ranks_of(run, memory, gpus),
     )  # fmt: skip
 
 
-def _as_on_gpus(config: RunConfig) -> RunConfig:
+def _gpu_config(config: RunConfig) -> RunConfig:
     """The config for several GPUs, countable without any: on the CPU device, with transformers' layers and bf16 for dtype auto."""
     model = {"kernels": "off", "device": "cpu", "dtype": "bf16" if config.model.dtype == "auto" else config.model.dtype}
     return config.model_copy(update={"model": config.model.model_copy(update=model)})
@@ -146,13 +146,13 @@ def checkpointing(run: Run) -> tuple[bool, str]:
     return memory.peak > memory.machine * ROOM, said
 
 
-def misfit(run: Run) -> str | None:
+def memory_warning(run: Run) -> str | None:
     """A warning if the run probably needs more memory than the machine has, else None.
 
     Uses the plan's estimate with a rule of thumb for activations, because counting them would delay the start of training.
     """
     planned = OutlinedRun(run.config, quiet=True, rows=run.rows)
-    memory = memory_of(planned, work_of(planned, LOOKED_AT), resident(), 0, counted=False)
+    memory = memory_of(planned, work_of(planned, MISFIT_STEPS), resident(), 0, counted=False)
     if memory.fits:
         return None
     advice = f"Try {memory.advice[0][0]}" if memory.advice else "Take a smaller model"
@@ -162,7 +162,7 @@ def misfit(run: Run) -> str | None:
     )
 
 
-def _load_what_training_loads(run: OutlinedRun) -> None:
+def _preload_libraries(run: OutlinedRun) -> None:
     """Load the libraries and the tokenizer, so that the process's memory before any data can be measured."""
     import transformers  # noqa: F401
 
@@ -195,7 +195,7 @@ def _reference(run: OutlinedRun) -> tuple[str, bool | None, list[str]]:
     return f"computed once and cached; not there yet: {', '.join(missing)} rows", False, []
 
 
-def _differences(run: OutlinedRun, found: Probe) -> list[str]:
+def _packing_mismatch(run: OutlinedRun, found: Probe) -> list[str]:
     packing, fast, _ = run.layout
     if run.encoder:
         return []
@@ -205,7 +205,7 @@ def _differences(run: OutlinedRun, found: Probe) -> list[str]:
     return [f"the loaded model uses {real}, unlike its config; the counts above assume {packing}"]
 
 
-def _what_is_there(folder: Path, steps: int) -> str:
+def _folder_state(folder: Path, steps: int) -> str:
     if not folder.exists():
         return "new"
     last, _ = latest_checkpoint(folder)

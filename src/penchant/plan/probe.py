@@ -65,7 +65,7 @@ def probe(run: OutlinedRun, work: Work, checkpoint_bytes: int, cached: bool | No
         ConfigError, DataError, ModelError, RewardError: the run itself would fail with this.
     """
     with tempfile.TemporaryDirectory(prefix="penchant-plan-") as folder:
-        copy = _copy_of(run, Path(folder) / "run", steps)
+        copy = _short_copy(run, Path(folder) / "run", steps)
         started = time.perf_counter()
         loop = copy.make_loop()
         load = time.perf_counter() - started - copy.built.reference_seconds
@@ -91,7 +91,7 @@ def probe(run: OutlinedRun, work: Work, checkpoint_bytes: int, cached: bool | No
     )
 
 
-def _copy_of(run: OutlinedRun, folder: Path, steps: int) -> Run:
+def _short_copy(run: OutlinedRun, folder: Path, steps: int) -> Run:
     """A run in `folder` on the first batches of the real run's schedule, in order, so that it takes the same steps."""
     schedule, repeat = run.schedule, run.method.updates
     picked = [

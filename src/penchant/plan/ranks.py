@@ -38,7 +38,7 @@ class Sizes:
         return cls(every, trained, max(layers, default=0), every - sum(layers), state_bytes(optimizer, named))
 
 
-def of_a_rank(
+def rank_bytes(
     sizes: Sizes,
     ranks: int,
     *,
@@ -128,7 +128,7 @@ def ranks_of(run: OutlinedRun, memory: Memory, counts: Sequence[int]) -> dict[in
         "moved": int(held and run.config.reference.moves),
     }
     several: dict[str, Any] = {"replicas": launch.replicas, "reshard": launch.reshard, "offload": launch.offload}
-    return {n: of_a_rank(sizes, n, **how, **({} if n == 1 else several)) for n in counts}
+    return {n: rank_bytes(sizes, n, **how, **({} if n == 1 else several)) for n in counts}
 
 
 # ---- The table of docs/many_gpus.md: common model sizes on 1 to 64 GPUs ----
@@ -173,7 +173,7 @@ def table() -> list[str]:
             more = {key: value for key, value in how.items() if key != "lora"}
             passing = activations_of(config, TOKENS)
             cells = [
-                f"{sum(of_a_rank(sizes, n, width=2, activations=passing, **more).values()) / 1e9:,.0f}" for n in GPUS
+                f"{sum(rank_bytes(sizes, n, width=2, activations=passing, **more).values()) / 1e9:,.0f}" for n in GPUS
             ]
             lines.append(f"| {name}: {kind} | {' | '.join(cells)} |")
     return lines

@@ -87,9 +87,9 @@ def derived_values(run: OutlinedRun) -> dict[str, Derived]:
     """``{key: (resolved value, reason)}`` for every key that is ``auto`` or another placeholder."""
     asked = dict(_leaves(run.config.model_dump(mode="json")))
     found = {}
-    for key, (stands, derive) in DERIVED.items():
+    for key, (placeholder, derive) in DERIVED.items():
         path = tuple(key.split("."))
-        if path in asked and asked[path] == stands:
+        if path in asked and asked[path] == placeholder:
             found[key] = derive(run)
     for name, value in run.method.resolved.items():
         if asked.get(("algorithm", name)) == "auto":

@@ -25,7 +25,7 @@ def plan_text(plan: Plan, whole: bool = False) -> str:
     """Format a plan: whether it fits, time, steps, rows, and the given or resolved settings. With `whole`, every section and setting."""
     data = [line for name, rows in plan.rows.items() for line in _data(name, rows)]
     given = [s for s in plan.settings if s.why or not s.source.startswith("default")]
-    short = {"": _fits(plan), "SETTINGS, given or worked out": _settings(given)}
+    short = {"": _summary(plan), "SETTINGS, given or worked out": _settings(given)}
     every = {
         "SETTINGS": _settings(plan.settings), "DATA": data, "WORK": _work(plan),
         "MEMORY": _memory(plan.memory, plan), "DISK": _disk(plan), "TIME": _time(plan),
@@ -56,7 +56,7 @@ def _ranks(plan: Plan) -> list[str]:
     ]
 
 
-def _fits(plan: Plan) -> list[str]:
+def _summary(plan: Plan) -> list[str]:
     memory, disk, work = plan.memory, plan.disk, plan.work
     rows = []
     for what, fits, peak, free in (

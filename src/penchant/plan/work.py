@@ -102,11 +102,11 @@ def rows_of(run: OutlinedRun) -> dict[str, Rows]:
 def _token_quantiles(trees: Sequence[TokenTree]) -> list[tuple[int, ...]]:
     """Quantiles of prompt lengths and of completion lengths, in tokens."""
     counts, lengths = part_lengths(trees)
-    asked = np.zeros(len(lengths), bool)
-    asked[np.cumsum(counts) - counts] = True
+    is_prompt = np.zeros(len(lengths), bool)
+    is_prompt[np.cumsum(counts) - counts] = True
     return [
         tuple(map(int, np.quantile(some, QUANTILES, method="inverted_cdf"))) if len(some) else ()
-        for some in (lengths[asked], lengths[~asked])
+        for some in (lengths[is_prompt], lengths[~is_prompt])
     ]
 
 
@@ -119,7 +119,7 @@ def work_of(run: OutlinedRun, exact_steps: int = EXACT_STEPS) -> Work:
     shared = run.shared_prompts
     passes = tokens = separate = trained = 0
     largest: tuple[int, list[list[TokenTree]]] = (0, [])
-    met: set[int] = set()
+    seen_sizes: set[int] = set()
     for step in range(counted):
         batch = [trees[i] for i in schedule.batch(step)]
         if rollouts is not None:  # an update takes one minibatch of the rollouts
@@ -130,12 +130,14 @@ def work_of(run: OutlinedRun, exact_steps: int = EXACT_STEPS) -> Work:
         tokens += sum(sizes)
         separate += sum(t.separate_tokens for t in batch)
         trained += sum(n for t in batch for n in t.trained)
-        of_passes = [sum(sizes[i] for i in members) for members in plan]
-        met.update(of_passes)
-        longest = max(of_passes)
+        pass_sizes = [sum(sizes[i] for i in members) for members in plan]
+        seen_sizes.update(pass_sizes)
+        longest = max(pass_sizes)
         if longest > largest[0]:
-            made = sorted(([batch[i] for i in m] for m in plan), key=lambda b: -sum(tree_tokens(t, shared) for t in b))
-            largest = (longest, made)
+            passes_by_size = sorted(
+                ([batch[i] for i in m] for m in plan), key=lambda b: -sum(tree_tokens(t, shared) for t in b)
+            )
+            largest = (longest, passes_by_size)
     scale = total / counted
     return Work(
         steps=total,
@@ -146,9 +148,9 @@ def work_of(run: OutlinedRun, exact_steps: int = EXACT_STEPS) -> Work:
         separate=round(separate * scale),
         trained=round(trained * scale),
         largest=largest[0],
-        sizes=len(met),
+        sizes=len(seen_sizes),
         evaluations=_evaluations(run),
-        checkpoints=_times(run.config.checkpoint.every, schedule),
+        checkpoints=_occurrences(run.config.checkpoint.every, schedule),
         batch=tuple(tuple(b) for b in largest[1]),
         exact=counted == total and rollouts is None,
     )
@@ -163,7 +165,7 @@ def with_rollouts(run: OutlinedRun, trees: Sequence[TokenTree]) -> Sequence[Toke
     return [replace(t, completion_ids=(ids,) * k, truncated=(True,) * k) for t in trees]
 
 
-def _times(every: int | str | None, schedule: BatchSchedule) -> int:
+def _occurrences(every: int | str | None, schedule: BatchSchedule) -> int:
     """How often something happens in a run, including once at the end."""
     total = schedule.total_steps
     if every is None:
@@ -175,8 +177,8 @@ def _times(every: int | str | None, schedule: BatchSchedule) -> int:
 def _evaluations(run: OutlinedRun) -> int:
     if not run.rows.trees[1]:
         return 0
-    asked = run.config.evaluation
-    return _times(asked.every, run.schedule) + asked.at_start
+    evaluation = run.config.evaluation
+    return _occurrences(evaluation.every, run.schedule) + evaluation.at_start
 
 
 def passes_over(run: OutlinedRun, trees: Sequence[TokenTree]) -> list[list[int]]:

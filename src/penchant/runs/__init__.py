@@ -131,7 +131,7 @@ class Run:
         shared: caches what other runs of this process can reuse; does not affect any metric.
         pause_at: an optimizer step at which training pauses, see `Loop`; a later call continues from there.
         console: for progress, instead of the terminal; tokenizer, rows: used instead of those of the config.
-        look: called before the first model is loaded; returns a sentence if the run may not fit, see `penchant.plan.misfit`.
+        look: called before the first model is loaded; returns a sentence if the run may not fit, see `penchant.plan.memory_warning`.
         checkpointing: decides `train.gradient_checkpointing: auto`, see `penchant.plan.checkpointing`.
         cache: False recomputes a cached reference and leaves its files alone.
         callbacks: notified during training, see `penchant.training.callbacks`.

@@ -42,7 +42,7 @@ _SECTIONS = {
     for name, i in RunConfig.model_fields.items()
     if name not in ("loss", "algorithm", "reward")
 }
-_OF_A_LOSS = {i.alias or n for s in LOSSES.values() for n, i in s.params.model_fields.items()}
+_LOSS_KEYS = {i.alias or n for s in LOSSES.values() for n, i in s.params.model_fields.items()}
 
 
 # (key that varies, value, its label in a folder's name, its place in the file)
@@ -62,13 +62,13 @@ def long_key(key: str, base: Mapping[str, Any], where: str) -> str:
     method = "algorithm" if base.get("algorithm") is not None else "loss"
     found = [name for name, keys in _SECTIONS.items() if key in keys]
     algorithms = {i.alias or n for c in ALGORITHMS.values() for n, i in c.model_fields.items()}
-    if key in (algorithms if method == "algorithm" else _OF_A_LOSS) or key == "name":
+    if key in (algorithms if method == "algorithm" else _LOSS_KEYS) or key == "name":
         found.append(method)
     if len(found) == 1:
         return f"{found[0]}.{key}"
     if found:
         raise ConfigError(where, f'"{key}" may be {" or ".join(f"{f}.{key}" for f in found)}', "write it out")
-    every = sorted({f for keys in _SECTIONS.values() for f in keys} | _OF_A_LOSS | algorithms)
+    every = sorted({f for keys in _SECTIONS.values() for f in keys} | _LOSS_KEYS | algorithms)
     near = closest(key, every)
     how = f'did you mean "{near}"?' if near else "write it out: section.key"
     raise ConfigError(where, f'unknown key "{key}"', how)
@@ -178,7 +178,7 @@ class Sweep:
     runs: tuple[SweepRun, ...]
     metric: str
     higher: bool
-    place_of_metric: str
+    metric_place: str
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     halving: Halving | None = None
     search: SearchConfig | None = None
@@ -196,27 +196,27 @@ def load_sweep(given: Mapping[str, Any] | str | Path, overrides: Sequence[str] =
     """
     values, places, source = read_values(given, SHAPE, "sweep")
     if not set(values) & {"base", "grid", "runs", "search"} and "model" in values:
-        values, places = _of_a_run(values, places)
-    own, of_base = _told_apart(overrides)
-    places = apply_overrides(values, places, own)
+        values, places = _sweep_of_run(values, places)
+    sweep_overrides, base_overrides = _split_overrides(overrides)
+    places = apply_overrides(values, places, sweep_overrides)
     output = read_output(values, KEYS, places, source, "sweep", '"base": base')
     base, base_places = _base(values, places, source)
     axes = grid(values.get("grid"), places, source, base)
-    for text in of_base:
-        key, listed = _listed(text)
+    for text in base_overrides:
+        key, listed = _parse_axis(text)
         key = long_key(key, base, "command line") if "." not in key else key
         if len(listed) > 1 or key in axes:
             axes[key] = axis(key, listed, ["command line"] * len(listed))
         else:
             base_places = apply_overrides(base, base_places, [text])
-    maker = _Maker(base, base_places, source, output)
+    factory = _RunFactory(base, base_places, source, output)
     if values.get("search") is not None:
-        return _search(values, places, source, maker, axes)
+        return _search(values, places, source, factory, axes)
     variants = _variants(values.get("runs"), places, source)
     if not axes and list(variants) == [BASE]:
         how = "add a grid: {loss.beta: [0.1, 0.3]}, or runs, or loss.beta=0.1,0.3"
         raise ConfigError(source, "nothing varies", how)
-    runs = tuple(maker.run(*made) for made in _products(variants, axes))
+    runs = tuple(factory.run(*made) for made in _combinations(variants, axes))
     _check_names(runs, source)
     for run in runs:
         _check_run(run)
@@ -225,10 +225,10 @@ def load_sweep(given: Mapping[str, Any] | str | Path, overrides: Sequence[str] =
     cluster = read_cluster(values, places, source, configs)
     settings = {r.setting: r.config for r in reversed(runs)}
     halving = read_halving(values, places, source, settings, metric, higher)
-    return Sweep(source, maker.output, runs, metric, higher, place, cluster, halving)
+    return Sweep(source, factory.output, runs, metric, higher, place, cluster, halving)
 
 
-def _of_a_run(values: dict[str, Any], places: Places) -> tuple[dict[str, Any], Places]:
+def _sweep_of_run(values: dict[str, Any], places: Places) -> tuple[dict[str, Any], Places]:
     """Use a run's config as a sweep's base. The sweep's output is the run's output with ``-sweep`` appended."""
     base = {k: v for k, v in values.items() if k != "output"}
     made: dict[str, Any] = {"base": base}
@@ -237,19 +237,19 @@ def _of_a_run(values: dict[str, Any], places: Places) -> tuple[dict[str, Any], P
     return made, {("base", *p): place for p, place in places.items()}
 
 
-def _told_apart(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+def _split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split overrides into those of the sweep's own keys and those of its base."""
-    own, of_base = [], []
+    sweep_overrides, base_overrides = [], []
     for text in overrides:
         first = text.split("=")[0].split(".")[0].strip()
         if first in KEYS and first != "base":
-            own.append(text)
+            sweep_overrides.append(text)
         else:
-            of_base.append(text.removeprefix("base."))
-    return own, of_base
+            base_overrides.append(text.removeprefix("base."))
+    return sweep_overrides, base_overrides
 
 
-def _listed(text: str) -> tuple[str, list[Any]]:
+def _parse_axis(text: str) -> tuple[str, list[Any]]:
     """Split ``key=a,b,c`` at the commas outside brackets, braces and quotes."""
     key, equals, raw = text.partition("=")
     if not equals or not key.strip():
@@ -298,25 +298,25 @@ def _variants(section: Any, places: Places, source: str) -> dict[str, tuple[dict
             raise ConfigError(at, f"runs.{name} is {values!r}", "it is a section: indent its keys below it")
         if "output" in (values or {}):
             raise ConfigError(at, f"runs.{name}.output is set", "leave it out: its folder is the sweep's and its name")
-        own = {p[2:]: where for p, where in places.items() if p[:2] == ("runs", name) and p[2:]}
-        made[name] = (values or {}, own)
+        own_places = {p[2:]: where for p, where in places.items() if p[:2] == ("runs", name) and p[2:]}
+        made[name] = (values or {}, own_places)
     return made
 
 
-def _products(
+def _combinations(
     variants: Mapping[str, tuple[dict[str, Any], Places]], axes: Mapping[str, list[Setting]]
 ) -> Iterator[tuple[str, tuple[dict[str, Any], Places], list[Setting]]]:
     """Variant and settings of every run. Seeds vary slowest, so that an interrupted sweep has trained all settings equally often."""
     rest = [a for key, a in axes.items() if key != SEED]
     seeds: list[tuple[Setting, ...]] = [(s,) for s in axes[SEED]] if SEED in axes else [()]
     for seed in seeds:
-        for name, over in variants.items():
+        for name, override in variants.items():
             for settings in itertools.product(*rest):
-                yield name, over, [*settings, *seed]
+                yield name, override, [*settings, *seed]
 
 
 @dataclass(frozen=True)
-class _Maker:
+class _RunFactory:
     """Makes runs from one base config."""
 
     base: dict[str, Any]
@@ -324,11 +324,11 @@ class _Maker:
     source: str
     output: Path
 
-    def run(self, variant: str, over: tuple[dict[str, Any], Places], settings: Sequence[Setting]) -> SweepRun:
+    def run(self, variant: str, override: tuple[dict[str, Any], Places], settings: Sequence[Setting]) -> SweepRun:
         last = [key.split(".")[-1] for key, *_ in settings]  # the last part names a key, the whole key if two share it
         short = {key: end if last.count(end) == 1 else key for (key, *_), end in zip(settings, last, strict=True)}
         before = [variant] if variant != BASE else []
-        values, places = merge_settings(copy.deepcopy(self.base), copy.deepcopy(over[0])), {**self.places, **over[1]}
+        values, places = merge_settings(copy.deepcopy(self.base), copy.deepcopy(override[0])), {**self.places, **override[1]}
         # the loss's name first, because setting it drops the settings of another loss
         for key, value, _, where in sorted(settings, key=lambda s: not s[0].endswith("name")):
             places = set_key(values, places, tuple(key.split(".")), copy.deepcopy(value), where)
@@ -380,7 +380,9 @@ def _metric(
     return metric, higher_is_better(metric) if direction is None else direction == "max", place
 
 
-def _search(values: Mapping[str, Any], places: Places, source: str, maker: _Maker, axes: Mapping[str, Any]) -> Sweep:
+def _search(
+    values: Mapping[str, Any], places: Places, source: str, factory: _RunFactory, axes: Mapping[str, Any]
+) -> Sweep:
     place = place_of(("search",), places, source)
     if axes or values.get("runs") is not None:
         how = "keep one; lists go into search.space as choices"
@@ -392,15 +394,17 @@ def _search(values: Mapping[str, Any], places: Places, source: str, maker: _Make
             "keep one; halving goes with a grid or runs",
         )
     config = read_section(SearchConfig, "search", values, places, source)
-    keys = {key: long_key(key, maker.base, place_of(("search", "space", key), places, source)) for key in config.space}
+    keys = {
+        key: long_key(key, factory.base, place_of(("search", "space", key), places, source)) for key in config.space
+    }
     config = config.model_copy(update={"space": {keys[k]: v for k, v in config.space.items()}})
     where = {long: place_of(("search", "space", key), places, source) for key, long in keys.items()}
 
     def trial(number: int, drawn: Mapping[str, Any]) -> SweepRun:
         settings = [(key, value, label(value), where[key]) for key, value in drawn.items()]
-        made = maker.run(BASE, ({}, {}), settings)
+        made = factory.run(BASE, ({}, {}), settings)
         name = f"trial-{number}"
-        return replace(made, name=name, setting=name, folder=maker.output / name)
+        return replace(made, name=name, setting=name, folder=factory.output / name)
 
     configs = []
     for corner in _corners(config.space):  # check every bound and choice before anything trains
@@ -408,7 +412,7 @@ def _search(values: Mapping[str, Any], places: Places, source: str, maker: _Make
         _check_run(made)
         configs.append(made.config)
     cluster = read_cluster(values, places, source, configs)
-    return Sweep(source, maker.output, (), *_metric(values, places, source, configs), cluster, None, config, trial)
+    return Sweep(source, factory.output, (), *_metric(values, places, source, configs), cluster, None, config, trial)
 
 
 def _corners(space: Mapping[str, Range | list[Any]]) -> Iterator[dict[str, Any]]:

@@ -20,9 +20,11 @@ from penchant.config.several import read_section
 from penchant.errors import ConfigError
 
 ORDERS = ".jobs"  # in the sweep's folder: the jobs' orders, results and logs; no run can have this name
-OF_SLURM, OF_RAY = ("partition", "hours", "setup", "options"), ("address",)
-ALIVE = frozenset({"PENDING", "RUNNING", "REQUEUED", "COMPLETING", "CONFIGURING", "SUSPENDED", "RESIZING", "STAGE_OUT"})
-QUEUE_AGE = 10.0  # seconds between queries of Slurm's queue; less than `workers.LATE`, so that a lost job is missing from two of them
+SLURM_KEYS, RAY_KEYS = ("partition", "hours", "setup", "options"), ("address",)
+ACTIVE_STATES = frozenset(
+    {"PENDING", "RUNNING", "REQUEUED", "COMPLETING", "CONFIGURING", "SUSPENDED", "RESIZING", "STAGE_OUT"}
+)
+QUEUE_AGE = 10.0  # seconds between queries of Slurm's queue; less than `workers.LAG_SECONDS`, so that a lost job is missing from two of them
 _NAMESPACE = "penchant"
 
 
@@ -74,7 +76,7 @@ def read_cluster(values: Mapping[str, Any], places: Places, source: str, runs: S
         if not name.replace("-", "").isalnum() or not str(said).isprintable():  # both go into the job's script
             what = f"cluster.options.{name}" if name in config.options else f"cluster.{name}"
             raise ConfigError(place, f"{what!r} is not a one-line option", "write it as sbatch has it, without --")
-    other, names = ("Ray", OF_SLURM) if config.on == "ray" else ("Slurm", OF_RAY)
+    other, names = ("Ray", SLURM_KEYS) if config.on == "ray" else ("Slurm", RAY_KEYS)
     for name in names:
         if getattr(config, name):
             what, how = f"cluster.{name} has no meaning for {other}", "leave it out"
@@ -127,7 +129,7 @@ class Slurm:
         self.kind = getattr(submitit, self.job_class)
         self.jobs: dict[str, Any] = {}
         self.queue: dict[str, str] | None = None
-        self.asked = -math.inf
+        self.queue_read_at = -math.inf
         hours = 24.0 if config.hours is None else config.hours
         try:
             self.submitter = submitit.AutoExecutor(folder, cluster=self.executor)
@@ -160,14 +162,14 @@ class Slurm:
             found.get_info(mode="force")
         state = str(found.state)
         if state == "UNKNOWN" and not stopped:  # not yet in Slurm's accounting, or accounting is off
-            queue = self._queued()
+            queue = self._queue_states()
             state = "PENDING" if queue is None else queue.get(job, "gone from the queue")
-        return None if state.split()[0] in ALIVE else state
+        return None if state.split()[0] in ACTIVE_STATES else state
 
-    def _queued(self) -> dict[str, str] | None:
+    def _queue_states(self) -> dict[str, str] | None:
         """``{job: state}`` from Slurm's controller, which forgets a job soon after its end. None if squeue fails."""
-        if time.monotonic() - self.asked >= QUEUE_AGE:
-            self.asked, self.queue = time.monotonic(), None
+        if time.monotonic() - self.queue_read_at >= QUEUE_AGE:
+            self.queue_read_at, self.queue = time.monotonic(), None
             command = ["squeue", "--me", "--noheader", "--states=all", "--format=%A %T"]
             with suppress(OSError, subprocess.SubprocessError):
                 said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout

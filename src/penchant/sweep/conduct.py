@@ -33,7 +33,7 @@ from penchant.sweep.cluster import Cluster, open_cluster
 from penchant.sweep.halving import Halving, Standing, standings
 from penchant.sweep.search import SearchConfig, draw
 from penchant.sweep.table import Table, make_table
-from penchant.sweep.worker import result_of, taker_of, train_one
+from penchant.sweep.worker import job_of_order, result_path, train_one
 from penchant.sweep.workers import Finished, Jobs, Workers
 from penchant.training.checkpoint import latest_checkpoint
 from penchant.training.console import PlainConsole, QuietConsole, duration
@@ -61,7 +61,7 @@ def standings_at(runs: Sequence[SweepRun], records: Records, halving: Halving, r
     return found
 
 
-def stop_the_rest(
+def mark_cut_runs(
     runs: Sequence[SweepRun], records: Records, halving: Halving, rung: int, found: Sequence[Standing]
 ) -> None:
     """Mark the paused runs of every dropped setting as cut. Runs that stopped themselves keep their state."""
@@ -85,7 +85,7 @@ def _value(records: Records, run: SweepRun, halving: Halving, rung: int) -> floa
 
 # ---- The state of a sweep, `sweep.json`, and what it implies for the next call ----
 
-LINES = "sweep.jsonl"
+RESULTS = "sweep.jsonl"
 ENDED = ("finished", "stopped")  # a run that stopped itself counts as a result, an interrupted one does not
 
 
@@ -133,9 +133,9 @@ class State:
                 known = {k: v for k, v in record.items() if k != "inputs"}
                 lines.append({"run": run.name, "setting": run.setting, "seed": run.seed, **known})
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        write_summed(self.path.with_name(LINES), text)
+        write_summed(self.path.with_name(RESULTS), text)
 
-    def same_search(self, search: SearchConfig, where: str) -> None:
+    def record_search(self, search: SearchConfig, where: str) -> None:
         """Record the search. Raises CheckpointError if it differs from the one that drew the existing trials."""
         now = json.loads(search.model_dump_json(by_alias=True, exclude={"trials"}))
         trials = [name for name in self.runs if name.startswith("trial-")]
@@ -145,7 +145,7 @@ class State:
             raise CheckpointError(where, what, "undo the change, or choose another output")
         self.search = now
 
-    def same_halving(self, halving: Halving | None, runs: Sequence[str], where: str) -> None:
+    def record_halving(self, halving: Halving | None, runs: Sequence[str], where: str) -> None:
         """Record the halving rule. Raises CheckpointError if runs began under a different one; dropping halving is allowed."""
         old, begun = self.about.get("halving"), [name for name in runs if name in self.runs]
         if halving is None or not begun:
@@ -211,7 +211,7 @@ class SweepResult:
         return self.table.to_text()
 
 
-class _Lines(PlainConsole):
+class _RunConsole(PlainConsole):
     """Progress of one of several runs: an occasional line with the run's name, without the usual header."""
 
     def __init__(self, prefix: str, report: Callable[[str], None]) -> None:
@@ -253,18 +253,18 @@ class SweepConductor:
         if jobs is not None and jobs < 1:
             raise ConfigError("--jobs", f"is {jobs}", "give 1 or more")
         self.sweep = sweep
-        self.away = sweep.cluster.on != "local"
-        self.jobs = jobs or (max(1, len(sweep.runs)) if self.away else 1)
+        self.on_cluster = sweep.cluster.on != "local"
+        self.jobs = jobs or (max(1, len(sweep.runs)) if self.on_cluster else 1)
         self.quiet = quiet
         self.console = QuietConsole() if quiet else PlainConsole()
-        self.look, self._looked = look, set[str]()
+        self.look, self._memory_checked = look, set[str]()
         self.shared = Shared()
         self.state = State.read(sweep.output)
         self.runs: list[SweepRun] = []  # known so far; a search draws them one by one
         self.report = LiveReport(sweep.output, self.console.note)
         self._inputs: dict[str, Inputs] = {}
         self._steps: dict[str, int] = {}  # total optimizer steps of each run
-        self._trained: list[float] = []  # seconds of each run of this call, or of the current rung
+        self._durations: list[float] = []  # seconds of each run of this call, or of the current rung
         self._clusters: dict[str, Cluster] = {}
         self.rung = 0  # the rung that runs are being trained to; 0 without halving
 
@@ -291,19 +291,19 @@ class SweepConductor:
                 check_reward(reward)
             one = Run(config, quiet=True, shared=self.shared)
             splits = one.rows.datasets
-            self._look(one)
+            self._note_memory_warning(one)
             files = self.shared.once(("files", *named), lambda: file_hashes(config, *rewards))
             self._inputs[run.name] = run_inputs(config, splits, files)
         return self._inputs[run.name]
 
-    def _look(self, run: Run) -> None:
+    def _note_memory_warning(self, run: Run) -> None:
         """Note it if a run may not fit. Runs with the same memory-related settings are checked once."""
         config, t = run.config, run.config.train
         of_train = (t.tokens_per_step, t.batch_size, t.optimizer, t.gradient_checkpointing, t.packing)
         key = (config.model, config.lora, config.data.max_length, config.reference, config.method.name, *of_train)
-        if self.look is None or str(key) in self._looked:
+        if self.look is None or str(key) in self._memory_checked:
             return
-        self._looked.add(str(key))
+        self._memory_checked.add(str(key))
         try:
             said = self.look(run)
         except Exception:  # a failed estimate must not stop the sweep
@@ -323,7 +323,7 @@ class SweepConductor:
         """What a call would do with each run, in order. Nothing is trained or written."""
         halved = self.sweep.halving is not None
         planned = [
-            self._in_a_job(run, judge_run(run, self.state.runs.get(run.name), self.inputs(run), halved))
+            self._wait_if_submitted(run, judge_run(run, self.state.runs.get(run.name), self.inputs(run), halved))
             for run in self.known_runs()
         ]
         if self.sweep.halving is not None:
@@ -331,7 +331,7 @@ class SweepConductor:
                 self._rungs(self.sweep.halving, run)
         return planned
 
-    def _sent(self, run: SweepRun, take_back: bool = False) -> Mapping[str, Any] | None:
+    def _active_job(self, run: SweepRun, take_back: bool = False) -> Mapping[str, Any] | None:
         """The cluster job of a run if it is still active or left a result that was not collected, else None.
 
         Args:
@@ -343,9 +343,9 @@ class SweepConductor:
             order = Path(job["order"])
             if take_back:
                 order.unlink(missing_ok=True)
-            taker = taker_of(order)
+            taker = job_of_order(order)
             job = None if taker is None else {**job, "id": taker}
-        if job is None or result_of(Path(job["order"])).exists():
+        if job is None or result_path(Path(job["order"])).exists():
             return job
         return job if self._cluster(job["on"]).ended(job["id"]) is None else None
 
@@ -355,17 +355,17 @@ class SweepConductor:
             self._clusters[on] = open_cluster(config.model_copy(update={"on": on}), self.sweep.output)
         return self._clusters[on]
 
-    def _in_a_job(self, run: SweepRun, planned: Planned) -> Planned:
+    def _wait_if_submitted(self, run: SweepRun, planned: Planned) -> Planned:
         """Change the action to ``wait`` if a cluster job already has the run.
 
         Raises:
             CheckpointError: the job is still active, and this call would train the run elsewhere.
         """
-        job = self._sent(run) if planned.action in ("run", "resume") else None
+        job = self._active_job(run) if planned.action in ("run", "resume") else None
         if job is None:
             return planned
         if job["on"] != self.sweep.cluster.on:
-            if result_of(Path(job["order"])).exists():
+            if result_path(Path(job["order"])).exists():
                 return planned
             raise CheckpointError(
                 f"run {run.name}",
@@ -414,59 +414,59 @@ class SweepConductor:
         with RunLock(self.sweep.output):
             self.state = State.read(self.sweep.output)
             if self.sweep.search is not None:
-                self.state.same_search(self.sweep.search, self.sweep.source)
+                self.state.record_search(self.sweep.search, self.sweep.source)
             for run, planned in zip(self.known_runs(), self.plan(), strict=True):
                 if planned.action == "changed":
                     raise _refusal(run, planned.why)
-            self._say_what_is_not_ours()
-            self._remember_what_it_is()
+            self._note_foreign_runs()
+            self._record_sweep()
             try:
-                if self.away:
+                if self.on_cluster:
                     jobs = Jobs(
                         self._cluster(self.sweep.cluster.on),
                         self.jobs,
                         self.sweep.output,
                         self._pause_at,
-                        partial(self._sent, take_back=True),
-                        self._remember_job,
+                        partial(self._active_job, take_back=True),
+                        self._record_job,
                         self.console.note,
                     )
-                    self._rung_by_rung(lambda todo: jobs.run(todo, self._begin, self._end))
+                    self._train_by_rungs(lambda todo: jobs.run(todo, self._begin, self._end))
                 elif self.jobs == 1:
-                    self._rung_by_rung(self._one_by_one)
+                    self._train_by_rungs(self._train_sequentially)
                 else:
                     with Workers(self.jobs, self.sweep.output, self.quiet, self._pause_at) as workers:
-                        self._rung_by_rung(lambda todo: workers.run(todo, self._begin, self._end))
+                        self._train_by_rungs(lambda todo: workers.run(todo, self._begin, self._end))
             finally:
                 table = self._write()
                 self.report.now()
         return SweepResult(self.sweep.output, table, {r.name: self.state.runs[r.name] for r in self.runs})
 
-    def _remember_what_it_is(self) -> None:
+    def _record_sweep(self) -> None:
         """Record the metric, the runs and the halving rule in `sweep.json`, for `penchant watch` and others."""
         trials = [f"trial-{i}" for i in range(self.total)] if self.sweep.search is not None else []
         names = [r.name for r in self.sweep.runs] or trials
-        self.state.same_halving(self.sweep.halving, names, self.sweep.source)
+        self.state.record_halving(self.sweep.halving, names, self.sweep.source)
         direction = "max" if self.sweep.higher else "min"
         self.state.about |= {"metric": self.sweep.metric, "direction": direction, "runs": names}
 
-    def _rung_by_rung(self, train: Callable[[Iterator[SweepRun]], None]) -> None:
+    def _train_by_rungs(self, train: Callable[[Iterator[SweepRun]], None]) -> None:
         """Train every run to its end. With halving, train all of them to a rung before any continues to the next."""
         halving = self.sweep.halving
         if halving is None:
-            train(self._to_train())
+            train(self._pending_runs())
             return
         self.console.note(halving.to_text())
         for self.rung in range(1, halving.rungs + 1):
-            self._trained.clear()
-            train(self._to_train())
+            self._durations.clear()
+            train(self._pending_runs())
             if self.rung < halving.rungs:
                 self._judge_rung(halving)
 
     def _judge_rung(self, halving: Halving) -> None:
         """Stop the settings that are not among the best at this rung, and report the rest."""
         found = standings_at(self.runs, self.state.runs, halving, self.rung)
-        stop_the_rest(self.runs, self.state.runs, halving, self.rung, found)
+        mark_cut_runs(self.runs, self.state.runs, halving, self.rung, found)
         judged = self.state.about["halving"]["judged"]
         judged[self.rung - 1 :] = [[s.to_json() for s in found]]
         self.state.save()
@@ -482,7 +482,7 @@ class SweepConductor:
             return None
         return self._rungs(halving, run)[self.rung - 1]
 
-    def _settled(self, run: SweepRun) -> bool:
+    def _is_settled(self, run: SweepRun) -> bool:
         """Whether a run is done, or done until the next rung."""
         record = self.state.runs.get(run.name, {})
         return record.get("state") in (*ENDED, "cut") or (self.rung > 0 and at_rung(record, self.rung) is not None)
@@ -494,7 +494,7 @@ class SweepConductor:
         self.state.write_lines(self.runs)
         return table
 
-    def _say_what_is_not_ours(self) -> None:
+    def _note_foreign_runs(self) -> None:
         ours = {r.name for r in self.sweep.runs} | {f"trial-{i}" for i in range(self.total)}
         others = [name for name in self.state.runs if name not in ours]
         if others:
@@ -502,12 +502,12 @@ class SweepConductor:
                 f"not touched, and not in the table: {', '.join(others)} (from earlier sweeps in this folder)"
             )
 
-    def _to_train(self) -> Iterator[SweepRun]:
+    def _pending_runs(self) -> Iterator[SweepRun]:
         """Yield the runs that are not done, in order. A search's trials are drawn lazily."""
         if self.sweep.search is None:
             self.runs = list(self.sweep.runs)
         for number in range(self.total):
-            run = self._drawn(number) if self.sweep.search is not None else self.sweep.runs[number]
+            run = self._draw_trial(number) if self.sweep.search is not None else self.sweep.runs[number]
             if self.rung and at_rung(self.state.runs.get(run.name, {}), self.rung) is not None:
                 continue  # it has already reached this rung
             planned = judge_run(run, self.state.runs.get(run.name), self.inputs(run), self.rung > 0)
@@ -517,10 +517,10 @@ class SweepConductor:
                 yield run
                 continue
             if self.rung in (0, 1) or self.state.runs[run.name]["state"] == "finished":
-                self.console.note(f"{self._number(run)}: unchanged, {planned.why}")
+                self.console.note(f"{self._run_label(run)}: unchanged, {planned.why}")
             self._check_metric(run)
 
-    def _drawn(self, number: int) -> SweepRun:
+    def _draw_trial(self, number: int) -> SweepRun:
         search, trial = self.sweep.search, self.sweep.trial
         assert search is not None and trial is not None
         known = self.state.runs.get(f"trial-{number}")
@@ -537,11 +537,11 @@ class SweepConductor:
         found = self.state.runs[run.name].get("metrics", {}).get(self.sweep.metric)
         return None if found is None else float(found)
 
-    def _one_by_one(self, todo: Iterator[SweepRun]) -> None:
+    def _train_sequentially(self, todo: Iterator[SweepRun]) -> None:
         for run in todo:
             self._begin(run)
             started = time.monotonic()
-            lines = None if self.quiet else _Lines(self._number(run), self.report.on_event)
+            lines = None if self.quiet else _RunConsole(self._run_label(run), self.report.on_event)
             try:
                 made = train_one(run.config, self.shared, lines, self._pause_at(run))
             except BaseException as error:
@@ -565,7 +565,7 @@ class SweepConductor:
         self.state.save()
         self.report.on_event("step")
 
-    def _remember_job(self, run: SweepRun, job: Mapping[str, Any]) -> None:
+    def _record_job(self, run: SweepRun, job: Mapping[str, Any]) -> None:
         self.state.runs[run.name]["job"] = dict(job)
         self.state.save()
 
@@ -574,7 +574,7 @@ class SweepConductor:
         record = self.state.runs[run.name]
         record.pop("job", None)
         seconds = round(record["seconds"] + made["seconds"], 2)
-        self._trained.append(made["seconds"])
+        self._durations.append(made["seconds"])
         if made["state"] == "paused":  # metrics at a rung are kept there, not as the run's result
             rungs = {**record["rungs"], str(self.rung): {"step": made["steps"], "metrics": made["metrics"]}}
             made = {"state": "paused", "steps": made["steps"], "rungs": rungs}
@@ -583,18 +583,18 @@ class SweepConductor:
         self.report.on_event("eval")
         if made["state"] not in (*ENDED, "paused"):
             return
-        to_come = self.total - len(self.runs) + sum(not self._settled(r) for r in self.runs)
-        left = duration(sum(self._trained) / len(self._trained) * to_come / self.jobs)
+        remaining = self.total - len(self.runs) + sum(not self._is_settled(r) for r in self.runs)
+        left = duration(sum(self._durations) / len(self._durations) * remaining / self.jobs)
         said = f"stopped itself: {made['why']}" if made["state"] == "stopped" else f"{made['steps']} steps"
-        metric, value = self._figure(run)
+        metric, value = self._ranking_value(run)
         if value is not None:
             said = f"{metric} {value:.4f}, {said}"
         rung = f" in rung {self.rung}" if self.rung else ""
-        end = f"; left{rung} {left}" if to_come else ""
-        self.console.note(f"{self._number(run)}: {said}, {duration(seconds)}{end}")
+        end = f"; left{rung} {left}" if remaining else ""
+        self.console.note(f"{self._run_label(run)}: {said}, {duration(seconds)}{end}")
         self._check_metric(run)
 
-    def _figure(self, run: SweepRun) -> tuple[str, float | None]:
+    def _ranking_value(self, run: SweepRun) -> tuple[str, float | None]:
         """(name, value) of the metric that ranks a run, at its end or at the current rung."""
         metrics, halving = at_rung(self.state.runs[run.name], self.rung), self.sweep.halving
         if metrics is None or halving is None:
@@ -603,7 +603,7 @@ class SweepConductor:
 
     def _check_metric(self, run: SweepRun) -> None:
         metrics = self.state.runs[run.name].get("metrics") or at_rung(self.state.runs[run.name], self.rung)
-        wanted = [(self.sweep.metric, self.sweep.place_of_metric)]
+        wanted = [(self.sweep.metric, self.sweep.metric_place)]
         if self.sweep.halving is not None:
             wanted.append((self.sweep.halving.metric, self.sweep.halving.place))
         for metric, place in wanted:
@@ -612,7 +612,7 @@ class SweepConductor:
                 how = did_you_mean(metric, there) + " (what is trained is kept; fix it and run the command again)"
                 raise ConfigError(place, f"metric is {metric}, which run {run.name} does not have", how)
 
-    def _number(self, run: SweepRun) -> str:
+    def _run_label(self, run: SweepRun) -> str:
         at = next(i for i, r in enumerate(self.runs, 1) if r.name == run.name)
         varied = ""
         if self.sweep.search is not None:

@@ -16,7 +16,12 @@ from penchant.config.several import read_section
 from penchant.errors import ConfigError
 from penchant.metrics.names import higher_is_better
 
-SCALED = ("eval/loss", "eval/rewards/margins", "eval/rewards/chosen", "eval/rewards/rejected")  # in units of the loss
+LOSS_UNIT_METRICS = (
+    "eval/loss",
+    "eval/rewards/margins",
+    "eval/rewards/chosen",
+    "eval/rewards/rejected",
+)  # in units of the loss
 
 
 class HalvingConfig(Section):
@@ -48,7 +53,7 @@ class Halving:
         """Optimizer steps of a run's rungs: ``total / factor^(rungs - k)``, rounded, for rung k = 1 to rungs."""
         return [max(1, round(total / self.factor ** (self.rungs - k))) for k in range(1, self.rungs + 1)]
 
-    def kept(self, settings: int) -> int:
+    def survivors(self, settings: int) -> int:
         """How many of `settings` settings continue: one in `factor`, rounded up."""
         return -(-settings // self.factor)
 
@@ -91,7 +96,7 @@ def standings(values: Mapping[str, Sequence[float | None]], halving: Halving) ->
     means = {s: mean(v) if v and None not in v else None for s, v in values.items()}  # type: ignore[type-var]
     sign = -1.0 if halving.higher else 1.0
     found = sorted(sign * m for m in means.values() if m is not None)
-    last = found[min(len(found), halving.kept(len(values))) - 1] if found else None
+    last = found[min(len(found), halving.survivors(len(values))) - 1] if found else None
     made = []
     for setting, m in means.items():
         rank = len(found) + 1 if m is None else 1 + sum(other < sign * m for other in found)
@@ -125,7 +130,7 @@ def read_halving(
     if len(settings) < 2:
         raise ConfigError(place, "there is one setting only, so nothing can be halved", "leave halving out")
     losses = {json.dumps(c.loss.to_mapping(), sort_keys=True) for c in settings.values()}
-    if chosen in SCALED and len(losses) > 1:
+    if chosen in LOSS_UNIT_METRICS and len(losses) > 1:
         what = f"settings would be halved by {chosen}, but the loss varies, so it is not on one scale"
         how = "set halving.metric to a figure that means the same for all, e.g. eval/rewards/accuracies"
         raise ConfigError(place, what, how)

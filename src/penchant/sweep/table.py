@@ -12,7 +12,7 @@ from penchant.base.text import columns
 from penchant.metrics.names import SELECTION_CAVEAT
 from penchant.runfolder.values import ci_of
 from penchant.sweep import SEED, SweepRun
-from penchant.sweep.halving import SCALED
+from penchant.sweep.halving import LOSS_UNIT_METRICS
 
 Record = Mapping[str, Any]
 
@@ -23,7 +23,7 @@ class Row:
 
     Args:
         values: metric of each finished run; interval: of the only run, over held-out rows; seeds: of all its runs.
-        stopped: ``{run: why it stopped itself}``; varied: what distinguishes it from other settings; open_: number of unfinished runs.
+        stopped: ``{run: why it stopped itself}``; varied: what distinguishes it from other settings; unfinished: number of unfinished runs.
         cut: where and why successive halving stopped its runs, or None.
     """
 
@@ -33,7 +33,7 @@ class Row:
     values: tuple[float, ...]
     interval: tuple[float, float] | None
     stopped: Mapping[str, str]
-    open_: int
+    unfinished: int
     cut: Mapping[str, Any] | None = None
 
     @property
@@ -90,20 +90,20 @@ class Table:
 
     def to_text(self) -> str:
         """Format the table for the terminal."""
-        body = [(r.setting, _figure(r.mean), _spread(r), _runs(r)) for r in self.rows]
+        body = [(r.setting, _format_value(r.mean), _spread(r), _runs(r)) for r in self.rows]
         table = columns([("setting", "mean", "spread", "runs"), *body])
         ends = dict.fromkeys(self.held_out[i] for i in (0, -1)) if self.held_out else ()
         rows = f"{' to '.join(f'{n:,}' for n in ends) or 'no'} held-out {'row' if [*ends] == [1] else 'rows'}"
         title = f"{self.metric} ({'higher' if self.higher else 'lower'} is better) at the end of each run, {rows}"
-        return "\n".join([title, "", table, "", *self._words()])
+        return "\n".join([title, "", table, "", *self._conclusions()])
 
-    def _words(self) -> list[str]:
+    def _conclusions(self) -> list[str]:
         found = []
         cut = [r.cut for r in self.rows if r.cut is not None]
         if self.best:
             names, n = " and ".join(r.setting for r in self.best), len(self.rows)
             found.append(
-                f"best by validation: {names} ({_figure(self.best[0].mean)}); {n} setting{'s were' if n > 1 else ' was'} tried"
+                f"best by validation: {names} ({_format_value(self.best[0].mean)}); {n} setting{'s were' if n > 1 else ' was'} tried"
                 + (f", {len(cut)} of them only in part" if cut else "")
             )
             if n > 1:
@@ -119,7 +119,7 @@ class Table:
                 "rung, and what is cut early might have won later."
             )
         varied = {key for r in self.rows for key in r.varied}
-        if self.metric in SCALED and any(k == "run" or k.split(".")[0] == "loss" for k in varied):
+        if self.metric in LOSS_UNIT_METRICS and any(k == "run" or k.split(".")[0] == "loss" for k in varied):
             found.append(f"The loss varies, and {self.metric} is in its own units: these figures are not on one scale.")
         return found
 
@@ -132,13 +132,13 @@ def make_table(runs: Sequence[SweepRun], records: Mapping[str, Record], metric: 
     rows = [_row(name, members, records, metric) for name, members in by_setting.items()]
     sign = -1.0 if higher else 1.0
     # whole settings first, best first, ties in file order; then those that were cut, last rung first; then the rest
-    rows.sort(key=lambda r: (not r.whole, _stood(r), sign * (r.mean if r.mean is not None else math.inf * sign)))
+    rows.sort(key=lambda r: (not r.whole, _cut_rank(r), sign * (r.mean if r.mean is not None else math.inf * sign)))
     held = [m["eval/rows"] for r in runs if (m := records.get(r.name, {}).get("metrics")) and "eval/rows" in m]
     return Table(metric, higher, tuple(rows), tuple(sorted(set(held))))
 
 
 def _row(setting: str, runs: Sequence[SweepRun], records: Mapping[str, Record], metric: str) -> Row:
-    values, stopped, open_ = [], {}, 0
+    values, stopped, unfinished = [], {}, 0
     interval = cut = None
     for run in runs:
         record = records.get(run.name, {})
@@ -149,7 +149,7 @@ def _row(setting: str, runs: Sequence[SweepRun], records: Mapping[str, Record], 
         elif state == "cut":
             cut = {**record["cut"], "why": record["why"]}
         elif state != "finished":
-            open_ += 1
+            unfinished += 1
         elif value is None:
             stopped[run.name] = f"{metric} is not a number"
         else:
@@ -157,15 +157,15 @@ def _row(setting: str, runs: Sequence[SweepRun], records: Mapping[str, Record], 
             interval = ci_of(record["metrics"], metric)
     varied = {k: v for k, v in runs[0].varied.items() if k != SEED}
     pair = interval if len(runs) == 1 else None
-    return Row(setting, varied, tuple(r.seed for r in runs), tuple(values), pair, stopped, open_, cut)
+    return Row(setting, varied, tuple(r.seed for r in runs), tuple(values), pair, stopped, unfinished, cut)
 
 
-def _stood(row: Row) -> tuple[int, int]:
+def _cut_rank(row: Row) -> tuple[int, int]:
     """(rung, rank) of a setting that was cut: the later the rung, the further up."""
     return (0, 0) if row.cut is None else (-row.cut["rung"], row.cut["rank"])
 
 
-def _figure(value: float | None) -> str:
+def _format_value(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
@@ -181,8 +181,8 @@ def _runs(row: Row) -> str:
     parts = [f"{len(row.values)} of {len(row.seeds)}" if not row.whole else str(len(row.seeds))]
     if row.cut is not None:
         mean = row.cut["mean"]
-        parts.append(row.cut["why"] + (f" ({_figure(mean)} there)" if mean is not None else ""))
-    if row.open_:
-        parts.append(f"{row.open_} to come")
+        parts.append(row.cut["why"] + (f" ({_format_value(mean)} there)" if mean is not None else ""))
+    if row.unfinished:
+        parts.append(f"{row.unfinished} to come")
     parts += [f"stopped: {why}" for why in dict.fromkeys(row.stopped.values())]
     return ", ".join(parts)

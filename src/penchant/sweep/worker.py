@@ -18,7 +18,7 @@ from penchant.base.files import write_atomically, write_text_atomically
 from penchant.errors import PenchantError, TrainingStopped
 from penchant.runs.sharing import Alone, Shared
 
-PARENT_LOOKED_AT = 2.0  # seconds between checks that the sweep is still running
+PARENT_CHECK_SECONDS = 2.0  # seconds between checks that the sweep is still running
 
 
 def train_one(config: Any, shared: Alone, console: Any = None, pause_at: int | None = None) -> dict[str, Any]:
@@ -50,15 +50,15 @@ def train_one(config: Any, shared: Alone, console: Any = None, pause_at: int | N
     return {"state": "finished", "steps": result.steps, "metrics": metrics}
 
 
-def answer(line: str, shared: Alone) -> dict[str, Any]:
+def train_order(line: str, shared: Alone) -> dict[str, Any]:
     """Train the run described by a JSON line (its config, and where to pause), and return its outcome or error as JSON values."""
     from penchant.config import config_from_mapping
     from penchant.training.loop import Interrupted
 
     started = time.monotonic()
     try:
-        told = json.loads(line)
-        made = train_one(config_from_mapping(told["config"]), shared, pause_at=told["pause_at"])
+        spec = json.loads(line)
+        made = train_one(config_from_mapping(spec["config"]), shared, pause_at=spec["pause_at"])
     except Interrupted as error:
         made = {"state": "interrupted", "why": error.what}
     except PenchantError as error:
@@ -78,26 +78,26 @@ def serve(cores: list[int]) -> None:
         os.sched_setaffinity(0, cores)  # before torch counts the cores
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # send libraries' prints to stderr
-    threading.Thread(target=_follow_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
     shared = Shared()
     for line in sys.stdin:
-        answers.write(json.dumps(answer(line, shared)) + "\n")
+        answers.write(json.dumps(train_order(line, shared)) + "\n")
         answers.flush()
 
 
-def result_of(order: Path) -> Path:
+def result_path(order: Path) -> Path:
     """Path of the file in which a job leaves its run's outcome."""
     return order.with_suffix(".result")
 
 
-def files_of(order: Path) -> list[Path]:
+def order_files(order: Path) -> list[Path]:
     """All files of an order: the order, the id of its job, the order after a job took it, and the result."""
     return [order, *map(order.with_suffix, (".job", ".taken", ".result"))]
 
 
-def taker_of(order: Path) -> str | None:
+def job_of_order(order: Path) -> str | None:
     """Id of the job that has taken an order, or None."""
-    _, job, taken, _ = files_of(order)
+    _, job, taken, _ = order_files(order)
     return job.read_text() if taken.exists() else None
 
 
@@ -110,7 +110,7 @@ def carry_out(order: str, job: str | None = None) -> None:
     Args:
         job: the job's id (None: the order's name). A requeued job keeps its id.
     """
-    path, said, taken, result = files_of(Path(order))
+    path, said, taken, result = order_files(Path(order))
     with suppress(FileNotFoundError):  # already taken by this job, or taken back
         write_text_atomically(said, job or path.stem)
         os.rename(path, taken)
@@ -120,20 +120,20 @@ def carry_out(order: str, job: str | None = None) -> None:
     if threading.current_thread() is threading.main_thread():
         # Slurm sends SIGUSR2 shortly before the time limit: checkpoint and end
         signal.signal(signal.SIGUSR2, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    write_atomically(result, answer(taken.read_text(encoding="utf-8"), Alone()))
+    write_atomically(result, train_order(taken.read_text(encoding="utf-8"), Alone()))
 
 
-def _follow_parent(parent: int) -> None:
+def _exit_with_parent(parent: int) -> None:
     """Send this process SIGTERM when its parent dies, so that it writes a checkpoint and ends."""
     while os.getppid() == parent:
-        time.sleep(PARENT_LOOKED_AT)
+        time.sleep(PARENT_CHECK_SECONDS)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":
     try:
         if sys.argv[1] == "--order":
-            threading.Thread(target=_follow_parent, args=(os.getppid(),), daemon=True).start()
+            threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
             carry_out(sys.argv[2])
         else:
             serve([int(c) for c in sys.argv[1].split(",") if c])

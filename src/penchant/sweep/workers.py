@@ -21,16 +21,16 @@ from penchant.errors import CheckpointError, PenchantError
 from penchant.runfolder import make_folder
 from penchant.sweep import SweepRun
 from penchant.sweep.cluster import ORDERS, Cluster
-from penchant.sweep.worker import error_of, files_of, result_of
+from penchant.sweep.worker import error_of, order_files, result_path
 from penchant.training.checkpoint import latest_checkpoint
 from penchant.training.loop import Interrupted
 
 Finished = dict[str, Any]
-LOOK = 2.0  # seconds between checks for results of jobs
-LATE = 15.0  # seconds after a job's end during which its last file may not have reached the shared disk
+POLL_SECONDS = 2.0  # seconds between checks for results of jobs
+LAG_SECONDS = 15.0  # seconds after a job's end during which its last file may not have reached the shared disk
 
 
-def shares(jobs: int) -> list[list[int]]:
+def split_cores(jobs: int) -> list[list[int]]:
     """Split the available cores among `jobs` workers. With fewer cores than workers, each gets one, and some share one."""
     if not hasattr(os, "sched_getaffinity"):
         return [[] for _ in range(jobs)]
@@ -38,7 +38,7 @@ def shares(jobs: int) -> list[list[int]]:
     return [cores[i::jobs] or [cores[i % len(cores)]] for i in range(jobs)]
 
 
-def told(run: SweepRun, pause_at: int | None) -> str:
+def order_json(run: SweepRun, pause_at: int | None) -> str:
     """The JSON line that describes a run to a worker."""
     return json.dumps({"config": run.config.model_dump(mode="json"), "pause_at": pause_at})
 
@@ -62,7 +62,7 @@ class Worker:
         """Train a run and return its outcome, or None if the process died."""
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
-            self.process.stdin.write(told(run, pause_at) + "\n")
+            self.process.stdin.write(order_json(run, pause_at) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             return None
@@ -90,7 +90,7 @@ class Workers:
     def __init__(self, jobs: int, folder: Path, quiet: bool, pause_at: Callable[[SweepRun], int | None]) -> None:
         self.folder = folder
         self.pause_at = pause_at
-        self.workers = [Worker(cores, quiet) for cores in shares(jobs)]
+        self.workers = [Worker(cores, quiet) for cores in split_cores(jobs)]
         self.lock = threading.Lock()
         self.stopping = threading.Event()
         self.problems: list[BaseException] = []
@@ -107,7 +107,7 @@ class Workers:
         threads = [threading.Thread(target=self._serve, args=(w, todo, begin, end)) for w in self.workers]
         caught = 0
         try:
-            with _signals() as seen:
+            with _collect_signals() as seen:
                 for t in threads:
                     t.start()
                 while any(t.is_alive() for t in threads):
@@ -139,12 +139,12 @@ class Workers:
                     pause_at = self.pause_at(run)
                 made = worker.train(run, pause_at)
                 with self.lock:
-                    self._ended(worker, run, made, end)
+                    self._finish_run(worker, run, made, end)
         except BaseException as error:
             self.problems.append(error)
             self._stop(worker)
 
-    def _ended(self, worker: Worker, run: SweepRun, made: Finished | None, end: Any) -> None:
+    def _finish_run(self, worker: Worker, run: SweepRun, made: Finished | None, end: Any) -> None:
         if made is None or "error" in made:
             end(run, {"state": "interrupted", "seconds": 0.0 if made is None else made["seconds"]})
         else:
@@ -156,11 +156,11 @@ class Workers:
             what = f"its process died ({f'signal {-code}' if code < 0 else f'exit code {code}'})"
             raise CheckpointError(f"run {run.name}", what, "the same command continues; fewer --jobs take less memory")
 
-    def _stop(self, but: Worker | None = None) -> None:
-        """Interrupt every worker but `but`, so that its run writes a checkpoint and ends."""
+    def _stop(self, exempt: Worker | None = None) -> None:
+        """Interrupt every worker except `exempt`, so that its run writes a checkpoint and ends."""
         self.stopping.set()
         for worker in self.workers:
-            if worker is not but:
+            if worker is not exempt:
                 worker.interrupt()
 
     def __enter__(self) -> Workers:
@@ -172,7 +172,7 @@ class Workers:
 
 
 @dataclass(slots=True)
-class _Sent:
+class _SubmittedJob:
     """A run that was submitted as a cluster job.
 
     Args:
@@ -190,7 +190,7 @@ class Jobs:
 
     Args:
         at_once: jobs at a time; folder: the sweep's; pause_at: returns the step at which a run pauses, or None.
-        sent: returns the job that already has a run, or None; remember: records a run's job; note: prints a line.
+        find_job: returns the job that already has a run, or None; record_job: records a run's job; note: prints a line.
     """
 
     def __init__(
@@ -199,12 +199,12 @@ class Jobs:
         at_once: int,
         folder: Path,
         pause_at: Callable[[SweepRun], int | None],
-        sent: Callable[[SweepRun], Mapping[str, Any] | None],
-        remember: Callable[[SweepRun, Mapping[str, Any]], None],
+        find_job: Callable[[SweepRun], Mapping[str, Any] | None],
+        record_job: Callable[[SweepRun, Mapping[str, Any]], None],
         note: Callable[[str], None],
     ) -> None:
         self.cluster, self.at_once, self.folder = cluster, at_once, folder
-        self.pause_at, self.sent, self.remember, self.note = pause_at, sent, remember, note
+        self.pause_at, self.find_job, self.record_job, self.note = pause_at, find_job, record_job, note
 
     def run(self, todo: Iterator[SweepRun], begin: Callable[[SweepRun], None], end: Callable[..., None]) -> None:
         """Train every run of `todo`. After a failure no further runs are submitted, but those already submitted finish.
@@ -213,94 +213,94 @@ class Jobs:
             Interrupted: SIGINT or SIGTERM arrived; the jobs keep running.
             PenchantError: the error of the first run that failed, naming the others that failed.
         """
-        waiting: dict[str, _Sent] = {}
+        waiting: dict[str, _SubmittedJob] = {}
         failed: dict[str, PenchantError] = {}
-        with _signals() as seen:
+        with _collect_signals() as seen:
             while not seen:
                 while not failed and len(waiting) < self.at_once and (run := next(todo, None)) is not None:
-                    job = self.sent(run)
+                    job = self.find_job(run)
                     if job is not None:
                         self.note(f"{run.name}: waiting for {self.cluster.title} {job['id']}")
-                    waiting[run.name] = self._send(run, begin) if job is None else _Sent(run, job)
+                    waiting[run.name] = self._send(run, begin) if job is None else _SubmittedJob(run, job)
                 if not waiting:
                     break
-                for name, one in list(waiting.items()):
-                    made = self._made(one)
+                for name, submitted in list(waiting.items()):
+                    made = self._outcome(submitted)
                     if made is None:
                         continue
                     del waiting[name]
-                    error = self._problem(one, made)
+                    error = self._failure(submitted, made)
                     if error is not None:
                         failed[name] = error
                         self.note(f"{name} failed: {error}")
                         made = {"state": "interrupted", "seconds": made["seconds"]}
-                    end(one.run, made)
-                    for file in files_of(Path(one.job["order"])):
+                    end(submitted.run, made)
+                    for file in order_files(Path(submitted.job["order"])):
                         file.unlink(missing_ok=True)
                     if error is None and made["state"] == "interrupted":
-                        waiting[name] = self._send(one.run, begin)
+                        waiting[name] = self._send(submitted.run, begin)
                 if waiting:
-                    time.sleep(LOOK)
+                    time.sleep(POLL_SECONDS)
         if seen and (waiting or not failed):
-            raise self._left(signal.Signals(seen[0]).name, waiting)
+            raise self._interrupted(signal.Signals(seen[0]).name, waiting)
         for first in failed.values():
             others = [name for name in failed if failed[name] is not first]
             too = f" ({', '.join(others)} failed too)" if others else ""
             raise type(first)(first.where, first.what + too, first.how)
 
-    def _send(self, run: SweepRun, begin: Callable[[SweepRun], None]) -> _Sent:
+    def _send(self, run: SweepRun, begin: Callable[[SweepRun], None]) -> _SubmittedJob:
         begin(run)
         pause_at = self.pause_at(run)
         order = self.folder / ORDERS / f"{run.name}-{uuid.uuid4().hex[:8]}.json"
         make_folder(order.parent)
         with os.fdopen(os.open(order, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-            file.write(told(run, pause_at))  # mode 0600, because a URL in a config may hold a password
+            file.write(order_json(run, pause_at))  # mode 0600, because a URL in a config may hold a password
         job: dict[str, Any] = {
             "on": self.cluster.name,
             "order": str(order),
             "pause_at": pause_at,
-            "start": _newest(run),
+            "start": _latest_checkpoint_name(run),
         }
-        self.remember(run, job)  # without an id first, in case this process is killed while submitting
+        self.record_job(run, job)  # without an id first, in case this process is killed while submitting
         job["id"] = self.cluster.submit(run.name, order)
-        self.remember(run, job)
+        self.record_job(run, job)
         self.note(f"{run.name}: {self.cluster.title} {job['id']}")
-        return _Sent(run, job)
+        return _SubmittedJob(run, job)
 
-    def _made(self, one: _Sent) -> Finished | None:
+    def _outcome(self, submitted: _SubmittedJob) -> Finished | None:
         """Outcome of a job, or None while it is pending or running."""
         made: Finished = {"state": "interrupted", "seconds": 0.0}
         with suppress(FileNotFoundError):
-            made = json.loads(result_of(Path(one.job["order"])).read_text(encoding="utf-8"))
-            if made.get("state") == "paused" and one.job["pause_at"] != self.pause_at(one.run):
+            made = json.loads(result_path(Path(submitted.job["order"])).read_text(encoding="utf-8"))
+            if made.get("state") == "paused" and submitted.job["pause_at"] != self.pause_at(submitted.run):
                 return {"state": "interrupted", "seconds": made["seconds"]}  # the halving rule was changed or removed
             if made.get("state") != "interrupted":
                 return made
-        how = self.cluster.ended(one.job["id"], "why" in made)
+        how = self.cluster.ended(submitted.job["id"], "why" in made)
         if how is None:
-            one.ended = None  # reset it, since the cluster may have requeued the job
+            submitted.ended = None  # reset it, since the cluster may have requeued the job
             return None
-        if one.ended is None:
-            one.ended = time.monotonic()
-        return {**made, "how": how} if time.monotonic() - one.ended >= LATE else None
+        if submitted.ended is None:
+            submitted.ended = time.monotonic()
+        return {**made, "how": how} if time.monotonic() - submitted.ended >= LAG_SECONDS else None
 
-    def _problem(self, one: _Sent, made: Finished) -> PenchantError | None:
+    def _failure(self, submitted: _SubmittedJob, made: Finished) -> PenchantError | None:
         """The error that keeps a run from being resubmitted: its own, a canceled job, or a job that made no progress."""
         if "error" in made:
-            return one.run.named(error_of(made))
+            return submitted.run.named(error_of(made))
         if made["state"] != "interrupted" or "how" not in made:
             return None
         how = made.pop("how")
-        if _newest(one.run) != one.job["start"] and not how.startswith("CANCELLED"):
+        if _latest_checkpoint_name(submitted.run) != submitted.job["start"] and not how.startswith("CANCELLED"):
             return None  # a time limit, or preemption by another job
         return CheckpointError(
-            f"run {one.run.name}",
-            f"its {self.cluster.title} {one.job['id']} ended ({how}) before the run did",
-            f"its messages are in {self.cluster.log(one.job['id'], Path(one.job['order']))}; the same command continues",
+            f"run {submitted.run.name}",
+            f"its {self.cluster.title} {submitted.job['id']} ended ({how}) before the run did",
+            f"its messages are in {self.cluster.log(submitted.job['id'], Path(submitted.job['order']))}; the same command continues",
         )
 
-    def _left(self, name: str, waiting: Mapping[str, _Sent]) -> Interrupted:
-        ids = [str(one.job["id"]) for one in waiting.values()]
+    def _interrupted(self, name: str, waiting: Mapping[str, _SubmittedJob]) -> Interrupted:
+        ids = [str(submitted.job["id"]) for submitted in waiting.values()]
         if not ids:
             return Interrupted(
                 str(self.folder), f"stopped by {name}; no job is left", "run the same command to continue"
@@ -313,13 +313,13 @@ class Jobs:
         )
 
 
-def _newest(run: SweepRun) -> str | None:
+def _latest_checkpoint_name(run: SweepRun) -> str | None:
     last, _ = latest_checkpoint(run.folder)
     return None if last is None else last.name
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
+def _collect_signals() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM in a list instead of handling them."""
     seen: list[int] = []
     if threading.current_thread() is not threading.main_thread():
