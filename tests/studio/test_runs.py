@@ -105,9 +105,7 @@ def test_the_buttons_follow_what_can_be_done(client: TestClient, folder: Path, m
         and Feed(Shelf(folder), ["second"]).updates()["second"]["facts"]["lock"] == "free"
     )
     asked.clear()
-    monkeypatch.setattr(
-        Processes, "is_running", lambda *_: True
-    )  # it was started, but has not reported yet
+    monkeypatch.setattr(Processes, "is_running", lambda *_: True)  # it was started, but has not reported yet
     assert buttons() == ["Stop it"] and "loading the model" in client.get("/runs/actions?run=second").text
 
 

@@ -120,7 +120,9 @@ class Subject:
     def rows(self) -> list[list[int]]:
         """Return token ids to compare models on: the run's own samples, and a fixed row of random tokens."""
         tokenizer = self.tokenizer()
-        texts = [str(s.get("prompt", "")) + str(s.get("after", "")) for s in read_folder(self.run).samples[:MAX_PROMPTS]]
+        texts = [
+            str(s.get("prompt", "")) + str(s.get("after", "")) for s in read_folder(self.run).samples[:MAX_PROMPTS]
+        ]
         found = [tokenizer(text, add_special_tokens=False)["input_ids"][:MAX_TOKENS] for text in texts]
         top = min(len(tokenizer), int(self.model_config().get_text_config().vocab_size))
         random_ids = torch.randint(0, top, (RANDOM_TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()

@@ -328,7 +328,10 @@ class _RunFactory:
         last = [key.split(".")[-1] for key, *_ in settings]  # the last part names a key, the whole key if two share it
         short = {key: end if last.count(end) == 1 else key for (key, *_), end in zip(settings, last, strict=True)}
         before = [variant] if variant != BASE else []
-        values, places = merge_settings(copy.deepcopy(self.base), copy.deepcopy(override[0])), {**self.places, **override[1]}
+        values, places = (
+            merge_settings(copy.deepcopy(self.base), copy.deepcopy(override[0])),
+            {**self.places, **override[1]},
+        )
         # the loss's name first, because setting it drops the settings of another loss
         for key, value, _, where in sorted(settings, key=lambda s: not s[0].endswith("name")):
             places = set_key(values, places, tuple(key.split(".")), copy.deepcopy(value), where)
