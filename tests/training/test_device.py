@@ -427,11 +427,11 @@ def test_a_command_is_one_of_several_by_its_option_its_config_or_torchrun(monkey
     def config(processes: int | str) -> SimpleNamespace:
         return SimpleNamespace(launch=SimpleNamespace(processes=processes))
 
-    assert not cli._is_one_of_several(Namespace(), None) and not cli._is_one_of_several(Namespace(), config("auto"))
-    assert cli._is_one_of_several(Namespace(), config(2)) and cli._is_one_of_several(Namespace(processes=2), config(1))
+    assert not cli._is_distributed(Namespace(), None) and not cli._is_distributed(Namespace(), config("auto"))
+    assert cli._is_distributed(Namespace(), config(2)) and cli._is_distributed(Namespace(processes=2), config(1))
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    assert cli._is_one_of_several(Namespace(), None)
+    assert cli._is_distributed(Namespace(), None)
 
 
 def test_gpus_that_were_asked_for_are_in_the_config_that_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
