@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from penchant.base.machine import peak_memory, resident
 from penchant.distributed.world import World
 
 # Bytes of a vector that lies in shared memory, which stays: a larger one would raise a run's highest mark.
@@ -132,7 +133,7 @@ class Transport:
         count = torch.Size(size).numel()
         self.piece = None
         if count * dtype.itemsize > LIMIT:
-            _return_freed()  # a pass's activations, when the root's gradients have come
+            _make_room(count * dtype.itemsize)
             return torch.empty(size, dtype=dtype)
         self.piece = self.exchange.piece("vector", count * dtype.itemsize)
         return self.exchange.seen(self.piece, rank, dtype).view(size)
@@ -191,10 +192,11 @@ class ReduceScatter(Transport):
             _add([piece[mine] if i == mine else rows[mine - (mine > i)] for i, rows in enumerate(shown)], total)
 
 
-def _return_freed() -> None:
-    """Give what the heap keeps of freed tensors back to the system."""
-    with suppress(AttributeError):  # only glibc has it
-        ctypes.CDLL(None).malloc_trim(0)
+def _make_room(size: int) -> None:
+    """Where so many bytes more would raise a run's highest mark, give back what the heap keeps of freed tensors: activations, above all."""
+    if resident() + size > peak_memory():
+        with suppress(AttributeError):  # only glibc has it
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _add(terms: Sequence[Tensor], total: Tensor) -> None:
