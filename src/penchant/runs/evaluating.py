@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from penchant.metrics.completions import (
     rows_of,
 )
 from penchant.metrics.heldout import figures_by_set, loss_change, row_losses, score_heldout
+from penchant.models.load import widened
 from penchant.rewards import load_reward
 from penchant.rewards.reward_model import PolicyText
 from penchant.runfolder import is_whole, keep
@@ -159,8 +161,9 @@ class HeldOut:
             if found is not None:
                 return found
             start = self._start_policy()
-            with start.off(), whole_weights(start.scorer):
-                written = fresh.write(start.scorer.model, 0)
+            model = start.scorer.model
+            with start.off(), whole_weights(start.scorer), widened(model) if start.scorer.narrowed else nullcontext():
+                written = fresh.write(model, 0)
         if self.keep and current().leads:
             with spared(path, self.console.note):
                 keep_start(path, fresh.asked, rows_of(written, self.rows.tokenizer))

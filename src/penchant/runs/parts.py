@@ -526,7 +526,9 @@ def _reference(built: Built, kind: str, rows: Rows, shared: Alone, console: Any,
     if kind == "adapter" and built.start is not None:
         return built.start
     if kind == "frozen":
-        return LiveReference(frozen_scorer(parts, shared), exact=exact)
+        scorer = frozen_scorer(parts, shared)
+        scorer.narrow()
+        return LiveReference(scorer, exact=exact)
     # the initial policy itself where it is the reference, so no copy is held
     live = built.start or LiveReference(parts.scorer)
     if cfg.path is not None:
