@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import random
 import sys
@@ -14,6 +16,7 @@ import torch
 import torch.distributed as dist
 from worlds import in_world
 
+from penchant.base.machine import resident
 from penchant.distributed import exchange
 from penchant.distributed.exchange import Exchange, Gather, ReduceScatter
 from penchant.distributed.world import World
@@ -53,6 +56,8 @@ def sent(world: World) -> dict[str, Any]:
             found[f"{round_} {count} {dtype}"] = equal, torch.equal(out, total[world.rank * count :][:count])
             shared |= {whole.data_ptr(), given.data_ptr()} if gather.piece and reduce.piece else set()
     found["pieces are used again"] = (0 < len(shared) <= 2 * 2 * 3, True)
+    # a page for the token, two for each of three sizes, whether gathered or summed, and two slots
+    found["of both kinds"] = (os.fstat(made._files[world.rank]).st_size <= (1 + 2 * 3 + 2) * mmap.PAGESIZE, True)
     with pytest.raises(NotImplementedError):
         reduce(out, out, group, dist.ReduceOp.MAX)
     found["once"] = (Exchange.of(world) is made, True)
@@ -84,3 +89,18 @@ def sent(world: World) -> dict[str, Any]:
 def test_vectors_go_through_shared_memory_whole(tmp_path: Path) -> None:
     for found in in_world(sent, tmp_path, size=3):
         assert {name: equal for name, equal in found.items() if equal != (True, True)} == {}
+
+
+@pytest.mark.parametrize("highest", [0, 1 << 50])
+def test_freed_memory_is_returned_before_a_large_vector_would_raise_the_highest_mark(
+    monkeypatch: Any, highest: int
+) -> None:
+    """Blocks that are still used lie between the freed ones, so the heap keeps these: as much as all activations of a pass."""
+    if not hasattr(ctypes.CDLL(None), "malloc_trim"):
+        pytest.skip("needs glibc")
+    monkeypatch.setattr(exchange, "peak_memory", lambda: highest)
+    before = resident()
+    made = [torch.ones(n) for _ in range(1000) for n in (16384, 256)]
+    kept, made = made[1::2], []
+    Gather(None, [0]).allocate((exchange.LIMIT,), dtype=torch.float32, device=torch.device("cpu"))  # type: ignore[arg-type]
+    assert (resident() - before < 32 << 20) == (highest == 0) and len(kept) == 1000

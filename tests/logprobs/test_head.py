@@ -22,6 +22,7 @@ from penchant.logprobs.head import (
 from penchant.logprobs.reference import LiveReference, adapter_off
 from penchant.losses.divergences import DivergenceKind, divergence
 from penchant.models.cpu.head import fast_token_logps
+from penchant.plan.memory import LiveBytes
 
 KINDS = [
     DivergenceKind("kl"),
@@ -218,3 +219,14 @@ def test_a_gpu_takes_rows_enough_for_a_product_that_arithmetic_bounds() -> None:
     cpu, gpu = (SimpleNamespace(shape=(128_256, 8), device=torch.device(d)) for d in ("cpu", "cuda"))
     assert rows_at_once(cpu, 1 << 24) == 130 and rows_at_once(gpu, 1 << 24) >= 1000  # type: ignore[arg-type]
     assert rows_at_once(SimpleNamespace(shape=(1 << 24, 8), device=torch.device("cpu")), 1 << 24) == 16  # type: ignore[arg-type]
+
+
+def test_a_passing_chunk_holds_its_logits_once() -> None:
+    hidden, targets, weight = torch.randn(96, 2), torch.arange(96), torch.randn(1000, 2)
+    for x in (hidden, weight):
+        x.requires_grad_()
+    logps, _ = token_logps(hidden, weight, targets, chunk=32)
+    chunk = 32 * 1000 * 4
+    with LiveBytes() as live:
+        logps.sum().backward()
+    assert chunk <= live.peak < 1.5 * chunk

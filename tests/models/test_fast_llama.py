@@ -21,6 +21,7 @@ from penchant.models.cpu import layers, ops
 from penchant.models.cpu.head import fast_token_logps
 from penchant.models.cpu.layers import FastForward, fast_forward
 from penchant.models.cpu.ops import rms_norm, rms_norm_backward, rotary, rotary_backward, swiglu, swiglu_backward
+from penchant.models.load import widened
 from penchant.types import PackedBatch, TokenTree
 
 VOCAB = 61
@@ -609,3 +610,23 @@ def test_layers_below_the_lowest_adapter_are_computed_once_for_policy_and_refere
         alone = references(pack(trees()))
         assert passed == [0, 1, 1, 0, 1, 0, 1]
     assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_frozen_model_with_values_of_bf16_is_held_in_it_and_computes_the_same_bits(family: str) -> None:
+    model = build(family, torch.bfloat16).float().requires_grad_(False)
+    scorer, batch = Scorer(model, kernels="auto"), pack(trees(), shared=True)
+    matrices = [p for p in model.model.layers.parameters() if p.ndim > 1]
+    before, bytes_before = scorer.logps(batch).tokens, sum(p.nbytes for p in matrices)
+    scorer.narrow()
+    assert scorer.narrowed and sum(p.nbytes for p in matrices) == bytes_before // 2
+    assert torch.equal(scorer.logps(batch).tokens, before)
+    with widened(model):  # as a decoder runs it
+        assert torch.equal(scorer.logps(batch).tokens, before)
+    assert scorer.narrowed and torch.equal(scorer.logps(batch).tokens, before)
+
+
+def test_what_bf16_cannot_hold_stays_in_fp32() -> None:
+    scorer = Scorer(build("llama", torch.float32).requires_grad_(False), kernels="auto")
+    scorer.narrow()
+    assert not scorer.narrowed

@@ -454,6 +454,17 @@ def test_parts_are_what_the_optimizer_holds(tmp_path: Path, dtype: str, lora: di
         assert parts["reference"] == sum(p.nbytes for p in start.adapters.values())
 
 
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_a_reference_from_a_file_in_bf16_takes_half_in_its_layers(tmp_path: Path, stored: torch.dtype) -> None:
+    config = _config(tmp_path, reference={"kind": "frozen"})
+    folder = config["model"]["path"]
+    load_causal_model(ModelConfig(path=folder), torch.device("cpu")).to(stored).save_pretrained(folder)
+    planned = api.plan(config, probe=False).memory.parts["reference"]
+    scorer = Run(api.as_config(config), quiet=True).built.parts.live_reference.scorer
+    assert scorer.narrowed == (stored == torch.bfloat16)
+    assert planned == sum(p.nbytes for p in scorer.model.parameters())
+
+
 def test_an_encoder_is_planned_for(tmp_path: Path) -> None:
     config = _config(
         tmp_path, algorithm="reward_model", model={"path": encoder_folder(tmp_path / "encoder"), "dtype": "fp32"}

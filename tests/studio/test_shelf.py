@@ -52,8 +52,8 @@ def test_a_long_log_is_read_at_its_end_alone(tmp_path: Path, monkeypatch: pytest
     run = make_run(tmp_path / "a", 0)
     (run / "metrics.jsonl").write_text(lines(train_rows(1, 5000)))
     read: list[int] = []
-    before = Tail._new
-    monkeypatch.setattr(Tail, "_new", lambda self, file: [*map(read_of(read), before(self, file))])
+    before = Tail._read_new_rows
+    monkeypatch.setattr(Tail, "_read_new_rows", lambda self, file: [*map(read_of(read), before(self, file))])
     (line,) = Shelf(tmp_path).lines()[0]
     assert line.step == 5000
     assert 0 < len(read) < 200
@@ -77,8 +77,8 @@ def test_only_what_was_appended_is_read_and_told(tmp_path: Path, monkeypatch: py
     assert first["points"]["rewards/accuracies"][2] == [0.45, 0.53] and first["facts"]["step"].startswith("8")
     assert feed.updates() == {}
     read: list[int] = []
-    before = Tail._new
-    monkeypatch.setattr(Tail, "_new", lambda self, file: [*map(read_of(read), before(self, file))])
+    before = Tail._read_new_rows
+    monkeypatch.setattr(Tail, "_read_new_rows", lambda self, file: [*map(read_of(read), before(self, file))])
     with (run / "metrics.jsonl").open("a") as file:
         file.write(lines(train_rows(9, 9)) + '{"kind": "train", "st')
     updates = feed.updates()["a"]

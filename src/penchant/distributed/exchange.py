@@ -7,6 +7,7 @@ written, so whoever dies or does not answer is found out as before.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 from collections.abc import Sequence
@@ -19,11 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from penchant.base.machine import peak_memory, resident
 from penchant.distributed.world import World
 
 # Bytes of a vector that lies in shared memory, which stays: a larger one would raise a run's highest mark.
 LIMIT = 32 << 20
-SLOT = 8 << 20  # bytes of a larger one that a process shows the others at a time
+SLOT = 2 << 20  # bytes of a larger one that a process shows the others at a time
 _TOKEN = 16
 
 
@@ -131,8 +133,9 @@ class Transport:
         count = torch.Size(size).numel()
         self.piece = None
         if count * dtype.itemsize > LIMIT:
+            _make_room(count * dtype.itemsize)
             return torch.empty(size, dtype=dtype)
-        self.piece = self.exchange.piece(type(self).__name__, count * dtype.itemsize)
+        self.piece = self.exchange.piece("vector", count * dtype.itemsize)
         return self.exchange.seen(self.piece, rank, dtype).view(size)
 
 
@@ -187,6 +190,13 @@ class ReduceScatter(Transport):
             shown = self.exchange.shown([row for i, row in enumerate(piece) if i != mine], group)
             # a rank shows what is for the others: without its own part
             _add([piece[mine] if i == mine else rows[mine - (mine > i)] for i, rows in enumerate(shown)], total)
+
+
+def _make_room(size: int) -> None:
+    """Where so many bytes more would raise a run's highest mark, give back what the heap keeps of freed tensors: activations, above all."""
+    if resident() + size > peak_memory():
+        with suppress(AttributeError):  # only glibc has it
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _add(terms: Sequence[Tensor], total: Tensor) -> None:

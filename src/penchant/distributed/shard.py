@@ -80,6 +80,7 @@ class Sharding:
             self._cast(layer)
             fully_shard(layer, reshard_after_forward=self.reshard, **how)
         root = Root(model, self.reshard, beside)
+        add_rows_alone(model)
         self._cast(root)
         fully_shard(root, reshard_after_forward=False, **how)
         shared = self.device.type == "cpu" and hasattr(root, "set_custom_all_gather")
@@ -101,6 +102,36 @@ class Sharding:
         for p in module.parameters():
             if p.is_floating_point() and not is_sharded(p):
                 p.data = p.data.to(torch.promote_types(self.dtype, torch.float32) if p.requires_grad else self.dtype)
+
+
+def add_rows_alone(model: nn.Module) -> None:
+    """Have the gradient of a tied embedding added to the head's row by row: a whole one of its own would be as large as the head's.
+
+    Sums are those of autograd: of a pass's rows by token first.
+    """
+    heads = {id(m.weight) for m in model.modules() if type(m) is nn.Linear}
+
+    def apart(embedding: Any, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        weight, ids = embedding.weight, given[0].flatten()
+        if not (out.requires_grad and weight.requires_grad):
+            return out
+
+        def add(grad: Tensor) -> None:
+            tokens, place = ids.unique(return_inverse=True)
+            rows = torch.ops.aten.embedding_dense_backward(grad.flatten(0, -2), place, len(tokens), -1, False)
+            if embedding.padding_idx is not None:
+                rows.masked_fill_((tokens == embedding.padding_idx)[:, None], 0.0)
+            if weight.grad is None:  # there was no head in this pass
+                weight.grad = torch.zeros_like(weight)
+            weight.grad.index_add_(0, tokens, rows)
+
+        leaf = out.detach().requires_grad_()
+        leaf.register_hook(add)
+        return leaf
+
+    for module in model.modules():
+        if type(module) is nn.Embedding and id(module.weight) in heads:
+            module.register_forward_hook(apart)
 
 
 @lru_cache(maxsize=1)

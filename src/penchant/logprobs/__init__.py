@@ -127,6 +127,15 @@ class Scorer:
         """Whether a model-family fast path runs."""
         return self._fast is not None
 
+    def narrow(self) -> None:
+        """Hold a frozen model in less memory, where its fast path can: `FastForward.narrow`."""
+        if self._fast is not None:
+            self._fast.narrow()
+
+    @property
+    def narrowed(self) -> bool:
+        return self._fast is not None and self._fast.narrowed
+
     @property
     def side_by_side(self) -> bool:
         """Whether several threads may run passes at once (`base/lanes.py`): the fast path toggles nothing on the model."""

@@ -82,6 +82,7 @@ class _ChunkedTokenLogps(torch.autograd.Function):
             lses.append(lse)
             if alignment:
                 squares.append(torch.logsumexp(2 * logits, dim=-1) - 2 * lse)
+            del logits  # before the next rows get theirs
         ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(lses))
         ctx.scale, ctx.softcap, ctx.chunk = scale, softcap, chunk
         logps_of_rows = torch.cat(logps)
@@ -102,15 +103,17 @@ class _ChunkedTokenLogps(torch.autograd.Function):
             rows = slice(start, start + ctx.chunk)
             h, g = hidden[rows], grad[rows, None]
             logits = head_logits(h, weight, bias, ctx.scale, ctx.softcap)
-            d = torch.exp(logits - lse[rows, None]).mul_(-g)
+            d = torch.sub(logits, lse[rows, None], out=None if ctx.softcap else logits).exp_().mul_(-g)
             d.scatter_add_(1, targets[rows, None], g.to(d.dtype))
             d = _before_scaling(d, logits, ctx.scale, ctx.softcap).to(hidden.dtype)
+            del logits
             if grad_hidden is not None:
                 torch.mm(d, weight, out=grad_hidden[rows])
             if total is not None:
                 total.add(d, h)
             if grad_bias is not None:
                 grad_bias.add_(d.sum(0))
+            del d
         return grad_hidden, None if total is None else total.grad(), grad_bias, None, None, None, None, None
 
 

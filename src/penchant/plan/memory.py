@@ -24,7 +24,7 @@ from penchant.errors import PenchantError
 from penchant.logprobs import Scorer
 from penchant.models.cpu.decode import cached_tokens, can_decode_fast
 from penchant.models.cpu.layers import fast_forward
-from penchant.models.load import base_model_of, cast_parameters, quantized_bytes, size_of
+from penchant.models.load import base_model_of, cast_parameters, held_in, quantized_bytes, size_of
 from penchant.plan.outline import META, OutlinedRun, outline, parameter_counts, weight_file_bytes
 from penchant.plan.work import Work, passes_over
 from penchant.rewards.reward_model import CausalRewards, EncoderRewards, find_reward_model
@@ -38,7 +38,7 @@ from penchant.rollout.generate import (
     rows_that_fit,
 )
 from penchant.runs.evaluating import writes_completions
-from penchant.runs.parts import reference_kind, reference_place, starts_adapted, threads_for
+from penchant.runs.parts import reference_kind, reference_place, reference_source, starts_adapted, threads_for
 from penchant.runs.record import has_samples
 from penchant.training.optim import state_bytes
 from penchant.types import PackedBatch, TokenTree
@@ -385,7 +385,7 @@ def memory_of(run: OutlinedRun, work: Work, baseline: int, rows: int, *, counted
     size = torch.empty(0, dtype=run.dtype).element_size()
     shadow = size < 4  # bf16 weights are shadows of fp32 masters
     frozen_parameters, away = _frozen_models(run), reference_place(run.config) != run.device
-    reference = (frozen_parameters[0] + frozen_parameters[1] * (not away)) * size
+    reference = (frozen_parameters[0] + frozen_parameters[1] * (not away)) * size - (0 if away else _narrowed(run))
     activations, coarse = _activations(run, work) if counted else (_rule_of_thumb(run, work), "a rule of thumb")
     if run.config.train.gradient_checkpointing == "offload":  # the GPU holds no more than a pass that saves nothing
         activations = replace(activations, layers=min(activations.layers, activations.forward))
@@ -505,6 +505,18 @@ def _frozen_models(run: OutlinedRun) -> tuple[int, int]:
     if "reference" not in run.method.needs or reference_kind(run.config) != "frozen":
         return adapter, 0
     return adapter, parameter_counts(base_model_of(outline(run.config.model)))[0]
+
+
+def _narrowed(run: OutlinedRun) -> int:
+    """Bytes that an fp32 reference saves if its layers' values came from a bf16 file (`FastForward.narrow`)."""
+    frozen = _frozen_models(run)[1] and run.layout[1] and not run.config.reference.moves
+    source = reference_source(run.config)
+    if not frozen or source.adapter is not None or run.dtype != torch.float32:
+        return 0
+    if held_in(source, torch.bfloat16, frozen=False) == torch.float32:
+        return 0
+    layers = base_model_of(outline(source)).model.layers
+    return 2 * sum(p.numel() for p in layers.parameters() if p.ndim > 1)
 
 
 def _other_device_bytes(run: OutlinedRun, reference: int) -> dict[str, int]:

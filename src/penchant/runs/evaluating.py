@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from penchant.metrics.completions import (
     save_start,
 )
 from penchant.metrics.heldout import loss_change, metrics_by_set, row_losses, score_heldout
+from penchant.models.load import widened
 from penchant.rewards import load_reward
 from penchant.rewards.reward_model import PolicyText
 from penchant.runfolder import is_intact, write_summed
@@ -164,8 +166,9 @@ class HeldOut:
             if found is not None:
                 return found
             start = self._start_policy()
-            with start.off(), whole_weights(start.scorer):
-                written = fresh.write(start.scorer.model, 0)
+            model = start.scorer.model
+            with start.off(), whole_weights(start.scorer), widened(model) if start.scorer.narrowed else nullcontext():
+                written = fresh.write(model, 0)
         if self.keep and current().leads:
             with spared(path, self.console.note):
                 save_start(path, fresh.asked, completion_rows(written, self.rows.tokenizer))

@@ -535,7 +535,9 @@ def _reference(built: Built, kind: str, rows: Rows, shared: Alone, console: Any,
     if kind == "adapter" and built.start is not None:
         return built.start
     if kind == "frozen":
-        return LiveReference(frozen_scorer(parts, shared), exact=exact)
+        scorer = frozen_scorer(parts, shared)
+        scorer.narrow()
+        return LiveReference(scorer, exact=exact)
     # if the initial policy is the reference, it is used directly, without a copy
     live = built.start or LiveReference(parts.scorer)
     if cfg.path is not None:

@@ -257,8 +257,26 @@ class FastForward:
             row = rows[layer.window]
             if layer is self._layers[-1]:
                 row = replace(row, wanted=wanted)
+            if layer.qkv.dtype != x.dtype:
+                layer = _widened(layer, x.dtype)
             x = _DecoderLayer.apply(x, row, layer, adapters, *layer.params.all(), *updates)
         return x  # type: ignore[no-any-return]
+
+    def narrow(self) -> None:
+        """Hold the layers' matrices in bf16 where that loses nothing, as of a file in bf16: each layer is widened for its pass alone.
+
+        For a frozen model in fp32; whatever else runs it, as a decoder does, needs `models.load.widened`.
+        """
+        for layer in self._layers:
+            matrices = [p for p in layer.params.all() if p is not None and p.ndim > 1]
+            if all(p.dtype == torch.float32 and torch.equal(p.bfloat16().float(), p) for p in matrices):
+                for p in matrices:
+                    p.data = p.data.bfloat16()
+                _keep_fused(layer)
+
+    @property
+    def narrowed(self) -> bool:
+        return any(layer.params.o.dtype != self._backbone.embed_tokens.weight.dtype for layer in self._layers)
 
     def _lowest_trained(self) -> int:
         """How many layers at the bottom are the same in every pass: frozen, and without an adapter. 0 where nothing is trained above."""
@@ -449,6 +467,14 @@ def _keep_fused(layer: Layer) -> None:
         layer.qkv = _fuse((p.q, p.k, p.v))
     if layer.qkv_bias is not None and not _is_fused(layer.qkv_bias, _qkv_biases(p)):
         layer.qkv_bias = _fuse(_qkv_biases(p))
+
+
+def _widened(layer: Layer, dtype: torch.dtype) -> Layer:
+    """A layer whose matrices are in this type."""
+    p, qkv = layer.params, layer.qkv.to(dtype)
+    parts: dict[str, Any] = dict(zip("qkv", qkv.split([len(p.q), len(p.k), len(p.v)]), strict=True))
+    parts |= {role: getattr(p, role).to(dtype) for role in ("o", "gate", "up", "down")}
+    return replace(layer, qkv=qkv, params=replace(p, **parts))
 
 
 def _is_fused(fused: Tensor, parts: Sequence[nn.Parameter]) -> bool:
