@@ -351,9 +351,13 @@ def export(run: str | Path, *, say: Callable[[str], None] = lambda _: None, **as
     Raises:
         ConfigError, CheckpointError, ModelError: the user can fix it.
     """
+    from penchant.models.options import check_there
+
+    request = request_of(ExportRequest, {"run": run, **asked}, "export")
+    check_there(request.run, hub=False)  # before torch is imported
     from penchant.export import export_run
 
-    return export_run(request_of(ExportRequest, {"run": run, **asked}, "export"), say)
+    return export_run(request, say)
 
 
 def track(run: str | Path, *to: str, **options: Any) -> bool:

@@ -10,9 +10,10 @@ from penchant.config import RunConfig
 from penchant.errors import ConfigError
 from penchant.evaluate.evaluator import Evaluation, held_out_of_run
 from penchant.evaluate.output import keep
+from penchant.models.options import check_there
 from penchant.requests import EvalRequest
 from penchant.runfolder import told_damage
-from penchant.runs.find import check_there, find_model, find_run, of_config, runs_in
+from penchant.runs.find import find_model, find_run, of_config, runs_in
 
 __all__ = ["evaluate_model"]
 
