@@ -165,8 +165,8 @@ class HumanVerdict:
             said.append("Intervals are over prompts and people: other people could have said otherwise.")
         elif self.judged:
             said.append(
-                f"Intervals are over prompts alone: with {self.by} nothing says what others would have said "
-                f"(at least {FEWEST_PEOPLE} who judge {FEWEST_WORDS} pairs of every two models)."
+                f"Intervals are over prompts alone, since judgments by {self.by} do not show what others would have said "
+                f"(that takes at least {FEWEST_PEOPLE}, each with {FEWEST_WORDS} pairs of every two models)."
             )
         return [*said, *self.unknown]
 
