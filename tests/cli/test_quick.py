@@ -79,6 +79,7 @@ def run() -> Iterator[Callable[..., Answer]]:
         ("data", "formats"),
         ("data", "formats", "hh"),
         ("data", "show", "pairs.jsonl"),
+        ("data", "get", "own/pairs", "--from", "pairs.jsonl", "--output", "got"),
         ("flags", FINISHED),
         ("watch", FINISHED, "--once"),
         ("compare", "--judge", "humans:preferences.jsonl"),

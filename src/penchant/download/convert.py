@@ -230,6 +230,8 @@ def labeller_of(asked: GetRequest) -> Labeller | None:
     Raises:
         ConfigError: no such reward, file or function.
     """
+    if asked.label_with is None and (asked.reward is None or asked.threshold is None):
+        return None
     from penchant.rewards.reward_model import content_sha256, contents_beside
 
     def content(name: str) -> str | None:
@@ -238,8 +240,7 @@ def labeller_of(asked: GetRequest) -> Labeller | None:
 
     if asked.label_with is not None:
         return Labeller(_by_function(asked.label_with), content(asked.label_with))
-    if asked.reward is None or asked.threshold is None:
-        return None
+    assert asked.reward is not None and asked.threshold is not None
     return Labeller(_by_reward(asked.reward, asked.threshold), content(asked.reward))
 
 
