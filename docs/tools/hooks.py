@@ -1,4 +1,4 @@
-"""What mkdocs does to a page beyond Markdown: formulas become MathML, links into the repository become names of files, options stay whole."""
+"""What mkdocs does to a page beyond Markdown: formulas, links into the repository, options, and bars in tables."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ BAR, CLOSE_BAR = '<mo stretchy="false">&#x0007C;', '<mo stretchy="false" lspace=
 LOG = re.compile("<mi>log</mi>(?!<mo)")
 INLINE = re.compile(r"<code>([^<]*--[^<]*)</code>")
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+CELL = re.compile(r"<td\b.*?</td>", re.S)
 
 
 def mathml(latex: str) -> str:
@@ -30,7 +31,8 @@ def mathml(latex: str) -> str:
 def named(match: re.Match[str]) -> str:
     """A link to a file of the repository as its name and place, or its place alone where that says the name."""
     text, path = match.groups()
-    return f"`{path}`" if path.removesuffix(".md").endswith(text.strip("`")) else f"{text} (`{path}`)"
+    same = path.removesuffix(".md").endswith(text.strip("`").removesuffix(".md"))
+    return f"`{path}`" if same else f"{text} (`{path}`)"
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -39,5 +41,6 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """An option's name is not broken at its hyphens."""
+    """An option's name is not broken at its hyphens, and a bar that GitHub wants escaped in a table loses its backslash."""
+    html = CELL.sub(lambda m: m[0].replace("\\|", "|"), html)
     return INLINE.sub(lambda m: OPTION.sub(r'<span class="option">\g<0></span>', m[0]), html)

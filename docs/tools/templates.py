@@ -121,14 +121,16 @@ def main() -> None:
 
 PAGE = """# Chat templates
 
-Written by `python docs/tools/templates.py FOLDER` over the templates that TRL 1.16 ships (`trl/chat_templates` in its wheel). What Penchant makes of each, with a
-tokenizer of bytes and of the special tokens that the template names; a model's own tokenizer may name further ends.
+This table says how Penchant handles each chat template that TRL 1.16 ships (`trl/chat_templates` in its wheel). `python docs/tools/templates.py
+FOLDER` prints it. It was made with a tokenizer that knows only bytes and the special tokens that the template names; a model's own tokenizer
+may define further end tokens.
 
-- **answers, system, reasoning, tools**: whether a row with these is trained. `no` is a bad row with a sentence: the template refuses it or leaves a part out.
-- **prompt**: `as asked` is what the template writes for generation; `cut` ends where the finished conversation begins to differ
+- **answers, system, reasoning, tools**: whether a row with these can be trained. `no` means that it becomes a bad row, because the template
+  refuses it or leaves a part of it out.
+- **prompt**: `as asked` is what the template writes for generation; `cut` stops where the finished conversation begins to differ from that
   ([the text](tokens.md#the-text)). Such rows are counted.
-- **several answers** (`turns: all`): in one pass, or answer by answer where the template writes earlier turns otherwise.
-- **ends with**: the token at which an answer is trained to end, and at which sampling stops; of two, one ends a call.
+- **several answers** (`turns: all`): learned in one pass, or one by one if the template writes earlier turns differently.
+- **ends with**: the token with which an answer is trained to end, and at which sampling stops. If there are two, one of them ends a tool call.
 
 {table}
 """

@@ -358,9 +358,13 @@ def export(run: str | Path, *, say: Callable[[str], None] = lambda _: None, **as
     Raises:
         ConfigError, CheckpointError, ModelError: an error that the user can fix.
     """
+    from penchant.models.options import check_exists
+
+    request = request_of(ExportRequest, {"run": run, **asked}, "export")
+    check_exists(request.run, hub=False)  # before torch is imported
     from penchant.export import export_run
 
-    return export_run(request_of(ExportRequest, {"run": run, **asked}, "export"), say)
+    return export_run(request, say)
 
 
 def track(run: str | Path, *to: str, **options: Any) -> bool:

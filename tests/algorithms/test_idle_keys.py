@@ -22,6 +22,7 @@ from penchant.algorithms.offline import Component
 from penchant.algorithms.online_dpo import OnlineDPO
 from penchant.algorithms.ppo import PPO
 from penchant.algorithms.rollouts import Writer
+from penchant.base.section import recorded
 from penchant.config import config_from_mapping, dump_config, load_config
 from penchant.config.yaml import RESOLVED, parse_yaml
 from penchant.data.packing import pack
@@ -202,6 +203,29 @@ def test_every_key_of_a_method_changes_something_or_is_refused(name: str) -> Non
     assert refused == REFUSED[name]
 
 
+ONCE = {
+    **dict.fromkeys(("rloo", "grpo", "dr_grpo", "dapo", "gspo", "reinforce_pp"), ("clip", "clip_high", "clip_dual")),
+    "cispo": ("clip_high",),
+    "ppo": ("clip", "clip_high", "clip_dual", "value_clip", "ratio_limit"),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in ONCE])
+def test_with_one_update_a_batch_clips_change_nothing_and_are_refused(name: str) -> None:
+    once = {"name": name, "max_new_tokens": 6, "beta": 0.1, "epochs": 1, "samples": 4}
+    section = ALGORITHMS[name]
+    plain = section.model_validate(once)
+    before = list(figures(plain))
+    for key in ONCE[name]:
+        for value in (v for v in OTHER[key] if v != getattr(plain, key)):
+            with pytest.raises(ValidationError, match=f"{key} has no effect with one update a batch"):
+                section.model_validate(once | {key: value})
+            with recorded():
+                idle = section.model_validate(once | {key: value})
+            assert list(figures(idle)) == before, key
+            section.model_validate(once | {key: value, "minibatches": 2})
+
+
 def test_every_online_method_is_there() -> None:
     writes = {n for n, section in ALGORITHMS.items() if section.model_validate({"name": n}).rollouts is not None}
     assert writes == REFUSED.keys() and set(PRESETS) <= writes
@@ -229,6 +253,9 @@ VLLM = {"engine": "vllm", "url": "http://127.0.0.1:9"}
         ({"algorithm": {"name": "gkd"}, "rollout": VLLM}, "rollout.engine has no effect with gkd"),
         ({"algorithm": {"name": "gkd", "divergence": "reverse_kl", "beta": 0.1}}, "beta has no effect"),
         ({"algorithm": {"name": "gkd", "lambda": 0.0, "top_p": 0.9}}, "top_p has no effect where lambda is 0"),
+        ({"algorithm": {"name": "ppo"}, "train": {"adam_eps": 1e-6}}, "train.adam_eps has no effect with ppo"),
+        ({"algorithm": {"name": "gspo", "clip": 0.1}}, "clip has no effect with one update"),
+        ({"algorithm": {"name": "ppo", "epochs": 1, "value_clip": None}}, "value_clip has no effect with one update"),
         ({"rollout": {"turns": 2}}, "turns has no effect without environment"),
         ({"rollout": {"environment_timeout": 2.0}}, "environment_timeout has no effect without environment"),
         ({"rollout": {"environment_timeout": None}}, "environment_timeout has no effect without environment"),
@@ -266,7 +293,9 @@ def test_a_key_that_changes_nothing_is_a_sentence(section: dict[str, Any], what:
                 "correction_level": "sequence",
             }
         },
-        {"algorithm": {"name": "cispo", "clip": 0.3, "clip_high": None}},
+        {"algorithm": {"name": "cispo", "clip": 0.3, "clip_high": None, "epochs": 2}},
+        {"algorithm": {"name": "gspo", "clip": 0.1, "minibatches": 2}},
+        {"algorithm": {"name": "ppo", "adam_eps": 1e-6}},
         {"algorithm": {"name": "ppo", "kl_control": "adaptive", "kl_target": 2.0, "beta": "auto"}},
         {"algorithm": {"name": "reinforce_pp", "group_baseline": True, "kl_estimator": "k2"}},
         {"reward": {"words": 1.0, "runs/reward": 1.0, "device": "cpu", "timeout": 5.0}},

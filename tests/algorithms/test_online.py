@@ -17,7 +17,7 @@ from tiny import tiny_model_folder, write_jsonl
 from penchant import api
 from penchant.algorithms.grpo import GroupConfig, GroupPolicyGradient
 from penchant.algorithms.online_dpo import best_against_worst
-from penchant.algorithms.rollouts import Group, pack_groups, unpack_groups
+from penchant.algorithms.rollouts import Group, pack_groups, reward_metrics_of, unpack_groups
 from penchant.data.packing import pack
 from penchant.errors import ConfigError, DataError, RewardError
 from penchant.logprobs import Scorer
@@ -614,3 +614,15 @@ def test_the_entropy_in_the_loss_is_the_exact_one(temperature: float) -> None:
     batch = pack([g.tree for g in some])
     out = algorithm.loss(algorithm.score(batch))
     assert torch.allclose(out.metrics["policy/entropy"][0], torch.cat(values).detach(), rtol=1e-9)
+
+
+def test_a_prompt_with_at_most_one_reward_counts_as_one_that_teaches_nothing() -> None:
+    def said(*rewards: list[float]) -> dict[str, float]:
+        trees = [make_tree(i, 2, (2, 2, 2)) for i in range(len(rewards))]
+        return reward_metrics_of([Group(t, torch.tensor(r), (), {}) for t, r in zip(trees, rewards, strict=True)])
+
+    none = float("nan")
+    assert said([none, none, none], [none, none, none])["frac_reward_zero_std"] == 1.0
+    found = said([1.0, 2.0, none], [1.0, none, none], [none, none, none], [3.0, 3.0, 3.0])
+    assert found["frac_reward_zero_std"] == 0.75 and found["reward/none"] == 0.5
+    assert found["reward/std"] == pytest.approx((0.5**0.5 + 0.0) / 2)  # of those that have one

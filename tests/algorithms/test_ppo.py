@@ -104,7 +104,7 @@ def test_micro_batches_do_not_matter() -> None:
 
 
 def test_values_learn_their_returns() -> None:
-    ppo = made(value_clip=None, value_coef=1.0)
+    ppo = made(value_clip=None, value_coef=1.0, epochs=2)
     optimizer = torch.optim.Adam(ppo.value_head.parameters(), lr=0.05)
     ppo.begin_step(0, 0.0, [])
     batch = pack([g.tree for g in ppo.groups])
@@ -237,7 +237,7 @@ def test_every_clip_changes_a_later_update(option: dict[str, Any]) -> None:
     """If the policy and its values have moved by more than the clip since sampling."""
 
     def loss(**config: Any) -> torch.Tensor:
-        ppo = made(**config)
+        ppo = made(epochs=2, **config)
         batch = pack(ppo.begin_step(0, 0.0, []))
         for g in ppo.groups:
             g.extras["old"] = g.extras["old"] - 0.3

@@ -79,6 +79,7 @@ def run() -> Iterator[Callable[..., Answer]]:
         ("data", "formats"),
         ("data", "formats", "hh"),
         ("data", "show", "pairs.jsonl"),
+        ("data", "get", "own/pairs", "--from", "pairs.jsonl", "--output", "got"),
         ("flags", FINISHED),
         ("watch", FINISHED, "--once"),
         ("compare", "--judge", "humans:preferences.jsonl"),
@@ -104,6 +105,10 @@ PLAYING = "algorithm: grpo\nreward: sentiment\nrollout: {{environment: {}}}"
         ("pipeline", ("beta", "betta"), "run.yaml"),
         ("train", ("pairs.jsonl", "pears.jsonl"), "pears.jsonl: no such file"),
         ("train", ("./model", "./modle"), "modle: no such folder"),
+        ("train", ("./model", "./bare"), "bare: the folder has no weights"),
+        ("train", ("output: run", "output: pairs.jsonl"), "output is a file"),
+        ("train", ("output: run", "output: pairs.jsonl/below"), "lies below one"),
+        ("train", ("output: run", "output: model"), "output is a model's folder"),
         ("train", ("loss: {name: dpo, beta: 0.1}", PLAYING.format("calculater")), 'did you mean "calculator"'),
         ("train", ("loss: {name: dpo, beta: 0.1}", PLAYING.format("envs.py:Env")), "envs.py: no such file"),
     ],
@@ -112,11 +117,35 @@ def test_a_mistake_is_answered_before_torch(
     command: str, change: tuple[str, str], words: str, tmp_path: Path, run: Callable[..., Answer]
 ) -> None:
     write_jsonl(tmp_path / "pairs.jsonl", polite_rows()[:3])
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model/config.json").write_text("{}")
+    for name in ("model", "bare"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    (tmp_path / "model/model.safetensors").write_bytes(b"")
     text = "model: {path: ./model}\ndata: {path: pairs.jsonl}\nloss: {name: dpo, beta: 0.1}\noutput: run\n"
     assert change[0] in text
     (tmp_path / "run.yaml").write_text(text.replace(*change))
     more = ["seed=0,1"] if command == "sweep" else []
     code, heavy, said = run(tmp_path, command, "run.yaml", *more)
     assert (code, heavy) == (2, []) and words in said
+
+
+def test_a_plan_needs_no_weights(tmp_path: Path, run: Callable[..., Answer]) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    text = "model: {path: ./model}\ndata: {path: pears.jsonl}\noutput: run\n"
+    (tmp_path / "run.yaml").write_text(text)
+    assert run(tmp_path, "plan", "run.yaml")[:2] == (2, [])
+    assert "pears.jsonl: no such file" in run(tmp_path, "plan", "run.yaml")[2]
+
+
+def test_an_export_of_a_run_that_is_not_there_is_answered_before_torch(
+    tmp_path: Path, run: Callable[..., Answer]
+) -> None:
+    (tmp_path / "runs/dpo").mkdir(parents=True)
+    for named, words in (
+        ("runs/dop", "did you mean runs/dpo?"),
+        ("owner/name", "no such run"),
+        ("stderr", "is a file"),
+    ):
+        code, heavy, said = run(tmp_path, "export", named, "--to", "pt")
+        assert (code, heavy) == (2, []) and words in said, named

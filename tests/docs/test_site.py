@@ -54,6 +54,18 @@ def test_an_option_is_not_broken_at_its_hyphens(site: Path) -> None:
     assert not re.search(r"<pre>.*?class=\"option\".*?</pre>", text)
 
 
+def test_a_bar_in_a_table_is_shown_without_its_backslash(site: Path) -> None:
+    """GitHub needs `\\|` in a cell; Python-Markdown keeps the backslash of one in code."""
+    pages = {p.name: "".join(re.findall(r"<td\b.*?</td>", p.read_text(), re.S)) for p in site.rglob("*.html")}
+    assert [name for name, cells in pages.items() if "\\|" in cells] == []
+    assert "|y_w|" in pages["losses.html"]
+
+
+def test_a_link_into_the_repository_names_its_file_once(site: Path) -> None:
+    text = re.sub(r"</?code>", "", (site / "performance.html").read_text())
+    assert text.count("benchmarks/trl_settings.md") == 1
+
+
 @in_a_browser
 def test_no_page_is_wider_than_a_phone(site: Path) -> None:
     """All pages in one, without scripts and highlighting, since loading sixty takes a minute. Wide content scrolls in its own box."""

@@ -18,7 +18,7 @@ from tiny import polite_rows, tiny_model_folder, write_jsonl
 
 from penchant import api
 from penchant.cli import build_parser, main
-from penchant.config import RunConfig, load_config
+from penchant.config import RunConfig, config_from_mapping, load_config, parse_yaml
 from penchant.data.load import load_preferences
 from penchant.errors import ConfigError
 from penchant.importers import SOURCES, Imported, import_config
@@ -74,8 +74,9 @@ FIXTURES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "trl_gspo": (
         "trl", "grpo",
         {**MODEL, "num_generations": 8, "reward_funcs": ["accuracy_reward"], "importance_sampling_level": "sequence", "loss_type": "grpo", "epsilon": 3e-4,
-         "mask_truncated_completions": True, "min_p": 0.1, "repetition_penalty": 1.1, "entropy_coef": 0.01, "delta": 1.5},
-        {"algorithm.name": "gspo", "algorithm.loss_mean": "sequence", "algorithm.clip": 3e-4, "algorithm.clip_high": 3e-4, "algorithm.clip_dual": 1.5,
+         "mask_truncated_completions": True, "min_p": 0.1, "repetition_penalty": 1.1, "entropy_coef": 0.01, "delta": 1.5,
+         "num_iterations": 2},
+        {"algorithm.name": "gspo", "algorithm.loss_mean": "sequence", "algorithm.clip": 3e-4, "algorithm.clip_high": 3e-4, "algorithm.clip_dual": 1.5, "algorithm.epochs": 2,
          "algorithm.overlong_filter": True, "algorithm.min_p": 0.1, "algorithm.repetition_penalty": 1.1, "algorithm.entropy_coef": 0.01, "reward": {"accuracy": 1.0}},
     ),
     "trl_cispo": (
@@ -549,3 +550,10 @@ def test_what_changes_nothing_with_the_method_is_left_out(tmp_path: Path) -> Non
     made = import_config(tmp_path / "theirs.yaml", "trl", "grpo")
     idle = {k for line in made.translation.lines if line.status == "same" for k, _ in line.theirs}
     assert {"epsilon", "delta"} <= idle and "clip_dual" not in made.yaml and "clip_high" in made.yaml
+    # with one update a batch no clip does anything, here or there
+    once = {**FIXTURES["trl_gspo"][2], "num_iterations": 1, "epsilon_high": 5e-4}
+    (tmp_path / "theirs.yaml").write_text(yaml.safe_dump(once))
+    made = import_config(tmp_path / "theirs.yaml", "trl", "grpo")
+    idle = {k for line in made.translation.lines if line.status == "same" for k, _ in line.theirs}
+    assert {"epsilon_high", "delta"} <= idle and "clip_high" not in made.yaml
+    config_from_mapping(parse_yaml(made.yaml, "")[0], [])

@@ -106,7 +106,7 @@ WHOLE: dict[str, tuple[dict[str, Any], set[str]]] = {
         {"eval_strategy"},
     ),
     "swift_grpo.sh": (
-        {"algorithm.name": "grpo", "algorithm.samples": 4, "algorithm.beta": 0.01, "algorithm.clip_high": 0.28, "algorithm.dynamic_sampling": 3,
+        {"algorithm.name": "grpo", "algorithm.samples": 4, "algorithm.beta": 0.01, "algorithm.clip_high": None, "algorithm.dynamic_sampling": 3,
          "algorithm.overlong_filter": True, "algorithm.temperature": 0.9, "algorithm.loss_mean": "token", "train.batch_size": 2, "lora": None,
          "reward": {"accuracy": 1.0, "plugin.py:brief": 0.5}, "train.lr": 1e-6},
         {"external_plugins"},

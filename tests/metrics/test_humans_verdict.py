@@ -107,7 +107,7 @@ def test_ties_count_one_half_and_checks_repetitions_and_skips_nothing() -> None:
 def test_few_prompts_name_no_winner_and_few_people_are_said() -> None:
     found = said_of(*(word(i, prompt=f"{i}") for i in range(5)))
     assert [s.tone for s in found.verdict()] == ["open"] and "too few" in found.verdict()[0].text
-    assert any("nothing says what others would have said" in n for n in found.notes())
+    assert any("over prompts alone" in n for n in found.notes())
 
 
 def test_people_who_differ_name_no_winner() -> None:

@@ -331,6 +331,15 @@ def test_adapters_go_over_merged(tmp_path: Path, fake: FakeVLLM) -> None:
     assert {n for n, _ in whole_weights_of(plain)} == set(merged)
 
 
+def test_a_server_with_a_short_context_is_probed_within_it(tmp_path: Path, fake: FakeVLLM) -> None:
+    fake.longest = 9
+    model = AutoModelForCausalLM.from_pretrained(fake.start, dtype=torch.float32)
+    engine = make_engine(RolloutConfig(engine="vllm", url=fake.url), model, tmp_path, 9)
+    engine.update(0)
+    probed = [len(body["prompt"]) for path, body in fake.asked if path == "/v1/completions"]
+    assert probed and set(probed) == {8}
+
+
 @pytest.mark.parametrize("lag,own", [pytest.param(0, False, marks=pytest.mark.slow), (1, False), (1, True)])
 def test_a_killed_run_goes_on_as_if_nothing_had_been(
     base: dict[str, Any], fake: FakeVLLM, monkeypatch: pytest.MonkeyPatch, lag: int, own: bool

@@ -93,7 +93,8 @@ class GroupConfig(OnlineConfig):
 
     @property
     def idle(self) -> dict[str, str]:
-        found = dict.fromkeys(IDLE.get(self.name, ()), f"with {self.name}; leave it out")
+        found = self.of_later_updates("clip", "clip_high", "clip_dual", own=PRESETS.get(self.name, {}))
+        found |= dict.fromkeys(IDLE.get(self.name, ()), f"with {self.name}; leave it out")
         if self.name == "cispo" and self.clip_high is not None:
             found["clip"] = "with cispo, which has an upper clip alone; set clip_high"
         if not self.kl_weight:

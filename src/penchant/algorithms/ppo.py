@@ -66,7 +66,9 @@ class PPOConfig(OnlineConfig):
 
     @property
     def idle(self) -> dict[str, str]:
-        found = dict.fromkeys(("scale_rewards", "loss_mean"), "with ppo; leave it out")
+        found = self.of_later_updates("clip", "clip_high", "clip_dual", "value_clip", "ratio_limit")
+        found |= dict.fromkeys(("scale_rewards", "loss_mean"), "with ppo; leave it out")
+        found["train.adam_eps"] = "with ppo; set algorithm.adam_eps"
         if self.value != "separate":
             found["value_init"] = "on a head on the policy; set value: separate, or leave {} out"
         if not self.value_coef:

@@ -130,6 +130,12 @@ class OnlineConfig(SamplingConfig):
         """Optimizer steps on each batch of rollouts."""
         return self.epochs * self.minibatches
 
+    def of_later_updates(self, *keys: str, own: Mapping[str, Any] | None = None) -> dict[str, str]:
+        """Of `keys`, those that change nothing with one update a batch, as in `idle`; own: values that a method sets by itself."""
+        why = "with one update a batch, whose ratio is 1; raise epochs or minibatches, or leave {} out"
+        by_itself = own or {}
+        return {k: why for k in keys if self.updates == 1 and (k not in by_itself or getattr(self, k) != by_itself[k])}
+
     @property
     def rollouts(self) -> Rollouts:
         return Rollouts(self.samples, self.samples, self.max_new_tokens, self.minibatches)
@@ -660,6 +666,11 @@ def score_groups(
                 groups[i].extras[name] = part
 
 
+def _spread(rewards: Tensor) -> Tensor:
+    """The standard deviation of the rewards that there are; NaN of fewer than two."""
+    return rewards.std() if len(rewards) > 1 else rewards.new_tensor(torch.nan)
+
+
 def reward_metrics_of(groups: Sequence[Group]) -> dict[str, float]:
     """Metrics of a step's rollouts: reward, its spread (within groups of several completions), length, share that ended."""
     rewards = torch.stack([g.rewards for g in groups])
@@ -669,15 +680,9 @@ def reward_metrics_of(groups: Sequence[Group]) -> dict[str, float]:
     known = rewards[~rewards.isnan()]
     found = {"reward": float(known.mean())}
     if several:
-        spreads = (
-            rewards.std(1)
-            if not silent
-            else torch.stack(
-                [r.std() for g in rewards if len(r := g[~g.isnan()]) > 1] or [rewards.new_tensor(torch.nan)]
-            )
-        )
-        found["reward/std"] = float(spreads.mean())
-        found["frac_reward_zero_std"] = float((spreads == 0).double().mean())
+        spreads = rewards.std(1) if not silent else torch.stack([_spread(g[~g.isnan()]) for g in rewards])
+        found["reward/std"] = float(spreads.nanmean())
+        found["frac_reward_zero_std"] = float((spreads.nan_to_num() == 0).double().mean())
     else:
         found["reward/std"] = float(known.std())
     found |= {"reward/none": silent} if silent else {}

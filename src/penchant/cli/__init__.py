@@ -236,17 +236,20 @@ def _check_config(args: argparse.Namespace) -> Any:
         return None  # `penchant eval` also accepts the folder of a run or a model
     from penchant.config import load_config
     from penchant.data.read import named_files
-    from penchant.models.options import check_model_path
+    from penchant.models.options import check_model_path, check_weights
     from penchant.rewards.functions import check_reward_name
     from penchant.rollout.environment import check_environment_name
-    from penchant.runfolder import leads_to_model
+    from penchant.runfolder import check_run_folder, leads_to_model
 
     more = import_module("penchant.cli.train").launch_settings(args) if args.command == "train" else []
     config = load_config(args.config, [*args.overrides, *more])
     if args.command == "eval":
         return config  # a finished run does not need its base model nor, with --data, its own rows
+    check_run_folder(Path(config.output).expanduser())
     if not leads_to_model(Path(config.model.path).expanduser()):
         check_model_path(config.model.path)
+        if args.command == "train":  # a plan needs shapes alone
+            check_weights(config.model)
     for reward in filter(None, (config.reward, config.evaluation.reward)):
         for name in reward.terms:
             check_reward_name(name)

@@ -230,6 +230,8 @@ def labeller_of(request: GetRequest) -> Labeller | None:
     Raises:
         ConfigError: there is no such reward, file or function.
     """
+    if request.label_with is None and (request.reward is None or request.threshold is None):
+        return None
     from penchant.rewards.reward_model import content_sha256, contents_beside
 
     def content(name: str) -> str | None:
@@ -238,8 +240,7 @@ def labeller_of(request: GetRequest) -> Labeller | None:
 
     if request.label_with is not None:
         return Labeller(_by_function(request.label_with), content(request.label_with))
-    if request.reward is None or request.threshold is None:
-        return None
+    assert request.reward is not None and request.threshold is not None
     return Labeller(_by_reward(request.reward, request.threshold), content(request.reward))
 
 

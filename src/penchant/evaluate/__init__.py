@@ -10,9 +10,10 @@ from penchant.config import RunConfig
 from penchant.errors import ConfigError
 from penchant.evaluate.evaluator import Evaluation, evaluate_held_out
 from penchant.evaluate.output import save
+from penchant.models.options import check_exists
 from penchant.requests import EvalRequest
 from penchant.runfolder import damage_notes
-from penchant.runs.find import check_exists, find_model, find_run, runs_in, source_from_config
+from penchant.runs.find import find_model, find_run, runs_in, source_from_config
 
 __all__ = ["evaluate_model"]
 

@@ -17,10 +17,10 @@ from penchant.errors import CheckpointError
 from penchant.models.folder import check_folder, loading
 from penchant.models.load import load_causal_model, load_tokenizer, own_memory, without_cache
 from penchant.models.merge import is_adapter, merged_model, with_adapter
-from penchant.models.options import ModelConfig, check_text_alone
+from penchant.models.options import ModelConfig, check_exists, check_text_alone
 from penchant.models.reward import ADAPTER, choose_padding, load_model_config, load_reward_model, set_padding
 from penchant.runfolder.read import read_folder
-from penchant.runs.find import check_base, check_exists, find_run, runs_in
+from penchant.runs.find import check_base, find_run, runs_in
 from penchant.training.checkpoint import find_checkpoint, load_checkpoint
 
 CPU = torch.device("cpu")
@@ -139,7 +139,7 @@ def find_subject(given: str | Path, step: str = "last") -> Subject:
     """
     found = find_run(str(given), step)
     if found is None:
-        check_exists(str(given))
+        check_exists(str(given), hub=False)
         inside = runs_in(str(given))
         how = f"name one of its runs: {', '.join(inside)}" if inside else "give a run's folder"
         raise CheckpointError(str(given), "is not a run", how)

@@ -25,6 +25,7 @@ from pydantic import ValidationError
 
 from penchant.algorithms import ALGORITHMS
 from penchant.base.files import packaged_yaml
+from penchant.base.section import recorded
 from penchant.base.text import closest
 from penchant.errors import ConfigError
 
@@ -360,9 +361,9 @@ def _without_idle(lines: list[Line], method: Method) -> list[Line]:
     if name not in ALGORITHMS:
         return lines
     kind, own = ALGORITHMS[name], {k.partition(".")[2]: v for k, v in made.items() if k.startswith("algorithm.")}
-    perhaps = kind.model_validate({"name": name}).idle
     try:
-        idle = kind.model_validate({k: v for k, v in own.items() if k not in perhaps}).idle
+        with recorded():  # which refuses none of them
+            idle = kind.model_validate(own).idle
     except ValidationError:
         return lines  # building the config reports the error
     gone = {f"algorithm.{k}" for k in idle if k in own and own[k] != kind.model_fields[k].default}

@@ -171,8 +171,8 @@ class HumanVerdict:
             sentences.append("Intervals are over prompts and people: other people could have said otherwise.")
         elif self.judged:
             sentences.append(
-                f"Intervals are over prompts alone: with {self.by} nothing says what others would have said "
-                f"(at least {MIN_PEOPLE} who judge {MIN_JUDGMENTS} pairs of every two models)."
+                f"Intervals are over prompts alone, since judgments by {self.by} do not show what others would have said "
+                f"(that takes at least {MIN_PEOPLE}, each with {MIN_JUDGMENTS} pairs of every two models)."
             )
         return [*sentences, *self.unknown]
 

@@ -11,7 +11,7 @@ from penchant.base.hub import check_hub
 from penchant.base.machine import Device
 from penchant.base.section import Place, Section
 from penchant.base.text import closest
-from penchant.errors import ConfigError, ModelError
+from penchant.errors import CheckpointError, ConfigError, ModelError
 
 
 class ModelConfig(Section):
@@ -167,6 +167,25 @@ def looks_like_folder(path: str) -> bool:
     return Path(path).exists() or Path(path).parent.is_dir()
 
 
+def check_exists(given: str, hub: bool = True) -> None:
+    """Refuse what looks like a path but is not a folder (CheckpointError), before the hub does in its own words.
+
+    Args:
+        hub: whether a hub id would do.
+    """
+    path = Path(given).expanduser()
+    if path.exists():
+        if path.is_file() and path.suffix not in (".yaml", ".yml"):
+            raise CheckpointError(given, "is a file", "give a run, a model's folder, a hub id or a CONFIG.yaml")
+        return
+    if not hub or looks_like_folder(given):
+        names = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        near = closest(path.name, names, 0.7)
+        how = "give a run, a CONFIG.yaml, a model's folder or a hub id" if hub else "give a run's folder"
+        how = f"did you mean {path.parent / near}?" if near else how
+        raise CheckpointError(given, f"no such run or config{', nor a model' if hub else ''}", how)
+
+
 def check_model_path(path: str, holds: str = "config.json") -> str:
     """The path as transformers should get it; ModelError when a folder is missing or lacks the file `holds`, or the hub has no such model."""
     folder = Path(path).expanduser()
@@ -185,3 +204,11 @@ def check_model_path(path: str, holds: str = "config.json") -> str:
         hint = f"did you mean {inside}?" if (inside / holds).exists() else lacks
         raise ModelError(path, f"the folder has no {holds}", hint)
     return str(folder)
+
+
+def check_weights(cfg: ModelConfig) -> None:
+    """Refuse a model's folder without weights (ModelError), unless it starts from random ones."""
+    folder = Path(cfg.path).expanduser()
+    if cfg.init == "pretrained" and folder.is_dir() and not any([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        what = "the folder has no weights (model.safetensors)"
+        raise ModelError(cfg.path, what, "get the model again, or set model.init=random to start from random weights")

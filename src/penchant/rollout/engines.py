@@ -31,7 +31,7 @@ from penchant.models.load import base_model_of, effective_weights, plain_name, w
 from penchant.rollout.generate import Sample, Settings, sample
 from penchant.rollout.options import RolloutConfig
 
-PROBE_ROWS, PROBE_TOKENS = 2, 32  # fixed tokens to compare engine and policy on
+PROBE_ROWS, PROBE_TOKENS = 2, 32  # fixed tokens to compare engine and policy on, at most
 CONCURRENT = 64  # concurrent requests to a server
 LARGEST = 1 << 28  # limit on the bytes of a reply for one prompt
 NOISE = 1e-5  # nats per token: smaller differences between two engines are ignored
@@ -146,11 +146,12 @@ class Probe:
     """Fixed tokens with the log-probs of policy and engine, to detect a failed weight update.
 
     Args:
-        model: the policy; tolerance: mean difference in nats per token.
+        model: the policy; tolerance: mean difference in nats per token; longest: least context of the engine, in tokens.
     """
 
     model: Any
     tolerance: float
+    longest: int
     rows: list[list[int]] = field(init=False)
     policy: np.ndarray | None = field(default=None, init=False)
     engine: np.ndarray | None = field(default=None, init=False)
@@ -158,7 +159,8 @@ class Probe:
 
     def __post_init__(self) -> None:
         words = self.model.get_input_embeddings().weight.shape[0]
-        self.rows = np.random.default_rng(0).integers(0, words, (PROBE_ROWS, PROBE_TOKENS)).tolist()
+        tokens = max(2, min(PROBE_TOKENS, self.longest - 1))  # an engine is asked for one more
+        self.rows = np.random.default_rng(0).integers(0, words, (PROBE_ROWS, tokens)).tolist()
 
     def of_policy(self) -> np.ndarray:
         """The policy's log-probs of all tokens except each row's first, at temperature 1."""
@@ -199,6 +201,7 @@ class Remote:
 
     Args:
         model: the policy; config: the `rollout` section; folder: where weights are written for the engine.
+        longest: tokens of the longest prompt and its completion together.
         whole: context manager in which the policy's parameters are not sharded.
     """
 
@@ -206,13 +209,14 @@ class Remote:
     config: RolloutConfig
     folder: Path
     tolerance: float
+    longest: int
     whole: Callable[[], AbstractContextManager[None]] = nullcontext
     note: Callable[[str], None] = lambda _: None
     probe: Probe = field(init=False)
     version: int | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self.probe = Probe(self.model, self.tolerance)
+        self.probe = Probe(self.model, self.tolerance, self.longest)
 
     @property
     def where(self) -> str:
@@ -516,7 +520,6 @@ def _has_vllm() -> bool:
 class VLLMInProcess(Remote):
     """vLLM in this process, on the training device. Written against vLLM 0.32's API; docs/rollouts.md says whether it ever ran."""
 
-    longest: int = 0
     llm: Any = field(default=None, init=False)
 
     @property
@@ -625,10 +628,10 @@ def make_engine(
     tolerance = (1e-3 if exact else 0.05) if config.tolerance == "auto" else config.tolerance
     where = Path(config.folder).expanduser() if config.folder else folder / "rollout-weights"
     if config.url is None:
-        return VLLMInProcess(model, config, where, tolerance, whole, note, longest=longest)
+        return VLLMInProcess(model, config, where, tolerance, longest, whole, note)
     found = connect(config.url.rstrip("/").removesuffix("/v1"), config.key_env, "rollout.url", "rollout.key_env")
     key = found.key if config.key_env else None
     connection = replace(found, key=key, timeout=config.timeout, attempts=config.attempts, largest=LARGEST)
-    made = VLLMServer(model, config, where, tolerance, whole, note, connection=connection)
+    made = VLLMServer(model, config, where, tolerance, longest, whole, note, connection=connection)
     made.check(longest)
     return made

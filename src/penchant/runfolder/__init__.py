@@ -49,6 +49,25 @@ def leads_to_model(folder: Path) -> bool:
     return inside or any((folder / name).exists() for name in (CONFIG, CHECKPOINTS, "adapter_config.json"))
 
 
+def check_run_folder(folder: Path) -> None:
+    """Meet what would keep a run from writing into its folder, before anything is read; makes nothing.
+
+    Raises:
+        CheckpointError: it is a file, lies below one, or holds a model. DiskError: it cannot be written.
+    """
+    try:
+        there = next(p for p in (folder, *folder.parents) if p.exists())
+        if (folder / "config.json").exists():
+            what = "output is a model's folder (it holds config.json)"
+            raise CheckpointError(str(folder), what, "choose another output")
+    except OSError as error:
+        raise disk_error(folder, error) from error
+    if not there.is_dir():
+        raise CheckpointError(str(folder), "output is a file, or lies below one", "choose another output")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise disk_error(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+
+
 def make_folder(folder: Path) -> None:
     """Create a run folder.
 
@@ -56,10 +75,9 @@ def make_folder(folder: Path) -> None:
         CheckpointError: the path is a file or below one.
         DiskError: it cannot be created for another reason.
     """
+    check_run_folder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise CheckpointError(str(folder), "output is a file, or lies below one", "choose another output") from error
     except OSError as error:
         raise disk_error(folder, error) from error
 

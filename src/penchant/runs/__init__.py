@@ -27,7 +27,7 @@ from penchant.errors import CheckpointError, ConfigError, DiskError, PenchantErr
 from penchant.metrics.completions import START_FILE
 from penchant.metrics.flags import run_flags, summary, write_flags
 from penchant.metrics.flags.rule import Flag
-from penchant.models.options import check_model_path
+from penchant.models.options import check_model_path, check_weights
 from penchant.rewards.functions import check_reward
 from penchant.rewards.reward_model import reward_writes_date
 from penchant.rollout.environment import find_environment
@@ -42,6 +42,7 @@ from penchant.runfolder import (
     SWEEP,
     TOKENS,
     RunLock,
+    check_run_folder,
     checkpoints,
     is_intact,
     leads_to_model,
@@ -243,10 +244,12 @@ class Run:
         from penchant.report import LiveReport
 
         started, began = time.time(), time.monotonic()
+        check_run_folder(self.folder)
         live = LiveReport(self.folder, self.console.note)
         check_installed(self.config.logging.trackers)
         if not leads_to_model(Path(self.config.model.path)):
             check_model_path(self.config.model.path)  # before the rows are read
+            check_weights(self.config.model)
         for reward in filter(None, (self.config.reward, self.config.evaluation.reward)):
             for name in filter(is_own, reward.terms):
                 check_reward(name)  # before its content is compared with the recorded hash

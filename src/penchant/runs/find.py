@@ -11,12 +11,11 @@ from typing import Any
 import torch
 
 from penchant.base.files import cache_folder, writing
-from penchant.base.text import closest
 from penchant.config import RunConfig, default_settings, load_config, with_absolute_paths
 from penchant.errors import CheckpointError, ConfigError, ModelError, PenchantError
 from penchant.models.load import load_causal_model, source_sha256
 from penchant.models.merge import adapter_base, is_adapter, lora_section, merge_to_folder, merged_model, model_sha256
-from penchant.models.options import LoraConfig, ModelConfig, looks_like_folder
+from penchant.models.options import LoraConfig, ModelConfig, check_exists, looks_like_folder
 from penchant.runfolder import (
     CHECKPOINTS,
     CONFIG,
@@ -308,21 +307,6 @@ def runs_in(spec: str, limit: int = 4) -> list[str]:
     """The first `limit` run folders directly inside a folder (a sweep or pipeline), then "..." if there are more."""
     found = sorted(str(p.parent) for p in Path(spec).expanduser().glob(f"*/{CONFIG}"))
     return found if len(found) <= limit else [*found[:limit], "..."]
-
-
-def check_exists(spec: str) -> None:
-    """Raise CheckpointError for a name that looks like a path but is not a folder; the hub's own error would be unclear."""
-    path = Path(spec).expanduser()
-    if path.exists():
-        if path.is_file():
-            raise CheckpointError(spec, "is a file", "give a run, a model's folder, a hub id or a CONFIG.yaml")
-        return
-    if looks_like_folder(spec):
-        names = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-        near = closest(path.name, names, 0.7)
-        how = "give a run, a CONFIG.yaml, a model's folder or a hub id"
-        how = f"did you mean {path.parent / near}?" if near else how
-        raise CheckpointError(spec, "no such run or config, nor a model", how)
 
 
 def _parse_checkpoint_path(path: Path) -> tuple[Path, str] | None:

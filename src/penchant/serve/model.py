@@ -16,8 +16,8 @@ from penchant.errors import ConfigError
 from penchant.logprobs.packing import check_precision
 from penchant.models.cpu.decode import FastDecoder, can_decode_fast
 from penchant.models.load import cast_parameters, load_tokenizer, resolve_device, resolve_dtype
-from penchant.models.options import check_text_alone
-from penchant.runs.find import Source, check_exists, find_model, runs_in
+from penchant.models.options import check_exists, check_text_alone
+from penchant.runs.find import Source, find_model, runs_in
 from penchant.types import Message, PromptTree
 
 
