@@ -46,7 +46,7 @@ def _chat(
 ) -> str:
     template = ChatTemplate(tokenizer, options, told)
     try:
-        text = template.asked(messages)
+        text = template.render_prompt(messages)
         template.check_tools(messages, text)
     except RowError as error:
         raise TemplateRefused(f"{error.what}; {error.how}") from error
