@@ -108,7 +108,7 @@ def main() -> None:
     import torch
 
     from penchant.base.lanes import Turns, side_by_side
-    from penchant.data.packing import at_once, pack, plan_passes, tree_tokens
+    from penchant.data.packing import max_concurrent_passes, pack, plan_passes, tree_tokens
     from penchant.logprobs import Scorer
     from penchant.logprobs.reference import LiveReference, adapter_off
 
@@ -121,7 +121,11 @@ def main() -> None:
     scorer = Scorer(model, "shared", args.kernels)
     plan = plan_passes([tree_tokens(t, True) for t in trees], args.tokens_per_step, scorer.side_by_side)
     batches = [replace(pack([trees[i] for i in members]), seed=number) for number, members in enumerate(plan)]
-    most = at_once([b.tokens for b in batches], args.tokens_per_step, len(trees)) if scorer.side_by_side else 1
+    most = (
+        max_concurrent_passes([b.tokens for b in batches], args.tokens_per_step, len(trees))
+        if scorer.side_by_side
+        else 1
+    )
 
     reference_of = adapter_off(scorer) if lora else LiveReference(scorer)
 

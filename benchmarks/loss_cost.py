@@ -45,7 +45,7 @@ class Bench:
     def __init__(self, pairs: int, dtype_name: str) -> None:
         import torch
 
-        from penchant.data.adapt import mismatch
+        from penchant.data.adapt import mismatched_rows
         from penchant.data.packing import pack
         from penchant.logprobs import Scorer
         from penchant.logprobs.reference import LiveReference
@@ -61,7 +61,7 @@ class Bench:
         self.reference = LiveReference(Scorer(frozen, "shared", "auto"))
         self.trees = [replace(t, labels=(True, False), scores=(1.0, 0.0)) for t in made_up_pairs(pairs)]
         self.batch = pack(self.trees)
-        partners = mismatch([t.prompt_ids.tobytes() for t in self.trees]) or []
+        partners = mismatched_rows([t.prompt_ids.tobytes() for t in self.trees]) or []
         self.mismatched = {
             t.row: TokenTree(t.row, t.prompt_ids, self.trees[p].completion_ids[:1], (False,))
             for t, p in zip(self.trees, partners, strict=True)

@@ -259,14 +259,14 @@ def greedy(policy: Any, prompt: list[int], rank: int, length: int) -> list[int]:
 
 def thumbs(pairs: list[Pair]) -> list[dict[str, Any]]:
     """KTO's rows: the pairs' answers one by one, the last left out (more good than bad), each with a mismatched answer."""
-    from penchant.data.adapt import mismatch
+    from penchant.data.adapt import mismatched_rows
 
     rows = [
         {"prompt_ids": p["prompt_ids"], "completion_ids": p[side], "label": side == "chosen_ids"}
         for p in pairs
         for side in ("chosen_ids", "rejected_ids")
     ][:-1]
-    partners = mismatch([bytes(r["prompt_ids"]) for r in rows])
+    partners = mismatched_rows([bytes(r["prompt_ids"]) for r in rows])
     assert partners is not None
     return [r | {"KL_completion_ids": rows[i]["completion_ids"]} for r, i in zip(rows, partners, strict=True)]
 

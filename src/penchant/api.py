@@ -234,9 +234,9 @@ def audit_files(
     if limit is not None and limit < 1:
         raise ConfigError("limit", f"is {limit}", "give 1 or more")
     from penchant.data.audit import audit_files as run_audit
-    from penchant.data.audit import names_of
+    from penchant.data.audit import split_names
 
-    named = {**(splits or {}), **names_of([str(p) for p in paths])}
+    named = {**(splits or {}), **split_names([str(p) for p in paths])}
     counters = _own_counters(reward, check)
     how: dict[str, Any] = {"shape": shape, "columns": columns, "limit": limit}
     return run_audit(named, languages=languages, counters=counters, workers=workers, **how)
@@ -283,19 +283,19 @@ def fix(source: str | Path, output: str | Path, **asked: Any) -> Fixed:
 
 def _own_counters(reward: str | None, check: str | None) -> list[Any]:
     """Audit counters for a reward and for a user's own function."""
-    from penchant.data.audit.counters import Check, Disagreement
+    from penchant.data.audit.counters import RewardDisagreement, TextCheck
 
     made: list[Any] = []
     if reward is not None:
         from penchant.rewards.functions import load_reward
 
-        made.append(Disagreement(reward, load_reward(reward)))
+        made.append(RewardDisagreement(reward, load_reward(reward)))
     if check is not None:
         from penchant.base.functions import python_function
 
         if not check.rpartition(":")[0].endswith(".py"):
             raise ConfigError("check", f"{check!r} names no function", "write path.py:function")
-        made.append(Check(check.rpartition(":")[2], python_function(check, "check", ("texts",))))
+        made.append(TextCheck(check.rpartition(":")[2], python_function(check, "check", ("texts",))))
     return made
 
 

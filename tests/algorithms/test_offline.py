@@ -13,7 +13,7 @@ from parameters import one_of_each_kind
 from steps import step_gradient
 
 from penchant.algorithms.offline import Component, Offline, pair_view
-from penchant.data.adapt import mismatch
+from penchant.data.adapt import mismatched_rows
 from penchant.data.packing import pack
 from penchant.errors import ConfigError
 from penchant.logprobs import Scorer
@@ -36,7 +36,7 @@ def singles() -> list[TokenTree]:
 
 
 def mismatched(trees: list[TokenTree]) -> dict[int, TokenTree]:
-    partners = mismatch([t.prompt_ids.tobytes() for t in trees])
+    partners = mismatched_rows([t.prompt_ids.tobytes() for t in trees])
     assert partners is not None
     return {
         t.row: TokenTree(100 + t.row, t.prompt_ids, trees[p].completion_ids[:1], (False,))
@@ -151,10 +151,10 @@ def test_z0_is_per_token_where_the_loss_is() -> None:
 
 def test_mismatch_never_pairs_a_prompt_with_itself() -> None:
     for prompts in ([b"a", b"a", b"b", b"c", b"a"], [b"x", b"y"], [b"a"] * 5 + [b"b"] + [b"a"] * 3):
-        partners = mismatch(prompts)
+        partners = mismatched_rows(prompts)
         assert partners is not None
         assert all(prompts[i] != prompts[p] for i, p in enumerate(partners))
-    assert mismatch([b"a"] * 4) is None and mismatch([]) is None
+    assert mismatched_rows([b"a"] * 4) is None and mismatched_rows([]) is None
 
 
 def test_delta_is_the_running_mean_over_both_sides() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rows import from_rows
 
-from penchant.data.adapt import adapt, mismatch
+from penchant.data.adapt import adapt, mismatched_rows
 from penchant.data.load import Dataset, summary
 from penchant.data.options import DataConfig
 from penchant.errors import DataError
@@ -148,7 +148,7 @@ def test_bad_labels_and_scores_are_named(row: dict[str, Any], what: str) -> None
 
 @given(st.lists(st.sampled_from([b"a", b"b", b"c"]), max_size=12))
 def test_mismatch_takes_the_next_other_prompt(prompts: list[bytes]) -> None:
-    partners = mismatch(prompts)
+    partners = mismatched_rows(prompts)
     if len(set(prompts)) < 2:
         assert partners is None
         return

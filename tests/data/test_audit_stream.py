@@ -13,8 +13,23 @@ from audit_rows import Row, edited, pair, planted, text, write
 from rows import from_rows
 
 from penchant.data.audit import Leakage, audit, audit_files, languages
-from penchant.data.audit.counters import Check, Disagreement, calibrate, cycles, earlier, refuses
-from penchant.data.audit.findings import KEPT, Finding, Places, quantiles, sampled, unlike_half, wilson_interval
+from penchant.data.audit.counters import (
+    RewardDisagreement,
+    TextCheck,
+    calibrate,
+    earlier_match,
+    edges_in_cycles,
+    refuses,
+)
+from penchant.data.audit.findings import (
+    KEPT,
+    Finding,
+    Places,
+    balance_finding,
+    estimated_finding,
+    quantiles,
+    wilson_interval,
+)
 from penchant.data.layouts import LAYOUTS
 from penchant.data.load import load_preferences
 from penchant.errors import DataError
@@ -157,7 +172,7 @@ def test_reward_disagreement_and_its_calibration() -> None:
         assert len(prompts) == len(completions)
         return [float(len(c.split())) for c in completions]
 
-    found = audit(from_rows(rows), languages=False, counters=[Disagreement("words", reward)]).findings[
+    found = audit(from_rows(rows), languages=False, counters=[RewardDisagreement("words", reward)]).findings[
         "reward_disagreement"
     ]
     assert (found.count, found.of) == (10, 40) and found.interval == wilson_interval(10, 40)
@@ -175,11 +190,13 @@ def test_calibration_in_closed_form() -> None:
 def test_a_persons_own_function() -> None:
     rows = [pair(i) for i in range(50)]
     rows[7]["rejected"] = "rude " + rows[7]["rejected"]
-    found = audit(from_rows(rows), counters=[Check("rude", lambda texts: ["rude" in t for t in texts])]).findings[
+    found = audit(from_rows(rows), counters=[TextCheck("rude", lambda texts: ["rude" in t for t in texts])]).findings[
         "check_rude"
     ]
     assert (found.count, found.of, found.where) == (1, 150, ("rows:8 (answer 2)",))
-    graded = audit(from_rows(rows), counters=[Check("f", lambda texts: [0.7 if "rude" in t else 0.2 for t in texts])])
+    graded = audit(
+        from_rows(rows), counters=[TextCheck("f", lambda texts: [0.7 if "rude" in t else 0.2 for t in texts])]
+    )
     assert graded.findings["check_f"].count == 1 and "0.2, 0.2, 0.2" in graded.findings["check_f"].note
 
 
@@ -194,7 +211,7 @@ def test_a_persons_own_function() -> None:
 )
 def test_a_function_that_fails_is_named(function: Any, said: str) -> None:
     with pytest.raises(DataError, match=said):
-        audit(from_rows([pair(i) for i in range(5)]), counters=[Check("mine", function)])
+        audit(from_rows([pair(i) for i in range(5)]), counters=[TextCheck("mine", function)])
 
 
 def test_splits_of_two_kinds_are_refused(tmp_path: Path) -> None:
@@ -214,7 +231,7 @@ def test_no_usable_row_is_an_error(tmp_path: Path) -> None:
 def test_cycles_need_three_answers() -> None:
     def of(*edges: str) -> str:
         a, b = (np.array([ord(e[i]) for e in edges], dtype=np.uint64) for i in (0, 1))
-        return " ".join(e for e, c in zip(edges, cycles(a, b), strict=True) if c)
+        return " ".join(e for e, c in zip(edges, edges_in_cycles(a, b), strict=True) if c)
 
     assert of("ab", "bc", "ca", "cd", "ea") == "ab bc ca"
     assert of("ab", "ba") == "" and of("aa") == "" and of("ab", "bc", "ac") == ""
@@ -224,7 +241,7 @@ def test_cycles_need_three_answers() -> None:
 
 def test_earlier_looks_back_only() -> None:
     keys, wanted = np.array([5, 7, 5, 9], np.uint64), np.array([7, 5, 9, 5], np.uint64)
-    assert earlier(keys, wanted).tolist() == [-1, 0, -1, 0]
+    assert earlier_match(keys, wanted).tolist() == [-1, 0, -1, 0]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -267,8 +284,8 @@ def test_refusals_are_matched_at_the_beginning() -> None:
 
 
 def test_an_interval_is_wilsons_and_nothing_of_nothing() -> None:
-    assert sampled("t", 0, 0) == Finding("t", 0, 0)
-    assert sampled("t", 3, 10).interval == wilson_interval(3, 10)
+    assert estimated_finding("t", 0, 0) == Finding("t", 0, 0)
+    assert estimated_finding("t", 3, 10).interval == wilson_interval(3, 10)
 
 
 def test_control_characters_are_escaped_in_text(tmp_path: Path) -> None:
@@ -299,7 +316,7 @@ def test_a_reward_is_sure_of_large_margins_only() -> None:
     reward = lambda prompts, completions: [float(c.split()[1]) for c in completions]  # noqa: E731
     scale = calibrate(np.array(margins))
     assert 0.1 * scale < np.log(9) < 3 * scale
-    found = audit(from_rows(rows), languages=False, counters=[Disagreement("numbers", reward)]).findings
+    found = audit(from_rows(rows), languages=False, counters=[RewardDisagreement("numbers", reward)]).findings
     assert found["reward_disagreement"].count == 5
     assert "in 1 of them it is at least 90% sure" in found["reward_disagreement"].note
 
@@ -321,5 +338,5 @@ def test_what_was_found_comes_first_and_what_is_in_order_is_one_line() -> None:
 
 @pytest.mark.parametrize(("longer", "of", "said"), [(153_000, 300_000, False), (180, 300, True), (12, 20, False)])
 def test_a_share_calls_for_advice_by_its_size_and_not_by_its_certainty_alone(longer: int, of: int, said: bool) -> None:
-    found = unlike_half("length bias", longer, of, "", "far from 50%")
-    assert bool(found.advice) == said and found.tells == said
+    found = balance_finding("length bias", longer, of, "", "far from 50%")
+    assert bool(found.advice) == said and found.is_notable == said

@@ -25,7 +25,7 @@ from penchant.data import mapped
 from penchant.data import read as reader
 from penchant.data.audit import _token_lengths, audit
 from penchant.data.cached import HASHES, DataCache, Entry, file_sha256, hashes_of
-from penchant.data.load import load_preferences, together
+from penchant.data.load import concatenate_datasets, load_preferences
 from penchant.data.mapped import RowWriter, StoredRows, StoredTokens, TokenWriter, label_counts
 from penchant.data.split import split_by_prompt
 from penchant.data.tokenize import tokenize
@@ -78,7 +78,7 @@ def test_a_mixture_of_files_with_other_names_has_rows_of_these_names(tmp_path: P
     cache = DataCache()
     for names in (("a.jsonl", "b.jsonl"), ("c.jsonl", "d.jsonl")):
         parts = [cache.load(write_jsonl(tmp_path / name, [pair(i)])) for i, name in enumerate(names)]
-        assert [t.source for t in cache.together(parts, names).trees] == [f"{name}:1" for name in names]
+        assert [t.source for t in cache.concatenate(parts, names).trees] == [f"{name}:1" for name in names]
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -125,7 +125,7 @@ def test_several_processes_make_the_same(tmp_path: Path, name: str, monkeypatch:
         cache = DataCache(workers=workers)
         assert cache._processes(100) == workers
         rows = cache.load(path, **READING)
-        mixed = cache.together([rows, cache.load(other, **READING)], [path, other])
+        mixed = cache.concatenate([rows, cache.load(other, **READING)], [path, other])
         tokens = cache.tokenize(rows, tokenizer, **HOW | ({"max_length": 40} if name == "text" else {}))
         assert isinstance(tokens.trees, StoredTokens)
         parts = cache.split(rows, validation_rows=2) if name != "text" else ()
@@ -139,7 +139,7 @@ def test_several_processes_make_the_same(tmp_path: Path, name: str, monkeypatch:
     assert (
         made[0][2][0].quarantined
         and mixed.fingerprint
-        == together([load_preferences(p, **READING) for p in (path, other)], [path, other]).fingerprint
+        == concatenate_datasets([load_preferences(p, **READING) for p in (path, other)], [path, other]).fingerprint
     )
 
 
@@ -333,8 +333,8 @@ def test_a_file_that_was_changed_just_before_is_read_again(
 
 def test_a_change_within_the_same_tick_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(tmp_path / "a.jsonl", [pair(0)])
-    told = cache_module._described(file)
-    monkeypatch.setattr(cache_module, "_described", lambda _: told)  # a clock too coarse to show the change
+    told = cache_module._file_stat(file)
+    monkeypatch.setattr(cache_module, "_file_stat", lambda _: told)  # a clock too coarse to show the change
     first = hashes_of([file])
     file.write_bytes(file.read_bytes().swapcase())
     assert hashes_of([file]) == [file_sha256(file)] != first

@@ -17,7 +17,7 @@ from tiny import tiny_model_folder, tiny_tokenizer, write_jsonl
 from penchant.config import config_from_mapping
 from penchant.data.adapt import repeated_prompts
 from penchant.data.cached import DataCache
-from penchant.data.load import load_preferences, told
+from penchant.data.load import load_preferences, template_variables
 from penchant.data.packing import pack
 from penchant.data.templates import end_ids
 from penchant.data.tokenize import TokenizedDataset, tokenize
@@ -268,7 +268,7 @@ def test_a_request_to_a_server_is_read_as_a_row_is() -> None:
     body = {"model": "m", "messages": turns, "tools": TOOLS, "chat_template_kwargs": {"enable_thinking": False}}
     asked = read_request(ChatRequest, json.dumps(body).encode())
     (tree,) = from_rows([{"prompt": turns, "tools": TOOLS, "chat_template_kwargs": {"enable_thinking": False}}]).trees
-    assert asked.prompts == [tree.prompt] and asked.template_variables == told(tree) == {
+    assert asked.prompts == [tree.prompt] and asked.template_variables == template_variables(tree) == {
         "enable_thinking": False,
         "tools": TOOLS,
     }

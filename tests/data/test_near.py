@@ -116,7 +116,7 @@ def test_two_groups_in_one_bucket_are_both_found() -> None:
     sketch[[1, 3, 5]] = 1
     parent = np.arange(6)
     for a, b in near._candidates(np.zeros(6, np.uint64), sketch, np.arange(6), 0.8 * near.SLOTS):
-        parent = near._unite(parent, a, b)
+        parent = near._union(parent, a, b)
     assert parent.tolist() == [0, 1, 0, 1, 0, 1]
 
 

@@ -11,7 +11,7 @@ import pytest
 from sight import paint, write_rows
 
 from penchant.data.load import Dataset, load_preferences
-from penchant.data.pictures import mark_of, opened
+from penchant.data.pictures import mark_of, open_picture
 from penchant.data.split import held_out_rows
 from penchant.errors import ConfigError, DataError, PenchantError
 from penchant.types import PromptTree
@@ -64,7 +64,7 @@ def test_every_way_to_give_a_picture(tmp_path: Path, picture: Path) -> None:
         assert asked(tree) == "#What?"
         assert [Path(i.path).read_bytes() for i in tree.images] == [content]
         assert tree.completions[0].text == "a cat"
-    image = opened(tree.images[0])
+    image = open_picture(tree.images[0])
     assert (image.mode, image.size) == ("RGB", (40, 24))
 
 

@@ -7,7 +7,7 @@ from encoders import encoder_tokenizer
 from rows import from_rows
 from tiny import tiny_tokenizer
 
-from penchant.data.tokenize import fit, pair_format, same_tokens, tokenize_text_pairs
+from penchant.data.tokenize import cut_to_fit, pair_format, same_tokens, tokenize_text_pairs
 from penchant.errors import DataError, ModelError
 
 
@@ -32,9 +32,9 @@ def test_chat_prompts_are_lines() -> None:
 
 
 def test_the_prompt_loses_its_start_before_a_completion_loses_its_end() -> None:
-    assert fit([1, 2, 3, 4], [[5, 6], [7]], 10) == ([1, 2, 3, 4], [[5, 6], [7]])
-    assert fit([1, 2, 3, 4], [[5, 6], [7]], 4) == ([3, 4], [[5, 6], [7]])
-    assert fit([1, 2, 3, 4], [[5, 6, 8, 9, 10], [7]], 4) == ([], [[5, 6, 8, 9], [7]])
+    assert cut_to_fit([1, 2, 3, 4], [[5, 6], [7]], 10) == ([1, 2, 3, 4], [[5, 6], [7]])
+    assert cut_to_fit([1, 2, 3, 4], [[5, 6], [7]], 4) == ([3, 4], [[5, 6], [7]])
+    assert cut_to_fit([1, 2, 3, 4], [[5, 6, 8, 9, 10], [7]], 4) == ([], [[5, 6, 8, 9], [7]])
 
 
 def test_cuts_are_counted_and_rows_that_become_equal_are_kept_aside() -> None:

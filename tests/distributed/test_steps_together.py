@@ -21,7 +21,7 @@ from worlds import in_world
 from penchant.algorithms.offline import Component, Offline
 from penchant.algorithms.ppo import PPO, PPOConfig
 from penchant.algorithms.rollouts import Group
-from penchant.data.packing import plan_dealt
+from penchant.data.packing import plan_for_ranks
 from penchant.distributed.shard import Root, Rooted, Sharding, full, rooted, whole_weights
 from penchant.distributed.world import World, current
 from penchant.errors import CheckpointError, DiskError, TrainingStopped
@@ -395,7 +395,7 @@ def test_each_rank_writes_its_own_shard_and_every_file_has_a_sum(results: Any) -
 
 @given(st.lists(st.integers(1, 60), max_size=40), st.integers(1, 80), st.integers(1, 8))
 def test_every_rank_has_as_many_passes_and_every_tree_is_in_one(sizes: list[int], budget: int, ranks: int) -> None:
-    plan = plan_dealt(sizes, budget, ranks)
+    plan = plan_for_ranks(sizes, budget, ranks)
     assert len(plan) % ranks == 0
     assert sorted(i for members in plan for i in members) == list(range(len(sizes)))
     loads = [sum(sizes[i] for i in members) for members in plan]

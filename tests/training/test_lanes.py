@@ -17,7 +17,7 @@ from penchant.algorithms.offline import Component, Offline
 from penchant.algorithms.reward_model import RewardModelConfig, RewardTraining
 from penchant.base.lanes import Turns, side_by_side, turn
 from penchant.data import packing
-from penchant.data.packing import at_once, pass_tokens, plan_passes
+from penchant.data.packing import max_concurrent_passes, pass_tokens, plan_passes
 from penchant.logprobs import Scorer
 from penchant.logprobs.reference import LiveReference, adapter_as_it_is, adapter_off, compute_logps
 from penchant.losses import LOSSES
@@ -267,11 +267,11 @@ def test_passes_share_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(i for members in plan for i in members) == list(range(16))
     loads = [sum(sizes[i] for i in members) for members in plan]
     assert max(loads) <= 512 and len(plan) % 4 == 0 and loads == sorted(loads, reverse=True)
-    assert at_once(loads, 2048, 16) == 4 and at_once(loads, 2048, 2) == 2
+    assert max_concurrent_passes(loads, 2048, 16) == 4 and max_concurrent_passes(loads, 2048, 2) == 2
     assert (
         len(plan_passes([100] * 4, 4096, True)) == 2
     )  # LEAST_TOKENS would give three passes, which two threads cannot split evenly
     assert len(plan_passes([100] * 4, 4096, True, 2)) == 1 and len(plan_passes(sizes, 2048, True, 2)) == 8
     # a tree that fills the budget gets all threads
-    assert at_once([2000], 2048, 16) == 1
+    assert max_concurrent_passes([2000], 2048, 16) == 1
     assert plan_passes([], 2048, True) == [] and plan_passes([3000, 10], 2048, True) == [[0], [1]]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from penchant.algorithms.method import EvaluationContext, Method, Parts, Signal
 from penchant.base.lazy import Tensor, lazy, torch
 from penchant.base.machine import place_of
-from penchant.data.packing import passes_over
+from penchant.data.packing import run_passes
 from penchant.errors import ConfigError
 from penchant.losses.helpers import Metrics, reward_metrics, side_metrics
 from penchant.losses.registry import LossParams, LossSpec
@@ -197,7 +197,7 @@ class Offline(Algorithm):
             return live.logps(batch) / size, reference.logps(batch) / size
 
         shared, device = self.scorer.shared, place_of(self.scorer.model)
-        passes = passes_over(both, trees, self.tokens_per_step, shared=shared, device=device, lanes=self.side_by_side)
+        passes = run_passes(both, trees, self.tokens_per_step, shared=shared, device=device, lanes=self.side_by_side)
         order, made = zip(*passes, strict=True)
         policy, ref = map(torch.cat, zip(*made, strict=True))
         weights = policy.new_tensor(

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from penchant.algorithms.method import AlgorithmConfig, EvaluationContext, Parts, Rollouts, Signal
 from penchant.base.lazy import Tensor, lazy, torch
 from penchant.base.machine import moved, place_of
-from penchant.data.packing import passes_over
+from penchant.data.packing import run_passes
 from penchant.distributed.world import current
 from penchant.errors import ConfigError, RewardError, RolloutError
 from penchant.losses.policy_gradient import importance_weights
@@ -658,7 +658,7 @@ def score_groups(
     def all_of(batch: PackedBatch) -> dict[str, Tensor]:
         return {name: values for of_batch in passes for name, values in of_batch(batch).items()}
 
-    made = passes_over(all_of, trees, tokens_per_step, shared=scorer.shared, device=device, lanes=lanes)
+    made = run_passes(all_of, trees, tokens_per_step, shared=scorer.shared, device=device, lanes=lanes)
     for members, found in made:
         sizes = [sum(trees[i].trained) for i in members]
         for name, values in found.items():

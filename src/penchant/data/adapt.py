@@ -47,7 +47,7 @@ def adapt(dataset: Dataset, loss: str, signal: str, needs: Set[str], options: Da
         dataset = _as_pairs(dataset, loss, options, name)
         return _with_scores(dataset, loss, needs, options, name) if "scores" in needs else dataset
     if signal == "unpaired":
-        return _as_labelled(dataset, loss, options, name)
+        return _as_labeled(dataset, loss, options, name)
     if signal == "lists":
         return _as_lists(dataset, loss, name)
     if signal == "prompts":
@@ -62,11 +62,11 @@ def adapt(dataset: Dataset, loss: str, signal: str, needs: Set[str], options: Da
             raise DataError(name, f'{setting(loss)} learns answers whose "label" is true, and there is none', how)
         bad = (t for t in dataset.trees if not t.completions[0].label)
         what = f"{setting(loss)} does not learn answers labeled bad"
-        return _changed(dataset, good, [Quarantined(t.source, what, how, None) for t in bad])
+        return _with_trees(dataset, good, [Quarantined(t.source, what, how, None) for t in bad])
     return dataset
 
 
-def _changed(
+def _with_trees(
     dataset: Dataset,
     trees: Sequence[PromptTree],
     aside: Sequence[Quarantined] = (),
@@ -89,24 +89,24 @@ def _as_prompts(dataset: Dataset, name: str) -> Dataset:
         raise DataError(name, "online methods need prompts, but these rows are plain text", "give a prompt column")
     if dataset.kind == "prompts":
         return dataset
-    once = {_asked(t): replace(t, completions=()) for t in reversed(dataset.trees)}
-    trees = tuple(reversed(once.values()))
+    distinct = {_prompt_identity(t): replace(t, completions=()) for t in reversed(dataset.trees)}
+    trees = tuple(reversed(distinct.values()))
     return replace(dataset, trees=trees, fingerprint=fingerprint(trees), kind="prompts")
 
 
-def _asked(tree: PromptTree) -> tuple[object, ...]:
+def _prompt_identity(tree: PromptTree) -> tuple[object, ...]:
     """What makes prompts equal: their turns, tools and template options."""
     return tree.prompt, tree.tools, tree.template_options
 
 
 def repeated_prompts(dataset: Dataset) -> str:
     """``60 rows: 44 distinct prompts`` for a method that samples its own answers; empty if no prompt repeats."""
-    distinct = len({_asked(t) for t in dataset.trees})
+    distinct = len({_prompt_identity(t) for t in dataset.trees})
     rows = max(dataset.accepted, len(dataset.trees))  # a row may give several prompts
     return f"{counted(rows, 'row')}: {counted(distinct, 'distinct prompt')}" if distinct < rows else ""
 
 
-def _instead_of_pairs(loss: str, kind: str) -> str:
+def _no_pairs_advice(loss: str, kind: str) -> str:
     if loss == "reward_model":  # nothing else trains a reward model
         return "give rows with prompt, chosen and rejected"
     if kind == "prompts":
@@ -119,7 +119,7 @@ def _as_pairs(dataset: Dataset, loss: str, options: DataConfig, name: str) -> Da
         return dataset
     if dataset.kind != "scored":
         what = f"{setting(loss)} needs pairs (chosen and rejected), but these rows are {dataset.kind}"
-        raise DataError(name, what, _instead_of_pairs(loss, dataset.kind))
+        raise DataError(name, what, _no_pairs_advice(loss, dataset.kind))
     if options.pairs_from_scores == "off":
         what = f'{setting(loss)} needs pairs (chosen and rejected), but these rows are single answers with a "score"'
         how = "set data.pairs_from_scores=best_worst to set the best against the worst answer of each prompt"
@@ -127,34 +127,34 @@ def _as_pairs(dataset: Dataset, loss: str, options: DataConfig, name: str) -> Da
     # the answers between a prompt's best and its worst are not used, and are not bad rows
     trees: list[PromptTree] = []
     aside: list[Quarantined] = []
-    for group, ranked in _ranked(dataset):
+    for group, ranked in _group_by_prompt(dataset):
         best, worst = ranked[0], ranked[-1]
         if len(ranked) > 1 and best.score != worst.score and best.whole.strip() != worst.whole.strip():
             trees.append(replace(group[0], completions=(replace(best, label=True), replace(worst, label=False))))
         else:
-            aside += _no_two_scores(group, ranked)
-    return _changed(dataset, _some(trees, name), aside, len(dataset.trees) - len(aside), kind="pairs")
+            aside += _quarantine_tied(group, ranked)
+    return _with_trees(dataset, _require_trees(trees, name), aside, len(dataset.trees) - len(aside), kind="pairs")
 
 
 def _as_lists(dataset: Dataset, loss: str, name: str) -> Dataset:
     """All answers of a prompt as one tree, the best first; a pair is a list of two."""
     if dataset.kind == "pairs":
-        pairs = tuple(replace(t, completions=_two_scored(t)) for t in dataset.trees)
+        pairs = tuple(replace(t, completions=_scored_answers(t)) for t in dataset.trees)
         return replace(dataset, trees=pairs, kind="scored", fingerprint=fingerprint(pairs))
     if dataset.kind != "scored":
         what = f"{setting(loss)} needs answers with scores, but these rows are {dataset.kind}"
         raise DataError(name, what, 'give several answers of each prompt with a "score", or pairs')
     trees: list[PromptTree] = []
     aside: list[Quarantined] = []
-    for group, ranked in _ranked(dataset):
+    for group, ranked in _group_by_prompt(dataset):
         if ranked[0].score == ranked[-1].score:
-            aside += _no_two_scores(group, ranked)
+            aside += _quarantine_tied(group, ranked)
         else:
             trees.append(replace(group[0], completions=tuple(ranked)))
-    return _changed(dataset, _some(trees, name), aside, len(dataset.trees) - len(aside))
+    return _with_trees(dataset, _require_trees(trees, name), aside, len(dataset.trees) - len(aside))
 
 
-def _two_scored(tree: PromptTree) -> tuple[Completion, ...]:
+def _scored_answers(tree: PromptTree) -> tuple[Completion, ...]:
     """A pair's answers with their scores, or with 1 and 0 if those are missing or do not favor the chosen one."""
     chosen, rejected = tree.completions
     if chosen.score is not None and rejected.score is not None and chosen.score > rejected.score:
@@ -162,11 +162,11 @@ def _two_scored(tree: PromptTree) -> tuple[Completion, ...]:
     return replace(chosen, score=1.0), replace(rejected, score=0.0)
 
 
-def _ranked(dataset: Dataset) -> Iterator[tuple[list[PromptTree], list[Completion]]]:
+def _group_by_prompt(dataset: Dataset) -> Iterator[tuple[list[PromptTree], list[Completion]]]:
     """For each distinct prompt of scored rows, its trees and all its answers, best first."""
     by_prompt: dict[object, list[PromptTree]] = defaultdict(list)
     for tree in dataset.trees:
-        by_prompt[_asked(tree)].append(tree)
+        by_prompt[_prompt_identity(tree)].append(tree)
     for group in by_prompt.values():
         if other := next((t for t in group if t.weight != group[0].weight), None):
             what = f"counts {other.weight:g}, and another answer of its prompt ({group[0].source}) {group[0].weight:g}"
@@ -174,12 +174,12 @@ def _ranked(dataset: Dataset) -> Iterator[tuple[list[PromptTree], list[Completio
         yield group, sorted((c for t in group for c in t.completions), key=lambda c: -(c.score or 0.0))
 
 
-def _no_two_scores(group: Sequence[PromptTree], ranked: Sequence[Completion]) -> list[Quarantined]:
+def _quarantine_tied(group: Sequence[PromptTree], ranked: Sequence[Completion]) -> list[Quarantined]:
     what = f"no two different scores among the prompt's {counted(len(ranked), 'answer')}"
     return [Quarantined(t.source, what, "give it answers with different scores, or drop it", None) for t in group]
 
 
-def _some(trees: list[PromptTree], name: str) -> list[PromptTree]:
+def _require_trees(trees: list[PromptTree], name: str) -> list[PromptTree]:
     if not trees:
         how = "give each prompt answers that differ in score"
         raise DataError(name, "no prompt has two answers with different scores", how)
@@ -207,10 +207,10 @@ def _with_scores(dataset: Dataset, loss: str, needs: Set[str], options: DataConf
     if not trees:
         what = f"none of {counted(len(dataset.trees), 'pair')} has the scores that {setting(loss)} needs"
         raise DataError(name, what, aside[0].how)
-    return _changed(dataset, trees, aside)
+    return _with_trees(dataset, trees, aside)
 
 
-def _as_labelled(dataset: Dataset, loss: str, options: DataConfig, name: str) -> Dataset:
+def _as_labeled(dataset: Dataset, loss: str, options: DataConfig, name: str) -> Dataset:
     if dataset.kind in ("pairs", "unpaired"):
         return dataset
     if dataset.kind != "scored":
@@ -228,7 +228,7 @@ def _as_labelled(dataset: Dataset, loss: str, options: DataConfig, name: str) ->
     return replace(dataset, trees=trees, kind="unpaired", fingerprint=fingerprint(trees))
 
 
-def mismatch(prompts: list[bytes]) -> list[int] | None:
+def mismatched_rows(prompts: list[bytes]) -> list[int] | None:
     """For each row, the index of the next row (wrapping around) with another prompt; None if all prompts are the same.
 
     KTO estimates its reference point from a prompt with a completion of that other row. The partner is fixed by the order

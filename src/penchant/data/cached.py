@@ -32,14 +32,14 @@ from penchant.data.layouts import Detection
 from penchant.data.load import (
     Columns,
     Conversion,
+    ConversionSettings,
     Dataset,
-    How,
     Quarantined,
     Reading,
+    concatenate_datasets,
     content_of,
     load_preferences,
     stream_preferences,
-    together,
 )
 from penchant.data.mapped import (
     PART,
@@ -54,7 +54,7 @@ from penchant.data.mapped import (
 )
 from penchant.data.read import BOUNDS, Bounds, Shard, named_files, read_shard, shards_of
 from penchant.data.split import held_out_rows, prompt_digests, split_by_prompt
-from penchant.data.tokenize import CausalTokenization, Mark, TokenizedDataset, apart_of, forced, moved, tokenize
+from penchant.data.tokenize import CausalTokenization, Mark, TokenizedDataset, is_forced, is_moved, is_split, tokenize
 from penchant.errors import DataError
 from penchant.types import PromptTree
 
@@ -89,16 +89,16 @@ def hashes_of(files: Sequence[Path]) -> list[str]:
     new: dict[str, list[Any]] = {}
     found = []
     for file in files:
-        name, told = str(file.resolve()), _described(file)
+        name, stat = str(file.resolve()), _file_stat(file)
         known = table.get(name)
-        if isinstance(known, list) and len(known) == 3 and known[0] == told and _settled(told, known[1]):
+        if isinstance(known, list) and len(known) == 3 and known[0] == stat and _is_settled(stat, known[1]):
             found.append(str(known[2]))
             continue
         began = time_ns()
         digest = file_sha256(file)
         found.append(digest)
-        if _described(file) == told and _settled(told, began):
-            new[name] = [told, began, digest]
+        if _file_stat(file) == stat and _is_settled(stat, began):
+            new[name] = [stat, began, digest]
     if new:
         kept = {**{k: v for k, v in table.items() if k not in new}, **new}
         with suppress(OSError):  # if two processes write at once, one loses, and a file is read again
@@ -108,15 +108,15 @@ def hashes_of(files: Sequence[Path]) -> list[str]:
     return found
 
 
-def _described(file: Path) -> list[int]:
+def _file_stat(file: Path) -> list[int]:
     """What a change of a file changes: size, mtime, ctime (which cannot be set back), inode, device."""
     stat = file.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
 
 
-def _settled(told: Sequence[int], read_at: Any) -> bool:
+def _is_settled(stat: Sequence[int], read_at: Any) -> bool:
     """Whether the last change was so long before the read that a later change would have another time."""
-    return isinstance(read_at, int) and read_at - max(told[1], told[2]) > RACY_NS
+    return isinstance(read_at, int) and read_at - max(stat[1], stat[2]) > RACY_NS
 
 
 @cache
@@ -243,12 +243,12 @@ class DataCache:
         def write(folder: Path) -> Mapping[str, Any]:
             stream, writer = stream_preferences(path, **how), RowWriter(folder)
             bounds = Bounds(**how["bounds"]) if "bounds" in how else BOUNDS.get() or Bounds()
-            shards = shards_of(path, bounds) if stream.apart else []
+            shards = shards_of(path, bounds) if stream.splittable else []
             many = 1 if self.workers is None and len(shards) < MANY_SHARDS else number_of(self.workers, len(shards))
             if many > 1:
-                tasks = (_Shard(shard, bounds, stream.how, on_bad_row) for shard in shards)
-                for rows, columns, accepted, aside, content in in_order(_Shard.made, tasks, many):
-                    writer.merge(_some(rows))
+                tasks = (_ShardTask(shard, bounds, stream.how, on_bad_row) for shard in shards)
+                for rows, columns, accepted, aside, content in in_order(_ShardTask.run, tasks, many):
+                    writer.merge(_require_storable(rows))
                     stream.merge(columns, accepted, aside, content)
             else:
                 try:
@@ -260,7 +260,7 @@ class DataCache:
             return {
                 **{name: getattr(made, name) for name in ("shape", "kind", "total", "accepted", "fingerprint")},
                 "detection": made.detection and asdict(made.detection),
-                "quarantined": _storable(made.quarantined),
+                "quarantined": _quarantine_as_json(made.quarantined),
                 "columns": {name: getattr(stream.columns, name) for name in Columns.__slots__},
             }
 
@@ -273,12 +273,12 @@ class DataCache:
             }
             return Dataset(StoredRows(folder, key), **{**meta, **more})
 
-        return self._made("rows", key, write, read) or load_preferences(path, on_bad_row=on_bad_row, **how)
+        return self._read_or_write("rows", key, write, read) or load_preferences(path, on_bad_row=on_bad_row, **how)
 
-    def together(self, parts: Sequence[Dataset], names: Sequence[str]) -> Dataset:
-        """`load.together`, on disk if any part is."""
+    def concatenate(self, parts: Sequence[Dataset], names: Sequence[str]) -> Dataset:
+        """`load.concatenate_datasets`, on disk if any part is."""
         if not any(isinstance(d.trees, StoredRows) for d in parts):
-            return together(parts, names)
+            return concatenate_datasets(parts, names)
         key = key_of(
             "rows", {"mixed": [[n, d.fingerprint, d.kind, len(d.trees)] for n, d in zip(names, parts, strict=True)]}
         )
@@ -286,19 +286,21 @@ class DataCache:
         def keep(_: Iterable[PromptTree]) -> tuple[Sequence[PromptTree], str] | None:
             def write(folder: Path) -> Mapping[str, Any]:
                 writer, digest = RowWriter(folder), hashlib.sha256()
-                tasks = (_OfSource(part, i) for i, d in enumerate(parts) for part in _parts(d.trees))
-                for rows, content in in_order(_OfSource.made, tasks, self._processes(sum(len(d.trees) for d in parts))):
-                    writer.merge(_some(rows))
+                tasks = (_SourceTask(part, i) for i, d in enumerate(parts) for part in _parts(d.trees))
+                for rows, content in in_order(
+                    _SourceTask.run, tasks, self._processes(sum(len(d.trees) for d in parts))
+                ):
+                    writer.merge(_require_storable(rows))
                     digest.update(content)
                 writer.close()
                 return {"fingerprint": digest.hexdigest()}
 
-            found: tuple[Sequence[PromptTree], str] | None = self._made(
+            found: tuple[Sequence[PromptTree], str] | None = self._read_or_write(
                 "rows", key, write, lambda folder, meta: (StoredRows(folder, key), str(meta["fingerprint"]))
             )
             return found
 
-        return together(parts, names, keep)
+        return concatenate_datasets(parts, names, keep)
 
     def split(self, dataset: Dataset, **how: Any) -> tuple[Dataset, Dataset]:
         """`split_by_prompt`, cached."""
@@ -312,11 +314,11 @@ class DataCache:
                 return in_order(function, parts_of(which), self._processes(len(which)))
 
             def digests(_: Sequence[PromptTree], seed: int) -> bytes:
-                return b"".join(each(partial(_digests, seed), rows))
+                return b"".join(each(partial(_digests_of_part, seed), rows))
 
             def sha256(which: np.ndarray) -> str:
                 made = hashlib.sha256()
-                for content in each(_contents, rows.take(which, "")):
+                for content in each(_content_of_part, rows.take(which, "")):
                     made.update(content)
                 return made.hexdigest()
 
@@ -333,7 +335,7 @@ class DataCache:
             )
             return train, held
 
-        return self._made("split", key, write, read) or split_by_prompt(dataset, **how)
+        return self._read_or_write("split", key, write, read) or split_by_prompt(dataset, **how)
 
     def tokenize(self, dataset: Dataset, tokenizer: Any, **how: Any) -> TokenizedDataset:
         """`tokenize`, cached. Entries are made with bad rows kept aside; if those are errors, the first one is raised afterwards."""
@@ -347,21 +349,21 @@ class DataCache:
             whole, writer = rows.all_rows(), TokenWriter(folder)
             many = self._processes(len(whole))
             if many == 1:
-                done = [_tokenized(whole, tokenizer, dataset.kind, making_how, writer)]
+                done = [_tokenize_into(whole, tokenizer, dataset.kind, making_how, writer)]
             else:
                 held = by, pickle.dumps(tokenizer)
-                tasks = (_Tokens(part, held, dataset.kind, making_how) for part in parts_of(whole))
+                tasks = (_TokenizeTask(part, held, dataset.kind, making_how) for part in parts_of(whole))
                 done = []
-                for made, told in in_order(_Tokens.made, tasks, many):
+                for made, told in in_order(_TokenizeTask.run, tasks, many):
                     writer.merge(made)
                     done.append(told)
             writer.close()
             cut = {n: [s for d in done for s in getattr(d, n)] for n in ("cut_prompts", "cut_completions")}
             aside = [q for d in done for q in d.quarantined]
-            return {"quarantined": _storable(aside), **cut, "template": done[0].template}
+            return {"quarantined": _quarantine_as_json(aside), **cut, "template": done[0].template}
 
         if key not in self._tokens:
-            found = self._made("tokens", key, write, StoredDataset.read)
+            found = self._read_or_write("tokens", key, write, StoredDataset.read)
             if found is None:
                 return tokenize(dataset, tokenizer, **how)
             self._tokens[key] = found
@@ -394,16 +396,16 @@ class DataCache:
         depends_on = {"rows": stored, "kind": dataset.kind, "tokens": by, "path": path, "languages": languages}
 
         def read(folder: Path, meta: Mapping[str, Any]) -> Audit:
-            return Audit(**{**meta, "findings": {name: _finding(f) for name, f in meta["findings"].items()}})
+            return Audit(**{**meta, "findings": {name: _finding_from_json(f) for name, f in meta["findings"].items()}})
 
-        return self._made("audit", key_of("audit", depends_on), lambda _: asdict(make()), read) or make()
+        return self._read_or_write("audit", key_of("audit", depends_on), lambda _: asdict(make()), read) or make()
 
     def _processes(self, rows: int) -> int:
         if self.workers is None and rows < MANY_ROWS:
             return 1
         return number_of(self.workers, -(-rows // PART))
 
-    def _made(
+    def _read_or_write(
         self,
         kind: str,
         key: str,
@@ -427,7 +429,7 @@ class DataCache:
         return entry.get(read)
 
 
-def _some(rows: RowWriter | None) -> RowWriter:
+def _require_storable(rows: RowWriter | None) -> RowWriter:
     if rows is None:
         raise NotStorable
     return rows
@@ -441,35 +443,35 @@ def _parts(trees: Sequence[PromptTree]) -> Iterator[RowsPart | Sequence[PromptTr
 
 
 @dataclass(frozen=True, slots=True)
-class _Shard:
+class _ShardTask:
     """A worker's task: convert the rows of a part of a file."""
 
     shard: Shard
     bounds: Bounds
-    how: How
+    how: ConversionSettings
     on_bad_row: str
 
-    def made(self) -> tuple[RowWriter | None, Columns, int, list[Quarantined], bytes]:
+    def run(self) -> tuple[RowWriter | None, Columns, int, list[Quarantined], bytes]:
         content: list[bytes] = []
         making = Conversion(self.how, read_shard(self.shard, self.bounds), content.append, sys.maxsize)
-        writer = _in_memory(making.trees(self.on_bad_row))
+        writer = _write_in_memory(making.trees(self.on_bad_row))
         return writer, making.columns, making.accepted, making.aside, b"".join(content)
 
 
 @dataclass(frozen=True, slots=True)
-class _OfSource:
+class _SourceTask:
     """A worker's task: write some rows with the `origin` of their source."""
 
     rows: RowsPart | Sequence[PromptTree]
     origin: int
 
-    def made(self) -> tuple[RowWriter | None, bytes]:
+    def run(self) -> tuple[RowWriter | None, bytes]:
         trees = self.rows.open() if isinstance(self.rows, RowsPart) else self.rows
         own = [replace(t, origin=self.origin) for t in trees]
-        return _in_memory(own), b"".join(map(content_of, own))
+        return _write_in_memory(own), b"".join(map(content_of, own))
 
 
-def _in_memory(trees: Iterable[PromptTree]) -> RowWriter | None:
+def _write_in_memory(trees: Iterable[PromptTree]) -> RowWriter | None:
     """A writer with these trees, or None if they cannot be written (a column of bytes or dates)."""
     writer = RowWriter(None)
     try:
@@ -479,16 +481,16 @@ def _in_memory(trees: Iterable[PromptTree]) -> RowWriter | None:
     return writer
 
 
-def _contents(part: RowsPart) -> bytes:
+def _content_of_part(part: RowsPart) -> bytes:
     return b"".join(map(content_of, part.open()))
 
 
-def _digests(seed: int, part: RowsPart) -> bytes:
+def _digests_of_part(seed: int, part: RowsPart) -> bytes:
     return prompt_digests(part.open(), seed)
 
 
 @dataclass(frozen=True, slots=True)
-class _Tokens:
+class _TokenizeTask:
     """A worker's task: tokenize some stored rows."""
 
     rows: RowsPart
@@ -496,23 +498,23 @@ class _Tokens:
     kind: str
     how: Mapping[str, Any]
 
-    def made(self) -> tuple[TokenWriter, TokenizedDataset]:
+    def run(self) -> tuple[TokenWriter, TokenizedDataset]:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the worker processes already use the cores
         writer = TokenWriter(None)
-        return writer, _tokenized(self.rows.open(), _unpacked(*self.tokenizer), self.kind, self.how, writer)
+        return writer, _tokenize_into(self.rows.open(), _unpickled(*self.tokenizer), self.kind, self.how, writer)
 
 
-def _unpacked(key: str, tokenizer: bytes) -> Any:
+def _unpickled(key: str, tokenizer: bytes) -> Any:
     """Unpickle a tokenizer, once per process."""
-    if key not in _UNPACKED:
-        _UNPACKED[key] = pickle.loads(tokenizer)
-    return _UNPACKED[key]
+    if key not in _UNPICKLED:
+        _UNPICKLED[key] = pickle.loads(tokenizer)
+    return _UNPICKLED[key]
 
 
-_UNPACKED: dict[str, Any] = {}
+_UNPICKLED: dict[str, Any] = {}
 
 
-def _tokenized(
+def _tokenize_into(
     rows: Sequence[PromptTree], tokenizer: Any, kind: str, how: Mapping[str, Any], writer: TokenWriter
 ) -> TokenizedDataset:
     """Tokenize rows into `writer`; return the counts and the rows kept aside, without trees."""
@@ -533,47 +535,48 @@ class StoredDataset:
     """
 
     whole: TokenizedDataset
-    of_row: np.ndarray
+    trees_per_row: np.ndarray
     marks: np.ndarray
 
     @staticmethod
     def read(folder: Path, meta: Mapping[str, Any]) -> StoredDataset:
         """Read an entry's folder."""
         made = read_batch(folder / "made.arrow")
-        of_row, marks = (made.column(name).to_numpy() for name in ("trees", "marks"))
+        trees_per_row, marks = (made.column(name).to_numpy() for name in ("trees", "marks"))
         aside = tuple(Quarantined(*q) for q in meta["quarantined"])
         cut = tuple(meta["cut_prompts"]), tuple(meta["cut_completions"])
         split = int(((marks & Mark.SPLIT) > 0).sum())
-        counts = int(moved(marks).sum()), int(apart_of(marks).sum()), int(forced(marks).sum())
+        counts = int(is_moved(marks).sum()), int(is_split(marks).sum()), int(is_forced(marks).sum())
         whole = TokenizedDataset(StoredTokens(folder), len(marks), aside, *cut, split, meta["template"], *counts)
-        return StoredDataset(whole, of_row, marks)
+        return StoredDataset(whole, trees_per_row, marks)
 
     def rows(self, which: np.ndarray | None) -> TokenizedDataset:
         """The result of `tokenize` for these rows (ascending), or for all."""
         if which is None:
             return self.whole
         assert isinstance(self.whole.trees, StoredTokens)
-        starts = np.cumsum(self.of_row, dtype=np.int64) - self.of_row
+        starts = np.cumsum(self.trees_per_row, dtype=np.int64) - self.trees_per_row
 
-        def told(what: tuple[T, ...], mark: int) -> tuple[T, ...]:  # `what` has an item for each row with this mark
+        # `what` has an item for each row with this mark
+        def items_with_mark(what: tuple[T, ...], mark: int) -> tuple[T, ...]:
             kept = np.isin(np.flatnonzero(self.marks & mark), which, assume_unique=True)
             return tuple(itertools.compress(what, kept.tolist()))
 
         return replace(
             self.whole,
-            trees=self.whole.trees.take(ranges(starts[which], self.of_row[which])),
+            trees=self.whole.trees.take(ranges(starts[which], self.trees_per_row[which])),
             total=len(which),
-            quarantined=told(self.whole.quarantined, Mark.ASIDE),
-            cut_prompts=told(self.whole.cut_prompts, Mark.CUT_PROMPT),
-            cut_completions=told(self.whole.cut_completions, Mark.CUT_COMPLETION),
+            quarantined=items_with_mark(self.whole.quarantined, Mark.ASIDE),
+            cut_prompts=items_with_mark(self.whole.cut_prompts, Mark.CUT_PROMPT),
+            cut_completions=items_with_mark(self.whole.cut_completions, Mark.CUT_COMPLETION),
             split_documents=int(((self.marks[which] & Mark.SPLIT) > 0).sum()),
-            moved_prompts=int(moved(self.marks[which]).sum()),
-            apart=int(apart_of(self.marks[which]).sum()),
-            forced_prompts=int(forced(self.marks[which]).sum()),
+            moved_prompts=int(is_moved(self.marks[which]).sum()),
+            apart=int(is_split(self.marks[which]).sum()),
+            forced_prompts=int(is_forced(self.marks[which]).sum()),
         )
 
 
-def _storable(aside: Sequence[Quarantined]) -> list[list[Any]]:
+def _quarantine_as_json(aside: Sequence[Quarantined]) -> list[list[Any]]:
     rows = [[q.where, q.what, q.how, q.raw] for q in aside]
     try:
         if json.loads(json.dumps(rows)) != rows:
@@ -583,6 +586,6 @@ def _storable(aside: Sequence[Quarantined]) -> list[list[Any]]:
     return rows
 
 
-def _finding(stored: Mapping[str, Any]) -> Finding:
+def _finding_from_json(stored: Mapping[str, Any]) -> Finding:
     interval = stored["interval"]
     return Finding(**{**stored, "where": tuple(stored["where"]), "interval": interval and tuple(interval)})

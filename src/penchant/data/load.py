@@ -24,12 +24,12 @@ from penchant.data.layouts import (
     Layout,
     LeftOut,
     RowError,
+    alternative_columns,
     detect,
     layout_named,
-    near_name,
-    other_names,
+    likely_typo_of,
 )
-from penchant.data.layouts.fields import NOTHING_WRONG, PICTURES, finite, opened
+from penchant.data.layouts.fields import NOTHING_WRONG, PICTURES, finite, parse_messages
 from penchant.data.read import BadRow, Bounds, Row, read_rows
 from penchant.data.read.source import Missing
 from penchant.errors import ConfigError, DataError
@@ -60,7 +60,7 @@ SIDE_BY_SIDE: tuple[tuple[str, set[str], Callable[[Mapping[str, Any]], bool | No
 
 LANGUAGES = 1000  # distinct ones counted
 NAMES_ASKED_ABOUT = 1000  # columns checked for typos: a row may have very many keys
-COUNTED = {"language", "lang"}.union(*(needed for _, needed, _ in SIDE_BY_SIDE))
+COUNTED_COLUMNS = {"language", "lang"}.union(*(needed for _, needed, _ in SIDE_BY_SIDE))
 
 
 @dataclass(slots=True)
@@ -89,7 +89,7 @@ class Columns:
         """Add the counts of later rows, which must hold all their languages."""
         self.first, self.decided = self.first + other.first, self.decided + other.decided
         self.layouts += other.layouts
-        add_some(self.languages, other.languages, LANGUAGES)
+        add_capped(self.languages, other.languages, LANGUAGES)
 
     def _order(self, row: Mapping[str, Any]) -> None:
         shown = next(((name, won) for name, needed, won in SIDE_BY_SIDE if needed <= row.keys()), None)
@@ -103,10 +103,10 @@ class Columns:
     def _language(self, row: Mapping[str, Any], most: int) -> None:
         value = next((v for v in (row.get("language"), row.get("lang")) if isinstance(v, str) and v), None)
         if value is not None:
-            add_some(self.languages, {value[:40]: 1}, most)
+            add_capped(self.languages, {value[:40]: 1}, most)
 
 
-def add_some(counts: Counter[str], more: Mapping[str, int], most: int) -> None:
+def add_capped(counts: Counter[str], more: Mapping[str, int], most: int) -> None:
     """Add to counts, with at most `most` names."""
     for name, count in more.items():
         if name in counts or len(counts) < most:
@@ -136,13 +136,13 @@ class Converted:
     source: tuple[Row | BadRow, ...] = ()
 
 
-def renamed(values: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
+def rename_columns(values: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
     """A row with the user's columns under our names (``{our field: your column}``), and with messages in text cells parsed."""
     if not columns:
-        return opened(values)
+        return parse_messages(values)
     taken = set(columns.values())
     kept = {k: v for k, v in values.items() if k not in taken and k not in columns}
-    return opened(kept | {ours: values[theirs] for ours, theirs in columns.items() if theirs in values})
+    return parse_messages(kept | {ours: values[theirs] for ours, theirs in columns.items() if theirs in values})
 
 
 def convert_rows(
@@ -164,7 +164,7 @@ def convert_rows(
         pictures: a `data.pictures.Pictures` to find them; None: rows with pictures are bad rows.
     """
     columns = columns or {}
-    for group in map(_alone, rows) if layout.group is None else _grouped(rows, layout.group, columns):
+    for group in map(_as_group, rows) if layout.group is None else _group_rows(rows, layout.group, columns):
         if isinstance(group, Converted):
             yield group
             continue
@@ -175,17 +175,17 @@ def convert_rows(
         yield made
 
 
-IN_THE_TREE = frozenset(["prompt", "completion", "messages", "conversations"])
+TREE_COLUMNS = frozenset(["prompt", "completion", "messages", "conversations"])
 
 
 def further_columns(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     """A row's columns under the user's names and, if mapped, under ours, without its prompt and its completion."""
     asked = columns.get("prompt")
     both = {**values, **{ours: values[theirs] for ours, theirs in columns.items() if theirs in values}}
-    return {str(n): v for n, v in both.items() if n not in IN_THE_TREE and n != asked}
+    return {str(n): v for n, v in both.items() if n not in TREE_COLUMNS and n != asked}
 
 
-def _alone(row: Row | BadRow) -> list[Row] | Converted:
+def _as_group(row: Row | BadRow) -> list[Row] | Converted:
     """A row as a group of its own, or kept aside if it cannot be read."""
     return [row] if isinstance(row, Row) else Converted(1, aside=(row,), source=(row,))
 
@@ -202,13 +202,13 @@ def _convert(
     """Convert the rows of one group (one row, if the layout has no groups)."""
     source = tuple(rows)
     try:
-        values = [renamed(r.values, columns) for r in rows]
-        taken = None
+        values = [rename_columns(r.values, columns) for r in rows]
+        extracted = None
         if pictures is not None and layout.group is None:
-            values[0], taken = pictures.taken(values[0])
+            values[0], extracted = pictures.extract(values[0])
         trees = layout.convert(values[0] if layout.group is None else layout.group.fold(values), options)
-        if taken is not None:
-            trees = taken.placed(trees)
+        if extracted is not None:
+            trees = extracted.place_in(trees)
         for tree in trees:
             _check_text(tree)
         if identical != "keep" and any(map(is_identical, trees)):
@@ -217,7 +217,7 @@ def _convert(
             counts = weight_of(rows[0].values, weight)
             trees = tuple(replace(t, weight=counts) for t in trees)
     except RowError as error:
-        return Converted(len(rows), (), _aside(rows, error), isinstance(error, LeftOut), source)
+        return Converted(len(rows), (), _quarantine(rows, error), isinstance(error, LeftOut), source)
     several = len(trees) > 1
     named = (replace(t, source=rows[0].where + f"#{i}" * several) for i, t in enumerate(trees, 1))
     return Converted(len(rows), tuple(named), source=source)
@@ -262,7 +262,7 @@ def _check_text(tree: PromptTree) -> None:
             raise RowError(what, "the text was cut within an emoji or the like: fix it, or drop the row") from error
 
 
-def _aside(rows: Iterable[Row], error: RowError) -> tuple[Quarantined, ...]:
+def _quarantine(rows: Iterable[Row], error: RowError) -> tuple[Quarantined, ...]:
     return tuple(Quarantined(r.where, error.what, error.how, dict(r.values)) for r in rows)
 
 
@@ -274,7 +274,9 @@ def is_identical(tree: PromptTree) -> bool:
     return chosen == rejected
 
 
-def _grouped(rows: Iterable[Row | BadRow], group: Group, columns: Mapping[str, str]) -> Iterator[list[Row] | Converted]:
+def _group_rows(
+    rows: Iterable[Row | BadRow], group: Group, columns: Mapping[str, str]
+) -> Iterator[list[Row] | Converted]:
     """Yield the groups of a stream in the order of their first rows, and rows without a group immediately.
 
     No published file guarantees that the rows of a group are adjacent, so all are written to a temporary file first. Only the
@@ -284,12 +286,12 @@ def _grouped(rows: Iterable[Row | BadRow], group: Group, columns: Mapping[str, s
     with tempfile.TemporaryFile() as spill:
         for row in rows:
             if isinstance(row, BadRow):
-                yield _alone(row)
+                yield _as_group(row)
                 continue
             try:
-                key = group.key(renamed(row.values, columns))
+                key = group.key(rename_columns(row.values, columns))
             except RowError as error:
-                yield Converted(1, aside=_aside([row], error), source=(row,))
+                yield Converted(1, aside=_quarantine([row], error), source=(row,))
                 continue
             places.setdefault(key, array("q")).append(spill.tell())
             marked = [name for name, value in row.values.items() if isinstance(value, Missing)]
@@ -307,7 +309,7 @@ def _grouped(rows: Iterable[Row | BadRow], group: Group, columns: Mapping[str, s
 
 
 FIRST_ROWS = 100  # rows that detection looks at
-MOST_NAMED = 12  # unused columns named in a message
+MAX_NAMED = 12  # unused columns named in a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,7 +354,7 @@ class Dataset:
         return replace(self, trees=trees, total=rows, accepted=rows, quarantined=(), fingerprint=content, columns=None)
 
 
-def together(
+def concatenate_datasets(
     parts: Sequence[Dataset],
     names: Sequence[str],
     keep: Callable[[Iterable[PromptTree]], tuple[Sequence[PromptTree], str] | None] = lambda trees: None,
@@ -459,7 +461,7 @@ def _folder_of(paths: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class How:
+class ConversionSettings:
     """How rows become prompt trees: the layout and options found, and the other arguments of `convert_rows`."""
 
     shape: str
@@ -484,7 +486,11 @@ class Conversion:
     """
 
     def __init__(
-        self, how: How, rows: Iterable[Row | BadRow], content: Callable[[bytes], object], most: int = LANGUAGES
+        self,
+        how: ConversionSettings,
+        rows: Iterable[Row | BadRow],
+        content: Callable[[bytes], object],
+        most: int = LANGUAGES,
     ) -> None:
         self.how = how
         self.columns = Columns()
@@ -524,7 +530,7 @@ class Stream(Conversion):
     """The rows of files, converted by the layout detected in them.
 
     `shape` and `kind` are those of the rows, and `detection` is why it is this layout (None if the user named it). `grouped`:
-    several rows make an example together. `apart`: parts of a file can be converted independently, with `how`.
+    several rows make an example together. `splittable`: parts of a file can be converted independently, with `how`.
 
     Args:
         rows: of one or several files; name: of the files, for messages; the others: see `Reading`.
@@ -561,25 +567,29 @@ class Stream(Conversion):
         first = list(itertools.islice(stream, FIRST_ROWS))
         self._absent = _check_columns(first, name, columns or {}, limit is None)
         if not named:
-            shape, self.detection, columns = detected(first, name, columns or {}, layout_options or {}, rollouts)
+            shape, self.detection, columns = detect_layout(first, name, columns or {}, layout_options or {}, rollouts)
         if self._absent and limit is None:
-            stream = self._awaited(stream)
+            stream = self._check_absent_columns(stream)
         stream = itertools.chain(first, stream)
         layout = layout_named(shape)
         options = layout.settings(layout_options or {})
-        values = [renamed(r.values, columns or {}) for r in first if isinstance(r, Row)]
+        values = [rename_columns(r.values, columns or {}) for r in first if isinstance(r, Row)]
         values = values if pictures is None else list(map(pictures.text, values))
-        unused = [] if keep_columns else [c for c in layout.unused(values, options) if c not in COUNTED and c != weight]
+        unused = (
+            []
+            if keep_columns
+            else [c for c in layout.unused(values, options) if c not in COUNTED_COLUMNS and c != weight]
+        )
         self.shape, self.kind, self.grouped = shape, layout.kind_of(options), layout.group is not None
         if not named:
-            self._ask_about_names(values, unused)
+            self._reject_typos(values, unused)
         self._digest = hashlib.sha256()
-        made = How(shape, options, columns or {}, identical, keep_columns, weight, pictures)
+        made = ConversionSettings(shape, options, columns or {}, identical, keep_columns, weight, pictures)
         super().__init__(made, stream, self._digest.update)
         self.columns.unused = unused
-        self.apart = limit is None and not self.grouped and not self._absent  # whether rows are independent
+        self.splittable = limit is None and not self.grouped and not self._absent  # whether rows are independent
 
-    def _awaited(self, rows: Iterator[Row | BadRow]) -> Iterator[Row | BadRow]:
+    def _check_absent_columns(self, rows: Iterator[Row | BadRow]) -> Iterator[Row | BadRow]:
         """Pass the rows through; raise at the end if data.columns names a column that none of them has."""
         there: set[str] = set()
         for row in rows:
@@ -588,17 +598,22 @@ class Stream(Conversion):
                 self._absent = {ours: theirs for ours, theirs in self._absent.items() if theirs not in there}
             yield row
         for ours, theirs in self._absent.items():
-            raise _no_column(self.name, ours, theirs, there)
+            raise _missing_column_error(self.name, ours, theirs, there)
 
-    def _ask_about_names(self, rows: Sequence[Mapping[str, Any]], unused: Sequence[str]) -> None:
+    def _reject_typos(self, rows: Sequence[Mapping[str, Any]], unused: Sequence[str]) -> None:
         """Raise DataError if an unused column is a typo away from the name of one that would be read."""
         for column in unused[:NAMES_ASKED_ABOUT]:
-            ours = near_name(column)
+            ours = likely_typo_of(column)
             if not ours or any(ours in row for row in rows):
                 continue
-            if ours == "system" or detect(renamed(r, {ours: column}) for r in rows).layout not in (None, self.shape):
+            if ours == "system" or detect(rename_columns(r, {ours: column}) for r in rows).layout not in (
+                None,
+                self.shape,
+            ):
                 what = f'the column "{printable(column)}" would not be used (layout {self.shape}); is it "{ours}"?'
-                raise DataError(self.name, what, f"{_map_it(ours, printable(column))}, or set data.shape={self.shape}")
+                raise DataError(
+                    self.name, what, f"{_mapping_advice(ours, printable(column))}, or set data.shape={self.shape}"
+                )
 
     def load(self, on_bad_row: str) -> Dataset:
         """Load all trees into memory."""
@@ -632,28 +647,28 @@ def _check_columns(first: Sequence[Row | BadRow], name: str, columns: Mapping[st
     """
     there = {str(c) for r in first if isinstance(r, Row) for c in r.values}
     for ours, theirs in columns.items():
-        if near := near_name(ours):
+        if near := likely_typo_of(ours):
             what = f'data.columns maps "{printable(ours)}" to {printable(theirs)}, and there is no such field'
             raise DataError(name, what, f'did you mean "{near}"?')
     absent = {ours: theirs for ours, theirs in columns.items() if there and theirs not in there}
     for ours, theirs in absent.items():
         if (whole and len(first) < FIRST_ROWS) or closest(theirs, there, 0.8):
-            raise _no_column(name, ours, theirs, there)
+            raise _missing_column_error(name, ours, theirs, there)
     return absent
 
 
-def _no_column(name: str, ours: str, theirs: str, there: Iterable[str]) -> DataError:
+def _missing_column_error(name: str, ours: str, theirs: str, there: Iterable[str]) -> DataError:
     what = f'data.columns maps {printable(ours)} to "{printable(theirs)}", and there is no such column'
     near = closest(theirs, there)
     how = f'did you mean "{printable(near)}"? ' if near else ""
     return DataError(name, what, f"{how}there are {', '.join(map(printable, sorted(there)))}")
 
 
-def _map_it(ours: str, theirs: str) -> str:
+def _mapping_advice(ours: str, theirs: str) -> str:
     return f"map it with --column {ours}={theirs} (in a config data.columns={{{ours}: {theirs}}})"
 
 
-def detected(
+def detect_layout(
     first: Sequence[Row | BadRow],
     name: str,
     columns: Mapping[str, str],
@@ -668,17 +683,19 @@ def detected(
     Raises:
         DataError: they have no known layout.
     """
-    rows = [renamed(r.values, columns) for r in first if isinstance(r, Row)]
+    rows = [rename_columns(r.values, columns) for r in first if isinstance(r, Row)]
     found = detect(rows)
     if rollouts and found.layout is None and rows:
-        taken = {ours: theirs for ours, theirs in other_names(rows).items() if ours == "prompt"}
-        if all("prompt" in renamed(row, taken) for row in rows):
+        taken = {ours: theirs for ours, theirs in alternative_columns(rows).items() if ours == "prompt"}
+        if all("prompt" in rename_columns(row, taken) for row in rows):
             read = f'"{taken["prompt"]}" is read as prompt' if taken else "column prompt"
             return "prompts", Detection("prompts", f"{read}; the others are for rewards"), {**columns, **taken}
-    taken = other_names(rows) if not found.how and (not found.layout or LAYOUTS[found.layout].kind == "sft") else {}
+    taken = (
+        alternative_columns(rows) if not found.how and (not found.layout or LAYOUTS[found.layout].kind == "sft") else {}
+    )
     if found.layout:  # only a label makes it another layout
         taken = {ours: theirs for ours, theirs in taken.items() if ours == "label" and not options}
-    other = detect(renamed(row, taken) for row in rows) if taken else found
+    other = detect(rename_columns(row, taken) for row in rows) if taken else found
     if taken and other.layout and LAYOUTS[other.layout].kind in ("sft", "unpaired", "scored"):
         said = ", ".join(f'"{theirs}" is read as {ours}' for ours, theirs in taken.items())
         return other.layout, replace(other, why=f"{other.why}; {said}"), {**columns, **taken}
@@ -690,11 +707,11 @@ def detected(
     if found.how:
         raise DataError(name, found.why, found.how)
     there = sorted({printable(str(c)) for r in first if isinstance(r, Row) for c in r.values})
-    slips = [(theirs, ours) for theirs in there if (ours := near_name(theirs)) and ours not in there]
+    slips = [(theirs, ours) for theirs in there if (ours := likely_typo_of(theirs)) and ours not in there]
     if slips:
         theirs, ours = slips[0]
         what = f'the columns ({", ".join(there)}) fit no known layout; is "{theirs}" your "{ours}"?'
-        raise DataError(name, what, f"{_map_it(ours, theirs)}, or name the layout with data.shape")
+        raise DataError(name, what, f"{_mapping_advice(ours, theirs)}, or name the layout with data.shape")
     if _looks_like_a_row(name, [r for r in first if isinstance(r, Row)]):
         raise DataError(
             name,
@@ -705,7 +722,7 @@ def detected(
     raise DataError(name, f"the columns ({', '.join(there) or 'none'}) fit no known layout", how)
 
 
-def _texts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _text_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The columns that hold texts in every row, in the file's order."""
     some = [row for row in rows if row]
     return [c for c in (some[0] if some else {}) if all(isinstance(r.get(c), str) and r[c].strip() for r in some)]
@@ -713,7 +730,7 @@ def _texts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _example_of(rows: Sequence[Mapping[str, Any]]) -> str:
     """An example of mapping columns, with this file's names if it has enough text columns; they may mean something else."""
-    texts = [printable(c)[:60] for c in _texts(rows)]
+    texts = [printable(c)[:60] for c in _text_columns(rows)]
     ours = ("prompt", "chosen", "rejected") if len(texts) > 2 else ("prompt", "completion")
     theirs = texts if len(texts) > 1 else ["question", "good", "bad"]
     ours = ours if len(texts) > 1 else ("prompt", "chosen", "rejected")
@@ -752,18 +769,20 @@ def plain_content(tree: PromptTree) -> list[Any]:
     """A tree's prompt and completions as lists, for JSON."""
 
     def turn(m: Message, fields: int = 3) -> list[Any]:
-        return _held([m.role, m.content, m.trained, m.reasoning, m.tool_calls, m.tool_call_id, m.name], fields)
+        return _without_trailing_empty(
+            [m.role, m.content, m.trained, m.reasoning, m.tool_calls, m.tool_call_id, m.name], fields
+        )
 
     asked = tree.prompt
     prompt = asked if isinstance(asked, str) else [turn(m, 2) for m in asked]
     answers = [
-        _held([c.text, c.label, c.score, list(map(turn, c.more)), c.reasoning, c.tool_calls], 3)
+        _without_trailing_empty([c.text, c.label, c.score, list(map(turn, c.more)), c.reasoning, c.tool_calls], 3)
         for c in tree.completions
     ]
     return [prompt, answers]
 
 
-def _held(values: list[Any], least: int) -> list[Any]:
+def _without_trailing_empty(values: list[Any], least: int) -> list[Any]:
     """The values without trailing empty ones, but at least the first `least`."""
     end = next((i for i in range(len(values), least, -1) if values[i - 1]), least)
     return values[: end + (end == least + 1 == 4)]  # fingerprints: a fourth value has always been written with a fifth
@@ -783,7 +802,7 @@ def message_json(message: Message) -> dict[str, Any]:
     return {"role": message.role, "content": message.content, **more}
 
 
-def told(tree: PromptTree) -> dict[str, Any]:
+def template_variables(tree: PromptTree) -> dict[str, Any]:
     """The variables that a tree's row passes to the chat template besides its turns."""
     own: dict[str, Any] = json.loads(tree.template_options) if tree.template_options else {}
     return {**own, **({"tools": json.loads(tree.tools)} if tree.tools else {})}
@@ -817,25 +836,25 @@ def summary(dataset: Dataset) -> str:
 
 def summary_of(shape: str, accepted: int, reasons: Counter[str], aside: int, examples: int) -> str:
     """`summary` from counts."""
-    shown = f" ({_counted(reasons)})" if reasons else ""
+    shown = f" ({_reason_counts(reasons)})" if reasons else ""
     more = f", {counted(examples, 'example')}" if examples != accepted else ""
     return f"{counted(accepted + aside, 'row')} ({shape}) = {accepted:,} accepted + {aside:,} kept aside{shown}{more}"
 
 
-def _counted(reasons: Counter[str]) -> str:
+def _reason_counts(reasons: Counter[str]) -> str:
     return "; ".join(f"{n} x {what}" for what, n in reasons.most_common(4))
 
 
 def reasons_of(dataset: Dataset) -> str:
     """``3 x "chosen" is empty; ...``: why rows are kept aside, the most frequent reasons first."""
-    return printable(_counted(Counter(q.what for q in dataset.quarantined)))
+    return printable(_reason_counts(Counter(q.what for q in dataset.quarantined)))
 
 
 def unused_of(rows: Dataset | Stream) -> str:
     """The unused columns, for a sentence; empty if there are none or they are unknown."""
     names = [printable(str(c)) for c in rows.columns.unused] if rows.columns else []
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return ", ".join(names[:MAX_NAMED]) + more
 
 
 def layout_line(

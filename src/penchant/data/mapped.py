@@ -133,8 +133,8 @@ class RowWriter:
 
     def merge(self, other: RowWriter) -> None:
         """Append the rows of another writer, which must be in memory."""
-        _follow(self._spill, other._spill)
-        _go_on(self._ends, other._ends)
+        _append_spill(self._spill, other._spill)
+        _append_ends(self._ends, other._ends)
         self._good.extend(other._good)
         self._bad.extend(other._bad)
 
@@ -344,9 +344,9 @@ class TokenWriter:
                     writer._masks.write(b"\1" * writer._id_start[-1])
             self._masked = True
         for mine, theirs in zip(self._spills, other._spills, strict=True):
-            _follow(mine, theirs)
+            _append_spill(mine, theirs)
         for name in ("_part_start", "_id_start", "_source_ends"):
-            _go_on(getattr(self, name), getattr(other, name))
+            _append_ends(getattr(self, name), getattr(other, name))
         for name in ("_truncated", "_labels", "_scores", "_of_row", "_marks"):
             getattr(self, name).extend(getattr(other, name))
         for name, values in self._extras.items():
@@ -410,12 +410,12 @@ def _spill(folder: Path | None) -> IO[bytes]:
     return io.BytesIO() if folder is None else tempfile.TemporaryFile(dir=folder)
 
 
-def _follow(spill: IO[bytes], other: IO[bytes]) -> None:
+def _append_spill(spill: IO[bytes], other: IO[bytes]) -> None:
     """Append the content of another spill, which must be in memory."""
     spill.write(other.getvalue())  # type: ignore[attr-defined]
 
 
-def _go_on(ends: array[int], other: array[int]) -> None:
+def _append_ends(ends: array[int], other: array[int]) -> None:
     """Append the end offsets of another writer's parts."""
     ends.frombytes((np.array(other)[1:] + ends[-1]).tobytes())
 

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from penchant.base.functions import is_own
 from penchant.base.section import Section
-from penchant.data.layouts import LAYOUTS, no_layout
+from penchant.data.layouts import LAYOUTS, unknown_layout_advice
 from penchant.data.layouts.fields import NOT_OPTIONS
 from penchant.data.read import Bounds
 
@@ -129,7 +129,7 @@ class DataConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _path_of_sources(cls, values: Any) -> Any:
+    def _fill_path(cls, values: Any) -> Any:
         """Set `path` to the files of all sources, for code that needs the list of files."""
         sources = values.get("sources") if isinstance(values, dict) else None
         if not sources or not isinstance(sources, list):
@@ -142,7 +142,7 @@ class DataConfig(Section):
         return {**values, "sources": whole, "path": files if all(isinstance(f, str) for f in files) else ""}
 
     @model_validator(mode="after")
-    def _mixed_one_way(self) -> DataConfig:
+    def _check_mix(self) -> DataConfig:
         weights = [s.weight is not None for s in self.sources]
         if any(weights) and not all(weights):
             raise ValueError(
@@ -164,20 +164,20 @@ class DataConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _auto_is_the_default(cls, values: Any) -> Any:
+    def _drop_auto(cls, values: Any) -> Any:
         auto = isinstance(values, dict) and values.get("max_length") == "auto"
         return {k: v for k, v in values.items() if k != "max_length"} if auto else values
 
     @field_validator("path", "eval_path", mode="before")
     @classmethod
-    def _some_files(cls, files: Any) -> Any:
+    def _check_files(cls, files: Any) -> Any:
         if isinstance(files, (list, dict)) and not files:
             raise ValueError("names no file; give one or more, or leave it out")
         return files
 
     @field_validator("template_options")
     @classmethod
-    def _a_day(cls, options: dict[str, Any]) -> dict[str, Any]:
+    def _check_date(cls, options: dict[str, Any]) -> dict[str, Any]:
         if wrong := sorted(options.keys() & NOT_OPTIONS):
             raise ValueError(f"{wrong[0]} is not a variable of a chat template; take it out")
         try:
@@ -188,13 +188,13 @@ class DataConfig(Section):
 
     @field_validator("shape")
     @classmethod
-    def _known_layout(cls, name: str) -> str:
+    def _check_layout(cls, name: str) -> str:
         if name == "auto" or name in LAYOUTS or is_own(name):  # the user's file is read along with the rows
             return name
-        raise ValueError(f"{name!r} is not a layout; {no_layout(name)}")
+        raise ValueError(f"{name!r} is not a layout; {unknown_layout_advice(name)}")
 
     @model_validator(mode="after")
-    def _one_way_to_hold_out(self) -> DataConfig:
+    def _check_hold_out(self) -> DataConfig:
         given = [n for n in ("eval_path", "validation_rows", "validation_fraction") if getattr(self, n) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are both set; keep one")

@@ -56,7 +56,7 @@ def plan_balanced(sizes: Sequence[int], budget: int) -> list[list[int]]:
     return plan if largest > max(budget, max(sizes, default=0)) else bins
 
 
-def plan_dealt(sizes: Sequence[int], budget: int, ranks: int) -> list[list[int]]:
+def plan_for_ranks(sizes: Sequence[int], budget: int, ranks: int) -> list[list[int]]:
     """The passes of a step shared by several ranks, the same list on each: rank r runs passes r, r + ranks, r + 2 ranks, ...
 
     Their number is a multiple of `ranks`; passes without trees are empty and come last. The largest come first: the ranks wait for
@@ -115,7 +115,7 @@ def pass_tokens(budget: int) -> int:
     return min(budget, max(PASS_TOKENS, budget // SIDE_BY_SIDE), max(LEAST_TOKENS, budget // 2))
 
 
-def at_once(sizes: Sequence[int], budget: int, trees: int) -> int:
+def max_concurrent_passes(sizes: Sequence[int], budget: int, trees: int) -> int:
     """How many passes of these sizes may run side by side within a budget, at most one per tree."""
     return max(1, min(trees, budget // max(sizes, default=1)))
 
@@ -186,8 +186,8 @@ def pack(trees: Sequence[TokenTree], *, shared: bool = True) -> PackedBatch:
         completion_slot=torch.tensor(completion_slot),
         lengths=counts,
         rows=tuple(tree.row for tree in trees),
-        labels=_if_complete(labels),
-        scores=_if_complete(scores),
+        labels=_tensor_if_complete(labels),
+        scores=_tensor_if_complete(scores),
         row_weights=None if all(w == 1.0 for w in row_weights) else torch.tensor(row_weights, dtype=torch.float32),
         pairs=all(len(tree.completion_ids) == 2 for tree in trees),
         most=max(len(tree.completion_ids) for tree in trees),
@@ -195,7 +195,7 @@ def pack(trees: Sequence[TokenTree], *, shared: bool = True) -> PackedBatch:
     )
 
 
-def _if_complete(values: Sequence[bool | float | None]) -> torch.Tensor | None:
+def _tensor_if_complete(values: Sequence[bool | float | None]) -> torch.Tensor | None:
     return None if any(v is None for v in values) else torch.tensor(values, dtype=torch.float32)
 
 
@@ -213,7 +213,7 @@ def tree_sizes(trees: Sequence[TokenTree], shared: bool) -> list[int]:
     return found
 
 
-def passes_over(
+def run_passes(
     call: Callable[[PackedBatch], T],
     trees: Sequence[TokenTree],
     tokens_per_step: int,
@@ -243,5 +243,5 @@ def passes_over(
         yield from dealt_passes(plan, one, device, sizes)
         return
     of_passes = [sum(sizes[i] for i in members) for members in plan]
-    most = at_once(of_passes, tokens_per_step, len(trees)) if lanes else 1
+    most = max_concurrent_passes(of_passes, tokens_per_step, len(trees)) if lanes else 1
     yield from zip(plan, side_by_side(one, plan, most=most), strict=True)

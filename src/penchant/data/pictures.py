@@ -19,7 +19,7 @@ from typing import Any
 
 from penchant.base.files import cache_folder, written_aside
 from penchant.base.text import counted
-from penchant.data.layouts.fields import RowError, holds_something
+from penchant.data.layouts.fields import RowError, is_nonempty
 from penchant.errors import ConfigError, DataError
 from penchant.types import Message, Picture, Prompt, PromptTree
 
@@ -47,7 +47,7 @@ class Pictures:
 
     folder: Path
 
-    def taken(self, row: Mapping[str, Any]) -> tuple[Mapping[str, Any], Taken]:
+    def extract(self, row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ExtractedPictures]:
         """Take the pictures out of a row: the row with marks in their places, and the pictures.
 
         Raises:
@@ -55,7 +55,7 @@ class Pictures:
         """
         listed: list[Picture] = []
         for name in COLUMNS:
-            if holds_something(row.get(name)):
+            if is_nonempty(row.get(name)):
                 given = row[name]
                 each = given if isinstance(given, Sequence) and not isinstance(given, (str, bytes)) else [given]
                 listed += [self.picture(value, f'"{name}"[{i}]') for i, value in enumerate(each)]
@@ -66,35 +66,35 @@ class Pictures:
                 bare = iter(
                     listed
                 )  # each column starts again at the first picture: a whole conversation repeats the prompt
-                rest[name] = self._marked(value, f'"{name}"', listed, bare, found)
-        return rest, Taken(tuple(listed), found)
+                rest[name] = self._mark(value, f'"{name}"', listed, bare, found)
+        return rest, ExtractedPictures(tuple(listed), found)
 
     def text(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Only the row of `taken`; the row as it is if its pictures cannot be used."""
+        """Only the row of `extract`; the row as it is if its pictures cannot be used."""
         try:
-            return self.taken(row)[0]
+            return self.extract(row)[0]
         except RowError:
             return row
 
-    def _marked(self, value: Any, what: str, listed: Sequence[Picture], bare: Any, found: dict[str, Picture]) -> Any:
+    def _mark(self, value: Any, what: str, listed: Sequence[Picture], bare: Any, found: dict[str, Picture]) -> Any:
         """A column's value with marks in place of pictures, also within messages and their parts."""
         if isinstance(value, str):
             if not listed or BARE not in value:
                 return value
             first, *others = value.split(BARE)
-            return first + "".join(_next(bare, what) + text for text in others)
+            return first + "".join(_next_mark(bare, what) + text for text in others)
         if isinstance(value, Mapping):
             contents = ("content", "value")
             return {
                 k: self._parts(v, f"{what}.{k}", bare, found)
                 if k in contents and _is_parts(v)
-                else self._marked(v, what, listed, bare, found)
+                else self._mark(v, what, listed, bare, found)
                 if k in contents
                 else v
                 for k, v in value.items()
             }
         if isinstance(value, (list, tuple)):
-            return [self._marked(v, f"{what}[{i}]", listed, bare, found) for i, v in enumerate(value)]
+            return [self._mark(v, f"{what}[{i}]", listed, bare, found) for i, v in enumerate(value)]
         return value
 
     def _parts(self, parts: Sequence[Any], what: str, bare: Any, found: dict[str, Picture]) -> Any:
@@ -106,9 +106,9 @@ class Pictures:
         for i, (part, kind) in enumerate(zip(parts, kinds, strict=True)):
             if kind in ("image", "image_url"):
                 names = ("image", "image_url", "url", "path", "bytes", "base64")
-                given = next((part[n] for n in names if holds_something(part.get(n))), None)
+                given = next((part[n] for n in names if is_nonempty(part.get(n))), None)
                 if given is None:
-                    texts.append(_next(bare, what))
+                    texts.append(_next_mark(bare, what))
                 else:
                     picture = self.picture(given, f"{what}[{i}]", encoded="base64" in part and given is part["base64"])
                     found[mark_of(picture)] = picture
@@ -130,12 +130,12 @@ class Pictures:
         """
         if isinstance(value, Mapping):
             names = ("bytes", "path", "url", "image", "base64")
-            inner = next((n for n in names if holds_something(value.get(n))), None)
+            inner = next((n for n in names if is_nonempty(value.get(n))), None)
             if inner is None or isinstance(value[inner], Mapping):
                 raise RowError(f"{what} names no picture", _HOW)
             return self.picture(value[inner], what, encoded=inner == "base64")
         if isinstance(value, (bytes, bytearray)):
-            return _stored(bytes(value), what)
+            return _store(bytes(value), what)
         if not isinstance(value, str):
             kind = {type(None): "null", list: "a list", tuple: "a list", bool: "true or false"}.get(
                 type(value), "a number"
@@ -144,15 +144,15 @@ class Pictures:
         uri = _DATA_URI.match(value)
         if encoded or uri is not None:
             try:
-                return _stored(base64.b64decode(value if uri is None else value[uri.end() :], validate=True), what)
+                return _store(base64.b64decode(value if uri is None else value[uri.end() :], validate=True), what)
             except ValueError as error:
                 raise RowError(f"{what} is not base64", "encode the file's bytes") from error
         if re.match(r"[a-z][a-z0-9+.-]+://", value, re.IGNORECASE):
             what = f"{what} is an address ({value[:60]}), and nothing is fetched"
             raise RowError(what, "download the picture, and give its path")
-        return self._at(value, what)
+        return self._load_path(value, what)
 
-    def _at(self, value: str, what: str) -> Picture:
+    def _load_path(self, value: str, what: str) -> Picture:
         folder = os.path.abspath(self.folder)
         path = os.path.normpath(os.path.join(folder, value))
         if os.path.commonpath([folder, path]) != folder:
@@ -164,7 +164,7 @@ class Pictures:
         if os.path.getsize(path) > MOST_BYTES:
             raise RowError(f"{what} has more than {MOST_BYTES >> 20} MB", "make it smaller")
         content = Path(path).read_bytes()
-        _check(content, f"{what} ({value[:80]})")
+        _check_format(content, f"{what} ({value[:80]})")
         return Picture(path, hashlib.sha256(content).hexdigest())
 
 
@@ -172,7 +172,7 @@ def _is_parts(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
-def _next(bare: Any, what: str) -> str:
+def _next_mark(bare: Any, what: str) -> str:
     picture = next(bare, None)
     if picture is None:
         raise RowError(f"{what} has more places for pictures than the row has pictures", "list one for each in images")
@@ -180,13 +180,13 @@ def _next(bare: Any, what: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class ExtractedPictures:
     """The pictures taken out of a row: those of its pictures column in order, and all of them by mark."""
 
     listed: tuple[Picture, ...]
     found: Mapping[str, Picture]
 
-    def placed(self, trees: Sequence[PromptTree]) -> tuple[PromptTree, ...]:
+    def place_in(self, trees: Sequence[PromptTree]) -> tuple[PromptTree, ...]:
         """The row's trees with their pictures, which precede the first user turn if no text has a place for them.
 
         Raises:
@@ -202,7 +202,7 @@ class Taken:
             raise RowError("a picture is in an answer, or after one that is learned", how)
         listed = list(map(mark_of, self.listed))
         if not any(map(MARK.search, texts)):
-            trees = [replace(t, prompt=_in_front(t.prompt, "".join(listed))) for t in trees]
+            trees = [replace(t, prompt=_prepend_marks(t.prompt, "".join(listed))) for t in trees]
             texts = [_text(t.prompt) for t in trees]
         places: Counter[str] = Counter()  # of each picture: one may be shown several times
         for text in texts:
@@ -221,7 +221,7 @@ def _text(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(m.content for m in prompt)
 
 
-def _in_front(prompt: Prompt, marks: str) -> Prompt:
+def _prepend_marks(prompt: Prompt, marks: str) -> Prompt:
     if isinstance(prompt, str):
         return marks + prompt
     at = next((i for i, m in enumerate(prompt) if m.role == "user"), None)
@@ -243,7 +243,7 @@ def pillow() -> Any:
     return Image
 
 
-def _check(content: bytes, what: str) -> str:
+def _check_format(content: bytes, what: str) -> str:
     """The format of a picture, from its header alone: the pixels are read when it is tokenized."""
     image = pillow()
     try:
@@ -257,11 +257,11 @@ def _check(content: bytes, what: str) -> str:
     return kind
 
 
-def _stored(content: bytes, what: str) -> Picture:
+def _store(content: bytes, what: str) -> Picture:
     """Write a picture that a row holds itself to a file in the cache."""
     if len(content) > MOST_BYTES:
         raise RowError(f"{what} has more than {MOST_BYTES >> 20} MB", "make it smaller")
-    kind, sha256 = _check(content, what), hashlib.sha256(content).hexdigest()
+    kind, sha256 = _check_format(content, what), hashlib.sha256(content).hexdigest()
     path = cache_folder("pictures") / sha256[:2] / f"{sha256}.{kind.lower()}"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -270,7 +270,7 @@ def _stored(content: bytes, what: str) -> Picture:
     return Picture(str(path.absolute()), sha256)
 
 
-def opened(picture: Picture) -> Any:
+def open_picture(picture: Picture) -> Any:
     """Open a picture in RGB, upright, as transformers' own `load_image` does.
 
     Raises:

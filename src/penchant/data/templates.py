@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from penchant.base.text import any_of, closest
 from penchant.data.layouts import RowError
-from penchant.data.load import answer_turn, message_json, told
+from penchant.data.load import answer_turn, message_json, template_variables
 from penchant.data.pictures import MARK
 from penchant.errors import ModelError
 from penchant.types import Completion, Message, Prompt, PromptTree
@@ -55,21 +55,21 @@ def writes_date(tokenizer: Any) -> bool:
     return DATE in str(getattr(tokenizer, "chat_template", None))
 
 
-def dated(options: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+def with_date(options: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
     """Options for a chat template, with the date (default: today) if it uses one."""
     return {**({DATE: date.today().isoformat()} if writes_date(tokenizer) else {}), **options}
 
 
-def _with_day(tokenizer: Any, options: Mapping[str, Any] | None) -> dict[str, Any]:
+def _fix_date(tokenizer: Any, options: Mapping[str, Any] | None) -> dict[str, Any]:
     """Options for a chat template; if it uses the date and one is given, they include the template with that date fixed."""
     given = dict(options or {})
     if (day := given.pop(DATE, None)) is not None and writes_date(tokenizer):
-        given["chat_template"] = _clock(day) + tokenizer.get_chat_template(tools=given.get("tools"))
+        given["chat_template"] = _date_macro(day) + tokenizer.get_chat_template(tools=given.get("tools"))
     return given
 
 
 @cache
-def _clock(day: str) -> str:
+def _date_macro(day: str) -> str:
     """A macro that replaces the template's clock, since transformers passes no functions to templates."""
     then = datetime.fromisoformat(day)
     codes = [f"%{flag}{letter}" for flag in ("", "-") for letter in ascii_letters]
@@ -129,7 +129,7 @@ def _form(tokenizer: Any, with_tools: bool) -> Form:
 def _plain_form(tokenizer: Any) -> Form:
     asked = (Message("user", QUESTION), Message("assistant", ANSWER))
     for form in (Form(), Form(parts=True)):
-        text = _tried(tokenizer, form, asked)
+        text = _try_write(tokenizer, form, asked)
         if QUESTION in text and ANSWER in text:
             return form
     return Form()
@@ -148,12 +148,12 @@ def _tool_form(tokenizer: Any, plain: Form) -> Form:
     turns = (asked, calls, Message("tool", RESULT, tool_call_id="call12345", name=NAME), Message("assistant", ANSWER))
     forms = [plain._replace(empty=empty, text=text) for empty in ("", None) for text in (False, True)]
     lacks: set[str] = set()
-    offered = _tried(tokenizer, plain, (asked,), told)
+    offered = _try_write(tokenizer, plain, (asked,), told)
     if offered and NAME not in offered:
         lacks.add("tools")
     found = None
     for form in forms:
-        text = _tried(tokenizer, form, turns, told)
+        text = _try_write(tokenizer, form, turns, told)
         if text and RESULT not in text:
             lacks.add("results")
         if VALUE in text and not any(wrong in text for wrong in ("'eland'", '\\"eland')):
@@ -164,7 +164,7 @@ def _tool_form(tokenizer: Any, plain: Form) -> Form:
     return (found or plain)._replace(lacks=frozenset(lacks - {"calls"} if found else lacks))
 
 
-def _tried(tokenizer: Any, form: Form, turns: Sequence[Message], told: Mapping[str, Any] | None = None) -> str:
+def _try_write(tokenizer: Any, form: Form, turns: Sequence[Message], told: Mapping[str, Any] | None = None) -> str:
     try:
         return _write(tokenizer, form, turns, dict(told or {}))
     except ModelError:
@@ -174,11 +174,11 @@ def _tried(tokenizer: Any, form: Form, turns: Sequence[Message], told: Mapping[s
 
 
 def _write(tokenizer: Any, form: Form, turns: Sequence[Message], given: Mapping[str, Any], **how: bool) -> str:
-    shown = [_shown(m, form, tokenizer) for m in turns]
+    shown = [_as_template_turn(m, form, tokenizer) for m in turns]
     return str(tokenizer.apply_chat_template(shown, tokenize=False, **how, **given))
 
 
-def _shown(message: Message, form: Form, tokenizer: Any) -> dict[str, Any]:
+def _as_template_turn(message: Message, form: Form, tokenizer: Any) -> dict[str, Any]:
     """A turn in the form that the template takes."""
     turn = message_json(message)
     if message.role == "developer" and "developer" not in str(tokenizer.chat_template):
@@ -205,7 +205,7 @@ class ChatTemplate:
         self, tokenizer: Any, options: Mapping[str, Any] | None = None, told: Mapping[str, Any] | None = None
     ) -> None:
         self.tokenizer = tokenizer
-        self._given = _with_day(tokenizer, {**(options or {}), **(told or {})})
+        self._given = _fix_date(tokenizer, {**(options or {}), **(told or {})})
 
     @property
     def tools(self) -> Sequence[Mapping[str, Any]]:
@@ -219,13 +219,13 @@ class ChatTemplate:
         form = self._form_for(turns)
         return _write(self.tokenizer, form, turns, self._given, add_generation_prompt=generate)
 
-    def asked(self, turns: Sequence[Message]) -> str:
+    def render_prompt(self, turns: Sequence[Message]) -> str:
         """The text before an answer; if the last turn is an assistant's, the answer continues it (`continue_final_message`)."""
         if not continues(turns):
             return self.write(turns, generate=True)
         return _write(self.tokenizer, self._form_for(turns), turns, self._given, continue_final_message=True)
 
-    def generated(self, turns: Sequence[Message]) -> tuple[str, dict[int, tuple[int, int]]]:
+    def answer_spans(self, turns: Sequence[Message]) -> tuple[str, dict[int, tuple[int, int]]]:
         """The turns as text, and the (start, end) of each assistant turn's ``{% generation %}`` span; empty without such tags."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -235,7 +235,7 @@ class ChatTemplate:
             return "", {}
         form = self._form_for(turns)
         rendered: Any = render_jinja_template(
-            [[_shown(m, form, self.tokenizer) for m in turns]],
+            [[_as_template_turn(m, form, self.tokenizer) for m in turns]],
             chat_template=template,
             return_assistant_tokens_mask=True,
             **{**self.tokenizer.special_tokens_map, **given},
@@ -246,7 +246,7 @@ class ChatTemplate:
             return text, {}
         return text, {i: (start, stop) for i, (start, stop) in zip(answers, places, strict=True)}
 
-    def check_asked(self, turns: Sequence[Message], text: str) -> None:
+    def check_turns(self, turns: Sequence[Message], text: str) -> None:
         """Check that the text contains all system, developer and user turns, ignoring white space.
 
         Raises:
@@ -285,12 +285,12 @@ class ChatTemplate:
             ),
             "",
         )
-        if left := found or _left_out(turns, tools, text):
+        if left := found or _first_missing(turns, tools, text):
             how = "take a model whose chat template writes tools (see `Conversations and tools` in the docs), or drop the row"
             raise RowError(f"the chat template leaves out {left}", how)
 
 
-def _left_out(turns: Sequence[Message], tools: Sequence[Mapping[str, Any]], text: str) -> str:
+def _first_missing(turns: Sequence[Message], tools: Sequence[Mapping[str, Any]], text: str) -> str:
     """The first tool, call or result missing from a text, ignoring white space and JSON escapes; empty if none is."""
     flat, at = "".join(text.split()), 0
 
@@ -401,11 +401,11 @@ def chat(
     Raises:
         RowError: the template refuses the turns or leaves out a part of them.
     """
-    template = ChatTemplate(tokenizer, options, told(tree))
+    template = ChatTemplate(tokenizer, options, template_variables(tree))
     turns = turns_of_prompt(tree.prompt)
     answered = [with_answer(turns, answer_turn(c)) for c in tree.completions]
     try:
-        prompt = template.asked(turns)
+        prompt = template.render_prompt(turns)
         wholes = list(map(template.write, answered))
         moved = not all(whole.startswith(prompt) for whole in wholes)
         unanswered = template.write(turns[: len(turns) - continues(turns)]) if moved else ""
@@ -415,20 +415,22 @@ def chat(
         raise RowError(f"the chat template refuses it ({error})", "fix the turns or set data.template=plain") from error
     how = ""
     if moved and all(whole.startswith(unanswered) for whole in wholes):
-        prompt, how = prompt[: _shared([prompt, *wholes], len(unanswered))], "shared"
+        prompt, how = prompt[: _common_prefix_length([prompt, *wholes], len(unanswered))], "shared"
     elif moved:
         answers = [c.text.strip() for c in tree.completions]
         said = [t.strip() for m in turns for t in MARK.split(m.content)[::2] if t.strip()]
-        wholes = [prompt + _behind(prompt, whole, answer, said) for whole, answer in zip(wholes, answers, strict=True)]
+        wholes = [
+            prompt + _continuation(prompt, whole, answer, said) for whole, answer in zip(wholes, answers, strict=True)
+        ]
         how = "forced"
     texts = tuple(whole[len(prompt) :] for whole in wholes)
     for text, c in zip(texts, tree.completions, strict=True):
-        if strict and not _holds(prompt, text, c.text):
+        if strict and not _contains(prompt, text, c.text):
             raise RowError(
                 f"the chat template changes the answer: {excerpt(c.text)} becomes {excerpt(text)}",
                 "take out of the answer what the template removes, set data.template_options, or use data.template=plain",
             )
-        if strict and not _holds(prompt, text, c.reasoning):
+        if strict and not _contains(prompt, text, c.reasoning):
             raise RowError(
                 f"the chat template leaves out the answer's reasoning: {excerpt(c.reasoning)} is not in {excerpt(text)}",
                 "take a model whose template writes reasoning_content, put it into the content, or take it out",
@@ -437,12 +439,12 @@ def chat(
             template.check_tools([answer_turn(c)], text, offered=False)
     if strict:
         for whole, messages in zip(wholes or [prompt], answered or [list(turns)], strict=True):
-            template.check_asked(turns, whole)
+            template.check_turns(turns, whole)
             template.check_tools(messages, whole)
     return Rendered(prompt, texts, how)
 
 
-def _shared(texts: Sequence[str], least: int) -> int:
+def _common_prefix_length(texts: Sequence[str], least: int) -> int:
     """The length of the texts' common prefix without a word that it cuts, but at least `least`."""
     shared = os.path.commonprefix(texts)  # noqa: RUF071 (characters, not paths)
     word_end = re.match(r"(?s).*[\s>\])}:]", shared)  # never cut after the "<" that "<think>" and "<b>" share
@@ -465,8 +467,8 @@ def conversation(
         None if one text cannot serve all answers: the template writes earlier turns differently when others follow (it removes their
         reasoning, or ends them differently), or does not end turns. Each answer is then trained on in a separate text.
     """
-    template = ChatTemplate(tokenizer, options, told(tree))
-    made = [_in_one(template, turns_with_answer(tree, c), ends, end) for c in tree.completions]
+    template = ChatTemplate(tokenizer, options, template_variables(tree))
+    made = [_render_in_one(template, turns_with_answer(tree, c), ends, end) for c in tree.completions]
     whole = [m for m in made if m is not None]
     if len(whole) < len(made) or len({text for text, *_ in whole}) > 1:
         return None
@@ -480,7 +482,7 @@ def conversation(
     return Rendered(prompt, tuple(map("".join, parts)), moved, turns=parts)
 
 
-def _in_one(
+def _render_in_one(
     template: ChatTemplate, turns: Sequence[Message], ends: Sequence[str], end: bool
 ) -> tuple[str, str, tuple[str, ...], bool] | None:
     """Render one conversation for `conversation`, or return None as it does.
@@ -491,7 +493,7 @@ def _in_one(
     """
     learned = [i for i, m in enumerate(turns) if m.role == "assistant" and m.trained]
     try:
-        whole, spans = template.generated(turns)
+        whole, spans = template.answer_spans(turns)
         if len(spans) != sum(m.role == "assistant" for m in turns):
             whole, spans = template.write(turns), {}
         tagged, moved, before = bool(spans), False, 0
@@ -500,11 +502,11 @@ def _in_one(
             if tagged:
                 start, stop = spans[i]
                 before = before or start
-                begun = len(asked) if whole.startswith(asked) else _shared([asked, whole], start)
+                begun = len(asked) if whole.startswith(asked) else _common_prefix_length([asked, whole], start)
                 moved |= start < begun < len(asked)
                 spans[i] = (begun if start < begun < stop else start), stop
                 continue
-            written = ended_once(template.write(turns[: i + 1]), ends)
+            written = cut_after_end(template.write(turns[: i + 1]), ends)
             if not (whole.startswith(written) and written.startswith(asked)):
                 return None
             spans[i] = len(asked), len(written)
@@ -512,19 +514,19 @@ def _in_one(
         raise
     except Exception:  # a template's own jinja errors; `chat` reports them answer by answer
         return None
-    template.check_asked(turns, whole)
+    template.check_turns(turns, whole)
     template.check_tools(turns, whole)
     cuts: list[int] = []
     for i in learned:
         start, stop = spans[i]
-        stop = start + len(ended_once(whole[start:stop], ends))
+        stop = start + len(cut_after_end(whole[start:stop], ends))
         if not whole[:stop].endswith(tuple(ends)):
             behind = whole[stop:]
             closing = next((e for e in ends if behind.lstrip().startswith(e)), "")
             if end and not closing and i != learned[-1]:
                 return None
             stop += len(behind) - len(behind.lstrip()) + len(closing) if closing else 0
-        if not all(_holds(whole[:start], whole[start:stop], t) for t in (turns[i].content, turns[i].reasoning)):
+        if not all(_contains(whole[:start], whole[start:stop], t) for t in (turns[i].content, turns[i].reasoning)):
             return None
         template.check_tools([turns[i]], whole[start:stop], offered=False)
         cuts += start, stop
@@ -540,7 +542,7 @@ def turns_with_answer(tree: PromptTree, answer: Completion | None = None) -> lis
     return [*before, answer_turn(answer), *answer.more]
 
 
-def apart(tree: PromptTree) -> list[PromptTree]:
+def split_answers(tree: PromptTree) -> list[PromptTree]:
     """Split a conversation with several answers to train on into one tree per answer; others stay as they are."""
     if not any(c.more for c in tree.completions):
         return [tree]
@@ -561,7 +563,7 @@ def _as_answer(answer: Completion, turn: Message) -> Completion:
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-def ended_once(text: str, ends: Sequence[str]) -> str:
+def cut_after_end(text: str, ends: Sequence[str]) -> str:
     """A text cut after the first of its trailing ends, without the white space and further ends after it."""
     whole = text
     while (bare := text.rstrip()).endswith(tuple(ends)):
@@ -570,13 +572,13 @@ def ended_once(text: str, ends: Sequence[str]) -> str:
     return whole
 
 
-def _holds(prompt: str, text: str, answer: str) -> bool:
+def _contains(prompt: str, text: str, answer: str) -> bool:
     """Whether the text contains the answer, ignoring white space; the prompt may hold its start (an opened thought)."""
     wanted, begun, written = ("".join(t.split()) for t in (answer, prompt[-len(answer) :] if answer else "", text))
     return not wanted or (begun + written).find(wanted, max(0, len(begun) - len(wanted) + 1)) >= 0
 
 
-def _behind(prompt: str, whole: str, answer: str, said: Sequence[str]) -> str:
+def _continuation(prompt: str, whole: str, answer: str, said: Sequence[str]) -> str:
     """What follows the prompt's last words in a conversation that starts differently because the system text was moved.
 
     No text in `said` may stand between them and the answer: it would be trained on, and read twice.
@@ -628,7 +630,7 @@ def _template_ends(tokenizer: Any, special: Mapping[int, str]) -> set[int]:
 
     def run(turns: Sequence[Message]) -> list[str]:
         found: list[str] = []
-        behind = _tried(tokenizer, form, turns).rpartition(ANSWER)[2].lstrip()
+        behind = _try_write(tokenizer, form, turns).rpartition(ANSWER)[2].lstrip()
         while (match := known.match(behind)) is not None:
             found.append(match[0])
             behind = behind[match.end() :]
@@ -642,7 +644,7 @@ def _template_ends(tokenizer: Any, special: Mapping[int, str]) -> set[int]:
     if "calls" not in tools.lacks:
         call = {"id": "call12345", "type": "function", "function": {"name": NAME, "arguments": {"eland": VALUE}}}
         once, twice = (
-            _tried(tokenizer, tools, (asked, Message("assistant", "", tool_calls=json.dumps([call] * n)))).rstrip()
+            _try_write(tokenizer, tools, (asked, Message("assistant", "", tool_calls=json.dumps([call] * n)))).rstrip()
             for n in (1, 2)
         )
         closing = next((c for c in sorted(ids, key=len, reverse=True) if VALUE in once and once.endswith(c)), "")
@@ -654,13 +656,13 @@ def _template_ends(tokenizer: Any, special: Mapping[int, str]) -> set[int]:
 
 def _write_tail(tokenizer: Any, form: Form, asked: Message) -> str:
     """The generation prompt that the template appends."""
-    bare, given = _tried(tokenizer, form, (asked,)), ""
+    bare, given = _try_write(tokenizer, form, (asked,)), ""
     with suppress(Exception):  # the template's own jinja errors
         given = _write(tokenizer, form, (asked,), {}, add_generation_prompt=True)
     return given[len(bare) :] if given.startswith(bare) else ""
 
 
-def name_ends(model: Any, tokenizer: Any) -> None:
+def set_eos_token_ids(model: Any, tokenizer: Any) -> None:
     """Set the generation config's EOS ids to those that end an answer, the tokenizer's first, so that any loader stops there."""
     ends = sorted(end_ids(tokenizer, model), key=lambda i: (i != tokenizer.eos_token_id, i))
     config = getattr(model, "generation_config", None)

@@ -18,13 +18,13 @@ from penchant.data.mapped import StoredTokens
 from penchant.data.templates import (
     DATE,
     Rendered,
-    apart,
     chat,
     conversation,
+    cut_after_end,
     end_ids,
-    ended_once,
     excerpt,
     plain,
+    split_answers,
     uses_chat,
 )
 from penchant.errors import ConfigError, DataError, ModelError
@@ -53,17 +53,17 @@ class Mark:
     CUT_PROMPT, CUT_COMPLETION, SPLIT, ASIDE, MOVED, APART, FORCED = 1, 2, 4, 8, 16, 32, 64
 
 
-def moved(marks: Any) -> Any:
+def is_moved(marks: Any) -> Any:
     """Whether the template changed the prompt of a row that is trained on, from its mark or an array of marks."""
     return marks & (Mark.MOVED | Mark.ASIDE) == Mark.MOVED
 
 
-def forced(marks: Any) -> Any:
+def is_forced(marks: Any) -> Any:
     """Likewise, whether the row's answer was appended to the prompt for generation."""
     return marks & (Mark.FORCED | Mark.ASIDE) == Mark.FORCED
 
 
-def apart_of(marks: Any) -> Any:
+def is_split(marks: Any) -> Any:
     """Likewise, whether the row is a conversation that was split into one tree per answer."""
     return marks & (Mark.APART | Mark.ASIDE) == Mark.APART
 
@@ -185,28 +185,28 @@ class Tokenization:
         """
         for start in range(0, len(rows), CHUNK):
             part = rows[start : start + CHUNK]
-            rendered = [self._rendered(tree) for tree in part]
+            rendered = [self._render_or_error(tree) for tree in part]
             encoded = iter(self.encode([r for of_row in rendered for r in of_row]))
             for tree, of_row in zip(part, rendered, strict=True):
                 how = {r.moved for r in of_row if isinstance(r, Rendered)}
                 self.mark = Mark.MOVED * any(how) | Mark.FORCED * ("forced" in how)
                 self.mark |= Mark.APART * (len(of_row) > 1)
-                made = self._row(tree, [next(encoded) for _ in of_row])
+                made = self._tokenize_row(tree, [next(encoded) for _ in of_row])
                 self._cut_prompts += [tree.source] * bool(self.mark & Mark.CUT_PROMPT)
                 self._cut_completions += [tree.source] * bool(self.mark & Mark.CUT_COMPLETION)
                 self._split += bool(self.mark & Mark.SPLIT)
-                self._moved += moved(self.mark)
-                self._forced += forced(self.mark)
-                self._apart += apart_of(self.mark)
+                self._moved += is_moved(self.mark)
+                self._forced += is_forced(self.mark)
+                self._apart += is_split(self.mark)
                 yield made, self.mark
 
-    def _rendered(self, tree: PromptTree) -> Sequence[Rendered | RowError]:
+    def _render_or_error(self, tree: PromptTree) -> Sequence[Rendered | RowError]:
         try:
             return self.render(tree)
         except RowError as error:
             return [error]
 
-    def _row(self, tree: PromptTree, of_row: Sequence[Encoded | RowError]) -> list[TokenTree]:
+    def _tokenize_row(self, tree: PromptTree, of_row: Sequence[Encoded | RowError]) -> list[TokenTree]:
         made: list[TokenTree] = []
         try:
             for ids in of_row:
@@ -250,7 +250,7 @@ def encode_in_context(
         strict: a row whose ids do not decode to its text is a bad row; False: its completion is encoded by itself.
     """
     begins = any_of(t.content for t in getattr(tokenizer, "added_tokens_decoder", {}).values())
-    contexts = {p: _end_of(p, begins) for p in {r.prompt: None for r in rendered if not isinstance(r, RowError)}}
+    contexts = {p: _context_of(p, begins) for p in {r.prompt: None for r in rendered if not isinstance(r, RowError)}}
     texts: dict[str, None] = {}
     for r in rendered:
         if not isinstance(r, RowError):
@@ -280,7 +280,7 @@ def encode_in_context(
     return [encoded(r) for r in rendered]
 
 
-def _end_of(prompt: str, begins: re.Pattern[str]) -> str:
+def _context_of(prompt: str, begins: re.Pattern[str]) -> str:
     """The end of a prompt that the ids after it depend on: from its last special token or, in plain text, a word's start."""
     if len(prompt) <= CONTEXT:
         return prompt
@@ -407,20 +407,20 @@ class CausalTokenization(Tokenization):
                 "its answers differ in several turns, which needs a chat template that leaves earlier turns as they are",
                 "give conversations that are equal before their last answer, or take a model with another chat template",
             )
-        return [self._rendered_alone(t) for t in (apart(tree) if several else [tree])]
+        return [self._render_single(t) for t in (split_answers(tree) if several else [tree])]
 
-    def _rendered_alone(self, tree: PromptTree) -> Rendered:
+    def _render_single(self, tree: PromptTree) -> Rendered:
         if self.template == "chat":
             rendered = chat(tree, self.tokenizer, self.options, strict=self.strict)
         else:
             rendered = plain(tree)
-        return rendered._replace(completions=tuple(ended_once(c, self.end_texts) for c in rendered.completions))
+        return rendered._replace(completions=tuple(cut_after_end(c, self.end_texts) for c in rendered.completions))
 
     def encode(self, rendered: Sequence[Rendered | RowError]) -> list[Encoded | RowError]:
         """Encode each part of a conversation after what precedes it, so that no token spans the edge of a part to train on."""
         parts = [_parts(r) if isinstance(r, Rendered) else [r] for r in rendered]
         found = iter(encode_in_context(self.tokenizer, [p for of_row in parts for p in of_row], strict=self.strict))
-        return [_joined(r, [next(found) for _ in of_row]) for r, of_row in zip(rendered, parts, strict=True)]
+        return [_join_parts(r, [next(found) for _ in of_row]) for r, of_row in zip(rendered, parts, strict=True)]
 
     def fit_row(self, source: str, prompt: Ids, completions: list[Ids], turns: Turns = ()) -> list[TokenTree]:
         prompt = self._start(prompt)
@@ -486,7 +486,7 @@ def _parts(rendered: Rendered) -> list[Rendered]:
     return parts or [rendered]
 
 
-def _joined(rendered: Rendered | RowError, parts: Sequence[Encoded | RowError]) -> Encoded | RowError:
+def _join_parts(rendered: Rendered | RowError, parts: Sequence[Encoded | RowError]) -> Encoded | RowError:
     """Join the ids of a row's parts."""
     if isinstance(rendered, RowError) or not rendered.turns:
         return parts[0]
@@ -603,7 +603,7 @@ class PairTokenization(Tokenization):
 
     def fit_row(self, source: str, prompt: Ids, completions: list[Ids], turns: Turns = ()) -> list[TokenTree]:
         layout = self.layout
-        kept_prompt, kept = fit(prompt, completions, self.max_length - layout.specials)
+        kept_prompt, kept = cut_to_fit(prompt, completions, self.max_length - layout.specials)
         cut = tuple(len(k) < len(c) for k, c in zip(kept, completions, strict=True))
         if self.truncation == "bad_row" and (any(cut) or len(kept_prompt) < len(prompt)):
             raise RowError(f"it has more than max_length {self.max_length} tokens", "raise data.max_length")
@@ -613,7 +613,7 @@ class PairTokenization(Tokenization):
         return [_tree(source, before, [[*k, *layout.after] for k in kept], cut)]
 
 
-def fit(prompt: Ids, completions: Sequence[Ids], room: int) -> tuple[Ids, list[Ids]]:
+def cut_to_fit(prompt: Ids, completions: Sequence[Ids], room: int) -> tuple[Ids, list[Ids]]:
     """Cut prompt and completions to `room` tokens: first the start of the prompt, then the ends of the completions."""
     longest = max(map(len, completions), default=0)
     keep = min(len(prompt), max(0, room - longest))

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from penchant.data.layouts import RowError
-from penchant.data.pictures import MARK, opened
-from penchant.data.templates import Rendered, chat, ended_once
+from penchant.data.pictures import MARK, open_picture
+from penchant.data.templates import Rendered, chat, cut_after_end
 from penchant.data.tokenize import CausalTokenization, Encoded, Ids
 from penchant.errors import ConfigError, DataError
 from penchant.types import Picture, PicturedPrompt, PromptTree, TokenTree
@@ -41,7 +41,7 @@ class PicturedTokenization(CausalTokenization):
 
     def __init__(self, processor: Any, kind: str, **how: Any) -> None:
         super().__init__(processor.tokenizer, kind, **how)
-        self.processor, self._writer = processor, _Writer(processor.tokenizer)
+        self.processor, self._writer = processor, _PartsTokenizer(processor.tokenizer)
         stand_for = *(processor.image_token_ids or ()), getattr(processor, "image_token_id", None)
         self._pictured = frozenset(i for i in stand_for if isinstance(i, int))
         if self.template != "chat":
@@ -57,7 +57,7 @@ class PicturedTokenization(CausalTokenization):
             what = "several answers of a conversation with pictures are learned at once"
             raise RowError(what, "set data.layout_options.turns=every")
         plain = chat(tree, self._writer, self.options, strict=self.strict)
-        ended = tuple(ended_once(c, self.end_texts) for c in plain.completions)
+        ended = tuple(cut_after_end(c, self.end_texts) for c in plain.completions)
         made = _Rendered(plain.prompt, ended, plain.moved)
         made.images = tree.images
         return [made]
@@ -95,7 +95,7 @@ class PicturedTokenization(CausalTokenization):
             raise RowError(what, "raise data.max_length, or have smaller pictures (model.image_options)")
         return super()._cut(prompt, completions, longest)
 
-    def _row(self, tree: PromptTree, of_row: Sequence[Encoded | RowError]) -> list[TokenTree]:
+    def _tokenize_row(self, tree: PromptTree, of_row: Sequence[Encoded | RowError]) -> list[TokenTree]:
         whole = [e for e in of_row if isinstance(e, Encoded)]
         if not tree.images and any(not self._pictured.isdisjoint(e.prompt) for e in whole):
             of_row = [
@@ -104,12 +104,12 @@ class PicturedTokenization(CausalTokenization):
                     "give the picture, or drop the row",
                 )
             ]
-        made = super()._row(tree, of_row)
+        made = super()._tokenize_row(tree, of_row)
         pictures = next((e.pictures for e in whole if isinstance(e, _Encoded)), None)
         return made if pictures is None else [replace(one, pictures=pictures) for one in made]
 
 
-class _Writer:
+class _PartsTokenizer:
     """A tokenizer whose chat template gets an image part for each picture mark."""
 
     def __init__(self, tokenizer: Any) -> None:
@@ -119,10 +119,10 @@ class _Writer:
         return getattr(self._tokenizer, name)
 
     def apply_chat_template(self, turns: Sequence[Mapping[str, Any]], **how: Any) -> Any:
-        return self._tokenizer.apply_chat_template([_in_parts(turn) for turn in turns], **how)
+        return self._tokenizer.apply_chat_template([_as_parts(turn) for turn in turns], **how)
 
 
-def _in_parts(turn: Mapping[str, Any]) -> dict[str, Any]:
+def _as_parts(turn: Mapping[str, Any]) -> dict[str, Any]:
     content = turn.get("content")
     parts = content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
     if not any(MARK.search(p.get("text", "")) for p in parts):
@@ -141,7 +141,7 @@ def inputs_of(processor: Any, prompts: Sequence[PicturedPrompt]) -> Any:
     """The processor's inputs for prompts with pictures, padded on the right."""
     return processor(
         text=[p.text for p in prompts],
-        images=[[opened(image) for image in p.images] for p in prompts],
+        images=[[open_picture(image) for image in p.images] for p in prompts],
         return_tensors="pt",
         padding=True,
         padding_side="right",

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, cast
 from penchant.base.files import file_sha256
 from penchant.base.processes import RAY, Workers, in_order, number_of
 from penchant.base.text import counted, gigabytes, printable
-from penchant.data.load import detected, prompt_text
+from penchant.data.load import detect_layout, prompt_text
 from penchant.data.read import BOUNDS, SHARD, BadRow, Bounds, Row, read_stream
 from penchant.data.split import SPLITS, Assignment, Splitter
 from penchant.download.catalogue import find_spec
@@ -229,7 +229,7 @@ class _Job:
 
     def _detect_conversion(self, name: str, rows: list[Row | BadRow]) -> tuple[Conversion, Mapping[str, str]]:
         """(conversion, column names) detected from the first rows."""
-        layout, found, columns = detected(rows, name, self.request.columns, {})
+        layout, found, columns = detect_layout(rows, name, self.request.columns, {})
         self.say(found.sentence(name, "--layout"))
         return conversion_of(layout, self.request), columns
 

@@ -27,7 +27,7 @@ from penchant.data.load import (
     prompt_text,
 )
 from penchant.data.read import BadRow, Row
-from penchant.data.templates import apart, turns_with_answer
+from penchant.data.templates import split_answers, turns_with_answer
 from penchant.errors import ConfigError, DataError, RewardError
 from penchant.requests import GetRequest
 from penchant.types import Completion, Prompt, PromptTree
@@ -305,7 +305,7 @@ class Conversion:
 
         def turn(values: Fields, options: Fields) -> tuple[PromptTree, ...]:
             found = self.layout.convert(before(values), options)
-            each = found if self.kind == "sft" else (t for tree in found for t in apart(tree))
+            each = found if self.kind == "sft" else (t for tree in found for t in split_answers(tree))
             turned = tuple(t for tree in each for t in KIND_CONVERTERS[self.kind](tree))
             if not turned:
                 raise RowError(f"has nothing that can be {self.kind} data", "choose another --as")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from penchant.config import RunConfig, with_absolute_paths
-from penchant.data.templates import name_ends
+from penchant.data.templates import set_eos_token_ids
 from penchant.errors import CheckpointError
 from penchant.models.folder import check_folder, loading
 from penchant.models.load import load_causal_model, load_tokenizer, own_memory, without_cache
@@ -102,7 +102,7 @@ class Subject:
         else:
             check = partial(check_base, self.run, self.base)
             model = merged_model(self.base, self.adapter, CPU, self.config.train.seed, check).eval()
-        name_ends(model, self.tokenizer())
+        set_eos_token_ids(model, self.tokenizer())
         return model
 
     def load_base(self) -> Any:

@@ -10,8 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from penchant.data.layouts.fields import holds_something
-from penchant.data.load import FIRST_ROWS, detected, renamed
+from penchant.data.layouts.fields import is_nonempty
+from penchant.data.load import FIRST_ROWS, detect_layout, rename_columns
 from penchant.data.pictures import COLUMNS
 from penchant.data.read import Row, read_rows
 from penchant.errors import DataError
@@ -222,9 +222,9 @@ def rows_of(path: str, columns: Mapping[str, str]) -> tuple[str, bool]:
     try:
         first = list(islice(read_rows(path), FIRST_ROWS))
         seen = any(
-            holds_something(renamed(r.values, columns).get(n)) for r in first if isinstance(r, Row) for n in COLUMNS
+            is_nonempty(rename_columns(r.values, columns).get(n)) for r in first if isinstance(r, Row) for n in COLUMNS
         )
-        return detected(first, path, columns, {})[0], seen
+        return detect_layout(first, path, columns, {})[0], seen
     except DataError:
         return "", False
 

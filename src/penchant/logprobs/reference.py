@@ -19,7 +19,7 @@ from torch import Tensor
 from penchant.base.files import spared, sweep, written_aside
 from penchant.base.machine import moved, place_of
 from penchant.data.mapped import StoredTokens, part_lengths, ranges
-from penchant.data.packing import passes_over
+from penchant.data.packing import run_passes
 from penchant.distributed.shard import Rooted, dealt_as, is_sharded, local, reshard
 from penchant.distributed.world import current
 from penchant.logprobs import CompletionLogps, Scorer
@@ -392,7 +392,7 @@ def compute_logps(
     ends = [np.cumsum(n) for n in sizes]
     found = [torch.empty(int(n.sum())) for n in sizes]
     device = place_of(live.scorer.model)
-    passes = passes_over(
+    passes = run_passes(
         live.completion_logps, trees, tokens_per_step, shared=shared, device=device, lanes=live.side_by_side
     )
     for members, made in passes:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from penchant.base.machine import place_of
-from penchant.data.packing import pack, passes_over
+from penchant.data.packing import pack, run_passes
 from penchant.errors import ModelError
 from penchant.logprobs.reference import LiveReference
 from penchant.losses.divergences import DivergenceKind, log_probs, value_of
@@ -201,7 +201,7 @@ def score_tokens(
 
     parts: dict[int, Tensor] = {}
     lanes = lanes and (reference is None or reference.side_by_side)
-    for members, found in passes_over(score_batch, trees, tokens_per_step, shared=shared, device=device, lanes=lanes):
+    for members, found in run_passes(score_batch, trees, tokens_per_step, shared=shared, device=device, lanes=lanes):
         counts = [sum(trees[i].trained) for i in members]
         parts |= dict(zip(members, found.cpu().double().split(counts, dim=1), strict=True))
         if progress is not None:

@@ -16,7 +16,7 @@ import torch
 
 from penchant.base.machine import in_fp64, place_of
 from penchant.base.text import counted
-from penchant.data.packing import passes_over
+from penchant.data.packing import run_passes
 from penchant.data.templates import end_ids
 from penchant.distributed.world import current
 from penchant.errors import ConfigError, RewardError
@@ -373,7 +373,7 @@ def kl_by_completion(
         logps, ref_logps = (in_fp64(m.completion_logps(batch).tokens) for m in (policy, reference))
         return torch.stack([per_completion(kl_estimate(logps, ref_logps, k), batch.lengths) for k in ("k1", "k3")], 1)
 
-    passes = passes_over(estimates, trees, tokens_per_step, shared=shared, device=device, lanes=lanes)
+    passes = run_passes(estimates, trees, tokens_per_step, shared=shared, device=device, lanes=lanes)
     for members, sums in passes:
         by_tree |= zip(members, sums.cpu().split([len(trees[i].completion_ids) for i in members]), strict=True)
     k1, k3 = torch.cat([by_tree[i] for i in range(len(trees))]).numpy().T

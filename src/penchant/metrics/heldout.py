@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from penchant.data.mapped import extra_of
-from penchant.data.packing import passes_over
+from penchant.data.packing import run_passes
 from penchant.metrics.figures import exp
 from penchant.metrics.stats import Interval, bootstrap_ci, share_ci
 from penchant.training.steps import Totals
@@ -51,7 +51,7 @@ def score_heldout(
     with torch.no_grad():
         algorithm.begin_step(0, at, trees)
         lanes = algorithm.side_by_side
-        passes = passes_over(algorithm.score, trees, tokens_per_step, shared=shared, device=device, lanes=lanes)
+        passes = run_passes(algorithm.score, trees, tokens_per_step, shared=shared, device=device, lanes=lanes)
         for members, scored in passes:
             parts.append(scored)
             order += members

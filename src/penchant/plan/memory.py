@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from penchant.base.lanes import Turns
 from penchant.base.machine import machine_memory, meta_as
-from penchant.data.packing import at_once, pack, tree_tokens
+from penchant.data.packing import max_concurrent_passes, pack, tree_tokens
 from penchant.data.tokenize import pair_format
 from penchant.errors import PenchantError
 from penchant.logprobs import Scorer
@@ -147,7 +147,7 @@ def activations_of(run: OutlinedRun, model: Any, batches: Sequence[Sequence[Toke
 def _concurrency_factor(run: OutlinedRun, sizes: Sequence[int]) -> float:
     """Tokens of the largest concurrent passes, as a multiple of the tokens of the largest pass."""
     train, models = run.config.train, 1 + run.method.copies  # one pass for each model
-    most = at_once(sizes, train.tokens_per_step, train.batch_size * models) if run.side_by_side else 1
+    most = max_concurrent_passes(sizes, train.tokens_per_step, train.batch_size * models) if run.side_by_side else 1
     threads = threads_for(run.config, parameter_counts(run.model)[0])
     return sum(sorted([*sizes] * models, reverse=True)[: min(threads, most)]) / max(sizes)
 

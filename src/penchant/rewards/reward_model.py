@@ -18,7 +18,7 @@ from penchant.base.functions import imported_sha256, is_own, own_file
 from penchant.base.machine import moved, place_of
 from penchant.data.load import Dataset
 from penchant.data.options import DataConfig
-from penchant.data.packing import passes_over
+from penchant.data.packing import run_passes
 from penchant.data.templates import DATE, end_ids, uses_chat, writes_date
 from penchant.data.tokenize import (
     PairFormat,
@@ -290,7 +290,7 @@ def rewards_of(scorer: RewardScorer, trees: Sequence[TokenTree], tokens_per_step
     training = scorer.model.training
     scorer.model.eval()
     with torch.no_grad():
-        passes = passes_over(
+        passes = run_passes(
             scorer.rewards, trees, tokens_per_step, shared=scorer.shared, device=device, lanes=scorer.side_by_side
         )
         for members, made in passes:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from penchant.base.functions import TookTooLong, guarded, is_own, own_file, python_object
 from penchant.base.lazy import lazy
 from penchant.base.text import any_of, did_you_mean
-from penchant.data.load import message_json, told
+from penchant.data.load import message_json, template_variables
 from penchant.data.templates import ChatTemplate, turns_of_prompt
 from penchant.errors import ConfigError, RewardError
 from penchant.types import Message, PromptTree, TokenTree
@@ -206,7 +206,7 @@ class Stage:
         before = tree.prompt_ids.tolist()
         if not self.chat:
             return before + self._ids("".join(m.content for m in self._harmless(more)))
-        template = ChatTemplate(self.tokenizer, self.template_options, told(row))
+        template = ChatTemplate(self.tokenizer, self.template_options, template_variables(row))
         ids = self._ids(template.write([*turns[: -len(more)], *self._harmless(more)], generate=True))
         bos = [i for i in before[:1] if i == self.tokenizer.bos_token_id and ids[:1] != [i]]
         return bos + ids

@@ -19,7 +19,7 @@ from penchant.base.text import counted
 from penchant.config import RunConfig
 from penchant.data.mapped import StoredTokens
 from penchant.data.packing import tree_tokens
-from penchant.data.templates import name_ends
+from penchant.data.templates import set_eos_token_ids
 from penchant.distributed.shard import Sharding, gathered, rooted
 from penchant.distributed.world import current
 from penchant.errors import ConfigError
@@ -260,7 +260,7 @@ def prepared(model: Any, config: RunConfig, rows: Rows) -> Any:
         what = f"the tokenizer has {tokens:,} tokens but the model's embedding only {vocabulary:,}"
         raise ConfigError("model.tokenizer", what, "give the tokenizer that the model was trained with")
     if rows.reward_parts is None:
-        name_ends(model, rows.tokenizer)
+        set_eos_token_ids(model, rows.tokenizer)
     if config.lora is not None and rows.reward_parts is None:
         outlined = next(model.parameters()).device.type == "meta"
         if config.model.adapter is None or outlined:

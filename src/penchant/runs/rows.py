@@ -15,13 +15,13 @@ import numpy as np
 
 from penchant.base.text import counted
 from penchant.config import RunConfig
-from penchant.data.adapt import adapt, mismatch, repeated_prompts
+from penchant.data.adapt import adapt, mismatched_rows, repeated_prompts
 from penchant.data.audit import audit as run_audit
 from penchant.data.audit.findings import Audit
 from penchant.data.cached import DataCache
-from penchant.data.load import FIRST_ROWS, Dataset, layout_line, summary, told
+from penchant.data.load import FIRST_ROWS, Dataset, layout_line, summary, template_variables
 from penchant.data.mapped import StoredTokens, extra_of, first_completions, label_counts, row_weights
-from penchant.data.templates import dated, unread_options, uses_chat
+from penchant.data.templates import unread_options, uses_chat, with_date
 from penchant.data.tokenize import TokenizedDataset
 from penchant.data.tokenize_pictures import PicturedTokenization
 from penchant.errors import ConfigError, DataError, PenchantError
@@ -82,14 +82,14 @@ class Rows:
         """The loaded files with their quarantined rows: ``train``, and ``heldout`` if it has files of its own."""
         names, parts = self.held_out_sets, self.datasets_by_source
         found = {
-            "train": self.cache.together(list(parts.values()), list(parts))
+            "train": self.cache.concatenate(list(parts.values()), list(parts))
             if len(parts) > 1
             else next(iter(parts.values()))
         }
         sets = {name: self._load(path) for name, path in self.config.data.held_out_files.items()}
         if sets:
             found["heldout"] = (
-                self.cache.together(list(sets.values()), list(sets)) if len(sets) > 1 else next(iter(sets.values()))
+                self.cache.concatenate(list(sets.values()), list(sets)) if len(sets) > 1 else next(iter(sets.values()))
             )
         if names and self.method.rollouts is not None:
             self.console.note(
@@ -212,7 +212,9 @@ class Rows:
     def tokenized(self) -> tuple[TokenizedDataset, TokenizedDataset | None]:
         (train, heldout), data = self.datasets, self.config.data
         if uses_chat(data.template, self.tokenizer):
-            of_rows = (told(tree).keys() - {"tools"} for tree in itertools.islice(train.trees, FIRST_ROWS))
+            of_rows = (
+                template_variables(tree).keys() - {"tools"} for tree in itertools.islice(train.trees, FIRST_ROWS)
+            )
             if said := unread_options(
                 self.tokenizer, {*data.template_options, *itertools.chain.from_iterable(of_rows)}
             ):
@@ -229,7 +231,7 @@ class Rows:
         )
         options["on_bad_row"] = on_bad_row or data.on_bad_row
         if uses_chat(data.template, self.tokenizer):
-            options["template_options"] = dated(data.template_options, self.tokenizer)
+            options["template_options"] = with_date(data.template_options, self.tokenizer)
         if self.config.model.sees:
             return PicturedTokenization(self.processor, dataset.kind, **options).all(dataset.trees)
         key = ("tokens", *self.tokenizer_key[1:], str(data.path), str(data.eval_path), *dataset_key(dataset))
@@ -270,7 +272,7 @@ class Rows:
         found: dict[int, TokenTree] = {}
         offset = sum(map(len, self.trees))
         for trees in self.trees:
-            partners = mismatch([t.prompt_key for t in trees])
+            partners = mismatched_rows([t.prompt_key for t in trees])
             if partners is None and trees:
                 what = "all rows have the same prompt, so KTO's reference point cannot be estimated"
                 how = "give data with at least two prompts (in the held-out part too), or choose bco or pmpo"

@@ -49,7 +49,7 @@ def _render_chat(
 ) -> str:
     template = ChatTemplate(tokenizer, options, template_variables)
     try:
-        text = template.asked(messages)
+        text = template.render_prompt(messages)
         template.check_tools(messages, text)
     except RowError as error:
         raise TemplateRefused(f"{error.what}; {error.how}") from error

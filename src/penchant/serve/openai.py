@@ -156,7 +156,7 @@ class ChatMessage(_Input):
         """The message in the form that training rows are read into."""
         return Message(
             self.role,
-            row.joined(part.text for part in self.content),
+            row.join_texts(part.text for part in self.content),
             reasoning=self.reasoning_content,
             tool_calls=_tool_calls_json(self.tool_calls) if self.tool_calls else "",
             tool_call_id=self.tool_call_id,

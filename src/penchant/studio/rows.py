@@ -23,7 +23,7 @@ from penchant.base.text import printable
 from penchant.data.audit.fix import Edit, content_sum, read_edits
 from penchant.data.layouts import LAYOUTS
 from penchant.data.layouts.page import NAMES, PAIR_NAMES
-from penchant.data.load import FIRST_ROWS, Converted, Stream, convert_rows, detected
+from penchant.data.load import FIRST_ROWS, Converted, Stream, convert_rows, detect_layout
 from penchant.data.read import BadRow, Bounds, Row, ending, read_rows
 from penchant.data.read.json_text import is_lines, json_lines
 from penchant.data.read.source import SHOWN, Source
@@ -155,7 +155,7 @@ class File:
         self.layout, self.why = "", ""
         try:
             if shape == "auto":
-                self.layout, found, self.columns = detected(first, self.name, {}, {})
+                self.layout, found, self.columns = detect_layout(first, self.name, {}, {})
                 self.why = found.why
             else:
                 self.layout = shape

@@ -22,7 +22,7 @@ import torch
 from penchant.base.files import spared, write_atomically
 from penchant.base.lanes import Turns, in_order, side_by_side
 from penchant.base.machine import in_fp64, peak_memory, place_of
-from penchant.data.packing import at_once, pack, plan_dealt, plan_passes, tree_tokens
+from penchant.data.packing import max_concurrent_passes, pack, plan_for_ranks, plan_passes, tree_tokens
 from penchant.distributed.world import World, agreed, current
 from penchant.errors import CheckpointError, PenchantError, TrainingStopped
 from penchant.losses.schedules import progress_at
@@ -319,7 +319,7 @@ class Loop:
         """
         sizes = [tree_tokens(t, self.shared) for t in trees]
         if self.world.many:
-            shares = plan_dealt(sizes, self.train.tokens_per_step, self.world.dealers)[
+            shares = plan_for_ranks(sizes, self.train.tokens_per_step, self.world.dealers)[
                 self.world.dealer :: self.world.dealers
             ]
             smallest = min(range(len(sizes)), key=lambda i: sizes[i], default=0)
@@ -416,7 +416,7 @@ class Loop:
             self._has_ordered_hooks = True
         turns = Turns([b.strand for b in batches])
         trees = self.train.batch_size * len({b.strand for b in batches})
-        max_parallel = at_once([b.tokens for b in batches], self.train.tokens_per_step, trees)
+        max_parallel = max_concurrent_passes([b.tokens for b in batches], self.train.tokens_per_step, trees)
         yield from side_by_side(lambda i: function(i, batches[i]), range(len(batches)), most=max_parallel, turns=turns)
         with torch.no_grad():
             turns.close()

@@ -15,33 +15,33 @@ import numpy as np
 from penchant.base.processes import RAY, Workers, in_order, number_of
 from penchant.data.audit.counters import (
     AuditCounter,
-    Copies,
-    Counting,
+    ExactDuplicates,
     Labels,
     Lengths,
+    MergeableCounter,
     Named,
-    Near,
+    NearDuplicates,
     PositionBias,
     Refusals,
+    RowView,
     Scores,
     Sensitive,
-    View,
-    linked_rows,
+    linked_rows_finding,
 )
 from penchant.data.audit.findings import Audit, Finding, Places, Tally
 from penchant.data.audit.languages import Languages
-from penchant.data.audit.near import NearIndex, first_with
+from penchant.data.audit.near import NearIndex, first_index
 from penchant.data.layouts.fields import NOTHING_WRONG
 from penchant.data.load import (
     IDENTICAL,
     LANGUAGES,
     Columns,
+    ConversionSettings,
     Converted,
     Dataset,
-    How,
     Quarantined,
     Reading,
-    add_some,
+    add_capped,
     first_text,
     is_identical,
     layout_line,
@@ -82,8 +82,8 @@ class Auditor:
         self.places = Places()
         self.columns = columns or Columns()
         self.lengths = Lengths(kind)
-        copies = Copies(kind, self.places, people=shape == "studio")
-        self._own: list[Counting] = [copies, Near(kind, self.places, copies)]
+        copies = ExactDuplicates(kind, self.places, people=shape == "studio")
+        self._own: list[MergeableCounter] = [copies, NearDuplicates(kind, self.places, copies)]
         self._own += [Labels()] if kind == "unpaired" else [Scores()] if kind == "scored" else []
         self._own += [self.lengths, *([PositionBias(self.columns)] if kind == "pairs" else [])]
         self._own += [Languages(self.columns)] if languages else []
@@ -96,7 +96,7 @@ class Auditor:
 
     def update(self, tree: PromptTree) -> None:
         """Count an example."""
-        row = View(self.examples, tree)
+        row = RowView(self.examples, tree)
         self.examples += 1
         self.places.append(tree.source)
         if is_identical(tree):
@@ -111,17 +111,17 @@ class Auditor:
         self._aside += other._aside
         self.places.merge(other.places)
         self.columns.merge(other.columns)
-        add_some(self._reasons, other._reasons, REASONS)
+        add_capped(self._reasons, other._reasons, REASONS)
         for mine, theirs in zip(self._own, other._own, strict=True):
             mine.merge(theirs)
         for tally, more in zip(self._tallies, other._tallies, strict=True):
             tally.merge(more)
 
-    def keep_aside(self, row: Quarantined) -> None:
+    def add_quarantined(self, row: Quarantined) -> None:
         """Count a row that was kept aside."""
         self._aside += 1
         (self._left_out if row.how.startswith(NOTHING_WRONG) else self._bad).add(row.where)
-        add_some(self._reasons, {row.what: 1}, self._most or REASONS)
+        add_capped(self._reasons, {row.what: 1}, self._most or REASONS)
         if row.what.startswith(IDENTICAL):
             self._identical.add(row.where)
         if is_empty(row):
@@ -147,14 +147,14 @@ def is_empty(row: Quarantined) -> bool:
     return any(said in row.what for said in ("is empty", "empty answer", "has no content"))
 
 
-LEAKING = "figures on such rows are optimistic: penchant data fix IN OUT --drop leakage --against THE_OTHER_FILE"
-WITHIN = "figures on such rows are optimistic: drop near-duplicates before the split, penchant data fix IN OUT --drop near_duplicates"
+LEAKAGE_ADVICE = "figures on such rows are optimistic: penchant data fix IN OUT --drop leakage --against THE_OTHER_FILE"
+ONE_FILE_ADVICE = "figures on such rows are optimistic: drop near-duplicates before the split, penchant data fix IN OUT --drop near_duplicates"
 
 
 class Leakage:
     """Prompts that are in more than one split, the same or nearly the same."""
 
-    def __init__(self, names: Sequence[str], advice: str = LEAKING) -> None:
+    def __init__(self, names: Sequence[str], advice: str = LEAKAGE_ADVICE) -> None:
         self.names, self.advice = list(names), advice
         self._index, self._places = NearIndex(), Places()
         self._split = array("h")
@@ -171,7 +171,7 @@ class Leakage:
         self._places.merge(other._places)
         self._split.extend(other._split)
 
-    def shared(self, split: int) -> np.ndarray:
+    def leaked_rows(self, split: int) -> np.ndarray:
         """(n,) bool: rows of this split whose prompt, or nearly the same one, is in another split."""
         of, groups = np.array(self._split), self._index.groups()
         return (of == split) & np.isin(groups, groups[of != split])
@@ -183,19 +183,19 @@ class Leakage:
         for i, a in enumerate(self.names):
             for j, b in enumerate(self.names[i + 1 :], i + 1):
                 name, of = f"{a}_{b}".replace(" ", "_"), int((split == j).sum())
-                same = _first_in(exact, split == i, split == j)
-                alike = np.where(same < 0, _first_in(near, split == i, split == j), -1)
+                same = _first_match(exact, split == i, split == j)
+                alike = np.where(same < 0, _first_match(near, split == i, split == j), -1)
                 for kind, title, first in (
                     ("leakage", f"leakage: prompts of {b} that are also in {a}", same),
                     ("near_leakage", f"near leakage: prompts of {b} that are nearly equal to one in {a}", alike),
                 ):
-                    yield f"{kind}_{name}", linked_rows(title, first, self._places, "as", self.advice, of)
+                    yield f"{kind}_{name}", linked_rows_finding(title, first, self._places, "as", self.advice, of)
 
 
-def _first_in(ids: np.ndarray, there: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+def _first_match(ids: np.ndarray, there: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """(n,) int64: for each wanted row the first row `there` with the same id; -1 if there is none, and for other rows."""
     rows = np.append(np.flatnonzero(there), -1)  # the last one stands for none
-    return np.where(wanted, rows[first_with(ids[rows[:-1]], ids)], -1)
+    return np.where(wanted, rows[first_index(ids[rows[:-1]], ids)], -1)
 
 
 def audit(
@@ -218,8 +218,8 @@ def audit(
     """
     columns = dataset.columns
     auditor = Auditor(dataset.shape, dataset.kind, columns=columns, languages=languages, counters=counters)
-    for made in _counted(
-        dataset.trees, partial(_StoredPart, shape=dataset.shape, kind=dataset.kind, languages=languages), workers
+    for made in _count_parts(
+        dataset.trees, partial(_StoredRowsTask, shape=dataset.shape, kind=dataset.kind, languages=languages), workers
     ):
         if isinstance(made, PromptTree):
             auditor.update(made)
@@ -227,11 +227,11 @@ def audit(
             auditor.merge(made)
     auditor.rows = dataset.accepted
     for aside in dataset.quarantined:
-        auditor.keep_aside(aside)
+        auditor.add_quarantined(aside)
     one_file = sum(part.accepted for part in (splits or {}).values()) == dataset.accepted
-    leakage = Leakage(list(splits or ()), WITHIN if one_file else LEAKING)
+    leakage = Leakage(list(splits or ()), ONE_FILE_ADVICE if one_file else LEAKAGE_ADVICE)
     for i, part in enumerate((splits or {}).values()):
-        for made in _counted(part.trees, partial(_StoredPart, split=i), workers):
+        for made in _count_parts(part.trees, partial(_StoredRowsTask, split=i), workers):
             if isinstance(made, PromptTree):
                 leakage.update(i, made)
             else:
@@ -243,7 +243,7 @@ def audit(
 
 
 @dataclass(frozen=True, slots=True)
-class _StoredPart:
+class _StoredRowsTask:
     """A worker's task: count some stored rows, or their prompts as those of a split."""
 
     rows: RowsPart
@@ -252,7 +252,7 @@ class _StoredPart:
     languages: bool = False
     split: int = -1
 
-    def counted(self) -> Auditor | Leakage:
+    def run(self) -> Auditor | Leakage:
         auditor = Auditor(self.shape, self.kind, languages=self.languages, most=sys.maxsize)
         leakage = Leakage([])
         take = auditor.update if self.split < 0 else partial(leakage.update, self.split)
@@ -261,15 +261,17 @@ class _StoredPart:
         return auditor if self.split < 0 else leakage
 
 
-def _counted(trees: Sequence[PromptTree], part: Callable[[RowsPart], _StoredPart], workers: int) -> Iterator[Any]:
+def _count_parts(
+    trees: Sequence[PromptTree], part: Callable[[RowsPart], _StoredRowsTask], workers: int
+) -> Iterator[Any]:
     """The trees themselves, or the counts of worker processes, in order."""
     if workers < 2 or not isinstance(trees, StoredRows):
         return iter(trees)
-    return in_order(_StoredPart.counted, map(part, parts_of(trees)), workers)
+    return in_order(_StoredRowsTask.run, map(part, parts_of(trees)), workers)
 
 
 @dataclass(slots=True)
-class _Pass:
+class _AuditPass:
     """One pass over the rows of several splits, or of a shard of one; passes over consecutive shards can be merged."""
 
     auditor: Auditor
@@ -286,10 +288,10 @@ class _Pass:
                 if self.leakage is not None:
                     self.leakage.update(split, tree)
             for aside in made.aside:
-                self.auditor.keep_aside(aside)
+                self.auditor.add_quarantined(aside)
                 self.first = self.first or aside
 
-    def merge(self, other: _Pass) -> None:
+    def merge(self, other: _AuditPass) -> None:
         self.auditor.merge(other.auditor)
         self.first = self.first or other.first
         if self.leakage is not None and other.leakage is not None:
@@ -297,20 +299,20 @@ class _Pass:
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _ShardTask:
     """A worker's task: count a shard of a split."""
 
     shard: Shard
     bounds: Bounds
-    how: How
+    how: ConversionSettings
     kind: str
     split: int
     names: tuple[str, ...]
     languages: bool
 
-    def counted(self) -> _Pass:
+    def run(self) -> _AuditPass:
         auditor = Auditor(self.how.shape, self.kind, languages=self.languages, most=sys.maxsize)
-        made = _Pass(auditor, Leakage(self.names) if len(self.names) > 1 else None, most=sys.maxsize)
+        made = _AuditPass(auditor, Leakage(self.names) if len(self.names) > 1 else None, most=sys.maxsize)
         made.take(self.split, self.how.convert(read_shard(self.shard, self.bounds)))
         return made
 
@@ -345,16 +347,16 @@ def audit_files(
             raise DataError(name, what, "audit them one by one, or set the shape")
     shape = next(iter(streams.values())).shape
     auditor = Auditor(shape, kinds[0], languages=languages, counters=counters)
-    whole = _Pass(auditor, Leakage(list(splits)) if len(splits) > 1 else None)
-    shards = [shards_of(splits[n], bounds) if s.apart and not counters else [] for n, s in streams.items()]
+    whole = _AuditPass(auditor, Leakage(list(splits)) if len(splits) > 1 else None)
+    shards = [shards_of(splits[n], bounds) if s.splittable and not counters else [] for n, s in streams.items()]
     many = number_of(workers, sum(map(len, shards)) if all(shards) else 1)
     if many > 1:
         parts = (
-            _Part(shard, bounds, stream.how, kinds[0], i, tuple(splits), languages)
+            _ShardTask(shard, bounds, stream.how, kinds[0], i, tuple(splits), languages)
             for i, stream in enumerate(streams.values())
             for shard in shards[i]
         )
-        for made in in_order(_Part.counted, parts, RAY if workers == RAY else many):
+        for made in in_order(_ShardTask.run, parts, RAY if workers == RAY else many):
             whole.merge(made)
     else:
         for i, stream in enumerate(streams.values()):
@@ -368,7 +370,7 @@ def audit_files(
     return auditor.result(dict(leakage.findings()), {}, "\n".join(layouts))
 
 
-def names_of(paths: Iterable[str]) -> dict[str, str]:
+def split_names(paths: Iterable[str]) -> dict[str, str]:
     """Files as splits, each named after its file, with a number if two have the same name."""
     named: dict[str, str] = {}
     for path in paths:

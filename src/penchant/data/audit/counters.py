@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from penchant.data.audit import sensitive
-from penchant.data.audit.findings import KEPT, Finding, Places, Tally, quantiles, sampled, unlike_half
-from penchant.data.audit.near import NearIndex, first_of_equal, first_with, text_hash
+from penchant.data.audit.findings import KEPT, Finding, Places, Tally, balance_finding, estimated_finding, quantiles
+from penchant.data.audit.near import NearIndex, first_index, first_occurrence, text_hash
 from penchant.data.load import Columns, prompt_text
 from penchant.errors import DataError
 from penchant.types import PromptTree
@@ -22,7 +22,7 @@ from penchant.types import PromptTree
 Named = Iterator[tuple[str, Finding]]
 
 
-class View:
+class RowView:
     """An accepted row for counters: its index among those (from 0), its place, its prompt as one string, its answers' texts."""
 
     __slots__ = ("index", "prompt", "texts", "tree", "where")
@@ -35,30 +35,30 @@ class View:
 class AuditCounter(Protocol):
     """Counts something in bounded memory."""
 
-    def update(self, row: View) -> None:
+    def update(self, row: RowView) -> None:
         """Count one accepted row."""
 
     def findings(self) -> Named:
         """The findings, by name."""
 
 
-class Counting(AuditCounter):
+class MergeableCounter(AuditCounter):
     """A counter whose counts over shards can be merged to those of a single pass."""
 
     def merge(self, other: Any) -> None:
         """Add the counts of another counter of this kind over the rows after these."""
         for name, theirs in vars(other).items():
-            setattr(self, name, added(getattr(self, name), theirs))
+            setattr(self, name, merge_counts(getattr(self, name), theirs))
 
 
-def added(mine: Any, theirs: Any) -> Any:
+def merge_counts(mine: Any, theirs: Any) -> Any:
     """Merge two counts: add numbers and counters, append containers of rows, and keep texts, which are equal."""
     if isinstance(mine, (int, Counter)) and not isinstance(mine, bool):
         return mine + theirs
     if isinstance(mine, dict):
-        return {**mine, **{k: added(mine[k], v) if k in mine else v for k, v in theirs.items()}}
+        return {**mine, **{k: merge_counts(mine[k], v) if k in mine else v for k, v in theirs.items()}}
     if isinstance(mine, list):
-        return [added(a, b) for a, b in zip(mine, theirs, strict=True)]
+        return [merge_counts(a, b) for a, b in zip(mine, theirs, strict=True)]
     if isinstance(mine, array):
         mine.extend(theirs)
     elif isinstance(mine, (Tally, NearIndex)):
@@ -66,12 +66,12 @@ def added(mine: Any, theirs: Any) -> Any:
     return mine
 
 
-def key(*texts: str) -> int:
+def text_key(*texts: str) -> int:
     """A 64-bit hash of several texts."""
     return text_hash("\0".join(texts))
 
 
-def linked_rows(
+def linked_rows_finding(
     title: str, other: np.ndarray, places: Places, joined: str = "", advice: str = "", of: int = -1
 ) -> Finding:
     """A finding about the rows that are linked to another row.
@@ -91,7 +91,7 @@ def linked_rows(
 BY_PEOPLE = "penchant compare --judge humans:preferences.jsonl"
 
 
-class Copies(Counting):
+class ExactDuplicates(MergeableCounter):
     """Exact copies of an earlier row, the same pair the other way round, and answers labeled both good and bad.
 
     Args:
@@ -103,34 +103,34 @@ class Copies(Counting):
         self._row, self._there, self._back = array("Q"), array("Q"), array("Q")
         self._label, self._owner = array("b"), array("q")  # of each labeled answer: good or bad, and its row
 
-    def update(self, row: View) -> None:
+    def update(self, row: RowView) -> None:
         # an answer with another label is a contradiction, not a duplicate
-        self._row.append(key(row.prompt, *(f"{c.whole}\0{c.label}\0{c.score}" for c in row.tree.completions)))
+        self._row.append(text_key(row.prompt, *(f"{c.whole}\0{c.label}\0{c.score}" for c in row.tree.completions)))
         if self.kind == "pairs":
             a, b = row.texts[:2]
-            self._there.append(key(row.prompt, a, b))
-            self._back.append(key(row.prompt, b, a) if a != b else 0)
+            self._there.append(text_key(row.prompt, a, b))
+            self._back.append(text_key(row.prompt, b, a) if a != b else 0)
         elif self.kind == "unpaired":
             for answer in row.tree.completions:
-                self._there.append(key(row.prompt, answer.whole))
+                self._there.append(text_key(row.prompt, answer.whole))
                 self._label.append(-1 if answer.label is None else int(answer.label))
                 self._owner.append(len(self._row) - 1)
 
-    def merge(self, other: Copies) -> None:
+    def merge(self, other: ExactDuplicates) -> None:
         behind = len(self._row)
         other._owner = array("q", (np.array(other._owner) + behind).tobytes())
         super().merge(other)
 
     def duplicates(self) -> np.ndarray:
         """(n,) int64: the first row equal to each row."""
-        return first_of_equal(np.array(self._row))
+        return first_occurrence(np.array(self._row))
 
-    def against(self) -> np.ndarray:
+    def contradicted_rows(self) -> np.ndarray:
         """(n,) int64: the first earlier row that contradicts each row, -1 if there is none."""
         there, found = np.array(self._there), np.full(len(self._row), -1)
         if self.kind == "pairs":
-            return earlier(there, np.array(self._back))
-        first, owner = first_of_equal(there), np.array(self._owner)
+            return earlier_match(there, np.array(self._back))
+        first, owner = first_occurrence(there), np.array(self._owner)
         for answer in self._contradicting(first)[::-1]:  # the first of a row's answers is written last
             found[owner[answer]] = owner[first[answer]]
         return found
@@ -146,7 +146,7 @@ class Copies(Counting):
             return np.isin(np.array(self._back), np.array(self._there))  # 0 stands for a pair of equal answers
         found = np.zeros(len(self._row), bool)
         if self.kind == "unpaired":
-            first, owner = first_of_equal(np.array(self._there)), np.array(self._owner)
+            first, owner = first_occurrence(np.array(self._there)), np.array(self._owner)
             found[owner[np.isin(first, first[self._contradicting(first)])]] = True
         return found
 
@@ -156,46 +156,48 @@ class Copies(Counting):
         if self.people:
             yield (
                 "agreed",
-                linked_rows("pairs on which another person gave the same verdict", copies, self.places, "as"),
+                linked_rows_finding("pairs on which another person gave the same verdict", copies, self.places, "as"),
             )
             title, advice = (
                 "pairs on which another person gave the opposite verdict",
                 "see how far people agree: " + BY_PEOPLE,
             )
-            yield "disagreed", linked_rows(title, self.against(), self.places, "against", advice)
+            yield "disagreed", linked_rows_finding(title, self.contradicted_rows(), self.places, "against", advice)
             return
         title = "exact duplicates of an earlier row"
-        yield "duplicates", linked_rows(title, copies, self.places, "as", "drop them: data fix")
+        yield "duplicates", linked_rows_finding(title, copies, self.places, "as", "drop them: data fix")
         if self.kind in ("pairs", "unpaired"):
             what = "the same pair the other way round" if self.kind == "pairs" else "one answer labeled good and bad"
             advice = "look at both and drop the wrong one; many mean noisy labels: a loss with label smoothing"
-            found = linked_rows(f"contradictions: {what}", self.against(), self.places, "against", advice)
+            found = linked_rows_finding(
+                f"contradictions: {what}", self.contradicted_rows(), self.places, "against", advice
+            )
             yield "contradictions", found
 
 
-def earlier(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+def earlier_match(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """(n,) int64: for each row the first row before it whose key is the wanted one, -1 if there is none."""
-    first = first_with(keys, wanted)
+    first = first_index(keys, wanted)
     return np.where(first < np.arange(len(keys)), first, -1)
 
 
-class Near(Counting):
+class NearDuplicates(MergeableCounter):
     """Near-duplicate rows, pairs that nearly contradict each other, nearly equal answers, and cycles of preferences.
 
-    Prompts and answers are put into groups of near-duplicates, and rows are compared by group. `Copies` counts exact copies.
+    Prompts and answers are put into groups of near-duplicates, and rows are compared by group. `ExactDuplicates` counts exact copies.
     """
 
-    def __init__(self, kind: str, places: Places, copies: Copies) -> None:
+    def __init__(self, kind: str, places: Places, copies: ExactDuplicates) -> None:
         self.kind, self.places, self.copies = kind, places, copies
         self._prompts, self._answers = NearIndex(), NearIndex()
         self._ends = array("q")  # of each row's answers
 
-    def update(self, row: View) -> None:
+    def update(self, row: RowView) -> None:
         self._prompts.add([row.prompt])
         self._answers.add(row.texts)
         self._ends.append(len(self._answers))
 
-    def merge(self, other: Near) -> None:
+    def merge(self, other: NearDuplicates) -> None:
         behind = len(self._answers)
         other._ends = array("q", (np.array(other._ends) + behind).tobytes())
         super().merge(other)
@@ -218,15 +220,18 @@ class Near(Counting):
         prompts, answers = self.groups()
         n = len(prompts)
         rows = np.arange(n)
-        whole = (self.copies.duplicates() == rows) & (self.copies.against() < 0)  # the others are counted as exact
-        first = first_of_equal(_combined(prompts, *answers.T))
+        # the others are counted as exact
+        whole = (self.copies.duplicates() == rows) & (self.copies.contradicted_rows() < 0)
+        first = first_occurrence(_hash_columns(prompts, *answers.T))
         found = {"near_duplicates": np.where((first != rows) & whole, first, -1)}
         if self.kind == "pairs" and n:
             good, bad = answers[:, 0], answers[:, 1]
-            other = earlier(_combined(prompts, good, bad), _combined(prompts, bad, good))
+            other = earlier_match(_hash_columns(prompts, good, bad), _hash_columns(prompts, bad, good))
             found["near_contradictions"] = np.where((good != bad) & whole, other, -1)
             found["near_identical"] = np.where(good == bad, rows, -1)
-            found["cycles"] = np.where(cycles(_combined(prompts, good), _combined(prompts, bad)), rows, -1)
+            found["cycles"] = np.where(
+                edges_in_cycles(_hash_columns(prompts, good), _hash_columns(prompts, bad)), rows, -1
+            )
         return found
 
     def contradictory(self) -> np.ndarray:
@@ -235,12 +240,12 @@ class Near(Counting):
         if self.kind != "pairs" or not len(prompts):
             return np.zeros(len(prompts), bool)
         good, bad = answers[:, 0], answers[:, 1]
-        return (good != bad) & np.isin(_combined(prompts, good, bad), _combined(prompts, bad, good))
+        return (good != bad) & np.isin(_hash_columns(prompts, good, bad), _hash_columns(prompts, bad, good))
 
     def findings(self) -> Named:
         for name, other in self.rows().items():
             title, joined, advice = NEAR_FINDINGS[name]
-            yield name, linked_rows(title, other, self.places, joined, advice)
+            yield name, linked_rows_finding(title, other, self.places, joined, advice)
 
 
 NEAR_FINDINGS = {  # title, what joins the two places, advice
@@ -257,7 +262,7 @@ NEAR_FINDINGS = {  # title, what joins the two places, advice
 }  # fmt: skip
 
 
-def _combined(*columns: np.ndarray) -> np.ndarray:
+def _hash_columns(*columns: np.ndarray) -> np.ndarray:
     """A 64-bit hash of each row of several columns."""
     out = np.zeros(len(columns[0]), np.uint64)
     for column in columns:
@@ -266,12 +271,12 @@ def _combined(*columns: np.ndarray) -> np.ndarray:
     return out
 
 
-def cycles(winners: np.ndarray, losers: np.ndarray) -> np.ndarray:
+def edges_in_cycles(winners: np.ndarray, losers: np.ndarray) -> np.ndarray:
     """(n,) bool: edges winner -> loser inside a strongly connected component of at least three answers."""
     from networkx import DiGraph, strongly_connected_components
 
     found = np.zeros(len(winners), bool)
-    some = np.flatnonzero((winners != losers) & _among(winners, losers) & _among(losers, winners))
+    some = np.flatnonzero((winners != losers) & _isin(winners, losers) & _isin(losers, winners))
     nodes, members = np.unique(np.concatenate([winners[some], losers[some]]), return_inverse=True)
     a, b = members[: len(some)], members[len(some) :]
     left = a != b
@@ -290,7 +295,7 @@ def cycles(winners: np.ndarray, losers: np.ndarray) -> np.ndarray:
     return found
 
 
-def _among(values: np.ndarray, others: np.ndarray) -> np.ndarray:
+def _isin(values: np.ndarray, others: np.ndarray) -> np.ndarray:
     """(n,) bool: like `np.isin(values, others)`, which would hold several copies of both."""
     known = np.sort(others)
     at = np.searchsorted(known, values)
@@ -301,7 +306,7 @@ def _among(values: np.ndarray, others: np.ndarray) -> np.ndarray:
 # ---- Answers ----
 
 
-class Lengths(Counting):
+class Lengths(MergeableCounter):
     """How long prompts and answers are, and whether the longer answer is the chosen one."""
 
     def __init__(self, kind: str) -> None:
@@ -309,7 +314,7 @@ class Lengths(Counting):
         self.longer = self.differing = self.rows = 0
         self.histograms: dict[str, Counter[int]] = {}
 
-    def update(self, row: View) -> None:
+    def update(self, row: RowView) -> None:
         self.rows += 1
         self._count("prompt", len(row.prompt))
         names = ("chosen", "rejected") if self.kind == "pairs" else ("completion",) * len(row.texts)
@@ -333,20 +338,20 @@ class Lengths(Counting):
         ties = self.rows - self.differing
         note = f"not counting {ties:,} ties" if ties else ""
         advice = "far from 50%: the model may learn length; a length-controlled comparison shows it, length-normalized losses help"
-        yield "length_bias", unlike_half(title, self.longer, self.differing, note, advice)
+        yield "length_bias", balance_finding(title, self.longer, self.differing, note, advice)
 
     def table(self) -> dict[str, dict[str, float]]:
         """Mean, percentiles and maximum of the lengths in characters."""
         return {name: quantiles(h) for name, h in self.histograms.items()}
 
 
-class Labels(Counting):
+class Labels(MergeableCounter):
     """The share of good answers."""
 
     def __init__(self) -> None:
         self.good = self.answers = 0
 
-    def update(self, row: View) -> None:
+    def update(self, row: RowView) -> None:
         self.answers += len(row.tree.completions)
         self.good += sum(bool(c.label) for c in row.tree.completions)
 
@@ -354,13 +359,13 @@ class Labels(Counting):
         yield "good_answers", Finding("answers labeled good", self.good, self.answers, ())
 
 
-class Scores(Counting):
+class Scores(MergeableCounter):
     """The distribution of scores, to choose data.score_threshold from."""
 
     def __init__(self) -> None:
         self.values = array("d")
 
-    def update(self, row: View) -> None:
+    def update(self, row: RowView) -> None:
         self.values.extend(c.score for c in row.tree.completions if c.score is not None)
 
     def findings(self) -> Named:
@@ -385,7 +390,7 @@ def refuses(text: str) -> bool:
     return any(phrase in head for phrase in refusal_phrases())
 
 
-class Refusals(Counting):
+class Refusals(MergeableCounter):
     """Answers that begin like a refusal, counted separately for chosen and rejected ones."""
 
     def __init__(self, kind: str) -> None:
@@ -393,7 +398,7 @@ class Refusals(Counting):
         self.tallies = [Tally() for _ in self.names]
         self.of = [0 for _ in self.names]
 
-    def update(self, row: View) -> None:
+    def update(self, row: RowView) -> None:
         for i, text in enumerate(row.texts):
             at = min(i, len(self.names) - 1)
             self.of[at] += 1
@@ -413,14 +418,14 @@ ADVICE = {
 }
 
 
-class Sensitive(Counting):
+class Sensitive(MergeableCounter):
     """Rows with values that look like personal data or secrets; the values themselves are never kept."""
 
     def __init__(self) -> None:
         self.rows = 0
         self.tallies = {name: Tally() for name in sensitive.TITLES}
 
-    def update(self, row: View) -> None:
+    def update(self, row: RowView) -> None:
         self.rows += 1
         spans = sensitive.find("\n".join((row.prompt, *row.texts)))
         for kind in dict.fromkeys(s.kind for s in spans):
@@ -433,20 +438,20 @@ class Sensitive(Counting):
                 yield f"{group}_{name}", self.tallies[name].finding(title, self.rows, advice=ADVICE[group])
 
 
-class PositionBias(Counting):
+class PositionBias(MergeableCounter):
     """How often the answer that was shown first won, according to the rows' own columns."""
 
     def __init__(self, columns: Columns) -> None:
         self.columns = columns
 
-    def update(self, row: View) -> None:
+    def update(self, row: RowView) -> None:
         """Do nothing: columns are counted when rows are read."""
 
     def findings(self) -> Named:
         title, said = "position bias: the answer shown first wins", self.columns
         if said.decided:
             advice = "far from 50%: the raters looked at the order"
-            yield "position_bias", unlike_half(title, said.first, said.decided, ", ".join(said.layouts), advice)
+            yield "position_bias", balance_finding(title, said.first, said.decided, ", ".join(said.layouts), advice)
         else:
             note = "not known: the rows do not say which answer was shown first"
             yield "position_bias", Finding(title, 0, 0, (), note)
@@ -462,7 +467,7 @@ RewardFunction = Callable[[Sequence[str], Sequence[str]], Any]
 TextFunction = Callable[[Sequence[str]], Any]
 
 
-class Disagreement:
+class RewardDisagreement:
     """Pairs in which a reward prefers the rejected answer, as an estimate of how noisy the labels are.
 
     The reward's margins are calibrated on the pairs themselves, with the scale s that makes the labels most likely under
@@ -471,11 +476,11 @@ class Disagreement:
 
     def __init__(self, name: str, reward: RewardFunction) -> None:
         self.name, self.reward = name, reward
-        self._waiting: list[View] = []
+        self._waiting: list[RowView] = []
         self._margins = array("d")
         self._worst: list[tuple[float, int, str]] = []
 
-    def update(self, row: View) -> None:
+    def update(self, row: RowView) -> None:
         self._waiting.append(row)
         if len(self._waiting) >= BATCH:
             self._flush()
@@ -505,7 +510,10 @@ class Disagreement:
         note += f"in {sure:,} of them it is at least {SURE:.0%} sure (margins times {scale:.3g})"
         note += ", the largest margin first"
         title, advice = f"label noise: {self.name} prefers the rejected answer", "look at the first of these places"
-        yield "reward_disagreement", sampled(title, len(against), len(decided), note, where=places, advice=advice)
+        yield (
+            "reward_disagreement",
+            estimated_finding(title, len(against), len(decided), note, where=places, advice=advice),
+        )
 
 
 def calibrate(margins: np.ndarray) -> float:
@@ -528,7 +536,7 @@ def _slope(margins: np.ndarray, s: float) -> float:
     return float((margins * np.exp(-np.logaddexp(0.0, s * margins))).sum())
 
 
-class Check:
+class TextCheck:
     """A user's own function over all texts: it gets a list of texts and returns a bool or a number for each."""
 
     def __init__(self, name: str, function: TextFunction) -> None:
@@ -539,7 +547,7 @@ class Check:
         self._tally = Tally()
         self._bools = True
 
-    def update(self, row: View) -> None:
+    def update(self, row: RowView) -> None:
         for what, text in [("prompt", row.prompt), *((f"answer {i}", t) for i, t in enumerate(row.texts, 1))]:
             self._texts.append(text)
             self._places.append(f"{row.where} ({what})")
@@ -551,7 +559,7 @@ class Check:
             return
         texts, places = self._texts, self._places
         self._texts, self._places = [], []
-        values = _checked(self.name, self.function, texts)
+        values = _call_check(self.name, self.function, texts)
         self._bools &= bool(np.isin(values, (0.0, 1.0)).all())
         self._values.extend(values.tolist())
         for place, value in zip(places, values.tolist(), strict=True):
@@ -568,7 +576,7 @@ class Check:
         yield f"check_{self.name}", self._tally.finding(title, len(values), note)
 
 
-def _checked(name: str, function: TextFunction, texts: list[str]) -> np.ndarray:
+def _call_check(name: str, function: TextFunction, texts: list[str]) -> np.ndarray:
     try:
         values = np.asarray([float(v) for v in function(list(texts))], dtype=np.float64)
     except Exception as error:

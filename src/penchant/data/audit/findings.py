@@ -40,7 +40,7 @@ class Finding:
         return self.count / self.of if self.of else 0.0
 
     @property
-    def tells(self) -> bool:
+    def is_notable(self) -> bool:
         """Whether there is something to look at: rows that should not exist, or a share with advice."""
         return bool(self.count and (self.advice or self.where))
 
@@ -88,7 +88,7 @@ class Audit:
             for f in self.findings.values():
                 lines += f.lines(SHOWN)
             return "\n".join(printable(line) for line in [*lines, *self._lengths()])
-        found = {name: f for name, f in self.findings.items() if f.tells}
+        found = {name: f for name, f in self.findings.items() if f.is_notable}
         for f in sorted(found.values(), key=lambda f: -f.share):
             lines += f.lines(FEW_SHOWN)
         fine = [name.replace("_", " ") for name, f in self.findings.items() if f.of and name not in found]
@@ -108,7 +108,7 @@ class Audit:
         return lines
 
 
-def sampled(title: str, count: int, of: int, note: str = "", **more: Any) -> Finding:
+def estimated_finding(title: str, count: int, of: int, note: str = "", **more: Any) -> Finding:
     """A finding whose share is an estimate, with its 95% interval in the note."""
     if not of:
         return Finding(title, 0, 0, note=note, **more)
@@ -117,9 +117,9 @@ def sampled(title: str, count: int, of: int, note: str = "", **more: Any) -> Fin
     return Finding(title, count, of, note=said + (f", {note}" if note else ""), interval=(low, high), **more)
 
 
-def unlike_half(title: str, count: int, of: int, note: str, advice: str) -> Finding:
-    """`sampled`, with advice only if the share is at least `FAR` from one half and its interval excludes one half."""
-    found = sampled(title, count, of, note)
+def balance_finding(title: str, count: int, of: int, note: str, advice: str) -> Finding:
+    """`estimated_finding`, with advice only if the share is at least `FAR` from one half and its interval excludes one half."""
+    found = estimated_finding(title, count, of, note)
     low, high = found.interval or (0.0, 1.0)
     far = not low <= 0.5 <= high and abs(found.share - 0.5) >= FAR
     return replace(found, advice=advice) if far else found

@@ -19,9 +19,9 @@ from penchant.base.files import written_aside
 from penchant.base.processes import RAY, Workers, in_order, number_of
 from penchant.base.text import counted
 from penchant.data.audit import Leakage, is_empty, sensitive
-from penchant.data.audit.counters import Copies, Near, View
+from penchant.data.audit.counters import ExactDuplicates, NearDuplicates, RowView
 from penchant.data.audit.findings import Places
-from penchant.data.load import IDENTICAL, Converted, How, is_identical, json_line, stream_preferences
+from penchant.data.load import IDENTICAL, ConversionSettings, Converted, is_identical, json_line, stream_preferences
 from penchant.data.read import BOUNDS, BadRow, Bounds, Row, Shard, read_shard, shards_of
 from penchant.data.read.json_text import json_lines
 from penchant.data.read.source import Source
@@ -44,7 +44,7 @@ RULES = {  # in order of precedence: the first that applies is the reason given
 BIT = {rule: 1 << i for i, rule in enumerate(RULES)}
 DEFAULT = ("unreadable", "bad_rows", "empty", "identical", "duplicates")
 BY_HAND = "by_hand"
-TOLD = RULES | {BY_HAND: "rows that a person dropped"}
+RULE_TITLES = RULES | {BY_HAND: "rows that a person dropped"}
 ALWAYS = "unreadable"  # such rows cannot be written
 JSONL = (".jsonl", ".jsonl.gz")
 
@@ -78,7 +78,7 @@ class Fixed:
         lines = [*self.notes, f"dropping: {', '.join(self.rules)}; redacting: {', '.join(self.redact) or 'nothing'}"]
         stay = f"{self.written:,} written ({self.changed + self.edited:,} of them changed)"
         lines.append(f"{counted(self.rows, 'row')} = {stay} + {gone:,} dropped")
-        lines += [f"  {count:>9,}  {TOLD[rule]}" for rule, count in self.dropped.items() if count]
+        lines += [f"  {count:>9,}  {RULE_TITLES[rule]}" for rule, count in self.dropped.items() if count]
         lines += [f"  {self.edited:>9,}  rows that a person changed"] * bool(self.edited)
         lines += [f"  {count:>9,}  {sensitive.TITLES[kind]} masked" for kind, count in self.redacted.items()]
         lines += [f"written: {self.output}", f"every row that was touched: {self.touched}"]
@@ -159,8 +159,8 @@ def fix(
     stream = stream_preferences(source, **reading)  # raises for an unreadable file before anything is written
     with ExitStack() as stack:
         schema_of = Path(source).expanduser() if target.suffix == ".parquet" else None
-        write = stack.enter_context(_writing(target, schema_of))
-        tell = stack.enter_context(_writing(touched))
+        write = stack.enter_context(_replacing_writer(target, schema_of))
+        tell = stack.enter_context(_replacing_writer(touched))
         for made, reasons in zip(stream, why, strict=True):
             (row,) = made.source
             rows += 1
@@ -171,7 +171,7 @@ def fix(
                 reasons = () if edit.values is not None else (BY_HAND,)
             if reasons:
                 dropped[reasons[0]] += 1
-                tell(_told(row, "dropped", reasons))
+                tell(_touched_row(row, "dropped", reasons))
                 continue
             assert isinstance(row, Row)
             values: Any = row.values if edit is None or edit.values is None else edit.values
@@ -181,7 +181,7 @@ def fix(
             written += 1
             if edit is not None:
                 edited += 1
-                tell(_told(row, "changed", (BY_HAND,)) | {"line": written})
+                tell(_touched_row(row, "changed", (BY_HAND,)) | {"line": written})
             if counts:
                 changed += 1
                 redacted += counts
@@ -243,28 +243,28 @@ def _target(source: str, target: Path, inputs: Sequence[str], overwrite: bool) -
 # ---- Which rows are dropped ----
 
 
-def _first(source: str, shape: str, columns: Mapping[str, str]) -> str:
+def _prepare_advice(source: str, shape: str, columns: Mapping[str, str]) -> str:
     """Advice on how to make a file that can be fixed, with one example per row."""
     named = "".join(f" --column {shlex.quote(f'{ours}={yours}')}" for ours, yours in columns.items())
     command = f"penchant data get mine --from {shlex.quote(source)} --layout {shape}{named} --split 1,0,0"
     return f"write one example per row first: {command}"
 
 
-class _Marks:
+class _RowMarks:
     """Per row, the rules that drop it by itself, and what is needed to compare it with other rows.
 
     Args:
-        first: advice for a layout that cannot be fixed, see `_first`.
+        first: advice for a layout that cannot be fixed, see `_prepare_advice`.
     """
 
-    def __init__(self, how: How, kind: str, rules: Sequence[str], first: str) -> None:
+    def __init__(self, how: ConversionSettings, kind: str, rules: Sequence[str], first: str) -> None:
         self.how, self.rules, self.first = how, rules, first
         self.flags = array("H")  # a bit per rule, by its index in RULES
         self.accepted = array("q")  # indices of the rows that gave a tree
         places = Places()
-        self.copies = Copies(kind, places)
+        self.copies = ExactDuplicates(kind, places)
         of_near = {"near_duplicates", "near_contradictions", "cycles"} & set(rules)
-        self.near = Near(kind, places, self.copies) if of_near else None
+        self.near = NearDuplicates(kind, places, self.copies) if of_near else None
         self.leakage = Leakage(["others", "this"]) if "leakage" in rules else None
 
     def take(self, rows: Iterable[Converted]) -> None:
@@ -277,7 +277,7 @@ class _Marks:
             mark = 0
             if made.trees:
                 (result,) = made.trees
-                view = View(len(self.accepted), result)
+                view = RowView(len(self.accepted), result)
                 if is_identical(result):
                     mark |= BIT["identical"]
                 self.copies.update(view)
@@ -296,7 +296,7 @@ class _Marks:
                 mark |= sum(BIT[g] for g in groups if found.keys() & set(sensitive.GROUPS[g]))
             self.flags.append(mark)
 
-    def merge(self, other: _Marks) -> None:
+    def merge(self, other: _RowMarks) -> None:
         """Append the rows of another one."""
         self.accepted.frombytes((np.array(other.accepted, np.int64) + len(self.flags)).tobytes())
         self.flags.extend(other.flags)
@@ -317,14 +317,14 @@ class _Marks:
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _ShardTask:
     """A worker's task: check a part of a file."""
 
     shard: Shard
     bounds: Bounds
-    marks: _Marks  # empty at first
+    marks: _RowMarks  # empty at first
 
-    def looked_at(self) -> _Marks:
+    def run(self) -> _RowMarks:
         self.marks.take(self.marks.how.convert(read_shard(self.shard, self.bounds)))
         return self.marks
 
@@ -334,30 +334,32 @@ def _decide(
 ) -> Iterator[tuple[str, ...]]:
     """For each row of the file, in order, the rules that drop it; one pass over the file."""
     stream = stream_preferences(source, **reading)
-    first = _first(source, stream.shape, reading.get("columns") or {})
+    first = _prepare_advice(source, stream.shape, reading.get("columns") or {})
     if stream.grouped:
         raise DataError(source, f"rows of the layout {stream.shape} make examples together", first)
 
-    def empty() -> _Marks:
-        return _Marks(stream.how, stream.kind, rules, first)
+    def empty() -> _RowMarks:
+        return _RowMarks(stream.how, stream.kind, rules, first)
 
     whole, bounds = empty(), BOUNDS.get() or Bounds()
     if whole.leakage is not None:
         for made in stream_preferences(list(against), **reading):
             for tree in made.trees:
                 whole.leakage.update(0, tree)
-    shards = shards_of(source, bounds) if stream.apart else []
+    shards = shards_of(source, bounds) if stream.splittable else []
     many = number_of(workers, len(shards))
     if many > 1:
-        parts = (_Part(shard, bounds, empty()) for shard in shards)
-        for marks in in_order(_Part.looked_at, parts, RAY if workers == RAY else many):
+        parts = (_ShardTask(shard, bounds, empty()) for shard in shards)
+        for marks in in_order(_ShardTask.run, parts, RAY if workers == RAY else many):
             whole.merge(marks)
     else:
         whole.take(stream)
     return whole.by_row()
 
 
-def _by_rule(copies: Copies, near: Near | None, leakage: Leakage | None, rules: Sequence[str]) -> dict[str, np.ndarray]:
+def _by_rule(
+    copies: ExactDuplicates, near: NearDuplicates | None, leakage: Leakage | None, rules: Sequence[str]
+) -> dict[str, np.ndarray]:
     """By rule, (n,) bool: the accepted rows that it drops."""
     first = copies.duplicates()
     found = {"duplicates": first != np.arange(len(first)), "contradictions": copies.contradictory()}
@@ -366,7 +368,7 @@ def _by_rule(copies: Copies, near: Near | None, leakage: Leakage | None, rules: 
         found |= {name: rows[name] >= 0 for name in ("near_duplicates", "cycles") if name in rows}
         found["near_contradictions"] = near.contradictory()
     if leakage is not None:
-        found["leakage"] = leakage.shared(1)[-len(first) :]
+        found["leakage"] = leakage.leaked_rows(1)[-len(first) :]
     return {rule: which for rule, which in found.items() if rule in rules}
 
 
@@ -386,7 +388,7 @@ def masked(value: Any, groups: Collection[str], counts: Counter[str]) -> Any:
     return value
 
 
-def _told(row: Row | BadRow, action: str, reasons: Sequence[str]) -> dict[str, Any]:
+def _touched_row(row: Row | BadRow, action: str, reasons: Sequence[str]) -> dict[str, Any]:
     raw = row.raw if isinstance(row, BadRow) else row.values
     shown = masked(raw, tuple(sensitive.GROUPS), Counter())
     told = {"where": row.where, "action": action, "rule": reasons[0], "also": list(reasons[1:]), "row": shown}
@@ -400,7 +402,7 @@ Write = Callable[[Mapping[str, Any]], object]
 
 
 @contextmanager
-def _writing(target: Path, schema_of: Path | None = None) -> Iterator[Write]:
+def _replacing_writer(target: Path, schema_of: Path | None = None) -> Iterator[Write]:
     """Write rows to a file next to the target, which replaces it at the end if nothing went wrong.
 
     Args:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from functools import cache
 
 from penchant.base.text import counted
-from penchant.data.audit.counters import Counting, Named, View
-from penchant.data.audit.findings import Finding, sampled
+from penchant.data.audit.counters import MergeableCounter, Named, RowView
+from penchant.data.audit.findings import Finding, estimated_finding
 from penchant.data.audit.near import text_hash
 from penchant.data.load import Columns
 
@@ -36,24 +36,24 @@ def guess(text: str) -> str:
     return classify(text) if sum(map(str.isalpha, text)) >= LETTERS else "?"
 
 
-class Languages(Counting):
+class Languages(MergeableCounter):
     """The languages in the rows' own columns, else those guessed for `SAMPLE` rows (from an answer, or the prompt if none)."""
 
     def __init__(self, columns: Columns) -> None:
         self._heap: list[tuple[int, str]] = []  # the smallest draws, negated; the largest of them first
         self.columns = columns
 
-    def update(self, row: View) -> None:
+    def update(self, row: RowView) -> None:
         drawn = -text_hash(row.where)  # the same rows each time, in any order of reading
         if len(self._heap) < SAMPLE or drawn > self._heap[0][0]:
-            self._take((drawn, (*row.texts, row.prompt)[0][:1000]))
+            self._offer((drawn, (*row.texts, row.prompt)[0][:1000]))
 
-    def _take(self, drawn: tuple[int, str]) -> None:
+    def _offer(self, drawn: tuple[int, str]) -> None:
         (heapq.heappush if len(self._heap) < SAMPLE else heapq.heappushpop)(self._heap, drawn)
 
     def merge(self, other: Languages) -> None:
         for drawn in other._heap:
-            self._take(drawn)
+            self._offer(drawn)
 
     def findings(self) -> Named:
         said = self.columns.languages
@@ -74,4 +74,4 @@ def _finding(counts: Counter[str], of: int, how: str, guessed: bool = False) -> 
     names = ", ".join(f"{name} {n / of:.1%}" for name, n in shown) if of else "none"
     note = f"{how}: {names}"
     most = shown[0][1] if shown else 0
-    return sampled(TITLE, most, of, note) if guessed else Finding(TITLE, most, of, (), note)
+    return estimated_finding(TITLE, most, of, note) if guessed else Finding(TITLE, most, of, (), note)

@@ -48,8 +48,8 @@ class NearIndex:
             raise ValueError(f"threshold {threshold} is not in (0, 1]")
         self.threshold = threshold
         self._exact: list[np.ndarray] = []  # (b,) uint64: hash of the normalized text
-        self._bands = [Kept(np.uint32) for _ in range(BANDS)]  # chance collisions are removed by the check
-        self._bytes = Kept(np.uint8, SLOTS)  # a byte of each slot, enough to check a candidate
+        self._bands = [SpillableArray(np.uint32) for _ in range(BANDS)]  # chance collisions are removed by the check
+        self._bytes = SpillableArray(np.uint8, SLOTS)  # a byte of each slot, enough to check a candidate
         self._waiting: list[str] = []
         self._characters = 0
         self._count = 0
@@ -70,7 +70,7 @@ class NearIndex:
     def exact_ids(self) -> np.ndarray:
         """(n,) int64: the index of the first text that is equal up to case and white space."""
         self._flush()
-        return first_of_equal(np.concatenate([np.empty(0, np.uint64), *self._exact]))
+        return first_occurrence(np.concatenate([np.empty(0, np.uint64), *self._exact]))
 
     def groups(self) -> np.ndarray:
         """(n,) int64: the index of the first text of each text's group. A chain of near-duplicates is one group."""
@@ -83,7 +83,7 @@ class NearIndex:
         needed = SLOTS * (self.threshold + (1 - self.threshold) / 256)
         for band in self._bands:
             for a, b in _candidates(band.all()[once], self._bytes, once, needed):
-                parent = _unite(parent, a, b)
+                parent = _union(parent, a, b)
         found: np.ndarray = once[parent[np.searchsorted(once, exact)]]
         return found
 
@@ -101,7 +101,7 @@ class NearIndex:
         self._flush()  # in the process that has the texts
         return vars(self)
 
-    def _parts(self) -> list[Kept]:
+    def _parts(self) -> list[SpillableArray]:
         return [*self._bands, self._bytes]
 
     def _flush(self) -> None:
@@ -121,7 +121,7 @@ class NearIndex:
                 kept.to_disk()
 
 
-class Kept:
+class SpillableArray:
     """A growing array of rows of numbers, in memory or, from `to_disk` on, in a temporary file.
 
     Args:
@@ -150,7 +150,7 @@ class Kept:
         for part in parts:
             self.append(part)
 
-    def move_to(self, other: Kept) -> None:
+    def move_to(self, other: SpillableArray) -> None:
         """Append all rows to `other`."""
         for part in self._parts if self._file is None else [self.all()]:
             other.append(part)
@@ -235,7 +235,7 @@ def _band_hashes(slots: np.ndarray) -> np.ndarray:
     return out
 
 
-def first_of_equal(keys: np.ndarray) -> np.ndarray:
+def first_occurrence(keys: np.ndarray) -> np.ndarray:
     """(n,) int64: for each key the index of its first occurrence."""
     order = np.argsort(
         keys, kind="stable"
@@ -250,7 +250,7 @@ def first_of_equal(keys: np.ndarray) -> np.ndarray:
     return found
 
 
-def first_with(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+def first_index(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """For each wanted key the index of its first occurrence in `keys`, -1 if there is none: int64, shape of `wanted`."""
     known, first = np.unique(keys, return_index=True)
     if not len(known):
@@ -260,7 +260,7 @@ def first_with(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 
 def _candidates(
-    keys: np.ndarray, sketches: Kept, which: np.ndarray, needed: float
+    keys: np.ndarray, sketches: SpillableArray, which: np.ndarray, needed: float
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Verified pairs among texts with the same band hash: each against its bucket's first, then the rest among themselves.
 
@@ -271,10 +271,10 @@ def _candidates(
     packed <<= np.uint64(32)
     packed |= np.arange(len(keys), dtype=np.uint64)
     packed.sort()  # several times as fast as an argsort of the keys
-    packed = packed[_shared(packed >> np.uint64(32))]  # most texts share no bucket
+    packed = packed[_repeated(packed >> np.uint64(32))]  # most texts share no bucket
     order, bucket = (packed & np.uint64(0xFFFFFFFF)).astype(np.int64), packed >> np.uint64(32)
     for _ in range(ROUNDS):
-        shared = _shared(bucket)
+        shared = _repeated(bucket)
         order, bucket = order[shared], bucket[shared]
         if not len(order):
             return
@@ -290,7 +290,7 @@ def _candidates(
         order, bucket = order[left], bucket[left]
 
 
-def _shared(ordered: np.ndarray) -> np.ndarray:
+def _repeated(ordered: np.ndarray) -> np.ndarray:
     """(n,) bool: which of the sorted numbers occur more than once."""
     found = np.zeros(len(ordered), bool)
     same = ordered[1:] == ordered[:-1]
@@ -299,7 +299,7 @@ def _shared(ordered: np.ndarray) -> np.ndarray:
     return found
 
 
-def _unite(parent: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def _union(parent: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Union of all pairs at once; a group's parent is its smallest index."""
     while True:
         one, other = parent[a], parent[b]

@@ -9,7 +9,7 @@ from typing import Any
 from penchant.base.functions import is_own
 from penchant.base.text import closest
 from penchant.data.layouts import compared, factory, hh, oasst, own, plain, rated  # noqa: F401  they fill LAYOUTS
-from penchant.data.layouts.fields import JUDGED, LABELS, LeftOut, RowError, finite
+from penchant.data.layouts.fields import LABELS, RATING_COLUMNS, LeftOut, RowError, finite
 from penchant.data.layouts.layout import LAYOUTS, Detection, Group, Layout, Option
 from penchant.errors import ConfigError
 
@@ -21,11 +21,11 @@ __all__ = [
     "LeftOut",
     "Option",
     "RowError",
+    "alternative_columns",
     "detect",
     "layout_named",
-    "near_name",
-    "no_layout",
-    "other_names",
+    "likely_typo_of",
+    "unknown_layout_advice",
 ]
 
 
@@ -38,11 +38,11 @@ def layout_named(name: str, where: str = "data.shape") -> Layout:
     if is_own(name):
         return own.own_layout(name, where)
     if name not in LAYOUTS:
-        raise ConfigError(where, f"{name!r} is not a layout", no_layout(name))
+        raise ConfigError(where, f"{name!r} is not a layout", unknown_layout_advice(name))
     return LAYOUTS[name]
 
 
-def no_layout(name: str) -> str:
+def unknown_layout_advice(name: str) -> str:
     """Advice for an unknown layout name: the closest known name, or the list of all."""
     near = closest(name, LAYOUTS)
     if near:
@@ -56,7 +56,7 @@ NAMES = (
 )  # fmt: skip
 
 
-def near_name(column: str) -> str:
+def likely_typo_of(column: str) -> str:
     """The known column name that `column` is one typo away from, or "" if there is none or `column` is itself known.
 
     A typo is another case or separator, a letter missing or extra, two swapped letters or, in names over 5 letters, a wrong one.
@@ -64,10 +64,10 @@ def near_name(column: str) -> str:
     if column in NAMES:
         return ""
     bare = column.strip().lower().replace("-", "_").replace(" ", "_")
-    return next((name for name in NAMES if bare == name or _one_slip(bare, name)), "")
+    return next((name for name in NAMES if bare == name or _is_one_typo_away(bare, name)), "")
 
 
-def _one_slip(word: str, name: str) -> bool:
+def _is_one_typo_away(word: str, name: str) -> bool:
     short, long = sorted((word, name), key=len)
     if len(long) - len(short) == 1:
         return any(long[:i] + long[i + 1 :] == short for i in range(len(long)))
@@ -84,11 +84,11 @@ def _one_slip(word: str, name: str) -> bool:
 OTHER_NAMES = {
     "prompt": ("question", "query"),
     "completion": ("answer", "response", "output", "reply"),
-    "label": (*(n for n in JUDGED if n != "rating"), "thumbs_up"),
+    "label": (*(n for n in RATING_COLUMNS if n != "rating"), "thumbs_up"),
 }
 
 
-def other_names(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def alternative_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """``{our name: theirs}`` for texts (for a label: words such as thumbs_up) that all rows hold under exactly one other name."""
     there = set.intersection(*map(set, rows)) if rows else set()
     found: dict[str, str] = {}
@@ -119,7 +119,7 @@ HOW_SEVERAL = (
 )
 
 
-def _stepwise(row: Mapping[str, Any]) -> bool:
+def _is_stepwise(row: Mapping[str, Any]) -> bool:
     """Whether a row is TRL's stepwise supervision: the steps of one answer, each with a label."""
     return "prompt" in row and isinstance(row.get("completions"), list) and isinstance(row.get("labels"), list)
 
@@ -129,11 +129,11 @@ def detect(rows: Iterable[Mapping[str, Any]]) -> Detection:
     votes: Counter[str] = Counter()
     fits: Counter[str] = Counter()
     for row in rows:
-        if _stepwise(row):
+        if _is_stepwise(row):
             votes["stepwise"] += 1
             continue
         found = [name for name, layout in LAYOUTS.items() if layout.fits(row)]
-        if not found and plain.several_answers(row):
+        if not found and plain.has_several_answers(row):
             votes["several"] += 1
             continue
         fits.update(found)

@@ -26,7 +26,7 @@ def shp(row: Fields, options: Fields) -> PromptTree:
         raise LeftOut(what, "lower data.layout_options.min_score_ratio")
     chosen, rejected = fields.text(row, f"human_ref_{better}"), fields.text(row, f"human_ref_{worse}")
     scores = fields.score(row, f"score_{better}"), fields.score(row, f"score_{worse}")
-    return scored_pair(fields.asked(fields.text(row, "history")), chosen, rejected, *scores)
+    return scored_pair(fields.as_user_turn(fields.text(row, "history")), chosen, rejected, *scores)
 
 
 @layout("pku_saferlhf")
@@ -36,7 +36,7 @@ def pku(row: Fields, options: Fields) -> PromptTree:
     if options["chosen"] == "safe" and not fields.label(row, f"is_response_{best}_safe"):
         raise LeftOut("the preferred answer is unsafe", "keep it with data.layout_options.chosen=any")
     chosen, rejected = fields.text(row, f"response_{best}"), fields.text(row, f"response_{1 - best}")
-    return scored_pair(fields.asked(fields.text(row, "prompt")), chosen, rejected, None, None)
+    return scored_pair(fields.as_user_turn(fields.text(row, "prompt")), chosen, rejected, None, None)
 
 
 @layout("tldr_comparisons", check=lambda row: fields.holds_list(row, "summaries", "text"))
@@ -69,11 +69,11 @@ def _tldr_prompt(info: Fields) -> str:
 _TAKEN_BACK = "undo"
 
 
-def _judgement(row: Fields) -> str:
+def _judgment_id(row: Fields) -> str:
     return fields.text(row, "id")
 
 
-def _last_word(rows: Sequence[Fields]) -> Fields:
+def _fold_verdicts(rows: Sequence[Fields]) -> Fields:
     """The first record of a judgment, with the verdict "undo" if any record of its id takes it back."""
     back = any(row.get("verdict") == _TAKEN_BACK for row in rows)
     return {**rows[0], **({"verdict": _TAKEN_BACK} if back else {})}
@@ -85,7 +85,7 @@ _ABOUT = (
 )  # fmt: skip
 
 
-@layout("studio", group=Group(_judgement, _last_word, _ABOUT))
+@layout("studio", group=Group(_judgment_id, _fold_verdicts, _ABOUT))
 def studio(row: Fields, options: Fields) -> PromptTree:
     """One person's verdict on two answers."""
     verdict = row.get("verdict")
@@ -98,7 +98,7 @@ def studio(row: Fields, options: Fields) -> PromptTree:
     if why is not None:
         raise LeftOut(why, f"{fields.NOTHING_WRONG}; it is not a preference by itself")
     if verdict in ("tie", "both_bad"):
-        raise _tie(verdict, options)
+        raise _tie_error(verdict, options)
     if verdict not in ("a", "b"):
         raise RowError('"verdict" is none', "it must be one of a, b, tie, both_bad, skip, undo")
     better, worse = ("answer_a", "answer_b") if verdict == "a" else ("answer_b", "answer_a")
@@ -118,11 +118,11 @@ def arena(row: Fields, options: Fields) -> PromptTree:
     """Conversations with two models and the same user turns, one of which was voted better."""
     winner = row.get("winner")
     if isinstance(winner, str) and winner in TIES:
-        raise _tie(winner, options)
+        raise _tie_error(winner, options)
     if not isinstance(winner, str) or winner not in WINNERS:
         raise RowError('"winner" names no model', f"it must be one of {', '.join((*WINNERS, *sorted(TIES)))}")
     sides = fields.messages(row, "conversation_a"), fields.messages(row, "conversation_b")
-    return _battle(sides, WINNERS[winner], options)
+    return _arena_pair(sides, WINNERS[winner], options)
 
 
 @layout("arena_55k")
@@ -132,7 +132,7 @@ def arena_55k(row: Fields, options: Fields) -> PromptTree:
     if sum(votes) != 1:
         raise RowError("the three winner columns do not name one outcome", "one of them must be 1, the others 0")
     if votes[2]:
-        raise _tie("tie", options)
+        raise _tie_error("tie", options)
     asked, a, b = (_texts(row, n) for n in ("prompt", "response_a", "response_b"))
     if not len(asked) == len(a) == len(b):
         raise RowError(
@@ -143,7 +143,7 @@ def arena_55k(row: Fields, options: Fields) -> PromptTree:
         tuple(m for q, r in zip(asked, answers, strict=True) for m in (Message("user", q), Message("assistant", r)))
         for answers in (a, b)
     )
-    return _battle((sides[0], sides[1]), votes[1], options)
+    return _arena_pair((sides[0], sides[1]), votes[1], options)
 
 
 def _texts(row: Fields, name: str) -> list[str]:
@@ -158,24 +158,24 @@ def _texts(row: Fields, name: str) -> list[str]:
     return [fields.as_text(v, f'"{name}"[{i}]') for i, v in enumerate(value)]
 
 
-def _tie(winner: str, options: Fields) -> RowError:
+def _tie_error(winner: str, options: Fields) -> RowError:
     what = "both are bad" if "bad" in winner else "a tie"
     if options["ties"] == "leave_out":
         return LeftOut(what, f"{fields.NOTHING_WRONG}; it has no better answer")
     return RowError(what, "leave it out with data.layout_options.ties=leave_out")
 
 
-def _battle(sides: tuple[tuple[Message, ...], tuple[Message, ...]], best: int, options: Fields) -> PromptTree:
+def _arena_pair(sides: tuple[tuple[Message, ...], tuple[Message, ...]], best: int, options: Fields) -> PromptTree:
     if options["turns"] == "first":
-        sides = _first(sides[0], "conversation_a"), _first(sides[1], "conversation_b")
-    a, b = fields.answered(sides[0], "conversation_a"), fields.answered(sides[1], "conversation_b")
+        sides = _up_to_first_answer(sides[0], "conversation_a"), _up_to_first_answer(sides[1], "conversation_b")
+    a, b = fields.last_answer_tree(sides[0], "conversation_a"), fields.last_answer_tree(sides[1], "conversation_b")
     if a.prompt != b.prompt:
         how = "set data.layout_options.turns=first to compare their first answers"
         raise LeftOut("the two conversations differ before their last answer", how)
     return scored_pair(a.prompt, sides[best][-1], sides[1 - best][-1], None, None)
 
 
-def _first(messages: tuple[Message, ...], name: str) -> tuple[Message, ...]:
+def _up_to_first_answer(messages: tuple[Message, ...], name: str) -> tuple[Message, ...]:
     """A conversation up to its first answer."""
     for i, turn in enumerate(messages):
         if turn.role == "assistant" and i:
@@ -193,18 +193,18 @@ def lmsys(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
     return found
 
 
-def _prompt(messages: tuple[Message, ...], place: int) -> tuple[PromptTree, ...]:
+def _prompt_tree(messages: tuple[Message, ...], place: int) -> tuple[PromptTree, ...]:
     asked = [i for i, m in enumerate(messages) if m.role == "user"]
     return (PromptTree(messages[: asked[place] + 1], ()),) if asked else ()
 
 
 _USES: dict[str, Any] = {
-    "sft": lambda messages: (fields.answered(messages, "conversation"),),
+    "sft": lambda messages: (fields.last_answer_tree(messages, "conversation"),),
     "all_turns": lambda messages: tuple(
         all_answers(messages, [len(t.prompt) for t in found]) for found in [every_answer(messages)] if found
     ),
     "every_turn": every_answer,
     "first_turn": lambda messages: every_answer(messages)[:1],
-    "prompts": lambda messages: _prompt(messages, -1),
-    "first_prompt": lambda messages: _prompt(messages, 0),
+    "prompts": lambda messages: _prompt_tree(messages, -1),
+    "first_prompt": lambda messages: _prompt_tree(messages, 0),
 }

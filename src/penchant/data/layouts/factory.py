@@ -12,19 +12,19 @@ def _has_tag(row: Fields) -> bool:
     return "kto_tag" in row or "label" in row
 
 
-def _tag(row: Fields) -> bool:
+def _tag_label(row: Fields) -> bool:
     return fields.label(row, "kto_tag" if "kto_tag" in row or "label" not in row else "label")
 
 
-def _conversation(row: Fields) -> bool:
+def _is_conversation(row: Fields) -> bool:
     return "conversations" in row or "messages" in row
 
 
-def _open_pair(row: Fields) -> bool:
-    return _conversation(row) and not isinstance(row["chosen"], list) and "prompt" not in row
+def _is_open_pair(row: Fields) -> bool:
+    return _is_conversation(row) and not isinstance(row["chosen"], list) and "prompt" not in row
 
 
-@layout("sharegpt_pairs", check=_open_pair)
+@layout("sharegpt_pairs", check=_is_open_pair)
 def sharegpt_pairs(row: Fields) -> PromptTree:
     """A conversation up to a user turn, with a better and a worse answer to it."""
     before = plain.conversation(row)
@@ -38,39 +38,43 @@ def sharegpt_pairs(row: Fields) -> PromptTree:
 def swift_pairs(row: Fields) -> PromptTree:
     """A conversation whose last answer is better than `rejected_response`; or query and response, with a history."""
     if "messages" in row:
-        tree = fields.answered(plain.conversation(row), "messages")
+        tree = fields.last_answer_tree(plain.conversation(row), "messages")
         before, chosen = tree.prompt, fields.split_last_answer(plain.conversation(row), "messages")[1]
         return plain.pair(before, chosen, fields.text(row, "rejected_response"), row)
     asked = {**row, "instruction": fields.text(row, "query"), "input": None}
-    return plain.pair(plain.instructed(asked), fields.text(row, "response"), fields.text(row, "rejected_response"), row)
+    return plain.pair(
+        plain.instruction_prompt(asked), fields.text(row, "response"), fields.text(row, "rejected_response"), row
+    )
 
 
-@layout("sharegpt_kto", check=lambda row: _conversation(row) and _has_tag(row))
+@layout("sharegpt_kto", check=lambda row: _is_conversation(row) and _has_tag(row))
 def sharegpt_kto(row: Fields) -> PromptTree:
     """A conversation whose last answer is good or bad."""
-    return plain.judged(fields.answered(plain.conversation(row), plain.conversation_name(row)), label=_tag(row))
+    return plain.with_feedback(
+        fields.last_answer_tree(plain.conversation(row), plain.conversation_name(row)), label=_tag_label(row)
+    )
 
 
-def _plain_conversation(row: Fields) -> bool:
+def _is_plain_conversation(row: Fields) -> bool:
     return not {"chosen", "rejected", "kto_tag", "label"} & row.keys() and (
         fields.holds_list(row, "conversations", "from") or fields.holds_list(row, "conversations", "role")
     )
 
 
-layout("sharegpt", check=_plain_conversation)(plain.messages)
+layout("sharegpt", check=_is_plain_conversation)(plain.messages)
 
 
 @layout("alpaca_pairs", check=lambda row: "prompt" not in row)
 def alpaca_pairs(row: Fields) -> PromptTree:
     """instruction (+ input, system, history) with chosen/rejected, as text or as one message each."""
-    prompt = plain.instructed(row)
+    prompt = plain.instruction_prompt(row)
     return plain.pair(prompt, plain.answer_field(row, "chosen"), plain.answer_field(row, "rejected"), row)
 
 
 @layout("alpaca_kto", check=_has_tag)
 def alpaca_kto(row: Fields) -> PromptTree:
     """An instruction with an answer that is good or bad."""
-    return plain.judged(plain.from_alpaca(row), label=_tag(row))
+    return plain.with_feedback(plain.from_alpaca(row), label=_tag_label(row))
 
 
 @layout("alpaca_scored")
@@ -79,7 +83,7 @@ def alpaca_scored(row: Fields) -> PromptTree:
     tree, score = plain.from_alpaca(row), fields.score(row, "score")
     if score is None:
         raise RowError('"score" is missing', "give a number, higher is better")
-    return plain.judged(tree, score=score)
+    return plain.with_feedback(tree, score=score)
 
 
 layout("alpaca", check=lambda row: not {"kto_tag", "label", "score"} & row.keys())(plain.from_alpaca)

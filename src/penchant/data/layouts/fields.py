@@ -93,16 +93,26 @@ def messages(row: Mapping[str, Any], name: str) -> tuple[Message, ...]:
     return tuple(made)
 
 
-JUDGED = ("feedback", "user_feedback", "human_feedback", "rating", "thumbs", "thumb", "vote", "liked", "reaction")
+RATING_COLUMNS = (
+    "feedback",
+    "user_feedback",
+    "human_feedback",
+    "rating",
+    "thumbs",
+    "thumb",
+    "vote",
+    "liked",
+    "reaction",
+)
 
 
-def not_judged(row: Mapping[str, Any], where: str = "") -> None:
+def reject_rated(row: Mapping[str, Any], where: str = "") -> None:
     """Reject an answer that a column (or a key of its turn) rates, since it would be trained on regardless of the rating.
 
     Raises:
         RowError: there is such a rating.
     """
-    for name in JUDGED:
+    for name in RATING_COLUMNS:
         value = row.get(name)
         if value is None:
             continue
@@ -112,7 +122,7 @@ def not_judged(row: Mapping[str, Any], where: str = "") -> None:
             raise RowError(what, f"{how}, or set it aside with --column ignored={name}")
 
 
-def trained(turn: Any) -> bool:
+def is_trained(turn: Any) -> bool:
     """Whether to train on an assistant turn, by its "weight" (0 or 1, OpenAI and Mistral), "train" or "training" (Axolotl).
 
     Raises:
@@ -129,7 +139,7 @@ def trained(turn: Any) -> bool:
     return True
 
 
-def learned(
+def leave_out_untrained(
     row: Mapping[str, Any], names: Sequence[str] = ("messages", "conversations", "conversation", "completion")
 ) -> None:
     """Leave out a row whose last answer has weight 0.
@@ -139,8 +149,8 @@ def learned(
     """
     for name in names:
         if isinstance(row.get(name), (list, tuple)) and row[name] and isinstance(row[name][-1], Mapping):
-            not_judged(row[name][-1], f' of the last turn of "{name}"')
-            if not trained(row[name][-1]):
+            reject_rated(row[name][-1], f' of the last turn of "{name}"')
+            if not is_trained(row[name][-1]):
                 what = f'the last turn of "{name}" has weight 0: it is not to be learned'
                 raise LeftOut(what, f"{NOTHING_WRONG}; learn the others with data.layout_options.turns=all")
 
@@ -163,14 +173,14 @@ _MESSAGES = frozenset(
 )
 
 
-def opened(row: Mapping[str, Any]) -> Mapping[str, Any]:
+def parse_messages(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """The row with messages in text cells parsed (JSON or a Python literal); other text stays as it is."""
     written = {n: v for n, v in row.items() if n in _MESSAGES and isinstance(v, str) and _WRITTEN.match(v)}
-    found = {name: _opened(value) for name, value in written.items()}
+    found = {name: _parse_messages_text(value) for name, value in written.items()}
     return {**row, **{n: v for n, v in found.items() if v is not None}} if found else row
 
 
-def _opened(text: str) -> Any:
+def _parse_messages_text(text: str) -> Any:
     """Parse a text as JSON or a Python literal; None if the result is not messages."""
     for read in (json.loads, ast.literal_eval):
         with suppress(ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
@@ -184,7 +194,7 @@ def _opened(text: str) -> Any:
     return None
 
 
-def no_written_messages(row: Mapping[str, Any]) -> None:
+def reject_unparsed_messages(row: Mapping[str, Any]) -> None:
     """Reject messages in text cells that could not be parsed.
 
     Raises:
@@ -208,14 +218,16 @@ def as_message(turn: Any, what: str) -> Message:
         has = "no role" if role is None else f"the role {shown(role)!r}"
         raise RowError(f"{what} has {has}", f"roles are {', '.join(sorted(set(ROLES.values())))}")
     if role in CALLERS:
-        return Message("assistant", "", reasoning=_reasoning(turn, what), tool_calls=as_json(_calls(content, what)))
+        return Message(
+            "assistant", "", reasoning=_reasoning(turn, what), tool_calls=as_json(_tool_calls(content, what))
+        )
     if isinstance(content, Sequence) and not isinstance(content, (str, bytes)):
-        content = _joined_parts(content, what)
+        content = _join_parts(content, what)
     calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else None)
-    if holds_something(calls):
+    if is_nonempty(calls):
         if ROLES[role] != "assistant":
             raise RowError(f"{what} is a turn of the {role} with tool calls", "only an assistant calls tools")
-        written, thought = as_json(_calls(calls, what)), _reasoning(turn, what)
+        written, thought = as_json(_tool_calls(calls, what)), _reasoning(turn, what)
         if content is not None and not isinstance(content, str):
             raise RowError(f"{what} has a content that is not text", "give it a text, or null")
         return Message("assistant", content or "", reasoning=thought, tool_calls=written)
@@ -236,14 +248,14 @@ def as_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-DEEPEST = 100  # levels of nested JSON in a cell
+MAX_DEPTH = 100  # levels of nested JSON in a cell
 
 
 def read_json(value: Any, what: str, how: str) -> Any:
     """The value of a cell, parsed if it is JSON text.
 
     Raises:
-        RowError: the text is not JSON, or is nested more than `DEEPEST` levels deep.
+        RowError: the text is not JSON, or is nested more than `MAX_DEPTH` levels deep.
     """
     if not isinstance(value, str):
         return value
@@ -252,25 +264,25 @@ def read_json(value: Any, what: str, how: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise RowError(f"{what} is not JSON ({shown(value)})", how) from error
     level = [read]
-    for _ in range(DEEPEST):
+    for _ in range(MAX_DEPTH):
         level = [i for v in level if isinstance(v, (dict, list)) for i in (v.values() if isinstance(v, dict) else v)]
     if level:
-        raise RowError(f"{what} is nested more than {DEEPEST} deep", how)
+        raise RowError(f"{what} is nested more than {MAX_DEPTH} deep", how)
     return read
 
 
 _CALL = 'write {"type": "function", "function": {"name": "...", "arguments": {...}}}'
 
 
-def _calls(value: Any, what: str) -> list[dict[str, Any]]:
+def _tool_calls(value: Any, what: str) -> list[dict[str, Any]]:
     """Tool calls in the form that every chat template knows, with arguments as objects."""
     read = read_json(value, f"{what}: its call", _CALL)
     if not read:
         raise RowError(f"{what} has an empty tool call", _CALL)
-    return [_call(c, what) for c in (read if isinstance(read, (list, tuple)) else [read])]
+    return [_tool_call(c, what) for c in (read if isinstance(read, (list, tuple)) else [read])]
 
 
-def _call(call: Any, what: str) -> dict[str, Any]:
+def _tool_call(call: Any, what: str) -> dict[str, Any]:
     call = read_json(call, f"{what}: its call", _CALL)
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if isinstance(function, str):  # {"function": "name", "arguments": ...}
@@ -297,7 +309,7 @@ def tools(row: Mapping[str, Any]) -> str:
     """
     for column in ("tools", "functions"):
         given = row.get(column)
-        if not holds_something(given):
+        if not is_nonempty(given):
             continue
         read = read_json(given, f'"{column}"', _TOOL)
         listed = [read] if isinstance(read, Mapping) else read
@@ -326,7 +338,7 @@ def template_options(row: Mapping[str, Any]) -> str:
     """
     name = "chat_template_kwargs"
     given = row.get(name)
-    if not holds_something(given):
+    if not is_nonempty(given):
         return ""
     read = read_json(given, f'"{name}"', 'write {"enable_thinking": false}')
     if not isinstance(read, Mapping):
@@ -365,7 +377,7 @@ def completion(answer: Answer, label: bool | None = None, score: float | None = 
     return Completion(answer.content, label, score, reasoning=answer.reasoning, tool_calls=answer.tool_calls)
 
 
-def _joined_parts(parts: Sequence[Any], what: str) -> str:
+def _join_parts(parts: Sequence[Any], what: str) -> str:
     """The text of a content given as a list of parts, concatenated as chat templates do."""
     texts = []
     for part in parts:
@@ -375,24 +387,24 @@ def _joined_parts(parts: Sequence[Any], what: str) -> str:
             held = f"a part of type {shown(kind)}" if isinstance(kind, str) and kind != "text" else "something else"
             raise RowError(f"{what} holds {held}, not text", PICTURES if str(kind).startswith("image") else OTHER_MEDIA)
         texts.append(text)
-    return joined(texts)
+    return join_texts(texts)
 
 
-def joined(texts: Iterable[str]) -> str:
+def join_texts(texts: Iterable[str]) -> str:
     """Concatenate the texts of content parts with nothing between them. Used for both files and requests."""
     return "".join(texts)
 
 
-def answered(messages: tuple[Message, ...], name: str) -> PromptTree:
+def last_answer_tree(messages: tuple[Message, ...], name: str) -> PromptTree:
     """A conversation as a tree: its last answer as the completion, the turns before it (at least one) as the prompt."""
     before, answer = split_last_answer(messages, name)
     if not before:
         raise RowError(f'"{name}" has no turn before the answer', "give the prompt as a user turn")
-    one_answer(before, name)
+    reject_consecutive_answers(before, name)
     return PromptTree(before, (completion(answer),))
 
 
-def one_answer(before: Sequence[Message], name: str) -> None:
+def reject_consecutive_answers(before: Sequence[Message], name: str) -> None:
     """Reject an answer right after another assistant turn; only a separate prompt may end with a prefix to continue.
 
     Raises:
@@ -413,7 +425,7 @@ def system_turn(row: Mapping[str, Any]) -> tuple[Message, ...]:
     """The system prompt of a row's column as a message; empty if the column is missing, null or blank."""
     for name in ("system", "system_prompt"):
         value = row.get(name)
-        if not missing(value):
+        if not is_missing(value):
             return (Message("system", as_text(value, f'"{name}"')),)
     return ()
 
@@ -423,7 +435,7 @@ def with_system(row: Mapping[str, Any], messages: tuple[Message, ...]) -> tuple[
     return messages if messages and messages[0].role in INSTRUCTS else system_turn(row) + messages
 
 
-def behind_system(row: Mapping[str, Any], prompt: Prompt) -> Prompt:
+def prompt_with_system(row: Mapping[str, Any], prompt: Prompt) -> Prompt:
     """A prompt preceded by the row's system prompt (a text becomes a user turn); unchanged if there is none."""
     if isinstance(prompt, tuple):
         return with_system(row, prompt)
@@ -431,12 +443,12 @@ def behind_system(row: Mapping[str, Any], prompt: Prompt) -> Prompt:
     return (*system, Message("user", prompt)) if system else prompt
 
 
-def asked(question: str) -> tuple[Message, ...]:
+def as_user_turn(question: str) -> tuple[Message, ...]:
     """A question as a user turn."""
     return (Message("user", question),)
 
 
-def continued(row: Mapping[str, Any], before: tuple[Message, ...]) -> tuple[Message, ...]:
+def join_prompt(row: Mapping[str, Any], before: tuple[Message, ...]) -> tuple[Message, ...]:
     """All turns before an answer: those of the prompt, then those before it in its own column, without repetition.
 
     Raises:
@@ -462,14 +474,14 @@ def prompt(row: Mapping[str, Any], name: str = "prompt") -> Prompt:
     return messages(row, name) if isinstance(row.get(name), list) else text(row, name)
 
 
-def text_alone(row: Mapping[str, Any]) -> None:
+def reject_media(row: Mapping[str, Any]) -> None:
     """Reject rows with images, audio or video.
 
     Raises:
         RowError: such a column is not empty.
     """
     for name in ("images", "videos", "audios", "image", "video", "audio"):
-        if holds_something(row.get(name)):
+        if is_nonempty(row.get(name)):
             raise RowError(f'"{name}" is not empty', PICTURES if name.startswith("image") else OTHER_MEDIA)
 
 
@@ -479,14 +491,14 @@ PICTURES = (
 OTHER_MEDIA = "penchant reads text, and pictures beside it; drop the row"
 
 
-def missing(value: Any) -> bool:
+def is_missing(value: Any) -> bool:
     """Whether a cell is null, NaN, white space, or a table's marker for a missing value."""
     return (
         value is None or value != value or isinstance(value, Missing) or (isinstance(value, str) and not value.strip())
     )
 
 
-def holds_something(value: Any) -> bool:
+def is_nonempty(value: Any) -> bool:
     """Whether a cell is not empty; texts such as "[]" and "null" count as empty."""
     if isinstance(value, str):
         return value.strip() not in ("", "[]", "{}", "null", "None", "nan") and not isinstance(value, Missing)

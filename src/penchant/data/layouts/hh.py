@@ -7,13 +7,13 @@ import re
 from penchant.data.layouts import fields
 from penchant.data.layouts.fields import RowError
 from penchant.data.layouts.layout import Fields, layout
-from penchant.data.layouts.plain import pair, transcripts
+from penchant.data.layouts.plain import are_transcripts, pair
 from penchant.types import Message, PromptTree
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
-@layout("hh", check=transcripts)
+@layout("hh", check=are_transcripts)
 def from_hh(row: Fields) -> PromptTree:
     """hh-rlhf: two whole transcripts, split at the last assistant turn; the turns before it must be equal in both."""
     before_chosen, chosen = _transcript(fields.text(row, "chosen"), "chosen")

@@ -61,7 +61,7 @@ class Option:
         return " ".join(filter(None, (low, high))) or "(any)"
 
 
-class _Watched(dict[str, Any]):
+class _TrackedRow(dict[str, Any]):
     """A row that records which of its columns are read."""
 
     def __init__(self, row: Fields) -> None:
@@ -77,17 +77,17 @@ class _Watched(dict[str, Any]):
         return super().get(name, default)
 
 
-Turn = tuple[str, str, _Watched]  # its place, its role, and the turn, which records what is read of it
+Turn = tuple[str, str, _TrackedRow]  # its place, its role, and the turn, which records what is read of it
 
 
-def _watched(value: Any, place: str, turns: list[Turn]) -> Any:
-    """Wrap a value's turns and their content parts, in lists of any depth, in `_Watched` rows and add them to `turns`."""
+def _track(value: Any, place: str, turns: list[Turn]) -> Any:
+    """Wrap a value's turns and their content parts, in lists of any depth, in `_TrackedRow` rows and add them to `turns`."""
     if isinstance(value, (list, tuple)):
-        return [_watched(v, f"{place}[]", turns) for v in value]
+        return [_track(v, f"{place}[]", turns) for v in value]
     role = next((r for n in ("role", "from") if isinstance(value, Mapping) and isinstance(r := value.get(n), str)), "")
     if not role and not (isinstance(value, Mapping) and place.endswith(".content[]")):
         return value
-    turn = _Watched({n: _watched(v, f"{place}.{n}", turns) if n == "content" else v for n, v in value.items()})
+    turn = _TrackedRow({n: _track(v, f"{place}.{n}", turns) if n == "content" else v for n, v in value.items()})
     turns.append((place, role, turn))
     return turn
 
@@ -101,7 +101,7 @@ def _unused_of_turns(turns: Iterable[Turn]) -> list[str]:
             continue  # its column is not used
         used.setdefault((place, role), set()).update(turn.used)
         for name, value in dict.items(turn):
-            if fields.holds_something(value):
+            if fields.is_nonempty(value):
                 there.setdefault((place, name), {})[role] = None
     found = []
     for (place, name), roles in there.items():
@@ -111,8 +111,8 @@ def _unused_of_turns(turns: Iterable[Turn]) -> list[str]:
     return found
 
 
-class Handed(_Watched):
-    """A `_Watched` row for a user's own converter; iterating over it or copying it counts as reading every column."""
+class UserRow(_TrackedRow):
+    """A `_TrackedRow` row for a user's own converter; iterating over it or copying it counts as reading every column."""
 
     def _all(self) -> None:
         self.used.update(dict.keys(self))
@@ -192,12 +192,12 @@ class Layout:
         """
         ours = self.name in LAYOUTS
         if ours:
-            fields.text_alone(row)
-            fields.no_written_messages(row)
+            fields.reject_media(row)
+            fields.reject_unparsed_messages(row)
             if self.kind == "sft":
-                fields.not_judged(row)
+                fields.reject_rated(row)
             if options.get("turns", "last") not in ("every", "all"):
-                fields.learned(row)
+                fields.leave_out_untrained(row)
         made = self.turn(row, {n: options.get(n, o.default) for n, o in self.options.items()})
         trees = made if isinstance(made, tuple) else (made,)
         if not ours:
@@ -209,7 +209,7 @@ class Layout:
                     '"tools" or "chat_template_kwargs" is set, but plain text has no chat template', "take them out"
                 )
             return trees
-        prompts = [fields.behind_system(row, t.prompt) for t in trees]
+        prompts = [fields.prompt_with_system(row, t.prompt) for t in trees]
         if not tools and not told and all(p is t.prompt for p, t in zip(prompts, trees, strict=True)):
             return trees
         return tuple(
@@ -224,7 +224,7 @@ class Layout:
         ours = self.name in LAYOUTS
         for given in rows:
             found: list[Turn] = []
-            row = _Watched({n: _watched(v, str(n), found) for n, v in given.items()}) if ours else Handed(given)
+            row = _TrackedRow({n: _track(v, str(n), found) for n, v in given.items()}) if ours else UserRow(given)
             try:
                 if self.group is None:
                     self.convert(row, options)
@@ -232,7 +232,7 @@ class Layout:
                 continue
             used |= row.used
             turns += found
-            there |= dict.fromkeys(name for name, value in given.items() if fields.holds_something(value))
+            there |= dict.fromkeys(name for name, value in given.items() if fields.is_nonempty(value))
         return [c for c in there if c not in used] + _unused_of_turns(turns)
 
     def fits(self, row: Fields) -> bool:

@@ -46,7 +46,7 @@ def oasst(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
     """A prompt tree for each prompt of a message tree that has the answers that `use` asks for."""
     found = tuple(
         tree
-        for path, replies in _questions(fields.mapping(row, "prompt"))
+        for path, replies in _prompts_with_replies(fields.mapping(row, "prompt"))
         for tree in _USES[options["use"]](path, replies)
     )
     if not found:
@@ -54,7 +54,7 @@ def oasst(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
     return found
 
 
-def _questions(root: Mapping[str, Any]) -> Iterator[tuple[tuple[Message, ...], list[Mapping[str, Any]]]]:
+def _prompts_with_replies(root: Mapping[str, Any]) -> Iterator[tuple[tuple[Message, ...], list[Mapping[str, Any]]]]:
     """Each prompt of a tree: the messages up to it, and the replies to it that are not deleted. Iterative, for deep trees."""
     waiting: list[tuple[tuple[Message, ...], Mapping[str, Any]]] = [((), root)]
     while waiting:
@@ -101,7 +101,7 @@ def _best_worst(path: tuple[Message, ...], replies: Sequence[Mapping[str, Any]])
     return [_pair(path, ranked[0], ranked[-1])] if ranked and ranked[0][0] < ranked[-1][0] else []
 
 
-def _neighbours(path: tuple[Message, ...], replies: Sequence[Mapping[str, Any]]) -> list[PromptTree]:
+def _adjacent_pairs(path: tuple[Message, ...], replies: Sequence[Mapping[str, Any]]) -> list[PromptTree]:
     return [_pair(path, a, b) for a, b in pairwise(_ranked(replies)) if a[0] < b[0]]
 
 
@@ -119,6 +119,6 @@ def _best(path: tuple[Message, ...], replies: Sequence[Mapping[str, Any]]) -> li
     return [PromptTree(path, (Completion(best),))] if best is not None else []
 
 
-_USES: dict[str, Any] = {"pairs": _best_worst, "neighbours": _neighbours, "scored": _scored, "sft": _best}
+_USES: dict[str, Any] = {"pairs": _best_worst, "neighbours": _adjacent_pairs, "scored": _scored, "sft": _best}
 _UNRANKED = "a message tree without two ranked answers to one prompt"
 _NOTHING = {"pairs": _UNRANKED, "neighbours": _UNRANKED, "scored": _UNRANKED, "sft": "a message tree without an answer"}

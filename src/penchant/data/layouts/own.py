@@ -10,7 +10,7 @@ from typing import Any
 
 from penchant.base.functions import own_sha256, python_function
 from penchant.data.layouts.fields import LeftOut, RowError
-from penchant.data.layouts.layout import LAYOUTS, Fields, Handed, Layout
+from penchant.data.layouts.layout import LAYOUTS, Fields, Layout, UserRow
 from penchant.errors import ConfigError
 from penchant.types import PromptTree
 
@@ -36,11 +36,11 @@ def own_layout(name: str, where: str = "data.shape") -> Layout:
     Raises:
         ConfigError: it does not exist, or fails the checks that Penchant's own layouts pass in the tests.
     """
-    return _checked(name, own_sha256(name), where)
+    return _load_checked(name, own_sha256(name), where)
 
 
 @lru_cache(maxsize=32)
-def _checked(name: str, sha256: str | None, where: str) -> Layout:
+def _load_checked(name: str, sha256: str | None, where: str) -> Layout:
     """`own_layout`, cached; `sha256` is part of the key so that an edited file is read again."""
     function = python_function(name, where, ())
     try:
@@ -75,14 +75,16 @@ def _layout_of(made: Any, name: str, where: str) -> Layout:
         raise ConfigError(where, f"{name}: its columns are {columns!r}", "give a tuple of names")
     if not isinstance(example, Mapping):
         raise ConfigError(where, f"{name} has no example", "set example to a row that it converts")
-    turn = _turn(convert, str(kind), Path(name.rpartition(":")[0]).name + ":" + name.rpartition(":")[2], columns or ())
+    turn = _converter(
+        convert, str(kind), Path(name.rpartition(":")[0]).name + ":" + name.rpartition(":")[2], columns or ()
+    )
     about = (type(made).__doc__ or "a layout of your own").strip().splitlines()[0].rstrip(".")
     return Layout(
         name, str(kind), tuple(columns or ()), turn, about, example, "a file of yours", shows="of your own layout"
     )
 
 
-def _turn(
+def _converter(
     convert: Callable[[Fields], Any], kind: str, short: str, columns: tuple[str, ...]
 ) -> Callable[[Fields, Fields], tuple[PromptTree, ...]]:
     def tree_of(item: Any) -> PromptTree:
@@ -101,7 +103,7 @@ def _turn(
         if missing:
             raise RowError(f"has no column {missing[0]!r}, which {short} needs", "fix the row, or map data.columns")
         try:
-            found = convert(row if isinstance(row, Handed) else dict(row))
+            found = convert(row if isinstance(row, UserRow) else dict(row))
         except RowError:
             raise
         except Exception as error:

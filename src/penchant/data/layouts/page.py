@@ -19,7 +19,7 @@ from penchant.data.load import (
     prompt_json,
     shown_path,
     stream_preferences,
-    told,
+    template_variables,
 )
 from penchant.types import PromptTree
 
@@ -94,7 +94,7 @@ def tree_json(tree: PromptTree) -> dict[str, Any]:
     for answer in answers:
         if "tool_calls" in answer:
             answer["tool_calls"] = json.loads(answer["tool_calls"])
-    return {"prompt": prompt_json(tree.prompt), "completions": answers, **told(tree)}
+    return {"prompt": prompt_json(tree.prompt), "completions": answers, **template_variables(tree)}
 
 
 def tree_lines(tree: PromptTree, longest: int = LONGEST) -> list[str]:
@@ -102,30 +102,30 @@ def tree_lines(tree: PromptTree, longest: int = LONGEST) -> list[str]:
     turns = (
         [("prompt", tree.prompt)]
         if isinstance(tree.prompt, str)
-        else [(m.role, _thought(m.reasoning) + m.said) for m in tree.prompt]
+        else [(m.role, _reasoning_note(m.reasoning) + m.said) for m in tree.prompt]
     )
-    turns = [*told(tree).items(), *turns]
-    lines = [line for name, said in turns for line in _named(name, said, longest)]
+    turns = [*template_variables(tree).items(), *turns]
+    lines = [line for name, said in turns for line in _labeled_lines(name, said, longest)]
     names = PAIR_NAMES if len(tree.completions) == 2 else NAMES
     for answer in tree.completions:
         score = "" if answer.score is None else f" ({answer.score:g})"
-        lines += _named(
-            f"-> {names[answer.label]}{score}", _thought(answer.reasoning) + answer_turn(answer).said, longest
+        lines += _labeled_lines(
+            f"-> {names[answer.label]}{score}", _reasoning_note(answer.reasoning) + answer_turn(answer).said, longest
         )
         for turn in answer.more:
             if turn.role == "assistant":
                 name = "-> answer" if turn.trained else "assistant (not learned)"
-                lines += _named(name, _thought(turn.reasoning) + turn.said, longest)
+                lines += _labeled_lines(name, _reasoning_note(turn.reasoning) + turn.said, longest)
             else:
-                lines += _named(turn.role, turn.said, longest)
+                lines += _labeled_lines(turn.role, turn.said, longest)
     return lines
 
 
-def _thought(reasoning: str) -> str:
+def _reasoning_note(reasoning: str) -> str:
     return f"[reasoning: {reasoning}] " if reasoning else ""
 
 
-def _named(name: str, said: Any, longest: int) -> list[str]:
+def _labeled_lines(name: str, said: Any, longest: int) -> list[str]:
     said = said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)
     cut = f" ... ({len(said):,} characters)" if len(said) > longest else ""
     first, *rest = [printable(line) for line in said[:longest].split("\n")]

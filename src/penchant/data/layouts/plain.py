@@ -36,27 +36,27 @@ def from_pairs(row: Fields) -> PromptTree:
     sides = fields.messages(row, "chosen"), fields.messages(row, "rejected")
     before_chosen, chosen = fields.split_last_answer(sides[0], "chosen")
     before_rejected, rejected = fields.split_last_answer(sides[1], "rejected")
-    fields.one_answer(before_chosen, "chosen")
-    fields.one_answer(before_rejected, "rejected")
+    fields.reject_consecutive_answers(before_chosen, "chosen")
+    fields.reject_consecutive_answers(before_rejected, "rejected")
     if before_chosen != before_rejected:
-        return _different_turns(row, sides)
-    return pair(fields.continued(row, before_chosen), chosen, rejected, row)
+        return _multi_turn_pair(row, sides)
+    return pair(fields.join_prompt(row, before_chosen), chosen, rejected, row)
 
 
-def _different_turns(row: Fields, sides: tuple[tuple[Message, ...], tuple[Message, ...]]) -> PromptTree:
+def _multi_turn_pair(row: Fields, sides: tuple[tuple[Message, ...], tuple[Message, ...]]) -> PromptTree:
     """A pair of conversations that differ in several turns; all answers are trained on from the first that differs."""
     at = next(i for i, (a, b) in enumerate(itertools.zip_longest(*sides)) if a != b)
     here = [turns[at] if at < len(turns) else None for turns in sides]
     if any(m is None or m.role != "assistant" for m in here):
         what = "the conversations before the two answers differ, first in what is said to the assistant"
         raise RowError(what, "both must answer the same prompt")
-    prompt = fields.continued(row, sides[0][:at]) if at else fields.prompt(row)
+    prompt = fields.join_prompt(row, sides[0][:at]) if at else fields.prompt(row)
     made = pair(prompt, sides[0][at], sides[1][at], row)
     each = []
     for name, answer, turns in zip(("chosen", "rejected"), made.completions, sides, strict=True):
         given = row[name]
         learned = [
-            m.role == "assistant" and (len(given) != len(turns) or fields.trained(given[i]))
+            m.role == "assistant" and (len(given) != len(turns) or fields.is_trained(given[i]))
             for i, m in enumerate(turns)
         ]
         if not (learned[at] and learned[-1]):
@@ -66,7 +66,7 @@ def _different_turns(row: Fields, sides: tuple[tuple[Message, ...], tuple[Messag
     return replace(made, completions=tuple(each))
 
 
-def transcripts(row: Fields) -> bool:
+def are_transcripts(row: Fields) -> bool:
     """Whether a row holds two whole transcripts as in hh-rlhf (see `hh`)."""
     chosen = row["chosen"]
     return "prompt" not in row and isinstance(chosen, str) and chosen.lstrip().startswith("Human:")
@@ -77,8 +77,8 @@ def _shares_start(row: Fields) -> bool:
     return (
         not asked & row.keys()
         and isinstance(row["chosen"], str)
-        and not transcripts(row)
-        and not any(_may_ask(name, value) for name, value in row.items())
+        and not are_transcripts(row)
+        and not any(_may_be_prompt(name, value) for name, value in row.items())
     )
 
 
@@ -90,7 +90,7 @@ _ABOUT = re.compile(
 )
 
 
-def _may_ask(name: str, value: object) -> bool:
+def _may_be_prompt(name: str, value: object) -> bool:
     """Whether a column beside two answers may be their prompt: any text that is neither a number nor metadata."""
     is_text = isinstance(value, str) and bool(value.strip()) and fields.finite(value) is None
     return is_text and not _ABOUT.fullmatch(name)
@@ -129,28 +129,29 @@ def from_sft(row: Fields) -> PromptTree:
         return from_alpaca(row)
     if isinstance(row.get("completion"), list):
         before, answer = fields.split_last_answer(fields.messages(row, "completion"), "completion")
-        return PromptTree(fields.continued(row, before), (fields.completion(answer),))
+        return PromptTree(fields.join_prompt(row, before), (fields.completion(answer),))
     return PromptTree(fields.prompt(row), (Completion(fields.text(row, "completion")),))
 
 
 def from_alpaca(row: Fields) -> PromptTree:
     """instruction (+ input, system, history) with output."""
-    return PromptTree(instructed(row), (Completion(fields.text(row, "output")),))
+    return PromptTree(instruction_prompt(row), (Completion(fields.text(row, "output")),))
 
 
 @layout("messages", check=lambda row: not {"chosen", "rejected", "rejected_response", "kto_tag", "label"} & row.keys())
 def messages(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
     """One conversation as its last answer, all its answers in one tree, or a tree for each answer (option `turns`)."""
     turns = conversation(row)
-    last = fields.answered(turns, conversation_name(row))  # also checks that the conversation ends with an answer
+    # also checks that the conversation ends with an answer
+    last = fields.last_answer_tree(turns, conversation_name(row))
     if options["turns"] == "last":
         return (last,)
     given = row[conversation_name(row)]
     skipped = len(turns) - len(given)  # the system prompt of a column
     for turn in given:
         if fields.as_message(turn, "a turn").role == "assistant":
-            fields.not_judged(turn, " of a turn")
-    trees = tuple(t for t in every_answer(turns) if fields.trained(given[len(t.prompt) - skipped]))
+            fields.reject_rated(turn, " of a turn")
+    trees = tuple(t for t in every_answer(turns) if fields.is_trained(given[len(t.prompt) - skipped]))
     if not trees:
         raise LeftOut("all its answers have weight 0: they are not to be learned", fields.NOTHING_WRONG)
     return trees if options["turns"] == "every" else (all_answers(turns, [len(t.prompt) for t in trees]),)
@@ -188,16 +189,16 @@ _SEVERAL = re.compile(
 )
 
 
-def several_answers(row: Fields) -> bool:
+def has_several_answers(row: Fields) -> bool:
     """Whether a row of no known layout has a prompt and several answers to it, or a ranking of them."""
     return "prompt" in row and any(_SEVERAL.fullmatch(n) and v not in (None, "", []) for n, v in row.items())
 
 
-def _asks_alone(row: Fields) -> bool:
-    return not ANSWERS & row.keys() and isinstance(row["prompt"], (str, list)) and not several_answers(row)
+def _is_prompt_only(row: Fields) -> bool:
+    return not ANSWERS & row.keys() and isinstance(row["prompt"], (str, list)) and not has_several_answers(row)
 
 
-@layout("prompts", check=_asks_alone)
+@layout("prompts", check=_is_prompt_only)
 def from_prompts(row: Fields) -> PromptTree:
     """A prompt alone, for online methods that sample their own completions."""
     return PromptTree(fields.prompt(row), ())
@@ -209,11 +210,11 @@ def from_text(row: Fields) -> PromptTree:
     return PromptTree("", (Completion(fields.text(row, "text")),))
 
 
-def instructed(row: Fields) -> Prompt:
+def instruction_prompt(row: Fields) -> Prompt:
     """instruction (+ input) as text, or as messages if there is a history of [question, answer] pairs."""
     instruction = fields.text(row, "instruction")
     extra = row.get("input")
-    question = f"{instruction}\n\n{extra}" if isinstance(extra, str) and not fields.missing(extra) else instruction
+    question = f"{instruction}\n\n{extra}" if isinstance(extra, str) and not fields.is_missing(extra) else instruction
     turns = _history(row)
     return (*turns, Message("user", question)) if turns else question
 
@@ -233,7 +234,7 @@ def _history(row: Fields) -> tuple[Message, ...]:
 @layout("unpaired")
 def from_unpaired(row: Fields) -> PromptTree:
     """prompt/completion with a label: one answer, good or bad."""
-    return judged(from_sft(row), label=fields.label(row, "label"))
+    return with_feedback(from_sft(row), label=fields.label(row, "label"))
 
 
 @layout("scored")
@@ -242,10 +243,10 @@ def from_scored(row: Fields) -> PromptTree:
     if row.get("score") is None:
         raise RowError('"score" is missing', "give a number, higher is better")
     score = fields.number(row, "score")
-    return judged(from_sft(row), score=score)
+    return with_feedback(from_sft(row), score=score)
 
 
-def judged(tree: PromptTree, label: bool | None = None, score: float | None = None) -> PromptTree:
+def with_feedback(tree: PromptTree, label: bool | None = None, score: float | None = None) -> PromptTree:
     """A tree of one answer with its label and score set."""
     return replace(tree, completions=(replace(tree.completions[0], label=label, score=score),))
 

@@ -19,7 +19,7 @@ _GENERATION = re.compile(r"generations-(\d+)")
 RATE = "rate it, or drop the row"
 
 
-def ranked(prompt: Prompt, answers: Sequence[tuple[str, float]]) -> PromptTree:
+def ranked_tree(prompt: Prompt, answers: Sequence[tuple[str, float]]) -> PromptTree:
     """One prompt with all its answers, best first, so that SFT learns the best one."""
     best_first = sorted(answers, key=lambda a: -a[1])
     return PromptTree(prompt, tuple(Completion(text, score=score) for text, score in best_first))
@@ -38,7 +38,7 @@ def ultrafeedback(row: Fields, options: Fields) -> PromptTree:
             raise RowError(f"{what} is not an object", 'write {"response": "...", "annotations": {...}}')
         text = fields.as_text(answer.get("response"), f'the "response" of {what}')
         answers.append((text, _rating(answer, options, what)))
-    return ranked((Message("user", fields.text(row, "instruction")),), answers)
+    return ranked_tree((Message("user", fields.text(row, "instruction")),), answers)
 
 
 def _rating(answer: Mapping[str, Any], options: Fields, what: str) -> float:
@@ -60,7 +60,7 @@ def _aspect(name: str) -> Any:
     return read
 
 
-def _fine(answer: Mapping[str, Any]) -> float | None:
+def _fine_grained_score(answer: Mapping[str, Any]) -> float | None:
     given = fields.finite(answer.get("fine-grained_score"))
     if given is not None:
         return given
@@ -69,7 +69,7 @@ def _fine(answer: Mapping[str, Any]) -> float | None:
 
 
 _RATINGS: dict[str, Any] = {
-    "fine": _fine,
+    "fine": _fine_grained_score,
     "overall": lambda answer: fields.finite(answer.get("overall_score")),
     **{a: _aspect(a) for a in ASPECTS},
 }
@@ -80,7 +80,7 @@ def binarized(row: Fields, options: Fields) -> PromptTree:
     """A pair, or the conversation of the messages column (option `use`)."""
     if options["use"] == "pairs":
         return from_pairs(row)
-    return fields.answered(fields.messages(row, "messages"), "messages")
+    return fields.last_answer_tree(fields.messages(row, "messages"), "messages")
 
 
 # ---- HelpSteer ----
@@ -155,8 +155,8 @@ def distilabel(row: Fields) -> PromptTree:
             raise RowError(f'"ratings"[{i}] is {fields.shown(rating)!r}', RATE)
         answers.append((fields.as_text(text, f'"generations"[{i}]'), score))
     if fields.holds_list(row, "messages", "role"):
-        return ranked(fields.messages(row, "messages"), answers)
-    return ranked(fields.asked(fields.text(row, "instruction")), answers)
+        return ranked_tree(fields.messages(row, "messages"), answers)
+    return ranked_tree(fields.as_user_turn(fields.text(row, "instruction")), answers)
 
 
 @layout("ranked", check=lambda row: any(isinstance(row.get(n), list) for n in ("scores", "ranks")))
@@ -172,7 +172,7 @@ def from_ranked(row: Fields) -> PromptTree:
             raise RowError(f'"{name}"[{i}] is {fields.shown(given[i])!r}', RATE)
     texts = [fields.as_text(text, f'"completions"[{i}]') for i, text in enumerate(answers)]
     sign = 1.0 if name == "scores" else -1.0
-    return ranked(fields.prompt(row), [(t, sign * s) for t, s in zip(texts, scores, strict=True) if s is not None])
+    return ranked_tree(fields.prompt(row), [(t, sign * s) for t, s in zip(texts, scores, strict=True) if s is not None])
 
 
 @layout("argilla_ratings")
@@ -180,11 +180,11 @@ def argilla_ratings(row: Fields, options: Fields) -> PromptTree:
     """A record with generations-0, generations-1, ... and their ratings by people or a model."""
     names = sorted((n for n in row if _GENERATION.fullmatch(n) and row[n]), key=lambda n: int(n.split("-")[1]))
     answers = [(fields.text(row, n), _argilla_rating(row, f"{n}-rating", options["rated_by"])) for n in names]
-    return ranked(fields.asked(fields.text(row, "instruction")), answers)
+    return ranked_tree(fields.as_user_turn(fields.text(row, "instruction")), answers)
 
 
 def _argilla_rating(row: Fields, question: str, rated_by: str) -> float:
-    people = _submitted(row, question)
+    people = _mean_submitted(row, question)
     model = fields.finite(row.get(f"{question}.suggestion"))
     found = {"people": people, "model": model, "either": people if people is not None else model}[rated_by]
     if found is None:
@@ -195,7 +195,7 @@ def _argilla_rating(row: Fields, question: str, rated_by: str) -> float:
 _RATED_BY = {"people": "submitted response", "model": "suggestion", "either": "response and no suggestion"}
 
 
-def _submitted(row: Fields, question: str) -> float | None:
+def _mean_submitted(row: Fields, question: str) -> float | None:
     """The mean of the submitted responses; drafts and discarded ones do not count."""
     values, status = row.get(f"{question}.responses"), row.get(f"{question}.responses.status")
     if not isinstance(values, list):
@@ -212,22 +212,22 @@ def argilla_pairs(row: Fields) -> PromptTree:
     if "chosen_response" in row:
         question = fields.text(row, "instruction" if "instruction" in row else "prompt")
         chosen, rejected = fields.text(row, "chosen_response"), fields.text(row, "rejected_response")
-        return pair(fields.asked(question), chosen, rejected, row)
+        return pair(fields.as_user_turn(question), chosen, rejected, row)
     return from_pairs(row)
 
 
-def _asks_a_question(row: Fields) -> bool:
+def _has_question(row: Fields) -> bool:
     asks = "question" in row or "input" in row
     return asks and not {"prompt", "instruction"} & row.keys() and isinstance(row["chosen"], str)
 
 
-@layout("orca_pairs", check=_asks_a_question)
+@layout("orca_pairs", check=_has_question)
 def orca_pairs(row: Fields, options: Fields) -> PromptTree:
     """A question with a system prompt, a better and a worse answer."""
     if row.get("status") == "tie" and options["ties"] == "leave_out":
         raise LeftOut("a tie", f"{fields.NOTHING_WRONG}; keep it with data.layout_options.ties=keep")
     question = fields.text(row, "question" if "question" in row else "input")
-    return pair(fields.asked(question), fields.text(row, "chosen"), fields.text(row, "rejected"), row)
+    return pair(fields.as_user_turn(question), fields.text(row, "chosen"), fields.text(row, "rejected"), row)
 
 
 def _has_rating(row: Fields) -> bool:

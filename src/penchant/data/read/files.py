@@ -69,7 +69,7 @@ def kind_of(head: bytes) -> str:
     return next((kind for magic, kind in _MAGIC if head.startswith(magic)), "")
 
 
-def other(where: str, kind: str) -> DataError:
+def unreadable_error(where: str, kind: str) -> DataError:
     what, how = _OTHERS[kind]
     return DataError(where, what, how.replace("NAME", Path(where).name))
 
@@ -90,7 +90,7 @@ def find_files(path: str) -> list[Path] | None:
         if not ending(file.name):
             kind = file.suffix.lower()
             if kind in _OTHERS and kind != ".gz":
-                raise other(path, kind)
+                raise unreadable_error(path, kind)
             what = f'the ending "{file.suffix}" is not known'
             raise DataError(path, what, f"rename it to what it holds: {READABLE}")
         if there.st_size == 0:

@@ -29,13 +29,13 @@ def is_lines(source: Source) -> bool:
     """Whether a JSON file has one row per line."""
     start = b"".join(source.head.removeprefix(codecs.BOM_UTF8).split())[:2]
     lists = (b"[{", b"[]", b"[") if ending(source.name) != ".json" else start[:1] + start[1:2]
-    return not ((start[:1] == b"[" and start in lists) or (start[:1] == b"{" and _over_lines(source)))
+    return not ((start[:1] == b"[" and start in lists) or (start[:1] == b"{" and _spans_lines(source)))
 
 
-def _over_lines(source: Source) -> bool:
+def _spans_lines(source: Source) -> bool:
     """Whether a file that starts with an object is not JSONL: the object spans lines, or is the only one and holds a list of rows."""
     try:
-        texts = list(_few(source))
+        texts = list(_first_lines(source))
     except DataError:  # a line over the bound, which may be a list of many rows
         return _HAS_LIST.search(source.head.decode("utf-8", "replace")) is not None
     finally:
@@ -55,7 +55,7 @@ def _over_lines(source: Source) -> bool:
 _HAS_LIST = re.compile(rf'"({"|".join(LISTS)})"\s*:\s*\[\s*(\{{|$)')
 
 
-def _few(source: Source) -> Iterator[str | BadRow]:
+def _first_lines(source: Source) -> Iterator[str | BadRow]:
     """The first two lines that are not blank."""
     found = 0
     for _, text in source.texts():
@@ -105,7 +105,7 @@ class _Decoder:
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) < len(pairs):
-            self.odd = _twice(repeated(name for name, _ in pairs)[0])
+            self.odd = _duplicate_keys_message(repeated(name for name, _ in pairs)[0])
         return made
 
     def _integer(self, digits: str) -> int:
@@ -116,7 +116,7 @@ class _Decoder:
             return 0
 
 
-def _twice(key: str) -> tuple[str, str]:
+def _duplicate_keys_message(key: str) -> tuple[str, str]:
     return f'an object has the key "{printable(key[:100])}" twice', "keep one of them"
 
 
@@ -232,7 +232,7 @@ class _Values:
 
     def _object(self) -> Any:
         """Read an object: yield the rows of its list; return the object as a row if it has none, and its keys."""
-        line, listed = self._here(), ""
+        line, listed = self._line_number(), ""
         found: dict[str, Any] = {}
         columns: set[str] = set()
         held, odd, mark = 0, None, ""
@@ -247,7 +247,7 @@ class _Values:
             self._expect(":")
             if key in LISTS and self._peek() == "[" and self._starts_rows():
                 if listed:
-                    raise self._two(listed, key)
+                    raise self._two_lists_error(listed, key)
                 listed = key
                 for row in self._list():
                     columns = columns or set(row.values if isinstance(row, Row) else ())
@@ -259,19 +259,19 @@ class _Values:
             if held > self.bounds.bytes:
                 raise self.source.too_long(f"{self.name}:{line}", "the object")
             if key in found:
-                odd = _twice(key)
+                odd = _duplicate_keys_message(key)
             odd = odd or wrong
             found[key] = value
         self._at += 1
         for key, value in found.items() if listed else ():
             if _holds_rows(value) and (key in LISTS or columns & {k for r in value if isinstance(r, dict) for k in r}):
-                raise self._two(listed, key)
+                raise self._two_lists_error(listed, key)
         if listed:
             return None, []
         where = self._row_place(line)
         return (BadRow(where, *odd, str(found)[:SHOWN]) if odd else Row(where, found)), list(found)
 
-    def _two(self, first: str, second: str) -> DataError:
+    def _two_lists_error(self, first: str, second: str) -> DataError:
         what = f'holds two lists of rows, "{printable(first)}" and "{printable(second[:100])}"'
         return DataError(self.name, what, "write each to a file of its own, and name those that you mean")
 
@@ -279,7 +279,7 @@ class _Values:
         """Whether the list here starts with an object."""
         at = self._at
         while (here := _skip(self._held, at + 1)) >= len(self._held) and not self._ended:
-            self._more(CHUNK)
+            self._read_more(CHUNK)
             at = self._at
         return self._held[here : here + 1] == "{"
 
@@ -292,7 +292,7 @@ class _Values:
     def _value(self, what: str, row: bool = False) -> Any:
         """The value at this position, as a row or with what is wrong with it."""
         want = CHUNK
-        where = self._row_place(self._here()) if row else ""
+        where = self._row_place(self._line_number()) if row else ""
         while True:
             try:
                 value, end = self._decoder.read(self._held, self._at)
@@ -316,7 +316,7 @@ class _Values:
                 raise self.source.too_long(self._place(), what)
             if self._ended:
                 raise self._invalid(f"{what} is cut short or damaged")
-            self._more(want)
+            self._read_more(want)
             want *= 2
         at, self._at = self._at, end
         if deep:
@@ -333,9 +333,9 @@ class _Values:
         return f"{self.name}:{line} (row {self._number})" if same else f"{self.name}:{line}"
 
     def _place(self) -> str:
-        return f"{self.name}:{self._here()}"
+        return f"{self.name}:{self._line_number()}"
 
-    def _here(self) -> int:
+    def _line_number(self) -> int:
         self._line += self._held.count("\n", self._counted, self._at)
         self._counted = self._at
         return self._line
@@ -344,13 +344,13 @@ class _Values:
         """The next character that is not white space; empty at the end."""
         while (here := _skip(self._held, self._at)) >= len(self._held) and not self._ended:
             self._at = len(self._held)
-            self._more(CHUNK)
+            self._read_more(CHUNK)
         self._at = here
         return self._held[here : here + 1]
 
-    def _more(self, want: int) -> None:
+    def _read_more(self, want: int) -> None:
         """Read on, and drop the text that is done with."""
-        self._here()
+        self._line_number()
         parts, got = [self._held[self._at :]], 0
         self._forgotten += self._at
         self._at = self._counted = 0

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from pydantic import Field
 
 from penchant.base.section import Section
-from penchant.data.read.files import ending, kind_of, other
+from penchant.data.read.files import ending, kind_of, unreadable_error
 from penchant.errors import DataError
 
 CHUNK = 1 << 18  # bytes of a file read at a time, and of one request to the hub
@@ -111,10 +111,10 @@ class Source:
         self.rewind()
         kind = kind_of(self.head)
         if kind and not (kind == ".html" and ending(name) == ".txt"):
-            raise other(name, kind)
-        encoding = _wide(self.head)
+            raise unreadable_error(name, kind)
+        encoding = _wide_encoding(self.head)
         if encoding:
-            raise DataError(f"{name}:1", f"the file is {encoding}", _recode(name, encoding))
+            raise DataError(f"{name}:1", f"the file is {encoding}", _recode_advice(name, encoding))
 
     def rewind(self) -> None:
         """Go back to the start."""
@@ -198,7 +198,7 @@ def line_end(block: bytes) -> bytes:
     return b"\r" if b"\r" in block and b"\n" not in block else b"\n"
 
 
-def _wide(head: bytes) -> str:
+def _wide_encoding(head: bytes) -> str:
     """The UTF-16 or UTF-32 encoding that the first bytes are in; empty if they are in neither."""
     if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return "UTF-32"
@@ -229,19 +229,19 @@ def not_utf8(line: bytes, at: int, name: str) -> tuple[str, str]:
         around.decode("cp1252")
         encoding = "CP1252"  # what Windows writes; 0x80 is the euro sign there, and a control character in Latin-1
     except UnicodeDecodeError:
-        encoding = "GB18030" if _reads(around, "gb18030") else "LATIN1"
+        encoding = "GB18030" if _decodes(around, "gb18030") else "LATIN1"
     what = f"is not UTF-8 (byte 0x{line[at]:02x} at column {at + 1}; {encoding}?)"
-    return what, _recode(name, encoding)
+    return what, _recode_advice(name, encoding)
 
 
-def _reads(line: bytes, encoding: str) -> bool:
+def _decodes(line: bytes, encoding: str) -> bool:
     try:
         return bool(line.decode(encoding))
     except UnicodeDecodeError:
         return False
 
 
-def _recode(name: str, encoding: str) -> str:
+def _recode_advice(name: str, encoding: str) -> str:
     return f"convert it: iconv -f {encoding} -t UTF-8 {Path(name).name} > utf8-{Path(name).name}"
 
 

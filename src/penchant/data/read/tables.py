@@ -79,10 +79,10 @@ def read_csv(source: Source) -> Rows:
             how = f"quote fields that hold the delimiter ({_NAMES[delimiter]})"
             yield BadRow(where, what, how, [f[:SHOWN] for f in fields[:100]])
         else:
-            yield Row(where, _marked(dict(zip(header, fields, strict=True)), IN_CSV))
+            yield Row(where, _mark_missing(dict(zip(header, fields, strict=True)), IN_CSV))
 
 
-def _marked(row: dict[str, Any], words: frozenset[str]) -> dict[str, Any]:
+def _mark_missing(row: dict[str, Any], words: frozenset[str]) -> dict[str, Any]:
     """The row, with cells that stand for a missing value as `Missing`."""
     for name, value in row.items():
         if isinstance(value, str) and len(value) < SHORT and value.strip() in words:
@@ -178,7 +178,7 @@ def _batch(batch: Any, name: str, number: int, pa: Any) -> Rows:
         rows = None
     for i in range(len(batch)):
         if rows is not None:
-            yield Row(f"{name}: row {number + i + 1}", _marked(rows[i], IN_PARQUET))
+            yield Row(f"{name}: row {number + i + 1}", _mark_missing(rows[i], IN_PARQUET))
             continue
         where, values = f"{name}: row {number + i + 1}", {}
         for column, cells in zip(batch.schema.names, batch.columns, strict=True):
@@ -189,7 +189,7 @@ def _batch(batch: Any, name: str, number: int, pa: Any) -> Rows:
                 yield BadRow(where, what, "fix or drop the column", {k: str(v)[:SHOWN] for k, v in values.items()})
                 break
         else:
-            yield Row(where, _marked(values, IN_PARQUET))
+            yield Row(where, _mark_missing(values, IN_PARQUET))
 
 
 def _cell(cell: Any, pa: Any) -> Any:
