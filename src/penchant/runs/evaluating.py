@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from penchant.algorithms.method import Parts
-from penchant.base.files import spared
+from penchant.base.files import optional_write
 from penchant.config import RunConfig
 from penchant.distributed.shard import whole_weights
 from penchant.distributed.world import current
@@ -167,7 +167,7 @@ class HeldOut:
             with start.off(), whole_weights(start.scorer):
                 written = fresh.write(start.scorer.model, 0)
         if self.keep and current().leads:
-            with spared(path, self.console.note):
+            with optional_write(path, self.console.note):
                 keep_start(path, fresh.asked, rows_of(written, self.rows.tokenizer))
         assert written.rewards is not None
         self.start_results[START_FILE] = written.rewards
@@ -227,7 +227,7 @@ class HeldOut:
         if self.keep and START_LOSSES not in self.start_results and before is not None:
             self.start_results[START_LOSSES] = before
             if current().leads and (self.step == 0 or not (path.is_file() and is_whole(path))):
-                with spared(path, self.console.note):
+                with optional_write(path, self.console.note):
                     keep(path, json.dumps({str(row): before[row] for row in sorted(before)}))
         return {} if self.step == 0 else loss_change(before or {}, losses, trees)
 
@@ -270,7 +270,7 @@ class HeldOut:
             return current().share(self._stored_start_rewards(asked))
         self.start_results[START_FILE] = rewards
         if self.keep and current().leads:
-            with spared(path, self.console.note):
+            with optional_write(path, self.console.note):
                 keep_start(path, asked, [{"reward": float(r)} for r in rewards])
         return rewards
 

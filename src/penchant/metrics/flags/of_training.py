@@ -176,16 +176,18 @@ def _displacement(run: RunView) -> Seen | None:
         f"From step {start:,} on chosen answers are less likely than {found.since}: by {number(-chosen.value)} nats per completion at step "
         f"{chosen.step:,}{interval(replace(chosen, value=-chosen.value))}{token}."
     )
-    spared = rejected is not None and rejected.value >= chosen.value
+    optional_write = rejected is not None and rejected.value >= chosen.value
     shown = [evidence("change of the log-prob of chosen answers, nats per completion", found.series)]
     if rejected is not None:
         moved = f"fell by {number(-rejected.value)}" if rejected.value < 0 else f"rose by {number(rejected.value)}"
         ending = (
-            ", no more than the chosen ones: what both lose goes to answers that nobody has seen." if spared else "."
+            ", no more than the chosen ones: what both lose goes to answers that nobody has seen."
+            if optional_write
+            else "."
         )
         sentence += f" Rejected answers {moved}{ending}"
         shown.append(evidence("the same for rejected answers, last", [rejected]))
-    strong = spared or rejected is None or (per_token is not None and per_token < -LARGE)
+    strong = optional_write or rejected is None or (per_token is not None and per_token < -LARGE)
     return Seen(sentence, tuple(shown), "warning" if strong else "note")
 
 
