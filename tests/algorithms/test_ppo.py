@@ -10,7 +10,7 @@ import torch
 from families import make_tree, tiny_model
 from steps import small_loop, step_gradient
 
-from penchant.algorithms.ppo import PPO, PPOConfig, _with
+from penchant.algorithms.ppo import PPO, PPOConfig, _update_moments
 from penchant.algorithms.rollouts import Group
 from penchant.data import packing
 from penchant.data.packing import pack
@@ -176,16 +176,16 @@ def test_adaptive_control_follows_its_target() -> None:
 def test_scores_are_normalized_by_their_running_deviation_and_clipped() -> None:
     ppo = made(normalise_scores=True, score_clip=1.0)
     first, second = torch.tensor([1.0, 3.0, 5.0], dtype=torch.float64), torch.tensor([-2.0, 8.0], dtype=torch.float64)
-    assert ppo._shaped(first).tolist() == pytest.approx([0.5, 1.0, 1.0])
+    assert ppo._shape_rewards(first).tolist() == pytest.approx([0.5, 1.0, 1.0])
     expected = (second / torch.cat([first, second]).std()).clamp(-1, 1)
-    assert ppo._shaped(second).tolist() == pytest.approx(expected.tolist())
+    assert ppo._shape_rewards(second).tolist() == pytest.approx(expected.tolist())
 
 
 def test_running_moments_equal_those_of_everything_at_once() -> None:
     parts = [torch.randn(n, dtype=torch.float64) for n in (3, 1, 7)]
     moments = torch.zeros(3, dtype=torch.float64)
     for p in parts:
-        moments = _with(moments, p)
+        moments = _update_moments(moments, p)
     everything = torch.cat(parts)
     squares = float((everything - everything.mean()).square().sum())
     assert moments.tolist() == pytest.approx([11, float(everything.mean()), squares])
@@ -249,7 +249,7 @@ def test_every_clip_changes_a_later_update(option: dict[str, Any]) -> None:
 
 
 def test_both_ends_of_a_reward_are_clipped() -> None:
-    assert made(score_clip=1.0)._shaped(torch.tensor([-3.0, -0.5, 0.5, 3.0])).tolist() == [-1.0, -0.5, 0.5, 1.0]
+    assert made(score_clip=1.0)._shape_rewards(torch.tensor([-3.0, -0.5, 0.5, 3.0])).tolist() == [-1.0, -0.5, 0.5, 1.0]
 
 
 def test_whitened_rewards_keep_their_mean() -> None:

@@ -15,7 +15,7 @@ from tiny import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from penchant.algorithms.grpo import GroupConfig, GroupPolicyGradient
-from penchant.algorithms.rollouts import Ahead, Group, OnPolicy, Writer
+from penchant.algorithms.rollouts import Group, OnPolicy, PendingRollouts, Writer
 from penchant.data.packing import pack
 from penchant.errors import RewardError
 from penchant.logprobs import Scorer
@@ -199,5 +199,5 @@ def test_a_batch_that_is_written_ahead_is_the_same_from_a_checkpoint() -> None:
     # an environment wrote the second token and part of the prompt
     spoke = Sample([1, 2, 3], [-0.5, 0.0, -0.25], True, [True, False, True], [7, 8])
     written = [[spoke, Sample([4], [-1.0], False)]]
-    again = Ahead.of_tensors(Ahead((3, (7,), 2), 5, lambda: written).tensors())
+    again = PendingRollouts.from_tensors(PendingRollouts((3, (7,), 2), 5, lambda: written).tensors())
     assert again is not None and (again.of, again.version, again.samples()) == ((3, (7,), 2), 5, written)

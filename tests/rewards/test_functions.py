@@ -313,7 +313,7 @@ def test_soft_overlong_punishment_is_dapos_formula() -> None:
     trees = [TokenTree(0, np.array([1], np.int32), tuple(np.zeros(n, np.int32) for n in lengths), (False,) * 6)]
     reward = load_reward({"overlong": {"max": 10, "cache": 4}})
     assert reward(["p"] * 6, ["x"] * 6, trees).tolist() == [0.0, 0.0, -0.5, -0.75, -1.0, -1.0]
-    with pytest.raises(RewardError, match="counts tokens"):
+    with pytest.raises(RewardError, match="token ids"):
         reward(["p"], ["x"])
 
 

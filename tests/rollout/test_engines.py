@@ -16,7 +16,7 @@ from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
 
 from penchant import api
 from penchant.errors import ConfigError, PenchantError, RolloutError
-from penchant.rollout.engines import Nonsense, make_engine, request_seed, samples_of, whole_weights_of
+from penchant.rollout.engines import InvalidReply, make_engine, parse_samples, request_seed, whole_weights_of
 from penchant.rollout.generate import Settings
 from penchant.rollout.options import RolloutConfig
 
@@ -305,12 +305,12 @@ WRONG: dict[str, Callable[[dict[str, Any]], Any]] = {
 @pytest.mark.parametrize("what", WRONG)
 def test_answers_are_looked_at_token_by_token(what: str) -> None:
     settings = Settings(2, 3, 1.0, 1.0, 0, frozenset([1]))
-    one, two = samples_of(right(), [5, 6], settings, 10)
+    one, two = parse_samples(right(), [5, 6], settings, 10)
     assert (one.ids, one.finished, two.ids, two.finished) == ([7, 1], True, [7, 8, 9], False)
     answer = right()
     WRONG[what](answer)
-    with pytest.raises(Nonsense, match=what):
-        samples_of(answer, [5, 6], settings, 10)
+    with pytest.raises(InvalidReply, match=what):
+        parse_samples(answer, [5, 6], settings, 10)
 
 
 # ---- weights, resume, batches written ahead ------------------------------------------------------------------------------

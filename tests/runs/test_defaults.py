@@ -228,10 +228,10 @@ def test_a_hub_that_was_gone_is_asked_again_after_a_while(monkeypatch: pytest.Mo
         with pytest.raises(ModelError, match="cannot be reached"):
             hub.check_hub("owner/gone")
     assert len(asked) == 2 and constants.HF_HUB_OFFLINE
-    hub.ask_again()
+    hub.reset_hub_state()
     assert not constants.HF_HUB_OFFLINE
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    hub.ask_again()  # set by the user, so it stays
+    hub.reset_hub_state()  # set by the user, so it stays
     assert constants.HF_HUB_OFFLINE
 
 

@@ -40,14 +40,14 @@ def find_algorithm(name: str, where: str = "algorithm.name") -> type[AlgorithmCo
         ConfigError: no such file or class, or a class that is not an `AlgorithmConfig`. ValueError: no such algorithm.
     """
     if is_own(name):
-        return _own(name, own_sha256(name), where)
+        return _load_own_algorithm(name, own_sha256(name), where)
     if name not in ALGORITHMS:
         raise ValueError(f"name is {name!r}; {did_you_mean(name, ALGORITHMS)}")
     return ALGORITHMS[name]
 
 
 @functools.lru_cache(maxsize=16)
-def _own(name: str, sha256: str | None, where: str) -> type[AlgorithmConfig]:
+def _load_own_algorithm(name: str, sha256: str | None, where: str) -> type[AlgorithmConfig]:
     """Cached by file content: `sha256` is an argument so that an edited file is loaded again."""
     found = python_object(name, where, "class")
     if not inspect.isclass(found) or not issubclass(found, AlgorithmConfig):

@@ -10,7 +10,15 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from penchant.algorithms.method import Parts
-from penchant.algorithms.rollouts import Group, OnlineConfig, OnPolicy, kept, measured, reward_metrics_of, score_groups
+from penchant.algorithms.rollouts import (
+    Group,
+    OnlineConfig,
+    OnPolicy,
+    completion_masks,
+    measured,
+    rollout_reward_metrics,
+    score_groups,
+)
 from penchant.base.lazy import Tensor, lazy, torch
 from penchant.losses.policy_gradient import (
     LOG_RATIO_LIMIT,
@@ -82,11 +90,11 @@ class GroupConfig(OnlineConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _preset(cls, values: Any) -> Any:
+    def _apply_preset(cls, values: Any) -> Any:
         return {**PRESETS.get(str(values.get("name")), {}), **values} if isinstance(values, Mapping) else values
 
     @model_validator(mode="after")
-    def _an_estimator_that_fits(self) -> GroupConfig:
+    def _check_estimator(self) -> GroupConfig:
         if self.kl_in_reward and self.kl_estimator == "unbiased":
             raise ValueError("kl_estimator is unbiased, which corrects a gradient; in the reward take k1, k2 or k3")
         return self
@@ -175,32 +183,32 @@ class GroupPolicyGradient(OnPolicy):
             return groups
         used = {t.row for t in prompts}
         good = [g for g in groups if self.teaches(g)]
-        every = list(groups)
+        sampled = list(groups)
         for attempt in range(cfg.dynamic_sampling):
-            lacking = len(groups) - len(good)
+            missing = len(groups) - len(good)
             rng = np.random.default_rng([self.writer.seed, iteration, attempt, len(used)])
-            some = rng.permutation(len(self.pool))[: lacking + len(used)] if lacking else ()
-            others = [t for i in some if (t := self.pool[int(i)]).row not in used][:lacking]
+            candidates = rng.permutation(len(self.pool))[: missing + len(used)] if missing else ()
+            others = [t for i in candidates if (t := self.pool[int(i)]).row not in used][:missing]
             if not others:
                 break
-            more = self.writer.write(others, iteration)
+            replacements = self.writer.write(others, iteration)
             used |= {t.row for t in others}
-            every += more
-            good += [g for g in more if self.teaches(g)]
+            sampled += replacements
+            good += [g for g in replacements if self.teaches(g)]
         # if no group has a signal, keep the first ones: the step is empty, and its line reports the rollouts
         found = good or groups
         # metrics over everything sampled, as those of the kept prompts alone would misrepresent the policy
-        said = reward_metrics_of(every) | {"dynamic_sampling/kept": len(good) / len(every)}
-        return [replace(g, logged={**g.logged, **said}) for g in found]
+        metrics = rollout_reward_metrics(sampled) | {"dynamic_sampling/kept": len(good) / len(sampled)}
+        return [replace(g, logged={**g.logged, **metrics}) for g in found]
 
     def teaches(self, group: Group) -> bool:
         if not OnPolicy.teaches(self, group):
             return False
-        spoken = ~group.rewards.isnan()
-        if self.config.overlong_filter and not bool((spoken & ~torch.tensor(group.tree.truncated)).any()):
+        has_reward = ~group.rewards.isnan()
+        if self.config.overlong_filter and not bool((has_reward & ~torch.tensor(group.tree.truncated)).any()):
             return False
-        known = group.rewards[spoken]
-        return not self.config.dynamic_sampling or bool((known != known[0]).any())
+        rewards = group.rewards[has_reward]
+        return not self.config.dynamic_sampling or bool((rewards != rewards[0]).any())
 
     def rescored(self, groups: Sequence[Group]) -> bool:
         """True for several updates or `measured` rollouts; otherwise the update's own forward pass gives the same log-probs."""
@@ -223,7 +231,7 @@ class GroupPolicyGradient(OnPolicy):
         for g in groups:
             drift = g.extras["old"] - g.extras["ref"]
             g.extras["kl"] = _sums(drift, g).double()
-        keep = kept(groups, cfg.overlong_filter)
+        keep = completion_masks(groups, cfg.overlong_filter)
         if cfg.name == "reinforce_pp":
             self._normalize_over_the_batch(groups, keep)
         else:
@@ -234,8 +242,8 @@ class GroupPolicyGradient(OnPolicy):
             advantages = leave_one_out(rewards) if cfg.name == "rloo" else group_normalized(rewards, cfg.scale_rewards)
             for g, a in zip(groups, advantages, strict=True):
                 g.extras["advantages"] = a
-        for g, mine in zip(groups, keep or [], strict=False):
-            g.extras["keep"] = mine
+        for g, mask in zip(groups, keep or [], strict=False):
+            g.extras["keep"] = mask
 
     def _kl(self, group: Group) -> Tensor:
         """(R,) KL estimates for the tokens of a group at sampling time, in fp64."""
@@ -321,14 +329,14 @@ class GroupPolicyGradient(OnPolicy):
         if not cfg.kl_in_reward:
             losses = losses + cfg.kl_weight * self._kl_in_loss(s, k3)
         if cfg.name == "rloo":
-            return self._kept(s, logprobs.per_completion(losses, s.lengths), metrics)
+            return self._masked_output(s, logprobs.per_completion(losses, s.lengths), metrics)
         if cfg.loss_mean == "token":
             if s.keep is not None:
                 tokens = s.keep[s.completion_of]
                 losses = losses * tokens
             return LossOutput(losses, tokens, metrics)
         size = s.lengths if cfg.loss_mean == "sequence" else torch.full_like(s.lengths, cfg.max_new_tokens)
-        return self._kept(s, logprobs.per_completion(losses, s.lengths) / size, metrics)
+        return self._masked_output(s, logprobs.per_completion(losses, s.lengths) / size, metrics)
 
     def _surrogate(self, s: ScoredTokens, advantages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Losses, ratios and whether the clip is active, (R,) each."""
@@ -356,7 +364,7 @@ class GroupPolicyGradient(OnPolicy):
             return torch.exp((s.logps - s.old_logps).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)) * k3
         return divergences.kl_estimate(s.logps, s.ref_logps, how)
 
-    def _kept(self, s: ScoredTokens, losses: Tensor, metrics: Mapping[str, Any]) -> LossOutput:
+    def _masked_output(self, s: ScoredTokens, losses: Tensor, metrics: Mapping[str, Any]) -> LossOutput:
         return LossOutput(losses if s.keep is None else losses * s.keep, s.keep, metrics)
 
     def step_values(self) -> dict[str, float]:
@@ -364,7 +372,7 @@ class GroupPolicyGradient(OnPolicy):
         kl, old, ref = (torch.cat([g.extras[name] for g in groups]) for name in ("kl", "old", "ref"))
         k3 = divergences.kl_estimate(old, ref, "k3").sum() / len(kl)
         found = {"kl/policy_ref": float(kl.mean()), "kl/k3": float(k3)}
-        return reward_metrics_of(groups) | found | self.rollout_values()
+        return rollout_reward_metrics(groups) | found | self.rollout_values()
 
 
 def _lengths(group: Group) -> list[int]:

@@ -240,6 +240,6 @@ class AlgorithmConfig(Section, Method):
     name: str = Field(description="an algorithm's name, or path.py:Class")
 
     @model_validator(mode="after")
-    def _nothing_in_vain(self) -> AlgorithmConfig:
+    def _check_idle(self) -> AlgorithmConfig:
         refuse_idle(self, {key: why for key, why in self.idle.items() if "." not in key})
         return self

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from penchant.algorithms.method import Parts, Rollouts
 from penchant.algorithms.offline import Component, Offline
-from penchant.algorithms.rollouts import Group, OnlineConfig, Writer, reward_metrics_of
+from penchant.algorithms.rollouts import Group, OnlineConfig, Writer, rollout_reward_metrics
 from penchant.losses import LOSSES
 from penchant.types import TokenTree
 
@@ -27,7 +27,7 @@ class OnlineDPOConfig(OnlineConfig):
     least_samples: ClassVar[int] = 2
 
     @model_validator(mode="after")
-    def _one_step_on_each_pair(self) -> OnlineDPOConfig:
+    def _check_updates(self) -> OnlineDPOConfig:
         if self.updates > 1:
             raise ValueError("online_dpo takes one step on each batch of rollouts; leave out epochs and minibatches")
         if self.kl_weight == 0:
@@ -75,7 +75,7 @@ class OnlineDPO(Offline):
 
     def step_values(self) -> dict[str, float]:
         used = sum(best_against_worst(g) is not None for g in self._groups)
-        return {**reward_metrics_of(self._groups), "pairs": float(used), **Offline.step_values(self)}
+        return {**rollout_reward_metrics(self._groups), "pairs": float(used), **Offline.step_values(self)}
 
 
 def best_against_worst(group: Group) -> TokenTree | None:

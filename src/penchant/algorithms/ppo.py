@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from penchant.algorithms.method import Parts
-from penchant.algorithms.rollouts import Group, OnlineConfig, OnPolicy, kept, reward_metrics_of, score_groups
+from penchant.algorithms.rollouts import (
+    Group,
+    OnlineConfig,
+    OnPolicy,
+    completion_masks,
+    rollout_reward_metrics,
+    score_groups,
+)
 from penchant.base.lazy import Tensor, lazy, torch
 from penchant.data.tokenize import same_tokens
 from penchant.errors import ConfigError
@@ -168,13 +175,13 @@ class PPO(OnPolicy):
     def prepare(self, groups: list[Group]) -> None:
         """Compute old log-probs and values with the training engine, token rewards, advantages and returns."""
         cfg = self.config
-        passes = [self._old_and_values, lambda batch: {"ref": self.reference.token_logps(batch)}]
+        passes = [self._old_logps_and_values, lambda batch: {"ref": self.reference.token_logps(batch)}]
         score_groups(groups, passes, self.scorer, self.tokens_per_step, self.side_by_side)
         lengths = torch.tensor([n for g in groups for n in g.tree.trained])
         old, ref, values = (torch.cat([g.extras[name] for g in groups]) for name in ("old", "ref", "values"))
         sizes = [sum(g.tree.trained) for g in groups]
-        known = None if (found := kept(groups)) is None else torch.cat(found) > 0  # of completions
-        scores = self._shaped(torch.cat([g.rewards for g in groups]), known).to(old.dtype)
+        known = None if (found := completion_masks(groups)) is None else torch.cat(found) > 0  # of completions
+        scores = self._shape_rewards(torch.cat([g.rewards for g in groups]), known).to(old.dtype)
         rewards = at_last_token(scores, lengths) - self.beta * divergences.kl_estimate(old, ref, cfg.kl_estimator)
         if cfg.whiten_rewards:
             rewards = whiten(rewards, keep_mean=True)
@@ -195,15 +202,15 @@ class PPO(OnPolicy):
             error = min(0.2, max(-0.2, kl / cfg.kl_target - 1.0))
             self.beta *= 1.0 + error * len(lengths) / cfg.kl_horizon
 
-    def _shaped(self, scores: Tensor, known: Tensor | None = None) -> Tensor:
+    def _shape_rewards(self, scores: Tensor, known: Tensor | None = None) -> Tensor:
         """Rewards divided by their running standard deviation and clipped to +- score_clip, if enabled; unknown ones are 0."""
         if known is not None:
             shaped = torch.zeros_like(scores)
             if bool(known.any()):
-                shaped[known] = self._shaped(scores[known])
+                shaped[known] = self._shape_rewards(scores[known])
             return shaped
         if self.config.normalise_scores:
-            self._moments = _with(self._moments, scores)
+            self._moments = _update_moments(self._moments, scores)
             count, _, squares = self._moments.tolist()
             if count > 1 and squares > 0:
                 scores = scores / (squares / (count - 1)) ** 0.5
@@ -221,7 +228,7 @@ class PPO(OnPolicy):
         own = None if batch.strand == POLICY else self.value_scorer.values(batch, self.value_head)
         return (None, own, None) if found is None else (found.tokens, own, found.entropy)
 
-    def _old_and_values(self, batch: PackedBatch) -> dict[str, Tensor]:
+    def _old_logps_and_values(self, batch: PackedBatch) -> dict[str, Tensor]:
         """Log-probs and values of the policy that sampled."""
         with references.LiveReference(self.scorer).at_rest():
             logps, values, _ = self._logps_and_values(batch)
@@ -295,7 +302,7 @@ class PPO(OnPolicy):
             "kl/policy_ref": float(divergences.kl_estimate(old, ref, "k1").sum() / count),
             "kl/k3": float(divergences.kl_estimate(old, ref, "k3").sum() / count),
         }
-        return reward_metrics_of(groups) | kl | {"beta": self.beta} | self.rollout_values()
+        return rollout_reward_metrics(groups) | kl | {"beta": self.beta} | self.rollout_values()
 
     def accepts(self, means: Mapping[str, float]) -> bool:
         """False beyond `ratio_limit`, where the rollouts no longer represent the current policy."""
@@ -312,7 +319,7 @@ class PPO(OnPolicy):
             self.beta, self._moments = float(tensors["beta"]), tensors["moments"].clone()
 
 
-def _with(moments: Tensor, new: Tensor) -> Tensor:
+def _update_moments(moments: Tensor, new: Tensor) -> Tensor:
     """Update (count, mean, sum of squared deviations) with new numbers (Chan's method)."""
     count, mean, squares = moments.tolist()
     n, m = len(new), float(new.mean())
@@ -342,7 +349,7 @@ def start_value(value: ValueModel, reward: RewardConfig, tokenizer: Any, *, dema
     why = "" if len(folders) == 1 else f"{len(folders)} of the rewards are reward models"
     if not why:
         ((name, folder),) = folders.items()
-        why = _start_there(value, str(folder), reward.terms[name], tokenizer)
+        why = _copy_weights(value, str(folder), reward.terms[name], tokenizer)
         if not why:
             return f"value model: starts as {name}"
     if demanded:
@@ -350,7 +357,7 @@ def start_value(value: ValueModel, reward: RewardConfig, tokenizer: Any, *, dema
     return f"value model: starts as the policy, its head from zero ({why})"
 
 
-def _start_there(value: ValueModel, folder: str, weight: float, tokenizer: Any) -> str:
+def _copy_weights(value: ValueModel, folder: str, weight: float, tokenizer: Any) -> str:
     """Copy the weights; return the reason if that is impossible, else an empty string."""
     from penchant.models.load import backbone_of, load_tokenizer
     from penchant.models.reward import head_of, is_encoder, load_model_config, load_reward_model

@@ -106,7 +106,7 @@ class OnlineConfig(SamplingConfig):
     least_samples: ClassVar[int] = 1  # 2 if completions of one prompt are compared with each other
 
     @model_validator(mode="after")
-    def _enough_samples_and_no_reward_for_drift(self) -> OnlineConfig:
+    def _check_samples_and_beta(self) -> OnlineConfig:
         if self.samples < self.least_samples:
             raise ValueError(
                 f"samples is {self.samples}; {self.name} judges completions of one prompt against each other: give "
@@ -231,7 +231,7 @@ class Group:
 
 
 @dataclass(slots=True)
-class Ahead:
+class PendingRollouts:
     """Completions that are being sampled for a later iteration.
 
     Args:
@@ -265,7 +265,7 @@ class Ahead:
         }
 
     @staticmethod
-    def of_tensors(tensors: Mapping[str, Tensor]) -> Ahead | None:
+    def from_tensors(tensors: Mapping[str, Tensor]) -> PendingRollouts | None:
         """The inverse of `tensors`; None if there are no completions in them."""
         from penchant.rollout.generate import Sample
 
@@ -283,7 +283,7 @@ class Ahead:
             for i, p, end, o, asked in zip(ids, logps, ended, own, prompts, strict=True)
         ]
         groups = [every[i : i + k] for i in range(0, len(every), k)]
-        return Ahead((iteration, tuple(tensors["ahead/rows"].tolist()), k), version, lambda: groups)
+        return PendingRollouts((iteration, tuple(tensors["ahead/rows"].tolist()), k), version, lambda: groups)
 
 
 @dataclass(slots=True)
@@ -310,7 +310,7 @@ class Writer:
     folder: Path = Path()
     version: int = 0
     stage: Stage | None = None
-    ahead: Ahead | None = field(default=None, init=False)
+    ahead: PendingRollouts | None = field(default=None, init=False)
     _sampler: Any = field(default=None, init=False)
 
     @property
@@ -324,7 +324,7 @@ class Writer:
             self._sampler = make_engine(self.rollout, self.model, self.folder, self.longest, whole)
         return self._sampler
 
-    def _asked_of(self, prompts: Sequence[TokenTree], iteration: int, k: int) -> tuple[Any, ...]:
+    def _engine_arguments(self, prompts: Sequence[TokenTree], iteration: int, k: int) -> tuple[Any, ...]:
         """Arguments for an engine, which depend only on seed, iteration and rows."""
         from penchant.data.templates import end_ids
         from penchant.rollout.generate import Settings
@@ -337,9 +337,9 @@ class Writer:
         seed = (self.seed * 1_000_003 + iteration) % 2**63
         return [t.prompt_ids.tolist() for t in prompts], settings, seed, [t.row for t in prompts]
 
-    def _sampled(self, prompts: Sequence[TokenTree], iteration: int, k: int) -> list[list[Sample]]:
+    def _sample(self, prompts: Sequence[TokenTree], iteration: int, k: int) -> list[list[Sample]]:
         """`k` completions of each prompt; conversations if there is an environment."""
-        asked, settings, seed, seeds = self._asked_of(prompts, iteration, k)
+        asked, settings, seed, seeds = self._engine_arguments(prompts, iteration, k)
 
         def draw(rows: Sequence[Sequence[int]], seeds: Sequence[int], rooms: Sequence[int]) -> list[Sample]:
             how = replace(settings, n=1, max_new_tokens=max(rooms), rooms=tuple(rooms))
@@ -350,7 +350,7 @@ class Writer:
             return self.sampler.sample(asked, settings, seed, seeds)  # type: ignore[no-any-return]
         return self.stage.play(prompts, k, settings.max_new_tokens, draw)
 
-    def _drawn(self, prompts: Sequence[TokenTree], iteration: int, k: int) -> tuple[list[list[Sample]], int]:
+    def _take_or_sample(self, prompts: Sequence[TokenTree], iteration: int, k: int) -> tuple[list[list[Sample]], int]:
         """Completions of each prompt, and the version of the weights that sampled them."""
         ahead, rows = self.ahead, tuple(t.row for t in prompts)
         if ahead is not None and ahead.of == (iteration, rows, k):
@@ -359,27 +359,27 @@ class Writer:
                 return found, ahead.version
         elif ahead is not None:
             ahead.samples()  # its weights must not change before it is done
-        return self._now(prompts, iteration, k), self.version
+        return self._sample_share(prompts, iteration, k), self.version
 
-    def _now(self, prompts: Sequence[TokenTree], iteration: int, k: int) -> list[list[Sample]]:
+    def _sample_share(self, prompts: Sequence[TokenTree], iteration: int, k: int) -> list[list[Sample]]:
         """Sample with the current weights, each process for its share of the prompts."""
         from penchant.distributed.shard import whole_weights
 
         world = current()
-        mine = [prompts[i] for i in range(world.rank, len(prompts), world.size)]
+        own_prompts = [prompts[i] for i in range(world.rank, len(prompts), world.size)]
         with whole_weights(None if self.rollout.elsewhere else self.engine):
-            written = self._insistently(mine, iteration, k)
+            written = self._sample_with_retries(own_prompts, iteration, k)
         return world.dealt(written, len(prompts))
 
-    def _insistently(self, prompts: Sequence[TokenTree], iteration: int, k: int) -> list[list[Sample]]:
+    def _sample_with_retries(self, prompts: Sequence[TokenTree], iteration: int, k: int) -> list[list[Sample]]:
         """Sample with the current weights; if an engine has lost them, they are sent again and the batch is retried."""
-        from penchant.rollout.engines import Forgotten
+        from penchant.rollout.engines import WeightsLost
 
         for _ in range(self.rollout.attempts):
             self.sampler.update(self.version)
             try:
-                found = self._sampled(prompts, iteration, k)
-            except Forgotten:
+                found = self._sample(prompts, iteration, k)
+            except WeightsLost:
                 continue
             return found
         what = f"lost the weights that it was sent, {self.rollout.attempts} times in a row"
@@ -387,24 +387,24 @@ class Writer:
 
     def begin(self, prompts: Sequence[TokenTree], iteration: int) -> None:
         """Start sampling a later iteration with the current weights; another engine does this in the background."""
-        from penchant.rollout.engines import Forgotten
+        from penchant.rollout.engines import WeightsLost
         from penchant.training.loop import in_background
 
         k = self.config.samples
-        of = iteration, tuple(t.row for t in prompts), k
+        key = iteration, tuple(t.row for t in prompts), k
         if not self.rollout.elsewhere:  # the policy itself samples, and its weights are about to change
-            found = self._now(prompts, iteration, k)
-            self.ahead = Ahead(of, self.version, lambda: found)
+            found = self._sample_share(prompts, iteration, k)
+            self.ahead = PendingRollouts(key, self.version, lambda: found)
             return
         self.sampler.update(self.version)
 
         def draw() -> list[list[Sample]] | None:
             try:
-                return self._sampled(prompts, iteration, k)
-            except Forgotten:  # weights lost here too: the batch is sampled with later ones
+                return self._sample(prompts, iteration, k)
+            except WeightsLost:  # weights lost here too: the batch is sampled with later ones
                 return None
 
-        self.ahead = Ahead(of, self.version, in_background(draw))
+        self.ahead = PendingRollouts(key, self.version, in_background(draw))
 
     def write(self, prompts: Sequence[TokenTree], iteration: int, samples: int | None = None) -> list[Group]:
         """Sample and score `samples` completions (default: the method's) per prompt; depends only on weights, seed and iteration.
@@ -419,31 +419,33 @@ class Writer:
         assert isinstance(cfg, OnlineConfig) and self.reward is not None
         k = samples or cfg.samples
         trees, logps, version = self.written(prompts, iteration, k)
-        asked = [self.tokenizer.decode(t.prompt_ids, skip_special_tokens=True) for t in prompts]
+        prompt_texts = [self.tokenizer.decode(t.prompt_ids, skip_special_tokens=True) for t in prompts]
         texts = [[self.tokenizer.decode(ids, skip_special_tokens=True) for ids in t.completion_ids] for t in trees]
         step = (
             iteration * cfg.updates if iteration != EVALUATION_ITERATION else 0
         )  # evaluations are not steps of the run
-        said = self.reward.judge([p for p in asked for _ in range(k)], [t for row in texts for t in row], trees, step)
-        ours = (
+        judgement = self.reward.judge(
+            [p for p in prompt_texts for _ in range(k)], [t for row in texts for t in row], trees, step
+        )
+        reserved = (
             METRICS.keys()
             | {"kind", "step", "skipped"}
-            | {f"rewards/{name}/{of}" for name in said.terms for of in REWARDS}
+            | {f"rewards/{name}/{of}" for name in judgement.terms for of in REWARDS}
         )
-        if taken := [n for n in said.metrics if n in ours]:
+        if taken := [n for n in judgement.metrics if n in reserved]:
             what = f'log_metric("{taken[0]}") would overwrite a metric of the run'
             raise RewardError("reward", what, "log another name")
-        rewards = torch.from_numpy(said.total).view(len(prompts), k)
-        terms = {name: torch.from_numpy(values).view(len(prompts), k) for name, values in said.terms.items()}
+        rewards = torch.from_numpy(judgement.total).view(len(prompts), k)
+        terms = {name: torch.from_numpy(values).view(len(prompts), k) for name, values in judgement.terms.items()}
         groups = []
         for i, (tree, sampled) in enumerate(zip(trees, logps, strict=True)):
             penalty = cfg.missing_eos_penalty * torch.tensor(tree.truncated, dtype=torch.float64)
-            own = {name: values[i] for name, values in terms.items()}
+            own_terms = {name: values[i] for name, values in terms.items()}
             extras = {"old": sampled, "sampled": sampled}
             if self.rollout.measured:
                 extras["version"] = torch.full((k,), float(version))
-            made = Group(tree, rewards[i] - penalty, tuple(texts[i]), extras, own, said.metrics)
-            groups.append(made)
+            group = Group(tree, rewards[i] - penalty, tuple(texts[i]), extras, own_terms, judgement.metrics)
+            groups.append(group)
         return groups
 
     def written(
@@ -452,7 +454,7 @@ class Writer:
         """Each prompt with `samples` completions, their tokens' log-probs (R,) at sampling time, and the version of the weights."""
         from penchant.rollout.environment import masked
 
-        rows, version = self._drawn(prompts, iteration, samples)
+        rows, version = self._take_or_sample(prompts, iteration, samples)
         trees = []
         for prompt, row in zip(prompts, rows, strict=True):
             ids = tuple(np.array(s.ids, np.int32) for s in row)
@@ -492,12 +494,12 @@ class OnPolicy(Algorithm):
             groups = self.written(trees, iteration)
             self.prepare(groups)
             if measured(groups):
-                self._compare(groups, step)
+                self._correct_and_check(groups, step)
             self.groups, self.iteration = groups, iteration
-        epoch, at = divmod(update, self.config.minibatches)
+        epoch, minibatch = divmod(update, self.config.minibatches)
         order = np.random.default_rng([self.writer.seed, iteration, epoch]).permutation(len(self.groups))
-        mine = sorted(np.array_split(order, self.config.minibatches)[at].tolist())
-        chosen = [g for i in mine if self.teaches(g := self.groups[i])]
+        selected = sorted(np.array_split(order, self.config.minibatches)[minibatch].tolist())
+        chosen = [g for i in selected if self.teaches(g := self.groups[i])]
         self._by_row = {g.tree.row: g for g in chosen}
         return [g.tree for g in chosen]
 
@@ -514,24 +516,24 @@ class OnPolicy(Algorithm):
         self.writer.version = step
         references.followed(self.reference, step)
 
-    def _compare(self, groups: Sequence[Group], step: int) -> None:
+    def _correct_and_check(self, groups: Sequence[Group], step: int) -> None:
         """Compute importance weights, and check that an engine's log-probs match the policy's.
 
         Raises:
             RolloutError: they differ by more than `rollout.tolerance`, with the same weights and unrestricted sampling.
         """
-        how, cfg = self.writer.rollout, self.config
-        whole = cfg.top_p == 1.0 and not cfg.top_k and not cfg.min_p and cfg.repetition_penalty == 1.0
-        away = mismatch_of(groups)["rollout/logp_mismatch"]
-        same = all(bool((g.extras["version"] == step).all()) for g in groups)
-        if how.elsewhere and whole and same and not away <= self.writer.sampler.tolerance:
+        rollout, cfg = self.writer.rollout, self.config
+        is_unrestricted = cfg.top_p == 1.0 and not cfg.top_k and not cfg.min_p and cfg.repetition_penalty == 1.0
+        mismatch = logp_mismatch(groups)["rollout/logp_mismatch"]
+        is_current = all(bool((g.extras["version"] == step).all()) for g in groups)
+        if rollout.elsewhere and is_unrestricted and is_current and not mismatch <= self.writer.sampler.tolerance:
             raise RolloutError(
                 self.writer.sampler.where,
-                f"the log-probs of what it wrote differ from the policy's by {away:.2g} nats a token on average "
+                f"the log-probs of what it wrote differ from the policy's by {mismatch:.2g} nats a token on average "
                 f"(rollout.tolerance: {self.writer.sampler.tolerance:g})",
                 "start it with --logprobs-mode processed_logprobs and the run's dtype; where that is bf16, raise rollout.tolerance",
             )
-        if how.correction == "none":
+        if rollout.correction == "none":
             return
         for g in groups:
             lengths = torch.tensor(g.tree.trained)
@@ -539,10 +541,10 @@ class OnPolicy(Algorithm):
                 g.extras["old"].double(),
                 g.extras["sampled"].double(),
                 lengths,
-                kind=how.correction,
-                level=how.correction_level,
-                low=how.correction_low,
-                high=how.correction_high,
+                kind=rollout.correction,
+                level=rollout.correction_level,
+                low=rollout.correction_low,
+                high=rollout.correction_high,
             )
 
     def importance(self, batch: PackedBatch, like: Tensor) -> Tensor | None:
@@ -554,7 +556,7 @@ class OnPolicy(Algorithm):
     def rollout_values(self) -> dict[str, float]:
         """Metrics of how far the log-probs at sampling time are from the policy's, and of the version of the sampling weights."""
         known = self.rescored(self.groups) and "sampled" in self.groups[0].extras  # an older checkpoint has none
-        found = mismatch_of(self.groups) if known else {}
+        found = logp_mismatch(self.groups) if known else {}
         if not measured(self.groups):
             return found
         versions = torch.cat([g.extras["version"] for g in self.groups])
@@ -582,7 +584,7 @@ class OnPolicy(Algorithm):
     def prepare(self, groups: list[Group]) -> None:
         """Prepare new rollouts for training: store advantages and other inputs of the loss as extras.
 
-        A completion without a reward (NaN) must not contribute to the update, see `kept`.
+        A completion without a reward (NaN) must not contribute to the update, see `completion_masks`.
         """
         raise NotImplementedError
 
@@ -606,7 +608,7 @@ class OnPolicy(Algorithm):
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         references.load_moved_state(self.reference, tensors)
-        if (ahead := Ahead.of_tensors(tensors)) is not None:
+        if (ahead := PendingRollouts.from_tensors(tensors)) is not None:
             self.writer.ahead = ahead
         if "iteration" in tensors:
             self.iteration = int(tensors["iteration"])
@@ -619,20 +621,20 @@ def measured(groups: Sequence[Group]) -> bool:
     return bool(groups) and "version" in groups[0].extras
 
 
-def mismatch_of(groups: Sequence[Group]) -> dict[str, float]:
+def logp_mismatch(groups: Sequence[Group]) -> dict[str, float]:
     """How far sampling log-probs (mu) are from the policy's (pi): mean and max ``|log pi - log mu|`` per token, KL(mu || pi) by k3."""
     from penchant.losses.divergences import kl_estimate
 
     old, sampled = (torch.cat([g.extras[name] for g in groups]).double() for name in ("old", "sampled"))
-    away = (old - sampled).abs()
+    differences = (old - sampled).abs()
     return {
-        "rollout/logp_mismatch": float(away.mean()),
-        "rollout/logp_mismatch_max": float(away.max()),
+        "rollout/logp_mismatch": float(differences.mean()),
+        "rollout/logp_mismatch_max": float(differences.max()),
         "rollout/kl_k3": float(kl_estimate(sampled, old, "k3").mean()),
     }
 
 
-def kept(groups: Sequence[Group], finished_only: bool = False) -> list[Tensor] | None:
+def completion_masks(groups: Sequence[Group], finished_only: bool = False) -> list[Tensor] | None:
     """(k,) of each group: 1 for completions that an update trains on, 0 for those without a reward; None if all are 1.
 
     Args:
@@ -655,11 +657,11 @@ def score_groups(
     trees = [g.tree for g in groups]
     device = place_of(scorer.model)
 
-    def all_of(batch: PackedBatch) -> dict[str, Tensor]:
-        return {name: values for of_batch in passes for name, values in of_batch(batch).items()}
+    def run_passes(batch: PackedBatch) -> dict[str, Tensor]:
+        return {name: values for run_pass in passes for name, values in run_pass(batch).items()}
 
-    made = run_passes(all_of, trees, tokens_per_step, shared=scorer.shared, device=device, lanes=lanes)
-    for members, found in made:
+    results = run_passes(run_passes, trees, tokens_per_step, shared=scorer.shared, device=device, lanes=lanes)
+    for members, found in results:
         sizes = [sum(trees[i].trained) for i in members]
         for name, values in found.items():
             for i, part in zip(members, values.cpu().split(sizes), strict=True):
@@ -667,35 +669,35 @@ def score_groups(
 
 
 def _spread(rewards: Tensor) -> Tensor:
-    """The standard deviation of the rewards that there are; NaN of fewer than two."""
+    """The standard deviation of the rewards that exist; NaN if there are fewer than two."""
     return rewards.std() if len(rewards) > 1 else rewards.new_tensor(torch.nan)
 
 
-def reward_metrics_of(groups: Sequence[Group]) -> dict[str, float]:
+def rollout_reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """Metrics of a step's rollouts: reward, its spread (within groups of several completions), length, share that ended."""
     rewards = torch.stack([g.rewards for g in groups])
     lengths = [n for g in groups for n in g.tree.trained]
-    several = rewards.shape[1] > 1
-    silent = float(torch.isnan(rewards).double().mean())
-    known = rewards[~rewards.isnan()]
-    found = {"reward": float(known.mean())}
-    if several:
-        spreads = rewards.std(1) if not silent else torch.stack([_spread(g[~g.isnan()]) for g in rewards])
+    is_group = rewards.shape[1] > 1
+    missing = float(torch.isnan(rewards).double().mean())
+    finite = rewards[~rewards.isnan()]
+    found = {"reward": float(finite.mean())}
+    if is_group:
+        spreads = rewards.std(1) if not missing else torch.stack([_spread(g[~g.isnan()]) for g in rewards])
         found["reward/std"] = float(spreads.nanmean())
         found["frac_reward_zero_std"] = float((spreads.nan_to_num() == 0).double().mean())
     else:
-        found["reward/std"] = float(known.std())
-    found |= {"reward/none": silent} if silent else {}
+        found["reward/std"] = float(finite.std())
+    found |= {"reward/none": missing} if missing else {}
     found |= {
         "completions/length": float(np.mean(lengths)),
         "completions/ended": 1.0 - float(np.mean([u for g in groups for u in g.tree.truncated])),
     }
     for name in sorted(groups[0].terms):  # in the order that a checkpoint restores
         values = torch.stack([g.terms[name] for g in groups])
-        known = values[~values.isnan()]
-        found |= {f"rewards/{name}/mean": float(known.mean()), f"rewards/{name}/std": float(known.std())}
-        if len(known) < values.numel():
-            found[f"rewards/{name}/none"] = 1.0 - len(known) / values.numel()
+        finite = values[~values.isnan()]
+        found |= {f"rewards/{name}/mean": float(finite.mean()), f"rewards/{name}/std": float(finite.std())}
+        if len(finite) < values.numel():
+            found[f"rewards/{name}/none"] = 1.0 - len(finite) / values.numel()
     found |= dict(sorted(groups[0].logged.items()))
     # NaN: one completion has no spread, none has no mean
     return {name: value for name, value in found.items() if value == value}
@@ -707,9 +709,9 @@ def pack_groups(groups: Sequence[Group]) -> dict[str, Tensor]:
     packed = {
         "rows": torch.tensor([g.tree.row for g in groups]),
         "prompt_lengths": torch.tensor([len(g.tree.prompt_ids) for g in groups]),
-        "prompts": _joined([g.tree.prompt_ids for g in groups]),
+        "prompts": _concatenate([g.tree.prompt_ids for g in groups]),
         "lengths": torch.tensor([[len(c) for c in g.tree.completion_ids] for g in groups]),
-        "completions": _joined([c for g in groups for c in g.tree.completion_ids]),
+        "completions": _concatenate([c for g in groups for c in g.tree.completion_ids]),
         "trained": torch.tensor([g.tree.trained for g in groups]),
         "unfinished": torch.tensor([g.tree.truncated for g in groups]),
         "rewards": torch.stack([g.rewards for g in groups]) if groups else torch.zeros(0, 0),
@@ -724,7 +726,7 @@ def pack_groups(groups: Sequence[Group]) -> dict[str, Tensor]:
     return packed
 
 
-def _joined(parts: Sequence[np.ndarray]) -> Tensor:
+def _concatenate(parts: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts)) if parts else torch.zeros(0, dtype=torch.int32)
 
 
@@ -744,8 +746,8 @@ def unpack_groups(packed: dict[str, Tensor]) -> list[Group]:
     groups = []
     for i, row in enumerate(packed["rows"].tolist()):
         ids = tuple(c.numpy() for c in completions[i * k : (i + 1) * k])
-        mine = tuple(m.numpy() for m in masks[i * k : (i + 1) * k])
-        tree = TokenTree(row, prompts[i].numpy(), ids, tuple(packed["unfinished"][i].tolist()), masks=mine)
-        own = {n.removeprefix("terms/"): v[i] for n, v in packed.items() if n.startswith("terms/")}
-        groups.append(Group(tree, packed["rewards"][i], (), {n: v[i] for n, v in extras.items()}, own, logged))
+        own_masks = tuple(m.numpy() for m in masks[i * k : (i + 1) * k])
+        tree = TokenTree(row, prompts[i].numpy(), ids, tuple(packed["unfinished"][i].tolist()), masks=own_masks)
+        own_terms = {n.removeprefix("terms/"): v[i] for n, v in packed.items() if n.startswith("terms/")}
+        groups.append(Group(tree, packed["rewards"][i], (), {n: v[i] for n, v in extras.items()}, own_terms, logged))
     return groups

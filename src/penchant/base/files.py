@@ -324,7 +324,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def spared(path: Path, say: Callable[[str], None]) -> Iterator[None]:
+def optional_write(path: Path, say: Callable[[str], None]) -> Iterator[None]:
     """For files that a run can do without: disk errors in the block are only noted."""
     try:
         with writing(path):

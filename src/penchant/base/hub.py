@@ -16,7 +16,7 @@ AGAIN = 60.0  # seconds after which an unreachable hub is tried again
 _gone_since: list[float] = []  # when the hub could not be reached, on the monotonic clock
 
 
-def ask_again() -> None:
+def reset_hub_state() -> None:
     """Let libraries use the hub again after it was unreachable; HF_HUB_OFFLINE in the environment still applies."""
     from huggingface_hub import constants
 
@@ -25,7 +25,7 @@ def ask_again() -> None:
         constants.HF_HUB_OFFLINE = False
 
 
-class NotReached(ModelError):
+class HubUnreachable(ModelError):
     """A hub id that is not in the local cache while the hub is unreachable."""
 
 
@@ -44,7 +44,7 @@ def check_hub(name: str, kind: Literal["model", "dataset"] = "model") -> None:
     asked = os.environ.get("HF_HUB_OFFLINE", "").upper() in constants.ENV_VARS_TRUE_VALUES
     why = "HF_HUB_OFFLINE is set" if asked else "the hub cannot be reached"
     if _gone_since and time.monotonic() - _gone_since[0] > AGAIN:
-        ask_again()
+        reset_hub_state()
     if not constants.HF_HUB_OFFLINE:
         try:
             HfApi().repo_info(name, repo_type=kind, timeout=SECONDS)
@@ -61,7 +61,7 @@ def check_hub(name: str, kind: Literal["model", "dataset"] = "model") -> None:
             constants.HF_HUB_OFFLINE = True
             _gone_since[:] = [time.monotonic()]
     if not cached and kind == "model":
-        raise NotReached(
+        raise HubUnreachable(
             name, f"is neither a folder here nor in the hub's cache, and {why}", "check the name, or give a folder"
         )
     if kind == "dataset" and not asked:  # only the datasets library knows what it has cached

@@ -121,7 +121,7 @@ def _send(pipe: IO[bytes], value: Any) -> None:
     pipe.flush()
 
 
-def _told(error: Exception) -> tuple[Any, ...]:
+def _picklable_error(error: Exception) -> tuple[Any, ...]:
     """An error in a picklable form."""
     if isinstance(error, PenchantError):
         return type(error), error.where, error.what, error.how
@@ -132,11 +132,11 @@ def _raise(told: tuple[Any, ...]) -> Any:
     raise told[0](*told[1:])
 
 
-def _tried(function: Callable[[T], R], task: T) -> tuple[bool, Any]:
+def _run_task(function: Callable[[T], R], task: T) -> tuple[bool, Any]:
     try:
         return True, function(task)
     except Exception as error:
-        return False, _told(error)
+        return False, _picklable_error(error)
 
 
 def _on_ray(function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
@@ -150,7 +150,7 @@ def _on_ray(function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
             ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False)
         except ConnectionError as error:
             raise ConfigError("workers", "no Ray cluster was found", "set RAY_ADDRESS, or start one") from error
-    tried = ray.remote(_tried)
+    tried = ray.remote(_run_task)
     most = AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))
     waiting: deque[Any] = deque()
 
@@ -176,7 +176,7 @@ def _serve() -> None:
             function, task = pickle.load(asked)
         except EOFError:
             return
-        _send(answers, _tried(function, task))
+        _send(answers, _run_task(function, task))
 
 
 if __name__ == "__main__":

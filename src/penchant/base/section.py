@@ -16,14 +16,14 @@ from penchant.base.machine import DEVICES, INDEXED
 SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
-def _a_place(given: str) -> str:
+def _parse_device(given: str) -> str:
     kind, colon, number = given.partition(":")
     if kind not in DEVICES or (colon and not (kind in INDEXED and re.fullmatch("0|[1-9][0-9]{0,2}", number))):
         raise ValueError(f"is {given!r}; give {', '.join(DEVICES)}, or one of several GPUs: cuda:1")
     return given
 
 
-Place = Annotated[str, AfterValidator(_a_place)]  # device of a model other than the trained one
+Place = Annotated[str, AfterValidator(_parse_device)]  # device of a model other than the trained one
 
 
 class Section(BaseModel):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from penchant.base.files import EXPORT, aside_of, sweep, writing
-from penchant.base.hub import ask_again
+from penchant.base.hub import reset_hub_state
 from penchant.base.text import told
 from penchant.errors import CheckpointError, ConfigError, ModelError
 from penchant.export.formats import FORMATS, Check, Format, compare_outputs, dtype_of
@@ -114,7 +114,7 @@ def push(folder: Path, repo: str, *, private: bool, message: str) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    ask_again()
+    reset_hub_state()
     api = HfApi(library_name="penchant")
     try:
         api.create_repo(repo, private=private, exist_ok=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from penchant.base.hub import NotReached
+from penchant.base.hub import HubUnreachable
 from penchant.base.text import counted
 from penchant.data.load import Dataset, load_preferences, reasons_of, unused_of
 from penchant.data.read import Row, named_files, read_rows
@@ -213,7 +213,7 @@ def look_at_model(path: str) -> ModelFacts:
     try:
         check_model_path(path)
         config = load_model_config(path)
-    except NotReached:
+    except HubUnreachable:
         return ModelFacts(path)
     encoder, limit = is_encoder(config, path), getattr(config, "max_position_embeddings", None)
     try:

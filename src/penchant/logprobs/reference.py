@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from penchant.base.files import spared, sweep, written_aside
+from penchant.base.files import optional_write, sweep, written_aside
 from penchant.base.machine import moved, place_of
 from penchant.data.mapped import StoredTokens, part_lengths, ranges
 from penchant.data.packing import run_passes
@@ -320,7 +320,7 @@ def cached_reference(
     if world.many:  # nobody waits for a lock while the others wait for him
         stored = computed()
         if world.leads:
-            with spared(path, say):
+            with optional_write(path, say):
                 folder.mkdir(parents=True, exist_ok=True)
                 _write_atomically(path, stored)
         return _by_row(trees, stored), False
@@ -336,7 +336,7 @@ def cached_reference(
             return _by_row(trees, stored), True
         stored = computed()
         sweep(folder, f"{path.name}-*")
-        with spared(path, say):
+        with optional_write(path, say):
             _write_atomically(path, stored)
     return _by_row(trees, stored), False
 

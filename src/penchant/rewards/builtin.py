@@ -183,7 +183,7 @@ class OverlongReward(Section):
     cache: int | None = Field(None, ge=1, description="tokens before max over which it grows; null: a fifth of max")
 
     @model_validator(mode="after")
-    def _cache_within(self) -> OverlongReward:
+    def _check_cache(self) -> OverlongReward:
         if self.cache is not None and self.cache > self.max:
             raise ValueError(f"cache is {self.cache}, beyond max ({self.max}); give at most that")
         return self
@@ -319,7 +319,7 @@ class RewardConfig(Section):
         if isinstance(value, str):
             return {"terms": {value: 1.0}, "single": True}
         if isinstance(value, list):
-            value = _listed(value)
+            value = _merge_list(value)
         if not isinstance(value, dict) or "terms" in value:
             return value
         terms: dict[str, float] = {}
@@ -342,7 +342,7 @@ class RewardConfig(Section):
         return {"terms": terms, **({"options": options} if options else {}), **settings}
 
     @model_validator(mode="after")
-    def _nothing_in_vain(self) -> RewardConfig:
+    def _check_idle(self) -> RewardConfig:
         if self.terms and not any(kind_of(name) is not None or is_own(name) for name in self.terms):
             refuse_idle(self, {"timeout": "on reward models, which take the time that they need; leave it out"})
         return self
@@ -360,7 +360,7 @@ class RewardConfig(Section):
         return terms | settings
 
 
-def _listed(value: Sequence[Any]) -> dict[str, Any]:
+def _merge_list(value: Sequence[Any]) -> dict[str, Any]:
     """Merge ``[accuracy, {words: -0.01}]`` into one mapping."""
     found: dict[str, Any] = {}
     for item in value:

@@ -45,7 +45,7 @@ OFFERED = ("prompts", "completions", "completion_ids", "trainer_state", "log_ext
 
 
 @dataclass(frozen=True, slots=True)
-class Takes:
+class Parameters:
     """The parameters of a reward function.
 
     Args:
@@ -68,7 +68,7 @@ class Takes:
         return self.rest or bool(self.names - set(OFFERED))
 
 
-def takes_of(function: Any, name: str) -> Takes:
+def parameters_of(function: Any, name: str) -> Parameters:
     """Read a function's parameters from its signature.
 
     Raises:
@@ -77,7 +77,7 @@ def takes_of(function: Any, name: str) -> Takes:
     try:
         given = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # C code
-        return Takes()
+        return Parameters()
     rest = any(p.kind is p.VAR_KEYWORD for p in given)
     keyword = [p for p in given if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     positional = [p for p in given if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -91,11 +91,11 @@ def takes_of(function: Any, name: str) -> Takes:
         first = {p.name for p in positional[:2]}
         keyword = [p for p in keyword if p.name not in first]
     required = tuple(p.name for p in keyword if p.default is p.empty)
-    return Takes(by_name, frozenset(p.name for p in keyword), required, rest)
+    return Parameters(by_name, frozenset(p.name for p in keyword), required, rest)
 
 
 @dataclass(slots=True)
-class Asked:
+class Batch:
     """The completions to score, one entry for each.
 
     Args:
@@ -113,7 +113,7 @@ class Asked:
     step: int
     metrics: dict[str, float] = field(default_factory=dict)
 
-    def arguments(self, takes: Takes, plain: bool, which: Sequence[int]) -> tuple[list[Any], dict[str, Any]]:
+    def arguments(self, takes: Parameters, plain: bool, which: Sequence[int]) -> tuple[list[Any], dict[str, Any]]:
         """The (positional, named) arguments of a call on some of the completions."""
         prompts: list[Any] = []
         completions: list[Any] = []
@@ -150,7 +150,7 @@ class RewardTerm:
     name: str
     function: RewardFunction
     weight: float = 1.0
-    takes: Takes = Takes()
+    takes: Parameters = Parameters()
     plain: bool = False
     label: str = ""
 
@@ -214,14 +214,14 @@ class Reward:
         """
         world = current()
         with world.together():
-            asked = self._asked(prompts, completions, trees, step)
+            batch = self._make_batch(prompts, completions, trees, step)
         mine = [term for term in self.terms if world.leads and not _is_model(term)]
         values: dict[str, np.ndarray] = {}
         with world.together(patient=True):
-            values |= {term.label or term.name: _values(term, asked, self.timeout) for term in mine}
-        said_by_functions, metrics = world.share((values, asked.metrics))
+            values |= {term.label or term.name: _values(term, batch, self.timeout) for term in mine}
+        said_by_functions, metrics = world.share((values, batch.metrics))
         with world.together(patient=True):
-            models = {t.label or t.name: _values(t, asked, self.timeout) for t in self.terms if _is_model(t)}
+            models = {t.label or t.name: _values(t, batch, self.timeout) for t in self.terms if _is_model(t)}
         values = {t.label or t.name: (said_by_functions | models)[t.label or t.name] for t in self.terms}
         weights = [term.weight for term in self.terms]
         total = np.zeros(len(completions))
@@ -231,9 +231,9 @@ class Reward:
             said |= ~np.isnan(found)
         return Judgement(np.where(said, total, np.nan), values, metrics)
 
-    def _asked(
+    def _make_batch(
         self, prompts: Sequence[str], completions: Sequence[str], trees: Sequence[TokenTree] | None, step: int
-    ) -> Asked:
+    ) -> Batch:
         n = len(completions)
         sources = [t.source for t in trees for _ in t.completion_ids] if trees is not None else [""] * n
         known = self.policy.rows if self.policy is not None else {}
@@ -247,36 +247,36 @@ class Reward:
         if names and several is not None:
             what = f"{several} stands for rows of several files, so the columns of its row are not known"
             raise RewardError("reward", what, "give the data files different names")
-        return Asked(prompts, completions, rows, sources, ids, columns, trees, step)
+        return Batch(prompts, completions, rows, sources, ids, columns, trees, step)
 
 
 def _is_model(term: RewardTerm) -> bool:
     return hasattr(term.function, "score_trees")
 
 
-def _values(term: RewardTerm, asked: Asked, timeout: float | None) -> np.ndarray:
-    n = len(asked.texts)
-    on_trees = getattr(term.function, "score_trees", None) if asked.trees is not None else None
-    lacking = [c for c in term.takes.columns if c not in asked.columns]
+def _values(term: RewardTerm, batch: Batch, timeout: float | None) -> np.ndarray:
+    n = len(batch.texts)
+    on_trees = getattr(term.function, "score_trees", None) if batch.trees is not None else None
+    lacking = [c for c in term.takes.columns if c not in batch.columns]
     if lacking and on_trees is None:
-        raise _no_column(term.name, lacking[0], asked.columns, RewardError)
-    if on_trees is None and asked.ids is None and "completion_ids" in term.takes.required:
+        raise _no_column(term.name, lacking[0], batch.columns, RewardError)
+    if on_trees is None and batch.ids is None and "completion_ids" in term.takes.required:
         what = "needs token ids, which are not available here"
         raise RewardError(f"reward {term.name}", what, "use it where a model writes: in training, eval or compare")
     try:
-        given = _call(term, asked, range(n), timeout) if on_trees is None else on_trees(asked.trees)
+        given = _call(term, batch, range(n), timeout) if on_trees is None else on_trees(batch.trees)
     except (Exception, SystemExit, TookTooLong) as error:  # sys.exit in a function must not end the run silently
         if isinstance(error, PenchantError):  # keep its message; there is no function to fix
             raise RewardError(f"reward {term.name}", error.what, error.how) from error
         asks_alone = on_trees is None and kind_of(term.name) not in ("judge", "http")
-        at = _first_to_blame(term, asked, timeout) if asks_alone else None
-        blamed = f" ({_named_completion(asked, at)})" if at is not None else ""
+        at = _first_failing(term, batch, timeout) if asks_alone else None
+        blamed = f" ({_named_completion(batch, at)})" if at is not None else ""
         if isinstance(error, TookTooLong):
             what = f"gave no answer within {timeout:g} seconds{blamed}"
             raise RewardError(f"reward {term.name}", what, "fix the function, or raise reward.timeout") from error
         how = "fix the function; it gets lists of prompts and completions and returns one number each"
         raise RewardError(f"reward {term.name}", f"{type(error).__name__}: {error}{blamed}", how) from error
-    values = _numbers(term.name, given, asked)
+    values = _numbers(term.name, given, batch)
     if values.shape != (n,):
         shape = (
             "" if values.ndim == 1 else f" (an array of shape {list(values.shape)})" if values.ndim else " (no list)"
@@ -291,13 +291,13 @@ def _values(term: RewardTerm, asked: Asked, timeout: float | None) -> np.ndarray
     if len(bad):
         at = int(bad[0])
         how = "return finite numbers (float32 holds them), or None where it says nothing of a completion"
-        raise RewardError(f"reward {term.name}", f"returned {values[at]} for {_named_completion(asked, at)}", how)
+        raise RewardError(f"reward {term.name}", f"returned {values[at]} for {_named_completion(batch, at)}", how)
     return values
 
 
-def _named_completion(asked: Asked, at: int) -> str:
-    row = f" of row {asked.sources[at]}" if asked.sources[at] else ""
-    return f"completion {at}{row}: {asked.texts[at][:60]!r}"
+def _named_completion(batch: Batch, at: int) -> str:
+    row = f" of row {batch.sources[at]}" if batch.sources[at] else ""
+    return f"completion {at}{row}: {batch.texts[at][:60]!r}"
 
 
 def _no_column(
@@ -313,18 +313,18 @@ def _no_column(
 # ---- one call ----
 
 
-def _call(term: RewardTerm, asked: Asked, which: Sequence[int], timeout: float | None) -> Any:
+def _call(term: RewardTerm, batch: Batch, which: Sequence[int], timeout: float | None) -> Any:
     """Call a function on some completions."""
-    positional, named = asked.arguments(term.takes, term.plain, which)
+    positional, named = batch.arguments(term.takes, term.plain, which)
 
     def call() -> Any:
         given = term.function(*positional, **named)
-        return _awaited(given) if inspect.isawaitable(given) else given
+        return _run_awaitable(given) if inspect.isawaitable(given) else given
 
     return guarded(call, timeout)
 
 
-def _awaited(given: Any) -> Any:
+def _run_awaitable(given: Any) -> Any:
     async def wait() -> Any:
         return await given
 
@@ -335,7 +335,7 @@ def _awaited(given: Any) -> Any:
     return in_thread(lambda: asyncio.run(wait()), None)  # a notebook already runs an event loop
 
 
-def _numbers(name: str, given: Any, asked: Asked) -> np.ndarray:
+def _numbers(name: str, given: Any, batch: Batch) -> np.ndarray:
     if given is None:
         raise RewardError(f"reward {name}", "returned None", "return a list of numbers")
     try:
@@ -347,8 +347,8 @@ def _numbers(name: str, given: Any, asked: Asked) -> np.ndarray:
     except Exception as error:  # converting the elements may raise anything
         what = f"returned {type(given).__name__} that holds no numbers"
         at = _first_without_number(given)
-        if at is not None and at < len(asked.texts):
-            what = f"returned {short(repr(given[at]), 60)} for {_named_completion(asked, at)}"
+        if at is not None and at < len(batch.texts):
+            what = f"returned {short(repr(given[at]), 60)} for {_named_completion(batch, at)}"
         raise RewardError(f"reward {name}", what, "return a list of numbers") from error
 
 
@@ -375,15 +375,15 @@ def _first_without_number(given: Any) -> int | None:
     return None
 
 
-def _first_to_blame(term: RewardTerm, asked: Asked, timeout: float | None) -> int | None:
+def _first_failing(term: RewardTerm, batch: Batch, timeout: float | None) -> int | None:
     """Index of the first completion that also fails alone, or None; the search takes no longer than the timeout."""
     ends = math.inf if timeout is None else time.monotonic() + timeout
-    for i in range(len(asked.texts)):
+    for i in range(len(batch.texts)):
         began = time.monotonic()
         if began >= ends:
             break
         try:
-            _call(term, asked, [i], None if timeout is None else ends - began)
+            _call(term, batch, [i], None if timeout is None else ends - began)
         except TookTooLong:  # if many are slow, the one in progress is not at fault
             return i if time.monotonic() - began > (timeout or 0.0) / 2 else None
         except (Exception, SystemExit):
@@ -411,9 +411,9 @@ def load_reward(spec: Any, policy: PolicyText | None = None, device: Any = "cpu"
     labels = labels_of(config.terms)
     terms = []
     for name, weight in config.terms.items():
-        function = _named(name, config, policy, device)
+        function = _load_term(name, config, policy, device)
         own = not hasattr(function, "score_trees")
-        takes = takes_of(function, name) if own else Takes()
+        takes = parameters_of(function, name) if own else Parameters()
         if own and policy is not None and policy.rows:
             for column in takes.columns:
                 if column not in policy.columns:
@@ -443,13 +443,13 @@ def reads_columns(spec: Any) -> bool:
     except ValidationError:
         return False  # loading it will report this
     return any(
-        takes_of(_named(name, config, None, "cpu"), name).reads_columns
+        parameters_of(_load_term(name, config, None, "cpu"), name).reads_columns
         for name in config.terms
         if is_own(name) or kind_of(name) is not None
     )
 
 
-def _named(name: str, config: RewardConfig, policy: PolicyText | None, device: Any) -> RewardFunction:
+def _load_term(name: str, config: RewardConfig, policy: PolicyText | None, device: Any) -> RewardFunction:
     if kind_of(name) is not None:
         return built_in(name, config.options.get(name))
     if is_own(name):
@@ -505,5 +505,5 @@ def _function(name: str) -> RewardFunction:
             + f"there are {', '.join(BUILT_IN)}, words:20-60, matches:REGEX, format:REGEX; or give path.py:function or a reward model's folder",
         )
     function = python_object(name, "reward")
-    takes_of(function, name)
+    parameters_of(function, name)
     return function  # type: ignore[no-any-return]

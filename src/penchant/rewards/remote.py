@@ -96,7 +96,7 @@ class Judge:
         """
         if self.group:
             return self._against_each_other(prompts, completions)
-        return self._asked([Question(p, c, "") for p, c in zip(prompts, completions, strict=True)])
+        return self._grades_of([Question(p, c, "") for p, c in zip(prompts, completions, strict=True)])
 
     def _against_each_other(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float | None]:
         members: dict[str, list[int]] = {}
@@ -105,7 +105,7 @@ class Judge:
         pairs = [
             (i, j) for group in members.values() for i, j in permutations(group, 2) if completions[i] != completions[j]
         ]
-        said = self._asked([Question(prompts[i], completions[i], completions[j]) for i, j in pairs])
+        said = self._grades_of([Question(prompts[i], completions[i], completions[j]) for i, j in pairs])
         for_first = dict(zip(pairs, said, strict=True))
         found: list[float | None] = []
         for i, prompt in enumerate(prompts):
@@ -122,7 +122,7 @@ class Judge:
             found.append(sum(wins) / len(wins) if wins else None)
         return found
 
-    def _asked(self, questions: Sequence[Question]) -> list[float | None]:
+    def _grades_of(self, questions: Sequence[Question]) -> list[float | None]:
         once = list(dict.fromkeys(questions))
         if not once:
             return []

@@ -49,7 +49,7 @@ class Engine(Protocol):
             seed: of the run and the batch; prompt_seeds: one per prompt. With a completion's index they determine its draws.
 
         Raises:
-            Forgotten: the engine no longer has those weights. RolloutError: no reply, or a wrong one.
+            WeightsLost: the engine no longer has those weights. RolloutError: no reply, or a wrong one.
         """
 
     def update(self, version: int) -> None:
@@ -63,7 +63,7 @@ class Engine(Protocol):
         """Release all resources."""
 
 
-class Forgotten(Exception):
+class WeightsLost(Exception):
     """An engine lost the weights that it was sent: it was restarted, or someone else has sent others."""
 
 
@@ -105,7 +105,7 @@ def request_seed(seed: int, prompt_seed: int) -> int:
     return int(np.random.SeedSequence([seed, prompt_seed]).generate_state(1, np.uint64)[0] >> np.uint64(2))
 
 
-def of_prompt(settings: Settings, i: int) -> Settings:
+def settings_of_prompt(settings: Settings, i: int) -> Settings:
     """The settings of prompt `i` in a batch."""
     return replace(settings, max_new_tokens=settings.rooms[i], rooms=()) if settings.rooms else settings
 
@@ -222,7 +222,7 @@ class Remote:
     def where(self) -> str:
         return "rollout"
 
-    def _send(self, version: int) -> None:
+    def _send_weights(self, version: int) -> None:
         raise NotImplementedError
 
     def _scores(self) -> np.ndarray:
@@ -235,7 +235,7 @@ class Remote:
         self.version = None
         for attempt in range(1, self.config.attempts + 1):
             with self.whole():
-                self._send(version)
+                self._send_weights(version)
                 policy = self.probe.of_policy()
             engine = self._scores()
             wrong = self.probe.wrong(policy, engine)
@@ -307,14 +307,14 @@ class VLLMServer(Remote):
         self, prompts: Sequence[Sequence[int]], settings: Settings, seed: int, prompt_seeds: Sequence[int]
     ) -> list[list[Sample]]:
         def one(i: int) -> list[Sample]:
-            return self._answer(list(prompts[i]), of_prompt(settings, i), request_seed(seed, prompt_seeds[i]))
+            return self._request(list(prompts[i]), settings_of_prompt(settings, i), request_seed(seed, prompt_seeds[i]))
 
         with ThreadPoolExecutor(min(CONCURRENT, max(1, len(prompts))), thread_name_prefix="rollout") as pool:
             written = list(pool.map(one, range(len(prompts))))
-        self._confirm()
+        self._check_version()
         return written
 
-    def _answer(self, prompt: list[int], settings: Settings, seed: int) -> list[Sample]:
+    def _request(self, prompt: list[int], settings: Settings, seed: int) -> list[Sample]:
         s = settings
         body = {
             "model": self.name,
@@ -337,8 +337,8 @@ class VLLMServer(Remote):
         wrong = ""
         for _ in range(self.config.attempts):
             try:
-                return samples_of(self._ask("/v1/completions", body), prompt, settings, self._words())
-            except Nonsense as error:
+                return parse_samples(self._ask("/v1/completions", body), prompt, settings, self._vocabulary_size())
+            except InvalidReply as error:
                 wrong = str(error)
         raise RolloutError(
             self.where,
@@ -346,7 +346,7 @@ class VLLMServer(Remote):
             "start it with --logprobs-mode processed_logprobs and without plugins; the run goes on from its last checkpoint",
         )
 
-    def _words(self) -> int:
+    def _vocabulary_size(self) -> int:
         return int(self.model.get_input_embeddings().weight.shape[0])
 
     def _scores(self) -> np.ndarray:
@@ -370,11 +370,11 @@ class VLLMServer(Remote):
                 raise RolloutError(self.where, "gives no log-probs of a prompt's tokens", how) from error
         return np.array(found)
 
-    def _confirm(self) -> None:
+    def _check_version(self) -> None:
         """Refuse a batch that was sampled with weights other than those sent.
 
         Raises:
-            Forgotten.
+            WeightsLost.
         """
         if self.versions:
             found = self._ask("/weight_info")
@@ -383,11 +383,11 @@ class VLLMServer(Remote):
             same = bool(np.abs(self._scores() - self.probe.engine).mean() <= max(NOISE, 4 * self.probe.noise))
         if not same:
             self.version = None
-            raise Forgotten
+            raise WeightsLost
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 
-    def _send(self, version: int) -> None:
+    def _send_weights(self, version: int) -> None:
         tag = f"penchant-{version}-{uuid4().hex[:12]}"
         if not (nccl := self._by_nccl()):
             write_weights(self.model, self.folder)
@@ -463,47 +463,47 @@ class VLLMServer(Remote):
         self.connection.close()
 
 
-class Nonsense(Exception):
+class InvalidReply(Exception):
     """A reply that cannot be a valid result of the request."""
 
 
-def samples_of(answer: Any, prompt: list[int], settings: Settings, words: int) -> list[Sample]:
+def parse_samples(answer: Any, prompt: list[int], settings: Settings, words: int) -> list[Sample]:
     """Check and convert a server's reply to one prompt.
 
     Raises:
-        Nonsense: too few completions, impossible lengths, ids or log-probs, or a completion that was broken off.
+        InvalidReply: too few completions, impossible lengths, ids or log-probs, or a completion that was broken off.
     """
     s = settings
     try:
         choices = {c["index"]: c for c in answer["choices"]}
         if sorted(choices) != list(range(s.n)) or len(answer["choices"]) != s.n:
-            raise Nonsense(f"{len(answer['choices'])} completions came back for {s.n}")
+            raise InvalidReply(f"{len(answer['choices'])} completions came back for {s.n}")
         made = []
         for i in range(s.n):
             c = choices[i]
             ids, logps, why = c["token_ids"], c["logprobs"]["token_logprobs"], c["finish_reason"]
             if (echo := c.get("prompt_token_ids")) is not None and echo != prompt:
-                raise Nonsense("a completion is of another prompt")
+                raise InvalidReply("a completion is of another prompt")
             made.append(_sample(ids, logps, why, s, words))
         return made
     except (LookupError, TypeError, AttributeError) as error:
-        raise Nonsense("an answer is not a completion with token ids and log-probs") from error
+        raise InvalidReply("an answer is not a completion with token ids and log-probs") from error
 
 
 def _sample(ids: list[int], logps: list[float], why: Any, settings: Settings, words: int) -> Sample:
     if not 1 <= len(ids) <= settings.max_new_tokens:
-        raise Nonsense(f"a completion has {len(ids)} tokens, and 1 to {settings.max_new_tokens} were asked for")
+        raise InvalidReply(f"a completion has {len(ids)} tokens, and 1 to {settings.max_new_tokens} were asked for")
     if len(logps) != len(ids):
-        raise Nonsense(f"{len(logps)} log-probs came back for {len(ids)} tokens")
+        raise InvalidReply(f"{len(logps)} log-probs came back for {len(ids)} tokens")
     if not all(isinstance(t, int) and 0 <= t < words for t in ids):
-        raise Nonsense(f"a completion holds ids that are none of the model's {words} tokens")
+        raise InvalidReply(f"a completion holds ids that are none of the model's {words} tokens")
     if not all(isinstance(p, (int, float)) and math.isfinite(p) and -9000 < p < 1e-3 for p in logps):
-        raise Nonsense("a completion has invalid log-probs: NaN, above 0, or of tokens that cannot be drawn")
+        raise InvalidReply("a completion has invalid log-probs: NaN, above 0, or of tokens that cannot be drawn")
     finished = ids[-1] in settings.ends
     if any(t in settings.ends for t in ids[:-1]):
-        raise Nonsense("a completion continues after its end token")
+        raise InvalidReply("a completion continues after its end token")
     if not finished and (len(ids) < settings.max_new_tokens or why not in ("length", "stop")):
-        raise Nonsense(f"a completion was broken off ({shown(str(why))})")
+        raise InvalidReply(f"a completion was broken off ({shown(str(why))})")
     return Sample(list(ids), [min(0.0, float(p)) for p in logps], finished)
 
 
@@ -535,7 +535,7 @@ class VLLMInProcess(Remote):
         params = [
             SamplingParams(
                 n=s.n,
-                max_tokens=of_prompt(s, i).max_new_tokens,
+                max_tokens=settings_of_prompt(s, i).max_new_tokens,
                 temperature=s.temperature,
                 top_p=s.top_p,
                 top_k=s.top_k,
@@ -558,13 +558,13 @@ class VLLMInProcess(Remote):
                 ids = list(c.token_ids)
                 logps = [float(p[t].logprob) for p, t in zip(c.logprobs, ids, strict=True)]
                 try:
-                    row.append(_sample(ids, logps, c.finish_reason, of_prompt(s, i), words))
-                except Nonsense as error:
+                    row.append(_sample(ids, logps, c.finish_reason, settings_of_prompt(s, i), words))
+                except InvalidReply as error:
                     raise RolloutError(self.where, str(error), "look at vLLM's own log") from error
             written.append(row)
         return written
 
-    def _send(self, version: int) -> None:
+    def _send_weights(self, version: int) -> None:
         write_weights(self.model, self.folder)
         if self.llm is None:
             self._start()

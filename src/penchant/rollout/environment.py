@@ -133,7 +133,7 @@ class Stage:
     Args:
         name: of the environment; make: creates one; tokenizer, template_options: the policy's; chat: whether prompts use
             its chat template.
-        asked: prompts with their extra columns, by their rows' source; turns: limit on the policy's answers per completion;
+        prompts_by_source: prompts with their extra columns, by their rows' source; turns: limit on the policy's answers per completion;
             ends: ids that end an answer; timeout: seconds for each call; context: the model's context in tokens.
     """
 
@@ -142,7 +142,7 @@ class Stage:
     tokenizer: Any
     chat: bool
     template_options: Mapping[str, Any]
-    asked: Mapping[str, PromptTree | None]
+    prompts_by_source: Mapping[str, PromptTree | None]
     turns: int
     ends: frozenset[int]
     timeout: float | None = None
@@ -164,7 +164,7 @@ class Stage:
         Raises:
             RewardError: the environment failed, or returned something that is not a message; the error names the row.
         """
-        episodes = [self._begin(tree, i, max_tokens) for tree in prompts for i in range(samples)]
+        episodes = [self._start_episode(tree, i, max_tokens) for tree in prompts for i in range(samples)]
         for a, b in pairwise(episodes):
             if a.tree is b.tree and a.sample.prompt != b.sample.prompt:
                 what = f"{a.place}: reset of {self.name} gives different messages to completions of one row"
@@ -176,20 +176,20 @@ class Stage:
             left = [max_tokens - len(e.sample.ids) for e in going]
             rows = [[*(e.sample.prompt or e.tree.prompt_ids.tolist()), *e.sample.ids] for e in going]
             for e, said in zip(going, draw(rows, [e.seed + turn for e in going], left), strict=True):
-                self._said(e, said, last=turn == self.turns - 1, max_tokens=max_tokens)
+                self._add_turn(e, said, last=turn == self.turns - 1, max_tokens=max_tokens)
         flat = [e.sample for e in episodes]
         return [flat[i : i + samples] for i in range(0, len(flat), samples)]
 
-    def _begin(self, tree: TokenTree, at: int, max_tokens: int) -> Episode:
-        row = self.asked.get(tree.source)
+    def _start_episode(self, tree: TokenTree, at: int, max_tokens: int) -> Episode:
+        row = self.prompts_by_source.get(tree.source)
         if row is None:
             what = f"{tree.source}: its row cannot be told apart from another"
             raise RewardError(WHERE, what, "give files other names")
         turns = list(turns_of_prompt(row.prompt)) if not isinstance(row.prompt, str) else [Message("user", row.prompt)]
         prompt = row.prompt if isinstance(row.prompt, str) else [message_json(m) for m in row.prompt]
         place = tree.source or f"row {tree.row}"
-        environment = self._asked(place, "making it", self.make)
-        said = self._asked(place, "reset", lambda: environment.reset({"prompt": prompt, **row.columns}))
+        environment = self._call(place, "making it", self.make)
+        said = self._call(place, "reset", lambda: environment.reset({"prompt": prompt, **row.columns}))
         # distinct seeds for 256 turns of 65,536 samples per row
         made = Episode(tree, place, environment, turns, ((tree.row << 16) | at) << 8)
         if (more := self._messages(place, "reset", said)) is not None:
@@ -205,13 +205,13 @@ class Stage:
         """The prompt's ids, including the messages that `reset` added."""
         before = tree.prompt_ids.tolist()
         if not self.chat:
-            return before + self._ids("".join(m.content for m in self._harmless(more)))
+            return before + self._ids("".join(m.content for m in self._split_special_tokens(more)))
         template = ChatTemplate(self.tokenizer, self.template_options, template_variables(row))
-        ids = self._ids(template.write([*turns[: -len(more)], *self._harmless(more)], generate=True))
+        ids = self._ids(template.write([*turns[: -len(more)], *self._split_special_tokens(more)], generate=True))
         bos = [i for i in before[:1] if i == self.tokenizer.bos_token_id and ids[:1] != [i]]
         return bos + ids
 
-    def _said(self, e: Episode, said: Sample, *, last: bool, max_tokens: int) -> None:
+    def _add_turn(self, e: Episode, said: Sample, *, last: bool, max_tokens: int) -> None:
         """Add the policy's answer to the conversation, then the environment's reply."""
         ids, sample = said.ids, e.sample
         sample.ids += ids
@@ -224,11 +224,11 @@ class Stage:
         if not said.finished:
             return
         shown = [message_json(m) for m in e.turns]
-        answer = self._messages(e.place, "step", self._asked(e.place, "step", lambda: e.environment.step(shown)))
+        answer = self._messages(e.place, "step", self._call(e.place, "step", lambda: e.environment.step(shown)))
         if answer is None:
             return
         e.turns += answer
-        behind = self._behind(e, answer, ids[-1] if ended else None)
+        behind = self._reply_ids(e, answer, ids[-1] if ended else None)
         sample.finished = False  # the environment expects another answer
         if last or len(sample.ids) + len(behind) >= max_tokens:
             return
@@ -237,9 +237,9 @@ class Stage:
         sample.own += [False] * len(behind)
         e.going = True
 
-    def _behind(self, e: Episode, answer: Sequence[Message], end: int | None) -> list[int]:
+    def _reply_ids(self, e: Episode, answer: Sequence[Message], end: int | None) -> list[int]:
         """Token ids of the environment's messages after the policy's, up to the start of the next answer."""
-        answer = self._harmless(answer)
+        answer = self._split_special_tokens(answer)
         if self.chat:
             before = e.turns[: -len(answer) - 1]
             template = ChatTemplate(self.tokenizer, self.template_options)
@@ -255,7 +255,7 @@ class Stage:
             text = "".join(m.content for m in answer)
         return self._ids(text)
 
-    def _harmless(self, said: Sequence[Message]) -> list[Message]:
+    def _split_special_tokens(self, said: Sequence[Message]) -> list[Message]:
         """Split the texts of special tokens, such as the end of a turn, so that they are tokenized as plain text."""
 
         def cut(found: re.Match[str]) -> str:
@@ -269,14 +269,14 @@ class Stage:
     def _messages(self, place: str, method: str, said: Any) -> list[Message] | None:
         if said is None or said is True or (isinstance(said, Sequence) and not said):
             return None
-        read, shown = self._asked(place, f"reading what {method} gives", lambda: (_read(said), str(said)[:60]))
+        read, shown = self._call(place, f"reading what {method} gives", lambda: (_parse_messages(said), str(said)[:60]))
         if read is None:
             what = f"{place}: {method} of {self.name} gives {shown!r}"
             how = 'give a list of {"role": "user" (or tool, system), "content": TEXT}, or None for nothing more'
             raise RewardError(WHERE, what, how)
         return list(read)
 
-    def _asked(self, place: str, what: str, call: Callable[[], Any]) -> Any:
+    def _call(self, place: str, what: str, call: Callable[[], Any]) -> Any:
         try:
             return guarded(call, self.timeout)
         except TookTooLong as error:
@@ -287,7 +287,7 @@ class Stage:
             raise RewardError(WHERE, how, "fix the environment") from error
 
 
-def _read(said: Any) -> list[Message] | None:
+def _parse_messages(said: Any) -> list[Message] | None:
     """Parse an environment's messages; None if they are something else."""
     if not isinstance(said, Sequence) or not all(isinstance(m, Mapping) for m in said):
         return None

@@ -220,17 +220,17 @@ class Written:
         self._rooms = rooms.repeat_interleave(settings.n)
         self._uniforms = in_fp64(torch.zeros(lines, columns, device=device))
         self._ends = torch.tensor(sorted(settings.ends), dtype=torch.int64, device=device)
-        self._asked: Tensor | None = None  # (prompts, longest) ids, padded with each prompt's first id
+        self._prompt_ids: Tensor | None = None  # (prompts, longest) ids, padded with each prompt's first id
         if settings.repetition_penalty != 1.0:
             longest = max(map(len, prompts))
             padded = [[*p, *[p[0]] * (longest - len(p))] for p in prompts]
-            self._asked = torch.tensor(padded, dtype=torch.int64, device=device)
+            self._prompt_ids = torch.tensor(padded, dtype=torch.int64, device=device)
 
     def _seen(self, lines: Tensor, at: Tensor) -> Tensor | None:
         """(B, n) ids in each line's prompt and completion so far."""
-        if self._asked is None:
+        if self._prompt_ids is None:
             return None
-        asked = self._asked[lines // self.settings.n]
+        asked = self._prompt_ids[lines // self.settings.n]
         there = torch.arange(self.ids.shape[1], device=self.device) < at[:, None]
         return torch.cat((asked, torch.where(there, self.ids[lines], asked[:, :1])), 1)
 
@@ -478,7 +478,7 @@ def _decode_in_waves(
     progress: Callable[[int, int], None] | None,
 ) -> None:
     """Decode prompts of similar length together, or of equal length if the model does not support padding."""
-    way, n, room = _way(model), written.settings.n, cache_room(written.device)
+    way, n, room = _decoder_class(model), written.settings.n, cache_room(written.device)
     size = model.get_input_embeddings().weight.element_size()
 
     def fits(count: int, longest: int) -> bool:
@@ -638,19 +638,19 @@ class _Recomputed:
         return cast(Tensor, self.model(input_ids=self.ids, **without_cache(self.model)).logits[:, -1])
 
 
-def _way(model: Any) -> type[_Cached | _Recomputed]:
+def _decoder_class(model: Any) -> type[_Cached | _Recomputed]:
     """The first decoding method that matches a pass over whole rows; tested once per model on a few tokens."""
     base = base_model_of(model)
     known: type[_Cached | _Recomputed] | None = getattr(base, "_penchant_way", None)
     if known is None:
         rows = model.get_input_embeddings().weight.shape[0]
         ids = torch.randint(0, rows, (2, 9), generator=torch.Generator().manual_seed(0)).to(place_of(model))
-        known = next((way for way in (_Padded, _Cached) if _is_right(way(model), ids)), _Recomputed)
+        known = next((way for way in (_Padded, _Cached) if _matches_full_pass(way(model), ids)), _Recomputed)
         base._penchant_way = known
     return known
 
 
-def _is_right(row: _Cached, ids: Tensor) -> bool:
+def _matches_full_pass(row: _Cached, ids: Tensor) -> bool:
     """Test with two rows for each of two prompts, one of which is removed on the way."""
     lengths = (5, 3) if row.pads else (5, 5)
     try:

@@ -60,7 +60,7 @@ class RolloutConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _what_goes_together(self) -> RolloutConfig:
+    def _check_combinations(self) -> RolloutConfig:
         if self.engine == "own":
             given = [n for n in (*PLACES, "options") if n in self.model_fields_set and getattr(self, n)]
             given = [n for n in given if getattr(self, n) != type(self).model_fields[n].get_default()]

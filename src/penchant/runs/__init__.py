@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from penchant.base.files import free_bytes, spared, writing
+from penchant.base.files import free_bytes, optional_write, writing
 from penchant.base.functions import is_own
 from penchant.base.text import gigabytes
 from penchant.config import RunConfig, default_settings, dump_config, with_absolute_paths
@@ -375,7 +375,7 @@ class Run:
 
     def _optional_write(self, name: str) -> AbstractContextManager[None]:
         """Write a file that the run can do without: a failure is only noted."""
-        return spared(self.folder / name, self.console.note)
+        return optional_write(self.folder / name, self.console.note)
 
     def _write_rows(self) -> None:
         """Write the quarantined rows and the audit."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from penchant.algorithms.method import Parts
-from penchant.base.files import spared
+from penchant.base.files import optional_write
 from penchant.config import RunConfig
 from penchant.distributed.shard import whole_weights
 from penchant.distributed.world import current
@@ -170,7 +170,7 @@ class HeldOut:
             with start.off(), whole_weights(start.scorer), widened(model) if start.scorer.narrowed else nullcontext():
                 written = fresh.write(model, 0)
         if self.keep and current().leads:
-            with spared(path, self.console.note):
+            with optional_write(path, self.console.note):
                 save_start(path, fresh.asked, completion_rows(written, self.rows.tokenizer))
         assert written.rewards is not None
         self.start_results[START_FILE] = written.rewards
@@ -230,7 +230,7 @@ class HeldOut:
         if self.keep and START_LOSSES not in self.start_results and before is not None:
             self.start_results[START_LOSSES] = before
             if current().leads and (self.step == 0 or not (path.is_file() and is_intact(path))):
-                with spared(path, self.console.note):
+                with optional_write(path, self.console.note):
                     write_summed(path, json.dumps({str(row): before[row] for row in sorted(before)}))
         return {} if self.step == 0 else loss_change(before or {}, losses, trees)
 
@@ -273,7 +273,7 @@ class HeldOut:
             return current().share(self._stored_start_rewards(asked))
         self.start_results[START_FILE] = rewards
         if self.keep and current().leads:
-            with spared(path, self.console.note):
+            with optional_write(path, self.console.note):
                 save_start(path, asked, [{"reward": float(r)} for r in rewards])
         return rewards
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import penchant
-from penchant.base.files import spared
+from penchant.base.files import optional_write
 from penchant.base.machine import cores, device_name, of_processor, why_not
 from penchant.base.text import redact, without_passwords
 from penchant.config import RunConfig, dump_config
@@ -191,7 +191,7 @@ def write_samples(
         for p, messages, c in zip(prompts, turns, texts, strict=True)
     ]
     if current().leads:
-        with spared(path, say):
+        with optional_write(path, say):
             write_summed(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in samples))
     return samples
 

@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
-from penchant.base.files import spared, write_atomically
+from penchant.base.files import optional_write, write_atomically
 from penchant.base.lanes import Turns, in_order, side_by_side
 from penchant.base.machine import in_fp64, peak_memory, place_of
 from penchant.data.packing import max_concurrent_passes, pack, plan_for_ranks, plan_passes, tree_tokens
@@ -506,7 +506,7 @@ class Loop:
         rows = [r for part in self.world.gather([r for b in batches if not b.idle for r in b.rows]) for r in part]
         sources = {t.row: t.source for t in self.trees if t.row in set(rows)}
         if self.world.leads:
-            with spared(path, self.console.note):
+            with optional_write(path, self.console.note):
                 listed = [{"row": r, "source": sources[r]} for r in rows]
                 write_atomically(path, {"step": step, "what": what, "rows": listed})
         raise agreed(

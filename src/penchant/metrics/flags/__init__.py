@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from penchant.base.files import packaged_yaml, spared
+from penchant.base.files import optional_write, packaged_yaml
 from penchant.base.text import printable
 from penchant.errors import CheckpointError
 from penchant.metrics.flags import of_comparison, of_data, of_training
@@ -119,7 +119,7 @@ def _compute_flags(path: Path) -> list[Flag]:
 def write_flags(run: Path, say: Callable[[str], None] = lambda _: None) -> list[Flag]:
     """Return the flags of a run, warnings first, and write them to RUN/flags.json; `say` gets a note if that cannot be written."""
     found = _run_folder_flags(run)
-    with spared(run / FLAGS, say):
+    with optional_write(run / FLAGS, say):
         write_summed(run / FLAGS, json.dumps([f.to_json() for f in found], indent=1, ensure_ascii=False))
     return found
 

@@ -178,7 +178,7 @@ def _displacement(run: RunView) -> Finding | None:
         f"From step {start:,} on chosen answers are less likely than {found.since}: by {format_number(-chosen.value)} nats per completion at step "
         f"{chosen.step:,}{format_interval(replace(chosen, value=-chosen.value))}{token}."
     )
-    spared = rejected is not None and rejected.value >= chosen.value
+    rejected_fell_less = rejected is not None and rejected.value >= chosen.value
     shown = [make_evidence("change of the log-prob of chosen answers, nats per completion", found.series)]
     if rejected is not None:
         moved = (
@@ -188,12 +188,12 @@ def _displacement(run: RunView) -> Finding | None:
         )
         ending = (
             ", no more than the chosen ones: the probability that both lose goes to answers outside the data."
-            if spared
+            if rejected_fell_less
             else "."
         )
         sentence += f" Rejected answers {moved}{ending}"
         shown.append(make_evidence("the same for rejected answers, last", [rejected]))
-    strong = spared or rejected is None or (per_token is not None and per_token < -LARGE)
+    strong = rejected_fell_less or rejected is None or (per_token is not None and per_token < -LARGE)
     return Finding(sentence, tuple(shown), "warning" if strong else "note")
 
 
