@@ -16,8 +16,8 @@ from penchant.base.files import EXPORT, aside_of, sweep, writing
 from penchant.base.hub import reset_hub_state
 from penchant.base.text import told
 from penchant.errors import CheckpointError, ConfigError, ModelError
+from penchant.export.card import CARD, file_hashes, model_card
 from penchant.export.formats import FORMATS, Check, Format, compare_outputs, dtype_of
-from penchant.export.model_card import CARD, file_hashes, model_card
 from penchant.export.subject import DTYPE_NAMES, Subject, find_subject, outputs
 from penchant.models.options import looks_like_folder
 from penchant.requests import ExportRequest
