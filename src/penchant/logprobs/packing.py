@@ -58,7 +58,7 @@ def choose_packing(
     elif by_config == "padded":
         candidates = ["padded"]
     attentions = [kind] if attention != "auto" or kind == "groups" else [kind, "groups"]
-    found, wrong = _first_right(model, candidates, kernels, attentions)
+    found, wrong = _first_right(model, candidates, "off" if kernels == "compile" else kernels, attentions)
     if found is None and requested in ("shared", "separate"):
         what = f"{requested} packing gives wrong log-probs on this model ({wrong})"
         raise ConfigError("train.packing", what, "set train.packing=auto or padded")
@@ -71,7 +71,7 @@ def choose_packing(
     if attention in ("varlen", "flex") and found.packing == "padded":
         what = f"{attention} is for packed rows, and this model takes padded ones ({wrong or reason})"
         raise ConfigError("model.attention", what, "set model.attention=auto")
-    scorer = Scorer(model, kernels=kernels, **found._asdict())
+    scorer = _compiled(model, found) if kernels == "compile" else Scorer(model, kernels=kernels, **found._asdict())
     if scorer.fast and not _fast_is_right(scorer):
         scorer = replace(scorer, kernels="off", _fast=None)
     if not scorer.fast:
@@ -80,11 +80,31 @@ def choose_packing(
         reason = "a prompt is computed once for all its answers"
     elif by_config != "padded":
         reason = "the model's attention does not take the tree mask" if requested == "auto" else "as asked"
-    more = ("; fast kernels for this model" if scorer.fast else "") + (
-        "; with the model's own head" if scorer.own_head else ""
-    )
+    more = "; fast kernels for this model" if scorer.fast else "; compiled layers" if scorer.compiled else ""
+    more += "; with the model's own head" if scorer.own_head else ""
     said = f"; attention: {scorer.attention}" + (f" ({why})" if why else "")
     return scorer, f"packing: {scorer.packing} ({reason}{more})" + (said if why or scorer.attention != "groups" else "")
+
+
+def _compiled(model: Any, found: _Way) -> Scorer:
+    """The same way with compiled layers, which say the same."""
+    if found.packing == "padded":
+        what, how = "compiles layers for packed rows, and this model takes padded ones", "set model.kernels=auto"
+        raise ConfigError("model.kernels", f"compile {what}", how)
+    tree, headless = _probe_tree(model), base_model_of(model).get_output_embeddings() is None
+    half = any(p.dtype in HALF for p in model.parameters())
+    with quiet(model):
+        plain = _probe(Scorer(model, **found._asdict()), tree, headless)
+        try:
+            scorer = Scorer(model, kernels="compile", **found._asdict())
+            away = _away(_probe(scorer, tree, headless), plain)
+        except Exception as error:  # whatever a compiler raises, or the want of one
+            what = f"compile does not run here ({first_line(error)})"
+            raise ConfigError("model.kernels", what, "set model.kernels=auto") from error
+    if not away <= (5e-2 if half else MOST):
+        what = f"compile changes this model's log-probs by {away:.2g}"
+        raise ConfigError("model.kernels", what, "set model.kernels=auto")
+    return scorer
 
 
 def choose_pictured(model: Any, processor: Any) -> tuple[Scorer, str]:

@@ -373,6 +373,13 @@ def install_tree_attention(model: nn.Module) -> None:
     model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
 
 
+def uncompiled_attention() -> None:
+    """Have `torch.compile` leave the tree attention out of what it compiles."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, torch.compiler.disable(_attention_interface))
+
+
 def restore_attention(model: nn.Module) -> None:
     """Switch a model back to the attention that transformers gave it."""
     for config, implementation in getattr(model, _OWN, ()):

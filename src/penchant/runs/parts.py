@@ -337,7 +337,9 @@ def answering(model: Any, config: RunConfig, dtype: torch.dtype, processor: Any 
     model.requires_grad_(False).eval()
     if processor is not None:
         return choose_pictured(model, processor)[0]
-    return choose_packing(model, config.train.packing, config.model.kernels, config.model.attention)[0]
+    wanted = config.model.kernels
+    kernels = "auto" if wanted == "compile" else wanted  # compiling is not worth it, and maybe not possible here
+    return choose_packing(model, config.train.packing, kernels, config.model.attention)[0]
 
 
 def peak_lr(config: RunConfig, rows: Rows, parameters: int, known: Mapping[str, Any] | None = None) -> float:
@@ -436,8 +438,14 @@ def _engine(parts: Parts, rows: Rows, shared: Alone, console: Any) -> Scorer | R
     packing, attention = parts.config.train.packing, wanted.attention
     kernels = "off" if current().many else wanted.kernels  # a fast path holds whole parameters
     found: list[Scorer | RewardScorer] = []
+    encoder = rows.reward_parts is not None and rows.reward_parts.encoder
+    again = parts.config.train.gradient_checkpointing is True  # torch compiles nothing within its checkpoints
+    if wanted.kernels == "compile" and (
+        current().many or wanted.sees or encoder or again or wanted.router_aux_loss is not None
+    ):
+        what = "compile is for text models with a decoder, in one process, without gradient checkpointing and router_aux_loss"
+        raise ConfigError("model.kernels", what, "set model.kernels=auto")
     if rows.reward_parts is not None:
-        encoder = rows.reward_parts.encoder
         engine, note = make_scorer(parts.model, encoder, parts.tokenizer, packing, kernels, attention, _runs_as(parts))
         console.note(note)
         return engine
@@ -450,7 +458,7 @@ def _engine(parts: Parts, rows: Rows, shared: Alone, console: Any) -> Scorer | R
     def choose() -> tuple[Any, str]:
         scorer, note = choose_packing(parts.model, packing, kernels, attention, _runs_as(parts))
         found.append(scorer)
-        return (scorer.packing, "auto" if scorer.fast else "off", scorer.how), note
+        return (scorer.packing, scorer.runs, scorer.how), note
 
     (chosen, kernels, how), note = shared.once(("packing", start_key(parts.config)), choose)
     console.note(note)
@@ -551,7 +559,7 @@ def frozen_scorer(parts: Parts, shared: Alone, *, start: bool = False) -> Scorer
     model.requires_grad_(False).eval()
     alike = place.type == parts.device.type
     if not start and (config.reference.path is not None or not alike):  # maybe of another architecture
-        kernels = "auto" if parts.scorer.fast else "off"
+        kernels = parts.scorer.runs if alike or parts.scorer.fast else "off"
         attention = config.model.attention if alike else "auto"
         scorer = choose_packing(model, parts.scorer.packing, kernels, attention, _runs_as(parts))[0]
     else:
