@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from penchant.data.packing import pack
+from penchant.distributed.shard import layers_of
 from penchant.errors import ConfigError, ModelError
 from penchant.logprobs import Packing, Scorer
 from penchant.models.folder import first_line
@@ -87,24 +88,41 @@ def choose_packing(
 
 
 def _compiled(model: Any, found: _Way) -> Scorer:
-    """The same way with compiled layers, which say the same."""
+    """The same way with compiled layers, whose log-probs and gradients are the same."""
     if found.packing == "padded":
         what, how = "compiles layers for packed rows, and this model takes padded ones", "set model.kernels=auto"
         raise ConfigError("model.kernels", f"compile {what}", how)
-    tree, headless = _probe_tree(model), base_model_of(model).get_output_embeddings() is None
-    half = any(p.dtype in HALF for p in model.parameters())
-    with quiet(model):
-        plain = _probe(Scorer(model, **found._asdict()), tree, headless)
-        try:
-            scorer = Scorer(model, kernels="compile", **found._asdict())
-            away = _away(_probe(scorer, tree, headless), plain)
-        except Exception as error:  # whatever a compiler raises, or the want of one
-            what = f"compile does not run here ({first_line(error)})"
-            raise ConfigError("model.kernels", what, "set model.kernels=auto") from error
-    if not away <= (5e-2 if half else MOST):
-        what = f"compile changes this model's log-probs by {away:.2g}"
-        raise ConfigError("model.kernels", what, "set model.kernels=auto")
+    plain = _said(Scorer(model, **found._asdict()))
+    try:
+        scorer = Scorer(model, kernels="compile", **found._asdict())
+        compiled = _said(scorer)
+    except Exception as error:  # whatever a compiler raises, or the want of one
+        what = f"compile does not run here ({first_line(getattr(error, 'inner_exception', error))})"
+        raise ConfigError("model.kernels", what, "set model.kernels=auto") from error
+    allowed = 5e-2 if any(p.dtype in HALF for p in model.parameters()) else MOST
+    for name, of_plain in plain.items():
+        away = _away(compiled[name], of_plain)
+        if not away <= allowed:
+            what = f"compile changes this model's {name} by {away:.2g}"
+            raise ConfigError("model.kernels", what, "set model.kernels=auto")
     return scorer
+
+
+def _said(scorer: Scorer) -> dict[str, torch.Tensor]:
+    """What the engine says of the check's tree, and the gradients of the lowest layer that is trained."""
+    model, tree = scorer.model, _probe_tree(scorer.model)
+    headless = base_model_of(model).get_output_embeddings() is None
+    with quiet(model):
+        found = {"log-probs": _probe(scorer, tree, headless)}
+    of_layers = ([p for p in layer.parameters() if p.requires_grad] for layer in layers_of(backbone_of(model)))
+    trained = next(filter(None, of_layers), [])
+    drawn = any(isinstance(m, nn.Dropout) and m.p for m in model.modules())  # a compiler draws other numbers
+    if trained:
+        with quiet(model, training=not drawn), torch.enable_grad():
+            total = _probe(scorer, tree, headless).sum()
+            grads = torch.autograd.grad(total, trained, allow_unused=True, materialize_grads=True)
+        found["gradients"] = torch.cat([g.flatten() for g in grads])[None].double()
+    return found
 
 
 def choose_pictured(model: Any, processor: Any) -> tuple[Scorer, str]:

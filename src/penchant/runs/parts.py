@@ -439,12 +439,8 @@ def _engine(parts: Parts, rows: Rows, shared: Alone, console: Any) -> Scorer | R
     kernels = "off" if current().many else wanted.kernels  # a fast path holds whole parameters
     found: list[Scorer | RewardScorer] = []
     encoder = rows.reward_parts is not None and rows.reward_parts.encoder
-    again = parts.config.train.gradient_checkpointing is True  # torch compiles nothing within its checkpoints
-    if wanted.kernels == "compile" and (
-        current().many or wanted.sees or encoder or again or wanted.router_aux_loss is not None
-    ):
-        what = "compile is for text models with a decoder, in one process, without gradient checkpointing and router_aux_loss"
-        raise ConfigError("model.kernels", what, "set model.kernels=auto")
+    if wanted.kernels == "compile" and (why := _uncompilable(parts.config, encoder)):
+        raise ConfigError("model.kernels", f"compile does not go with {why}", "set model.kernels=auto")
     if rows.reward_parts is not None:
         engine, note = make_scorer(parts.model, encoder, parts.tokenizer, packing, kernels, attention, _runs_as(parts))
         console.note(note)
@@ -466,6 +462,19 @@ def _engine(parts: Parts, rows: Rows, shared: Alone, console: Any) -> Scorer | R
     if why and not current().many and (parts.device.type, parts.config.model.kernels) == ("cpu", "auto"):
         console.note(f"{why}: this adapter runs on transformers' and peft's own layers")
     return found[0] if found else Scorer(parts.model, chosen, kernels, **how)
+
+
+def _uncompilable(config: RunConfig, encoder: bool) -> str:
+    """What of a run `model.kernels=compile` cannot do."""
+    hindrances = {
+        "several processes": current().many,
+        "pictures": config.model.sees,
+        "an encoder": encoder,
+        # torch compiles nothing within its checkpoints, and the balance loss listens to layers from outside
+        "train.gradient_checkpointing": config.train.gradient_checkpointing in (True, "offload"),
+        "model.router_aux_loss": config.model.router_aux_loss is not None,
+    }
+    return next((name for name, here in hindrances.items() if here), "")
 
 
 def _runs_as(parts: Parts) -> tuple[torch.device, torch.dtype] | None:
