@@ -27,17 +27,16 @@ LORA_RANK = 16
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One comparison: precision, what is trained, and whether the reference runs in each step."""
+    """One comparison: precision, what is trained (``full``, ``lora`` or ``qlora``), and whether the reference runs in each step."""
 
     precision: str
-    lora: bool
+    trained: str
     cached: bool
     sft: bool = False
 
     @property
     def name(self) -> str:
-        kind = "sft" if self.sft else "cached" if self.cached else "live"
-        return f"{self.precision}-{'lora' if self.lora else 'full'}-{kind}"
+        return f"{self.precision}-{self.trained}-{'sft' if self.sft else 'cached' if self.cached else 'live'}"
 
     @property
     def peer(self) -> str:
@@ -45,12 +44,14 @@ class Case:
 
     @property
     def lora_rank(self) -> int | None:
-        return LORA_RANK if self.lora else None
+        return None if self.trained == "full" else LORA_RANK
 
 
-CASES = [Case(p, lora, cached) for p in ("bf16", "fp32") for lora in (False, True) for cached in (False, True)]
+CASES = [Case(p, t, cached) for p in ("bf16", "fp32") for t in ("full", "lora") for cached in (False, True)]
+# LoRA on frozen weights in nf4 with double quantization: needs bitsandbytes on both sides
+QLORA = [Case(p, "qlora", cached) for p in ("bf16", "fp32") for cached in (False, True)]
 # of these the chosen answers alone, against unsloth's path for CPUs
-SFT = [Case(p, lora, cached=True, sft=True) for p in ("bf16", "fp32") for lora in (False, True)]
+SFT = [Case(p, t, cached=True, sft=True) for p in ("bf16", "fp32") for t in ("full", "lora")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +96,14 @@ def spec_of(
         "device": device,
         "precision": case.precision,
         "lora_rank": case.lora_rank,
+        "quantize": "nf4" if case.trained == "qlora" else "none",
         "reference": "cached" if case.cached else "live",
         "sft": case.sft,
         "batch": size.batch,
         "steps": size.steps(case.precision),
         "warmup_steps": size.warmup,
         "max_length": MAX_LENGTH,
-        "lr": 1e-4 if case.lora else 5e-6,
+        "lr": 5e-6 if case.trained == "full" else 1e-4,
         "beta": 0.1,
         "max_grad_norm": 1.0,
         "seed": 0,
@@ -167,8 +169,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where both sides train")
     parser.add_argument(
         "--cases",
-        help=f"comma list of {', '.join(c.name for c in [*CASES, *SFT])}; or a part of a name, e.g. bf16; all: DPO's "
-        "(default: all; on cuda, where there is no SFT: bf16)",
+        help=f"comma list of {', '.join(c.name for c in [*CASES, *QLORA, *SFT])}; or a part of a name, e.g. bf16; all: DPO's "
+        "without QLoRA (default: all; on cuda, where there is no SFT: bf16-full,bf16-lora)",
     )
     parser.add_argument("--sides", default="penchant,trl,unsloth", help="which sides run, in this order")
     parser.add_argument(
@@ -202,10 +204,10 @@ def arguments() -> argparse.Namespace:
         parser.error(f"--sides: {', '.join(unknown)}: give some of penchant, trl, unsloth")
     on_gpu = args.device == "cuda"
     if args.cases is None:
-        args.cases = "bf16" if on_gpu else "all"
+        args.cases = "bf16-full,bf16-lora" if on_gpu else "all"
     if args.tokens_per_step is None:
         args.tokens_per_step = GPU_TOKENS if on_gpu else OURS["tokens_per_step"]
-    wanted, every = args.cases.split(","), CASES if on_gpu else [*CASES, *SFT]
+    wanted, every = args.cases.split(","), [*CASES, *QLORA, *([] if on_gpu else SFT)]
     args.chosen = CASES if args.cases == "all" else [c for c in every if any(w in c.name for w in wanted)]
     if not args.chosen:
         parser.error(f"--cases {args.cases}: no such case; there are {', '.join(c.name for c in every)}")

@@ -71,7 +71,7 @@ def peer_python(name: str = "trl") -> Path:
         print(f"making the peer's environment in {venv} ...", flush=True)
         subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
         pip = [str(python), "-m", "pip", "install", "-q", "-c", str(constraints)]
-        subprocess.run([*pip, *PEER_PACKAGES], check=True)
+        subprocess.run([*pip, *PEER_PACKAGES, *(["bitsandbytes"] if name == "trl" else [])], check=True)
         if name == "unsloth":
             subprocess.run([*pip, *UNSLOTH_NEEDS], check=True)
             subprocess.run([*pip, "--no-deps", "unsloth", "unsloth_zoo"], check=True)

@@ -48,6 +48,7 @@ def settings_of(spec: Mapping[str, Any]) -> dict[str, Any]:
             "dtype": spec["precision"],
             "device": spec["device"],
             "kernels": spec["ours"]["kernels"],
+            "quantize": spec["quantize"],
         },
         **(
             {}

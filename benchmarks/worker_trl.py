@@ -100,6 +100,18 @@ def config_of(spec: dict[str, Any]) -> trl.DPOConfig:
     )
 
 
+def quantization_of(spec: dict[str, Any]) -> transformers.BitsAndBytesConfig | None:
+    """Frozen weights in 4 bits where the spec says so; products in the precision of the case."""
+    if spec["quantize"] == "none":
+        return None
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=spec["quantize"],
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype="bfloat16" if spec["precision"] == "bf16" else "float32",
+    )
+
+
 def main() -> None:
     spec = json.loads(sys.argv[1])
     torch.set_num_threads(spec["threads"])
@@ -125,6 +137,7 @@ def main() -> None:
         train_dataset=datasets.Dataset.from_dict(columns),
         processing_class=transformers.AutoTokenizer.from_pretrained(spec["model"]),
         peft_config=lora,
+        quantization_config=quantization_of(spec),
         callbacks=[Timer(clock)],
     )
     trainer.train()

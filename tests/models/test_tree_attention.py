@@ -50,3 +50,14 @@ def test_long_trees_equal_short_ones(monkeypatch: pytest.MonkeyPatch, window: in
     fused = tree_attention(q, k, v, layout, 0.9)
     assert torch.allclose(fused, eager, rtol=1e-9, atol=1e-12)
     assert not torch.allclose(eager, tree_attention(q, k, v, layout, 8**-0.5), rtol=1e-3)
+
+
+def test_padding_is_spread_over_its_own_tree() -> None:
+    """On a GPU the gradients of positions that are gathered to one place are added up one after the other."""
+    batch = pack(some_trees())
+    of_token = torch.repeat_interleave(torch.tensor([s.length for s in batch.segments]))
+    for group in tree_layout(batch).groups:
+        for index in group.index:
+            (tree,) = of_token[index].unique().tolist()
+            n = batch.segments[tree].length
+            assert int(index.bincount().max()) <= -(-len(index) // n)

@@ -20,6 +20,7 @@ from penchant.config import config_from_mapping, load_config, load_config_with_p
 from penchant.data.packing import pack, plan_passes, tree_tokens
 from penchant.errors import ConfigError
 from penchant.logprobs import Scorer, head
+from penchant.models.cpu import ops
 from penchant.models.cpu.decode import FastDecoder
 from penchant.models.load import cast_parameters, load_causal_model
 from penchant.models.options import ModelConfig
@@ -267,6 +268,18 @@ def test_the_kernels_on_shapes_alone_hold_what_a_real_pass_holds(tmp_path: Path,
     found = activations_of(run, run.model, [trees], fast=True)
     assert found.by == "kernels"
     assert found.total == pytest.approx(real.peak - gradients, rel=0.04)
+
+
+def test_products_of_onednn_hold_on_shapes_alone_what_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where fp32 products are oneDNN's, one that is added to a gradient is made beside it first."""
+    monkeypatch.setattr(ops, "_fp32_by_onednn", lambda: True)
+    peaks = []
+    for device in ("cpu", "meta"):
+        total, a, b = (torch.zeros(shape, device=device) for shape in ((40, 30), (40, 20), (20, 30)))
+        with LiveBytes([total, a, b]) as live:
+            ops.addmm_(total, a, b)
+        peaks.append(live.peak)
+    assert peaks == [total.nbytes, total.nbytes]
 
 
 @pytest.mark.parametrize("lora", [pytest.param(None, marks=pytest.mark.slow), {"r": 4}, {"r": 4, "dora": True}])

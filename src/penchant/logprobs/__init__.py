@@ -82,7 +82,8 @@ class Scorer:
         model: a transformers causal model, or a peft model around one.
         packing: ``shared``, ``separate`` or ``padded``; batches must be packed accordingly (`pack(shared=...)`).
         temperature: log-probs are of ``softmax(logits / temperature)``: what an online method samples from, it must train on.
-        kernels: ``auto`` takes a model-family fast path where the model is exactly recognized; ``off`` never does.
+        kernels: ``auto`` takes a model-family fast path where the model is exactly recognized; ``off`` never does; ``compile``: layers go
+            through `torch.compile`, where rows are packed.
         attention: how packed rows attend within their trees: ``groups``, ``varlen``, ``flex`` or ``varlen+flex`` (`select_attention`).
         own_attention: padded rows go through the attention that transformers gave the model.
         own_head: logits come from the model's own `forward`, for models that do more than a linear layer, a factor and a cap.
@@ -108,10 +109,19 @@ class Scorer:
             from penchant.models.cpu.layers import fast_forward
 
             self._fast = fast_forward(self.model)
+        if self.compiled:
+            from penchant.models.compiled import compile_layers
+
+            compile_layers(self.model)
 
     def on(self, model: nn.Module) -> Scorer:
         """Another model of the same architecture, run in the same way."""
-        return Scorer(model, self.packing, "auto" if self.fast else "off", **self.how)
+        return Scorer(model, self.packing, self.runs, **self.how)
+
+    @property
+    def runs(self) -> str:
+        """`kernels`, as far as they are taken."""
+        return "auto" if self.fast else "compile" if self.compiled else "off"
 
     @property
     def how(self) -> dict[str, Any]:
@@ -135,6 +145,11 @@ class Scorer:
     @property
     def narrowed(self) -> bool:
         return self._fast is not None and self._fast.narrowed
+
+    @property
+    def compiled(self) -> bool:
+        """Whether layers go through `torch.compile`."""
+        return self.kernels == "compile" and self.packing != "padded"
 
     @property
     def side_by_side(self) -> bool:

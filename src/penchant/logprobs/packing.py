@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from penchant.data.packing import pack
+from penchant.distributed.shard import layers_of
 from penchant.errors import ConfigError, ModelError
 from penchant.logprobs import Packing, Scorer
 from penchant.models.folder import first_line
@@ -58,7 +59,7 @@ def choose_packing(
     elif by_config == "padded":
         candidates = ["padded"]
     attentions = [kind] if attention != "auto" or kind == "groups" else [kind, "groups"]
-    found, wrong = _first_right(model, candidates, kernels, attentions)
+    found, wrong = _first_right(model, candidates, "off" if kernels == "compile" else kernels, attentions)
     if found is None and requested in ("shared", "separate"):
         what = f"{requested} packing gives wrong log-probs on this model ({wrong})"
         raise ConfigError("train.packing", what, "set train.packing=auto or padded")
@@ -71,7 +72,7 @@ def choose_packing(
     if attention in ("varlen", "flex") and found.packing == "padded":
         what = f"{attention} is for packed rows, and this model takes padded ones ({wrong or reason})"
         raise ConfigError("model.attention", what, "set model.attention=auto")
-    scorer = Scorer(model, kernels=kernels, **found._asdict())
+    scorer = _compiled(model, found) if kernels == "compile" else Scorer(model, kernels=kernels, **found._asdict())
     if scorer.fast and not _fast_is_right(scorer):
         scorer = replace(scorer, kernels="off", _fast=None)
     if not scorer.fast:
@@ -80,11 +81,48 @@ def choose_packing(
         reason = "a prompt is computed once for all its answers"
     elif by_config != "padded":
         reason = "the model's attention does not take the tree mask" if requested == "auto" else "as asked"
-    more = ("; fast kernels for this model" if scorer.fast else "") + (
-        "; with the model's own head" if scorer.own_head else ""
-    )
+    more = "; fast kernels for this model" if scorer.fast else "; compiled layers" if scorer.compiled else ""
+    more += "; with the model's own head" if scorer.own_head else ""
     said = f"; attention: {scorer.attention}" + (f" ({why})" if why else "")
     return scorer, f"packing: {scorer.packing} ({reason}{more})" + (said if why or scorer.attention != "groups" else "")
+
+
+def _compiled(model: Any, found: _Way) -> Scorer:
+    """The same way with compiled layers, whose log-probs and gradients are the same."""
+    if found.packing == "padded":
+        what, how = "compiles layers for packed rows, and this model takes padded ones", "set model.kernels=auto"
+        raise ConfigError("model.kernels", f"compile {what}", how)
+    plain = _said(Scorer(model, **found._asdict()))
+    try:
+        scorer = Scorer(model, kernels="compile", **found._asdict())
+        compiled = _said(scorer)
+    except Exception as error:  # whatever a compiler raises, or the want of one
+        what = f"compile does not run here ({first_line(getattr(error, 'inner_exception', error))})"
+        raise ConfigError("model.kernels", what, "set model.kernels=auto") from error
+    allowed = 5e-2 if any(p.dtype in HALF for p in model.parameters()) else MOST
+    for name, of_plain in plain.items():
+        away = _away(compiled[name], of_plain)
+        if not away <= allowed:
+            what = f"compile changes this model's {name} by {away:.2g}"
+            raise ConfigError("model.kernels", what, "set model.kernels=auto")
+    return scorer
+
+
+def _said(scorer: Scorer) -> dict[str, torch.Tensor]:
+    """What the engine says of the check's tree, and the gradients of the lowest layer that is trained."""
+    model, tree = scorer.model, _probe_tree(scorer.model)
+    headless = base_model_of(model).get_output_embeddings() is None
+    with quiet(model):
+        found = {"log-probs": _probe(scorer, tree, headless)}
+    of_layers = ([p for p in layer.parameters() if p.requires_grad] for layer in layers_of(backbone_of(model)))
+    trained = next(filter(None, of_layers), [])
+    drawn = any(isinstance(m, nn.Dropout) and m.p for m in model.modules())  # a compiler draws other numbers
+    if trained:
+        with quiet(model, training=not drawn), torch.enable_grad():
+            total = _probe(scorer, tree, headless).sum()
+            grads = torch.autograd.grad(total, trained, allow_unused=True, materialize_grads=True)
+        found["gradients"] = torch.cat([g.flatten() for g in grads])[None].double()
+    return found
 
 
 def choose_pictured(model: Any, processor: Any) -> tuple[Scorer, str]:

@@ -31,7 +31,10 @@ class ModelConfig(Section):
         description="bits of the frozen weights below an adapter: nf4 (QLoRA: 4, double quantization) or int8; needs lora, and "
         "pip install 'penchant[bnb]'",
     )
-    kernels: Literal["auto", "off"] = Field("auto", description="auto: fast kernels for the models that have them")
+    kernels: Literal["auto", "off", "compile"] = Field(
+        "auto",
+        description="auto: fast CPU kernels for the models that have them; compile: torch.compile of each layer (for GPUs, not measured)",
+    )
     attention: Literal["auto", "varlen", "flex", "groups"] = Field(
         "auto",
         description="attention within prompt trees; auto: varlen flash kernels on a GPU where the model allows it",

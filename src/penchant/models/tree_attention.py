@@ -38,7 +38,10 @@ _EAGER_MAX_LENGTH = 768  # above this, a full score matrix costs more than SDPA'
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Trees of one rounded length: `index` (B, L) positions in the row (padding points at 0), `mask` (B, 1, L, L) bool."""
+    """Trees of one rounded length: `index` (B, L) positions in the row, `mask` (B, 1, L, L) bool.
+
+    Padding points at its own tree's tokens, again and again: a GPU adds up the gradients of one token one after the other.
+    """
 
     index: Tensor
     mask: Tensor
@@ -104,7 +107,7 @@ def _build_layout(segments: tuple[Segment, ...], sliding_window: int | None, dev
     for (_, length), index, mask in zip(shapes, indices, masks, strict=True):
         for b, segment in enumerate(by_length[length]):
             n = segment.length
-            index[b, :n] = np.arange(segment.start, segment.start + n)
+            index[b] = segment.start + np.arange(length) % n
             inverse[segment.start : segment.start + n] = np.arange(done, done + n)
             mask[b] = tree_mask(segment, length, sliding_window)
             done += length
@@ -371,6 +374,13 @@ def install_tree_attention(model: nn.Module) -> None:
     if not hasattr(model, _OWN):
         setattr(model, _OWN, [(c, c._attn_implementation) for c in _configs(model)])
     model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
+
+
+def uncompiled_attention() -> None:
+    """Have `torch.compile` leave the tree attention out of what it compiles."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, torch.compiler.disable(_attention_interface))
 
 
 def restore_attention(model: nn.Module) -> None:

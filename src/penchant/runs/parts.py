@@ -346,7 +346,9 @@ def prepare_for_inference(model: Any, config: RunConfig, dtype: torch.dtype, pro
     model.requires_grad_(False).eval()
     if processor is not None:
         return choose_pictured(model, processor)[0]
-    return choose_packing(model, config.train.packing, config.model.kernels, config.model.attention)[0]
+    wanted = config.model.kernels
+    kernels = "auto" if wanted == "compile" else wanted  # compiling is not worth it, and maybe not possible here
+    return choose_packing(model, config.train.packing, kernels, config.model.attention)[0]
 
 
 def peak_lr(config: RunConfig, rows: Rows, parameters: int, known: Mapping[str, Any] | None = None) -> float:
@@ -445,8 +447,10 @@ def _engine(parts: Parts, rows: Rows, shared: Alone, console: Any) -> Scorer | R
     packing, attention = parts.config.train.packing, wanted.attention
     kernels = "off" if current().many else wanted.kernels  # a fast path holds whole parameters
     found: list[Scorer | RewardScorer] = []
+    encoder = rows.reward_parts is not None and rows.reward_parts.encoder
+    if wanted.kernels == "compile" and (why := _uncompilable(parts.config, encoder)):
+        raise ConfigError("model.kernels", f"compile does not go with {why}", "set model.kernels=auto")
     if rows.reward_parts is not None:
-        encoder = rows.reward_parts.encoder
         engine, note = make_scorer(parts.model, encoder, parts.tokenizer, packing, kernels, attention, _runs_as(parts))
         console.note(note)
         return engine
@@ -459,7 +463,7 @@ def _engine(parts: Parts, rows: Rows, shared: Alone, console: Any) -> Scorer | R
     def choose() -> tuple[Any, str]:
         scorer, note = choose_packing(parts.model, packing, kernels, attention, _runs_as(parts))
         found.append(scorer)
-        return (scorer.packing, "auto" if scorer.fast else "off", scorer.how), note
+        return (scorer.packing, scorer.runs, scorer.how), note
 
     (chosen, kernels, how), note = shared.once(("packing", start_key(parts.config)), choose)
     console.note(note)
@@ -467,6 +471,19 @@ def _engine(parts: Parts, rows: Rows, shared: Alone, console: Any) -> Scorer | R
     if why and not current().many and (parts.device.type, parts.config.model.kernels) == ("cpu", "auto"):
         console.note(f"{why}: this adapter runs on transformers' and peft's own layers")
     return found[0] if found else Scorer(parts.model, chosen, kernels, **how)
+
+
+def _uncompilable(config: RunConfig, encoder: bool) -> str:
+    """What of a run `model.kernels=compile` cannot do."""
+    hindrances = {
+        "several processes": current().many,
+        "pictures": config.model.sees,
+        "an encoder": encoder,
+        # torch compiles nothing within its checkpoints, and the balance loss listens to layers from outside
+        "train.gradient_checkpointing": config.train.gradient_checkpointing in (True, "offload"),
+        "model.router_aux_loss": config.model.router_aux_loss is not None,
+    }
+    return next((name for name, here in hindrances.items() if here), "")
 
 
 def _runs_as(parts: Parts) -> tuple[torch.device, torch.dtype] | None:
@@ -562,7 +579,7 @@ def frozen_scorer(parts: Parts, shared: Alone, *, start: bool = False) -> Scorer
     model.requires_grad_(False).eval()
     alike = place.type == parts.device.type
     if not start and (config.reference.path is not None or not alike):  # possibly another architecture
-        kernels = "auto" if parts.scorer.fast else "off"
+        kernels = parts.scorer.runs if alike or parts.scorer.fast else "off"
         attention = config.model.attention if alike else "auto"
         scorer = choose_packing(model, parts.scorer.packing, kernels, attention, _runs_as(parts))[0]
     else:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from penchant.base.lanes import turn
-from penchant.base.machine import of_processor
+from penchant.base.machine import kind_of, of_processor
 
 _ROWS_TOGETHER = 16  # passes whose gradients of an embedding are summed at a time
 _ROWS = 32  # what numbers of rows are multiples of, where that is worth a few rows more
@@ -131,7 +131,7 @@ def more_rows(rows: int, dtype: torch.dtype) -> int:
 
 
 def _by_onednn(a: Tensor) -> bool:
-    return a.dtype == torch.float32 and a.device.type == "cpu" and a.numel() > 0 and _fp32_by_onednn()
+    return a.dtype == torch.float32 and kind_of(a.device) == "cpu" and a.numel() > 0 and _fp32_by_onednn()
 
 
 @lru_cache
