@@ -26,7 +26,7 @@ from studio_people import judged, texts  # noqa: E402
 from studios import SOURCE, Person, arena_of, studio_of  # noqa: E402
 
 from penchant.demo import asset  # noqa: E402
-from penchant.runfolder.read import lock_of  # noqa: E402
+from penchant.runfolder.read import lock_state  # noqa: E402
 from penchant.studio.pairs import Answers, Arena  # noqa: E402
 from penchant.studio.queue import next_item  # noqa: E402
 
@@ -131,7 +131,7 @@ def a_run(browser: Browser, server: Any, folder: Path) -> None:
     browser.wait("document.querySelectorAll('#curves canvas').length > 2")
     browser.picture(IMAGES / "studio_run.png")
     person.post("/runs/stop", {"run": output})
-    while lock_of(folder / output) == "held":  # it writes a checkpoint
+    while lock_state(folder / output) == "held":  # it writes a checkpoint
         time.sleep(0.2)
 
 
