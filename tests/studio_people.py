@@ -94,7 +94,7 @@ class InMemory(Preferences):
         return self
 
     def append(self, row: Any) -> None:
-        self._take(row)
+        self._apply(row)
 
 
 def in_memory(arena: Arena) -> Arena:

@@ -753,7 +753,7 @@ def written_by(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[TokenTree]]:
     from penchant.compare import models as compare_models
 
     found: dict[str, list[TokenTree]] = {}
-    real_write, real_measure = measured.write, measured.measure
+    real_write, real_measure = measured.sample_completions, measured.measure
 
     def measure(name: str, *args: Any) -> Any:
         def recording(*given: Any, **options: Any) -> Any:
@@ -762,7 +762,7 @@ def written_by(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[TokenTree]]:
             return made
 
         with monkeypatch.context() as patched:
-            patched.setattr(measured, "write", recording)
+            patched.setattr(measured, "sample_completions", recording)
             return real_measure(name, *args)
 
     monkeypatch.setattr(compare_models, "measure", measure)

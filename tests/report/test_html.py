@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from penchant.report.html import el, json_html, said, table, text_html, visible
+from penchant.report.html import el, escape_hidden, json_html, table, text_html, user_text
 
 
 def test_text_and_attributes_are_escaped() -> None:
@@ -33,10 +33,10 @@ def test_attributes_that_could_load_or_run_are_not_made(attributes: dict[str, st
 
 
 def test_hidden_characters_are_shown_and_line_breaks_kept() -> None:
-    assert visible("a\u200fb\nc\x1b\x00") == "a\u27e8U+200F\u27e9b\nc\u27e8U+001B\u27e9\u27e8U+0000\u27e9"
+    assert escape_hidden("a\u200fb\nc\x1b\x00") == "a\u27e8U+200F\u27e9b\nc\u27e8U+001B\u27e9\u27e8U+0000\u27e9"
     assert text_html("a\u202eb\u2028<") == "a<i class=cp>U+202E</i>b<i class=cp>U+2028</i>&lt;"
     assert text_html("a\r\nb\rc") == "a\nb<i class=cp>U+000D</i>c"
-    assert visible("\ud800\ufeff\u00ad") == "\u27e8U+D800\u27e9\u27e8U+FEFF\u27e9\u27e8U+00AD\u27e9"
+    assert escape_hidden("\ud800\ufeff\u00ad") == "\u27e8U+D800\u27e9\u27e8U+FEFF\u27e9\u27e8U+00AD\u27e9"
 
 
 def test_joiners_stay_where_scripts_and_emoji_need_them() -> None:
@@ -52,7 +52,7 @@ def test_json_cannot_end_its_element() -> None:
 
 
 def test_text_of_others_is_isolated() -> None:
-    assert str(said("x")) == '<bdi dir="auto">x</bdi>'
+    assert str(user_text("x")) == '<bdi dir="auto">x</bdi>'
 
 
 def test_tables_name_their_rows_and_columns() -> None:

@@ -8,6 +8,7 @@ import random
 import pytest
 
 from penchant.report.svg import (
+    downsample,
     duration,
     estimate,
     interval,
@@ -15,9 +16,8 @@ from penchant.report.svg import (
     log_ticks,
     number,
     percent,
+    pick_evenly,
     smooth,
-    spread_out,
-    thin,
     tick_labels,
     ticks,
     window,
@@ -85,10 +85,10 @@ def test_thinning_keeps_every_peak() -> None:
     points = [(float(i), rng.random()) for i in range(20_000)]
     points[7_777] = (7_777.0, 50.0)
     points[3_333] = (3_333.0, -50.0)
-    kept = thin(points, 300)
+    kept = downsample(points, 300)
     assert len(kept) <= 1200 and set(kept) <= set(points) and kept == sorted(kept)
     assert (7_777.0, 50.0) in kept and (3_333.0, -50.0) in kept and kept[0] == points[0] and kept[-1] == points[-1]
-    assert thin(points[:100], 300) == points[:100]
+    assert downsample(points[:100], 300) == points[:100]
 
 
 def test_a_running_mean_is_a_mean() -> None:
@@ -98,5 +98,5 @@ def test_a_running_mean_is_a_mean() -> None:
 
 
 def test_rows_are_spread_evenly_with_both_ends() -> None:
-    assert spread_out(range(5), 9) == [0, 1, 2, 3, 4]
-    assert spread_out(range(101), 5) == [0, 25, 50, 75, 100]
+    assert pick_evenly(range(5), 9) == [0, 1, 2, 3, 4]
+    assert pick_evenly(range(101), 5) == [0, 25, 50, 75, 100]

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from report_folders import evaluation, make_comparison, make_run, make_sweep, write_lines
 
-from penchant.report.curves import curves, points_of
+from penchant.report.curves import curves, metric_points
 from penchant.report.data import read_report
-from penchant.report.frontier import Spot, best_so_far, frontier, of_comparison, of_runs
-from penchant.report.svg import Axis, Level, Line, Plot, apart, figure, path_of, sparkline, style_of
+from penchant.report.frontier import Spot, comparison_frontier, frontier, pareto_front, runs_frontier
+from penchant.report.svg import Axis, Level, Line, Plot, figure, move_apart, path_data, sparkline, style_classes
 
 
 def _plot(*lines: Line, **more: object) -> Plot:
@@ -42,7 +42,7 @@ def test_nothing_to_draw_is_no_plot() -> None:
 def test_a_path_goes_where_its_points_are() -> None:
     points = [(float(i), random.Random(i).uniform(-5, 5)) for i in range(200)]
     across, up = Axis(0, 199, 60, 500), Axis(-5, 5, 250, 10)
-    text = path_of(points, across, up)
+    text = path_data(points, across, up)
     numbers = [float(n) for n in re.findall(r"-?(?:\d+\.?\d*|\.\d+)", text)]
     x, y = numbers[:2]
     for (dx, dy), point in zip(zip(numbers[2::2], numbers[3::2], strict=True), points[1:], strict=True):
@@ -74,17 +74,17 @@ def test_the_table_behind_holds_exact_figures_and_intervals() -> None:
 
 
 def test_labels_are_moved_apart_and_stay_inside() -> None:
-    found = apart([50.0, 50.0, 50.0, 10.0], 0.0, 100.0, 15.0)
+    found = move_apart([50.0, 50.0, 50.0, 10.0], 0.0, 100.0, 15.0)
     ordered = sorted(found)
     assert all(b - a >= 14.9 for a, b in pairwise(ordered)) and found[3] == min(found)
-    crowded = apart([1.0] * 40, 0.0, 100.0, 15.0)
+    crowded = move_apart([1.0] * 40, 0.0, 100.0, 15.0)
     assert min(crowded) >= -0.001 and max(crowded) <= 100.001
-    assert apart([], 0, 1, 1) == []
+    assert move_apart([], 0, 1, 1) == []
 
 
 def test_eight_colors_then_dashes() -> None:
-    assert [style_of(i) for i in (0, 7, 8, 33)] == ["c0 d0", "c7 d0", "c0 d1", "c1 d0"]
-    assert len({style_of(i) for i in range(32)}) == 32
+    assert [style_classes(i) for i in (0, 7, 8, 33)] == ["c0 d0", "c7 d0", "c0 d1", "c1 d0"]
+    assert len({style_classes(i) for i in range(32)}) == 32
 
 
 def test_a_sparkline_says_what_it_shows() -> None:
@@ -115,7 +115,7 @@ def test_no_metrics_no_curves(tmp_path: Path) -> None:
 
 
 def test_the_frontier_of_a_sweep_stands_at_the_means_of_its_seeds(tmp_path: Path) -> None:
-    found = of_runs(read_report([make_sweep(tmp_path / "s")], 0.0))
+    found = runs_frontier(read_report([make_sweep(tmp_path / "s")], 0.0))
     assert found is not None and found.label == "preference accuracy" and found.start == 0.5
     a, b = found.spots
     assert (a.key, a.x, a.runs) == ("A", 1.0, 2) and a.y == pytest.approx(0.605) and a.y_ci == (0.6, 0.61)
@@ -132,7 +132,7 @@ def test_the_frontier_of_one_run_has_its_trail_and_intervals(tmp_path: Path) -> 
         )
         for i in range(4)
     ]
-    found = of_runs(read_report([make_run(tmp_path / "r", evals=evals)], 0.0))
+    found = runs_frontier(read_report([make_run(tmp_path / "r", evals=evals)], 0.0))
     assert found is not None and found.label == "reward" and found.start == 0.0
     assert found.spots[0].trail == ((0.0, 0.0), (1.0, 0.1), (2.0, 0.2), (3.0, 0.3)) and found.spots[
         0
@@ -141,7 +141,7 @@ def test_the_frontier_of_one_run_has_its_trail_and_intervals(tmp_path: Path) -> 
 
 def test_the_frontier_of_a_comparison(tmp_path: Path) -> None:
     data = read_report([make_comparison(tmp_path / "c")], 0.0)
-    found = of_comparison(data.comparisons[0], data)
+    found = comparison_frontier(data.comparisons[0], data)
     assert found is not None and [s.name for s in found.spots] == ["ours", "fine"] and found.start == 0.1
     assert found.spots[1].x_ci == (4.5, 5.5)
     assert "None reaches as much with less KL: ours (0.500 at 4.00 nats), fine (0.600 at 5.00 nats)" in str(
@@ -154,7 +154,7 @@ def test_runs_that_did_not_end_are_no_part_of_a_frontier_of_many(tmp_path: Path)
     for seed in (0, 1):
         path = sweep / f"beta-0.1-seed-{seed}" / "manifest.json"
         path.write_text(path.read_text().replace("finished", "stopped"))
-    found = of_runs(read_report([sweep], 0.0))
+    found = runs_frontier(read_report([sweep], 0.0))
     assert (
         found is not None
         and [s.name for s in found.spots] == ["beta-0.3"]
@@ -171,7 +171,7 @@ def test_the_frontiers_steps_join_those_that_nobody_beats() -> None:
         Spot(n, "", i, x, y)
         for i, (n, x, y) in enumerate([("a", 1, 1), ("b", 2, 0.5), ("c", 3, 2), ("d", 3, 1.9), ("e", 4, 2)])
     ]
-    assert [s.name for s in best_so_far(spots)] == ["a", "c"]
+    assert [s.name for s in pareto_front(spots)] == ["a", "c"]
 
 
 def test_an_online_runs_held_out_loss_is_no_curve_beside_its_trainings_and_each_reward_has_its_own(
@@ -184,14 +184,14 @@ def test_an_online_runs_held_out_loss_is_no_curve_beside_its_trainings_and_each_
         line |= {f"{prefix}rewards/polite/mean": 0.5, f"{prefix}rewards/my.py:short/mean": 1.5}  # type: ignore[operator]
     write_lines(tmp_path / "metrics.jsonl", [*train, *held_out])
     (run,) = read_report([tmp_path], 0.0).runs
-    assert points_of(run, "eval/loss") == () and points_of(run, "loss") == ((1, 0.1), (2, 0.2))
-    assert points_of(run, "eval/reward") == ((0, 2.0), (2, 2.0))
+    assert metric_points(run, "eval/loss") == () and metric_points(run, "loss") == ((1, 0.1), (2, 0.2))
+    assert metric_points(run, "eval/reward") == ((0, 2.0), (2, 2.0))
     made = str(curves(read_report([tmp_path], 0.0)))
     for name in ("polite", "my.py:short"):
         assert f"Reward {name}" in made
     # an offline loss stays, even if a reward is evaluated beside it
     write_lines(tmp_path / "metrics.jsonl", [*train, {"kind": "eval", "step": 2, "eval/loss": 0.7, "eval/reward": 2.0}])
-    assert points_of(read_report([tmp_path], 0.0).runs[0], "eval/loss") == ((2, 0.7),)
+    assert metric_points(read_report([tmp_path], 0.0).runs[0], "eval/loss") == ((2, 0.7),)
 
 
 def test_held_out_sets_have_curves_of_their_own(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_seeds_of_one_setting_are_together_and_others_are_not(tmp_path: Path) ->
             make_run(tmp_path / f"beta-{beta}" / f"seed-{seed}", seed=seed, beta=beta)
     data = read_report([tmp_path], 0.0)
     assert [(s.key, s.name, len(s.runs)) for s in data.settings] == [("A", "beta-0.1", 2), ("B", "beta-0.3", 2)]
-    assert data.setting_of(data.runs[3]).key == "B" and data.named("beta-0.1/seed-1") is data.settings[0]
+    assert data.setting_of(data.runs[3]).key == "B" and data.find_setting("beta-0.1/seed-1") is data.settings[0]
     sweep = read_report([make_sweep(tmp_path / "sweep")], 0.0)
     betas = [(s.name, [r.config["loss"]["beta"] for r in s.runs]) for s in sweep.settings]
     assert betas == [("beta-0.1", [0.1, 0.1]), ("beta-0.3", [0.3, 0.3])]
@@ -97,14 +97,14 @@ def test_values_that_are_no_numbers_are_none() -> None:
 
 def test_a_running_run_whose_process_is_gone_was_killed(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", status="running")
-    assert may_be_running(run) and read_report([run], 0.0).going_on
+    assert may_be_running(run) and read_report([run], 0.0).is_running
     (run / ".lock").write_text(f"PID {os.getpid()} on {socket.gethostname()}\n")
-    assert read_report([run], 0.0).going_on
+    assert read_report([run], 0.0).is_running
     (run / ".lock").write_text(f"PID 999999999 on {socket.gethostname()}\n")
     data = read_report([run], 0.0)
-    assert not data.going_on and data.runs[0].status == "killed"
+    assert not data.is_running and data.runs[0].status == "killed"
     (run / ".lock").write_text("PID 999999999 on another-machine\n")
-    assert read_report([run], 0.0).going_on
+    assert read_report([run], 0.0).is_running
 
 
 def test_letters_and_names() -> None:
@@ -118,7 +118,7 @@ def test_letters_and_names() -> None:
 
 
 def test_metrics_of_a_step_logged_twice_count_once(tmp_path: Path) -> None:
-    from penchant.report.curves import points_of
+    from penchant.report.curves import metric_points
 
     run = make_run(tmp_path / "run", evals=[evaluation(0), evaluation(9, 0.6), evaluation(9, 0.8)])
-    assert points_of(read_report([run], 0.0).runs[0], "eval/rewards/accuracies") == ((0.0, 0.5), (9.0, 0.8))
+    assert metric_points(read_report([run], 0.0).runs[0], "eval/rewards/accuracies") == ((0.0, 0.5), (9.0, 0.8))

@@ -13,9 +13,9 @@ from report_folders import ci, make_comparison, make_run, make_sweep, write_json
 from penchant.report.audit import audit
 from penchant.report.data import read_report
 from penchant.report.provenance import command, cost, evaluations, provenance
-from penchant.report.samples import LONGEST, ROOM, samples, shelf
-from penchant.report.settings import configs, differing, short
-from penchant.report.winrates import cells_of, compared_figures, pairs_of, win_rates
+from penchant.report.samples import MAX_BYTES, MAX_CHARACTERS, collect_cards, samples
+from penchant.report.settings import configs, differing_keys, short
+from penchant.report.winrates import compared_figures, comparison_pairs, matrix_cells, win_rates
 
 
 def words(node: Any) -> str:
@@ -26,7 +26,7 @@ def words(node: Any) -> str:
 
 
 def test_the_matrix_is_filled_both_ways_round() -> None:
-    cells = cells_of(
+    cells = matrix_cells(
         [{"name": "a", "other": "b", "win_rate": ci(0.8, 0.7, 0.9)}, {"name": "a", "other": "c", "win_rate": None}],
         "win_rate",
     )
@@ -58,7 +58,10 @@ def test_a_comparison_of_an_older_version_has_its_first_column(tmp_path: Path) -
     del figures["comparisons"]
     write_json(folder / "comparison.json", figures)
     data = read_report([folder], 0.0)
-    assert [(p["name"], p["other"]) for p in pairs_of(data.comparisons[0])] == [("ours", "start"), ("fine", "start")]
+    assert [(p["name"], p["other"]) for p in comparison_pairs(data.comparisons[0])] == [
+        ("ours", "start"),
+        ("fine", "start"),
+    ]
     assert "80.0%" in str(win_rates(data))
 
 
@@ -85,7 +88,7 @@ def test_every_figure_of_every_model(tmp_path: Path) -> None:
 
 def test_completions_of_one_prompt_stand_together_and_the_start_once(tmp_path: Path) -> None:
     data = read_report([make_sweep(tmp_path / "s")], 0.0)
-    found = shelf(data)
+    found = collect_cards(data)
     assert found.models == ("start", *(r.name for r in data.runs)) and found.keys == ("", "A", "B", "A", "B")
     assert len(found.cards) == 3 and [a.model for a in found.cards[0].answers] == [0, 1, 2, 3, 4] and found.judged
 
@@ -96,7 +99,7 @@ def test_equal_cards_are_one(tmp_path: Path) -> None:
         run / "samples.jsonl",
         [{"prompt": "p", "before": "b", "after": "a"}] * 3 + [{"prompt": "p", "before": "b", "after": "c"}],
     )
-    found = shelf(read_report([run], 0.0))
+    found = collect_cards(read_report([run], 0.0))
     assert [(c.times, [a.text for a in c.answers]) for c in found.cards] == [
         (3, ["b", "a"]),
         (1, ["b", "c"]),
@@ -117,7 +120,7 @@ def test_a_conversation_is_turns_with_roles(tmp_path: Path) -> None:
 
 def test_a_comparisons_completions_come_first(tmp_path: Path) -> None:
     folder = make_comparison(tmp_path / "c")
-    found = shelf(read_report([folder, make_run(tmp_path / "r")], 0.0))
+    found = collect_cards(read_report([folder, make_run(tmp_path / "r")], 0.0))
     assert found.models == ("start", "ours", "fine") and found.in_tokens and len(found.cards) == 4
     assert found.cards[0].answers[0].ended is False and found.cards[0].answers[0].tokens == 5
 
@@ -131,10 +134,11 @@ def test_the_first_twenty_are_open_and_all_are_there(tmp_path: Path) -> None:
 def test_long_texts_are_cut_and_the_page_has_a_limit(tmp_path: Path) -> None:
     run = make_run(tmp_path / "r")
     write_lines(
-        run / "samples.jsonl", [{"prompt": f"{i}", "before": "x" * (LONGEST + 7), "after": "y"} for i in range(400)]
+        run / "samples.jsonl",
+        [{"prompt": f"{i}", "before": "x" * (MAX_CHARACTERS + 7), "after": "y"} for i in range(400)],
     )
     made = str(samples(read_report([run], 0.0)))
-    assert "7 more characters" in made and len(made) < ROOM + 10_000
+    assert "7 more characters" in made and len(made) < MAX_BYTES + 10_000
     shown, left = made.count('class="sample"'), re.search(r"([\d,]+) more are in samples.jsonl", made)
     assert left is not None and shown + int(left[1]) == 400 and shown > 100
 
@@ -155,7 +159,7 @@ def test_runs_on_the_same_rows_share_an_audit(tmp_path: Path) -> None:
 
 
 def test_only_keys_that_differ_are_in_the_table(tmp_path: Path) -> None:
-    assert differing([{"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 0}]) == ["b", "c"]
+    assert differing_keys([{"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 0}]) == ["b", "c"]
     text = words(configs(read_report([make_sweep(tmp_path / "s")], 0.0)))
     assert "settingloss.betaA beta-0.10.1B beta-0.30.3" in text and "Whole configs" in text
     two = [make_run(tmp_path / f"x-seed-{i}", seed=i) for i in (0, 1)]

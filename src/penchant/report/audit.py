@@ -8,7 +8,7 @@ from typing import Any
 
 from penchant import __version__
 from penchant.report.data import ReportData, RunData
-from penchant.report.html import Element, Node, document, el, fold, joined, note, panel, said
+from penchant.report.html import Element, Node, document, el, fold, join_nodes, note, panel, user_text
 from penchant.report.svg import MISSING, percent
 from penchant.runfolder.values import mapping, num, sequence, text
 
@@ -22,42 +22,42 @@ def audit(data: ReportData) -> Element | None:
     parts = []
     for runs, of_one in found.values():
         more = f" and {len(runs) - 6} more" if len(runs) > 6 else None
-        title = el("h3", said(", ".join(r.name for r in runs[:6])), more)
-        parts.append(el("div", title if len(found) > 1 else None, _one(of_one)))
+        title = el("h3", user_text(", ".join(r.name for r in runs[:6])), more)
+        parts.append(el("div", title if len(found) > 1 else None, _audit_body(of_one)))
     return el("div", parts) if parts else None
 
 
-def _one(of: Mapping[str, Any]) -> Element:
+def _audit_body(of: Mapping[str, Any]) -> Element:
     findings = [mapping(f) for f in mapping(of.get("findings")).values()]
     some = [f for f in findings if num(f, "count")]
     none = [text(f.get("title")) for f in findings if not num(f, "count")]
     rows: list[list[Node]] = [
         [
-            said(text(f.get("title"))),
+            user_text(text(f.get("title"))),
             el("b", f"{num(f, 'count'):,.0f}"),
             "" if (of_ := num(f, "of")) is None else f"of {of_:,.0f}",
             percent(num(f, "share")),
-            el("small", _where(f)),
+            el("small", _locations(f)),
         ]
         for f in some
     ]
-    clear = joined([said(title) for title in none], "; ")
+    clear = join_nodes([user_text(title) for title in none], "; ")
     return el(
         "div",
-        el("p", said(text(of.get("summary")), tag="span")) if of.get("summary") else None,
+        el("p", user_text(text(of.get("summary")), tag="span")) if of.get("summary") else None,
         panel(["found", "rows", "", "share", "where"], rows, numeric=(1, 2, 3)) if rows else None,
         note("Looked for and not found: ", clear, ".") if clear else None,
         lengths_table(mapping(of.get("lengths"))),
     )
 
 
-def _where(finding: Mapping[str, Any]) -> list[Node]:
+def _locations(finding: Mapping[str, Any]) -> list[Node]:
     places = [text(w) for w in sequence(finding.get("where"))]
     note = text(finding.get("note"))
     more = (num(finding, "count") or 0) - len(places)
-    parts: list[Node] = [said(note)] if note else []
+    parts: list[Node] = [user_text(note)] if note else []
     if places:
-        parts += [" \u00b7 " if note else None, said(", ".join(places)), ", \u2026" if more > 0 else None]
+        parts += [" \u00b7 " if note else None, user_text(", ".join(places)), ", \u2026" if more > 0 else None]
     return parts
 
 
@@ -67,11 +67,11 @@ def lengths_table(lengths: Mapping[str, Any], unit: str = "tokens") -> Element |
     if not columns:
         return None
     rows: list[list[Node]] = [
-        [said(what), *(MISSING if (v := num(q, c)) is None else f"{v:,.0f}" for c in columns)]
+        [user_text(what), *(MISSING if (v := num(q, c)) is None else f"{v:,.0f}" for c in columns)]
         for what, q in lengths.items()
     ]
     caption = f"Lengths in {'tokens' if unit == 'lengths' else unit}"
-    return panel(["", *map(said, columns)], rows, numeric=range(1, len(columns) + 1), caption=caption)
+    return panel(["", *map(user_text, columns)], rows, numeric=range(1, len(columns) + 1), caption=caption)
 
 
 # ---- The page of a single audit: findings first, then lengths ----
@@ -106,9 +106,9 @@ def render_audit(audit: Mapping[str, Any], title: str) -> str:
         el(
             "header",
             el("p", "Penchant \u00b7 data audit", class_="kicker"),
-            el("h1", said(title)),
-            el("p", said(text(audit.get("layout"))), class_="soft facts-line"),
-            el("p", said(text(audit.get("summary"))), class_="soft facts-line"),
+            el("h1", user_text(title)),
+            el("p", user_text(text(audit.get("layout"))), class_="soft facts-line"),
+            el("p", user_text(text(audit.get("summary"))), class_="soft facts-line"),
         ),
         made,
         el("section", el("h2", "Lengths"), tables) if tables else None,
@@ -145,9 +145,9 @@ def _unknown(finding: Mapping[str, Any]) -> bool:
 def _row(finding: Mapping[str, Any]) -> list[Node]:
     note = text(finding.get("note"))
     advice = text(finding.get("advice")) if num(finding, "count") else ""
-    what: list[Node] = [said(text(finding.get("title")))]
-    what += [el("br"), el("small", said(note))] if note else []
-    what += [el("br"), el("small", "\u2192 ", said(advice))] if advice else []
+    what: list[Node] = [user_text(text(finding.get("title")))]
+    what += [el("br"), el("small", user_text(note))] if note else []
+    what += [el("br"), el("small", "\u2192 ", user_text(advice))] if advice else []
     if _unknown(finding):
         return [el("span", what), "", "", "", ""]
     ends = [e for e in sequence(finding.get("interval")) if isinstance(e, (int, float))]
@@ -165,7 +165,7 @@ def _places(finding: Mapping[str, Any]) -> Element:
     more = int(num(finding, "count") or 0) - len(places)
     title = text(finding.get("title"))
     return fold(
-        ["where: ", said(title)],
-        el("p", said(", ".join(places)), f" and {more:,} more" if more > 0 else None, class_="small"),
+        ["where: ", user_text(title)],
+        el("p", user_text(", ".join(places)), f" and {more:,} more" if more > 0 else None, class_="small"),
         key=f"where-{title}",
     )

@@ -11,7 +11,7 @@ from penchant.base.text import counted as count
 from penchant.metrics import names
 from penchant.report.data import ReportData, RunData, Setting
 from penchant.report.html import Element, el, fold
-from penchant.report.svg import Band, Level, Line, Plot, Point, figure, shown, smooth, window
+from penchant.report.svg import Band, Level, Line, Plot, Point, figure, format_value, smooth, window
 from penchant.runfolder.values import ci_of, mapping, num, sequence
 
 MANY = 24  # training curves with at least this many points are drawn as running means
@@ -37,51 +37,51 @@ class Panel:
         return names.metric(self.lines[0][0]).share
 
     def plot(self, title: str, lines: Sequence[Line], note: str, levels: tuple[Level, ...] = ()) -> Plot:
-        says = _says(lines, self.share)
+        says = _describe(lines, self.share)
         key = "p-" + "".join(c if c.isascii() and c.isalnum() else "-" for c in title.lower()).strip("-")
         return Plot(key, title, self.unit, "step", tuple(lines), says, note, self.share, self.log, levels)
 
 
-def _both(title: str, name: str, unit: str = "", *, log: bool = False, main: bool = True) -> Panel:
+def _train_and_held_out(title: str, name: str, unit: str = "", *, log: bool = False, main: bool = True) -> Panel:
     """A metric in training and on held-out rows."""
     return Panel(title, unit, ((name, "train"), (f"eval/{name}", "held out")), log, main)
 
 
-def _sides(title: str, name: str, unit: str = "", *, main: bool = True) -> Panel:
+def _chosen_and_rejected(title: str, name: str, unit: str = "", *, main: bool = True) -> Panel:
     """A metric of the chosen and the rejected answers."""
     return Panel(title, unit, tuple((f"{name}/{side}", side) for side in ("chosen", "rejected")), main=main)
 
 
-def _trained(title: str, name: str, unit: str = "", label: str = "train", *, log: bool = False) -> Panel:
+def _training_only(title: str, name: str, unit: str = "", label: str = "train", *, log: bool = False) -> Panel:
     """A metric of training only, among the details."""
     return Panel(title, unit, ((name, label),), log, main=False)
 
 
 ONE_REWARD = re.compile(r"(?:eval/)?rewards/.+/mean")
 PANELS = (
-    _both("Loss", "loss"),
-    _both("Preference accuracy", "rewards/accuracies", "%"),
-    _both("Reward margin", "rewards/margins", "chosen \u2212 rejected"),
-    _both("Reward of completions", "reward"),
+    _train_and_held_out("Loss", "loss"),
+    _train_and_held_out("Preference accuracy", "rewards/accuracies", "%"),
+    _train_and_held_out("Reward margin", "rewards/margins", "chosen \u2212 rejected"),
+    _train_and_held_out("Reward of completions", "reward"),
     Panel("Win rate against the start", "%", (("eval/win_rate", "held out"),)),
-    _both("KL to the start", "kl/k3", "nats per completion"),
-    _both("Perplexity", "perplexity", log=True),
-    _sides("Rewards, held out", "eval/rewards"),
-    _sides("Rewards in training", "rewards", main=False),
-    _sides("Log-probs, held out", "eval/logps", "nats per answer"),
-    _sides("Shift from the reference, held out", "eval/logratios", "nats per answer"),
-    _trained("Log-prob in training", "logps/per_token", "nats per token"),
-    _both("Divergence", "divergence", "nats per token"),
-    _both("Length of completions", "completions/length", "tokens"),
-    _both("Completions that ended", "completions/ended", "%", main=False),
-    _trained("Spread of rewards", "reward/std", "within a prompt"),
+    _train_and_held_out("KL to the start", "kl/k3", "nats per completion"),
+    _train_and_held_out("Perplexity", "perplexity", log=True),
+    _chosen_and_rejected("Rewards, held out", "eval/rewards"),
+    _chosen_and_rejected("Rewards in training", "rewards", main=False),
+    _chosen_and_rejected("Log-probs, held out", "eval/logps", "nats per answer"),
+    _chosen_and_rejected("Shift from the reference, held out", "eval/logratios", "nats per answer"),
+    _training_only("Log-prob in training", "logps/per_token", "nats per token"),
+    _train_and_held_out("Divergence", "divergence", "nats per token"),
+    _train_and_held_out("Length of completions", "completions/length", "tokens"),
+    _train_and_held_out("Completions that ended", "completions/ended", "%", main=False),
+    _training_only("Spread of rewards", "reward/std", "within a prompt"),
     Panel("Clipped tokens", "%", (("clip_fraction", "train"), ("value/clip_fraction", "value")), main=False),
-    _trained("Value error", "value/error", log=True),
-    _trained("Entropy", "entropy/sampled", "nats per token"),
-    _trained("Scheduled \u03bb", "lambda", label="\u03bb"),
-    _trained("Scheduled \u03b2", "beta", label="\u03b2"),
-    _trained("Learning rate", "lr", label="learning rate"),
-    _trained("Gradient norm", "grad_norm", "before clipping", log=True),
+    _training_only("Value error", "value/error", log=True),
+    _training_only("Entropy", "entropy/sampled", "nats per token"),
+    _training_only("Scheduled \u03bb", "lambda", label="\u03bb"),
+    _training_only("Scheduled \u03b2", "beta", label="\u03b2"),
+    _training_only("Learning rate", "lr", label="learning rate"),
+    _training_only("Gradient norm", "grad_norm", "before clipping", log=True),
 )
 
 
@@ -94,7 +94,7 @@ def _panels(data: ReportData) -> tuple[Panel, ...]:
     if len(single) < 2:
         return PANELS
     at = next(i for i, panel in enumerate(PANELS) if panel.lines[0][0] == "reward") + 1
-    own = (_both(f"Reward {n.split('/', 1)[1].removesuffix('/mean')}", n, main=False) for n in single)
+    own = (_train_and_held_out(f"Reward {n.split('/', 1)[1].removesuffix('/mean')}", n, main=False) for n in single)
     return (*PANELS[:at], *own, *PANELS[at:])
 
 
@@ -116,10 +116,10 @@ def curves(data: ReportData) -> Element | None:
     """All plots that have points; None if there are none."""
     panels = (*_panels(data), *_by_set(data.runs))
     if len(data.runs) == 1:
-        plots = [(True, _of_one(panel, data.runs[0])) for panel in panels]
+        plots = [(True, _single_run_plot(panel, data.runs[0])) for panel in panels]
         plots.append((True, _reliability(data.runs[0].calibration)))
     else:
-        plots = [(panel.main, plot) for panel in panels for plot in _of_many(panel, data)]
+        plots = [(panel.main, plot) for panel in panels for plot in _overlaid_plots(panel, data)]
     drawn = [(main, picture) for main, plot in plots if plot is not None and (picture := figure(plot)) is not None]
     if not drawn:
         return None
@@ -133,7 +133,7 @@ def curves(data: ReportData) -> Element | None:
     return el("div", el("div", shown, class_="plots") if shown else None, details if more else None)
 
 
-def points_of(run: RunData, metric: str) -> tuple[Point, ...]:
+def metric_points(run: RunData, metric: str) -> tuple[Point, ...]:
     """(step, value) of a metric as logged; if a step was logged again after a resume, its last line counts."""
     found = {
         step: value
@@ -146,7 +146,7 @@ def points_of(run: RunData, metric: str) -> tuple[Point, ...]:
     return tuple(sorted(found.items()))
 
 
-def ends_of(run: RunData, metric: str) -> tuple[Band, ...]:
+def metric_intervals(run: RunData, metric: str) -> tuple[Band, ...]:
     """(step, low, high) of a metric's intervals on held-out rows."""
     found = {
         step: ci
@@ -156,17 +156,17 @@ def ends_of(run: RunData, metric: str) -> tuple[Band, ...]:
     return tuple((step, *found[step]) for step in sorted(found))
 
 
-def _of_one(panel: Panel, run: RunData) -> Plot | None:
+def _single_run_plot(panel: Panel, run: RunData) -> Plot | None:
     lines: list[Line] = []
     note = ""
     for place, (metric, label) in enumerate(panel.lines):
-        points = points_of(run, metric)
+        points = metric_points(run, metric)
         if not points:
             continue
         held_out = metric.startswith("eval/")
         place = 1 if label == "held out" else place
         if held_out or len(points) < MANY:
-            ends = ends_of(run, metric) if held_out else ()
+            ends = metric_intervals(run, metric) if held_out else ()
             lines.append(Line(label, points, place, ends, marked=held_out, tag=label))
             continue
         lines.append(Line(label, points, place, look="faint"))
@@ -180,12 +180,12 @@ def _of_one(panel: Panel, run: RunData) -> Plot | None:
     return panel.plot(panel.title, lines, note, levels)
 
 
-def _of_many(panel: Panel, data: ReportData) -> list[Plot]:
+def _overlaid_plots(panel: Panel, data: ReportData) -> list[Plot]:
     """One plot for each line of the panel, since with many runs a shared plot would be crowded."""
     made = []
     for metric, label in panel.lines:
         bands = len(data.settings) <= BANDS
-        lines = [line for setting in data.settings for line in _of_setting(setting, metric, bands)]
+        lines = [line for setting in data.settings for line in _setting_lines(setting, metric, bands)]
         if not lines:
             continue
         where = "held out" if metric.startswith("eval/") else "training"
@@ -199,9 +199,9 @@ def _of_many(panel: Panel, data: ReportData) -> list[Plot]:
     return made
 
 
-def _of_setting(setting: Setting, metric: str, bands: bool) -> list[Line]:
+def _setting_lines(setting: Setting, metric: str, bands: bool) -> list[Line]:
     held_out = metric.startswith("eval/")
-    series = [(run, p) for run in setting.runs if (p := points_of(run, metric))]
+    series = [(run, p) for run in setting.runs if (p := metric_points(run, metric))]
     if not series:
         return []
 
@@ -211,7 +211,7 @@ def _of_setting(setting: Setting, metric: str, bands: bool) -> list[Line]:
 
     whole = f"{setting.key} {setting.name}"
     if len(series) == 1:
-        ends = ends_of(series[0][0], metric) if held_out and bands else ()
+        ends = metric_intervals(series[0][0], metric) if held_out and bands else ()
         return [line(whole, series[0][1], ends=ends, marked=held_out, tag=setting.key)]
     lines = [line(f"{setting.key} seed {run.seed or '?'}", p, look="thin", column=False) for run, p in series]
     values = [dict(p) for _, p in series]
@@ -220,13 +220,15 @@ def _of_setting(setting: Setting, metric: str, bands: bool) -> list[Line]:
     return [*lines, line(name, mean, marked=held_out, tag=setting.key)] if mean else lines
 
 
-def _says(lines: Sequence[Line], share: bool) -> str:
+def _describe(lines: Sequence[Line], share: bool) -> str:
     """Describe the first and last values of each line, for screen readers."""
     parts: list[str] = []
     for line in lines:
         if line.column and len(parts) < 12:
             (x0, y0), (x1, y1) = line.points[0], line.points[-1]
-            parts.append(f"{line.label}: {shown(y0, share)} at step {x0:,.0f}, {shown(y1, share)} at step {x1:,.0f}")
+            parts.append(
+                f"{line.label}: {format_value(y0, share)} at step {x0:,.0f}, {format_value(y1, share)} at step {x1:,.0f}"
+            )
     return "; ".join(dict.fromkeys(parts))
 
 

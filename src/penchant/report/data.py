@@ -121,7 +121,7 @@ class ReportData:
 
     Args:
         kind: ``run``, ``runs``, ``sweep``, ``pipeline`` or ``comparison``; sweep: its state file, or empty.
-        going_on: whether any of it is still running; left_out: number of runs beyond `MOST_RUNS`; now: time of reading, Unix seconds.
+        is_running: whether any of it is still running; left_out: number of runs beyond `MOST_RUNS`; now: time of reading, Unix seconds.
     """
 
     kind: str
@@ -131,7 +131,7 @@ class ReportData:
     settings: tuple[Setting, ...]
     sweep: Mapping[str, Any]
     comparisons: tuple[Comparison, ...]
-    going_on: bool
+    is_running: bool
     left_out: int
     now: float
 
@@ -139,7 +139,7 @@ class ReportData:
         """The setting that a run belongs to."""
         return next(s for s in self.settings if any(r is run for r in s.runs))
 
-    def named(self, name: str) -> Setting | None:
+    def find_setting(self, name: str) -> Setting | None:
         """The setting with this name, or the one that contains a run with this name; None if neither exists."""
         by_name = {s.name: s for s in self.settings}
         by_run = {r.name: s for s in self.settings for r in s.runs}
@@ -152,17 +152,17 @@ def read_report(paths: Sequence[Path], now: float) -> ReportData:
     Raises:
         CheckpointError: a path does not exist, is a file, or holds nothing to report on.
     """
-    folders = [_checked(Path(p)) for p in paths]
+    folders = [_resolve_folder(Path(p)) for p in paths]
     if not folders:
         raise CheckpointError("report", "no path is given", HOW)
-    found = [_contents(folder) for folder in folders]
+    found = [_scan_folder(folder) for folder in folders]
     run_folders = list(dict.fromkeys(f for c in found for f in c.runs))
     comparisons = tuple(read_comparison(f) for c in found for f in c.comparisons)
     sweep = next((c.sweep for c in found if c.sweep), {})
     names = _names(run_folders, folders)
     runs = tuple(RunData(f, names[f]) for f in run_folders[:MOST_RUNS])
     kind = found[0].kind if len(found) == 1 else "runs" if run_folders else "comparison"
-    title = folders[0].name if len(folders) == 1 else _together([f.name for f in folders])
+    title = folders[0].name if len(folders) == 1 else _join_names([f.name for f in folders])
     states = [text(mapping(r).get("state")) for r in mapping(sweep.get("runs")).values()]
     going_on = any(r.status == "running" for r in runs) or ("running" in states and may_be_running(folders[0]))
     return ReportData(
@@ -170,24 +170,24 @@ def read_report(paths: Sequence[Path], now: float) -> ReportData:
         title=title or str(folders[0]),
         paths=tuple(folders),
         runs=runs,
-        settings=group(runs, sweep),
+        settings=group_by_setting(runs, sweep),
         sweep=sweep,
         comparisons=comparisons,
-        going_on=going_on,
+        is_running=going_on,
         left_out=max(0, len(run_folders) - MOST_RUNS),
         now=now,
     )
 
 
 @dataclass(frozen=True, slots=True)
-class _Contents:
+class _FolderContents:
     kind: str
     runs: tuple[Path, ...]
     comparisons: tuple[Path, ...] = ()
     sweep: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _checked(path: Path) -> Path:
+def _resolve_folder(path: Path) -> Path:
     if not path.exists():
         raise CheckpointError(str(path), "no such run folder", HOW)
     if not path.is_dir():
@@ -195,29 +195,31 @@ def _checked(path: Path) -> Path:
     return path.resolve()
 
 
-def _contents(folder: Path) -> _Contents:
+def _scan_folder(folder: Path) -> _FolderContents:
     here = read_folder(folder)
     comparisons = (folder,) if (folder / COMPARISON).is_file() else ()
     if here.sweep:
-        return _Contents("sweep", _inside(folder, mapping(here.sweep.get("runs"))), comparisons, sweep=here.sweep)
+        return _FolderContents(
+            "sweep", _runs_inside(folder, mapping(here.sweep.get("runs"))), comparisons, sweep=here.sweep
+        )
     if here.pipeline:
-        return _Contents("pipeline", _inside(folder, mapping(here.pipeline.get("stages"))), comparisons)
+        return _FolderContents("pipeline", _runs_inside(folder, mapping(here.pipeline.get("stages"))), comparisons)
     if here.is_run:
-        return _Contents("run", (folder,), comparisons)
+        return _FolderContents("run", (folder,), comparisons)
     if comparisons:
-        return _Contents("comparison", _compared_runs(here), comparisons)
-    runs = tuple(sorted((f for p in ("*", "*/*") for f in folder.glob(p) if _is_run(f)), key=_natural))
+        return _FolderContents("comparison", _compared_runs(here), comparisons)
+    runs = tuple(sorted((f for p in ("*", "*/*") for f in folder.glob(p) if _is_run(f)), key=_natural_key))
     inside = tuple(sorted(p.parent for p in folder.glob(f"*/{COMPARISON}")))
     if not runs and not inside:
         raise CheckpointError(str(folder), "holds no run", HOW)
-    return _Contents("runs" if runs else "comparison", runs, inside)
+    return _FolderContents("runs" if runs else "comparison", runs, inside)
 
 
 def _is_run(folder: Path) -> bool:
     return folder.is_dir() and read_folder(folder).is_run
 
 
-def _inside(folder: Path, names: Iterable[str]) -> tuple[Path, ...]:
+def _runs_inside(folder: Path, names: Iterable[str]) -> tuple[Path, ...]:
     """Run folders with these names directly in `folder`; names that lead elsewhere are ignored."""
     return tuple(f for n in names if n and Path(n).name == n and _is_run(f := folder / n))
 
@@ -233,7 +235,7 @@ def _compared_runs(folder: Folder) -> tuple[Path, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _natural(path: Path) -> list[tuple[int, float, str]]:
+def _natural_key(path: Path) -> list[tuple[int, float, str]]:
     """Sort key for natural order: beta-2 before beta-10, beta-0.1 before beta-0.3."""
     parts = re.split(r"(\d+(?:\.\d+)?)", str(path))
     return [(1, float(p), "") if i % 2 else (0, 0.0, p) for i, p in enumerate(parts)]
@@ -251,7 +253,7 @@ def _names(runs: Sequence[Path], roots: Sequence[Path]) -> dict[Path, str]:
     return {r: r.relative_to(common).as_posix() for r in runs}
 
 
-def _together(names: Sequence[str]) -> str:
+def _join_names(names: Sequence[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 4 else ""
     return ", ".join(names[: 3 if more else 4]) + more
 
@@ -264,19 +266,19 @@ def read_comparison(path: Path) -> Comparison:
     return Comparison(path.name, figures, folder.comparison_rows, flags)
 
 
-def group(runs: Sequence[RunData], sweep: Mapping[str, Any]) -> tuple[Setting, ...]:
+def group_by_setting(runs: Sequence[RunData], sweep: Mapping[str, Any]) -> tuple[Setting, ...]:
     """Group runs by setting, in their given order."""
     members: dict[str, list[RunData]] = {}
     for run in runs:
         record = mapping(mapping(sweep.get("runs")).get(run.name))
         varied = {k: v for k, v in mapping(record.get("varied")).items() if k != SEED}
-        members.setdefault(_identity(run, varied), []).append(run)
+        members.setdefault(_setting_identity(run, varied), []).append(run)
     names = _setting_names(list(members.values()), sweep)
     settings = enumerate(zip(names, members.values(), strict=True))
     return tuple(Setting(letter(i), i, name, tuple(of_one)) for i, (name, of_one) in settings)
 
 
-def _identity(run: RunData, varied: Mapping[str, Any]) -> str:
+def _setting_identity(run: RunData, varied: Mapping[str, Any]) -> str:
     if varied:
         return json.dumps([without_seed(run.name), varied], sort_keys=True, default=str)
     if not run.config:

@@ -6,72 +6,78 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from penchant.report.data import ReportData
-from penchant.report.html import Element, Node, el, fold, note, said, soft
+from penchant.report.html import Element, Node, el, fold, muted, note, user_text
 from penchant.report.svg import number, sparkline
 from penchant.runfolder.values import mappings, number_of, sequence, text
 
-MOST = 40  # maximum kinds of flags shown
+MAX_KINDS = 40  # maximum kinds of flags shown
 Found = tuple[str, Mapping[str, Any]]  # the run, "" for the only one, and its flag
 
 
 def flags(data: ReportData) -> Element | None:
     """Each kind of flag once, warnings first; a sentence if no flag was raised; None if no flags file exists."""
-    looked = [(r.name if len(data.runs) > 1 else "", r.flags) for r in data.runs if r.flags is not None]
-    looked += [("", c.flags) for c in data.comparisons if c.flags is not None]
-    if not looked:
+    checked = [(r.name if len(data.runs) > 1 else "", r.flags) for r in data.runs if r.flags is not None]
+    checked += [("", c.flags) for c in data.comparisons if c.flags is not None]
+    if not checked:
         return None
-    found: list[Found] = [(where, flag) for where, of_one in looked for flag in of_one or ()]
+    found: list[Found] = [(where, flag) for where, of_one in checked for flag in of_one or ()]
     if not found:
-        of = "" if len(looked) == 1 else f" in {len(looked)} runs"
-        return soft(f"No flag was raised{of}.")
+        of = "" if len(checked) == 1 else f" in {len(checked)} runs"
+        return muted(f"No flag was raised{of}.")
     found.sort(key=lambda f: text(f[1].get("level")) != "warning")
     groups: dict[tuple[str, str], list[Found]] = {}
     for one in found:
         name = text(one[1].get("name")) or text(one[1].get("title"))
         groups.setdefault((text(one[1].get("level")), name), []).append(one)
-    kept = list(groups.values())[:MOST]
+    kept = list(groups.values())[:MAX_KINDS]
     left = len(groups) - len(kept)
-    more = soft(f"{left} more kinds of flags are in the runs\u2019 flags.json.") if left else None
-    return el("div", [_card(g, len(looked)) for g in kept], more, class_="flags")
+    more = muted(f"{left} more kinds of flags are in the runs\u2019 flags.json.") if left else None
+    return el("div", [_card(g, len(checked)) for g in kept], more, class_="flags")
 
 
-def _card(of_one_kind: Sequence[Found], looked: int) -> Element:
+def _card(of_one_kind: Sequence[Found], checked: int) -> Element:
     """One kind of flag: its first finding, those of other runs folded, and the advice once."""
     (where, first), *rest = of_one_kind
     warning, title = (
         text(first.get("level")) == "warning",
         text(first.get("title")) or text(first.get("name")) or "flag",
     )
-    of = _of(where, first)
-    about = el("small", " ", said(of)) if of else None
+    of = _subject(where, first)
+    about = el("small", " ", user_text(of)) if of else None
     if rest:
-        about = el("small", f" {len(of_one_kind)} times" if looked == 1 else f" in {len(of_one_kind)} of {looked} runs")
+        about = el(
+            "small", f" {len(of_one_kind)} times" if checked == 1 else f" in {len(of_one_kind)} of {checked} runs"
+        )
     mark = el("span", "\u25b2 " if warning else "\u25cb ", aria_hidden="true")
     others = fold(
         f"the {len(rest)} others" if len(rest) > 1 else "the other one",
-        [_seen(w, f, True) for w, f in rest],
+        [_finding(w, f, True) for w, f in rest],
         key=f"flag-{text(first.get('level'))}-{text(first.get('name'))}",
     )
     return el(
         "article",
-        el("h3", mark, "warning: " if warning else "note: ", said(title), about),
-        _seen(where, first, bool(rest)),
+        el("h3", mark, "warning: " if warning else "note: ", user_text(title), about),
+        _finding(where, first, bool(rest)),
         others if rest else None,
-        note(said(text(first.get("advice")), tag="span")) if first.get("advice") else None,
+        note(user_text(text(first.get("advice")), tag="span")) if first.get("advice") else None,
         class_="flag warning" if warning else "flag",
     )
 
 
-def _of(where: str, flag: Mapping[str, Any]) -> str:
+def _subject(where: str, flag: Mapping[str, Any]) -> str:
     return text(flag.get("about")) or where
 
 
-def _seen(where: str, flag: Mapping[str, Any], named: bool) -> Element:
+def _finding(where: str, flag: Mapping[str, Any], named: bool) -> Element:
     evidence = [e for e in map(_evidence, mappings(flag.get("evidence"))) if e is not None]
-    of = _of(where, flag)
+    of = _subject(where, flag)
     return el(
         "div",
-        el("p", [el("b", said(of)), ": "] if named and of else None, said(text(flag.get("sentence")), tag="span")),
+        el(
+            "p",
+            [el("b", user_text(of)), ": "] if named and of else None,
+            user_text(text(flag.get("sentence")), tag="span"),
+        ),
         el("div", evidence, class_="evidence") if evidence else None,
     )
 
@@ -85,7 +91,7 @@ def _evidence(of: Mapping[str, Any]) -> Element | None:
     line: Node = sparkline(values, label) if len(values) > 3 or steps else None
     ends = f"{_plain(values[0])} \u2192 {_plain(values[-1])}" if line is not None else ", ".join(map(_plain, values))
     when = f"steps {steps[0]:,.0f} to {steps[-1]:,.0f}" if len(steps) > 1 else f"step {steps[0]:,.0f}" if steps else ""
-    caption = el("figcaption", said(label), el("b", f" {ends}"), el("small", f" {when}") if when else None)
+    caption = el("figcaption", user_text(label), el("b", f" {ends}"), el("small", f" {when}") if when else None)
     return el("figure", line, caption)
 
 

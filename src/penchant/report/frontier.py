@@ -8,22 +8,22 @@ from statistics import mean
 from typing import Any
 
 from penchant.metrics.names import with_k3
-from penchant.report.curves import points_of
+from penchant.report.curves import metric_points
 from penchant.report.data import Comparison, ReportData, RunData, Setting
-from penchant.report.html import Element, Node, el, fold, note, said, table
+from penchant.report.html import Element, Node, el, fold, note, table, user_text
 from penchant.report.svg import (
     BOTTOM,
     LEFT,
     TOP,
     Axis,
     Point,
-    apart,
     axis,
+    format_value,
     grid,
+    move_apart,
     number,
-    path_of,
-    shown,
-    style_of,
+    path_data,
+    style_classes,
     tag,
     with_interval,
 )
@@ -68,18 +68,18 @@ class Frontier:
 
 def frontier(data: ReportData) -> Element | None:
     """Plot the frontier from a comparison if there is one, else from the runs' own evaluations; None without KL."""
-    found = next((f for c in data.comparisons if (f := of_comparison(c, data))), None) or of_runs(data)
-    return None if found is None else picture(found)
+    found = next((f for c in data.comparisons if (f := comparison_frontier(c, data))), None) or runs_frontier(data)
+    return None if found is None else draw_frontier(found)
 
 
-def of_comparison(comparison: Comparison, data: ReportData) -> Frontier | None:
+def comparison_frontier(comparison: Comparison, data: ReportData) -> Frontier | None:
     """Frontier of a comparison's models: reward (or preference accuracy) against KL, on the same prompts."""
     models = mapping(comparison.figures.get("models"))
     for gain, label, share in COMPARED:
         spots = []
         for i, (name, figures) in enumerate(models.items()):
             figures = with_k3(figures)
-            x, y, setting = num(figures, "kl_k3"), num(figures, gain), data.named(name)
+            x, y, setting = num(figures, "kl_k3"), num(figures, gain), data.find_setting(name)
             if x is not None and y is not None:
                 key, place = (setting.key, setting.place) if setting else ("", i)
                 spots.append(Spot(name, key, place, x, y, ci_of(figures, "kl_k3"), ci_of(figures, gain)))
@@ -91,7 +91,7 @@ def of_comparison(comparison: Comparison, data: ReportData) -> Frontier | None:
     return None
 
 
-def of_runs(data: ReportData) -> Frontier | None:
+def runs_frontier(data: ReportData) -> Frontier | None:
     """Frontier of settings at the end of their runs: held-out figures, or training rewards over the last quarter if there are none."""
     for gain, label, share in GAINS:
         for held_out in (True, False):
@@ -123,7 +123,7 @@ def _spot(setting: Setting, gain: str, held_out: bool, alone: bool) -> Spot | No
     y_ci: Pair = None
     for run in setting.runs:
         if held_out:
-            at = _at(run.last, gain) if num(run.last, "step") else None
+            at = _point_at(run.last, gain) if num(run.last, "step") else None
         else:
             at = _in_training(run, gain)
         if at is None or not (alone or run.status in ("finished", "")):  # among several settings, only finished runs
@@ -131,7 +131,7 @@ def _spot(setting: Setting, gain: str, held_out: bool, alone: bool) -> Spot | No
         ends.append(at)
         if held_out:
             x_ci, y_ci = ci_of(run.last, "eval/kl/k3"), ci_of(run.last, f"eval/{gain}")
-            trail = tuple(point for line in run.evals if (point := _at(line, gain)) is not None)
+            trail = tuple(point for line in run.evals if (point := _point_at(line, gain)) is not None)
     if not ends:
         return None
     x, y = mean(e[0] for e in ends), mean(e[1] for e in ends)
@@ -141,19 +141,19 @@ def _spot(setting: Setting, gain: str, held_out: bool, alone: bool) -> Spot | No
     return Spot(setting.name, setting.key, setting.place, x, y, x_ci, y_ci, len(ends), trail)
 
 
-def _at(line: Mapping[str, Any], gain: str) -> Point | None:
+def _point_at(line: Mapping[str, Any], gain: str) -> Point | None:
     x, y = num(line, "eval/kl/k3"), num(line, f"eval/{gain}")
     return None if x is None or y is None else (x, y)
 
 
 def _in_training(run: RunData, gain: str) -> Point | None:
-    xs, ys = points_of(run, "kl/k3"), points_of(run, gain)
+    xs, ys = metric_points(run, "kl/k3"), metric_points(run, gain)
     if not xs or not ys:
         return None
     return mean(v for _, v in xs[-max(1, len(xs) // 4) :]), mean(v for _, v in ys[-max(1, len(ys) // 4) :])
 
 
-def best_so_far(spots: Sequence[Spot]) -> list[Spot]:
+def pareto_front(spots: Sequence[Spot]) -> list[Spot]:
     """The Pareto-optimal spots, ordered by KL: no other reaches as much with less KL."""
     found: list[Spot] = []
     for spot in sorted(spots, key=lambda s: (s.x, -s.y)):
@@ -162,7 +162,7 @@ def best_so_far(spots: Sequence[Spot]) -> list[Spot]:
     return found
 
 
-def picture(found: Frontier) -> Element:
+def draw_frontier(found: Frontier) -> Element:
     """Draw the plot with its table."""
     spots = found.spots
     xs = [v for s in spots for v in (s.x, *(s.x_ci or ()), *(t[0] for t in s.trail))]
@@ -171,8 +171,8 @@ def picture(found: Frontier) -> Element:
     log = min(xs) > 0 and max(xs) / min(xs) > 30
     across = axis(xs if log else [*xs, 0.0], LEFT, WIDTH - RIGHT, log=log, pad=0.04)
     up = axis(ys, HEIGHT - BOTTOM, TOP)
-    edge = best_so_far(spots)
-    says = ", ".join(f"{s.name} ({shown(s.y, found.share)} at {number(s.x)} nats)" for s in edge)
+    edge = pareto_front(spots)
+    says = ", ".join(f"{s.name} ({format_value(s.y, found.share)} at {number(s.x)} nats)" for s in edge)
     if len(spots) > 1:
         says = f"{len(spots)} models by KL to the start and {found.label}. None reaches as much with less KL: {says}"
     steps = "".join(f"H{across(s.x):.1f}V{up(s.y):.1f}" for s in edge[1:])
@@ -181,7 +181,7 @@ def picture(found: Frontier) -> Element:
         el("desc", says),
         _axes(across, up, found),
         el("path", class_="edge", d=f"M{across(edge[0].x):.1f} {up(edge[0].y):.1f}{steps}") if steps else None,
-        [_mark(s, across, up) for s in spots],
+        [_draw_spot(s, across, up) for s in spots],
         _names(spots, across, up),
         viewBox=f"0 0 {WIDTH} {HEIGHT}",
         role="img",
@@ -209,26 +209,26 @@ def _axes(across: Axis, up: Axis, found: Frontier) -> list[Element]:
     *made, below = grid(across, up, title, found.share, wanted=6, upright=True)
     if found.start is not None and up.low <= found.start <= up.high:
         y = round(up(found.start), 1)
-        words = f"the start: {shown(found.start, found.share)}"
+        words = f"the start: {format_value(found.start, found.share)}"
         line = el("line", x1=across.start, x2=across.end, y1=y, y2=y)
         text = el("text", words, x=across.end - 6, y=y - 6, text_anchor="end")
         made.append(el("g", line, text, class_="level"))
     return [*made, below]
 
 
-def _mark(spot: Spot, across: Axis, up: Axis) -> Element:
+def _draw_spot(spot: Spot, across: Axis, up: Axis) -> Element:
     x, y = across(spot.x), up(spot.y)
     parts: list[Node] = []
     if len(spot.trail) > 1:
         trail = [t for t in spot.trail if not across.log or t[0] > 0]
-        parts.append(el("path", class_="thin", d=path_of(trail, across, up)))
+        parts.append(el("path", class_="thin", d=path_data(trail, across, up)))
     if spot.x_ci and (not across.log or spot.x_ci[0] > 0):
         parts.append(el("path", class_="whisker", d=f"M{across(spot.x_ci[0]):.1f} {y:.1f}H{across(spot.x_ci[1]):.1f}"))
     if spot.y_ci:
         parts.append(el("path", class_="whisker", d=f"M{x:.1f} {up(spot.y_ci[0]):.1f}V{up(spot.y_ci[1]):.1f}"))
     title = f"{spot.name}: KL {number(spot.x)}, {number(spot.y)}"
     parts.append(el("circle", el("title", title), cx=f"{x:.1f}", cy=f"{y:.1f}", r=5.5))
-    return el("g", *parts, class_=f"s {style_of(spot.place)}", data_g=spot.key or None)
+    return el("g", *parts, class_=f"s {style_classes(spot.place)}", data_g=spot.key or None)
 
 
 def _names(spots: Sequence[Spot], across: Axis, up: Axis) -> list[Element]:
@@ -236,7 +236,7 @@ def _names(spots: Sequence[Spot], across: Axis, up: Axis) -> list[Element]:
     order = sorted(spots, key=lambda s: up(s.y))
     if len(spots) > LABELLED:
         return [tag(s.key or s.name[:8], s.place, f"{across(s.x) + 9:.1f}", up(s.y) - 7, s.key) for s in spots]
-    places = apart([up(s.y) for s in order], TOP + 8.0, HEIGHT - BOTTOM - 4.0, 20.0)
+    places = move_apart([up(s.y) for s in order], TOP + 8.0, HEIGHT - BOTTOM - 4.0, 20.0)
     made = []
     for spot, y in zip(order, places, strict=True):
         edge = WIDTH - RIGHT
@@ -255,6 +255,6 @@ def _table(found: Frontier) -> Element:
     rows: list[list[Node]] = []
     for s in sorted(found.spots, key=lambda s: s.x):
         x, y = with_interval(s.x, s.x_ci), with_interval(s.y, s.y_ci, found.share)
-        rows.append([said(f"{s.key} {s.name}".strip()), x, y, str(s.runs)])
+        rows.append([user_text(f"{s.key} {s.name}".strip()), x, y, str(s.runs)])
     head: list[Node] = ["model", "KL, nats per completion", found.label, "seeds"]
     return table(head, rows, numeric=(1, 2, 3), caption="The frontier's figures")

@@ -72,11 +72,11 @@ def _flat(children: Iterable[Any]) -> Iterable[Element | str]:
             yield from _flat(child)
 
 
-def spoken(node: Element | str) -> str:
+def accessible_text(node: Element | str) -> str:
     """The text of a node as a screen reader reads it."""
     if isinstance(node, str):
         return node
-    return "" if ("aria-hidden", "true") in node.attributes else "".join(map(spoken, node.children))
+    return "" if ("aria-hidden", "true") in node.attributes else "".join(map(accessible_text, node.children))
 
 
 def _write(node: Element | str, parts: list[str]) -> None:
@@ -84,7 +84,7 @@ def _write(node: Element | str, parts: list[str]) -> None:
         parts.append(text_html(node))
         return
     parts.append(f"<{node.tag}")
-    parts += [f' {name}="{escape(visible(value), quote=True)}"' for name, value in node.attributes]
+    parts += [f' {name}="{escape(escape_hidden(value), quote=True)}"' for name, value in node.attributes]
     if node.tag in LEAVES and not node.children:
         parts.append("/>")
         return
@@ -95,7 +95,7 @@ def _write(node: Element | str, parts: list[str]) -> None:
         parts.append(f"</{node.tag}>")
 
 
-def marks(text: str) -> list[tuple[str, bool]]:
+def split_hidden(text: str) -> list[tuple[str, bool]]:
     """Split text into (piece, hidden): a hidden piece is a single character that must be shown by its code point."""
     pieces: list[tuple[str, bool]] = []
     text = text.replace("\r\n", "\n")
@@ -103,7 +103,7 @@ def marks(text: str) -> list[tuple[str, bool]]:
     for i, c in enumerate(text):
         if c.isascii() and (c >= " " or c in "\n\t") and c != "\x7f":
             continue
-        if unicodedata.category(c) not in HIDDEN or (c in JOINERS and _joins(text, i)):
+        if unicodedata.category(c) not in HIDDEN or (c in JOINERS and _is_joiner(text, i)):
             continue
         pieces += [(text[start:i], False)] if i > start else []
         pieces.append((c, True))
@@ -111,7 +111,7 @@ def marks(text: str) -> list[tuple[str, bool]]:
     return [*pieces, (text[start:], False)] if start < len(text) else pieces
 
 
-def _joins(text: str, i: int) -> bool:
+def _is_joiner(text: str, i: int) -> bool:
     near = text[i - 1 : i] + text[i + 1 : i + 2]
     return len(near) == 2 and all(unicodedata.category(c) in JOINED for c in near)
 
@@ -120,17 +120,19 @@ def text_html(text: str) -> str:
     """Escape text as HTML, with hidden characters as small marks with their code point."""
     if text.isascii() and text.isprintable():
         return escape(text, quote=False)
-    return "".join(f"<i class=cp>U+{ord(p):04X}</i>" if hidden else escape(p, quote=False) for p, hidden in marks(text))
+    return "".join(
+        f"<i class=cp>U+{ord(p):04X}</i>" if hidden else escape(p, quote=False) for p, hidden in split_hidden(text)
+    )
 
 
-def visible(text: str) -> str:
+def escape_hidden(text: str) -> str:
     """Plain text with hidden characters replaced by their code point, for attributes and titles."""
     if text.isascii() and text.isprintable():
         return text
-    return "".join(f"\u27e8U+{ord(p):04X}\u27e9" if hidden else p for p, hidden in marks(text))
+    return "".join(f"\u27e8U+{ord(p):04X}\u27e9" if hidden else p for p, hidden in split_hidden(text))
 
 
-def said(text: Any, tag: str = "bdi", **attributes: str | float | bool | None) -> Element:
+def user_text(text: Any, tag: str = "bdi", **attributes: str | float | bool | None) -> Element:
     """Text from a user, a model or a file, isolated so that its direction does not affect the text around it."""
     return el(tag, str(text), dir="auto", **attributes)
 
@@ -179,9 +181,9 @@ def table(
     )
 
 
-def keyed(key: str, name: str) -> list[Node]:
+def labeled(key: str, name: str) -> list[Node]:
     """A setting's letter followed by its name."""
-    return [el("b", key, class_="key"), " ", said(name)]
+    return [el("b", key, class_="key"), " ", user_text(name)]
 
 
 def panel(head: Sequence[Node], rows: Iterable[Sequence[Node]], **options: Any) -> Element:
@@ -194,12 +196,12 @@ def note(*children: Node | Iterable[Node]) -> Element:
     return el("p", *children, class_="soft small")
 
 
-def soft(*children: Node | Iterable[Node]) -> Element:
+def muted(*children: Node | Iterable[Node]) -> Element:
     """A paragraph in muted color."""
     return el("p", *children, class_="soft")
 
 
-def joined(parts: Iterable[Node], between: str = " \u00b7 ") -> list[Node]:
+def join_nodes(parts: Iterable[Node], between: str = " \u00b7 ") -> list[Node]:
     """Join parts with a separator."""
     return [node for i, part in enumerate(parts) for node in ((between, part) if i else (part,))]
 
@@ -218,7 +220,7 @@ def asset(name: str) -> str:
     return (Path(__file__).parent / name).read_text(encoding="utf-8")
 
 
-def digest(content: str) -> str:
+def csp_hash(content: str) -> str:
     """The source expression of a content security policy that allows exactly this text."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
 
@@ -228,10 +230,10 @@ def styles() -> str:
     return asset("shared.css") + asset("page.css")
 
 
-def policy() -> str:
+def content_security_policy() -> str:
     """The page's content security policy."""
     return (
-        f"default-src 'none'; style-src {digest(styles())}; script-src {digest(asset('page.js'))}; "
+        f"default-src 'none'; style-src {csp_hash(styles())}; script-src {csp_hash(asset('page.js'))}; "
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
 
@@ -244,9 +246,9 @@ def document(title: str, body: str, head: str = "") -> str:
     """
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{escape(policy(), quote=False)}">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{escape(content_security_policy(), quote=False)}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="referrer" content="no-referrer">\n<meta name="generator" content="penchant">\n'
-        f"{head}<title>{escape(visible(title))}</title>\n<style>{styles()}</style>\n</head>\n<body>\n{body}"
+        f"{head}<title>{escape(escape_hidden(title))}</title>\n<style>{styles()}</style>\n</head>\n<body>\n{body}"
         "</body>\n</html>\n"
     )

@@ -14,7 +14,19 @@ from penchant.report.curves import curves
 from penchant.report.data import ReportData
 from penchant.report.flags import flags
 from penchant.report.frontier import frontier
-from penchant.report.html import Element, Node, asset, document, el, fold, joined, json_html, panel, said, soft
+from penchant.report.html import (
+    Element,
+    Node,
+    asset,
+    document,
+    el,
+    fold,
+    join_nodes,
+    json_html,
+    muted,
+    panel,
+    user_text,
+)
 from penchant.report.provenance import cost, evaluations, provenance
 from penchant.report.samples import samples
 from penchant.report.settings import configs, settings_table, short
@@ -43,7 +55,7 @@ class Section:
     wanted: Callable[[ReportData], bool] = lambda _: True
 
 
-def _compares(data: ReportData) -> bool:
+def _has_comparisons(data: ReportData) -> bool:
     return bool(data.comparisons)
 
 
@@ -53,7 +65,7 @@ def render(data: ReportData, *, strict: bool = False) -> str:
     Args:
         strict: raise if a section fails. By default the page shows the error instead, because a report must never end a run.
     """
-    made = [(s, _guarded(s.make, data, strict)) for s in SECTIONS if s.wanted(data)]
+    made = [(s, _render_guarded(s.make, data, strict)) for s in SECTIONS if s.wanted(data)]
     shown = [(s, node) for s, node in made if node is not None]
     missing = [el("li", el("b", s.title), ": ", s.missing) for s, node in made if node is None and s.missing]
     absent, complete = "Not in this report", ". This file is complete: it loads nothing, and nothing in it calls home."
@@ -61,7 +73,7 @@ def render(data: ReportData, *, strict: bool = False) -> str:
     body = el(
         "main",
         _header(data),
-        el("section", _guarded(verdict, data, strict), goals, id="verdict", aria_label="Verdict"),
+        el("section", _render_guarded(verdict, data, strict), goals, id="verdict", aria_label="Verdict"),
         el("nav", [el("a", s.short, href=f"#{s.key}") for s, _ in shown], aria_label="contents"),
         [el("section", el("h2", s.title), node, id=s.key, aria_label=s.title) for s, node in shown],
         el("section", el("h2", absent), el("ul", missing, class_="soft small"), id="missing", aria_label=absent)
@@ -69,22 +81,22 @@ def render(data: ReportData, *, strict: bool = False) -> str:
         else None,  # all together at the end, out of the way
         el("footer", f"Written by Penchant {__version__}, ", _time(data.now), complete),
     )
-    state = {"running": data.going_on, "written": round(data.now), "every": RELOAD_SECONDS}
+    state = {"running": data.is_running, "written": round(data.now), "every": RELOAD_SECONDS}
     refresh = f'<noscript><meta http-equiv="refresh" content="{2 * RELOAD_SECONDS}"></noscript>'
     script = (
         f'<script type="application/json" id="state">{json_html(state)}</script>\n<script>{asset("page.js")}</script>'
     )
-    return document(f"{data.title} \u00b7 Penchant report", f"{body}\n{script}\n", refresh if data.going_on else "")
+    return document(f"{data.title} \u00b7 Penchant report", f"{body}\n{script}\n", refresh if data.is_running else "")
 
 
-def _guarded(make: Callable[[ReportData], Node], data: ReportData, strict: bool) -> Node:
+def _render_guarded(make: Callable[[ReportData], Node], data: ReportData, strict: bool) -> Node:
     try:
         return make(data)
     except Exception as error:
         if strict:
             raise
         why = f"This section could not be built from these files ({type(error).__name__}: "
-        return soft(why, said(str(error)[:300]), ").")
+        return muted(why, user_text(str(error)[:300]), ").")
 
 
 # ---- small parts assembled here -----------------------------------------------------------------------------------
@@ -96,10 +108,10 @@ def _header(data: ReportData) -> Element:
     return el(
         "header",
         el("p", f"Penchant report \u00b7 {data.kind}", class_="kicker"),
-        el("h1", said(data.title)),
+        el("h1", user_text(data.title)),
         el("p", _facts(data), class_="soft facts-line"),
         el("p", going_on, " This page reloads itself. It was written ", written, ".", class_="going-on")
-        if data.going_on
+        if data.is_running
         else None,
     )
 
@@ -111,17 +123,17 @@ def _facts(data: ReportData) -> list[Node]:
         parts += [f"{count(len(runs), 'run')} of {count(len(data.settings), 'setting')}"] if runs else []
         parts += [f"{data.left_out} more left out"] if data.left_out else []
         parts += [count(len(data.comparisons), "comparison")] if data.comparisons else []
-        return joined(parts)
+        return join_nodes(parts)
     m = runs[0].manifest
     model = mapping(m.get("model"))
     size = num(model, "parameters")
-    parts += [said(runs[0].method)] if runs[0].method else []
-    parts += [said(short(text(model.get("path"))))] if model.get("path") else []
+    parts += [user_text(runs[0].method)] if runs[0].method else []
+    parts += [user_text(short(text(model.get("path"))))] if model.get("path") else []
     parts += [f"{size:,.0f} parameters"] if size is not None else []
-    parts += [said(f"{text(m.get('steps'))} steps")] if m.get("steps") is not None else []
-    parts += [said(runs[0].status)] if runs[0].status else ["no manifest.json in this folder"]
-    parts += [said(text(m.get("started")))] if m.get("started") else []
-    return joined(parts)
+    parts += [user_text(f"{text(m.get('steps'))} steps")] if m.get("steps") is not None else []
+    parts += [user_text(runs[0].status)] if runs[0].status else ["no manifest.json in this folder"]
+    parts += [user_text(text(m.get("started")))] if m.get("started") else []
+    return join_nodes(parts)
 
 
 def _held_out(data: ReportData) -> Node:
@@ -139,7 +151,7 @@ def _curves(data: ReportData) -> Node:
             el("input", type="checkbox", checked=True, data_show=s.key),
             el("b", s.key, class_="key"),
             swatch(s.place),
-            said(s.name),
+            user_text(s.name),
             el("small", f" {count(len(s.runs), 'seed')}") if len(s.runs) > 1 else None,
             data_g=s.key,
         )
@@ -150,7 +162,7 @@ def _curves(data: ReportData) -> Node:
 
 def _glossary(data: ReportData) -> Node:
     logged = {k.removeprefix("eval/") for r in data.runs for m in (*r.evals[-1:], *r.trained[-1:]) for k in m}
-    rows: list[list[Node]] = [[said(n), METRICS[n].meaning] for n in sorted(logged & METRICS.keys())]
+    rows: list[list[Node]] = [[user_text(n), METRICS[n].meaning] for n in sorted(logged & METRICS.keys())]
     return fold(f"{len(rows)} names", panel([], rows), key="words") if rows else None
 
 
@@ -168,7 +180,7 @@ SECTIONS = (
         settings_table,
         wanted=lambda d: len(d.runs) > 1 and d.kind != "comparison",
     ),
-    Section("models", "Models", "Every model", compared_figures, "comparison.json names none.", _compares),
+    Section("models", "Models", "Every model", compared_figures, "comparison.json names none.", _has_comparisons),
     Section(
         "frontier",
         "Frontier",
@@ -176,7 +188,7 @@ SECTIONS = (
         frontier,
         "no evaluation has both a gain and a KL, so there is none to draw (evaluation.kl_prompts measures the KL).",
     ),
-    Section("win-rates", "Win rates", "Win rates", win_rates, "no pairs were judged.", _compares),
+    Section("win-rates", "Win rates", "Win rates", win_rates, "no pairs were judged.", _has_comparisons),
     Section(
         "held-out",
         "Held out",

@@ -10,7 +10,7 @@ from typing import Any
 from penchant.base.text import counted as count
 from penchant.metrics.names import metric, with_current_names
 from penchant.report.data import Comparison, ReportData, RunData
-from penchant.report.html import Element, Node, el, fold, keyed, note, panel, said, soft
+from penchant.report.html import Element, Node, el, fold, labeled, muted, note, panel, user_text
 from penchant.report.settings import short
 from penchant.report.svg import MISSING, duration, estimate, interval, number
 from penchant.runfolder import damaged_files
@@ -18,8 +18,8 @@ from penchant.runfolder.values import ci_of, flatten, mapping, num, sequence, te
 
 # ---- Provenance of the figures: time and memory, versions, hashes, data, seeds, machine, and commands to reproduce them ----
 
-APART = ("status", "started", "seconds", "steps", "seed", "loss")  # manifest keys shown run by run
-FEW = 4  # maximum values listed for one key
+PER_RUN_KEYS = ("status", "started", "seconds", "steps", "seed", "loss")  # manifest keys shown run by run
+MAX_VALUES = 4  # maximum values listed for one key
 
 
 def cost(data: ReportData) -> Element | None:
@@ -39,7 +39,7 @@ def cost(data: ReportData) -> Element | None:
         peaks += memory
         speeds = [number(median(values) if values else None) for values in (tokens, trees)]
         gb = f"{max(memory):.2f} GB" if memory else MISSING
-        rows.append([_who(run, data), duration(wall), duration(sum(seconds) if seconds else None), *speeds, gb])
+        rows.append([_run_label(run, data), duration(wall), duration(sum(seconds) if seconds else None), *speeds, gb])
     if not rows:
         return None
     total = f"{count(len(rows), 'run')}: {duration(sum(walls))} in all" if len(rows) > 1 and walls else None
@@ -51,45 +51,45 @@ def cost(data: ReportData) -> Element | None:
     return el("div", el("p", total) if total else None, table)
 
 
-def _who(run: RunData, data: ReportData) -> Element:
-    return el("span", keyed(data.setting_of(run).key, run.name)) if len(data.runs) > 1 else said(run.name)
+def _run_label(run: RunData, data: ReportData) -> Element:
+    return el("span", labeled(data.setting_of(run).key, run.name)) if len(data.runs) > 1 else user_text(run.name)
 
 
 def provenance(data: ReportData) -> Element | None:
     """Commands to reproduce the runs, their manifests in one table, a table of what differs, and damaged files."""
     parts: list[Node] = [_commands(data)]
-    manifests = [(r, _flat(r.manifest)) for r in data.runs if r.manifest]
+    manifests = [(r, _flatten(r.manifest)) for r in data.runs if r.manifest]
     if manifests:
-        parts.append(_shared(manifests))
-        parts += [_each([r for r, _ in manifests], data)] if len(manifests) > 1 else []
-    parts += map(_of_comparison, data.comparisons)
+        parts.append(_manifest_table(manifests))
+        parts += [_runs_table([r for r, _ in manifests], data)] if len(manifests) > 1 else []
+    parts += map(_comparison_settings, data.comparisons)
     bad = sum(r.bad_lines for r in data.runs)
     if bad:
         are = "is" if bad == 1 else "are"
-        parts.append(soft(f"{count(bad, 'line')} of these folders\u2019 files could not be read and {are} left out."))
+        parts.append(muted(f"{count(bad, 'line')} of these folders\u2019 files could not be read and {are} left out."))
     folders = dict.fromkeys([*(r.path for r in data.runs), *data.paths])
     changed = [str(folder / name) for folder in folders for name in damaged_files(folder)]
     if changed:
         parts.append(
-            soft(f"Changed after the run wrote {'it' if len(changed) == 1 else 'them'}: {', '.join(changed)}.")
+            muted(f"Changed after the run wrote {'it' if len(changed) == 1 else 'them'}: {', '.join(changed)}.")
         )
     kept = [p for p in parts if p is not None]
     return el("div", kept) if kept else None
 
 
-def _flat(value: Any) -> dict[str, Any]:
+def _flatten(value: Any) -> dict[str, Any]:
     return {k: v for k, v in flatten(value).items() if v not in (None, "")}
 
 
-def _shared(manifests: Sequence[tuple[RunData, Mapping[str, Any]]]) -> Element:
+def _manifest_table(manifests: Sequence[tuple[RunData, Mapping[str, Any]]]) -> Element:
     one = len(manifests) == 1
     rows: list[list[Node]] = []
     for key in dict.fromkeys(k for _, m in manifests for k in m):
-        if key in APART and not one:
+        if key in PER_RUN_KEYS and not one:
             continue
         values = list(dict.fromkeys(_value(key, m.get(key)) for _, m in manifests))
-        more = f", \u2026 ({len(values)} different)" if len(values) > FEW else ""
-        rows.append([said(key), said(", ".join(values[:FEW]) + more)])
+        more = f", \u2026 ({len(values)} different)" if len(values) > MAX_VALUES else ""
+        rows.append([user_text(key), user_text(", ".join(values[:MAX_VALUES]) + more)])
     name = "versions, hashes, data, machine" + ("" if one else f", of all {len(manifests)} runs")
     return fold(name, panel([], rows, class_="facts"), key="versions")
 
@@ -102,11 +102,13 @@ def _value(key: str, value: Any) -> str:
     return MISSING if value is None else text(value)
 
 
-def _each(runs: Sequence[RunData], data: ReportData) -> Element:
+def _runs_table(runs: Sequence[RunData], data: ReportData) -> Element:
     rows: list[list[Node]] = [
         [
-            _who(r, data),
-            *map(said, (r.method, r.seed, text(r.manifest.get("steps")), r.status, text(r.manifest.get("started")))),
+            _run_label(r, data),
+            *map(
+                user_text, (r.method, r.seed, text(r.manifest.get("steps")), r.status, text(r.manifest.get("started")))
+            ),
         ]
         for r in runs
     ]
@@ -127,7 +129,7 @@ def _commands(data: ReportData) -> Element | None:
     lines += filter(None, map(command, data.comparisons))
     if not lines:
         return None
-    return el("div", note("To reproduce it:"), el("pre", said("\n".join(lines), tag="code")))
+    return el("div", note("To reproduce it:"), el("pre", user_text("\n".join(lines), tag="code")))
 
 
 def command(comparison: Comparison) -> str:
@@ -156,14 +158,16 @@ def command(comparison: Comparison) -> str:
     return shlex.join(words)
 
 
-def _of_comparison(comparison: Comparison) -> Element | None:
+def _comparison_settings(comparison: Comparison) -> Element | None:
     kept = ("settings", "checkpoints", "prompts", "answers", "left_out", "test_readings_before", "budget")
-    values = _flat({k: comparison.figures.get(k) for k in kept})
+    values = _flatten({k: comparison.figures.get(k) for k in kept})
     if not values:
         return None
-    rows: list[list[Node]] = [[said(k), said(short(v) if isinstance(v, str) else text(v))] for k, v in values.items()]
+    rows: list[list[Node]] = [
+        [user_text(k), user_text(short(v) if isinstance(v, str) else text(v))] for k, v in values.items()
+    ]
     return fold(
-        ["the comparison ", said(comparison.name), ": settings, checkpoints, budgets"],
+        ["the comparison ", user_text(comparison.name), ": settings, checkpoints, budgets"],
         panel([], rows, class_="facts"),
         key=f"comparison-{comparison.name}",
     )
@@ -181,12 +185,12 @@ def evaluations(data: ReportData) -> Element | None:
         return None
     found.sort(key=lambda f: text(f[1].get("time")), reverse=True)
     several = len(data.runs) > 1
-    made = [_one(run if several else None, line, i) for i, (run, line) in enumerate(found[:MOST])]
-    more = soft(f"{len(found) - MOST} older ones are in evaluations.jsonl.") if len(found) > MOST else None
+    made = [_evaluation(run if several else None, line, i) for i, (run, line) in enumerate(found[:MOST])]
+    more = muted(f"{len(found) - MOST} older ones are in evaluations.jsonl.") if len(found) > MOST else None
     return el("div", made, more)
 
 
-def _one(run: RunData | None, line: Mapping[str, Any], i: int) -> Element:
+def _evaluation(run: RunData | None, line: Mapping[str, Any], i: int) -> Element:
     metrics = mapping(line.get("metrics"))
     rows: list[list[Node]] = []
     for name in metrics:
@@ -196,21 +200,21 @@ def _one(run: RunData | None, line: Mapping[str, Any], i: int) -> Element:
             continue
         rows.append(
             [
-                said(name.removeprefix("eval/")),
+                user_text(name.removeprefix("eval/")),
                 el("b", estimate(value, ci, known.share)),
                 interval(*ci, known.share) if ci else "",
                 "" if n is None else f"{n:,.0f}",
                 el("small", known.meaning),
             ]
         )
-    what = ", ".join(f"{k}={text(v)}" for k, v in _flat(mapping(line.get("what"))).items())
-    title: list[Node] = [said(run.name), " "] if run else []
-    title += [said(text(line.get("time"))), f" \u00b7 step {text(line.get('step'))}"]
+    what = ", ".join(f"{k}={text(v)}" for k, v in _flatten(mapping(line.get("what"))).items())
+    title: list[Node] = [user_text(run.name), " "] if run else []
+    title += [user_text(text(line.get("time"))), f" \u00b7 step {text(line.get('step'))}"]
     body = panel(["figure", "value", "95% interval", "n", "what it is"], rows, numeric=(1, 2, 3))
-    notes = [el("li", said(text(n))) for n in sequence(line.get("notes")) if text(n)]
+    notes = [el("li", user_text(text(n))) for n in sequence(line.get("notes")) if text(n)]
     return fold(
         title,
-        el("p", said(what), class_="soft small wrap") if what else None,
+        el("p", user_text(what), class_="soft small wrap") if what else None,
         body,
         el("ul", notes, class_="soft small") if notes else None,
         key=f"evaluation-{text(line.get('time'))}",

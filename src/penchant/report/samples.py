@@ -9,13 +9,13 @@ from typing import Any
 
 from penchant.base.text import counted
 from penchant.report.data import ReportData
-from penchant.report.html import Element, Node, el, said, soft
+from penchant.report.html import Element, Node, el, muted, user_text
 from penchant.report.svg import number
 from penchant.runfolder.values import mapping, mappings, num, text
 
-OPEN = 20  # number of cards that start unfolded
-ROOM = 800_000  # maximum bytes of texts and markup on one page
-LONGEST = 4_000  # maximum characters of a text; longer ones are cut with a note
+MAX_OPEN = 20  # number of cards that start unfolded
+MAX_BYTES = 800_000  # maximum bytes of texts and markup on one page
+MAX_CHARACTERS = 4_000  # maximum characters of a text; longer ones are cut with a note
 START, SYSTEM = "start", "system"
 
 
@@ -50,7 +50,7 @@ class Card:
 
 
 @dataclass(frozen=True, slots=True)
-class Shelf:
+class CardSet:
     """All cards of the section: `models` are names, `keys` their letters ("" if they have none)."""
 
     models: tuple[str, ...]
@@ -66,13 +66,13 @@ class Shelf:
         return all(a.tokens is not None for c in self.cards for a in c.answers)
 
 
-def shelf(data: ReportData) -> Shelf:
+def collect_cards(data: ReportData) -> CardSet:
     """The first comparison's completions if there are any, else the runs' own samples."""
     compared = [c for c in data.comparisons if c.rows]
-    return _of_rows(data, compared[0].rows) if compared else of_runs(data)
+    return _cards_from_rows(data, compared[0].rows) if compared else cards_from_runs(data)
 
 
-def _of_rows(data: ReportData, rows: Sequence[object]) -> Shelf:
+def _cards_from_rows(data: ReportData, rows: Sequence[object]) -> CardSet:
     names: dict[str, int] = {}
     cards = []
     for row in map(mapping, rows):
@@ -85,11 +85,11 @@ def _of_rows(data: ReportData, rows: Sequence[object]) -> Shelf:
             answers.append(Answer(model, text(of.get("text")), num(of, "reward"), length, whole))
         if answers:
             cards.append(Card(text(row.get("prompt")), tuple(answers), turns=_turns(row)))
-    settings = [data.named(n) if n != START else None for n in names]
-    return Shelf(tuple(names), tuple(s.key if s else "" for s in settings), tuple(cards))
+    settings = [data.find_setting(n) if n != START else None for n in names]
+    return CardSet(tuple(names), tuple(s.key if s else "" for s in settings), tuple(cards))
 
 
-def of_runs(data: ReportData) -> Shelf:
+def cards_from_runs(data: ReportData) -> CardSet:
     """Samples of all runs, one card per prompt; the initial model's answer is shown once, from the first run that has it."""
     names, keys = [START], [""]
     alone = len(data.runs) == 1
@@ -112,7 +112,7 @@ def of_runs(data: ReportData) -> Shelf:
             keys.append("" if alone else data.setting_of(run).key)
     found = Counter((prompt, tuple(answers)) for (prompt, _), answers in by_prompt.items() if answers)
     cards = tuple(Card(prompt, answers, times, turns[prompt]) for (prompt, answers), times in found.items())
-    return Shelf(tuple(names), tuple(keys), cards)
+    return CardSet(tuple(names), tuple(keys), cards)
 
 
 def _turns(row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
@@ -122,32 +122,32 @@ def _turns(row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
 
 def samples(data: ReportData) -> Element | None:
     """Build the section; None if there are no completions."""
-    found = shelf(data)
-    if not found.cards:
+    card_set = collect_cards(data)
+    if not card_set.cards:
         return None
     made: list[Element] = []
     size = 0
-    for i, card in enumerate(found.cards):
-        one = _card(card, found, i)
+    for i, card in enumerate(card_set.cards):
+        one = _card(card, card_set, i)
         size += len(str(one).encode())
-        if size > ROOM and made:
+        if size > MAX_BYTES and made:
             break
         made.append(one)
-    left = len(found.cards) - len(made)
+    left = len(card_set.cards) - len(made)
     more = f"{left:,} more are in samples.jsonl and comparison.jsonl: this page has room for {len(made):,}."
     return el(
         "div",
-        _controls(found),
+        _controls(card_set),
         el("p", f"{counted(len(made), 'prompt')}.", class_="soft count", aria_live="polite"),
         el("div", made, class_="cards-of-text"),
-        soft(more) if left else None,
+        muted(more) if left else None,
         id="samples-of",
         class_="shelf",
-        data_unit="tokens" if found.in_tokens else "characters",
+        data_unit="tokens" if card_set.in_tokens else "characters",
     )
 
 
-def _card(card: Card, found: Shelf, i: int) -> Element:
+def _card(card: Card, card_set: CardSet, i: int) -> Element:
     system = [words for role, words in card.turns if role == SYSTEM and len(card.turns) > 1]
     return el(
         "details",
@@ -157,59 +157,62 @@ def _card(card: Card, found: Shelf, i: int) -> Element:
             el("small", f"{card.times} times") if card.times > 1 else None,
             el("small", class_="diff"),
         ),
-        [el("details", el("summary", "system prompt"), said(_cut(s), tag="p"), class_="system") for s in system],
-        el("div", [_answer(a, found) for a in card.answers], class_="answers"),
+        [
+            el("details", el("summary", "system prompt"), user_text(_truncate(s), tag="p"), class_="system")
+            for s in system
+        ],
+        el("div", [_answer(a, card_set) for a in card.answers], class_="answers"),
         class_="sample",
-        open=i < OPEN,
+        open=i < MAX_OPEN,
     )
 
 
 def _prompt(card: Card) -> Element:
     """The prompt: plain text as it is, a conversation turn by turn with roles. The system prompt is folded below."""
     if not card.turns:
-        return said(_cut(card.prompt), tag="span", class_="prompt")
+        return user_text(_truncate(card.prompt), tag="span", class_="prompt")
     shown = [t for t in card.turns if t[0] != SYSTEM] or card.turns
-    turns = [el("span", el("b", said(role)), ": ", said(_cut(words)), el("br")) for role, words in shown]
+    turns = [el("span", el("b", user_text(role)), ": ", user_text(_truncate(words)), el("br")) for role, words in shown]
     return el("span", turns, class_="prompt")
 
 
-def _answer(a: Answer, found: Shelf) -> Element:
+def _answer(a: Answer, card_set: CardSet) -> Element:
     facts = [f"reward {number(a.reward)}"] if a.reward is not None else []
     facts += [f"{a.tokens} tokens"] if a.tokens is not None else []
     facts += ["cut off"] if a.ended is False else []
-    key = found.keys[a.model]
+    key = card_set.keys[a.model]
     return el(
         "div",
         el(
             "h4",
             el("b", key, class_="key") if key else None,
-            said(found.models[a.model]),
+            user_text(card_set.models[a.model]),
             el("small", " " + " \u00b7 ".join(facts)) if facts else None,
         ),
-        said(_cut(a.text.removeprefix(" ")), tag="p") if a.text else soft("(empty)"),
+        user_text(_truncate(a.text.removeprefix(" ")), tag="p") if a.text else muted("(empty)"),
         data_m=a.model,
         data_r=None if a.reward is None else f"{a.reward:.6g}",
         data_n=a.length,
     )
 
 
-def _cut(value: str) -> str:
-    if len(value) <= LONGEST:
+def _truncate(value: str) -> str:
+    if len(value) <= MAX_CHARACTERS:
         return value
-    return f"{value[:LONGEST]} \u2026 [{len(value) - LONGEST:,} more characters]"
+    return f"{value[:MAX_CHARACTERS]} \u2026 [{len(value) - MAX_CHARACTERS:,} more characters]"
 
 
-def _controls(found: Shelf) -> Element:
+def _controls(card_set: CardSet) -> Element:
     """Filter and sort controls: hidden until the script that implements them shows them."""
-    names = [f"{k} {n}".strip() for k, n in zip(found.keys, found.models, strict=True)]
-    used = {a.model for c in found.cards for a in c.answers}
+    names = [f"{k} {n}".strip() for k, n in zip(card_set.keys, card_set.models, strict=True)]
+    used = {a.model for c in card_set.cards for a in c.answers}
     options = [(str(i), n) for i, n in enumerate(names) if i in used]
     many = [("all", "all")] if len(options) > 2 else []
     second = options[1:] + options[:1]
     winner = [("", "anyone"), ("right", "the right one"), ("left", "the left one"), ("tie", "neither: a tie")]
     length = [("", "any"), ("right", "right is longer"), ("left", "left is longer")]
     length += [("short", "shortest third"), ("long", "longest third")]
-    gains = [("gain", "right gains most"), ("loss", "right loses most")] if found.judged else []
+    gains = [("gain", "right gains most"), ("loss", "right loses most")] if card_set.judged else []
     sort = [("", "as written"), *gains, ("long", "right is longest")]
     texts = {"placeholder": "in prompts and completions", "autocomplete": "off", "spellcheck": "false"}
     return el(
@@ -217,7 +220,7 @@ def _controls(found: Shelf) -> Element:
         el("label", "Search", el("input", type="search", data_f="text", **texts)),
         _select("Left", "left", options),
         _select("Right", "right", many + second if not many else second + many),
-        _select("Winner", "won", winner) if found.judged else None,
+        _select("Winner", "won", winner) if card_set.judged else None,
         _select("Length", "length", length),
         _select("Order", "sort", sort),
         el("button", "Open all", type="button", data_f="open"),

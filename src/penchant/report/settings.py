@@ -11,8 +11,8 @@ from typing import Any
 from penchant.base.text import counted as count
 from penchant.metrics.names import METRICS, Metric, higher_is_better, metric
 from penchant.report.data import ReportData, RunData, Setting
-from penchant.report.html import Element, Node, el, fold, keyed, note, panel, said, soft, table
-from penchant.report.svg import MISSING, estimate, interval, shown, strip, swatch
+from penchant.report.html import Element, Node, el, fold, labeled, muted, note, panel, table, user_text
+from penchant.report.svg import MISSING, estimate, format_value, interval, interval_plot, swatch
 from penchant.runfolder.values import algorithm_of, ci_of, flatten, mapping, mappings, num, text
 
 # ---- Configs: first the differences, then the full config of each setting ----
@@ -44,11 +44,13 @@ def configs(data: ReportData) -> Element | None:
     if not runs:
         return None
     if len(data.runs) == 1:
-        return el("div", _main(runs[0].config), _whole(runs[0].config_text, "resolved config, whole", "config"))
+        return el(
+            "div", _main_settings(runs[0].config), _full_config(runs[0].config_text, "resolved config, whole", "config")
+        )
     folded: list[Node] = []
     for s in data.settings:
         first = [r for r in s.runs if r.config_text][:1]
-        folded += [_whole(r.config_text, keyed(s.key, r.name), f"config-{s.key}") for r in first]
+        folded += [_full_config(r.config_text, labeled(s.key, r.name), f"config-{s.key}") for r in first]
     return el("div", differences(data), note("Whole configs, of the first run of each setting:"), folded)
 
 
@@ -56,29 +58,31 @@ def differences(data: ReportData) -> Element:
     """A table with a row per setting and a column per key that differs between any two."""
     of = {s.key: next((r.settings for r in s.runs if r.config), {}) for s in data.settings}
     if len(of) < 2:
-        return soft(f"{count(len(data.runs), 'run')} of one setting: their seeds differ, and nothing else.")
-    keys = differing([v for v in of.values() if v])
+        return muted(f"{count(len(data.runs), 'run')} of one setting: their seeds differ, and nothing else.")
+    keys = differing_keys([v for v in of.values() if v])
     if not keys:
-        return soft("No setting differs.")
+        return muted("No setting differs.")
     kept = keys[:MOST_COLUMNS]
-    rows: list[list[Node]] = [[name(s), *(said(short(of[s.key].get(k))) for k in kept)] for s in data.settings]
+    rows: list[list[Node]] = [
+        [setting_label(s), *(user_text(short(of[s.key].get(k))) for k in kept)] for s in data.settings
+    ]
     more = note(f"And {len(keys) - len(kept)} more: {', '.join(keys[len(kept) :])}.") if len(keys) > len(kept) else None
-    head: list[Node] = ["setting", *(said(k) for k in kept)]
+    head: list[Node] = ["setting", *(user_text(k) for k in kept)]
     return el("div", table(head, rows, caption="Only keys that differ", class_="keys"), more, class_="panel")
 
 
-def differing(settings: list[dict[str, Any]]) -> list[str]:
+def differing_keys(settings: list[dict[str, Any]]) -> list[str]:
     """Keys whose values differ between settings, in the order of the configs."""
     keys = dict.fromkeys(k for s in settings for k in s)
     return [k for k in keys if len({text(s.get(k)) for s in settings}) > 1]
 
 
-def _main(config: Mapping[str, Any]) -> Element | None:
+def _main_settings(config: Mapping[str, Any]) -> Element | None:
     values = flatten(config)
     if algorithm_of(config):  # the loss section is then unused
         values = {k: v for k, v in values.items() if not k.startswith("loss.")}
     rows: list[list[Node]] = [
-        [label, said(short(values[key]))] for key, label in MAIN if values.get(key) not in (None, "")
+        [label, user_text(short(values[key]))] for key, label in MAIN if values.get(key) not in (None, "")
     ]
     return panel([], rows, class_="facts") if rows else None
 
@@ -91,8 +95,8 @@ def short(value: Any) -> str:
     return "\u2013" if value is None else text(value)
 
 
-def _whole(config: str, summary: Any, key: str) -> Element:
-    return fold(summary, el("pre", said(config, tag="code")), key=key)
+def _full_config(config: str, summary: Any, key: str) -> Element:
+    return fold(summary, el("pre", user_text(config, tag="code")), key=key)
 
 
 # ---- Ranking of settings: one row each with its seeds pooled, best first ----
@@ -107,14 +111,14 @@ class Row:
     """A setting's figure.
 
     Args:
-        values: one for each finished run that has it; ci: if there is one run only, its interval over held-out rows; whole: whether all runs
+        values: one for each finished run that has it; ci: if there is one run only, its interval over held-out rows; is_complete: whether all runs
             have a value; remarks: why the other runs have none.
     """
 
     setting: Setting
     values: tuple[float, ...]
     ci: Pair | None
-    whole: bool
+    is_complete: bool
     remarks: tuple[str, ...]
 
     @property
@@ -138,7 +142,7 @@ class Ranking:
     @property
     def best(self) -> tuple[Row, ...]:
         """The complete settings with the best mean; several if tied."""
-        whole = [r for r in self.rows if r.whole and r.values]
+        whole = [r for r in self.rows if r.is_complete and r.values]
         return tuple(r for r in whole if r.mean == whole[0].mean) if whole else ()
 
 
@@ -154,7 +158,7 @@ def ranking(data: ReportData) -> Ranking | None:
     records = mapping(data.sweep.get("runs"))
     rows = [_row(s, name, records) for s in data.settings]
     sign = -1.0 if up else 1.0
-    rows.sort(key=lambda r: (not r.values, not r.whole, sign * r.mean if r.values else 0.0))
+    rows.sort(key=lambda r: (not r.values, not r.is_complete, sign * r.mean if r.values else 0.0))
     return Ranking(figure, up, tuple(rows)) if any(r.values for r in rows) else None
 
 
@@ -190,7 +194,9 @@ def settings_table(data: ReportData) -> Element | None:
     ranked = ranking(data)
     if ranked is None:
         seeds = [", ".join(f"{r.seed}: {r.status or '?'}" for r in s.runs) for s in data.settings]
-        rows: list[list[Node]] = [[name(s), s.runs[0].method, of] for s, of in zip(data.settings, seeds, strict=True)]
+        rows: list[list[Node]] = [
+            [setting_label(s), s.runs[0].method, of] for s, of in zip(data.settings, seeds, strict=True)
+        ]
         return panel(["setting", "method", "seeds"], rows, caption="Settings") if rows else None
     share = ranked.figure.share
     ends = [v for r in ranked.rows if r.values for v in r.range]
@@ -198,26 +204,28 @@ def settings_table(data: ReportData) -> Element | None:
     room = (max(ends) - min(ends)) * 0.06
     scale = (min(ends) - room, max(ends) + room)
     best = {r.setting.key for r in ranked.best}
-    body = [_line(r, ranked, share, scale, r.setting.key in best) for r in ranked.rows]
+    body = [_ranking_row(r, ranked, share, scale, r.setting.key in best) for r in ranked.rows]
     better = "higher is better" if ranked.up else "lower is better"
     caption = f"{ranked.figure.title} ({better}) on held-out rows, at the end of each run"
     return panel(["setting", "mean", "spread", "", "seeds"], body, numeric=(1,), caption=caption, class_="ranked")
 
 
-def name(setting: Setting) -> Element:
+def setting_label(setting: Setting) -> Element:
     """A setting's letter, line sample and name."""
-    return el("span", el("b", setting.key, class_="key"), swatch(setting.place), " ", said(setting.name), class_="who")
+    return el(
+        "span", el("b", setting.key, class_="key"), swatch(setting.place), " ", user_text(setting.name), class_="who"
+    )
 
 
-def _line(row: Row, ranked: Ranking, share: bool, scale: Pair, best: bool) -> list[Node]:
-    runs = count(len(row.values), "seed") if row.whole else f"{len(row.values)} of {len(row.setting.runs)}"
+def _ranking_row(row: Row, ranked: Ranking, share: bool, scale: Pair, best: bool) -> list[Node]:
+    runs = count(len(row.values), "seed") if row.is_complete else f"{len(row.values)} of {len(row.setting.runs)}"
     remarks = [el("small", f" {r}") for r in row.remarks]
     first = el("small", "best by validation", class_="best") if best and len(ranked.rows) > 1 else None
-    label, seeds = el("span", name(row.setting), first), el("span", runs, remarks)
+    label, seeds = el("span", setting_label(row.setting), first), el("span", runs, remarks)
     if not row.values:
         return [label, MISSING, "", "", seeds]
     ends = row.range if row.range[0] < row.range[1] else None
-    drawn = strip(row.mean, ends, ranked.figure.null, *scale, place=row.setting.place)
+    drawn = interval_plot(row.mean, ends, ranked.figure.null, *scale, place=row.setting.place)
     value = el("b", estimate(row.mean, row.ci, share))
     return [label, value, spread(row, share), el("span", drawn, class_="marks"), seeds]
 
@@ -225,8 +233,8 @@ def _line(row: Row, ranked: Ranking, share: bool, scale: Pair, best: bool) -> li
 def spread(row: Row, share: bool) -> str:
     """Describe a mean's uncertainty: range and sd over seeds if there are several, else the interval over held-out rows."""
     if len(row.values) > 1:
-        sd = f"{100 * stdev(row.values):.1f} points" if share else shown(stdev(row.values))
-        return f"{shown(row.range[0], share)} to {shown(row.range[1], share)} over seeds, sd {sd}"
+        sd = f"{100 * stdev(row.values):.1f} points" if share else format_value(stdev(row.values))
+        return f"{format_value(row.range[0], share)} to {format_value(row.range[1], share)} over seeds, sd {sd}"
     return f"{interval(*row.ci, share)} by prompt" if row.ci else ""
 
 
@@ -235,6 +243,6 @@ def held_out_rows(data: ReportData) -> list[float]:
     return sorted({v for r in data.runs if (v := num(r.last, "eval/rows")) is not None})
 
 
-def tried(data: ReportData) -> int:
+def count_tried(data: ReportData) -> int:
     """The number of settings tried, including any that are not in the report."""
     return max(len(data.settings), len(mappings(mapping(data.sweep.get("table")).get("settings"))))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import TypeVar
 
-from penchant.report.html import Element, Node, el, fold, said, table
+from penchant.report.html import Element, Node, el, fold, table, user_text
 
 # ---- Number formatting, and round positions on an axis ----
 
@@ -37,7 +37,7 @@ def percent(value: float | None) -> str:
     return MISSING if value is None or not math.isfinite(value) else _minus(f"{100 * value:.1f}%")
 
 
-def shown(value: float | None, share: bool = False) -> str:
+def format_value(value: float | None, share: bool = False) -> str:
     """Format a figure as a percentage if it is a share, else as a number."""
     return percent(value) if share else number(value)
 
@@ -53,7 +53,7 @@ def estimate(value: float | None, ci: tuple[float, float] | None, share: bool = 
     """Format a figure with as many digits as its interval."""
     digits = None if share or ci is None else _digits(*ci)
     if value is None or digits is None:
-        return shown(value, share)
+        return format_value(value, share)
     return _fixed(value, digits)
 
 
@@ -141,7 +141,7 @@ def _short(value: float) -> str:
     return _minus(f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}")
 
 
-def thin(points: Sequence[Point], columns: int) -> list[Point]:
+def downsample(points: Sequence[Point], columns: int) -> list[Point]:
     """Downsample a line to the first, lowest, highest and last point of each pixel column.
 
     No visible detail is lost: every peak stays.
@@ -156,14 +156,14 @@ def thin(points: Sequence[Point], columns: int) -> list[Point]:
     for p in points:
         place = min(columns - 1, int((p[0] - low) / width))
         if place != at and bucket:
-            kept += _outline(bucket)
+            kept += _extremes(bucket)
             bucket = []
         at = place
         bucket.append(p)
-    return kept + _outline(bucket)
+    return kept + _extremes(bucket)
 
 
-def _outline(bucket: Sequence[Point]) -> list[Point]:
+def _extremes(bucket: Sequence[Point]) -> list[Point]:
     ends = {bucket[0], bucket[-1], min(bucket, key=lambda p: p[1]), max(bucket, key=lambda p: p[1])}
     return sorted(ends)
 
@@ -181,7 +181,7 @@ def smooth(points: Sequence[Point]) -> tuple[Point, ...]:
     return tuple((x, (sums[b] - sums[a]) / (b - a)) for (x, _), (a, b) in zip(points, ends, strict=True))
 
 
-def spread_out(items: Sequence[T], limit: int) -> list[T]:
+def pick_evenly(items: Sequence[T], limit: int) -> list[T]:
     """Pick at most `limit` evenly spaced items, including the first and the last."""
     if len(items) <= limit:
         return list(items)
@@ -327,7 +327,7 @@ def figure(plot: Plot) -> Element | None:
         el("div", picture, el("div", class_="tip", hidden=True), class_="plot"),
         fold(
             ["figures", el("small", f" \u00b7 {plot.note}") if plot.note else None],
-            _behind(plot, lines),
+            _figures_table(plot, lines),
             key=f"plot-{plot.key}",
         ),
         id=plot.key,
@@ -367,12 +367,12 @@ def _level(level: Level, across: Axis, up: Axis) -> Element | None:
     return el("g", line, el("text", level.label, x=across.start + 5, y=y - 5), class_="level")
 
 
-def style_of(place: int) -> str:
+def style_classes(place: int) -> str:
     """CSS classes for a setting's color and dashes: eight colors, then the same colors dashed."""
     return f"c{place % COLORS} d{place // COLORS % len(DASHES)}"
 
 
-def path_of(points: Iterable[Point], across: Axis, up: Axis) -> str:
+def path_data(points: Iterable[Point], across: Axis, up: Axis) -> str:
     """SVG path data through the points, rounded to tenths; relative steps take half the space."""
     made: list[str] = []
     last = (0, 0)
@@ -382,32 +382,32 @@ def path_of(points: Iterable[Point], across: Axis, up: Axis) -> str:
             made.append(f"M{at[0] / 10:g} {at[1] / 10:g}l")
         else:
             dx, dy = at[0] - last[0], at[1] - last[1]
-            made.append(f"{_joined(dx / 10, not made[-1].endswith('l'))}{_joined(dy / 10, True)}")
+            made.append(f"{_path_number(dx / 10, not made[-1].endswith('l'))}{_path_number(dy / 10, True)}")
         last = at
     return "".join(made).removesuffix("l")
 
 
-def _joined(value: float, after_number: bool) -> str:
+def _path_number(value: float, after_number: bool) -> str:
     text = f"{value:g}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:g}"
     return text if text.startswith("-") or not after_number else f" {text}"
 
 
 def _draw(line: Line, across: Axis, up: Axis, columns: int) -> Element:
     points = line.drawn or line.points
-    drawn = thin(points, columns)
+    drawn = downsample(points, columns)
     parts: list[Node] = []
     if len(drawn) > 1:
-        parts.append(el("path", class_=line.look, d=path_of(drawn, across, up)))
+        parts.append(el("path", class_=line.look, d=path_data(drawn, across, up)))
     ends = [e for e in line.ends if not up.log or e[1] > 0]
     if len(ends) > 1:
         outline = [*((x, high) for x, _, high in ends), *((x, low) for x, low, _ in reversed(ends))]
-        parts.insert(0, el("path", class_="band", d=path_of(outline, across, up) + "z"))
+        parts.insert(0, el("path", class_="band", d=path_data(outline, across, up) + "z"))
     elif ends and ends[0][1] < ends[0][2]:
         x, low, high = ends[0]
         parts.append(el("path", class_="whisker", d=f"M{across(x):.1f} {up(low):.1f}V{up(high):.1f}"))
     if line.marked or len(points) == 1:
         parts += [el("circle", cx=f"{across(x):.1f}", cy=f"{up(y):.1f}", r=3) for x, y in points[:400]]
-    return el("g", *parts, class_=f"s {style_of(line.place)}", data_g=line.group or None)
+    return el("g", *parts, class_=f"s {style_classes(line.place)}", data_g=line.group or None)
 
 
 def _tags(lines: Sequence[Line], across: Axis, up: Axis) -> list[Element]:
@@ -417,7 +417,7 @@ def _tags(lines: Sequence[Line], across: Axis, up: Axis) -> list[Element]:
         return []
     made = []
     for side in _sides(tagged):
-        places = apart([y for y, _, _ in side], TOP + 4.0, HEIGHT - BOTTOM + 2.0, LABEL_GAP)
+        places = move_apart([y for y, _, _ in side], TOP + 4.0, HEIGHT - BOTTOM + 2.0, LABEL_GAP)
         for y, (_, x, line) in zip(places, side, strict=True):
             made.append(tag(line.tag, line.place, f"{x + 7:.1f}", y + 4, line.group))
     return made
@@ -434,7 +434,7 @@ def _sides(tagged: Sequence[tuple[float, float, Line]]) -> list[list[tuple[float
     return found
 
 
-def apart(places: Sequence[float], low: float, high: float, gap: float) -> list[float]:
+def move_apart(places: Sequence[float], low: float, high: float, gap: float) -> list[float]:
     """Move positions so that neighbors are `gap` apart (less if there is no room), in order and near where they were."""
     if not places:
         return []
@@ -454,13 +454,13 @@ def apart(places: Sequence[float], low: float, high: float, gap: float) -> list[
     return found
 
 
-def _behind(plot: Plot, lines: Sequence[Line]) -> Element:
+def _figures_table(plot: Plot, lines: Sequence[Line]) -> Element:
     """Table of exact figures at up to `ROWS_BEHIND` (or twice as many) x values; the script reads its tooltips from it."""
     columns = [x for x in lines if x.column]
     limit = ROWS_BEHIND if len(columns) > 4 else 2 * ROWS_BEHIND
     every = sorted({x for line in columns for x, _ in line.points})
     exact = {x for line in columns if line.marked for x, _ in line.points}
-    chosen = set(spread_out(every, limit)) | (exact if len(exact) <= limit else set())
+    chosen = set(pick_evenly(every, limit)) | (exact if len(exact) <= limit else set())
     values = [dict(line.points) for line in columns]
     ends = [{x: (low, high) for x, low, high in line.ends} for line in columns]
     rows = []
@@ -470,7 +470,7 @@ def _behind(plot: Plot, lines: Sequence[Line]) -> Element:
     caption = f"{plot.title}{f' ({plot.unit})' if plot.unit else ''}"
     if len(chosen) < len(every):
         caption += f", {len(chosen)} of {len(every):,} places"
-    head: list[Node] = [plot.x_label, *(said(x.label, data_c=style_of(x.place)) for x in columns)]
+    head: list[Node] = [plot.x_label, *(user_text(x.label, data_c=style_classes(x.place)) for x in columns)]
     return table(head, rows, numeric=range(len(head)), caption=caption)
 
 
@@ -480,7 +480,7 @@ def _cell(value: float | None, ends: tuple[float, float] | None, share: bool) ->
 
 def tag(words: Node | Iterable[Node], place: int, x: float | str, y: float, group: str) -> Element:
     """A setting's letter or name next to its line."""
-    return el("text", words, class_=f"tag {style_of(place)}", x=x, y=f"{y:.1f}", data_g=group or None)
+    return el("text", words, class_=f"tag {style_classes(place)}", x=x, y=f"{y:.1f}", data_g=group or None)
 
 
 def swatch(place: int) -> Element:
@@ -489,12 +489,12 @@ def swatch(place: int) -> Element:
         "svg",
         el("path", class_="thick", d="M1 5H27"),
         viewBox="0 0 28 10",
-        class_=f"swatch s {style_of(place)}",
+        class_=f"swatch s {style_classes(place)}",
         aria_hidden="true",
     )
 
 
-def strip(
+def interval_plot(
     value: float, ci: tuple[float, float] | None, null: float | None, low: float, high: float, place: int = 0
 ) -> Element:
     """A small plot of an estimate with its interval, and a line at `null`, its value if nothing was learned."""
@@ -515,10 +515,10 @@ def sparkline(values: Sequence[float], label: str) -> Element | None:
         return None
     across = Axis(0, len(kept) - 1, 3, 157)
     up = axis(kept, 33, 5, pad=0.05)
-    points = thin([(float(i), v) for i, v in enumerate(kept)], 120)
+    points = downsample([(float(i), v) for i, v in enumerate(kept)], 120)
     return el(
         "svg",
-        el("path", class_="thick", d=path_of(points, across, up)),
+        el("path", class_="thick", d=path_data(points, across, up)),
         el("circle", cx=157, cy=f"{up(kept[-1]):.1f}", r=2.5),
         viewBox="0 0 164 38",
         class_="spark s c1",

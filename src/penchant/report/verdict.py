@@ -9,9 +9,9 @@ from typing import Any, Literal
 from penchant.base.text import counted as count
 from penchant.metrics.names import METRICS, SELECTION_CAVEAT, Metric, all_tied
 from penchant.report.data import Comparison, ReportData, RunData
-from penchant.report.html import Element, Node, el, fold, keyed, note, panel, said, spoken, table
-from penchant.report.settings import Ranking, Row, held_out_rows, ranking, spread, tried
-from penchant.report.svg import MISSING, estimate, interval, number, shown, strip
+from penchant.report.html import Element, Node, accessible_text, el, fold, labeled, note, panel, table, user_text
+from penchant.report.settings import Ranking, Row, count_tried, held_out_rows, ranking, spread
+from penchant.report.svg import MISSING, estimate, format_value, interval, interval_plot, number
 from penchant.runfolder.values import (
     FEW_ROWS,
     ci_of,
@@ -46,11 +46,11 @@ def statement(tone: Tone, *words: Node | Iterable[Node], lead: bool = False) -> 
 
 def verdict(data: ReportData) -> Element:
     """All sentences of the verdict, starting with those of comparisons."""
-    parts = [part for comparison in data.comparisons for part in of_comparison(comparison)]
+    parts = [part for comparison in data.comparisons for part in comparison_statements(comparison)]
     if data.kind == "run" and data.runs:
-        parts += of_run(data.runs[0], first=not parts)
+        parts += run_statements(data.runs[0], first=not parts)
     elif len(data.runs) > 1 and (data.kind != "comparison" and not (data.comparisons and data.kind == "pipeline")):
-        parts += of_runs(data)
+        parts += runs_statements(data)
     if not parts:
         nothing = "Nothing can be said yet: there is no held-out figure in this folder."
         parts.append(statement("open", nothing, lead=True))
@@ -59,14 +59,14 @@ def verdict(data: ReportData) -> Element:
 
 def headline(data: ReportData) -> str:
     """The first sentence of the verdict, as plain text for a terminal."""
-    found = (spoken(part) for part in verdict(data).children if isinstance(part, Element))
+    found = (accessible_text(part) for part in verdict(data).children if isinstance(part, Element))
     return next(found, "").replace("\u2019", "'")
 
 
 # ---- a comparison -------------------------------------------------------------------------------------------------
 
 
-def of_comparison(comparison: Comparison) -> list[Node]:
+def comparison_statements(comparison: Comparison) -> list[Node]:
     """The comparison's own sentences, heading and notes."""
     figures = comparison.figures
     sentences = [text(s) for s in sequence(figures.get("sentences"))]
@@ -74,10 +74,10 @@ def of_comparison(comparison: Comparison) -> list[Node]:
     about += [{}] * (len(sentences) - len(about))  # older files have no tones
     if not sentences:
         why = " holds no verdict: it was not finished, or was written by an older version."
-        return [statement("open", said(comparison.name), why, lead=True)]
+        return [statement("open", user_text(comparison.name), why, lead=True)]
     tones: list[Tone] = [next((tone for tone in TONES if tone == a.get("tone")), "plain") for a in about]
     bys = [text(a.get("by")) for a in about]
-    spoken = [(by, tone, said(s, tag="span")) for by, tone, s in zip(bys, tones, sentences, strict=False)]
+    spoken = [(by, tone, user_text(s, tag="span")) for by, tone, s in zip(bys, tones, sentences, strict=False)]
     aside = [statement(tone, words) for by, tone, words in spoken if by]
     main = [(tone, words) for by, tone, words in spoken if not by]
     if not main:  # only a judge's comparison
@@ -90,9 +90,9 @@ def of_comparison(comparison: Comparison) -> list[Node]:
     heading = text(figures.get("heading"))
     notes = [text(n) for n in sequence(figures.get("notes")) if text(n)]
     if heading:
-        made.append(note(said(heading, tag="span")))
+        made.append(note(user_text(heading, tag="span")))
     if notes:
-        items = [el("li", said(n.removeprefix("- "), tag="span")) for n in notes]
+        items = [el("li", user_text(n.removeprefix("- "), tag="span")) for n in notes]
         made.append(el("ul", items, class_="soft small notes"))
     return made
 
@@ -100,46 +100,50 @@ def of_comparison(comparison: Comparison) -> list[Node]:
 # ---- a run --------------------------------------------------------------------------------------------------------
 
 
-def of_run(run: RunData, first: bool = True) -> list[Node]:
+def run_statements(run: RunData, first: bool = True) -> list[Node]:
     """Changes since the start on held-out rows, in words."""
-    made: list[Node] = []
-    own = text(run.results.get("verdict"))
-    if own:
-        made.append(statement("plain", said(own, tag="span"), lead=True))
+    statements: list[Node] = []
+    recorded = text(run.results.get("verdict"))
+    if recorded:
+        statements.append(statement("plain", user_text(recorded, tag="span"), lead=True))
     found = {c.figure.name: c for c in changes(run)}
     if not found or not num(run.last, "step"):
         why = "Nothing was held out" if not run.evals else "Only the start was evaluated so far"
-        if not own:
-            made.append(statement("plain", f"{why}, so there is no comparison with the start.", lead=first))
-        return made
+        if not recorded:
+            statements.append(statement("plain", f"{why}, so there is no comparison with the start.", lead=first))
+        return statements
     order = [c for n, c in found.items() if c.figure.main and not (n == "loss" and "reward" in found)]
     same, of = count_unchanged(run.samples)
-    stays = 0 < of == same  # even if likelihoods changed, users see the same answers
+    all_unchanged = 0 < of == same  # even if likelihoods changed, users see the same answers
     for i, change in enumerate(order):
-        lead = first and i == 0 and not own
+        lead = first and i == 0 and not recorded
         tone = "open" if all_tied(run.last, f"eval/{change.figure.name}") else TONE_OF.get(change.reading, "plain")
-        made.append(statement("plain" if stays and tone == "good" else tone, _sentence(change, run), lead=lead))
-    if stays:
-        made.insert(1 if made else 0, statement("open", f"{same} of {of} sampled answers are unchanged by training."))
+        statements.append(
+            statement("plain" if all_unchanged and tone == "good" else tone, _sentence(change, run), lead=lead)
+        )
+    if all_unchanged:
+        statements.insert(
+            1 if statements else 0, statement("open", f"{same} of {of} sampled answers are unchanged by training.")
+        )
     if (kl := found.get("kl/k3")) is not None:
         moved, ci = el("b", estimate(kl.after, kl.after_ci)), f" {kl.brackets}" if kl.brackets else ""
-        made.append(statement("plain", "It moved ", moved, ci, " nats per completion away from the start (KL)."))
+        statements.append(statement("plain", "It moved ", moved, ci, " nats per completion away from the start (KL)."))
     judged = [c for c in order if c.reading != "plain"]
     if judged and all(c.reading == "unclear" for c in judged):
         rows = num(run.last, "eval/rows")
         words = "No figure differs from chance on the held-out rows."
-        if own:
+        if recorded:
             held = "" if rows is None else f"{rows:,.0f} "
             words = f"On the {held}held-out rows no figure differs from chance."
         elif all(c.figure.null is None for c in judged):  # only losses, which have no chance level
             words = "The intervals of start and end overlap on the held-out rows, so a change is not shown; more rows narrow them."
-        nothing = statement("open", words, lead=first and not own)
-        at = 1 if own else 0
-        made = [*made[:at], nothing, *(_small(m) for m in made[at:])]
-    return made
+        nothing = statement("open", words, lead=first and not recorded)
+        at = 1 if recorded else 0
+        statements = [*statements[:at], nothing, *(_without_lead(m) for m in statements[at:])]
+    return statements
 
 
-def _small(node: Node) -> Node:
+def _without_lead(node: Node) -> Node:
     if isinstance(node, Element) and ("class", "lead") in node.attributes:
         return Element(node.tag, (), node.children)
     return node
@@ -166,18 +170,18 @@ def _sentence(c: Change, run: RunData) -> list[Node]:
             if scores
             else "The policy prefers the chosen answer in "
         )
-        return [who, value, brackets, of, _against_null(c, "one half")]
+        return [who, value, brackets, of, _null_clause(c, "one half")]
     if c.figure.name == "win_rate":
         of = " of comparisons with the start\u2019s"
-        return ["Its completions win ", value, brackets, of, _against_null(c, "one half")]
+        return ["Its completions win ", value, brackets, of, _null_clause(c, "one half")]
     label = c.figure.label[0].upper() + c.figure.label[1:]
     if c.before is None:
         return [f"{label} is ", value, brackets, "; the start was not evaluated."]
     change = f" (a change of {interval(*c.change_ci)}, row by row)" if c.change_ci is not None else ""
-    return [f"{label} went from {shown(c.before, share)} to ", value, brackets, change, _against_start(c)]
+    return [f"{label} went from {format_value(c.before, share)} to ", value, brackets, change, _start_clause(c)]
 
 
-def _against_null(c: Change, null: str) -> str:
+def _null_clause(c: Change, null: str) -> str:
     said_ = {
         "better": f"; the interval lies above {null}.",
         "worse": f"; the interval lies below {null}.",
@@ -186,7 +190,7 @@ def _against_null(c: Change, null: str) -> str:
     return said_.get(c.reading, ".")
 
 
-def _against_start(c: Change) -> str:
+def _start_clause(c: Change) -> str:
     if c.reading == "unclear":
         return "; the interval includes the start."
     return f"; {c.reading} than the start by its interval." if c.reading in ("better", "worse") else "."
@@ -200,9 +204,12 @@ def cards(run: RunData) -> Element | None:
         ci = ci_of({"x/ci": h.get("ci")}, "x")
         share = "win rate" in text(h.get("name")).lower()
         was = el("span", f"{number(before)} \u2192 ", class_="soft") if before is not None else None
-        name, value = el("dt", said(text(h.get("name")))), el("dd", was, shown(after, share), class_="value")
+        name, value = (
+            el("dt", user_text(text(h.get("name")))),
+            el("dd", was, format_value(after, share), class_="value"),
+        )
         remark = el("dd", _card_note(h, ci, share), class_="soft small")
-        made.append(el("div", name, value, remark, _goal(h), class_="card"))
+        made.append(el("div", name, value, remark, _goal_status(h), class_="card"))
     return el("dl", made, class_="cards") if made else None
 
 
@@ -214,18 +221,18 @@ def _card_note(h: Mapping[str, Any], ci: tuple[float, float] | None, share: bool
     return " ".join(parts)
 
 
-def _goal(h: Mapping[str, Any]) -> Element | None:
+def _goal_status(h: Mapping[str, Any]) -> Element | None:
     if "goal" not in h:
         return None
     met = h.get("met") is True
-    words = ("\u2713 met: " if met else "\u2717 not met: ", said(text(h.get("goal"))))
+    words = ("\u2713 met: " if met else "\u2717 not met: ", user_text(text(h.get("goal"))))
     return el("dd", *words, class_="met" if met else "unmet")
 
 
 # ---- several runs -------------------------------------------------------------------------------------------------
 
 
-def of_runs(data: ReportData) -> list[Node]:
+def runs_statements(data: ReportData) -> list[Node]:
     """The best setting by validation, with caveats."""
     progress = _progress(data)
     ranked = ranking(data)
@@ -240,20 +247,20 @@ def of_runs(data: ReportData) -> list[Node]:
     share = ranked.figure.share
     names: list[Node] = []
     for row in best:
-        names += [" and " if names else None, *keyed(row.setting.key, row.setting.name)]
+        names += [" and " if names else None, *labeled(row.setting.key, row.setting.name)]
     rows = held_out_rows(data)
     on = f" on {count(rows[0], 'held-out row')}" if len(rows) == 1 else ""
-    only = tried(data) == 1
+    only = count_tried(data) == 1
     figure = f", {ranked.figure.title} {estimate(best[0].mean, best[0].ci, share)}{on} ({spread(best[0], share)})."
-    start = "" if only else f"Best by validation of {tried(data)} settings: "
+    start = "" if only else f"Best by validation of {count_tried(data)} settings: "
     made: list[Node] = [statement("plain", start, names, figure.replace(" ()", ""), lead=True)]
-    made += _doubts(ranked, best)
+    made += _caveats(ranked, best)
     if not only:
         made.append(statement("plain", SELECTION_CAVEAT))
-    return [*made, *_cut(data), *progress]
+    return [*made, *_halving_statements(data), *progress]
 
 
-def _cut(data: ReportData) -> list[Node]:
+def _halving_statements(data: ReportData) -> list[Node]:
     """A sentence on the runs that successive halving stopped early."""
     states = [text(mapping(r).get("state")) for r in mapping(data.sweep.get("runs")).values()]
     n = states.count("cut")
@@ -264,14 +271,14 @@ def _cut(data: ReportData) -> list[Node]:
     return [statement("open", words)]
 
 
-def _doubts(ranked: Ranking, best: tuple[Row, ...]) -> list[Node]:
+def _caveats(ranked: Ranking, best: tuple[Row, ...]) -> list[Node]:
     made: list[Node] = []
-    others = [r for r in ranked.rows if r.values and r.whole and r not in best]
+    others = [r for r in ranked.rows if r.values and r.is_complete and r not in best]
     if others and len(best) == 1:
         next_ = others[0]
         (a, b), (c, d) = best[0].range, next_.range
         kind = "Seeds" if len(best[0].values) > 1 or len(next_.values) > 1 else "Intervals"
-        words = keyed(next_.setting.key, next_.setting.name)
+        words = labeled(next_.setting.key, next_.setting.name)
         overlap = a <= d and c <= b
         end = ", overlap: nothing here tells the two apart." if overlap else ", do not overlap."
         made.append(statement("open" if overlap else "plain", f"{kind} of it and of the next, ", words, end))
@@ -381,7 +388,7 @@ def _row(c: Change, started: bool) -> list[Node]:
     unit = el("small", f" {c.figure.unit}") if c.figure.unit else None
     what = el("small", c.figure.meaning, class_="what")
     name = el("span", c.figure.label, unit, what)
-    before = [MISSING if c.before is None else shown(c.before, share)] if started else []
+    before = [MISSING if c.before is None else format_value(c.before, share)] if started else []
     after = el("b", estimate(c.after, c.after_ci, share))
     return [name, *before, after, c.brackets, el("span", _strip(c), class_="marks")]
 
@@ -392,7 +399,7 @@ def _strip(c: Change) -> Node:
         return None
     values = [null, *c.after_ci, c.after]
     room = (max(values) - min(values)) * 0.08
-    return strip(c.after, c.after_ci, null, min(values) - room, max(values) + room)
+    return interval_plot(c.after, c.after_ci, null, min(values) - room, max(values) + room)
 
 
 def by_length(run: RunData) -> Element | None:
@@ -401,7 +408,7 @@ def by_length(run: RunData) -> Element | None:
     rows: list[Sequence[Node]] = []
     for q in sequence(length.get("quartiles")):
         low, high, size, right = (num(q, k) for k in ("from", "to", "rows", "accuracy"))
-        rows.append([f"{shown(low)} to {shown(high)}", shown(size), shown(right, True)])
+        rows.append([f"{format_value(low)} to {format_value(high)}", format_value(size), format_value(right, True)])
     if not rows:
         return None
     rule = num(length, "longer_wins")
@@ -409,5 +416,5 @@ def by_length(run: RunData) -> Element | None:
         ["chosen \u2212 rejected, tokens", "pairs", "accuracy"],
         "Accuracy by length: held-out pairs in quartiles",
     )
-    remark = note(f"The rule that the longer answer wins is right for {shown(rule, True)} of them.")
+    remark = note(f"The rule that the longer answer wins is right for {format_value(rule, True)} of them.")
     return el("div", table(head, rows, numeric=(1, 2), caption=caption), remark, class_="panel")

@@ -10,8 +10,8 @@ from penchant.metrics.names import with_k3
 from penchant.metrics.stats import Interval
 from penchant.metrics.verdict import format_p
 from penchant.report.data import Comparison, ReportData
-from penchant.report.html import Element, Node, el, note, panel, said
-from penchant.report.svg import MISSING, estimate, interval, percent, shown, strip
+from penchant.report.html import Element, Node, el, note, panel, user_text
+from penchant.report.svg import MISSING, estimate, format_value, interval, interval_plot, percent
 from penchant.runfolder.values import ci_of, mapping, mappings, num, text
 
 SHADES = 5  # of a cell's color on each side of one half
@@ -35,7 +35,7 @@ def win_rates(data: ReportData) -> Element | None:
     parts: list[Node] = []
     for c in data.comparisons:
         first = next(iter(mapping(c.figures.get("models"))), "")
-        groups = {"": pairs_of(c)} | {k: mappings(v) for k, v in mapping(c.figures.get("also")).items()}
+        groups = {"": comparison_pairs(c)} | {k: mappings(v) for k, v in mapping(c.figures.get("also")).items()}
         for judge, pairs in groups.items():
             kinds = (("win_rate", "Win rate"), ("equal_length", "At equal length"))
             by = f", by {judge}" if judge else ""
@@ -53,7 +53,7 @@ def win_rates(data: ReportData) -> Element | None:
     return el("div", legend if has_matrix else None, parts)
 
 
-def pairs_of(comparison: Comparison) -> list[dict[str, Any]]:
+def comparison_pairs(comparison: Comparison) -> list[dict[str, Any]]:
     """A comparison's pairs. Older versions recorded only those with the first model."""
     pairs = mappings(comparison.figures.get("comparisons"))
     if pairs:
@@ -68,18 +68,18 @@ def pairs_of(comparison: Comparison) -> list[dict[str, Any]]:
     return made
 
 
-def rate_of(pair: Mapping[str, Any], field: str) -> Interval | None:
+def pair_interval(pair: Mapping[str, Any], field: str) -> Interval | None:
     """An interval of a pair by its field; None if missing."""
     found = mapping(pair.get(field))
     value, low, high = num(found, "estimate"), num(found, "low"), num(found, "high")
     return None if value is None or low is None or high is None else Interval(value, low, high)
 
 
-def cells_of(pairs: Sequence[Mapping[str, Any]], field: str) -> dict[tuple[str, str], Interval]:
+def matrix_cells(pairs: Sequence[Mapping[str, Any]], field: str) -> dict[tuple[str, str], Interval]:
     """(row, column) -> win rate, in both directions."""
     cells: dict[tuple[str, str], Interval] = {}
     for pair in pairs:
-        rate = rate_of(pair, field)
+        rate = pair_interval(pair, field)
         if rate is not None:
             a, b = text(pair.get("name")), text(pair.get("other"))
             cells[a, b], cells[b, a] = rate, rate.mirrored()
@@ -87,13 +87,15 @@ def cells_of(pairs: Sequence[Mapping[str, Any]], field: str) -> dict[tuple[str, 
 
 
 def _matrix(pairs: Sequence[Mapping[str, Any]], field: str, title: str, first: str) -> Element | None:
-    cells = cells_of(pairs, field)
+    cells = matrix_cells(pairs, field)
     if not cells:
         return None
     names = list(dict.fromkeys([*([first] if any(first in c for c in cells) else []), *(a for a, _ in cells)]))
     corner = el("th", el("span", "row against column", class_="spoken"), scope="col")
-    head = el("tr", corner, [el("th", said(n), scope="col") for n in names])
-    rows = [el("tr", el("th", said(a), scope="row"), [_cell(cells.get((a, b)), a == b) for b in names]) for a in names]
+    head = el("tr", corner, [el("th", user_text(n), scope="col") for n in names])
+    rows = [
+        el("tr", el("th", user_text(a), scope="row"), [_cell(cells.get((a, b)), a == b) for b in names]) for a in names
+    ]
     return el(
         "div",
         el("table", el("caption", title), el("thead", head), el("tbody", rows), class_="matrix"),
@@ -115,7 +117,7 @@ def _cell(rate: Interval | None, same: bool) -> Element:
 
 
 def _pairs_table(pairs: Sequence[Mapping[str, Any]], judge: str, outcome: str) -> Element | None:
-    found = [(p, d) for p in pairs if (d := rate_of(p, "difference")) is not None]
+    found = [(p, d) for p in pairs if (d := pair_interval(p, "difference")) is not None]
     if not found:
         return None
     ends = [v for _, d in found for v in (d.low, d.high, 0.0)]
@@ -124,8 +126,8 @@ def _pairs_table(pairs: Sequence[Mapping[str, Any]], judge: str, outcome: str) -
     rows: list[list[Node]] = []
     for pair, d in found:
         ci = (d.low, d.high)
-        names = el("span", said(text(pair.get("name"))), " \u2212 ", said(text(pair.get("other"))))
-        drawn = el("span", strip(d.estimate, ci, 0.0, *scale), class_="marks")
+        names = el("span", user_text(text(pair.get("name"))), " \u2212 ", user_text(text(pair.get("other"))))
+        drawn = el("span", interval_plot(d.estimate, ci, 0.0, *scale), class_="marks")
         values = el("b", estimate(d.estimate, ci)), interval(*ci)
         rows.append([names, *values, drawn, p_value(num(pair, "p")), p_value(num(pair, "p_corrected"))])
     what = f"reward by {judge}" if judge else outcome or "outcome"
@@ -154,9 +156,9 @@ def compared_figures(data: ReportData) -> Element | None:
             by = f", by {judge}" if judge else ""
             for name, label, share in FIGURES:
                 if any(num(f, name) is not None for f in of):
-                    rows.append([said(label.format(first=first) + by), *(_figure(f, name, share) for f in of)])
+                    rows.append([user_text(label.format(first=first) + by), *(_figure(f, name, share) for f in of)])
         caption = "Every figure on the same prompts, with 95% intervals"
-        parts.append(panel(["", *map(said, models)], rows, numeric=range(1, len(models) + 1), caption=caption))
+        parts.append(panel(["", *map(user_text, models)], rows, numeric=range(1, len(models) + 1), caption=caption))
     return el("div", parts) if parts else None
 
 
@@ -165,5 +167,5 @@ def _figure(figures: Mapping[str, Any], name: str, share: bool) -> Node:
     if value is None:
         return MISSING
     if ci is None:
-        return shown(value, share)
+        return format_value(value, share)
     return el("span", el("b", estimate(value, ci, share)), " ", el("small", interval(*ci, share), class_="ci"))

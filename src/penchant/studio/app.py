@@ -29,7 +29,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from penchant import __version__
 from penchant.base.files import ANYWHERE, disk_error
 from penchant.errors import PenchantError
-from penchant.report.html import text_html, visible
+from penchant.report.html import escape_hidden, text_html
 from penchant.serve.http import CLIENT_GONE, handle_request, names_this_machine, read_body
 
 log = logging.getLogger("penchant.studio")
@@ -151,7 +151,7 @@ class Studio:
             undefined=jinja2.StrictUndefined,
         )
         made.filters["inert"] = lambda text: Markup(text_html(str(text)))
-        made.filters["plain"] = lambda text: visible(str(text))
+        made.filters["plain"] = lambda text: escape_hidden(str(text))
         return made
 
     @staticmethod
@@ -212,7 +212,7 @@ class Studio:
             return self._refusal(Request(scope, receive)) or self._starlette
 
         error_response = PlainTextResponse("something went wrong in the studio; its log says what", 500)
-        shown = visible(path)[:80]
+        shown = escape_hidden(path)[:80]
         await handle_request(
             scope,
             receive,
@@ -272,7 +272,7 @@ class Studio:
 
     def _error_page(self, request: Request, status: int, what: str) -> Response:
         if "hx-request" in request.headers or request.method in CHANGES:
-            return PlainTextResponse(visible(what), status)
+            return PlainTextResponse(escape_hidden(what), status)
         return self.page(request, "error.html", status, what=what)
 
     def stop(self) -> None:

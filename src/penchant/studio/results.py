@@ -9,7 +9,7 @@ from penchant.base.text import counted
 from penchant.judges.humans import Preferences
 from penchant.metrics.humans import Annotator, HumanVerdict, human_verdict
 from penchant.metrics.stats import Interval
-from penchant.report.html import Element, Node, document, el, note, panel, said
+from penchant.report.html import Element, Node, document, el, note, panel, user_text
 
 MARKS = {"good": "●", "open": "○", "plain": "·"}
 
@@ -23,7 +23,7 @@ def results_page(name: str, preferences: Preferences) -> str:
         el(
             "header",
             el("p", "Penchant arena", class_="kicker"),
-            el("h1", said(name)),
+            el("h1", user_text(name)),
             el("p", f"Written by Penchant {__version__}, {when}. This file loads nothing.", class_="soft facts-line"),
         ),
         results_body(verdict),
@@ -37,13 +37,13 @@ def results_body(verdict: HumanVerdict) -> Element:
         return el("p", "Nobody has judged anything yet.", class_="soft")
     lines = verdict.verdict()
     words = [
-        el("p", el("span", MARKS[s.tone], class_=f"mark {s.tone}", aria_hidden="true"), said(s.text, "span"))
+        el("p", el("span", MARKS[s.tone], class_=f"mark {s.tone}", aria_hidden="true"), user_text(s.text, "span"))
         for s in lines
     ]
     return el(
         "div",
         el("section", words, id="verdict", class_="verdict", aria_label="Verdict"),
-        el("ul", [el("li", said(n)) for n in verdict.notes()], class_="notes"),
+        el("ul", [el("li", user_text(n)) for n in verdict.notes()], class_="notes"),
         _tally_cards(verdict),
         el("section", el("h2", "Models"), _models_table(verdict), aria_label="Models") if verdict.pairs else None,
         el("section", el("h2", "People"), _people_table(verdict), aria_label="People"),
@@ -87,7 +87,7 @@ def _models_table(verdict: HumanVerdict) -> Element:
     for pair in verdict.pairs:
         rows.append(
             [
-                el("span", said(pair.name), " over ", said(pair.other)),
+                el("span", user_text(pair.name), " over ", user_text(pair.other)),
                 _percent(pair.win_rate),
                 _interval_svg(pair.win_rate),
                 _percent(pair.equal_length),
@@ -119,7 +119,7 @@ def _people_table(verdict: HumanVerdict) -> Element:
 def _person_row(p: Annotator) -> list[Node]:
     failed, checks = p.checks
     return [
-        said(p.name),
+        user_text(p.name),
         f"{p.judged:,}",
         _percent(p.wins),
         _percent(p.left),

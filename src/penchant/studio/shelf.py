@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from penchant.metrics.names import metric
-from penchant.report.html import visible
+from penchant.report.html import escape_hidden
 from penchant.report.svg import duration, with_interval
 from penchant.runfolder import CHECKPOINTS, COMPARISON, CONFIG, IDENTITY, LOCK, MANIFEST, METRICS, PERF, PIPELINE, SWEEP
 from penchant.runfolder.read import CachedFile, json_object, lock_state
@@ -310,7 +310,7 @@ def facts_of(view: RunView, path: str) -> dict[str, Any]:
     speed, left = view.speed, view.seconds_left if view.state in OPEN_STATES else None
     return {
         "state": line.state,
-        "why": visible(line.why),
+        "why": escape_hidden(line.why),
         "step": f"{line.step:,} of {line.total:,}" if line.total else f"{line.step:,}",
         "share": line.share,
         "label": line.label,
@@ -319,7 +319,7 @@ def facts_of(view: RunView, path: str) -> dict[str, Any]:
         "speed": "" if speed is None else f"{speed.tokens:,.0f} tokens/s",
         "memory": "" if view.memory is None else f"{view.memory:.1f} GB",
         "flags": [
-            {key: visible(text(flag.get(key))) for key in ("title", "level", "sentence", "advice")}
+            {key: escape_hidden(text(flag.get(key))) for key in ("title", "level", "sentence", "advice")}
             for flag in mappings(view.flags)
         ],
         "samples": len(view.samples),
