@@ -22,7 +22,7 @@ from penchant.cli import main
 from penchant.config import merged
 from penchant.errors import CheckpointError, ConfigError, DataError, ModelError, TrainingStopped
 from penchant.models.load import load_tokenizer
-from penchant.pipeline import Pipeline, Stage, _comparison, check_names, load_pipeline
+from penchant.pipeline import Pipeline, Stage, _comparison, check_bare_names, load_pipeline
 from penchant.rewards import load_reward
 from penchant.rewards.reward_model import PolicyText, rows_by_source
 from penchant.runfolder import RunLock
@@ -900,7 +900,7 @@ def test_a_folder_that_is_no_reward_model_is_met_before_anything_trains(base: di
 
 def test_a_stages_name_in_a_list_of_rewards() -> None:
     stages: Any = {"judge": None}
-    check_names(["words", {"overlong": {"max": 9}}], stages, "here", "reward")
+    check_bare_names(["words", {"overlong": {"max": 9}}], stages, "here", "reward")
     for reward in ("judge", ["words", "judge"], [{"judge": 2.0}], {"judge": 1.0}):
         with pytest.raises(ConfigError, match="write stage:judge"):
-            check_names(reward, stages, "here", "reward")
+            check_bare_names(reward, stages, "here", "reward")

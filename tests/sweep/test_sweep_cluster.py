@@ -271,7 +271,7 @@ def test_a_job_that_came_nowhere_or_was_canceled_is_named(
         if name == "beta-0.1":
             cluster.how[job] = how
             if how.startswith("CANCELLED"):  # it had made progress
-                monkeypatch.setattr(workers, "_newest", lambda run: f"step-{time.monotonic()}")
+                monkeypatch.setattr(workers, "_latest_checkpoint_name", lambda run: f"step-{time.monotonic()}")
         return job
 
     monkeypatch.setattr(cluster, "submit", submit)

@@ -343,7 +343,7 @@ def translate(
         folder: the file's folder, where files that it names are looked up.
 
     Raises:
-        NotHere: a value cannot be understood; the message names the key.
+        Untranslatable: a value cannot be understood; the message names the key.
     """
     found, original_names, unset_lines = source.read(values)
     config = ToolConfig(found, method.defaults, devices, folder)
