@@ -22,7 +22,7 @@ from penchant.config import RunConfig, config_from_mapping, load_config, parse_y
 from penchant.data.load import load_preferences
 from penchant.errors import ConfigError
 from penchant.importers import SOURCES, Imported, import_config
-from penchant.importers.rules import NotHere, translate
+from penchant.importers.rules import Untranslatable, translate
 
 MODEL = {"model_name_or_path": "owner/model", "dataset_name": "train.jsonl", "output_dir": "out"}
 LF = {"model_name_or_path": "owner/model", "dataset": "mine", "output_dir": "out"}
@@ -201,7 +201,7 @@ def test_no_key_is_ever_dropped(file: tuple[str, str, dict[str, Any]]) -> None:
     source, method, values = file
     try:
         lines = translate(values, SOURCES[source], SOURCES[source].methods[method]).lines
-    except (NotHere, ConfigError):
+    except (Untranslatable, ConfigError):
         return  # import_config turns it into a ConfigError
     assert values.keys() <= {k for line in lines for k, _ in line.theirs}
 

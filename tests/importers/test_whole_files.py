@@ -158,7 +158,7 @@ def test_every_key_has_its_line_and_means_the_same(tmp_path: Path, name: str) ->
     accounted = {k for line in lines for k, _ in line.theirs}
     accounted |= {k.partition(".type.")[0] + ".type" for k in accounted if ".type." in k}
     assert set(_leaves(theirs)) - {"trl", "special_tokens"} <= accounted
-    assert {k for line in lines if line.given and line.status == "unsupported" for k, _ in line.theirs} == left
+    assert {k for line in lines if line.is_set and line.status == "unsupported" for k, _ in line.theirs} == left
     assert made.unsupported == len(left)
     (tmp_path / "ours.yaml").write_text(made.yaml)
     whole: Any = load_config(tmp_path / "ours.yaml").model_dump(mode="json")
@@ -371,7 +371,9 @@ def test_conversations_that_are_read_in_another_way_are_reported(tmp_path: Path)
     values = {"base_model": "a/b", "sequence_len": 64, "micro_batch_size": 1, "datasets": sets}
     (tmp_path / "a.yml").write_text(yaml.safe_dump(values))
     made = import_config(tmp_path / "a.yml")
-    left = {k for line in made.translation.lines if line.given and line.status == "unsupported" for k, _ in line.theirs}
+    left = {
+        k for line in made.translation.lines if line.is_set and line.status == "unsupported" for k, _ in line.theirs
+    }
     assert left == {
         "datasets[0].roles", "datasets[0].roles_to_train", "datasets[1].message_property_mappings", "datasets[1].train_on_eos",
         "datasets[2].message_field_training", "datasets[2].chat_template", "datasets[3].type.format", "datasets[4].type",

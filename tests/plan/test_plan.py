@@ -266,7 +266,7 @@ def test_the_kernels_on_shapes_alone_hold_what_a_real_pass_holds(tmp_path: Path,
         scorer.logps(batch).sums.sum().backward()
     gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     found = activations_of(run, run.model, [trees], fast=True)
-    assert found.by == "kernels"
+    assert found.counted_by == "kernels"
     assert found.total == pytest.approx(real.peak - gradients, rel=0.04)
 
 
@@ -295,7 +295,7 @@ def test_shapes_alone_count_what_a_real_pass_holds(tmp_path: Path, lora: dict[st
         scorer.logps(pack(trees)).sums.sum().backward()
     gradients = sum(p.grad.nbytes for p in scorer.model.parameters() if p.grad is not None)
     found = activations_of(run, run.model, [trees], fast=False)
-    assert found.by == "transformers"
+    assert found.counted_by == "transformers"
     assert found.total == pytest.approx(live.peak - gradients, rel=0.05)
     with LiveBytes([*scorer.model.parameters(), *scorer.model.buffers()]) as live, torch.no_grad():
         scorer.model.eval()

@@ -14,7 +14,7 @@ from penchant.config.yaml import dump_yaml
 from penchant.errors import ConfigError
 from penchant.importers import axolotl, flat, llama_factory, ms_swift, trl
 from penchant.importers.command import ENDINGS, read_command
-from penchant.importers.rules import Line, NotHere, Source, Status, Translation, choose, translate
+from penchant.importers.rules import Line, Source, Status, Translation, Untranslatable, choose, translate
 
 SOURCES: dict[str, Source] = {
     s.name: s for s in (trl.SOURCE, llama_factory.SOURCE, axolotl.SOURCE, ms_swift.SOURCE, flat.SOURCE)
@@ -26,7 +26,7 @@ COUNTED: dict[Status, str] = {
     "unsupported": "not supported",
 }
 # sections of tools that cannot be imported; a file with two of a tool's sections is rejected as that tool's
-STRANGERS = {
+UNSUPPORTED_TOOLS = {
     "torchtune": ("tokenizer", "checkpointer", "model", "dataset", "loss", "optimizer", "recipe_checkpoint"),
     "verl": ("actor_rollout_ref", "critic", "trainer", "algorithm", "reward_model"),
 }  # fmt: skip
@@ -40,8 +40,8 @@ def settings(translation: Translation, extra: Mapping[str, Any]) -> dict[str, tu
     """
     found = dict(translation.settings)
     defaults = _our_defaults(found)
-    spoken = {k for line in translation.lines if line.given for k, _ in line.ours} | set(translation.method.base)
-    kept = {k: v for k, v in found.items() if k in spoken or k not in defaults or defaults[k] != v[0]}
+    explicit = {k for line in translation.lines if line.is_set for k, _ in line.ours} | set(translation.method.base)
+    kept = {k: v for k, v in found.items() if k in explicit or k not in defaults or defaults[k] != v[0]}
     if "lora.r" in found:
         kept |= {k: v for k, v in found.items() if k.startswith("lora.")}
     kept = {k: (v, c) for k, (v, c) in kept.items() if v != {} and not (v is None and defaults.get(k, ...) is None)}
@@ -81,7 +81,7 @@ def nested(found: Mapping[str, tuple[Any, str]]) -> dict[str, Any]:
 def as_yaml(translation: Translation, found: Mapping[str, tuple[Any, str]], name: str) -> str:
     """Format the config file: sections in our order, one key per line, each with its origin as a comment."""
     lines = [f"# {shown(name)} ({translation.source.title}, {translation.method.title}), written by `penchant import`"]
-    left = _left(translation)
+    left = _unsupported_lines(translation)
     if left:
         lines.append("# NOT SUPPORTED, and not in this file:")
         lines += [f"#   {_pairs(line.theirs)}: {shown(line.note)}" for line in left]
@@ -92,15 +92,15 @@ def as_yaml(translation: Translation, found: Mapping[str, tuple[Any, str]], name
             lines.append(_entry(section, *found[section]))
         elif keys:
             lines.append(f"{section}:")
-            said = ""
+            last_comment = ""
             for k in (k for k in keys if k != section):
                 value, comment = found[k]
                 if isinstance(value, list) and value and isinstance(value[0], Mapping):
                     lines.append(f"  {k.partition('.')[2]}:" + (f"  # {shown(comment)}" if comment else ""))
                     lines += [f"    - {_flow(item)}" for item in value]
                     continue
-                lines.append("  " + _entry(k.partition(".")[2], value, comment if comment != said else ""))
-                said = comment
+                lines.append("  " + _entry(k.partition(".")[2], value, comment if comment != last_comment else ""))
+                last_comment = comment
     return "\n".join(lines) + "\n"
 
 
@@ -120,15 +120,15 @@ def _pairs(theirs: Sequence[tuple[str, Any]]) -> str:
     return ", ".join(shown(f"{k}: {HIDDEN if k in SECRETS and v else redact(str(v))}")[:120] for k, v in theirs)
 
 
-def _left(translation: Translation) -> list[Line]:
+def _unsupported_lines(translation: Translation) -> list[Line]:
     """Unsupported settings that the file sets. They are listed both in our file and on the terminal."""
-    return [line for line in translation.lines if line.given and line.status == "unsupported"]
+    return [line for line in translation.lines if line.is_set and line.status == "unsupported"]
 
 
 def _remarks(translation: Translation, found: Mapping[str, Any]) -> list[str]:
     """Differences that no key of the file states: the method's own, unsupported defaults of the other tool, and missing held-out rows."""
     tool = translation.source.title
-    silent = [line for line in translation.lines if not line.given and line.status == "unsupported"]
+    silent = [line for line in translation.lines if not line.is_set and line.status == "unsupported"]
     defaults = [f"{tool}'s default {_pairs(line.theirs)}: {shown(line.note)}" for line in silent]
     held_out = {"data.eval_path", "data.validation_rows", "data.validation_fraction"} & {
         k for k, (value, _) in found.items() if value
@@ -139,7 +139,7 @@ def _remarks(translation: Translation, found: Mapping[str, Any]) -> list[str]:
 
 def as_text(translation: Translation, found: Mapping[str, tuple[Any, str]]) -> str:
     """Format a report with one line per key, and the number of keys of each status."""
-    asked = [line for line in translation.lines if line.given]
+    asked = [line for line in translation.lines if line.is_set]
     lines = [f"{translation.source.title}, {translation.method.title}"]
     for status, title in STATUS.items():
         those = [line for line in asked if line.status == status]
@@ -199,14 +199,18 @@ def import_config(
         )
     else:
         values, _ = read_mapping(path, "another tool's config is a mapping of its keys")
-    strange = next((k for k in values if not isinstance(k, str)), "")
-    if strange != "":
-        raise ConfigError(str(path), f"has the key {strange!r}, which is not a text", "quote it, or leave it out")
+    bad_key = next((k for k in values if not isinstance(k, str)), "")
+    if bad_key != "":
+        raise ConfigError(str(path), f"has the key {bad_key!r}, which is not a text", "quote it, or leave it out")
     if devices < 1:
         raise ConfigError("--devices", f"is {devices}", "give the number of GPUs, 1 or more")
     if source == "auto":
-        _refuse_strangers(values, str(path))
-    tool = choose(source, SOURCES, "--from", "tool that can be read") if source != "auto" else SOURCES[_tool(values)]
+        _reject_unsupported_tools(values, str(path))
+    tool = (
+        choose(source, SOURCES, "--from", "tool that can be read")
+        if source != "auto"
+        else SOURCES[_detect_tool(values)]
+    )
     name = method if method != "auto" else tool.guess(values, Path(path).stem)
     if name is None:
         how = f"say which with --method: {', '.join(tool.methods)}"
@@ -214,15 +218,15 @@ def import_config(
     chosen = choose(name, tool.methods, str(path), f"method of {tool.title}")
     try:
         translation = translate(values, tool, chosen, devices, str(Path(path).parent))
-    except NotHere as error:
+    except Untranslatable as error:
         what, _, how = str(error).partition("; ")
         raise ConfigError(
             str(path), what, f"{how}, or leave the key out" if how else "fix it, or leave the key out"
         ) from error
-    found = settings(translation, _given(overrides))
+    found = settings(translation, _parse_overrides(overrides))
     if "output" not in found:
         found["output"] = (f"runs/{Path(path).stem}", "the file names no folder")
-    _complete(found, translation, str(path))
+    _check_complete(found, translation, str(path))
     config = nested(found)
     try:
         build(config, {}, str(path))
@@ -231,10 +235,10 @@ def import_config(
     return Imported(as_yaml(translation, found, Path(path).name), as_text(translation, found), translation)
 
 
-def _refuse_strangers(values: Mapping[str, Any], path: str) -> None:
+def _reject_unsupported_tools(values: Mapping[str, Any], path: str) -> None:
     """Raise ConfigError for a file of a tool that cannot be imported, which read as a flat file would lose most of its settings."""
     nested = {k for k, v in values.items() if isinstance(v, Mapping)}
-    counts = {name: len(nested & set(keys)) for name, keys in STRANGERS.items()}
+    counts = {name: len(nested & set(keys)) for name, keys in UNSUPPORTED_TOOLS.items()}
     tool = max(counts, key=lambda name: counts[name])
     ours = any(source.marks & (values.keys() - nested) for source in SOURCES.values())
     if counts[tool] >= 2 and not ours:
@@ -245,7 +249,7 @@ def _refuse_strangers(values: Mapping[str, Any], path: str) -> None:
         )
 
 
-def _tool(values: Mapping[str, Any]) -> str:
+def _detect_tool(values: Mapping[str, Any]) -> str:
     """Detect the tool by the number of keys that only its files have. TRL if there are only shared keys, else flat.
 
     Keys that a flat file may also have (`model`) are not enough by themselves.
@@ -256,7 +260,7 @@ def _tool(values: Mapping[str, Any]) -> str:
     return best if marks[best] - (flat.SOURCE.rules.keys() - flat.SOURCE.marks) else "trl" if shared else "flat"
 
 
-def _given(overrides: Sequence[str]) -> dict[str, Any]:
+def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """Command-line overrides as ``{"model.path": value}``."""
     made: dict[str, Any] = {}
     apply_overrides(made, {}, overrides)
@@ -264,7 +268,7 @@ def _given(overrides: Sequence[str]) -> dict[str, Any]:
     return {f"{k}.{name}".rstrip("."): v for k, section in sections.items() for name, v in section.items()}
 
 
-def _complete(found: Mapping[str, Any], translation: Translation, path: str) -> None:
+def _check_complete(found: Mapping[str, Any], translation: Translation, path: str) -> None:
     """Raise ConfigError if model, data or an online method's reward is missing. Other tools often take them from the command line."""
     method = ALGORITHMS.get(found.get("algorithm.name", ("", ""))[0])
     wanted = {"model.path": "MODEL", "data.path": "train.jsonl"}

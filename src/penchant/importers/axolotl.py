@@ -8,42 +8,42 @@ from typing import Any
 
 from penchant.data.layouts.fields import ROLES
 from penchant.importers import hf, trl
-from penchant.importers.rules import OFF, Given, Line, layers, number, rules_of, source, table, whole
+from penchant.importers.rules import OFF, Line, ToolConfig, integer, layers, number, rules_of, source, table
 
 TABLE = table("axolotl")
 
 
-def total_batch(given: Given) -> Iterator[Line]:
+def total_batch(config: ToolConfig) -> Iterator[Line]:
     """micro_batch_size with gradient accumulation, or batch_size, which includes both."""
-    if not given.says("batch_size"):
-        yield from hf.batch(given)
+    if not config.sets("batch_size"):
+        yield from hf.batch(config)
         return
-    ours = {"train.batch_size": whole(given["batch_size"]) * given.devices}
+    ours = {"train.batch_size": integer(config["batch_size"]) * config.devices}
     keys = ["batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"]
-    note = f"{given['batch_size']} x {given.devices} device(s); memory is train.tokens_per_step here"
-    yield given.line([k for k in keys if given.says(k)], "translated", ours, note)
+    note = f"{config['batch_size']} x {config.devices} device(s); memory is train.tokens_per_step here"
+    yield config.line([k for k in keys if config.sets(k)], "translated", ours, note)
 
 
-def floor(given: Given) -> Iterator[Line]:
+def lr_schedule(config: ToolConfig) -> Iterator[Line]:
     """The learning rate schedule, and cosine_min_lr_ratio."""
-    yield from hf.schedule(given)
-    if given.says("cosine_min_lr_ratio"):
-        ours = {"train.min_lr_fraction": number(given["cosine_min_lr_ratio"])}
-        cosine = given["lr_scheduler_type"] == "cosine"
+    yield from hf.schedule(config)
+    if config.sets("cosine_min_lr_ratio"):
+        ours = {"train.min_lr_fraction": number(config["cosine_min_lr_ratio"])}
+        cosine = config["lr_scheduler_type"] == "cosine"
         note = "" if cosine else "without effect: the schedule is not cosine"
-        yield given.line(["cosine_min_lr_ratio"], "translated" if cosine else "same", ours if cosine else {}, note)
+        yield config.line(["cosine_min_lr_ratio"], "translated" if cosine else "same", ours if cosine else {}, note)
 
 
-def often(given: Given) -> Iterator[Line]:
+def intervals(config: ToolConfig) -> Iterator[Line]:
     """When to checkpoint and evaluate: every N steps, every epoch, or N times per epoch."""
-    yield from hf.saving(given)
+    yield from hf.saving(config)
     for key, ours in (("saves_per_epoch", "checkpoint.every"), ("evals_per_epoch", "evaluation.every")):
-        if given.says(key):
-            times = number(given[key])
-            how = f"set {ours} to the steps of an epoch / {given[key]} (`penchant plan` prints how many there are)"
+        if config.sets(key):
+            times = number(config[key])
+            how = f"set {ours} to the steps of an epoch / {config[key]} (`penchant plan` prints how many there are)"
             made = {0.0: None, 1.0: "epoch"}
             known = times in made
-            yield given.line(
+            yield config.line(
                 [key],
                 "translated" if known else "unsupported",
                 {ours: made[times]} if known else {},
@@ -51,117 +51,119 @@ def often(given: Given) -> Iterator[Line]:
             )
 
 
-def dtype(given: Given) -> Iterator[Line]:
+def dtype(config: ToolConfig) -> Iterator[Line]:
     """bf16 (auto, true, full) and fp16, and bfloat16, float16 and float32, which are without mixed precision."""
     keys = ["bf16", "fp16", "bfloat16", "float16", "float32"]
-    there = [k for k in keys if given.says(k)] or ["bf16"]
-    half = given["bf16"] if given.says("bf16") else None if given["fp16"] or given["float16"] else given["bf16"]
-    if given["bfloat16"] or half in (True, "full"):
-        yield given.line(there, "translated", {"model.dtype": "bf16"}, "weights stay in fp32 beside a bf16 copy")
+    there = [k for k in keys if config.sets(k)] or ["bf16"]
+    half = config["bf16"] if config.sets("bf16") else None if config["fp16"] or config["float16"] else config["bf16"]
+    if config["bfloat16"] or half in (True, "full"):
+        yield config.line(there, "translated", {"model.dtype": "bf16"}, "weights stay in fp32 beside a bf16 copy")
     elif half == "auto":
-        yield given.line(there, "translated", {"model.dtype": "auto"}, "bf16 where the hardware has it")
-    elif given["fp16"] or given["float16"]:
+        yield config.line(there, "translated", {"model.dtype": "auto"}, "bf16 where the hardware has it")
+    elif config["fp16"] or config["float16"]:
         note = "there is no fp16 with loss scaling; bf16 has its range and needs none"
-        yield given.line(there, "unsupported", {"model.dtype": "auto"}, note)
+        yield config.line(there, "unsupported", {"model.dtype": "auto"}, note)
     else:
-        yield given.line(there, "translated", {"model.dtype": "fp32"})
+        yield config.line(there, "translated", {"model.dtype": "fp32"})
 
 
-def tracking(given: Given) -> Iterator[Line]:
+def tracking(config: ToolConfig) -> Iterator[Line]:
     """W&B, MLflow and TensorBoard, with project and run name."""
     wanted = {
-        "wandb": bool(given["wandb_project"]) if given["use_wandb"] is None else bool(given["use_wandb"]),
-        "mlflow": bool(given["use_mlflow"]),
-        "tensorboard": bool(given["use_tensorboard"]),
+        "wandb": bool(config["wandb_project"]) if config["use_wandb"] is None else bool(config["use_wandb"]),
+        "mlflow": bool(config["use_mlflow"]),
+        "tensorboard": bool(config["use_tensorboard"]),
     }
-    there = [k for k in TABLE["derived"]["tracking"] if given.says(k)]
+    there = [k for k in TABLE["derived"]["tracking"] if config.sets(k)]
     trackers = [name for name, on in wanted.items() if on]
     if not trackers:
         if there:
-            yield given.line(there, "same", note="no tracker, as here")
+            yield config.line(there, "same", note="no tracker, as here")
         return
     ours: dict[str, Any] = {"logging.trackers": trackers}
     project, name = (
-        given["wandb_project"] or given["mlflow_experiment_name"],
-        given["wandb_name"] or given["mlflow_run_name"],
+        config["wandb_project"] or config["mlflow_experiment_name"],
+        config["wandb_name"] or config["mlflow_run_name"],
     )
     ours |= ({"logging.project": str(project)} if project else {}) | ({"logging.name": str(name)} if name else {})
-    yield given.line(there, "translated", ours)
+    yield config.line(there, "translated", ours)
 
 
-def adapted(given: Given) -> Iterator[Line]:
+def adapters(config: ToolConfig) -> Iterator[Line]:
     """adapter (lora or qlora) and its related keys."""
-    kind, keys = given["adapter"], TABLE["derived"]["adapted"]
+    kind, keys = config["adapter"], TABLE["derived"]["adapters"]
     lora = kind in ("lora", "qlora")
     for key, ours in (("load_in_4bit", "nf4"), ("load_in_8bit", "int8")):
-        yield from hf.quantized(given, key, ours if given[key] else None, lora)
-    there = ["adapter", *(k for k in keys[3:] if given.says(k))]
+        yield from hf.quantized(config, key, ours if config[key] else None, lora)
+    there = ["adapter", *(k for k in keys[3:] if config.sets(k))]
     if kind in OFF:
-        if given.says(*there):
-            yield given.line([k for k in there if given.says(k)], "same", note="no adapter: the whole model is trained")
+        if config.sets(*there):
+            yield config.line(
+                [k for k in there if config.sets(k)], "same", note="no adapter: the whole model is trained"
+            )
         return
     if not lora:
-        yield given.line(there, "unsupported", note="lora and qlora only")
+        yield config.line(there, "unsupported", note="lora and qlora only")
         return
-    if given["lora_model_dir"]:
+    if config["lora_model_dir"]:
         note = "the reference is the adapter's start here, the model under it there"
-        yield given.line(there, "translated", {"model.adapter": str(given["lora_model_dir"])}, note)
+        yield config.line(there, "translated", {"model.adapter": str(config["lora_model_dir"])}, note)
         return
-    more: dict[str, Any] = {"lora.lr_ratio": number(given["loraplus_lr_ratio"])} if given["loraplus_lr_ratio"] else {}
-    named = [k for k in ("lora_target_linear", "lora_target_modules") if given[k]]
+    more: dict[str, Any] = {"lora.lr_ratio": number(config["loraplus_lr_ratio"])} if config["loraplus_lr_ratio"] else {}
+    named = [k for k in ("lora_target_linear", "lora_target_modules") if config[k]]
     if named:
         more["lora.target_modules"] = (
-            "all-linear" if "lora_target_linear" in named else layers(given["lora_target_modules"])
+            "all-linear" if "lora_target_linear" in named else layers(config["lora_target_modules"])
         )
     used = [*there, *(k for k in ("lora_r", "lora_alpha", "lora_dropout") if k not in there)]
-    yield hf.adapter(given, used, whole(given["lora_r"]), number(given["lora_alpha"]), **more)
+    yield hf.adapter_line(config, used, integer(config["lora_r"]), number(config["lora_alpha"]), **more)
     if not named:
-        yield trl.peft_targets(given)
+        yield trl.peft_targets(config)
 
 
-def pictures(given: Given) -> Iterator[Line]:
+def pictures(config: ToolConfig) -> Iterator[Line]:
     """processor_type, which is set for models that read pictures."""
-    if not given["processor_type"]:
-        if given.says("processor_type"):
-            yield given.line(["processor_type"], "same", note="text alone, as here")
+    if not config["processor_type"]:
+        if config.sets("processor_type"):
+            yield config.line(["processor_type"], "same", note="text alone, as here")
         return
-    whole_model = given["adapter"] in OFF
+    whole_model = config["adapter"] in OFF
     note = "" if whole_model else "adapters of the vision tower too: model.vision: trained"
     ours = {"model.vision": "trained" if whole_model else "frozen"}
-    yield given.line(["processor_type"], "translated", ours, note)
+    yield config.line(["processor_type"], "translated", ours, note)
 
 
-def longer(given: Given) -> Iterator[Line]:
+def excess_length(config: ToolConfig) -> Iterator[Line]:
     """excess_length_strategy: what to do with rows longer than sequence_len tokens."""
     known = {
         "drop": {"data.truncation": "bad_row", "data.on_bad_row": "skip"},
         "raise": {"data.truncation": "bad_row"},
         "truncate": {"data.truncation": "prompt_then_completion"},
     }
-    ours = known.get(str(given["excess_length_strategy"]))
+    ours = known.get(str(config["excess_length_strategy"]))
     note = "longer rows are set aside and counted, as all rows that cannot be read" if ours == known["drop"] else ""
     how = "set data.truncation: bad_row or prompt_then_completion"
-    yield given.line(["excess_length_strategy"], "translated" if ours else "unsupported", ours, note if ours else how)
+    yield config.line(["excess_length_strategy"], "translated" if ours else "unsupported", ours, note if ours else how)
 
 
 # ---- Data sets ----
 
 
-def data_sets(given: Given) -> Iterator[Line]:
+def data_sets(config: ToolConfig) -> Iterator[Line]:
     """Training sets as `data.path`, or as `data.sources` if there are several, and test sets as `data.eval_path`."""
-    method = str(given["rl"]) if given["rl"] else "reward" if given["reward_model"] else "sft"
+    method = str(config["rl"]) if config["rl"] else "reward" if config["reward_model"] else "sft"
     made: list[dict[str, Any]] = []
-    keys = [k for k in ("datasets", "pretraining_dataset") if given[k]]
-    single = len(keys) == 1 and (not isinstance(given[keys[0]], list) or len(given[keys[0]]) == 1)
+    keys = [k for k in ("datasets", "pretraining_dataset") if config[k]]
+    single = len(keys) == 1 and (not isinstance(config[keys[0]], list) or len(config[keys[0]]) == 1)
     for key in keys:
         kind = "pretrain" if key == "pretraining_dataset" else method
-        for i, entry in enumerate(given[key] if isinstance(given[key], list) else [given[key]]):
+        for i, entry in enumerate(config[key] if isinstance(config[key], list) else [config[key]]):
             entry = {"path": entry} if isinstance(entry, str) else entry
             if not isinstance(entry, Mapping):
                 yield Line(((f"{key}[{i}]", entry),), "unsupported", (), "it is not a mapping of a data set's keys")
                 continue
             where = f"{key}[{i}]"
-            found, used, lines = _data_set(entry, where, kind, given.folder)
+            found, used, lines = _data_set(entry, where, kind, config.folder)
             yield from lines
             if "path" in found:
                 made.append(found)
@@ -173,27 +175,27 @@ def data_sets(given: Given) -> Iterator[Line]:
     if len(made) > 1:
         note = f"{len(made)} data sets, each gone through once in an epoch"
         yield Line(
-            tuple((k, f"{len(given[k])} data sets") for k in keys), "translated", (("data.sources", made),), note
+            tuple((k, f"{len(config[k])} data sets") for k in keys), "translated", (("data.sources", made),), note
         )
     elif made:  # a single set has its own line above
         ours = () if single else tuple((f"data.{k}", v) for k, v in made[0].items())
         yield Line(tuple((k, "1 data set") for k in keys), "translated", ours)
-    if given["test_datasets"]:
-        yield from _held_out(given, method)
+    if config["test_datasets"]:
+        yield from _held_out(config, method)
 
 
-def _held_out(given: Given, method: str) -> Iterator[Line]:
+def _held_out(config: ToolConfig, method: str) -> Iterator[Line]:
     paths = []
-    for i, entry in enumerate(given["test_datasets"]):
+    for i, entry in enumerate(config["test_datasets"]):
         where = f"test_datasets[{i}]"
-        found, _, lines = _data_set(entry, where, method, given.folder)
+        found, _, lines = _data_set(entry, where, method, config.folder)
         yield from (line for line in lines if line.status == "unsupported")
         theirs = tuple((f"{where}.{k}", v) for k, v in entry.items())
         yield Line(theirs, "same", note="read as the rows to train on are")
         paths += [found["path"]] if "path" in found else []
     flat = [p for path in paths for p in (path if isinstance(path, list) else [path])]
     if flat:
-        yield given.line(["test_datasets"], "translated", {"data.eval_path": flat if len(flat) > 1 else flat[0]})
+        yield config.line(["test_datasets"], "translated", {"data.eval_path": flat if len(flat) > 1 else flat[0]})
 
 
 def _data_set(
@@ -205,45 +207,45 @@ def _data_set(
         for k, v in entry.items()
         if v is None and k != "roles_to_train"
     ]
-    kept = Given({k: v for k, v in entry.items() if v is not None}, {})
-    path, used, problem = _place(kept, folder)
+    dataset = ToolConfig({k: v for k, v in entry.items() if v is not None}, {})
+    path, used, problem = _locate(dataset, folder)
     found: dict[str, Any] = path
-    shape, columns, kinds_used, more = _layout(kept, method)
+    shape, columns, kinds_used, more = _layout(dataset, method)
     used += kinds_used
     options: dict[str, Any] = {}
     if shape in ("messages", "sharegpt"):
-        turns, trained, why = _turns(entry)
+        turns, trained, why = _trained_turns(entry)
         options, used = ({"turns": turns} if turns != "last" else {}), used + trained
         more += why
     columns = {ours: theirs for ours, theirs in columns.items() if ours != theirs}
     for key, value in (("shape", shape), ("columns", columns), ("layout_options", options)):
         found |= {key: value} if value else {}
     said = {k for k, _, _ in (*problem, *more)}
-    lines += [Line(((f"{where}.{k}", _at(entry, k)),), s, (), note) for k, s, note in (*problem, *more)]
+    lines += [Line(((f"{where}.{k}", _entry_value(entry, k)),), s, (), note) for k, s, note in (*problem, *more)]
     rules = rules_of(TABLE["data_set"])
-    for k in kept.values:
-        if k in used or k in said or (k == "type" and isinstance(kept[k], Mapping)):
+    for k in dataset.values:
+        if k in used or k in said or (k == "type" and isinstance(dataset[k], Mapping)):
             continue
         line = (
-            rules[k](k, kept)
+            rules[k](k, dataset)
             if k in rules
-            else kept.line([k], "unsupported", note="not a key of a data set that the importer knows")
+            else dataset.line([k], "unsupported", note="not a key of a data set that the importer knows")
         )
-        lines.append(Line(((f"{where}.{k}", kept[k]),), line.status, (), line.note))
+        lines.append(Line(((f"{where}.{k}", dataset[k]),), line.status, (), line.note))
     return found, used, lines
 
 
 Notes = list[tuple[str, Any, str]]  # key of a data set, status, note
 
 
-def _at(entry: Mapping[str, Any], key: str) -> Any:
+def _entry_value(entry: Mapping[str, Any], key: str) -> Any:
     first, _, rest = key.partition(".")
     return entry[first][rest] if rest else entry[first]
 
 
-def _place(kept: Given, folder: str) -> tuple[dict[str, Any], list[str], Notes]:
+def _locate(dataset: ToolConfig, folder: str) -> tuple[dict[str, Any], list[str], Notes]:
     """(our path and limit, keys used, notes): local files, a hub id with its split, or nothing if the location is unsupported."""
-    name, files, split = str(kept["path"] or ""), kept["data_files"], kept["split"]
+    name, files, split = str(dataset["path"] or ""), dataset["data_files"], dataset["split"]
     listed = [str(f) for f in (files if isinstance(files, list) else [files] if files else [])]
     if name in ("json", "csv", "parquet", "text", "arrow") and listed:
         path = listed if len(listed) > 1 else listed[0]
@@ -251,11 +253,11 @@ def _place(kept: Given, folder: str) -> tuple[dict[str, Any], list[str], Notes]:
         return {"path": path}, used, [("split", "same", "files are read whole")] if split else []
     if re.match(r"(s3|gs|gcs|az|abfs|oci|https?)://", name) or (listed and not hf.is_local(name, folder)):
         how = "download the files and set data.path to them"
-        return {}, [], [(k, "unsupported", how) for k in ("path", "data_files", "split") if kept.says(k)]
+        return {}, [], [(k, "unsupported", how) for k in ("path", "data_files", "split") if dataset.sets(k)]
     if hf.is_local(name, folder):
         path = [f"{name}/{f}" for f in listed] if listed else name
         path = path[0] if isinstance(path, list) and len(path) == 1 else path
-        used = [k for k in ("path", "data_files") if kept.says(k)]
+        used = [k for k in ("path", "data_files") if dataset.sets(k)]
         return {"path": path}, used, [("split", "same", "files are read whole")] if split else []
     part = re.fullmatch(r"(\w+)(?:\[:(\d+)\])?", str(split or "train"))
     if part is None:
@@ -265,18 +267,18 @@ def _place(kept: Given, folder: str) -> tuple[dict[str, Any], list[str], Notes]:
     return where, ["path", *(["split"] if split else [])], []
 
 
-def _layout(kept: Given, method: str) -> tuple[str, dict[str, str], list[str], Notes]:
+def _layout(dataset: ToolConfig, method: str) -> tuple[str, dict[str, str], list[str], Notes]:
     """(our layout, columns by field, keys used, notes) of a data set's rows."""
     kind = TABLE["kinds"].get(method, "pairs" if method == "reward" else "sft")
-    given = kept["type"]
+    row_type = dataset["type"]
     if method == "pretrain":
-        given = given or "pretrain"
-    if isinstance(given, Mapping):
-        return _written(given, kind)
-    if given is None:
+        row_type = row_type or "pretrain"
+    if isinstance(row_type, Mapping):
+        return _type_mapping(row_type, kind)
+    if row_type is None:
         return "", {}, [], []
     known = {**TABLE["types"][kind], **TABLE["types"].get(method, {})}
-    word = str(given).partition(":")[0]
+    word = str(row_type).partition(":")[0]
     found = known.get(word) or known.get(word.rpartition(".")[2])
     if not found:
         how = "the layout is found by what the rows hold: look at it with `penchant data show`, or set data.shape"
@@ -284,29 +286,29 @@ def _layout(kept: Given, method: str) -> tuple[str, dict[str, str], list[str], N
             how = "rows are read as they are: give them a `prompt` column, or name a layout of your own (docs/data_formats.md)"
         return "", {}, [], [("type", "unsupported", how)]
     shape, columns = str(found["shape"]), dict(found.get("columns", {}))
-    used, notes = (["type"] if kept.says("type") else []), []
+    used, notes = (["type"] if dataset.sets("type") else []), []
     if "note" in found and used:
         used, notes = [], [("type", "translated", f"{shape}; {found['note']}")]
     fields = TABLE["fields"].get(shape, {})
-    for key in (k for k in fields if kept.says(k)):
-        columns[fields[key]] = str(kept[key])
+    for key in (k for k in fields if dataset.sets(k)):
+        columns[fields[key]] = str(dataset[key])
         used.append(key)
-    notes += _messages(kept, shape)
+    notes += _message_notes(dataset, shape)
     return shape, columns, used, notes
 
 
-def _messages(kept: Given, shape: str) -> Notes:
+def _message_notes(dataset: ToolConfig, shape: str) -> Notes:
     """Notes on the keys that name the role and content fields of a conversation's turns."""
     notes: Notes = []
-    mapping = {"role": kept["message_field_role"], "content": kept["message_field_content"]}
-    mapping |= kept["message_property_mappings"] or {}
+    mapping = {"role": dataset["message_field_role"], "content": dataset["message_field_content"]}
+    mapping |= dataset["message_property_mappings"] or {}
     fits = mapping.get("role") in (None, "role", "from") and mapping.get("content") in (None, "content", "value")
     how = "turns are of role and content, or of from and value: rename them in the rows"
     for key in ("message_property_mappings", "message_field_role", "message_field_content"):
-        if kept.says(key):
+        if dataset.sets(key):
             notes.append((key, "same" if fits else "unsupported", "found by what the turns hold" if fits else how))
-    if kept.says("roles"):
-        roles = kept["roles"] if isinstance(kept["roles"], Mapping) else {}
+    if dataset.sets("roles"):
+        roles = dataset["roles"] if isinstance(dataset["roles"], Mapping) else {}
         fits = bool(roles) and all(
             ROLES.get(str(n)) == ROLES.get(str(ours)) for ours, names in roles.items() for n in names
         )
@@ -315,7 +317,7 @@ def _messages(kept: Given, shape: str) -> Notes:
     return notes
 
 
-def _turns(entry: Mapping[str, Any]) -> tuple[str, list[str], Notes]:
+def _trained_turns(entry: Mapping[str, Any]) -> tuple[str, list[str], Notes]:
     """(turns, keys used, notes): which answers of a conversation are trained on."""
     if "roles_to_train" not in entry:
         return "all", [], []
@@ -327,10 +329,10 @@ def _turns(entry: Mapping[str, Any]) -> tuple[str, list[str], Notes]:
     return "all", [], [("roles_to_train", "unsupported", "answers of the assistant alone are learned")]
 
 
-def _written(given: Mapping[str, Any], kind: str) -> tuple[str, dict[str, str], list[str], Notes]:
+def _type_mapping(row_type: Mapping[str, Any], kind: str) -> tuple[str, dict[str, str], list[str], Notes]:
     """(our layout, columns, keys used, notes) of a `type` mapping, which names columns and the prompt format."""
     own, columns, notes = TABLE["written"][kind], {}, []
-    for key, value in given.items():
+    for key, value in row_type.items():
         name = f"type.{key}"
         if value in OFF:
             notes.append((name, "same", "not set"))
@@ -357,13 +359,13 @@ SOURCE = source(
         *hf.DERIVATIONS,
         *trl.DERIVATIONS,
         total_batch,
-        floor,
-        often,
+        lr_schedule,
+        intervals,
         dtype,
         tracking,
-        adapted,
+        adapters,
         pictures,
-        longer,
+        excess_length,
         data_sets,
     ),
     guess,

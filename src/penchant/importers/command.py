@@ -17,7 +17,7 @@ from penchant.config import read_mapping
 from penchant.errors import ConfigError
 
 ENDINGS = (".sh", ".bash")
-MOST_BYTES = 256 << 10
+MAX_BYTES = 256 << 10
 # command: (tool, {training subcommand: its method, or "" if an argument gives it})
 COMMANDS: dict[str, tuple[str, Mapping[str, str]]] = {
     "swift": ("ms-swift", {"sft": "sft", "pt": "pt", "rlhf": ""}),
@@ -45,11 +45,11 @@ def read_command(path: str | Path) -> Command:
     where = str(path)
     try:
         with Path(path).open("rb") as file:
-            text = file.read(MOST_BYTES + 1).decode("utf-8-sig")
+            text = file.read(MAX_BYTES + 1).decode("utf-8-sig")
     except (OSError, ValueError) as error:
         raise ConfigError(where, f"cannot be read ({error})", "give a UTF-8 shell script") from error
-    if len(text) > MOST_BYTES:
-        raise ConfigError(where, f"has more than {MOST_BYTES >> 10} kB", "leave the command in it alone")
+    if len(text) > MAX_BYTES:
+        raise ConfigError(where, f"has more than {MAX_BYTES >> 10} kB", "leave the command in it alone")
     variables: dict[str, str] = {}
     found: list[Command] = []
     uncommented = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
@@ -57,21 +57,23 @@ def read_command(path: str | Path) -> Command:
         if not re.match(r"\s*(export\s+)?\w+=", line) and not any(name in line for name in COMMANDS):
             continue
         try:
-            words = [_filled(w, variables) for w in _words(_computed(line, variables))]
+            words = [_expand_variables(w, variables) for w in _split_words(_evaluate_arithmetic(line, variables))]
         except ValueError as error:
             raise ConfigError(where, f"a line cannot be understood ({error}): {line[:60]}", "fix its quotes") from error
         words = words[: next((i for i, w in enumerate(words) if w.startswith("#")), len(words))]
         while words and (words[0] == "export" or re.fullmatch(r"[A-Za-z_]\w*=.*", words[0], re.S)):
             name, equals, value = words.pop(0).partition("=")
             variables |= {name: value} if equals else {}
-        at = next((i for i, w in enumerate(words[:-1]) if _tool(w) and words[i + 1] in COMMANDS[_tool(w)][1]), None)
+        at = next(
+            (i for i, w in enumerate(words[:-1]) if _tool_name(w) and words[i + 1] in COMMANDS[_tool_name(w)][1]), None
+        )
         if at is not None:
-            tool, methods = COMMANDS[_tool(words[at])]
-            values = _arguments(words[at + 2 :], where)
+            tool, methods = COMMANDS[_tool_name(words[at])]
+            values = _parse_arguments(words[at + 2 :], where)
             if methods[words[at + 1]] == "" and tool == "ms-swift":
                 values.setdefault("rlhf_type", "dpo")
             launched = re.findall(r"--(?:num_processes|nproc[-_]per[-_]node)[= ](\S+)", " ".join(words[:at]))
-            devices = _devices({**variables, **({"NPROC_PER_NODE": launched[-1]} if launched else {})})
+            devices = _device_count({**variables, **({"NPROC_PER_NODE": launched[-1]} if launched else {})})
             found.append(Command(values, tool, methods[words[at + 1]], devices))
     if len(found) != 1:
         what = f"{len(found)} commands that train" if found else "no command that trains"
@@ -80,26 +82,26 @@ def read_command(path: str | Path) -> Command:
     return found[0]
 
 
-def _words(line: str) -> list[str]:
+def _split_words(line: str) -> list[str]:
     """Split a line into words. Command separators are words of their own, even without spaces around them."""
     lexer = shlex.shlex(line, posix=True, punctuation_chars=";|&")
     lexer.whitespace_split, lexer.commenters = True, ""
     return list(lexer)
 
 
-def _tool(word: str) -> str:
+def _tool_name(word: str) -> str:
     name = word.rpartition("/")[2]
     return name if name in COMMANDS else ""
 
 
-def _filled(word: str, variables: Mapping[str, str]) -> str:
+def _expand_variables(word: str, variables: Mapping[str, str]) -> str:
     names = re.compile(r"\$\{(\w+)\}|\$(\w+)")
-    if sum(len(variables.get(m[1] or m[2], "")) for m in names.finditer(word)) > MOST_BYTES:
+    if sum(len(variables.get(m[1] or m[2], "")) for m in names.finditer(word)) > MAX_BYTES:
         raise ValueError("its variables hold too much text")
     return names.sub(lambda m: variables.get(m[1] or m[2], m[0]), word)
 
 
-def _computed(line: str, variables: Mapping[str, str]) -> str:
+def _evaluate_arithmetic(line: str, variables: Mapping[str, str]) -> str:
     """Evaluate `$(expr 16 / $n)` and `$((16 / n))` like the shell. Other expressions are kept, and rejected later."""
 
     def value(found: re.Match[str]) -> str:
@@ -117,12 +119,12 @@ def _computed(line: str, variables: Mapping[str, str]) -> str:
     )
 
 
-def _devices(variables: Mapping[str, str]) -> int:
+def _device_count(variables: Mapping[str, str]) -> int:
     counts = [variables.get(n, "1") for n in ("NPROC_PER_NODE", "NNODES")]
     return max(1, int(counts[0])) * max(1, int(counts[1])) if all(re.fullmatch(r"[0-9]{1,6}", c) for c in counts) else 1
 
 
-def _arguments(words: list[str], where: str) -> dict[str, Any]:
+def _parse_arguments(words: list[str], where: str) -> dict[str, Any]:
     """Parse ``--key value`` and ``--key=value``. No value means true, several make a list. Arguments override a `--config` file."""
     values: dict[str, Any] = {}
     key = ""
@@ -132,14 +134,14 @@ def _arguments(words: list[str], where: str) -> dict[str, Any]:
         if word.startswith("--"):
             key, equals, value = word[2:].partition("=")
             key = key.replace("-", "_")
-            values[key] = [_value(value)] if equals else []
+            values[key] = [_parse_value(value)] if equals else []
         elif key:
-            values[key].append(_value(word))
+            values[key].append(_parse_value(word))
         else:
             raise ConfigError(where, f"gives {word} without a name", "import that file itself, or write --name value")
-    for name, given in values.items():
+    for name, arguments in values.items():
         if (
-            unknown := next((v for v in given if isinstance(v, str) and re.search(r"\$[\w{(@*#?]|`", v)), None)
+            unknown := next((v for v in arguments if isinstance(v, str) and re.search(r"\$[\w{(@*#?]|`", v)), None)
         ) is not None:
             what = f"--{name} is {unknown[:60]}, which needs a variable that it does not set, or a shell"
             raise ConfigError(where, what, "write the value in its place")
@@ -151,7 +153,7 @@ def _arguments(words: list[str], where: str) -> dict[str, Any]:
     return {**read_mapping(below, "another tool's config is a mapping of its keys")[0], **made}
 
 
-def _value(word: str) -> Any:
+def _parse_value(word: str) -> Any:
     try:
         found = yaml_value(word)
     except (yaml.YAMLError, ValueError, ConfigError):

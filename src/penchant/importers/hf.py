@@ -15,40 +15,40 @@ from penchant.data.load import FIRST_ROWS, detect_layout, rename_columns
 from penchant.data.pictures import COLUMNS
 from penchant.data.read import Row, read_rows
 from penchant.errors import DataError
-from penchant.importers.rules import Given, Line, NotHere, flag, number, whole
+from penchant.importers.rules import Line, ToolConfig, Untranslatable, flag, integer, number
 from penchant.track.tracker import TRACKERS
 
 # ---- Trackers: `report_to` as our `logging.trackers` ----
 
 
-def report_to(given: Given) -> Iterator[Line]:
+def report_to(config: ToolConfig) -> Iterator[Line]:
     """report_to (one or several names, `none` or `all`) and use_wandb. Unknown trackers are reported as unsupported."""
     names: list[str] = []
-    if given.says("report_to"):
-        asked = _names(given["report_to"])
+    if config.sets("report_to"):
+        asked = _names(config["report_to"])
         names = list(dict.fromkeys(n for a in asked for n in (_installed() if a == "all" else [a]) if n in TRACKERS))
-        strangers = [a for a in asked if a not in TRACKERS and a not in ("all", "none")]
-        if strangers:
-            how = f"there is no tracker {', '.join(strangers)}: logging.trackers takes {', '.join(TRACKERS)}"
-            yield Line((("report_to", ", ".join(strangers)),), "unsupported", (), how)
+        unknown = [a for a in asked if a not in TRACKERS and a not in ("all", "none")]
+        if unknown:
+            how = f"there is no tracker {', '.join(unknown)}: logging.trackers takes {', '.join(TRACKERS)}"
+            yield Line((("report_to", ", ".join(unknown)),), "unsupported", (), how)
         if names:
             note = "those that are installed here" if "all" in asked else ""
-            yield given.line(["report_to"], "translated", {"logging.trackers": names}, note)
-        elif not strangers:
+            yield config.line(["report_to"], "translated", {"logging.trackers": names}, note)
+        elif not unknown:
             none = f"none of {', '.join(TRACKERS)} is installed here" if "all" in asked else "no tracker, as here"
-            yield given.line(["report_to"], "same", note=none)
-    if given.says("use_wandb"):
-        yield _wandb(given, names)
+            yield config.line(["report_to"], "same", note=none)
+    if config.sets("use_wandb"):
+        yield _wandb(config, names)
 
 
-def _wandb(given: Given, names: list[str]) -> Line:
+def _wandb(config: ToolConfig, names: list[str]) -> Line:
     try:
-        wanted = given["use_wandb"] is not None and flag(given["use_wandb"])
-    except NotHere as problem:
-        return given.line(["use_wandb"], "unsupported", note=str(problem))
+        wanted = config["use_wandb"] is not None and flag(config["use_wandb"])
+    except Untranslatable as problem:
+        return config.line(["use_wandb"], "unsupported", note=str(problem))
     if not wanted:
-        return given.line(["use_wandb"], "same", note="off, as here")
-    return given.line(["use_wandb"], "translated", {"logging.trackers": list(dict.fromkeys([*names, "wandb"]))})
+        return config.line(["use_wandb"], "same", note="off, as here")
+    return config.line(["use_wandb"], "translated", {"logging.trackers": list(dict.fromkeys([*names, "wandb"]))})
 
 
 def _names(value: Any) -> list[str]:
@@ -69,140 +69,142 @@ SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant", "co
 MIN_LR = ("cosine_with_min_lr", "cosine_warmup_with_min_lr")
 
 
-def batch(given: Given) -> Iterator[Line]:
+def batch(config: ToolConfig) -> Iterator[Line]:
     """Rows of one optimizer step: per-device batch size x accumulation x devices."""
     one, more = keys = ("per_device_train_batch_size", "gradient_accumulation_steps")
-    ours = {"train.batch_size": whole(given[one]) * whole(given[more]) * given.devices}
-    note = f"{given[one]} x {given[more]} x {given.devices} device(s); memory is train.tokens_per_step here"
-    yield given.line(keys, "translated", ours, note)
+    ours = {"train.batch_size": integer(config[one]) * integer(config[more]) * config.devices}
+    note = f"{config[one]} x {config[more]} x {config.devices} device(s); memory is train.tokens_per_step here"
+    yield config.line(keys, "translated", ours, note)
 
 
-def length(given: Given) -> Iterator[Line]:
+def length(config: ToolConfig) -> Iterator[Line]:
     """Epochs or steps. If max_steps is set, transformers ignores the epochs, but we stop at whichever comes first."""
-    steps = whole(given["max_steps"]) if given["max_steps"] is not None else -1
+    steps = integer(config["max_steps"]) if config["max_steps"] is not None else -1
     if steps > 0:
         ours = {"train.max_steps": steps, "train.epochs": 1000.0}
         note = "max_steps decides; epochs only must not end it before"
-        yield given.line(["max_steps", "num_train_epochs"], "translated", ours, note)
+        yield config.line(["max_steps", "num_train_epochs"], "translated", ours, note)
         return
-    yield given.line(["num_train_epochs"], "translated", {"train.epochs": number(given["num_train_epochs"])})
-    if given.says("max_steps"):
-        yield given.line(["max_steps"], "same", note="no bound")
+    yield config.line(["num_train_epochs"], "translated", {"train.epochs": number(config["num_train_epochs"])})
+    if config.sets("max_steps"):
+        yield config.line(["max_steps"], "same", note="no bound")
 
 
-def schedule(given: Given) -> Iterator[Line]:
+def schedule(config: ToolConfig) -> Iterator[Line]:
     """Shape, warm-up and floor of the learning rate schedule."""
-    name = str(given["lr_scheduler_type"])
+    name = str(config["lr_scheduler_type"])
     keys = ["lr_scheduler_type"]
-    if name in MIN_LR and isinstance(given["lr_scheduler_kwargs"], Mapping):
-        extra = given["lr_scheduler_kwargs"]
+    if name in MIN_LR and isinstance(config["lr_scheduler_kwargs"], Mapping):
+        extra = config["lr_scheduler_kwargs"]
         floor = extra.get("min_lr_rate", None)
         if floor is None and "min_lr" in extra:
-            floor = number(extra["min_lr"]) / number(given["learning_rate"])
+            floor = number(extra["min_lr"]) / number(config["learning_rate"])
         if floor is not None:
             ours = {"train.schedule": "cosine", "train.min_lr_fraction": number(floor)}
-            yield given.line([*keys, "lr_scheduler_kwargs"], "translated", ours)
+            yield config.line([*keys, "lr_scheduler_kwargs"], "translated", ours)
     elif name in SCHEDULES:
-        yield given.line(keys, "translated", {"train.schedule": SCHEDULES[name]})
+        yield config.line(keys, "translated", {"train.schedule": SCHEDULES[name]})
     else:
-        yield given.line(keys, "unsupported", note="set train.schedule: linear, cosine or constant")
-    if given.says("lr_scheduler_kwargs") and name not in MIN_LR:
+        yield config.line(keys, "unsupported", note="set train.schedule: linear, cosine or constant")
+    if config.sets("lr_scheduler_kwargs") and name not in MIN_LR:
         how = "set train.schedule and train.min_lr_fraction by hand"
-        yield given.line(["lr_scheduler_kwargs"], "unsupported", note=how)
+        yield config.line(["lr_scheduler_kwargs"], "unsupported", note=how)
     if name == "constant":
         warmup = ["lr_scheduler_type", "warmup_steps", "warmup_ratio"]
         note = "their constant schedule has no warm-up"
-        yield given.line(warmup, "translated", {"train.warmup_fraction": 0.0}, note)
+        yield config.line(warmup, "translated", {"train.warmup_fraction": 0.0}, note)
     else:
-        yield _warmup(given)
+        yield _warmup(config)
 
 
-def _warmup(given: Given) -> Line:
-    ratio, steps = given["warmup_ratio"], number(given["warmup_steps"] or 0)
-    if steps == 0 and ratio is not None and (given.says("warmup_ratio") or not given.says("warmup_steps")):
-        return given.line(["warmup_ratio"], "translated", {"train.warmup_fraction": number(ratio)})
+def _warmup(config: ToolConfig) -> Line:
+    ratio, steps = config["warmup_ratio"], number(config["warmup_steps"] or 0)
+    if steps == 0 and ratio is not None and (config.sets("warmup_ratio") or not config.sets("warmup_steps")):
+        return config.line(["warmup_ratio"], "translated", {"train.warmup_fraction": number(ratio)})
     if steps < 1:  # transformers 5 reads a value below 1 as a fraction
-        return given.line(["warmup_steps"], "translated", {"train.warmup_fraction": steps})
-    total = number(given["max_steps"] or -1)
+        return config.line(["warmup_steps"], "translated", {"train.warmup_fraction": steps})
+    total = number(config["max_steps"] or -1)
     if total > steps:
         ours = {"train.warmup_fraction": round(steps / total, 6)}
-        return given.line(["warmup_steps", "max_steps"], "translated", ours)
+        return config.line(["warmup_steps", "max_steps"], "translated", ours)
     how = "warm-up is a share here: set train.warmup_fraction to these steps / all optimizer steps (the run prints how many)"
-    return given.line(["warmup_steps"], "unsupported", note=how)
+    return config.line(["warmup_steps"], "unsupported", note=how)
 
 
-def saving(given: Given) -> Iterator[Line]:
+def saving(config: ToolConfig) -> Iterator[Line]:
     """When to write checkpoints and when to evaluate."""
-    yield from _every(given, "save_strategy", "save_steps", "checkpoint.every")
-    name = "evaluation_strategy" if given.says("evaluation_strategy") else "eval_strategy"
-    yield from _every(given, name, "eval_steps", "evaluation.every")
+    yield from _interval(config, "save_strategy", "save_steps", "checkpoint.every")
+    name = "evaluation_strategy" if config.sets("evaluation_strategy") else "eval_strategy"
+    yield from _interval(config, name, "eval_steps", "evaluation.every")
 
 
-def _every(given: Given, strategy: str, steps: str, ours: str) -> Iterator[Line]:
-    if not given.says(strategy, steps):
+def _interval(config: ToolConfig, strategy: str, steps: str, ours: str) -> Iterator[Line]:
+    if not config.sets(strategy, steps):
         return
-    kind = str(given[strategy] if given.says(strategy) else "steps")
+    kind = str(config[strategy] if config.sets(strategy) else "steps")
     how_often: Any = {"epoch": "epoch", "no": None, "False": None}.get(kind, "")
-    if how_often == "" and kind == "steps" and given[steps] is not None and number(given[steps]) >= 1:
-        how_often = whole(given[steps])
+    if how_often == "" and kind == "steps" and config[steps] is not None and number(config[steps]) >= 1:
+        how_often = integer(config[steps])
     if how_often == "":
-        yield given.line([strategy, steps], "unsupported", note=f"set {ours} to a number of optimizer steps, or epoch")
+        yield config.line([strategy, steps], "unsupported", note=f"set {ours} to a number of optimizer steps, or epoch")
     else:
         note = "the end is always saved" if strategy == "save_strategy" and how_often is None else ""
-        yield given.line([strategy, steps], "translated", {ours: how_often}, note)
+        yield config.line([strategy, steps], "translated", {ours: how_often}, note)
 
 
-def precision(given: Given) -> Iterator[Line]:
+def precision(config: ToolConfig) -> Iterator[Line]:
     """bf16, fp16 and pure_bf16, which set the training dtype."""
     keys = ("bf16", "fp16", "pure_bf16")
-    if given["fp16"]:
+    if config["fp16"]:
         note = "there is no fp16 with loss scaling; bf16 has its range and needs none"
-        yield given.line(keys, "unsupported", {"model.dtype": "auto"}, note)
+        yield config.line(keys, "unsupported", {"model.dtype": "auto"}, note)
         return
-    dtype = "bf16" if given["bf16"] or given["pure_bf16"] else "fp32"
+    dtype = "bf16" if config["bf16"] or config["pure_bf16"] else "fp32"
     note = "weights stay in fp32 beside a bf16 copy" if dtype == "bf16" else ""
-    yield given.line(keys, "translated", {"model.dtype": dtype}, note)
+    yield config.line(keys, "translated", {"model.dtype": dtype}, note)
 
 
-def val_size(given: Given) -> Iterator[Line]:
+def val_size(config: ToolConfig) -> Iterator[Line]:
     """val_size: a fraction of the rows if below 1, else a number of rows."""
-    if not given.says("val_size"):
+    if not config.sets("val_size"):
         return
-    size = number(given["val_size"])
+    size = number(config["val_size"])
     if size == 0:
-        yield given.line(["val_size"], "same", note="nothing is held out")
+        yield config.line(["val_size"], "same", note="nothing is held out")
     else:
-        ours: dict[str, Any] = {"data.validation_fraction": size} if size < 1 else {"data.validation_rows": whole(size)}
-        yield given.line(["val_size"], "translated", ours, "held out by prompt: no prompt on both sides")
+        ours: dict[str, Any] = (
+            {"data.validation_fraction": size} if size < 1 else {"data.validation_rows": integer(size)}
+        )
+        yield config.line(["val_size"], "translated", ours, "held out by prompt: no prompt on both sides")
 
 
-def ppo_batch(given: Given) -> Iterator[Line]:
+def ppo_batch(config: ToolConfig) -> Iterator[Line]:
     """PPO's batch: one batch of rollouts holds all its minibatches (LLaMA-Factory: a buffer of that many batches)."""
-    split = "ppo_buffer_size" if "ppo_buffer_size" in given.defaults else "num_mini_batches"
+    split = "ppo_buffer_size" if "ppo_buffer_size" in config.defaults else "num_mini_batches"
     keys = ("per_device_train_batch_size", "gradient_accumulation_steps", split)
-    parts = whole(given[split])
-    rows = whole(given[keys[0]]) * whole(given[keys[1]]) * parts * given.devices
+    parts = integer(config[split])
+    rows = integer(config[keys[0]]) * integer(config[keys[1]]) * parts * config.devices
     ours = {"train.batch_size": rows, "algorithm.minibatches": parts}
-    yield given.line(keys, "translated", ours, f"prompts of one batch of rollouts, on {given.devices} device(s)")
+    yield config.line(keys, "translated", ours, f"prompts of one batch of rollouts, on {config.devices} device(s)")
 
 
-def adapter(given: Given, keys: list[str], rank: int, alpha: float, **targets: Any) -> Line:
+def adapter_line(config: ToolConfig, keys: list[str], rank: int, alpha: float, **targets: Any) -> Line:
     """A line about the LoRA keys."""
-    more = {ours: True for key, ours in (("use_rslora", "lora.rslora"), ("use_dora", "lora.dora")) if given[key]}
-    ours = {"lora.r": rank, "lora.alpha": alpha, "lora.dropout": number(given["lora_dropout"]), **more, **targets}
-    return given.line(keys, "translated", ours)
+    more = {ours: True for key, ours in (("use_rslora", "lora.rslora"), ("use_dora", "lora.dora")) if config[key]}
+    ours = {"lora.r": rank, "lora.alpha": alpha, "lora.dropout": number(config["lora_dropout"]), **more, **targets}
+    return config.line(keys, "translated", ours)
 
 
-def quantized(given: Given, key: str, ours: str | None, adapted: bool) -> Iterator[Line]:
+def quantized(config: ToolConfig, key: str, ours: str | None, adapted: bool) -> Iterator[Line]:
     """4- or 8-bit weights, which need an adapter here. `ours`: our setting, None if not requested, "" if unsupported."""
     if ours is None:
-        if given.says(key):
-            yield given.line([key], "same", note="off, as here")
+        if config.sets(key):
+            yield config.line([key], "same", note="off, as here")
     elif ours and adapted:
-        yield given.line([key], "translated", {"model.quantize": ours})
+        yield config.line([key], "translated", {"model.quantize": ours})
     else:
         how = "model.quantize: nf4 (or int8) stands beside a lora section (docs/memory.md)"
-        yield given.line([key], "unsupported", note=how)
+        yield config.line([key], "unsupported", note=how)
 
 
 # ---- Local models and rows ----
@@ -215,16 +217,16 @@ def is_local(name: str, folder: str) -> bool:
     return name.endswith(FILES) or name.startswith(("/", ".", "~")) or os.path.exists(os.path.join(folder, name))
 
 
-def rows_of(path: str, columns: Mapping[str, str]) -> tuple[str, bool]:
+def detect_local_layout(path: str, columns: Mapping[str, str]) -> tuple[str, bool]:
     """(layout, whether there are pictures) of a local file's first rows. ``("", False)`` if it is missing or has no known layout."""
     if not Path(path).expanduser().exists():
         return "", False
     try:
         first = list(islice(read_rows(path), FIRST_ROWS))
-        seen = any(
+        has_pictures = any(
             is_nonempty(rename_columns(r.values, columns).get(n)) for r in first if isinstance(r, Row) for n in COLUMNS
         )
-        return detect_layout(first, path, columns, {})[0], seen
+        return detect_layout(first, path, columns, {})[0], has_pictures
     except DataError:
         return "", False
 
@@ -241,10 +243,12 @@ def model_type(path: str) -> str | None:
 DERIVATIONS = (batch, length, schedule, saving, precision, val_size, report_to, ppo_batch)
 
 
-def vision_parts(given: Given, parts: list[str]) -> Line:
+def vision_parts(config: ToolConfig, parts: list[str]) -> Line:
     """model.vision, from the keys `parts` that freeze the vision tower and the projector (both frozen by default)."""
-    frozen = [given[k] is None or flag(given[k]) for k in parts]
+    frozen = [config[k] is None or flag(config[k]) for k in parts]
     same = frozen[0] == frozen[1]
     how = "" if same else "the vision tower and its projector are trained both (model.vision: trained) or neither"
     ours = {"model.vision": "frozen" if any(frozen) else "trained"}
-    return given.line(parts if given.says(*parts) else ["dataset"], "translated" if same else "unsupported", ours, how)
+    return config.line(
+        parts if config.sets(*parts) else ["dataset"], "translated" if same else "unsupported", ours, how
+    )

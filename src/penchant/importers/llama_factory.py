@@ -9,71 +9,71 @@ from typing import Any
 
 from penchant.errors import ConfigError
 from penchant.importers import hf
-from penchant.importers.rules import Given, Line, layers, number, source, table, whole
+from penchant.importers.rules import Line, ToolConfig, integer, layers, number, source, table
 
 TABLE = table("llama_factory")
 
 
-def lora(given: Given) -> Iterator[Line]:
+def lora(config: ToolConfig) -> Iterator[Line]:
     """finetuning_type and the adapter keys."""
     kind_key, *keys, bits_key = TABLE["derived"]["lora"]
-    kind, bits = given[kind_key], given[bits_key]
-    yield from hf.quantized(given, bits_key, {4: "nf4", 8: "int8"}.get(bits, "") if bits else None, kind == "lora")
+    kind, bits = config[kind_key], config[bits_key]
+    yield from hf.quantized(config, bits_key, {4: "nf4", 8: "int8"}.get(bits, "") if bits else None, kind == "lora")
     if kind == "full":
-        there = [kind_key, *(k for k in keys if given.says(k))]
-        yield given.line(there, "same", note="without `lora` the whole model is trained")
+        there = [kind_key, *(k for k in keys if config.sets(k))]
+        yield config.line(there, "same", note="without `lora` the whole model is trained")
         return
     if kind != "lora":
-        yield given.line([kind_key], "unsupported", note="full and lora only: set finetuning_type to one of them")
+        yield config.line([kind_key], "unsupported", note="full and lora only: set finetuning_type to one of them")
         return
-    rank = whole(given["lora_rank"])
-    used = [kind_key, *(k for k in keys if given[k] is not None)]
+    rank = integer(config["lora_rank"])
+    used = [kind_key, *(k for k in keys if config[k] is not None)]
     more: dict[str, Any] = {}
-    if given["loraplus_lr_ratio"]:
-        more["lora.lr_ratio"] = number(given["loraplus_lr_ratio"])
-    if adapter := given["adapter_name_or_path"]:
+    if config["loraplus_lr_ratio"]:
+        more["lora.lr_ratio"] = number(config["loraplus_lr_ratio"])
+    if adapter := config["adapter_name_or_path"]:
         if "," in str(adapter):
             how = "one adapter is trained on: merge the others first, and set model.path"
-            yield given.line(["adapter_name_or_path"], "unsupported", note=how)
+            yield config.line(["adapter_name_or_path"], "unsupported", note=how)
             return
         more["model.adapter"] = str(adapter)
-        yield given.line(
+        yield config.line(
             used, "translated", more, "the reference is the adapter's start here, the model under it there"
         )
         return
-    more["lora.target_modules"] = layers(given["lora_target"])
-    yield hf.adapter(given, used, rank, number(given["lora_alpha"] or 2 * rank), **more)
+    more["lora.target_modules"] = layers(config["lora_target"])
+    yield hf.adapter_line(config, used, rank, number(config["lora_alpha"] or 2 * rank), **more)
 
 
 # ---- Data sets by name ----
 
 
-def data(given: Given) -> Iterator[Line]:
+def data(config: ToolConfig) -> Iterator[Line]:
     """Look up `dataset` and `eval_dataset` in dataset_info.json, as LLaMA-Factory does, and translate picture keys if a set has images."""
     entries: list[Mapping[str, Any]] | None = []
     for key, ours in (("dataset", "data.path"), ("eval_dataset", "data.eval_path")):
-        if given[key]:
-            found = yield from _named(given, key, ours)
+        if config[key]:
+            found = yield from _resolve_datasets(config, key, ours)
             entries = None if found is None or entries is None else entries + found
-    keys = [k for k in TABLE["derived"]["data"][3:] if given.says(k)]
+    keys = [k for k in TABLE["derived"]["data"][3:] if config.sets(k)]
     if entries is None:
         if keys:
             how = "whether rows have pictures or turns stands in dataset_info.json: lay it beside the file"
-            yield given.line(keys, "unsupported", note=how)
-    elif any("images" in _described(entry) for entry in entries):
-        yield from _pictures(given, entries)
+            yield config.line(keys, "unsupported", note=how)
+    elif any("images" in _column_names(entry) for entry in entries):
+        yield from _pictures(config, entries)
 
 
-def _named(given: Given, key: str, ours: str) -> Generator[Line, None, list[Mapping[str, Any]] | None]:
+def _resolve_datasets(config: ToolConfig, key: str, ours: str) -> Generator[Line, None, list[Mapping[str, Any]] | None]:
     """Translate the data sets of a key. Returns their descriptions, or None without dataset_info.json."""
-    listed = given[key]
+    listed = config[key]
     names = [str(n) for n in listed] if isinstance(listed, list) else [n.strip() for n in str(listed).split(",")]
-    folder = Path(str(given["dataset_dir"]))
-    known, where = _dataset_info(folder, Path(given.folder))
+    folder = Path(str(config["dataset_dir"]))
+    known, where = _dataset_info(folder, Path(config.folder))
     if known is None:
         path = [str(folder / f"{n}.json") for n in names]
         note = f"{where} is not here: the file's place is guessed; with it beside the file, its columns, turns and pictures are read too"
-        yield given.line([key, "dataset_dir"], "translated", {ours: path if len(path) > 1 else path[0]}, note)
+        yield config.line([key, "dataset_dir"], "translated", {ours: path if len(path) > 1 else path[0]}, note)
         return None
     entries: list[Mapping[str, Any]] = []
     for name in names:
@@ -81,48 +81,50 @@ def _named(given: Given, key: str, ours: str) -> Generator[Line, None, list[Mapp
         if not isinstance(entry, Mapping):
             raise ConfigError(where, f"there is no {name!r}", f"there are {', '.join(sorted(map(str, known)))[:200]}")
         entries.append(entry)
-        yield from _left(name, entry)
-    paths = [_place(entry, folder) for entry in entries]
+        yield from _unread_fields(name, entry)
+    paths = [_locate(entry, folder) for entry in entries]
     made: dict[str, Any] = {ours: paths if len(paths) > 1 else paths[0]}
-    rows = [_rows(entry, given) for entry in entries]
+    rows = [_row_options(entry, config) for entry in entries]
     if ours == "data.path" and any(r != rows[0] for r in rows):
         made = {"data.sources": [{"path": path, **of} for path, of in zip(paths, rows, strict=True)]}
     elif ours == "data.path":
         made |= {f"data.{k}": v for k, v in rows[0].items()}
-    used = [key, "dataset_dir", *(["mask_history"] if given.says("mask_history") else [])]
-    yield given.line(used, "translated", made)
+    used = [key, "dataset_dir", *(["mask_history"] if config.sets("mask_history") else [])]
+    yield config.line(used, "translated", made)
     return entries
 
 
-def _rows(entry: Mapping[str, Any], given: Given) -> dict[str, Any]:
+def _row_options(entry: Mapping[str, Any], config: ToolConfig) -> dict[str, Any]:
     """How to read the rows of one set, from its description alone."""
     turns = entry.get("formatting", "alpaca") == "sharegpt"
     made: dict[str, Any] = {"columns": _columns(entry)}
     if turns and entry.get("ranking"):
         made["shape"] = "sharegpt_pairs"
-    elif turns and str(given["stage"] or "sft") == "sft":
-        made |= {"shape": "sharegpt", "layout_options": {} if given["mask_history"] else {"turns": "all"}}
+    elif turns and str(config["stage"] or "sft") == "sft":
+        made |= {"shape": "sharegpt", "layout_options": {} if config["mask_history"] else {"turns": "all"}}
     return {k: v for k, v in made.items() if v}
 
 
-def _pictures(given: Given, entries: Sequence[Mapping[str, Any]]) -> Iterator[Line]:
+def _pictures(config: ToolConfig, entries: Sequence[Mapping[str, Any]]) -> Iterator[Line]:
     """Which parts of a vision model are trained, and where the pictures are."""
-    yield hf.vision_parts(given, ["freeze_vision_tower", "freeze_multi_modal_projector"])
-    if given["freeze_language_model"]:
-        yield given.line(["freeze_language_model"], "unsupported", note="the language model is trained, or its adapter")
-    folder = Path(str(given["dataset_dir"]))
-    if given["media_dir"] or any(len(Path(str(e.get("file_name", ""))).parts) > 1 for e in entries):
-        place = str(given["media_dir"] or folder)
-        yield given.line(
-            ["media_dir"] if given["media_dir"] else ["dataset_dir"], "translated", {"data.image_dir": place}
+    yield hf.vision_parts(config, ["freeze_vision_tower", "freeze_multi_modal_projector"])
+    if config["freeze_language_model"]:
+        yield config.line(
+            ["freeze_language_model"], "unsupported", note="the language model is trained, or its adapter"
         )
-    pixels = whole(given["image_max_pixels"] or 768 * 768)
+    folder = Path(str(config["dataset_dir"]))
+    if config["media_dir"] or any(len(Path(str(e.get("file_name", ""))).parts) > 1 for e in entries):
+        place = str(config["media_dir"] or folder)
+        yield config.line(
+            ["media_dir"] if config["media_dir"] else ["dataset_dir"], "translated", {"data.image_dir": place}
+        )
+    pixels = integer(config["image_max_pixels"] or 768 * 768)
     how = (
         "of larger pictures theirs makes smaller ones first; set what the model's processor has in model.image_options"
     )
-    yield Line((("image_max_pixels", pixels),), "unsupported", (), how, given.says("image_max_pixels"))
-    if given.says("image_min_pixels"):
-        yield given.line(
+    yield Line((("image_max_pixels", pixels),), "unsupported", (), how, config.sets("image_max_pixels"))
+    if config.sets("image_min_pixels"):
+        yield config.line(
             ["image_min_pixels"], "unsupported", note="set it in model.image_options, as the processor has it"
         )
 
@@ -142,13 +144,13 @@ def _dataset_info(folder: Path, beside: Path) -> tuple[Mapping[str, Any] | None,
     return None, str(folder / "dataset_info.json")
 
 
-def _place(entry: Mapping[str, Any], folder: Path) -> str:
+def _locate(entry: Mapping[str, Any], folder: Path) -> str:
     if entry.get("hf_hub_url"):
         return f"{entry['hf_hub_url']}:{entry.get('split', 'train')}"
     return str(folder / str(entry.get("file_name", "?")))
 
 
-def _described(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+def _column_names(entry: Mapping[str, Any]) -> Mapping[str, Any]:
     """The description's column names, or an empty mapping."""
     found = entry.get("columns")
     return found if isinstance(found, Mapping) else {}
@@ -156,20 +158,20 @@ def _described(entry: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _columns(entry: Mapping[str, Any]) -> dict[str, str]:
     """``{our field: their column}`` for names that differ."""
-    given = _described(entry)
+    columns = _column_names(entry)
     if entry.get("formatting", "alpaca") == "sharegpt":
-        given, fields = {"messages": "conversations", **given}, TABLE["sharegpt"]
+        columns, fields = {"messages": "conversations", **columns}, TABLE["sharegpt"]
     else:
         fields = TABLE["alpaca"]
-    found = {fields[k]: str(v) for k, v in given.items() if k in fields}
+    found = {fields[k]: str(v) for k, v in columns.items() if k in fields}
     return {ours: theirs for ours, theirs in found.items() if ours != theirs}
 
 
-def _left(name: str, entry: Mapping[str, Any]) -> Iterator[Line]:
-    given = _described(entry)
-    for column in (c for c in given if c in TABLE["not_read"]):
+def _unread_fields(name: str, entry: Mapping[str, Any]) -> Iterator[Line]:
+    columns = _column_names(entry)
+    for column in (c for c in columns if c in TABLE["not_read"]):
         note = f"{TABLE['not_read'][column]} not read: leave such rows out"
-        yield Line(((f"{name}.columns.{column}", given[column]),), "unsupported", (), note)
+        yield Line(((f"{name}.columns.{column}", columns[column]),), "unsupported", (), note)
     for key in ("subset", "folder", "num_samples", "script_url", "ms_hub_url"):
         if entry.get(key):
             yield Line(((f"{name}.{key}", entry[key]),), "unsupported", (), "save the rows as a file and set data.path")
@@ -182,36 +184,36 @@ def _left(name: str, entry: Mapping[str, Any]) -> Iterator[Line]:
 # ---- Losses ----
 
 
-def preference(given: Given) -> Iterator[Line]:
+def preference(config: ToolConfig) -> Iterator[Line]:
     """pref_loss, pref_beta and related keys."""
-    name, beta = str(given["pref_loss"]), number(given["pref_beta"])
+    name, beta = str(config["pref_loss"]), number(config["pref_beta"])
     used = ["pref_loss", "pref_beta"]
     if name not in TABLE["pref_losses"]:
         note = "kto_pair: set loss.name: kto, which takes pairs apart; `penchant losses` lists the others"
-        yield given.line(used, "unsupported", {"loss.name": "dpo", "loss.beta": beta}, note)
+        yield config.line(used, "unsupported", {"loss.name": "dpo", "loss.beta": beta}, note)
         return
     ours: dict[str, Any] = {"loss.name": TABLE["pref_losses"][name], "loss.beta": beta}
-    smoothing, note = number(given["dpo_label_smoothing"] or 0) if name == "sigmoid" else 0, ""
+    smoothing, note = number(config["dpo_label_smoothing"] or 0) if name == "sigmoid" else 0, ""
     if name == "simpo":
-        ours["loss.gamma"] = number(given["simpo_gamma"])
+        ours["loss.gamma"] = number(config["simpo_gamma"])
         used.append("simpo_gamma")
     if smoothing:
         ours["loss.label_smoothing"] = smoothing
         used.append("dpo_label_smoothing")
-    elif name == "sigmoid" and given["ld_alpha"] is not None:
-        ours |= {"loss.name": "ld_dpo", "loss.alpha": number(given["ld_alpha"])}
+    elif name == "sigmoid" and config["ld_alpha"] is not None:
+        ours |= {"loss.name": "ld_dpo", "loss.alpha": number(config["ld_alpha"])}
         used.append("ld_alpha")
-    if number(given["pref_ftx"] or 0):
-        ours["loss.nll_weight"] = number(given["pref_ftx"])
+    if number(config["pref_ftx"] or 0):
+        ours["loss.nll_weight"] = number(config["pref_ftx"])
         used.append("pref_ftx")
         note = "the likelihood term is a mean over all tokens here, over answers there"
-    yield given.line(used, "translated", ours, note)
+    yield config.line(used, "translated", ours, note)
     for key in TABLE["derived"]["preference"]:
-        if given.says(key) and key not in used:
-            if key in ("simpo_gamma", "pref_ftx") or not given[key]:
-                yield given.line([key], "same", note=f"without effect on {name}")
+        if config.sets(key) and key not in used:
+            if key in ("simpo_gamma", "pref_ftx") or not config[key]:
+                yield config.line([key], "same", note=f"without effect on {name}")
             else:
-                yield given.line([key], "unsupported", note="choose one loss that has it: `penchant losses`")
+                yield config.line([key], "unsupported", note="choose one loss that has it: `penchant losses`")
 
 
 # a file without a stage is for sft

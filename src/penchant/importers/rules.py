@@ -43,17 +43,17 @@ class Line:
             unsupported.
         ours: our keys and values.
         note: the reason, or what to do.
-        given: True if the file sets it, False if it is their default.
+        is_set: True if the file sets it, False if it is their default.
     """
 
     theirs: tuple[tuple[str, Any], ...]
     status: Status
     ours: tuple[tuple[str, Any], ...] = ()
     note: str = ""
-    given: bool = True
+    is_set: bool = True
 
 
-class Given:
+class ToolConfig:
     """Their settings: the file's values over their tool's defaults."""
 
     def __init__(
@@ -66,7 +66,7 @@ class Given:
         self.last = key
         return self.values[key] if key in self.values else self.defaults.get(key)
 
-    def says(self, *keys: str) -> bool:
+    def sets(self, *keys: str) -> bool:
         """Whether the file itself sets one of the keys."""
         return any(k in self.values for k in keys)
 
@@ -77,34 +77,34 @@ class Given:
     def line(self, keys: Iterable[str], status: Status, ours: Mapping[str, Any] | None = None, note: str = "") -> Line:
         """Make a line about some of their keys."""
         names = tuple(keys)
-        return Line(self.theirs(*names), status, tuple((ours or {}).items()), note, self.says(*names))
+        return Line(self.theirs(*names), status, tuple((ours or {}).items()), note, self.sets(*names))
 
 
 Convert = Callable[[Any], Any]
-Rule = Callable[[str, Given], Line]
-Derive = Callable[[Given], Iterator[Line]]
+Rule = Callable[[str, ToolConfig], Line]
+Derive = Callable[[ToolConfig], Iterator[Line]]
 Guess = Callable[[Mapping[str, Any], str], str | None]
 
 
-class NotHere(ValueError):
+class Untranslatable(ValueError):
     """A value has no counterpart. The message says what to do."""
 
 
 def number(value: Any) -> float:
     """Convert to float, including strings such as ``1e-5``, which YAML 1.1 does not parse as a number."""
     if isinstance(value, bool):
-        raise NotHere(f"{value!r} is not a number; set the key by hand")
+        raise Untranslatable(f"{value!r} is not a number; set the key by hand")
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError) as error:
-        raise NotHere(f"{repr(value)[:60]} is not a number; set the key by hand") from error
+        raise Untranslatable(f"{repr(value)[:60]} is not a number; set the key by hand") from error
 
 
-def whole(value: Any) -> int:
+def integer(value: Any) -> int:
     """Convert to int."""
     found = number(value)
     if not found.is_integer():
-        raise NotHere(f"{repr(value)[:60]} is not a whole number; set the key by hand")
+        raise Untranslatable(f"{repr(value)[:60]} is not a whole number; set the key by hand")
     return int(found)
 
 
@@ -113,14 +113,14 @@ def flag(value: Any) -> bool:
     words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
     found = words.get(str(value).strip().lower())
     if found is None:
-        raise NotHere(f"{value!r} is neither true nor false; set the key by hand")
+        raise Untranslatable(f"{value!r} is neither true nor false; set the key by hand")
     return found
 
 
 def name(value: Any) -> str:
     """Convert to a non-empty string."""
     if not isinstance(value, (str, int, float)) or not str(value).strip():
-        raise NotHere(f"{value!r} is not a name; set the key by hand")
+        raise Untranslatable(f"{value!r} is not a name; set the key by hand")
     return str(value)
 
 
@@ -132,7 +132,7 @@ def layers(value: Any) -> str | list[str]:
     if names in (["all"], ["all-linear"]):
         return "all-linear"
     if not all(names):
-        raise NotHere(f"{value!r} names no layer")
+        raise Untranslatable(f"{value!r} names no layer")
     return names
 
 
@@ -140,43 +140,47 @@ CONVERSIONS: dict[str, Convert] = {
     "as it is": lambda v: v,
     "text": lambda v: name(v),
     "number": number,
-    "whole": whole,
+    "whole": integer,
     "flag": flag,
     "name": name,
     "layers": layers,
-    "steps": lambda v: whole(v) if whole(v) > 0 else None,
-    "whole_or_zero": lambda v: whole(v or 0),
+    "steps": lambda v: integer(v) if integer(v) > 0 else None,
+    "whole_or_zero": lambda v: integer(v or 0),
     "single_number": lambda v: number(v[0] if isinstance(v, list) and len(v) == 1 else v),
     "enable_thinking": lambda v: {"enable_thinking": flag(v)},
     "text_column": lambda v: {} if v == "text" else {"text": str(v)},
 }
 
 
-def _translated(rule: Mapping[str, Any], key: str, given: Given) -> Line:
+def _translated(rule: Mapping[str, Any], key: str, config: ToolConfig) -> Line:
     """Translate a key to `to`, mapping its converted value through `values`. With `otherwise`, unmapped values are unsupported."""
-    if given[key] is None:
-        return given.line([key], "same", note="not set")
+    if config[key] is None:
+        return config.line([key], "same", note="not set")
     values, otherwise = rule.get("values", {}), rule.get("otherwise")
     try:
-        value = CONVERSIONS[rule.get("as", "as it is")](given[key])
+        value = CONVERSIONS[rule.get("as", "as it is")](config[key])
         known = isinstance(value, Hashable) and value in values
         if otherwise and not known:
-            raise NotHere(f"{value!r} has no counterpart; {otherwise}")
-    except NotHere as problem:
-        return given.line([key], "unsupported", note=str(problem))
-    return given.line([key], "translated", {rule["to"]: values[value] if known else value}, rule.get("note", ""))
+            raise Untranslatable(f"{value!r} has no counterpart; {otherwise}")
+    except Untranslatable as problem:
+        return config.line([key], "unsupported", note=str(problem))
+    return config.line([key], "translated", {rule["to"]: values[value] if known else value}, rule.get("note", ""))
 
 
-def _ignored(rule: Mapping[str, Any], key: str, given: Given) -> Line:
+def _ignored(rule: Mapping[str, Any], key: str, config: ToolConfig) -> Line:
     """A key that needs no counterpart for the values in `when`, or for any value if there is no `when`."""
-    asks = "when" in rule and given[key] not in rule["when"] and given[key] is not None
-    return given.line([key], "unsupported" if asks else "same", note=rule["otherwise" if asks else "why"])
+    is_unsupported = "when" in rule and config[key] not in rule["when"] and config[key] is not None
+    return config.line(
+        [key], "unsupported" if is_unsupported else "same", note=rule["otherwise" if is_unsupported else "why"]
+    )
 
 
-def _unsupported(rule: Mapping[str, Any], key: str, given: Given) -> Line:
+def _unsupported(rule: Mapping[str, Any], key: str, config: ToolConfig) -> Line:
     """A key without a counterpart; `how` says what to do instead. Values in `idle`, false, none and empty have no effect."""
-    asks = not any(type(given[key]) is type(v) and given[key] == v for v in (*OFF, *rule.get("idle", ())))
-    return given.line([key], "unsupported" if asks else "same", note=rule["how"] if asks else "off, as here")
+    is_unsupported = not any(type(config[key]) is type(v) and config[key] == v for v in (*OFF, *rule.get("idle", ())))
+    return config.line(
+        [key], "unsupported" if is_unsupported else "same", note=rule["how"] if is_unsupported else "off, as here"
+    )
 
 
 # (part of a table, function that applies its rules, field that a plain string stands for)
@@ -238,18 +242,20 @@ class Source:
             return flat, {}, []
         names = self.names | {k: k.partition(".")[2] for k in flat if k.partition(".")[0] in self.inner}
         order = [*(k for k in self.names if k in flat), *(k for k in flat if k not in self.names)]
-        lines, found, called = [], {}, {ours: theirs for theirs, ours in reversed(self.names.items())}
+        lines, found, original_names = [], {}, {ours: theirs for theirs, ours in reversed(self.names.items())}
         for k in order:
             ours = names.get(k, k)
             if flat[k] is None:
                 lines.append(Line(((k, None),), "same", note="not set"))
             elif ours in found:
                 lines.append(
-                    Line(((k, flat[k]),), "same", note=f"without effect there: {called.get(ours, ours)} says it")
+                    Line(
+                        ((k, flat[k]),), "same", note=f"without effect there: {original_names.get(ours, ours)} says it"
+                    )
                 )
             else:
-                found[ours], called[ours] = flat[k], k
-        return found, called, lines
+                found[ours], original_names[ours] = flat[k], k
+        return found, original_names, lines
 
 
 @cache
@@ -263,12 +269,12 @@ def rules_of(part: Mapping[str, Any]) -> dict[str, Rule]:
     made: dict[str, Rule] = {}
     for kind, apply, text in KINDS:
         for keys, rule in part.get(kind, {}).items():
-            said = rule if isinstance(rule, dict) else {text: rule}
-            made |= dict.fromkeys(keys.split(", "), partial(apply, said))
+            unset_lines = rule if isinstance(rule, dict) else {text: rule}
+            made |= dict.fromkeys(keys.split(", "), partial(apply, unset_lines))
     return made
 
 
-def _together(parts: Iterable[Mapping[str, Any]], what: str) -> dict[str, Any]:
+def _merge_tables(parts: Iterable[Mapping[str, Any]], what: str) -> dict[str, Any]:
     """Merge one part of several tables. Later tables take precedence."""
     return {key: value for part in parts for key, value in part.get(what, {}).items()}
 
@@ -277,14 +283,14 @@ def source(name: str, derivations: Iterable[Derive], guess: Guess) -> Source:
     """Build the `Source` described by NAME.yaml, looking up the functions that it names in `derivations`."""
     tool = table(name.replace("-", "_"))
     tables = [*map(table, tool.get("shares", ())), tool]
-    lent = [*map(table, tool.get("borrows", ())), *tables]
+    borrowed = [*map(table, tool.get("borrows", ())), *tables]
     functions = {f.__name__: f for f in derivations}
-    keys = _together(lent, "derived")
-    groups = {**_together(lent[: -len(tables)], "methods"), **_together(lent, "groups")}
+    keys = _merge_tables(borrowed, "derived")
+    groups = {**_merge_tables(borrowed[: -len(tables)], "methods"), **_merge_tables(borrowed, "groups")}
 
     def method(own: Mapping[str, Any]) -> Method:
         parts = [*(groups[group] for group in own.get("like", ())), own]
-        defaults = _together([*tables, *parts], "defaults")
+        defaults = _merge_tables([*tables, *parts], "defaults")
         return Method(
             own["title"],
             own.get("base", {}),
@@ -322,7 +328,7 @@ class Translation:
         found: dict[str, tuple[Any, str]] = {k: (v, "") for k, v in self.method.base.items()}
         for line in self.lines:
             origin = ", ".join(f"{k}: {v}" for k, v in line.theirs)
-            comment = origin if line.given else f"{self.source.title}'s default ({origin})" if origin else line.note
+            comment = origin if line.is_set else f"{self.source.title}'s default ({origin})" if origin else line.note
             for key, value in line.ours:
                 found[key] = (value, comment)
         return found
@@ -338,20 +344,24 @@ def translate(
         folder: the file's folder, where files that it names are looked up.
 
     Raises:
-        NotHere: a value cannot be understood; the message names the key.
+        Untranslatable: a value cannot be understood; the message names the key.
     """
-    found, called, said = source.read(values)
-    given = Given(found, method.defaults, devices, folder)
+    found, original_names, unset_lines = source.read(values)
+    config = ToolConfig(found, method.defaults, devices, folder)
     try:
-        lines = _lines(found, called, source, method, given)
+        lines = _lines(found, original_names, source, method, config)
     except (ValueError, TypeError, AttributeError, LookupError, ZeroDivisionError) as error:
-        why = str(error) if isinstance(error, NotHere) else f"{repr(given[given.last])[:60]} cannot be understood"
-        raise NotHere(f"{called.get(given.last, given.last)}: {why}") from error
-    named = [replace(line, theirs=tuple((called.get(k, k), v) for k, v in line.theirs)) for line in lines]
+        why = (
+            str(error)
+            if isinstance(error, Untranslatable)
+            else f"{repr(config[config.last])[:60]} cannot be understood"
+        )
+        raise Untranslatable(f"{original_names.get(config.last, config.last)}: {why}") from error
+    named = [replace(line, theirs=tuple((original_names.get(k, k), v) for k, v in line.theirs)) for line in lines]
     kept = _without_idle(named, method)
     return Translation(
-        source, method, values, (*said, *kept), method.remarks
-    )  # `said` already has the file's key names
+        source, method, values, (*unset_lines, *kept), method.remarks
+    )  # `unset_lines` already has the file's key names
 
 
 def _without_idle(lines: list[Line], method: Method) -> list[Line]:
@@ -366,48 +376,50 @@ def _without_idle(lines: list[Line], method: Method) -> list[Line]:
             idle = kind.model_validate(own).idle
     except ValidationError:
         return lines  # building the config reports the error
-    gone = {f"algorithm.{k}" for k in idle if k in own and own[k] != kind.model_fields[k].default}
+    idle_keys = {f"algorithm.{k}" for k in idle if k in own and own[k] != kind.model_fields[k].default}
 
-    def left(line: Line) -> Line:
-        ours = tuple((k, v) for k, v in line.ours if k not in gone)
+    def drop_idle(line: Line) -> Line:
+        ours = tuple((k, v) for k, v in line.ours if k not in idle_keys)
         if ours == line.ours:
             return line
         if ours:
             return replace(line, ours=ours)
         return replace(line, status="same", ours=(), note=f"without effect on {name}")
 
-    return [left(line) for line in lines]
+    return [drop_idle(line) for line in lines]
 
 
 def _lines(
-    found: Mapping[str, Any], called: Mapping[str, str], source: Source, method: Method, given: Given
+    found: Mapping[str, Any], original_names: Mapping[str, str], source: Source, method: Method, config: ToolConfig
 ) -> list[Line]:
     """A line for every key that is set (`found`, by the rules' names), and for the tool's defaults."""
     lines: list[Line] = []
     rules = {**source.rules, **method.rules}
     for k in (k for k in found if k not in method.parts):
         rule = rules.get(k) or next((r for n, r in rules.items() if n.endswith("*") and k.startswith(n[:-1])), None)
-        lines.append(rule(k, given) if rule else _unknown(k, given, source, method, called))
-    lines += [rules[k](k, given) for k in method.defaults if k not in found and k not in method.parts and k in rules]
+        lines.append(rule(k, config) if rule else _unknown(k, config, source, method, original_names))
+    lines += [rules[k](k, config) for k in method.defaults if k not in found and k not in method.parts and k in rules]
     for derive in method.derive:
-        lines += derive(given)
+        lines += derive(config)
     seen = {k for line in lines for k, _ in line.theirs}
     idle = "without effect there: nothing that uses it is on"
-    lines += [given.line([k], "same", note=idle) for k in found if k not in seen and called.get(k, k) not in seen]
+    lines += [
+        config.line([k], "same", note=idle) for k in found if k not in seen and original_names.get(k, k) not in seen
+    ]
     return lines
 
 
-def _unknown(key: str, given: Given, source: Source, method: Method, called: Mapping[str, str]) -> Line:
+def _unknown(key: str, config: ToolConfig, source: Source, method: Method, original_names: Mapping[str, str]) -> Line:
     """A line about a key without a rule: it belongs to another method, or is unknown."""
     others = [m.title for m in source.methods.values() if key in m.rules or key in m.parts]
     if others and source.names:
-        return given.line([key], "same", note=f"without effect on {method.title}: it is of {others[0]}")
-    if given[key] in OFF:
-        return given.line([key], "same", note="not a key that the importer knows; it is off there")
+        return config.line([key], "same", note=f"without effect on {method.title}: it is of {others[0]}")
+    if config[key] in OFF:
+        return config.line([key], "same", note="not a key that the importer knows; it is off there")
     known = [*source.rules, *method.rules, *method.parts]
-    near = closest(called.get(key, key), [called.get(k, k) for k in known])
+    near = closest(original_names.get(key, key), [original_names.get(k, k) for k in known])
     how = f"did you mean {near}?" if near else "see `penchant config` for what there is"
-    return given.line([key], "unsupported", note=f"not a key that the importer knows; {how}")
+    return config.line([key], "unsupported", note=f"not a key that the importer knows; {how}")
 
 
 def choose(name: str, there: Mapping[str, Any], where: str, what: str) -> Any:
