@@ -17,7 +17,7 @@ from tiny import tiny_model_folder, write_jsonl
 from penchant import api
 from penchant.algorithms.grpo import GroupConfig, GroupPolicyGradient
 from penchant.algorithms.online_dpo import best_against_worst
-from penchant.algorithms.rollouts import Group, pack_groups, reward_metrics_of, unpack_groups
+from penchant.algorithms.rollouts import Group, pack_groups, rollout_reward_metrics, unpack_groups
 from penchant.data.packing import pack
 from penchant.errors import ConfigError, DataError, RewardError
 from penchant.logprobs import Scorer
@@ -619,7 +619,7 @@ def test_the_entropy_in_the_loss_is_the_exact_one(temperature: float) -> None:
 def test_a_prompt_with_at_most_one_reward_counts_as_one_that_teaches_nothing() -> None:
     def said(*rewards: list[float]) -> dict[str, float]:
         trees = [make_tree(i, 2, (2, 2, 2)) for i in range(len(rewards))]
-        return reward_metrics_of([Group(t, torch.tensor(r), (), {}) for t, r in zip(trees, rewards, strict=True)])
+        return rollout_reward_metrics([Group(t, torch.tensor(r), (), {}) for t, r in zip(trees, rewards, strict=True)])
 
     none = float("nan")
     assert said([none, none, none], [none, none, none])["frac_reward_zero_std"] == 1.0

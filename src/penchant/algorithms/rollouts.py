@@ -657,10 +657,10 @@ def score_groups(
     trees = [g.tree for g in groups]
     device = place_of(scorer.model)
 
-    def run_passes(batch: PackedBatch) -> dict[str, Tensor]:
+    def pass_figures(batch: PackedBatch) -> dict[str, Tensor]:
         return {name: values for run_pass in passes for name, values in run_pass(batch).items()}
 
-    results = run_passes(run_passes, trees, tokens_per_step, shared=scorer.shared, device=device, lanes=lanes)
+    results = run_passes(pass_figures, trees, tokens_per_step, shared=scorer.shared, device=device, lanes=lanes)
     for members, found in results:
         sizes = [sum(trees[i].trained) for i in members]
         for name, values in found.items():
