@@ -1,1 +1,1 @@
-"""CPU kernels of Llama-type models."""
+"""CPU kernels for training and sampling from Llama-type models."""

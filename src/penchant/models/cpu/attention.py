@@ -1,7 +1,7 @@
-"""Attention of the CPU fast path: batched matmul, softmax, matmul per group of equally long trees, with its own backward.
+"""Attention of the CPU fast path: batched matmul, softmax and matmul per group of trees, with its own backward.
 
 Grouped-query heads are folded into the rows of one matmul, (B * kv, g * L, d) x (B * kv, d, L), so K and V are never
-repeated. One gather brings the packed row into that layout and one brings the outputs back.
+repeated. One gather takes the packed row to that layout and another takes the outputs back.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from penchant.models.tree_attention import TreeLayout
 
-_TILE = 128  # queries per tile: a tile sees no keys behind its last query, which saves a third of a tree's scores
+_TILE = 128  # queries per tile: a tile skips the keys after its last query, which saves a third of a tree's scores
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """Query heads, key/value heads, and the size of one head."""
+    """Number of query heads, number of key/value heads, and head dimension."""
 
     heads: int
     kv_heads: int
@@ -31,13 +31,13 @@ class AttentionShape:
 
     @property
     def width(self) -> int:
-        """Columns of the fused projection: queries, keys, values."""
+        """Columns of the fused q/k/v projection."""
         return (self.heads + 2 * self.kv_heads) * self.head_dim
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Some queries of every tree of a group; they see the first `keys` keys. `mask` (B, 1, 1, rows, keys): 0 or -inf."""
+    """A range of queries of every tree in a group, which attends to the first `keys` keys. `mask` (B, 1, 1, rows, keys): 0 or -inf."""
 
     rows: int
     keys: int
@@ -46,7 +46,7 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class GroupPlan:
-    """B trees padded to length L, and their queries in tiles."""
+    """B trees padded to length L, with their queries split into tiles."""
 
     trees: int
     length: int
@@ -55,11 +55,11 @@ class GroupPlan:
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """Indices of head rows, one row = d numbers of one head of one token.
+    """Gather indices over head rows; a head row is the d values of one head of one token.
 
-    `to_heads` takes the rows of (T, q | k | v heads) to each group's blocks: q (B, kv, g, rows) tile by tile, k (B, kv, L),
-    v (B, kv, L); `from_heads` takes them back (padding is dropped); `out_to_heads`, `out_from_heads` do so for query
-    heads alone. Rows behind the `tokens` are there for the matrix library; in a gather they take something, and nothing takes them.
+    `to_heads` gathers the rows of (T, q | k | v heads) into each group's blocks: q (B, kv, g, rows) tile by tile, k (B, kv, L),
+    v (B, kv, L). `from_heads` is its inverse and drops the padding. `out_to_heads` and `out_from_heads` do the same for
+    query heads only. Rows after the first `tokens` pad the matrix products: they receive arbitrary values and are never gathered.
     """
 
     shape: AttentionShape
@@ -71,7 +71,7 @@ class AttentionPlan:
     out_from_heads: Tensor
 
     def to(self, device: torch.device) -> AttentionPlan:
-        """The plan on a device."""
+        """Move the plan to a device."""
         indices: dict[str, Any] = {n: i.to(device) for n in self.__slots__ if isinstance(i := getattr(self, n), Tensor)}
         groups = [replace(g, tiles=tuple(replace(t, mask=t.mask.to(device)) for t in g.tiles)) for g in self.groups]
         return replace(self, groups=tuple(groups), **indices)
@@ -80,7 +80,7 @@ class AttentionPlan:
 def attention_plan(
     layout: TreeLayout, tokens: int, more: int, shape: AttentionShape, dtype: torch.dtype
 ) -> AttentionPlan:
-    """The gather indices and additive masks of one packed row of `tokens` tokens, with `more` rows behind them."""
+    """Build the gather indices and additive masks of one packed row of `tokens` tokens followed by `more` padding rows."""
     sizes = [g.index.numel() for g in layout.groups]
     is_token = torch.zeros(sum(sizes), dtype=torch.bool).index_fill_(0, layout.inverse, True)  # False: padding
     per_token = shape.heads + 2 * shape.kv_heads
@@ -105,26 +105,26 @@ def attention_plan(
 
 
 def _tile_bounds(length: int) -> list[tuple[int, int]]:
-    """Tiles of nearly equal size, at most `_TILE` queries, in multiples of 16."""
+    """Bounds of tiles of nearly equal size: multiples of 16, at most `_TILE` queries."""
     count = -(-length // _TILE)
     step = -(-length // (count * 16)) * 16
     return [(i, min(i + step, length)) for i in range(0, length, step)]
 
 
 class _Rows:
-    """Collects the head rows that a gather brings together, and which of them are padding."""
+    """Collects the head rows of a gather and which of them are padding."""
 
     def __init__(self) -> None:
         self._rows: list[Tensor] = []
         self._valid: list[Tensor] = []
 
     def add(self, token: Tensor, valid: Tensor, per_token: int, heads: Tensor) -> None:
-        """A block (B, heads, L) of tokens (B, L)."""
+        """Add a block (B, heads, L) for tokens (B, L)."""
         self._rows.append((token[:, None] * per_token + heads[:, None]).flatten())
         self._valid.append(valid[:, None].expand(-1, len(heads), -1).flatten())
 
     def indices(self, size: int) -> tuple[Tensor, Tensor]:
-        """The gather, and its inverse over `size` rows, 0 where it takes none."""
+        """Return the gather index and its inverse over `size` rows, which is 0 for rows that are not gathered."""
         rows, valid = torch.cat(self._rows), torch.cat(self._valid)
         inverse = torch.zeros(size, dtype=torch.int64)
         inverse[rows[valid]] = torch.arange(len(rows))[valid]
@@ -132,7 +132,7 @@ class _Rows:
 
 
 def _blocks(flat: Tensor, plan: AttentionPlan) -> list[tuple[tuple[Tensor, ...], Tensor, Tensor]]:
-    """Views of each group in the flat buffer of head rows: q tiles (B kv, g rows, d), k and v (B kv, L, d)."""
+    """Each group's views of the flat buffer of head rows: q tiles (B kv, g rows, d), k and v (B kv, L, d)."""
     shape, blocks, at = plan.shape, [], 0
     for group in plan.groups:
         batch = group.trees * shape.kv_heads
@@ -146,7 +146,7 @@ def _blocks(flat: Tensor, plan: AttentionPlan) -> list[tuple[tuple[Tensor, ...],
 
 
 def _out_blocks(flat: Tensor, plan: AttentionPlan) -> list[tuple[Tensor, ...]]:
-    """Views of each group's output tiles (B kv, g rows, d)."""
+    """Each group's views of the output buffer: tiles (B kv, g rows, d)."""
     shape, blocks, at = plan.shape, [], 0
     for group in plan.groups:
         batch, tiles = group.trees * shape.kv_heads, []
@@ -159,7 +159,7 @@ def _out_blocks(flat: Tensor, plan: AttentionPlan) -> list[tuple[Tensor, ...]]:
 
 
 def _softmax_scores(q: Tensor, k: Tensor, tile: Tile, shape: AttentionShape) -> Tensor:
-    """softmax(q k^T + mask), with q scaled already; (B kv, g rows, keys), computed in place."""
+    """softmax(q k^T + mask) for q that is already scaled: (B kv, g rows, keys), computed in place."""
     scores = torch.bmm(q, k[:, : tile.keys].transpose(1, 2))
     scores.view(-1, shape.kv_heads, shape.group, tile.rows, tile.keys).add_(tile.mask)
     torch._softmax(scores, -1, False, out=scores)
@@ -167,10 +167,10 @@ def _softmax_scores(q: Tensor, k: Tensor, tile: Tile, shape: AttentionShape) -> 
 
 
 def attention_forward(heads: Tensor, plan: AttentionPlan) -> Tensor:
-    """Attention within every tree.
+    """Compute attention within every tree.
 
-    ``o = softmax(q k^T + mask) v``; the scale is in q already. The softmax is not kept: it would be a fifth of all activations, and to
-    compute it again takes a hundredth of a step.
+    ``o = softmax(q k^T + mask) v``, with the scale already in q. The softmax is not saved for the backward pass: it would
+    be a fifth of all activations, and recomputing it takes a hundredth of a step.
 
     Args:
         heads: (N, d) head rows in the plan's order.
@@ -194,7 +194,7 @@ def attention_backward(grad_out: Tensor, heads: Tensor, plan: AttentionPlan) -> 
     grad = torch.empty_like(heads)
     inputs, grads, outputs = _blocks(heads, plan), _blocks(grad, plan), _out_blocks(grad_out, plan)
     for (qs, k, v), (dqs, dk, dv), dos, group in zip(inputs, grads, outputs, plan.groups, strict=True):
-        for i in reversed(range(len(group.tiles))):  # the last tile sees every key: it writes dK and dV, the others add
+        for i in reversed(range(len(group.tiles))):  # last tile has all keys: writes dK, dV; the others add
             tile, q, do = group.tiles[i], qs[i], dos[i]
             p = _softmax_scores(q, k, tile, plan.shape)
             ds = torch.bmm(do, v[:, : tile.keys].transpose(1, 2))

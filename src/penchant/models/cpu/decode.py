@@ -1,7 +1,7 @@
-"""Decoding of Llama-type models on the CPU: weights packed once a call, caches that are written in place, prompts shared.
+"""Fast decoding of Llama-type models on the CPU: prepacked weights, KV caches written in place, shared prompts.
 
-Each prompt's keys and values are kept once for all its samples. Rows come and go between steps, so that a step's matrix products
-never hold a finished row; what moves is one row of the caches, never the caches. An adapter is merged into the packed copy.
+Each prompt's keys and values are stored once for all its samples. Finished rows are replaced between steps, so matrix products
+never include them; this moves single rows of the caches and never copies a whole cache. Adapters are merged into the packed weights.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from penchant.models.cpu.layers import is_known_family, is_linear, is_plain_laye
 from penchant.models.cpu.ops import rms_norm, rotary
 from penchant.models.load import base_model_of, merged_weight
 
-_ROW_STEP, _COLUMN_STEP = 8, 16  # sizes are rounded up: every new shape costs the matrix library a start
+_ROW_STEP, _COLUMN_STEP = 8, 16  # sizes are rounded up: each new shape costs the matrix library a setup
 
 
 class PackedLinear:
-    """``y = x W^T + b`` with W laid out for the matrix library beforehand, where it has such a layout."""
+    """``y = x W^T + b`` with W prepacked for the matrix library, if it supports that."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
         self._weight: Tensor | None = weight
@@ -44,7 +44,7 @@ class PackedLinear:
 
 @lru_cache
 def _can_pack(dtype: torch.dtype) -> bool:
-    """Whether this build's packed product exists for a type and gives what F.linear gives."""
+    """Whether this build of torch has a packed product for `dtype` that agrees with F.linear."""
     if dtype not in (torch.float32, torch.bfloat16):
         return False
     generator = torch.Generator().manual_seed(0)
@@ -59,7 +59,7 @@ def _can_pack(dtype: torch.dtype) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class DecodeLayer:
-    """One layer's weights, packed."""
+    """Packed weights of one layer."""
 
     norm1: Tensor
     qkv: PackedLinear
@@ -74,27 +74,27 @@ class DecodeLayer:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What every layer of one step shares: shapes, where each row writes, what it may see."""
+    """What all layers of one step share: shapes, cache positions to write, and the attention mask."""
 
     rows: int
     groups: int
     per_group: int  # rows of the largest group
-    prefix: int  # columns of the prompts' caches that are read
-    suffix: int  # columns of the rows' own caches that are read
-    to_padded: Tensor | None  # (groups * per_group,) row of each place; None: rows already stand in that order
-    from_padded: Tensor | None  # (rows,) place of each row
-    write: Tensor  # (rows * kv_heads,) where in the flattened caches this step's keys and values go
+    prefix: int  # columns read from the prompt caches
+    suffix: int  # columns read from the rows' own caches
+    to_padded: Tensor | None  # (groups * per_group,) row in each slot; None if the rows are already in that order
+    from_padded: Tensor | None  # (rows,) slot of each row
+    write: Tensor  # (rows * kv_heads,) positions in the flattened caches for this step's keys and values
     mask: Tensor  # (rows, 1, prefix + suffix): 0 or -inf
     cos: Tensor
     sin: Tensor
 
 
 class FastDecoder:
-    """A recognized model, ready to decode up to `rows` completions of up to `groups` prompts at once.
+    """Decodes up to `rows` completions of up to `groups` prompts at once with a supported model (see `can_decode_fast`).
 
     Args:
-        model: a causal model, or a peft model around one; its weights are read now, later changes are not seen.
-        rows, groups: room for completions and prompts; prompt_tokens, new_tokens: their longest lengths.
+        model: a causal model, or a peft model around one. Its weights are read now; make a new decoder if they change.
+        rows, groups: maximum number of completions and prompts; prompt_tokens, new_tokens: their maximum lengths.
     """
 
     def __init__(self, model: Any, *, rows: int, groups: int, prompt_tokens: int, new_tokens: int) -> None:
@@ -117,7 +117,7 @@ class FastDecoder:
         self._make_room(rows, groups, prompt_tokens, new_tokens)
 
     def with_room(self, *, rows: int, groups: int, prompt_tokens: int, new_tokens: int) -> FastDecoder:
-        """The same weights with caches of their own: one decoder a request, without packing the weights again."""
+        """Return a decoder with new caches that shares the packed weights, e.g. one per request."""
         other = copy.copy(self)
         other._make_room(rows, groups, prompt_tokens, new_tokens)
         return other
@@ -139,7 +139,7 @@ class FastDecoder:
     # ---- prompts ----------------------------------------------------------------------------------------------------
 
     def prefill(self, prompts: Sequence[Sequence[int]], first_group: int, tokens_at_once: int = 1024) -> Tensor:
-        """Compute prompts into the groups from `first_group` on; the logits (len(prompts), V) that follow each."""
+        """Fill the groups from `first_group` on with prompts and return the next-token logits (len(prompts), V)."""
         found = []
         start = 0
         while start < len(prompts):
@@ -156,9 +156,9 @@ class FastDecoder:
     def _prefill(self, prompts: Sequence[Sequence[int]], first: int) -> Tensor:
         count, length = len(prompts), _up(max(map(len, prompts)))
         sizes = torch.tensor(list(map(len, prompts)))
-        # products are of the tokens alone; only attention sees prompts padded behind, where a causal mask never looks
+        # only attention runs on right-padded prompts, whose padding the causal mask hides; the other products take real tokens only
         ends, every = sizes.cumsum(0), int(sizes.sum())
-        more = _up(every, 2 * _COLUMN_STEP) - every  # the first token again
+        more = _up(every, 2 * _COLUMN_STEP) - every  # padding: repeats the first token
         age = F.pad(torch.arange(every) - (ends - sizes).repeat_interleave(sizes), (0, more))
         place = F.pad(torch.arange(count).repeat_interleave(sizes) * length, (0, more)) + age
         ids = torch.tensor([t for p in prompts for t in p] + [prompts[0][0]] * more)
@@ -176,18 +176,18 @@ class FastDecoder:
             self._prompt_values[depth, lines, :length] = v.reshape(-1, length, self.head_dim)
             o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self._scale, enable_gqa=True)
             o = o.transpose(1, 2).reshape(count * length, -1)
-            if layer is self._layers[-1]:  # the tokens that are followed alone
+            if layer is self._layers[-1]:  # only the last token of each prompt is needed from here on
                 x, place = x[ends - 1], place[ends - 1]
             x = self._finish(x, o.index_select(0, place), layer)
         return self._logits(x)
 
-    # ---- one token of every row -----------------------------------------------------------------------------------------
+    # ---- one token per row ----------------------------------------------------------------------------------------------
 
     def step(self, tokens: Tensor, group_of: Tensor, ages: Tensor, prompt_lengths: Tensor) -> Tensor:
-        """Feed each row its last token; the logits (rows, V) of its next one.
+        """Feed each row its last token and return the logits (rows, V) of its next one.
 
         Args:
-            tokens, group_of, ages: (rows,) int64: last token, group, and how many completion tokens were fed before.
+            tokens, group_of, ages: (rows,) int64: last token, group, and number of completion tokens fed so far.
             prompt_lengths: (groups,) int64.
         """
         count = len(tokens)
@@ -207,7 +207,7 @@ class FastDecoder:
         order = torch.argsort(group_of, stable=True)
         in_order = group_of[order]
         place = in_order * per_group + torch.arange(real) - (sizes.cumsum(0) - sizes)[in_order]
-        from_padded = F.pad(torch.empty_like(place).scatter_(0, order, place), (0, idle))  # idle rows read anything
+        from_padded = F.pad(torch.empty_like(place).scatter_(0, order, place), (0, idle))  # idle rows may read any slot
         to_padded: Tensor | None = torch.zeros(groups * per_group, dtype=torch.int64).scatter_(0, place, order)
         if len(from_padded) == groups * per_group and bool((from_padded == torch.arange(real + idle)).all()):
             to_padded = None
@@ -234,7 +234,7 @@ class FastDecoder:
         )
 
     def _attend(self, depth: int, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
-        """Attention of one query a row to its group's prompt and to its own tokens: (rows, heads * head_dim)."""
+        """Attention of one query per row to its group's prompt and to its own tokens: (rows, heads * head_dim)."""
         rows, kv, d = plan.rows, self.kv_heads, self.head_dim
         rep = self.heads // kv
         self._keys[depth].view(-1, d).index_copy_(0, plan.write, k.reshape(-1, d))
@@ -256,7 +256,7 @@ class FastDecoder:
         return out.view(rows, -1)
 
     def _to_groups(self, x: Tensor, plan: Plan) -> Tensor:
-        """(rows, heads, n) to (groups * kv_heads, per_group * rep, n): the queries that read the same keys together."""
+        """(rows, heads, n) to (groups * kv_heads, per_group * rep, n): puts queries that share keys next to each other."""
         if plan.to_padded is not None:
             x = x.index_select(0, plan.to_padded)
         shape = (plan.groups, plan.per_group, self.kv_heads, self.heads // self.kv_heads, x.shape[-1])
@@ -287,14 +287,14 @@ class FastDecoder:
     def _logits(self, x: Tensor) -> Tensor:
         return self._head(rms_norm(x, self._norm, self._eps)[0])
 
-    # ---- rows that end -------------------------------------------------------------------------------------------------
+    # ---- finished rows -------------------------------------------------------------------------------------------------
 
     def move_rows(self, source: Sequence[int], target: Sequence[int], age: int) -> None:
-        """Copy the first `age` own columns of rows onto others (which have ended)."""
+        """Copy the first `age` columns of the `source` rows' own caches over the (finished) `target` rows."""
         _move((self._keys, self._values), source, target, self.kv_heads, min(_up(age), self._keys.shape[2]))
 
     def move_groups(self, source: Sequence[int], target: Sequence[int], length: int) -> None:
-        """Copy the first `length` prompt columns of groups onto others."""
+        """Copy the first `length` columns of the `source` groups' prompt caches over the `target` groups."""
         _move((self._prompt_keys, self._prompt_values), source, target, self.kv_heads, length)
 
 
@@ -310,7 +310,7 @@ def _up(n: int, step: int = _COLUMN_STEP) -> int:
 
 
 def cached_tokens(rows: int, groups: int, prompt_tokens: int, new_tokens: int) -> int:
-    """Tokens whose keys and values a decoder with this much room has a place for."""
+    """Number of tokens whose keys and values the caches of a decoder of this size hold."""
     return _up(rows, _ROW_STEP) * _up(new_tokens) + groups * _up(prompt_tokens)
 
 
@@ -319,7 +319,7 @@ def cached_tokens(rows: int, groups: int, prompt_tokens: int, new_tokens: int) -
 
 
 def can_decode_fast(model: Any, tokens: int) -> bool:
-    """Whether the model is exactly of a known family (with one LoRA or DoRA adapter, or none), on the CPU, up to `tokens` long."""
+    """Whether `FastDecoder` supports the model (a known family on the CPU, at most one LoRA or DoRA adapter) up to `tokens` tokens."""
     base = base_model_of(model)
     if not is_known_family(base) or not all(map(is_plain_layer, base.model.layers)):
         return False
@@ -329,7 +329,7 @@ def can_decode_fast(model: Any, tokens: int) -> bool:
 
 
 def _weight_of(module: Any) -> Tensor:
-    """The weight that acts, an active adapter's update in it."""
+    """The effective weight, with an active adapter merged in."""
     weight: Tensor = getattr(module, "base_layer", module).weight.detach()
     if type(module) is nn.Linear or module.disable_adapters:
         return weight

@@ -1,8 +1,8 @@
 """Log-probs of target tokens under a linear head on the CPU: three matmuls, one softmax pass, no elementwise work in backward.
 
-With ``P = softmax(h W^T)`` and ``D = P - onehot(target)``, of row gradients g (a vector, known only after the whole
-sequence): ``dh = -g * (D W)`` and ``dW = -D^T (g * h)``. So D is kept from the forward pass as it is and g is applied to
-the small side. Where D would be too large it is computed again, some rows at a time.
+With ``P = softmax(h W^T)``, ``D = P - onehot(target)`` and row gradients g (a vector, known only after the whole
+sequence): ``dh = -g * (D W)`` and ``dW = -D^T (g * h)``. D is therefore saved in the forward pass and g is applied to the
+small side. If D would be too large, it is recomputed a block of rows at a time.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from torch import Tensor
 from penchant.base.lanes import turn
 from penchant.models.cpu.ops import addmm_, mm, mm_into, more_rows
 
-_KEEP_BYTES = 512 << 20  # the largest D that is kept
-_MATMUL_ROWS = 512  # rows per head matmul where D is not kept
-_SOFTMAX_ELEMENTS = 1 << 19  # fp32 numbers per softmax pass: they stay in cache
-VOCAB_TILE = 4096  # vocabulary rows per weight-gradient matmul: its output stays in cache until it is added
+_KEEP_BYTES = 512 << 20  # largest D that is saved
+_MATMUL_ROWS = 512  # rows per head matmul if D is not saved
+_SOFTMAX_ELEMENTS = 1 << 19  # fp32 values per softmax pass, so that they stay in cache
+VOCAB_TILE = 4096  # vocabulary rows per weight-gradient matmul, so that its output stays in cache until it is added
 
 
 def fast_token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, alignment: bool = False) -> tuple[Tensor, Tensor]:
     """``logp_r = log softmax(W h_r)[target_r]``.
 
     Args:
-        hidden: (R, d); weight: (V, d), same type, on the CPU; targets: (R,) int64.
-        alignment: also ``log sum_v pi(v)^2``, without gradient.
+        hidden: (R, d); weight: (V, d), same dtype, on the CPU; targets: (R,) int64.
+        alignment: also compute ``log sum_v pi(v)^2``, without gradient.
 
     Returns:
-        (R,) log-probs in nats, and (R,) or empty: fp32, fp64 for fp64 input. In bf16, logits are rounded to bf16 as in the plain model; the
-        softmax, its sum and the logarithm are fp32.
+        Log-probs (R,) in nats and the `alignment` term, (R,) or empty; fp32, or fp64 for fp64 input. In bf16, logits are
+        rounded to bf16 as in the plain model; the softmax, its sum and the logarithm are fp32.
     """
     logps, collision = _TokenLogps.apply(hidden, weight, targets, alignment)  # type: ignore[no-untyped-call]
     return logps, collision
@@ -40,9 +40,9 @@ def fast_token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, alignment:
 def _softmax_rows(
     logits: Tensor, targets: Tensor, minus_onehot: Tensor | None, collision: Tensor | None = None
 ) -> Tensor:
-    """Log-probs of the targets in fp32 or fp64; D in `logits`' type goes to `minus_onehot` (may be `logits` itself).
+    """Log-probs of the targets in fp32 or fp64. Writes D to `minus_onehot`, if given (it may be `logits` itself).
 
-    ``log sum_v pi(v)^2`` goes to `collision` where one is given.
+    Writes ``log sum_v pi(v)^2`` to `collision`, if given.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
     logps = torch.empty(logits.shape[0], dtype=wide, device=logits.device)
@@ -53,7 +53,7 @@ def _softmax_rows(
         p = torch.softmax(x, dim=-1, dtype=wide)
         pt = p.gather(1, t)
         out = pt.log()
-        rare = (pt < torch.finfo(wide).tiny * 1e4).squeeze(1)  # log of a denormal or of zero: use the logits
+        rare = (pt < torch.finfo(wide).tiny * 1e4).squeeze(1)  # log of zero or a denormal: compute it from the logits
         if bool(rare.any()):
             r = x[rare].to(wide)
             out[rare] = r.gather(1, t[rare]) - torch.logsumexp(r, dim=1, keepdim=True)
@@ -85,7 +85,7 @@ class _TokenLogps(torch.autograd.Function):
             d = mm(hidden[part], weight.t())
             logps.append(_softmax_rows(d, targets[part], d if keep else None, collision[part] if alignment else None))
             kept = d if keep else None
-            del d  # before the next rows get theirs
+            del d  # free it before the next block is allocated
         if wants_grad:
             ctx.save_for_backward(hidden, targets)
             ctx.weight, ctx.kept = weight, kept
@@ -126,9 +126,9 @@ def _recomputed(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def _add_weight_grad(weight: Tensor, d: Tensor, scaled: Tensor, total: Tensor | None, last: bool) -> Tensor | None:
-    """Add D^T (g h) tile by tile of the vocabulary to where `store_grad` would, or to `total`, which is returned for autograd."""
+    """Add D^T (g h), one vocabulary tile at a time, to the buffer `store_grad` would use, or to `total`, returned for autograd."""
     main: Any = getattr(weight, "main_grad", None)
-    fresh = False  # whether nothing is in the tiles yet: they are written, not added to
+    fresh = False  # the tiles are uninitialized: write them instead of adding
     for i in range(0, weight.shape[0], VOCAB_TILE):
         tile = slice(i, i + VOCAB_TILE)
         of_tile = d[:, tile].t()
