@@ -1,11 +1,10 @@
 """The CPU fast path for Llama-type models: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-One hand-written autograd function a decoder layer: fused q/k/v projection, attention tree by tree, elementwise work in row
-tiles that stay in cache. The transformers module remains the owner of the weights: fused weights are one storage of
-which the module's own parameters are views, so `state_dict()` and `save_pretrained` see no change.
-Gradients go where `ops.store_grad` says: to `param.main_grad` or `param.grad` in a training step, to autograd otherwise.
-LoRA adapters (arXiv 2106.09685) run beside the fused weights: ``x W^T + scale (x A^T) B^T``; DoRA (2402.09353) scales the sum, output by
-output. Frozen weights get no gradient.
+Each decoder layer is one hand-written autograd function: fused q/k/v projection, attention tree by tree, elementwise work
+in row tiles that stay in cache. The transformers module keeps its parameters, which become views of the fused weights'
+storage, so `state_dict()` and `save_pretrained` see no change. Gradients are stored by `ops.store_grad`: in
+`param.main_grad` or `param.grad` in a training step, otherwise through autograd. LoRA adapters (arXiv 2106.09685) run beside the
+fused weights: ``x W^T + scale (x A^T) B^T``. DoRA (2402.09353) scales each output of that sum. Frozen weights get no gradient.
 """
 
 from __future__ import annotations
@@ -52,18 +51,18 @@ from penchant.types import PackedBatch
 _FAMILIES = tuple(
     f"{n}For{use}" for n in ("Llama", "Mistral", "Qwen2", "Qwen3") for use in ("CausalLM", "SequenceClassification")
 )
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the others change with the sequence length
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # other types depend on the sequence length
 
 
-_HERE = threading.local()  # what holds for the passes of one thread alone
+_HERE = threading.local()  # state of the current thread's passes
 _FUSING = threading.Lock()
 
 
 @contextmanager
 def adapters_as(weights: Mapping[Tensor, Tensor]) -> Iterator[None]:
-    """Passes of this thread take these in place of the adapters' parameters; of an empty mapping, no adapter at all.
+    """Context in which this thread's passes use `weights` for the adapters' parameters, or no adapter if it is empty.
 
-    peft's own switch, and the parameters' values, are for all threads.
+    Unlike peft's own switch or changed parameter values, this does not affect other threads.
     """
     before = getattr(_HERE, "weights", None)
     _HERE.weights = weights
@@ -75,7 +74,7 @@ def adapters_as(weights: Mapping[Tensor, Tensor]) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class LayerParams:
-    """The parameters of one decoder layer, by role; biases and head norms are None where the family has none."""
+    """The parameters of one decoder layer, by role. Biases and head norms are None if the family has none."""
 
     norm1: nn.Parameter
     q: nn.Parameter
@@ -102,8 +101,8 @@ class Adapter:
     """A LoRA adapter of one projection.
 
     Args:
-        module: peft's layer; a: (r, in); b: (out, r); scale: of the update; dropout: on the input of A.
-        magnitude: (out,) of DoRA, the norm of each output's weights.
+        module: peft's layer; a: (r, in); b: (out, r); scale: factor of the update; dropout: probability, on the input of A.
+        magnitude: (out,) learned norm of each output's weights, for DoRA.
     """
 
     module: Any
@@ -114,7 +113,7 @@ class Adapter:
     magnitude: Tensor | None = None
 
     def acting(self, drops: bool) -> Adapter | None:
-        """What acts in this thread's passes; one that `drops` is a pass of training."""
+        """The adapter as this thread's passes use it, or None if it is off. `drops`: apply dropout, as in a training pass."""
         weights: Mapping[Tensor, Tensor] | None = getattr(_HERE, "weights", None)
         if self.module.disable_adapters or weights == {}:
             return None
@@ -123,12 +122,12 @@ class Adapter:
         return replace(self, dropout=dropout, scale=self.scale / (1 - dropout), **known)
 
     def parts(self) -> dict[str, Tensor]:
-        """Its parameters, by field."""
+        """Its parameters, by field name."""
         given = {"a": self.a, "b": self.b, "magnitude": self.magnitude}
         return {name: p for name, p in given.items() if p is not None}
 
     def stretch(self, weight: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Of DoRA: ``m / |W + scale B A|`` of each output, and the norm; peft too takes no gradient of the norm."""
+        """For DoRA, ``m / |W + scale B A|`` of each output, and that norm. The norm gets no gradient, as in peft."""
         if self.magnitude is None:
             return None
         norm = torch.linalg.vector_norm(
@@ -139,7 +138,7 @@ class Adapter:
 
 @dataclass(slots=True)
 class Layer:
-    """One decoder layer: its parameters, its adapters by role, the fused weights, and its constants."""
+    """One decoder layer: parameters, adapters by role, fused weights, and constants."""
 
     number: int
     params: LayerParams
@@ -152,11 +151,11 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """The tokens of a row whose last hidden states somebody reads.
+    """The tokens of a row whose last hidden states are needed.
 
     Args:
-        tokens: (U,) ascending, then zeros for the matrix library; count: of real ones.
-        places: (R,) where each predicting position is among them; None: they are the predicting positions.
+        tokens: (U,) ascending, then zeros as padding for the matrix library; count: number of real ones.
+        places: (R,) index of each predicting position in `tokens`; None if `tokens` are the predicting positions.
     """
 
     tokens: Tensor
@@ -164,16 +163,16 @@ class Wanted:
     places: Tensor | None
 
     def spread(self, values: Tensor, rows: int) -> Tensor:
-        """(U, d) of these tokens, among zeros for the others (rows, d)."""
+        """Scatter values (U, d) of these tokens into zeros (rows, d)."""
         return values.new_zeros(rows, values.shape[1]).index_copy_(0, self.tokens[: self.count], values[: self.count])
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What every layer of one pass shares: the attention plan, cos and sin (T, H + H_kv, d/2), the memory choice, and the seed of dropout.
+    """What all layers of one pass share: attention plan, cos and sin (T, H + H_kv, d/2), recomputation, and the dropout seed.
 
     Args:
-        wanted: the tokens that go on behind a layer's attention; None: all. The last layer's others are read by nobody.
+        wanted: the tokens to compute after the attention of the last layer, whose other outputs are unused; None: all tokens.
     """
 
     plan: AttentionPlan
@@ -185,14 +184,14 @@ class Row:
 
     @property
     def out_from_heads(self) -> Tensor:
-        """Of the tokens that go on."""
+        """`plan.out_from_heads` for the wanted tokens."""
         if self.wanted is None:
             return self.plan.out_from_heads
         return self.plan.out_from_heads.view(-1, self.plan.shape.heads).index_select(0, self.wanted.tokens).flatten()
 
 
 class FastForward:
-    """Runs a recognized model's backbone on packed rows. Made by `fast_forward`."""
+    """Runs the backbone of a supported model on packed rows. Created by `fast_forward`."""
 
     def __init__(self, model: Any) -> None:
         self._backbone: Any = model.model
@@ -207,7 +206,7 @@ class FastForward:
         return self._normed(self._run(batch, None)[: batch.tokens])
 
     def predicting(self, batch: PackedBatch) -> Tensor:
-        """Those (R, d) that predict the completion tokens: the last layer computes no others behind its attention."""
+        """Hidden states (R, d) that predict the completion tokens. After its attention, the last layer computes only these."""
         wanted = self._wanted(batch)
         out = self._normed(self._run(batch, wanted)[: wanted.count])
         return out if wanted.places is None else out.index_select(0, wanted.places)
@@ -229,10 +228,10 @@ class FastForward:
         return known  # type: ignore[no-any-return]
 
     def _run(self, batch: PackedBatch, wanted: Wanted | None) -> Tensor:
-        """What the last layer gives, for all tokens or for the wanted ones, with rows for the matrix library behind them."""
+        """Output of the last layer for all tokens or the wanted ones, followed by padding rows for the matrix library."""
         weight = self._backbone.embed_tokens.weight
         lowest = self._lowest_trained()
-        key = f"fast/below/{id(self)}"  # from a batch's first pass to its second: of the policy, and of the reference
+        key = f"fast/below/{id(self)}"  # shared by the two passes over a batch: policy and reference
         known: Any = batch.cache.pop(key, None) if lowest else None
         if known is None:
             ids = F.pad(batch.input_ids, (0, more_rows(batch.tokens, weight.dtype)))
@@ -263,9 +262,9 @@ class FastForward:
         return x  # type: ignore[no-any-return]
 
     def narrow(self) -> None:
-        """Hold the layers' matrices in bf16 where that loses nothing, as of a file in bf16: each layer is widened for its pass alone.
+        """Store the layers' matrices in bf16 if that is lossless (e.g. for a bf16 file); each layer is widened only for its pass.
 
-        For a frozen model in fp32; whatever else runs it, as a decoder does, needs `models.load.widened`.
+        For a frozen model in fp32. Anything else that runs it, such as a decoder, needs `models.load.widened`.
         """
         for layer in self._layers:
             matrices = [p for p in layer.params.all() if p is not None and p.ndim > 1]
@@ -279,7 +278,7 @@ class FastForward:
         return any(layer.params.o.dtype != self._backbone.embed_tokens.weight.dtype for layer in self._layers)
 
     def _lowest_trained(self) -> int:
-        """How many layers at the bottom are the same in every pass: frozen, and without an adapter. 0 where nothing is trained above."""
+        """Number of bottom layers with the same output in every pass: frozen, without adapters. 0 if no layer is trained."""
         if self._backbone.embed_tokens.weight.requires_grad:
             return 0
         trained = (
@@ -306,7 +305,7 @@ class FastForward:
         )
 
     def outlined(self, batch: PackedBatch) -> PackedBatch:
-        """A batch on the meta device, for a model that is there; its plans, which need numbers, are made here first."""
+        """Move a batch to the meta device, for a model there. Plans need real indices, so they are built before the move."""
         there = batch.to(torch.device("meta"))
         for window in {layer.window for layer in self._layers}:
             key, dtype = self._key(window)
@@ -319,7 +318,7 @@ class FastForward:
         return there
 
     def _rotation(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin of the model's own rotary module for q and k heads; those of q carry the attention scale."""
+        """cos and sin of the model's own rotary module for q and k heads. Those for q include the attention scale."""
         shape = self._shape
         position_ids = F.pad(position_ids, (0, more_rows(len(position_ids), dtype)))
         wide = torch.promote_types(dtype, torch.float32)
@@ -335,7 +334,7 @@ class FastForward:
 
 
 def fast_forward(model: Any) -> FastForward | None:
-    """The fast path of a model (peft's around it included), or None where it is not exactly one of the known families on the CPU."""
+    """Return the fast path of a model or peft model, or None if it is not a plain model of a known family on the CPU."""
     model = base_model_of(model)
     if not is_known_family(model):
         return None
@@ -344,7 +343,7 @@ def fast_forward(model: Any) -> FastForward | None:
 
 
 def is_known_family(model: Any) -> bool:
-    """Whether a causal model is one of the families that the fast paths know, on the CPU, and nothing about it is unusual."""
+    """Whether a model is an unmodified one, on the CPU, of the families that the fast paths support."""
     if type(model).__name__ not in _FAMILIES or not type(model).__module__.startswith("transformers.models."):
         return False
     config: Any = model.config
@@ -364,12 +363,12 @@ def is_known_family(model: Any) -> bool:
 
 def _is_plain(p: Tensor) -> bool:
     known = (torch.bfloat16, torch.float32, torch.float64)
-    here = ("cpu", "meta")  # meta: a plan asks what would run on the CPU, and runs nothing
+    here = ("cpu", "meta")  # meta: `penchant plan` estimates a CPU run without running it
     return type(p) is nn.Parameter and p.device.type in here and p.dtype in known and p.is_contiguous()
 
 
 def is_linear(module: Any) -> bool:
-    """An unwrapped Linear, or one with one LoRA or DoRA adapter that is not merged into it."""
+    """Whether a module is a Linear, plain or with one unmerged LoRA or DoRA adapter."""
     if type(module) is nn.Linear:
         return True
     return (
@@ -377,23 +376,23 @@ def is_linear(module: Any) -> bool:
         and type(getattr(module, "base_layer", None)) is nn.Linear
         and not module.merged_adapters
         and len(module.active_adapters) == 1
-        and module.lora_variant.keys() == getattr(module, "lora_magnitude_vector", {}).keys()  # no other than DoRA
+        and module.lora_variant.keys() == getattr(module, "lora_magnitude_vector", {}).keys()  # no variant but DoRA
         and not any(getattr(module, "lora_bias", {}).values())
     )
 
 
 def _trains_alike(layer: Any) -> bool:
-    """Whether no projection has DoRA behind dropout, where peft drops inputs of W too."""
+    """Whether no projection combines DoRA with dropout, for which peft drops inputs of W too."""
     modules = [m for m in layer.modules() if hasattr(m, "get_delta_weight")]
     return not any(m.lora_variant and any(map(_dropout, m.lora_dropout.values())) for m in modules)
 
 
 def _dropout(module: Any) -> float:
-    return float(getattr(module, "p", 0.0))  # where nothing is dropped there is an Identity
+    return float(getattr(module, "p", 0.0))  # without dropout it is an Identity
 
 
 def is_plain_layer(layer: Any) -> bool:
-    """Every projection a Linear, alone or with plain LoRA adapters (no quantized or parallel layer), every norm a known one."""
+    """Whether every projection is a Linear, plain or with one LoRA or DoRA adapter (not quantized or parallel), and norms are RMSNorm."""
     attention, mlp = layer.self_attn, layer.mlp
     linears: tuple[Any, ...] = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
     linears += (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
@@ -411,7 +410,7 @@ def is_plain_layer(layer: Any) -> bool:
 
 
 def _hooked(model: Any) -> bool:
-    """Whether somebody listens to inner modules: a whole-layer function would never call them."""
+    """Whether inner modules have hooks, which a whole-layer function would never call."""
     return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.model.modules())
 
 
@@ -427,7 +426,7 @@ def _read_layer(number: int, module: Any) -> Layer:
     params = LayerParams(norm1=module.input_layernorm.weight, norm2=module.post_attention_layernorm.weight, **found)
     adapters = {role: _read_adapter(m) for role, m in outer.items() if m is not linear[role]}
     bias = None if params.q_bias is None else _fuse(_qkv_biases(params))
-    # Qwen says it layer by layer, Mistral once in its config
+    # Qwen sets the window per layer, Mistral once in its config
     of_model = attention.config.sliding_window if attention.config.model_type == "mistral" else None
     window = getattr(attention, "sliding_window", of_model)
     return Layer(
@@ -453,7 +452,7 @@ def _qkv_biases(params: LayerParams) -> tuple[nn.Parameter, ...]:
 
 
 def _fuse(parts: Sequence[nn.Parameter]) -> Tensor:
-    """One tensor holding all parts, row block after row block; every part becomes a view of it."""
+    """Concatenate the parts by rows into one tensor and make each part a view of it."""
     fused = torch.cat([p.detach() for p in parts])
     for p, view in zip(parts, fused.split([p.shape[0] for p in parts]), strict=True):
         p.data = view
@@ -461,7 +460,7 @@ def _fuse(parts: Sequence[nn.Parameter]) -> Tensor:
 
 
 def _keep_fused(layer: Layer) -> None:
-    """Fuse again where somebody has given a parameter a storage of its own (`.to()`, an assigned state dict)."""
+    """Fuse again if a parameter got new storage (`.to()`, an assigned state dict)."""
     p = layer.params
     if not _is_fused(layer.qkv, (p.q, p.k, p.v)):
         layer.qkv = _fuse((p.q, p.k, p.v))
@@ -470,7 +469,7 @@ def _keep_fused(layer: Layer) -> None:
 
 
 def _widened(layer: Layer, dtype: torch.dtype) -> Layer:
-    """A layer whose matrices are in this type."""
+    """A copy of a layer with its matrices in `dtype`."""
     p, qkv = layer.params, layer.qkv.to(dtype)
     parts: dict[str, Any] = dict(zip("qkv", qkv.split([len(p.q), len(p.k), len(p.v)]), strict=True))
     parts |= {role: getattr(p, role).to(dtype) for role in ("o", "gate", "up", "down")}
@@ -478,7 +477,7 @@ def _widened(layer: Layer, dtype: torch.dtype) -> Layer:
 
 
 def _is_fused(fused: Tensor, parts: Sequence[nn.Parameter]) -> bool:
-    at, storage = fused.storage_offset(), fused.untyped_storage()._cdata  # no data_ptr: on the meta device it is 0
+    at, storage = fused.storage_offset(), fused.untyped_storage()._cdata  # not data_ptr, which is 0 on meta
     for p in parts:
         if p.untyped_storage()._cdata != storage or p.storage_offset() != at or p.dtype != fused.dtype:
             return False
@@ -491,7 +490,7 @@ def _is_fused(fused: Tensor, parts: Sequence[nn.Parameter]) -> bool:
 
 
 class _Embedding(torch.autograd.Function):
-    """x_t = E[id_t]; dE[id] = sum of dx_t over t with that id."""
+    """x_t = E[id_t]; dE[id] = sum of dx_t over all t with that id."""
 
     @staticmethod
     def forward(ctx: Any, ids: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
@@ -544,7 +543,7 @@ class _DecoderLayer(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         layer: Layer = ctx.layer
         saved: Saved = ctx.saved or _layer_forward(ctx.x, ctx.row, layer, ctx.adapters, keep=True)[1]
-        ctx.saved = None  # this layer's activations are free as soon as their gradients exist
+        ctx.saved = None  # free this layer's activations as soon as its gradients exist
         names = [*LayerParams.__slots__, *(f"{role}.{name}" for role, a in ctx.adapters.items() for name in a.parts())]
         wanted = {n for n, need in zip(names, ctx.needs_input_grad[4:], strict=True) if need}
         found = _Gradients(layer, ctx.adapters, saved, wanted)
@@ -555,22 +554,22 @@ class _DecoderLayer(torch.autograd.Function):
 
 @dataclass(slots=True)
 class Saved:
-    """What the backward pass of one layer needs besides its input."""
+    """What the backward pass of one layer needs in addition to its input."""
 
     rstd1: Tensor
     projected: Tensor | None  # W_qkv n1 before the head norms (Qwen 3 only)
     head_rstd: tuple[Tensor, Tensor] | None
     heads: Tensor  # rotated q, k and v as head rows
-    o: Tensor  # attention output (T, H d); this and what follows of the wanted tokens alone
+    o: Tensor  # attention output (T, H d); from here on only the wanted tokens
     y: Tensor
     rstd2: Tensor
-    gate: Tensor  # before DoRA's scaling, as `up`
+    gate: Tensor  # before DoRA's scaling, like `up`
     up: Tensor
     low: dict[str, Tensor]  # scale x A^T (T, r) of each adapter
-    kept: dict[str, Tensor]  # (T, in): what dropout left of an input, by the first adapter that has it
+    kept: dict[str, Tensor]  # (T, in): dropout mask of an input, by the first adapter that reads it
     stretched: dict[
         str, tuple[Tensor, Tensor, Tensor]
-    ]  # of DoRA, by role: the output before its scaling; and `Adapter.stretch`
+    ]  # for DoRA, by role: output before scaling, and `Adapter.stretch`
 
 
 def _layer_forward(
@@ -587,7 +586,7 @@ def _layer_forward(
     )
 
     def lower(inputs: Tensor, *roles: str) -> None:
-        """``scale x A^T`` of the adapters that share an input."""
+        """Compute ``scale x A^T`` for adapters that share an input."""
         if not (mine := [role for role in roles if role in adapters]):
             return
         if dropout := adapters[mine[0]].dropout:
@@ -597,7 +596,7 @@ def _layer_forward(
         low.update((role, part * adapters[role].scale) for role, part in zip(mine, parts, strict=True))
 
     def adapt(role: str, out: Tensor) -> Tensor:
-        """``out += scale (x A^T) B^T``, and DoRA's scaling of that."""
+        """``out += scale (x A^T) B^T``, followed by DoRA's scaling."""
         if (adapter := adapters.get(role)) is None:
             return out
         addmm_(out, low[role], adapter.b.t())
@@ -608,7 +607,7 @@ def _layer_forward(
         return (out * found[0]).to(out.dtype)
 
     def onto(residual: Tensor, role: str, inputs: Tensor) -> Tensor:
-        """``residual + W inputs``, with its adapter."""
+        """``residual + W inputs``, including W's adapter."""
         weight: Tensor = getattr(p, role)
         lower(inputs, role)
         if role in dora:
@@ -616,7 +615,7 @@ def _layer_forward(
         return adapt(role, addmm(residual, inputs, weight.t()))
 
     n1, rstd1 = rms_norm(x, p.norm1, layer.eps)
-    alone = bool(dora.intersection("qkv"))  # DoRA scales no bias
+    alone = bool(dora.intersection("qkv"))  # DoRA does not scale the bias
     qkv = mm(n1, layer.qkv.t(), None if alone else layer.qkv_bias)
     lower(n1, *"qkv")
     parts = [adapt(role, part) for role, part in zip("qkv", _split_qkv(qkv, p), strict=True)]
@@ -642,7 +641,7 @@ def _layer_forward(
     if p.o_bias is not None:
         y += p.o_bias
     n2, rstd2 = rms_norm(y, p.norm2, layer.eps)
-    # gate and up are two matmuls: one fused output would leave their halves strided, and swiglu half as fast
+    # two matmuls for gate and up: a fused output would have strided halves, which makes swiglu half as fast
     gate, up = mm(n2, p.gate.t()), mm(n2, p.up.t())
     lower(n2, "gate", "up")
     a = swiglu(adapt("gate", gate), adapt("up", up))
@@ -651,7 +650,7 @@ def _layer_forward(
 
 
 def _joined(adapters: Mapping[str, Adapter], roles: Sequence[str]) -> Tensor:
-    """Their A, one below the other."""
+    """The A matrices of `roles`, concatenated by rows."""
     parts = [adapters[role].a for role in roles]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -662,10 +661,10 @@ def _split_qkv(qkv: Tensor, p: LayerParams) -> tuple[Tensor, ...]:
 
 @dataclass(slots=True)
 class _Gradients:
-    """What the backward pass of one layer finds: gradients of the wanted parameters, by name (None where `main_grad` has them).
+    """Collects the gradients of one layer's backward pass, by parameter name (None if `store_grad` has stored them).
 
     Args:
-        low: gradients of ``x A^T`` (T, r), for A's own once its input is at hand, by the first of the adapters that share it.
+        low: gradients of ``x A^T`` (T, r), needed later for A's own gradient, by the first of the adapters that share an input.
     """
 
     layer: Layer
@@ -682,15 +681,15 @@ class _Gradients:
             self.found[name] = store_grad(getattr(owner, side or name), grad)
 
     def normed(self, roles: tuple[str, ...], x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor | None:
-        """norm(x), where a weight or an adapter of `roles` is trained: to compute it again takes less than to keep it costs."""
+        """Recompute norm(x), which is cheaper than saving it. None if no weight or adapter of `roles` is trained."""
         trained = self.wanted.intersection(roles) or any(role in self.adapters for role in roles)
         if not trained:
             return None
-        # the same bits, but for types that the norm's own kernel widens
+        # bitwise equal to `rms_norm`, except for dtypes that its kernel widens
         return (x * rstd).mul_(weight) if x.dtype == rstd.dtype else rms_norm(x, weight, self.layer.eps)[0]
 
     def product(self, names: tuple[str, ...], d_out: Tensor, inputs: Tensor | None) -> None:
-        """dW = d_out^T inputs, one matmul for all parts."""
+        """dW = d_out^T inputs, as one matmul for all `names`."""
         if inputs is None or not self.wanted.intersection(names):
             return
         if len(names) == 1:
@@ -702,12 +701,12 @@ class _Gradients:
                 self.store(name, part)
 
     def stretched(self, role: str, out: Tensor) -> Tensor:
-        """What DoRA makes of a projection's output."""
+        """Apply DoRA's scaling to a projection's output, if it has DoRA."""
         found = self.saved.stretched.get(role)
         return out if found is None else (out * found[1]).to(out.dtype)
 
     def unstretched(self, role: str, d_out: Tensor) -> Tensor:
-        """Back through that, ``y' = c y`` with ``c = m / norm``: ``dm = sum over rows of d_out y / norm``, ``dy = c d_out``."""
+        """Backward of `stretched`, ``y' = c y`` with ``c = m / norm``: ``dm = sum over rows of d_out y / norm``, ``dy = c d_out``."""
         if (found := self.saved.stretched.get(role)) is None:
             return d_out
         out, _, norm = found
@@ -715,7 +714,7 @@ class _Gradients:
         return self.stretched(role, d_out)
 
     def through_adapters(self, outs: Mapping[str, Tensor], d_inputs: Tensor | None) -> None:
-        """Of adapters that share an input: ``dB = d_out^T (scale x A^T)``, and ``dx += scale (d_out B) A`` in place."""
+        """For adapters that share an input: ``dB = d_out^T (scale x A^T)``, and ``dx += scale (d_out B) A`` in place."""
         if not (mine := [role for role in outs if role in self.adapters]):
             return
         parts = []
@@ -733,7 +732,7 @@ class _Gradients:
             addmm_(d_inputs, low, a)
 
     def into_adapters(self, roles: tuple[str, ...], inputs: Tensor) -> None:
-        """``dA = (scale d_out B)^T x``."""
+        """For adapters that share an input x: ``dA = (scale d_out B)^T x``."""
         if not (mine := [role for role in roles if role in self.adapters]):
             return
         if mine[0] in self.saved.kept:
@@ -744,7 +743,7 @@ class _Gradients:
 
 
 def _layer_backward(dz: Tensor, x: Tensor, row: Row, g: _Gradients, want_x: bool) -> Tensor | None:
-    """Gradients of one layer: of its input, returned where that is wanted, and of its parameters, into `g`."""
+    """Store a layer's parameter gradients in `g` and return the gradient of its input, or None if nothing needs it."""
     dy = _mlp_backward(dz, g)
     d_qkv = _attention_backward(dy, row, g)
     # qkv = W_qkv n1 + b
@@ -758,7 +757,7 @@ def _layer_backward(dz: Tensor, x: Tensor, row: Row, g: _Gradients, want_x: bool
     for role, part in zip("qkv", _split_qkv(d_qkv, p), strict=True):
         if role in g.saved.stretched:
             part.copy_(g.unstretched(role, part))
-    through = want_x or "norm1" in g.wanted  # with frozen embeddings, the lowest layer's input needs no gradient
+    through = want_x or "norm1" in g.wanted  # with frozen embeddings, the first layer's input needs no gradient
     dn1 = mm(d_qkv, layer.qkv) if through else None
     g.through_adapters(dict(zip("qkv", _split_qkv(d_qkv, p), strict=True)), dn1)
     if n1 is not None:
@@ -795,7 +794,7 @@ def _mlp_backward(dz: Tensor, g: _Gradients) -> Tensor:
 
 
 def _attention_backward(dy: Tensor, row: Row, g: _Gradients) -> Tensor:
-    """From dy to the gradient (T, (H + 2 K) d) of the projections: ``y = x + W_o attention(rope(norm(q)), rope(norm(k)), v)``."""
+    """From dy to the gradient (T, (H + 2 K) d) of the q/k/v projections: ``y = x + W_o attention(rope(norm(q)), rope(norm(k)), v)``."""
     p, s, shape = g.layer.params, g.saved, row.plan.shape
     if p.o_bias is not None:
         g.store("o_bias", dy.sum(0))

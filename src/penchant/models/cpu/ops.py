@@ -1,6 +1,7 @@
-"""Elementwise pieces of the CPU fast path, each with its backward, in row tiles that stay in the processor's cache.
+"""Operations of the CPU fast path: elementwise functions with their backward, matrix products, and gradient accumulation.
 
-Half-precision inputs are worked on in fp32 inside a tile; fp32 and fp64 as they are.
+Elementwise functions work in row tiles that stay in cache. Tiles of half-precision inputs are computed in fp32, others in
+their own dtype.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from torch import Tensor
 from penchant.base.lanes import turn
 from penchant.base.machine import kind_of, of_processor
 
-_ROWS_TOGETHER = 16  # passes whose gradients of an embedding are summed at a time
-_ROWS = 32  # what numbers of rows are multiples of, where that is worth a few rows more
-_TILE_ELEMENTS = 1 << 17  # numbers per tile: a few fp32 temporaries of this size fit the L2 cache of two cores
+_ROWS_TOGETHER = 16  # entries of embedding-row gradients that are summed at a time
+_ROWS = 32  # row counts are padded to multiples of this if oneDNN is used
+_TILE_ELEMENTS = 1 << 17  # values per tile: a few fp32 temporaries of this size fit in the L2 cache of two cores
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -24,9 +25,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def store_grad(param: Tensor, grad: Tensor) -> Tensor | None:
-    """Add a gradient to `param.main_grad`, in a pass of a training step to `param.grad`, and return None; otherwise return it for autograd.
+    """Add a gradient to `param.main_grad`, or to `param.grad` in a training pass, and return None; else return it for autograd.
 
-    Passes that run side by side add in their order (`base/lanes.py`).
+    Parallel passes add in order (`base/lanes.py`).
     """
     with turn(id(param)) as turns:
         main = getattr(param, "main_grad", None)
@@ -42,7 +43,7 @@ def store_grad(param: Tensor, grad: Tensor) -> Tensor | None:
 
 
 def store_product(param: Tensor, d_out: Tensor, inputs: Tensor) -> Tensor | None:
-    """`store_grad` of ``d_out^T inputs``; the product itself adds where types allow it."""
+    """`store_grad` of ``d_out^T inputs``, fused into one accumulating product if the dtypes allow it."""
     main = getattr(param, "main_grad", None)
     if d_out.dtype != (param if main is None else main).dtype:
         return store_grad(param, mm(d_out.t(), inputs))
@@ -59,9 +60,9 @@ def store_product(param: Tensor, d_out: Tensor, inputs: Tensor) -> Tensor | None
 
 
 def store_rows(param: Tensor, ids: Tensor, grad: Tensor) -> Tensor | None:
-    """`store_grad` of an embedding (V, d) that is zero but for rows: `ids` (T,), each with its gradient (T, d).
+    """`store_grad` of an embedding (V, d) whose gradient is zero except for the rows `ids` (T,), with gradients (T, d).
 
-    In a pass of a training step it is added when all have ended: a tied head adds to the same gradient, earlier in its pass.
+    In a training pass the rows are added after all passes have ended: a tied head adds to the same gradient earlier in each pass.
     """
     key = (id(param), "rows")
     with turn(key) as turns:
@@ -77,7 +78,7 @@ def store_rows(param: Tensor, ids: Tensor, grad: Tensor) -> Tensor | None:
 
 
 class _Rows:
-    """Gradients of an embedding's rows, pass after pass. Many of them are summed by row, so they take no more than the embedding does."""
+    """Row gradients of an embedding, collected over passes and regularly summed by row to bound their memory."""
 
     def __init__(self, param: Tensor) -> None:
         self._param = param
@@ -101,7 +102,7 @@ class _Rows:
 
 
 def mm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``a b + bias`` of two matrices."""
+    """``a b + bias`` for matrices a and b."""
     if _by_onednn(a):
         out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
         return out
@@ -114,17 +115,17 @@ def addmm(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def addmm_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The same in place of `total`."""
+    """``total += a b`` in place."""
     return total.add_(mm(a, b)) if _by_onednn(a) else total.addmm_(a, b)
 
 
 def mm_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """``a b``, written to `out`."""
+    """Write ``a b`` to `out`."""
     return out.copy_(mm(a, b)) if _by_onednn(a) else torch.mm(a, b, out=out)
 
 
 def more_rows(rows: int, dtype: torch.dtype) -> int:
-    """How many rows of zeros bring a product of so many to a number that oneDNN has kernels for already: each new number costs it milliseconds."""
+    """Number of rows to pad a product with, so that oneDNN reuses its kernels: each new row count costs it milliseconds."""
     if dtype == torch.bfloat16:
         return -rows % _ROWS if _has_wide_onednn() else 0
     return -rows % _ROWS if dtype == torch.float32 and _fp32_by_onednn() else 0
@@ -136,8 +137,10 @@ def _by_onednn(a: Tensor) -> bool:
 
 @lru_cache
 def _fp32_by_onednn() -> bool:
-    """Whether fp32 products are oneDNN's: with AVX-512, but for Intel's processors. Of others, MKL knows AVX2 alone, at half the speed; on
-    Intel's own it is the faster one, by a tenth, and by a third where a weight's gradient is added up.
+    """Whether fp32 products use oneDNN: with AVX-512, except on Intel processors if MKL is available.
+
+    On other vendors' processors MKL only uses AVX2, at half the speed. On Intel's it is faster than oneDNN by a tenth, and by a
+    third for accumulating weight gradients.
     """
     return _has_wide_onednn() and not (
         torch.backends.mkl.is_available() and of_processor("vendor_id") == "GenuineIntel"
@@ -146,7 +149,7 @@ def _fp32_by_onednn() -> bool:
 
 @lru_cache
 def _has_wide_onednn() -> bool:
-    """Whether oneDNN multiplies with AVX-512, by a way that this build of torch has."""
+    """Whether oneDNN uses AVX-512 and this build of torch exposes its linear op."""
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         return False
     a, b, bias = torch.arange(15.0).view(3, 5), torch.arange(20.0).view(4, 5), torch.arange(4.0)
@@ -161,7 +164,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """``x r w`` with ``r = (mean(x^2) + eps)^(-1/2)`` over the last dimension.
 
     Returns:
-        The normed tensor in x's type, and r (..., 1) in fp32 (fp64 for fp64).
+        The normalized tensor in x's dtype, and r (..., 1) in fp32 (fp64 for fp64).
     """
     out, rstd = torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], weight, eps)
     return out, rstd
@@ -170,7 +173,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def rms_norm_backward(
     grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, residual: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `rms_norm` with respect to x (plus `residual`, the gradient that went around the norm) and to weight.
+    """Gradients of `rms_norm` with respect to x (plus `residual`, the gradient that bypasses the norm) and weight.
 
     ``dx = r w g - x r^3 mean(g x w) + residual``, ``dw = sum over rows of g x r``.
     """
@@ -199,9 +202,9 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def kept_bits(like: Tensor, dropout: float, draws: torch.Generator | None) -> Tensor:
-    """What dropout leaves of a tensor: int8 of its shape, 0 with this probability (in steps of 1/65536), otherwise all bits set.
+    """Dropout mask for `masked`: int8 of `like`'s shape, 0 with probability `dropout` (in steps of 1/65536), else all bits set.
 
-    (`bernoulli_` draws one number at a time on a processor that is not Intel's.)
+    Faster than `bernoulli_`, which draws one number at a time on processors other than Intel's.
     """
     numbers = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
     numbers.random_(-(2**63), None, generator=draws)
@@ -210,7 +213,7 @@ def kept_bits(like: Tensor, dropout: float, draws: torch.Generator | None) -> Te
 
 
 def masked(x: Tensor, kept: Tensor) -> Tensor:
-    """`x` where `kept_bits` left it, otherwise 0."""
+    """Apply a mask from `kept_bits`: `x` where its bits are set, else 0."""
     bits = _BITS[x.element_size()]
     return (x.view(bits) & kept.to(bits)).view(x.dtype)
 
@@ -232,7 +235,7 @@ def rotary_backward(grad: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """``silu(g) * u`` for two contiguous tensors of one shape (T, m)."""
+    """``silu(g) * u`` for contiguous g and u of shape (T, m)."""
     out = torch.empty_like(gate)
     step = max(1, _TILE_ELEMENTS // gate.shape[1])
     for i in range(0, gate.shape[0], step):
@@ -242,7 +245,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `swiglu` with respect to g and u, and its output computed again; `grad`'s storage is reused for dg.
+    """Gradients of `swiglu` with respect to g and u, and its recomputed output. dg reuses the storage of `grad`.
 
     ``du = da silu(g)``, ``dg = da u silu'(g)``, ``silu'(g) = s (1 + g (1 - s))`` with ``s = sigmoid(g)``.
     """
