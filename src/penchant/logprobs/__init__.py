@@ -1,4 +1,4 @@
-"""From a packed batch to completion log-probs: the only place where a model meets its head."""
+"""Computes completion log-probs of packed batches: `Scorer` runs the model, its head and any fast path."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class CompletionLogps(NamedTuple):
     """Log-probs in nats, fp32, or fp64 for fp64 models.
 
     Args:
-        sums: (C,) of each completion; tokens: (R,) of each token.
-        alignment: (C,) mean over tokens of ``log pi(y_t) - log sum_v pi(v)^2``, without gradient, where asked for.
-        ref_tokens, divergence: (R,) the reference's log-probs and the divergence from it, of `Scorer.divergence`.
-        entropy: (R,) over the vocabulary, with gradient, where asked for.
+        sums: (C,) per completion; tokens: (R,) per token.
+        alignment: (C,) mean over tokens of ``log pi(y_t) - log sum_v pi(v)^2``, without gradient, if requested.
+        ref_tokens, divergence: (R,) the reference's log-probs and the divergence from it, from `Scorer.divergence`.
+        entropy: (R,) over the vocabulary, with gradient, if requested.
     """
 
     sums: Tensor
@@ -52,17 +52,21 @@ class CompletionLogps(NamedTuple):
 
 
 def per_completion(values: Tensor, lengths: Tensor) -> Tensor:
-    """Sums over each completion's tokens: (R,) to (C,), `lengths` (C,) int64.
+    """Sum values over each completion's tokens: (R,) to (C,), `lengths` (C,) int64.
 
-    In the order of the tokens: `index_add` on a GPU adds in the order in which its threads arrive, and the reference's sums of equal
-    log-probs would differ from the policy's. ``unsafe`` leaves out a check that would wait for the GPU.
+    Adds in token order: `index_add` on a GPU has no fixed order, so policy and reference sums of equal log-probs would
+    differ. ``unsafe`` skips a check that would synchronize with the GPU.
     """
     return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)
 
 
 def padded_layout(batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """One padded row a segment, made on the CPU once per batch: where each token is in the packed row (B, L), which ones are real (B, L)
-    int64, and where the packed row's tokens are among all B L."""
+    """Indices between a packed row and one padded row per segment, built on the CPU once per batch.
+
+    Returns:
+        (B, L) position of each token in the packed row; (B, L) int64 mask of real tokens; positions of the packed row's
+        tokens in the flattened (B * L).
+    """
     key = "padded"
     if key not in batch.cache:
         lengths = np.array([s.length for s in batch.segments])
@@ -76,18 +80,18 @@ def padded_layout(batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
 
 @dataclass(slots=True)
 class Scorer:
-    """A causal model as the engine sees it: packed batch in, completion log-probs out.
+    """Runs a causal model: takes packed batches and returns completion log-probs.
 
     Args:
         model: a transformers causal model, or a peft model around one.
         packing: ``shared``, ``separate`` or ``padded``; batches must be packed accordingly (`pack(shared=...)`).
-        temperature: log-probs are of ``softmax(logits / temperature)``: what an online method samples from, it must train on.
-        kernels: ``auto`` takes a model-family fast path where the model is exactly recognized; ``off`` never does; ``compile``: layers go
-            through `torch.compile`, where rows are packed.
+        temperature: log-probs are of ``softmax(logits / temperature)``: online methods must train on the distribution they sample.
+        kernels: ``auto``: a model-family fast path if the model is supported; ``off``: none; ``compile``: layers go through
+            `torch.compile` if rows are packed.
         attention: how packed rows attend within their trees: ``groups``, ``varlen``, ``flex`` or ``varlen+flex`` (`select_attention`).
-        own_attention: padded rows go through the attention that transformers gave the model.
-        own_head: logits come from the model's own `forward`, for models that do more than a linear layer, a factor and a cap.
-        router: joins the balance loss of a mixture of experts to the hidden states that are trained on.
+        own_attention: padded rows use the model's own transformers attention.
+        own_head: logits come from the model's own `forward`, for heads that are more than a linear layer, a factor and a cap.
+        router: attaches the balance loss of a mixture of experts to the hidden states used in training.
     """
 
     model: nn.Module
@@ -115,17 +119,17 @@ class Scorer:
             compile_layers(self.model)
 
     def on(self, model: nn.Module) -> Scorer:
-        """Another model of the same architecture, run in the same way."""
+        """Return a scorer with the same settings for another model of the same architecture."""
         return Scorer(model, self.packing, self.runs, **self.how)
 
     @property
     def runs(self) -> str:
-        """`kernels`, as far as they are taken."""
+        """The `kernels` setting that is in effect."""
         return "auto" if self.fast else "compile" if self.compiled else "off"
 
     @property
     def how(self) -> dict[str, Any]:
-        """What another scorer needs, beside packing and kernels, to run in the same way."""
+        """The arguments, besides packing and kernels, for another scorer with the same settings."""
         return {"attention": self.attention, "own_attention": self.own_attention, "own_head": self.own_head}
 
     @property
@@ -134,11 +138,11 @@ class Scorer:
 
     @property
     def fast(self) -> bool:
-        """Whether a model-family fast path runs."""
+        """Whether a model-family fast path is in use."""
         return self._fast is not None
 
     def narrow(self) -> None:
-        """Hold a frozen model in less memory, where its fast path can: `FastForward.narrow`."""
+        """Reduce the memory of a frozen model if its fast path supports it, see `FastForward.narrow`."""
         if self._fast is not None:
             self._fast.narrow()
 
@@ -153,12 +157,12 @@ class Scorer:
 
     @property
     def side_by_side(self) -> bool:
-        """Whether several threads may run passes at once (`base/lanes.py`): the fast path toggles nothing on the model."""
+        """Whether several threads may run passes at once (`base/lanes.py`): the fast path changes no state of the model."""
         return self.fast and self.plain_head
 
     @property
     def plain_head(self) -> bool:
-        """Whether the head is a plain Linear, without an adapter."""
+        """Whether the head is a plain Linear without an adapter."""
         return type(self._head()[0]) is nn.Linear
 
     def hidden(self, batch: PackedBatch) -> Tensor:
@@ -174,7 +178,7 @@ class Scorer:
             check_positions(backbone.config)
             batch.cache[SPLIT] = True
             ids, positions = my_tokens(ids), my_tokens(positions)
-        # a 4D mask is handed on as it is, so transformers builds none; the tree attention never looks at it
+        # transformers passes a 4D mask on unchanged instead of building one; the tree attention ignores it
         unused_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
         out = backbone(
             input_ids=ids[None],
@@ -198,7 +202,7 @@ class Scorer:
         return self.router.attached(hidden, logits, batch)
 
     def _padded_hidden(self, backbone: nn.Module, batch: PackedBatch) -> Tensor:
-        """The plain way, for models whose layers carry state along the row: one padded row a segment."""
+        """Hidden states from one padded row per segment, e.g. for models whose layers carry state along a row."""
         index, mask, back = padded_layout(batch)
         ids = batch.input_ids[index] * mask
         more: dict[str, Any] = without_cache(backbone)
@@ -218,9 +222,9 @@ class Scorer:
     def logps(
         self, batch: PackedBatch, *, alignment: bool = False, hidden: Tensor | None = None, entropy: bool = False
     ) -> CompletionLogps:
-        """Summed log-probs per completion (C,) and per token (R,), in nats; `alignment` or `entropy` on request.
+        """Log-probs summed per completion (C,) and per token (R,), in nats, with `alignment` or `entropy` on request.
 
-        `hidden` (R, d) from `predicting`, where the caller needs it too, saves a second forward pass.
+        Pass `hidden` (R, d) from `predicting` to save a second forward pass.
         """
         hidden = self.predicting(batch) if hidden is None else hidden
         if entropy:
@@ -243,17 +247,17 @@ class Scorer:
         return CompletionLogps(sums, tokens, alignment=mean)
 
     def values(self, batch: PackedBatch, head: nn.Module) -> Tensor:
-        """What a head says of the hidden states that predict the completion tokens, (R,)."""
+        """Output of `head` on the hidden states that predict the completion tokens, (R,)."""
         found: Tensor = head(self.predicting(batch))
         return found
 
     def valued(self, batch: PackedBatch, head: nn.Module, *, entropy: bool = False) -> tuple[CompletionLogps, Tensor]:
-        """Log-probs and `values` of one forward pass."""
+        """Log-probs and `values` from one forward pass."""
         hidden = self.predicting(batch)
         return self.logps(batch, hidden=hidden, entropy=entropy), head(hidden)
 
     def row_logits(self, batch: PackedBatch) -> RowLogits:
-        """The logits of a slice of predicting positions, in fp32 (fp64), without gradient: what a divergence compares with."""
+        """Return a function from a slice of predicting positions to their logits, in fp32 (fp64), without gradient."""
         with torch.no_grad():
             hidden, head, scale, softcap = self._tempered(self.predicting(batch))
 
@@ -266,11 +270,11 @@ class Scorer:
         return rows
 
     def divergence(self, batch: PackedBatch, ref_logits: RowLogits, kind: DivergenceKind) -> CompletionLogps:
-        """Log-probs as `logps` gives them, with the divergence from a reference at every completion token."""
+        """Log-probs as from `logps`, plus the divergence from a reference at every completion token."""
         return self._divergence(batch, self.predicting(batch), ref_logits, kind)
 
     def _with_entropy(self, batch: PackedBatch, hidden: Tensor) -> CompletionLogps:
-        """``H(p) = log V - KL(p || uniform)``, so it is the divergence from a reference whose logits are all zero."""
+        """Entropy ``H(p) = log V - KL(p || uniform)``, from the divergence to a reference whose logits are all zero."""
         vocabulary = base_model_of(self.model).get_output_embeddings().weight.shape[0]
         wide = torch.promote_types(hidden.dtype, torch.float32)
 
@@ -296,16 +300,16 @@ class Scorer:
         return CompletionLogps(per_completion(tokens, batch.lengths), tokens, ref_tokens=ref_tokens, divergence=values)
 
     def _tempered(self, hidden: Tensor) -> tuple[Tensor, Any, float, float | None]:
-        """Hidden states, head, scale and cap that give logits / temperature."""
+        """Hidden states, head, scale and cap that yield logits / temperature."""
         head, scale, softcap = self._head()
         if type(head) is nn.Linear:
-            hidden = hidden.to(head.weight.dtype)  # a backbone that adds up in fp32 (Mamba) gives fp32 in bf16 too
+            hidden = hidden.to(head.weight.dtype)  # Mamba's fp32 residual gives fp32 for bf16 models too
         if self.temperature == 1.0:
             return hidden, head, scale, softcap
         if softcap is not None:
             raise ValueError("a model that caps its logits has no head for a temperature")
         if type(head) is nn.Linear and head.bias is None:
-            return hidden / self.temperature, head, scale, softcap  # the same, and the fast head stays
+            return hidden / self.temperature, head, scale, softcap  # equivalent, and the fast head stays usable
         return hidden, head, scale / self.temperature, softcap
 
     def _head(self) -> tuple[Any, float, float | None]:
@@ -317,14 +321,14 @@ class Scorer:
 
 @dataclass(frozen=True, slots=True)
 class OwnHead:
-    """A causal model's own way from hidden states (n, d) to logits (n, V): its `forward`, given what its backbone says."""
+    """Maps hidden states (n, d) to logits (n, V) by the model's own `forward`, with its backbone stubbed out."""
 
     model: Any
 
     def __call__(self, hidden: Tensor) -> Tensor:
         backbone = backbone_of(self.model)
         ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
-        backbone.forward = lambda *_, **__: _Given(hidden[None])  # the instance's, for this call
+        backbone.forward = lambda *_, **__: _Given(hidden[None])  # shadows the method on this instance during the call
         try:
             return cast(Tensor, self.model(input_ids=ids).logits[0])
         finally:
@@ -332,7 +336,7 @@ class OwnHead:
 
 
 class _Given:
-    """A backbone's output of which the hidden states are known and nothing else was asked for."""
+    """A backbone output with only the last hidden states; all other fields are None."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.last_hidden_state = hidden
@@ -345,10 +349,10 @@ class _Given:
 
 
 class Elsewhere:
-    """A scorer whose model is on another device than the batches are: they are moved there, and what it finds is moved back.
+    """A scorer whose model is on another device than the batches: moves batches there and results back.
 
     Args:
-        scorer: a `Scorer`; device: of its model.
+        scorer: a `Scorer`; device: the device of its model.
     """
 
     _scorer: Any
@@ -371,7 +375,7 @@ class Elsewhere:
         return self._back(run(batch.cache[key], *args, **kwargs), batch.input_ids.device)
 
     def _back(self, found: Any, device: torch.device) -> Any:
-        if not isinstance(found, (Tensor, tuple)):  # what gives the logits of a slice
+        if not isinstance(found, (Tensor, tuple)):  # from `row_logits`
             return lambda part: moved(found(part), device)
         if isinstance(found, tuple):
             named: Any = type(found)

@@ -1,6 +1,6 @@
-"""The head in chunks of rows: log-probs, and what needs the whole vocabulary, without ever holding `[tokens, vocabulary]`.
+"""Log-probs and full-vocabulary divergences of a head in chunks of rows, without storing `[tokens, vocabulary]` logits.
 
-Each chunk's logits are computed again in the backward pass.
+The backward pass recomputes each chunk's logits.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from penchant.base.machine import kind_of
 from penchant.losses.divergences import DivergenceKind, divergence, grad_of, log_probs, value_of
 from penchant.models.cpu.head import VOCAB_TILE
 
-_CHUNK_ELEMENTS = 1 << 24  # logits alive at once: 64 MB in fp32
-_DIVERGENCE_ELEMENTS = 1 << 22  # the same where several such matrices are alive at once
-# a GPU needs a thousand rows for a product that is bound by arithmetic and not by memory: 512 MB of logits in fp32
+_CHUNK_ELEMENTS = 1 << 24  # logits in memory at once: 64 MB in fp32
+_DIVERGENCE_ELEMENTS = 1 << 22  # the same if several such matrices are in memory at once
+# a GPU needs about a thousand rows for a matmul to be compute-bound: 512 MB of logits in fp32
 _GPU_TIMES = 8
 
 RowLogits = Callable[[slice], Tensor]  # rows to their logits (rows, vocabulary), without gradient
 
 
 class HeadDivergence(NamedTuple):
-    """Per completion token (R,), nats: log-probs of policy (with gradient) and reference, and their divergence (with gradient)."""
+    """Per completion token (R,), in nats: log-probs of policy (with gradient) and reference, and divergence (with gradient)."""
 
     logps: Tensor
     ref_logps: Tensor
@@ -34,7 +34,7 @@ class HeadDivergence(NamedTuple):
 
 
 def rows_at_once(weight: Tensor, elements: int) -> int:
-    """Rows of a chunk under a head (V, d): so many that about `elements` logits are alive on a CPU, and `_GPU_TIMES` as many on a GPU."""
+    """Rows per chunk under a head (V, d) for about `elements` logits on a CPU, or `_GPU_TIMES` as many on a GPU; at least 16."""
     return max(16, elements * (1 if kind_of(weight.device) == "cpu" else _GPU_TIMES) // weight.shape[0])
 
 
@@ -44,7 +44,7 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: floa
 
 
 def scaled(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """Raw logits in fp32 (or fp64), with the model's own scale and cap."""
+    """Convert raw logits to fp32 (or fp64) and apply the model's own scale and cap."""
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
     if scale != 1.0:
@@ -53,7 +53,7 @@ def scaled(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
 
 
 def _before_scaling(d: Tensor, logits: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """d loss / d raw logits from d loss / d logits, in place: back through `scaled`."""
+    """Backward of `scaled`, in place: from d loss / d logits to d loss / d raw logits."""
     if softcap is not None:
         d.mul_(1 - (logits / softcap) ** 2)
     return d.mul_(scale) if scale != 1.0 else d
@@ -82,7 +82,7 @@ class _ChunkedTokenLogps(torch.autograd.Function):
             lses.append(lse)
             if alignment:
                 squares.append(torch.logsumexp(2 * logits, dim=-1) - 2 * lse)
-            del logits  # before the next rows get theirs
+            del logits  # free them before the next chunk
         ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(lses))
         ctx.scale, ctx.softcap, ctx.chunk = scale, softcap, chunk
         logps_of_rows = torch.cat(logps)
@@ -118,10 +118,10 @@ class _ChunkedTokenLogps(torch.autograd.Function):
 
 
 class _WeightGrad:
-    """``sum over chunks of D^T h`` for a head (V, d): in fp32 where the head is in bf16, whose sum would lose with every chunk.
+    """Accumulates ``sum over chunks of D^T h`` for a head (V, d), in fp32 for a bf16 head to avoid rounding at every chunk.
 
-    A head with an fp32 buffer of its own, `main_grad`, gets it there, as its other gradients. In a pass of a training step on the CPU
-    the fp32 gradient itself gets it, after the passes before.
+    Adds to `main_grad` if the head has that fp32 buffer. Otherwise, in a training pass on the CPU, adds to the gradient of
+    an fp32 (fp64) head directly, in the order of the passes.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -143,7 +143,7 @@ class _WeightGrad:
         return self._own
 
     def add(self, d: Tensor, hidden: Tensor) -> None:
-        """One chunk: d (rows, V), hidden (rows, d)."""
+        """Add one chunk: d (rows, V), hidden (rows, d)."""
         on_gpu = d.device.type == "cuda"
         step = d.shape[1] if on_gpu else VOCAB_TILE
         with turn(self._key, last=False) as turns:
@@ -154,11 +154,11 @@ class _WeightGrad:
                     tile.addmm_(of_tile, hidden)
                 elif on_gpu:
                     tile.add_(torch.mm(of_tile, hidden, out_dtype=tile.dtype))
-                else:  # the CPU has no such product: a chunk is rounded once, the sum is not
+                else:  # no such product on the CPU: each chunk is rounded once, the sum is not
                     tile.add_(torch.mm(of_tile, hidden))
 
     def grad(self) -> Tensor | None:
-        """What autograd is to add; None: it is where it belongs already."""
+        """Return the gradient for autograd, or None if it is already stored."""
         with turn(self._key):
             return None if self._own is None else self._own.to(self._weight.dtype)
 
@@ -182,12 +182,12 @@ def token_logps(
         hidden: (R, d) states that predict the targets.
         weight: (V, d) head; bias: (V,) or None.
         targets: (R,) int64.
-        scale, softcap: the model's own changes to its logits.
-        chunk: rows at a time; chosen by memory when None.
-        alignment: also ``log sum_v pi(v)^2``, without gradient.
+        scale, softcap: the model's own scale and cap of its logits.
+        chunk: rows at a time; chosen by memory if None.
+        alignment: also compute ``log sum_v pi(v)^2``, without gradient.
 
     Returns:
-        Log-probs (R,) in nats, and the logarithm of the probability that two samples agree, (R,) or empty; fp32 (fp64 for
+        Log-probs (R,) in nats, and the log of the probability that two samples agree, (R,) or empty; fp32 (fp64 for
         fp64 input).
     """
     rows = chunk or rows_at_once(weight, _CHUNK_ELEMENTS)
@@ -200,7 +200,7 @@ def token_logps(
 def module_token_logps(
     head: nn.Module, hidden: Tensor, targets: Tensor, scale: float, softcap: float | None, alignment: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The same through a head that is not a plain Linear (an adapter on it): each chunk is a checkpoint of its own."""
+    """`token_logps` for a head that is not a plain Linear (e.g. has an adapter), with one checkpoint per chunk."""
 
     def of_chunk(h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         logps = torch.log_softmax(scaled(head(h), scale, softcap), -1)
@@ -218,7 +218,7 @@ def module_token_logps(
 
 
 class _ChunkedDivergence(torch.autograd.Function):
-    """Log-probs of the targets and the divergence from the reference; the backward pass computes both sides' logits again."""
+    """Log-probs of the targets and divergence from the reference; the backward pass recomputes both models' logits."""
 
     @staticmethod
     def forward(
@@ -289,11 +289,11 @@ def divergence_logps(
     softcap: float | None = None,
     chunk: int | None = None,
 ) -> HeadDivergence:
-    """Log-probs of target tokens and the exact divergence from a reference at each of them, without keeping logits.
+    """Log-probs of target tokens and the exact divergence from a reference at each of them, without storing logits.
 
     Args:
         hidden, weight, targets, bias, scale, softcap: as for `token_logps`; ref_logits: the reference's logits of a slice
-            of rows, without gradient; kind: which divergence; chunk: rows at a time, chosen by memory when None.
+            of rows, without gradient; kind: which divergence; chunk: rows at a time, chosen by memory if None.
     """
     rows = chunk or rows_at_once(weight, _DIVERGENCE_ELEMENTS)
     out = _ChunkedDivergence.apply(hidden, weight, bias, targets, ref_logits, kind, scale, softcap, rows)  # type: ignore[no-untyped-call]
@@ -310,7 +310,7 @@ def module_divergence_logps(
     softcap: float | None,
     chunk: int = 64,
 ) -> HeadDivergence:
-    """The same through a head that is not a plain Linear: each chunk is a checkpoint of its own."""
+    """`divergence_logps` for a head that is not a plain Linear, with one checkpoint per chunk."""
 
     def of_chunk(h: Tensor, t: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         logits, other = scaled(head(h), scale, softcap), ref_logits(rows)

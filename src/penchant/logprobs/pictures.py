@@ -1,4 +1,4 @@
-"""Log-probs of answers to prompts with pictures: the model's own forward over padded rows, with what its processor makes of the pictures."""
+"""Log-probs of completions of prompts with images: the model's own forward over padded rows, with its processor's inputs."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from penchant.types import PackedBatch
 
 @dataclass(slots=True)
 class PicturedScorer(Scorer):
-    """A vision-language model: every completion is a row of its own behind its prompt, padded, and the model places its tokens itself.
+    """Scores a vision-language model on padded rows, one per completion with its prompt; the model assigns positions itself.
 
     Args:
-        processor: the model's; pictures are read from their files when a pass needs them.
+        processor: the model's; images are read from their files when a pass needs them.
     """
 
     processor: Any = None
@@ -48,7 +48,7 @@ class PicturedScorer(Scorer):
         return torch.stack([rows[i] for i in range(len(ids))]).flatten(0, 1).index_select(0, back)
 
     def _seen(self, batch: PackedBatch, some: list[int], longest: int) -> dict[str, Any]:
-        """What the forward takes of pictures beside ids; made once a batch, for the policy and its reference."""
+        """The model's image inputs, built once per batch for policy and reference."""
         if "pictures" not in batch.cache:
             batch.cache["pictures"] = self._read(batch, some, longest)
         seen: Any = batch.cache["pictures"]
@@ -63,7 +63,7 @@ class PicturedScorer(Scorer):
         offsets = []
         for row, i in enumerate(some):
             segment, own = batch.segments[i], ids[row][real[row].bool()]
-            before = segment.prompt_len - len(own)  # a BOS that the template does not write
+            before = segment.prompt_len - len(own)  # 1 for a BOS that the template omits
             if before < 0 or not torch.equal(held[segment.start + before : segment.start + segment.prompt_len], own):
                 prompt = prompts[row]
                 where = "model.path" if prompt is None else prompt.images[0].path
@@ -71,7 +71,7 @@ class PicturedScorer(Scorer):
                 raise DataError(where, what, "start anew")
             offsets.append(before)
         for name, value in found.items():
-            if value.shape == ids.shape and not value.is_floating_point():  # token types: those of answers are text's
+            if value.shape == ids.shape and not value.is_floating_point():  # token types: 0, text, for completions
                 whole = value.new_zeros(len(some), longest)
                 for row, before in enumerate(offsets):
                     own = value[row][real[row].bool()]
