@@ -1,4 +1,4 @@
-"""Which packing a model can take, proved on it."""
+"""Chooses the packing, attention and kernels for a model and checks that they reproduce its own `forward`."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from penchant.models.tree_attention import CALLS, Call, packed_attention, restor
 from penchant.models.tree_kernels import HALF
 from penchant.types import TokenTree
 
-# ---- Choose a packing for a model and prove it on the model: what the engine leaves out would be a silent error ----
+# ---- Choose a packing and check it on the model: anything the engine does not replicate would be a silent error ----
 
-WINDOW = 6  # tokens that a sliding window is made for the check, so that its row is longer
-NOISE = 20.0  # times what the model's own logits differ by when a row is computed beside other tokens
-LEAST, MOST = 1e-5, 1e-3  # what may differ, relative to 1 + the log-prob, whatever the noise
+WINDOW = 6  # tokens of sliding windows during the check, shorter than its row
+NOISE = 20.0  # times the difference in the model's own logits between computing a prefix alone and as part of its row
+LEAST, MOST = 1e-5, 1e-3  # bounds of the tolerance, relative to 1 + |log-prob|, whatever the noise
 
 
 RunsAs = tuple[torch.device, torch.dtype]
@@ -37,19 +37,20 @@ RunsAs = tuple[torch.device, torch.dtype]
 def choose_packing(
     model: Any, requested: str, kernels: str, attention: str = "auto", runs_as: RunsAs | None = None
 ) -> tuple[Scorer, str]:
-    """A scorer with the best packing that gives the numbers of the model's own `forward`, in fp32, row by row.
+    """Return a scorer with the best packing that reproduces the model's own `forward`, row by row in fp32.
 
     Args:
-        requested: ``auto``, ``shared``, ``separate`` or ``padded``; anything but auto that fails the check is refused.
+        requested: ``auto``, ``shared``, ``separate`` or ``padded``; raises if an explicit choice fails the check.
         attention: ``auto``, ``varlen``, ``flex`` or ``groups``, likewise.
-        runs_as: the device and dtype in which the model will run, where it is still somewhere else.
+        runs_as: the device and dtype that the model will run in, if it is not there yet.
 
     Returns:
         The scorer and a sentence for the log.
 
     Raises:
-        ConfigError: the requested packing gives other numbers than the model's own, or the requested attention cannot run.
-        ModelError: every packing does.
+        ConfigError: shared or separate packing was requested and differs from the model's own `forward`, or the requested
+            attention, compilation or 16-bit dtype does not work.
+        ModelError: no packing that may be used reproduces the model's own `forward`.
     """
     kind, why = choose_attention(model, attention, runs_as)
     by_config, reason = packing_by_config(model)
@@ -88,7 +89,7 @@ def choose_packing(
 
 
 def _compiled(model: Any, found: _Way) -> Scorer:
-    """The same way with compiled layers, whose log-probs and gradients are the same."""
+    """Return a scorer with compiled layers, after checking their log-probs and gradients. Raises ConfigError if they differ."""
     if found.packing == "padded":
         what, how = "compiles layers for packed rows, and this model takes padded ones", "set model.kernels=auto"
         raise ConfigError("model.kernels", f"compile {what}", how)
@@ -96,7 +97,7 @@ def _compiled(model: Any, found: _Way) -> Scorer:
     try:
         scorer = Scorer(model, kernels="compile", **found._asdict())
         compiled = _said(scorer)
-    except Exception as error:  # whatever a compiler raises, or the want of one
+    except Exception as error:  # the compiler is missing or failed in any way
         what = f"compile does not run here ({first_line(getattr(error, 'inner_exception', error))})"
         raise ConfigError("model.kernels", what, "set model.kernels=auto") from error
     allowed = 5e-2 if any(p.dtype in HALF for p in model.parameters()) else MOST
@@ -109,14 +110,14 @@ def _compiled(model: Any, found: _Way) -> Scorer:
 
 
 def _said(scorer: Scorer) -> dict[str, torch.Tensor]:
-    """What the engine says of the check's tree, and the gradients of the lowest layer that is trained."""
+    """Log-probs of the probe tree, and the gradients of the lowest trained layer, if any."""
     model, tree = scorer.model, _probe_tree(scorer.model)
     headless = base_model_of(model).get_output_embeddings() is None
     with quiet(model):
         found = {"log-probs": _probe(scorer, tree, headless)}
     of_layers = ([p for p in layer.parameters() if p.requires_grad] for layer in layers_of(backbone_of(model)))
     trained = next(filter(None, of_layers), [])
-    drawn = any(isinstance(m, nn.Dropout) and m.p for m in model.modules())  # a compiler draws other numbers
+    drawn = any(isinstance(m, nn.Dropout) and m.p for m in model.modules())  # compiled dropout draws other numbers
     if trained:
         with quiet(model, training=not drawn), torch.enable_grad():
             total = _probe(scorer, tree, headless).sum()
@@ -126,10 +127,10 @@ def _said(scorer: Scorer) -> dict[str, torch.Tensor]:
 
 
 def choose_pictured(model: Any, processor: Any) -> tuple[Scorer, str]:
-    """`choose_packing` for a vision-language model, whose rows are padded and go through its own attention and places.
+    """`choose_packing` for a vision-language model: padded rows with the model's own attention and positions.
 
     Raises:
-        ModelError: its log-probs of text alone are not those of its own forward.
+        ModelError: even for text alone, the log-probs differ from the model's own `forward`.
     """
     from penchant.logprobs.pictures import PicturedScorer
 
@@ -149,7 +150,7 @@ def choose_pictured(model: Any, processor: Any) -> tuple[Scorer, str]:
 
 
 class _Way(NamedTuple):
-    """How a model can be run: see `Scorer`."""
+    """One way to run a model, see `Scorer`."""
 
     packing: Packing
     attention: str
@@ -160,7 +161,7 @@ class _Way(NamedTuple):
 def _first_right(
     model: Any, candidates: Sequence[Packing], kernels: str, attentions: Sequence[str]
 ) -> tuple[_Way | None, str]:
-    """The first way that gives the model's own numbers; None, and how the last one differs, where there is none."""
+    """Return the first way that reproduces the model's own outputs, or None, and how the last failed way differs."""
     base, tree = base_model_of(model), _probe_tree(model)
     headless = base.get_output_embeddings() is None
     wrong = ""
@@ -170,7 +171,7 @@ def _first_right(
         for way in _ways(candidates, attentions, headless):
             try:
                 away = _away(_probe(Scorer(model, kernels=kernels, **way._asdict()), tree, headless), own)
-            except Exception as error:  # whatever a stranger's model raises where it is used in a new way
+            except Exception as error:  # an unknown model may raise anything when run in a new way
                 wrong = first_line(error)
                 continue
             if away <= allowed:
@@ -192,7 +193,7 @@ def _ways(candidates: Sequence[Packing], attentions: Sequence[str], headless: bo
 
 
 def _own(model: Any, tree: TokenTree, headless: bool) -> tuple[torch.Tensor, float]:
-    """What the model's own `forward` says, row by row, and what another computation of it may differ by."""
+    """Outputs of the model's own `forward`, row by row, and the allowed difference for other ways to compute them."""
     device = next(model.parameters()).device
     rows, noise = [], 0.0
     for completion in tree.completion_ids:
@@ -208,7 +209,7 @@ def _own(model: Any, tree: TokenTree, headless: bool) -> tuple[torch.Tensor, flo
 
 
 def own_outputs(model: Any, ids: torch.Tensor, headless: bool = False) -> torch.Tensor:
-    """(n, V) logits of one row (n,) by the model's own `forward`; hidden states (n, d) where there is no head for tokens."""
+    """Logits (n, V) of one row (n,) from the model's own `forward`, or hidden states (n, d) if `headless`."""
     part = backbone_of(model) if headless else base_model_of(model)
     out = part(input_ids=ids[None], **without_cache(part))
     values: torch.Tensor = (out.last_hidden_state if headless else out.logits)[0]
@@ -216,20 +217,20 @@ def own_outputs(model: Any, ids: torch.Tensor, headless: bool = False) -> torch.
 
 
 def _probe(scorer: Scorer, tree: TokenTree, headless: bool) -> torch.Tensor:
-    """What the engine says: log-probs (R,) of the completions' tokens, or hidden states (R, d)."""
+    """The scorer's log-probs (R,) of the completion tokens, or hidden states (R, d) if `headless`."""
     batch = pack([tree], shared=scorer.shared).to(next(scorer.model.parameters()).device)
     return scorer.predicting(batch) if headless else scorer.logps(batch).tokens
 
 
 def _probe_tree(model: Any) -> TokenTree:
-    """A small made-up tree for the check that a packing gives the same numbers: a prompt and three completions."""
+    """A small random tree for the checks: a prompt and three completions."""
     rng, vocabulary = np.random.default_rng(0), base_model_of(model).config.get_text_config().vocab_size
     prompt, *completions = (rng.integers(0, vocabulary, size=n).astype(np.int32) for n in (13, 9, 6, 2))
     return TokenTree(0, prompt, tuple(completions), (False,) * len(completions))
 
 
 def _away(found: torch.Tensor, own: torch.Tensor) -> float:
-    """The largest difference: of numbers relative to 1 + their size, of vectors relative to their length."""
+    """The largest difference: of numbers relative to 1 + their absolute value, of vectors relative to their norm."""
     if own.ndim == 1:
         return float(((found - own).abs() / (1 + own.abs())).max())
     return float(((found - own).norm(dim=1) / own.norm(dim=1)).max())
@@ -245,10 +246,10 @@ def _fast_is_right(scorer: Scorer) -> bool:
 
 
 def check_precision(model: Any) -> None:
-    """A model's own `forward` runs in the precision that its weights are in.
+    """Check that the model's own `forward` runs in the precision of its weights.
 
     Raises:
-        ConfigError: it does not in 16 bits.
+        ConfigError: it does not run in 16 bits.
     """
     if all(p.dtype not in HALF for p in model.parameters()):
         return
@@ -263,17 +264,17 @@ def check_precision(model: Any) -> None:
         raise ConfigError("model.dtype", what, "set model.dtype=fp32 (chat and serve: --dtype fp32)") from error
 
 
-# ---- Which attention, by what the model hands to it; its kernels are then run against the groups' in the model's own precision ----
+# ---- Choose an attention by the model's calls, then compare its kernels with ``groups`` in the model's own precision ----
 
 
 def choose_attention(model: Any, requested: str, runs_as: RunsAs | None = None) -> tuple[str, str]:
-    """(kind, reason for the log) of attention within packed rows: see `select_attention`.
+    """Return (kind, reason for the log) of attention within packed rows, see `select_attention`.
 
     Args:
-        runs_as: as for `choose_packing`; there the kernels are run on each layer's shapes alone, where the model will be.
+        runs_as: as for `choose_packing`. If the device differs, only the layers' attention shapes are checked there.
 
     Raises:
-        ConfigError: what was asked for is impossible on this model and device, or computes something else.
+        ConfigError: the requested attention is impossible on this model and device, or its results differ.
     """
     here = next(model.parameters()).device
     device, dtype = (here, None) if runs_as is None else runs_as
@@ -293,7 +294,7 @@ def choose_attention(model: Any, requested: str, runs_as: RunsAs | None = None) 
             found = {"log-probs": _away_from_groups(model, kind)} if device == here else {}
             if any(p.requires_grad for p in model.parameters()) or not found:
                 found["gradients"] = max((_gradients_away(model, kind, c, device) for c in calls), default=0.0)
-        except Exception as error:  # a kernel that this GPU or installation has not
+        except Exception as error:  # a kernel that this GPU or installation lacks
             wrong = f"{kind}: {first_line(error)}"
             continue
         differ = [f"its {name} differ by {away:.2g}" for name, away in found.items() if not away <= allowed]
@@ -304,14 +305,14 @@ def choose_attention(model: Any, requested: str, runs_as: RunsAs | None = None) 
 
 
 def attention_calls(model: Any) -> set[Call]:
-    """What the layers of a model ask of their attention; nothing where it cannot be replaced."""
+    """The distinct attention calls of a model's layers; empty if its attention cannot be replaced."""
     calls: set[Call] = set()
     batch = pack([_probe_tree(model)]).to(next(model.parameters()).device)
     batch.cache[CALLS] = calls
     with quiet(model):
         try:
             Scorer(model, "shared").hidden(batch)
-        except Exception:  # its packed rows are not taken either: `choose_packing` says so
+        except Exception:  # packed rows fail too, which `choose_packing` reports
             calls.clear()
     return calls
 
@@ -324,7 +325,7 @@ def _away_from_groups(model: Any, kind: str) -> float:
 
 
 def _gradients_away(model: Any, kind: str, call: Call, device: torch.device) -> float:
-    """How far the gradients of one layer's attention, of made-up numbers, are from those of the groups in fp32 or better."""
+    """Relative difference of one layer's attention gradients, for random inputs, from those of ``groups`` in fp32 or better."""
     batch = pack([_probe_tree(model)]).to(device)
     numbers, wide = torch.Generator().manual_seed(0), torch.promote_types(call.dtype, torch.float32)
     heads = (call.heads, call.kv_heads, call.kv_heads, call.heads)
@@ -342,7 +343,7 @@ def _gradients_away(model: Any, kind: str, call: Call, device: torch.device) -> 
 
 
 def _triton() -> bool:
-    """Whether torch can compile kernels for a GPU here."""
+    """Whether torch can compile GPU kernels here: Triton and a C compiler are present."""
     from torch.utils._triton import has_triton
 
     return bool(has_triton()) and any(shutil.which(name) for name in ("cc", "gcc", "clang"))
@@ -350,7 +351,7 @@ def _triton() -> bool:
 
 @contextmanager
 def _short_windows(model: nn.Module) -> Iterator[None]:
-    """Sliding windows shorter than the check's row for a while: a mask that takes no window would pass on a short row."""
+    """Shorten sliding windows below the probe row's length in the block, so that a mask that ignores them fails the check."""
     base = base_model_of(model)
     holders = {id(x): x for x in (base.config, base.config.get_text_config(), *base.modules())}.values()
     found = [(x, w) for x in holders if type(w := getattr(x, "sliding_window", None)) is int and w > WINDOW]
@@ -363,10 +364,10 @@ def _short_windows(model: nn.Module) -> Iterator[None]:
             holder.sliding_window = window
 
 
-# ---- Which packing a model can take: looked up in its config, then checked on the model itself ----
+# ---- The packing a model should support by its config; the checks above confirm it ----
 
 
 def packing_by_config(model: Any) -> tuple[str, str]:
-    """(packing, reason) from the model's config: padded rows where layers carry state along a row, else shared."""
+    """(packing, reason) by the model's config: padded if layers carry state along a row, else shared."""
     reason = carries_state(base_model_of(model).config.get_text_config())
     return ("padded", reason) if reason else ("shared", "attention only: prompts are shared")

@@ -1,4 +1,4 @@
-"""The reference's log-probs: a frozen copy, the adapter switched off, or computed once and kept on disk."""
+"""Reference log-probs: from a frozen copy, from the policy with its adapter disabled, or precomputed and cached on disk."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from penchant.models.cpu.layers import adapters_as
 from penchant.models.load import tensors_sha256
 from penchant.types import PackedBatch, TokenTree
 
-BLOCK = 8192  # trees that are hashed at a time
-ENGINE_VERSION = "1"  # part of the cache key: raise it when the numbers of the engine change
+BLOCK = 8192  # trees hashed at a time
+ENGINE_VERSION = "1"  # part of the cache key: raise it if the engine's numbers change
 
 
 class Reference(Protocol):
-    """Where reference log-probs come from."""
+    """A source of reference log-probs."""
 
     @property
     def exact(self) -> bool:
-        """Whether equal weights give log-probs that are equal to the last bit (the same kernels on the same batch)."""
+        """Whether equal weights give bitwise equal log-probs (same kernels on the same batch)."""
 
     def logps(self, batch: PackedBatch) -> Tensor:
         """Summed completion log-probs (C,) under the reference, without gradient."""
@@ -48,10 +48,10 @@ class Reference(Protocol):
 
 @dataclass(slots=True)
 class LiveReference:
-    """A reference that runs each step: a frozen copy, or the policy with its adapter switched off or as it was.
+    """A reference that is computed at each step: a frozen copy, or the policy with its adapter disabled or in an earlier state.
 
     Args:
-        off: puts the model into the reference's state and back; adapters: the same for the fast path, see `adapters_as`.
+        off: context in which the model is in the reference's state; adapters: the same for the fast path, see `adapters_as`.
     """
 
     scorer: Scorer
@@ -66,7 +66,7 @@ class LiveReference:
         return self.completion_logps(batch).tokens
 
     def row_logits(self, batch: PackedBatch) -> RowLogits:
-        """The reference's logits of a slice of predicting positions: what an exact divergence compares the policy's with."""
+        """Return a function from a slice of predicting positions to the reference's logits, for exact divergences."""
         with self.at_rest():
             rows = self.scorer.row_logits(batch)
 
@@ -83,12 +83,15 @@ class LiveReference:
 
     @property
     def side_by_side(self) -> bool:
-        """Whether several threads may run passes of it at once, beside passes of the policy."""
+        """Whether several threads may run passes at once, in parallel with passes of the policy."""
         return self.scorer.side_by_side
 
     @contextmanager
     def at_rest(self) -> Iterator[None]:
-        """The model as the reference has it, without gradient. What has a fast path stays as it is: other threads may train it now."""
+        """Context with the model in the reference's state, without gradient.
+
+        If `side_by_side`, the model itself is not changed, because other threads may be training it.
+        """
         model = self.scorer.model
         if self.scorer.side_by_side:
             with torch.no_grad(), nullcontext() if self.adapters is None else adapters_as(self.adapters):
@@ -104,12 +107,12 @@ class LiveReference:
 
 
 def adapter_off(scorer: Scorer) -> LiveReference:
-    """The reference of a LoRA run: the same weights and kernels with the adapter disabled."""
+    """The reference of a LoRA run: the policy's weights and kernels with the adapter disabled."""
     return LiveReference(scorer, off=scorer.model.disable_adapter, adapters={})  # type: ignore[arg-type]
 
 
 def adapter_as_it_is(scorer: Scorer) -> LiveReference:
-    """The policy with its adapter as it is now, whatever training makes of it: a copy of the adapter, and no other weights."""
+    """The policy with its adapter frozen in its current state, as a reference. Copies the adapter and no other weights."""
     kept: dict[Tensor, Tensor] = {
         p: local(p).detach().clone() for n, p in scorer.model.named_parameters() if "lora_" in n
     }
@@ -127,7 +130,7 @@ def adapter_as_it_is(scorer: Scorer) -> LiveReference:
 
     @contextmanager
     def put_back_in_place() -> Iterator[None]:
-        # torch's FSDP gathers from the memory of the shards
+        # torch's FSDP gathers from the shards' own memory
         shards = [local(p.detach()) for p in kept]
         now = [s.clone() for s in shards]
         try:
@@ -145,11 +148,11 @@ def adapter_as_it_is(scorer: Scorer) -> LiveReference:
 class MovingReference(LiveReference):
     """A frozen copy that follows the policy (TR-DPO, arXiv 2404.09656): ``ref <- (1 - mixup) ref + mixup policy``.
 
-    Every `every` optimizer steps; mixup 1 is a hard update, ``every=1, mixup=0.01`` an exponential moving average with decay
-    0.99. The mean is kept in fp32: in bf16 a small step would be rounded away.
+    Updates every `every` optimizer steps. ``mixup=1`` is a hard update; ``every=1, mixup=0.01`` is an exponential moving
+    average with decay 0.99. The average is kept in fp32, because bf16 would round small steps away.
 
     Args:
-        policy: gives the policy's weights in fp32, under the names of the reference's parameters.
+        policy: returns the policy's weights in fp32, under the names of the reference's parameters.
     """
 
     policy: Callable[[], Mapping[str, Tensor]] = dict
@@ -158,14 +161,14 @@ class MovingReference(LiveReference):
     masters: dict[str, Tensor] = field(default_factory=dict)
 
     def after_step(self, step: int) -> None:
-        """Update where optimizer step `step` (1-based) is one to update at."""
+        """Update if optimizer step `step` (1-based) is a multiple of `every`."""
         if step % self.every:
             return
         parameters = self._parameters()
         with torch.no_grad():
             trained = {
                 n: value for n, value in self.policy().items() if n in parameters
-            }  # PPO's value is not of the policy
+            }  # PPO's value head is not part of the policy
             now = {n: dealt_as(parameters[n], moved(value, parameters[n].device)) for n, value in trained.items()}
             for name, value in now.items():
                 if name not in self.masters:
@@ -176,15 +179,15 @@ class MovingReference(LiveReference):
 
     def _parameters(self) -> dict[str, Tensor]:
         if isinstance(self.scorer, Rooted):
-            reshard(self.scorer.root)  # an exact divergence leaves the head whole
+            reshard(self.scorer.root)  # an exact divergence leaves the head unsharded
         return dict(self.scorer.model.named_parameters())
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The moved weights, in fp32."""
+        """The averaged weights, in fp32."""
         return dict(self.masters)
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """The inverse of `state_tensors`."""
+        """Restore the tensors of `state_tensors`."""
         parameters = self._parameters()
         with torch.no_grad():
             for name, value in tensors.items():
@@ -192,25 +195,25 @@ class MovingReference(LiveReference):
                 local(parameters[name]).copy_(local(self.masters[name]))
 
 
-# what a reference that follows the policy has in a checkpoint
+# prefix of a moving reference's tensors in a checkpoint
 OF_REFERENCE = "reference/"
 
 
 def followed(reference: Reference | None, step: int) -> None:
-    """Move a reference that follows the policy, where optimizer step `step` (1-based) is one to do so."""
+    """Update a moving reference after optimizer step `step` (1-based), if it is due; other references are unchanged."""
     if isinstance(reference, MovingReference):
         reference.after_step(step)
 
 
 def moved_state(reference: Reference | None) -> dict[str, Tensor]:
-    """What a checkpoint holds of a reference: nothing, unless it follows the policy."""
+    """The tensors of a reference to save in a checkpoint: empty unless it is a moving reference."""
     if not isinstance(reference, MovingReference):
         return {}
     return {f"{OF_REFERENCE}{name}": value for name, value in reference.state_tensors().items()}
 
 
 def load_moved_state(reference: Reference | None, tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of `moved_state`; further tensors are left alone."""
+    """Restore the tensors of `moved_state`; other tensors are ignored."""
     if isinstance(reference, MovingReference):
         found = {n.removeprefix(OF_REFERENCE): v for n, v in tensors.items() if n.startswith(OF_REFERENCE)}
         reference.load_state_tensors(found)
@@ -218,9 +221,9 @@ def load_moved_state(reference: Reference | None, tensors: Mapping[str, Tensor])
 
 @dataclass(slots=True)
 class CachedReference:
-    """Reference log-probs by data set row: of completions, and of their tokens where those were asked for.
+    """Precomputed reference log-probs by dataset row: per completion and, if requested, per token.
 
-    Where a batch brings them along (`columns`), they are on its device already.
+    A batch that already carries them in `columns` has them on its device.
     """
 
     by_row: Mapping[int, Tensor]
@@ -234,7 +237,7 @@ class CachedReference:
         return self._of(batch, "ref_token_logps", self.tokens_by_row)
 
     def columns(self, batch: PackedBatch, *, tokens: bool) -> dict[str, Tensor]:
-        """What a batch on the CPU is to bring along."""
+        """The columns to attach to a batch on the CPU."""
         return {"ref_token_logps": self.token_logps(batch)} if tokens else {"ref_logps": self.logps(batch)}
 
     def _of(self, batch: PackedBatch, name: str, by_row: Mapping[int, Tensor]) -> Tensor:
@@ -244,10 +247,10 @@ class CachedReference:
 
 
 def cache_key(weights_sha256: str, trees: Sequence[TokenTree], *, dtype: str, tokenizer: str, template: str) -> str:
-    """The name of a cache: SHA-256 over what reference log-probs depend on, and nothing else.
+    """The name of a cache: SHA-256 over exactly what reference log-probs depend on.
 
-    Model weights (and how its config has them computed), tokenizer, template, every token id and boundary, and the dtype; not the learning rate, the output
-    folder, the loss or the packing.
+    These are the model's weights (and the config settings that affect its outputs), tokenizer, template, every token id and
+    boundary, and the dtype, but not the learning rate, output folder, loss or packing.
     """
     digest = hashlib.sha256()
     for part in (ENGINE_VERSION, weights_sha256, dtype, tokenizer, template):
@@ -257,10 +260,10 @@ def cache_key(weights_sha256: str, trees: Sequence[TokenTree], *, dtype: str, to
 
 
 def hash_trees(digest: Any, trees: Sequence[TokenTree]) -> None:
-    """Put every token id and boundary of some trees into a digest, in their order."""
+    """Update a digest with every token id and boundary of the trees, in order."""
     for start in range(0, len(trees), BLOCK):
         parts, lengths, ids = _parts(trees, start, min(start + BLOCK, len(trees)))
-        # each part as its length and its ids, all 4 bytes; behind each tree a byte
+        # each part is its length and its ids, 4 bytes each; each tree is followed by one byte
         ends = np.cumsum(lengths + 1)
         words = np.empty(int(ends[-1]), dtype="<i4")
         is_id = np.ones(len(words), dtype=bool)
@@ -272,7 +275,7 @@ def hash_trees(digest: Any, trees: Sequence[TokenTree]) -> None:
 
 
 def _parts(trees: Sequence[TokenTree], start: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of some trees: how many parts each has (masks among them), the tokens of each part, and the ids of all parts."""
+    """For trees `start` to `end`: number of parts of each (including masks), tokens of each part, and the ids of all parts."""
     if isinstance(trees, StoredTokens) and not trees.masked:
         return trees.part_counts(start, end), trees.part_lengths(start, end), trees.part_ids(start, end)
     some = [(t.prompt_ids, *t.completion_ids, *t.masks) for t in trees[start:end]]
@@ -291,12 +294,12 @@ def cached_reference(
     progress: Callable[[int, int], None] | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> tuple[CachedReference, bool]:
-    """Read the cache `key` in `folder`, or compute it and write it there (atomically).
+    """Read the cache `key` in `folder`, or compute it and write it there atomically.
 
-    A damaged file is computed again, and where none can be written it goes on without one; `say` is told of both.
+    Recomputes a damaged file, and continues without a cache if it cannot be written; `say` gets a note in both cases.
 
     Args:
-        tokens: also token by token.
+        tokens: also store log-probs per token.
 
     Returns:
         The reference, and whether it was found on disk.
@@ -306,7 +309,7 @@ def cached_reference(
 
     def on_disk(say: Callable[[str], None]) -> dict[str, Tensor] | None:
         stored = _read(path, say)
-        # one without the tokens that are wanted now is computed again
+        # recompute a cache without per-token log-probs if they are requested
         return stored if len(stored.get("sums", ())) == count and (not tokens or "tokens" in stored) else None
 
     def computed() -> dict[str, Tensor]:
@@ -317,7 +320,7 @@ def cached_reference(
     stored = world.share(on_disk(say) if world.leads else None)
     if stored is not None:
         return _by_row(trees, stored), True
-    if world.many:  # nobody waits for a lock while the others wait for him
+    if world.many:  # no lock: a rank waiting for it would block the other ranks
         stored = computed()
         if world.leads:
             with optional_write(path, say):
@@ -342,7 +345,7 @@ def cached_reference(
 
 
 def _read(path: Path, say: Callable[[str], None]) -> dict[str, Tensor]:
-    """What a cache holds; nothing where it is absent, damaged, or of an older version that kept no sum."""
+    """The tensors of a cache file; empty if it is missing, damaged, or from an older version without a checksum."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -367,7 +370,7 @@ def _sha256(tensors: Mapping[str, Tensor]) -> str:
 
 @contextmanager
 def _one_at_a_time(path: Path) -> Iterator[None]:
-    """An advisory lock that the kernel drops when its holder dies; without one where the file system has none."""
+    """Hold an advisory lock, which the kernel releases if the process dies. No lock if the file system does not support it."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         with suppress(OSError):
@@ -375,7 +378,7 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            path.unlink(missing_ok=True)  # whoever waits for it finds the result, or computes it too
+            path.unlink(missing_ok=True)  # a waiting process then finds the result or computes it too
         os.close(handle)
 
 
@@ -386,7 +389,7 @@ def compute_logps(
     tokens_per_step: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> CompletionLogps:
-    """Log-probs of all completions, in tree order, without gradient: sums (sum of k,) and tokens."""
+    """Log-probs of all completions, in tree order, without gradient: sums (total completions,) and tokens (total tokens,)."""
     shared, done = live.scorer.shared, 0
     sizes = _sizes(trees)
     ends = [np.cumsum(n) for n in sizes]
@@ -406,10 +409,10 @@ def compute_logps(
 
 
 class RowParts(Mapping[int, Tensor]):
-    """Parts of long tensors by data set row, cut out when they are asked for: a million small tensors would take seconds to make.
+    """Slices of long tensors by dataset row, made on access because a million small tensors would take seconds to create.
 
     Args:
-        segments: (first row, (n,) int64 end of each row's part, tensor) of n rows that are numbered on.
+        segments: (first row, (n,) int64 end of each row's slice, tensor) for n consecutive rows.
     """
 
     def __init__(self, segments: Sequence[tuple[int, np.ndarray, Tensor]]) -> None:
@@ -430,7 +433,7 @@ class RowParts(Mapping[int, Tensor]):
 
 
 def joined(references: Sequence[CachedReference]) -> CachedReference:
-    """One reference for all the rows of several."""
+    """Combine several references into one for all their rows."""
     return CachedReference(_joined([r.by_row for r in references]), _joined([r.tokens_by_row for r in references]))
 
 
@@ -441,7 +444,7 @@ def _joined(parts: Sequence[Mapping[int, Tensor]]) -> Mapping[int, Tensor]:
 
 
 def _sizes(trees: Sequence[TokenTree]) -> tuple[np.ndarray, np.ndarray]:
-    """(n,) int64 twice: completions of each tree, and tokens of all its completions that are trained."""
+    """For each tree, its number of completions and of trained completion tokens; both (n,) int64."""
     if not isinstance(trees, StoredTokens) or trees.masked:
         made = [(len(t.completion_ids), sum(t.trained)) for t in trees]
         counts, tokens = np.array(made, dtype=np.int64).reshape(-1, 2).T
