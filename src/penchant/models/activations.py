@@ -1,4 +1,4 @@
-"""Activations between forward and backward pass: kept in the host's memory."""
+"""Offload activations to host memory between the forward and the backward pass."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-SMALL = 1 << 16  # bytes: less than this is not worth a copy
+SMALL = 1 << 16  # bytes: smaller tensors are not worth a copy
 
 
 class Offloaded(saved_tensors_hooks):
-    """While it is entered, what autograd saves goes to the host, and returns when the backward pass needs it.
+    """Context in which tensors saved by autograd are moved to the host, and back when the backward pass needs them.
 
-    `torch.autograd.graph.save_on_cpu` does so too, but would also copy the weights, which products save and which stay where they are.
+    `torch.autograd.graph.save_on_cpu` also copies the weights that matrix products save; here they stay on their device.
 
     Args:
-        module: its parameters and buffers are left alone; pin: take page-locked memory, which copies in the background need.
+        module: its parameters and buffers are not moved; pin: use page-locked memory, which asynchronous copies need.
     """
 
     def __init__(self, module: nn.Module, pin: bool) -> None:
@@ -27,7 +27,7 @@ class Offloaded(saved_tensors_hooks):
             if saved.nbytes < SMALL or saved.untyped_storage().data_ptr() in own:
                 return saved
             kept = torch.empty(saved.size(), dtype=saved.dtype, layout=saved.layout, pin_memory=pin)
-            return saved.device, kept.copy_(saved, non_blocking=pin)  # of one stream, as its way back is
+            return saved.device, kept.copy_(saved, non_blocking=pin)  # safe: the copy back runs on the same stream
 
         def unpack(kept: Tensor | tuple[torch.device, Tensor]) -> Tensor:
             return kept if isinstance(kept, Tensor) else kept[1].to(kept[0], non_blocking=pin)
@@ -36,7 +36,7 @@ class Offloaded(saved_tensors_hooks):
 
 
 def offload(backbone: nn.Module, pin: bool = True) -> None:
-    """Have every forward pass with a gradient keep its activations in the host's memory."""
+    """Register hooks that keep the activations of every forward pass with a gradient in host memory."""
     entered: list[Offloaded | None] = []
 
     def before(module: nn.Module, _: Any) -> None:

@@ -1,4 +1,4 @@
-"""Decoder layers through `torch.compile`, which fuses what transformers' modules leave apart: norms, rotary embeddings, activations."""
+"""Compile decoder layers with `torch.compile`, which fuses the norms, rotary embeddings and activations of transformers' modules."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from penchant.models.load import backbone_of
 from penchant.models.tree_attention import uncompiled_attention
 
 BACKEND = "inductor"
-VARIANTS = 64  # of a layer's two halves: by kind of layer, precision, with a gradient and without
+VARIANTS = 64  # compiled versions of a layer's two halves: by kind of layer, precision, with and without gradient
 
 
 def compile_layers(model: nn.Module) -> None:
-    """Compile each layer of a transformers (peft) model for passes over packed rows; other passes (sampling) stay as they are.
+    """Compile each layer of a transformers (peft) model for passes over packed rows; other passes (sampling) stay uncompiled.
 
-    Attention runs between two compiled parts, as it is. Parameters keep their names, and lengths are dynamic: no batch is compiled for anew.
+    Attention runs uncompiled between two compiled parts. Parameters keep their names, and lengths are dynamic, so new batch sizes do
+    not recompile.
     """
     import torch._dynamo
 
@@ -28,7 +29,7 @@ def compile_layers(model: nn.Module) -> None:
     config.recompile_limit = max(config.recompile_limit, VARIANTS)
     for layer in layers_of(backbone_of(model)):
         if layer._compiled_call_impl is None:
-            layer._compiled_call_impl = _for_packed_rows(layer._call_impl)  # as `nn.Module.compile` does
+            layer._compiled_call_impl = _for_packed_rows(layer._call_impl)  # like `nn.Module.compile`
 
 
 def _for_packed_rows(plain: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,6 +1,6 @@
-"""A model's folder may say anything: its files are looked at before torch or transformers build something of them.
+"""Check an untrusted model folder before torch or transformers build anything from its files.
 
-What is read from elsewhere is bounded in time and memory, nothing of it is executed, and what a library raises is one sentence.
+Reading is bounded in time and memory, no code from the folder is executed, and a library's error becomes one sentence.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from penchant.errors import ModelError, PenchantError
 CONFIGS = ("config.json", "generation_config.json", "adapter_config.json")
 OBJECTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 READ = (".json", ".jinja", ".txt", ".model", ".safetensors", ".bin")
-SMALL, LARGE = 64 << 20, 512 << 20  # bytes of a JSON file or a template, and of a tokenizer
-# the most of what is built one by one, by what a key of config.json is called (but for a size): a thousand times what any model has
+SMALL, LARGE = 64 << 20, 512 << 20  # bytes of a config or index; of a tokenizer, a template or any other text file
+# limits of counts in config.json by a word in their key (sizes excepted), far above any real model: such parts are built one by one
 SIZE = re.compile("size|dim|width|length", re.IGNORECASE)
 COUNTED = {"layer": 2_000, "block": 2_000, "expert": 100_000, "label": 1_000_000}
 MOST_TOKENS = 1 << 24
-ROOM = 1 << 24  # elements that a model may have beside its files': new heads, tables of positions
+ROOM = 1 << 24  # elements that a model may have beyond those in its files: new heads, position tables
 PLACES = re.compile(r"\.(?:layers?|h|blocks?)\.(\d+)\.")
 
 
@@ -35,17 +35,17 @@ def first_line(error: BaseException) -> str:
 
 
 def config_of(path: str) -> str:
-    """A folder's config.json, where there is one: what a sentence is about."""
+    """The path of a folder's config.json if it exists, else `path`: what an error message names."""
     config = Path(path).expanduser() / "config.json"
     return str(config) if config.exists() else path
 
 
 @contextmanager
 def loading(path: str | Callable[[], str], what: str, how: str) -> Iterator[None]:
-    """Whatever a library raises in here is one sentence about `path` (or what it returns); a Rust library's panic is not even an Exception.
+    """Turn any error in the block into one sentence about `path` (or its return value), even a Rust panic, which is no Exception.
 
     Raises:
-        ModelError: always, in place of another error.
+        ModelError: in place of any other error; a PenchantError, KeyboardInterrupt, SystemExit or GeneratorExit passes through.
     """
     try:
         yield
@@ -58,10 +58,10 @@ def loading(path: str | Callable[[], str], what: str, how: str) -> Iterator[None
 
 
 def read_object(path: Path, most: int = SMALL) -> dict[str, Any]:
-    """A JSON file of a model's folder.
+    """Read a JSON object from a file of a model folder.
 
     Raises:
-        ModelError: it is too large, no regular file, not JSON, or no object.
+        ModelError: the file is too large, not a regular file, not JSON, or not an object.
     """
     check_file(path, most)
     with loading(str(path), "is not JSON that can be read", "get it again from where the model comes from"):
@@ -72,7 +72,7 @@ def read_object(path: Path, most: int = SMALL) -> dict[str, Any]:
 
 
 def check_file(path: Path, most: int) -> None:
-    """Refuse what blocks when it is opened, and what is far too large."""
+    """Refuse a file that is far too large, or not a regular file (opening it may block)."""
     if not path.is_file():
         raise ModelError(str(path), "is not a regular file", "get it again from where the model comes from")
     if path.stat().st_size > most:
@@ -80,10 +80,10 @@ def check_file(path: Path, most: int) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Look at the small files of a model's or adapter's folder, and at the headers of its weights; a hub id is not looked at.
+    """Check the small files of a model or adapter folder, and the headers of its weights. Does nothing for a hub id.
 
     Raises:
-        ModelError: a file that nobody could load, or that would have more built than any model has.
+        ModelError: a file cannot be loaded, or describes a model larger than any real one.
     """
     if folder.is_dir():
         files = sorted(folder.iterdir())
@@ -91,7 +91,7 @@ def check_folder(folder: Path) -> None:
         _check_files(folder, tuple((p, s and (s.st_size, s.st_mtime_ns)) for p, s in zip(files, stats, strict=True)))
 
 
-@lru_cache(maxsize=32)  # each loader looks at the folder first, and a tokenizer.json may have 30 MB
+@lru_cache(maxsize=32)  # each loader checks the folder first, and a tokenizer.json may have 30 MB
 def _check_files(folder: Path, files: Sequence[tuple[Path, tuple[int, int] | None]]) -> None:
     for path, _ in files:
         if path.name.endswith(".index.json"):
@@ -109,7 +109,7 @@ def _check_files(folder: Path, files: Sequence[tuple[Path, tuple[int, int] | Non
 
 
 def _check_ids(path: Path, values: Mapping[str, Any]) -> None:
-    """No token has an id for which the tokenizer's library would make a table of billions."""
+    """Refuse token ids so large that the tokenizers library would build a table of billions of entries."""
     model, added = values.get("model"), values.get("added_tokens")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     ids = [*vocabulary.values()] if isinstance(vocabulary, dict) else []
@@ -124,7 +124,7 @@ def _check_ids(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _check_index(path: Path) -> None:
-    """Every shard is a file of this folder."""
+    """Check that every shard in the index is a file in this folder."""
     index = read_object(path)
     shards = index.get("weight_map")
     if not isinstance(index.get("metadata", {}), dict):
@@ -139,7 +139,7 @@ def _check_index(path: Path) -> None:
 
 
 def _check_numbers(path: Path, values: Any, key: str = "") -> None:
-    """No number of a config makes something be built for ever."""
+    """Refuse numbers in a config that would make building the model take forever."""
     if isinstance(values, dict):
         for name, value in values.items():
             _check_numbers(path, value, str(name))
@@ -158,10 +158,10 @@ def _short(number: int) -> str:
 
 
 def headers(folder: Path) -> dict[str, tuple[str, tuple[int, ...], str]]:
-    """By tensor of a folder's safetensors: (type, shape, file), as their headers say; the library checks them against the files.
+    """(dtype, shape, file name) of each tensor in a folder's safetensors, by name; safetensors checks headers against file sizes.
 
     Raises:
-        ModelError: a header that does not fit its file.
+        ModelError: a header does not match its file.
     """
     from safetensors import safe_open
 
@@ -177,7 +177,7 @@ def headers(folder: Path) -> dict[str, tuple[str, tuple[int, ...], str]]:
 
 
 def _check_ranks(path: Path, sizes: Iterable[int]) -> None:
-    """An adapter's ranks are sizes that its weights have, or those of several experts beside each other are multiples of."""
+    """Check that each rank of an adapter divides a dimension of its weights (several experts side by side have a multiple of it)."""
     config, known = read_object(path), set(sizes)
     pattern = config.get("rank_pattern")
     for rank in (config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())):
@@ -186,13 +186,13 @@ def _check_ranks(path: Path, sizes: Iterable[int]) -> None:
 
 
 def check_built(folder: Path, built: Any, *, whole: bool = True) -> None:
-    """A model that config.json makes (on the meta device: it takes no memory) is the one that the folder's weights are of.
+    """Check that the model built from config.json (on the meta device, without memory) matches the folder's weights.
 
     Args:
-        whole: the weights are these by name and shape; False: of a model that holds this one.
+        whole: also compare shapes and dtypes by name; False if the folder holds a larger or another model than `built`.
 
     Raises:
-        ModelError: other shapes, whole numbers as weights, or far more weights than the files hold.
+        ModelError: shapes differ, weights have an integer dtype, or the model has far more weights than the files can hold.
     """
     stored = headers(folder)
     parameters = dict(built.named_parameters())
@@ -214,7 +214,7 @@ def check_built(folder: Path, built: Any, *, whole: bool = True) -> None:
 
 
 def check_finite(path: str, named: Iterable[tuple[str, Any]]) -> None:
-    """Refuse weights that are not numbers, with the first one's name; NaN goes through `aminmax`, which takes no memory."""
+    """Refuse NaN and infinite weights, and name the first; `aminmax` propagates NaN and needs no extra memory."""
     import torch
 
     for name, p in named:
@@ -225,7 +225,7 @@ def check_finite(path: str, named: Iterable[tuple[str, Any]]) -> None:
 
 
 def check_layers(path: str, left: Iterable[str], config: Any) -> None:
-    """Refuse a folder with weights of more layers than its config says: they would be left out without a word."""
+    """Refuse a folder with weights for more layers than its config has: transformers would ignore them silently."""
     layers = getattr(config, "num_hidden_layers", None)
     if not isinstance(layers, int) or getattr(config, "num_nextn_predict_layers", None):
         return
@@ -235,11 +235,11 @@ def check_layers(path: str, left: Iterable[str], config: Any) -> None:
             raise ModelError(path, f"holds {name}, but config.json says {layers} layers", "get config.json again")
 
 
-# ---- Chat templates: a sandboxed program that may still loop, or write without end ----
+# ---- Chat templates: sandboxed programs, which may still loop or write endlessly ----
 
-SECONDS, STEPS = 5.0, 100_000  # a rendering is given up after so long, if it has made so many steps
-LONGEST = 1 << 26  # characters that one rendering may write, and a product or sum of texts may have
-MEMORY = 1 << 30  # bytes beyond what the process has, for a first rendering
+SECONDS, STEPS = 5.0, 100_000  # a rendering is aborted after this time if it has also taken this many steps
+LONGEST = 1 << 26  # characters that one rendering may write, or a product or sum of strings may have
+MEMORY = 1 << 30  # bytes that the first rendering may allocate on top of what the process has
 
 
 class _Spent(threading.local):
@@ -265,10 +265,10 @@ def _counted(items: Any) -> Iterator[Any]:
 
 
 def bound_templates() -> None:
-    """Have transformers compile chat templates so that loops, calls, powers, products and output are counted.
+    """Make transformers compile chat templates so that loops, calls, powers, products, sums and output are counted.
 
-    Its environment is kept as it is (sandbox, filters, extensions). A template is a program of the folder's: without this, two
-    nested loops end a run that has not begun.
+    The jinja environment stays sandboxed, with its filters and extensions except `wordwrap`, `urlize` and `lipsum`. A template is code
+    from the folder: without limits, two nested loops could hang a run before it starts.
     """
     from transformers.utils import chat_template_utils as theirs
 
@@ -324,10 +324,10 @@ def bound_templates() -> None:
     def bounded(template: str) -> Any:
         environment = compiled("").environment.overlay(finalize=finalize)
         environment.__class__, environment.template_class = Bounded, Limited
-        slow = ("wordwrap", "urlize")  # take quadratic time over one long text
+        slow = ("wordwrap", "urlize")  # quadratic time in the length of a text
         environment.filters = {k: f for k, f in environment.filters.items() if k not in slow}
         environment.filters["penchant_counted"] = _counted
-        for extension in environment.extensions.values():  # where generation tags are: the overlay's own counts
+        for extension in environment.extensions.values():  # generation tags are tracked by the overlay's own extension
             if hasattr(extension, "activate_tracker"):
                 environment.activate_tracker = extension.activate_tracker
         environment.globals = {k: v for k, v in environment.globals.items() if k != "lipsum"}
@@ -341,7 +341,7 @@ def check_template(path: str, tokenizer: Any) -> None:
     """Render a chat template once, in bounded time and memory.
 
     Raises:
-        ModelError: it does not end, or wants more. What it says of these turns is asked elsewhere.
+        ModelError: the template exceeds a limit, or is not a string. Whether it renders these turns well is checked elsewhere.
     """
     bound_templates()
     template = getattr(tokenizer, "chat_template", None)
@@ -359,13 +359,13 @@ def check_template(path: str, tokenizer: Any) -> None:
             raise ModelError(path, f"its chat template {error.what}", error.how) from error
         except MemoryError as error:
             raise ModelError(path, "its chat template takes more than 1 GB of memory", "fix or remove it") from error
-        except Exception:  # jinja errors of the template's own: it may refuse such turns
+        except Exception:  # errors that the template itself raises: it may refuse such turns
             continue
 
 
 @contextmanager
 def _little_memory() -> Iterator[None]:
-    """This process may take a gigabyte more, where the system has such a limit."""
+    """Let this process allocate at most 1 GiB more within the block, if the system supports such a limit."""
     limits = resource.getrlimit(resource.RLIMIT_AS)
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[0])

@@ -1,4 +1,4 @@
-"""Load a model, adapt it with LoRA, cast, hash, save; where things are in a transformers model."""
+"""Load a model, adapt it with LoRA, cast, hash and save it, and find the parts of a transformers model."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ from penchant.models.folder import (
 )
 from penchant.models.options import LoraConfig, ModelConfig, check_model_path
 
-# ---- Load a causal model and its tokenizer from a folder or hub id, as fp32 or bf16 parameters, with a LoRA adapter or without ----
+# ---- Load a causal model and its tokenizer from a folder or hub id, in fp32 or bf16, with or without a LoRA adapter ----
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 def resolve_device(device: str) -> torch.device:
-    """``auto`` is the NVIDIA (AMD) GPU when there is one, else the CPU; ConfigError where torch cannot compute on another one."""
+    """The device to use; ``auto`` is an NVIDIA (AMD) GPU if there is one, else the CPU. ConfigError if torch cannot use the device here."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     why = why_not(torch.device(device).type)
@@ -61,10 +61,10 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_place(key: str, wanted: str, policys: Any) -> torch.device:
-    """Where a model beside the trained one is; ``auto`` is where the policy is.
+    """The device of a model beside the trained one; ``auto`` is the policy's device.
 
     Raises:
-        ConfigError: this machine has no such device; it names the `key`.
+        ConfigError: this machine has no such device; the error names `key`.
     """
     try:
         return resolve_device(wanted if wanted != "auto" else str(policys))
@@ -73,7 +73,7 @@ def resolve_place(key: str, wanted: str, policys: Any) -> torch.device:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bf16 where matrix products in bf16 are native (GPU, AVX512-BF16, AMX), else fp32."""
+    """The dtype to use; ``auto`` is bf16 if matrix products in bf16 are native (CUDA, XPU, AVX512-BF16, AMX), else fp32."""
     if dtype != "auto":
         return DTYPES[dtype]
     if device.type in ("cuda", "xpu"):
@@ -85,15 +85,15 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def bitsandbytes(key: str, value: str) -> Any:
-    """The library of 8-bit and 4-bit numbers, which is an extra.
+    """Import bitsandbytes (8-bit and 4-bit weights), an optional dependency.
 
     Args:
-        key, value: of the config that asks for it.
+        key, value: the config setting that needs it, for the error message.
 
     Raises:
         ConfigError: it is not installed.
     """
-    # where the CPU has AVX512-BF16 it says that it lacks a kernel, which is not used here (`_settle_quantized`)
+    # on a CPU with AVX512-BF16 it warns that a kernel is missing, which is not used here (`_settle_quantized`)
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         return importlib.import_module("bitsandbytes")
@@ -102,7 +102,7 @@ def bitsandbytes(key: str, value: str) -> Any:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether the processor multiplies in bf16 natively, and torch was not told (ATEN_CPU_CAPABILITY) to do without its kernels for it."""
+    """Whether the processor multiplies in bf16 natively and ATEN_CPU_CAPABILITY does not disable torch's kernels for it."""
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         return False
     check = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
@@ -110,7 +110,7 @@ def cpu_has_bf16() -> bool:
 
 
 def load_tokenizer(path: str, revision: str | None = None) -> Any:
-    """A tokenizer; ModelError when there is none."""
+    """Load and check a tokenizer; ModelError if there is none."""
     from transformers import AutoTokenizer
 
     given = check_model_path(path, "tokenizer_config.json")
@@ -123,15 +123,15 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
 
 
 def tokens_of(tokenizer: Any) -> int:
-    """How many embeddings a model needs for a tokenizer: ids may have gaps."""
+    """The number of embeddings a model needs for a tokenizer, whose ids may have gaps."""
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
 
 
 def load_processor(cfg: ModelConfig) -> Any:
-    """The processor of a vision-language model: its tokenizer, and what makes pictures into tokens.
+    """Load the processor of a vision-language model: its tokenizer and its image processor.
 
     Raises:
-        ConfigError: a library that it needs is not installed, or it has no such option. ModelError: there is none.
+        ConfigError: a required library is missing, or `image_options` has an unknown setting. ModelError: there is no such processor.
     """
     from transformers import AutoProcessor
 
@@ -151,9 +151,8 @@ def load_processor(cfg: ModelConfig) -> Any:
         eyes, tokenizer = getattr(processor, "image_processor", None), getattr(processor, "tokenizer", None)
         if eyes is None or tokenizer is None:
             raise ModelError(cfg.path, "its processor reads no pictures", "set model.vision=off")
-        further = sorted(
-            set(cfg.image_options) - set(vars(eyes))
-        )  # a name that changes another one, as max_pixels does
+        # a name may be an alias that changes another setting, like max_pixels
+        further = sorted(set(cfg.image_options) - set(vars(eyes)))
         unknown = [n for n in further if read(**{n: cfg.image_options[n]}).to_json_string() == read().to_json_string()]
         if unknown:
             how = f"it has {', '.join(sorted(n for n in vars(eyes) if not n.startswith('_')))}"
@@ -165,7 +164,7 @@ def load_processor(cfg: ModelConfig) -> Any:
 
 
 def processor_sha256(processor: Any) -> str:
-    """SHA-256 of what a processor does with pictures: its settings, and the versions that it runs on."""
+    """SHA-256 of everything that affects how a processor encodes pictures: its settings and the library versions."""
     import transformers
 
     told = [type(processor.image_processor).__name__, processor.to_json_string(), transformers.__version__]
@@ -174,7 +173,7 @@ def processor_sha256(processor: Any) -> str:
 
 
 def _odd_tokenizer_file(path: str) -> str:
-    """Which file of a folder it is that no tokenizer is made of."""
+    """The file that keeps a folder's tokenizer from loading; `path` itself if there is no tokenizer.json."""
     from tokenizers import Tokenizer
 
     file = Path(path).expanduser() / "tokenizer.json"
@@ -182,7 +181,7 @@ def _odd_tokenizer_file(path: str) -> str:
         return path
     try:
         Tokenizer.from_file(str(file))
-    except BaseException:  # its own errors, and the panics of Rust
+    except BaseException:  # its own errors, and Rust panics
         return str(file)
     return str(file.with_name("tokenizer_config.json"))
 
@@ -196,11 +195,11 @@ def load_causal_model(
     within: torch.dtype = torch.float32,
     mapped: bool = False,
 ) -> Any:
-    """A transformers causal model, dropout off, in fp32 where nothing else is said; `cast_parameters` makes it bf16 once the masters are taken.
+    """Load a transformers causal model without dropout, by default in fp32; `cast_parameters` casts it once the fp32 masters are copied.
 
     Args:
-        held: weights that `model.quantize` names stay quantized, for an adapter to be trained on them; else they are dequantized to fp32.
-        within: what weights are held in from the start, see `held_in`; mapped: they may stay in the file, see `own_memory`.
+        held: keep weights quantized (`model.quantize`) to train an adapter on them; otherwise they are dequantized to fp32.
+        within: dtype to load the weights in, see `held_in`; mapped: weights may stay in the memory-mapped file, see `own_memory`.
     """
     from transformers.utils import logging
 
@@ -215,11 +214,11 @@ def load_causal_model(
 
 
 def held_in(cfg: ModelConfig, dtype: torch.dtype, frozen: bool, shards: bool = False) -> torch.dtype:
-    """What the weights of a model that runs in `dtype` are held in from the start: that, where fp32 would hold nothing more.
+    """The dtype for loading a model that will run in `dtype`: fp32, or bf16 if fp32 would gain nothing.
 
     Args:
-        frozen: nothing is trained, or only an adapter; what is trained has masters in fp32, which a file in bf16 makes no better.
-        shards: it will be sharded, and is cast then, layer by layer: what is as in the file needs no memory until then.
+        frozen: no weights are trained, or only an adapter; trained ones are loaded in fp32 for their masters, unless the file is bf16.
+        shards: the model will be sharded and cast layer by layer; until then, weights in the file's own dtype take no memory.
     """
     if cfg.quantize != "none" or cfg.init == "random" or (dtype != torch.bfloat16 and not shards):
         return torch.float32
@@ -238,7 +237,7 @@ def _load(
     within: torch.dtype = torch.float32,
     mapped: bool = False,
 ) -> Any:
-    """What is in a folder that holds a model; the tests keep it by the folder's bytes."""
+    """Load and check a model; the tests cache this function by the bytes of the folder."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     folder, how_to = Path(path), "give a folder or hub id of a causal model"
@@ -254,7 +253,7 @@ def _load(
         if within != torch.float32:
             outline = on_meta(auto, text, within)
             if any(b.is_floating_point() and b.dtype != torch.float32 for b in outline.buffers()):
-                within = torch.float32  # else buffers would be made in it: a rotary one turns far positions wrongly
+                within = torch.float32  # else buffers would be cast too: rotary ones in bf16 turn far positions wrongly
     with loading(cfg.path, "the model could not be loaded", how_to):
         if cfg.init == "random":
             torch.manual_seed(seed)
@@ -265,12 +264,10 @@ def _load(
             with without_report() if part else nullcontext():
                 loaded: Any = auto.from_pretrained(path, output_loading_info=True, **how, **part)
             model, info = loaded
-            if (
-                text is not config
-            ):  # the names of the folder that it was a part of are not those under which it is saved
+            if text is not config:  # else it would be saved under the multimodal model's weight names
                 vars(model).pop("_weight_conversions", None)
             _check_complete(cfg.path, info)
-            if config.get_text_config() is config:  # else a tower of images has layers of its own
+            if config.get_text_config() is config:  # in a multimodal folder the vision tower has layers of its own
                 check_layers(cfg.path, info["unexpected_keys"], config)
     check_finite(cfg.path, model.named_parameters())
     if getattr(model.config, "is_encoder_decoder", False):
@@ -290,7 +287,7 @@ def _load(
 
 
 def _quantization(cfg: ModelConfig, device: torch.device) -> dict[str, Any]:
-    """What `from_pretrained` needs to quantize while it loads: always from fp32, so that the bits do not depend on the run's dtype."""
+    """Arguments for `from_pretrained` to quantize while loading: always from fp32, so the bits do not depend on the run's dtype."""
     if cfg.quantize == "none":
         return {}
     bitsandbytes("model.quantize", cfg.quantize)
@@ -303,7 +300,7 @@ def _quantization(cfg: ModelConfig, device: torch.device) -> dict[str, Any]:
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32,  # until `cast_parameters`
+            bnb_4bit_compute_dtype=torch.float32,  # `cast_parameters` changes it
         )
     return {"quantization_config": how, "device_map": {"": device}}
 
@@ -314,9 +311,9 @@ def is_quantized(layer: Any) -> bool:
 
 
 def quantized_bytes(model: nn.Module, bits: str) -> tuple[int, int, int]:
-    """What quantizing makes of a plain model: (weights that it is done to, bytes of them afterwards, weights of the largest).
+    """The effect of quantizing a plain model: (number of quantized weights, their bytes afterwards, weights in the largest layer).
 
-    nf4: half a byte, a byte a block of 64 and 4 bytes 256 blocks; int8: a byte, and 4 bytes a row.
+    nf4: half a byte per weight, a byte per block of 64 and 4 bytes per 256 blocks; int8: a byte per weight and 4 bytes per row.
     """
     head, count, held, largest = base_model_of(model).get_output_embeddings(), 0, 0, 0
     for name, layer in base_model_of(model).named_modules():
@@ -329,7 +326,7 @@ def quantized_bytes(model: nn.Module, bits: str) -> tuple[int, int, int]:
 
 
 def whole_weight(layer: Any, name: str = "weight") -> Tensor:
-    """A layer's weight, dequantized to fp32 where it is quantized."""
+    """A layer's weight, dequantized to fp32 if it is quantized."""
     weight = getattr(layer, name)
     kind = type(weight).__name__
     if kind == "Params4bit":
@@ -343,9 +340,9 @@ def whole_weight(layer: Any, name: str = "weight") -> Tensor:
 
 
 class _WeightOnly(torch.autograd.Function):
-    """``x W^T`` with W dequantized for as long as the product takes.
+    """``x W^T`` with W dequantized only during the product.
 
-    bitsandbytes would round activations to 8 bits too: a token's log-prob would then jump with what else is in its row.
+    bitsandbytes would also round activations to 8 bits: a token's log-prob would then jump depending on the rest of its row.
     """
 
     @staticmethod
@@ -364,18 +361,18 @@ def _int8_forward(self: Any, x: Tensor) -> Tensor:
 
 
 def _settle_quantized(model: nn.Module) -> None:
-    """Quantized layers compute the same whatever the processor and whatever was computed before."""
+    """Make quantized layers compute the same on every processor, regardless of earlier calls."""
     for layer in model.modules():
         if type(getattr(layer, "weight", None)).__name__ == "Int8Params":
             layer.forward = types.MethodType(_int8_forward, layer)
-            layer.weight.CB = layer.weight.data  # type: ignore[union-attr]  # `own_memory` made it another one
+            layer.weight.CB = layer.weight.data  # type: ignore[union-attr]  # `own_memory` replaced the tensor
         elif is_quantized(layer):
-            layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # it would pack its bits anew in eval mode
-            layer.compute_type_is_set = True  # type: ignore[assignment]  # else the first input's dtype stays
+            layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # else eval mode repacks its bits
+            layer.compute_type_is_set = True  # type: ignore[assignment]  # else the first input's dtype is kept
 
 
 def dequantized(model: Any) -> Any:
-    """The model with its quantized layers in fp32: the same weights, in plain linear layers."""
+    """Replace a model's quantized layers by plain linear layers with the same weights in fp32."""
     for name, layer in list(model.named_modules()):
         if is_quantized(layer):
             whole = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
@@ -386,9 +383,9 @@ def dequantized(model: Any) -> Any:
 
 
 def source_sha256(source: ModelConfig, model: nn.Module, dtype: torch.dtype | None = None) -> str:
-    """`weights_sha256` of a model that was loaded from `source`; of a quantized one over its files and how it was quantized.
+    """`weights_sha256` of a model loaded from `source`; if quantized, a hash of its weight files and the kind of quantization.
 
-    Bits may differ between a GPU and a CPU, and what they are made of does not.
+    Quantized bits may differ between a GPU and a CPU, but the files they are made from do not.
     """
     if source.quantize == "none":
         return weights_sha256(model, dtype)
@@ -406,13 +403,13 @@ def source_sha256(source: ModelConfig, model: nn.Module, dtype: torch.dtype | No
 
 
 def on_meta(auto: Any, config: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """The model that a config makes, without memory; torch's random numbers are left alone."""
+    """Build a config's model on the meta device, without memory and without advancing torch's random state."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return auto.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=False)
 
 
 def _check_complete(path: str, info: Mapping[str, Any]) -> None:
-    """Refuse a folder that is not a whole language model: transformers would draw what is missing at random and go on."""
+    """Refuse a folder without a complete language model: transformers would initialize missing weights at random and go on."""
     missing, left = (sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys"))
     heads = [n for n in left if n.split(".")[0] in ("score", "classifier")]
     if heads:
@@ -423,7 +420,7 @@ def _check_complete(path: str, info: Mapping[str, Any]) -> None:
 
 
 def text_config(config: Any) -> Any:
-    """The config of the language model in a model of text and images (sound), where transformers has it by itself; else the config."""
+    """The config of the language model in a multimodal model if transformers has it as a causal model, else `config` itself."""
     from transformers import AutoModelForCausalLM
 
     text = config.get_text_config()
@@ -434,18 +431,18 @@ def text_config(config: Any) -> Any:
 
 
 def _text_part(config: Any) -> dict[str, Any]:
-    """What `from_pretrained` needs to read only the language model out of a folder that holds more."""
+    """Arguments for `from_pretrained` to load only the language model of a multimodal folder; {} if there is none to separate."""
     text = text_config(config)
     if text is config:
         return {}
-    weights = {r"^(model\.)?language_model\.lm_head": "lm_head"}  # where they are, by age of the folder
+    weights = {r"^(model\.)?language_model\.lm_head": "lm_head"}  # older and newer folders name weights differently
     weights[r"^(model\.)?(language|text)_model\.(?!lm_head)(model\.)?"] = "model."
     return {"config": text, "key_mapping": weights}
 
 
 @contextmanager
 def without_report() -> Iterator[None]:
-    """transformers reports weights that it leaves out or draws anew; around here that is meant to happen."""
+    """Silence transformers' report of unused and newly initialized weights, for loads where both are intended."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -457,11 +454,11 @@ def without_report() -> Iterator[None]:
 
 
 def _check_behavior(path: str, model: Any) -> None:
-    """Refuse what no policy may do, by looking at what the model says.
+    """Refuse a model that cannot be a policy, by looking at its logits.
 
     Raises:
-        ModelError: two passes in train mode differ (dropout), an earlier token's logits depend on a later one (an encoder), or the
-            model takes no text alone.
+        ModelError: two passes in train mode, or train and eval mode, differ (dropout), an earlier token's logits depend on a later one
+            (an encoder), logits are not finite, or the model does not run on text alone.
     """
     rows, device = model.get_input_embeddings().weight.shape[0], next(model.parameters()).device
     numbers = torch.Generator().manual_seed(0)
@@ -470,7 +467,7 @@ def _check_behavior(path: str, model: Any) -> None:
         return cast(Tensor, model(input_ids=ids, **without_cache(model)).logits.float())
 
     def passes() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        # more rows where the model draws numbers at all: some draws matter seldom
+        # more rows if the model draws random numbers at all: some draws rarely matter
         for batch in (1, 16):
             ids, others = (torch.randint(0, rows, (batch, 16), generator=numbers).to(device) for _ in range(2))
             with quiet(model, training=True):
@@ -488,13 +485,13 @@ def _check_behavior(path: str, model: Any) -> None:
             first, again, evaluated, later = passes()
             unclear = not _in_fp32(model) and not float(later) <= 1e-3 * float(first.std())
         except RuntimeError:
-            unclear = not _in_fp32(model)  # what does not run in 16 bits is said by `check_precision`
+            unclear = not _in_fp32(model)  # `check_precision` reports models that do not run in 16 bits
             if not unclear:
                 raise
         if unclear:
             with widened(model):
                 first, again, evaluated, later = passes()
-    except Exception as error:  # whatever a model raises that wants more than ids
+    except Exception as error:  # a model that needs more than ids may raise anything
         how = "give a causal language model"
         raise ModelError(path, f"the model does not run on text alone ({first_line(error)})", how) from error
     if not bool(torch.isfinite(first).all()):
@@ -517,7 +514,7 @@ def _check_behavior(path: str, model: Any) -> None:
 
 
 def _in_fp32(model: nn.Module) -> bool:
-    """Whether a model computes in fp32 (fp64), so that what should be equal is."""
+    """Whether a model computes in fp32 (fp64), where equal computations give equal logits."""
     return all(p.dtype != torch.bfloat16 for p in model.parameters())
 
 
@@ -527,7 +524,7 @@ def _random_state(device: torch.device) -> Tensor:
 
 @contextmanager
 def quiet(model: nn.Module, training: bool = False) -> Iterator[None]:
-    """A look at what a model says: no gradient, eval mode (or train mode), no random number used up."""
+    """Context for probing a model: no gradient, eval mode (or train mode), random state restored afterwards."""
     before = model.training
     devices = [p.device for p in itertools.islice(model.parameters(), 1) if p.device.type in NAMES]
     kind = devices[0].type if devices else "cuda"
@@ -541,7 +538,7 @@ def quiet(model: nn.Module, training: bool = False) -> Iterator[None]:
 
 @contextmanager
 def widened(model: nn.Module) -> Iterator[None]:
-    """A model's bf16 (fp16) parameters in fp32 for a while, where there and back loses nothing; a GPU's products are in fp32 then, not in TF32."""
+    """Context with a model's bf16 (fp16) parameters in fp32, lossless both ways; matrix products on a GPU use fp32, not TF32."""
     low = [(p, p.dtype) for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
     matmul = torch.backends.cuda.matmul
     tf32 = next(model.parameters()).device.type == "cuda" and matmul.allow_tf32
@@ -559,17 +556,17 @@ def widened(model: nn.Module) -> Iterator[None]:
 
 
 def without_cache(part: Any) -> dict[str, Any]:
-    """What keeps a model's `forward` from making a cache, where it makes one."""
+    """Arguments that keep a model's `forward` from making a KV cache; {} if it has no such option."""
     parameters = inspect.signature(part.forward).parameters
     takes = "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     return {"use_cache": False} if takes else {}
 
 
 def own_memory(model: nn.Module) -> None:
-    """Move weights out of the mapped file.
+    """Copy weights on the CPU out of the memory-mapped file.
 
-    There they stand wherever its header happens to end, and products over unaligned rows differ in their last bits from those of a
-    copy: the same weights would train differently by the length of a file's header.
+    In the file their alignment depends on where its header ends, and products over unaligned rows differ from a copy's in the last
+    bits: the same weights would train differently depending on the length of a header.
     """
     for p in model.parameters():
         if p.device.type == "cpu":
@@ -577,7 +574,7 @@ def own_memory(model: nn.Module) -> None:
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast floating-point parameters in place; those that `stays_wide` names to fp32 where `dtype` has 16 bits.
+    """Cast floating-point parameters in place, those selected by `stays_wide` to at least fp32.
 
     Buffers (rotary frequencies) stay in fp32: in bf16 they would rotate far positions wrongly.
     """
@@ -594,7 +591,7 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def stays_wide(model: nn.Module, name: str) -> bool:
-    """Whether a parameter of this name is in fp32 in a model of 16 bits, as in transformers: in some families a router's."""
+    """Whether a parameter stays in fp32 in a 16-bit model, as in transformers: in some families the router's."""
     kept = getattr(base_model_of(model), "_keep_in_fp32_modules_strict", None) or ()
     return "lora_" not in name and any(part in plain_name(name) for part in kept)
 
@@ -605,8 +602,8 @@ def add_lora(
     """Wrap a model with a trainable LoRA adapter (peft); everything else is frozen.
 
     Args:
-        task: peft's task type; whole: modules that are trained and saved as they are, without an adapter (a new head).
-        within: the name of the module whose layers alone get adapters.
+        task: peft's task type; whole: modules that are trained and saved in full, without an adapter (a new head).
+        within: name of the only module whose layers get adapters; "" for the whole model.
 
     Papers: arXiv 2106.09685; rsLoRA 2312.03732; DoRA 2402.09353.
     """
@@ -628,8 +625,8 @@ def add_lora(
     )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
-            warnings.simplefilter("ignore", UserWarning)  # of tied weights, which check_adapter refuses
+            warnings.simplefilter("ignore", FutureWarning)  # peft uses a deprecated name of transformers
+            warnings.simplefilter("ignore", UserWarning)  # about tied weights, which check_adapter refuses
             warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)  # of experts
             with _adapters_in_fp32():
                 adapted = get_peft_model(model, peft_config, autocast_adapter_dtype=False)
@@ -646,7 +643,7 @@ def add_lora(
 
 @contextmanager
 def _adapters_in_fp32() -> Iterator[None]:
-    """A new adapter keeps its bits on weights in bf16, which peft would cast it to."""
+    """Create adapters in fp32 even on bf16 weights; peft would cast them to bf16."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     found = BaseTunerLayer._get_base_layer_device_and_dtype
@@ -663,16 +660,16 @@ def _adapters_in_fp32() -> Iterator[None]:
 
 
 def _below(modules: Sequence[str]) -> str:
-    """A pattern for the names of these modules and of everything in them."""
+    """A regular expression for the names of these modules and of everything in them."""
     return r"(.*\.)?(" + "|".join(re.escape(m) for m in modules) + r")(\..*)?"
 
 
 def check_adapter(model: Any) -> None:
-    """Prove on the start model that its adapters can be merged: one layer of each kind, with an update that changes something.
+    """Check on the start model that adapters can be merged, with a nonzero update on one layer of each kind.
 
     Raises:
-        ConfigError: an adapter's weight belongs to another layer too, a layer multiplies in a way of its own that peft does not know, or the
-            merged weights give other logits than the adapter.
+        ConfigError: an adapted weight is shared with another layer, a layer's product is not one that peft supports, or the merged
+            weights give different logits from the adapter.
     """
     base = base_model_of(model)
     holders: dict[int, list[str]] = {}
@@ -691,7 +688,7 @@ def check_adapter(model: Any) -> None:
         kinds.setdefault((type(module).__name__, ".".join(re.sub(r"\d+", "", name).split(".")[-3:])), (name, module))
     if next(base.parameters()).device.type == "meta" or base.get_output_embeddings() is None:
         return
-    if any(map(is_quantized, base.modules())):  # linear layers all; merging dequantizes, and looks then
+    if any(map(is_quantized, base.modules())):  # all are linear layers; merging dequantizes, and checks the logits then
         return
     updates = [p for _, m in kinds.values() for n, p in m.named_parameters() if _starts_at_zero(n)]
     before = [p.detach().clone() for p in updates]
@@ -707,7 +704,7 @@ def check_adapter(model: Any) -> None:
             for module in without:
                 module._disable_adapters = False
 
-    # in bf16 a merged weight is rounded, which the layers above make more of
+    # in bf16 a merged weight would be rounded, and the layers above amplify the error
     with widened(model), quiet(model):
         every = [m for _, m in adapters_of(base)]
         try:
@@ -738,7 +735,7 @@ def check_adapter(model: Any) -> None:
 
 @contextmanager
 def _names_where_it_fails(layers: Iterable[tuple[str, Any]]) -> Iterator[None]:
-    """A pass that an adapter does not fit (a linear layer in groups, whose inputs are wider than its weight) is a sentence with the layer's name."""
+    """Turn a RuntimeError into a ConfigError naming the layer, e.g. a grouped linear layer with inputs wider than its weight."""
     entered: list[str] = []
     hooks = [m.register_forward_pre_hook(lambda *_, name=name: entered.append(name)) for name, m in layers]
     try:
@@ -757,35 +754,35 @@ def _names_where_it_fails(layers: Iterable[tuple[str, Any]]) -> Iterator[None]:
 
 
 def _starts_at_zero(name: str) -> bool:
-    """Whether it is the half of an adapter that is zero in a new one: B, of an embedding A."""
+    """Whether a parameter is the half of an adapter that starts at zero: B, or A for an embedding."""
     return "lora_B" in name or "lora_embedding_A" in name
 
 
 def is_b_matrix(name: str) -> bool:
-    """Whether a parameter's name is that of an adapter's B, whose learning rate LoRA+ raises."""
+    """Whether a parameter is an adapter's B matrix, whose learning rate LoRA+ raises."""
     return "lora_B" in name or "lora_embedding_B" in name
 
 
 def adapters_of(base: nn.Module) -> Iterator[tuple[str, Any]]:
-    """(name of the weight in the plain model, LoRA layer) of every adapter; one that adapts several weights is nested."""
+    """Yield (name of the weight in the plain model, LoRA layer) for every adapter; adapters on several weights of a module are nested."""
     for name, module in base.named_modules():
         if hasattr(module, "get_delta_weight"):
             yield f"{plain_name(name)}.{getattr(module, 'parameter_name', 'weight')}", module
 
 
 def plain_name(name: str) -> str:
-    """A module's or parameter's name without peft's layers around it."""
+    """A module's or parameter's name without peft's `base_layer` parts."""
     return ".".join(part for part in name.split(".") if part != "base_layer")
 
 
 def _adapted(module: Any) -> Tensor:
-    """The weight that a LoRA layer adapts: a linear layer's, or one of several of a layer of experts."""
+    """The weight that a LoRA layer adapts: a linear layer's, or one of several in an expert layer."""
     inner = module.get_base_layer()
     return getattr(inner, getattr(module, "parameter_name", "weight"))  # type: ignore[no-any-return]
 
 
 def merged_weight(module: Any) -> Tensor:
-    """``W' = W + scale B A`` in fp32 (fp64); of DoRA ``m W' / |W'|`` with the norm of each output's weights."""
+    """``W' = W + scale B A`` in fp32 (fp64); for DoRA ``m W' / |W'|`` with the norm of each output's weights."""
     weight = whole_weight(module.get_base_layer(), getattr(module, "parameter_name", "weight"))
     wide = torch.promote_types(weight.dtype, torch.float32)
     (name,) = module.active_adapters
@@ -811,7 +808,7 @@ def effective_weights(model: Any, masters: Mapping[str, Tensor]) -> dict[str, Te
 
 
 def weights_sha256(model: nn.Module, dtype: torch.dtype | None = None) -> str:
-    """SHA-256 over the names, dtypes and bytes of all parameters (as they are in `dtype`), adapters left out: what a cached reference depends on."""
+    """SHA-256 over names, dtypes and bytes of all parameters (cast to `dtype`) except adapters: what a cached reference depends on."""
     named = (
         (n.replace(".base_layer", ""), full(p)) for n, p in base_model_of(model).named_parameters() if "lora_" not in n
     )
@@ -820,19 +817,19 @@ def weights_sha256(model: nn.Module, dtype: torch.dtype | None = None) -> str:
     )
 
 
-# what a config says beside how its model computes
+# config entries that do not affect what the model computes
 _BESIDE = "_name_or_path architectures bos_token_id dtype eos_token_id pad_token_id sep_token_id torch_dtype transformers_version use_cache"
 
 
 def config_sha256(model: nn.Module) -> str:
-    """SHA-256 over what a model's config says of how it computes: the same weights say something else with another rope or window."""
+    """SHA-256 over the config entries that affect what a model computes: another rope or window gives the same weights other logits."""
     given = base_model_of(model).config.get_text_config().to_dict()
     told = {k: v for k, v in given.items() if k not in _BESIDE.split() and not k.startswith("_attn")}
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def tensors_sha256(named: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of tensors, in their order."""
+    """SHA-256 over names, dtypes, shapes and bytes of tensors, in the given order."""
     digest = hashlib.sha256()
     for name, p in named:
         digest.update(f"{name}:{p.dtype}:{tuple(p.shape)};".encode())
@@ -841,16 +838,16 @@ def tensors_sha256(named: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
-    """A folder that transformers (full model) or peft (adapter) loads as it is, tokenizer included; `state`: other weights."""
+    """Write a folder that transformers (full model) or peft (adapter) loads, tokenizer included; `state`: weights to save instead."""
     os.makedirs(folder, exist_ok=True)
     whole = base_model_of(model) is model
     if whole:
-        model = copy.copy(model)  # which may be training meanwhile
+        model = copy.copy(model)  # the original may still be training
         model.config = copy.deepcopy(model.config)
-        model.config._attn_implementation = "sdpa"  # a stranger's transformers does not know the tree attention
+        model.config._attn_implementation = "sdpa"  # plain transformers does not know the tree attention
     model.save_pretrained(folder, safe_serialization=True, **({} if state is None else {"state_dict": dict(state)}))
     held = next((v.dtype for v in (state or {}).values() if v.is_floating_point()), None)
-    if whole and held not in (None, model.config.dtype):  # shards are kept in a wider one
+    if whole and held not in (None, model.config.dtype):  # sharded parameters are held in a wider dtype
         model.config.dtype = held
         model.config.save_pretrained(folder)
     if tokenizer is not None:
@@ -858,28 +855,28 @@ def save_model(model: Any, tokenizer: Any, folder: Path, state: Mapping[str, Ten
 
 
 def write_state_dict(folder: Path) -> None:
-    """``state_dict.pt`` beside the safetensors of a model folder, with the same weights: what `torch.load(weights_only=True)` reads."""
+    """Write ``state_dict.pt`` next to a model folder's safetensors: the same weights, for `torch.load(weights_only=True)`."""
     from safetensors.torch import load_file
 
     state = {name: value for p in sorted(folder.glob("*.safetensors")) for name, value in load_file(p).items()}
     torch.save(state, folder / "state_dict.pt")
 
 
-# ---- Where things are inside a transformers or peft model, and how its packing is chosen ----
+# ---- Find the parts of a transformers or peft model ----
 
-# layers that carry state along the row: a completion could not restart at the prompt's end
+# layers that carry state along the row: a completion cannot restart at the end of its prompt
 _RECURRENT_LAYERS = ("linear_attention", "mamba", "recurrent", "conv", "rwkv", "ssm", "chunked_attention")
 _RECURRENT_MODELS = ("mamba", "rwkv", "recurrent_gemma", "jamba", "zamba", "bamba", "falcon_h1", "xlstm", "lfm2")
 
 
 def base_model_of(model: nn.Module) -> Any:
-    """The transformers causal model itself, without peft's wrapping."""
+    """The transformers causal model itself, without peft's wrapper."""
     get_base = getattr(model, "get_base_model", None)
     return get_base() if callable(get_base) else model
 
 
 def size_of(model: nn.Module, name: str) -> int:
-    """A size out of the config of a model's text part, the largest where layers differ; 0 where it has none."""
+    """A size from the config of a model's text part: the largest if layers differ, 0 if there is none."""
     found = getattr(base_model_of(model).config.get_text_config(), name, None) or 0
     return int(max(found) if isinstance(found, list | tuple) else found)
 
@@ -887,11 +884,13 @@ def size_of(model: nn.Module, name: str) -> int:
 def backbone_of(model: nn.Module) -> Any:
     """The transformer without its head: its output's `last_hidden_state` is what the head reads."""
     base = base_model_of(model)
-    return getattr(base, base.base_model_prefix, None) or base.model  # Llama 4's has not the name that it says
+    return (
+        getattr(base, base.base_model_prefix, None) or base.model
+    )  # Llama 4 has no attribute of the name in base_model_prefix
 
 
 def language_part(model: nn.Module) -> str:
-    """The name of the language model within a vision-language model.
+    """The name of the language model's module in a vision-language model.
 
     Raises:
         ModelError: it is not found.
@@ -904,7 +903,7 @@ def language_part(model: nn.Module) -> str:
 
 
 def freeze_eyes(model: nn.Module) -> None:
-    """Train the language model and the head alone."""
+    """Freeze everything except the language model and the head."""
     base = base_model_of(model)
     held = {id(p) for p in base.get_submodule(language_part(model)).parameters()}
     held |= {id(p) for p in base.get_output_embeddings().parameters()}
@@ -924,7 +923,7 @@ def head_scaling(config: Any) -> tuple[float, float | None]:
 
 
 def carries_state(config: Any) -> str | None:
-    """Why the model's layers cannot restart in the middle of a row, or None when they can."""
+    """Why the model's layers cannot restart in the middle of a row, or None if they can."""
     kinds = {str(k) for k in (getattr(config, "layer_types", None) or ())}
     found = sorted(k for k in kinds if any(r in k for r in _RECURRENT_LAYERS))
     if found:
@@ -938,10 +937,10 @@ def carries_state(config: Any) -> str | None:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout of the model to zero: preference log-ratios of a noisy policy against a quiet reference are wrong."""
+    """Set every dropout rate to zero: log-ratios of a noisy policy against a noise-free reference would be wrong."""
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        for name, value in vars(module).items():  # what F.dropout is given, and layers that are left out at random
+        for name, value in vars(module).items():  # rates passed to F.dropout, and layer drop
             if type(value) is float and "drop" in name:
                 setattr(module, name, 0.0)

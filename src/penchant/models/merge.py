@@ -1,4 +1,4 @@
-"""A LoRA adapter merged into its base: a full model that anything can start from, checked against the unmerged one."""
+"""Merge a LoRA adapter into its base model, and check the result against the unmerged model."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from penchant.models.load import (
 )
 from penchant.models.options import LoraConfig, ModelConfig
 
-MARK = "merged.json"  # of which adapter the folder was made, and what was written
-WEIGHTS = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja")  # files that say what a model computes
-TOLERANCE = 1e-4  # of logits, relative to their largest: merging in fp32 changes the order of sums and nothing else
+MARK = "merged.json"  # records which base and adapter were merged into the folder, and a hash of what was written
+WEIGHTS = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja")  # files that affect what a model computes
+TOLERANCE = 1e-4  # of logits, relative to the largest: merging in fp32 only changes the order of sums
 
 
 def is_adapter(folder: Path) -> bool:
@@ -42,7 +42,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def adapter_base(folder: Path) -> str | None:
-    """The base model that an adapter's folder names.
+    """The base model named in an adapter folder; None if it names none.
 
     Raises:
         ModelError: its adapter_config.json cannot be read.
@@ -52,7 +52,7 @@ def adapter_base(folder: Path) -> str | None:
 
 
 def model_sha256(folder: Path) -> str:
-    """SHA-256 over names and content of a model folder's files: weights, config, tokenizer.
+    """SHA-256 over names and contents of a model folder's files: weights, config, tokenizer.
 
     Raises:
         ModelError: there is no such folder.
@@ -76,11 +76,11 @@ def merged_model(
     """The base model in fp32 with the adapter merged in: ``W + (alpha / r) B A``.
 
     Args:
-        base: of the run that trained the adapter; seed: of that run (it matters where the base starts from random weights).
-        check: gets the base alone, and raises if it is another one.
+        base: the model section of the run that trained the adapter; seed: of that run (used if the base starts from random weights).
+        check: called with the bare base model; raises if it is the wrong one.
 
     Raises:
-        ModelError: not an adapter of a causal model, or the merged model's logits differ from the unmerged one's.
+        ModelError: not an adapter of a causal model, or merging changes the logits.
     """
     check_model_folder(adapter)
     check_folder(adapter)
@@ -98,13 +98,13 @@ def merged_model(
 
 
 def lora_section(adapter: Path, given: LoraConfig | None = None) -> LoraConfig:
-    """The `lora` section of a run that trains an adapter on: what the adapter is, and how it is to be trained.
+    """The `lora` section of a run that continues to train an adapter: the adapter's own settings, updated from `given`.
 
     Args:
-        given: what a config says; dropout and lr_ratio are its own to say.
+        given: the config's `lora` section; it may change dropout and lr_ratio, and must agree with the adapter otherwise.
 
     Raises:
-        ConfigError: the section says another adapter. ModelError: an adapter that cannot be trained on.
+        ConfigError: `given` contradicts the adapter. ModelError: the adapter cannot be trained further.
     """
     check_folder(adapter)
     file = adapter / "adapter_config.json"
@@ -126,7 +126,7 @@ def lora_section(adapter: Path, given: LoraConfig | None = None) -> LoraConfig:
     for name in sorted(said & {"r", "alpha", "rslora", "dora"}):
         if theirs[name] != ours[name]:
             _contradicted(name, theirs[name], ours[name], adapter)
-    # a name for many layers is compared when the model is there
+    # target_modules may be a pattern: `trained_on` compares it once the model is loaded
     kept = {name: theirs[name] for name in said & {"dropout", "lr_ratio", "target_modules"}}
     if isinstance(kept.get("target_modules"), list):
         kept["target_modules"] = sorted(kept["target_modules"])
@@ -134,7 +134,7 @@ def lora_section(adapter: Path, given: LoraConfig | None = None) -> LoraConfig:
 
 
 def _check_trainable(file: Path, values: Mapping[str, Any]) -> None:
-    """Refuse what is more than low-rank updates of frozen weights."""
+    """Refuse an adapter that is more than low-rank updates of frozen weights."""
     if values.get("peft_type") != "LORA" or values.get("task_type") != "CAUSAL_LM":
         what = f"is an adapter of type {values.get('peft_type')}, {values.get('task_type')}"
         raise ModelError(str(file), what, "name a LoRA adapter of a causal language model")
@@ -153,13 +153,13 @@ def _contradicted(name: str, theirs: Any, ours: Any, adapter: Path) -> None:
 
 
 def trained_on(base: Any, adapter: Path, lora: LoraConfig, seed: int) -> Any:
-    """A model in fp32 with a trainable copy of an adapter beside it; everything else is frozen.
+    """Add a trainable copy of an existing adapter to a model in fp32; everything else is frozen.
 
     Args:
-        lora: of `lora_section`; seed: of torch's random numbers, as for a new adapter.
+        lora: from `lora_section`; seed: for torch's random numbers, as for a new adapter.
 
     Raises:
-        ConfigError: other layers are asked for than the adapter has, or it cannot be merged. ModelError: not an adapter of this model.
+        ConfigError: `lora` names other layers than the adapter has, or it cannot be merged. ModelError: not an adapter of this model.
     """
     from peft import PeftConfig
 
@@ -180,7 +180,7 @@ def trained_on(base: Any, adapter: Path, lora: LoraConfig, seed: int) -> Any:
 
 
 def _matching(base: Any, config: Any, targets: str | list[str]) -> set[str]:
-    """Names of the layers that peft would adapt."""
+    """Names of the layers that peft would adapt for these targets."""
     from peft import LoraConfig as PeftLoraConfig
     from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 
@@ -190,17 +190,17 @@ def _matching(base: Any, config: Any, targets: str | list[str]) -> set[str]:
 
 
 def with_adapter(base: Any, adapter: Path) -> Any:
-    """A model with a LoRA adapter beside it, in fp32, as peft's users load it.
+    """Load a LoRA adapter onto a model, unmerged, in fp32 and eval mode, as users of peft do.
 
     Raises:
-        ModelError: the folder holds no whole adapter of this model.
+        ModelError: the folder holds no complete adapter of this model.
     """
     check_folder(adapter)
     return _beside(base, adapter).float().eval()
 
 
 def _beside(base: Any, adapter: Path, config: Any = None) -> Any:
-    """An adapter's weights as they are in its folder; `config`: peft's, in place of the folder's."""
+    """Load an adapter onto a model and check that it is complete; `config`: peft config to train it with, not the folder's."""
     from peft import PeftModel, get_peft_model_state_dict
 
     with loading(str(adapter), "the adapter could not be loaded", "give an adapter of this model"), quiet_peft():
@@ -219,9 +219,9 @@ def _beside(base: Any, adapter: Path, config: Any = None) -> Any:
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Without what peft says for its own developers, and without its note of weights that are missing, which are refused."""
+    """Silence peft's deprecation warnings, and its warning about missing weights, which are refused here."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # it asks transformers by an old name
+        warnings.simplefilter("ignore", FutureWarning)  # it uses a deprecated name of transformers
         warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)
         yield
 
@@ -229,9 +229,9 @@ def quiet_peft() -> Iterator[None]:
 def merge_to_folder(
     base: ModelConfig, adapter: Path, folder: Path, seed: int = 0, check: Callable[[Any], None] | None = None
 ) -> Path:
-    """The merged model as a folder that `transformers` loads; made once, and again when base, adapter or folder has changed.
+    """Write the merged model to a folder that `transformers` loads; skipped if base, adapter and folder are unchanged.
 
-    It is read back, and its logits compared with the unmerged model's, before it gets its name.
+    The folder is read back, and its logits compared with the merged model's, before it is renamed into place.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -248,7 +248,7 @@ def merge_to_folder(
         again = auto.from_pretrained(aside, dtype=torch.float32).eval()
         _check_equal(str(folder), _probe(merged), _probe(again))
         (aside / MARK).write_text(json.dumps({**wanted, "written": model_sha256(aside)}, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)  # made of another adapter, or changed since
+        shutil.rmtree(folder, ignore_errors=True)  # merged from another base or adapter, or modified since
         os.rename(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -256,7 +256,7 @@ def merge_to_folder(
 
 
 def _files(folder: Path) -> list[list[Any]]:
-    """What tells that a model's folder was changed: a base may have many gigabytes."""
+    """Name, size and mtime of a model's files, to detect changes: hashing gigabytes of a base would take long."""
     folder = folder.expanduser()
     files = [p for p in sorted(folder.iterdir()) if p.suffix in WEIGHTS] if folder.is_dir() else []
     return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]

@@ -83,10 +83,10 @@ class ModelConfig(Section):
 
 
 def check_text_alone(model: ModelConfig, where: str, what: str) -> None:
-    """Refuse a vision-language model where text alone is read.
+    """Refuse a vision-language model for a feature that handles text only.
 
     Raises:
-        ConfigError: it is one; `what` is the thing that reads no pictures.
+        ConfigError: `model.vision` is on; `where` is what the error is about, `what` the feature.
     """
     if model.sees:
         how = "`penchant train`, `eval` and `compare` read them, and transformers loads a checkpoint's model folder (docs/vision.md)"
@@ -111,7 +111,7 @@ class LoraConfig(Section):
 
 
 def outside_fast_path(lora: LoraConfig | None) -> str:
-    """Why an adapter is not in the CPU's fast path; "" where it is."""
+    """Why the fast CPU path does not support an adapter; "" if it does."""
     return (
         "lora.dora with lora.dropout is not in the fast path" if lora is not None and lora.dora and lora.dropout else ""
     )
@@ -164,17 +164,17 @@ class ReferenceConfig(Section):
 
 
 def looks_like_folder(path: str) -> bool:
-    """A path rather than a hub id: absolute, relative with a dot, home, existing or in a folder that is; a hub id has exactly one slash."""
+    """Whether it is a path, not a hub id (exactly one slash): absolute, starting with a dot or ~, or it or its parent exists."""
     if path.startswith(("/", "./", "../", "~")) or path.count("/") != 1:
         return True
     return Path(path).exists() or Path(path).parent.is_dir()
 
 
 def check_exists(given: str, hub: bool = True) -> None:
-    """Refuse what looks like a path but is not a folder (CheckpointError), before the hub does in its own words.
+    """Refuse a missing path, or a file that is no YAML config (CheckpointError), before the hub gives a less clear error.
 
     Args:
-        hub: whether a hub id would do.
+        hub: whether a hub id is allowed.
     """
     path = Path(given).expanduser()
     if path.exists():
@@ -190,7 +190,7 @@ def check_exists(given: str, hub: bool = True) -> None:
 
 
 def check_model_path(path: str, holds: str = "config.json") -> str:
-    """The path as transformers should get it; ModelError when a folder is missing or lacks the file `holds`, or the hub has no such model."""
+    """The path to pass to transformers; ModelError if a folder is missing or lacks the file `holds`, or the hub has no such model."""
     folder = Path(path).expanduser()
     if not looks_like_folder(path):
         check_hub(path)
@@ -210,7 +210,7 @@ def check_model_path(path: str, holds: str = "config.json") -> str:
 
 
 def check_weights(cfg: ModelConfig) -> None:
-    """Refuse a model's folder without weights (ModelError), unless it starts from random ones."""
+    """Refuse a model folder without weights (ModelError), unless the model starts from random ones."""
     folder = Path(cfg.path).expanduser()
     if cfg.init == "pretrained" and folder.is_dir() and not any([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         what = "the folder has no weights (model.safetensors)"

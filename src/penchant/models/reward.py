@@ -1,4 +1,4 @@
-"""Reward and value heads."""
+"""Reward models and value heads: load, score, save."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from penchant.models.load import (
 )
 from penchant.models.options import ModelConfig, check_model_path
 
-# ---- Reward models: a transformers model for sequence classification with one output, its head, its padding, and how it is saved ----
+# ---- Reward models: a transformers model for sequence classification with one output, its head, its padding, and saving ----
 
 HEADS = ("score", "classifier")  # what transformers calls a classification head
-SETTINGS = "reward_settings.json"  # in the model folder: how its texts were made and cut
-# RoBERTa and its kin count positions from behind the padding id: two of 514 are never used
+SETTINGS = "reward_settings.json"  # in the model folder: how its texts were rendered and truncated
+# RoBERTa-like models number positions from after the padding id: two of 514 are never used
 FROM_BEHIND_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "mpnet", "data2vec-text")
-ADAPTER = "adapter"  # below the model folder of a LoRA run: the adapter alone, as peft saves it
+ADAPTER = "adapter"  # subfolder of a LoRA run's model folder: the adapter alone, as saved by peft
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class LoadedRewardModel:
     """A reward model in fp32, dropout off.
 
     Args:
-        fresh: top-level modules with weights that the folder did not have (the head, a pooler): they must be trained.
+        fresh: modules with weights missing from the folder (the head, a pooler), which must be trained.
     """
 
     model: Any
@@ -51,7 +51,7 @@ class LoadedRewardModel:
 
 
 def load_model_config(path: str, revision: str | None = None) -> Any:
-    """A model's config; ModelError where there is none."""
+    """Load a model's config; ModelError if there is none."""
     from transformers import AutoConfig
 
     given = check_model_path(path)
@@ -61,10 +61,10 @@ def load_model_config(path: str, revision: str | None = None) -> Any:
 
 
 def is_encoder(config: Any, path: str = "model") -> bool:
-    """Whether the config is of a BERT-type encoder, which reads both ways, or of a causal model.
+    """Whether the config is of a bidirectional (BERT-type) encoder rather than a causal model.
 
     Raises:
-        ModelError: neither; transformers has no sequence classification for it, or it is an encoder-decoder model.
+        ModelError: neither: transformers has no sequence classification for it, or it is an encoder-decoder model.
     """
     from transformers.models.auto import modeling_auto as auto
 
@@ -74,13 +74,13 @@ def is_encoder(config: Any, path: str = "model") -> bool:
     if kind not in auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
         what = f"transformers has no sequence classification for {kind}"
         raise ModelError(path, what, "give a causal model or an encoder")
-    # bert and its kin stand among the causal models too (as decoders): who can fill in a mask reads both ways
+    # BERT-like models are also listed as causal models (decoders): one with a masked-LM head is bidirectional
     reads_both_ways = kind in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
     return reads_both_ways or kind not in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def context_of(config: Any, tokenizer: Any) -> int | None:
-    """Tokens that a model can take, by its config and its tokenizer; None: neither says."""
+    """Maximum number of tokens of a model, from its config and tokenizer; None if neither sets a limit."""
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and str(config.model_type) in FROM_BEHIND_PADDING:
         limit -= int(config.pad_token_id or 0) + 1
@@ -89,17 +89,17 @@ def context_of(config: Any, tokenizer: Any) -> int | None:
 
 
 def is_reward_model(config: Any) -> bool:
-    """Whether a folder's config says: sequence classification with one label."""
+    """Whether a config is for sequence classification with one label."""
     names = getattr(config, "architectures", None) or ()
     return any("SequenceClassification" in str(n) for n in names) and int(getattr(config, "num_labels", 2)) == 1
 
 
 def load_reward_model(cfg: ModelConfig, device: torch.device, seed: int = 0) -> LoadedRewardModel:
-    """A model with one output for a whole text, from a causal model, an encoder, or a reward model.
+    """Load a model with one output per text from a causal model, an encoder, or a reward model.
 
-    A head that the folder does not have is drawn from a normal distribution of standard deviation 1 / sqrt(d + 1) (arXiv
-    2009.01325): over hidden states whose d coordinates are of size 1 the first rewards are of size 1 too, whatever d. Its bias, where
-    the family has one, is 0: it cancels in every comparison.
+    A head missing from the folder is drawn from a normal distribution with standard deviation 1 / sqrt(d + 1) (arXiv 2009.01325):
+    for hidden states whose d coordinates are of size 1, the first rewards are also of size 1, for any d. Its bias, if the family has
+    one, is 0: it cancels in every comparison.
 
     Raises:
         ModelError: no such folder, or no model for sequence classification.
@@ -115,7 +115,7 @@ def load_reward_model(cfg: ModelConfig, device: torch.device, seed: int = 0) -> 
     logging.disable_progress_bar()
     folder, fresh = Path(cfg.path).expanduser(), set()
     how = "give a causal model or an encoder"
-    with without_report():  # the head may be new, and a language model's is left out
+    with without_report():  # the head may be new, and a language model's head is unused
         with loading(config_of(cfg.path), "the model could not be loaded", how):
             if folder.is_dir():
                 check_built(folder, on_meta(AutoModelForSequenceClassification, config), whole=False)
@@ -132,7 +132,7 @@ def load_reward_model(cfg: ModelConfig, device: torch.device, seed: int = 0) -> 
                     trust_remote_code=False,
                     dtype=torch.float32,
                     output_loading_info=True,
-                    ignore_mismatched_sizes=True,  # a classifier of several labels gives its body, not its head
+                    ignore_mismatched_sizes=True,  # a classifier with several labels provides its body only
                 )
                 fresh = set(_missing(info))
                 check_layers(cfg.path, info["unexpected_keys"], config)
@@ -144,7 +144,7 @@ def load_reward_model(cfg: ModelConfig, device: torch.device, seed: int = 0) -> 
         _draw_head(head_of(model))
     disable_dropout(model)
     if not encoder:
-        # padding ids may be real tokens elsewhere (BOS): their embedding learns as any other
+        # the padding id may also be a real token (BOS), whose embedding must be trained
         model.get_input_embeddings().padding_idx = None
     return LoadedRewardModel(model.to(device), encoder, tuple(sorted({_module(n) for n in fresh})))
 
@@ -159,7 +159,7 @@ def _may_be_new(name: str) -> bool:
 
 
 def _module(name: str) -> str:
-    """The module that holds a parameter and is small enough to be trained beside an adapter."""
+    """The module of a parameter that is small enough to be trained in full beside an adapter."""
     parts = name.split(".")
     at = next((i for i, part in enumerate(parts) if _may_be_new(part)), 0)
     return ".".join(parts[: at + 1])
@@ -173,7 +173,7 @@ def _draw_head(head: nn.Linear) -> None:
 
 
 def head_of(model: Any) -> nn.Linear:
-    """The linear layer whose one output is the reward: the trained copy of it under LoRA.
+    """The linear layer whose single output is the reward; with LoRA, its trained copy.
 
     Raises:
         ModelError: the model has none.
@@ -190,7 +190,7 @@ def head_of(model: Any) -> nn.Linear:
 
 
 def head_scores(head: nn.Linear, features: Tensor) -> Tensor:
-    """``w h + b`` of features (n, d) as (n,), in fp32 (fp64): two answers' rewards differ in digits that bf16 has not."""
+    """``w h + b`` of features (n, d) as (n,), in fp32 (fp64): rewards of two answers differ in digits that bf16 lacks."""
     wide = torch.promote_types(features.dtype, torch.float32)
     bias = None if head.bias is None else head.bias.to(wide)
     return nn.functional.linear(features.to(wide), head.weight.to(wide), bias).squeeze(1)
@@ -203,7 +203,8 @@ def choose_padding(tokenizer: Any) -> None:
     """Give a tokenizer a padding token that never ends a text, and pad on the right.
 
     transformers reads a causal model's score at the last token that is not padding. With padding == EOS that is the token before EOS,
-    and a stranger gets another score than we trained. A token made for padding is taken, else BOS, else UNK, else one is added.
+    so other tools would get a different score from the one trained. The first of these is used: a special token with "pad" in its name,
+    BOS, UNK, a new token.
     """
     tokenizer.padding_side = "right"
     eos = tokenizer.eos_token
@@ -219,7 +220,7 @@ def choose_padding(tokenizer: Any) -> None:
 
 
 def set_padding(model: Any, tokenizer: Any) -> None:
-    """The padding token in a causal model's config, with a row in its embedding where that is new."""
+    """Set the padding token in a causal model's config, and add a row to its embedding if the token is new."""
     base = base_model_of(model)
     if tokenizer.pad_token_id >= base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -229,7 +230,7 @@ def set_padding(model: Any, tokenizer: Any) -> None:
 
 
 def whole_state_dict(model: Any, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Every weight under the plain model's names, an adapter merged in (``W + scale B A`` in fp32), in the model's dtype."""
+    """Every weight under the plain model's names, with the adapter merged (``W + scale B A`` in fp32), in the model's dtype."""
     base = base_model_of(model)
     if base is model:
         return {name: value.detach().clone() for name, value in model.state_dict().items()}
@@ -251,13 +252,13 @@ def save_reward_model(
     whole: Mapping[str, Tensor] | None,
     sharded: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """A folder that `AutoModelForSequenceClassification` loads as it is, and its tokenizer.
+    """Write a folder that `AutoModelForSequenceClassification` loads, with the tokenizer.
 
-    Of a LoRA run it holds the merged model, and below it ``adapter/``, which peft loads.
+    For a LoRA run it holds the merged model, and in ``adapter/`` the adapter for peft.
 
     Args:
-        settings: template, max_length and add_eos, for those who score with it; whole: see `whole_reward`.
-        sharded: the state of a sharded model, put together.
+        settings: template, max_length and add_eos, needed to score with the model; whole: see `whole_reward`.
+        sharded: the gathered state of a sharded model.
     """
     base = base_model_of(model)
     save_model(base, tokenizer, folder, whole)
@@ -270,11 +271,11 @@ def save_reward_model(
 def whole_reward(
     model: Any, masters: Mapping[str, Tensor], sharded: Mapping[str, Tensor] | None, dtype: torch.dtype
 ) -> Mapping[str, Tensor] | None:
-    """The weights of a reward model without its adapter, which is merged; None where they are the model's own.
+    """The weights of a reward model with its adapter merged; None if the model's own weights can be saved directly.
 
     Args:
-        masters: the optimizer's fp32 weights; sharded: the state of a sharded model on rank 0, empty elsewhere; every rank calls.
-        dtype: what that is saved in.
+        masters: the optimizer's fp32 weights; sharded: the state of a sharded model on rank 0, empty on others; every rank must call.
+        dtype: dtype to save a sharded model in.
     """
     if base_model_of(model) is model:
         return sharded
@@ -282,11 +283,11 @@ def whole_reward(
     return state if sharded is None else gathered(state.items(), current(), dtype)
 
 
-# ---- A value for every token: a linear head on the policy's own hidden states, or on those of a model of its own ----
+# ---- A value for every token: a linear head on the hidden states of the policy or of a separate model ----
 
 
 class ValueHead(nn.Module):
-    """``V = w h + b``, from zero: before training every state is worth nothing, so the first advantages are the rewards."""
+    """``V = w h + b``, initialized to zero: before training every value is 0, so the first advantages are the rewards."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -294,17 +295,17 @@ class ValueHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(R, d) to (R,), in fp32 (fp64)."""
+        """Map hidden states (R, d) to values (R,), in fp32 (fp64)."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
         return torch.nn.functional.linear(hidden.to(wide), self.weight.to(wide), self.bias.to(wide)).squeeze(1)
 
 
 class ValueModel(nn.Module):
-    """The head, and the backbone that it reads: the policy's own (None here) or a causal model of its own."""
+    """A value head with the backbone it reads: the policy's (None here) or a separate causal model."""
 
     def __init__(self, width: int, backbone: nn.Module | None = None) -> None:
         super().__init__()
         self.head = ValueHead(width)
         self.backbone = backbone
-        if backbone is not None:  # its own output layer is never asked
+        if backbone is not None:  # its LM head is never used
             backbone.get_output_embeddings().requires_grad_(False)  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""The balance loss of a mixture of experts' router, over the tokens of an optimizer step."""
+"""The load-balancing loss of a mixture of experts' router, over the tokens of an optimizer step."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ class RouterLoss:
     """``coef E sum_e f_e P_e`` (arXiv 2101.03961, equations 4 to 6), over layers and over all tokens of an optimizer step.
 
     f_e is the share of tokens that expert e gets, times `top_k`, without gradient; P_e its mean probability. A prompt counts once,
-    however many completions it has and however rows are packed; padding never does.
+    regardless of its number of completions and of the packing; padding does not count.
 
     Given f, the loss is a mean over tokens. So f is counted over the whole step before its first micro-batch, and 1x8 equals 4x2.
-    The loss joins the graph at the hidden states, whatever the method makes of those.
+    The loss joins the graph at the hidden states, independently of what the training method computes from them.
 
     Args:
-        coef: the weight; experts: E; top_k: experts of a token.
-        run: a forward pass over a batch, through `attached`.
+        coef: the weight; experts: E; top_k: experts per token.
+        run: makes a forward pass over a batch, which calls `attached`.
     """
 
     coef: float
     experts: int
     top_k: int
     run: Callable[[PackedBatch], Any] = lambda _: None
-    _tokens: float = 0.0  # of the step; 0: outside of one
-    _shares: Tensor | None = None  # (E,) f of the step
-    _counted: list[Tensor] = field(default_factory=list)  # (E,) of each pass, while they are counted
+    _tokens: float = 0.0  # in the step; 0 outside a step
+    _shares: Tensor | None = None  # (E,) f over the step
+    _counted: list[Tensor] = field(default_factory=list)  # (E,) per pass, while counting
     _losses: list[Tensor] = field(default_factory=list)
 
     @property
     def listens(self) -> bool:
-        """Whether the router's logits of the next pass are wanted."""
+        """Whether the next pass must return router logits."""
         return self._tokens > 0 and (torch.is_grad_enabled() or self._shares is None)
 
     def begin_step(self, model: Any, batches: Sequence[PackedBatch]) -> None:
-        """Count what the step's batches send to each expert, in all processes: from one batch's own pass, or by a pass over each of them."""
+        """Count the step's tokens per expert over all ranks: in the pass itself if there is one batch on one rank, else by extra passes."""
         world = current()
         self._tokens = world.sums({"tokens": sum(float(weights.sum()) for weights in map(_weights, batches))})["tokens"]
         self._shares, self._counted, self._losses = None, [], []
@@ -63,16 +63,16 @@ class RouterLoss:
             self._shares = torch.stack(of_ranks).sum(0)
 
     def end_step(self) -> float:
-        """The step's figure, without its weight: `top_k` where every expert gets the same."""
+        """End the step and return its loss without the weight: `top_k` if every expert gets the same share."""
         found = float(torch.stack(self._losses).sum()) if self._losses else 0.0
         self._tokens, self._shares, self._counted, self._losses = 0.0, None, [], []
         return current().sums({"loss": found})["loss"]
 
     def attached(self, hidden: Tensor, logits: Sequence[Tensor], batch: PackedBatch) -> Tensor:
-        """Hidden states (T, d), whose gradient brings the loss with it.
+        """The hidden states (T, d), with the loss attached to the graph.
 
         Args:
-            logits: of each layer with experts, (T, E).
+            logits: (T, E) for each layer with experts.
         """
         probs = _probs(logits)
         weights = _weights(batch).to(probs[0])
@@ -87,15 +87,15 @@ class RouterLoss:
         return joined
 
     def _chosen(self, probs: Tensor) -> Tensor:
-        """(T, E) 1 where a token goes."""
+        """(T, E), 1 for the experts that a token is routed to."""
         return torch.zeros_like(probs).scatter_(-1, probs.detach().topk(self.top_k, dim=-1).indices, 1.0)
 
     def _mean(self, layers: Sequence[Tensor], weights: Tensor) -> Tensor:
-        """(E,) this pass's part of the mean over the step's tokens and over layers of (T, E)."""
+        """(E,) this pass's contribution to the mean of (T, E) layers over the step's tokens and over layers."""
         return torch.stack([weights @ layer for layer in layers]).sum(0) / (self._tokens * len(layers))
 
     def of(self, logits: Sequence[Tensor]) -> float:
-        """The figure of some tokens alone, from each layer's logits (T, E)."""
+        """The loss of these tokens alone, without its weight, from each layer's logits (T, E)."""
         self._tokens = float(len(logits[0]))
         probs = _probs(logits)
         ones = probs[0].new_ones(len(probs[0]))
@@ -110,7 +110,7 @@ def _probs(logits: Sequence[Tensor]) -> list[Tensor]:
 
 
 class _Joined(torch.autograd.Function):
-    """Hidden states as they are; in the backward pass the loss beside them gets its gradient of 1."""
+    """Return the hidden states unchanged; in the backward pass the loss gets a gradient of 1."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, loss: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class _Joined(torch.autograd.Function):
 
 
 def _weights(batch: PackedBatch) -> Tensor:
-    """(T,) 1 for each token that counts; 0 for a prompt that was repeated for another completion of its tree, and in an idle batch."""
+    """(T,) 1 for each token that counts; 0 for a prompt repeated for another completion of its tree, and in an idle batch."""
     key = "router"
     if key not in batch.cache:
         weights = np.full(batch.tokens, 0.0 if batch.idle else 1.0, dtype=np.float32)
@@ -139,10 +139,10 @@ def _weights(batch: PackedBatch) -> Tensor:
 
 
 def router_loss(model: Any, wanted: float | str) -> RouterLoss:
-    """The balance loss of a model, with a weight or the one that its config has (``auto``), held against transformers' own function.
+    """The balance loss of a model with this weight (``auto``: its config's), checked against transformers' own function.
 
     Raises:
-        ConfigError: the model has no such loss, no weight of its own, or computes it in another way.
+        ConfigError: the model has no such loss, has no weight for ``auto``, or computes the loss differently.
     """
     base = base_model_of(model)
     config, kind = base.config.get_text_config(), type(base).__name__
@@ -169,6 +169,6 @@ def router_loss(model: Any, wanted: float | str) -> RouterLoss:
 
 
 def routed(output: Any) -> tuple[Tensor, ...]:
-    """The routers' logits in a backbone's output, (tokens, E) each; none where it says nothing of them."""
+    """The router logits in a backbone's output, (tokens, E) for each layer; empty if it has none."""
     found = getattr(output, "router_logits", None) or ()
     return tuple(layer.reshape(-1, layer.shape[-1]) for layer in found if layer is not None)

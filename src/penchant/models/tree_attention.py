@@ -1,8 +1,8 @@
-"""The tree mask: a token attends, causally, to its own prompt and its own completion only; and the attention that models take for it.
+"""Tree attention (a token attends causally to its own prompt and its own completion only), and its installation in models.
 
-``groups``: trees are short and a packed row is long, so attention runs tree by tree: rows are gathered into groups of equal (rounded)
-length, one batched attention a group, and scattered back. Rounding each tree's length by itself keeps a tree's numbers
-independent of which other trees share the row. ``varlen`` and ``flex``, without a mask, are in `tree_kernels`.
+``groups``: trees are short and a packed row is long, so attention runs tree by tree: trees are gathered into groups of equal (rounded)
+length, with one batched attention per group, and scattered back. Each tree's length is rounded by itself, so a tree's numbers do not
+depend on the other trees in the row. ``varlen`` and ``flex``, which need no mask in memory, are in `tree_kernels`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from penchant.models.tree_kernels import (
 from penchant.types import PackedBatch, Segment
 
 IMPLEMENTATION = "penchant_tree"
-_OWN = "_penchant_own_attention"  # on a model: its configs and what each of them said before
+_OWN = "_penchant_own_attention"  # attribute of a model: its configs, each with its original attention
 _EAGER_MAX_LENGTH = 768  # above this, a full score matrix costs more than SDPA's tiles
 
 
@@ -40,7 +40,7 @@ _EAGER_MAX_LENGTH = 768  # above this, a full score matrix costs more than SDPA'
 class Group:
     """Trees of one rounded length: `index` (B, L) positions in the row, `mask` (B, 1, L, L) bool.
 
-    Padding points at its own tree's tokens, again and again: a GPU adds up the gradients of one token one after the other.
+    Padding cycles through its own tree's tokens: if it all pointed at one token, a GPU would add up that token's gradients serially.
     """
 
     index: Tensor
@@ -49,23 +49,23 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class TreeLayout:
-    """How a packed row falls apart into groups, and `inverse` (T,), which puts the groups' outputs back in row order."""
+    """The groups of a packed row, and `inverse` (T,), which puts the groups' outputs back in row order."""
 
     groups: tuple[Group, ...]
     inverse: Tensor
 
 
 def rounded_length(n: int) -> int:
-    """The padded length of a tree of n tokens: the next multiple of 16, 32 above 256, so that few lengths occur."""
+    """The padded length of a tree of n tokens: the next multiple of 16 (32 above 256), to get few distinct lengths."""
     step = 16 if n <= 256 else 32
     return -(-n // step) * step
 
 
 def tree_mask(segment: Segment, length: int, sliding_window: int | None) -> np.ndarray:
-    """Who attends to whom in one tree: (length, length) bool, True = may attend.
+    """The attention mask of one tree: (length, length) bool, True = may attend.
 
     Token i attends to j when j <= i, j is in the prompt or in i's own completion, and, under a sliding window w,
-    ``position(i) - position(j) < w``: positions, not packed indices, for completions restart at the prompt's end.
+    ``position(i) - position(j) < w`` (positions, not packed indices: each completion restarts at the prompt's end).
     Padding attends to itself, so that no row is empty (a softmax over nothing is NaN).
     """
     index = np.arange(length)
@@ -95,7 +95,7 @@ def tree_layout(batch: PackedBatch, sliding_window: int | None = None) -> TreeLa
 
 
 def _build_layout(segments: tuple[Segment, ...], sliding_window: int | None, device: torch.device) -> TreeLayout:
-    """Made on the CPU, where it costs no launches, and moved in two copies: all indices, and all masks."""
+    """Build the layout on the CPU, without kernel launches, and move it in two copies: all indices, and all masks."""
     by_length: dict[int, list[Segment]] = defaultdict(list)
     for segment in segments:
         by_length[rounded_length(segment.length)].append(segment)
@@ -131,8 +131,8 @@ def tree_attention(
         query: (T, H, d); key, value: (T, H_kv, d), H a multiple of H_kv.
         layout: the row's `TreeLayout`.
         scaling: factor of the scores.
-        softcap: ``softcap * tanh(scores / softcap)`` when given (Gemma 2).
-        sinks: (H,) one more score a head in the softmax's sum, which no value belongs to (gpt-oss).
+        softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2).
+        sinks: (H,) an extra score per head in the softmax's sum, without a value (gpt-oss).
 
     Returns:
         (T, H, d_v).
@@ -159,7 +159,7 @@ def tree_attention(
 
 
 def _weights(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    """Softmax of scores (B, H, L, L'), with each head's sink in the sum where there are sinks (H,)."""
+    """Softmax of scores (B, H, L, L'), with each head's sink in the sum if there are sinks (H,)."""
     if sinks is not None:
         sink = sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat((scores, sink), dim=-1)
@@ -167,13 +167,13 @@ def _weights(scores: Tensor, sinks: Tensor | None) -> Tensor:
     return weights if sinks is None else weights[..., :-1]
 
 
-# ---- Which attention a model can take, by what it hands to it ----
+# ---- Which attention a model can use, from the arguments its layers pass ----
 
-CALLS = "attention calls"  # in a batch's cache: a set that is told what attention is called with
+CALLS = "attention calls"  # key in a batch's cache: a set that collects the calls of the attention
 
 
 class Call(NamedTuple):
-    """What a layer asks of its attention: dtype, numbers in a head, whether scores are capped, its sliding window, its heads."""
+    """The properties of a layer's attention: dtype, head dimension, whether scores are capped, sliding window, heads."""
 
     dtype: torch.dtype
     head_dim: int
@@ -186,15 +186,15 @@ class Call(NamedTuple):
 def select_attention(requested: str, calls: Collection[Call], device: str, triton: bool) -> tuple[list[str], str]:
     """The kinds of attention to try on a model, best first, and why.
 
-    ``varlen+flex`` takes FlexAttention for the layers and batches that varlen kernels cannot: capped scores, and trees that are longer
-    than a layer's sliding window. ``varlen`` alone leaves those to ``groups``.
+    ``varlen+flex`` uses FlexAttention for the layers and batches that varlen kernels do not support: capped scores, and trees longer
+    than a layer's sliding window. ``varlen`` alone uses ``groups`` for those.
 
     Args:
-        requested: ``auto``, ``varlen``, ``flex`` or ``groups``; calls: what the model's layers ask for; device: its type; triton: whether
-            torch can compile for it.
+        requested: ``auto``, ``varlen``, ``flex`` or ``groups``; calls: of the model's layers; device: its type; triton: whether torch can
+            compile for it.
 
     Returns:
-        The kinds, and a reason for the log; no kinds, and what is missing, where the one that was asked for is impossible.
+        The kinds, and a reason for the log; if the requested kind is impossible, no kinds and what is missing.
     """
     if requested == "groups":
         return ["groups"], "as asked"
@@ -219,7 +219,7 @@ def select_attention(requested: str, calls: Collection[Call], device: str, trito
 
 
 def _no_varlen(call: Call, device: str) -> str:
-    """What keeps varlen kernels from a call; on a CPU they are plain products, which take any dtype."""
+    """Why varlen kernels do not support a call, or ""; on a CPU they are plain products, which take any dtype."""
     if call.capped:
         return "its attention caps the scores"
     if call.head_dim > FLASH_MAX_HEAD:
@@ -241,7 +241,7 @@ def _no_flex(call: Call, device: str, triton: bool) -> str:
     return ""
 
 
-# what models hand to their attention: computed here, or without a meaning for it
+# arguments that models pass to their attention: computed here, or without effect on it
 _COMPUTED = {"penchant_attention", "penchant_batch", "scaling", "sliding_window", "softcap", "s_aux"}
 _WITHOUT_MEANING = {
     "cache_position",
@@ -257,7 +257,7 @@ _WITHOUT_MEANING = {
 
 
 def _check_arguments(arguments: dict[str, Any]) -> None:
-    """Refuse what is asked of the attention beyond what it computes: left out without a word it would be silently wrong."""
+    """Refuse arguments that the attention does not compute: ignoring them would silently give wrong results."""
     unknown = sorted(
         name
         for name, value in arguments.items()
@@ -275,7 +275,7 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
 def _attention_interface(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: tree attention where a packed batch is passed along, SDPA otherwise."""
+    """transformers' attention interface: tree attention if a packed batch is passed along, otherwise SDPA."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     _check_arguments(kwargs)
@@ -284,7 +284,7 @@ def _attention_interface(
     scaling = kwargs.get("scaling")
     scaling = float(query.shape[-1] ** -0.5) if scaling is None else float(scaling)
     if batch is None:
-        if softcap is not None or sinks is not None:  # SDPA has neither
+        if softcap is not None or sinks is not None:  # SDPA supports neither
             return _eager_attention(query, key, value, attention_mask, scaling, softcap, sinks), None
         if attention_mask is None:  # some decoders' own attention relies on the mask alone
             kwargs["is_causal"] = True
@@ -313,7 +313,7 @@ def packed_attention(
     sinks: Tensor | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """Attention within the trees of a packed row by a kind of `select_attention`; arguments and result as of `tree_attention`."""
+    """Attention within the trees of a packed row, by a kind from `select_attention`; arguments and result as in `tree_attention`."""
     if "varlen" in kind and _by_varlen(_call(query, key, value, softcap, window), batch):
         return varlen_attention(query, key, value, varlen_plan(batch), scaling, sinks)
     if "flex" in kind:
@@ -327,7 +327,7 @@ def _call(query: Tensor, key: Tensor, value: Tensor, softcap: float | None, wind
 
 
 def _by_varlen(call: Call, batch: PackedBatch) -> bool:
-    """Whether two varlen passes compute this: a window must hide nothing, for in the second pass positions are lost."""
+    """Whether two varlen passes can compute this: a window must hide nothing, as the second pass does not know positions."""
     if call.capped or call.head_dim > FLASH_MAX_HEAD:
         return False
     return call.window is None or call.window >= longest_path(batch.segments)
@@ -342,23 +342,23 @@ def _eager_attention(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attention with capped scores or sinks for rows that are not packed: (B, H, L, d) -> (B, L, H, d)."""
+    """Attention with capped scores or sinks for unpacked rows: (B, H, L, d) -> (B, L, H, d)."""
     repeat = query.shape[1] // key.shape[1]
     k, v = (x.repeat_interleave(repeat, dim=1) for x in (key, value))
     if softcap is None:
         scores = torch.matmul(query, k.transpose(-1, -2)) * scaling
     else:
         scores = torch.tanh(torch.matmul(query, k.transpose(-1, -2)) * (scaling / softcap)) * softcap
-    if mask is None and query.shape[2] > 1:  # transformers leaves a plain causal mask out
+    if mask is None and query.shape[2] > 1:  # transformers omits a plain causal mask
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
     if mask is not None:
-        lowest = torch.finfo(scores.dtype).min  # finite: a padding row under a window may see nothing at all
+        lowest = torch.finfo(scores.dtype).min  # finite: a padding row under a window may have no visible key
         scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
     return torch.matmul(_weights(scores, sinks).to(v.dtype), v).transpose(1, 2)
 
 
 def install_tree_attention(model: nn.Module) -> None:
-    """Switch a transformers model to the tree attention (which is plain SDPA wherever no packed batch is passed).
+    """Switch a transformers model to the tree attention (plain SDPA if no packed batch is passed).
 
     Raises:
         NotImplementedError: the model's attention cannot be switched.
@@ -377,26 +377,26 @@ def install_tree_attention(model: nn.Module) -> None:
 
 
 def uncompiled_attention() -> None:
-    """Have `torch.compile` leave the tree attention out of what it compiles."""
+    """Exclude the tree attention from `torch.compile`."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, torch.compiler.disable(_attention_interface))
 
 
 def restore_attention(model: nn.Module) -> None:
-    """Switch a model back to the attention that transformers gave it."""
+    """Switch a model back to its original attention."""
     for config, implementation in getattr(model, _OWN, ()):
         config._attn_implementation_internal = implementation
 
 
 def own_attention(model: Any) -> str:
-    """The name of the attention that transformers gave a model, whatever is installed now."""
+    """The name of a model's original attention, even if the tree attention is installed."""
     own = getattr(model, _OWN, None)
     return str(own[0][1] if own else model.config._attn_implementation)
 
 
 def _configs(model: nn.Module) -> list[Any]:
-    """The configs of a model and of the models in it; the model's own first."""
+    """The configs of a model and of its submodels, the model's own first."""
     of_modules: list[Any] = [getattr(m, "config", None) for m in model.modules()]
     found = [c for c in of_modules if hasattr(c, "_attn_implementation")]
     found += [getattr(c, name) for c in found for name in c.sub_configs if getattr(c, name, None) is not None]

@@ -1,17 +1,17 @@
 """Attention over packed trees without a mask in memory: two varlen passes merged by their log-sum-exps, and FlexAttention.
 
-**Varlen.** Pass 1 is causal attention with every prompt and every completion a sequence of its own; pass 2 lets all completion tokens
-of a tree see the keys of its prompt. Together they compute exactly the pairs of the tree mask. Where a query has been in both, with
+**Varlen.** Pass 1 is causal attention with each prompt and each completion as a separate sequence; in pass 2 all completion tokens of
+a tree attend to the keys of its prompt. Together they compute exactly the pairs of the tree mask. For a query in both passes, with
 outputs o1, o2 and log-sum-exps l1, l2 of its scores:
 
     l = log(exp(l1) + exp(l2)),   o = exp(l1 - l) o1 + exp(l2 - l) o2
 
-An attention sink is one more term of the sum, with a value of zero. The backward pass calls the kernel's backward once a pass with the
-*merged* output and log-sum-exp, so that it computes ``P = exp(s - l)`` and ``D = rowsum(do * o)`` of the whole softmax. Autograd through
-the merge would be wrong: flash kernels have no gradient of their log-sum-exp.
+An attention sink is another term of the sum, with a value of zero. The backward pass calls the kernel's backward once per pass with the
+*merged* output and log-sum-exp, so it computes ``P = exp(s - l)`` and ``D = rowsum(do * o)`` of the whole softmax. Autograd through the
+merge would be wrong: flash kernels have no gradient for their log-sum-exp.
 
-**FlexAttention** evaluates the mask block by block in a compiled kernel, which takes soft caps and windows that restart with each
-completion.
+**FlexAttention** evaluates the mask block by block in a compiled kernel, which supports soft caps, and windows by position, where each
+completion restarts at the end of its prompt.
 
 Papers: FlashAttention-2 (arXiv 2307.08691), FlexAttention (arXiv 2412.05496).
 """
@@ -33,15 +33,14 @@ from penchant.base.machine import moved
 from penchant.types import PackedBatch, Segment
 
 HALF = (torch.bfloat16, torch.float16)
-FLASH_MAX_HEAD = 256  # numbers in a head: what flash kernels take
-BLOCK = 128  # FlexAttention's tiles; its backward wants rows of whole ones
-COMPILATIONS = (
-    64  # variants of FlexAttention in one process; at torch's limit of 8 it would fall back to a whole score matrix
-)
+FLASH_MAX_HEAD = 256  # largest head dimension that flash kernels take
+BLOCK = 128  # FlexAttention's tile size; its backward needs rows of whole tiles
+# compiled variants of FlexAttention in one process; beyond torch's limit of 8 it would fall back to a full score matrix
+COMPILATIONS = 64
 
 
 def moved_together(parts: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
-    """Arrays of one type on a device, by a single copy."""
+    """Move arrays of one dtype to a device in a single copy."""
     if device.type == "cpu":
         return [torch.from_numpy(p) for p in parts]
     flat = moved(torch.from_numpy(np.concatenate([p.ravel() for p in parts])), device)
@@ -49,15 +48,15 @@ def moved_together(parts: Sequence[np.ndarray], device: torch.device) -> list[Te
 
 
 def longest_path(segments: Sequence[Segment]) -> int:
-    """Tokens of the longest prompt with one of its completions: a window of so many hides nothing."""
+    """Number of tokens in the longest prompt plus completion: a window of at least this size hides nothing."""
     return max(s.prompt_len + max(s.completion_lens, default=0) for s in segments)
 
 
-# ---- The plan of both passes: made on the host once a batch, for all layers ----
+# ---- The plan of both passes: built on the host once per batch, for all layers ----
 
 
 class Sequences(NamedTuple):
-    """Sequences laid end to end, as flash kernels take them: where each begins and the last one ends, int32, and the longest lengths."""
+    """Sequences laid end to end, as flash kernels take them: cumulative lengths of queries and keys (int32), and the longest lengths."""
 
     cu_q: Tensor
     cu_k: Tensor
@@ -65,16 +64,16 @@ class Sequences(NamedTuple):
     max_k: int
 
     def bounds(self) -> Iterator[tuple[slice, slice]]:
-        """Queries and keys of each sequence; reads the device."""
+        """Yield slices of the queries and keys of each sequence; copies from the device."""
         q, k = self.cu_q.tolist(), self.cu_k.tolist()
         for a, b, c, d in zip(q, q[1:], k, k[1:], strict=False):
             yield slice(a, b), slice(c, d)
 
 
 class VarlenPlan(NamedTuple):
-    """Sequences of pass 1, over the whole row; of pass 2, whose queries are `rows` and whose keys are `keys` (int64) of the row.
+    """Sequences of pass 1 (the whole row) and of pass 2 (queries are the row's tokens `rows`, keys its tokens `keys`, int64).
 
-    `second` is None where no tree has two completions: a lone one goes on in its prompt's sequence.
+    `second` is None if no tree has two completions: a single one is part of its prompt's sequence.
     """
 
     first: Sequences
@@ -84,7 +83,7 @@ class VarlenPlan(NamedTuple):
 
 
 def varlen_plan(batch: PackedBatch) -> VarlenPlan:
-    """The plan of a batch, built once."""
+    """The varlen plan of a batch, built once per batch."""
     if "varlen" not in batch.cache:
         batch.cache["varlen"] = _build_plan(batch.segments, batch.input_ids.device)
     return cast(VarlenPlan, batch.cache["varlen"])
@@ -114,7 +113,7 @@ def _build_plan(segments: Sequence[Segment], device: torch.device) -> VarlenPlan
     return VarlenPlan(Sequences(cu, cu, longest, longest), second, at.long(), of.long())
 
 
-# ---- Determinism: where torch's deterministic mode only warns, backward kernels of attention keep their unordered way ----
+# ---- Determinism: if torch's deterministic mode only warns, the backward kernels of attention stay nondeterministic ----
 
 
 def _only_warns() -> bool:
@@ -123,7 +122,7 @@ def _only_warns() -> bool:
 
 @contextmanager
 def strict(wanted: bool) -> Iterator[None]:
-    """Deterministic mode without its `warn_only`, for kernels that have a deterministic way and take it only then."""
+    """Deterministic mode without `warn_only`, for kernels that use their deterministic variant only then."""
     if not wanted:
         yield
         return
@@ -138,7 +137,7 @@ def strict(wanted: bool) -> Iterator[None]:
 
 
 def _flash(query: Tensor) -> bool:
-    """Whether flash kernels run; the meta device has their shapes."""
+    """Whether flash kernels are used; on the meta device they only give shapes."""
     return query.device.type == "meta" or (query.device.type == "cuda" and query.dtype in HALF)
 
 
@@ -147,7 +146,7 @@ def _wide(x: Tensor, width: int) -> Tensor:
 
 
 def _width(q: Tensor, v: Tensor) -> int:
-    """Flash kernels want one size of head, a multiple of 8: zeros behind change neither scores nor what is kept of the output."""
+    """The common head dimension for flash kernels, a multiple of 8; padding with zeros changes neither scores nor the output kept."""
     return -(-max(q.shape[-1], v.shape[-1]) // 8) * 8
 
 
@@ -168,7 +167,7 @@ def _backward(
         return eager_backward(grad, q, k, v, out, lse, s, causal, scale)
     width = _width(q, v)
     wide = [_wide(x, width) for x in (grad, q, k, v, out)]
-    state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of the dropout that there is none of
+    state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # random state of the dropout, which is off
     with strict(_only_warns()):
         found = torch.ops.aten._flash_attention_backward(
             *wide, lse, s.cu_q, s.cu_k, s.max_q, s.max_k, 0.0, causal, state, state.new_empty(0), scale=scale
@@ -178,7 +177,7 @@ def _backward(
 
 
 def eager_forward(q: Tensor, k: Tensor, v: Tensor, s: Sequences, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """What the flash kernel computes, sequence by sequence: any dtype, any device."""
+    """The flash kernel's forward in plain torch, sequence by sequence: any dtype, any device."""
     out = q.new_zeros(*q.shape[:2], v.shape[-1])
     lse = q.new_zeros(q.shape[1], len(q), dtype=_sums(q))
     for at, of in s.bounds():
@@ -192,7 +191,7 @@ def eager_forward(q: Tensor, k: Tensor, v: Tensor, s: Sequences, causal: bool, s
 def eager_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, s: Sequences, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the flash kernel's backward computes of an output and log-sum-exp that it is given."""
+    """The flash kernel's backward in plain torch, from a given output and log-sum-exp."""
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     rest = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1)  # (T, H)
     heads = (k.shape[1], q.shape[1] // k.shape[1])
@@ -209,12 +208,12 @@ def eager_backward(
 
 
 def _sums(x: Tensor) -> torch.dtype:
-    """In what scores and their sums are held."""
+    """The dtype of scores and their sums."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
-    """(H_kv, H / H_kv, queries, keys) of one sequence; a causal one has as many keys as queries."""
+    """Scores (H_kv, H / H_kv, queries, keys) of one sequence; a causal one has as many keys as queries."""
     kind = _sums(q)
     scores = torch.einsum("qkgd,skd->kgqs", q.to(kind).unflatten(1, (k.shape[1], -1)), k.to(kind)) * scale
     if causal:
@@ -229,7 +228,7 @@ def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
 def varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan, scaling: float, sinks: Tensor | None = None
 ) -> Tensor:
-    """Attention within each tree of a packed row, by two varlen passes; arguments and result as of `tree_attention`."""
+    """Attention within each tree of a packed row, by two varlen passes; arguments and result as in `tree_attention`."""
     found: Tensor = _TwoPasses.apply(query, key, value, sinks, plan, scaling)
     return found
 
@@ -250,7 +249,7 @@ class _TwoPasses(torch.autograd.Function):
             own = lse.index_select(1, plan.rows)
             total = torch.logaddexp(own, seen)
             merged = out.index_select(0, plan.rows) * _share(own, total) + other * _share(seen, total)
-            out.index_copy_(0, plan.rows, merged.to(out.dtype))  # the rows are unique: one order, whatever threads do
+            out.index_copy_(0, plan.rows, merged.to(out.dtype))  # rows are unique: the order of threads is irrelevant
             lse.index_copy_(1, plan.rows, total)
         if sinks is not None:
             total = torch.logaddexp(lse, sinks[:, None].to(lse.dtype))
@@ -280,12 +279,12 @@ class _TwoPasses(torch.autograd.Function):
 
 
 def _share(part: Tensor, total: Tensor) -> Tensor:
-    """What one pass has of the whole softmax: (H, T) log-sum-exps to (T, H, 1)."""
+    """The share of one pass in the whole softmax: (H, T) log-sum-exps to (T, H, 1)."""
     return torch.exp(part - total).t()[..., None]
 
 
 def _added(to: Tensor, at: Tensor, more: Tensor) -> Tensor:
-    """`to` with `more` added in unique rows: `index_add` on a GPU would be no faster and has no order."""
+    """`to` with `more` added in unique rows; `index_add` would be no faster on a GPU, and its order is undefined."""
     return to.index_copy(0, at, to.index_select(0, at) + more)
 
 
@@ -293,16 +292,16 @@ def _added(to: Tensor, at: Tensor, more: Tensor) -> Tensor:
 
 
 class FlexPlan(NamedTuple):
-    """The row's length, in whole blocks, and FlexAttention's mask."""
+    """The row's length in tokens, rounded up to whole blocks, and FlexAttention's mask."""
 
     length: int
     mask: Any
 
 
 def tokens_of(segments: Sequence[Segment], length: int, window: int | None) -> list[np.ndarray]:
-    """For each token, (length,) int32: its sequence (a prompt or a completion), its prompt's, its position, the first one that it sees.
+    """For each token, (length,) int32: its sequence (prompt or completion), its prompt's sequence, its position, and the first visible one.
 
-    Padding is one more sequence.
+    Padding is a separate sequence, -1.
     """
     own, root, position = (np.full(length, -1, dtype=np.int32) for _ in range(3))
     sequence = 0
@@ -317,9 +316,9 @@ def tokens_of(segments: Sequence[Segment], length: int, window: int | None) -> l
 
 
 def mask_mod(own: Tensor, root: Tensor, position: Tensor, first: Tensor) -> Callable[..., Tensor]:
-    """The tree mask as FlexAttention asks for it, of vectors as `tokens_of` gives them.
+    """The tree mask as a FlexAttention `mask_mod`, from the vectors of `tokens_of`.
 
-    It holds no number: with dynamic shapes a number would be a symbol in the kernel, and each window a compilation.
+    It captures no Python number: with dynamic shapes a number would be a symbol in the kernel, and each window would recompile it.
     """
 
     def allowed(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -329,7 +328,7 @@ def mask_mod(own: Tensor, root: Tensor, position: Tensor, first: Tensor) -> Call
 
 
 def visible_blocks(segments: Sequence[Segment], length: int, window: int | None) -> np.ndarray:
-    """(L / 128, L / 128) bool: blocks of queries and keys that hold a pair of the mask; found without a matrix of all pairs."""
+    """(L / 128, L / 128) bool: blocks of queries and keys with a visible pair, found without a matrix of all pairs."""
     found = np.zeros((length // BLOCK, length // BLOCK), dtype=np.bool_)
     tokens = sum(s.length for s in segments)
     found[np.arange(tokens // BLOCK, len(found)), np.arange(tokens // BLOCK, len(found))] = True  # padding
@@ -349,7 +348,7 @@ def visible_blocks(segments: Sequence[Segment], length: int, window: int | None)
 
 
 def flex_plan(batch: PackedBatch, window: int | None) -> FlexPlan:
-    """The plan of a batch and a window, built once."""
+    """The FlexAttention plan of a batch and a window, built once."""
     key = f"flex/{window}"
     if key not in batch.cache:
         batch.cache[key] = _build_flex(batch.segments, batch.tokens, window, batch.input_ids.device)
@@ -361,7 +360,7 @@ def _build_flex(segments: Sequence[Segment], tokens: int, window: int | None, de
 
     length = -(-tokens // BLOCK) * BLOCK
     blocks = visible_blocks(segments, length, window)
-    first = np.argsort(~blocks, axis=1, kind="stable").astype(np.int32)  # the visible ones first
+    first = np.argsort(~blocks, axis=1, kind="stable").astype(np.int32)  # visible blocks first
     counts, order, own, root, position, low = moved_together(
         [blocks.sum(1, dtype=np.int32), first, *tokens_of(segments, length, window)], device
     )
@@ -388,7 +387,7 @@ def _compiled() -> Any:
 
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, COMPILATIONS)
-    return torch.compile(flex_attention, dynamic=True)  # else each length would be compiled by itself
+    return torch.compile(flex_attention, dynamic=True)  # else each length would be compiled separately
 
 
 def flex_tree_attention(
@@ -400,9 +399,9 @@ def flex_tree_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention within each tree of a packed row, by FlexAttention; arguments and result as of `tree_attention`.
+    """Attention within each tree of a packed row, by FlexAttention; arguments and result as in `tree_attention`.
 
-    Compiled on a GPU; elsewhere torch computes all scores, and has no gradient.
+    Not compiled on a CPU, where torch computes all scores and has no gradient.
     """
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
@@ -415,6 +414,6 @@ def flex_tree_attention(
         out = run(q, k, v, **how)
     else:
         out, more = run(q, k, v, **how, return_aux=AuxRequest(lse=True))
-        # exp(l) of exp(l) + exp(sink)
+        # the share exp(l) / (exp(l) + exp(sink))
         out = (out * torch.sigmoid(more.lse - sinks[:, None].to(more.lse.dtype))[..., None]).to(out.dtype)
     return cast(Tensor, out[0].transpose(0, 1)[: len(query)])
