@@ -46,7 +46,7 @@ def get_data(name: str, **asked: Any) -> GetResult:
     """Write a published dataset, from the hub or a local copy, as train.jsonl, validation.jsonl and test.jsonl in a folder.
 
     Args:
-        name: in the catalog, or a hub id.
+        name: a dataset in the catalog, or a hub id.
         asked: the options of `penchant data get`: ``source="copy/"``, ``first=500``, ``language=["English"]``,
             ``as_="prompts"``, ``output="folder"``, ``redo=True``, ``quiet=True`` ...; see `penchant.requests.GetRequest` and
             docs/data_get.md.
@@ -97,12 +97,12 @@ def plan(
     gpus: Sequence[int] = (),
     **given: Any,
 ) -> Plan:
-    """Find without training what `train` would do with a config: settings and their sources, work, memory, disk, time.
+    """Estimate what `train` would do with a config, without training: settings and their sources, work, memory, disk, time.
 
     Args:
         config, overrides, given: as for `train`.
         probe: also take a few steps on a throwaway copy, to estimate the time.
-        gpus: numbers of GPUs to estimate the memory per GPU for, without a probe.
+        gpus: numbers of GPUs for which to estimate the memory per GPU, without a probe.
 
     Raises:
         ConfigError, DataError, ModelError, RewardError: an error that `train` would raise.
@@ -223,10 +223,10 @@ def audit_files(
     """Audit files of any size in a single pass.
 
     Args:
-        paths, splits: files; those in `splits` under the name of their split, the others under their own. Prompts that occur
-            in two of them are counted. columns: ``{our field: your column}``. limit: rows to read of each.
+        paths, splits: files; those in `splits` are named by their split, the others by their own name. Prompts that occur in
+            two of them are counted. columns: ``{our field: your column}``. limit: maximum number of rows to read per file.
         reward, check, languages: as for `audit`.
-        workers: processes; None: one per core if the files are large; ``ray``: a cluster's.
+        workers: number of processes; None: one per core if the files are large; ``ray``: those of a Ray cluster.
 
     Raises:
         DataError: a file that cannot be read. ConfigError: a reward or function that cannot be loaded.

@@ -43,7 +43,7 @@ class DiskError(CheckpointError):
 
 
 class RewardError(PenchantError):
-    """A reward function that raised, or gave something other than one finite number per completion."""
+    """A reward function that raised, or returned anything but one finite number (or None) per completion."""
 
 
 class RolloutError(PenchantError):

@@ -37,7 +37,7 @@ def request_of(kind: type[T], asked: Mapping[str, Any], command: str) -> T:
     """Build a request from keywords; lists are turned into tuples, and paths into texts.
 
     Raises:
-        ConfigError: a keyword that is not an option, or a number out of every range.
+        ConfigError: a keyword that is not an option, or a number beyond `MOST`.
     """
     names = [f.name for f in fields(kind)]  # type: ignore[arg-type]
     for name in asked:

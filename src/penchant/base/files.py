@@ -325,7 +325,7 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def optional_write(path: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """For files that a run can do without: disk errors in the block are only noted."""
+    """Note disk errors in the block instead of raising them, for files that a run can do without."""
     try:
         with writing(path):
             yield

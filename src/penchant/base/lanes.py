@@ -45,7 +45,7 @@ class Turns:
         self._changed = threading.Condition()
         self._next: dict[Hashable, int] = {}
         self._ended: set[tuple[Hashable, int]] = set()
-        self._all_ended: Counter[Hashable] = Counter()  # per strand: all passes below this number have
+        self._all_ended: Counter[Hashable] = Counter()  # per strand: all passes below this number have ended
         self._failed = False
 
     @contextmanager

@@ -107,7 +107,7 @@ def machine_memory() -> tuple[int, int]:
 
 
 def resident() -> int:
-    """Bytes of this process in memory now; 0 if unknown."""
+    """Resident memory of this process in bytes; 0 if unknown."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
@@ -116,7 +116,7 @@ def resident() -> int:
 
 
 def peak_memory(device: Any = None) -> int:
-    """Peak bytes so far: on a GPU of this process's tensors, otherwise of the process in memory.
+    """Peak memory in bytes so far: of this process's tensors on a GPU, otherwise of the whole process.
 
     Args:
         device: a `torch.device`; None, the CPU and MPS (which shares its memory) mean the process.

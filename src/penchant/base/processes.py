@@ -24,7 +24,7 @@ R = TypeVar("R")
 
 AHEAD = 2  # tasks per worker that may be finished ahead of the one being waited for
 RAY = "ray"
-Workers = int | str | None  # a number; `RAY`: a cluster's; None: one per core
+Workers = int | str | None  # a number; `RAY`: those of a Ray cluster; None: one per core
 
 
 def number_of(workers: Workers, tasks: int) -> int:

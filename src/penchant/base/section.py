@@ -49,8 +49,8 @@ def refuse_idle(section: BaseModel, idle: Mapping[str, str], prefix: str = "") -
     """Refuse keys that have no effect but are not at their default.
 
     Args:
-        idle: keys without effect, each with when and what to do: ``without environment; set environment, or leave {} out``,
-            where ``{}`` stands for the key.
+        idle: keys without effect, each with the condition and the fix: ``without environment; set environment, or leave {}
+            out``, where ``{}`` stands for the key.
         prefix: put before keys in the message, if it is not about the section itself.
 
     Raises:

@@ -1,1 +1,1 @@
-"""From one process to many: who takes part, how a model is sharded, how the processes are started and end. torch's own engine beneath."""
+"""Distributed training on torch's own engine: which processes take part, how a model is sharded, how the processes start and end."""

@@ -1,8 +1,8 @@
-"""One packed row over several processes: each holds a part of its tokens, and in attention a part of its heads (Ulysses, arXiv 2309.14509).
+"""Context parallelism (Ulysses, arXiv 2309.14509): each rank holds part of a packed row's tokens and, in attention, part of the heads.
 
-All processes of a group have the same passes. Each of them computes the whole loss from hidden states that were put together again, and
-counts the pass as its own: sums and counts are as many times as large as the group, so their ratio is that of one process, and so are
-gradients.
+All ranks of a group run the same passes. Each computes the whole loss from the gathered hidden states and counts the
+pass as its own, so sums and counts are both multiplied by the size of the group. Their ratio is that of a single
+process, and so are the gradients.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torch import Tensor
 from penchant.distributed.world import current
 from penchant.errors import ModelError
 
-SPLIT = "context"  # in a batch's cache: its tokens are dealt out
+SPLIT = "context"  # key in a batch's cache: its tokens are split
 
 
 def splits() -> bool:
-    """Whether the tokens of a pass are dealt out."""
+    """Whether the tokens of a pass are split over several ranks."""
     return current().context > 1
 
 
 def check_positions(config: Any) -> None:
-    """Refuse a model whose rotary frequencies follow the last position of a pass: each process would see another one.
+    """Refuse a model whose rotary frequencies depend on the last position of a pass, which differs between ranks.
 
     Raises:
-        ModelError: it is such a model.
+        ModelError: the model's rotary type is dynamic or longrope.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {rope.get("rope_type"), *(r.get("rope_type") for r in rope.values() if isinstance(r, Mapping))}
@@ -38,7 +38,7 @@ def check_positions(config: Any) -> None:
 
 
 def my_tokens(row: Tensor) -> Tensor:
-    """This process's part (T / n,) of a packed row (T,), which is filled up with zeros."""
+    """This rank's part (T / n,) of a packed row (T,), which is padded with zeros to a multiple of n."""
     world = current()
     share = -(-len(row) // world.context)
     filled = torch.cat([row, row.new_zeros(share * world.context - len(row))])
@@ -46,16 +46,16 @@ def my_tokens(row: Tensor) -> Tensor:
 
 
 def all_tokens(mine: Tensor, count: int) -> Tensor:
-    """The hidden states (T, d) of a row of `count` tokens, of which each process has a part."""
+    """Gather the hidden states (T, d) of a row of `count` tokens from the parts (T / n, d) of all ranks."""
     found: Tensor = _Together.apply(mine)
     return found[:count]
 
 
 def part_of_heads(x: Tensor, count: int) -> Tensor:
-    """All heads of some tokens (T / n, H, d) become some heads of all `count` tokens (T, H / n, d).
+    """Exchange all heads of some tokens (T / n, H, d) for some heads of all `count` tokens (T, H / n, d).
 
     Raises:
-        ModelError: the heads are not a multiple of the processes.
+        ModelError: the number of heads is not a multiple of the group's size.
     """
     n = current().context
     if x.shape[1] % n:
@@ -75,13 +75,13 @@ def part_of_tokens(x: Tensor) -> Tensor:
 
 
 def my_heads(per_head: Tensor | None) -> Tensor | None:
-    """This process's part of a number for each head (H,)."""
+    """This rank's part of a vector with one number per head (H,)."""
     world = current()
     return None if per_head is None else per_head.chunk(world.context)[world.rank % world.context]
 
 
 class _Exchanged(torch.autograd.Function):
-    """(n, ...): part i goes to process i of the group, and is in its place what that one has for this process."""
+    """All-to-all within the group, of (n, ...): part i goes to rank i and is replaced by the part that rank i holds for this one."""
 
     @staticmethod
     def forward(ctx: Any, parts: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class _Exchanged(torch.autograd.Function):
 
 
 class _Together(torch.autograd.Function):
-    """The parts of all processes, one after the other; a part's gradient is the sum of what each of them found for it."""
+    """Concatenate the parts of all ranks. The gradient of a part is the sum of the gradients from all ranks."""
 
     @staticmethod
     def forward(ctx: Any, mine: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""How shards go from one process to another where all are on one machine's CPU: through memory that they share.
+"""Transport for FSDP2 through shared memory, used if all processes run on the CPU of one machine.
 
-gloo sends them through sockets, which takes three times the CPU time. FSDP2 has a place for a transport of one's
-own, which says where its vectors lie: in memory that the other processes see, they need no sending. gloo still says when everybody has
-written, so whoever dies or does not answer is found out as before.
+gloo sends shards through sockets, which takes three times the CPU time. FSDP2 accepts a custom transport that allocates its vectors:
+in memory that the other processes can see, nothing has to be sent. gloo still synchronizes the processes, so one that dies or hangs is
+detected as before.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from torch import Tensor
 from penchant.base.machine import peak_memory, resident
 from penchant.distributed.world import World
 
-# Bytes of a vector that lies in shared memory, which stays: a larger one would raise a run's highest mark.
+# Bytes of the largest vector kept in shared memory, which is never freed: a larger one would raise a run's peak memory.
 LIMIT = 32 << 20
-SLOT = 2 << 20  # bytes of a larger one that a process shows the others at a time
+SLOT = 2 << 20  # bytes of a larger vector that a process shows the others at a time
 _TOKEN = 16
 
 
 @dataclass(slots=True)
 class Piece:
-    """A part of every process's file, at the same place in each.
+    """A region of every process's file, at the same offset in each.
 
     Args:
-        used: the number of the exchange that it is for; seen: what is mapped of it, by rank.
+        used: number of the exchange that it was last used for; seen: its mapping by rank, as far as it is mapped.
     """
 
     at: int
@@ -44,12 +44,13 @@ class Piece:
 
 
 class Exchange:
-    """A file in the memory of each process, which all of them map and cut into the same pieces.
+    """One memory file per process. All processes map all files and cut them into the same pieces.
 
-    Of one kind, a piece is used in every other exchange at most: whoever has come to the one in between is done with it.
+    A piece serves at most every other exchange of its kind: a process that has reached the one in between is done with
+    it.
 
     Args:
-        files: descriptors of all processes' files by rank, this one's among them.
+        files: descriptors of all processes' files by rank, including this one's.
     """
 
     def __init__(self, files: Sequence[int], rank: int) -> None:
@@ -61,16 +62,16 @@ class Exchange:
     @classmethod
     @lru_cache(maxsize=1)
     def of(cls, world: World) -> Exchange | None:
-        """Between all processes; None on each of them where one cannot see another's memory: another machine, another container."""
+        """Connect all processes; None on all of them if any cannot see another's memory (another machine or container)."""
         token, descriptor = os.urandom(_TOKEN), -1
-        with suppress(OSError, AttributeError):  # not every system has them
+        with suppress(OSError, AttributeError):  # not every system has memfd
             descriptor = os.memfd_create("penchant")
             os.write(descriptor, token)
         files: list[int] = []
         for pid, number, said in world.gather((os.getpid(), descriptor, token)):
             with suppress(OSError):
                 files.append(os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR))
-                if os.pread(files[-1], _TOKEN, 0) != said:  # the same numbers may be another file on another machine
+                if os.pread(files[-1], _TOKEN, 0) != said:  # on another machine, this path may be an unrelated file
                     os.close(files.pop())
         if all(world.gather(len(files) == world.size)):
             return cls(files, world.rank)
@@ -79,7 +80,7 @@ class Exchange:
         return None
 
     def piece(self, kind: str, size: int) -> Piece:
-        """Where the next exchange of a kind puts so many bytes: all processes ask for the same, in the same order."""
+        """The region of `size` bytes for the next exchange of a kind. All processes must make the same calls in the same order."""
         count = self._counts[kind] = self._counts.get(kind, 0) + 1
         pieces = self._pieces.setdefault((kind, size), [])
         found = next((p for p in pieces if p.used < count - 1), None)
@@ -91,22 +92,22 @@ class Exchange:
         return found
 
     def seen(self, piece: Piece, rank: int, dtype: torch.dtype) -> Tensor:
-        """A piece in a process's file, as a vector."""
+        """A piece of a rank's file as a vector."""
         if rank not in piece.seen:
-            os.posix_fallocate(self._files[rank], piece.at, piece.size)  # whoever comes first makes room for it
+            os.posix_fallocate(self._files[rank], piece.at, piece.size)  # the first rank that gets here allocates it
             mapped = mmap.mmap(self._files[rank], piece.size, offset=piece.at)
             piece.seen[rank] = torch.frombuffer(mapped, dtype=torch.uint8)
         return piece.seen[rank].view(dtype)
 
     def meet(self, group: Any) -> None:
-        """Wait for all of a group."""
+        """Wait for all ranks of a group."""
         dist.all_reduce(self._there, group=group)
 
     def shown(self, rows: Sequence[Tensor], group: Any) -> list[Tensor]:
-        """Show the others rows of equal length, together at most `SLOT` bytes, and wait for theirs.
+        """Show the other ranks rows of equal length, at most `SLOT` bytes together, and wait for theirs.
 
         Returns:
-            The rows of each rank of the group, this one's among them, to be read before the next call.
+            The rows of each rank of the group, including this one's. Read them before the next call.
         """
         dtype, shape = rows[0].dtype, (len(rows), rows[0].numel())
         piece, count = self.piece("slot", SLOT), shape[0] * shape[1]
@@ -118,10 +119,10 @@ class Exchange:
 
 @dataclass(slots=True)
 class Transport:
-    """What FSDP2 asks of one: the methods of its `AllGather` and `ReduceScatter`, which older torch does not have.
+    """Base of the two collectives. They do not inherit from FSDP2's `AllGather` and `ReduceScatter`, which older torch lacks.
 
     Args:
-        ranks: of those that share a model's shards; piece: where the vector lies that is next.
+        ranks: those that share a model's shards; piece: where the current vector lies (None: not in shared memory).
     """
 
     exchange: Exchange
@@ -129,7 +130,7 @@ class Transport:
     piece: Piece | None = None
 
     def placed(self, rank: int, size: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A vector in a process's file, or where it is large, anywhere."""
+        """Allocate a vector in a rank's file, or in ordinary memory if it is larger than `LIMIT`."""
         count = torch.Size(size).numel()
         self.piece = None
         if count * dtype.itemsize > LIMIT:
@@ -140,10 +141,10 @@ class Transport:
 
 
 class Gather(Transport):
-    """All ranks' shards of a flat vector, on each of them: what fits lies in the first rank's file, and each writes its part."""
+    """All-gather of a flat vector. Up to `LIMIT` bytes it lies in the first rank's file, where each rank writes its part."""
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Where FSDP2 puts this rank's part of a vector and finds the whole of it."""
+        """Allocate the vector in which FSDP2 writes this rank's part and then finds the whole."""
         return self.placed(self.ranks[0], size, dtype)
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> None:
@@ -160,16 +161,16 @@ class Gather(Transport):
 
 @dataclass(slots=True)
 class ReduceScatter(Transport):
-    """Of the sum of all ranks' vectors this rank's part, added in their order.
+    """Reduce-scatter: this rank's part of the sum of all ranks' vectors, added in rank order.
 
     Args:
-        given: whether FSDP2 has its vector, and asks for a place for the sum.
+        given: whether the input vector is allocated, so the next allocation is for the sum.
     """
 
     given: bool = False
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Where FSDP2 puts a rank's vector, and then where it finds the sum."""
+        """Allocate the input vector and the sum, in turn."""
         self.given = not self.given
         return self.placed(self.exchange.rank, size, dtype) if self.given else torch.empty(size, dtype=dtype)
 
@@ -188,12 +189,12 @@ class ReduceScatter(Transport):
         room = SLOT // (vectors.element_size() * (size - 1))
         for total, piece in zip(output_tensor.split(room), vectors.split(room, dim=1), strict=True):
             shown = self.exchange.shown([row for i, row in enumerate(piece) if i != mine], group)
-            # a rank shows what is for the others: without its own part
+            # a rank shows only the other ranks' parts, not its own
             _add([piece[mine] if i == mine else rows[mine - (mine > i)] for i, rows in enumerate(shown)], total)
 
 
 def _make_room(size: int) -> None:
-    """Where so many bytes more would raise a run's highest mark, give back what the heap keeps of freed tensors: activations, above all."""
+    """Return freed memory (mostly activations) from the heap to the system if `size` more bytes would raise the peak memory."""
     if resident() + size > peak_memory():
         with suppress(AttributeError):  # only glibc has it
             ctypes.CDLL(None).malloc_trim(0)

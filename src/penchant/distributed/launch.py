@@ -1,4 +1,4 @@
-"""Starting the processes of one machine by torch's own agent, and how they end: one sentence, one exit code."""
+"""Start the processes of one machine with torch's agent, and end them with one sentence and one exit code."""
 
 from __future__ import annotations
 
@@ -34,41 +34,40 @@ from penchant.distributed.world import (
 )
 from penchant.errors import PenchantError, TrainingStopped
 
-LAUNCHED = "PENCHANT_LAUNCHED"  # set where the launcher prints what a process has to say
-LATE = 3.0  # seconds within which all that wait for one rank give up
-LOOK = 1.0  # seconds between two looks at NCCL
-GRACE = 20.0  # seconds that a process whose end is known waits for the one that says why
+LAUNCHED = "PENCHANT_LAUNCHED"  # set if the launcher prints the processes' errors
+LATE = 3.0  # seconds within which all ranks that wait for the same one give up
+LOOK = 1.0  # seconds between two checks of NCCL
+GRACE = 20.0  # seconds that a failed process waits for the one that reports the cause
 
 
 def launch(command: Sequence[str], processes: int, restarts: int, timeout: float) -> int:
-    """Run ``python -m penchant COMMAND`` in several processes of this machine, until all have ended or one has failed.
+    """Run ``python -m penchant COMMAND`` in several processes on this machine until all have ended or one has failed.
 
     Args:
-        timeout: seconds that they have, behind a signal, to finish the step and write a checkpoint.
+        timeout: seconds that the processes have after a signal to finish the step and write a checkpoint.
 
     Returns:
-        0, or the exit code of the first one that failed.
+        0.
 
     Raises:
-        PenchantError: what that one said.
+        PenchantError: the error of the first process that failed, with its exit code.
     """
-    # a store that every attempt shares hands the addresses of dead processes to the next attempt, which hangs (pytorch#135712)
+    # with a store that all attempts share, the next attempt gets the addresses of dead processes and hangs (pytorch#135712)
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ.setdefault(
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(math.ceil(timeout))
-    )  # older torch has 30 s, and no argument for it
+    )  # older torch waits 30 s and has no argument for it
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does; train.threads decides
     os.environ[LAUNCHED] = "1"
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of every connection that ends with its process
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else it warns of each connection that a process closes
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     talkative = ("torch.distributed.elastic", "torch.distributed.launcher")
     for name in [*talkative, *(n for n in logging.root.manager.loggerDict if n.startswith(talkative))]:
-        logging.getLogger(name).setLevel(
-            logging.CRITICAL
-        )  # it tells in forty lines what is one sentence; some have a level of their own
+        # they print forty lines for one sentence; some have their own level
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="penchant-launch-") as folder:
         config = LaunchConfig(
             min_nodes=1,
@@ -101,7 +100,7 @@ def launch(command: Sequence[str], processes: int, restarts: int, timeout: float
 
 
 def _last_words(folder: Path) -> PenchantError | None:
-    """What the first process of the last attempt that had something to say has said."""
+    """The recorded error to report, if any: a user's error before a bug, then of the last attempt, then the earliest."""
     found = []
     for path in folder.glob("*/attempt_*/*/*.json"):
         with suppress(OSError, ValueError, KeyError, TypeError):
@@ -127,10 +126,10 @@ def _crashed(rank: int, code: int, processes: int) -> PenchantError:
 
 
 def leave(error: BaseException, world: World, timeout: float) -> NoReturn:
-    """End a process of several with its error: the first one that has something to say says it, the others are silent.
+    """End one of several processes because of an error. Only the first process with something to report prints it.
 
-    An error that all ranks have agreed on is rank 0's to tell, and the others stay until it has closed its files: whoever leaves first
-    is taken for a crash, and all are ended.
+    An error that all ranks have agreed on is reported by rank 0. The others wait until it has closed its files, since
+    torch's agent takes the first process that exits for a crash and ends all of them.
     """
     agreed, late = getattr(error, "agreed", False), waited_too_long(error, world, timeout)
     if late is not None:
@@ -138,7 +137,7 @@ def leave(error: BaseException, world: World, timeout: float) -> NoReturn:
     elif (told := mistake(error)) is not None:
         error = told
     elif lost_another(error):
-        time.sleep(GRACE)  # the agent ends this process as soon as it has seen what happened to the other one
+        time.sleep(GRACE)  # the agent ends this process as soon as it notices that the other one has failed
         end_now(1)
     if agreed and not world.leads:
         _wait_for_leader()
@@ -153,14 +152,16 @@ def leave(error: BaseException, world: World, timeout: float) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
-    end_now(int(described(error)["exit_code"]))  # no goodbye: a collective that others never enter would hang
+    # without torch's cleanup: a collective that others never enter would hang
+    end_now(int(described(error)["exit_code"]))
 
 
 @contextmanager
 def watched(world: World, timeout: float) -> Iterator[None]:
-    """End this process with its sentence where NCCL finds that another does not answer, or is gone.
+    """End this process with an error if NCCL finds that another one is gone or does not answer.
 
-    A wait for NCCL is a wait for the GPU, in which nothing is raised: its watchdog notes the error, and aborts the process a minute later.
+    Waiting for NCCL means waiting for the GPU, which raises nothing: NCCL's watchdog notes the error and aborts the
+    process a minute later.
     """
     ended = threading.Event()
 
@@ -178,11 +179,11 @@ def watched(world: World, timeout: float) -> Iterator[None]:
 
 
 def nccl_error() -> RuntimeError | None:
-    """What NCCL's watchdog has found in any group."""
+    """The error that NCCL's watchdog has found in any group, or None."""
     from torch.distributed.distributed_c10d import _world
 
     for group in list(_world.pg_map):
-        with suppress(RuntimeError):  # it has no NCCL
+        with suppress(RuntimeError):  # a group without NCCL
             found = group._get_backend(torch.device("cuda")).get_error().name
             if found != "SUCCESS":
                 return RuntimeError("NCCL timed out" if found == "TIMEOUT" else f"NCCL: {found}")
@@ -190,17 +191,17 @@ def nccl_error() -> RuntimeError | None:
 
 
 class Late(TrainingStopped):
-    """Ranks that did not answer in time."""
+    """Error that names the ranks that did not answer in time."""
 
     exit_code = CRASH
     silent: Sequence[int] = ()
 
 
 def waited_too_long(error: BaseException, world: World, timeout: float) -> Late | None:
-    """The sentence about ranks that did not answer in time; None for any other error."""
+    """A `Late` error if ranks did not answer in time; None for any other error."""
     if not isinstance(error, RuntimeError) or not re.search("[Tt]imed ?out|[Tt]imeout", str(error)):
         return None
-    silent = [0]  # rank 0 holds the store: where that does not answer, it is rank 0 that is silent
+    silent = [0]  # rank 0 holds the store: if the store does not answer, rank 0 is silent
 
     def ask() -> None:
         with suppress(Exception):
@@ -209,7 +210,7 @@ def waited_too_long(error: BaseException, world: World, timeout: float) -> Late 
             time.sleep(LATE)
             silent[:] = [r for r in range(world.size) if not met.check([f"penchant/late/{r}"])]
 
-    asking = threading.Thread(target=ask, daemon=True)  # a stopped process is connected to, and never answers
+    asking = threading.Thread(target=ask, daemon=True)  # a stopped process accepts the connection but never answers
     asking.start()
     asking.join(GRACE / 2)
     found = [*silent]
@@ -224,7 +225,7 @@ def waited_too_long(error: BaseException, world: World, timeout: float) -> Late 
 
 
 def end_silent(world: World, silent: Sequence[int]) -> None:
-    """Kill those of this machine that do not answer: what is stopped heeds no SIGTERM, and torch's agent would wait 30 s for it."""
+    """Kill the silent ranks on this machine: a stopped process ignores SIGTERM, and torch's agent would wait 30 s for it."""
     for machine, process in (world.processes[rank] for rank in silent if rank != world.rank):
         if machine is not None and machine == os.environ.get(MACHINE):
             with suppress(OSError):
@@ -239,7 +240,7 @@ def _first_to_tell() -> bool:
 
 
 def _wait_for_leader() -> None:
-    """Until rank 0 has ended, and its store with it; not for long. torch's C++ part says on stderr that the store is gone."""
+    """Wait up to `GRACE` seconds until rank 0 and its store are gone. stderr is silenced: torch's C++ code reports the lost store there."""
     with suppress(Exception):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         store(GRACE).wait(["penchant/never"], timedelta(seconds=GRACE))

@@ -1,4 +1,4 @@
-"""A model's parameters sharded over all processes: torch's FSDP2, each decoder layer by itself and then the rest."""
+"""Shard a model's parameters over all processes with torch's FSDP2: each decoder layer by itself, then the rest."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from torch import Tensor, nn
 from penchant.distributed.exchange import Exchange, Gather, ReduceScatter
 from penchant.distributed.world import World
 
-# what a `Scorer` or a `RewardScorer` runs the model for: inside, the parameters that no layer owns are whole
+# methods of a `Scorer` or `RewardScorer` that run the model: inside them, the parameters that no layer owns are whole
 RUNS = ("hidden", "predicting", "logps", "valued", "values", "divergence", "row_logits", "rewards")
-_ROOT = "_penchant_root"  # on a model that was sharded
+_ROOT = "_penchant_root"  # attribute of a sharded model
 
 
 class Root(nn.Module):
-    """The root of a sharded model: embedding, last norm and head are whole while it runs, so everything that uses them runs in it.
+    """Root of a sharded model. Embedding, last norm and head are whole while it runs, so everything that uses them runs inside it.
 
     Args:
-        model: a transformers or peft model; reshards: whether its layers give back their gathered weights after their forward pass.
-        beside: what is computed from its hidden states (a value head).
+        model: a transformers or peft model; reshards: whether its layers free their gathered weights after their forward pass.
+        beside: modules that are computed from its hidden states (a value head).
     """
 
     def __init__(self, model: nn.Module, reshards: bool, beside: Sequence[nn.Module] = ()) -> None:
         super().__init__()
         self.model, self.reshards, self.beside = model, reshards, nn.ModuleList(beside)
-        vars(model)[_ROOT] = self  # not as a module of its own
+        vars(model)[_ROOT] = self  # not registered as a submodule
 
     def forward(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What `run` makes of its arguments: log-probs of a packed batch, rewards, hidden states."""
+        """Call `run`, e.g. for the log-probs of a packed batch, rewards or hidden states."""
         return run(*args, **kwargs)
 
 
@@ -42,9 +42,9 @@ class Sharding:
     """How models are sharded.
 
     Args:
-        world: who takes part; device: where each process computes; dtype: what products are computed in (parameters are kept in
-            fp32, or in fp64); replicas: groups that each hold the whole model (HSDP); reshard: whether a layer gives back
-            its gathered weights after its forward pass; offload: whether shards lie in the host's memory.
+        world: the processes that take part; device: where each computes; dtype: of products (trained parameters are kept in
+            fp32 or fp64); replicas: groups that each hold the whole model (HSDP); reshard: whether a layer frees its
+            gathered weights after its forward pass; offload: whether shards are kept in host memory.
     """
 
     world: World
@@ -62,10 +62,10 @@ class Sharding:
         return init_device_mesh(self.device.type, (self.world.size,), mesh_dim_names=("shard",))
 
     def __call__(self, model: nn.Module, backbone: nn.Module, beside: Sequence[nn.Module] = ()) -> Root:
-        """Shard a model in place: every layer of its backbone, then what is left, and what is computed from its hidden states.
+        """Shard a model in place: each layer of its backbone, then the remaining parameters and the modules in `beside`.
 
-        Gradients are sums over ranks: the loop divides by counts of the whole step. A factor of 1 alone would become a product in the
-        reduction, which gloo does not have and NCCL gets wrong in bf16 (pytorch#190747).
+        Gradients are summed over ranks, as the loop divides by counts of the whole step. A divide factor of 1 alone
+        would become a product in the reduction, which gloo lacks and NCCL gets wrong in bf16 (pytorch#190747).
         """
         from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -91,23 +91,23 @@ class Sharding:
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
                 if exchange is not None:
-                    # a vector that is there before its time would lie where the last one is still read
+                    # no prefetching: it would overwrite the vector that is still being read
                     module.set_modules_to_backward_prefetch([module])
                     module.set_custom_all_gather(cast(Any, Gather(exchange, ranks)))
                     module.set_custom_reduce_scatter(cast(Any, ReduceScatter(exchange, ranks)))
         return root
 
     def _cast(self, module: nn.Module) -> None:
-        """What is whole still: trained parameters in fp32 (fp64), for shards are their own masters, frozen ones as they are used."""
+        """Cast what is not sharded yet: trained parameters to fp32 (fp64), as shards are their own masters, and frozen ones to `dtype`."""
         for p in module.parameters():
             if p.is_floating_point() and not is_sharded(p):
                 p.data = p.data.to(torch.promote_types(self.dtype, torch.float32) if p.requires_grad else self.dtype)
 
 
 def add_rows_alone(model: nn.Module) -> None:
-    """Have the gradient of a tied embedding added to the head's row by row: a whole one of its own would be as large as the head's.
+    """Add a tied embedding's gradient to the head's row by row; a separate gradient would be as large as the head's.
 
-    Sums are those of autograd: of a pass's rows by token first.
+    As in autograd, the rows of a pass are first summed by token.
     """
     heads = {id(m.weight) for m in model.modules() if type(m) is nn.Linear}
 
@@ -121,7 +121,7 @@ def add_rows_alone(model: nn.Module) -> None:
             rows = torch.ops.aten.embedding_dense_backward(grad.flatten(0, -2), place, len(tokens), -1, False)
             if embedding.padding_idx is not None:
                 rows.masked_fill_((tokens == embedding.padding_idx)[:, None], 0.0)
-            if weight.grad is None:  # there was no head in this pass
+            if weight.grad is None:  # this pass did not use the head
                 weight.grad = torch.zeros_like(weight)
             weight.grad.index_add_(0, tokens, rows)
 
@@ -136,7 +136,7 @@ def add_rows_alone(model: nn.Module) -> None:
 
 @lru_cache(maxsize=1)
 def _replicated(world: World, device: str, replicas: int) -> Any:
-    """The mesh of HSDP, the same for all models, over groups that wait as long as all others: its own would have torch's limit."""
+    """The HSDP mesh, shared by all models. Its groups have the run's timeout; groups that the mesh creates would have torch's."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -146,7 +146,7 @@ def _replicated(world: World, device: str, replicas: int) -> Any:
 
 
 def layers_of(backbone: nn.Module) -> list[nn.Module]:
-    """The decoder (or encoder) layers: of all lists of modules the one with the most parameters."""
+    """The decoder (or encoder) layers: the `ModuleList` with the most parameters."""
     lists = [m for m in backbone.modules() if isinstance(m, nn.ModuleList) and len(m)]
     if not lists:
         return []
@@ -155,13 +155,13 @@ def layers_of(backbone: nn.Module) -> list[nn.Module]:
 
 
 class Rooted:
-    """A scorer of a sharded model: everything that runs the model runs in the root's forward; all else is the scorer's own.
+    """Wrapper for the scorer of a sharded model: methods that run the model run in the root's forward, all others unchanged.
 
     Args:
-        scorer: a `Scorer` or a `RewardScorer` without a fast path; root: of its model.
+        scorer: a `Scorer` or a `RewardScorer` without a fast path; root: the root of its model.
 
     Raises:
-        ValueError: the scorer has a fast path, which holds the parameters as they were before: most would never get a gradient.
+        ValueError: the scorer has a fast path, which holds the parameters from before sharding: most would never get a gradient.
     """
 
     _scorer: Any
@@ -180,15 +180,15 @@ class Rooted:
         return partial(self.through, found) if name in RUNS else found
 
     def through(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What a call that runs the model makes of its arguments, in the root."""
+        """Call a method that runs the model, inside the root's forward."""
         found = self.root(run, *args, **kwargs)
         if run.__name__ != "row_logits" and not torch.is_grad_enabled():
-            reshard(self.root)  # no backward pass will do it, and what is whole now is old after the next step
+            reshard(self.root)  # no backward pass will do it, and gathered weights are outdated after the next step
         return found
 
 
 def rooted(scorer: Any) -> Any:
-    """A scorer as its model needs it: one of a sharded model runs in the model's root."""
+    """Wrap the scorer of a sharded model in `Rooted`; return any other as it is."""
     root = vars(scorer.model).get(_ROOT)
     return scorer if root is None else Rooted(scorer, root)
 
@@ -200,20 +200,20 @@ def _sharded(module: nn.Module) -> Iterator[Any]:
 
 
 def reshard(root: nn.Module) -> None:
-    """Deal out whatever is whole at the moment."""
+    """Free all gathered weights and keep only the shards."""
     for module in _sharded(root):
         module.reshard()
 
 
 @contextmanager
 def whole_weights(scorer: Any) -> Iterator[None]:
-    """All parameters whole on every rank: for sampling, whose ranks may take different numbers of steps. A plain model's are anyway."""
+    """Gather all parameters on every rank, for sampling, where ranks may take different numbers of steps. No-op for a plain model."""
     if not isinstance(scorer, Rooted):
         yield
         return
     modules, root = list(_sharded(scorer.root)), scorer.root
     with torch.no_grad():
-        root(tuple)  # a layer that runs before its root has run would take itself for one
+        root(tuple)  # a layer that runs before its root would make itself the root
     for module in modules:
         module.unshard()
         module.set_reshard_after_forward(False, recurse=False)
@@ -226,17 +226,17 @@ def whole_weights(scorer: Any) -> Iterator[None]:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is one of torch's distributed ones, of which this process holds a part."""
+    """Whether a tensor is a `DTensor`, of which this rank holds a part."""
     return hasattr(tensor, "full_tensor")
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor, in the same memory; of a plain tensor all of it."""
+    """This rank's part of a tensor, in the same memory; a plain tensor is returned as it is."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined,no-any-return]
 
 
 def dealt_as(like: Tensor, tensor: Tensor) -> Tensor:
-    """A tensor, whole or sharded in any way, as `like` is sharded; every rank must ask for it. Where `like` is whole, the tensor as it is."""
+    """Shard a tensor, whole or sharded in any way, like `like`; if `like` is whole, return it as it is. Every rank must call this."""
     if not is_sharded(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -248,15 +248,15 @@ def dealt_as(like: Tensor, tensor: Tensor) -> Tensor:
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor; every rank must ask for it."""
+    """The whole tensor. Every rank must call this."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined,no-any-return]
 
 
 def gathered(named: Iterable[tuple[str, Tensor]], world: World, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Whole tensors by name in rank 0's host memory, one after the other; nothing on the other ranks.
+    """Gather tensors by name into rank 0's host memory, one at a time; the result is empty on other ranks.
 
     Args:
-        dtype: what floating-point ones are cast to, before they leave the device.
+        dtype: floating-point tensors are cast to it, before they leave the device.
     """
     found = {}
     for name, tensor in named:

@@ -1,6 +1,6 @@
-"""The processes that train together: torch.distributed with a gloo group for numbers on the CPU, and nccl for a GPU's tensors.
+"""The processes that train together, over torch.distributed: a gloo group for numbers on the CPU, and nccl for a GPU's tensors.
 
-One process is a world of its own: no group, no cost, and every call here returns what it was given.
+A single process is a world of size 1 without a group: every call here returns what it was given, at no cost.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ T = TypeVar("T")
 E = TypeVar("E", bound=BaseException)
 
 end_now = os._exit  # the real one, which `base.functions.no_exit` replaces while a command runs
-CRASH = 1  # the exit code of what is started again: a bug, a process that is gone or does not answer
-PATIENCE = timedelta(days=7)  # for what rank 0 alone does first: reading and tokenizing may take hours
-MASTER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells each process
-MACHINE = "GROUP_RANK"  # the same for all processes that one torchrun started
+CRASH = 1  # exit code that is restarted: a bug, or a process that is gone or does not answer
+PATIENCE = timedelta(days=7)  # timeout for what rank 0 does first: reading and tokenizing may take hours
+MASTER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # environment variables that torchrun sets
+MACHINE = "GROUP_RANK"  # environment variable, the same for all processes that one torchrun started
 
 
 def store(seconds: float) -> Any:
-    """The store that the processes of this attempt met at."""
+    """Connect to the store that the processes of this attempt share."""
     import torch.distributed as dist
 
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -38,9 +38,9 @@ def store(seconds: float) -> Any:
 
 
 class First:
-    """Rank 0 comes first, and the others wait for that, as long as it takes: it reads the data, or asks the rewards.
+    """Make the other ranks wait for rank 0, as long as it takes, while it reads the data or queries the rewards.
 
-    What all do together afterwards has the time limit that everything has, so whoever hangs is found out meanwhile too.
+    The collectives that follow keep their usual timeout, so a rank that hangs is still detected.
     """
 
     def __init__(self, name: str, seconds: float) -> None:
@@ -58,14 +58,14 @@ class First:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """Where this process stands among those that train together.
+    """This process's place among those that train together.
 
     Args:
-        rank: from 0; size: how many there are; local_rank, local_size: the same among those of this machine.
-        group: for objects and numbers on the CPU (gloo); first: tells the others that rank 0 has come somewhere.
-        context: processes that share each pass (`distributed.context`), neighbors by rank; context_group: they.
-        processes: of each rank, its machine (None: not known) and the number of its process there.
-        timeout: how long they wait for each other.
+        rank: from 0; size: number of processes; local_rank, local_size: the same on this machine.
+        group: gloo group for objects and numbers on the CPU; first: makes the other ranks wait for rank 0.
+        context: number of neighboring ranks that share each pass (`distributed.context`); context_group: their group.
+        processes: (machine, process id) of each rank; the machine is None if unknown.
+        timeout: how long processes wait for each other.
     """
 
     rank: int = 0
@@ -81,17 +81,17 @@ class World:
 
     @property
     def dealers(self) -> int:
-        """How many passes are made at a time."""
+        """How many passes run at a time."""
         return self.size // self.context
 
     @property
     def dealer(self) -> int:
-        """Which of them this process takes part in."""
+        """Index of the pass, among these, that this process takes part in."""
         return self.rank // self.context
 
     @property
     def leads(self) -> bool:
-        """Whether this process is the one that locks, logs, writes and reports."""
+        """Whether this is rank 0, which locks, logs, writes and reports."""
         return self.rank == 0
 
     @property
@@ -99,7 +99,7 @@ class World:
         return self.size > 1
 
     def beside(self) -> World:
-        """The same processes with a group of its own, for what they do in threads meanwhile; every rank must ask for it."""
+        """The same processes with a group of their own, for threads that run beside training. Every rank must call this."""
         import torch.distributed as dist
 
         group = dist.new_group(backend="gloo", timeout=PATIENCE)
@@ -108,10 +108,10 @@ class World:
     # ---- numbers and objects, always in the order of the ranks ----------------------------------------------------------
 
     def gather(self, value: T, *, patient: bool = False) -> list[T]:
-        """What every rank gives, in the order of the ranks; tensors must be on the CPU.
+        """Gather the values of all ranks, in rank order; tensors must be on the CPU.
 
         Args:
-            patient: rank 0 may come late.
+            patient: wait for rank 0 as long as it takes.
         """
         if not self.many:
             return [value]
@@ -124,16 +124,16 @@ class World:
         return found
 
     def share(self, value: T) -> T:
-        """What rank 0 gives."""
+        """Return rank 0's value on every rank."""
         return self.gather(value if self.leads else None, patient=True)[0]  # type: ignore[return-value]
 
     def dealt(self, mine: Sequence[T], count: int) -> list[T]:
-        """All of `count` items in their order, of which each rank made every `size`-th, rank 0 the first."""
+        """Gather `count` items in their order; rank r made items r, r + size, r + 2 size, ..."""
         everyone = self.gather(mine)
         return [everyone[i % self.size][i // self.size] for i in range(count)]
 
     def sums(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Sums by name over all ranks, added in their order: equal to the last bit on each."""
+        """Sums by name over all ranks, added in rank order, so every rank gets the same bits."""
         if not self.many:
             return dict(values)
         total: dict[str, float] = {}
@@ -143,14 +143,14 @@ class World:
         return total
 
     def gather_tensors(self, value: T, device: torch.device) -> list[T]:
-        """The same as `gather` of tensors, and of tuples, mappings and dataclasses of tensors; they come back on `device`."""
+        """`gather` for tensors, and for tuples, mappings and dataclasses of tensors, which are returned on `device`."""
         cpu = torch.device("cpu")
         return [_moved(v, device) for v in self.gather(_moved(value, cpu))]
 
     # ---- errors ---------------------------------------------------------------------------------------------------------
 
     def agree(self, error: BaseException | None = None, *, patient: bool = False) -> None:
-        """Wait for every rank; where one of them has failed, all of them raise that error.
+        """Wait for every rank; if one of them has failed, all of them raise its error.
 
         Raises:
             PenchantError: this rank's own error, or that of the first rank that has one.
@@ -166,7 +166,7 @@ class World:
 
     @contextmanager
     def together(self, *, patient: bool = False) -> Iterator[None]:
-        """What each rank does by itself (no collective inside): where it fails on one, it fails on all."""
+        """Run the block on each rank independently (no collectives inside); if it fails on one rank, it fails on all."""
         error: BaseException | None = None
         try:
             yield
@@ -176,7 +176,7 @@ class World:
 
     @contextmanager
     def leading(self) -> Iterator[None]:
-        """What rank 0 does before the others do it too: what it has read and cached, they find; its error is theirs."""
+        """Run the block on rank 0 first, then on the others, which find what it has cached. If it fails on rank 0, it fails on all."""
         if not self.many:
             yield
             return
@@ -207,18 +207,18 @@ _NOW: list[World] = [World()]
 
 
 def current() -> World:
-    """The world of this process: one process, until `join` was called."""
+    """The world of this process: a single process until `join` is called."""
     return _NOW[0]
 
 
 def started_by_torchrun() -> bool:
-    """Whether this process is one of several, by its environment; torch is not imported to tell."""
+    """Whether this process is one of several, judged by its environment, without importing torch."""
     return all(name in os.environ for name in MASTER) and os.environ["WORLD_SIZE"] not in ("", "1")
 
 
 @contextmanager
 def join(timeout: float, context: int = 1) -> Iterator[World]:
-    """Be one of the processes that torchrun (or `penchant train --processes`) started; one process joins nothing.
+    """Join the processes that torchrun (or `penchant train --processes`) started; a single process joins nothing.
 
     Args:
         timeout: seconds after which a process that waits for another gives up; context: processes that share each pass.
@@ -245,7 +245,7 @@ def join(timeout: float, context: int = 1) -> Iterator[World]:
     dist.all_gather_object(processes, (os.environ.get(MACHINE), os.getpid()), group=group)
     first = First("rank 0", timeout)
     world = World(rank, size, local_rank, local_size, group, first, processes=tuple(processes), timeout=limit)
-    if context > 1 and size % context == 0:  # another number is refused with the config
+    if context > 1 and size % context == 0:  # any other number is refused with the config
         neighbors = [dist.new_group(list(range(at, at + context)), timeout=limit) for at in range(0, size, context)]
         world = replace(world, context=context, context_group=neighbors[rank // context])
     _NOW[0] = world
@@ -255,21 +255,21 @@ def join(timeout: float, context: int = 1) -> Iterator[World]:
         ended_well = True
     finally:
         _NOW[0] = World()
-        if ended_well:  # after an error the others may be gone, and there is nobody to say goodbye to
+        if ended_well:  # after an error, the others may be gone already
             dist.destroy_process_group()
 
 
 def agreed(error: E) -> E:
-    """An error that every rank raises now: see `launch.leave`."""
+    """Mark an error as one that every rank raises; see `launch.leave`."""
     error.agreed = True  # type: ignore[attr-defined]
     return error
 
 
-# ---- how an error gets from one process to the others, and to the person -------------------------------------------------
+# ---- how an error gets from one process to the others, and to the user ---------------------------------------------------
 
 
 def described(error: BaseException) -> dict[str, Any]:
-    """An error in plain values."""
+    """An error as JSON-compatible values; see `error_of`."""
     from penchant.base.mistakes import mistake  # it needs yaml, and `penchant --help` imports this module
 
     if (told := mistake(error)) is not None:
@@ -294,18 +294,18 @@ def described(error: BaseException) -> dict[str, Any]:
 
 
 def error_of(told: Mapping[str, Any]) -> PenchantError:
-    """The error that `described` described; a bug becomes an error that names its type."""
+    """The error from `described`; a bug becomes a `PenchantError` that names its type."""
     kind = getattr(errors, told["kind"] or "", PenchantError)
     error: PenchantError = kind(told["where"], told["what"], told["how"])
     error.exit_code = told["exit_code"]
     return error
 
 
-ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torch's agent says where a process leaves its last words, and reads them
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where torch's agent expects a process to write its error
 
 
 def record(error: BaseException) -> None:
-    """Leave an error where torch's agent looks for it, so that whoever started the processes can print it once."""
+    """Write an error where torch's agent looks for it, so that the launcher can print it once."""
     path = os.environ.get(ERROR_FILE)
     if not path:
         return
@@ -316,7 +316,7 @@ def record(error: BaseException) -> None:
 
 
 def ended_on_purpose() -> int | None:
-    """The exit code of an earlier attempt of these processes that did not crash: what stopped itself is not started again."""
+    """The exit code of an earlier attempt that ended without a crash, and so is not restarted; None if there is none."""
     path = Path(os.environ.get(ERROR_FILE, ""))
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0 or len(path.parents) < 3:
         return None
@@ -329,7 +329,7 @@ def ended_on_purpose() -> int | None:
 
 
 def lost_another(error: BaseException) -> bool:
-    """Whether an error only says that another process is gone: that one's own error is the one to tell."""
+    """Whether an error only says that another process is gone, whose own error is the one to report."""
     text = f"{type(error).__name__}: {error}"
     signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL", "DistBackendError")
     return not isinstance(error, PenchantError) and any(sign in text for sign in signs)
@@ -338,13 +338,13 @@ def lost_another(error: BaseException) -> bool:
 def dealt_passes(
     plan: Sequence[list[int]], call: Callable[[list[int]], T], device: torch.device, sizes: Sequence[int]
 ) -> list[tuple[list[int], T]]:
-    """Passes dealt out to all ranks: what `call` makes of each, known to all of them, in the order of the plan.
+    """Divide passes among all ranks; return the result of `call` for each on every rank, in the order of the plan.
 
-    Every rank makes equally many passes, for a collective inside one needs the others; who has none left makes that of the smallest tree
-    once more and throws it away.
+    Every rank runs the same number of passes, as a collective inside one needs all ranks. A rank that has none left
+    runs one over the smallest tree and discards it.
 
     Args:
-        plan: the indices of the trees of each pass, the same on every rank; sizes: of all trees.
+        plan: tree indices of each pass, the same on every rank; sizes: of all trees.
     """
     world = current()
     smallest = min(range(len(sizes)), key=lambda i: sizes[i], default=0)
