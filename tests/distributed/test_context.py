@@ -145,7 +145,7 @@ def test_two_rows_at_a_time_of_two_processes_each(tmp_path: Path) -> None:
         (["launch.context=3"], 4, "4 processes are not equal groups of 3"),
         (["launch.context=2"], 1, "is 2, and this is one process"),
         (["launch.context=2", "train.packing=padded"], 2, "padded rows have no part of it"),
-        (["launch.context=2", "algorithm=rloo", "reward=words"], 2, "rloo writes answers"),
+        (["launch.context=2", "algorithm=rloo", "reward=words"], 2, "rloo samples completions"),
     ],
 )
 def test_what_is_refused(settings: list[str], processes: int, expected: str) -> None:

@@ -51,7 +51,7 @@ from penchant.types import Algorithm, LossOutput, Scored
 """
 SECTION = """
 from penchant.report.data import ReportData
-from penchant.report.html import Element, said, table
+from penchant.report.html import Element, user_text, table
 from penchant.report.page import Section, num
 from penchant.report.svg import number
 """

@@ -73,7 +73,7 @@ def test_a_damaged_bit_in_a_cache_is_noticed_and_mended(tmp_path: Path, at: int)
     content[at] ^= 1
     path.write_bytes(content)
     again, found = cached_reference(live, pairs, "k", tmp_path, tokens_per_step=30, say=said.append)
-    assert not found and len(said) == 1 and "k.safetensors" in said[0] and "computed again" in said[0]
+    assert not found and len(said) == 1 and "k.safetensors" in said[0] and "recomputing" in said[0]
     assert torch.equal(first.logps(pack(pairs)), again.logps(pack(pairs)))
     assert path.read_bytes() == written
 
@@ -86,7 +86,7 @@ def test_a_cache_of_an_older_version_has_no_sum_and_is_computed_again(tmp_path: 
     written = path.read_bytes()
     save_file({name: value + 1.0 for name, value in load_file(path).items()}, path)
     assert not cached_reference(live, pairs, "k", tmp_path, tokens_per_step=30, say=said.append)[1]
-    assert "it has no sum" in said[0] and "computed again" in said[0]
+    assert "no checksum" in said[0] and "recomputing" in said[0]
     assert path.read_bytes() == written
 
 

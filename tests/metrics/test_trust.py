@@ -411,7 +411,7 @@ def test_training_lines_alone_tell_it_too_and_repeated_ones_count_once() -> None
     (flag,) = run_flags(falling)
     assert flag.name == "likelihood_displacement" and flag.evidence[0].steps[0] == 5  # means over five lines
     lines = [{"kind": "train", "step": i, "kl/policy_ref": float(i // 2)} for i in range(2, 30)]
-    assert [p.value for p in RunView(lines).training("kl/policy_ref")] == [float(i) for i in range(1, 15)]
+    assert [p.value for p in RunView(lines).training_points("kl/policy_ref")] == [float(i) for i in range(1, 15)]
 
 
 def test_wins_that_cannot_be_told_are_a_note_and_a_fall_from_the_best_is_a_warning() -> None:

@@ -317,7 +317,7 @@ def test_a_flipped_bit_in_the_reference_cache_changes_nothing(world: World, caps
     flip(cache, 0.99, bit=4)
     shutil.rmtree(world.fresh() / "checkpoints")
     api.train(world.config)
-    assert "computed again" in capsys.readouterr().err
+    assert "recomputing" in capsys.readouterr().err
     world.check()
     assert cache.read_bytes() == before
 

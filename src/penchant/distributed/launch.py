@@ -111,7 +111,7 @@ def _last_words(folder: Path) -> PenchantError | None:
 
 
 def _crashed(rank: int, code: int, processes: int) -> PenchantError:
-    how = "look at what it printed above"
+    how = "see its output above"
     if code < 0:
         name = signal.Signals(-code).name
         what = f"was killed by {name}"
@@ -119,7 +119,7 @@ def _crashed(rank: int, code: int, processes: int) -> PenchantError:
     else:
         what = f"ended with exit code {code}"
     error = PenchantError(
-        f"process {rank} of {processes}", what, f"{how}; run the same command again to go on from the last checkpoint"
+        f"process {rank} of {processes}", what, f"{how}; run the same command again to continue from the last checkpoint"
     )
     error.exit_code = CRASH
     return error
@@ -218,7 +218,7 @@ def waited_too_long(error: BaseException, world: World, timeout: float) -> Late 
     late = Late(
         "launch.timeout",
         f"{names} of {world.size} did not answer within {timeout:g} s",
-        "look at what that process says and does; raise launch.timeout if a step really takes that long",
+        "see what that process is doing; raise launch.timeout if a step really takes that long",
     )
     late.silent = found
     return late

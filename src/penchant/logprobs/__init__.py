@@ -307,7 +307,7 @@ class Scorer:
         if self.temperature == 1.0:
             return hidden, head, scale, softcap
         if softcap is not None:
-            raise ValueError("a model that caps its logits has no head for a temperature")
+            raise ValueError("a temperature is not supported for models that cap their logits")
         if type(head) is nn.Linear and head.bias is None:
             return hidden / self.temperature, head, scale, softcap  # equivalent, and the fast head stays usable
         return hidden, head, scale / self.temperature, softcap

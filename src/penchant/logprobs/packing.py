@@ -71,7 +71,7 @@ def choose_packing(
             "train a model of another architecture (docs/models.md)",
         )
     if attention in ("varlen", "flex") and found.packing == "padded":
-        what = f"{attention} is for packed rows, and this model takes padded ones ({wrong or reason})"
+        what = f"{attention} needs packed rows, but this model uses padded rows ({wrong or reason})"
         raise ConfigError("model.attention", what, "set model.attention=auto")
     scorer = _compiled(model, found) if kernels == "compile" else Scorer(model, kernels=kernels, **found._asdict())
     if scorer.fast and not _fast_is_right(scorer):
@@ -79,7 +79,7 @@ def choose_packing(
     if not scorer.fast:
         check_precision(model)
     if found.packing == "shared":
-        reason = "a prompt is computed once for all its answers"
+        reason = "each prompt is computed once for all its completions"
     elif by_config != "padded":
         reason = "the model's attention does not take the tree mask" if requested == "auto" else "as asked"
     more = "; fast kernels for this model" if scorer.fast else "; compiled layers" if scorer.compiled else ""
@@ -91,7 +91,7 @@ def choose_packing(
 def _compiled(model: Any, found: _Way) -> Scorer:
     """Return a scorer with compiled layers, after checking their log-probs and gradients. Raises ConfigError if they differ."""
     if found.packing == "padded":
-        what, how = "compiles layers for packed rows, and this model takes padded ones", "set model.kernels=auto"
+        what, how = "needs packed rows, but this model uses padded rows", "set model.kernels=auto"
         raise ConfigError("model.kernels", f"compile {what}", how)
     plain = _said(Scorer(model, **found._asdict()))
     try:
@@ -370,4 +370,4 @@ def _short_windows(model: nn.Module) -> Iterator[None]:
 def packing_by_config(model: Any) -> tuple[str, str]:
     """(packing, reason) by the model's config: padded if layers carry state along a row, else shared."""
     reason = carries_state(base_model_of(model).config.get_text_config())
-    return ("padded", reason) if reason else ("shared", "attention only: prompts are shared")
+    return ("padded", reason) if reason else ("shared", "attention layers only, so prompts can be shared")

@@ -67,7 +67,7 @@ class PicturedScorer(Scorer):
             if before < 0 or not torch.equal(held[segment.start + before : segment.start + segment.prompt_len], own):
                 prompt = prompts[row]
                 where = "model.path" if prompt is None else prompt.images[0].path
-                what = "the processor makes other tokens of it than when the rows were read"
+                what = "the processor now gives different tokens for it than when the rows were read"
                 raise DataError(where, what, "start anew")
             offsets.append(before)
         for name, value in found.items():

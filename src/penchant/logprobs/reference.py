@@ -357,10 +357,10 @@ def _read(path: Path, say: Callable[[str], None]) -> dict[str, Tensor]:
         if about is not None and about.get("sha256") == _sha256(stored):
             return stored
         known = about is not None and "sha256" in about
-        why = "its values are not those that were written" if known else "it has no sum (an older version wrote it)"
+        why = "its checksum does not match" if known else "it has no checksum (written by an older version)"
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         why = str(error)
-    say(f"{path}: {why}; the reference's log-probs are computed again")
+    say(f"{path}: {why}; recomputing the reference log-probs")
     return {}
 
 

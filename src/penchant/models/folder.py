@@ -204,7 +204,7 @@ def check_built(folder: Path, built: Any, *, whole: bool = True) -> None:
                 what = f"{name} has the shape {list(shape)}, but config.json makes it {list(wanted.shape)}"
                 raise ModelError(str(folder / file), what, "get both files again")
             if wanted is not None and not re.match(r"B?F\d", dtype):
-                what = f"{name} is of type {dtype}, which weights are not"
+                what = f"{name} is of type {dtype}, which is not a floating-point type"
                 raise ModelError(str(folder / file), what, "get it again")
     files = [p.stat().st_size for pattern in ("*.safetensors", "*.bin") for p in folder.glob(pattern)]
     elements = sum(p.numel() for p in (*parameters.values(), *built.buffers()))

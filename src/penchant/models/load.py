@@ -139,7 +139,7 @@ def load_processor(cfg: ModelConfig) -> Any:
     check_folder(Path(given))
     read: Any = partial(AutoProcessor.from_pretrained, given, revision=cfg.revision, trust_remote_code=False)
     with loading(
-        cfg.path, "no processor of pictures could be loaded", "give a vision-language model, or set model.vision=off"
+        cfg.path, "no image processor could be loaded", "give a vision-language model, or set model.vision=off"
     ):
         try:
             processor: Any = read(**cfg.image_options)
@@ -150,7 +150,7 @@ def load_processor(cfg: ModelConfig) -> Any:
             raise ConfigError("model.vision", what, "pip install 'penchant[vision]'") from error
         eyes, tokenizer = getattr(processor, "image_processor", None), getattr(processor, "tokenizer", None)
         if eyes is None or tokenizer is None:
-            raise ModelError(cfg.path, "its processor reads no pictures", "set model.vision=off")
+            raise ModelError(cfg.path, "its processor has no image processor", "set model.vision=off")
         # a name may be an alias that changes another setting, like max_pixels
         further = sorted(set(cfg.image_options) - set(vars(eyes)))
         unknown = [n for n in further if read(**{n: cfg.image_options[n]}).to_json_string() == read().to_json_string()]

@@ -149,7 +149,7 @@ def _check_trainable(file: Path, values: Mapping[str, Any]) -> None:
 
 def _contradicted(name: str, theirs: Any, ours: Any, adapter: Path) -> None:
     what = f"is {theirs}, but the adapter in {adapter} has {ours}"
-    raise ConfigError(f"lora.{name}", what, "leave it out: model.adapter brings its own")
+    raise ConfigError(f"lora.{name}", what, "leave it out: the value comes from model.adapter")
 
 
 def trained_on(base: Any, adapter: Path, lora: LoraConfig, seed: int) -> Any:

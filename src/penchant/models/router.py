@@ -163,7 +163,7 @@ def router_loss(model: Any, wanted: float | str) -> RouterLoss:
         found = RouterLoss(float(coef), logits[0].shape[-1] if logits else 0, int(top_k))
         truth = float(own(logits, found.experts, found.top_k)) if logits else 0.0
     if not truth or not abs(found.of(logits) - truth) <= 1e-4 * abs(truth):
-        what = f"the router of {kind} is balanced in a way of its own, which is not computed here"
+        what = f"the router of {kind} is balanced in a way that is not supported here"
         raise ConfigError(KEY, what, leave)
     return found
 
