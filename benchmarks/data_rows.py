@@ -1,4 +1,4 @@
-"""Rows of `data_scale.py`: made of random words, seeded, with known defects planted, in the layout of lmsys-chat-1m or as pairs."""
+"""Synthetic rows for `data_scale.py`: seeded random words with planted defects, as lmsys-chat-1m conversations or as pairs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 REFUSAL = "I'm sorry, but I can't help with that. "
-NEAR_FROM = 100  # characters: a longer text with a word more is a near-duplicate, a shorter one may not be
+NEAR_FROM = 100  # characters; one extra word makes a near-duplicate of a longer text, but maybe not of a shorter one
 MODERATION = (
     *("harassment", "harassment/threatening", "hate", "hate/threatening", "self-harm", "self-harm/instructions"),
     *("self-harm/intent", "sexual", "sexual/minors", "violence", "violence/graphic"),
@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 @dataclass(slots=True)
 class Words:
-    """Texts of random words, and earlier rows to copy."""
+    """Generates texts of random words and keeps earlier rows to copy."""
 
     rng: np.random.Generator
     vocabulary: list[str]
@@ -34,18 +34,18 @@ class Words:
         return " ".join([self.vocabulary[j] for j in self.rng.integers(0, len(self.vocabulary), length).tolist()])
 
     def earlier_row(self) -> Row:
-        """Each is copied once, so that every copy counts once."""
+        """Remove and return a random earlier row. Each is copied at most once, so every copy is one finding."""
         return self.earlier.pop(int(self.rng.integers(len(self.earlier))))
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """How rows of a layout are made and what is planted in them (name of the finding: share of rows)."""
+    """How to make the rows of a layout, and the defects to plant (finding -> share of rows)."""
 
     row: Callable[[Words, int], Row]
-    answers: Callable[[Row], list[list[dict[str, str]]]]  # conversations that end in an answer, the good one first
+    answers: Callable[[Row], list[list[dict[str, str]]]]  # conversations ending in a completion, chosen first
     planted: Mapping[str, float]
-    numbered: Callable[[int], Row]  # the columns that no two rows share
+    numbered: Callable[[int], Row]  # the columns that are unique to each row
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ KINDS = {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what is planted
+# planted defects
 
 
 def _near(kind: Kind, row: Row, words: Words) -> Row | None:
@@ -153,7 +153,10 @@ MAKERS: dict[str, Callable[[Kind, Row, Words], Row | None]] = {
 
 
 def small(path: Path, n: int, seed: int, layout: str = "small") -> dict[str, int]:
-    """Write `n` rows of a line, fast: for what a row costs. Demonstrations, or ("short") pairs; of 100 rows the last two are copies."""
+    """Write `n` short rows quickly, to measure the cost of a row: demonstrations, or pairs if `layout` is "short".
+
+    The last two rows of every 100 are copies. Returns the number of duplicates.
+    """
     rng = np.random.default_rng(seed)
     letters = np.array(list("etaoinshrdlucmfwypvbgkqjxz"))
     words = ["".join(letters[rng.integers(0, 20, rng.integers(3, 9))]) for _ in range(20_000)]
@@ -174,7 +177,7 @@ def small(path: Path, n: int, seed: int, layout: str = "small") -> dict[str, int
 
 
 def generate(path: Path, n: int, seed: int, layout: str, scale: float = 1.0) -> dict[str, int]:
-    """Write `n` rows with texts `scale` times as long as usual; how many of each kind were planted."""
+    """Write `n` rows with texts `scale` times the usual length. Returns the number of planted defects of each kind."""
     if layout in ("small", "short"):
         return small(path, n, seed, layout)
     rng, kind = np.random.default_rng(seed), KINDS[layout]

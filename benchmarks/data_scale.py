@@ -1,16 +1,16 @@
-"""Data at scale: rows/s and peak memory of `data audit` and of tokenizing, on synthetic rows; found against planted.
+"""Data at scale: rows/s and peak memory of `data audit` and tokenization on synthetic rows, and planted defects found.
 
     python benchmarks/data_scale.py                      # lmsys layout: 10k, 100k and 1M rows
     python benchmarks/data_scale.py --rows 10000 100000 --no-tokens
-    python benchmarks/data_scale.py --layout pairs       # pairs, with contradictions among them
+    python benchmarks/data_scale.py --layout pairs       # pairs, including contradictions
     python benchmarks/data_scale.py --no-tokens --workers 2 --rows 100000   # in two processes
-    python benchmarks/data_scale.py --no-tokens --layout small --rows 10000000   # short rows: what a row costs in memory
-    python benchmarks/data_scale.py --no-audit --scale 0.1 --rows 1000000   # start of training: short rows, cold and warm
-    python benchmarks/data_scale.py --whole --workers 2 --rows 10000 100000 1000000   # the commands themselves, on short pairs
-    python benchmarks/data_scale.py --whole --only audit --workers 1 2 --rows 1000000   # what a second process gains
+    python benchmarks/data_scale.py --no-tokens --layout small --rows 10000000   # memory per row, on short rows
+    python benchmarks/data_scale.py --no-audit --scale 0.1 --rows 1000000   # training startup on short rows, cold and warm
+    python benchmarks/data_scale.py --whole --workers 2 --rows 10000 100000 1000000   # whole commands, on short pairs
+    python benchmarks/data_scale.py --whole --only audit --workers 1 2 --rows 1000000   # speedup from a second process
 
-Rows are made by `data_rows.py`. Each size is measured in a process of its own; peak memory is that process's (VmHWM), Python and
-libraries included. `--whole` runs `penchant data audit`, `penchant train` and `penchant train` of two mixed sources, as a person would,
+`data_rows.py` generates the rows. Each size is measured in its own process; peak memory is that process's VmHWM, including Python and
+its libraries. `--whole` runs `penchant data audit`, `penchant train`, and `penchant train` on two mixed sources from the command line,
 and counts all processes of each command together.
 """
 
@@ -33,16 +33,16 @@ from typing import Any
 
 from data_rows import KINDS, generate
 
-LINEAR = 1.25  # the most that a row of one size may cost against a row of another to be called linear
-MEMORY = 2048.0  # MB that the largest may take
+LINEAR = 1.25  # largest ratio of the cost per row between two sizes that still counts as linear
+MEMORY = 2048.0  # MB, limit on peak memory at the largest size
 COMMANDS = ["audit", "train", "mixed"]
-FEW = 1000  # rows: what a command costs on them is its start, and a row costs what is beyond it
-AGAIN = 10_000  # rows: up to so many a start takes longer than they do, and a command is run three times
-WHOLE_MEMORY = 4096.0  # MB that a whole command may take, all its processes together
+FEW = 1000  # rows; the cost at this size counts as startup, and is subtracted to get the cost per row
+AGAIN = 10_000  # rows; up to this size startup dominates, so each command runs three times
+WHOLE_MEMORY = 4096.0  # MB, limit for a whole command, all its processes together
 
 
 def main() -> None:
-    """Generate, measure, print."""
+    """Generate the rows, measure each size and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layout", choices=[*KINDS, "small", "short"], default="lmsys")
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def measure(folder: Path, n: int, args: argparse.Namespace) -> dict[str, Any]:
-    """All figures of one size, printed as they come."""
+    """Measure one size, printing each figure when it is ready."""
     path = folder / f"{args.layout}-{args.seed}-{args.scale:g}-{n}.jsonl"
     planted_at = path.with_suffix(".planted.json")
     if not planted_at.exists():
@@ -95,10 +95,10 @@ def measure(folder: Path, n: int, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(figures: list[dict[str, Any]]) -> str:
-    """The audit of all sizes, and the verdicts."""
+    """Markdown table of the audit at every size, followed by the verdicts."""
     lines = ["", "| rows | file | audit | rows/s | CPU a row | of the first's | peak memory | found = planted |"]
     lines.append("|---|---|---|---|---|---|---|---|")
-    costs = [f["audit"]["cpu"] / f["rows"] for f in figures]  # of CPU: what else the machine does is not in it
+    costs = [f["audit"]["cpu"] / f["rows"] for f in figures]  # CPU time is insensitive to other load
     for f, cost in zip(figures, costs, strict=True):
         made, same = f["audit"], all(f["audit"]["found"].get(k, 0) == v for k, v in f["planted"].items())
         lines.append(
@@ -117,7 +117,7 @@ def table(figures: list[dict[str, Any]]) -> str:
 
 
 def whole_commands(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Each command at each size, a line each as it ends, and the verdicts."""
+    """Measure each command at each size, printing a line per measurement, then the verdicts."""
     head = f"| rows | command | workers | wall | CPU | {'CPU a row':>9} | peak memory | of it files |"
     print(head + "\n" + "|---" * 8 + "|", flush=True)
     figures: list[dict[str, Any]] = []
@@ -170,7 +170,7 @@ def whole_commands(folder: Path, args: argparse.Namespace) -> list[dict[str, Any
 
 
 def least(made: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The run that took the least CPU: what else the machine does makes it more, never less."""
+    """The run with the least CPU time. Other load on the machine can only increase it."""
     return min(made, key=lambda run: run["cpu"])
 
 
@@ -179,13 +179,13 @@ def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def _command(rows: Path, command: str, workers: int, steps: int) -> dict[str, Any]:
-    """One command on the files of a folder, measured: its own cache is empty."""
+    """Run one command on the files of a folder, with an empty cache, and measure it."""
     with tempfile.TemporaryDirectory(dir=rows.parent) as temporary:
         config = {
             "model": {"path": _model()},
             "data": {"path": str(rows), "max_length": 64, "validation_rows": 50, "workers": workers},
             "loss": {"name": "dpo"},
-            "reference": {"kind": "frozen"},  # a few steps see few rows: those of all are not scored before
+            "reference": {"kind": "frozen"},  # do not score every row up front for a few steps
             "train": {"max_steps": steps, "batch_size": 16},
             "output": f"{temporary}/run",
         }
@@ -220,10 +220,10 @@ def _command(rows: Path, command: str, workers: int, steps: int) -> dict[str, An
 
 
 def _held(root: int) -> dict[str, float]:
-    """Memory of a process and all that it started, MB: what several share counts once, parts of files that are mapped count too."""
+    """Memory of a process and its descendants, MB (PSS): shared pages count once, mapped files are included."""
     pids, found = {root}, {"Pss": 0, "Pss_File": 0}
     for told in sorted(Path("/proc").glob("[0-9]*/stat"), key=lambda path: int(path.parent.name)):
-        with suppress(OSError):  # it has ended
+        with suppress(OSError):  # the process has exited
             parent = int(told.read_text().rpartition(")")[2].split()[1])
             if parent in pids:
                 pids.add(int(told.parent.name))
@@ -237,7 +237,7 @@ def _held(root: int) -> dict[str, float]:
 
 
 def tokens(path: Path, n: int, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Rows/s of tokenizing, and a start of training without and with the cache."""
+    """Measure tokenization, and the start of training with a cold and a warm cache."""
     figures: dict[str, Any] = {}
     if not args.no_threads:
         for threads in (1, 2):
@@ -261,7 +261,7 @@ def tokens(path: Path, n: int, folder: Path, args: argparse.Namespace) -> dict[s
 
 
 def worker(what: str, *arguments: str, **environment: str) -> dict[str, Any]:
-    """Run one measurement in a process of its own."""
+    """Run one measurement in a separate process and return its result."""
     command = [sys.executable, __file__, "--worker", what, *arguments]
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -270,14 +270,14 @@ def worker(what: str, *arguments: str, **environment: str) -> dict[str, Any]:
 
 
 def _model() -> str:
-    """The bundled model, for its tokenizer."""
+    """Path of the bundled model, used for its tokenizer."""
     import penchant
 
     return str(Path(penchant.__file__).parent / "assets" / "model")
 
 
 def _peak() -> float:
-    """Peak memory of this process since it began, MB; ru_maxrss would count the parent's at the fork."""
+    """Peak memory of this process, MB. (ru_maxrss would include the parent's memory at the fork.)"""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return float(line.split()[1]) / 1024
@@ -291,13 +291,13 @@ def _audit(path: str, workers: str) -> dict[str, Any]:
     result = audit_files({"rows": path}, workers=int(workers))
     seconds, cpu = time.perf_counter() - start, _cpu() - cpu
     found = {name: f.count for name, f in result.findings.items()}
-    # the workers' own peak is that of the largest of them
+    # RUSAGE_CHILDREN reports the peak of the largest worker, so the total is an upper bound
     others = int(workers) * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024 if workers != "1" else 0.0
     return {"seconds": seconds, "cpu": cpu, "peak_mb": _peak() + others, "start_mb": before, "found": found}
 
 
 def _cpu() -> float:
-    """CPU seconds of this process and of those that it waited for."""
+    """CPU seconds of this process and of the children it has waited for."""
     return time.process_time() + sum(os.times()[2:4])
 
 
@@ -318,11 +318,11 @@ def _tokenize(path: str) -> dict[str, Any]:
     return {"seconds": seconds, "cpu": cpu, "main": main, "load": load, "tokens": count, "peak_mb": _peak()}
 
 
-LOSS = {"lmsys": "sft", "pairs": "simpo"}  # methods without a reference: its pass over the rows is no part of the start
+LOSS = {"lmsys": "sft", "pairs": "simpo"}  # reference-free, so startup includes no reference pass
 
 
 def _start(path: str, layout: str) -> dict[str, Any]:
-    """All that `penchant train` does before its first optimizer step, with the bundled model; nothing is evaluated."""
+    """Time what `penchant train` does before its first optimizer step, with the bundled model and without evaluation."""
     from penchant.config import RunConfig
     from penchant.logprobs.reference import cache_key
     from penchant.runs import Run
@@ -346,7 +346,7 @@ def _start(path: str, layout: str) -> dict[str, Any]:
             parts[part], last = time.perf_counter() - last, time.perf_counter()
 
         _ = run.rows.tokenizer
-        said("libraries and tokenizer")  # the same for every size
+        said("libraries and tokenizer")  # independent of the number of rows
         _ = run.rows.loaded
         said("load")
         _ = run.rows.datasets
@@ -364,7 +364,7 @@ def _start(path: str, layout: str) -> dict[str, Any]:
         loop._micro_batches(batch)
         said("first batch")
         seconds, cpu = time.perf_counter() - start, time.process_time()
-        # what a method with a cached reference does besides; its pass over the rows is another matter
+        # extra work of methods with a cached reference, without the reference pass itself
         cache_key("weights", train, dtype="fp32", tokenizer="t", template="auto")
         said("(not counted: name of the reference cache)")
     first = hashlib.sha256(

@@ -1,8 +1,8 @@
-"""DPO of SmolLM2-135M on hh-rlhf: Penchant against TRL's DPOTrainer, in turn, on the same token ids; and SFT against unsloth.
+"""DPO of SmolLM2-135M on hh-rlhf: Penchant against TRL's DPOTrainer on the same token ids, and SFT against unsloth.
 
     .venv/bin/python benchmarks/dpo_vs_trl.py [--quick] [--cases bf16-full-live,...] [--model FOLDER] [--data FILE] [--device cuda]
 
-Standard library only: each side runs in a process group of its own (see harness.py), same allocator, same threads.
+Standard library only: each side runs in its own process group (see harness.py) with the same allocator and thread count.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LORA_RANK = 16
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One comparison: precision, what is trained (``full``, ``lora`` or ``qlora``), and whether the reference runs in each step."""
+    """One comparison: precision, trained weights (``full``, ``lora`` or ``qlora``), cached or live reference, DPO or SFT."""
 
     precision: str
     trained: str
@@ -48,15 +48,15 @@ class Case:
 
 
 CASES = [Case(p, t, cached) for p in ("bf16", "fp32") for t in ("full", "lora") for cached in (False, True)]
-# LoRA on frozen weights in nf4 with double quantization: needs bitsandbytes on both sides
+# LoRA on nf4 weights with double quantization; needs bitsandbytes on both sides
 QLORA = [Case(p, "qlora", cached) for p in ("bf16", "fp32") for cached in (False, True)]
-# of these the chosen answers alone, against unsloth's path for CPUs
+# SFT on the chosen completions, against unsloth's CPU path
 SFT = [Case(p, t, cached=True, sft=True) for p in ("bf16", "fp32") for t in ("full", "lora")]
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How much is run: `batch` pairs a step, `warmup` untimed steps, then the timed ones."""
+    """Size of a run: `batch` pairs per step, `warmup` untimed steps, then `timed` steps for each precision."""
 
     batch: int
     warmup: int
@@ -70,11 +70,11 @@ FULL = Size(batch=16, warmup=1, timed={"bf16": 3, "fp32": 1})
 ON_GPU = Size(batch=64, warmup=2, timed={"bf16": 10, "fp32": 10})
 QUICK = Size(batch=4, warmup=1, timed={"bf16": 1, "fp32": 1})
 
-# chosen by the trials in trl_settings.md, which were rough: measure again on a quiet machine
+# chosen from the rough trials in trl_settings.md; measure again on a quiet machine
 PEER_BATCH = {"bf16": 2, "fp32": 1}
 PEER: dict[str, Any] = {"bf16": "autocast", "attention": "sdpa", "compile": False, "sort_in_step": True}
 OURS: dict[str, Any] = {"tokens_per_step": 2048, "kernels": "auto", "packing": "auto"}
-# on a GPU, never tried: 16 pairs that TRL pads to MAX_LENGTH are as many tokens as one of Penchant's passes
+# GPU settings, never tuned: 16 pairs padded to MAX_LENGTH by TRL have as many tokens as one Penchant pass
 GPU_PEER_BATCH, GPU_TOKENS = 16, 16384
 
 
@@ -88,7 +88,7 @@ def spec_of(
     ours: dict[str, Any],
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """What a worker is told; the same for both sides."""
+    """The JSON spec of a worker, identical for both sides."""
     return {
         "model": str(model),
         "data": str(data),
@@ -115,7 +115,7 @@ def spec_of(
 def run_case(
     case: Case, spec: dict[str, Any], sides: dict[str, tuple[str, str]], threads: int, logs: Path
 ) -> dict[str, Any]:
-    """Both sides of a case, one after the other; a side that fails is recorded with its sentence."""
+    """Run the sides of a case one after the other. A failure is recorded with its message."""
     outcome: dict[str, Any] = {}
     for side, (python, script) in sides.items():
         print(f"  {case.name}: {side} ...", end="", flush=True)
@@ -133,7 +133,7 @@ def run_case(
 def summarize(
     case: Case, size: Size, outcome: dict[str, Any], rows: list[dict[str, Any]], shape: ModelShape, peak: dict[str, Any]
 ) -> dict[str, Any]:
-    """A case's figures: speeds, ratio, memory, share of peak, loss curves."""
+    """Compute a case's figures: speeds, ratio, memory, share of the GEMM peak, loss difference."""
     timed = rows[size.batch * size.warmup : size.batch * size.steps(case.precision)]
     if case.sft:
         timed = [r | {"completion_ids": r["completion_ids"][:1]} for r in timed]
@@ -159,7 +159,7 @@ def summarize(
 
 
 def best_peaks(*measured: dict[str, Any]) -> dict[str, Any]:
-    """The higher of the peaks measured before and after: a busy moment must not flatter the shares."""
+    """The highest measured GEMM peak of each precision, so that a busy moment cannot inflate the shares."""
     return {p: max((m[p] for m in measured), key=lambda r: r["gflops"]) for p in ("fp32", "bf16")}
 
 
@@ -188,7 +188,7 @@ def arguments() -> argparse.Namespace:
         choices=(1, 2, 4, 8, 16),
         help=f"TRL's micro-batch, pairs (default: {PEER_BATCH}; on cuda: {GPU_PEER_BATCH})",
     )
-    attentions = ("sdpa", "flash_attention_2")  # the second needs a GPU, and flash-attn in the peer's environment
+    attentions = ("sdpa", "flash_attention_2")  # flash_attention_2 needs a GPU and flash-attn in the peer's environment
     parser.add_argument("--trl-attention", choices=attentions, default=PEER["attention"])
     parser.add_argument("--trl-bf16", choices=("autocast", "weights"), default=PEER["bf16"], help="how TRL runs bf16")
     parser.add_argument("--threads", type=int, default=2)
@@ -282,7 +282,7 @@ def main() -> int:
     print(f"\n{gpu + ', ' if gpu else ''}{result['machine']['processor']}, {args.threads} threads")
     print(f"GEMM peak {peak['fp32']['gflops']:.0f} GFLOP/s fp32, {peak['bf16']['gflops']:.0f} bf16")
     print(f"{size.batch} pairs a step, {size.warmup} warm-up step(s) untimed, max_length {MAX_LENGTH}\n")
-    reached = [] if gpu else [targets(lines)]  # there are none for GPUs
+    reached = [] if gpu else [targets(lines)]  # no targets are set for GPUs
     print(result_table(lines), loss_table(lines), *reached, f"written to {path}", sep="\n\n")
     return 1 if any("failed" in side for line in lines for side in line["sides"].values()) else 0
 

@@ -1,11 +1,11 @@
-"""The engine alone: forward and backward of DPO on made-up pairs, as a share of the matrix-multiply peak.
+"""The engine alone: DPO's forward and backward passes on synthetic pairs, as a share of the matrix-multiply peak.
 
     .venv/bin/python benchmarks/engine_share.py                     # bf16, two threads
-    .venv/bin/python benchmarks/engine_share.py --threads 1 --cpu   # CPU time of one thread, for a machine that is shared
+    .venv/bin/python benchmarks/engine_share.py --threads 1 --cpu   # CPU time of one thread, for a shared machine
     .venv/bin/python benchmarks/engine_share.py --kernels off       # plain transformers with the tree attention
-    .venv/bin/python benchmarks/engine_share.py --lora 16 --dora    # an adapter of this rank on every layer; --dropout 0.05
+    .venv/bin/python benchmarks/engine_share.py --lora 16 --dora    # an adapter of rank 16 on every layer; also --dropout 0.05
 
-SmolLM2-135M's shape with random weights: no download. No optimizer, no data pipeline: what is left is the engine's own.
+The model has SmolLM2-135M's shape and random weights, so nothing is downloaded. There is no optimizer and no data pipeline.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ALLOCATOR = {
 
 
 def made_up_pairs(count: int) -> list[Any]:
-    """Pairs with lengths like hh-rlhf's: prompts of about 130 tokens, completions of about 50."""
+    """Random pairs with lengths like hh-rlhf's: prompts of about 130 tokens, completions of about 50."""
     import numpy as np
 
     from penchant.types import TokenTree
@@ -47,7 +47,7 @@ def made_up_pairs(count: int) -> list[Any]:
 
 
 def build_model(dtype: Any, **lora: Any) -> Any:
-    """A random model of that shape, with an adapter where one is described; bf16 parameters get fp32 gradient buffers, as in training."""
+    """A random model of shape `SHAPE`, with an adapter if `lora` is given. bf16 parameters get fp32 gradient buffers, as in training."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -75,7 +75,7 @@ def build_model(dtype: Any, **lora: Any) -> Any:
 
 
 def peak_gflops(dtype: Any, clock: Callable[[], float]) -> float:
-    """Best of ten 2048^3 products."""
+    """Best GFLOP/s of ten 2048^3 products."""
     import torch
 
     a, b = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
@@ -90,7 +90,7 @@ def _timed(call: Callable[[], Any], clock: Callable[[], float]) -> float:
 
 
 def main() -> None:
-    """Print one line: seconds of each pass, and the shares with the reference run each step and cached."""
+    """Print the pass sizes, the peak, and seconds per step and share of the peak with a live and a cached reference."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--kernels", choices=["auto", "off"], default="auto")

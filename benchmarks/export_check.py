@@ -1,9 +1,9 @@
-"""Does llama.cpp read an exported GGUF as it is meant: the same tokens of a text, the same log-probs of the next token?
+"""Check that llama.cpp reads an exported GGUF correctly: the same tokens, the same next-token log-probs.
 
-    pip install xllamacpp          # llama.cpp with a server, as wheels; in an environment of its own
+    pip install xllamacpp          # wheels of llama.cpp with its server; use a separate environment
     python benchmarks/export_check.py RUN/export/step-N-gguf MODEL_FOLDER
 
-MODEL_FOLDER is what transformers loads: the same run's `--to safetensors` in the same type, or a checkpoint's model folder.
+MODEL_FOLDER is the same model for transformers: the run's `--to safetensors` export in the same dtype, or a checkpoint's model folder.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TEXTS = (
     "It's what they'll say: \u201cna\u00efve caf\u00e9\u201d, \u4f60\u597d, \U0001f600!  Two  spaces\tand a tab.",
     "ALL CAPS AND don't WE'RE   ",
 )
-TOP = 20  # likeliest tokens whose log-probs are compared
+TOP = 20  # number of most likely tokens whose log-probs are compared
 
 
 def _server(path: Path) -> Any:

@@ -1,13 +1,13 @@
-"""The work that a DPO step must do: the denominator of every share of the matrix-multiply peak (standard library only).
+"""FLOPs that a DPO step requires, used for every share of the matrix-multiply peak (standard library only).
 
     F = 2 N_blk u (3 + rho) + 2 V d r (3 + rho) + 4 L H d_h A (3.5 + rho)
 
 u: unique tokens (each prompt once, plus completions); r: completion tokens; A: attended query-key pairs; N_blk:
-parameters outside embeddings; rho: 1 when the reference runs in the step, 0 when it is cached. Padding, repeated
-prompts and recomputation are no part of it.
+parameters outside embeddings; rho: 1 if the reference runs in the step, 0 if it is cached. Padding, repeated
+prompts and recomputation are not counted.
 
-That is full fine-tuning. With LoRA the frozen matrices need no weight gradient, so their factor is (2 + rho); the
-adapters' own 2 N_lora u 3 come on top; attention is as it was.
+This is full fine-tuning. With LoRA the frozen matrices need no weight gradient, so their factor is (2 + rho); the
+adapters add 2 N_lora u 3; attention is unchanged.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class ModelShape:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a set of pairs asks for: u unique tokens, r completion tokens, A attended query-key pairs."""
+    """The work in a set of pairs: u unique tokens, r completion tokens, A attended query-key pairs."""
 
     unique_tokens: int
     completion_tokens: int
@@ -58,7 +58,7 @@ class Work:
 
 
 def read_shape(model: Path) -> ModelShape:
-    """The shape in a model folder's config.json."""
+    """Read the shape from a model folder's config.json."""
     c = json.loads((model / "config.json").read_text())
     heads = c["num_attention_heads"]
     return ModelShape(
@@ -73,7 +73,7 @@ def read_shape(model: Path) -> ModelShape:
 
 
 def work_of(trees: Iterable[tuple[int, Sequence[int]]]) -> Work:
-    """Work of trees given as (prompt length, completion lengths): the prompt is computed once, attention is causal."""
+    """Work of trees given as (prompt length, completion lengths). Each prompt is computed once; attention is causal."""
     unique = completion = attended = 0
     for prompt, completions in trees:
         unique += prompt + sum(completions)
@@ -88,10 +88,10 @@ def work_of_rows(rows: Iterable[Mapping[str, Any]]) -> Work:
 
 
 def flops(shape: ModelShape, work: Work, *, reference_runs: bool, lora_rank: int | None = None) -> float:
-    """F: floating-point operations that the steps on this work must do.
+    """F: floating-point operations required by the steps on this work.
 
     Args:
-        reference_runs: rho = 1 (the reference is computed in the step) or 0 (cached).
+        reference_runs: whether the reference is computed in the step (rho = 1) or cached (rho = 0).
         lora_rank: None for full fine-tuning.
     """
     rho = 1.0 if reference_runs else 0.0

@@ -17,11 +17,11 @@ from measure import wait_for
 
 TOKENS = 2048
 SQUARE = 4096
-AT_ONCE = {"cpu": 1, "cuda": 50}  # products between two looks at the clock, each of which waits for the GPU
+AT_ONCE = {"cpu": 1, "cuda": 50}  # products between two clock readings; each reading synchronizes the GPU
 
 
 def shapes_of(model: ModelShape) -> list[tuple[int, int, int]]:
-    """(m, k, n) of the products that training this model spends its time on, and a large square."""
+    """(m, k, n) of the products that dominate training of this model, plus a large square one."""
     d, f, v = model.width, model.ffn, model.vocab
     return [
         (TOKENS, d, d),
@@ -35,9 +35,9 @@ def shapes_of(model: ModelShape) -> list[tuple[int, int, int]]:
 
 
 def sustained(m: int, k: int, n: int, dtype: Any, seconds: float, repetitions: int, device: str = "cpu") -> float:
-    """Best of several repetitions of at least `seconds` each, GFLOP/s, of x W^T as a linear layer computes it, and by oneDNN.
+    """Best GFLOP/s of x W^T over `repetitions` of at least `seconds` each, by `torch.mm` and by oneDNN.
 
-    torch's own product in fp32 is MKL's, which takes AVX2 on AMD's processors with AVX-512.
+    torch's own fp32 product is MKL's, which falls back to AVX2 on AMD processors with AVX-512.
     """
     import torch
 
@@ -49,7 +49,7 @@ def sustained(m: int, k: int, n: int, dtype: Any, seconds: float, repetitions: i
         return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
 
     products: list[Any] = [lambda: torch.mm(x, w.t(), out=out)]
-    with contextlib.suppress(AttributeError, RuntimeError):  # not in this build, on a GPU, or of bf16 on this processor
+    with contextlib.suppress(AttributeError, RuntimeError):  # not in this build, on a GPU, or in bf16 on this CPU
         by_onednn()
         products.append(by_onednn)
     best = 0.0

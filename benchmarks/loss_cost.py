@@ -1,11 +1,11 @@
-"""What each loss costs: its optimizer step against DPO's in the same process, and PMPO's exact divergences in time and memory.
+"""Cost of each loss: step time relative to DPO's in the same process, and peak memory of PMPO's exact divergences.
 
     .venv/bin/python benchmarks/loss_cost.py                # every loss, bf16, about ten minutes on two quiet cores
     .venv/bin/python benchmarks/loss_cost.py --only pmpo    # a part of a loss's name, or a comma list of them
 
-SmolLM2-135M's shape with random weights (vocabulary 49,152), made-up pairs of hh-rlhf's lengths in one pass, the reference run in
-each step, AdamW with fp32 masters. Steps of DPO and of the other losses alternate; a ratio is the median over rounds of a
-loss's step over the mean of the two DPO steps around it. Peak memory is that of a process that does nothing but two such steps.
+SmolLM2-135M's shape with random weights (vocabulary 49,152), random pairs with hh-rlhf's lengths in one pass, a live reference,
+AdamW with fp32 master weights. DPO steps alternate with steps of the other losses. A ratio is the median over rounds of a
+loss's step time divided by the mean of the two DPO steps around it. Peak memory is that of a process that takes two steps only.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BETWEEN = 3  # losses between two steps of DPO
 
 
 def cases() -> dict[str, tuple[str, dict[str, Any]]]:
-    """Every loss by label: its name and hyperparameters."""
+    """Map each label to a loss name and hyperparameters, for every loss except DPO and token-level ones."""
     from penchant.losses import LOSSES
 
     plain = {name: (name, {}) for name, s in LOSSES.items() if s.signal != "tokens" and name not in ("dpo", "pmpo")}
@@ -40,7 +40,7 @@ def cases() -> dict[str, tuple[str, dict[str, Any]]]:
 
 
 class Bench:
-    """One policy, one frozen reference, one batch."""
+    """One policy, one frozen reference and one batch, shared by all losses."""
 
     def __init__(self, pairs: int, dtype_name: str) -> None:
         import torch
@@ -87,21 +87,21 @@ class Bench:
 
 
 def peak_gb() -> float:
-    """The process's peak resident memory."""
+    """Peak resident memory of this process, GiB."""
     with open("/proc/self/status") as status:
         (line,) = (x for x in status if x.startswith("VmHWM"))
     return int(line.split()[1]) / 2**20
 
 
 def memory_of(label: str, args: argparse.Namespace) -> float:
-    """Peak memory of a process that takes two steps of one loss."""
+    """Peak memory, GiB, of a new process that takes two steps with one loss."""
     command = [sys.executable, __file__, "--memory-of", label, "--pairs", str(args.pairs), "--dtype", args.dtype]
     done = subprocess.run([*command, "--threads", str(args.threads)], capture_output=True, text=True, check=True)
     return float(done.stdout)
 
 
 def main() -> None:
-    """Print a table: ratio of step times, and peak memory for DPO and PMPO."""
+    """Print a table of step-time ratios, with peak memory for DPO and PMPO."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="a part of a loss's name, or a comma list of them")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
@@ -155,7 +155,7 @@ def main() -> None:
 
 
 def goal_of(label: str) -> float | None:
-    """What the step may cost against DPO's: 1.03 for a pairwise loss, 1.6 for PMPO; KTO's and BCO's are only told."""
+    """Largest allowed ratio to DPO's step time: 1.03 for a pairwise loss, 1.6 for PMPO, None (no goal) for all others."""
     from penchant.losses import LOSSES
 
     name = label.split()[0]

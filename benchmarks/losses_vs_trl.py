@@ -1,17 +1,17 @@
-"""Penchant's preference losses against TRL's: the same token ids, policy and reference, the loss and its gradient compared.
+"""Compare Penchant's preference losses and their gradients with TRL's, on the same token ids, policy and reference.
 
     .venv/bin/python benchmarks/losses_vs_trl.py
 
-Two tiny random Llamas, fp32, and three sets of made-up pairs. Our side calls `Offline` as the training loop does; TRL's side
-is this file again, in TRL's environment (see harness.py), where the trainer of each loss collates the token ids and computes
-one batch. A gradient is over all parameters of the policy; its difference is the norm of the difference. Exit code 1 when a
-loss or gradient differs by more than 1e-4 relative, other than for a reason given here. Where there is a reason, the losses
-are compared a second time on pairs, or by terms, for which the definitions coincide.
+The models are two tiny random Llamas in fp32; the data is three sets of random pairs. Our side calls `Offline` as the training
+loop does. TRL's side runs this file in TRL's environment (see harness.py), where each loss's trainer collates the token ids and
+computes one batch. A gradient covers all parameters of the policy, and two gradients differ by the norm of their difference. The
+exit code is 1 if a loss or gradient differs by more than 1e-4 (relative) without a reason listed here. If there is a reason, the
+losses are compared again on pairs, or with terms, for which the definitions coincide.
 
-Not here, since TRL 1.16 has no such loss: DPO-Shift, DPOP, R-DPO, Cal-DPO, chi-PO, REBEL, ODPO, PMPO, SLiC's regularization,
-BCO's running mean, losses on lists. Not here, since we have none: CPO's `ipo`, KTO's `apo_zero_unpaired`, TPO.
-Not compared: divergences' exponents beyond 20, from where ours go on as their tangent, and what makes the ids (templates,
-truncation, TRL's choice of KTO's mismatched answers: both sides get the same ones).
+Not covered because TRL 1.16 lacks them: DPO-Shift, DPOP, R-DPO, Cal-DPO, chi-PO, REBEL, ODPO, PMPO, SLiC's regularization,
+BCO's running mean, listwise losses. Not covered because Penchant lacks them: CPO's `ipo`, KTO's `apo_zero_unpaired`, TPO.
+Not compared: divergence exponents above 20, where ours continue along the tangent, and how the ids are made (templates,
+truncation, TRL's choice of KTO's mismatched completions: both sides get the same ones).
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ NOT_CLIPPED = "TRL does not clip the weight at 1, ours does"
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One comparison: our loss and its hyperparameters, TRL's trainer and settings, and the pairs they see.
+    """One comparison: our loss and its hyperparameters, TRL's trainer and settings, and the pairs.
 
     Args:
-        more: arguments of `Offline`.
+        more: extra arguments of `Offline`.
         pairs: a key of `made_up_pairs`.
-        one_by_one: TRL's loss is the mean over batches of a single pair.
-        factor: TRL's loss over ours, where it is known.
-        reason: why the two differ, where they are meant to.
+        one_by_one: average TRL's loss over batches of a single pair.
+        factor: known ratio of TRL's loss to ours.
+        reason: why the two are meant to differ, "" if they must agree.
     """
 
     loss: str
@@ -75,23 +75,23 @@ class Case:
 
 
 def told(values: dict[str, Any]) -> str:
-    """Hyperparameters in a few words."""
+    """Format hyperparameters as "name=value ..."."""
     return " ".join(f"{k}={v}" for k, v in values.items())
 
 
 def dpo_case(loss: str, params: dict[str, Any], kind: str, settings: dict[str, Any] | None = None, **more: Any) -> Case:
-    """A loss of TRL's DPOTrainer with beta as ours has it."""
+    """A case for a loss of TRL's DPOTrainer, with the same beta on both sides."""
     params = {"beta": 0.3, **params}
     return Case(loss, params, "DPO", {"loss_type": [kind], "beta": params["beta"], **(settings or {})}, **more)
 
 
 def cpo_case(loss: str, params: dict[str, Any], kind: str, settings: dict[str, Any], **more: Any) -> Case:
-    """A loss of TRL's experimental CPOTrainer."""
+    """A case for a loss of TRL's experimental CPOTrainer."""
     return Case(loss, params, "CPO", {"loss_type": kind, **settings}, **more)
 
 
 def with_sft(loss: str, params: dict[str, Any], **more: Any) -> Case:
-    """DPO plus the chosen answer's likelihood, by TRL's sum of `sigmoid` and `sft`."""
+    """A case for DPO plus the chosen completion's NLL, which in TRL is the weighted sum of `sigmoid` and `sft`."""
     settings = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5], "beta": 0.3}
     return Case(loss, params, "DPO", settings, **more)
 
@@ -100,7 +100,7 @@ SMOOTH = {"label_smoothing": 0.2}
 ON_CHOSEN = (
     "SFT",
     "generalized_jsd_loss",
-)  # cases of the chosen answers alone; the second is a function of TRL's GKDTrainer
+)  # trainers that use the chosen completions only; the second is a function of TRL's GKDTrainer
 CASES = [
     dpo_case("dpo", {}, "sigmoid"),
     dpo_case("dpo", SMOOTH, "sigmoid", SMOOTH, reason=NO_SMOOTHING),
@@ -120,7 +120,7 @@ CASES = [
     dpo_case("apo_down", {}, "apo_down"),
     dpo_case("discopop", {"tau": 0.2}, "discopop", {"discopop_tau": 0.2}),
     dpo_case("sppo", {}, "sppo_hard"),
-    dpo_case("bco", {}, "bco_pair", factor=2.0),  # TRL adds up a pair's answers; our first step's delta is 0
+    dpo_case("bco", {}, "bco_pair", factor=2.0),  # TRL sums over a pair's completions; delta is 0 in our first step
     dpo_case("f_dpo", {"divergence": "reverse_kl"}, "sigmoid", {"f_divergence_type": "reverse_kl"}),
     dpo_case("f_dpo", {"divergence": "forward_kl"}, "sigmoid", {"f_divergence_type": "forward_kl"}),
     dpo_case("f_dpo", {"divergence": "js"}, "sigmoid", {"f_divergence_type": "js_divergence"}),
@@ -180,7 +180,7 @@ CASES = [
 
 
 def save_models(folder: Path) -> dict[str, str]:
-    """Two tiny random Llamas that disagree by some nats an answer, and a tokenizer of made-up words, as folders."""
+    """Save two tiny random Llamas, a few nats apart per completion, with a tokenizer of made-up words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -211,7 +211,7 @@ def save_models(folder: Path) -> dict[str, str]:
 
 
 def load_model(folder: str) -> Any:
-    """A saved model in fp32."""
+    """Load a saved model in fp32, in eval mode."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -220,8 +220,9 @@ def load_model(folder: str) -> Any:
 def made_up_pairs(policy: Any) -> dict[str, list[Pair]]:
     """Six pairs of each kind.
 
-    `random`: unequal lengths. `even`: prompts of one token, chosen answers of one length, so that means over tokens and over
-    examples coincide and no prompt token is predicted. `likely`: the policy's greedy answer and one that starts otherwise.
+    `random`: unequal lengths. `even`: prompts of one token and chosen completions of equal length, so that means over tokens
+    and over examples coincide and no prompt token is predicted. `likely`: the policy's greedy completion, and one that is
+    greedy after the second most likely first token.
     """
     rng = np.random.default_rng(0)
 
@@ -249,7 +250,7 @@ def made_up_pairs(policy: Any) -> dict[str, list[Pair]]:
 
 @torch.no_grad()
 def greedy(policy: Any, prompt: list[int], rank: int, length: int) -> list[int]:
-    """The policy's greedy answer after a first token of the given rank."""
+    """The policy's greedy completion after a first token of rank `rank` (0 or 1)."""
     answer: list[int] = []
     for at in range(length):
         logits = policy(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits[0, -1]
@@ -258,7 +259,7 @@ def greedy(policy: Any, prompt: list[int], rank: int, length: int) -> list[int]:
 
 
 def thumbs(pairs: list[Pair]) -> list[dict[str, Any]]:
-    """KTO's rows: the pairs' answers one by one, the last left out (more good than bad), each with a mismatched answer."""
+    """KTO's rows: one per completion, each with a mismatched completion. The last is dropped, so more are desirable."""
     from penchant.data.adapt import mismatched_rows
 
     rows = [
@@ -272,14 +273,14 @@ def thumbs(pairs: list[Pair]) -> list[dict[str, Any]]:
 
 
 def rows_of(case: Case, pairs: dict[str, list[Pair]]) -> list[dict[str, Any]]:
-    """What a case is computed on."""
+    """The rows that a case is computed on."""
     if case.trainer in ON_CHOSEN:
         return [{n: v for n, v in row.items() if n != "rejected_ids"} for row in pairs[case.pairs]]
     return thumbs(pairs[case.pairs]) if case.trainer == "KTO" else pairs[case.pairs]
 
 
 def flat_gradient(model: Any) -> np.ndarray:
-    """The gradient of all parameters as one vector, which is then reset."""
+    """Return the gradient of all parameters as one vector, and reset it."""
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
     model.zero_grad()
     return torch.cat([g.flatten() for g in parts]).double().numpy()
@@ -289,7 +290,7 @@ def flat_gradient(model: Any) -> np.ndarray:
 
 
 def our_loss(case: Case, rows: list[dict[str, Any]], policy: Any, reference: Any) -> tuple[float, np.ndarray]:
-    """Penchant's loss of the rows as one optimizer step, and its gradient."""
+    """Penchant's loss and gradient with all rows in one optimizer step."""
     from penchant.algorithms.gkd import GKD, GKDConfig
     from penchant.algorithms.offline import Component, Offline
     from penchant.algorithms.rollouts import Writer
@@ -332,7 +333,7 @@ def our_loss(case: Case, rows: list[dict[str, Any]], policy: Any, reference: Any
 
 
 def tree(row: int, prompt: list[int], completions: list[list[int]], labels: tuple[bool, ...] = ()) -> Any:
-    """A prompt with its completions."""
+    """Build the token tree of a prompt and its completions."""
     from penchant.types import TokenTree
 
     ids = [np.array(part, dtype=np.int32) for part in (prompt, *completions)]
@@ -343,7 +344,7 @@ def tree(row: int, prompt: list[int], completions: list[list[int]], labels: tupl
 
 
 def worker(spec: dict[str, Any]) -> None:
-    """TRL's loss of every case in the spec; gradients go to a file, losses to the closing line."""
+    """Compute TRL's loss of every case in the spec. Gradients go to a file, losses to the last line of stdout."""
     import datasets
 
     torch.set_num_threads(spec["threads"])
@@ -372,7 +373,7 @@ def worker(spec: dict[str, Any]) -> None:
 
 
 def generalized_jsd(case: dict[str, Any], policy: Any, reference: Any) -> torch.Tensor:
-    """TRL's own function on the models' logits: one row at a time, summed, over all the answers' tokens."""
+    """TRL's `generalized_jsd_loss`, summed one row at a time and divided by the number of completion tokens."""
     from trl.experimental.gkd.gkd_trainer import GKDTrainer
 
     total, tokens = torch.zeros(()), 0
@@ -389,7 +390,7 @@ def generalized_jsd(case: dict[str, Any], policy: Any, reference: Any) -> torch.
 
 
 def make_trainer(case: dict[str, Any], spec: dict[str, Any]) -> Any:
-    """A trainer around the policy; it gets a row of text to be satisfied, the token ids are collated by the caller."""
+    """A trainer around the policy. Its one text row is a placeholder: the caller collates the token ids."""
     import datasets
     import trl
     from transformers import AutoTokenizer
@@ -429,7 +430,7 @@ def make_trainer(case: dict[str, Any], spec: dict[str, Any]) -> Any:
 
 
 def collated_row(row: dict[str, Any], trainer: str) -> dict[str, Any]:
-    """A row as the trainer's collator takes it; CPO's and ORPO's is the older one, with labels."""
+    """Convert a row to the format of the trainer's collator. CPO and ORPO use the older one, with labels."""
     if trainer in ("DPO", "KTO"):
         return row
     prompt = row["prompt_ids"]
@@ -449,7 +450,7 @@ def collated_row(row: dict[str, Any], trainer: str) -> dict[str, Any]:
 
 
 def compare(folder: Path) -> list[dict[str, Any]]:
-    """Every case on both sides."""
+    """Compute every case on both sides."""
     transformers.utils.logging.disable_progress_bar()
     folders = save_models(folder)
     policy, reference = (load_model(f) for f in folders.values())
@@ -482,19 +483,19 @@ def compare(folder: Path) -> list[dict[str, Any]]:
 
 
 def agrees(result: dict[str, Any]) -> bool:
-    """Whether loss and gradient are equal within the tolerance (NaN is not)."""
+    """Whether loss and gradient agree within the tolerance. NaN never agrees."""
     return result["difference"] <= TOLERANCE and result["gradient_difference"] <= TOLERANCE
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """The last column: equal, different, or the reason for which they are meant to differ."""
+    """Text of the last column: equal, different, or the reason why the two are meant to differ."""
     if agrees(result):
         return "equal"
     return f"meant to differ: {result['case'].reason}" if result["case"].reason else "**DIFFERENT**"
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The results in Markdown."""
+    """Format the results as a Markdown table."""
     lines = [
         "| ours | TRL's | pairs | loss, ours | loss, TRL's | difference | gradient, ours | gradient, TRL's | difference | |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -511,7 +512,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Penchant's preference losses against TRL's", allow_abbrev=False)
-    parser.add_argument("spec", nargs="?", help=argparse.SUPPRESS)  # what a worker is told
+    parser.add_argument("spec", nargs="?", help=argparse.SUPPRESS)  # a worker's JSON spec
     args = parser.parse_args()
     if args.spec:
         worker(json.loads(args.spec))

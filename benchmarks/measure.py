@@ -1,4 +1,4 @@
-"""What both workers share: a clock on whole optimizer steps, peak memory, the closing line (torch for a GPU only)."""
+"""Helpers shared by the workers: optimizer step clock, peak memory, result line (imports torch only for a GPU)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(slots=True)
 class Clock:
-    """Marks the end of each optimizer step; step i takes from the end of step i-1, so nothing falls between."""
+    """Records the end of each optimizer step. Step i lasts from the end of step i-1, so no time is left out."""
 
     warmup_steps: int
     device: str = "cpu"
@@ -21,13 +21,13 @@ class Clock:
     losses: list[float] = field(default_factory=list)
 
     def step(self) -> None:
-        """An optimizer step has ended."""
+        """Mark the end of an optimizer step."""
         wait_for(self.device)
         self.ends.append(time.perf_counter())
         self.cpu.append(time.process_time())
 
     def result(self, **more: Any) -> dict[str, Any]:
-        """Seconds of each timed step (warm-up left out), their CPU seconds, losses of every step, peak memory."""
+        """Wall seconds of each timed step, total wall and CPU seconds (all without warm-up), all losses, peak memory."""
         first = self.warmup_steps - 1
         seconds = [b - a for a, b in zip(self.ends[first:-1], self.ends[first + 1 :], strict=True)]
         return {
@@ -41,7 +41,7 @@ class Clock:
 
 
 def wait_for(device: str) -> None:
-    """Wait until a GPU has done its queued work; a CPU has no queue."""
+    """Synchronize the GPU. On a CPU there is nothing to wait for."""
     if device == "cuda":
         import torch
 
@@ -49,7 +49,7 @@ def wait_for(device: str) -> None:
 
 
 def peaks(device: str) -> dict[str, int]:
-    """Peak memory so far, bytes: of this process, or on a GPU of its tensors and of what its allocator reserved for them."""
+    """Peak memory so far, bytes: resident memory on a CPU; allocated and reserved memory on a GPU."""
     if device != "cuda":
         return {"peak_bytes": peak_bytes()}
     import torch
@@ -59,14 +59,14 @@ def peaks(device: str) -> dict[str, int]:
 
 
 def peak_bytes() -> int:
-    """The process's highest resident memory so far, bytes."""
+    """Peak resident memory of this process so far, bytes."""
     status = Path("/proc/self/status")
     if status.exists():
         line = next(s for s in status.read_text().splitlines() if s.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes where there is no /proc
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS, which has no /proc, reports bytes
 
 
 def finish(result: dict[str, Any]) -> None:
-    """The worker protocol's last line of standard output."""
+    """Print the result as a JSON line, which ends a measurement in the worker protocol."""
     print("\n" + json.dumps(result), flush=True)

@@ -1,10 +1,10 @@
-"""How far `penchant plan` is off: its memory estimate against the measured peak of the training process, run by run.
+"""Error of `penchant plan`: its memory estimate against the measured peak of the training process, for several runs.
 
     python benchmarks/plan_memory.py --model DIR --hh FILE --long FILE [--only NAME ...] [--output FILE.json]
 
-Each configuration is planned (without a probe) and then trained for a few steps, both as the command line runs them, each in a
-process of its own; the peak is what the system says of the finished training process (ru_maxrss). `fitted` configurations are the
-ones that the constants in `plan/memory.py` were set on; `held out` ones were only predicted.
+Each configuration is planned (without a probe) and then trained for a few steps, both through the command line in separate
+processes. The peak is ru_maxrss of the finished training process. The constants in `plan/memory.py` were fitted to the `fitted`
+configurations; the `held out` ones were only predicted.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def config_of(case: Case, args: argparse.Namespace, folder: Path) -> dict[str, A
 
 
 def penchant(*arguments: str, environment: dict[str, str]) -> tuple[str, int]:
-    """Run the command line; (its output, its peak resident bytes)."""
+    """Run the command line and return (its output, its peak resident bytes)."""
     with tempfile.TemporaryFile("w+") as out:
         process = subprocess.Popen([sys.executable, "-m", "penchant", *arguments], stdout=out, env=environment)
         _, status, usage = os.wait4(process.pid, 0)

@@ -1,4 +1,4 @@
-"""The reward of the PPO benchmark: of the whole text, so that TRL's reward module, which gets no more than tokens, can run it."""
+"""Reward of the PPO and GRPO benchmarks: a function of the whole text, since TRL's PPO reward module sees only tokens."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ BAD = ("bad", "hate", "worst", "kill", "awful", "stupid", "boring", "sorry")
 
 
 def of_text(text: str) -> float:
-    """Kind words less unkind ones."""
+    """Number of kind words minus number of unkind ones."""
     low = text.lower()
     return float(sum(map(low.count, GOOD)) - sum(map(low.count, BAD)))
 
 
 def warmth(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-    """The same as a Penchant reward function."""
+    """`of_text` as a Penchant reward function."""
     return [of_text(p + c) for p, c in zip(prompts, completions, strict=True)]

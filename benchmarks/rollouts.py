@@ -1,8 +1,8 @@
-"""Sampled completions a second: Penchant against transformers `generate` and TRL's rollout function, taking turns.
+"""Sampled tokens per second: Penchant against transformers `generate` and TRL's rollout function, taking turns.
 
     .venv/bin/python benchmarks/rollouts.py [--quick] [--only bundled-fp32-8x8,...] [--model FOLDER] [--data FILE]
 
-Standard library only: each side of a case is a process of its own that stays while the sides take turns (harness.py).
+Standard library only: each side of a case is a process that stays alive while the sides take turns (see harness.py).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MODES = {"fixed": "every row has all new tokens", "eos": "a row ends at its firs
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A model in a precision, `prompts` prompts of one length (or of natural ones) and `n` samples of each."""
+    """A model, a precision, `prompts` prompts of fixed or natural length, and `n` samples of each."""
 
     model: str
     precision: str
@@ -44,24 +44,24 @@ class Case:
 
     @property
     def main(self) -> bool:
-        """Part of the default run, which is to end within about a quarter of an hour: 135M without its longest case."""
+        """Whether the case is in the default run of about a quarter of an hour, which leaves out SmolLM2's longest case."""
         shape = (self.prompts, self.n, self.kind)
         return shape in MAIN_SHAPES and not (self.model == "smollm2" and self.prompts == 64)
 
     @property
     def modes(self) -> list[str]:
-        """Rows of one length; rows that end where they end only where that takes seconds."""
+        """Modes to run: always fixed-length rows, and rows that stop at EOS only for cases that take seconds."""
         return ["fixed", "eos"] if self.model == "bundled" or self.name == "smollm2-bf16-1x8" else ["fixed"]
 
     @property
     def sides(self) -> list[str]:
-        """TRL's function is `generate` with more to carry: left out where a turn takes most of a minute."""
+        """Sides to run. TRL's function wraps `generate` with extra work, so it is left out of the slowest cases."""
         slow = self.model == "smollm2" and self.precision == "fp32"
         return [s for s in SIDES if not (slow and s == "trl")]
 
     @property
     def target(self) -> float:
-        """Times `generate`'s tokens/s: at 64 sequences, and at 8 samples of one prompt."""
+        """Target ratio to `generate`'s tokens/s: 3 from 64 sequences on, otherwise 2 (8 samples of one prompt)."""
         return 3.0 if self.prompts * self.n >= 64 else 2.0
 
 
@@ -71,7 +71,7 @@ CASES = [Case(m, p, *shape) for m in ("bundled", "smollm2") for p in ("fp32", "b
 
 
 def start_sides(case: Case, args: argparse.Namespace, model: Path, prompts: Path, stack: Any) -> dict[str, Worker]:
-    """One ready worker for each side; they load one after the other."""
+    """Start one worker for each side, one after the other, and wait until each is ready."""
     spec = {"model": str(model), "precision": case.precision, "prompts": str(prompts)}
     workers = {}
     for side in args.sides or case.sides:
@@ -88,7 +88,7 @@ def start_sides(case: Case, args: argparse.Namespace, model: Path, prompts: Path
 
 
 def run_case(case: Case, args: argparse.Namespace, model: Path, prompts: Path) -> dict[str, Any]:
-    """Both modes of a case: a short warm-up of each side, then `repeats` measurements in turn; medians of their tokens/s."""
+    """Run each mode of a case: a short warm-up of each side, then `repeats` measurements in turn."""
     line: dict[str, Any] = {"case": case.name, "target": case.target, "modes": {}, "sides": {}}
     with contextlib.ExitStack() as stack:
         workers = start_sides(case, args, model, prompts, stack)
@@ -108,20 +108,20 @@ def run_case(case: Case, args: argparse.Namespace, model: Path, prompts: Path) -
 
 
 def figures(answers: list[dict[str, Any]]) -> dict[str, Any]:
-    """Tokens/s of the timed turns (the first was the warm-up), mean length, peak memory so far."""
+    """Summarize the timed turns (all but the first, a warm-up): tokens/s, times, mean length, peak memory so far."""
     speeds = [sum(a["lengths"]) / a["seconds"] for a in answers[1:]]
     return {
         "tokens_per_second": median(speeds),
         "all": speeds,
         "seconds": [a["seconds"] for a in answers[1:]],
-        "cpu_seconds": [a["cpu_seconds"] for a in answers[1:]],  # far from threads x seconds: the machine was not quiet
+        "cpu_seconds": [a["cpu_seconds"] for a in answers[1:]],  # low (vs. threads x seconds) on a busy machine
         "mean_length": mean(n for a in answers[1:] for n in a["lengths"]),
         "peak_bytes": answers[-1]["peak_bytes"],
     }
 
 
 def add_ratios(sides: dict[str, Any]) -> None:
-    """Ours over each peer, where both ran."""
+    """Add our speed and memory ratios to each peer's figures, if our side ran."""
     ours = sides.get("penchant")
     for side, r in sides.items():
         if ours is not None and side != "penchant":
@@ -135,7 +135,7 @@ def short(sides: dict[str, Any]) -> str:
 
 
 def table(lines: list[dict[str, Any]], mode: str) -> str:
-    """One row for each side of each case."""
+    """Table with one row for each side of each case."""
     header = [
         "case",
         "side",
@@ -164,7 +164,7 @@ def table(lines: list[dict[str, Any]], mode: str) -> str:
 
 
 def targets(lines: list[dict[str, Any]]) -> str:
-    """What was to be reached against the quicker `generate` where rows have one length, and whether it was."""
+    """Table of the targets against the faster `generate` with fixed-length rows, and whether each was reached."""
     rows = []
     for line in lines:
         sides = line.get("modes", {}).get("fixed", {})
@@ -177,7 +177,7 @@ def targets(lines: list[dict[str, Any]]) -> str:
 
 
 def chooses(wanted: str, case: Case, names: set[str]) -> bool:
-    """Whether a word of --only means a case: main, all, a whole name, or else a part of names."""
+    """Whether a word of --only selects a case: main, all, a whole name, or else a substring of the name."""
     if wanted in ("main", "all"):
         return case.main or wanted == "all"
     return wanted == case.name if wanted in names else wanted in case.name

@@ -1,7 +1,7 @@
-"""Turn hh-rlhf transcripts into the one list of token ids that both sides train on.
+"""Turn hh-rlhf transcripts into the token ids that both sides train on.
 
-A transcript is split after its last "Assistant:"; the completion ends with EOS; where prompt + longest completion is
-over `max_length`, the prompt loses its start (and a completion over 7/8 of `max_length` its end).
+A transcript is split after its last "Assistant:", and the completion ends with EOS. If the prompt and the longest completion
+exceed `max_length`, the prompt is truncated from the left. A completion is truncated to 7/8 of `max_length`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 
 def make_rows(data: Path, model: Path, count: int, max_length: int) -> tuple[list[Row], dict[str, int]]:
-    """The first `count` usable pairs as token ids, and how many were passed over and why."""
+    """Return the first `count` usable pairs as token ids, and the number of skipped rows for each reason."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -41,7 +41,7 @@ def make_rows(data: Path, model: Path, count: int, max_length: int) -> tuple[lis
 def _tokenize(tokenizer: Any, prompt: str, texts: tuple[str, ...], max_length: int) -> Row:
     whole = [tokenizer(prompt + t + tokenizer.eos_token)["input_ids"] for t in texts]
     prompt_ids = tokenizer(prompt)["input_ids"]
-    # TRL's rule: the completion starts where the texts' tokens leave the prompt's
+    # as in TRL, the completion starts at the first token that differs from the prompt's own tokenization
     shared = min(_common_prefix(prompt_ids, ids) for ids in whole)
     limit = max_length * 7 // 8
     completions = [ids[shared:][:limit] for ids in whole]
@@ -57,7 +57,7 @@ def _common_prefix(a: list[int], b: list[int]) -> int:
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
-if __name__ == "__main__":  # a process of its own, so that the driver imports nothing but the standard library
+if __name__ == "__main__":  # run as a separate process, so that the driver imports only the standard library
     import sys
 
     spec = json.loads(sys.argv[1])

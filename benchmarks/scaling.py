@@ -1,15 +1,15 @@
-"""DPO of SmolLM2-135M by one process and by several on one CPU, one thread each: seconds of a step, and memory of each process.
+"""DPO of SmolLM2-135M with one process and with several on one CPU, one thread each: step time, and memory of each process.
 
     python benchmarks/scaling.py                                 # one process, two processes: three steps of 8 pairs each
     python benchmarks/scaling.py --model FOLDER --steps 5        # a folder that prepare_smollm2.py made
-    python benchmarks/scaling.py --kernels                       # also one process with the fast kernels, which several cannot have
-    python benchmarks/scaling.py --beside                        # also as many runs of one process each at the same time
-    python benchmarks/scaling.py --sending                       # only what it costs two processes to send a layer
+    python benchmarks/scaling.py --kernels                       # also one process with the fast kernels (unavailable for several)
+    python benchmarks/scaling.py --beside                        # also the same number of independent single-process runs at once
+    python benchmarks/scaling.py --sending                       # only the cost of exchanging a layer between two processes
 
-Efficiency is ``T_1 / (n T_n)`` of the median step after the first one, both on transformers' own layers; memory is the highest
-resident size of a process (VmHWM), loading included. Wanted for two: an efficiency of 0.85, and 0.65 of one process's memory in each.
-The machine must be quiet and have a core for each process. One step's rows are the same whoever takes it. Runs beside each other send
-nothing, so what they lose (``T_1 / T``) the cores take from each other: memory, caches and clock.
+Efficiency is ``T_1 / (n T_n)`` of the median step after the first, both with transformers' own layers. Memory is a process's peak
+resident size (VmHWM), including loading. Targets for two processes: an efficiency of 0.85, and at most 0.65 of a single process's memory
+in each. The machine must be quiet and have a core for each process. A step has the same rows for any number of processes. Independent
+runs communicate nothing, so their slowdown (``T_1 / T``) shows contention for memory bandwidth, caches and clock speed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ WANTED = {"efficiency": 0.85, "memory": 0.65}
 
 
 def config(model: Path, folder: Path, args: argparse.Namespace, name: str, kernels: str) -> Path:
-    """The run's config, which is YAML because JSON is."""
+    """Write the run's config as JSON, which is valid YAML, and return its path."""
     values = {
         "model": {"path": str(model), "dtype": args.dtype, "device": "cpu", "kernels": kernels},
         "data": {"path": str(folder / "pairs.jsonl"), "template": "plain", "max_length": args.max_length},
@@ -60,17 +60,17 @@ def config(model: Path, folder: Path, args: argparse.Namespace, name: str, kerne
 
 
 def begun(command: list[str]) -> subprocess.Popen[bytes]:
-    """A run that has begun."""
+    """Start a run in the background."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PENCHANT_")}
     environment |= {"PYTHONPATH": str(HERE.parent / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
 
 
 def measured(running: subprocess.Popen[bytes], seconds: float) -> dict[int, int]:
-    """By process (-1 alone, or by rank): the highest resident bytes that it was seen with.
+    """Wait for a run and return the peak resident bytes of each rank (-1: the process started here).
 
     Raises:
-        SystemExit: the run failed.
+        SystemExit: the run failed or took longer than `seconds`.
     """
     highest: dict[int, int] = {}
     ends = time.monotonic() + seconds
@@ -87,7 +87,7 @@ def measured(running: subprocess.Popen[bytes], seconds: float) -> dict[int, int]
 
 
 def residents(launcher: int) -> list[tuple[int, int]]:
-    """(rank, VmHWM in bytes) of the processes that a launcher has started; of itself as rank -1."""
+    """(rank, VmHWM in bytes) of a launcher's ranks, and of the launcher itself as rank -1."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -106,7 +106,7 @@ def residents(launcher: int) -> list[tuple[int, int]]:
 def one_run(
     model: Path, folder: Path, args: argparse.Namespace, processes: int, kernels: str, beside: int = 1
 ) -> dict[str, Any]:
-    """Seconds of the median step after the first, and each process's memory; `beside`: of so many runs at the same time."""
+    """Measure the median step after the first, and each process's memory, with `beside` runs at the same time."""
     names = [f"{processes}-{kernels}-{beside}-{i}" for i in range(beside)]
     more = ["--processes", str(processes)] if processes > 1 else []
     paths = [config(model, folder, args, name, kernels) for name in names]
@@ -125,7 +125,7 @@ def one_run(
 
 
 def sending(rank: int, port: int) -> None:
-    """What one of two processes does for `--sending`: a row through a layer of the model and back, again and again."""
+    """One of the two processes of `--sending`: repeat forward and backward of one row through a sharded layer."""
     import torch
     from torch import nn
 
@@ -157,7 +157,7 @@ def sending(rank: int, port: int) -> None:
 
 
 def main() -> None:
-    """Print a line for each run, then the two figures and whether they are what is wanted."""
+    """Print a line for each run, then efficiency and memory and whether they reach their targets."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="default: made by prepare_smollm2.py")
     parser.add_argument("--data", type=Path, default=DATA)

@@ -1,11 +1,11 @@
-"""How fast the studio answers: its first pages on 200 runs and a file of a million rows, a judgement, and 20 runs that go on.
+"""Speed of the studio: first pages with 200 runs and a file of a million rows, saving a judgement, following 20 live runs.
 
     .venv/bin/python benchmarks/studio_speed.py                    # about a minute and 300 MB of disk; Linux
     .venv/bin/python benchmarks/studio_speed.py --quick            # 20 runs and 10,000 rows: shows that everything runs
 
-`penchant studio` is started on a folder that is made here. A page is asked for once the address is printed, as a person would; its
-time is that until its last byte, and beside it stand the processor seconds that the studio took for it (all of its threads, from
-/proc), which other work on the machine does not change. Only the standard library: the studio is a process of its own.
+`penchant studio` is started on a generated folder, and pages are requested after it prints its address. A page's time is measured
+to its last byte. The studio's CPU seconds (all threads, from /proc) are shown next to it, since other load on the machine does not
+affect them. Standard library only: the studio is a separate process.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from harness import environment
 
 PAGE, JUDGEMENT, FOLLOWING = 0.5, 0.05, 0.03  # seconds, seconds, cores: the goals
 STEPS = 300  # of each run
-LIVE = 20  # runs that go on
+LIVE = 20  # runs that are still training
 TICK = sysconf("SC_CLK_TCK")
 
 
@@ -40,7 +40,7 @@ TICK = sysconf("SC_CLK_TCK")
 
 
 def step_line(step: int) -> str:
-    """A line as DPO writes it, with as many figures."""
+    """A line of metrics.jsonl like DPO's, with the same number of metrics."""
     names = (
         "loss",
         "rewards/chosen",
@@ -89,7 +89,7 @@ def make_folder(root: Path, runs: int, rows: int) -> None:
 
 
 class Studio:
-    """A running studio and somebody who has logged in."""
+    """A running studio process and a logged-in HTTP client."""
 
     def __init__(self, root: Path) -> None:
         began = time.perf_counter()
@@ -125,7 +125,7 @@ class Studio:
             return reply.read().decode(), reply.headers
 
     def cpu(self) -> float:
-        """Processor seconds so far."""
+        """CPU seconds of the studio so far."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / TICK
 
@@ -140,18 +140,18 @@ def studio_of(root: Path) -> Iterator[Studio]:
         made.process.wait()
 
 
-# ---- What is measured ----
+# ---- Measurements ----
 
 
 def timed(studio: Studio, call: Callable[[], Any]) -> tuple[float, float]:
-    """(Seconds, processor seconds of the studio)."""
+    """Call and return (wall seconds, CPU seconds of the studio)."""
     cpu, began = studio.cpu(), time.perf_counter()
     call()
     return time.perf_counter() - began, studio.cpu() - cpu
 
 
 def judgements(studio: Studio, number: int) -> list[float]:
-    """Seconds from asking to the answer that the word is on the disk, with the next pair."""
+    """Seconds of each judgement, from the request until the reply with the next pair, sent once the judgement is on disk."""
     form = {"name": "speed", "source": "pairs", "file": "pairs.jsonl"}
     at = studio.post("/arena/new", **form)[1]["hx-redirect"]
     studio.post(f"{at}/who", annotator="Ada")
@@ -165,7 +165,7 @@ def judgements(studio: Studio, number: int) -> list[float]:
 
 
 def following(studio: Studio, root: Path, seconds: float) -> tuple[float, int]:
-    """(Cores that one page of live runs costs, events that it got)."""
+    """Return (CPU cores that one page of live runs takes, number of events it received)."""
     paths = [f"runs/{number:03d}" for number in range(LIVE)]
     events, ended = 0, threading.Event()
 
@@ -179,7 +179,7 @@ def following(studio: Studio, root: Path, seconds: float) -> tuple[float, int]:
 
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
-    time.sleep(3)  # the curves that are there already
+    time.sleep(3)  # let the existing curves arrive
     before, cpu, began = events, studio.cpu(), time.perf_counter()
     step = STEPS
     while time.perf_counter() - began < seconds:

@@ -1,12 +1,12 @@
-"""What 8 DPO runs cost in one sweep, against 8 calls of `penchant train`: wall time, the sweep's over the separate runs'.
+"""Wall time of 8 DPO runs in one sweep, relative to 8 calls of `penchant train`.
 
-    .venv/bin/python benchmarks/sweep_cost.py                      # the bundled model, 400 made-up pairs: a few minutes
+    .venv/bin/python benchmarks/sweep_cost.py                      # the bundled model, 400 random pairs: a few minutes
     .venv/bin/python benchmarks/sweep_cost.py --model PATH --rows 1000 --runs 8
 
-The 8 runs differ in beta alone. Separate runs are 8 processes, one after another, counted twice: each with a reference cache of its own
-(8 runs that know nothing of each other, what the goal is about), and all with one cache on disk, as `penchant train` has it by
-itself. Each way starts with an empty cache. Ways alternate over rounds; a ratio is the median over rounds. That the sweep's runs ended
-with the weights of the separate ones is checked, else there is no ratio. Only standard library: everything runs in processes.
+The 8 runs differ only in beta. The separate runs are 8 processes, one after another, measured in two ways: each with its own reference
+cache (independent runs, used for the goal), and all with one cache on disk (the default of `penchant train`). Each way starts with an
+empty cache. The ways alternate over rounds; a ratio is the median over rounds. The sweep's runs must end with the same weights as the
+separate ones, otherwise no ratio is printed. Standard library only: everything runs in subprocesses.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 
 from harness import BUNDLED, environment
 
-GOAL = 0.72  # of 8 separate runs, each with a cache of its own
+GOAL = 0.72  # largest ratio to 8 separate runs with their own caches
 WORDS = [
     "the",
     "film",
@@ -52,7 +52,7 @@ WORDS = [
 
 
 def made_up_pairs(path: Path, rows: int) -> None:
-    """Pairs of the bundled model's kind, without meaning: about 12 tokens of prompt, 32 of each answer."""
+    """Write meaningless pairs in the bundled model's vocabulary: prompts of about 12 tokens, completions of about 32."""
     rng = random.Random(0)
 
     def words(n: int) -> str:
@@ -70,7 +70,7 @@ def made_up_pairs(path: Path, rows: int) -> None:
 
 
 def config(folder: Path, args: argparse.Namespace) -> Path:
-    """The run's config; every other setting is the default."""
+    """Write the run's config, with defaults for all other settings, and return its path."""
     path = folder / "run.yaml"
     settings = {
         "model": {"path": str(args.model)},
@@ -84,7 +84,7 @@ def config(folder: Path, args: argparse.Namespace) -> Path:
 
 
 def timed(commands: list[list[str]], args: argparse.Namespace, caches: list[Path]) -> float:
-    """Wall seconds of `penchant` calls, one after another."""
+    """Total wall seconds of `penchant` calls, one after another."""
     started = time.perf_counter()
     for command, cache in zip(commands, caches, strict=True):
         env = environment(args.threads) | {"PENCHANT_CACHE": str(cache)}
@@ -95,7 +95,7 @@ def timed(commands: list[list[str]], args: argparse.Namespace, caches: list[Path
 
 
 def weights(folder: Path) -> str:
-    """SHA-256 of a run's last model."""
+    """SHA-256 of the model in a run's last checkpoint."""
     last = max(folder.glob("checkpoints/step-*"), key=lambda p: int(p.name.removeprefix("step-")))
     digest = hashlib.sha256()
     for path in sorted(last.glob("model/*.safetensors")):
@@ -104,7 +104,7 @@ def weights(folder: Path) -> str:
 
 
 def one_round(folder: Path, args: argparse.Namespace, betas: list[str]) -> dict[str, float]:
-    """Wall seconds of each way."""
+    """Run each way once and return its wall seconds."""
     run = config(folder, args)
     options = ["--quiet"]
     seconds = {}
@@ -126,7 +126,7 @@ def one_round(folder: Path, args: argparse.Namespace, betas: list[str]) -> dict[
 
 
 def main() -> None:
-    """Print the seconds of each way and their ratios."""
+    """Run all rounds, and print the seconds of each way and the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=BUNDLED, help="a model's folder (default: the bundled one)")
     parser.add_argument("--rows", type=int, default=400)

@@ -1,4 +1,4 @@
-"""Short trials of TRL's settings, to choose the peer's best; prints the table of trl_settings.md.
+"""Short trials to choose the best TRL settings for the benchmarks; prints the table of trl_settings.md.
 
 .venv/bin/python benchmarks/trl_trials.py [--model FOLDER] [--batch 8] [--trials 'PART OF A NAME']
 """

@@ -1,4 +1,4 @@
-"""Our side of GRPO: the product's own run and loop on the given prompts. Reads a JSON spec, ends with a JSON line."""
+"""Penchant's worker for GRPO: its own run and training loop on the given prompts. Takes a JSON spec, prints a JSON result."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from measure import finish
 
 
 def settings_of(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a spec, as a YAML file would give it: PPO's, with another method."""
+    """Translate a spec to a config mapping: the PPO worker's config with GRPO as the algorithm."""
     like_ppo = {"epochs": 1, "minibatches": 1, "missing_eos_penalty": 0.0, "lam": 1.0, "gamma": 1.0}
     unused = {"value_coef": 0.1, "adam_eps": 1e-8, "whiten_rewards": False}
     made = ppo.settings_of({**unused, **like_ppo, **spec, "ours": {"value": "head", **spec["ours"]}})
@@ -27,7 +27,7 @@ def main() -> None:
     warm, samples = spec["warmup_batches"], spec["samples"]
     run, console, timed = ppo.trained(spec, settings_of(spec), 1)
     asked = [len(t.prompt_ids) for t in run.rows.trees[0]][spec["batch"] * warm :]
-    # as the peer counts them: the prompt once for each of its completions
+    # counted as in the peer: a prompt once for each of its completions
     written = sum(r["length"] for r in console.rollouts[warm:]) * spec["batch"] * samples
     finish(timed | {"tokens": sum(asked) * samples + written} | ppo.described(console, run.built.parts.model))
 

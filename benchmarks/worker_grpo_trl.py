@@ -1,4 +1,4 @@
-"""The peer's side of GRPO: TRL's GRPOTrainer on the given prompts, in its own environment. A JSON spec, ends with a JSON line."""
+"""TRL's worker for GRPO, in its own environment: GRPOTrainer on the given prompts. Takes a JSON spec, prints a JSON result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ppo_reward import warmth
 
 
 class StepClock(transformers.TrainerCallback):
-    """An optimizer step is a batch of rollouts; its logs say what they were like."""
+    """Marks the end of each step, which is one batch of rollouts, and keeps its logged reward, KL, length and tokens."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -35,7 +35,7 @@ class StepClock(transformers.TrainerCallback):
 
 
 def config_of(spec: dict[str, Any]) -> Any:
-    """TRL's settings for a spec; `peer.batch` completions a forward pass, all of them where it is 0."""
+    """TRL's config for a spec, with `peer.batch` completions per forward pass (0: all of a step)."""
     completions = spec["batch"] * spec["samples"]
     at_once = spec["peer"]["batch"] or completions
     return trl.GRPOConfig(

@@ -1,8 +1,7 @@
-"""Our side: the product's own run and loop on the given rows. Reads a JSON spec, ends with a JSON line.
+"""Penchant's worker: its own run and training loop on the given rows. Takes a JSON spec, prints a JSON result.
 
-Two things differ from `penchant train`: the token ids are handed in (so that both sides train on the same ones), and
-the console is a clock. What it leans on: `config_from_mapping`, `Run.trees`, `Run.make_loop()` and
-the loop's `console.step`.
+It differs from `penchant train` in two ways: the token ids are given, so that both sides train on the same ones, and
+the console is a clock. It depends on `config_from_mapping`, `Rows.trees`, `Run.make_loop()` and the loop's `console.step`.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from measure import Clock, finish
 
 
 class ClockConsole:
-    """A console (`training/console.py`) that marks the end of every optimizer step."""
+    """A console (see `training/console.py`) that marks the end of every optimizer step."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -38,7 +37,7 @@ class ClockConsole:
 
 
 def settings_of(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a spec, as a YAML file would give it."""
+    """Translate a spec to a config mapping, as read from a YAML file."""
     lora = spec["lora_rank"]
     live = "frozen" if lora is None else "adapter"
     return {
@@ -77,7 +76,7 @@ def settings_of(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_trees(spec: Mapping[str, Any]) -> list[Any]:
-    """The rows of all steps as token trees."""
+    """Read the rows of all steps as token trees."""
     import numpy as np
 
     from penchant.types import TokenTree
@@ -116,7 +115,7 @@ def main() -> None:
     clock = Clock(spec["warmup_steps"], spec["device"])
     config, console, trees = config_from_mapping(settings_of(spec), []), ClockConsole(clock), read_trees(spec)
     rows = Rows(config, Alone(), console)
-    rows.trees = (trees, [])  # in place of the cached property that reads a data file
+    rows.trees = (trees, [])  # replaces the cached property that reads a data file
     run = Run(config, console=console, rows=rows)
     run.folder.mkdir(parents=True, exist_ok=True)
     loop = run.make_loop()

@@ -1,7 +1,7 @@
-"""Our side of PPO: the product's own run and loop on the given prompts. Reads a JSON spec, ends with a JSON line.
+"""Penchant's worker for PPO: its own run and training loop on the given prompts. Takes a JSON spec, prints a JSON result.
 
-As in worker_penchant.py, the token ids are handed in and the console is a clock; here it marks a batch of episodes, which
-takes `epochs x minibatches` optimizer steps.
+As in worker_penchant.py, the token ids are given and the console is a clock. Here it marks batches of episodes, each of
+`epochs x minibatches` optimizer steps.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from worker_penchant import ClockConsole
 
 
 class EpisodeConsole(ClockConsole):
-    """Marks every `updates`-th optimizer step, and keeps what the rollouts were like."""
+    """Marks every `updates`-th optimizer step and keeps the reward, KL, length and EOS rate of its rollouts."""
 
     def __init__(self, clock: Clock, updates: int) -> None:
         super().__init__(clock)
@@ -37,7 +37,7 @@ class EpisodeConsole(ClockConsole):
 
 
 def settings_of(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a spec, as a YAML file would give it."""
+    """Translate a spec to a config mapping, as read from a YAML file."""
     return {
         "output": str(Path(spec["work"]).resolve()),
         "model": {
@@ -84,7 +84,7 @@ def settings_of(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_trees(spec: Mapping[str, Any]) -> list[Any]:
-    """The prompts of all batches, in order."""
+    """Read the prompts of all batches, in order."""
     import numpy as np
 
     from penchant.types import TokenTree
@@ -96,10 +96,10 @@ def read_trees(spec: Mapping[str, Any]) -> list[Any]:
 def trained(
     spec: Mapping[str, Any], settings: Mapping[str, Any], updates: int
 ) -> tuple[Any, EpisodeConsole, dict[str, Any]]:
-    """The product's run of a config on the given prompts, its console, and what the clock says.
+    """Train with a config on the given prompts. Returns the run, its console and the clock's result.
 
     Args:
-        updates: optimizer steps of a batch of rollouts.
+        updates: optimizer steps per batch of rollouts.
     """
     from penchant.config import config_from_mapping
     from penchant.runs import Run
@@ -109,16 +109,16 @@ def trained(
     clock = Clock(spec["warmup_batches"])
     config, console = config_from_mapping(settings, []), EpisodeConsole(clock, updates)
     rows = Rows(config, Alone(), console)
-    # in place of the cached properties that read a data file
+    # replaces the cached properties that read a data file
     rows.trees, rows.prompts_by_source = (read_trees(spec), []), {}
     run = Run(config, console=console, rows=rows)
     run.folder.mkdir(parents=True, exist_ok=True)
     run.make_loop().run()
-    return run, console, clock.result()  # up to the last update: the checkpoint that a run ends with is not in it
+    return run, console, clock.result()  # ends at the last update, so the final checkpoint is not timed
 
 
 def described(console: EpisodeConsole, *modules: Any) -> dict[str, Any]:
-    """What both sides say of themselves; `modules` are what is trained."""
+    """The descriptive fields of a result: version, rollouts, notes, trainable parameters and dtypes of `modules`."""
     import torch
     import transformers
 

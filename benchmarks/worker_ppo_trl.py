@@ -1,4 +1,4 @@
-"""The peer's side of PPO: TRL's last PPOTrainer on the given prompts, in its own environment. A JSON spec, ends with a JSON line."""
+"""TRL's worker for PPO, in its own environment: its last PPOTrainer on the given prompts. Takes a JSON spec, prints a JSON result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 
 class EpisodeClock(transformers.TrainerCallback):
-    """A step of TRL's is a batch of episodes; its logs say what the rollouts were like."""
+    """Marks the end of each TRL step, which is one batch of episodes, and keeps its logged reward and KL."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -33,7 +33,7 @@ class EpisodeClock(transformers.TrainerCallback):
 
 
 class TextReward(nn.Module):
-    """`ppo_reward` in the shape that TRL asks for: a backbone whose last hidden state a `score` layer turns into numbers."""
+    """`ppo_reward` with the interface that TRL expects: a backbone whose last hidden state goes through a `score` layer."""
 
     base_model_prefix = "backbone"
 
@@ -43,7 +43,7 @@ class TextReward(nn.Module):
         self.score = nn.Identity()
 
     def backbone(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> Any:
-        """The text's reward at each of its positions; TRL picks the last."""
+        """Return the text's reward at every position. TRL picks the last."""
         texts = [
             self.tokenizer.decode(ids[mask], skip_special_tokens=True)
             for ids, mask in zip(input_ids, attention_mask.bool(), strict=True)
@@ -53,7 +53,7 @@ class TextReward(nn.Module):
 
 
 def config_of(spec: dict[str, Any], trl_ppo: Any) -> Any:
-    """TRL's settings for a spec. One micro-batch a minibatch: with accumulation, TRL would step once for all minibatches."""
+    """TRL's config for a spec. No gradient accumulation, with which TRL would step only once for all minibatches."""
     return trl_ppo.PPOConfig(
         output_dir=spec["work"],
         use_cpu=True,
@@ -92,12 +92,12 @@ def config_of(spec: dict[str, Any], trl_ppo: Any) -> Any:
 
 
 def autocast(spec: dict[str, Any]) -> bool:
-    """Mixed precision (fp32 weights), as Penchant trains with fp32 masters; otherwise bf16 weights and nothing else."""
+    """Whether TRL runs bf16 by autocast over fp32 weights, like Penchant's fp32 masters, rather than with bf16 weights only."""
     return spec["precision"] == "bf16" and spec["peer"]["bf16"] == "autocast"
 
 
 def models_of(spec: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """Policy, reference and value model, all from one folder; a frozen reference needs no fp32 weights in bf16."""
+    """Policy, reference and value model, all from one folder. In bf16 the frozen reference needs no fp32 weights."""
     bf16 = spec["precision"] == "bf16"
     trained = torch.bfloat16 if bf16 and not autocast(spec) else torch.float32
     causal, path = transformers.AutoModelForCausalLM, spec["model"]
@@ -108,7 +108,7 @@ def models_of(spec: dict[str, Any]) -> tuple[Any, Any, Any]:
 
 
 def tokenizer_of(spec: dict[str, Any]) -> Any:
-    """Padding on the left, with a token that is not EOS: TRL takes every pad token for the end of a completion."""
+    """Tokenizer with left padding and a pad token other than EOS, since TRL ends a completion at any pad token."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(spec["model"], padding_side="left")
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(json.loads(Path(spec["prompts"]).read_text())["pad"])
     return tokenizer
@@ -117,7 +117,7 @@ def tokenizer_of(spec: dict[str, Any]) -> Any:
 def main() -> None:
     spec = json.loads(sys.argv[1])
     torch.set_num_threads(spec["threads"])
-    if autocast(spec):  # PPOTrainer makes its Accelerator without a precision: the config's bf16 would go unheard
+    if autocast(spec):  # PPOTrainer creates its Accelerator without a precision and ignores the config's bf16
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
     import trl
     from trl.experimental import ppo
@@ -136,10 +136,10 @@ def main() -> None:
         reward_model=TextReward(tokenizer),
         value_model=value,
         train_dataset=data,
-        eval_dataset=data.select(range(1)),  # it is not used, but a data loader is made of it
+        eval_dataset=data.select(range(1)),  # not used, but PPOTrainer builds a data loader from it
         callbacks=[episodes],
     )
-    # the same prompts in the same batches as ours; TRL shuffles them
+    # keep our prompts and batches, since TRL shuffles its own data loader
     trainer.dataloader = torch.utils.data.DataLoader(data, batch_size=spec["batch"], collate_fn=trainer.data_collator)
     trainer.train()
     finish(

@@ -1,6 +1,6 @@
-"""Rollouts by the peer: transformers `generate`, or TRL's `batch_generation`. A JSON spec, then a JSON request a line.
+"""The peers' rollout worker: transformers `generate` or TRL's `batch_generation`. Takes a JSON spec, then one request per line.
 
-Spec: `side` (generate, trl), `model`, `precision`, `prompts` (a file of prompts.py), `cache` (dynamic, static), `rows`
+Spec: `side` (generate, trl), `model`, `precision`, `prompts` (a file from prompts.py), `cache` (dynamic, static), `rows`
 (sequences at once; 0: all), `threads`. Request: `kind`, `prompts`, `n`, `new_tokens`, `eos` (or null), `seed`.
 """
 
@@ -19,7 +19,7 @@ import transformers
 from measure import finish, peak_bytes
 from torch import Tensor
 
-Writer = Callable[[Tensor, Tensor, Any], list[Tensor]]  # (ids, mask, settings) -> sequences, a part at a time
+Writer = Callable[[Tensor, Tensor, Any], list[Tensor]]  # (ids, mask, settings) -> sequences, one tensor per batch
 
 
 def padded(prompts: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
@@ -30,7 +30,7 @@ def padded(prompts: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
 
 
 def settings_of(spec: dict[str, Any], request: dict[str, Any], pad: int) -> Any:
-    """The distribution itself: no top-k, no top-p; without an EOS the length is fixed."""
+    """Generation config that samples the full distribution, without top-k or top-p. Without an EOS the length is fixed."""
     return transformers.GenerationConfig(
         max_new_tokens=request["new_tokens"],
         do_sample=True,
@@ -39,12 +39,12 @@ def settings_of(spec: dict[str, Any], request: dict[str, Any], pad: int) -> Any:
         top_p=1.0,
         eos_token_id=request["eos"],
         pad_token_id=pad,
-        cache_implementation="static" if spec["cache"] == "static" else None,  # None: generate's own, which grows
+        cache_implementation="static" if spec["cache"] == "static" else None,  # None: generate's default dynamic cache
     )
 
 
 def by_generate(model: Any, samples: int, rows: int) -> Writer:
-    """transformers: the prompts once, `num_return_sequences` each."""
+    """Sample with transformers: each prompt once, with `num_return_sequences`."""
 
     def write(ids: Tensor, mask: Tensor, settings: Any) -> list[Tensor]:
         settings.num_return_sequences = samples
@@ -56,7 +56,7 @@ def by_generate(model: Any, samples: int, rows: int) -> Writer:
 
 
 def by_trl(model: Any, samples: int, rows: int, pad: int) -> Writer:
-    """What TRL's PPOTrainer calls; it takes one row for each completion and keeps the logits of every token."""
+    """Sample with the function TRL's PPOTrainer calls. It takes a row per completion and keeps every token's logits."""
     from trl.experimental.ppo.ppo_trainer import batch_generation
 
     def write(ids: Tensor, mask: Tensor, settings: Any) -> list[Tensor]:
@@ -67,7 +67,7 @@ def by_trl(model: Any, samples: int, rows: int, pad: int) -> Writer:
 
 
 def completions(sequences: list[Tensor], width: int, eos: int | None) -> list[list[int]]:
-    """New tokens of each row, to its first EOS."""
+    """New tokens of each row, up to and including its first EOS."""
     rows = [row for part in sequences for row in part[:, width:].tolist()]
     if eos is None:
         return rows
@@ -90,7 +90,7 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         prompts = made[request["kind"]][: request["prompts"]]
-        model.generation_config.eos_token_id = request["eos"]  # a None in the settings would be filled in from here
+        model.generation_config.eos_token_id = request["eos"]  # generate fills in a None in the settings from here
         torch.manual_seed(request["seed"])
         started, cpu = time.perf_counter(), time.process_time()
         with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Rollouts by Penchant's own `sample`. A JSON spec, then a JSON request a line, as in worker_rollout_peer.py."""
+"""Penchant's rollout worker, which calls `sample`. Takes a JSON spec, then one request per line, as worker_rollout_peer.py does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The peer: TRL's DPOTrainer on the given rows, in its own environment. Reads a JSON spec, ends with a JSON line."""
+"""TRL's worker for DPO, in its own environment: DPOTrainer on the given rows. Takes a JSON spec, prints a JSON result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from measure import Clock, finish
 
 
 class Timer(transformers.TrainerCallback):
-    """TRL's side of the clock."""
+    """Marks the end of each of TRL's steps on the clock and keeps its logged loss."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -30,14 +30,14 @@ class Timer(transformers.TrainerCallback):
 
 
 class GivenTokens(trl.DPOTrainer):
-    """DPOTrainer that takes the rows' token ids as they are, so that both sides train on the same ones."""
+    """DPOTrainer that uses the rows' token ids as given, so that both sides train on the same ones."""
 
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
         return dataset
 
 
 def read_rows(spec: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of all steps; optionally sorted by length within each step, which saves TRL padding."""
+    """Read the rows of all steps, optionally sorted by length within each step, which reduces TRL's padding."""
     rows = json.loads(Path(spec["rows"]).read_text())[: spec["batch"] * spec["steps"]]
     if not spec["peer"]["sort_in_step"]:
         return rows
@@ -46,12 +46,12 @@ def read_rows(spec: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def padded_length(row: dict[str, Any]) -> int:
-    """Tokens of the longer of the row's two sequences."""
+    """Number of tokens in the longer of the row's two sequences."""
     return len(row["prompt_ids"]) + max(len(c) for c in row["completion_ids"])
 
 
 def padded_tokens(rows: list[dict[str, Any]], micro: int) -> int:
-    """Tokens that go through the model, padding included."""
+    """Number of tokens that go through the model, including padding."""
     return sum(
         2 * len(part) * max(map(padded_length, part))
         for part in (rows[i : i + micro] for i in range(0, len(rows), micro))
@@ -59,7 +59,7 @@ def padded_tokens(rows: list[dict[str, Any]], micro: int) -> int:
 
 
 def config_of(spec: dict[str, Any]) -> trl.DPOConfig:
-    """TRL's settings for a spec."""
+    """TRL's config for a spec."""
     peer, on_gpu = spec["peer"], spec["device"] == "cuda"
     weights_bf16 = spec["precision"] == "bf16" and peer["bf16"] == "weights"
     return trl.DPOConfig(
@@ -101,7 +101,7 @@ def config_of(spec: dict[str, Any]) -> trl.DPOConfig:
 
 
 def quantization_of(spec: dict[str, Any]) -> transformers.BitsAndBytesConfig | None:
-    """Frozen weights in 4 bits where the spec says so; products in the precision of the case."""
+    """The 4-bit quantization config with the case's compute dtype, None if the spec has no quantization."""
     if spec["quantize"] == "none":
         return None
     return transformers.BitsAndBytesConfig(

@@ -1,4 +1,4 @@
-"""Another peer: unsloth's path for a CPU, supervised fine-tuning on the given rows, in its own environment. Reads a JSON spec, ends with a JSON line."""
+"""unsloth's worker, in its own environment: SFT on its CPU path, on the given rows. Takes a JSON spec, prints a JSON result."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 SPEC: dict[str, Any] = json.loads(sys.argv[1])
 Path(SPEC["work"]).mkdir(parents=True, exist_ok=True)
-os.chdir(SPEC["work"])  # it writes a folder of compiled code
+os.chdir(SPEC["work"])  # unsloth writes a folder of compiled code
 
-import unsloth  # noqa: E402  before the libraries that it changes
+import unsloth  # noqa: E402  before the libraries that it patches
 
 import datasets  # noqa: E402  isort:skip
 import torch  # noqa: E402  isort:skip
@@ -25,7 +25,7 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 
 def read_rows() -> list[dict[str, Any]]:
-    """Prompt and chosen answer of the rows of all steps, sorted by length within each step, which saves padding."""
+    """Read prompt and chosen completion of the rows of all steps, sorted by length within each step to reduce padding."""
     given = json.loads(Path(SPEC["rows"]).read_text())[: SPEC["batch"] * SPEC["steps"]]
     rows = [
         {
@@ -39,7 +39,7 @@ def read_rows() -> list[dict[str, Any]]:
 
 
 def load() -> Any:
-    """The model, with an adapter where one is asked for."""
+    """Load the model, with a LoRA adapter if the spec has a rank."""
     dtype = torch.bfloat16 if SPEC["precision"] == "bf16" else torch.float32
     lora = SPEC["lora_rank"]
     model, _ = unsloth.FastLanguageModel.from_pretrained(

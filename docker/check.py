@@ -1,10 +1,10 @@
-"""Run the RUN steps of a Dockerfile without a container engine, and its ENTRYPOINT at the end.
+"""Run a Dockerfile's RUN steps, and finally its ENTRYPOINT, without a container engine.
 
     python docker/check.py docker/cpu.Dockerfile [--list] [--arg NAME=VALUE]
 
-As root on Linux, in a chroot whose root is an overlay over this machine's: paths, users and rights are the real ones, what a step writes goes into a
-temporary folder, and this machine's Python stands in for the base image's. What it cannot show: that the base image itself has what a step needs, the
-caching of layers, and the image's size. Elsewhere, or with --list, the steps are parsed and printed only, and the exit code is 3.
+It needs root on Linux and runs the steps in a chroot on an overlay of this machine's root. Paths, users and permissions are real, writes
+go to a temporary folder, and this machine's Python stands in for the base image's. It cannot check that the base image has what a step
+needs, layer caching, or the image's size. Elsewhere the steps are only parsed and printed, with exit code 3 (with --list: 0).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 KNOWN = {"FROM", "ENV", "ARG", "RUN", "COPY", "WORKDIR", "USER", "VOLUME", "ENTRYPOINT", "CMD", "LABEL"}
-SYSTEM = {  # what stands in / of a base image
+SYSTEM = {  # entries of / in a base image
     *("bin", "boot", "dev", "etc", "lib", "lib32", "lib64", "libx32", "media", "mnt", "opt", "proc"),
     *("root", "run", "sbin", "srv", "sys", "tmp", "usr", "var"),
 }
@@ -34,7 +34,7 @@ SYSTEM = {  # what stands in / of a base image
 
 @dataclass(frozen=True)
 class Step:
-    """One instruction and the state it runs in: variables, folder, user."""
+    """One instruction and the state it runs in: environment, working folder, user."""
 
     line: int
     name: str
@@ -45,10 +45,10 @@ class Step:
 
 
 def instructions(text: str) -> Iterator[tuple[int, str, str]]:
-    """(line, NAME, rest) of each instruction, continuations joined, comments off.
+    """Yield (line, NAME, rest) of each instruction, with continuations joined and comments removed.
 
     Raises:
-        ValueError: an instruction that is not known here.
+        ValueError: an instruction is not in `KNOWN`.
     """
     joined, start = "", 0
     for number, line in enumerate(text.splitlines(), 1):
@@ -66,12 +66,12 @@ def instructions(text: str) -> Iterator[tuple[int, str, str]]:
 
 
 def expand(text: str, env: dict[str, str]) -> str:
-    """``$NAME`` and ``${NAME}``, as a Dockerfile has them."""
+    """Expand ``$NAME`` and ``${NAME}`` as in a Dockerfile."""
     return re.sub(r"\$\{(\w+)\}|\$(\w+)", lambda m: env.get(m[1] or m[2], ""), text)
 
 
 def steps(text: str, arguments: dict[str, str], base_path: str) -> list[Step]:
-    """Every instruction with the state that it runs in."""
+    """Parse every instruction, with the state it runs in."""
     now = Step(0, "", "", {"PATH": base_path})
     made = []
     for line, name, rest in instructions(text):
@@ -90,12 +90,12 @@ def steps(text: str, arguments: dict[str, str], base_path: str) -> list[Step]:
 
 
 def command(step: Step) -> str:
-    """What a RUN step runs, its mount options off: they are about caching."""
+    """The shell command of a RUN step, without its --mount options, which only concern caching."""
     return re.sub(r"^(--\w+=\S+\s+)+", "", step.text)
 
 
 class Root:
-    """A copy-on-write root in a mount namespace of its own."""
+    """A copy-on-write root in a separate mount namespace."""
 
     def __init__(self, scratch: Path) -> None:
         self.scratch = scratch
@@ -104,12 +104,12 @@ class Root:
             (scratch / name).mkdir()
         for entry in Path(
             "/"
-        ).iterdir():  # what a base image has not (this machine's own data) is hidden: a whiteout in the overlay
+        ).iterdir():  # hide entries that a base image lacks (this machine's own data) by an overlay whiteout
             if entry.name not in SYSTEM:
                 os.mknod(scratch / "upper" / entry.name, stat.S_IFCHR, os.makedev(0, 0))
 
     def mount(self) -> None:
-        """Overlay, and the devices that programs want; the namespace ends with this process."""
+        """Mount the overlay, /proc and /dev. The mount namespace ends with this process."""
         layers = f"lowerdir=/,upperdir={self.scratch}/upper,workdir={self.scratch}/work"
         for words in (
             ["mount", "-t", "overlay", "overlay", "-o", layers, str(self.root)],
@@ -119,10 +119,10 @@ class Root:
             subprocess.run(words, check=True)
         for folder in (
             Path(sys.executable).resolve().parents[:-1]
-        ):  # the stand-in for the image's Python may lie in root's home
+        ):  # the Python used in place of the image's may be in root's home
             inside = self.root / folder.relative_to("/")
             inside.chmod(inside.stat().st_mode | 0o055)
-        for name in ("passwd", "group", "shadow", "gshadow"):  # a base image has no people in it
+        for name in ("passwd", "group", "shadow", "gshadow"):  # a base image has no login users
             self._forget_people(self.root / "etc" / name)
 
     def _forget_people(self, file: Path) -> None:
@@ -132,7 +132,7 @@ class Root:
             file.write_text("".join(f"{line}\n" for line in lines if line.split(":")[0] not in people))
 
     def run(self, step: Step, shell: str) -> int:
-        """A command in the root, with the step's variables, folder and user only (and this machine's PIP_*)."""
+        """Run a command in the root with the step's environment, folder and user, plus this machine's PIP_*, SSL_* and REQUESTS_*."""
         pip = {k: v for k, v in os.environ.items() if k.startswith(("PIP_", "SSL_", "REQUESTS_"))}
         home = "/root" if step.user == "0" else "/home/penchant"
         env = [f"{k}={v}" for k, v in {**pip, "HOME": home, **step.env}.items()]
@@ -145,7 +145,7 @@ class Root:
         return subprocess.run(words, check=False).returncode
 
     def copy(self, step: Step, context: Path) -> None:
-        """COPY: files to a folder, or a folder's contents."""
+        """Perform COPY of files into a folder, or of a folder's contents."""
         *sources, target = step.text.split()
         to = self.root / (Path(step.folder) / target).relative_to("/")
         for source in (context / s for s in sources):
@@ -157,7 +157,7 @@ class Root:
 
 
 def check(made: list[Step], context: Path, root: Root) -> int:
-    """Run them in order; the first failure's exit code, else the entry point's."""
+    """Run the steps, the entry point and a write check. Returns the exit code of the first failure, otherwise 0."""
     for step in made:
         began = time.monotonic()
         code = 0
@@ -181,7 +181,7 @@ def check(made: list[Step], context: Path, root: Root) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("dockerfile", type=Path)
     parser.add_argument("--arg", action="append", default=[], metavar="NAME=VALUE", help="a build argument")
@@ -196,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
         if not args.list:
             print("not run: that needs root on Linux (a chroot over an overlay)", file=sys.stderr)
         return 0 if args.list else 3
-    if not args.inside:  # mounts belong to a namespace that ends with the process
+    if not args.inside:  # use a mount namespace that ends with the process
         words = [sys.executable, __file__, *(argv or sys.argv[1:]), "--inside"]
         return subprocess.run(["unshare", "--mount", *words], check=False).returncode
     context = Path(__file__).resolve().parents[1]

@@ -1,4 +1,4 @@
-"""Print the dependencies that pyproject.toml names, with those of extras, one a line: they are installed before the source is copied.
+"""Print the dependencies in pyproject.toml and its extras, one per line, to install them before the source is copied.
 
 python docker/dependencies.py pyproject.toml eval hub
 """
@@ -11,10 +11,10 @@ from pathlib import Path
 
 
 def dependencies(text: str, extras: list[str]) -> list[str]:
-    """The project's requirements and those of its extras.
+    """Requirements of the project and of the given extras.
 
     Raises:
-        KeyError: there is no such extra.
+        KeyError: an extra does not exist.
     """
     project = tomllib.loads(text)["project"]
     return [*project["dependencies"], *(d for extra in extras for d in project["optional-dependencies"][extra])]

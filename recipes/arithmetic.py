@@ -1,11 +1,11 @@
-"""Arithmetic with a checked answer: exact match before and after GRPO, GSPO, DAPO and RLOO, three seeds each. One command:
+"""Arithmetic with verifiable answers: exact match before and after GRPO, GSPO, DAPO and RLOO, three seeds each.
 
     python recipes/arithmetic.py runs/arithmetic
 
-A Llama of 100,000 parameters with one token a character learns sums (`17+25=` -> `42`) by SFT, which is stopped while it is right in
-less than a third of sums that it never saw; then each method trains it on SFT's prompts, without their answers but for the reward: 1 where
-the completion is the column `answer`, else 0. For comparison SFT goes on for as many steps of as many prompts. The test sums are read
-once, at the end. About ten minutes of one core.
+A Llama of 100,000 parameters with one token per character learns sums (`17+25=` -> `42`) by SFT, stopped while it solves less than
+a third of the held-out sums. Each method then trains it on SFT's prompts with a reward of 1 if the completion equals the column
+`answer` and 0 otherwise. For comparison, SFT continues for the same number of steps with the same number of prompts. The held-out
+sums are evaluated once, at the end. It takes about ten minutes on one core.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from penchant import api
 from penchant.metrics.stats import share_ci
 from penchant.rollout.generate import greedy
 
-MOST, TEST = 50, 600  # numbers below MOST; sums that are held out
-METHODS = ("grpo", "gspo", "dapo", "rloo", "sft")  # sft: goes on with the answers themselves, for comparison
+MOST, TEST = 50, 600  # summands are below MOST; TEST sums are held out
+METHODS = ("grpo", "gspo", "dapo", "rloo", "sft")  # sft continues on the answers, for comparison
 REWARD = "def right(completions, answer, **_):\n    return [float(c == a) for c, a in zip(completions, answer)]\n"
 
 
 def model_folder(folder: Path) -> str:
-    """A small random Llama and its tokenizer."""
+    """Save a small random Llama and its tokenizer to `folder`."""
     import torch
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -60,7 +60,7 @@ def write(path: Path, rows: list[dict[str, str]]) -> str:
 
 
 def right(folder: str, rows: list[dict[str, str]]) -> np.ndarray:
-    """(rows,) whether the greedy answer is the right one."""
+    """Whether the greedy completion of each row is correct, (rows,) of 0 or 1."""
     import torch
 
     from penchant.models.load import load_causal_model, load_tokenizer
@@ -74,7 +74,7 @@ def right(folder: str, rows: list[dict[str, str]]) -> np.ndarray:
 
 
 def rewards_of(folder: Path, steps: int) -> str:
-    """Exact match of sampled answers to training prompts, in the first and the last so many steps; nothing of SFT."""
+    """Mean reward of sampled completions in the first and the last `steps` steps, as text; "" for SFT."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     found = [x["reward"] for x in lines if "reward" in x]
     return f"{np.mean(found[:steps]):.3f}, {np.mean(found[-steps:]):.3f}" if found else ""
@@ -133,7 +133,7 @@ def main() -> None:
                 quiet=True,
             )
             made[name, seed] = result
-    # the held-out sums are read here, and nowhere else
+    # the held-out sums are used only from here on
     before = right(str(sft.model), test)
     start = share_ci(before, draws=2000)
     print(

@@ -1,12 +1,12 @@
-"""Distillation: a teacher's distribution (GKD) against its text alone (SFT), at equal steps, three seeds. One command:
+"""Distillation: a teacher's distributions (GKD) against its text alone (SFT), at equal steps, three seeds each.
 
     python recipes/distillation.py runs/distillation
 
-The teacher is `penchant demo`'s aligned model, the student the bundled model that it started from. The teacher writes one continuation
-of each training opening. Every student trains on these openings for the same number of steps: `sft` on the teacher's text, `gkd` with
-`lambda: 0` on the same text with the whole distribution at every token, with 0.5 on its own text in half of the rows, with 1 on its own
-text alone. Measured on held-out openings, four continuations each: KL both ways in nats a continuation, and the sentiment that the teacher
-was trained for. About twenty minutes of one core, the teacher's minutes not counted.
+The teacher is `penchant demo`'s aligned model; the student is the bundled model from which it was trained. The teacher samples one
+continuation of each training opening. Every student trains on these openings for the same number of steps: `sft` on the teacher's text;
+`gkd` with `lambda: 0` on the same text but with the full distribution at every token, with 0.5 on its own text in half of the rows,
+and with 1 on its own text only. Measured on held-out openings with four continuations each: KL in both directions, in nats per
+continuation, and the sentiment that the teacher was trained for. It takes about twenty minutes on one core, plus the teacher's training.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
 
 
 def interval(values: Sequence[np.ndarray], openings: np.ndarray) -> str:
-    """Mean over seeds and continuations, with the 95% interval by opening."""
+    """Format the mean over seeds and continuations with its 95% interval, clustered by opening."""
     found = bootstrap_ci(np.concatenate(values), clusters=np.tile(openings, len(values)))
     return f"{found.estimate:.2f} [{found.low:.2f}, {found.high:.2f}]"
 
@@ -52,7 +52,7 @@ def main() -> None:
     from penchant.models.load import load_tokenizer
 
     start = str(demo.asset("model"))
-    (taught,) = (str(f) for f in args.teacher.glob("checkpoints/step-*/model"))  # a demo leaves its last one
+    (taught,) = (str(f) for f in args.teacher.glob("checkpoints/step-*/model"))  # the demo keeps only the last
     tokenizer, teacher = load_tokenizer(start), demo._load(taught)
     openings = json.loads(demo.asset("openings.json").read_text())
     written = demo._write(teacher, tokenizer, openings["train"], 1, 0, None)

@@ -1,9 +1,9 @@
-"""DPO-Shift: lambda fixed at 1 (DPO), 0.95, 0.75, 0.5, and both linear schedules between 0.5 and 1 (arXiv 2502.07599).
+"""DPO-Shift with lambda fixed at 1 (DPO), 0.95, 0.75 and 0.5, and with both linear schedules (arXiv 2502.07599).
 
     .venv/bin/python recipes/dpo_shift_table.py
 
-The paper's trade-off: the smaller lambda, the less the chosen answer's log-prob falls, and the smaller the margin. Columns as
-in `loss_table.py`.
+The paper's trade-off: with a smaller lambda, the log-prob of the chosen completion falls less and the margin is smaller. The
+schedules go between 0.5 and 1. The columns are those of `loss_table.py`.
 """
 
 from __future__ import annotations

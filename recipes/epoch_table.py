@@ -1,4 +1,4 @@
-"""A sweep epoch by epoch: training loss of the epoch, and what held-out rows say at its end; means over seeds, ± their standard deviation.
+"""Table of a sweep by epoch: training loss, and held-out metrics at the end of the epoch, mean ± standard deviation over seeds.
 
 .venv/bin/python recipes/epoch_table.py runs/hh-harmless-beta
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-COLUMNS = {  # of an evaluation: heading, digits
+COLUMNS = {  # metric -> heading, digits
     "eval/loss": ("held-out loss", 3),
     "eval/rewards/chosen": ("chosen", 2),
     "eval/rewards/rejected": ("rejected", 2),
@@ -25,7 +25,7 @@ Line = Mapping[str, Any]
 
 
 def epochs(lines: list[Line]) -> Iterator[dict[str, float | None]]:
-    """What stands at the end of each epoch of a run; the first one is the start."""
+    """Yield the mean training loss and the metrics of each evaluation of a run. The first evaluation is before training."""
     before = -1
     for line in lines:
         if line["kind"] != "eval":
@@ -36,7 +36,7 @@ def epochs(lines: list[Line]) -> Iterator[dict[str, float | None]]:
 
 
 def shown(values: list[float | None], digits: int) -> str:
-    """Mean and standard deviation over seeds."""
+    """Format mean and standard deviation over seeds, "" if no value is known."""
     known = [v for v in values if v is not None]
     if not known:
         return ""

@@ -1,10 +1,10 @@
-"""What the result tables share: two tasks, one way to train and measure a setting, one way to print a table.
+"""Shared code of the result tables: two tasks, training and measuring a setting, printing a table.
 
-Every run is a folder; a table that was interrupted goes on where it stopped, and one that is finished is printed at once.
+Every run is a folder. An interrupted table continues where it stopped, and a finished one is printed at once.
 
 Tasks:
-    demo  controlled sentiment on the bundled 3.4M-parameter model: pairs that the lexicon ranks, 130 held-out openings
-    hh    hh-rlhf harmless with SmolLM2-135M-Instruct and LoRA, held-out pairs of other prompts
+    demo  controlled sentiment on the bundled 3.4M-parameter model: pairs ranked by the lexicon, 130 held-out openings
+    hh    hh-rlhf harmless with SmolLM2-135M-Instruct and LoRA; the held-out pairs have other prompts
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from penchant.losses import LOSSES
 from penchant.metrics.stats import bootstrap_ci
 from penchant.training.loop import Interrupted
 
-Setting = Mapping[str, Any]  # the `loss` section of a config; or, without a name, whole sections to lay over the task's
+Setting = Mapping[str, Any]  # a `loss` section (with `name`), or whole sections that override the task's config
 HH_PAIRS, HH_HELDOUT = 96, 64
 SAMPLE_TOKENS = 32
 START = "(before training)"
@@ -36,13 +36,13 @@ START = "(before training)"
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A model, pairs to train on, held-out pairs, and the rest of the config."""
+    """A config with its model and data, and the number of training and held-out pairs."""
 
     name: str
     config: Mapping[str, Any]
     train_rows: int
     heldout_rows: int
-    unpaired: str = ""  # the same training answers one by one, with labels
+    unpaired: str = ""  # file with the same training completions as unpaired rows with labels
 
     def describe(self) -> str:
         t = self.config["train"]
@@ -53,7 +53,7 @@ class Task:
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
-    """The options that every table has."""
+    """Parser with the options that all tables share."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--task", choices=["demo", "hh"], default="demo")
     parser.add_argument("--seeds", type=int, default=3)
@@ -67,7 +67,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 
 def make_task(args: argparse.Namespace) -> Task:
-    """The task's data files (made once) and config."""
+    """Build the task, writing its data files if they do not exist."""
     folder = args.output / args.task
     folder.mkdir(parents=True, exist_ok=True)
     task = _demo_task(folder) if args.task == "demo" else _hh_task(folder, args.model, args.data)
@@ -77,7 +77,7 @@ def make_task(args: argparse.Namespace) -> Task:
 
 
 def _demo_task(folder: Path) -> Task:
-    """`penchant demo`'s data, its model and its training settings; held-out pairs come from its held-out openings."""
+    """The model, data and training settings of `penchant demo`, with held-out pairs from its held-out openings."""
     paths = {name: folder / f"{name}.jsonl" for name in ("train", "heldout", "unpaired")}
     if not paths["unpaired"].exists():
         import torch
@@ -96,7 +96,7 @@ def _demo_task(folder: Path) -> Task:
 
 
 def _hh_task(folder: Path, model: str, data: str | None) -> Task:
-    """The first pairs of hh-rlhf that fit, and the next ones (other prompts) held out."""
+    """Train on the first pairs of hh-rlhf that are short enough, and hold out the next ones (with other prompts)."""
     paths = {name: folder / f"{name}.jsonl" for name in ("train", "heldout", "unpaired")}
     if not paths["unpaired"].exists():
         if data is None:
@@ -128,7 +128,7 @@ def _hh_task(folder: Path, model: str, data: str | None) -> Task:
 
 
 def _write_unpaired(paths: Mapping[str, Path]) -> None:
-    """Every answer of the training pairs by itself, with its label, in an order of its own."""
+    """Write each completion of the training pairs as a row with a label, shuffled."""
     rows = []
     for line in paths["train"].read_text().splitlines():
         row = json.loads(line)
@@ -168,9 +168,9 @@ def run_setting(
     unpaired: bool = False,
     print_only: bool = False,
 ) -> dict[str, Any] | None:
-    """Train one setting with one seed (or go on with it) and measure it; None where it is not finished and must not run.
+    """Train (or resume) one setting with one seed and measure it. Returns None if it is unfinished and `print_only` is set.
 
-    A run that stopped itself, or that the data cannot serve, gives ``{"stopped": why}``.
+    A run that fails, stops itself or does not fit the data returns ``{"stopped": why}``.
     """
     path = folder / "measured.json"
     if path.exists():
@@ -182,13 +182,13 @@ def run_setting(
     sections = {**task.config, "output": str(folder)}
     config = {k: {**v, **overlay.get(k, {})} if isinstance(v, Mapping) else v for k, v in sections.items()}
     config |= {k: v for k, v in overlay.items() if k not in config}
-    config["data"] = {k: v for k, v in config["data"].items() if k != "eval_path"}  # measured below, once
+    config["data"] = {k: v for k, v in config["data"].items() if k != "eval_path"}  # see _measure
     config["train"] |= {"seed": seed}
     config["evaluation"] |= {"every": None, "at_start": False}
     config["checkpoint"] = {"keep_last": 1, "every": None}
     if "divergence" in LOSSES[str(overlay.get("loss", {}).get("name", "dpo"))].needs:
-        config.pop("reference", None)  # it needs whole distributions, which a cache does not hold
-    if unpaired:  # twice the rows for the same answers: the same answers a step, the same number of steps
+        config.pop("reference", None)  # needs full distributions, which the reference cache does not hold
+    if unpaired:  # twice the rows, so double the batch to keep completions per step and the number of steps
         config["data"] |= {"path": task.unpaired}
         config["train"] |= {"batch_size": 2 * task.config["train"]["batch_size"]}
     started = time.monotonic()
@@ -197,7 +197,7 @@ def run_setting(
         seconds = time.monotonic() - started
         measured = _measure(task, config, result.model.parent, before) | {"seconds": seconds}
     except (Interrupted, CheckpointError):
-        raise  # another process's, or the person's wish: no result
+        raise  # the run is in use by another process or was interrupted by the user: there is no result
     except PenchantError as error:
         measured = {"stopped": str(error).split(": ", 1)[-1][:160]}
     folder.mkdir(parents=True, exist_ok=True)
@@ -208,7 +208,7 @@ def run_setting(
 def _measure(
     task: Task, config: Mapping[str, Any], checkpoint: Path | None, before: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """A checkpoint (None: the start), against what was measured before training: held-out pairs, sampled KL, lengths, reward."""
+    """Measure a checkpoint (None: the start) against `before`: held-out pairs, KL of samples, lengths, reward."""
     import torch
 
     from penchant.api import as_config
@@ -220,7 +220,7 @@ def _measure(
     from penchant.training.checkpoint import load_checkpoint
     from penchant.types import TokenTree
 
-    # what is measured against is always the model that training started from: a loss without a reference makes no other
+    # always measure against the starting model: ORPO, which has no reference, builds no other model
     of_policy = {k: v for k, v in config.items() if k not in ("algorithm", "reward", "reference", "teacher")}
     of_policy |= {"loss": {"name": "orpo"}, "data": task.config["data"], "output": "unused"}
     run = Run(as_config(of_policy), quiet=True)
@@ -279,7 +279,7 @@ def _measure(
 
 
 def folder_of(args: argparse.Namespace, name: str, label: str, seed: int) -> Path:
-    """Where a setting's run of one seed is, of the table `name`."""
+    """Run folder of one setting and seed in the table `name`."""
     plain = label.replace(" ", "_").replace("=", "-")
     return Path(args.output) / args.task / name / plain / f"seed-{seed}"
 
@@ -287,7 +287,7 @@ def folder_of(args: argparse.Namespace, name: str, label: str, seed: int) -> Pat
 def fill(
     args: argparse.Namespace, task: Task, name: str, settings: Mapping[str, Setting], *, unpaired: bool = False
 ) -> dict[str, list[dict[str, Any]]]:
-    """Every setting with every seed; results by setting. Seeds are the outer loop: an interrupted table is even."""
+    """Run every setting with every seed and return results by setting. The outer loop is over seeds, to interrupt evenly."""
     done: dict[str, list[dict[str, Any]]] = {START: [], **{label: [] for label in settings}}
     start = args.output / args.task / "start.json"
     if not start.exists() and not args.print_only:
@@ -307,7 +307,7 @@ def fill(
 
 
 def print_table(first: str, done: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """A markdown table: means over seeds; accuracy with its 95% interval over held-out pairs, seeds of one pair together."""
+    """Print a Markdown table of means over seeds, with a 95% interval of the accuracy, clustered by held-out pair."""
     reward = any("reward" in m for rows in done.values() for m in rows)
     names = [first, "seeds", "accuracy", "margin", "d chosen", "d rejected", "KL", "length", *(["reward"] * reward)]
     lines = [[*names]]
@@ -340,14 +340,14 @@ def print_table(first: str, done: Mapping[str, Sequence[Mapping[str, Any]]]) -> 
 
 
 def _mean(values: Any, digits: int = 2) -> str:
-    """Mean over seeds, with the standard deviation between them where there are several."""
+    """Format the mean over seeds, with the standard deviation if there are several."""
     x = np.asarray(values, dtype=float)
     spread = f" ±{x.std(ddof=1):.{digits}f}" if len(x) > 1 else ""
     return f"{x.mean():.{digits}f}{spread}"
 
 
 def selected(settings: Mapping[str, Setting], only: str | None) -> dict[str, Setting]:
-    """The settings that were asked for."""
+    """The settings named in `only`, a comma-separated list (None: all). Exits with an error if a name is unknown."""
     if only is None:
         return dict(settings)
     wanted = only.split(",")

@@ -1,12 +1,13 @@
-"""The reward-KL frontier of the DPO paper (arXiv 2305.18290, figure 2) on the bundled model: what each method pays for reward.
+"""Reward-KL frontier, as in figure 2 of the DPO paper (arXiv 2305.18290), of many methods on the bundled model.
 
     .venv/bin/pip install -e '.[plots]'
     .venv/bin/python recipes/frontier.py --picture frontier.png
 
-Controlled sentiment with the lexicon as the true reward. Offline methods learn from the demo's pairs, the best and worst of eight
-completions of each opening; online ones write as many completions themselves and ask the lexicon. Each method runs at several betas with each seed; a point is a run's end on 130 held-out
-openings: mean reward against KL(policy || start) of sampled continuations. Perplexity of hand-written reviews, distinct-2 and
-the samples show what the reward does not. Students of an aligned model (GKD) write as many completions, and ask that model in place of the lexicon.
+The task is controlled sentiment with the lexicon as the true reward. Offline methods learn from the demo's pairs, the best and worst of
+eight completions of each opening. Online methods sample the same number of completions and score them with the lexicon. GKD students
+sample as many and learn from an aligned model instead. Each method runs at several betas with each seed. A point is the end of a run
+on 130 held-out openings: mean reward against KL(policy || start) of sampled continuations. Perplexity of hand-written reviews,
+distinct-2 and the samples show what the reward does not.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from penchant.metrics.stats import bootstrap_ci
 
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 
-SAMPLES = 4  # completions of a prompt, online; passes over the prompts make them as many as the pairs were chosen from
-TWO_STEPS = {"minibatches": 2}  # of a batch of rollouts: with one, the ratios that these methods differ by are all 1
-# by name: the section of a config that it is, and its betas
+SAMPLES = 4  # completions per prompt online; epochs are set so that the total equals that behind the offline pairs
+TWO_STEPS = {"minibatches": 2}  # with one step per batch of rollouts the ratios are all 1, and the methods coincide
+# name -> config section, betas
 METHODS: dict[str, tuple[dict[str, Any], Sequence[float]]] = {
     "DPO": ({"loss": {"name": "dpo"}}, (0.03, 0.1, 0.3)),
     "DPO-Shift": ({"loss": {"name": "dpo_shift", "lambda": 0.75}}, (0.03,)),
@@ -36,22 +37,22 @@ METHODS: dict[str, tuple[dict[str, Any], Sequence[float]]] = {
     "PPO": ({"algorithm": {"name": "ppo", "temperature": 1.0, "epochs": 2}}, (0.03, 0.1)),
     "RLOO": ({"algorithm": {"name": "rloo", **TWO_STEPS}}, (0.03, 0.1)),
     "GRPO": ({"algorithm": {"name": "grpo", **TWO_STEPS}}, (0.03, 0.1)),
-    # rewards keep their size here, so beta weighs about three times as much
+    # rewards are not divided by their standard deviation, so beta weighs about three times as much
     "Dr. GRPO": ({"algorithm": {"name": "dr_grpo", **TWO_STEPS}}, (0.01, 0.03)),
-    # nearly every continuation is cut at its 40 tokens, and no two of an opening have the same reward
+    # nearly every continuation is truncated at 40 tokens, and those of an opening rarely share a reward
     "DAPO": ({"algorithm": {"name": "dapo", "overlong_filter": False, **TWO_STEPS}}, (0.03, 0.1)),
     "GSPO": ({"algorithm": {"name": "gspo", **TWO_STEPS}}, (0.03, 0.1)),
     "CISPO": ({"algorithm": {"name": "cispo", **TWO_STEPS}}, (0.03, 0.1)),
 }
-LR = 3e-4  # of online methods
-TEACHER = "RLOO beta=0.03"  # its first seed's model
+LR = 3e-4  # learning rate of online methods
+TEACHER = "RLOO beta=0.03"  # the model of its first seed
 STUDENTS = {"GKD forward KL": {"divergence": "forward_kl"}, "GKD reverse KL": {"divergence": "reverse_kl"}}
 AT = (2.0, 4.0, 6.0, 8.0, 10.0)  # nats at which methods are compared
-WIDTH = 30.0  # nats that the picture shows; runs beyond are in the table
+WIDTH = 30.0  # nats, right end of the plot; runs beyond it appear in the table only
 
 
 def settings_of(task: Task, prompts: Path, teacher: Path) -> dict[str, Mapping[str, Any]]:
-    """Every method at every beta, and the students: what is laid over the task's config."""
+    """Config overrides of every method at every beta, and of the students, by label."""
     online = {
         "data": {"path": str(prompts), "shape": "prompts"},
         "train": {"epochs": demo.SAMPLES // SAMPLES, "lr": LR},
@@ -63,7 +64,7 @@ def settings_of(task: Task, prompts: Path, teacher: Path) -> dict[str, Mapping[s
             if "algorithm" in setting:
                 setting["algorithm"] = {"samples": SAMPLES, "max_new_tokens": demo.NEW_TOKENS, **setting["algorithm"]}
                 setting |= {"reward": "sentiment", **online}
-            elif method == "PMPO":  # the same answers a step when pairs are taken apart
+            elif method == "PMPO":  # keeps the number of completions per step with unpaired rows
                 setting |= {
                     "data": {"path": task.unpaired},
                     "train": {"batch_size": 2 * task.config["train"]["batch_size"]},
@@ -81,7 +82,7 @@ def method_of(label: str) -> str:
 
 
 def write_prompts(folder: Path) -> Path:
-    """The openings that the pairs were written for."""
+    """Write the demo's training openings as prompts and return the file."""
     path = folder / "prompts.jsonl"
     if not path.exists():
         openings = json.loads(demo.asset("openings.json").read_text())["train"]
@@ -90,11 +91,11 @@ def write_prompts(folder: Path) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what came out
+# results
 
 
 def print_frontier(done: Runs) -> None:
-    """A line a setting: reward with its interval (openings as clusters, seeds of one opening together), KL, and what they cost."""
+    """Print a row per setting: reward with its interval (clustered by opening), KL, side effects and minutes."""
     print("| method | seeds | reward | KL | perplexity | distinct-2 | length | minutes |")
     print("|---|---|---|---|---|---|---|---|")
     for label, runs in done.items():
@@ -114,7 +115,7 @@ def print_frontier(done: Runs) -> None:
 
 
 def print_at(done: Runs) -> None:
-    """Reward at equal KL, on the lines between the start and a method's runs of one seed: mean of the seeds, lowest and highest."""
+    """Print reward at equal KL, interpolated between the start and a method's runs of each seed: mean, lowest, highest."""
     print(
         "\nReward at a KL of so many nats, on the lines between neighboring betas (mean of the seeds; lowest, highest):\n"
     )
@@ -130,14 +131,14 @@ def print_at(done: Runs) -> None:
         for x in AT:
             reached = [p for points in lines.values() if max(p := sorted(points))[0] >= x]
             at = [float(np.interp(x, *zip(*points, strict=True))) for points in reached]
-            # where one seed did not get as far, the mean would be of the others
+            # leave the cell empty if a seed did not reach this KL: the mean would cover the other seeds only
             cells.append(f"{np.mean(at):.3f} ({min(at):.3f}, {max(at):.3f})" if at and len(at) == len(lines) else "")
         if any(cells):
             print(f"| {method} | {' | '.join(cells)} |")
 
 
 def print_samples(done: Runs) -> None:
-    """The first two held-out openings' continuations of each method at its highest reward: not chosen by what they say."""
+    """Print each method's continuations of the first two held-out openings, from its setting with the highest reward."""
     print("\nFirst continuations of each method where its reward is highest:\n")
     for method in [START, *METHODS, *STUDENTS]:
         of_method = {k: v for k, v in done.items() if method_of(k) == method and "texts" in v[0]}
@@ -148,22 +149,22 @@ def print_samples(done: Runs) -> None:
 
 
 def hull(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The upper concave hull from the point of least KL to the point of highest reward."""
+    """Upper concave hull from the point with the lowest KL to the one with the highest reward."""
     found: list[tuple[float, float]] = []
     for x, y in sorted(points):
         if found and y <= found[-1][1]:
-            continue  # more KL for no more reward
+            continue  # more KL without more reward
         while len(found) > 1:
             (x1, y1), (x2, y2) = found[-2:]
             if (y2 - y1) * (x - x1) > (y - y1) * (x2 - x1):
                 break
-            found.pop()  # it lies below the line from its neighbor to the new point
+            found.pop()  # below the line from its neighbor to the new point
         found.append((x, y))
     return found
 
 
 def draw(done: Runs, path: Path) -> None:
-    """The picture: a dot a run, a line around each method's best; all runs' best behind both halves."""
+    """Plot a dot per run and the hull of each method, in two panels, each with the hull of all runs."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -178,13 +179,13 @@ def draw(done: Runs, path: Path) -> None:
     every = [p for found in points.values() for p in found]
     halves = [names[: -(-len(names) // 2)], names[-(-len(names) // 2) :]]
     figure, axes = plt.subplots(1, 2, figsize=(12, 5), dpi=110, layout="constrained", sharey=True, sharex=True)
-    # told apart by color-blind eyes too
+    # distinguishable for color-blind readers
     colors = ("#0072b2", "#56b4e9", "#009e73", "#d55e00", "#e69f00", "#cc79a7", "#555555")
     for half, of in zip(axes, halves, strict=True):
         half.plot(*zip(*hull([(0.0, start), *every]), strict=True), color="#cccccc", linewidth=4, label="best of all")
         for method, color, mark in zip(of, colors, "osD^vPX", strict=False):
             half.scatter(*zip(*points[method], strict=True), s=22, marker=mark, color=color, alpha=0.7, label=method)
-            if method in METHODS:  # students have no beta to go along
+            if method in METHODS:  # students have no beta to vary
                 line = hull([(0.0, start), *points[method]])
                 half.plot(*zip(*line, strict=True), color=color, linewidth=1.2)
         half.scatter([0], [start], marker="*", s=90, color="black", label="before training")

@@ -1,12 +1,11 @@
-"""Every preference loss at its defaults, same data, budget and seeds.
+"""Table of every preference loss at its defaults, with the same data, budget and seeds.
 
     .venv/bin/python recipes/loss_table.py                                         # the bundled model
     .venv/bin/python recipes/loss_table.py --task hh --seeds 1 --data hh.jsonl     # SmolLM2-135M with LoRA
 
-Columns, all on held-out prompts, against the model that training started from: accuracy (share of pairs whose chosen answer
-gained more log-prob than the rejected one), margin = d chosen - d rejected, d = change of log-prob (nats per answer),
-KL(policy || start) of sampled answers (nats per answer), their length in tokens, and (demo) their true reward, VADER's
-sentiment.
+Columns, all on held-out prompts and relative to the starting model: accuracy (share of pairs whose chosen completion gained more
+log-prob than the rejected one), margin = d chosen - d rejected, d = change in log-prob (nats per completion), KL(policy || start)
+of sampled completions (nats per completion), their length in tokens, and (demo only) their true reward, VADER's sentiment.
 """
 
 from __future__ import annotations

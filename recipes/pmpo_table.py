@@ -1,9 +1,9 @@
-"""PMPO on unpaired labels: alpha 1 (accepted answers only), 0.5, 0 (rejected only) x beta x three divergences (arXiv 2410.04166).
+"""PMPO on unpaired labels: alpha 1 (accepted only), 0.5 and 0 (rejected only) x beta x three divergences (arXiv 2410.04166).
 
     .venv/bin/python recipes/pmpo_table.py
 
-The training answers are those of the pairs, one by one in random order, each with its label. With alpha 0 and a beta below 1
-nothing bounds the objective; a run that falls below train.logp_floor stops and says so. Columns as in `loss_table.py`.
+The training rows are the completions of the pairs with their labels, shuffled. With alpha 0 and a beta below 1 the objective is
+unbounded, and a run that falls below train.logp_floor stops with a message. The columns are those of `loss_table.py`.
 """
 
 from __future__ import annotations

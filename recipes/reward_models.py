@@ -1,10 +1,10 @@
-"""Reward models on film-review sentences, from several models with one command: what docs/results.md shows.
+"""Train reward models on film-review sentences from several base models, for the table in docs/results.md.
 
     .venv/bin/python recipes/reward_models.py --data sst2_train.tsv --model bundled --model minilm=all-MiniLM-L6-v2
 
-The data: lines of sentence, tab, 0 or 1 (Stanford Sentiment Treebank). Every pair is a positive against a negative sentence, drawn
-without replacement; 500 pairs are held out, so no sentence is on both sides. A model is NAME=FOLDER (a causal model or a BERT-type
-encoder), or `bundled`.
+The data is lines of sentence, tab, 0 or 1 (Stanford Sentiment Treebank). Every pair is a positive against a negative sentence, drawn
+without replacement, and 500 pairs are held out, so no sentence is in both splits. A model is NAME=FOLDER (a causal model or a
+BERT-type encoder), or `bundled`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HELD_OUT = 500
 
 
 def sentence_pairs(path: Path, folder: Path, seed: int = 0) -> dict[str, str]:
-    """Write train.jsonl and heldout.jsonl: a positive against a negative sentence; a sentence with both labels is left out."""
+    """Write train.jsonl and heldout.jsonl with pairs of a positive and a negative sentence. Sentences with both labels are dropped."""
     labels: dict[str, set[str]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         sentence, _, label = line.rpartition("\t")
@@ -42,7 +42,7 @@ def sentence_pairs(path: Path, folder: Path, seed: int = 0) -> dict[str, str]:
 
 
 def train(data: dict[str, str], name: str, model: str, output: Path, lr: float | None) -> dict[str, Any]:
-    """One reward model; its held-out figures before and after."""
+    """Train one reward model and return its held-out metrics before and after training, its quality and its manifest."""
     run = {
         "model": {"path": model},
         "data": {**data, "max_length": 96},
@@ -63,7 +63,7 @@ def train(data: dict[str, str], name: str, model: str, output: Path, lr: float |
 
 
 def row(name: str, m: Any) -> str:
-    """One line of the table."""
+    """Format one row of the table."""
     low, high = m["eval/rewards/accuracies/ci"]
     quartiles = " / ".join(f"{m[f'eval/length/q{q}/accuracy']:.3f}" for q in range(1, 5))
     return (

@@ -1,10 +1,10 @@
-"""DPO against DPO-Shift against PMPO where the true reward is known: chosen on validation openings, compared once on test openings.
+"""DPO, DPO-Shift and PMPO with a known true reward: beta chosen on validation openings, compared once on test openings.
 
-    .venv/bin/python recipes/three_methods.py                # runs/three-methods/report.html; interrupted, it goes on
+    .venv/bin/python recipes/three_methods.py                # writes runs/three-methods/report.html; resumes if interrupted
 
-The demo's task (controlled sentiment, arXiv 2305.18290, section 6) with the lexicon as the truth. Every method trains at every beta with
-every seed on the same pairs, PMPO on the same answers one by one. The win rate on openings that are held out of
-training chooses each method's beta; the three that are left meet openings that nobody has seen, and that comparison is the last word.
+The demo's task (controlled sentiment, arXiv 2305.18290, section 6) with the lexicon as the true reward. Every method trains at every
+beta with every seed on the same pairs, PMPO on the same completions as unpaired rows. The win rate on openings held out of training
+selects each method's beta. The three selected settings are then compared once on unseen test openings, which gives the final result.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ METRIC = "eval/win_rate"
 
 
 def split(folder: Path, rows: Path) -> tuple[Path, Path]:
-    """The pairs of the training openings, those of the last openings apart for validation."""
+    """Split the training pairs, with those of the last openings for validation, and return both files."""
     train, validation = folder / "train.jsonl", folder / "validation.jsonl"
     if not validation.exists():
         lines = rows.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -44,7 +44,7 @@ def split(folder: Path, rows: Path) -> tuple[Path, Path]:
 
 
 def sweep_config(folder: Path, config: Mapping[str, Any], pairs: Path, seeds: int) -> dict[str, Any]:
-    """Every method at every beta with every seed."""
+    """Config of a sweep with every method at every beta and seed."""
     train, validation = split(folder, pairs)
     base = {k: dict(v) for k, v in config.items()}
     base["data"] |= {"path": str(train), "eval_path": str(validation)}
@@ -65,7 +65,7 @@ def sweep_config(folder: Path, config: Mapping[str, Any], pairs: Path, seeds: in
 
 
 def best_of_each(settings: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """What varies in each method's setting with the highest mean of the metric; settings come best first."""
+    """The varied keys of each method's best setting. `settings` must be sorted by the metric, best first."""
     found: dict[str, Mapping[str, Any]] = {}
     for setting in settings:
         if setting["mean"] is not None and not setting["stopped"]:

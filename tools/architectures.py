@@ -1,11 +1,11 @@
-"""Every causal architecture of the installed transformers against the engine: how each is run, or why it is refused.
+"""Check the engine against every causal architecture of the installed transformers: how each is run, or why it is refused.
 
-    python tools/architectures.py --page    # docs/models.md
-    python tools/architectures.py           # one line each
+    python tools/architectures.py --page    # print docs/models.md
+    python tools/architectures.py           # print one line per architecture
     python tools/architectures.py mamba opt # these only
 
-Each is built tiny and random from its own config class, its special vectors (attention sinks) away from zero, saved, and loaded as
-a run loads it. What the engine then says is compared with the model's own `forward`, which the engine has no part in.
+Each model is built tiny and random from its own config class, with nonzero attention sinks, saved, and loaded as a run loads it.
+The engine's log-probs are compared with those of the model's own `forward`, which is independent of the engine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 VOCAB = 131
 PROMPT, COMPLETIONS = 13, (9, 6, 1)
 LARGEST = 4e7  # parameters
-CLOSE = 1e-4  # nats, of a completion's log-prob
+CLOSE = 1e-4  # largest error of a completion's log-prob x, relative to 1 + |x|
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -50,7 +50,7 @@ _SIZES: dict[str, Any] = {
     "sliding_window": 6,
     "attention_window_size": 6,
     "attention_chunk_size": 8,
-    # other names of the same
+    # other names for the same sizes
     "d_model": 32,
     "n_embd": 32,
     "n_layer": 2,
@@ -116,7 +116,7 @@ _SIZES: dict[str, Any] = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
     "use_mamba_kernels": False,
-    # factors and caps, which an engine may forget
+    # factors and caps that an engine may overlook
     "logits_scaling": 2.0,
     "logit_scale": 0.5,
     "lm_head_multiplier": 0.5,
@@ -128,7 +128,7 @@ _SIZES: dict[str, Any] = {
     "attn_logit_softcapping": 5.0,
 }
 
-_OWN: dict[str, dict[str, Any]] = {  # what single families want besides
+_OWN: dict[str, dict[str, Any]] = {  # extra settings for single families
     "cohere_compass_text": {
         "rope_parameters": {
             k: {"rope_type": "default", "rope_theta": 1e4} for k in ("full_attention", "sliding_attention")
@@ -152,14 +152,14 @@ _OWN: dict[str, dict[str, Any]] = {  # what single families want besides
             "adapter_out_dim": 32,
         },
     },
-    "gemma3": {"final_logit_softcapping": None},  # transformers' model with images forgets the cap
+    "gemma3": {"final_logit_softcapping": None},  # transformers' multimodal model ignores the cap
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 6},
     "mamba2": {"head_dim": 16, "n_groups": 1},
     "nemotron_h": {"mamba_n_groups": 1, "n_groups": 1},
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
 }
 
-NOT_BUILT = {  # of which no tiny model can be made, and why
+NOT_BUILT = {  # architectures without a tiny model -> why
     "emu3": "`AutoModelForCausalLM` of transformers does not take its config",
     "gemma3n": "its tower of images needs the package timm (its text model, gemma3n_text, is above)",
     "gemma4_assistant": "a draft model, which reads another model's keys and values",
@@ -181,14 +181,14 @@ _VISION: dict[str, Any] = {"vision_config": _IMAGES, "audio_config": None}
 
 
 def causal_types() -> list[str]:
-    """Model types that `AutoModelForCausalLM` knows."""
+    """Model types supported by `AutoModelForCausalLM`."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def tiny_config(kind: str) -> Any:
-    """A tiny config of a model type: the class's own defaults with every size made small."""
+    """A tiny config of a model type: the defaults of its class with every size made small."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     family = CONFIG_MAPPING[kind]
@@ -199,7 +199,7 @@ def tiny_config(kind: str) -> Any:
             size = sum(p.numel() for p in _auto().from_config(config).parameters())
         if size <= LARGEST:
             return config
-    except Exception as error:  # whatever a config or model that lacks something raises
+    except Exception as error:  # an incomplete config or model may raise anything
         config = error
     try:
         return family(**_shrunk(family()) | own)
@@ -210,7 +210,7 @@ def tiny_config(kind: str) -> Any:
 
 
 def _by_names(family: Any, own: dict[str, Any]) -> Any:
-    """A config of a family with every size small that its class takes."""
+    """A config of a family with a small value for every size that its class accepts."""
     if "text_config" in family.sub_configs:
         parts = {k: v for k, v in _VISION.items() if k in family.sub_configs}
         parts |= {k: (parts[k] or {}) | own[k] for k in parts if k in own}
@@ -220,7 +220,7 @@ def _by_names(family: Any, own: dict[str, Any]) -> Any:
 
 
 def _shrunk(config: Any) -> dict[str, Any]:
-    """What makes a default config small, with the configs in it, and with one layer of each kind that it has."""
+    """Arguments that shrink a default config and its nested configs, with at least one layer of each kind."""
     small = _sizes(type(config))
     if "vision" in config.model_type or "audio" in config.model_type:
         small |= {k: v for k, v in _IMAGES.items() if hasattr(config, k)}
@@ -243,7 +243,7 @@ def _sizes(family: Any) -> dict[str, Any]:
 
 
 def tiny_model(kind: str) -> Any:
-    """A tiny random model, with weights large enough that a part left out shows, and sinks and the biases of routers away from zero."""
+    """A tiny random model with weights large enough to expose a missing part, and with nonzero sinks and router biases."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -255,14 +255,14 @@ def tiny_model(kind: str) -> Any:
             elif p.ndim >= 2 and p.is_floating_point():
                 p.mul_(3.0)
         for name, value in itertools.chain(model.named_parameters(), model.named_buffers()):
-            if "correction_bias" in name or "expert_bias" in name:  # by which DeepSeek V3 and its kin choose experts
+            if "correction_bias" in name or "expert_bias" in name:  # chooses experts in DeepSeek V3 and similar
                 value.copy_(torch.linspace(-1, 1, value.numel()).view_as(value))
     return model
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How an architecture ends: `way` is shared, separate, padded, refused, unbuilt (no tiny model could be made) or wrong; `note` says more."""
+    """Result of an architecture: `way` is shared, separate, padded, refused, unbuilt (no tiny model) or wrong; `note` has details."""
 
     kind: str
     way: str
@@ -270,7 +270,7 @@ class Verdict:
 
 
 def judge(kind: str) -> Verdict:
-    """Build, save, load and run one architecture, and hold what the engine says against the model's own `forward`."""
+    """Build, save, load and run one architecture, and compare the engine with the model's own `forward`."""
     try:
         with torch.device("meta"):
             size = sum(p.numel() for p in _auto().from_config(tiny_config(kind)).parameters())
@@ -287,7 +287,7 @@ def judge(kind: str) -> Verdict:
             return Verdict(kind, "unbuilt", f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150]}")
         try:
             return _compare(kind, folder, own)
-        except Exception as error:  # what a user would see as a traceback
+        except Exception as error:  # a user would see a traceback
             return Verdict(kind, "wrong", f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150]}")
 
 
@@ -334,7 +334,7 @@ def _ids(
 
 
 def _own_logp(model: Any, prompt: np.ndarray, completion: np.ndarray) -> torch.Tensor:
-    """A completion's log-prob by the model's own `forward` on this one row."""
+    """A completion's log-prob from the model's own `forward` on this row alone."""
     ids = torch.tensor([[*prompt.tolist(), *completion.tolist()]])
     try:
         logits = model(input_ids=ids, use_cache=False).logits
@@ -346,7 +346,7 @@ def _own_logp(model: Any, prompt: np.ndarray, completion: np.ndarray) -> torch.T
 
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
-    """Without what transformers says about models that are made up."""
+    """Silence transformers' logs and warnings about made-up models."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -368,7 +368,7 @@ _HEADS = {
 
 
 def page(verdicts: list[Verdict]) -> str:
-    """docs/models.md: what is written there by hand, and the tables anew."""
+    """The text of docs/models.md: its handwritten part, followed by regenerated results."""
     import transformers
 
     written = (

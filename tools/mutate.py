@@ -1,17 +1,17 @@
-"""Breaks the code on purpose, one place at a time, and runs the tests that should notice.
+"""Mutation testing: break the code in one place at a time and run the tests that should fail.
 
-    python tools/mutate.py                       # every mutation of tools/mutations.toml, each with its own tests
+    python tools/mutate.py                       # every mutation in tools/mutations.toml, each with its own tests
     python tools/mutate.py k3-sign 'resume-*'    # some of them, by name
     python tools/mutate.py --file training/      # those in files below src/penchant/training/
-    python tools/mutate.py --list                # what there is, and why each one matters
-    python tools/mutate.py --log /tmp/outcomes   # writes each outcome there, and leaves out those that stand there as good
+    python tools/mutate.py --list                # list them, and why each one matters
+    python tools/mutate.py --log /tmp/outcomes   # log each outcome, and skip mutations logged as killed or accepted
 
-A mutation replaces one text in one file of src/penchant. It is applied to a temporary copy of the repository, never here. It is
-killed when a test fails, and survives when all pass. The unchanged copy is tested first, because a test that fails anyway kills
-nothing. A survivor needs a test, or a line `accepted = "..."` in the table that says why it does no harm.
+A mutation replaces one text in one file of src/penchant. It is applied to a temporary copy of the repository, never in place. It is
+killed if a test fails and survives if all pass. The unchanged copy is tested first, since a test that always fails proves
+nothing. A survivor needs a test, or a line `accepted = "..."` in the table with the reason why it is harmless.
 
-Exit code 0: all killed, or survived as accepted. 1: something survived, its text is no longer in the file exactly once, its tests
-could not be run, or the tests fail without it. 2: no such mutation.
+Exit code 0: all were killed, or survived and are accepted. 1: one survived, its text is not in the file exactly once, its tests
+could not run, or the tests fail without it. 2: no such mutation.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
-}  # as tests/conftest.py has it
+}  # the same as in tests/conftest.py
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
@@ -55,8 +55,8 @@ class Mutation:
     """One place to break.
 
     Args:
-        name: of the mutation; file: below src/penchant; old, new: the text and what replaces it; why: what would go wrong.
-        tests: files or tests below tests/, separated by spaces; accepted: why it may survive, empty where it must not.
+        name: of the mutation; file: below src/penchant; old, new: the text and its replacement; why: what would go wrong.
+        tests: files or tests below tests/, separated by spaces; accepted: why it may survive, empty if it must not.
     """
 
     name: str
@@ -68,11 +68,11 @@ class Mutation:
     accepted: str = ""
 
     def paths(self) -> list[str]:
-        """Its tests, from the repository's root."""
+        """Its tests, relative to the repository root."""
         return [f"tests/{test}" for test in self.tests.split()]
 
     def problem(self, root: Path) -> str | None:
-        """Why it cannot be applied to the repository at `root`, or None."""
+        """The reason it cannot be applied to the repository at `root`, None if it can."""
         path = root / SOURCE / self.file
         times = path.read_text(encoding="utf-8").count(self.old) if path.is_file() else 0
         if times == 1:
@@ -88,7 +88,7 @@ class Mutation:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a mutation: ``killed``, ``survived``, ``accepted`` (survived, as the table says), ``not applicable`` or ``broken``."""
+    """Outcome of a mutation: ``killed``, ``survived``, ``accepted`` (an accepted survivor), ``not applicable`` or ``broken``."""
 
     mutation: Mutation
     kind: str
@@ -105,19 +105,19 @@ class Outcome:
 
 
 def read_table(path: Path = TABLE) -> list[Mutation]:
-    """Every mutation, in the table's order."""
+    """Read every mutation, in the table's order."""
     with path.open("rb") as file:
         return [Mutation(**row) for row in tomllib.load(file)["mutation"]]
 
 
 def chosen(table: Sequence[Mutation], names: Sequence[str], file: str = "") -> list[Mutation]:
-    """Those whose names match one of `names` (shell patterns; none: all) and whose files begin with `file`."""
+    """Select mutations whose name matches one of `names` (shell patterns; empty: all) and whose file starts with `file`."""
     of_file = [m for m in table if m.file.startswith(file)]
     return [m for m in of_file if not names or any(fnmatchcase(m.name, n) for n in names)]
 
 
 def copy_repository(root: Path, folder: Path) -> Path:
-    """Every file that git knows or would add, as it is now; `shared` beside the repository is linked, for tests that read it."""
+    """Copy every tracked or unignored file of the working tree. Links the sibling folder `shared`, which some tests read."""
     copy = folder / "repository"
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -138,10 +138,10 @@ def copy_repository(root: Path, folder: Path) -> Path:
 def run_tests(
     copy: Path, tests: Sequence[str], timeout: float | None, *more: str, fresh: bool = False
 ) -> tuple[int | None, str]:
-    """pytest's exit code (None: it took too long) and output.
+    """Run pytest and return its exit code (None: timeout) and output.
 
     Args:
-        fresh: in a new Python; otherwise in a fork of one that has imported torch and its kin, which saves most of the time.
+        fresh: start a new Python. Otherwise fork one that has already imported torch and others, which saves most of the time.
     """
     arguments = ["-p", "no:cacheprovider", "--tb=line", *more, *tests]
     with tempfile.TemporaryDirectory(dir=copy.parent) as folder:
@@ -169,7 +169,7 @@ def run_tests(
 
 
 def _in_a_fork(copy: Path, arguments: list[str], output: Path) -> None:
-    """The fork's side: a session and a Python path of its own, then pytest."""
+    """Body of the forked process: set up its own session and Python path, then run pytest."""
     import pytest
 
     os.setsid()
@@ -184,14 +184,14 @@ def _in_a_fork(copy: Path, arguments: list[str], output: Path) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a source file and forget its bytecode: a change of equal length within a second would go unseen."""
+    """Write a source file and delete its bytecode, which would hide a change of equal length within the same second."""
     path.write_text(text, encoding="utf-8")
     for compiled in (path.parent / "__pycache__").glob(f"{path.stem}.*"):
         compiled.unlink()
 
 
 def try_mutation(mutation: Mutation, copy: Path, options: argparse.Namespace) -> Outcome:
-    """Apply it to the copy, run its tests, and take it back."""
+    """Apply a mutation to the copy, run its tests, and revert it."""
     started = time.monotonic()
     problem = mutation.problem(copy)
     if problem is not None:
@@ -216,7 +216,7 @@ def try_mutation(mutation: Mutation, copy: Path, options: argparse.Namespace) ->
 
 
 def _tests(copy: Path, tests: Sequence[str], options: argparse.Namespace, *more: str) -> tuple[int | None, str]:
-    """`run_tests` as the options say; some tests of the whole suite look at what has been imported."""
+    """Call `run_tests` with the options. The whole suite needs a fresh Python, as some tests check what is imported."""
     return run_tests(copy, tests, options.timeout if more else None, *more, fresh=options.fresh or options.all)
 
 
@@ -226,13 +226,13 @@ def _last_line(output: str) -> str:
 
 
 def settled(log: Path | None) -> set[str]:
-    """Names of mutations that an earlier run wrote to `log` as killed or accepted."""
+    """Names of mutations that an earlier run logged as killed or accepted in `log`."""
     lines = log.read_text(encoding="utf-8").splitlines() if log and log.exists() else []
     return {words[1] for line in lines if len(words := line.split()) > 1 and words[0] in ("killed", "accepted")}
 
 
 def run(mutations: Sequence[Mutation], root: Path = ROOT, *, options: argparse.Namespace) -> int:
-    """Try each of them; prints a line each and a summary, returns the exit code."""
+    """Try each mutation, print a line for each and a summary, and return the exit code."""
     os.environ.update(ENVIRONMENT | dict(os.environ))  # before torch is imported
     done = settled(options.log)
     mutations = [m for m in mutations if m.name not in done]
@@ -276,7 +276,7 @@ def run(mutations: Sequence[Mutation], root: Path = ROOT, *, options: argparse.N
 
 
 def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line's options."""
+    """Parse the command line."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="names of mutations, or shell patterns; default: all")
@@ -294,7 +294,7 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line and return the exit code."""
     options = options_of(arguments)
     mutations = chosen(read_table(), options.names, options.file)
     if not mutations:

@@ -1,12 +1,12 @@
-"""Records what `penchant` does, so that a change of the code can be compared with the code before it.
+"""Record the output of every `penchant` command, to compare it before and after a change of the code.
 
-    PYTHONPATH=src python tools/oracle.py record before          # all steps, under ten minutes of one core
+    PYTHONPATH=src python tools/oracle.py record before          # all steps, under ten minutes on one core
     PYTHONPATH=src python tools/oracle.py record after --only dpo,eval
-    python tools/oracle.py compare before after                  # prints what differs; exit code 1 if anything does
+    python tools/oracle.py compare before after                  # prints the differences; exit code 1 if there are any
 
-It calls nothing but `python -m penchant`, on the bundled model with one thread. Every step leaves a folder: exit code, stdout and
+It only calls `python -m penchant`, on the bundled model with one thread. Every step writes a folder with the exit code, stdout and
 stderr of each command, every text file that the commands wrote, and the SHA-256 of every other file (weights, exports). Times,
-speeds, memory, paths, versions and dates are masked. The digits are those of one machine: compare recordings of the same one.
+speeds, memory, paths, versions and dates are masked. Numbers depend on the machine, so compare recordings of the same machine.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what is run
+# steps
 
 BASE: dict[str, Any] = {
     "model": {"path": "model", "dtype": "fp32"},
@@ -43,7 +43,7 @@ BASE: dict[str, Any] = {
 ONLINE = {"samples": 4, "max_new_tokens": 12, "temperature": 1.0}
 UNPAIRED = {"data": {"path": "unpaired.jsonl"}}
 
-# a run a method, then runs that go another way through the engine
+# one run per method, then runs that take other paths through the engine
 RUNS: dict[str, dict[str, Any]] = {
     "dpo": {"loss": {"name": "dpo", "beta": 0.1}, "evaluation": {"every": 2, "reward": "sentiment"}},
     "dpo-shift": {"loss": {"name": "dpo_shift"}},
@@ -102,11 +102,11 @@ COMMANDS = (
 
 @dataclass(frozen=True)
 class Step:
-    """Commands in order, what must have run before them, and the paths (in the work folder) that they write.
+    """Commands in order, the steps they need, and the paths (in the work folder) that they write.
 
     Args:
-        plain: nothing in the output is a time or a speed, so only paths and versions are masked.
-        by_hand: runs the step in place of `commands`; yields name and what is kept.
+        plain: the output contains no times or speeds, so only paths, dates and versions are masked.
+        by_hand: runs before `commands`, and yields (file name, text to record).
     """
 
     commands: tuple[str, ...]
@@ -117,7 +117,7 @@ class Step:
 
 
 def interrupted(work: Work) -> Iterator[tuple[str, str]]:
-    """Ctrl-C in the middle of a run, and the same command again; where it stops is chance, where it ends is not."""
+    """Interrupt a run with Ctrl-C and resume it. Where it stops varies, but its final state must not."""
     command = [sys.executable, "-m", "penchant", "train", "resumed.yaml", "--quiet"]
     log = work.folder / "runs/resumed/metrics.jsonl"
     process = subprocess.Popen(
@@ -133,7 +133,7 @@ def interrupted(work: Work) -> Iterator[tuple[str, str]]:
 
 
 def steps() -> dict[str, Step]:
-    """Every step by its name, in an order in which what is needed comes first."""
+    """Every step by name, ordered so that the steps it needs come first."""
     made = {n: Step((f"train {n}.yaml",), writes=(f"runs/{n}",)) for n in RUNS}
     made["resumed"] = Step((), writes=("runs/resumed",), by_hand=interrupted)
     made["demo"] = Step(("demo --output runs/demo",), writes=("runs/demo",))
@@ -255,7 +255,7 @@ def steps() -> dict[str, Step]:
 
 
 def merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `own` laid over it, section by section."""
+    """`base` overridden by `own`, section by section."""
     return {**base, **{k: {**base[k], **v} if isinstance(v, dict) and k in base else v for k, v in own.items()}}
 
 
@@ -274,7 +274,7 @@ def pairs(first: int, last: int) -> list[dict[str, Any]]:
 
 
 def write_inputs(folder: Path, model: Path) -> None:
-    """Everything that the commands read, below `folder`."""
+    """Write everything that the commands read into `folder`."""
     shutil.copytree(model, folder / "model")
     rows = pairs(0, 48)
     write_jsonl(folder / "pairs.jsonl", rows)
@@ -322,10 +322,10 @@ def write_yaml(path: Path, config: dict[str, Any]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# how it is recorded
+# recording
 
 TEXT = (".json", ".jsonl", ".yaml", ".yml", ".txt", ".md", ".csv", ".jinja")
-NOT_KEPT = ("perf.jsonl", ".lock", "report.html", "log.txt")  # times, or a page that is meant to change
+NOT_KEPT = ("perf.jsonl", ".lock", "report.html", "log.txt")  # timings, or a page that is expected to change
 MASKED_KEYS = re.compile(
     r"(^|[/_.])(seconds|started|ended|finished|time|date|versions?|penchant_version|transformers_version|torch|transformers|peft|safetensors|tokenizers|numpy|hardware|host"
     r"|pid|memory|peak_memory_gb|\w*per_second|python|platform|hours|minutes|total_seconds|rss|free|bytes_free)$"
@@ -337,12 +337,12 @@ MASKS = (
     (re.compile(rf"{NUMBER} ?(?:GB|GiB|MB|MiB)\b"), "<memory>"),
     (re.compile(r"\b\d{1,2}:\d{2}(?::\d{2})?\b"), "<time>"),
 )
-PROGRESS = re.compile(r"^(?:step \d+/\d+ |\s+\d+/\d+, ).*\n", re.MULTILINE)  # such lines come by the clock
+PROGRESS = re.compile(r"^(?:step \d+/\d+ |\s+\d+/\d+, ).*\n", re.MULTILINE)  # printed at time intervals
 DATES = re.compile(r"\b20\d\d-\d\d-\d\d(?:[T ]\d\d:\d\d(?::\d\d(?:\.\d+)?)?(?:Z|[+-]\d\d:?\d\d)?)?")
 
 
 class Work:
-    """A folder with all inputs, in which the commands run."""
+    """The folder with all inputs in which the commands run."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -362,11 +362,11 @@ class Work:
         self.package, self.version = Path(told[0]).parent, told[1]
 
     def environment(self, step: str) -> dict[str, str]:
-        """Each step has its own cache: what it finds in there does not depend on which steps ran before."""
+        """Environment of a step, with its own cache so that it does not depend on earlier steps."""
         return {**self.env, "PENCHANT_CACHE": str(self.folder / "cache" / step)}
 
     def run(self, command: str, step: str, plain: bool = False) -> str:
-        """Exit code, stdout and stderr of a command, masked."""
+        """Run a command and return its exit code, stdout and stderr, masked."""
         full = [sys.executable, "-m", "penchant", *command.split()]
         done = subprocess.run(
             full, cwd=self.folder, env=self.environment(step), capture_output=True, text=True, stdin=subprocess.DEVNULL
@@ -390,7 +390,7 @@ class Work:
         return "\n".join(line.rstrip() for line in text.split("\n"))
 
     def kept(self, path: Path) -> str:
-        """A text file, masked; of JSON the values of keys that are times, versions and the like."""
+        """Read a text file and mask it. In JSON, the values of keys for times, versions and the like are masked too."""
         text = path.read_text(encoding="utf-8", errors="replace")
         if path.suffix not in (".json", ".jsonl"):
             return self.masked(text, plain=True)
@@ -409,7 +409,7 @@ def mask_keys(value: Any) -> Any:
 
 
 def record(folder: Path, names: list[str], jobs: int) -> None:
-    """Run the steps that are named, and those that they need, and write what came of each below `folder`."""
+    """Run the named steps and those they need, and record each in a folder below `folder`."""
     every = steps()
     wanted = dict.fromkeys(n for name in names for n in (*every[name].needs, name))
     folder.mkdir(parents=True, exist_ok=True)
@@ -423,7 +423,7 @@ def record(folder: Path, names: list[str], jobs: int) -> None:
             record_step(work, every[name], folder / name)
             print(f"{name:<18} {time.monotonic() - began:6.1f} s", flush=True)
 
-        # runs do not touch each other; what compares, exports and evaluates them comes after all of them
+        # runs are independent; the steps that compare, export or evaluate them come afterwards
         alone = [n for n in wanted if not every[n].needs]
         with ThreadPoolExecutor(jobs) as pool:
             list(pool.map(one, alone))
@@ -450,7 +450,7 @@ def record_step(work: Work, step: Step, folder: Path) -> None:
         if not path.is_file() or path.name in NOT_KEPT:
             continue
         if path.name == "manifest.json" and "checkpoints" in inside.parts:
-            continue  # sums of the files beside it, which are kept themselves
+            continue  # only holds checksums of neighboring files, which are recorded themselves
         if path.suffix in TEXT:
             kept = folder / "files" / inside
             kept.parent.mkdir(parents=True, exist_ok=True)
@@ -461,11 +461,11 @@ def record_step(work: Work, step: Step, folder: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# how two recordings are compared
+# comparing
 
 
 def compare(a: Path, b: Path, only: list[str] | None, lines: int) -> int:
-    """Print what differs between two recordings; steps that only one of them has are named. Returns the exit code."""
+    """Print the differences between two recordings, including steps that only one of them has. Returns the exit code."""
     different = 0
     found = [{p.name for p in folder.iterdir() if p.is_dir()} for folder in (a, b)]
     for name in sorted(found[0] | found[1]):

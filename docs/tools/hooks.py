@@ -1,4 +1,4 @@
-"""What mkdocs does to a page beyond Markdown: formulas, links into the repository, options, and bars in tables."""
+"""mkdocs hooks: render formulas as MathML, and fix repository links, option names and bars in tables."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ CELL = re.compile(r"<td\b.*?</td>", re.S)
 
 
 def mathml(latex: str) -> str:
-    """A formula as MathML, which browsers draw themselves: no script, no font from elsewhere.
+    """Convert a formula to MathML, which browsers render without scripts or external fonts.
 
-    What `\\qquad` separates becomes parts of its own, which the page may put below each other.
+    Parts separated by `\\qquad` become separate elements, which the page may stack.
     """
     from latex2mathml.converter import convert
 
@@ -29,18 +29,18 @@ def mathml(latex: str) -> str:
 
 
 def named(match: re.Match[str]) -> str:
-    """A link to a file of the repository as its name and place, or its place alone where that says the name."""
+    """Replace a link to a repository file by its text and path, or by the path alone if it ends with the text."""
     text, path = match.groups()
     same = path.removesuffix(".md").endswith(text.strip("`").removesuffix(".md"))
     return f"`{path}`" if same else f"{text} (`{path}`)"
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """mkdocs calls this for every page."""
+    """mkdocs hook on the Markdown of every page: formulas and repository links."""
     return OUTSIDE.sub(named, MATH.sub(lambda m: mathml(m[1]), markdown))
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """An option's name is not broken at its hyphens, and a bar that GitHub wants escaped in a table loses its backslash."""
+    """mkdocs hook on the HTML of every page: keep option names unbroken at hyphens, and unescape bars in table cells."""
     html = CELL.sub(lambda m: m[0].replace("\\|", "|"), html)
     return INLINE.sub(lambda m: OPTION.sub(r'<span class="option">\g<0></span>', m[0]), html)

@@ -1,10 +1,10 @@
-"""Take the pictures of docs/studio.md anew, in headless Chromium, of a studio on a folder that is made here.
+"""Retake the screenshots of docs/studio.md in headless Chromium, of a studio on a generated folder.
 
-    penchant demo                                    # leaves runs/demo with the pairs that a run is trained on
+    penchant demo                                    # makes runs/demo, whose pairs the run is trained on
     .venv/bin/python docs/tools/pictures.py runs/demo
 
-The run is a real one, started by the form. The texts in the pictures of the arena and of the data are written by hand, and those who
-judge in the arena whose results are shown are simulated (tests/studio_people.py).
+The run is real and started through the form. The texts in the screenshots of the arena and of the data are handwritten, and the
+annotators in the screenshot of arena results are simulated (tests/studio_people.py).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ FILMS = (
 
 
 def first_arena(folder: Path) -> Arena:
-    """One in which Ada sees the desk first, with the better answer on the left."""
+    """An arena in which Ada sees the prompt about the desk first, with the better completion on the left."""
     rows = [(ASKED, {"dpo": GOOD, "start": DULL}), *((p, {"dpo": a, "start": b}) for p, a, b in OTHERS)]
     answers = Answers(rows, {"dpo": SOURCE, "start": SOURCE})
     for seed in count():
@@ -77,7 +77,7 @@ def first_arena(folder: Path) -> Arena:
 
 
 def world(folder: Path, demo: Path) -> None:
-    """Two arenas, and two files of rows."""
+    """Fill the studio's folder with two arenas and two files of rows."""
     first_arena(folder)
     answers, quality = texts(140, 8)
     second = arena_of(folder, "two-models", answers=answers, gold=12, overlap=0.4, checks=0.1, repeats=0.1, seed=8)
@@ -114,7 +114,7 @@ def arena_and_data(browser: Browser, address: str) -> None:
 
 
 def a_run(browser: Browser, server: Any, folder: Path) -> None:
-    """One that is started here, when most of its steps are done."""
+    """Start a run through the form, take its screenshot at 70% of its steps, and stop it."""
     person, output = Person(server), "runs/dpo-beta-0.1"
     form = {
         **{"model.path": str(asset("model")), "data.path": "pairs.jsonl", "output": output, "loss.beta": "0.1"},
@@ -131,7 +131,7 @@ def a_run(browser: Browser, server: Any, folder: Path) -> None:
     browser.wait("document.querySelectorAll('#curves canvas').length > 2")
     browser.picture(IMAGES / "studio_run.png")
     person.post("/runs/stop", {"run": output})
-    while lock_state(folder / output) == "held":  # it writes a checkpoint
+    while lock_state(folder / output) == "held":  # the run is writing a checkpoint
         time.sleep(0.2)
 
 

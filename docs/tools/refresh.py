@@ -1,9 +1,9 @@
-"""Write the generated parts of docs/methods/*.md anew, from the registry, the schema, the glossary and docs/results.md.
+"""Regenerate parts of docs/methods/*.md from the loss registry, the config schema, the metrics table and docs/results.md.
 
     python docs/tools/refresh.py
 
-The tables of docs/eval.md and docs/trackers.md are here too (`eval_page`, `trackers_page`); their tests compare.
-A part stands between `<!-- generated: KIND NAMES -->` and `<!-- end of generated -->`. tests/docs/test_methods.py compares.
+A generated part is between `<!-- generated: KIND NAMES -->` and `<!-- end of generated -->`. tests/docs/test_methods.py checks
+that the pages are up to date. `eval_page` and `trackers_page` return the tables of docs/eval.md and docs/trackers.md for their tests.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _paper(number: str) -> str:
 
 
 def formula(names: list[str]) -> list[str]:
-    """What each loss minimizes and needs, as `penchant losses` has it."""
+    """Formula, needs and paper of each loss, as in `penchant losses`."""
     lines = []
     for spec in (LOSSES[n] for n in names):
         lines += ["```text", f"{spec.name}: {spec.formula}", "```", ""]
@@ -46,7 +46,7 @@ def formula(names: list[str]) -> list[str]:
 
 
 def settings(names: list[str]) -> list[str]:
-    """A loss's hyperparameters with their defaults and ranges."""
+    """Table of the losses' hyperparameters with their defaults and ranges."""
     lines = ["| setting | default | meaning and range |", "|---|---|---|"]
     for name in names:
         of = f" ({name})" if len(names) > 1 else ""
@@ -56,7 +56,7 @@ def settings(names: list[str]) -> list[str]:
 
 
 def algorithm(names: list[str]) -> list[str]:
-    """The settings of an algorithm."""
+    """Table of an algorithm's settings."""
     wanted = " ".join(names)
     keys: tuple[Key, ...] = next(p.keys for p in parts() if p.title == f"algorithm: {wanted}")
     lines = ["| setting | default | meaning | takes |", "|---|---|---|---|"]
@@ -64,12 +64,12 @@ def algorithm(names: list[str]) -> list[str]:
 
 
 def metrics(names: list[str]) -> list[str]:
-    """What metrics mean, from the glossary."""
+    """Table of metrics and their meaning."""
     return ["| metric | meaning |", "|---|---|", *(f"| `{n}` | {_cell(METRICS[n].meaning)} |" for n in names), ""]
 
 
 def measured(names: list[str]) -> list[str]:
-    """These losses' rows of the first table of docs/results.md that has them all, as `recipes/loss_table.py` prints it."""
+    """Rows of these losses from the first table in docs/results.md that has them all (printed by `recipes/loss_table.py`)."""
     wanted = ["(before training)", *names]
     for table in re.findall(r"^\| loss .*?(?=^```)", (DOCS / "results.md").read_text(), re.M | re.S):
         rows = table.strip().splitlines()
@@ -80,7 +80,7 @@ def measured(names: list[str]) -> list[str]:
 
 
 def eval_page() -> str:
-    """What `penchant eval` measures, as the table of docs/eval.md."""
+    """The table of docs/eval.md: every metric that `penchant eval` computes."""
     rows = [
         f"| `eval/{m.name}` | {_piped(m.meaning)} | `{_piped(m.formula)}` | {m.over} |"
         for m in METRICS.values()
@@ -90,7 +90,7 @@ def eval_page() -> str:
 
 
 def trackers_page() -> str:
-    """What runs log, as the table of docs/trackers.md: its name in metrics.jsonl, what trackers call it, what it is."""
+    """The table of docs/trackers.md: every logged metric, its name in trackers and its meaning."""
     logged = [m for m in METRICS.values() if m.logged]
     rows = [f"| `{m.name}` | `train/{m.name}`, `eval/{m.name}` | {_piped(m.meaning)} |" for m in logged]
     rows += [f"| `{m.name}` (perf.jsonl) | `perf/{m.name}` | {m.meaning} |" for m in SPEED]
@@ -107,7 +107,7 @@ KINDS: dict[str, Callable[[list[str]], list[str]]] = {
 
 
 def refreshed(text: str) -> str:
-    """A page with its generated parts made anew."""
+    """Return a page with its generated parts rewritten."""
 
     def part(match: re.Match[str]) -> str:
         names = (
@@ -119,7 +119,7 @@ def refreshed(text: str) -> str:
 
 
 def pages() -> list[Path]:
-    """The pages that have such parts."""
+    """The pages that have generated parts."""
     return sorted((DOCS / "methods").glob("*.md"))
 
 

@@ -1,8 +1,9 @@
-"""What Penchant makes of the chat templates of a folder: docs/templates.md.
+"""Print docs/templates.md: how Penchant handles each chat template of a folder.
 
     python docs/tools/templates.py FOLDER > docs/templates.md
 
-FOLDER holds NAME.jinja files, such as `trl/chat_templates` of TRL's wheel. The tokenizer is made here, of bytes and of the special tokens that a template names.
+FOLDER holds NAME.jinja files, such as `trl/chat_templates` in TRL's wheel. The tokenizer is built here, from bytes and the special
+tokens in the template.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ WITH_TOOLS = [
 
 
 def tokenizer_of(template: str) -> Any:
-    """A tokenizer of bytes, with the special tokens that a template names."""
+    """A byte-level tokenizer with the special tokens that occur in a template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -66,16 +67,16 @@ def tokenizer_of(template: str) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a template takes, and how its answers are trained: the tokens of one answer, of a conversation, or why not."""
+    """What a template accepts, its rows tokenized with `turns: last` and `turns: all` (None: refused), and its end tokens."""
 
-    takes: dict[str, str]  # what: empty, or why it makes a bad row
+    takes: dict[str, str]  # feature -> "" if accepted, otherwise why the row is bad
     last: TokenizedDataset | None
     every: TokenizedDataset | None
     ends: tuple[str, ...]
 
 
 def judge(template: str) -> Verdict:
-    """Try a template."""
+    """Try a template on conversations with and without a system message, reasoning and tools."""
     tokenizer = tokenizer_of(template)
     last, why = _made(tokenizer, {"messages": TALK}, "last")
     every, _ = _made(tokenizer, {"messages": TALK}, "all")
@@ -99,7 +100,7 @@ def _made(tokenizer: Any, row: dict[str, Any], turns: str) -> tuple[TokenizedDat
 
 
 def table(folder: Path) -> Iterator[str]:
-    """A line for each template; those made for training alone are left out."""
+    """Yield the table's lines, one for each template. Those named *_training are skipped."""
     yield "| template | answers | system | reasoning | tools | prompt | several answers | ends with |"
     yield "|---|---|---|---|---|---|---|---|"
     for path in sorted(folder.glob("*.jinja")):
