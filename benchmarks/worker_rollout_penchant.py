@@ -38,7 +38,7 @@ def main() -> None:
             eos_token_id=request["eos"],
         )
         seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-        lengths = [len(s.ids) for settings_of_prompt in samples for s in settings_of_prompt]
+        lengths = [len(s.ids) for of_prompt in samples for s in of_prompt]
         finish({"seconds": seconds, "cpu_seconds": cpu, "lengths": lengths, "peak_bytes": peak_bytes()})
 
 
