@@ -384,7 +384,7 @@ def test_a_folder_with_half_the_weights_is_refused(base: dict[str, Any]) -> None
 
 
 def test_packed_attention_is_refused_for_an_encoder() -> None:
-    with pytest.raises(ConfigError, match=r"model\.attention: varlen needs packed rows"):
+    with pytest.raises(ConfigError, match=r"model\.attention: varlen is for packed rows"):
         make_scorer(None, True, None, "auto", "auto", "varlen")
 
 

@@ -216,7 +216,7 @@ def test_what_is_no_adapter_of_this_model_is_a_sentence(work: Path, tmp_path: Pa
     with pytest.raises(ModelError, match="not those that the adapter"):
         Run(config_from_mapping(twice), quiet=True).train()
     twice["model"]["adapter"] = [str(work / "lora"), str(work / "lora")]
-    with pytest.raises(ConfigError, match="several adapters are named"):
+    with pytest.raises(ConfigError, match="several are named"):
         config_from_mapping(twice)
     judge = trained_on(work, "never", work / "lora", algorithm="reward_model")
     del judge["loss"]
