@@ -193,7 +193,8 @@ def test_a_page_runs_in_order(
 def test_a_page_runs_whole(
     page: str, page_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _run(page, Shell(capsys, monkeypatch, NOT_RUN, {}, TYPED))
+    without_a_cluster = {r" --on slurm ": "--plan"}
+    _run(page, Shell(capsys, monkeypatch, NOT_RUN, without_a_cluster, TYPED))
 
 
 def _run(page: str, shell: Shell) -> None:

@@ -228,7 +228,7 @@ def test_any_bit_of_any_input(world: Callable[[str], World], kind: str) -> None:
     files = [p.relative_to(made.kept) for p in sorted(made.kept.rglob("*")) if p.is_file() and p.stat().st_size]
     went_on = []
     for name in files:
-        if name.parts[0] in outputs:
+        if name.parts[0] in outputs or "__pycache__" in name.parts:
             continue
         for at in (0.0, 0.13, 0.5, 0.77, 0.999):
             flip(made.fresh() / name, at, bit=int(at * 7))

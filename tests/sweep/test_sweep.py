@@ -415,7 +415,9 @@ def test_what_has_changed_is_refused_with_its_name(base: dict[str, Any], tmp_pat
     base["base"]["train"]["max_steps"] = 1
     run(base)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "sweep").glob("beta*/**/*")}
-    with pytest.raises(CheckpointError, match=r"run beta-0.1 was already run, .* other inputs: train.lr: 0.003 -> 0.001; undo"):
+    with pytest.raises(
+        CheckpointError, match=r"run beta-0.1 was already run, .* other inputs: train.lr: 0.003 -> 0.001; undo"
+    ):
         run(base, "train.lr=1e-3")
     rows = polite_rows(24)
     rows[3]["chosen"] += "!"

@@ -119,7 +119,9 @@ def _crashed(rank: int, code: int, processes: int) -> PenchantError:
     else:
         what = f"ended with exit code {code}"
     error = PenchantError(
-        f"process {rank} of {processes}", what, f"{how}; run the same command again to continue from the last checkpoint"
+        f"process {rank} of {processes}",
+        what,
+        f"{how}; run the same command again to continue from the last checkpoint",
     )
     error.exit_code = CRASH
     return error

@@ -78,7 +78,9 @@ class ModelConfig(Section):
     @classmethod
     def _one(cls, value: Any) -> Any:
         if isinstance(value, list):
-            raise ValueError("only one adapter can be trained, but several are named; merge the others into model.path first")
+            raise ValueError(
+                "only one adapter can be trained, but several are named; merge the others into model.path first"
+            )
         return value
 
 
