@@ -93,11 +93,14 @@ def test_a_server_that_draws_as_we_do_trains_the_same_model(
     result = api.train(by_server(base, fake), quiet=True)
     alike(lines(result.folder), lines(own.folder))
     trained, by_own = ([x for x in lines(r.folder) if x["kind"] == "train"] for r in (result, own))
-    assert all(x["grad_norm"] > 0 for x in trained)
+    taken = [
+        x for x in trained if "skipped" not in x
+    ]  # a step may have nothing to learn from, depending on the samples
+    assert taken and all(x["grad_norm"] > 0 for x in taken)
     if algorithm["name"] != "online_dpo":
-        assert all(0 <= x["rollout/logp_mismatch"] <= x["rollout/logp_mismatch_max"] < 1e-4 for x in trained)
-        assert all(abs(x["rollout/kl_k3"]) < 1e-6 and x["rollout/lag"] == 0 for x in trained)
-        assert all(x["rollout/logp_mismatch"] < 1e-4 and "rollout/lag" not in x for x in by_own)
+        assert all(0 <= x["rollout/logp_mismatch"] <= x["rollout/logp_mismatch_max"] < 1e-4 for x in taken)
+        assert all(abs(x["rollout/kl_k3"]) < 1e-6 and x["rollout/lag"] == 0 for x in taken)
+        assert all(x["rollout/logp_mismatch"] < 1e-4 and "rollout/lag" not in x for x in by_own if "skipped" not in x)
     asked = [b for b in fake.of("/v1/completions") if "seed" in b]
     assert all(isinstance(t, int) for b in asked for t in b["prompt"])
     assert all(b["ignore_eos"] and b["stop_token_ids"] == [1] and not b["add_special_tokens"] for b in asked)
