@@ -93,10 +93,10 @@ def _compiled(model: Any, found: _Way) -> Scorer:
     if found.packing == "padded":
         what, how = "needs packed rows, but this model uses padded rows", "set model.kernels=auto"
         raise ConfigError("model.kernels", f"compile {what}", how)
-    plain = _said(Scorer(model, **found._asdict()))
+    plain = _probe_outputs(Scorer(model, **found._asdict()))
     try:
         scorer = Scorer(model, kernels="compile", **found._asdict())
-        compiled = _said(scorer)
+        compiled = _probe_outputs(scorer)
     except Exception as error:  # the compiler is missing or failed in any way
         what = f"compile does not run here ({first_line(getattr(error, 'inner_exception', error))})"
         raise ConfigError("model.kernels", what, "set model.kernels=auto") from error
@@ -109,7 +109,7 @@ def _compiled(model: Any, found: _Way) -> Scorer:
     return scorer
 
 
-def _said(scorer: Scorer) -> dict[str, torch.Tensor]:
+def _probe_outputs(scorer: Scorer) -> dict[str, torch.Tensor]:
     """Log-probs of the probe tree, and the gradients of the lowest trained layer, if any."""
     model, tree = scorer.model, _probe_tree(scorer.model)
     headless = base_model_of(model).get_output_embeddings() is None

@@ -50,21 +50,21 @@ def leads_to_model(folder: Path) -> bool:
 
 
 def check_run_folder(folder: Path) -> None:
-    """Meet what would keep a run from writing into its folder, before anything is read; makes nothing.
+    """Refuse a folder that a run cannot use as its output. Creates nothing, so it can run before any data is read.
 
     Raises:
-        CheckpointError: it is a file, lies below one, or holds a model. DiskError: it cannot be written.
+        CheckpointError: the path is a file, is below one, or holds a model. DiskError: it cannot be written.
     """
     try:
-        there = next(p for p in (folder, *folder.parents) if p.exists())
+        nearest = next(p for p in (folder, *folder.parents) if p.exists())
         if (folder / "config.json").exists():
             what = "output is a model's folder (it holds config.json)"
             raise CheckpointError(str(folder), what, "choose another output")
     except OSError as error:
         raise disk_error(folder, error) from error
-    if not there.is_dir():
+    if not nearest.is_dir():
         raise CheckpointError(str(folder), "output is a file, or lies below one", "choose another output")
-    if not os.access(there, os.W_OK | os.X_OK):
+    if not os.access(nearest, os.W_OK | os.X_OK):
         raise disk_error(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
@@ -72,7 +72,7 @@ def make_folder(folder: Path) -> None:
     """Create a run folder.
 
     Raises:
-        CheckpointError: the path is a file or below one.
+        CheckpointError: the path is a file, is below one, or holds a model.
         DiskError: it cannot be created for another reason.
     """
     check_run_folder(folder)

@@ -474,7 +474,7 @@ def _engine(parts: Parts, rows: Rows, shared: Alone, console: Any) -> Scorer | R
 
 
 def _uncompilable(config: RunConfig, encoder: bool) -> str:
-    """What of a run `model.kernels=compile` cannot do."""
+    """The first thing in a run that rules out `model.kernels=compile`, or an empty string."""
     hindrances = {
         "several processes": current().many,
         "pictures": config.model.sees,
