@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 import random
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from worlds import in_world
 
-from penchant.base.machine import resident
 from penchant.distributed import exchange
 from penchant.distributed.exchange import Exchange, Gather, ReduceScatter
 from penchant.distributed.world import World
@@ -95,13 +94,9 @@ def test_vectors_go_through_shared_memory_whole(tmp_path: Path) -> None:
 def test_freed_memory_is_returned_before_a_large_vector_would_raise_the_highest_mark(
     monkeypatch: Any, highest: int
 ) -> None:
-    """Blocks that are still used lie between the freed ones, so the heap keeps these: as much as all activations of a pass."""
-    if not hasattr(ctypes.CDLL(None), "malloc_trim"):
-        pytest.skip("needs glibc")
+    """Whether glibc is asked to, not what it returns: that depends on what earlier tests left in the heap."""
+    trims: list[int] = []
+    monkeypatch.setattr(exchange.ctypes, "CDLL", lambda _: SimpleNamespace(malloc_trim=trims.append))
     monkeypatch.setattr(exchange, "peak_memory", lambda: highest)
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier tests freed would be taken first
-    before = resident()
-    made = [torch.ones(n) for _ in range(1000) for n in (16384, 256)]
-    kept, made = made[1::2], []
     Gather(None, [0]).allocate((exchange.LIMIT,), dtype=torch.float32, device=torch.device("cpu"))  # type: ignore[arg-type]
-    assert (resident() - before < 32 << 20) == (highest == 0) and len(kept) == 1000
+    assert trims == ([0] if highest == 0 else [])
