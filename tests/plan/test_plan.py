@@ -12,6 +12,7 @@ import pytest
 import torch
 from encoders import encoder_folder
 from tiny import polite_rows, tiny_model_folder, tiny_tokenizer, write_jsonl
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from penchant import api
 from penchant.base.text import printable
@@ -427,14 +428,16 @@ def test_prepared_products_follow_the_sizes_of_passes_and_the_capacity(
     assert prepared("16") == 0
 
 
-@pytest.mark.slow
 def test_computing_activations_again_saves_most_of_them(tmp_path: Path) -> None:
+    config = _config(tmp_path)
+    deep = AutoConfig.from_pretrained(config["model"]["path"], num_hidden_layers=6)  # with one layer nothing is saved
+    AutoModelForCausalLM.from_config(deep).save_pretrained(config["model"]["path"])
     plain, again = (
-        api.plan(_config(tmp_path), f"train.gradient_checkpointing={value}", "model.kernels=off", probe=False).memory
+        api.plan(config, f"train.gradient_checkpointing={value}", "model.kernels=off", probe=False).memory
         for value in ("false", "true")
     )
     name = "activations of the largest micro-batch"
-    assert again.parts[name] < 0.7 * plain.parts[name] and not again.coarse
+    assert again.parts[name] < 0.5 * plain.parts[name] and not again.coarse
 
 
 def test_outlines_have_the_models_parameters(tmp_path: Path) -> None:
