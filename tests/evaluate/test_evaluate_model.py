@@ -277,6 +277,11 @@ MISTAKES = {
         ["{base}", "--data", "{test}", "--generate", "2", "--max-new-tokens", "400", "--no-overlap"],
         "beyond the context",
     ),
+    "a setting of training for a trained run": (["{run}", "train.lr=3"], "train.lr: changes nothing"),
+    "a setting of checkpoints for a trained run": (
+        ["{run}/checkpoints/step-2", "--data", "{test}", "checkpoint.every=2"],
+        "changes nothing",
+    ),
     "a mistyped key": (["{base}", "--data", "{test}", "data.max_lenth=9"], 'did you mean "max_length"?'),
 }
 

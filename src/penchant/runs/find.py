@@ -33,6 +33,8 @@ from penchant.runs.state import model_folder
 from penchant.training.checkpoint import find_checkpoint
 
 START = "start"
+TRAINING_ONLY = ("checkpoint", "logging", "trust")  # sections whose settings do not change an evaluation
+USED_BY_EVALUATION = ("tokens_per_step", "packing", "deterministic", "tf32", "threads", "seed")  # of `train`
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,11 @@ def find_model(spec: str, *, step: str = "last", base: str | None = None, overri
 
 def _load_run_config(folder: Path, overrides: Sequence[str]) -> RunConfig:
     check_config(folder / CONFIG)
+    for key in (override.partition("=")[0].strip() for override in overrides):
+        section, _, name = key.partition(".")
+        if section in TRAINING_ONLY or (section == "train" and name not in USED_BY_EVALUATION):
+            what = f"changes nothing: {folder} is trained already"
+            raise ConfigError(key, what, "leave it out, or train again with it and another output")
     config = load_config(folder / CONFIG, list(overrides))
     return config.model_copy(update={"output": str(folder.resolve())})  # it may have been moved
 
