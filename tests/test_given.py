@@ -369,8 +369,28 @@ def test_a_checkpoint_can_stop_a_run_and_a_plain_function_is_told_of_steps(model
 def test_callbacks_that_are_none_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"callbacks\[1\]"):
         Callbacks([print, 3])
+    with pytest.raises(ConfigError, match="not a list"):
+        Callbacks(print)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"callbacks\[0\]: is a class"):
+        Callbacks([Callbacks])
     with pytest.raises(ConfigError, match="True"):
         Callbacks([lambda step, metrics: True])("on_step", 1, {})
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: api.train(None), "config: is of type NoneType"),  # type: ignore[arg-type]
+        (lambda: api.train({}, {"train.lr": 1}), "is not an override"),  # type: ignore[arg-type]
+        (lambda: api.train({}, dat=[]), 'dat: is not an argument; did you mean "data"'),
+        (lambda: api.evaluate(None), "config: is of type NoneType"),  # type: ignore[arg-type]
+        (lambda: api.evaluate("nowhere", generate="8"), "--generate: is '8'; give a whole number"),
+        (lambda: api.audit(3), "config: is of type int"),
+    ],
+)
+def test_arguments_of_a_wrong_kind_are_named(call: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        call()
 
 
 # ---- figures ----

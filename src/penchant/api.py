@@ -387,6 +387,16 @@ def as_config(
     from penchant.config import RunConfig, config_from_mapping, load_config
     from penchant.config.yaml import read_mapping
 
+    if not isinstance(config, (RunConfig, Mapping, str, Path)):
+        what, how = f"is of type {type(config).__name__}", "give a dict, a RunConfig or the path of a YAML file"
+        raise ConfigError("config", what, how)
+    for override in overrides:
+        if not isinstance(override, str):
+            what, how = (
+                f"{override!r} is not an override",
+                'write "key.path=value"; objects have names, such as data=rows',
+            )
+            raise ConfigError("overrides", what, how)
     if isinstance(config, RunConfig):
         if overrides or given:
             raise ConfigError("overrides", "cannot change a RunConfig", "give a mapping or a path with them")

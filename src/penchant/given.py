@@ -29,6 +29,7 @@ from typing import Any
 
 from penchant.base.files import aside_of, cache_folder, file_sha256, write_text_atomically, writing
 from penchant.base.functions import GIVEN
+from penchant.base.text import did_you_mean
 from penchant.data.read import calls_without_nulls
 from penchant.errors import ConfigError, DataError
 from penchant.runfolder import GIVEN_FOLDER
@@ -364,9 +365,15 @@ KEYS = {
 
 
 def set_in(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """A config's mapping with the arguments of `KEYS` inserted."""
+    """A config's mapping with the arguments of `KEYS` inserted.
+
+    Raises:
+        ConfigError: there is no such argument.
+    """
     made = dict(config)
     for argument, value in given.items():
+        if argument not in KEYS:
+            raise ConfigError(argument, "is not an argument", did_you_mean(argument, KEYS))
         section, _, name = KEYS[argument].partition(".")
         known = made.get(section, {})
         made[section] = {**known, name: value} if name and isinstance(known, Mapping) else value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,12 +33,14 @@ def option(about: str, default: Any = None, metavar: str | None = None, **more: 
 
 MOST: dict[type, float] = {int: 2**31 - 1, float: 1e30}  # beyond any sensible value
 
+NUMBERS: dict[str, tuple[type, str]] = {"int": (Integral, "a whole number"), "float": (Real, "a number")}
+
 
 def request_of(kind: type[T], asked: Mapping[str, Any], command: str) -> T:
     """Build a request from keywords; lists are turned into tuples, and paths into texts.
 
     Raises:
-        ConfigError: a keyword that is not an option, or a number beyond `MOST`.
+        ConfigError: a keyword that is not an option, a number beyond `MOST`, or something other than a number.
     """
     names = [f.name for f in fields(kind)]  # type: ignore[arg-type]
     for name in asked:
@@ -47,6 +50,10 @@ def request_of(kind: type[T], asked: Mapping[str, Any], command: str) -> T:
         if type(value) in MOST and not abs(value) <= MOST[type(value)]:
             what, how = "is beyond every range", f"give at most {MOST[type(value)]:g}"
             raise ConfigError(f"--{name.replace('_', '-')}", what, how)
+    for f in fields(kind):  # type: ignore[arg-type]
+        number, value = NUMBERS.get(str(f.type).removesuffix(" | None")), asked.get(f.name)
+        if number is not None and value is not None and not isinstance(value, number[0]):
+            raise ConfigError(f"--{f.name.replace('_', '-')}", f"is {value!r}", f"give {number[1]}")
     made = {f.name: _plain(asked[f.name], f.default == ()) for f in fields(kind) if f.name in asked}  # type: ignore[arg-type]
     return kind(**made)
 

@@ -111,9 +111,7 @@ def test_two_runs_their_start_and_a_reward(
         assert found["tokens"] == pytest.approx(np.mean([r["completions"][name]["tokens"] for r in rows]))
     assert "kl" not in figures["models"]["start"] and figures["models"]["dpo"]["kl/ci"]
     lines = text.rstrip().splitlines()
-    assert (
-        lines[-1] == "dpo and rloo have one seed each: another seed of the same setting could turn what is said of it."
-    )
+    assert lines[-1] == "dpo and rloo have one seed each: another seed of the same setting could change this verdict."
     assert all("clear winner" in x or "is better than" in x for x in lines[-4:-1])
     assert "Trained to raise this reward: rloo." in text
     assert not [p for p in (tmp_path / "out").iterdir() if p.name.startswith(".")]

@@ -39,7 +39,7 @@ def test_numbers_without_a_dot_are_numbers(tmp_path: Path, text: str) -> None:
         (
             "batch_size: 3",
             (),
-            r'run\.yaml:4: unknown key "batch_size" in the top level; did you mean "train\.batch_size"\?',
+            r'run\.yaml:4: unknown key "batch_size" at the top level; did you mean "train\.batch_size"\?',
         ),
         ("train: {batch_size: 0}", (), r"train\.batch_size is 0; give a number greater than or equal to 1"),
         ("train: {batch_size: 1.5}", (), r"train\.batch_size is 1\.5; give a whole number"),
@@ -85,7 +85,7 @@ def test_numbers_without_a_dot_are_numbers(tmp_path: Path, text: str) -> None:
             (),
             r"overlong has no option 'maximum'; there are max, cache",
         ),
-        ("", ("foo.bar=1",), r'command line: unknown key "foo" in the top level'),
+        ("", ("foo.bar=1",), r'command line: unknown key "foo" at the top level'),
         ("", ("data.colums.prompt=q",), r'command line: unknown key "colums" in data; did you mean "columns"\?'),
         ("", ("data.validation_fraction=0",), r"give a number > 0 and < 1, or null for none"),
         (

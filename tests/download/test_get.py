@@ -209,6 +209,8 @@ def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "get"]) == 0
     said = capsys.readouterr().out
     assert all(spec.name in said for spec in SPECS)
+    assert main(["data", "get", "--from", "pairs.jsonl"]) == 2
+    assert "data get: the NAME is missing" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -371,12 +373,15 @@ def test_pairs_become_other_kinds(tmp_path: Path) -> None:
         ({"options": {"nosuch": 1}}, "is not an option of the layout lmsys"),
         ({"subsets": ["nosuch"]}, "has no subset"),
         ({"languages": ["x"]}, 'did you mean "language"'),
+        ({"layout": "par"}, "--layout: 'par'"),
+        ({"revision": "main"}, "--revision: is given together with --from"),
+        ({"first": "3"}, "give a whole number"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_is(lmsys: Path, tmp_path: Path, asked: Row, words: str) -> None:
     with pytest.raises(PenchantError, match=words):
         get("lmsys", lmsys, tmp_path / "out", **asked)
-    assert not list((tmp_path / "out").glob("*.jsonl"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_columns_and_detection(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,6 +72,7 @@ def test_a_clear_winner_is_named_from_either_side() -> None:
     assert swapped.name == "start" and swapped.difference.estimate < 0
     text = said(up, start)
     assert "up is better than start: its mean reward is 0.79" in text and "win rate 100%" in text
+    assert "its mean reward is 1.000 higher, its win rate" in said(start, candidate("even", [noise(0) + 1.0]))
 
 
 def test_models_that_are_equal_have_no_winner() -> None:
@@ -161,7 +162,7 @@ def test_seeds_that_differ_more_than_the_settings_name_none() -> None:
 def test_one_seed_is_said_and_the_start_has_none() -> None:
     start = candidate("start", [noise(0)], fixed=True)
     text = said(start, candidate("x", [noise(0) + 1 + noise(1, scale=0.1)])).splitlines()
-    assert text[-1].startswith("x has one seed: another seed of the same setting could turn")
+    assert text[-1].startswith("x has one seed: another seed of the same setting could change this")
     two = said(start, candidate("x", [noise(0) + 1, noise(0) + 1.1 + noise(3, scale=0.1)]))
     assert "one seed" not in two and "x is better than start" in two
     both = said(candidate("a", [noise(0)]), candidate("b", [noise(1)])).splitlines()[-1]

@@ -21,6 +21,11 @@ def test_a_wrong_path_is_said(tmp_path: Path) -> None:
         read_report([tmp_path / "nowhere"], 0.0)
     with pytest.raises(CheckpointError, match="holds no run"):
         read_report([tmp_path], 0.0)
+    checkpoint = tmp_path / "checkpoints" / "step-1"
+    for name in ("manifest.json", "state.json"):
+        write_json(checkpoint / name, {})
+    with pytest.raises(CheckpointError, match="holds no run"):
+        read_report([checkpoint], 0.0)
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="is a file"):
         read_report([tmp_path / "file"], 0.0)

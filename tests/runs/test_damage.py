@@ -214,7 +214,7 @@ def test_what_prints_a_runs_figures_says_which_file_was_changed(
     assert exported.notes[-1] in (exported.folder / "README.md").read_text()
     path.unlink()
     compared = api.compare(world.run, prompts=2, max_new_tokens=2, quiet=True)
-    assert f"{path} was changed after it was written." in compared.figures["notes"]
+    assert f"{path} is missing." in compared.figures["notes"]
 
 
 @pytest.mark.parametrize("name", ["samples.before.jsonl", "samples.jsonl"])

@@ -19,7 +19,7 @@ from transformers.utils import chat_template_utils
 from penchant import api
 from penchant.config import config_from_mapping
 from penchant.errors import CheckpointError, ModelError, PenchantError
-from penchant.runfolder import TOKENS, identity_changes, write_summed
+from penchant.runfolder import TOKENS, differences, identity_changes, write_summed
 from penchant.runs import Run
 from penchant.runs.find import check_config, find_model
 from penchant.runs.identity import model_contents, run_identity
@@ -420,6 +420,7 @@ def test_the_files_of_a_hub_id_are_part_of_a_run(tmp_path: Path, monkeypatch: py
     now = model_contents(config)
     assert [name for name in before if now[name] != before[name]] == [f"{CACHED}: {part}"]
     kept = {"config": {}, TOKENS: "1"}  # from a run that did not record them
+    assert differences("Größe", 1, "data.path") == ['data.path: "Größe" -> 1']
     assert identity_changes(kept, kept | now, {}) == [] and identity_changes(kept | before, kept | now, {}) != []
     later = {
         k: v for k, v in before.items() if not k.endswith("generation_config.json")

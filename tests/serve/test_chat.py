@@ -354,6 +354,7 @@ def test_piped_lines_and_the_command_line(
         (["--blind"], "--blind: is given without a second model"),
         (["--prefer", "a.jsonl"], "--prefer: is given without a second model"),
         (["--against", "MODEL", "--prefer", "a.csv"], "does not end in .jsonl"),
+        (["--against", "MODEL", "--prefer", "nowhere/a.jsonl"], "--prefer: nowhere: no such folder"),
         (["--template", "plain", "--system", "Be kind."], "plain text has no system prompt"),
         (["--step", "best"], "is not a run, so it has no steps"),
         (["--against", "MODEL-away"], "no such run"),

@@ -91,13 +91,13 @@ def test_every_line_arrives_once_and_a_continued_run_is_the_same_run(tmp_path: P
 
 
 def test_what_a_tracker_missed_is_sent_when_it_is_back(tmp_path: Path) -> None:
-    run, said = make_run(tmp_path / "run", done=2), list[str]()
+    run, said = make_run(tmp_path / "my run", done=2), list[str]()
     (run / "trackers").mkdir()
     (run / "trackers" / "down").write_text("")
     mirrors = _mirrors(run, "LastTwoOnly", said)
     mirrors.begin(anew=True)
     assert not mirrors.finish("finished")
-    assert "6 lines were not sent" in said[-1] and "penchant track" in said[-1]
+    assert "6 lines were not sent" in said[-1] and f"penchant track '{run}' --to" in said[-1]
     (run / "trackers" / "down").unlink()
     again = _mirrors(run, "LastTwoOnly", said)
     again.begin(anew=False)

@@ -12,6 +12,7 @@ from tiny import polite_rows, tiny_model_folder, write_jsonl
 from wandb_file import history, run_of
 
 from penchant import api
+from penchant.track import TRACKERS, TrackerSpec
 from penchant.track.tracker import STEP, to_line
 
 FLOAT32 = 1e-6  # the precision of TensorBoard's scalars
@@ -138,6 +139,19 @@ def test_a_finished_run_is_sent_afterwards_and_only_what_is_missing(crashed: tup
     assert [e.step for e in again.Scalars("train/loss")] == steps
     assert api.track(run, "tensorboard", name="later", anew=True)
     assert (run / "trackers/tensorboard/later-2").is_dir()
+    assert api.track(run, "tensorboard", name="a/b", anew=True)
+    assert api.track(run, "tensorboard")
+    assert len([*(run / "trackers/tensorboard/a/b").iterdir()]) == 2 and not (run / "trackers/tensorboard/b").exists()
+
+
+def test_a_tracker_that_fails_afterwards_has_no_run_that_goes_on(
+    crashed: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_API_KEY", "abcdef")
+    monkeypatch.setitem(TRACKERS, "mlflow", TrackerSpec("mlflow", "Fake", "json", "mlflow", "fake_trackers:Raises"))
+    said: list[str] = []
+    assert not api.track(crashed[1], "mlflow", say=said.append)
+    assert "401" in said[1] and not any("the run goes on" in line for line in said)
 
 
 def test_trackio_holds_every_line_once(crashed: tuple[Path, Path], tmp_path: Path) -> None:

@@ -32,7 +32,11 @@ def _add_get(verbs: Any) -> None:
 def _get(args: argparse.Namespace) -> int:
     if not args.name:
         from penchant.download.catalogue import table
+        from penchant.errors import ConfigError
 
+        if args.source is not None or args.output is not None:
+            what, how = "the NAME is missing", "add one, such as owner/name; without any option, the catalog is listed"
+            raise ConfigError("data get", what, how)
         print(table())
         return 0
     from penchant import api

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from penchant.base.text import unescaped
@@ -47,6 +48,9 @@ def _chat(args: argparse.Namespace) -> int:
     if args.prefer and not args.prefer.endswith(".jsonl"):
         how = "give it that ending"
         raise ConfigError("--prefer", f"{args.prefer} does not end in .jsonl", how)
+    if args.prefer and not Path(args.prefer).expanduser().parent.is_dir():
+        what = f"{Path(args.prefer).parent}: no such folder"
+        raise ConfigError("--prefer", what, "make it first, or give another file")
     terminal = _terminal()
     sources = [(args.model, args.step, args.base)]
     sources += [] if args.against is None else [(args.against, args.against_step, None)]

@@ -119,10 +119,10 @@ def _explain(error: Any, places: Places, source: str, suggest: Callable[[str], s
     kinds = {dict: "a mapping", list: "a list", bool: f"{as_yaml(value)} (a boolean)", type(None): "null"}
     shown = kinds.get(type(value), short(repr(value)))
     if kind == "extra_forbidden":
-        section = ".".join(path[:-1]) or "the top level"
+        section = f"in {'.'.join(path[:-1])}" if path[:-1] else "at the top level"
         own = suggest is None or (path[0] == "loss" and path[-1] in SYNONYMS)
         hint = _suggest_key(path, places) if own else suggest(path[-1])  # type: ignore[misc]
-        return ConfigError(where, f'unknown key "{short(path[-1])}" in {section}', hint)
+        return ConfigError(where, f'unknown key "{short(path[-1])}" {section}', hint)
     if kind == "missing":
         return ConfigError(where, f"{dotted} is missing", f"add it: {_description(path)}")
     if kind == "dict_type" and str(error["loc"][-1]).startswith("dict["):  # one of several forms

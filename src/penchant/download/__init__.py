@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -37,7 +37,7 @@ from penchant.download.convert import (
 )
 from penchant.download.hub import BLOCK, Hub, RemoteFile
 from penchant.download.plan import Plan, Source, check_request, identity, make_plan
-from penchant.errors import CheckpointError, ConfigError, DataError
+from penchant.errors import CheckpointError, ConfigError, DataError, PenchantError
 from penchant.requests import GetRequest
 from penchant.runfolder import RunLock, differences
 from penchant.types import Message
@@ -90,7 +90,13 @@ def get_data(request: GetRequest, say: Callable[[str], None] = lambda line: None
             result = _Job(request, folder, work, say, Hub(say)).run()
         shutil.rmtree(work)
         return result
-    except CheckpointError as error:
+    except PenchantError as error:
+        if request.source is not None and not isinstance(error, CheckpointError) and not any(work.glob("part-*")):
+            shutil.rmtree(work, ignore_errors=True)  # nothing was read yet
+            with suppress(OSError):
+                folder.rmdir()
+        if not isinstance(error, CheckpointError):
+            raise
         what, how = "another `penchant data get` is writing there", "wait for it, or choose another --output"
         raise DataError(str(folder), what, how) from error
     except OSError as error:

@@ -320,7 +320,7 @@ def conversion_of(name: str, request: GetRequest) -> Conversion:
     Raises:
         ConfigError: there is no such layout or option, or its rows cannot become the requested kind.
     """
-    layout, as_, labelled = layout_named(name), request.as_, request.labels
+    layout, as_, labelled = layout_named(name, "--layout"), request.as_, request.labels
     wanted = dict(request.options)
     use = layout.options.get("use")
     if as_ is not None and use is not None and "use" not in wanted:

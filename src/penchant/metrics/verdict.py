@@ -283,7 +283,7 @@ def verdict(
     if single:
         ending = "has one seed" if len(single) == 1 else "have one seed each"
         sentences.append(
-            Sentence(f"{_join_names(single)} {ending}: another seed of the same setting could turn what is said of it.")
+            Sentence(f"{_join_names(single)} {ending}: another seed of the same setting could change this verdict.")
         )
     return sentences
 
@@ -298,13 +298,13 @@ def _sentence(pair: Pair, comparisons: int, prompts: int, what: str) -> Sentence
     if pair.ties == 1.0:
         return Sentence(f"{neither} tied on {prompts} of {prompts} prompts, so {what} cannot tell them apart.", "open")
     if gap.estimate == 0.0:
-        near = f" {_format_brackets(gap)}" if gap.low < gap.high and pair.unjudged is None else ""
+        near = _format_brackets(gap) if gap.low < gap.high and pair.unjudged is None else ""
         return Sentence(f"{neither} neither is ahead in {what}{near}.", "open")
-    shown = f"{what} is {gap.estimate:.3f} {_format_brackets(gap)} higher"
+    shown = f"{what} is {gap.estimate:.3f}{_format_brackets(gap)} higher"
     if pair.unjudged is not None and rate is not None:
-        shown = f"win rate is {rate.estimate:.0%} {_format_brackets(rate, '.0%')}"
+        shown = f"win rate is {rate.estimate:.0%}{_format_brackets(rate, '.0%')}"
     elif rate is not None:
-        shown += f", its win rate {rate.estimate:.0%} {_format_brackets(rate, '.0%')}"
+        shown += f", its win rate {rate.estimate:.0%}{_format_brackets(rate, '.0%')}"
     shown += f", p {_p_clause(pair.corrected)} (corrected for {_count_comparisons(comparisons)})"
     why = _reason_for_doubt(pair, gap, rate, level, what)
     if why is None:
@@ -324,7 +324,7 @@ def _reason_for_doubt(
         if rate is not None and rate.estimate <= 0.5:
             return f"the figures contradict each other: the higher {what}, and no more wins than losses"
         if level is not None and level.high < 0.5:
-            return f"the figures contradict each other: at equal length its win rate is {level.estimate:.0%} {_format_brackets(level, '.0%')}"
+            return f"the figures contradict each other: at equal length its win rate is {level.estimate:.0%}{_format_brackets(level, '.0%')}"
         return None if gap.low > 0.0 else _includes_chance(pair)
     if pair.p < ALPHA:
         return f"p {_p_clause(pair.p)} by itself is not small enough among so many comparisons"
@@ -342,7 +342,7 @@ def _includes_chance(pair: Pair) -> str:
 def _length_caveat(rate: Interval | None, level: Interval | None) -> str:
     if rate is None or level is None or level.low > 0.5:
         return ""
-    return f" At equal length its win rate is {level.estimate:.0%} {_format_brackets(level, '.0%')}: length may be why it wins."
+    return f" At equal length its win rate is {level.estimate:.0%}{_format_brackets(level, '.0%')}: length may be why it wins."
 
 
 def comparisons_table(pairs: Sequence[Pair], what: str, comparisons: int | None = None) -> str:
@@ -354,19 +354,19 @@ def comparisons_table(pairs: Sequence[Pair], what: str, comparisons: int | None 
     lines[0] += ["p", f"p corrected for {_count_comparisons(len(pairs) if comparisons is None else comparisons)}"]
     for p in pairs:
         line = [f"{p.name} - {p.other}"]
-        line += [] if by_pairs else [f"{p.difference.estimate:.3f} {_format_brackets(p.difference)}".rstrip()]
+        line += [] if by_pairs else [f"{p.difference.estimate:.3f}{_format_brackets(p.difference)}"]
         if judged and p.ties == 1.0:
             line += ["all tied", "-"]
         elif judged:
-            line += [
-                f"{i.estimate:.3f} {_format_brackets(i)}".rstrip() if i else "-" for i in (p.win_rate, p.equal_length)
-            ]
+            line += [f"{i.estimate:.3f}{_format_brackets(i)}" if i else "-" for i in (p.win_rate, p.equal_length)]
         lines.append([*line, format_p(p.p), format_p(p.corrected)])
     return columns(lines)
 
 
 def _format_brackets(interval: Interval, form: str = ".3f") -> str:
-    return format_interval((interval.low, interval.high), form)
+    """The interval in brackets after a space; empty if it has no width."""
+    brackets = format_interval((interval.low, interval.high), form)
+    return f" {brackets}" if brackets else ""
 
 
 def format_p(p: float) -> str:

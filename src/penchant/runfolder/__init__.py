@@ -215,7 +215,8 @@ def damaged_files(folder: Path) -> list[str]:
 
 def damage_notes(folder: Path) -> list[str]:
     """A sentence for each damaged file, to show next to the run's figures."""
-    return [f"{folder / name} was changed after it was written." for name in damaged_files(folder)]
+    found = [folder / name for name in damaged_files(folder)]
+    return [f"{path} {'was changed after it was written' if path.exists() else 'is missing'}." for path in found]
 
 
 def prefix_matches(path: Path, offset: Any, sha256: Any) -> bool:
@@ -365,6 +366,10 @@ def _read_identity(path: Path) -> tuple[dict[str, Any], list[str]]:
     return identity, [f"{path}: {damage}; it is written again as the newest checkpoint has it"]
 
 
+def _as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
 def differences(old: Any, new: Any, prefix: str = "", defaults: Any = None) -> list[str]:
     """``key.path: old -> new`` for every leaf that differs; a key missing in `old` has its default."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
@@ -374,7 +379,7 @@ def differences(old: Any, new: Any, prefix: str = "", defaults: Any = None) -> l
             for k in sorted({*old, *new})
             for d in differences(old.get(k, known.get(k)), new.get(k), f"{prefix}.{k}" if prefix else k, known.get(k))
         ]
-    return [] if old == new else [f"{prefix}: {json.dumps(old)} -> {json.dumps(new)}"]
+    return [] if old == new else [f"{prefix}: {_as_json(old)} -> {_as_json(new)}"]
 
 
 class MetricsLog:

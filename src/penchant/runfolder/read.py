@@ -164,8 +164,10 @@ class Folder:
 
     @property
     def is_run(self) -> bool:
-        """Whether it contains any file of a run."""
-        return any((self.path / name).is_file() for name in (METRICS, MANIFEST, CONFIG, RESULTS))
+        """Whether it contains any file of a run; a checkpoint, which has a manifest too, is none."""
+        return not (self.path / "state.json").is_file() and any(
+            (self.path / name).is_file() for name in (METRICS, MANIFEST, CONFIG, RESULTS)
+        )
 
 
 def read_folder(folder: Path | str) -> Folder:

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["TRACKERS", "Mirrors", "TrackerSpec", "check_installed"]
 
+
+GOES_ON = "; the run goes on without it"
 
 # ---- The run's side: one process per tracker, notified when the run begins and ends, and polled without waiting ----
 
@@ -131,7 +134,7 @@ class Mirror:
         sent = sent_to(Path(self.info.folder), self.spec.name)
         whole = self.done and sent.unsent == 0 and sent.error is None
         if not whole:
-            later = f"`penchant track {self.info.folder} --to {self.spec.name}` sends what is missing"
+            later = f"`penchant track {shlex.quote(self.info.folder)} --to {self.spec.name}` sends what is missing"
             self.say(f"{self.spec.label}: {self._failure_reason(hung, sent)}; metrics.jsonl has every line. {later}")
         return whole
 
@@ -159,7 +162,7 @@ class Mirror:
     def _warn(self, what: str) -> None:
         if self.failed is None:
             self.failed = what
-            self.say(f"{self.spec.label}: {one_line(what)}; the run goes on without it")
+            self.say(f"{self.spec.label}: {one_line(what)}{GOES_ON}")
 
     def _kill(self) -> None:
         if self.process is None:
@@ -258,7 +261,7 @@ def track_run(
     given = {name: value for name, value in settings.items() if value is not None}
     logging = LoggingConfig.model_validate({**config.logging.model_dump(), **given, "trackers": list(to)})
     with RunLock(folder):
-        mirrors = Mirrors(folder, logging, config.model_dump(mode="json"), say)
+        mirrors = Mirrors(folder, logging, config.model_dump(mode="json"), lambda line: say(line.removesuffix(GOES_ON)))
         mirrors.begin(anew=anew)
         for sentence in damage_notes(folder):
             say(sentence)

@@ -74,7 +74,7 @@ class TensorBoard:
         if info.id is None:
             self._text("config", json.dumps(info.config, indent=1), 0)
         self.writer.flush()
-        return Started(folder.name, str(folder))
+        return Started(os.path.relpath(folder, Path(info.dir) / "tensorboard"), str(folder))  # a name may have slashes
 
     def _unused_folder(self, info: RunInfo) -> Path:
         """Return a folder that no earlier run has used, since curves of two runs in one folder would mix."""

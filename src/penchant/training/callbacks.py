@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +38,18 @@ class Callbacks:
         callbacks: objects with some of the methods of `Callback`; a plain function is used as `on_step`.
 
     Raises:
-        ConfigError: an item is neither.
+        ConfigError: an item is neither, or there is no list.
     """
 
     def __init__(self, callbacks: Sequence[Any] = ()) -> None:
+        how = f"give a function f(step, metrics), or an object with {', '.join(EVENTS[:-1])} or {EVENTS[-1]}"
+        if not isinstance(callbacks, Iterable):
+            raise ConfigError("callbacks", f"is of type {type(callbacks).__name__}, not a list", f"write [...]: {how}")
         self.callbacks = list(callbacks)
         for i, callback in enumerate(self.callbacks):
+            if isinstance(callback, type):
+                raise ConfigError(f"callbacks[{i}]", "is a class", f"give an object of it: {callback.__name__}(...)")
             if not callable(callback) and not any(callable(getattr(callback, name, None)) for name in EVENTS):
-                how = f"give a function f(step, metrics), or an object with {', '.join(EVENTS[:-1])} or {EVENTS[-1]}"
                 raise ConfigError(f"callbacks[{i}]", f"is of type {type(callback).__name__}", how)
 
     def __call__(self, event: str, *args: Any) -> bool:
