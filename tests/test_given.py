@@ -158,7 +158,7 @@ def test_a_missing_value_of_a_frame_is_null_and_arrays_are_lists(tmp_path: Path)
 def test_what_load_preferences_gives_is_read_back(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in polite_rows(5)))
-    first = api.load_preferences(str(file))
+    first = api.load_preferences(file)
     again = api.load_preferences(str(write_rows(first, tmp_path, "data.path")))
     assert [(t.prompt, [c.text for c in t.completions]) for t in first.trees] == [
         (t.prompt, [c.text for c in t.completions]) for t in again.trees

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from penchant.sweep.conduct import SweepResult
 
 
-def load_preferences(path: str | Sequence[str], **options: Any) -> Dataset:
+def load_preferences(path: str | Path | Sequence[str], **options: Any) -> Dataset:
     """Read preference data from files or a hub id; see `penchant.data.load.load_preferences`."""
     from penchant.data.load import load_preferences as load
 

@@ -50,6 +50,8 @@ def request_of(kind: type[T], asked: Mapping[str, Any], command: str) -> T:
         if type(value) in MOST and not abs(value) <= MOST[type(value)]:
             what, how = "is beyond every range", f"give at most {MOST[type(value)]:g}"
             raise ConfigError(f"--{name.replace('_', '-')}", what, how)
+    if isinstance(asked.get("step"), int):  # on the command line it is a text
+        asked = {**asked, "step": str(asked["step"])}
     for f in fields(kind):  # type: ignore[arg-type]
         number, value = NUMBERS.get(str(f.type).removesuffix(" | None")), asked.get(f.name)
         if number is not None and value is not None and not isinstance(value, number[0]):

@@ -393,7 +393,7 @@ def test_validation_rows_that_chose_a_checkpoint_are_said(world: Path, tmp_path:
     test = write_jsonl(tmp_path / "test.jsonl", [*ROWS[36:], *({**r, "prompt": "New. " + r["prompt"]} for r in ROWS)])
     notes = compare(world, str(run), data=test).figures["notes"]
     assert "4 of the test rows are held-out rows by which checkpoints were chosen." in notes
-    refused(world, CheckpointError, "no such checkpoint; there are step-1, step-2", run, step="7")
+    refused(world, CheckpointError, "no such checkpoint; there are step-1, step-2", run, step=7)
     assert not any("were chosen by" in n for n in compare(world, "dpo").figures["notes"])  # it was evaluated only once
     refused(world, ConfigError, "'first' is not a step", "dpo", step="first")
 

@@ -536,7 +536,7 @@ def test_redo_trains_a_stage_and_all_that_use_it_anew_and_keeps_the_old(
     changed = "stages.sft.train.lr=1e-3"
     assert plan(base, changed)["sft"] == "CHANGED: train.lr: 0.003 -> 0.001"
     assert plan(base, changed)["dpo"] == "to be checked again: after sft"
-    assert "to redo" in plan(base, changed, redo=["sft"])["dpo"]
+    assert "to redo" in plan(base, changed, redo="sft")["dpo"]
     names = trained(monkeypatch)
     new = run(base, changed, redo=["sft"])
     assert names == ["sft", "dpo"]

@@ -12,6 +12,7 @@ from tiny import polite_rows, tiny_model_folder, write_jsonl
 from wandb_file import history, run_of
 
 from penchant import api
+from penchant.errors import ConfigError
 from penchant.track import TRACKERS, TrackerSpec
 from penchant.track.tracker import STEP, to_line
 
@@ -150,6 +151,8 @@ def test_a_tracker_that_fails_afterwards_has_no_run_that_goes_on(
     monkeypatch.setenv("FAKE_API_KEY", "abcdef")
     monkeypatch.setitem(TRACKERS, "mlflow", TrackerSpec("mlflow", "Fake", "json", "mlflow", "fake_trackers:Raises"))
     said: list[str] = []
+    with pytest.raises(ConfigError, match=r"track: logging\.project is ''"):
+        api.track(crashed[1], "mlflow", project="")
     assert not api.track(crashed[1], "mlflow", say=said.append)
     assert "401" in said[1] and not any("the run goes on" in line for line in said)
 

@@ -416,7 +416,7 @@ class Reading(TypedDict, total=False):
     image_dir: str | None
 
 
-def load_preferences(path: str | Sequence[str], *, on_bad_row: str = "error", **how: Unpack[Reading]) -> Dataset:
+def load_preferences(path: str | Path | Sequence[str], *, on_bad_row: str = "error", **how: Unpack[Reading]) -> Dataset:
     """Read files or hub ids into prompt trees.
 
     Args:
@@ -432,9 +432,9 @@ def load_preferences(path: str | Sequence[str], *, on_bad_row: str = "error", **
     return stream_preferences(path, **how).load(on_bad_row)
 
 
-def stream_preferences(path: str | Sequence[str], **how: Unpack[Reading]) -> Stream:
+def stream_preferences(path: str | Path | Sequence[str], **how: Unpack[Reading]) -> Stream:
     """Like `load_preferences`, as a stream that keeps nothing in memory; bad rows come as `Quarantined`."""
-    paths = [path] if isinstance(path, str) else [str(p) for p in path]
+    paths = [str(path)] if isinstance(path, (str, Path)) else [str(p) for p in path]
     bounds = how.pop("bounds", None)
     rows = read_rows(paths, None if bounds is None else Bounds(**bounds))
     if how.get("image_dir") == "":

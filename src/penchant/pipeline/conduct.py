@@ -272,6 +272,7 @@ class Conductor:
         return PipelineResult(self.pipeline.output, models, done, outcome)
 
     def _stages_to_redo(self, redo: Sequence[str]) -> list[str]:
+        redo = [redo] if isinstance(redo, str) else redo
         for name in redo:
             self.pipeline.stage(name, "--redo")
         return self.pipeline.downstream(redo)

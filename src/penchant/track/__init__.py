@@ -245,7 +245,7 @@ def track_run(
         Whether every line was sent.
 
     Raises:
-        CheckpointError: there is no run, or it is still running. ConfigError: a tracker is unknown or not installed.
+        CheckpointError: there is no run, or it is still running. ConfigError: a tracker is unknown or not installed, or a setting is invalid.
     """
     folder = Path(run).expanduser()
     if not (folder / CONFIG).exists() or not (folder / METRICS).exists():
@@ -255,11 +255,13 @@ def track_run(
         raise ConfigError("--to", f"{(unknown or ['nothing'])[0]} is not a tracker", f"there are {', '.join(TRACKERS)}")
     check_installed(to, "--to")
     from penchant.config import load_config
+    from penchant.config.several import read_section
     from penchant.training.options import LoggingConfig
 
     config = load_config(folder / CONFIG)
     given = {name: value for name, value in settings.items() if value is not None}
-    logging = LoggingConfig.model_validate({**config.logging.model_dump(), **given, "trackers": list(to)})
+    values = {"logging": {**config.logging.model_dump(), **given, "trackers": list(to)}}
+    logging = read_section(LoggingConfig, "logging", values, {}, "track")
     with RunLock(folder):
         mirrors = Mirrors(folder, logging, config.model_dump(mode="json"), lambda line: say(line.removesuffix(GOES_ON)))
         mirrors.begin(anew=anew)
