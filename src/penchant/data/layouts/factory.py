@@ -29,8 +29,8 @@ def sharegpt_pairs(row: Fields) -> PromptTree:
     """A conversation up to a user turn, with a better and a worse answer to it."""
     before = plain.conversation(row)
     if before[-1].role not in ("user", "tool"):
-        what = f'"{plain.conversation_name(row)}" does not end with a user turn'
-        raise RowError(what, "the two answers must follow a question")
+        problem = f'"{plain.conversation_name(row)}" does not end with a user turn'
+        raise RowError(problem, "the two answers must follow a question")
     return plain.pair(before, plain.answer_field(row, "chosen"), plain.answer_field(row, "rejected"), row)
 
 
@@ -41,9 +41,9 @@ def swift_pairs(row: Fields) -> PromptTree:
         tree = fields.last_answer_tree(plain.conversation(row), "messages")
         before, chosen = tree.prompt, fields.split_last_answer(plain.conversation(row), "messages")[1]
         return plain.pair(before, chosen, fields.text(row, "rejected_response"), row)
-    asked = {**row, "instruction": fields.text(row, "query"), "input": None}
+    alpaca_row = {**row, "instruction": fields.text(row, "query"), "input": None}
     return plain.pair(
-        plain.instruction_prompt(asked), fields.text(row, "response"), fields.text(row, "rejected_response"), row
+        plain.instruction_prompt(alpaca_row), fields.text(row, "response"), fields.text(row, "rejected_response"), row
     )
 
 
