@@ -53,11 +53,11 @@ def _int(_: Any, node: yaml.Node) -> int:
 
 
 def _bool(_: Any, node: yaml.Node) -> bool:
-    found = yaml.SafeLoader.bool_values.get(str(node.value).lower())
-    if found is None:
+    value = yaml.SafeLoader.bool_values.get(str(node.value).lower())
+    if value is None:
         problem = f"{short(str(node.value), 20)} is neither true nor false"
         raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark, note="write true or false")
-    return found
+    return value
 
 
 _SIDES: tuple[Any, ...] = (_Loader, _FastLoader, _Dumper)
@@ -97,9 +97,9 @@ def parse_yaml(text: str, source: str) -> tuple[Any, Places]:
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark is not None else source
-        what = one_line(str(getattr(error, "problem", None) or error), 200)
-        how = getattr(error, "note", None) or "check indentation and colons"
-        raise ConfigError(where, f"not valid YAML ({what})", how) from error
+        problem = one_line(str(getattr(error, "problem", None) or error), 200)
+        advice = getattr(error, "note", None) or "check indentation and colons"
+        raise ConfigError(where, f"not valid YAML ({problem})", advice) from error
 
 
 def _collect_places(node: yaml.Node, source: str, prefix: tuple[str, ...], places: Places) -> None:
@@ -132,8 +132,8 @@ RESOLVED = "config.resolved.yaml"  # in a run's folder
 
 
 def _data_file_error(path: Path) -> ConfigError:
-    how = f"write one for this file with `penchant init --data {path}`"
-    return ConfigError(str(path), "is a data file, and a config (YAML) is expected here", how)
+    advice = f"write one for this file with `penchant init --data {path}`"
+    return ConfigError(str(path), "is a data file, and a config (YAML) is expected here", advice)
 
 
 def read_mapping(path: str | Path, shape: str) -> tuple[dict[str, Any], Places]:
@@ -152,32 +152,32 @@ def read_mapping(path: str | Path, shape: str) -> tuple[dict[str, Any], Places]:
         with path.open("rb") as file:
             text = file.read(YAML_BYTES + 1).decode("utf-8-sig")
     except FileNotFoundError as error:
-        near = closest_file(path, [p.name for p in path.parent.glob("*.y*ml")])
+        suggestion = closest_file(path, [p.name for p in path.parent.glob("*.y*ml")])
         runs = {p.parent.name: str(p) for p in path.parent.glob(f"*/{RESOLVED}")}
         run = runs.get(closest(path.name, runs, 0.7), "")
-        near = "" if run and not path.suffix else Path(near).name if near else ""
-        how = f"did you mean {near or run}?" if near or run else "give the path of a YAML config"
-        raise ConfigError(str(path), "no such file", how) from error
+        suggestion = "" if run and not path.suffix else Path(suggestion).name if suggestion else ""
+        advice = f"did you mean {suggestion or run}?" if suggestion or run else "give the path of a YAML config"
+        raise ConfigError(str(path), "no such file", advice) from error
     except IsADirectoryError as error:
-        own = path / RESOLVED
-        how = f"its config is {own}" if own.is_file() else "give the YAML file of a config"
-        raise ConfigError(str(path), "is a folder", how) from error
+        config_path = path / RESOLVED
+        advice = f"its config is {config_path}" if config_path.is_file() else "give the YAML file of a config"
+        raise ConfigError(str(path), "is a folder", advice) from error
     except (OSError, ValueError) as error:
         raise ConfigError(str(path), f"cannot be read ({error})", "give a UTF-8 YAML file") from error
     if path.suffix.lower() == ".json" and not text.lstrip().startswith("{"):
         raise _data_file_error(path)
     values, places = parse_yaml(text, str(path))
     if not isinstance(values, dict):
-        what = "is empty" if values is None else f"holds a {type(values).__name__} at the top"
-        raise ConfigError(str(path), what, shape)
+        problem = "is empty" if values is None else f"holds a {type(values).__name__} at the top"
+        raise ConfigError(str(path), problem, shape)
     return values, places
 
 
 def plain_values(value: Any, depth: int = 0) -> Any:
     """Nested mappings as dicts with text keys, and paths as text, as a YAML file would give them."""
     if depth > YAML_DEPTH:
-        how = "see `penchant config` for the keys there are"
-        raise ConfigError("config", f"is nested deeper than {YAML_DEPTH}", how)
+        advice = "see `penchant config` for the keys there are"
+        raise ConfigError("config", f"is nested deeper than {YAML_DEPTH}", advice)
     if isinstance(value, Mapping):
         return {str(k): plain_values(v, depth + 1) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -203,22 +203,22 @@ def check_values(value: Any, places: Places, source: str, path: tuple[str, ...] 
     elif isinstance(value, list):
         for i, inner in enumerate(value):
             check_values(inner, places, source, (*path, str(i)))
-    what, how = "", "give a number within the range of a float"
+    problem, advice = "", "give a number within the range of a float"
     if isinstance(value, float) and not math.isfinite(value):
-        what, how = f"is {value}", "give a finite number"
+        problem, advice = f"is {value}", "give a finite number"
     elif isinstance(value, (int, float)):
         if abs(value) > (MAX_FLOAT if isinstance(value, float) else MAX_INT):
-            what = "is beyond every range"
+            problem = "is beyond every range"
         elif 0 < abs(value) < 1 / MAX_FLOAT:
-            what = "is nearly zero and not zero"
+            problem = "is nearly zero and not zero"
     elif isinstance(value, str):
-        how = "give a shorter text without control characters"
+        advice = "give a shorter text without control characters"
         if len(value) > (YAML_BYTES if any(path[: len(p)] == p for p in FREE_TEXTS) else MAX_TEXT):
-            what = f"has {len(value):,} characters"
+            problem = f"has {len(value):,} characters"
         elif re.search("[\0\ud800-\udfff]", value):
-            what = "holds a NUL or half a character"
-    if what:
-        raise ConfigError(place_of(path, places, source), f"{'.'.join(path)} {what}".strip(), how)
+            problem = "holds a NUL or half a character"
+    if problem:
+        raise ConfigError(place_of(path, places, source), f"{'.'.join(path)} {problem}".strip(), advice)
 
 
 def apply_overrides(values: dict[str, Any], places: Places, overrides: Sequence[str]) -> Places:
@@ -230,8 +230,8 @@ def apply_overrides(values: dict[str, Any], places: Places, overrides: Sequence[
     for text in overrides:
         key, equals, raw = text.partition("=")
         if not equals or not key.strip():
-            how = "write key.path=value, e.g. train.lr=1e-5"
-            raise ConfigError("command line", f"{short(text)!r} is not an override", how)
+            advice = "write key.path=value, e.g. train.lr=1e-5"
+            raise ConfigError("command line", f"{short(text)!r} is not an override", advice)
         value, _ = parse_yaml(raw, "command line")
         places = set_key(values, places, tuple(key.strip().split(".")), value, "command line")
     return places
@@ -242,7 +242,9 @@ def expand_source_list(values: dict[str, Any], places: Places) -> Places:
     if not isinstance(values.get("data"), list):
         return places
     values["data"] = {"sources": values["data"]}
-    return {("data", "sources", *key[1:]) if key[0] == "data" and key[1:] else key: at for key, at in places.items()}
+    return {
+        ("data", "sources", *key[1:]) if key[0] == "data" and key[1:] else key: place for key, place in places.items()
+    }
 
 
 def set_key(values: dict[str, Any], places: Places, path: tuple[str, ...], value: Any, where: str) -> Places:
@@ -257,27 +259,27 @@ def set_key(values: dict[str, Any], places: Places, path: tuple[str, ...], value
     Raises:
         ConfigError: a part of the path is not a section.
     """
-    at = values
+    section = values
     for i, part in enumerate(path[:-1]):
-        if at.get(part) is None:
-            at[part] = {}
-        if part in BY_NAME and isinstance(at[part], str):
-            at[part] = {"name": at[part]}
-        at = at[part]
-        if isinstance(at, list):
-            what = f"{'.'.join(path[: i + 1])} is a list, so {'.'.join(path)} cannot be set"
-            raise ConfigError(where, what, "give the whole list, or change it in the file")
-        if not isinstance(at, dict):
-            what = f"{'.'.join(path[: i + 1])} is a value, not a section, so {'.'.join(path)} cannot be set"
-            raise ConfigError(where, what, "see `penchant config` for all keys")
-    if path[-2:] == ("loss", "name") and at.get("name", "dpo") != value:
+        if section.get(part) is None:
+            section[part] = {}
+        if part in BY_NAME and isinstance(section[part], str):
+            section[part] = {"name": section[part]}
+        section = section[part]
+        if isinstance(section, list):
+            problem = f"{'.'.join(path[: i + 1])} is a list, so {'.'.join(path)} cannot be set"
+            raise ConfigError(where, problem, "give the whole list, or change it in the file")
+        if not isinstance(section, dict):
+            problem = f"{'.'.join(path[: i + 1])} is a value, not a section, so {'.'.join(path)} cannot be set"
+            raise ConfigError(where, problem, "see `penchant config` for all keys")
+    if path[-2:] == ("loss", "name") and section.get("name", "dpo") != value:
         # another loss starts from its own defaults: a beta in the file was meant for the file's loss
-        given = {p[-1] for p, place in places.items() if p[:-1] == path[:-1] and place == "command line"}
-        for key_of_file in [k for k in at if k not in {*LossModifiers.model_fields, *given}]:
-            del at[key_of_file]
-    at[path[-1]] = value
-    also = any(p[0] == "loss" and place == where for p, place in places.items())
-    if path in (("algorithm",), ("algorithm", "name")) and value is not None and "loss" in values and not also:
+        overridden = {p[-1] for p, place in places.items() if p[:-1] == path[:-1] and place == "command line"}
+        for key in [k for k in section if k not in {*LossModifiers.model_fields, *overridden}]:
+            del section[key]
+    section[path[-1]] = value
+    loss_set_too = any(p[0] == "loss" and place == where for p, place in places.items())
+    if path in (("algorithm",), ("algorithm", "name")) and value is not None and "loss" in values and not loss_set_too:
         del values["loss"]  # an algorithm replaces the file's loss
         places = {p: place for p, place in places.items() if p[0] != "loss"}
     return {p: place for p, place in places.items() if p[: len(path)] != path} | {path: where}
