@@ -168,8 +168,8 @@ def parts() -> Iterator[Part]:
             (section, *_) = sections_of(info)
             keys = [k for k in _keys(section, f"{name}.") if k.path != "evaluation.reward"]
             if name == "evaluation":
-                about = section.model_fields["reward"].description or ""
-                keys.append(Key("evaluation.reward", "as reward", "null", about))
+                description = section.model_fields["reward"].description or ""
+                keys.append(Key("evaluation.reward", "as reward", "null", description))
             yield Part(name, _first_line(section), tuple(keys))
 
 

@@ -63,10 +63,10 @@ class DataFacts:
         return self.layout if self.layout == self.kind else f"{self.layout}: {self.kind}"
 
     def to_text(self) -> str:
-        aside = f", {self.aside:,} of them bad rows, kept aside and counted ({self.reasons})" if self.aside else ""
+        bad_rows = f", {self.aside:,} of them bad rows, kept aside and counted ({self.reasons})" if self.aside else ""
         unused = f"; columns that are not used: {self.unused}" if self.unused else ""
         return (
-            f"{counted(self.rows, 'row')}, {self.to_kind()}{aside}; prompt and answer: half have {self.longest[0]:,} or less, "
+            f"{counted(self.rows, 'row')}, {self.to_kind()}{bad_rows}; prompt and answer: half have {self.longest[0]:,} or less, "
             f"95% {self.longest[1]:,}, longest {self.longest[3]:,} {self.unit}{unused}"
         )
 

@@ -383,7 +383,7 @@ def split_names(paths: Iterable[str]) -> dict[str, str]:
 
 
 def _truncation(tokenized: TokenizedDataset) -> dict[str, Finding]:
-    bad = tuple(q.where for q in tokenized.quarantined)
+    bad_rows = tuple(q.where for q in tokenized.quarantined)
     identical = tuple(q.where for q in tokenized.quarantined if q.what.startswith(IDENTICAL))
     cut_rows = tuple(dict.fromkeys((*tokenized.cut_prompts, *tokenized.cut_completions)))
     checks = {
@@ -391,7 +391,7 @@ def _truncation(tokenized: TokenizedDataset) -> dict[str, Finding]:
         "cut_prompts": ("prompts that lost their start to max_length", tokenized.cut_prompts),
         "cut_completions": ("rows with a cut completion (its EOS is gone)", tokenized.cut_completions),
         "identical_after_cut": ("pairs that became equal in tokens", identical),
-        "bad_after_tokenising": ("rows kept aside when tokenizing", bad),
+        "bad_after_tokenising": ("rows kept aside when tokenizing", bad_rows),
     }
     return {name: Finding(title, len(where), tokenized.total, where) for name, (title, where) in checks.items()}
 

@@ -245,9 +245,9 @@ class NearDuplicates(MergeableCounter):
         return (good != bad) & np.isin(_hash_columns(prompts, good, bad), _hash_columns(prompts, bad, good))
 
     def findings(self) -> Named:
-        for name, other in self.rows().items():
+        for name, linked in self.rows().items():
             title, joined, advice = NEAR_FINDINGS[name]
-            yield name, linked_rows_finding(title, other, self.places, joined, advice)
+            yield name, linked_rows_finding(title, linked, self.places, joined, advice)
 
 
 NEAR_FINDINGS = {  # title, what joins the two places, advice

@@ -287,8 +287,10 @@ class _RowMarks:
                     self.leakage.update(1, tree)
                 self.accepted.append(len(self.flags))
             elif not converted.left_out:  # a row that an option leaves out of training is valid
-                bad = converted.aside[0]
-                rule = "identical" if bad.what.startswith(IDENTICAL) else "empty" if is_empty(bad) else "bad_rows"
+                bad_row = converted.aside[0]
+                rule = (
+                    "identical" if bad_row.what.startswith(IDENTICAL) else "empty" if is_empty(bad_row) else "bad_rows"
+                )
                 mark |= BIT[rule if isinstance(row, Row) else "unreadable"]
             if groups and isinstance(row, Row):
                 counts: Counter[str] = Counter()

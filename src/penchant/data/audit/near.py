@@ -252,11 +252,11 @@ def first_occurrence(keys: np.ndarray) -> np.ndarray:
 
 def first_index(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """For each wanted key the index of its first occurrence in `keys`, -1 if there is none: int64, shape of `wanted`."""
-    known, first = np.unique(keys, return_index=True)
-    if not len(known):
+    unique, first = np.unique(keys, return_index=True)
+    if not len(unique):
         return np.full(len(wanted), -1)
-    position = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
-    return np.where(known[position] == wanted, first[position], -1)
+    position = np.minimum(np.searchsorted(unique, wanted), len(unique) - 1)
+    return np.where(unique[position] == wanted, first[position], -1)
 
 
 def _candidates(

@@ -43,10 +43,10 @@ def luhn(digits: str) -> bool:
 
 def iban(value: str) -> bool:
     """Whether an IBAN passes the check of ISO 13616: rearranged and read as a number, it is 1 modulo 97."""
-    plain = value.replace(" ", "")
-    if not 15 <= len(plain) <= 34:
+    compact = value.replace(" ", "")
+    if not 15 <= len(compact) <= 34:
         return False
-    return int("".join(str(int(c, 36)) for c in plain[4:] + plain[:4])) % 97 == 1
+    return int("".join(str(int(c, 36)) for c in compact[4:] + compact[:4])) % 97 == 1
 
 
 def entropy(token: str) -> float:

@@ -55,13 +55,13 @@ def _multi_turn_pair(row: Fields, sides: tuple[tuple[Message, ...], tuple[Messag
     completions = []
     for name, answer, turns in zip(("chosen", "rejected"), tree.completions, sides, strict=True):
         raw_turns = row[name]
-        learned = [
+        trained = [
             m.role == "assistant" and (len(raw_turns) != len(turns) or fields.is_trained(raw_turns[i]))
             for i, m in enumerate(turns)
         ]
-        if not (learned[first_difference] and learned[-1]):
+        if not (trained[first_difference] and trained[-1]):
             raise LeftOut(f'an answer of "{name}" that is compared has weight 0', fields.NOTHING_WRONG)
-        more = tuple(replace(m, trained=is_learned) for m, is_learned in zip(turns, learned, strict=True))[
+        more = tuple(replace(m, trained=is_learned) for m, is_learned in zip(turns, trained, strict=True))[
             first_difference + 1 :
         ]
         completions.append(replace(answer, more=more))

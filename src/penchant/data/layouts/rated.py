@@ -202,8 +202,8 @@ def _mean_submitted(row: Fields, question: str) -> float | None:
         return None
     states = status if isinstance(status, list) and len(status) == len(values) else ["submitted"] * len(values)
     ratings = [fields.finite(v) for v, s in zip(values, states, strict=True) if s == "submitted"]
-    known = [r for r in ratings if r is not None]
-    return sum(known) / len(known) if known else None
+    valid = [r for r in ratings if r is not None]
+    return sum(valid) / len(valid) if valid else None
 
 
 @layout("argilla_pairs", check=lambda row: {"chosen_response", "rejected_response"} <= row.keys() or _has_rating(row))
