@@ -117,8 +117,8 @@ def _check_loss(values: Mapping[str, Any], places: Places, source: str) -> None:
         return
     resolved = isinstance(loss, Mapping) and LossModifiers.model_fields.keys() <= loss.keys()  # by `dump_config`
     if values.get("algorithm") is not None and not resolved:
-        message, _, advice = LOSS_AND_ALGORITHM.partition("; ")
-        raise ConfigError(place_of(("loss",), places, source), message, advice)
+        message, _, how = LOSS_AND_ALGORITHM.partition("; ")
+        raise ConfigError(place_of(("loss",), places, source), message, how)
     section = {"name": loss} if isinstance(loss, str) else {k: v for k, v in loss.items() if k != "ref_ema"}
     try:
         LossConfig.from_mapping(section)

@@ -128,16 +128,16 @@ def _explain(error: Any, places: Places, source: str, suggest: Callable[[str], s
     if kind == "dict_type" and str(error["loc"][-1]).startswith("dict["):  # one of several forms
         return ConfigError(where, f"{dotted} is {value_text}", "give a mapping")
     if kind in ("model_type", "dict_type"):
-        advice = "indent its keys below it"
+        how = "indent its keys below it"
         if where == "command line":
             first_key = next(iter(_fields_of((*path, ""))), "KEY")
             example = as_yaml(value) if isinstance(value, (int, float)) else "..."
-            advice = f"set its keys, as in {dotted}.{first_key}={example}"
-        return ConfigError(where, f"{dotted} is {short(as_yaml(value))}", f"it is a section: {advice}")
+            how = f"set its keys, as in {dotted}.{first_key}={example}"
+        return ConfigError(where, f"{dotted} is {short(as_yaml(value))}", f"it is a section: {how}")
     if kind == "value_error" and not isinstance(value, bool):
-        problem, _, advice = str(error["msg"]).removeprefix("Value error, ").partition("; ")
-        where = _place_of_named_key(problem, path, places) or where
-        return ConfigError(where, f"{dotted}: {problem}" if dotted else problem, advice)
+        what, _, how = str(error["msg"]).removeprefix("Value error, ").partition("; ")
+        where = _place_of_named_key(what, path, places) or where
+        return ConfigError(where, f"{dotted}: {what}" if dotted else what, how)
     if isinstance(value, str) and kind.split("_")[0] in ("float", "finite", "int", "bool", "literal"):
         unquoted = _number_without_quotes(value)
         if unquoted is not None:

@@ -15,24 +15,24 @@ def check_launch(config: RunConfig, processes: int) -> None:
     launch = config.launch
     if processes == 1:
         if launch.processes not in ("auto", 1):
-            problem = f"is {launch.processes}, and this is one process: only the command penchant train starts others"
-            advice = "leave it out of sweeps, pipelines and Python calls, or use penchant train or torchrun"
-            raise ConfigError("launch.processes", problem, advice)
+            what = f"is {launch.processes}, and this is one process: only the command penchant train starts others"
+            how = "leave it out of sweeps, pipelines and Python calls, or use penchant train or torchrun"
+            raise ConfigError("launch.processes", what, how)
         if launch.context > 1:
-            problem = f"is {launch.context}, and this is one process"
-            raise ConfigError("launch.context", problem, "give --processes, or leave it out")
+            what = f"is {launch.context}, and this is one process"
+            raise ConfigError("launch.context", what, "give --processes, or leave it out")
         if launch.offload:
             raise ConfigError("launch.offload", "moves shards, and this is one process", "leave it out, or give --gpus")
         return
     if launch.processes not in ("auto", processes):
-        problem = f"is {launch.processes}, but {processes} processes were started"
-        raise ConfigError("launch.processes", problem, "leave it out under torchrun")
+        what = f"is {launch.processes}, but {processes} processes were started"
+        raise ConfigError("launch.processes", what, "leave it out under torchrun")
     if processes % launch.replicas:
-        problem = f"{processes} processes are not {launch.replicas} equal groups"
-        raise ConfigError("launch.replicas", problem, "give a divisor of them")
+        what = f"{processes} processes are not {launch.replicas} equal groups"
+        raise ConfigError("launch.replicas", what, "give a divisor of them")
     if processes % launch.context:
-        problem = f"{processes} processes are not equal groups of {launch.context}"
-        raise ConfigError("launch.context", problem, "give a divisor of them")
+        what = f"{processes} processes are not equal groups of {launch.context}"
+        raise ConfigError("launch.context", what, "give a divisor of them")
     if launch.context > 1:
         reason = None
         if config.algorithm is not None:
@@ -58,5 +58,5 @@ def check_launch(config: RunConfig, processes: int) -> None:
             "model.quantize", "quantized weights cannot be sharded yet", f"leave it out, or {single_process_advice}"
         )
     if isinstance(config.train.gradient_checkpointing, str):
-        problem = f"{config.train.gradient_checkpointing} is for one process so far"
-        raise ConfigError("train.gradient_checkpointing", problem, f"set layers or off, or {single_process_advice}")
+        what = f"{config.train.gradient_checkpointing} is for one process so far"
+        raise ConfigError("train.gradient_checkpointing", what, f"set layers or off, or {single_process_advice}")

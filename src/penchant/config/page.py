@@ -189,12 +189,12 @@ def text(key: str | None = None) -> str:
     if not lines:
         names = sorted({k.path for p in parts() for k in p.keys})
         suggestion = closest(str(key), names) or next((n for n in names if n.rpartition(".")[2] == key), "")
-        advice = (
+        how = (
             f"did you mean {suggestion}?"
             if suggestion
             else f"there are the sections {', '.join(RunConfig.model_fields)}"
         )
-        raise ConfigError("config", f"{key!r} is not a config key", advice)
+        raise ConfigError("config", f"{key!r} is not a config key", how)
     return "\n".join(lines[1:])
 
 

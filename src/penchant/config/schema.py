@@ -195,10 +195,10 @@ class RunConfig(Section):
             "evaluation.kl_prompts": ("kl_prompts" in set_fields and evaluation.kl_prompts > 0, "set it to 0"),
             "evaluation.samples": ("samples" in set_fields and evaluation.samples > 0, "set it to 0"),
         }
-        for name, (is_set, advice) in conflicts.items():
+        for name, (is_set, how) in conflicts.items():
             if is_set:
                 raise ValueError(
-                    f"{name} is set and model.vision is {self.model.vision}, which do not go together; {advice}"
+                    f"{name} is set and model.vision is {self.model.vision}, which do not go together; {how}"
                 )
         without_sampling = evaluation.model_copy(update={"kl_prompts": 0, "samples": 0})
         object.__setattr__(self, "evaluation", without_sampling)

@@ -111,8 +111,8 @@ class Member:
             # a place has a line or is the command line; anything else is a key of the config
             is_place = error.where in {*self.places.values(), self.place}
             where = error.where if is_place else place_of(tuple(error.where.split(".")), self.places, self.place)
-            problem = error.what if is_place else f"{error.where} {error.what}"
-            return ConfigError(where, f"{title}: {problem}", error.how)
+            what = error.what if is_place else f"{error.where} {error.what}"
+            return ConfigError(where, f"{title}: {what}", error.how)
         if isinstance(error, (DataError, ModelError, RewardError)):
             return type(error)(error.where, f"{title}: {error.what}", error.how)
         return error
@@ -127,5 +127,5 @@ class Member:
 
     def refusal(self, why: str, how: str) -> CheckpointError:
         """The error for a run that exists with other inputs, so that it can be neither skipped nor overwritten."""
-        problem = f"{self.title.format(self.name)} was already run, fully or in part, with other inputs: {why}"
-        return CheckpointError(self.place, problem, how)
+        what = f"{self.title.format(self.name)} was already run, fully or in part, with other inputs: {why}"
+        return CheckpointError(self.place, what, how)

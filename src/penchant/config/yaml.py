@@ -97,9 +97,9 @@ def parse_yaml(text: str, source: str) -> tuple[Any, Places]:
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark is not None else source
-        problem = one_line(str(getattr(error, "problem", None) or error), 200)
-        advice = getattr(error, "note", None) or "check indentation and colons"
-        raise ConfigError(where, f"not valid YAML ({problem})", advice) from error
+        what = one_line(str(getattr(error, "problem", None) or error), 200)
+        how = getattr(error, "note", None) or "check indentation and colons"
+        raise ConfigError(where, f"not valid YAML ({what})", how) from error
 
 
 def _collect_places(node: yaml.Node, source: str, prefix: tuple[str, ...], places: Places) -> None:
@@ -132,8 +132,8 @@ RESOLVED = "config.resolved.yaml"  # in a run's folder
 
 
 def _data_file_error(path: Path) -> ConfigError:
-    advice = f"write one for this file with `penchant init --data {path}`"
-    return ConfigError(str(path), "is a data file, and a config (YAML) is expected here", advice)
+    how = f"write one for this file with `penchant init --data {path}`"
+    return ConfigError(str(path), "is a data file, and a config (YAML) is expected here", how)
 
 
 def read_mapping(path: str | Path, shape: str) -> tuple[dict[str, Any], Places]:
@@ -156,28 +156,28 @@ def read_mapping(path: str | Path, shape: str) -> tuple[dict[str, Any], Places]:
         runs = {p.parent.name: str(p) for p in path.parent.glob(f"*/{RESOLVED}")}
         run = runs.get(closest(path.name, runs, 0.7), "")
         suggestion = "" if run and not path.suffix else Path(suggestion).name if suggestion else ""
-        advice = f"did you mean {suggestion or run}?" if suggestion or run else "give the path of a YAML config"
-        raise ConfigError(str(path), "no such file", advice) from error
+        how = f"did you mean {suggestion or run}?" if suggestion or run else "give the path of a YAML config"
+        raise ConfigError(str(path), "no such file", how) from error
     except IsADirectoryError as error:
         config_path = path / RESOLVED
-        advice = f"its config is {config_path}" if config_path.is_file() else "give the YAML file of a config"
-        raise ConfigError(str(path), "is a folder", advice) from error
+        how = f"its config is {config_path}" if config_path.is_file() else "give the YAML file of a config"
+        raise ConfigError(str(path), "is a folder", how) from error
     except (OSError, ValueError) as error:
         raise ConfigError(str(path), f"cannot be read ({error})", "give a UTF-8 YAML file") from error
     if path.suffix.lower() == ".json" and not text.lstrip().startswith("{"):
         raise _data_file_error(path)
     values, places = parse_yaml(text, str(path))
     if not isinstance(values, dict):
-        problem = "is empty" if values is None else f"holds a {type(values).__name__} at the top"
-        raise ConfigError(str(path), problem, shape)
+        what = "is empty" if values is None else f"holds a {type(values).__name__} at the top"
+        raise ConfigError(str(path), what, shape)
     return values, places
 
 
 def plain_values(value: Any, depth: int = 0) -> Any:
     """Nested mappings as dicts with text keys, and paths as text, as a YAML file would give them."""
     if depth > YAML_DEPTH:
-        advice = "see `penchant config` for the keys there are"
-        raise ConfigError("config", f"is nested deeper than {YAML_DEPTH}", advice)
+        how = "see `penchant config` for the keys there are"
+        raise ConfigError("config", f"is nested deeper than {YAML_DEPTH}", how)
     if isinstance(value, Mapping):
         return {str(k): plain_values(v, depth + 1) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -203,22 +203,22 @@ def check_values(value: Any, places: Places, source: str, path: tuple[str, ...] 
     elif isinstance(value, list):
         for i, inner in enumerate(value):
             check_values(inner, places, source, (*path, str(i)))
-    problem, advice = "", "give a number within the range of a float"
+    what, how = "", "give a number within the range of a float"
     if isinstance(value, float) and not math.isfinite(value):
-        problem, advice = f"is {value}", "give a finite number"
+        what, how = f"is {value}", "give a finite number"
     elif isinstance(value, (int, float)):
         if abs(value) > (MAX_FLOAT if isinstance(value, float) else MAX_INT):
-            problem = "is beyond every range"
+            what = "is beyond every range"
         elif 0 < abs(value) < 1 / MAX_FLOAT:
-            problem = "is nearly zero and not zero"
+            what = "is nearly zero and not zero"
     elif isinstance(value, str):
-        advice = "give a shorter text without control characters"
+        how = "give a shorter text without control characters"
         if len(value) > (YAML_BYTES if any(path[: len(p)] == p for p in FREE_TEXTS) else MAX_TEXT):
-            problem = f"has {len(value):,} characters"
+            what = f"has {len(value):,} characters"
         elif re.search("[\0\ud800-\udfff]", value):
-            problem = "holds a NUL or half a character"
-    if problem:
-        raise ConfigError(place_of(path, places, source), f"{'.'.join(path)} {problem}".strip(), advice)
+            what = "holds a NUL or half a character"
+    if what:
+        raise ConfigError(place_of(path, places, source), f"{'.'.join(path)} {what}".strip(), how)
 
 
 def apply_overrides(values: dict[str, Any], places: Places, overrides: Sequence[str]) -> Places:
@@ -230,8 +230,8 @@ def apply_overrides(values: dict[str, Any], places: Places, overrides: Sequence[
     for text in overrides:
         key, equals, raw = text.partition("=")
         if not equals or not key.strip():
-            advice = "write key.path=value, e.g. train.lr=1e-5"
-            raise ConfigError("command line", f"{short(text)!r} is not an override", advice)
+            how = "write key.path=value, e.g. train.lr=1e-5"
+            raise ConfigError("command line", f"{short(text)!r} is not an override", how)
         value, _ = parse_yaml(raw, "command line")
         places = set_key(values, places, tuple(key.strip().split(".")), value, "command line")
     return places
@@ -267,11 +267,11 @@ def set_key(values: dict[str, Any], places: Places, path: tuple[str, ...], value
             section[part] = {"name": section[part]}
         section = section[part]
         if isinstance(section, list):
-            problem = f"{'.'.join(path[: i + 1])} is a list, so {'.'.join(path)} cannot be set"
-            raise ConfigError(where, problem, "give the whole list, or change it in the file")
+            what = f"{'.'.join(path[: i + 1])} is a list, so {'.'.join(path)} cannot be set"
+            raise ConfigError(where, what, "give the whole list, or change it in the file")
         if not isinstance(section, dict):
-            problem = f"{'.'.join(path[: i + 1])} is a value, not a section, so {'.'.join(path)} cannot be set"
-            raise ConfigError(where, problem, "see `penchant config` for all keys")
+            what = f"{'.'.join(path[: i + 1])} is a value, not a section, so {'.'.join(path)} cannot be set"
+            raise ConfigError(where, what, "see `penchant config` for all keys")
     if path[-2:] == ("loss", "name") and section.get("name", "dpo") != value:
         # another loss starts from its own defaults: a beta in the file was meant for the file's loss
         overridden = {p[-1] for p, place in places.items() if p[:-1] == path[:-1] and place == "command line"}

@@ -215,15 +215,15 @@ def import_config(
     )
     name = method if method != "auto" else tool.guess(values, Path(path).stem)
     if name is None:
-        advice = f"say which with --method: {', '.join(tool.methods)}"
-        raise ConfigError(str(path), f"does not say which of {tool.title}'s trainers it is for", advice)
+        how = f"say which with --method: {', '.join(tool.methods)}"
+        raise ConfigError(str(path), f"does not say which of {tool.title}'s trainers it is for", how)
     trainer = choose(name, tool.methods, str(path), f"method of {tool.title}")
     try:
         translation = translate(values, tool, trainer, devices, str(Path(path).parent))
     except Untranslatable as error:
-        problem, _, advice = str(error).partition("; ")
+        what, _, how = str(error).partition("; ")
         raise ConfigError(
-            str(path), problem, f"{advice}, or leave the key out" if advice else "fix it, or leave the key out"
+            str(path), what, f"{how}, or leave the key out" if how else "fix it, or leave the key out"
         ) from error
     our_settings = settings(translation, _parse_overrides(overrides))
     if "output" not in our_settings:
@@ -282,5 +282,5 @@ def _check_complete(found: Mapping[str, Any], translation: Translation, path: st
         k: v for k, v in required.items() if k not in found and (k != "data.path" or "data.sources" not in found)
     }
     if missing:
-        advice = "add it behind the file: " + " ".join(f"{k}={v}" for k, v in missing.items())
-        raise ConfigError(path, f"has no usable {' and '.join(missing)}", advice)
+        how = "add it behind the file: " + " ".join(f"{k}={v}" for k, v in missing.items())
+        raise ConfigError(path, f"has no usable {' and '.join(missing)}", how)

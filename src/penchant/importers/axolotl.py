@@ -40,14 +40,14 @@ def intervals(config: ToolConfig) -> Iterator[Line]:
     for key, ours in (("saves_per_epoch", "checkpoint.every"), ("evals_per_epoch", "evaluation.every")):
         if config.sets(key):
             times = number(config[key])
-            advice = f"set {ours} to the steps of an epoch / {config[key]} (`penchant plan` prints how many there are)"
+            how = f"set {ours} to the steps of an epoch / {config[key]} (`penchant plan` prints how many there are)"
             values = {0.0: None, 1.0: "epoch"}
             known = times in values
             yield config.line(
                 [key],
                 "translated" if known else "unsupported",
                 {ours: values[times]} if known else {},
-                "" if known else advice,
+                "" if known else how,
             )
 
 
@@ -146,10 +146,8 @@ def excess_length(config: ToolConfig) -> Iterator[Line]:
     note = (
         "longer rows are set aside and counted, as all rows that cannot be read" if ours == strategies["drop"] else ""
     )
-    advice = "set data.truncation: bad_row or prompt_then_completion"
-    yield config.line(
-        ["excess_length_strategy"], "translated" if ours else "unsupported", ours, note if ours else advice
-    )
+    how = "set data.truncation: bad_row or prompt_then_completion"
+    yield config.line(["excess_length_strategy"], "translated" if ours else "unsupported", ours, note if ours else how)
 
 
 # ---- Data sets ----
@@ -261,8 +259,8 @@ def _locate(dataset: ToolConfig, folder: str) -> tuple[dict[str, Any], list[str]
         used_keys = ["path", "data_files"]
         return {"path": path}, used_keys, [("split", "same", "files are read whole")] if split else []
     if re.match(r"(s3|gs|gcs|az|abfs|oci|https?)://", name) or (file_names and not hf.is_local(name, folder)):
-        advice = "download the files and set data.path to them"
-        return {}, [], [(k, "unsupported", advice) for k in ("path", "data_files", "split") if dataset.sets(k)]
+        how = "download the files and set data.path to them"
+        return {}, [], [(k, "unsupported", how) for k in ("path", "data_files", "split") if dataset.sets(k)]
     if hf.is_local(name, folder):
         path = [f"{name}/{f}" for f in file_names] if file_names else name
         path = path[0] if isinstance(path, list) and len(path) == 1 else path
@@ -270,8 +268,8 @@ def _locate(dataset: ToolConfig, folder: str) -> tuple[dict[str, Any], list[str]
         return {"path": path}, used_keys, [("split", "same", "files are read whole")] if split else []
     match = re.fullmatch(r"(\w+)(?:\[:(\d+)\])?", str(split or "train"))
     if match is None:
-        advice = "a part of a split is not read: set the split alone, and data.limit for its first rows"
-        return {"path": f"{name}:train"}, ["path"], [("split", "unsupported", advice)]
+        how = "a part of a split is not read: set the split alone, and data.limit for its first rows"
+        return {"path": f"{name}:train"}, ["path"], [("split", "unsupported", how)]
     location: dict[str, Any] = {"path": f"{name}:{match[1]}"} | ({"limit": int(match[2])} if match[2] else {})
     return location, ["path", *(["split"] if split else [])], []
 
@@ -290,10 +288,10 @@ def _layout(dataset: ToolConfig, method: str) -> tuple[str, dict[str, str], list
     type_name = str(row_type).partition(":")[0]
     entry = layouts.get(type_name) or layouts.get(type_name.rpartition(".")[2])
     if not entry:
-        advice = "the layout is found by what the rows hold: look at it with `penchant data show`, or set data.shape"
+        how = "the layout is found by what the rows hold: look at it with `penchant data show`, or set data.shape"
         if kind == "prompts":
-            advice = "rows are read as they are: give them a `prompt` column, or name a layout of your own (docs/data_formats.md)"
-        return "", {}, [], [("type", "unsupported", advice)]
+            how = "rows are read as they are: give them a `prompt` column, or name a layout of your own (docs/data_formats.md)"
+        return "", {}, [], [("type", "unsupported", how)]
     shape, columns = str(entry["shape"]), dict(entry.get("columns", {}))
     used_keys, notes = (["type"] if dataset.sets("type") else []), []
     if "note" in entry and used_keys:
@@ -312,17 +310,17 @@ def _message_notes(dataset: ToolConfig, shape: str) -> Notes:
     mapping = {"role": dataset["message_field_role"], "content": dataset["message_field_content"]}
     mapping |= dataset["message_property_mappings"] or {}
     fits = mapping.get("role") in (None, "role", "from") and mapping.get("content") in (None, "content", "value")
-    advice = "turns are of role and content, or of from and value: rename them in the rows"
+    how = "turns are of role and content, or of from and value: rename them in the rows"
     for key in ("message_property_mappings", "message_field_role", "message_field_content"):
         if dataset.sets(key):
-            notes.append((key, "same" if fits else "unsupported", "found by what the turns hold" if fits else advice))
+            notes.append((key, "same" if fits else "unsupported", "found by what the turns hold" if fits else how))
     if dataset.sets("roles"):
         roles = dataset["roles"] if isinstance(dataset["roles"], Mapping) else {}
         fits = bool(roles) and all(
             ROLES.get(str(n)) == ROLES.get(str(ours)) for ours, names in roles.items() for n in names
         )
-        advice = f"roles are read by these names: {', '.join(ROLES)}"
-        notes.append(("roles", "same" if fits else "unsupported", "these names are known" if fits else advice))
+        how = f"roles are read by these names: {', '.join(ROLES)}"
+        notes.append(("roles", "same" if fits else "unsupported", "these names are known" if fits else how))
     return notes
 
 
@@ -351,8 +349,8 @@ def _type_mapping(row_type: Mapping[str, Any], kind: str) -> tuple[str, dict[str
         elif key.endswith("format") and value in TABLE["formats"]:
             notes.append((name, "same", "as here"))
         else:
-            advice = "the wording of a prompt stands in the rows, or in a layout of your own (docs/data_formats.md)"
-            notes.append((name, "unsupported", advice))
+            how = "the wording of a prompt stands in the rows, or in a layout of your own (docs/data_formats.md)"
+            notes.append((name, "unsupported", how))
     return str(spec["shape"]), columns, [], notes
 
 

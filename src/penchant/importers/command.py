@@ -78,9 +78,9 @@ def read_command(path: str | Path) -> Command:
             devices = _device_count({**variables, **({"NPROC_PER_NODE": process_counts[-1]} if process_counts else {})})
             commands.append(Command(values, tool, methods[words[position + 1]], devices))
     if len(commands) != 1:
-        problem = f"{len(commands)} commands that train" if commands else "no command that trains"
-        advice = f"leave one in the script: {', '.join(f'{c} {s}' for c, (_, m) in COMMANDS.items() for s in m)}"
-        raise ConfigError(where, f"has {problem}", advice)
+        what = f"{len(commands)} commands that train" if commands else "no command that trains"
+        how = f"leave one in the script: {', '.join(f'{c} {s}' for c, (_, m) in COMMANDS.items() for s in m)}"
+        raise ConfigError(where, f"has {what}", how)
     return commands[0]
 
 
@@ -145,8 +145,8 @@ def _parse_arguments(words: list[str], where: str) -> dict[str, Any]:
         if (
             unknown := next((v for v in arguments if isinstance(v, str) and re.search(r"\$[\w{(@*#?]|`", v)), None)
         ) is not None:
-            problem = f"--{name} is {unknown[:60]}, which needs a variable that it does not set, or a shell"
-            raise ConfigError(where, problem, "write the value in its place")
+            what = f"--{name} is {unknown[:60]}, which needs a variable that it does not set, or a shell"
+            raise ConfigError(where, what, "write the value in its place")
     parsed = {k: True if not v else v[0] if len(v) == 1 else v for k, v in values.items()}
     if "config" not in parsed:
         return parsed

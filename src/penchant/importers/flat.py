@@ -17,8 +17,8 @@ def method_of(config: ToolConfig) -> Iterator[Line]:
         if ours:
             yield config.line([key], "translated", {"loss.name": ours})
         else:
-            advice = "set loss.name (`penchant losses` lists them) or algorithm.name"
-            yield config.line([key], "unsupported", note=advice)
+            how = "set loss.name (`penchant losses` lists them) or algorithm.name"
+            yield config.line([key], "unsupported", note=how)
 
 
 def batches(config: ToolConfig) -> Iterator[Line]:

@@ -31,8 +31,8 @@ def report_to(config: ToolConfig) -> Iterator[Line]:
         )
         unknown = [a for a in requested if a not in TRACKERS and a not in ("all", "none")]
         if unknown:
-            advice = f"there is no tracker {', '.join(unknown)}: logging.trackers takes {', '.join(TRACKERS)}"
-            yield Line((("report_to", ", ".join(unknown)),), "unsupported", (), advice)
+            how = f"there is no tracker {', '.join(unknown)}: logging.trackers takes {', '.join(TRACKERS)}"
+            yield Line((("report_to", ", ".join(unknown)),), "unsupported", (), how)
         if names:
             note = "those that are installed here" if "all" in requested else ""
             yield config.line(["report_to"], "translated", {"logging.trackers": names}, note)
@@ -109,8 +109,8 @@ def schedule(config: ToolConfig) -> Iterator[Line]:
     else:
         yield config.line(keys, "unsupported", note="set train.schedule: linear, cosine or constant")
     if config.sets("lr_scheduler_kwargs") and name not in MIN_LR:
-        advice = "set train.schedule and train.min_lr_fraction by hand"
-        yield config.line(["lr_scheduler_kwargs"], "unsupported", note=advice)
+        how = "set train.schedule and train.min_lr_fraction by hand"
+        yield config.line(["lr_scheduler_kwargs"], "unsupported", note=how)
     if name == "constant":
         warmup_keys = ["lr_scheduler_type", "warmup_steps", "warmup_ratio"]
         note = "their constant schedule has no warm-up"
@@ -129,8 +129,8 @@ def _warmup(config: ToolConfig) -> Line:
     if total > steps:
         ours = {"train.warmup_fraction": round(steps / total, 6)}
         return config.line(["warmup_steps", "max_steps"], "translated", ours)
-    advice = "warm-up is a share here: set train.warmup_fraction to these steps / all optimizer steps (the run prints how many)"
-    return config.line(["warmup_steps"], "unsupported", note=advice)
+    how = "warm-up is a share here: set train.warmup_fraction to these steps / all optimizer steps (the run prints how many)"
+    return config.line(["warmup_steps"], "unsupported", note=how)
 
 
 def saving(config: ToolConfig) -> Iterator[Line]:
@@ -205,8 +205,8 @@ def quantized(config: ToolConfig, key: str, ours: str | None, adapted: bool) -> 
     elif ours and adapted:
         yield config.line([key], "translated", {"model.quantize": ours})
     else:
-        advice = "model.quantize: nf4 (or int8) stands beside a lora section (docs/memory.md)"
-        yield config.line([key], "unsupported", note=advice)
+        how = "model.quantize: nf4 (or int8) stands beside a lora section (docs/memory.md)"
+        yield config.line([key], "unsupported", note=how)
 
 
 # ---- Local models and rows ----
@@ -249,8 +249,8 @@ def vision_parts(config: ToolConfig, parts: list[str]) -> Line:
     """model.vision, from the keys `parts` that freeze the vision tower and the projector (both frozen by default)."""
     frozen = [config[k] is None or flag(config[k]) for k in parts]
     same = frozen[0] == frozen[1]
-    advice = "" if same else "the vision tower and its projector are trained both (model.vision: trained) or neither"
+    how = "" if same else "the vision tower and its projector are trained both (model.vision: trained) or neither"
     ours = {"model.vision": "frozen" if any(frozen) else "trained"}
     return config.line(
-        parts if config.sets(*parts) else ["dataset"], "translated" if same else "unsupported", ours, advice
+        parts if config.sets(*parts) else ["dataset"], "translated" if same else "unsupported", ours, how
     )

@@ -33,8 +33,8 @@ def lora(config: ToolConfig) -> Iterator[Line]:
         options["lora.lr_ratio"] = number(config["loraplus_lr_ratio"])
     if adapter := config["adapter_name_or_path"]:
         if "," in str(adapter):
-            advice = "one adapter is trained on: merge the others first, and set model.path"
-            yield config.line(["adapter_name_or_path"], "unsupported", note=advice)
+            how = "one adapter is trained on: merge the others first, and set model.path"
+            yield config.line(["adapter_name_or_path"], "unsupported", note=how)
             return
         options["model.adapter"] = str(adapter)
         yield config.line(
@@ -58,8 +58,8 @@ def data(config: ToolConfig) -> Iterator[Line]:
     keys = [k for k in TABLE["derived"]["data"][3:] if config.sets(k)]
     if entries is None:
         if keys:
-            advice = "whether rows have pictures or turns stands in dataset_info.json: lay it beside the file"
-            yield config.line(keys, "unsupported", note=advice)
+            how = "whether rows have pictures or turns stands in dataset_info.json: lay it beside the file"
+            yield config.line(keys, "unsupported", note=how)
     elif any("images" in _column_names(entry) for entry in entries):
         yield from _pictures(config, entries)
 
@@ -121,10 +121,10 @@ def _pictures(config: ToolConfig, entries: Sequence[Mapping[str, Any]]) -> Itera
             ["media_dir"] if config["media_dir"] else ["dataset_dir"], "translated", {"data.image_dir": image_dir}
         )
     pixels = integer(config["image_max_pixels"] or 768 * 768)
-    advice = (
+    how = (
         "of larger pictures theirs makes smaller ones first; set what the model's processor has in model.image_options"
     )
-    yield Line((("image_max_pixels", pixels),), "unsupported", (), advice, config.sets("image_max_pixels"))
+    yield Line((("image_max_pixels", pixels),), "unsupported", (), how, config.sets("image_max_pixels"))
     if config.sets("image_min_pixels"):
         yield config.line(
             ["image_min_pixels"], "unsupported", note="set it in model.image_options, as the processor has it"

@@ -44,10 +44,8 @@ def dtype(config: ToolConfig) -> Iterator[Line]:
         yield config.line(set_keys, "unsupported", {"model.dtype": "auto"}, note)
     elif kind:
         ours = {"bfloat16": "bf16", "bf16": "bf16", "float32": "fp32", "fp32": "fp32"}.get(kind)
-        advice = "" if ours else "set model.dtype: bf16 or fp32"
-        yield config.line(
-            set_keys, "translated" if ours else "unsupported", {"model.dtype": ours} if ours else {}, advice
-        )
+        how = "" if ours else "set model.dtype: bf16 or fp32"
+        yield config.line(set_keys, "translated" if ours else "unsupported", {"model.dtype": ours} if ours else {}, how)
     elif set_keys:
         yield config.line(set_keys, "same", note="bf16 where the hardware has it; the type of the model's config there")
 
@@ -75,8 +73,8 @@ def tuner(config: ToolConfig) -> Iterator[Line]:
             ["train_type", *set_keys], "unsupported", note="full and lora only: set train_type to one of them"
         )
     elif len(adapters) > 1:
-        advice = "one adapter is trained on: merge the others first, and set model.path"
-        yield config.line(["adapters"], "unsupported", note=advice)
+        how = "one adapter is trained on: merge the others first, and set model.path"
+        yield config.line(["adapters"], "unsupported", note=how)
     elif adapters:
         note = "the adapter is trained on, and the reference is its start"
         yield config.line(["train_type", *set_keys], "translated", {"model.adapter": adapters[0]}, note)
@@ -91,8 +89,8 @@ def tuner(config: ToolConfig) -> Iterator[Line]:
         yield hf.adapter_line(config, list(dict.fromkeys(used_keys)), rank, alpha, **options)
     if config.sets("ref_adapters"):
         same = config["ref_adapters"] in (config["adapters"], adapters)
-        advice = "the reference is the adapter's start; for another one, merge it and set reference.path"
-        yield config.line(["ref_adapters"], "same" if same else "unsupported", note=advice)
+        how = "the reference is the adapter's start; for another one, merge it and set reference.path"
+        yield config.line(["ref_adapters"], "same" if same else "unsupported", note=how)
 
 
 # ---- Data sets ----
@@ -130,9 +128,9 @@ def datasets(config: ToolConfig) -> Iterator[Line]:
         )
     if config["columns"]:
         columns = _columns(config)
-        advice = "" if columns else "it maps their columns to names of ms-swift"
+        how = "" if columns else "it maps their columns to names of ms-swift"
         ours = {"data.columns": columns} if columns else {}
-        yield config.line(["columns"], "translated" if columns else "unsupported", ours, advice)
+        yield config.line(["columns"], "translated" if columns else "unsupported", ours, how)
     if config.sets("use_hf"):
         yield config.line(["use_hf"], "same", note="hub ids are Hugging Face's here")
     if any(has_pictures for _, has_pictures in _local_layouts(config)):
@@ -170,10 +168,10 @@ def loss_scale(config: ToolConfig) -> Iterator[Line]:
     if kind == "last_round":
         yield config.line(["loss_scale"], "same", note="of a conversation the last answer is learned")
     elif kind != "default":
-        advice = (
+        how = (
             "weights of parts of an answer are not here; every answer is learned with data.layout_options={turns: all}"
         )
-        yield config.line(["loss_scale"], "unsupported", note=advice)
+        yield config.line(["loss_scale"], "unsupported", note=how)
     elif all(are_conversations) and are_conversations:
         ours = {"data.layout_options": {"turns": "all"}}
         yield config.line(
@@ -183,8 +181,8 @@ def loss_scale(config: ToolConfig) -> Iterator[Line]:
             "" if config.sets("loss_scale") else "every answer of a conversation is learned",
         )
     elif any(are_conversations) or not are_conversations:
-        advice = "every answer of a conversation is learned there: set layout_options={turns: all} for the data sets that hold some"
-        yield Line((("loss_scale", "default"),), "unsupported", (), advice, config.sets("loss_scale"))
+        how = "every answer of a conversation is learned there: set layout_options={turns: all} for the data sets that hold some"
+        yield Line((("loss_scale", "default"),), "unsupported", (), how, config.sets("loss_scale"))
     elif config.sets("loss_scale"):
         yield config.line(["loss_scale"], "same", note="the rows are no conversations")
 
@@ -207,8 +205,8 @@ def _locate(name: str, config: ToolConfig) -> tuple[dict[str, Any], str, str]:
     if not (hub == "HF" or str(config["use_hf"]).lower() in ("true", "1")):
         hub_note = "hub ids are ModelScope's there and Hugging Face's here: see that they are the same"
         note = "; ".join(filter(None, (note, hub_note)))
-    advice = f"the subset {subset} is not read, but the default one: save it as a file and set data.path"
-    return {"path": f"{rest}:train", **limit}, note, advice if subset not in ("", "default") else ""
+    how = f"the subset {subset} is not read, but the default one: save it as a file and set data.path"
+    return {"path": f"{rest}:train", **limit}, note, how if subset not in ("", "default") else ""
 
 
 def truncation(config: ToolConfig) -> Iterator[Line]:
@@ -216,8 +214,8 @@ def truncation(config: ToolConfig) -> Iterator[Line]:
     if config.sets("max_length"):
         yield config.line(["max_length"], "translated", {"data.max_length": integer(config["max_length"])})
     else:
-        advice = "the model's whole context there, at most 1024 here: set data.max_length"
-        yield Line((("max_length", "the model's"),), "unsupported", (), advice, is_set=False)
+        how = "the model's whole context there, at most 1024 here: set data.max_length"
+        yield Line((("max_length", "the model's"),), "unsupported", (), how, is_set=False)
     kind = str(config["truncation_strategy"])
     if kind == "delete":
         ours = {"data.truncation": "bad_row", "data.on_bad_row": "skip"}
@@ -228,8 +226,8 @@ def truncation(config: ToolConfig) -> Iterator[Line]:
         ours = {"data.truncation": "prompt_then_completion"}
         yield config.line(["truncation_strategy"], "translated", ours, note)
     else:
-        advice = "set data.truncation: bad_row or prompt_then_completion"
-        yield config.line(["truncation_strategy"], "unsupported", note=advice)
+        how = "set data.truncation: bad_row or prompt_then_completion"
+        yield config.line(["truncation_strategy"], "unsupported", note=how)
 
 
 def advantage_estimator(config: ToolConfig) -> Iterator[Line]:
@@ -237,10 +235,10 @@ def advantage_estimator(config: ToolConfig) -> Iterator[Line]:
     names = {"grpo": None, "rloo": "rloo", "reinforce_plus_plus": "reinforce_pp"}
     if config.sets("advantage_estimator"):
         kind = str(config["advantage_estimator"])
-        name, advice = names.get(kind), "set algorithm.name: grpo, rloo or reinforce_pp"
+        name, how = names.get(kind), "set algorithm.name: grpo, rloo or reinforce_pp"
         status: Any = "unsupported" if kind not in names else "translated" if name else "same"
         yield config.line(
-            ["advantage_estimator"], status, {"algorithm.name": name} if name else {}, "" if kind in names else advice
+            ["advantage_estimator"], status, {"algorithm.name": name} if name else {}, "" if kind in names else how
         )
     keys = [k for k in ("dynamic_sample", "max_resample_times") if config.sets(k)]
     if config["dynamic_sample"]:

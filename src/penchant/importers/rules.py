@@ -425,14 +425,14 @@ def _unknown(key: str, config: ToolConfig, source: Source, method: Method, origi
         return config.line([key], "same", note="not a key that the importer knows; it is off there")
     known = [*source.rules, *method.rules, *method.parts]
     suggestion = closest(original_names.get(key, key), [original_names.get(k, k) for k in known])
-    advice = f"did you mean {suggestion}?" if suggestion else "see `penchant config` for what there is"
-    return config.line([key], "unsupported", note=f"not a key that the importer knows; {advice}")
+    how = f"did you mean {suggestion}?" if suggestion else "see `penchant config` for what there is"
+    return config.line([key], "unsupported", note=f"not a key that the importer knows; {how}")
 
 
 def choose(name: str, there: Mapping[str, Any], where: str, what: str) -> Any:
     """Return ``there[name]``, or raise ConfigError with the closest name or all names."""
     if name not in there:
         suggestion = closest(name, there)
-        advice = f"did you mean {suggestion}?" if suggestion else f"there are {', '.join(there)}"
-        raise ConfigError(where, f"{name!r} is not a {what}", advice)
+        how = f"did you mean {suggestion}?" if suggestion else f"there are {', '.join(there)}"
+        raise ConfigError(where, f"{name!r} is not a {what}", how)
     return there[name]

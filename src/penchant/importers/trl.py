@@ -64,8 +64,8 @@ def data(config: ToolConfig) -> Iterator[Line]:
             note = "a file has no test split: hold rows out with data.validation_fraction, or set data.eval_path"
             yield config.line(["dataset_test_split"], "unsupported", note=note)
     if config.sets("dataset_config"):
-        advice = "a hub data set's default configuration is read; save the other one as a file and set data.path"
-        yield config.line(["dataset_config"], "unsupported" if config["dataset_config"] else "same", note=advice)
+        how = "a hub data set's default configuration is read; save the other one as a file and set data.path"
+        yield config.line(["dataset_config"], "unsupported" if config["dataset_config"] else "same", note=how)
     if config.sets("test_split_size"):
         held_out = {"data.validation_fraction": number(config["test_split_size"])}
         yield config.line(["test_split_size"], "translated", held_out, "held out by prompt")
@@ -172,10 +172,10 @@ _IDLE = {
 def _unused_loss_key(key: str, config: ToolConfig, names: list[Any]) -> Line:
     if key not in _IDLE or config[key] in _IDLE[key]:
         return config.line([key], "same", note=f"without effect on {', '.join(map(str, names))}")
-    advice = "choose one loss that has it: `penchant losses`"
+    how = "choose one loss that has it: `penchant losses`"
     if key == "reference_free":
-        advice = "no reference at all: loss.name: cpo with alpha: 0"
-    return config.line([key], "unsupported", note=advice)
+        how = "no reference at all: loss.name: cpo with alpha: 0"
+    return config.line([key], "unsupported", note=how)
 
 
 def grpo_loss(config: ToolConfig) -> Iterator[Line]:
@@ -188,8 +188,8 @@ def grpo_loss(config: ToolConfig) -> Iterator[Line]:
     keys = ["loss_type", *(["importance_sampling_level"] if config.sets("importance_sampling_level") else [])]
     loss_mean = TABLE["grpo_losses"].get(kind)
     if loss_mean is None or level not in ("token", "sequence") or (kind == "cispo" and level == "sequence"):
-        advice = f"there is no {kind} with ratios of each {level}: take algorithm.name dapo, dr_grpo, gspo or cispo"
-        yield config.line(keys, "unsupported", {}, advice)
+        how = f"there is no {kind} with ratios of each {level}: take algorithm.name dapo, dr_grpo, gspo or cispo"
+        yield config.line(keys, "unsupported", {}, how)
     elif kind == "cispo":
         # TRL caps the ratio at epsilon_high, we cap it at 1 + clip_high
         bound = number(epsilon_high if epsilon_high is not None else config["epsilon"]) - 1
@@ -243,8 +243,8 @@ def cpo_loss(config: ToolConfig) -> Iterator[Line]:
         note = "the likelihood term is a mean over each answer's tokens here"
         yield config.line([*keys, "label_smoothing"], "translated", ours, note)
     else:
-        advice = "CPO with hinge or IPO is not here: slic (a hinge, no reference) or ipo (with one) are nearest"
-        yield config.line(["loss_type"], "unsupported", {"loss.name": "cpo"}, advice)
+        how = "CPO with hinge or IPO is not here: slic (a hinge, no reference) or ipo (with one) are nearest"
+        yield config.line(["loss_type"], "unsupported", {"loss.name": "cpo"}, how)
 
 
 def groups(config: ToolConfig) -> Iterator[Line]:

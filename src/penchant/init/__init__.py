@@ -196,11 +196,11 @@ def check_goal(goal: str, data: DataFacts, model: ModelFacts) -> Goal:
     if goal not in GOALS:
         raise ConfigError("--goal", f"{goal!r} is not known", did_you_mean(goal, GOALS))
     if model.encoder and goal != "reward":
-        advice = "give --goal reward, or a causal model"
-        raise ConfigError("--goal", f"{model.path} is an encoder, which writes nothing", advice)
+        how = "give --goal reward, or a causal model"
+        raise ConfigError("--goal", f"{model.path} is an encoder, which writes nothing", how)
     if goal not in feasible:
-        advice = f"with these rows: {', '.join(feasible) or 'none'}"
-        raise ConfigError("--goal", f"{goal} cannot learn from rows that are {data.kind}", advice)
+        how = f"with these rows: {', '.join(feasible) or 'none'}"
+        raise ConfigError("--goal", f"{goal} cannot learn from rows that are {data.kind}", how)
     return GOALS[goal]
 
 

@@ -128,8 +128,8 @@ def collect_answers(
         return Answers(facts, chosen_model, check_goal(goal, facts, chosen_model).name, held_out)
     feasible = [g for g in goals_for(facts.kind) if not chosen_model.encoder or g.name == "reward"]
     if not feasible:
-        problem = f"no goal fits rows that are {facts.kind} and this model"
-        raise ConfigError("init", problem, "give other data or another model")
+        what = f"no goal fits rows that are {facts.kind} and this model"
+        raise ConfigError("init", what, "give other data or another model")
     asker.say("Goals that these rows can serve:")
     for g in feasible:
         asker.say(f"  {g.name:<7} {g.about}")

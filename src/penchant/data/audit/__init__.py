@@ -343,8 +343,8 @@ def audit_files(
     kinds = [stream.kind for stream in streams.values()]
     for name, kind in zip(splits, kinds, strict=True):
         if kind != kinds[0]:
-            problem = f"holds {kind}, the files before it hold {kinds[0]}"
-            raise DataError(name, problem, "audit them one by one, or set the shape")
+            what = f"holds {kind}, the files before it hold {kinds[0]}"
+            raise DataError(name, what, "audit them one by one, or set the shape")
     shape = next(iter(streams.values())).shape
     auditor = Auditor(shape, kinds[0], languages=languages, counters=counters)
     audit_pass = _AuditPass(auditor, Leakage(list(splits)) if len(splits) > 1 else None)
@@ -363,8 +363,8 @@ def audit_files(
             audit_pass.take(i, stream)
     if not auditor.examples:
         first = audit_pass.first
-        where, problem, fix = (first.where, first.what, first.how) if first else (", ".join(splits), "no rows", "")
-        raise DataError(where, f"{problem}; no row could be used", fix or "give files with rows")
+        where, what, fix = (first.where, first.what, first.how) if first else (", ".join(splits), "no rows", "")
+        raise DataError(where, f"{what}; no row could be used", fix or "give files with rows")
     leakage = audit_pass.leakage or Leakage(list(splits))
     layouts = [layout_line(stream, splits[name]) for name, stream in streams.items()]
     return auditor.result(dict(leakage.findings()), {}, "\n".join(layouts))

@@ -587,11 +587,11 @@ def _call_check(name: str, function: TextFunction, texts: list[str]) -> np.ndarr
     try:
         values = np.asarray([float(v) for v in function(list(texts))], dtype=np.float64)
     except Exception as error:
-        problem = f"{type(error).__name__}: {error}"
-        advice = "it gets a list of texts and returns a bool or a number of each"
-        raise DataError(f"check {name}", problem, advice) from error
+        what = f"{type(error).__name__}: {error}"
+        how = "it gets a list of texts and returns a bool or a number of each"
+        raise DataError(f"check {name}", what, how) from error
     if values.shape != (len(texts),) or not np.isfinite(values).all():
         mismatch = f"returned {values.size} values for {len(texts)} texts"
-        problem = mismatch if values.size != len(texts) else "returned NaN or infinity"
-        raise DataError(f"check {name}", problem, "return one finite number or bool for each text, in order")
+        what = mismatch if values.size != len(texts) else "returned NaN or infinity"
+        raise DataError(f"check {name}", what, "return one finite number or bool for each text, in order")
     return values

@@ -451,6 +451,6 @@ def default_rules(drop: Sequence[str] = (), keep: Sequence[str] = ()) -> tuple[s
     _check_rules([*drop, *keep], "data fix")
     conflicts = sorted(set(drop) & set(keep)) or sorted({ALWAYS} & set(keep))
     if conflicts:
-        advice = "such rows cannot be written" if ALWAYS in conflicts else "drop it or keep it"
-        raise DataError("data fix", f"{conflicts[0]} cannot be kept", advice)
+        how = "such rows cannot be written" if ALWAYS in conflicts else "drop it or keep it"
+        raise DataError("data fix", f"{conflicts[0]} cannot be kept", how)
     return tuple(rule for rule in RULES if (rule in DEFAULT or rule in drop) and rule not in keep)

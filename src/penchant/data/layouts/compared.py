@@ -170,8 +170,8 @@ def _arena_pair(sides: tuple[tuple[Message, ...], tuple[Message, ...]], best: in
         sides = _up_to_first_answer(sides[0], "conversation_a"), _up_to_first_answer(sides[1], "conversation_b")
     a, b = fields.last_answer_tree(sides[0], "conversation_a"), fields.last_answer_tree(sides[1], "conversation_b")
     if a.prompt != b.prompt:
-        advice = "set data.layout_options.turns=first to compare their first answers"
-        raise LeftOut("the two conversations differ before their last answer", advice)
+        how = "set data.layout_options.turns=first to compare their first answers"
+        raise LeftOut("the two conversations differ before their last answer", how)
     return scored_pair(a.prompt, sides[best][-1], sides[1 - best][-1], None, None)
 
 

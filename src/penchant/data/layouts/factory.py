@@ -29,8 +29,8 @@ def sharegpt_pairs(row: Fields) -> PromptTree:
     """A conversation up to a user turn, with a better and a worse answer to it."""
     before = plain.conversation(row)
     if before[-1].role not in ("user", "tool"):
-        problem = f'"{plain.conversation_name(row)}" does not end with a user turn'
-        raise RowError(problem, "the two answers must follow a question")
+        what = f'"{plain.conversation_name(row)}" does not end with a user turn'
+        raise RowError(what, "the two answers must follow a question")
     return plain.pair(before, plain.answer_field(row, "chosen"), plain.answer_field(row, "rejected"), row)
 
 

@@ -54,8 +54,8 @@ def text(row: Mapping[str, Any], name: str) -> str:
     """A field as non-empty text."""
     if name not in row:
         columns = ", ".join(map(printable, sorted(map(str, row))))
-        advice = f"there are {columns}; map columns with --column {name}=YOURS, in a config data.columns"
-        raise RowError(f'"{name}" is missing', advice)
+        how = f"there are {columns}; map columns with --column {name}=YOURS, in a config data.columns"
+        raise RowError(f'"{name}" is missing', how)
     return as_text(row[name], f'"{name}"')
 
 
@@ -64,8 +64,8 @@ def as_text(value: Any, what: str) -> str:
     if value is None:
         raise RowError(f"{what} is null", "give it a text or drop the row")
     if isinstance(value, Missing):
-        advice = "give it a text or drop the row; if an answer is literally that, use JSONL"
-        raise RowError(f"{what} is {value.strip()}, a table's marker for a missing value", advice)
+        how = "give it a text or drop the row; if an answer is literally that, use JSONL"
+        raise RowError(f"{what} is {value.strip()}, a table's marker for a missing value", how)
     if not isinstance(value, str):
         kind = {bool: "boolean", int: "number", float: "number"}.get(type(value), type(value).__name__)
         raise RowError(f"{what} is a {kind} ({shown(value)})", "make it a string")
@@ -117,9 +117,9 @@ def reject_rated(row: Mapping[str, Any], where: str = "") -> None:
         if value is None:
             continue
         if finite(value) is not None or isinstance(value, bool) or shown(value).strip().lower() in LABELS:
-            problem = f'"{name}"{where} rates the answer ({shown(value)}), but it would be trained on regardless'
-            advice = f"use it as a label (--column label={name}; data.columns in a config) or a score (score={name})"
-            raise RowError(problem, f"{advice}, or set it aside with --column ignored={name}")
+            what = f'"{name}"{where} rates the answer ({shown(value)}), but it would be trained on regardless'
+            how = f"use it as a label (--column label={name}; data.columns in a config) or a score (score={name})"
+            raise RowError(what, f"{how}, or set it aside with --column ignored={name}")
 
 
 def is_trained(turn: Any) -> bool:
@@ -202,8 +202,8 @@ def reject_unparsed_messages(row: Mapping[str, Any]) -> None:
     """
     for name, value in row.items():
         if isinstance(value, str) and _WRITTEN.match(value) and _ROLE.search(value) and _CONTENT.search(value):
-            problem = f'"{name}" holds messages as text that cannot be read'
-            raise RowError(problem, 'write them as JSON, [{"role": "user", "content": "..."}, ...], or drop the row')
+            what = f'"{name}" holds messages as text that cannot be read'
+            raise RowError(what, 'write them as JSON, [{"role": "user", "content": "..."}, ...], or drop the row')
 
 
 _ROLE, _CONTENT = (re.compile(rf"""['"]({names})['"]\s*:""") for names in ("role|from", "content|value"))
@@ -472,8 +472,8 @@ def join_prompt(row: Mapping[str, Any], before: tuple[Message, ...]) -> tuple[Me
     if not before or before[0].role == "assistant":
         return (*row_prompt, *before)
     if turns_before[: len(prompt_turns)] != prompt_turns and turns_before[-len(prompt_turns) :] != prompt_turns:
-        problem = "the messages before the answer do not go on from those of the prompt"
-        raise RowError(problem, "the answer's column must repeat the prompt, or hold the answer alone")
+        what = "the messages before the answer do not go on from those of the prompt"
+        raise RowError(what, "the answer's column must repeat the prompt, or hold the answer alone")
     return before if before[0].role in INSTRUCTS else (*row_prompt[: len(row_prompt) - len(prompt_turns)], *before)
 
 

@@ -19,16 +19,16 @@ def from_hh(row: Fields) -> PromptTree:
     before_chosen, chosen = _transcript(fields.text(row, "chosen"), "chosen")
     before_rejected, rejected = _transcript(fields.text(row, "rejected"), "rejected")
     if before_chosen != before_rejected:
-        advice = "both must answer the same prompt; drop the row"
-        raise RowError("the two transcripts differ before their last answer", advice)
+        how = "both must answer the same prompt; drop the row"
+        raise RowError("the two transcripts differ before their last answer", how)
     return pair(before_chosen, chosen, rejected, row)
 
 
 def _transcript(text: str, name: str) -> tuple[tuple[Message, ...], str]:
     parts = _TURN.split(text)
     if parts[0].strip() or len(parts) < 5:
-        advice = 'it must start with "\\n\\nHuman:" and go on with "\\n\\nAssistant:"'
-        raise RowError(f'"{name}" is not a transcript', advice)
+        how = 'it must start with "\\n\\nHuman:" and go on with "\\n\\nAssistant:"'
+        raise RowError(f'"{name}" is not a transcript', how)
     turns = [
         Message("user" if speaker == "Human" else "assistant", content.strip())
         for speaker, content in zip(parts[1::2], parts[2::2], strict=True)

@@ -54,8 +54,8 @@ def _load_checked(name: str, sha256: str | None, where: str) -> Layout:
     try:
         trees = layout.example_trees
     except RowError as error:
-        problem = f"{name}: its example does not convert: {error.what}"
-        raise ConfigError(where, problem, error.how or "fix it") from error
+        what = f"{name}: its example does not convert: {error.what}"
+        raise ConfigError(where, what, error.how or "fix it") from error
     except Exception as error:
         cause = f"{type(error).__name__}: {error}"
         raise ConfigError(where, f"{name}: its example does not convert ({cause})", "fix it") from error
@@ -114,8 +114,8 @@ def _converter(
         except RowError:
             raise
         except Exception as error:
-            problem = f"cannot be converted by {short} ({type(error).__name__}: {error})"
-            raise RowError(problem, "fix the row or the layout") from error
+            what = f"cannot be converted by {short} ({type(error).__name__}: {error})"
+            raise RowError(what, "fix the row or the layout") from error
         if result is None:
             raise LeftOut(f"is left out by {short}", "return an example for it to keep it")
         trees = tuple(tree_of(item) for item in (result if isinstance(result, (list, tuple)) else [result]))

@@ -48,8 +48,8 @@ def _multi_turn_pair(row: Fields, sides: tuple[tuple[Message, ...], tuple[Messag
     first_difference = next(i for i, (a, b) in enumerate(itertools.zip_longest(*sides)) if a != b)
     differing = [turns[first_difference] if first_difference < len(turns) else None for turns in sides]
     if any(m is None or m.role != "assistant" for m in differing):
-        problem = "the conversations before the two answers differ, first in what is said to the assistant"
-        raise RowError(problem, "both must answer the same prompt")
+        what = "the conversations before the two answers differ, first in what is said to the assistant"
+        raise RowError(what, "both must answer the same prompt")
     prompt = fields.join_prompt(row, sides[0][:first_difference]) if first_difference else fields.prompt(row)
     tree = pair(prompt, sides[0][first_difference], sides[1][first_difference], row)
     completions = []

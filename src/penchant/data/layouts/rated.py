@@ -44,8 +44,8 @@ def ultrafeedback(row: Fields, options: Fields) -> PromptTree:
 def _rating(answer: Mapping[str, Any], options: Fields, what: str) -> float:
     score = _RATINGS[options["score"]](answer)
     if score is None:
-        advice = f"choose another data.layout_options.score, or {RATE}"
-        raise RowError(f"{what} has no rating ({options['score']})", advice)
+        how = f"choose another data.layout_options.score, or {RATE}"
+        raise RowError(f"{what} has no rating ({options['score']})", how)
     return score
 
 
