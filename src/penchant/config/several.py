@@ -49,8 +49,8 @@ def read_output(
     """
     for key in values:
         if key not in keys:
-            belongs = f"it goes into {part}.{key}" if key in RunConfig.model_fields else did_you_mean(key, keys)
-            raise ConfigError(place_of((key,), places, source), f'unknown key "{key}" at the top level', belongs)
+            advice = f"it goes into {part}.{key}" if key in RunConfig.model_fields else did_you_mean(key, keys)
+            raise ConfigError(place_of((key,), places, source), f'unknown key "{key}" at the top level', advice)
     output = values.get("output")
     if not isinstance(output, str) or not output:
         raise ConfigError(place_of(("output",), places, source), "output is missing", f"add it: the {what}'s folder")
@@ -109,9 +109,9 @@ class Member:
         title = self.title.format(self.name)
         if isinstance(error, ConfigError):
             # a place has a line or is the command line; anything else is a key of the config
-            known = error.where in {*self.places.values(), self.place}
-            where = error.where if known else place_of(tuple(error.where.split(".")), self.places, self.place)
-            what = error.what if known else f"{error.where} {error.what}"
+            is_place = error.where in {*self.places.values(), self.place}
+            where = error.where if is_place else place_of(tuple(error.where.split(".")), self.places, self.place)
+            what = error.what if is_place else f"{error.where} {error.what}"
             return ConfigError(where, f"{title}: {what}", error.how)
         if isinstance(error, (DataError, ModelError, RewardError)):
             return type(error)(error.where, f"{title}: {error.what}", error.how)
