@@ -24,14 +24,14 @@ def size(n: float) -> str:
 def plan_text(plan: Plan, whole: bool = False) -> str:
     """Format a plan: whether it fits, time, steps, rows, and the given or resolved settings. With `whole`, every section and setting."""
     data = [line for name, rows in plan.rows.items() for line in _data(name, rows)]
-    given = [s for s in plan.settings if s.why or not s.source.startswith("default")]
-    short = {"": _summary(plan), "SETTINGS, given or worked out": _settings(given)}
-    every = {
+    chosen = [s for s in plan.settings if s.why or not s.source.startswith("default")]
+    short_sections = {"": _summary(plan), "SETTINGS, given or worked out": _settings(chosen)}
+    all_sections = {
         "SETTINGS": _settings(plan.settings), "DATA": data, "WORK": _work(plan),
         "MEMORY": _memory(plan.memory, plan), "DISK": _disk(plan), "TIME": _time(plan),
     }  # fmt: skip
     lines = [f"{plan.method} in {plan.output} ({plan.folder})"]
-    for title, body in (every if whole else short).items():
+    for title, body in (all_sections if whole else short_sections).items():
         lines += ["", *([title] if title else []), *(f"  {line}" for line in body)]
     if plan.notes:
         lines += ["", *(f"! {note}" for note in plan.notes)]
@@ -59,12 +59,12 @@ def _ranks(plan: Plan) -> list[str]:
 def _summary(plan: Plan) -> list[str]:
     memory, disk, work = plan.memory, plan.disk, plan.work
     rows = []
-    for what, fits, peak, free in (
+    for label, fits, peak, free in (
         *([] if plan.ranks else [("memory", memory.fits, memory.peak, memory.free)]),
         ("disk", disk.fits, disk.peak, disk.free),
     ):
         tight = "" if peak <= free else ": MORE THAN IS FREE NOW"
-        rows.append((what, f"{'fits' + tight if fits else 'IT DOES NOT FIT'}: {size(peak)} of {size(free)} free"))
+        rows.append((label, f"{'fits' + tight if fits else 'IT DOES NOT FIT'}: {size(peak)} of {size(free)} free"))
     rows += [
         ("time", _time(plan)[0]),
         ("steps", f"{work.steps:,} ({work.steps_per_epoch:,} an epoch)"),
@@ -90,13 +90,13 @@ def columns(rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def _settings(settings: Sequence[Setting]) -> list[str]:
-    found = []
+    rows = []
     for s in settings:
         value = as_yaml(s.value)
         if s.why:
             value += f" -> {as_yaml(s.became)}"
-        found.append((s.key, value, s.source + (f"; {s.why}" if s.why else "")))
-    return columns(found)
+        rows.append((s.key, value, s.source + (f"; {s.why}" if s.why else "")))
+    return columns(rows)
 
 
 def _data(name: str, rows: Rows) -> list[str]:
