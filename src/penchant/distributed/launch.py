@@ -167,13 +167,13 @@ def watched(world: World, timeout: float) -> Iterator[None]:
     """
     ended = threading.Event()
 
-    def look() -> None:
+    def poll() -> None:
         while not ended.wait(LOOK):
             if (error := nccl_error()) is not None:
                 leave(error, world, timeout)
 
     if torch.cuda.is_available():
-        threading.Thread(target=look, daemon=True, name="watches NCCL").start()
+        threading.Thread(target=poll, daemon=True, name="watches NCCL").start()
     try:
         yield
     finally:
@@ -205,14 +205,15 @@ def waited_too_long(error: BaseException, world: World, timeout: float) -> Late 
         return None
     silent = [0]  # rank 0 holds the store: if the store does not answer, rank 0 is silent
 
-    def ask() -> None:
+    def check_in() -> None:
         with suppress(Exception):
             shared_store = store(GRACE)
             shared_store.set(f"penchant/late/{world.rank}", "")
             time.sleep(LATE)
             silent[:] = [r for r in range(world.size) if not shared_store.check([f"penchant/late/{r}"])]
 
-    thread = threading.Thread(target=ask, daemon=True)  # a stopped process accepts the connection but never answers
+    # a stopped process accepts the connection but never answers
+    thread = threading.Thread(target=check_in, daemon=True)
     thread.start()
     thread.join(GRACE / 2)
     silent_ranks = [*silent]

@@ -231,12 +231,12 @@ def join(timeout: float, context: int = 1) -> Iterator[World]:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    gpu = torch.cuda.is_available() and torch.cuda.device_count() >= local_size
-    if gpu:
+    use_gpu = torch.cuda.is_available() and torch.cuda.device_count() >= local_size
+    if use_gpu:
         torch.cuda.set_device(local_rank)
     limit = timedelta(seconds=timeout)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=limit)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout=limit)
     except dist.DistError as error:
         what = f"process {rank} of {size} did not find the others within {timeout:g} s ({type(error).__name__})"
         raise errors.TrainingStopped("launch.timeout", what, "raise it, or look at why they did not start") from error

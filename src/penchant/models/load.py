@@ -246,9 +246,9 @@ def _load(
     """Load and check a model; the tests cache this function by the bytes of the folder."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    folder, hint = Path(path), "give a folder or hub id of a causal model"
+    folder, how = Path(path), "give a folder or hub id of a causal model"
     auto: Any = AutoModelForImageTextToText if cfg.sees else AutoModelForCausalLM
-    with loading(config_of(path), "the model could not be loaded", hint):
+    with loading(config_of(path), "the model could not be loaded", how):
         config = AutoConfig.from_pretrained(path, revision=cfg.revision, trust_remote_code=False)
         model_config = config if cfg.sees else text_config(config)
         if cfg.sees and type(config) not in AutoModelForImageTextToText._model_mapping:
@@ -260,7 +260,7 @@ def _load(
             outline = on_meta(auto, model_config, within)
             if any(b.is_floating_point() and b.dtype != torch.float32 for b in outline.buffers()):
                 within = torch.float32  # else buffers would be cast too: rotary ones in bf16 turn far positions wrongly
-    with loading(cfg.path, "the model could not be loaded", hint):
+    with loading(cfg.path, "the model could not be loaded", how):
         if cfg.init == "random":
             torch.manual_seed(seed)
             model = auto.from_config(model_config, dtype=torch.float32)

@@ -76,11 +76,11 @@ class LiveBytes(TorchDispatchMode):
         self.live += size
         self.peak = max(self.peak, self.live)
 
-        def freed(_: Any) -> None:
+        def on_free(_: Any) -> None:
             self.live -= size
             self._seen.pop(key, None)
 
-        self._seen[key] = weakref.ref(storage, freed)
+        self._seen[key] = weakref.ref(storage, on_free)
 
 
 # ---- Bytes of one forward and backward pass beyond the weights, counted on the meta device ----

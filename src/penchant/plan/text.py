@@ -63,8 +63,8 @@ def _summary(plan: Plan) -> list[str]:
         *([] if plan.ranks else [("memory", memory.fits, memory.peak, memory.free)]),
         ("disk", disk.fits, disk.peak, disk.free),
     ):
-        tight = "" if peak <= free else ": MORE THAN IS FREE NOW"
-        rows.append((label, f"{'fits' + tight if fits else 'IT DOES NOT FIT'}: {size(peak)} of {size(free)} free"))
+        warning = "" if peak <= free else ": MORE THAN IS FREE NOW"
+        rows.append((label, f"{'fits' + warning if fits else 'IT DOES NOT FIT'}: {size(peak)} of {size(free)} free"))
     rows += [
         ("time", _time(plan)[0]),
         ("steps", f"{work.steps:,} ({work.steps_per_epoch:,} an epoch)"),
@@ -112,15 +112,15 @@ def _data(name: str, rows: Rows) -> list[str]:
 
 def _work(plan: Plan) -> list[str]:
     w = plan.work
-    about = "" if w.exact else "about "
-    tokens = f"{about}{w.tokens:,} ({w.trained:,} of completions)"
+    prefix = "" if w.exact else "about "
+    tokens = f"{prefix}{w.tokens:,} ({w.trained:,} of completions)"
     if w.saving > 0.0005:
         tokens += f"; {w.separate:,} with every prompt repeated, so shared prompts save {w.saving:.0%}"
     rows = [
         ("optimizer steps", f"{w.steps:,} ({w.steps_per_epoch:,} an epoch), the first {w.warmup:,} warm up"),
         (
             "forward/backward passes",
-            f"{about}{w.passes:,}, {w.passes / w.steps:.1f} a step; the largest has {w.largest:,} tokens",
+            f"{prefix}{w.passes:,}, {w.passes / w.steps:.1f} a step; the largest has {w.largest:,} tokens",
         ),
         ("tokens computed", tokens),
         ("evaluations, checkpoints", f"{w.evaluations}, {w.checkpoints}"),

@@ -170,12 +170,12 @@ class Stage:
                 what = f"{a.place}: reset of {self.name} gives different messages to completions of one row"
                 raise RewardError(WHERE, what, "make it depend on the row alone: the completions share their prompt")
         for turn in range(self.turns):
-            going = [e for e in episodes if e.going]
-            if not going:
+            active = [e for e in episodes if e.going]
+            if not active:
                 break
-            limits = [max_tokens - len(e.sample.ids) for e in going]
-            rows = [[*(e.sample.prompt or e.tree.prompt_ids.tolist()), *e.sample.ids] for e in going]
-            for e, answer in zip(going, draw(rows, [e.seed + turn for e in going], limits), strict=True):
+            limits = [max_tokens - len(e.sample.ids) for e in active]
+            rows = [[*(e.sample.prompt or e.tree.prompt_ids.tolist()), *e.sample.ids] for e in active]
+            for e, answer in zip(active, draw(rows, [e.seed + turn for e in active], limits), strict=True):
                 self._add_turn(e, answer, last=turn == self.turns - 1, max_tokens=max_tokens)
         flat = [e.sample for e in episodes]
         return [flat[i : i + samples] for i in range(0, len(flat), samples)]

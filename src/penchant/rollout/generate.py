@@ -420,12 +420,12 @@ class Pool:
             self.written.begin(i)
         self.prompts.extend(prompts)
         lines = self.written.lines_of(prompts)
-        tokens, going = self.written.add(lines, logits.repeat_interleave(n, dim=0))
+        tokens, active = self.written.add(lines, logits.repeat_interleave(n, dim=0))
         groups = torch.arange(first, first + len(prompts)).repeat_interleave(n)
         # rows that ended at once are not added; the others have no tokens of their own in the caches yet
-        self.lines = torch.cat((self.lines, lines[going]))
-        self.group_of = torch.cat((self.group_of, groups[going]))
-        self.tokens = torch.cat((self.tokens, tokens[going]))
+        self.lines = torch.cat((self.lines, lines[active]))
+        self.group_of = torch.cat((self.group_of, groups[active]))
+        self.tokens = torch.cat((self.tokens, tokens[active]))
         self._drop_groups()
 
     def step(self) -> None:
@@ -433,9 +433,9 @@ class Pool:
         lengths = torch.tensor([len(self.all_prompts[i]) for i in self.prompts])
         ages = self.written.lengths[self.lines] - 1
         logits = self.decoder.step(self.tokens, self.group_of, ages, lengths)
-        self.tokens, going = self.written.add(self.lines, logits)
-        if not bool(going.all()):
-            self._drop_rows(going)
+        self.tokens, active = self.written.add(self.lines, logits)
+        if not bool(active.all()):
+            self._drop_rows(active)
 
     def _drop_rows(self, going: Tensor) -> None:
         """Move the last rows into the places of ended rows."""
@@ -555,13 +555,13 @@ def _decode_together(
     logits = row.first(ids, written.settings.n, pads)
     lines = written.lines_of(part)
     while True:
-        tokens, going = written.add(lines, logits)
-        remaining = int(going.sum())
+        tokens, active = written.add(lines, logits)
+        remaining = int(active.sum())
         if not remaining:
             return
         if remaining < len(lines):
-            lines, tokens = lines[going], tokens[going]
-            row.keep(going.nonzero().squeeze(1))
+            lines, tokens = lines[active], tokens[active]
+            row.keep(active.nonzero().squeeze(1))
         logits = row.step(tokens)
 
 

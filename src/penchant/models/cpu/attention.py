@@ -179,8 +179,8 @@ def attention_forward(heads: Tensor, plan: AttentionPlan) -> Tensor:
         Output rows (N_q, d) in the plan's order.
     """
     out = heads.new_empty(plan.out_to_heads.shape[0], plan.shape.head_dim)
-    for (qs, k, v), os, group in zip(_blocks(heads, plan), _out_blocks(out, plan), plan.groups, strict=True):
-        for q, o, tile in zip(qs, os, group.tiles, strict=True):
+    for (qs, k, v), outs, group in zip(_blocks(heads, plan), _out_blocks(out, plan), plan.groups, strict=True):
+        for q, o, tile in zip(qs, outs, group.tiles, strict=True):
             torch.bmm(_softmax_scores(q, k, tile, plan.shape), v[:, : tile.keys], out=o)
     return out
 

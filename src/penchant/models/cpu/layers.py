@@ -606,7 +606,7 @@ def _layer_forward(
         stretched[role] = out, *stretch
         return (out * stretch[0]).to(out.dtype)
 
-    def onto(residual: Tensor, role: str, inputs: Tensor) -> Tensor:
+    def add_projection(residual: Tensor, role: str, inputs: Tensor) -> Tensor:
         """``residual + W inputs``, including W's adapter."""
         weight: Tensor = getattr(p, role)
         lower(inputs, role)
@@ -637,7 +637,7 @@ def _layer_forward(
     del qkv, by_head
     out = attention_forward(heads, row.plan)
     o = out.index_select(0, row.out_from_heads).view(-1, shape.heads * shape.head_dim)
-    y = onto(x if row.wanted is None else x.index_select(0, row.wanted.tokens), "o", o)
+    y = add_projection(x if row.wanted is None else x.index_select(0, row.wanted.tokens), "o", o)
     if p.o_bias is not None:
         y += p.o_bias
     n2, rstd2 = rms_norm(y, p.norm2, layer.eps)
@@ -645,7 +645,7 @@ def _layer_forward(
     gate, up = mm(n2, p.gate.t()), mm(n2, p.up.t())
     lower(n2, "gate", "up")
     a = swiglu(adapt("gate", gate), adapt("up", up))
-    z = onto(y, "down", a)
+    z = add_projection(y, "down", a)
     return z, Saved(rstd1, projected, head_rstd, heads, o, y, rstd2, gate, up, low, kept, stretched)
 
 
