@@ -68,10 +68,11 @@ class Exchange:
             descriptor = os.memfd_create("penchant")
             os.write(descriptor, token)
         files: list[int] = []
-        for pid, number, said in world.gather((os.getpid(), descriptor, token)):
+        for pid, remote_fd, remote_token in world.gather((os.getpid(), descriptor, token)):
             with suppress(OSError):
-                files.append(os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR))
-                if os.pread(files[-1], _TOKEN, 0) != said:  # on another machine, this path may be an unrelated file
+                files.append(os.open(f"/proc/{pid}/fd/{remote_fd}", os.O_RDWR))
+                # on another machine, this path may be an unrelated file
+                if os.pread(files[-1], _TOKEN, 0) != remote_token:
                     os.close(files.pop())
         if all(world.gather(len(files) == world.size)):
             return cls(files, world.rank)
@@ -83,13 +84,13 @@ class Exchange:
         """The region of `size` bytes for the next exchange of a kind. All processes must make the same calls in the same order."""
         count = self._counts[kind] = self._counts.get(kind, 0) + 1
         pieces = self._pieces.setdefault((kind, size), [])
-        found = next((p for p in pieces if p.used < count - 1), None)
-        if found is None:
-            found = Piece(self._end, size)
-            pieces.append(found)
+        piece = next((p for p in pieces if p.used < count - 1), None)
+        if piece is None:
+            piece = Piece(self._end, size)
+            pieces.append(piece)
             self._end += -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-        found.used = count
-        return found
+        piece.used = count
+        return piece
 
     def seen(self, piece: Piece, rank: int, dtype: torch.dtype) -> Tensor:
         """A piece of a rank's file as a vector."""
@@ -151,12 +152,12 @@ class Gather(Transport):
         if self.piece is not None:
             self.exchange.meet(group)
             return
-        mine = group.rank()
+        own_rank = group.rank()
         parts = output_tensor.view(group.size(), -1)
         for piece in parts.split(SLOT // parts.element_size(), dim=1):
-            for i, shown in enumerate(self.exchange.shown([piece[mine]], group)):
-                if i != mine:
-                    piece[i].copy_(shown[0])
+            for i, rows in enumerate(self.exchange.shown([piece[own_rank]], group)):
+                if i != own_rank:
+                    piece[i].copy_(rows[0])
 
 
 @dataclass(slots=True)
@@ -177,20 +178,28 @@ class ReduceScatter(Transport):
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
     ) -> None:
-        size, mine = group.size(), group.rank()
+        size, own_rank = group.size(), group.rank()
         if op != dist.ReduceOp.SUM:
             raise NotImplementedError(f"{op} of gradients")
         if self.piece is not None:
             self.exchange.meet(group)
-            whole = [self.exchange.seen(self.piece, rank, input_tensor.dtype).view(size, -1) for rank in self.ranks]
-            _add([vectors[mine] for vectors in whole], output_tensor)
+            all_vectors = [
+                self.exchange.seen(self.piece, rank, input_tensor.dtype).view(size, -1) for rank in self.ranks
+            ]
+            _add([vectors[own_rank] for vectors in all_vectors], output_tensor)
             return
         vectors = input_tensor.view(size, -1)
         room = SLOT // (vectors.element_size() * (size - 1))
         for total, piece in zip(output_tensor.split(room), vectors.split(room, dim=1), strict=True):
-            shown = self.exchange.shown([row for i, row in enumerate(piece) if i != mine], group)
+            rows_by_rank = self.exchange.shown([row for i, row in enumerate(piece) if i != own_rank], group)
             # a rank shows only the other ranks' parts, not its own
-            _add([piece[mine] if i == mine else rows[mine - (mine > i)] for i, rows in enumerate(shown)], total)
+            _add(
+                [
+                    piece[own_rank] if i == own_rank else rows[own_rank - (own_rank > i)]
+                    for i, rows in enumerate(rows_by_rank)
+                ],
+                total,
+            )
 
 
 def _make_room(size: int) -> None:

@@ -21,13 +21,13 @@ class Offloaded(saved_tensors_hooks):
     """
 
     def __init__(self, module: nn.Module, pin: bool) -> None:
-        own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+        module_storages = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
 
         def pack(saved: Tensor) -> Tensor | tuple[torch.device, Tensor]:
-            if saved.nbytes < SMALL or saved.untyped_storage().data_ptr() in own:
+            if saved.nbytes < SMALL or saved.untyped_storage().data_ptr() in module_storages:
                 return saved
-            kept = torch.empty(saved.size(), dtype=saved.dtype, layout=saved.layout, pin_memory=pin)
-            return saved.device, kept.copy_(saved, non_blocking=pin)  # safe: the copy back runs on the same stream
+            host_copy = torch.empty(saved.size(), dtype=saved.dtype, layout=saved.layout, pin_memory=pin)
+            return saved.device, host_copy.copy_(saved, non_blocking=pin)  # safe: the copy back runs on the same stream
 
         def unpack(kept: Tensor | tuple[torch.device, Tensor]) -> Tensor:
             return kept if isinstance(kept, Tensor) else kept[1].to(kept[0], non_blocking=pin)

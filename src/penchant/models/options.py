@@ -185,9 +185,9 @@ def check_exists(given: str, hub: bool = True) -> None:
         return
     if not hub or looks_like_folder(given):
         names = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-        near = closest(path.name, names, 0.7)
+        suggestion = closest(path.name, names, 0.7)
         how = "give a run, a CONFIG.yaml, a model's folder or a hub id" if hub else "give a run's folder"
-        how = f"did you mean {path.parent / near}?" if near else how
+        how = f"did you mean {path.parent / suggestion}?" if suggestion else how
         raise CheckpointError(given, f"no such run or config{', nor a model' if hub else ''}", how)
 
 
@@ -198,15 +198,15 @@ def check_model_path(path: str, holds: str = "config.json") -> str:
         check_hub(path)
         return path
     if not folder.exists():
-        near = closest(folder.name, (p.name for p in folder.parent.glob("*/")), 0.7)
+        suggestion = closest(folder.name, (p.name for p in folder.parent.glob("*/")), 0.7)
         how = f"give a folder with {holds}, or a hub id (owner/name)"
-        raise ModelError(path, "no such folder", f"did you mean {folder.parent / near}?" if near else how)
+        raise ModelError(path, "no such folder", f"did you mean {folder.parent / suggestion}?" if suggestion else how)
     if not (folder / holds).exists():
-        inside = folder / "model"
-        lacks = "it must hold a transformers model"
+        subfolder = folder / "model"
+        advice = "it must hold a transformers model"
         if (folder / "config.json").exists():
-            lacks = "put the model's tokenizer there, or name one as model.tokenizer (`tokenizer=` in Python)"
-        hint = f"did you mean {inside}?" if (inside / holds).exists() else lacks
+            advice = "put the model's tokenizer there, or name one as model.tokenizer (`tokenizer=` in Python)"
+        hint = f"did you mean {subfolder}?" if (subfolder / holds).exists() else advice
         raise ModelError(path, f"the folder has no {holds}", hint)
     return str(folder)
 

@@ -87,9 +87,9 @@ class _Rows:
     def add(self, ids: Tensor, grad: Tensor) -> None:
         self._kept.append((ids, grad.to(wide(grad.dtype))))
         if len(self._kept) == _ROWS_TOGETHER:
-            every, grads = (torch.cat(parts) for parts in zip(*self._kept, strict=True))
-            ids, place = every.unique(return_inverse=True)
-            self._kept = [(ids, grads.new_zeros(len(ids), grads.shape[1]).index_add_(0, place, grads))]
+            all_ids, grads = (torch.cat(parts) for parts in zip(*self._kept, strict=True))
+            ids, inverse = all_ids.unique(return_inverse=True)
+            self._kept = [(ids, grads.new_zeros(len(ids), grads.shape[1]).index_add_(0, inverse, grads))]
 
     def write(self) -> None:
         total = getattr(self._param, "main_grad", None)
@@ -208,8 +208,8 @@ def kept_bits(like: Tensor, dropout: float, draws: torch.Generator | None) -> Te
     """
     numbers = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
     numbers.random_(-(2**63), None, generator=draws)
-    kept = numbers.view(torch.int16)[: like.numel()] >= round(dropout * 65536) - 32768
-    return kept.view(torch.int8).neg_().view(like.shape)
+    keep = numbers.view(torch.int16)[: like.numel()] >= round(dropout * 65536) - 32768
+    return keep.view(torch.int8).neg_().view(like.shape)
 
 
 def masked(x: Tensor, kept: Tensor) -> Tensor:
