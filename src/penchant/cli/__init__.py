@@ -190,11 +190,11 @@ def _run(argv: Sequence[str] | None) -> int:
         print(f"penchant: your code called exit({stop.code}), so the command did not finish", file=sys.stderr)
         return stop.code if isinstance(stop.code, int) and stop.code > 0 else 2
     except Exception as error:
-        told = mistake(error)
-        if told is None:
+        user_error = mistake(error)
+        if user_error is None:
             raise
-        print(f"penchant: {told}", file=sys.stderr)
-        return told.exit_code
+        print(f"penchant: {user_error}", file=sys.stderr)
+        return user_error.exit_code
 
 
 def _suggest_setting(args: argparse.Namespace, unknown: Sequence[str], command: str) -> str:
@@ -241,8 +241,8 @@ def _check_config(args: argparse.Namespace) -> Any:
     from penchant.rollout.environment import check_environment_name
     from penchant.runfolder import check_run_folder, leads_to_model
 
-    more = import_module("penchant.cli.train").launch_settings(args) if args.command == "train" else []
-    config = load_config(args.config, [*args.overrides, *more])
+    launch_overrides = import_module("penchant.cli.train").launch_settings(args) if args.command == "train" else []
+    config = load_config(args.config, [*args.overrides, *launch_overrides])
     if args.command == "eval":
         return config  # a finished run does not need its base model nor, with --data, its own rows
     check_run_folder(Path(config.output).expanduser())
@@ -284,8 +284,8 @@ def _is_distributed(args: argparse.Namespace, config: Any) -> bool:
     """Return True if a command trains with several processes, whether torchrun started them or the command will."""
     from penchant.distributed.world import started_by_torchrun
 
-    asked = getattr(args, "processes", None) or (config.launch.processes if config is not None else "auto")
-    return started_by_torchrun() or asked not in ("auto", 1)
+    processes = getattr(args, "processes", None) or (config.launch.processes if config is not None else "auto")
+    return started_by_torchrun() or processes not in ("auto", 1)
 
 
 def _device_of(args: argparse.Namespace, config: Any) -> str:
