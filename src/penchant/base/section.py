@@ -76,5 +76,5 @@ def as_yaml(value: Any) -> str:
 
 def bounds(info: FieldInfo) -> str:
     """The range of a number: ``> 0, <= 16,777,216``; empty if it has none."""
-    found = [(sign, getattr(m, name)) for m in info.metadata for name, sign in SIGNS.items() if hasattr(m, name)]
-    return ", ".join(f"{sign} {int(at):,}" if at == int(at) else f"{sign} {at:g}" for sign, at in found)
+    limits = [(sign, getattr(m, name)) for m in info.metadata for name, sign in SIGNS.items() if hasattr(m, name)]
+    return ", ".join(f"{sign} {int(limit):,}" if limit == int(limit) else f"{sign} {limit:g}" for sign, limit in limits)
