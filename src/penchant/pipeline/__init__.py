@@ -189,20 +189,20 @@ def load_pipeline(given: Mapping[str, Any] | str | Path, overrides: Sequence[str
     for name in stages:
         if name not in names:
             raise ConfigError("command line", f"there is no stage {name!r}", did_you_mean(name, names))
-    built = {name: _stage(name, stages, defaults, places, source, folder) for name in stages}
-    for stage in built.values():
-        _check_references(stage, built)
-    for stage in built.values():
+    members = {name: _stage(name, stages, defaults, places, source, folder) for name in stages}
+    for stage in members.values():
+        _check_references(stage, members)
+    for stage in members.values():
         _ = stage.config  # check every stage before anything trains
-    for stage in built.values():
-        _check_kinds(stage, built)
+    for stage in members.values():
+        _check_kinds(stage, members)
         check_bare_names(
             stage.values.get("reward"),
-            built,
+            members,
             place_of(("reward",), stage.places, stage.place),
             f"stages.{stage.name}: reward",
         )
-    return Pipeline(source, folder, built, _comparison(values, built, places, source))
+    return Pipeline(source, folder, members, _comparison(values, members, places, source))
 
 
 def _section(values: Mapping[str, Any], name: str, places: Places, source: str) -> dict[str, Any]:
@@ -262,11 +262,11 @@ def parse_reference(text: str, path: tuple[str, ...]) -> Ref:
 def resolved(values: Any, resolve: Resolve, path: tuple[str, ...] = ()) -> Any:
     """Copy `values` with every reference replaced, in keys too."""
     if isinstance(values, dict):
-        copied = {}
+        copy = {}
         for key, value in values.items():
             new_key = resolve(parse_reference(key, (*path, key))) if key.startswith("stage:") else key
-            copied[new_key] = resolved(value, resolve, (*path, key))
-        return copied
+            copy[new_key] = resolved(value, resolve, (*path, key))
+        return copy
     if isinstance(values, list):
         return [resolved(value, resolve, (*path, str(i))) for i, value in enumerate(values)]
     if isinstance(values, str) and values.startswith("stage:"):
@@ -314,12 +314,8 @@ def _check_kinds(stage: Stage, stages: Mapping[str, Stage]) -> None:
 def check_reward_model(ref: Ref, stages: Mapping[str, Stage], where: str, what: str) -> None:
     """Raise ConfigError if a reward refers to a stage that trains no reward model."""
     if not stages[ref.stage].learns_reward:
-        reward_stages = [name for name, other in stages.items() if other.learns_reward]
-        hint = (
-            f"there is stage:{', stage:'.join(reward_stages)}"
-            if reward_stages
-            else "add one: {algorithm: {name: reward_model}}"
-        )
+        names = [name for name, other in stages.items() if other.learns_reward]
+        hint = f"there is stage:{', stage:'.join(names)}" if names else "add one: {algorithm: {name: reward_model}}"
         raise ConfigError(where, f"{what} is {ref.text}, which trains no reward model", hint)
 
 

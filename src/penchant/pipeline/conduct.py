@@ -206,17 +206,15 @@ class Conductor:
             record = self.state.stages.get(stage.name)
             unfinished = [n for n in stage.upstream if planned[n].action != "done"]
             if unfinished and record is not None and stage.folder.exists():
-                decision = Planned(stage.name, "later", f"after {', '.join(unfinished)}")
+                entry = Planned(stage.name, "later", f"after {', '.join(unfinished)}")
             elif unfinished:
-                decision = judge_stage(stage, record, {})
-                decision = (
-                    decision
-                    if decision.action == "changed"
-                    else Planned(stage.name, "run", f"after {', '.join(unfinished)}")
+                entry = judge_stage(stage, record, {})
+                entry = (
+                    entry if entry.action == "changed" else Planned(stage.name, "run", f"after {', '.join(unfinished)}")
                 )
             else:
-                decision = judge_stage(stage, record, self.inputs(stage))
-            planned[stage.name] = decision
+                entry = judge_stage(stage, record, self.inputs(stage))
+            planned[stage.name] = entry
         return list(planned.values())
 
     def plan_text(self, redo: Sequence[str] = ()) -> str:
