@@ -64,7 +64,7 @@ def run_demo(
     torch.set_num_threads(1)  # a model of this size runs fastest on one
     folder = Path(output)
     started = time.monotonic()
-    say = _Stages(quiet)
+    display = _Stages(quiet)
     splits = json.loads(asset("openings.json").read_text())
     start_folder = str(asset("model"))
     tokenizer = load_tokenizer(start_folder)
@@ -74,32 +74,32 @@ def run_demo(
     _fresh(folder)
 
     openings, held_out = splits["train"], splits["eval"]
-    with say.stage(f"writing {SAMPLES} continuations of each of {len(openings)} openings") as progress:
+    with display.stage(f"writing {SAMPLES} continuations of each of {len(openings)} openings") as progress:
         pairs = _make_pairs(start, tokenizer, openings, seed, progress)
         data = folder / "pairs.jsonl"
         data.write_text("".join(json.dumps(p, ensure_ascii=False) + "\n" for p in pairs))
-    say.line(f"{counted(len(pairs), 'pair')} whose sentiment differs by at least {MIN_GAP} (VADER, from -1 to 1)")
+    display.line(f"{counted(len(pairs), 'pair')} whose sentiment differs by at least {MIN_GAP} (VADER, from -1 to 1)")
 
     title = f"writing {EVAL_SAMPLES} continuations of {len(held_out)} held-out openings"
-    with say.stage(f"{title}, before") as progress:
+    with display.stage(f"{title}, before") as progress:
         before = _write(start, tokenizer, held_out, EVAL_SAMPLES, seed + 1, progress)
-    with say.stage("training with DPO"):
+    with display.stage("training with DPO"):
         config: dict[str, Any] = {k: dict(v) for k, v in TRAINING.items()}
         config["data"]["path"] = str(data)
         config["train"]["seed"] = seed
         config |= {"model": {"path": start_folder, "dtype": "fp32"}, "output": str(folder)}
         result = api.train(config, quiet=quiet)
     aligned = _load(str(result.model))
-    with say.stage(f"{title}, after") as progress:
+    with display.stage(f"{title}, after") as progress:
         after = _write(aligned, tokenizer, held_out, EVAL_SAMPLES, seed + 1, progress)
-    with say.stage("measuring perplexity and KL"):
+    with display.stage("measuring perplexity and KL"):
         results = _measure(start, aligned, tokenizer, before, after, reviews)
     results["seconds"] = round(time.monotonic() - started, 1)
     (folder / runfolder.RESULTS).write_text(json.dumps(results, indent=1))
     _write_samples(folder, held_out, before, after)
     report = write_report(folder)
-    say.results(results)
-    say.line(f"report: {report}  ({results['seconds']:.0f} s in all)")
+    display.results(results)
+    display.line(f"report: {report}  ({results['seconds']:.0f} s in all)")
     return 0 if all(h.get("met", True) for h in results["headline"]) else 1
 
 

@@ -115,8 +115,8 @@ def rows_of(value: Any, where: str) -> Iterator[Mapping[str, Any]]:
         for values in value.itertuples(index=False, name=None):
             yield dict(zip(names, map(_without_nan, values), strict=True))
     elif isinstance(value, Iterable):
-        table = hasattr(value, "column_names")  # a Dataset of datasets
-        for i, row in enumerate(map(calls_without_nulls, value) if table else value):
+        is_table = hasattr(value, "column_names")  # a Dataset of datasets
+        for i, row in enumerate(map(calls_without_nulls, value) if is_table else value):
             if not isinstance(row, Mapping):
                 raise DataError(f"{where}[{i}]", f"is of type {type(row).__name__}", "give a dict for each row")
             yield row

@@ -54,7 +54,7 @@ def request_of(kind: type[T], asked: Mapping[str, Any], command: str) -> T:
 def shows(kind: type) -> Callable[[F], F]:
     """Decorator that lists a request's keywords in the signature of a function that takes them as ``**asked``."""
 
-    def mark(function: F) -> F:
+    def decorate(function: F) -> F:
         signature = inspect.signature(function)
         own_parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         options = [
@@ -65,7 +65,7 @@ def shows(kind: type) -> Callable[[F], F]:
         function.__signature__ = signature.replace(parameters=[*own_parameters, *options])  # type: ignore[attr-defined]
         return function
 
-    return mark
+    return decorate
 
 
 def _plain(value: Any, several: bool) -> Any:

@@ -169,7 +169,7 @@ def side_by_side(
     if lanes == 1:
         yield from map(run_item, range(len(items)))
         return
-    changed = threading.Condition()
+    condition = threading.Condition()
     results: dict[int, R] = {}
     errors: dict[int, BaseException] = {}
     started = running = 0
@@ -178,7 +178,7 @@ def side_by_side(
     def work() -> None:
         nonlocal started, running
         while True:
-            with changed:
+            with condition:
                 if stop or started == len(items):
                     return
                 i, started = started, started + 1
@@ -186,30 +186,30 @@ def side_by_side(
             try:
                 result = run_item(i)
             except BaseException as error:
-                with changed:
+                with condition:
                     errors[i] = error
-                    changed.notify_all()
+                    condition.notify_all()
                 return
-            with changed:
+            with condition:
                 results[i] = result
                 running -= 1
-                changed.notify_all()
+                condition.notify_all()
 
     pool = _pool(lanes, threads // lanes, os.getpid())
     workers = [pool.submit(work) for _ in range(min(lanes, len(items)))]
     try:
         for i in range(len(items)):
-            with changed:
+            with condition:
                 while i not in results and not errors:
-                    changed.wait()
+                    condition.wait()
                 if errors:
                     break
                 result = results.pop(i)
             yield result
     finally:
-        with changed:
+        with condition:
             stop = True
-            changed.notify_all()
+            condition.notify_all()
         if turns is not None and running:  # this thread was interrupted, or a pass failed
             turns.abandon()
         wait(workers)

@@ -58,11 +58,11 @@ def refuse_idle(section: BaseModel, idle: Mapping[str, str], prefix: str = "") -
     """
     if _RECORDED.get():
         return
-    for name, why in idle.items():
+    for name, reason in idle.items():
         info = type(section).model_fields[name]
         if getattr(section, name) != info.get_default(call_default_factory=True):  # a resolved config has every key
             key = info.alias or name
-            raise ValueError(f"{prefix}{key} has no effect {why.format(key)}")
+            raise ValueError(f"{prefix}{key} has no effect {reason.format(key)}")
 
 
 def as_yaml(value: Any) -> str:

@@ -191,8 +191,8 @@ def without_passwords(text: str) -> str:
 
 def one_line(text: str, longest: int = 300) -> str:
     """Printable text on one line, such as a server's reply for a terminal."""
-    flat = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return short(flat, longest)
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return short(line, longest)
 
 
 def told(error: BaseException) -> str:

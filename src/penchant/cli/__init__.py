@@ -85,8 +85,8 @@ class _Commands(argparse._SubParsersAction):  # type: ignore[type-arg]
     """Subcommands whose own help starts with their line in the list of commands."""
 
     def add_parser(self, name: str, **given: Any) -> Any:
-        about = given.get("help", "")
-        return super().add_parser(name, **{"description": f"{about[:1].upper()}{about[1:]}.", **given})
+        help_text = given.get("help", "")
+        return super().add_parser(name, **{"description": f"{help_text[:1].upper()}{help_text[1:]}.", **given})
 
 
 class _Parser(argparse.ArgumentParser):
@@ -130,10 +130,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _printable_output() -> Iterator[None]:
     """Make everything printed within the block printable and free of secrets."""
     with ExitStack() as stack:
-        for name, replacing in (("stdout", redirect_stdout), ("stderr", redirect_stderr)):
+        for name, redirect in (("stdout", redirect_stdout), ("stderr", redirect_stderr)):
             stream = unescaped(getattr(sys, name))
             if stream is not None:
-                stack.enter_context(replacing(Shown(stream)))  # type: ignore[type-var]
+                stack.enter_context(redirect(Shown(stream)))  # type: ignore[type-var]
         try:
             yield
         except Exception:
@@ -219,15 +219,15 @@ def _check_config(args: argparse.Namespace) -> Any:
     Raises:
         PenchantError: as the command itself would.
     """
-    reads = getattr(args, "reads", None)
-    if reads is None or os.environ.get("PENCHANT_REEXECUTED"):
+    config_kind = getattr(args, "reads", None)
+    if config_kind is None or os.environ.get("PENCHANT_REEXECUTED"):
         return None
-    if reads == "pipeline":
+    if config_kind == "pipeline":
         from penchant.pipeline import load_pipeline
 
         load_pipeline(args.config, args.overrides)
         return None
-    if reads == "sweep":
+    if config_kind == "sweep":
         from penchant.sweep import load_sweep
 
         load_sweep(args.config, args.overrides)

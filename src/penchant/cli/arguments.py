@@ -68,8 +68,8 @@ def apply_bounds(args: argparse.Namespace) -> Iterator[None]:
         bounds = Bounds.model_validate_strings(values, strict=False)
     except ValidationError as error:
         first = error.errors()[0]
-        where = "--bound " + ".".join(map(str, first["loc"]))
-        raise ConfigError(where, first["msg"], f"there are {', '.join(Bounds.model_fields)}") from error
+        flag = "--bound " + ".".join(map(str, first["loc"]))
+        raise ConfigError(flag, first["msg"], f"there are {', '.join(Bounds.model_fields)}") from error
     token = BOUNDS.set(bounds)
     try:
         yield

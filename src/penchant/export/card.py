@@ -123,10 +123,10 @@ def _summary(subject: Subject, form: Format, dtype: str, manifest: Mapping[str, 
 
 
 def _loading_code(subject: Subject, form: Format, files: Mapping[str, str]) -> str:
-    auto = "AutoModelForSequenceClassification" if subject.reward else "AutoModelForCausalLM"
+    auto_class = "AutoModelForSequenceClassification" if subject.reward else "AutoModelForCausalLM"
     file = next((f for f in files if f.endswith(".gguf")), "")
     labels = ", num_labels=1" if subject.reward else ""
-    return form.load.format(auto=auto, folder="FOLDER", base=base_name(subject), file=file, labels=labels)
+    return form.load.format(auto=auto_class, folder="FOLDER", base=base_name(subject), file=file, labels=labels)
 
 
 def _settings(config: RunConfig) -> str:

@@ -221,10 +221,10 @@ def _stage(
     settings = {} if stages[name] is None else stages[name]
     if not isinstance(settings, dict):
         raise ConfigError(place, f"stages.{name} is {settings!r}", "it is a section: indent its keys below it")
-    for where, section in ((("stages", name), settings), (("defaults",), defaults)):
+    for path, section in ((("stages", name), settings), (("defaults",), defaults)):
         if "output" in section:
             how = "leave it out: a stage's folder is the pipeline's output and its name"
-            raise ConfigError(place_of((*where, "output"), places, source), f"{'.'.join(where)}.output is set", how)
+            raise ConfigError(place_of((*path, "output"), places, source), f"{'.'.join(path)}.output is set", how)
     values = merge_settings(defaults, settings)
     own_places = {p[1:]: w for p, w in places.items() if p[0] == "defaults" and p[1:]}
     own_places |= {p[2:]: w for p, w in places.items() if p[:2] == ("stages", name) and p[2:]}

@@ -224,10 +224,10 @@ class Conductor:
         width = max(len(n) for n in (*self.pipeline.stages, "compare"))
         lines = []
         for i, p in enumerate(planned, 1):
-            word, why = WORDS[p.action], p.why
+            word, reason = WORDS[p.action], p.why
             if p.name in moved:
-                word, why = "to redo", "its folder is moved aside first" if self._folder(p.name).exists() else p.why
-            lines.append(f"{i}  {p.name:<{width}}  {word}: {why}")
+                word, reason = "to redo", "its folder is moved aside first" if self._folder(p.name).exists() else p.why
+            lines.append(f"{i}  {p.name:<{width}}  {word}: {reason}")
         if self.comparer is not None:
             ready = not moved and all(p.action == "done" for p in planned)
             unchanged = ready and self.comparer.unchanged(self.state.comparison, self.resolve, self.folder_of)

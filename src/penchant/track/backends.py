@@ -40,8 +40,8 @@ class WeightsAndBiases:
         )
         # the steps of a resumed run may be out of order, so each row carries its own
         self.run.define_metric(STEP)
-        for names in ("train/*", "eval/*", "perf/*"):
-            self.run.define_metric(names, step_metric=STEP)
+        for pattern in ("train/*", "eval/*", "perf/*"):
+            self.run.define_metric(pattern, step_metric=STEP)
         url = (self.run.url or "").split("?")[0]
         return Started(str(self.run.id), url or str(self.run.dir).removesuffix("/files"))
 
