@@ -61,10 +61,10 @@ def named(value: Any, folder: Path, where: str = "") -> Any:
         return str(write_rows(value, folder, where))
     if isinstance(value, Mapping):
         # a key may be an object too: a reward with its weight
-        made = {named(k, folder, where): named(v, folder, f"{where}.{k}".lstrip(".")) for k, v in value.items()}
-        if len(made) < len(value):
+        settings = {named(k, folder, where): named(v, folder, f"{where}.{k}".lstrip(".")) for k, v in value.items()}
+        if len(settings) < len(value):
             raise ConfigError(where, "holds objects that cannot be told apart", "give each as a function of its own")
-        return made
+        return settings
     if isinstance(value, (list, tuple)):
         return [named(v, folder, where) for v in value]
     if hasattr(value, "save_pretrained"):
@@ -115,8 +115,8 @@ def rows_of(value: Any, where: str) -> Iterator[Mapping[str, Any]]:
         for values in value.itertuples(index=False, name=None):
             yield dict(zip(names, map(_without_nan, values), strict=True))
     elif isinstance(value, Iterable):
-        table = hasattr(value, "column_names")  # a Dataset of datasets
-        for i, row in enumerate(map(calls_without_nulls, value) if table else value):
+        is_table = hasattr(value, "column_names")  # a Dataset of datasets
+        for i, row in enumerate(map(calls_without_nulls, value) if is_table else value):
             if not isinstance(row, Mapping):
                 raise DataError(f"{where}[{i}]", f"is of type {type(row).__name__}", "give a dict for each row")
             yield row
@@ -233,9 +233,9 @@ def _as_file(value: Any, name: str, where: str) -> str:
         text = "" if imports is None else f"from __future__ import annotations\n\n{imports}\n\n{source}"
         if text and _runs(text, name):
             return text
-    shown = textwrap.indent(source, "# ", lambda line: True)
-    again = f"{name} was given from Python for {where}: call the function of penchant.api again with it, or put it in a file"
-    return f"# SHA-256 {_digest(value)}. Its source, for the record:\n{shown}\n\nraise RuntimeError({again!r})\n"
+    comment = textwrap.indent(source, "# ", lambda line: True)
+    message = f"{name} was given from Python for {where}: call the function of penchant.api again with it, or put it in a file"
+    return f"# SHA-256 {_digest(value)}. Its source, for the record:\n{comment}\n\nraise RuntimeError({message!r})\n"
 
 
 def _imports_of(function: FunctionType) -> str | None:
@@ -245,8 +245,8 @@ def _imports_of(function: FunctionType) -> str | None:
     if function.__closure__ or not all(d is None or isinstance(d, (bool, int, float, str)) for d in defaults):
         return None
     # annotations of keyword-only arguments are evaluated, as a loss gets its parameters from them
-    asked = [p.annotation for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    if not all(a in (inspect.Parameter.empty, bool, int, float, str, "bool", "int", "float", "str") for a in asked):
+    hints = [p.annotation for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    if not all(a in (inspect.Parameter.empty, bool, int, float, str, "bool", "int", "float", "str") for a in hints):
         return None
     lines = []
     for name, value in _globals_of(function).items():
@@ -257,8 +257,8 @@ def _imports_of(function: FunctionType) -> str | None:
             return None
         if isinstance(value, ModuleType):
             lines.append(f"import {module}" + ("" if module == name else f" as {name}"))
-        elif getattr(sys.modules.get(module), own := getattr(value, "__name__", ""), None) is value:
-            lines.append(f"from {module} import {own}" + ("" if own == name else f" as {name}"))
+        elif getattr(sys.modules.get(module), original := getattr(value, "__name__", ""), None) is value:
+            lines.append(f"from {module} import {original}" + ("" if original == name else f" as {name}"))
         else:
             return None
     return "\n".join(lines)
@@ -272,18 +272,18 @@ def _globals_of(function: FunctionType) -> dict[str, Any]:
         for i in dis.get_instructions(code)
         if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")
     }
-    known = function.__globals__
-    return {n: known.get(n, _globals_of) for n in sorted(names) if n in known or not hasattr(builtins, n)}
+    namespace = function.__globals__
+    return {n: namespace.get(n, _globals_of) for n in sorted(names) if n in namespace or not hasattr(builtins, n)}
 
 
 def _runs(text: str, name: str) -> bool:
     """Whether a source runs by itself and defines `name`."""
-    space: dict[str, Any] = {"__name__": "given"}
+    namespace: dict[str, Any] = {"__name__": "given"}
     try:
-        exec(compile(text, name, "exec"), space)
+        exec(compile(text, name, "exec"), namespace)
     except Exception:
         return False
-    return callable(space.get(name))
+    return callable(namespace.get(name))
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
@@ -330,15 +330,15 @@ def _digest(value: Any, depth: int = 4, within: tuple[int, ...] = ()) -> str:
 def _parts_of(value: Any) -> dict[str, Any]:
     """What determines the behavior of a function, a class or another object."""
     if isinstance(value, FunctionType):
-        found = _globals_of(value)
+        parts = _globals_of(value)
         for i, code in enumerate(_codes(value.__code__)):
-            plain = tuple(c for c in code.co_consts if not isinstance(c, CodeType))
-            found[f"code {i}"] = (code.co_code, plain, code.co_names, code.co_varnames)
+            constants = tuple(c for c in code.co_consts if not isinstance(c, CodeType))
+            parts[f"code {i}"] = (code.co_code, constants, code.co_names, code.co_varnames)
         for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
             with suppress(ValueError):  # not set yet
-                found[name] = cell.cell_contents
-        found |= {f"default {i}": d for i, d in enumerate(value.__defaults__ or ())}
-        return found | {f"default {n}": d for n, d in (value.__kwdefaults__ or {}).items()}
+                parts[name] = cell.cell_contents
+        parts |= {f"default {i}": d for i, d in enumerate(value.__defaults__ or ())}
+        return parts | {f"default {n}": d for n, d in (value.__kwdefaults__ or {}).items()}
     if isinstance(value, MethodType):
         return {"function": value.__func__, "self": value.__self__}
     if isinstance(value, functools.partial):
@@ -346,8 +346,8 @@ def _parts_of(value: Any) -> dict[str, Any]:
     if isinstance(value, type):
         bases = [base for base in value.__bases__ if base.__module__.partition(".")[0] not in LIBRARIES]
         kinds = (FunctionType, str, int, float, tuple, list, dict, classmethod, staticmethod, property)
-        own = {n: p for n, p in vars(value).items() if isinstance(p, kinds) and n not in ("__module__", "__doc__")}
-        return own | {"bases": bases, "name": value.__qualname__}
+        members = {n: p for n, p in vars(value).items() if isinstance(p, kinds) and n not in ("__module__", "__doc__")}
+        return members | {"bases": bases, "name": value.__qualname__}
     return {"type": type(value), **vars(value)}
 
 
@@ -365,12 +365,12 @@ KEYS = {
 
 def set_in(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """A config's mapping with the arguments of `KEYS` inserted."""
-    made = dict(config)
+    settings = dict(config)
     for argument, value in given.items():
         section, _, name = KEYS[argument].partition(".")
-        known = made.get(section, {})
-        made[section] = {**known, name: value} if name and isinstance(known, Mapping) else value
-    return made
+        existing = settings.get(section, {})
+        settings[section] = {**existing, name: value} if name and isinstance(existing, Mapping) else value
+    return settings
 
 
 def output_of(config: Mapping[str, Any], overrides: Sequence[str]) -> str:
@@ -379,8 +379,8 @@ def output_of(config: Mapping[str, Any], overrides: Sequence[str]) -> str:
     Raises:
         ConfigError: there is none.
     """
-    found = [value for key, _, value in (o.partition("=") for o in overrides) if key.strip() == "output"]
-    output = found[-1] if found else config.get("output")
+    values = [value for key, _, value in (o.partition("=") for o in overrides) if key.strip() == "output"]
+    output = values[-1] if values else config.get("output")
     if not output or not isinstance(output, (str, os.PathLike)):
         raise ConfigError("output", "is missing", "set it to the run's folder")
     return str(output)

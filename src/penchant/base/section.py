@@ -58,11 +58,11 @@ def refuse_idle(section: BaseModel, idle: Mapping[str, str], prefix: str = "") -
     """
     if _RECORDED.get():
         return
-    for name, why in idle.items():
+    for name, reason in idle.items():
         info = type(section).model_fields[name]
         if getattr(section, name) != info.get_default(call_default_factory=True):  # a resolved config has every key
             key = info.alias or name
-            raise ValueError(f"{prefix}{key} has no effect {why.format(key)}")
+            raise ValueError(f"{prefix}{key} has no effect {reason.format(key)}")
 
 
 def as_yaml(value: Any) -> str:
@@ -76,5 +76,5 @@ def as_yaml(value: Any) -> str:
 
 def bounds(info: FieldInfo) -> str:
     """The range of a number: ``> 0, <= 16,777,216``; empty if it has none."""
-    found = [(sign, getattr(m, name)) for m in info.metadata for name, sign in SIGNS.items() if hasattr(m, name)]
-    return ", ".join(f"{sign} {int(at):,}" if at == int(at) else f"{sign} {at:g}" for sign, at in found)
+    limits = [(sign, getattr(m, name)) for m in info.metadata for name, sign in SIGNS.items() if hasattr(m, name)]
+    return ", ".join(f"{sign} {int(limit):,}" if limit == int(limit) else f"{sign} {limit:g}" for sign, limit in limits)

@@ -65,8 +65,8 @@ def _formats(args: argparse.Namespace) -> int:
     if args.markdown:
         print(markdown(), end="")
     elif args.json:
-        found = [layout_named(args.name, "data formats")] if args.name else LAYOUTS.values()
-        print(json.dumps([as_json(layout) for layout in found], ensure_ascii=False, indent=1))
+        layouts = [layout_named(args.name, "data formats")] if args.name else LAYOUTS.values()
+        print(json.dumps([as_json(layout) for layout in layouts], ensure_ascii=False, indent=1))
     else:
         print(describe(args.name) if args.name else text())
     return 0
@@ -100,9 +100,9 @@ def _show(args: argparse.Namespace) -> int:
 
     if args.rows < 1:
         raise ConfigError("-n", f"is {args.rows}", "give 1 or more")
-    named, options = column_pairs(args.columns), column_pairs(args.set, "--set")
-    found = preview(args.path, args.rows, shape=args.shape, columns=named, layout_options=options)
-    print(json.dumps(found.to_json(), ensure_ascii=True, indent=1) if args.json else found.to_text())
+    columns, options = column_pairs(args.columns), column_pairs(args.set, "--set")
+    sample = preview(args.path, args.rows, shape=args.shape, columns=columns, layout_options=options)
+    print(json.dumps(sample.to_json(), ensure_ascii=True, indent=1) if args.json else sample.to_text())
     return 0
 
 
@@ -167,10 +167,10 @@ def _audit(args: argparse.Namespace) -> int:
         paths, args.json = [*paths, args.json], "-"  # the path came after a bare --json
     if not paths and not args.split:
         raise ConfigError("data audit", "no file is given", "give a CONFIG.yaml, data files or --split NAME=FILE")
-    reads = (*paths, *_parse_splits(args.split).values(), args.reward, args.check)
-    for path, ours in ((args.json, AUDITED), (args.html, PAGE)):
+    inputs = (*paths, *_parse_splits(args.split).values(), args.reward, args.check)
+    for path, own_start in ((args.json, AUDITED), (args.html, PAGE)):
         if path not in (None, "-"):
-            check_output(path, ours, reads)
+            check_output(path, own_start, inputs)
     if paths and paths[0].endswith(YAML):
         for name, key in (("split", "eval_path"), ("limit", "limit"), ("columns", "columns")):
             if getattr(args, name):
@@ -191,12 +191,12 @@ def _audit(args: argparse.Namespace) -> int:
         )
     if args.html:
         print(f"written: {api.audit_page(result, args.html)}", file=sys.stderr)
-    as_json = json.dumps(result.to_json(args.places), indent=1) + "\n" if args.json else ""
+    json_text = json.dumps(result.to_json(args.places), indent=1) + "\n" if args.json else ""
     if args.json == "-":
-        print(as_json, end="")
+        print(json_text, end="")
         return 0
     if args.json:
-        print(f"written: {write_output(args.json, as_json)}", file=sys.stderr)
+        print(f"written: {write_output(args.json, json_text)}", file=sys.stderr)
     print(result.to_text(whole=args.all))
     return 0
 
@@ -205,10 +205,10 @@ def _parse_splits(given: list[str]) -> dict[str, str]:
     from penchant.errors import ConfigError
 
     splits: dict[str, str] = {}
-    for one in given:
-        name, equals, path = one.partition("=")
+    for item in given:
+        name, equals, path = item.partition("=")
         if not (name and equals and path) or name in splits:
-            what = f"{one!r} names no split" if name not in splits else f"{name!r} is given twice"
+            what = f"{item!r} names no split" if name not in splits else f"{name!r} is given twice"
             how = "give each file a name: --split train=train.jsonl --split test=test.jsonl"
             raise ConfigError("--split", what, how)
         splits[name] = path

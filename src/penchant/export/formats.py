@@ -76,8 +76,8 @@ def _cast_state(model: Any, dtype: str) -> dict[str, Tensor]:
 def _save_config(config: Any, dtype: str, folder: Path) -> None:
     """Write ``config.json`` with the dtype that the weights are stored in, which is the one they are loaded in."""
     parts = (getattr(config, name, None) for name in config.sub_configs)
-    for one in (config, *(p for p in parts if p is not None)):
-        one.dtype = DTYPES[dtype]
+    for part in (config, *(p for p in parts if p is not None)):
+        part.dtype = DTYPES[dtype]
     config.save_pretrained(folder)
 
 
@@ -230,12 +230,12 @@ class Check:
 
     def to_text(self) -> str:
         """Format as one line."""
-        what = "scores" if self.greedy is None else "logits"
-        same = "" if self.greedy is None else f"; the same likeliest token at {self.greedy:.1%} of positions"
+        quantity = "scores" if self.greedy is None else "logits"
+        agreement = "" if self.greedy is None else f"; the same likeliest token at {self.greedy:.1%} of positions"
         return (
-            f"read back and compared on {self.tokens} tokens: {what} differ by at most {self.read:.3g} from the weights that were "
+            f"read back and compared on {self.tokens} tokens: {quantity} differ by at most {self.read:.3g} from the weights that were "
             f"written (allowed: {self.read_limit:.3g}) and by {self.own:.3g} from the run's own model (allowed: {self.own_limit:.3g}, "
-            f"largest: {self.largest:.3g}){same}"
+            f"largest: {self.largest:.3g}){agreement}"
         )
 
 

@@ -62,8 +62,8 @@ class Subject:
 
     def tokenizer(self) -> Any:
         """Load the tokenizer the run was trained with."""
-        own = (self.folder / "tokenizer_config.json").exists()
-        return load_tokenizer(str(self.folder) if own else self.config.model.tokenizer or self.config.model.path)
+        saved = (self.folder / "tokenizer_config.json").exists()
+        return load_tokenizer(str(self.folder) if saved else self.config.model.tokenizer or self.config.model.path)
 
     def dtype(self) -> torch.dtype:
         """Return the dtype that the checkpoint's weights are stored in."""
@@ -80,8 +80,8 @@ class Subject:
 
     def model_config(self) -> Any:
         """Load the model's config; an adapter uses its base model's."""
-        own = (self.folder / "config.json").exists()
-        return load_model_config(str(self.folder) if own else self.base.path)
+        saved = (self.folder / "config.json").exists()
+        return load_model_config(str(self.folder) if saved else self.base.path)
 
     def load_own(self) -> Any:
         """Load the model as the run has it, in fp32: an adapter stays beside its base (a reward model is stored merged)."""
@@ -123,12 +123,12 @@ class Subject:
         texts = [
             str(s.get("prompt", "")) + str(s.get("after", "")) for s in read_folder(self.run).samples[:MAX_PROMPTS]
         ]
-        found = [tokenizer(text, add_special_tokens=False)["input_ids"][:MAX_TOKENS] for text in texts]
-        top = min(len(tokenizer), int(self.model_config().get_text_config().vocab_size))
-        random_ids = torch.randint(0, top, (RANDOM_TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
+        sample_ids = [tokenizer(text, add_special_tokens=False)["input_ids"][:MAX_TOKENS] for text in texts]
+        vocab_size = min(len(tokenizer), int(self.model_config().get_text_config().vocab_size))
+        random_ids = torch.randint(0, vocab_size, (RANDOM_TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
         # without padding tokens: a reward model's score is read at the last token that is not padding
         fixed = [i for i in random_ids if i != tokenizer.pad_token_id]
-        return [*(row for row in found if row), fixed]
+        return [*(row for row in sample_ids if row), fixed]
 
 
 def find_subject(given: str | Path, step: str = "last") -> Subject:
@@ -137,16 +137,16 @@ def find_subject(given: str | Path, step: str = "last") -> Subject:
     Raises:
         CheckpointError: there is no such run or checkpoint, or the checkpoint's files have changed since they were written.
     """
-    found = find_run(str(given), step)
-    if found is None:
+    match = find_run(str(given), step)
+    if match is None:
         check_exists(str(given), hub=False)
-        inside = runs_in(str(given))
-        how = f"name one of its runs: {', '.join(inside)}" if inside else "give a run's folder"
+        runs = runs_in(str(given))
+        how = f"name one of its runs: {', '.join(runs)}" if runs else "give a run's folder"
         raise CheckpointError(str(given), "is not a run", how)
-    config = with_absolute_paths(found[0])
+    config = with_absolute_paths(match[0])
     check_text_alone(config.model, str(given), "export")
     run = Path(config.output)
-    checkpoint = find_checkpoint(run, found[1])
+    checkpoint = find_checkpoint(run, match[1])
     if checkpoint is None:
         raise CheckpointError(str(given), "there is no trained checkpoint to export", "train it first, or name a step")
     load_checkpoint(checkpoint)  # its sums are checked: what is exported is what was trained
@@ -179,8 +179,8 @@ def read_model(folder: Path, reward: bool = False, **options: Any) -> Any:
 def outputs(model: Any, rows: list[list[int]]) -> Tensor:
     """Return the logits of every token of all rows, concatenated; for a reward model, its scores."""
     with torch.inference_mode():
-        found = [model(input_ids=torch.tensor([row]), **without_cache(model)).logits[0].float() for row in rows]
-    return torch.cat([f.reshape(-1, f.shape[-1]) for f in found])
+        logits = [model(input_ids=torch.tensor([row]), **without_cache(model)).logits[0].float() for row in rows]
+    return torch.cat([f.reshape(-1, f.shape[-1]) for f in logits])
 
 
 def round_weights(model: Any, stored_value: Callable[[str, Tensor], Tensor]) -> None:

@@ -75,8 +75,8 @@ def flag_list(text: str) -> list[Row]:
 def json_rows(text: str) -> tuple[list[Row], int]:
     """Parse JSONL into its objects and the number of invalid lines. A last line without its end is not counted as invalid."""
     *lines, last = text.split("\n")  # not splitlines: JSON strings may hold U+2028
-    found = [_parse_row(line) for line in lines if line.strip()]
-    return [row for row in (*found, _parse_row(last)) if row is not None], found.count(None)
+    rows = [_parse_row(line) for line in lines if line.strip()]
+    return [row for row in (*rows, _parse_row(last)) if row is not None], rows.count(None)
 
 
 def _parse_row(line: str) -> Row | None:
@@ -107,8 +107,8 @@ def _file_property(name: str, parse: Callable[[str], T], empty: T, *, summed: bo
 
     def value(folder: Folder) -> T:
         try:
-            whole = not summed or is_intact(folder.path / name)
-            return parse(read_text(folder.path / name)) if whole else empty
+            intact = not summed or is_intact(folder.path / name)
+            return parse(read_text(folder.path / name)) if intact else empty
         except (ValueError, RecursionError):
             return empty
 
@@ -146,16 +146,16 @@ class Folder:
         self.unreadable: dict[str, int] = {}  # number of invalid lines by file name
 
     def rows(self, name: str) -> list[Row]:
-        found, self.unreadable[name] = read_lines(self.path / name)
-        return found
+        rows, self.unreadable[name] = read_lines(self.path / name)
+        return rows
 
     @cached_property
     def evaluations(self) -> list[Row]:
         """The lines of evaluations.jsonl that are unchanged since they were written."""
         lines = self.rows(EVALUATIONS)
-        whole = [line for line in lines if line.pop(LINE_SUM, None) in (None, line_sha256(line))]
-        self.unreadable[EVALUATIONS] += len(lines) - len(whole)
-        return whole
+        intact = [line for line in lines if line.pop(LINE_SUM, None) in (None, line_sha256(line))]
+        self.unreadable[EVALUATIONS] += len(lines) - len(intact)
+        return intact
 
     @cached_property
     def comparison_rows(self) -> list[Row]:
@@ -232,12 +232,12 @@ class Tail:
         file.seek(self._offset)
         rest = b""
         while chunk := file.read(CHUNK):
-            whole, end, rest = (rest + chunk).rpartition(b"\n")
-            self._offset += len(whole + end)
-            self._mark = (self._mark + whole + end)[-MARK:]
-            found, bad = json_rows((whole + end).decode(errors="replace"))
-            rows += found
-            self.unreadable += bad
+            complete, end, rest = (rest + chunk).rpartition(b"\n")
+            self._offset += len(complete + end)
+            self._mark = (self._mark + complete + end)[-MARK:]
+            new_rows, invalid = json_rows((complete + end).decode(errors="replace"))
+            rows += new_rows
+            self.unreadable += invalid
         return rows
 
 
@@ -301,14 +301,14 @@ LockState = Literal["held", "free", "elsewhere"]
 
 def lock_holder(folder: Path) -> tuple[int, str] | None:
     """(PID, machine) that last held the folder, from its lock file; None if unknown."""
-    found = re.match(r"PID (\d{1,20}) on (.*)", read_text(folder / LOCK))
-    return None if found is None else (int(found[1]), found[2].strip())
+    match = re.match(r"PID (\d{1,20}) on (.*)", read_text(folder / LOCK))
+    return None if match is None else (int(match[1]), match[2].strip())
 
 
 def may_be_running(folder: Path) -> bool:
     """Whether the process that last held a folder may still exist; False only if it is known to be gone."""
-    found = lock_holder(folder)
-    return found is None or found[1] != socket.gethostname() or _process_exists(found[0])
+    holder = lock_holder(folder)
+    return holder is None or holder[1] != socket.gethostname() or _process_exists(holder[0])
 
 
 def lock_state(folder: Path, locks: Path = LOCKS) -> LockState:
@@ -317,20 +317,20 @@ def lock_state(folder: Path, locks: Path = LOCKS) -> LockState:
     A process leaves its PID in the file when it ends, and the system may reuse that PID. Therefore the system's list of locks must
     include the file too, if there is such a list.
     """
-    found = lock_holder(folder)
-    if found is None:
+    holder = lock_holder(folder)
+    if holder is None:
         return "free"
-    if found[1] != socket.gethostname():
+    if holder[1] != socket.gethostname():
         return "elsewhere"
-    if not _process_exists(found[0]):
+    if not _process_exists(holder[0]):
         return "free"
     try:
         inode = (folder / LOCK).stat().st_ino
-        listed = [line.split() for line in locks.read_text().splitlines()]
+        entries = [line.split() for line in locks.read_text().splitlines()]
     except OSError:
         return "held"  # no such list on this system: all we know is that the process exists
-    ours = any(str(found[0]) in words and any(w.endswith(f":{inode}") for w in words) for words in listed)
-    return "held" if ours else "free"
+    locked = any(str(holder[0]) in words and any(w.endswith(f":{inode}") for w in words) for words in entries)
+    return "held" if locked else "free"
 
 
 def _process_exists(pid: int) -> bool:
