@@ -34,10 +34,10 @@ VOCAB, PAD, BOS, EOS = 97, 0, 1, 2
 TOLERANCE = 1e-4
 Pair = dict[str, list[int]]  # prompt_ids, chosen_ids, rejected_ids
 
-PER_TOKEN = "TRL's NLL is a mean over the batch's tokens, ours per example"
-NO_SMOOTHING = "TRL's `sigmoid` ignores label_smoothing, ours is cDPO"
-PROMPT_TOO = "TRL's NLL includes the prompt and is a mean over the batch's tokens, ours is the answer's, per example"
-NOT_CLIPPED = "TRL does not clip the weight at 1, ours does"
+PER_TOKEN = "TRL averages the NLL over the batch's tokens, Penchant over examples"
+NO_SMOOTHING = "TRL's `sigmoid` ignores label_smoothing; in Penchant it gives cDPO"
+PROMPT_TOO = "TRL's NLL includes the prompt and is averaged over the batch's tokens; Penchant's covers only the completion and is averaged over examples"
+NOT_CLIPPED = "Penchant clips the weight at 1, TRL does not"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +64,17 @@ class Case:
 
     @property
     def ours(self) -> str:
-        return f"{self.loss} {told(self.params | self.more)}".strip()
+        return f"{self.loss} {hyperparameters(self.params | self.more)}".strip()
 
     @property
     def theirs(self) -> str:
         rest = {k: v for k, v in self.settings.items() if k != "loss_type"}
         kind = self.settings.get("loss_type", "")
-        name = f"{self.trainer} {'+'.join(kind) if isinstance(kind, list) else kind} {told(rest)}"
+        name = f"{self.trainer} {'+'.join(kind) if isinstance(kind, list) else kind} {hyperparameters(rest)}"
         return " ".join(name.split()) + (", one by one" if self.one_by_one else "")
 
 
-def told(values: dict[str, Any]) -> str:
+def hyperparameters(values: dict[str, Any]) -> str:
     """Format hyperparameters as "name=value ..."."""
     return " ".join(f"{k}={v}" for k, v in values.items())
 
@@ -457,11 +457,11 @@ def compare(folder: Path) -> list[dict[str, Any]]:
     reference.requires_grad_(False)
     pairs = made_up_pairs(policy)
     rows = [rows_of(c, pairs) for c in CASES]
-    asked = [
+    worker_cases = [
         {"trainer": c.trainer, "settings": c.settings, "one_by_one": c.one_by_one, "rows": r}
         for c, r in zip(CASES, rows, strict=True)
     ]
-    spec = {**folders, "cases": asked, "gradients": str(folder / "gradients.npy")}
+    spec = {**folders, "cases": worker_cases, "gradients": str(folder / "gradients.npy")}
     log = HERE / "results" / "logs" / "losses_vs_trl.log"
     losses = run_worker(peer_python(), Path(__file__).name, spec, threads=1, log=log)["losses"]
     results = []
@@ -491,13 +491,13 @@ def verdict(result: dict[str, Any]) -> str:
     """Text of the last column: equal, different, or the reason why the two are meant to differ."""
     if agrees(result):
         return "equal"
-    return f"meant to differ: {result['case'].reason}" if result["case"].reason else "**DIFFERENT**"
+    return f"expected: {result['case'].reason}" if result["case"].reason else "**DIFFERENT**"
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """Format the results as a Markdown table."""
     lines = [
-        "| ours | TRL's | pairs | loss, ours | loss, TRL's | difference | gradient, ours | gradient, TRL's | difference | |",
+        "| Penchant | TRL | pairs | loss, Penchant | loss, TRL | difference | gradient norm, Penchant | gradient norm, TRL | difference | result |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
@@ -511,7 +511,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Penchant's preference losses against TRL's", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Compare Penchant's preference losses with TRL's.", allow_abbrev=False)
     parser.add_argument("spec", nargs="?", help=argparse.SUPPRESS)  # a worker's JSON spec
     args = parser.parse_args()
     if args.spec:
@@ -524,8 +524,11 @@ def main() -> int:
     wrong = [r for r in results if not agrees(r) and not r["case"].reason]
     equal = sum(agrees(r) for r in results)
     print(table(results))
-    print(f"\n{len(results)} comparisons: {equal} equal, {len(results) - equal - len(wrong)} meant to differ", end="")
-    print(f", {len(wrong)} different (more than {TOLERANCE:g} relative)")
+    print(
+        f"\n{len(results)} comparisons: {equal} equal, {len(results) - equal - len(wrong)} different as expected",
+        end="",
+    )
+    print(f", {len(wrong)} UNEXPECTED (relative difference above {TOLERANCE:g})")
     return 1 if wrong else 0
 
 
