@@ -58,11 +58,11 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--task", choices=["demo", "hh"], default="demo")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("runs/tables"))
-    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="of the task hh")
-    parser.add_argument("--data", help="hh-rlhf harmless-base rows (JSONL), of the task hh")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: the task's own)")
-    parser.add_argument("--only", help="comma list of rows to run and print")
-    parser.add_argument("--print-only", action="store_true", help="print what is finished, run nothing")
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="model for --task hh")
+    parser.add_argument("--data", help="hh-rlhf harmless-base rows (JSONL) for --task hh")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: depends on the task)")
+    parser.add_argument("--only", help="comma-separated list of rows to run and print")
+    parser.add_argument("--print-only", action="store_true", help="print finished results and run nothing")
     return parser
 
 
@@ -100,7 +100,7 @@ def _hh_task(folder: Path, model: str, data: str | None) -> Task:
     paths = {name: folder / f"{name}.jsonl" for name in ("train", "heldout", "unpaired")}
     if not paths["unpaired"].exists():
         if data is None:
-            sys.exit("--task hh needs --data: rows of Anthropic/hh-rlhf, harmless-base, as JSONL")
+            sys.exit("--task hh needs --data, a JSONL file of Anthropic/hh-rlhf, harmless-base")
         from penchant.data.load import load_preferences, prompt_text
 
         trees = load_preferences(data, on_bad_row="skip").trees
@@ -353,5 +353,5 @@ def selected(settings: Mapping[str, Setting], only: str | None) -> dict[str, Set
     wanted = only.split(",")
     unknown = [w for w in wanted if w not in settings]
     if unknown:
-        sys.exit(f"no such row: {', '.join(unknown)}; there are {', '.join(settings)}")
+        sys.exit(f"no such row: {', '.join(unknown)}; the rows are {', '.join(settings)}")
     return {w: settings[w] for w in wanted}
