@@ -40,8 +40,8 @@ def formula(names: list[str]) -> list[str]:
     for spec in (LOSSES[n] for n in names):
         lines += ["```text", f"{spec.name}: {spec.formula}", "```", ""]
         needs = [NEEDS[n] for n in sorted(spec.needs)]
-        told = [f"Needs {', '.join(needs)}." if needs else "", f"Paper: {_paper(spec.paper)}." if spec.paper else ""]
-        lines += [" ".join(t for t in told if t), ""] if any(told) else []
+        notes = [f"Needs {', '.join(needs)}." if needs else "", f"Paper: {_paper(spec.paper)}." if spec.paper else ""]
+        lines += [" ".join(t for t in notes if t), ""] if any(notes) else []
     return lines
 
 
@@ -73,9 +73,9 @@ def measured(names: list[str]) -> list[str]:
     wanted = ["(before training)", *names]
     for table in re.findall(r"^\| loss .*?(?=^```)", (DOCS / "results.md").read_text(), re.M | re.S):
         rows = table.strip().splitlines()
-        found = {row.split("|")[1].strip(): row for row in rows[2:]}
-        if found.keys() >= set(wanted):
-            return ["", *rows[:2], *(found[n] for n in wanted), ""]
+        row_of = {row.split("|")[1].strip(): row for row in rows[2:]}
+        if row_of.keys() >= set(wanted):
+            return ["", *rows[:2], *(row_of[n] for n in wanted), ""]
     raise KeyError(f"no table of docs/results.md has {', '.join(wanted)}")
 
 
