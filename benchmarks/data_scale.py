@@ -165,18 +165,22 @@ def whole_commands(folder: Path, args: argparse.Namespace) -> list[dict[str, Any
             print(
                 f"{command}, {workers} worker(s): {'linear' if ratio <= LINEAR else 'not linear'} (CPU per row varies by a factor of {ratio:.2f})"
             )
-        one, *others = (f for f in figures if f["command"] == command and f["rows"] == max(args.rows))
+        baseline, *others = (f for f in figures if f["command"] == command and f["rows"] == max(args.rows))
         for other in others:
-            gain = one["seconds"] / other["seconds"]
-            print(f"{command}, {other['workers']} workers: {gain:.2f} times as fast as {one['workers']}")
+            gain = baseline["seconds"] / other["seconds"]
+            print(f"{command}, {other['workers']} workers: {gain:.2f} times as fast as {baseline['workers']}")
     for result in figures:
         if result["command"] == "audit" and result["found"] != result["planted"]:
             print(
                 f"audit of {result['rows']:,} rows: {result['found']:,} duplicates found, but {result['planted']:,} planted"
             )
-    peak, own = max(f["peak_mb"] for f in figures), max(f["peak_mb"] - f["file_mb"] for f in figures)
-    print(f"highest peak: {peak:,.0f} MB, or {own:,.0f} MB without mapped files, which the system can drop at any time")
-    print(f"without mapped files: {'below' if own < WHOLE_MEMORY else 'ABOVE'} the limit of {WHOLE_MEMORY:,.0f} MB")
+    peak, unmapped = max(f["peak_mb"] for f in figures), max(f["peak_mb"] - f["file_mb"] for f in figures)
+    print(
+        f"highest peak: {peak:,.0f} MB, or {unmapped:,.0f} MB without mapped files, which the system can drop at any time"
+    )
+    print(
+        f"without mapped files: {'below' if unmapped < WHOLE_MEMORY else 'ABOVE'} the limit of {WHOLE_MEMORY:,.0f} MB"
+    )
     return figures
 
 
@@ -274,10 +278,10 @@ def tokens(path: Path, n: int, folder: Path, args: argparse.Namespace) -> dict[s
 def worker(task: str, *arguments: str, **environment: str) -> dict[str, Any]:
     """Run one measurement in a separate process and return its result."""
     command = [sys.executable, __file__, "--worker", task, *arguments]
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise SystemExit(process.stderr)
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def _model() -> str:

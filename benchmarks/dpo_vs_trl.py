@@ -213,8 +213,8 @@ def arguments() -> argparse.Namespace:
         args.cases = "bf16-full,bf16-lora" if on_gpu else "all"
     if args.tokens_per_step is None:
         args.tokens_per_step = GPU_TOKENS if on_gpu else OURS["tokens_per_step"]
-    wanted, available = args.cases.split(","), [*CASES, *QLORA, *([] if on_gpu else SFT)]
-    args.chosen = CASES if args.cases == "all" else [c for c in available if any(w in c.name for w in wanted)]
+    name_parts, available = args.cases.split(","), [*CASES, *QLORA, *([] if on_gpu else SFT)]
+    args.chosen = CASES if args.cases == "all" else [c for c in available if any(w in c.name for w in name_parts)]
     if not args.chosen:
         parser.error(f"--cases {args.cases}: no such case; the cases are {', '.join(c.name for c in available)}")
     return args

@@ -66,8 +66,8 @@ def one_gpu() -> str:
 def peer_python(name: str = "trl") -> Path:
     """Python of the peer's environment `.venv-NAME`, built from `constraints-NAME.txt` if missing or out of date."""
     venv, constraints = HERE / f".venv-{name}", HERE / f"constraints-{name}.txt"
-    python, marker, wanted = venv / "bin" / "python", venv / "ready", constraints.read_text()
-    if not marker.exists() or marker.read_text() != wanted:
+    python, marker, required = venv / "bin" / "python", venv / "ready", constraints.read_text()
+    if not marker.exists() or marker.read_text() != required:
         print(f"creating the peer's environment in {venv} ...", flush=True)
         subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
         pip = [str(python), "-m", "pip", "install", "-q", "-c", str(constraints)]
@@ -75,7 +75,7 @@ def peer_python(name: str = "trl") -> Path:
         if name == "unsloth":
             subprocess.run([*pip, *UNSLOTH_NEEDS], check=True)
             subprocess.run([*pip, "--no-deps", "unsloth", "unsloth_zoo"], check=True)
-        marker.write_text(wanted)
+        marker.write_text(required)
     return python
 
 

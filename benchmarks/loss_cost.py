@@ -96,8 +96,8 @@ def peak_gb() -> float:
 def memory_of(label: str, args: argparse.Namespace) -> float:
     """Peak memory, GiB, of a new process that takes two steps with one loss."""
     command = [sys.executable, __file__, "--memory-of", label, "--pairs", str(args.pairs), "--dtype", args.dtype]
-    done = subprocess.run([*command, "--threads", str(args.threads)], capture_output=True, text=True, check=True)
-    return float(done.stdout)
+    process = subprocess.run([*command, "--threads", str(args.threads)], capture_output=True, text=True, check=True)
+    return float(process.stdout)
 
 
 def main() -> None:

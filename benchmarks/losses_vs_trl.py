@@ -252,9 +252,9 @@ def made_up_pairs(policy: Any) -> dict[str, list[Pair]]:
 def greedy(policy: Any, prompt: list[int], rank: int, length: int) -> list[int]:
     """The policy's greedy completion after a first token of rank `rank` (0 or 1)."""
     answer: list[int] = []
-    for at in range(length):
+    for position in range(length):
         logits = policy(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits[0, -1]
-        answer.append(int(logits.topk(2).indices[rank if at == 0 else 0]))
+        answer.append(int(logits.topk(2).indices[rank if position == 0 else 0]))
     return answer
 
 
@@ -300,18 +300,18 @@ def our_loss(case: Case, rows: list[dict[str, Any]], policy: Any, reference: Any
     from penchant.losses import LOSSES
     from penchant.training.steps import reduced
 
-    scorer, other = Scorer(policy, "shared"), Scorer(reference, "shared")
+    scorer, ref_scorer = Scorer(policy, "shared"), Scorer(reference, "shared")
     algorithm: Any
     if case.loss == "gkd":
         config = GKDConfig.model_validate({"name": "gkd", "lambda": 0.0, **case.params})
-        scorer.temperature = other.temperature = config.temperature
-        algorithm = GKD(scorer, LiveReference(other), Writer(policy, None, None, config, 0), config)
+        scorer.temperature = ref_scorer.temperature = config.temperature
+        algorithm = GKD(scorer, LiveReference(ref_scorer), Writer(policy, None, None, config, 0), config)
     else:
         spec = LOSSES[case.loss]
         algorithm = Offline(
             scorer,
             [Component(spec, spec.params(**case.params))],
-            LiveReference(other),
+            LiveReference(ref_scorer),
             mismatched={
                 i: tree(i, r["prompt_ids"], [r["KL_completion_ids"]]) for i, r in enumerate(rows) if "label" in r
             },
@@ -383,8 +383,8 @@ def generalized_jsd(case: dict[str, Any], policy: Any, reference: Any) -> torch.
         labels[:, : len(row["prompt_ids"])] = -100
         logits = policy(input_ids=ids, use_cache=False).logits
         theirs = reference(input_ids=ids, use_cache=False).logits.detach()
-        given = logits[:, :-1], theirs[:, :-1], labels[:, 1:]
-        total = total + GKDTrainer.generalized_jsd_loss(*given, reduction="sum", **case["settings"])
+        inputs = logits[:, :-1], theirs[:, :-1], labels[:, 1:]
+        total = total + GKDTrainer.generalized_jsd_loss(*inputs, reduction="sum", **case["settings"])
         tokens += len(row["chosen_ids"])
     return total / tokens
 

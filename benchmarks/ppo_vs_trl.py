@@ -226,8 +226,8 @@ def arguments() -> argparse.Namespace:
         "--trl-rollout-batch", type=int, default=0, help="rows per batch of TRL's generation and scoring; 0: all"
     )
     args = parsed(parser)
-    wanted = args.only.split(",")
-    args.chosen = [c for c in CASES if any(c.main if w == "main" else w == "all" or w in c.name for w in wanted)]
+    selectors = args.only.split(",")
+    args.chosen = [c for c in CASES if any(c.main if w == "main" else w == "all" or w in c.name for w in selectors)]
     if args.list:
         parser.exit(0, "\n".join(c.name for c in args.chosen) + "\n")
     if not args.chosen:

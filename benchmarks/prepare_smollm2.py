@@ -85,8 +85,8 @@ def check(out: Path) -> None:
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(rendered, return_tensors="pt", add_special_tokens=False)
-    done = model.generate(**ids, max_new_tokens=24, do_sample=False)
-    answer = tokenizer.decode(done[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    generated = model.generate(**ids, max_new_tokens=24, do_sample=False)
+    answer = tokenizer.decode(generated[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
     facts = {
         "parameters": model.num_parameters(),
         "bos, eos, pad": [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token],

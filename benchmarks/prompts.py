@@ -45,9 +45,9 @@ def make_prompts(data: Path, model: Path, count: int, length: int) -> dict[str, 
 
 def spare_token(tokenizer: Any) -> int:
     """The pad token, or another special token if it equals EOS or BOS: padding with EOS would hide real ends."""
-    taken = {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    reserved = {tokenizer.eos_token_id, tokenizer.bos_token_id}
     spare = [tokenizer.pad_token_id, *tokenizer.all_special_ids, *tokenizer.added_tokens_decoder]
-    return next(i for i in spare if i is not None and i not in taken)
+    return next(i for i in spare if i is not None and i not in reserved)
 
 
 if __name__ == "__main__":

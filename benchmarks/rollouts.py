@@ -79,9 +79,11 @@ def start_sides(case: Case, args: argparse.Namespace, model: Path, prompts: Path
         ours = side == "penchant"
         python, script = (sys.executable, "penchant") if ours else (args.peer, "peer")
         cache = "static" if side == "static" else "dynamic"
-        more = {} if ours else {"side": "trl" if side == "trl" else "generate", "cache": cache, "rows": args.peer_rows}
+        side_spec = (
+            {} if ours else {"side": "trl" if side == "trl" else "generate", "cache": cache, "rows": args.peer_rows}
+        )
         workers[side] = stack.enter_context(
-            Worker(python, f"worker_rollout_{script}.py", spec | more, threads=args.threads, log=log)
+            Worker(python, f"worker_rollout_{script}.py", spec | side_spec, threads=args.threads, log=log)
         )
         workers[side].ready = workers[side].ask()
     return workers
@@ -176,11 +178,11 @@ def targets(lines: list[dict[str, Any]]) -> str:
     return markdown(["case", "target", "measured", ""], rows) if rows else "no case with a target ran on both sides"
 
 
-def chooses(wanted: str, case: Case, names: set[str]) -> bool:
+def selects(selector: str, case: Case, names: set[str]) -> bool:
     """Whether a word of --only selects a case: main, all, a whole name, or else a substring of the name."""
-    if wanted in ("main", "all"):
-        return case.main or wanted == "all"
-    return wanted == case.name if wanted in names else wanted in case.name
+    if selector in ("main", "all"):
+        return case.main or selector == "all"
+    return selector == case.name if selector in names else selector in case.name
 
 
 def arguments() -> argparse.Namespace:
@@ -207,15 +209,15 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.quick:
         args.new_tokens, args.repeats = 8, 1
-    names, wanted = {c.name for c in CASES}, args.only.split(",")
-    args.chosen = [c for c in CASES if any(chooses(w, c, names) for w in wanted)]
+    names, selectors = {c.name for c in CASES}, args.only.split(",")
+    args.chosen = [c for c in CASES if any(selects(w, c, names) for w in selectors)]
     if args.list:
         parser.exit(0, "\n".join(c.name for c in args.chosen) + "\n")
-    for option, known in (("sides", SIDES), ("modes", MODES)):
-        given = [w for w in (getattr(args, option) or "").split(",") if w]
-        if unknown := set(given) - set(known):
-            parser.error(f"--{option}: unknown: {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
-        setattr(args, option, given)
+    for option, allowed in (("sides", SIDES), ("modes", MODES)):
+        values = [w for w in (getattr(args, option) or "").split(",") if w]
+        if unknown := set(values) - set(allowed):
+            parser.error(f"--{option}: unknown: {', '.join(sorted(unknown))}; choose from {', '.join(allowed)}")
+        setattr(args, option, values)
     if not args.chosen:
         parser.error(f"--only {args.only}: no such case; see --list")
     if not args.data.is_file():

@@ -137,15 +137,15 @@ def sending(rank: int, port: int) -> None:
             return torch.stack([part(torch.ones(1, part.in_features)).sum() for part in self]).sum()
 
     torch.set_num_threads(1)
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ.update(meeting)
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ.update(rendezvous)
     sizes = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)]
     with join(60.0) as world:
-        for how in ("gloo's sockets", "shared memory"):
+        for transport in ("gloo's sockets", "shared memory"):
             model = nn.Module()
             model.layers = nn.ModuleList([Layer(nn.Linear(*size, bias=False) for size in sizes)])
-            through = shard.Exchange if "memory" in how else argparse.Namespace(of=lambda _: None)
-            with mock.patch.object(shard, "Exchange", through):
+            exchange = shard.Exchange if "memory" in transport else argparse.Namespace(of=lambda _: None)
+            with mock.patch.object(shard, "Exchange", exchange):
                 root = shard.Sharding(world, torch.device("cpu"), torch.float32)(model, model)
             times = []
             for _ in range(30):
@@ -154,7 +154,7 @@ def sending(rank: int, port: int) -> None:
                 times.append(time.process_time() - began)
             if world.leads:
                 print(
-                    f"one layer, forward and backward, over {how}: {1e3 * statistics.median(times):.1f} ms of CPU time"
+                    f"one layer, forward and backward, over {transport}: {1e3 * statistics.median(times):.1f} ms of CPU time"
                 )
 
 

@@ -159,13 +159,13 @@ def timed(studio: Studio, call: Callable[[], Any]) -> tuple[float, float]:
 def judgments(studio: Studio, number: int) -> list[float]:
     """Seconds of each judgment, from the request until the reply with the next pair, sent once the judgment is on disk."""
     form = {"name": "speed", "source": "pairs", "file": "pairs.jsonl"}
-    at = studio.post("/arena/new", **form)[1]["hx-redirect"]
-    studio.post(f"{at}/who", annotator="Ada")
-    page, times = studio.open(f"{at}/item"), []
+    address = studio.post("/arena/new", **form)[1]["hx-redirect"]
+    studio.post(f"{address}/who", annotator="Ada")
+    page, times = studio.open(f"{address}/item"), []
     for _ in range(number):
         fields = {name: page.split(f'name="{name}" value="')[1].split('"')[0] for name in ("order", "pair")}
         began = time.perf_counter()
-        page, _ = studio.post(f"{at}/judge", **fields, verdict="left", seconds="3")
+        page, _ = studio.post(f"{address}/judge", **fields, verdict="left", seconds="3")
         times.append(time.perf_counter() - began)
     return times
 
@@ -222,9 +222,9 @@ def main() -> int:
             }
             figures: dict[str, Any] = {"started": studio.started, "pages": {}}
             for name, path in pages.items():
-                took, cpu = (studio.first, 0.0) if path is None else timed(studio, lambda path=path: studio.open(path))  # type: ignore[misc]
-                figures["pages"][name] = {"seconds": took, "cpu": cpu}
-                print(f"  {name:<26} {took:6.3f} s" + (f"   {cpu:5.2f} s of CPU time" if path else ""))
+                wall, cpu = (studio.first, 0.0) if path is None else timed(studio, lambda path=path: studio.open(path))  # type: ignore[misc]
+                figures["pages"][name] = {"seconds": wall, "cpu": cpu}
+                print(f"  {name:<26} {wall:6.3f} s" + (f"   {cpu:5.2f} s of CPU time" if path else ""))
             times = judgments(studio, count)
             figures["judgement"] = {
                 "median": statistics.median(times),

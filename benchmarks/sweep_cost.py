@@ -88,9 +88,9 @@ def timed(commands: list[list[str]], args: argparse.Namespace, caches: list[Path
     started = time.perf_counter()
     for command, cache in zip(commands, caches, strict=True):
         env = environment(args.threads) | {"PENCHANT_CACHE": str(cache)}
-        done = subprocess.run([sys.executable, "-m", "penchant", *command], env=env, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"penchant {' '.join(command)} failed:\n{done.stderr[-2000:]}")
+        process = subprocess.run([sys.executable, "-m", "penchant", *command], env=env, capture_output=True, text=True)
+        if process.returncode:
+            sys.exit(f"penchant {' '.join(command)} failed:\n{process.stderr[-2000:]}")
     return time.perf_counter() - started
 
 

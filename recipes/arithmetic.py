@@ -114,7 +114,7 @@ def main() -> None:
         quiet=True,
     )
     checked = {"reward": f"{args.output / 'checked.py'}:right"}
-    more = {"loss": "sft", "data": {"path": answered, "max_length": 16}}
+    sft_settings = {"loss": "sft", "data": {"path": answered, "max_length": 16}}
     results: dict[tuple[str, int], api.TrainResult] = {}
     for name in args.methods.split(","):
         for seed in range(args.seeds):
@@ -123,7 +123,7 @@ def main() -> None:
                     **common,
                     "model": {"path": str(sft.model), "dtype": "fp32"},
                     **(
-                        more
+                        sft_settings
                         if name == "sft"
                         else checked | {"algorithm": {"name": name, "samples": 8, "max_new_tokens": 4}}
                     ),

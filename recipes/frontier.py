@@ -58,9 +58,9 @@ def settings_of(task: Task, prompts: Path, teacher: Path) -> dict[str, Mapping[s
         "train": {"epochs": demo.SAMPLES // SAMPLES, "lr": LR},
     }
     settings: dict[str, Mapping[str, Any]] = {}
-    for method, (own, betas) in METHODS.items():
+    for method, (sections, betas) in METHODS.items():
         for beta in betas:
-            setting = {name: {**section, "beta": beta} for name, section in own.items()}
+            setting = {name: {**section, "beta": beta} for name, section in sections.items()}
             if "algorithm" in setting:
                 setting["algorithm"] = {"samples": SAMPLES, "max_new_tokens": demo.NEW_TOKENS, **setting["algorithm"]}
                 setting |= {"reward": "sentiment", **online}
@@ -70,10 +70,10 @@ def settings_of(task: Task, prompts: Path, teacher: Path) -> dict[str, Mapping[s
                     "train": {"batch_size": 2 * task.config["train"]["batch_size"]},
                 }
             settings[f"{method} beta={beta:g}"] = setting
-    for name, how in STUDENTS.items():
-        own = {"algorithm": {"name": "gkd", "lambda": 1.0, "max_new_tokens": demo.NEW_TOKENS, **how}}
+    for name, divergence in STUDENTS.items():
+        sections = {"algorithm": {"name": "gkd", "lambda": 1.0, "max_new_tokens": demo.NEW_TOKENS, **divergence}}
         batch = {"epochs": demo.SAMPLES, "lr": LR, "batch_size": SAMPLES * task.config["train"]["batch_size"]}
-        settings[name] = {**online, **own, "train": batch, "teacher": {"path": str(teacher)}}
+        settings[name] = {**online, **sections, "train": batch, "teacher": {"path": str(teacher)}}
     return settings
 
 
@@ -128,9 +128,13 @@ def print_at(done: Runs) -> None:
         cells = []
         for x in AT:
             reached = [p for points in lines.values() if max(p := sorted(points))[0] >= x]
-            at = [float(np.interp(x, *zip(*points, strict=True))) for points in reached]
+            interpolated = [float(np.interp(x, *zip(*points, strict=True))) for points in reached]
             # leave the cell empty if a seed did not reach this KL: the mean would cover the other seeds only
-            cells.append(f"{np.mean(at):.3f} ({min(at):.3f}, {max(at):.3f})" if at and len(at) == len(lines) else "")
+            cells.append(
+                f"{np.mean(interpolated):.3f} ({min(interpolated):.3f}, {max(interpolated):.3f})"
+                if interpolated and len(interpolated) == len(lines)
+                else ""
+            )
         if any(cells):
             print(f"| {method} | {' | '.join(cells)} |")
 
@@ -205,13 +209,13 @@ def main() -> None:
         parser.error("only --task demo has a true reward")
     task = make_task(args)
     settings = settings_of(task, write_prompts(args.output / args.task), folder_of(args, "frontier", TEACHER, 0))
-    done = fill(args, task, "frontier", selected(settings, args.only))
+    results = fill(args, task, "frontier", selected(settings, args.only))
     print(task.describe(), "\n")
-    print_frontier(done)
-    print_at(done)
-    print_samples(done)
+    print_frontier(results)
+    print_at(results)
+    print_samples(results)
     if args.picture:
-        draw(done, args.picture)
+        draw(results, args.picture)
 
 
 if __name__ == "__main__":

@@ -38,9 +38,9 @@ def split(folder: Path, rows: Path) -> tuple[Path, Path]:
         lines = rows.read_text(encoding="utf-8").splitlines(keepends=True)
         openings = list(dict.fromkeys(json.loads(line)["prompt"] for line in lines))
         held_out = set(openings[-VALIDATION_OPENINGS:])
-        for path, wanted in ((train, False), (validation, True)):
+        for path, in_validation in ((train, False), (validation, True)):
             path.write_text(
-                "".join(x for x in lines if (json.loads(x)["prompt"] in held_out) is wanted), encoding="utf-8"
+                "".join(x for x in lines if (json.loads(x)["prompt"] in held_out) is in_validation), encoding="utf-8"
             )
     return train, validation
 

@@ -234,10 +234,10 @@ def settled(log: Path | None) -> set[str]:
 def run(mutations: Sequence[Mutation], root: Path = ROOT, *, options: argparse.Namespace) -> int:
     """Try each mutation, print a line for each and a summary, and return the exit code."""
     os.environ.update(ENVIRONMENT | dict(os.environ))  # before torch is imported
-    done = settled(options.log)
-    mutations = [m for m in mutations if m.name not in done]
-    if done:
-        print(f"{len(done)} already settled, {len(mutations)} left", flush=True)
+    already_settled = settled(options.log)
+    mutations = [m for m in mutations if m.name not in already_settled]
+    if already_settled:
+        print(f"{len(already_settled)} already settled, {len(mutations)} left", flush=True)
     with tempfile.TemporaryDirectory(prefix="penchant-mutate-") as folder:
         copies: SimpleQueue[Path] = SimpleQueue()
         for i in range(options.jobs):

@@ -304,8 +304,8 @@ def write_inputs(folder: Path, model: Path) -> None:
         "def longer(prompts, first, second):\n"
         '    return ["a" if len(a) > len(b) else "b" if len(b) > len(a) else "tie" for a, b in zip(first, second)]\n'
     )
-    for name, own in RUNS.items():
-        write_yaml(folder / f"{name}.yaml", merged({**BASE, "output": f"runs/{name}"}, own))
+    for name, overrides in RUNS.items():
+        write_yaml(folder / f"{name}.yaml", merged({**BASE, "output": f"runs/{name}"}, overrides))
     named = {"sweep": SWEEP, "pipeline": PIPELINE, "trl": TRL, "factory": LLAMA_FACTORY}
     for name, config in named.items():
         write_yaml(folder / f"{name}.yaml", config)
@@ -368,15 +368,15 @@ class Work:
     def run(self, command: str, step: str, plain: bool = False) -> str:
         """Run a command and return its exit code, stdout and stderr, masked."""
         full = [sys.executable, "-m", "penchant", *command.split()]
-        done = subprocess.run(
+        process = subprocess.run(
             full, cwd=self.folder, env=self.environment(step), capture_output=True, text=True, stdin=subprocess.DEVNULL
         )
         parts = (
-            f"$ penchant {command}\nexit code {done.returncode}",
+            f"$ penchant {command}\nexit code {process.returncode}",
             "--- stdout",
-            done.stdout,
+            process.stdout,
             "--- stderr",
-            done.stderr,
+            process.stderr,
         )
         return self.masked("\n".join(p.rstrip("\n") for p in parts) + "\n", plain)
 
@@ -411,7 +411,7 @@ def mask_keys(value: Any) -> Any:
 def record(folder: Path, names: list[str], jobs: int) -> None:
     """Run the named steps and those they need, and record each in a folder below `folder`."""
     all_steps = steps()
-    wanted = dict.fromkeys(n for name in names for n in (*all_steps[name].needs, name))
+    to_record = dict.fromkeys(n for name in names for n in (*all_steps[name].needs, name))
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="penchant-oracle-") as temporary:
         work = Work(Path(temporary))
@@ -424,10 +424,10 @@ def record(folder: Path, names: list[str], jobs: int) -> None:
             print(f"{name:<18} {time.monotonic() - began:6.1f} s", flush=True)
 
         # runs are independent; the steps that compare, export or evaluate them come afterwards
-        independent = [n for n in wanted if not all_steps[n].needs]
+        independent = [n for n in to_record if not all_steps[n].needs]
         with ThreadPoolExecutor(jobs) as pool:
             list(pool.map(run_one, independent))
-        for name in wanted:
+        for name in to_record:
             if name not in independent:
                 run_one(name)
 
@@ -484,10 +484,10 @@ def compare(a: Path, b: Path, only: list[str] | None, lines: int) -> int:
             elif one.read_bytes() != other.read_bytes():
                 different += 1
                 texts = (p.read_text().splitlines() for p in (one, other))
-                shown = list(difflib.unified_diff(*texts, f"{a}/{name}/{file}", f"{b}/{name}/{file}", lineterm="", n=0))
-                print("\n".join(line[:400] for line in shown[:lines]))
-                if len(shown) > lines:
-                    print(f"... {len(shown) - lines} more lines")
+                diff = list(difflib.unified_diff(*texts, f"{a}/{name}/{file}", f"{b}/{name}/{file}", lineterm="", n=0))
+                print("\n".join(line[:400] for line in diff[:lines]))
+                if len(diff) > lines:
+                    print(f"... {len(diff) - lines} more lines")
     print(f"{different} files differ" if different else "no differences")
     return 1 if different else 0
 

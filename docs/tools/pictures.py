@@ -127,11 +127,11 @@ def a_run(browser: Browser, server: Any, folder: Path) -> None:
     }  # fmt: skip
     started = person.post("/runs/start", form)
     assert started.is_success, started.text
-    done = 0.0
-    while done < 0.7:
+    progress = 0.0
+    while progress < 0.7:
         time.sleep(2)
         show(browser, f"{server.address}runs/view?run={output}")
-        done = browser.run("+(document.querySelector('progress')?.value || 0)")
+        progress = browser.run("+(document.querySelector('progress')?.value || 0)")
     browser.wait("document.querySelectorAll('#curves canvas').length > 2")
     browser.picture(IMAGES / "studio_run.png")
     person.post("/runs/stop", {"run": output})
