@@ -38,9 +38,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path)
     parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--batch", type=int, default=8, help="pairs of a step; one warm-up step, one timed step")
+    parser.add_argument("--batch", type=int, default=8, help="pairs per step; one warm-up step and one timed step")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--trials", default="", help="only trials with this in their name")
+    parser.add_argument("--trials", default="", help="only run trials whose name contains this")
     args = parser.parse_args()
     stop_with_workers()
     model, python, logs = model_folder(args.model), peer_python(), HERE / "results" / "logs"
