@@ -56,18 +56,17 @@ class Pictures:
         listed: list[Picture] = []
         for name in COLUMNS:
             if is_nonempty(row.get(name)):
-                given = row[name]
-                each = given if isinstance(given, Sequence) and not isinstance(given, (str, bytes)) else [given]
-                listed += [self.picture(value, f'"{name}"[{i}]') for i, value in enumerate(each)]
-        found = {mark_of(p): p for p in listed}
-        rest = {}
+                cell = row[name]
+                values = cell if isinstance(cell, Sequence) and not isinstance(cell, (str, bytes)) else [cell]
+                listed += [self.picture(value, f'"{name}"[{i}]') for i, value in enumerate(values)]
+        by_mark = {mark_of(p): p for p in listed}
+        marked_row = {}
         for name, value in row.items():
             if name not in COLUMNS:
-                bare = iter(
-                    listed
-                )  # each column starts again at the first picture: a whole conversation repeats the prompt
-                rest[name] = self._mark(value, f'"{name}"', listed, bare, found)
-        return rest, ExtractedPictures(tuple(listed), found)
+                # each column starts again at the first picture: a whole conversation repeats the prompt
+                bare = iter(listed)
+                marked_row[name] = self._mark(value, f'"{name}"', listed, bare, by_mark)
+        return marked_row, ExtractedPictures(tuple(listed), by_mark)
 
     def text(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         """Only the row of `extract`; the row as it is if its pictures cannot be used."""
@@ -106,11 +105,11 @@ class Pictures:
         for i, (part, kind) in enumerate(zip(parts, kinds, strict=True)):
             if kind in ("image", "image_url"):
                 names = ("image", "image_url", "url", "path", "bytes", "base64")
-                given = next((part[n] for n in names if is_nonempty(part.get(n))), None)
-                if given is None:
+                value = next((part[n] for n in names if is_nonempty(part.get(n))), None)
+                if value is None:
                     texts.append(_next_mark(bare, what))
                 else:
-                    picture = self.picture(given, f"{what}[{i}]", encoded="base64" in part and given is part["base64"])
+                    picture = self.picture(value, f"{what}[{i}]", encoded="base64" in part and value is part["base64"])
                     found[mark_of(picture)] = picture
                     texts.append(mark_of(picture))
             elif isinstance(part.get("text") if isinstance(part, Mapping) else None, str):
@@ -130,10 +129,10 @@ class Pictures:
         """
         if isinstance(value, Mapping):
             names = ("bytes", "path", "url", "image", "base64")
-            inner = next((n for n in names if is_nonempty(value.get(n))), None)
-            if inner is None or isinstance(value[inner], Mapping):
+            key = next((n for n in names if is_nonempty(value.get(n))), None)
+            if key is None or isinstance(value[key], Mapping):
                 raise RowError(f"{what} names no picture", _HOW)
-            return self.picture(value[inner], what, encoded=inner == "base64")
+            return self.picture(value[key], what, encoded=key == "base64")
         if isinstance(value, (bytes, bytearray)):
             return _store(bytes(value), what)
         if not isinstance(value, str):
@@ -207,9 +206,9 @@ class ExtractedPictures:
         places: Counter[str] = Counter()  # of each picture: one may be shown several times
         for text in texts:
             places |= Counter(m.group() for m in MARK.finditer(text))
-        there = Counter(listed) | Counter(self.found.keys())
-        if there - places or places.keys() - self.found.keys():
-            what = f"has {counted(there.total(), 'picture')}, and its prompt has places for {places.total()}"
+        pictures = Counter(listed) | Counter(self.found.keys())
+        if pictures - places or places.keys() - self.found.keys():
+            what = f"has {counted(pictures.total(), 'picture')}, and its prompt has places for {places.total()}"
             raise RowError(what, "write one <image> for each where it belongs, or none at all")
         return tuple(
             replace(t, images=tuple(self.found[m.group()] for m in MARK.finditer(text)))
@@ -224,10 +223,10 @@ def _text(prompt: Prompt) -> str:
 def _prepend_marks(prompt: Prompt, marks: str) -> Prompt:
     if isinstance(prompt, str):
         return marks + prompt
-    at = next((i for i, m in enumerate(prompt) if m.role == "user"), None)
-    if at is None:
+    index = next((i for i, m in enumerate(prompt) if m.role == "user"), None)
+    if index is None:
         return (*prompt, Message("user", marks))
-    return (*prompt[:at], replace(prompt[at], content=marks + prompt[at].content), *prompt[at + 1 :])
+    return (*prompt[:index], replace(prompt[index], content=marks + prompt[index].content), *prompt[index + 1 :])
 
 
 def pillow() -> Any:
@@ -265,8 +264,8 @@ def _store(content: bytes, what: str) -> Picture:
     path = cache_folder("pictures") / sha256[:2] / f"{sha256}.{kind.lower()}"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_aside(path) as aside:
-            aside.write_bytes(content)
+        with written_aside(path) as temporary:
+            temporary.write_bytes(content)
     return Picture(str(path.absolute()), sha256)
 
 
@@ -286,8 +285,8 @@ def open_picture(picture: Picture) -> Any:
     if hashlib.sha256(content).hexdigest() != picture.sha256:
         raise DataError(picture.path, "this picture was changed since the rows were read", "put it back, or start over")
     try:
-        with image.open(io.BytesIO(content), formats=FORMATS) as whole:
-            return ImageOps.exif_transpose(whole).convert("RGB")
+        with image.open(io.BytesIO(content), formats=FORMATS) as opened:
+            return ImageOps.exif_transpose(opened).convert("RGB")
     except Exception as error:  # whatever a decoder raises
         what = f"this picture is broken ({str(error)[:100]})"
         raise DataError(picture.path, what, "fix it, or drop its row") from error

@@ -57,12 +57,12 @@ _HAS_LIST = re.compile(rf'"({"|".join(LISTS)})"\s*:\s*\[\s*(\{{|$)')
 
 def _first_lines(source: Source) -> Iterator[str | BadRow]:
     """The first two lines that are not blank."""
-    found = 0
+    count = 0
     for _, text in source.texts():
         if isinstance(text, BadRow) or text.strip():
             yield text
-            found += 1
-        if found == 2:
+            count += 1
+        if count == 2:
             return
 
 
@@ -103,10 +103,10 @@ class _Decoder:
             return self._slow.raw_decode(text, at)
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) < len(pairs):
+        members = dict(pairs)
+        if len(members) < len(pairs):
             self.odd = _duplicate_keys_message(repeated(name for name, _ in pairs)[0])
-        return made
+        return members
 
     def _integer(self, digits: str) -> int:
         try:
@@ -198,18 +198,18 @@ class _Values:
 
     def rows(self) -> Rows:
         """The rows of all lists, and all objects."""
-        kind, found = "", 0
+        kind, count = "", 0
         while start := self._peek():
-            found += 1
+            count += 1
             if start == "[":
                 kind = "list"
                 yield from self._list()
             elif start == "{":
                 row, names = yield from self._object()
                 kind = "object"
-                if row is not None and found == 1 and not self._peek():
-                    some = ", ".join(printable(n) for n in names[:6]) or "nothing"
-                    what = f'is one JSON object over several lines without a "data" list (it holds {some})'
+                if row is not None and count == 1 and not self._peek():
+                    listing = ", ".join(printable(n) for n in names[:6]) or "nothing"
+                    what = f'is one JSON object over several lines without a "data" list (it holds {listing})'
                     raise DataError(self.name, what, "give a list of objects, or JSONL")
                 if row is not None:
                     yield row
@@ -232,44 +232,44 @@ class _Values:
 
     def _object(self) -> Any:
         """Read an object: yield the rows of its list; return the object as a row if it has none, and its keys."""
-        line, listed = self._line_number(), ""
-        found: dict[str, Any] = {}
+        line, list_key = self._line_number(), ""
+        members: dict[str, Any] = {}
         columns: set[str] = set()
-        held, odd, mark = 0, None, ""
+        size, problem, separator = 0, None, ""
         self._at += 1
         while self._peek() != "}":
-            if mark:
+            if separator:
                 self._expect(",")
-            mark = ","
+            separator = ","
             key, _ = self._value("a key")
             if not isinstance(key, str):
                 raise self._invalid("a key is not a string")
             self._expect(":")
             if key in LISTS and self._peek() == "[" and self._starts_rows():
-                if listed:
-                    raise self._two_lists_error(listed, key)
-                listed = key
+                if list_key:
+                    raise self._two_lists_error(list_key, key)
+                list_key = key
                 for row in self._list():
                     columns = columns or set(row.values if isinstance(row, Row) else ())
                     yield row
                 continue
             start = self._forgotten + self._at
-            value, wrong = self._value(f'the value of "{printable(key[:100])}"')
-            held += self._forgotten + self._at - start
-            if held > self.bounds.bytes:
+            value, value_problem = self._value(f'the value of "{printable(key[:100])}"')
+            size += self._forgotten + self._at - start
+            if size > self.bounds.bytes:
                 raise self.source.too_long(f"{self.name}:{line}", "the object")
-            if key in found:
-                odd = _duplicate_keys_message(key)
-            odd = odd or wrong
-            found[key] = value
+            if key in members:
+                problem = _duplicate_keys_message(key)
+            problem = problem or value_problem
+            members[key] = value
         self._at += 1
-        for key, value in found.items() if listed else ():
+        for key, value in members.items() if list_key else ():
             if _holds_rows(value) and (key in LISTS or columns & {k for r in value if isinstance(r, dict) for k in r}):
-                raise self._two_lists_error(listed, key)
-        if listed:
+                raise self._two_lists_error(list_key, key)
+        if list_key:
             return None, []
         where = self._row_place(line)
-        return (BadRow(where, *odd, str(found)[:SHOWN]) if odd else Row(where, found)), list(found)
+        return (BadRow(where, *problem, str(members)[:SHOWN]) if problem else Row(where, members)), list(members)
 
     def _two_lists_error(self, first: str, second: str) -> DataError:
         what = f'holds two lists of rows, "{printable(first)}" and "{printable(second[:100])}"'
@@ -278,10 +278,10 @@ class _Values:
     def _starts_rows(self) -> bool:
         """Whether the list here starts with an object."""
         at = self._at
-        while (here := _skip(self._held, at + 1)) >= len(self._held) and not self._ended:
+        while (position := _skip(self._held, at + 1)) >= len(self._held) and not self._ended:
             self._read_more(CHUNK)
             at = self._at
-        return self._held[here : here + 1] == "{"
+        return self._held[position : position + 1] == "{"
 
     def _expect(self, mark: str) -> None:
         if self._peek() != mark:
@@ -291,23 +291,23 @@ class _Values:
 
     def _value(self, what: str, row: bool = False) -> Any:
         """The value at this position, as a row or with what is wrong with it."""
-        want = CHUNK
+        size = CHUNK
         where = self._row_place(self._line_number()) if row else ""
         while True:
             try:
                 value, end = self._decoder.read(self._held, self._at)
-                deep = False
+                too_deep = False
             except RecursionError:
-                (end, depth), value, deep = _end(self._held, self._at), None, True
+                (end, depth), value, too_deep = _end(self._held, self._at), None, True
                 if depth > HOPELESS:
-                    made = _too_deep(self._place(), "", self.bounds)
-                    raise DataError(made.where, made.what, made.how) from None
+                    bad = _too_deep(self._place(), "", self.bounds)
+                    raise DataError(bad.where, bad.what, bad.how) from None
             except json.JSONDecodeError as error:
                 cut = error.pos > len(self._held) - 16 or error.msg.startswith("Unterminated")
                 if self._ended or not cut:
-                    short = "is not closed: the file ends" if self._at >= len(self._held) else "is cut short or damaged"
-                    raise self._invalid(f"{what} {short}") from error
-                end, deep = -1, False
+                    fault = "is not closed: the file ends" if self._at >= len(self._held) else "is cut short or damaged"
+                    raise self._invalid(f"{what} {fault}") from error
+                end, too_deep = -1, False
             if end - self._at > self.bounds.bytes:
                 raise self.source.too_long(self._place(), what)
             if end >= 0 and (end < len(self._held) or self._ended):  # else a number may continue in the next block
@@ -316,21 +316,21 @@ class _Values:
                 raise self.source.too_long(self._place(), what)
             if self._ended:
                 raise self._invalid(f"{what} is cut short or damaged")
-            self._read_more(want)
-            want *= 2
-        at, self._at = self._at, end
-        if deep:
-            made = _too_deep(where, self._held[at : at + SHOWN], self.bounds)
-            return made if row else (None, (made.what, made.how))
+            self._read_more(size)
+            size *= 2
+        start, self._at = self._at, end
+        if too_deep:
+            bad = _too_deep(where, self._held[start : start + SHOWN], self.bounds)
+            return bad if row else (None, (bad.what, bad.how))
         if not row:
             return value, self._decoder.odd
-        return _row(where, value, self._decoder, self._held, at, end, self.bounds)
+        return _row(where, value, self._decoder, self._held, start, end, self.bounds)
 
     def _row_place(self, line: int) -> str:
         """The place of the next row, on this line; rows on the same line also get a number."""
         self._number += 1
-        same, self._before = line <= self._before, line
-        return f"{self.name}:{line} (row {self._number})" if same else f"{self.name}:{line}"
+        same_line, self._before = line <= self._before, line
+        return f"{self.name}:{line} (row {self._number})" if same_line else f"{self.name}:{line}"
 
     def _place(self) -> str:
         return f"{self.name}:{self._line_number()}"
@@ -342,19 +342,19 @@ class _Values:
 
     def _peek(self) -> str:
         """The next character that is not white space; empty at the end."""
-        while (here := _skip(self._held, self._at)) >= len(self._held) and not self._ended:
+        while (position := _skip(self._held, self._at)) >= len(self._held) and not self._ended:
             self._at = len(self._held)
             self._read_more(CHUNK)
-        self._at = here
-        return self._held[here : here + 1]
+        self._at = position
+        return self._held[position : position + 1]
 
     def _read_more(self, want: int) -> None:
         """Read on, and drop the text that is done with."""
         self._line_number()
-        parts, got = [self._held[self._at :]], 0
+        parts, count = [self._held[self._at :]], 0
         self._forgotten += self._at
         self._at = self._counted = 0
-        while got < want:
+        while count < want:
             block = self.source.read()
             try:
                 text = self._decode.decode(block, final=not block)
@@ -364,7 +364,7 @@ class _Values:
                 raise DataError(place, *not_utf8(error.object[start:], error.start - start, self.name)) from error
             self._lines += block.count(b"\n")
             parts.append(text)
-            got += len(text)
+            count += len(text)
             if not block:
                 self._ended = True
                 break
