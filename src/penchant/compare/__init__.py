@@ -226,8 +226,8 @@ class RunComparer:
             return [
                 f"The checkpoints of {', '.join(selected)} were chosen by held-out rows such as these; use --data TEST for an unbiased result."
             ]
-        seen = {tree_key(t) for r in self.all_runs if (rows := r.data.rows.datasets[1]) is not None for t in rows.trees}
-        shared = sum(tree_key(t) in seen for t in self.held_out.rows.trees)
+        keys = {tree_key(t) for r in self.all_runs if (rows := r.data.rows.datasets[1]) is not None for t in rows.trees}
+        shared = sum(tree_key(t) in keys for t in self.held_out.rows.trees)
         return [f"{shared:,} of the test rows are held-out rows by which checkpoints were chosen."] if shared else []
 
     @cached_property

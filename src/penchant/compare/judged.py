@@ -176,8 +176,8 @@ def judge_pairs(
 
 
 def _first_position(values: np.ndarray, prompts: np.ndarray) -> Interval | None:
-    known = ~np.isnan(values)
-    return share_ci(values[known], clusters=prompts[known]) if known.any() else None
+    judged = ~np.isnan(values)
+    return share_ci(values[judged], clusters=prompts[judged]) if judged.any() else None
 
 
 def judged_candidates(settings: Mapping[str, Sequence[Measurement]], fixed: bool) -> list[Candidate]:

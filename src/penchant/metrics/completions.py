@@ -227,8 +227,8 @@ def generation_figures(completions: Completions, also: Mapping[str, np.ndarray])
 
 def _mean_reward(name: str, values: np.ndarray, prompts: np.ndarray) -> list[Figure]:
     """Mean over the completions that the reward applies to; empty if there are none."""
-    known = np.isfinite(values)
-    return [mean_figure(name, values[known], prompts[known])] if known.any() else []
+    applies = np.isfinite(values)
+    return [mean_figure(name, values[applies], prompts[applies])] if applies.any() else []
 
 
 def generation_kl(scores: TokenScores, completions: Completions, *, sampled: bool) -> list[Figure]:
@@ -457,12 +457,12 @@ def gain_figures(rewards: Sequence[float] | np.ndarray, start: Sequence[float] |
     policy, initial = np.asarray(rewards, dtype=np.float64), np.asarray(start, dtype=np.float64)
     if policy.shape != initial.shape:
         raise ValueError(f"rewards of the same prompts are wanted, not {policy.shape} and {initial.shape}")
-    known = np.isfinite(policy) & np.isfinite(initial)  # NaN: the reward does not apply to the completion
+    applies = np.isfinite(policy) & np.isfinite(initial)  # NaN: the reward does not apply to the completion
     wins = (policy > initial) + 0.5 * (policy == initial)
     win_rate = (
-        share_ci(wins[known], draws=DRAWS).named("win_rate")
-        | {"win_rate/ties": float((policy == initial)[known].mean())}
-        if known.any()
+        share_ci(wins[applies], draws=DRAWS).named("win_rate")
+        | {"win_rate/ties": float((policy == initial)[applies].mean())}
+        if applies.any()
         else {}
     )
     return reward_figures(policy) | win_rate
@@ -474,12 +474,12 @@ def reward_figures(rewards: np.ndarray) -> Metrics:
     Raises:
         RewardError: no prompt has a reward.
     """
-    known = np.isfinite(rewards)
-    if not known.any():
+    applies = np.isfinite(rewards)
+    if not applies.any():
         what = f"gives no value for any of the {counted(len(rewards), 'held-out completion')}"
         raise RewardError("reward", what, "hold out rows that it applies to (data.eval_path), or none")
-    missing = {} if known.all() else {"reward/none": 1.0 - float(known.mean())}
-    return bootstrap_ci(rewards[known], draws=DRAWS).named("reward") | missing
+    missing = {} if applies.all() else {"reward/none": 1.0 - float(applies.mean())}
+    return bootstrap_ci(rewards[applies], draws=DRAWS).named("reward") | missing
 
 
 # ---- the initial model's completions ----
@@ -547,11 +547,11 @@ def evaluate_online(
         metrics |= bootstrap_ci(values, draws=DRAWS).named(f"eval/{name}")
     for name in groups[0].terms:
         values = np.array([float(g.terms[name][0]) for g in groups])
-        if (known := np.isfinite(values)).any():
-            metrics |= bootstrap_ci(values[known], draws=DRAWS).named(f"eval/rewards/{name}/mean")
-            metrics[f"eval/rewards/{name}/std"] = float(values[known].std(ddof=min(1, known.sum() - 1)))
-        if not known.all():
-            metrics[f"eval/rewards/{name}/none"] = 1.0 - float(known.mean())
+        if (applies := np.isfinite(values)).any():
+            metrics |= bootstrap_ci(values[applies], draws=DRAWS).named(f"eval/rewards/{name}/mean")
+            metrics[f"eval/rewards/{name}/std"] = float(values[applies].std(ddof=min(1, applies.sum() - 1)))
+        if not applies.all():
+            metrics[f"eval/rewards/{name}/none"] = 1.0 - float(applies.mean())
     start_rewards = rewards_of_start(rewards) if reward_metrics else None
     if start_rewards is not None:
         gains = gain_figures(rewards, start_rewards)

@@ -209,11 +209,11 @@ def judge_by_humans(judge: str, models: Sequence[str] = ()) -> HumanVerdict:
         DataError: no such file, or nothing in it. ConfigError: a model without judgments.
     """
     preferences = read_preferences(judge.removeprefix(HUMANS))
-    known = sorted({m for j in preferences.judgements.values() if j.gold is None for m in j.models})
+    available = sorted({m for j in preferences.judgements.values() if j.gold is None for m in j.models})
     for name in models:
-        if name not in known:
+        if name not in available:
             what = f"{name!r} is not a model of {preferences.path}"
-            raise ConfigError("compare", what, f"there are {', '.join(known)}; leave the names out for all")
+            raise ConfigError("compare", what, f"there are {', '.join(available)}; leave the names out for all")
     return human_verdict(preferences, models)
 
 

@@ -198,12 +198,12 @@ def _has_seed_variance(a: Candidate, b: Candidate) -> bool:
 
 def _variance_sources(a: Candidate, b: Candidate, wins: np.ndarray) -> list[np.ndarray]:
     """A win rate's sources of variance: seeds of either side, prompts. wins: (seeds of a, seeds of b, prompts, ...)."""
-    rest = tuple(range(3, wins.ndim))
+    axes = tuple(range(3, wins.ndim))
     with warnings.catch_warnings():  # the mean of an empty slice is NaN, which the caller checks
         warnings.simplefilter("ignore", RuntimeWarning)
-        a_means, b_means = np.nanmean(wins, (1, 2, *rest)), np.nanmean(wins, (0, 2, *rest))
+        a_means, b_means = np.nanmean(wins, (1, 2, *axes)), np.nanmean(wins, (0, 2, *axes))
     seeds = [means for c, means in ((a, a_means), (b, b_means)) if not c.fixed]
-    return [*seeds, np.nanmean(wins, (0, 1, *rest))]
+    return [*seeds, np.nanmean(wins, (0, 1, *axes))]
 
 
 def _win_rate(wins: np.ndarray, sources: Sequence[np.ndarray] | None) -> Interval:

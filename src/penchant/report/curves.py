@@ -120,17 +120,17 @@ def curves(data: ReportData) -> Element | None:
         plots.append((True, _reliability(data.runs[0].calibration)))
     else:
         plots = [(panel.main, plot) for panel in panels for plot in _overlaid_plots(panel, data)]
-    drawn = [(main, picture) for main, plot in plots if plot is not None and (picture := figure(plot)) is not None]
-    if not drawn:
+    pictures = [(main, picture) for main, plot in plots if plot is not None and (picture := figure(plot)) is not None]
+    if not pictures:
         return None
-    shown, more = ([picture for main, picture in drawn if main is is_main] for is_main in (True, False))
+    main_plots, detail_plots = ([picture for main, picture in pictures if main is is_main] for is_main in (True, False))
     details = fold(
-        f"{count(len(more), 'more plot')}: optimization and training details",
-        el("div", more, class_="plots"),
+        f"{count(len(detail_plots), 'more plot')}: optimization and training details",
+        el("div", detail_plots, class_="plots"),
         key="more-plots",
-        open_=not shown,
+        open_=not main_plots,
     )
-    return el("div", el("div", shown, class_="plots") if shown else None, details if more else None)
+    return el("div", el("div", main_plots, class_="plots") if main_plots else None, details if detail_plots else None)
 
 
 def metric_points(run: RunData, metric: str) -> tuple[Point, ...]:

@@ -150,17 +150,17 @@ def downsample(points: Sequence[Point], columns: int) -> list[Point]:
         return list(points)
     low, high = points[0][0], points[-1][0]
     width = (high - low) / columns or 1.0
-    kept: list[Point] = []
+    sampled: list[Point] = []
     bucket: list[Point] = []
     current = 0
     for p in points:
         column = min(columns - 1, int((p[0] - low) / width))
         if column != current and bucket:
-            kept += _extremes(bucket)
+            sampled += _extremes(bucket)
             bucket = []
         current = column
         bucket.append(p)
-    return kept + _extremes(bucket)
+    return sampled + _extremes(bucket)
 
 
 def _extremes(bucket: Sequence[Point]) -> list[Point]:
@@ -394,10 +394,10 @@ def _path_number(value: float, after_number: bool) -> str:
 
 def _draw(line: Line, across: Axis, up: Axis, columns: int) -> Element:
     points = line.drawn or line.points
-    drawn = downsample(points, columns)
+    sampled = downsample(points, columns)
     parts: list[Node] = []
-    if len(drawn) > 1:
-        parts.append(el("path", class_=line.look, d=path_data(drawn, across, up)))
+    if len(sampled) > 1:
+        parts.append(el("path", class_=line.look, d=path_data(sampled, across, up)))
     ends = [e for e in line.ends if not up.log or e[1] > 0]
     if len(ends) > 1:
         outline = [*((x, high) for x, _, high in ends), *((x, low) for x, low, _ in reversed(ends))]
