@@ -112,8 +112,8 @@ def split_hidden(text: str) -> list[tuple[str, bool]]:
 
 
 def _is_joiner(text: str, i: int) -> bool:
-    near = text[i - 1 : i] + text[i + 1 : i + 2]
-    return len(near) == 2 and all(unicodedata.category(c) in JOINED for c in near)
+    neighbors = text[i - 1 : i] + text[i + 1 : i + 2]
+    return len(neighbors) == 2 and all(unicodedata.category(c) in JOINED for c in neighbors)
 
 
 def text_html(text: str) -> str:
@@ -157,10 +157,10 @@ def table(
     Args:
         numeric: right-aligned columns; first_is_head: whether the first cell of each row is its header.
     """
-    right = set(numeric)
+    right_aligned = set(numeric)
 
     def cell(i: int, value: Node, head_row: bool = False) -> Element:
-        kind = "n" if i in right else None
+        kind = "n" if i in right_aligned else None
         if head_row:
             return el("th", value, scope="col", class_=kind)
         return el("th", value, scope="row", class_=kind) if first_is_head and i == 0 else el("td", value, class_=kind)
