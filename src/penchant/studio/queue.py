@@ -67,7 +67,7 @@ def next_item(arena: Arena, annotator: str, taken: Collection[str] = ()) -> Item
     order = judged.records.get(annotator, 0)
     shares = "checks", "repeats", "overlap"
     check_due, repeat_due, shared = (
-        _is_due(getattr(settings, of), order, settings.seed, of, annotator) for of in shares
+        _is_due(getattr(settings, name), order, settings.seed, name, annotator) for name in shares
     )
     golds = [p for p in arena.pairs.values() if p.gold is not None and p.id not in seen]
     repeated = {j.repeat_of for j in own_judgements}
@@ -85,8 +85,8 @@ def next_item(arena: Arena, annotator: str, taken: Collection[str] = ()) -> Item
 
 def _is_due(share: float, order: int, *parts: object) -> bool:
     """Return True if a showing falls into a share of all: one at a random position in every ``1 / share``, so gaps stay short."""
-    near = range(int(order * share), int((order + 1) * share) + 1) if share else ()
-    return any(order <= (k + hashed_uniform(*parts, k)) / share < order + 1 for k in near)
+    positions = range(int(order * share), int((order + 1) * share) + 1) if share else ()
+    return any(order <= (k + hashed_uniform(*parts, k)) / share < order + 1 for k in positions)
 
 
 def item_of(arena: Arena, annotator: str, pair: str, taken: Collection[str] = ()) -> Item | None:
@@ -99,14 +99,14 @@ def item_of(arena: Arena, annotator: str, pair: str, taken: Collection[str] = ()
         pair: its id; taken: pairs that other annotators are looking at now, which do not count as still to come.
     """
     judged = arena.preferences.refresh()
-    own_judgements, found, order = judged.of(annotator), arena.pairs.get(pair), judged.records.get(annotator, 0)
+    own_judgements, arena_pair, order = judged.of(annotator), arena.pairs.get(pair), judged.records.get(annotator, 0)
     earlier = [j for j in own_judgements if j.pair == pair]
-    if found is None or len(earlier) > 1 or any(not j.counts for j in earlier):
+    if arena_pair is None or len(earlier) > 1 or any(not j.counts for j in earlier):
         return None
     left: Literal["a", "b"] = "a" if hashed_uniform(arena.settings.seed, "side", annotator, order) < 0.5 else "b"
     open_pairs = _open_pairs(arena, list(judged.judgements.values()), {j.pair for j in own_judgements}, taken)
     done = len([j for j in own_judgements if j.repeat_of is None])
-    return Item(found, order, left, earlier[0].id if earlier else None, done, len(open_pairs))
+    return Item(arena_pair, order, left, earlier[0].id if earlier else None, done, len(open_pairs))
 
 
 def is_shared(arena: Arena, pair: Pair) -> bool:
@@ -138,13 +138,13 @@ def _most_urgent(arena: Arena, all_judgements: list[Judgement], open_pairs: list
     contests = {m: urgency(m) for m in {p.models for p in open_pairs}}
     seed = arena.settings.seed
     best = min(contests, key=lambda m: (contests[m], hashed_uniform(seed, *m)))
-    found = [(p, is_shared(arena, p)) for p in open_pairs if p.models == best]
+    candidates = [(p, is_shared(arena, p)) for p in open_pairs if p.models == best]
     # prompt counts would send annotators to different pairs among those meant to be shared
     return min(
-        found,
-        key=lambda one: (
-            one[1] != shared,
-            0 if one[1] else prompts[prompt_key(one[0].prompt)],
-            hashed_uniform(seed, one[0].id),
+        candidates,
+        key=lambda candidate: (
+            candidate[1] != shared,
+            0 if candidate[1] else prompts[prompt_key(candidate[0].prompt)],
+            hashed_uniform(seed, candidate[0].id),
         ),
     )[0]
