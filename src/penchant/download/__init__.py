@@ -237,8 +237,8 @@ class _Job:
 
     def _check_disk(self, plan: Plan) -> None:
         if self.request.first:
-            of_each = " of each published split" if self.request.published_splits else ""
-            self.say(f"reading the first {counted(self.request.first, 'row')}{of_each}")
+            scope = " of each published split" if self.request.published_splits else ""
+            self.say(f"reading the first {counted(self.request.first, 'row')}{scope}")
             return
         text_bytes = sum(
             s.size * next((g for e, g in TEXT_GROWTH.items() if s.path.endswith(e)), 1.0) for s in plan.sources
@@ -246,9 +246,9 @@ class _Job:
         free = shutil.disk_usage(self.folder).free
         if plan.hub_id:
             cache = self.hub.cache_folder()
-            cached = self.hub.cached_bytes(plan.repository, plan.sources)
+            cached_bytes = self.hub.cached_bytes(plan.repository, plan.sources)
             disk = next(p for p in (cache, *cache.absolute().parents) if p.exists())
-            fetch_bytes, disk_free = sum(s.size for s in plan.sources) - cached, shutil.disk_usage(disk).free
+            fetch_bytes, disk_free = sum(s.size for s in plan.sources) - cached_bytes, shutil.disk_usage(disk).free
             if fetch_bytes > disk_free:
                 what = f"has {gigabytes(disk_free)} free, and {gigabytes(fetch_bytes)} are to be fetched"
                 how = "free some space, set HF_HOME to another disk, or look at --first 500"
@@ -484,10 +484,12 @@ def summary(result: GetResult) -> str:
 
 
 def _next_steps(result: GetResult) -> list[str]:
-    train = result.folder / "train.jsonl"
-    held_out = result.folder / "validation.jsonl"
-    eval_option = f" --eval-data {shlex.quote(str(held_out))}" if result.data["splits"]["validation"]["rows"] else ""
-    train_path = shlex.quote(str(train))
+    train_file = result.folder / "train.jsonl"
+    validation_file = result.folder / "validation.jsonl"
+    eval_option = (
+        f" --eval-data {shlex.quote(str(validation_file))}" if result.data["splits"]["validation"]["rows"] else ""
+    )
+    train_path = shlex.quote(str(train_file))
     return [
         "next:",
         f"  penchant data audit {train_path}",

@@ -102,13 +102,13 @@ def chosen_subsets(spec: Spec, requested: tuple[str, ...]) -> tuple[str, ...]:
     Raises:
         ConfigError: the data set has no such subset.
     """
-    wanted = spec.subsets if requested == ("all",) else requested or spec.default
-    for name in wanted:
+    selected = spec.subsets if requested == ("all",) else requested or spec.default
+    for name in selected:
         if name not in spec.subsets:
             suggestion = closest(name, spec.subsets)
             how = (f"did you mean {suggestion}? " if suggestion else "") + f"it has {', '.join(spec.subsets)}"
             raise ConfigError("--subset", f"{spec.name} has no subset {name!r}", how)
-    return tuple(s for s in spec.subsets if s in wanted)
+    return tuple(s for s in spec.subsets if s in selected)
 
 
 def table() -> str:

@@ -125,8 +125,8 @@ class Filters:
         # a row is counted under the first test that it fails
         self.tests: dict[str, Callable[[Fields], bool]] = {}
         if request.language:
-            wanted = {name.casefold() for name in request.language}
-            self.tests["language"] = lambda row: _language(row, self.languages).casefold() in wanted
+            languages = {name.casefold() for name in request.language}
+            self.tests["language"] = lambda row: _language(row, self.languages).casefold() in languages
         if request.redacted != "keep":
             only = request.redacted == "only"
             self.tests["not redacted" if only else "redacted"] = lambda row: _is_redacted(row) == only

@@ -427,15 +427,15 @@ def _data_file(studio: Studio, name: str) -> Path:
 
 
 def _read_prompts(studio: Studio, values: Mapping[str, str]) -> list[Any]:
-    typed = pairs.split_prompts(values.get("prompts", ""))
-    if not typed and not values.get("prompts_file"):
+    prompts = pairs.split_prompts(values.get("prompts", ""))
+    if not prompts and not values.get("prompts_file"):
         raise DataError("prompts", "there is none", "type some, or choose a file that holds some")
     if not values.get("prompts_file"):
-        return list(typed)
+        return list(prompts)
     from penchant.data.load import load_preferences, prompt_json
 
     preferences = load_preferences(str(_data_file(studio, values["prompts_file"])), on_bad_row="skip")
-    return [*typed, *(prompt_json(t.prompt) for t in preferences.trees if t.prompt)]
+    return [*prompts, *(prompt_json(t.prompt) for t in preferences.trees if t.prompt)]
 
 
 def _parse_writer(studio: Studio, values: Mapping[str, str], slot: str) -> dict[str, str]:

@@ -211,9 +211,9 @@ class Data:
 
     def _page_of_places(self, file: File, start: int, where: Sequence[str], word: str) -> Page:
         """Return the rows at the given places."""
-        wanted: set[str] = set(where)
+        places: set[str] = set(where)
         if file.lines is None or file.grouped:
-            return file.page(start, wanted=lambda item: item.where in wanted, needle=word)
+            return file.page(start, wanted=lambda item: item.where in places, needle=word)
         items: list[Item] = []
         numbers = sorted({number for number in line_numbers(where) if number >= start})
         for i, number in enumerate(numbers):

@@ -79,10 +79,10 @@ class LineIndex:
                 if not block:
                     self.size = self._scanned  # the file has been truncated
                     return
-                ends = np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == 10)
+                newlines = np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == 10)
                 first = (STEP - 1 - self._line_ends) % STEP
-                self._offsets.extend((ends[first::STEP] + (self._scanned + 1)).tolist())
-                self._line_ends += len(ends)
+                self._offsets.extend((newlines[first::STEP] + (self._scanned + 1)).tolist())
+                self._line_ends += len(newlines)
                 self._scanned += len(block)
                 self._last = block[-1:]
 
@@ -191,9 +191,9 @@ class File:
         deadline = time.monotonic() + SECONDS
         searching = wanted is not None or bool(needle)
         batch_size = most if wanted is None else max(most, LOOKED_AT)
-        for items, upto, end in self._batches(start, batch_size, needle):
+        for items, upto, at_end in self._batches(start, batch_size, needle):
             matching += [item for item in items if wanted is None or wanted(item)]
-            if end:
+            if at_end:
                 return Page(tuple(matching[:most]), _next_number(matching, most), upto)
             if not searching or len(matching) >= most or time.monotonic() > deadline:
                 return Page(tuple(matching[:most]), _next_number(matching, most) or upto + 1, upto)
@@ -204,13 +204,13 @@ class File:
         needle_bytes = search_bytes(needle)
         if self.lines is not None and not self.grouped:
             while True:
-                rows, upto, end = self._read_chunk(start, most, needle_bytes)
+                rows, upto, at_end = self._read_chunk(start, most, needle_bytes)
                 rows = [
                     row for row in rows if not needle or isinstance(row, BadRow) or contains_text(row.values, needle)
                 ]
-                yield self._items(rows), upto, end
+                yield self._items(rows), upto, at_end
                 start = upto + 1
-                if end:
+                if at_end:
                     return
         with self._lock:
             units = self._units(start)
@@ -249,18 +249,18 @@ class File:
             return [], start, True
         kept_lines: list[tuple[int, bytes]] = []
         too_long: set[int] = set()
-        byte_count, number, end, deadline = 0, start - 1, False, time.monotonic() + SECONDS
+        byte_count, number, at_end, deadline = 0, start - 1, False, time.monotonic() + SECONDS
         with self.path.open("rb") as file:
             file.seek(offset)
             while len(kept_lines) < most and byte_count < PAGE_BYTES:
                 line = file.readline(self.bounds.bytes + 2)
                 if not line:
-                    end = True
+                    at_end = True
                     break
                 number += 1
                 if len(line) > self.bounds.bytes + 1 and not line.endswith(b"\n"):
                     too_long.add(number)
-                    while (rest := file.readline(BLOCK)) and not rest.endswith(b"\n"):
+                    while (tail := file.readline(BLOCK)) and not tail.endswith(b"\n"):
                         pass
                     if not word:
                         kept_lines.append((number, line[:SHOWN]))
@@ -269,7 +269,7 @@ class File:
                     byte_count += len(line)
                 if number % 1000 == 0 and time.monotonic() > deadline:
                     break
-            end = end or not file.read(1)
+            at_end = at_end or not file.read(1)
         rows: list[Row | BadRow] = []
         for line_number, line in kept_lines:  # parse each line by itself, so that no line affects how another is read
             source = Source(io.BytesIO(line), self.name, self.bounds)
@@ -279,7 +279,7 @@ class File:
                 rows.append(BadRow(bad_row.where, what, bad_row.how, line.decode("utf-8", "backslashreplace")))
                 continue
             rows += [replace(row, where=f"{self.name}:{line_number}") for row in json_lines(source)]
-        return rows, max(number, start), end
+        return rows, max(number, start), at_end
 
     def _items(self, rows: Sequence[Row | BadRow]) -> list[Item]:
         return [*self._convert_rows(rows, [int(row.where.rpartition(":")[2]) for row in rows])]

@@ -129,14 +129,14 @@ class Runs:
     def _allowed_actions(self, path: str, state: str) -> dict[str, Any]:
         """Return which actions a run allows, and why its process failed if it did."""
         folder = self.studio.resolve(path)
-        locked, stopped = lock_state(folder) == "held", self.processes.stop_requested(path)
-        held = locked or self.processes.is_running(path)
-        ended_or_stopping = not held or stopped
-        starting = held and not stopped and state not in OPEN_STATES
+        locked, stop_requested = lock_state(folder) == "held", self.processes.stop_requested(path)
+        in_use = locked or self.processes.is_running(path)
+        ended_or_stopping = not in_use or stop_requested
+        starting = in_use and not stop_requested and state not in OPEN_STATES
         return {
             "failure": "" if state in OPEN_STATES else self.processes.failure(path),
-            "can_stop": held and not ended_or_stopping,
-            "doing": STOPPING_TEXT if locked and stopped else STARTING_TEXT if starting else "",
+            "can_stop": in_use and not ended_or_stopping,
+            "doing": STOPPING_TEXT if locked and stop_requested else STARTING_TEXT if starting else "",
             "can_resume": ended_or_stopping and state in ENDED_EARLY and (folder / CONFIG).is_file(),
         }
 

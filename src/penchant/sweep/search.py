@@ -49,9 +49,9 @@ class SearchConfig(Section):
     def _something_to_search(self) -> SearchConfig:
         if not self.space:
             raise ValueError("space is empty; add keys, e.g. space: {loss.beta: {from: 0.01, to: 1.0, log: true}}")
-        short = [key for key, values in self.space.items() if isinstance(values, list) and len(values) < 2]
-        if short:
-            raise ValueError(f"space.{short[0]} has no two choices; give a list of at least two, or {{from, to}}")
+        too_short = [key for key, values in self.space.items() if isinstance(values, list) and len(values) < 2]
+        if too_short:
+            raise ValueError(f"space.{too_short[0]} has no two choices; give a list of at least two, or {{from, to}}")
         return self
 
 

@@ -246,18 +246,20 @@ def _flags(view: RunView, size: Size) -> list[Text]:
 def panels(view: RunView, size: Size) -> list[Text]:
     """Return as many panels as fit, most informative first."""
     keys = [(key, f"eval/{key}") for key in (ONLINE if view.online else OFFLINE)]
-    wanted = [(line, points) for line, points in keys if view.line.get(line) or view.points.get(points)]
-    panel_columns = min(len(wanted), max(1, (size.width + 2) // (PANEL_WIDTH + 2)))
-    if not wanted or size.height < PANEL_HEIGHT:
+    panel_keys = [(line, points) for line, points in keys if view.line.get(line) or view.points.get(points)]
+    panel_columns = min(len(panel_keys), max(1, (size.width + 2) // (PANEL_WIDTH + 2)))
+    if not panel_keys or size.height < PANEL_HEIGHT:
         return []
-    panel_rows = min(-(-len(wanted) // panel_columns), max(1, size.height // (PANEL_HEIGHT + 2)))
+    panel_rows = min(-(-len(panel_keys) // panel_columns), max(1, size.height // (PANEL_HEIGHT + 2)))
     height, width = (
         min(MAX_PANEL_HEIGHT, size.height // panel_rows),
         (size.width - 2 * (panel_columns - 1)) // panel_columns,
     )
     lines: list[Text] = []
     for i in range(panel_rows):
-        row = [_panel(view, *keys, width, height, size) for keys in wanted[i * panel_columns : (i + 1) * panel_columns]]
+        row = [
+            _panel(view, *keys, width, height, size) for keys in panel_keys[i * panel_columns : (i + 1) * panel_columns]
+        ]
         lines += [columns(cells, [width] * len(cells)) for cells in zip(*row, strict=True)]
     return lines
 
@@ -286,10 +288,10 @@ def _table(view: RunView, size: Size) -> list[Text]:
         rows = [
             _held_out_row(view, f"eval/{k}", label) for k, label in keys if number(last.get(f"eval/{k}")) is not None
         ]
-        begin, end = (f"step {step_count(e.get('step')) or 0:,}" for e in (first, last))
+        first_step, last_step = (f"step {step_count(e.get('step')) or 0:,}" for e in (first, last))
         row_count = step_count(last.get("rows", last.get("eval/rows")))
         heading_text = "held out" + (f", {counted(row_count, 'row')}" if row_count else "")
-        head = ("", begin, end, "change") if begin != end else ("", "", end, "")
+        head = ("", first_step, last_step, "change") if first_step != last_step else ("", "", last_step, "")
     else:
         rows = [
             (label, format_figure(e[0]), format_figure(e[1]), f"{e[1] - e[0]:+.4f}")
