@@ -307,8 +307,8 @@ class EndpointJudge:
         Raises:
             RewardError: the endpoint cannot be reached or refuses. CheckpointError: the cache cannot be written.
         """
-        quick = replace(self, connection=replace(self.connection, attempts=min(2, self.connection.attempts)))
-        unread = quick._ask([PROBE], None, give_up=1).unread
+        probe_judge = replace(self, connection=replace(self.connection, attempts=min(2, self.connection.attempts)))
+        unread = probe_judge._ask([PROBE], None, give_up=1).unread
         return f"The judge's reply to a trial question cannot be read: '{unread[0]}'." if unread else None
 
     def ask(self, questions: Sequence[Question], progress: Progress | None = None) -> Answers:

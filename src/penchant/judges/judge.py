@@ -119,14 +119,14 @@ def ask_both_orders(judge: PairJudge, pairs: Sequence[Question], progress: Progr
     Papers: arXiv 2306.05685, 2305.17926.
     """
     identical = np.array([p.first == p.second for p in pairs], dtype=bool)
-    both = [(p, p.swapped) for p in pairs]
-    questions = list(dict.fromkeys(q for pair, same in zip(both, identical, strict=True) if not same for q in pair))
+    orders = [(p, p.swapped) for p in pairs]
+    questions = list(dict.fromkeys(q for pair, same in zip(orders, identical, strict=True) if not same for q in pair))
     answers = judge.ask(questions, progress)
     index = {q: i for i, q in enumerate(questions)}
     values = np.full((len(pairs), 2), np.nan)
     graded = np.zeros((len(pairs), 2), dtype=bool)
     for i in np.flatnonzero(~identical).tolist():
-        rows = [index[q] for q in both[i]]
+        rows = [index[q] for q in orders[i]]
         values[i], graded[i] = answers.values[rows], answers.graded[rows]
     preferred = np.stack([values[:, 0], 1.0 - values[:, 1]], axis=1)  # preference for a
     agreed = (np.sign(preferred[:, 0] - TIE) == np.sign(preferred[:, 1] - TIE)) & ~np.isnan(preferred).any(1)

@@ -105,23 +105,23 @@ class Workers:
             BaseException: the first error raised by a run, `begin` or `end`.
         """
         threads = [threading.Thread(target=self._serve, args=(w, todo, begin, end)) for w in self.workers]
-        caught = 0
+        signal_count = 0
         try:
-            with _collect_signals() as seen:
+            with _collect_signals() as signals:
                 for t in threads:
                     t.start()
                 while any(t.is_alive() for t in threads):
                     for t in threads:
                         t.join(0.1)
-                    if len(seen) > caught:  # forward a second signal too: it stops a run in the middle of a step
-                        caught = len(seen)
+                    if len(signals) > signal_count:  # forward a second signal too: it stops a run within a step
+                        signal_count = len(signals)
                         self._stop()
         finally:
             for t in threads:
                 if t.ident is not None:
                     t.join()
-        if caught:
-            name = signal.Signals(seen[0]).name
+        if signal_count:
+            name = signal.Signals(signals[0]).name
             raise Interrupted(
                 str(self.folder), f"stopped by {name}; runs left checkpoints", "run the same command to continue"
             )
@@ -137,9 +137,9 @@ class Workers:
                         return
                     begin(run)
                     pause_at = self.pause_at(run)
-                made = worker.train(run, pause_at)
+                outcome = worker.train(run, pause_at)
                 with self.lock:
-                    self._finish_run(worker, run, made, end)
+                    self._finish_run(worker, run, outcome, end)
         except BaseException as error:
             self.problems.append(error)
             self._stop(worker)
@@ -215,8 +215,8 @@ class Jobs:
         """
         waiting: dict[str, _SubmittedJob] = {}
         failed: dict[str, PenchantError] = {}
-        with _collect_signals() as seen:
-            while not seen:
+        with _collect_signals() as signals:
+            while not signals:
                 while not failed and len(waiting) < self.at_once and (run := next(todo, None)) is not None:
                     job = self.find_job(run)
                     if job is not None:
@@ -225,28 +225,28 @@ class Jobs:
                 if not waiting:
                     break
                 for name, submitted in list(waiting.items()):
-                    made = self._outcome(submitted)
-                    if made is None:
+                    outcome = self._outcome(submitted)
+                    if outcome is None:
                         continue
                     del waiting[name]
-                    error = self._failure(submitted, made)
+                    error = self._failure(submitted, outcome)
                     if error is not None:
                         failed[name] = error
                         self.note(f"{name} failed: {error}")
-                        made = {"state": "interrupted", "seconds": made["seconds"]}
-                    end(submitted.run, made)
+                        outcome = {"state": "interrupted", "seconds": outcome["seconds"]}
+                    end(submitted.run, outcome)
                     for file in order_files(Path(submitted.job["order"])):
                         file.unlink(missing_ok=True)
-                    if error is None and made["state"] == "interrupted":
+                    if error is None and outcome["state"] == "interrupted":
                         waiting[name] = self._send(submitted.run, begin)
                 if waiting:
                     time.sleep(POLL_SECONDS)
-        if seen and (waiting or not failed):
-            raise self._interrupted(signal.Signals(seen[0]).name, waiting)
-        for first in failed.values():
-            others = [name for name in failed if failed[name] is not first]
-            too = f" ({', '.join(others)} failed too)" if others else ""
-            raise type(first)(first.where, first.what + too, first.how)
+        if signals and (waiting or not failed):
+            raise self._interrupted(signal.Signals(signals[0]).name, waiting)
+        for first_error in failed.values():
+            others = [name for name in failed if failed[name] is not first_error]
+            suffix = f" ({', '.join(others)} failed too)" if others else ""
+            raise type(first_error)(first_error.where, first_error.what + suffix, first_error.how)
 
     def _send(self, run: SweepRun, begin: Callable[[SweepRun], None]) -> _SubmittedJob:
         begin(run)
@@ -269,20 +269,20 @@ class Jobs:
 
     def _outcome(self, submitted: _SubmittedJob) -> Finished | None:
         """Outcome of a job, or None while it is pending or running."""
-        made: Finished = {"state": "interrupted", "seconds": 0.0}
+        outcome: Finished = {"state": "interrupted", "seconds": 0.0}
         with suppress(FileNotFoundError):
-            made = json.loads(result_path(Path(submitted.job["order"])).read_text(encoding="utf-8"))
-            if made.get("state") == "paused" and submitted.job["pause_at"] != self.pause_at(submitted.run):
-                return {"state": "interrupted", "seconds": made["seconds"]}  # the halving rule was changed or removed
-            if made.get("state") != "interrupted":
-                return made
-        how = self.cluster.ended(submitted.job["id"], "why" in made)
-        if how is None:
+            outcome = json.loads(result_path(Path(submitted.job["order"])).read_text(encoding="utf-8"))
+            if outcome.get("state") == "paused" and submitted.job["pause_at"] != self.pause_at(submitted.run):
+                return {"state": "interrupted", "seconds": outcome["seconds"]}  # the halving rule has changed
+            if outcome.get("state") != "interrupted":
+                return outcome
+        end_state = self.cluster.ended(submitted.job["id"], "why" in outcome)
+        if end_state is None:
             submitted.ended = None  # reset it, since the cluster may have requeued the job
             return None
         if submitted.ended is None:
             submitted.ended = time.monotonic()
-        return {**made, "how": how} if time.monotonic() - submitted.ended >= LAG_SECONDS else None
+        return {**outcome, "how": end_state} if time.monotonic() - submitted.ended >= LAG_SECONDS else None
 
     def _failure(self, submitted: _SubmittedJob, made: Finished) -> PenchantError | None:
         """The error that keeps a run from being resubmitted: its own, a canceled job, or a job that made no progress."""
@@ -290,12 +290,12 @@ class Jobs:
             return submitted.run.named(error_of(made))
         if made["state"] != "interrupted" or "how" not in made:
             return None
-        how = made.pop("how")
-        if _latest_checkpoint_name(submitted.run) != submitted.job["start"] and not how.startswith("CANCELLED"):
+        end_state = made.pop("how")
+        if _latest_checkpoint_name(submitted.run) != submitted.job["start"] and not end_state.startswith("CANCELLED"):
             return None  # a time limit, or preemption by another job
         return CheckpointError(
             f"run {submitted.run.name}",
-            f"its {self.cluster.title} {submitted.job['id']} ended ({how}) before the run did",
+            f"its {self.cluster.title} {submitted.job['id']} ended ({end_state}) before the run did",
             f"its messages are in {self.cluster.log(submitted.job['id'], Path(submitted.job['order']))}; the same command continues",
         )
 
@@ -321,13 +321,15 @@ def _latest_checkpoint_name(run: SweepRun) -> str | None:
 @contextmanager
 def _collect_signals() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM in a list instead of handling them."""
-    seen: list[int] = []
+    signals: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield seen  # handlers can only be set in the main thread
+        yield signals  # handlers can only be set in the main thread
         return
-    old = {n: signal.signal(n, lambda number, _: seen.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
+    previous_handlers = {
+        n: signal.signal(n, lambda number, _: signals.append(number)) for n in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
-        yield seen
+        yield signals
     finally:
-        for n, handler in old.items():
+        for n, handler in previous_handlers.items():
             signal.signal(n, handler)
