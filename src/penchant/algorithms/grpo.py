@@ -183,18 +183,18 @@ class GroupPolicyGradient(OnPolicy):
         groups = self.writer.write(prompts, iteration)
         if not cfg.dynamic_sampling:
             return groups
-        used = {t.row for t in prompts}
+        used_rows = {t.row for t in prompts}
         informative = [g for g in groups if self.teaches(g)]
         sampled = list(groups)
         for attempt in range(cfg.dynamic_sampling):
             missing = len(groups) - len(informative)
-            rng = np.random.default_rng([self.writer.seed, iteration, attempt, len(used)])
-            candidates = rng.permutation(len(self.pool))[: missing + len(used)] if missing else ()
-            new_prompts = [t for i in candidates if (t := self.pool[int(i)]).row not in used][:missing]
+            rng = np.random.default_rng([self.writer.seed, iteration, attempt, len(used_rows)])
+            candidates = rng.permutation(len(self.pool))[: missing + len(used_rows)] if missing else ()
+            new_prompts = [t for i in candidates if (t := self.pool[int(i)]).row not in used_rows][:missing]
             if not new_prompts:
                 break
             replacements = self.writer.write(new_prompts, iteration)
-            used |= {t.row for t in new_prompts}
+            used_rows |= {t.row for t in new_prompts}
             sampled += replacements
             informative += [g for g in replacements if self.teaches(g)]
         # if no group has a signal, keep the first ones: the step is empty, and its line reports the rollouts

@@ -123,18 +123,16 @@ class Batch:
             as_chat = not isinstance(prompt, str) and not plain
             prompts.append(prompt_json(prompt) if as_chat else prompt_text(prompt))
             completions.append([{"role": "assistant", "content": text}] if as_chat else text)
-        main_arguments: dict[str, Any] = {"prompts": prompts, "completions": completions}
-        extra_arguments: dict[str, Any] = {name: [values[i] for i in which] for name, values in self.columns.items()}
-        extra_arguments["completion_ids"] = None if self.ids is None else [self.ids[i] for i in which]
-        extra_arguments["trainer_state"] = SimpleNamespace(global_step=self.step)
-        extra_arguments["log_metric"] = lambda name, value: self.metrics.update({str(name): float(value)})
-        extra_arguments["log_extra"] = lambda column, values: None
+        main: dict[str, Any] = {"prompts": prompts, "completions": completions}
+        extra: dict[str, Any] = {name: [values[i] for i in which] for name, values in self.columns.items()}
+        extra["completion_ids"] = None if self.ids is None else [self.ids[i] for i in which]
+        extra["trainer_state"] = SimpleNamespace(global_step=self.step)
+        extra["log_metric"] = lambda name, value: self.metrics.update({str(name): float(value)})
+        extra["log_extra"] = lambda column, values: None
         if self.ids is None and "completion_ids" not in takes.required:
-            del extra_arguments["completion_ids"]
-        named_arguments = (
-            extra_arguments | main_arguments if takes.by_name else extra_arguments
-        )  # these win over columns of the same name
-        accepted = {n: v for n, v in named_arguments.items() if takes.rest or n in takes.names}
+            del extra["completion_ids"]
+        available = extra | main if takes.by_name else extra  # `main` wins over columns of the same name
+        accepted = {n: v for n, v in available.items() if takes.rest or n in takes.names}
         return ([] if takes.by_name else [prompts, completions]), accepted
 
 

@@ -90,8 +90,8 @@ def model_contents(config: RunConfig) -> dict[str, str]:
         for label, folder in folders:
             files = sorted(p for p in folder.iterdir() if p.is_file() and any(t.fullmatch(p.name) for t in patterns))
             # a large file is hashed once; afterwards its size and timestamps tell whether it has changed
-            large = {p for p in files if p.stat().st_size >= AUTO_BYTES}
-            sums = {p: hashes_of([p])[0] if p in large else file_sha256(p) for p in files}
+            large_files = {p for p in files if p.stat().st_size >= AUTO_BYTES}
+            sums = {p: hashes_of([p])[0] if p in large_files else file_sha256(p) for p in files}
             hashes |= {f"content of {label}: {p.name}": sha256 for p, sha256 in sums.items()}
     return hashes
 

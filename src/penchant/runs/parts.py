@@ -346,10 +346,8 @@ def prepare_for_inference(model: Any, config: RunConfig, dtype: torch.dtype, pro
     model.requires_grad_(False).eval()
     if processor is not None:
         return choose_pictured(model, processor)[0]
-    configured = config.model.kernels
-    kernels = (
-        "auto" if configured == "compile" else configured
-    )  # compiling is not worth it, and maybe not possible here
+    choice = config.model.kernels
+    kernels = "auto" if choice == "compile" else choice  # compiling is not worth it, and maybe not possible here
     return choose_packing(model, config.train.packing, kernels, config.model.attention)[0]
 
 
@@ -422,10 +420,10 @@ def model_writer(built: Built, rows: Rows) -> Callable[[Path], None]:
 
 def gathered_state(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The state dict of a sharded model, complete on rank 0 and empty elsewhere; tied weights share memory there too."""
-    named = list(model.state_dict(keep_vars=True).items())
-    name_of = {id(p): name for name, p in reversed(named)}
-    tensors = gathered(((name, p) for name, p in named if name_of[id(p)] == name), current(), dtype)
-    return {name: tensors[name_of[id(p)]] for name, p in named} if tensors else {}
+    parameters = list(model.state_dict(keep_vars=True).items())
+    name_of = {id(p): name for name, p in reversed(parameters)}
+    tensors = gathered(((name, p) for name, p in parameters if name_of[id(p)] == name), current(), dtype)
+    return {name: tensors[name_of[id(p)]] for name, p in parameters} if tensors else {}
 
 
 def checkpoint_bytes(config: RunConfig, model: Any, dtype: torch.dtype) -> int:
