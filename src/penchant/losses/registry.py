@@ -143,8 +143,8 @@ def loss(
     """
 
     def register(fn: Function) -> Function:
-        known = LOSSES.get(name)
-        if known is not None and known.fn.__module__ != fn.__module__:
+        existing = LOSSES.get(name)
+        if existing is not None and existing.fn.__module__ != fn.__module__:
             raise ValueError(f"there is a loss called {name} already; choose another name")
         equal_policy_loss = equal if callable(equal) or equal is None else lambda **_: equal
         fn_params = params_of(fn, params)
@@ -189,11 +189,11 @@ def params_of(fn: Callable[..., Any], base: type[LossParams] = LossParams) -> ty
             ),
         )
     title = f"{getattr(fn, '__name__', 'Loss')}Params"
-    made = _create_params(title, LossParams, fields)
+    params_type = _create_params(title, LossParams, fields)
     if base is not LossParams:  # the function's arguments first, then the base's settings
-        made = _create_params(title, (base, made), {})
-    made.argument_names = tuple(fields)
-    return made
+        params_type = _create_params(title, (base, params_type), {})
+    params_type.argument_names = tuple(fields)
+    return params_type
 
 
 def _create_params(title: str, base: Any, fields: dict[str, Any]) -> type[LossParams]:

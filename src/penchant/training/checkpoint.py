@@ -79,11 +79,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file one tensor at a time; `save_file` would copy all GPU tensors to host memory at once."""
     in_order = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     ends = itertools.accumulate((t.nbytes for _, t in in_order), initial=0)
-    parts = {
-        name: {"dtype": _SAFETENSORS_DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": place}
-        for (name, t), place in zip(in_order, itertools.pairwise(ends), strict=True)
+    entries = {
+        name: {"dtype": _SAFETENSORS_DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": offsets}
+        for (name, t), offsets in zip(in_order, itertools.pairwise(ends), strict=True)
     }
-    header = json.dumps(parts).encode()
+    header = json.dumps(entries).encode()
     header += b" " * (-len(header) % 8)  # the data must start 8-byte aligned
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
@@ -141,8 +141,8 @@ def save_sharded(
             if world.leads:
                 (aside / "state.json").write_text(json.dumps(dict(state), indent=1, allow_nan=False))
             for path in sorted(p for p in aside.rglob("*") if p.is_file()):
-                shard = path.parent.name == SHARDS
-                if path.name.startswith(f"shard-{world.rank + 1:05d}-") if shard else world.leads:
+                is_shard = path.parent.name == SHARDS
+                if path.name.startswith(f"shard-{world.rank + 1:05d}-") if is_shard else world.leads:
                     sums[str(path.relative_to(aside))] = file_sha256(path)
                     fsync(path)
         all_sums = {name: sha256 for part in world.gather(sums) for name, sha256 in part.items()}
@@ -202,19 +202,19 @@ def _remove(path: Path) -> None:
     """Delete a checkpoint; it is renamed first, so that a kill midway leaves no partial checkpoint under its name."""
     if not path.exists():
         return
-    gone = aside_of(path.with_name(f"{path.name}-gone"))
-    os.rename(path, gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    discarded = aside_of(path.with_name(f"{path.name}-gone"))
+    os.rename(path, discarded)
+    shutil.rmtree(discarded, ignore_errors=True)
 
 
 def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest complete checkpoint of a run, and a warning for each newer one that is incomplete."""
-    warnings: list[str] = []
+    messages: list[str] = []
     for path in reversed(checkpoints(folder)):
         if (path / MANIFEST).exists():
-            return path, warnings
-        warnings.append(f"{path}: has no manifest, so it is incomplete; using an older checkpoint")
-    return None, warnings
+            return path, messages
+        messages.append(f"{path}: has no manifest, so it is incomplete; using an older checkpoint")
+    return None, messages
 
 
 def find_checkpoint(folder: Path, step: str) -> Path | None:
@@ -282,13 +282,13 @@ def _read_shards(folder: Path, masters: Mapping[str, Tensor]) -> dict[str, Tenso
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     world, tensors = current(), {}
-    for name, found in HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata.items():
-        assert isinstance(found, TensorStorageMetadata)  # safetensors files hold only tensors
+    for name, metadata in HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata.items():
+        assert isinstance(metadata, TensorStorageMetadata)  # safetensors files hold only tensors
         master = masters.get(name.rpartition("/")[2])
-        if world.many and master is not None and master.shape == found.size:
-            tensors[name] = torch.zeros_like(master.detach(), dtype=found.properties.dtype)
+        if world.many and master is not None and master.shape == metadata.size:
+            tensors[name] = torch.zeros_like(master.detach(), dtype=metadata.properties.dtype)
         else:
-            tensors[name] = torch.zeros(found.size, dtype=found.properties.dtype)
+            tensors[name] = torch.zeros(metadata.size, dtype=metadata.properties.dtype)
     reader = HuggingFaceStorageReader(str(folder))
     with warnings.catch_warnings(), _reraise_cause():
         warnings.filterwarnings(
@@ -302,8 +302,8 @@ def prune(folder: Path, keep_last: int, best_step: int | None) -> None:
     """Delete all checkpoints except the newest `keep_last` and the best one; incomplete ones are deleted too."""
     existing = checkpoints(folder)
     complete = [p for p in existing if (p / MANIFEST).exists()]
-    kept = {*complete[-keep_last:], folder / CHECKPOINTS / f"step-{best_step}"} & {*complete}
+    to_keep = {*complete[-keep_last:], folder / CHECKPOINTS / f"step-{best_step}"} & {*complete}
     for path in existing:
-        if path not in kept:
+        if path not in to_keep:
             with suppress(OSError):
                 _remove(path)
