@@ -28,7 +28,11 @@ TRIALS: list[tuple[str, Case, dict[str, Any]]] = [
     ],
     ("bf16 autocast, batch 2, sorted, eager attention", BF16, {"micro": 2, "sort_in_step": True, "attention": "eager"}),
     *[(f"fp32, batch {m}, sorted", FP32, {"micro": m, "sort_in_step": True}) for m in (1, 2, 4)],
-    ("bf16 autocast, batch 2, sorted, reference cached", Case("bf16", "full", True), {"micro": 2, "sort_in_step": True}),
+    (
+        "bf16 autocast, batch 2, sorted, reference cached",
+        Case("bf16", "full", True),
+        {"micro": 2, "sort_in_step": True},
+    ),
     ("bf16 autocast, LoRA, batch 2, sorted", Case("bf16", "lora", False), {"micro": 2, "sort_in_step": True}),
     ("bf16 autocast, batch 2, torch.compile", BF16, {"micro": 2, "sort_in_step": True, "compile": True}),
 ]

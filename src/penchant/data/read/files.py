@@ -20,7 +20,7 @@ _SHEET = ("is a spreadsheet", "export it as CSV (UTF-8), and name that file")
 _PICKLE = ("is a pickle, which is never read: it can run code", "write the rows as JSONL or Parquet")
 _ARROW = (
     "is an Arrow file",
-    "write it as Parquet, e.g. datasets.Dataset.from_file(\"NAME\").to_parquet(\"NAME.parquet\") in Python",
+    'write it as Parquet, e.g. datasets.Dataset.from_file("NAME").to_parquet("NAME.parquet") in Python',
 )
 _OTHERS = {
     **dict.fromkeys((".xlsx", ".xlsm", ".xls", ".ods", ".numbers"), _SHEET),
