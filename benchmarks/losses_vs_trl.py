@@ -97,10 +97,8 @@ def with_sft(loss: str, params: dict[str, Any], **more: Any) -> Case:
 
 
 SMOOTH = {"label_smoothing": 0.2}
-ON_CHOSEN = (
-    "SFT",
-    "generalized_jsd_loss",
-)  # trainers that use the chosen completions only; the second is a function of TRL's GKDTrainer
+# trainers that use the chosen completions only; the second is a function of TRL's GKDTrainer
+ON_CHOSEN = ("SFT", "generalized_jsd_loss")
 CASES = [
     dpo_case("dpo", {}, "sigmoid"),
     dpo_case("dpo", SMOOTH, "sigmoid", SMOOTH, reason=NO_SMOOTHING),

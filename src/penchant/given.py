@@ -55,9 +55,8 @@ def named(value: Any, folder: Path, where: str = "") -> Any:
     parts = where.split(".")
     if value is None or isinstance(value, (str, bytes, int, float, bool, os.PathLike)):
         return value
-    if is_rows(value) and (
-        "eval_path" in parts[-2:] or parts[-1] in ("path", "data")
-    ):  # or one of several held-out sets
+    # or one of several held-out sets
+    if is_rows(value) and ("eval_path" in parts[-2:] or parts[-1] in ("path", "data")):
         return str(write_rows(value, folder, where))
     if isinstance(value, Mapping):
         # a key may be an object too: a reward with its weight

@@ -421,9 +421,8 @@ def test_the_files_of_a_hub_id_are_part_of_a_run(tmp_path: Path, monkeypatch: py
     assert [name for name in before if now[name] != before[name]] == [f"{CACHED}: {part}"]
     kept = {"config": {}, TOKENS: "1"}  # from a run that did not record them
     assert identity_changes(kept, kept | now, {}) == [] and identity_changes(kept | before, kept | now, {}) != []
-    later = {
-        k: v for k, v in before.items() if not k.endswith("generation_config.json")
-    }  # a file that is downloaded later
+    # a file that is downloaded later
+    later = {k: v for k, v in before.items() if not k.endswith("generation_config.json")}
     assert identity_changes(kept | later, kept | before, {}) == [] and len(later) < len(before)
 
 

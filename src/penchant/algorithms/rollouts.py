@@ -421,9 +421,8 @@ class Writer:
         trees, logps, version = self.written(prompts, iteration, k)
         prompt_texts = [self.tokenizer.decode(t.prompt_ids, skip_special_tokens=True) for t in prompts]
         texts = [[self.tokenizer.decode(ids, skip_special_tokens=True) for ids in t.completion_ids] for t in trees]
-        step = (
-            iteration * cfg.updates if iteration != EVALUATION_ITERATION else 0
-        )  # evaluations are not steps of the run
+        # evaluations are not steps of the run
+        step = iteration * cfg.updates if iteration != EVALUATION_ITERATION else 0
         judgement = self.reward.judge(
             [p for p in prompt_texts for _ in range(k)], [t for row in texts for t in row], trees, step
         )

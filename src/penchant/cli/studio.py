@@ -46,9 +46,8 @@ def _studio(args: argparse.Namespace) -> int:
     address = server_url(sock, "/")
     if key is None:
         message = f"{for_terminal(f'studio of {folder}: open {address}')}?token={studio.token}"
-        print(
-            message, file=unescaped(sys.stdout), flush=True
-        )  # bypasses the wrapper that hides secrets: the token is for the user who started the studio
+        # bypasses the wrapper that hides secrets: the token is for the user who started the studio
+        print(message, file=unescaped(sys.stdout), flush=True)
     else:
         print(f"studio of {folder}: open {address} and give the key in {KEY_ENV}", flush=True)
     print("Ctrl-C ends it", file=sys.stderr, flush=True)

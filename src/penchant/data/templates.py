@@ -88,13 +88,8 @@ def unread_options(tokenizer: Any, options: Iterable[str]) -> str:
 
 # ---- Calling a chat template: its variables besides the turns, and the form in which it takes turns ----
 
-NAME, VALUE, RESULT, QUESTION, ANSWER = (
-    "find_lynx",
-    "Gnu1717",
-    "Ibex4242",
-    "Kudu0815",
-    "Zebra4711.",
-)  # words found nowhere else
+# words found nowhere else
+NAME, VALUE, RESULT, QUESTION, ANSWER = ("find_lynx", "Gnu1717", "Ibex4242", "Kudu0815", "Zebra4711.")
 
 
 class Form(NamedTuple):

@@ -54,9 +54,8 @@ def launch(command: Sequence[str], processes: int, restarts: int, timeout: float
     """
     # with a store that all attempts share, the next attempt gets the addresses of dead processes and hangs (pytorch#135712)
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    os.environ.setdefault(
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(math.ceil(timeout))
-    )  # older torch waits 30 s and has no argument for it
+    # older torch waits 30 s and has no argument for it
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(math.ceil(timeout)))
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does; train.threads decides
     os.environ[LAUNCHED] = "1"
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else it warns of each connection that a process closes

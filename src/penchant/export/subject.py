@@ -25,11 +25,8 @@ from penchant.training.checkpoint import find_checkpoint, load_checkpoint
 
 CPU = torch.device("cpu")
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-MAX_PROMPTS, MAX_TOKENS, RANDOM_TOKENS = (
-    4,
-    96,
-    24,
-)  # sample texts to compare on, tokens of each, tokens of the fixed row
+# sample texts to compare on, tokens of each, tokens of the fixed row
+MAX_PROMPTS, MAX_TOKENS, RANDOM_TOKENS = (4, 96, 24)
 
 
 @dataclass(frozen=True, slots=True)

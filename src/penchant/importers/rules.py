@@ -359,9 +359,8 @@ def translate(
         raise Untranslatable(f"{original_names.get(config.last, config.last)}: {reason}") from error
     restored = [replace(line, theirs=tuple((original_names.get(k, k), v) for k, v in line.theirs)) for line in lines]
     effective = _without_idle(restored, method)
-    return Translation(
-        source, method, values, (*unset_lines, *effective), method.remarks
-    )  # `unset_lines` already has the file's key names
+    # `unset_lines` already has the file's key names
+    return Translation(source, method, values, (*unset_lines, *effective), method.remarks)
 
 
 def _without_idle(lines: list[Line], method: Method) -> list[Line]:

@@ -166,9 +166,8 @@ class MovingReference(LiveReference):
             return
         parameters = self._parameters()
         with torch.no_grad():
-            trained = {
-                n: value for n, value in self.policy().items() if n in parameters
-            }  # PPO's value head is not part of the policy
+            # PPO's value head is not part of the policy
+            trained = {n: value for n, value in self.policy().items() if n in parameters}
             policy_weights = {
                 n: dealt_as(parameters[n], moved(value, parameters[n].device)) for n, value in trained.items()
             }

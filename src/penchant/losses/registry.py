@@ -69,7 +69,7 @@ class LossSpec:
         paper: arXiv id, or an empty string.
         equal_policy_loss: the loss's value per example when policy and reference are equal, as a function of the
             arguments; None if there is no such value.
-        uses_lengths: whether it uses lengths itself, so that it must get summed log-probs.
+        uses_lengths: whether it averages or weights by length itself, so that it must get summed log-probs.
         lr: peak learning rates for ``train.lr: auto``: of the whole model, of an adapter.
     """
 
@@ -81,7 +81,7 @@ class LossSpec:
     formula: str
     paper: str = ""
     equal_policy_loss: Callable[..., float] | None = None
-    uses_lengths: bool = False  # averages or weights by length itself, so it must get summed log-probs
+    uses_lengths: bool = False
     lr: tuple[float, float] = (5e-6, 5e-5)
 
     def __post_init__(self) -> None:

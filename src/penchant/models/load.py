@@ -895,9 +895,8 @@ def size_of(model: nn.Module, name: str) -> int:
 def backbone_of(model: nn.Module) -> Any:
     """The transformer without its head: its output's `last_hidden_state` is what the head reads."""
     base = base_model_of(model)
-    return (
-        getattr(base, base.base_model_prefix, None) or base.model
-    )  # Llama 4 has no attribute of the name in base_model_prefix
+    # Llama 4 has no attribute of the name in base_model_prefix
+    return getattr(base, base.base_model_prefix, None) or base.model
 
 
 def language_part(model: nn.Module) -> str:

@@ -107,9 +107,8 @@ def activations_of(config: Any, tokens: int, width: int = 2) -> int:
     """
     d, heads = config.hidden_size, config.num_attention_heads
     kv = getattr(config, "num_key_value_heads", heads) * (getattr(config, "head_dim", None) or d // heads)
-    layer = (
-        6 * d + 2 * kv + 3 * config.intermediate_size
-    )  # inputs, norms, q, attention, residual; k, v; gate, up, their product
+    # inputs, norms, q, attention, residual; k, v; gate, up, their product
+    layer = 6 * d + 2 * kv + 3 * config.intermediate_size
     return tokens * width * (d * config.num_hidden_layers + layer) + 4 * tokens * heads
 
 

@@ -130,7 +130,7 @@ class Judge:
         values = {q: None if math.isnan(v) else v for q, v in zip(unique, answers.values.tolist(), strict=True)}
         if all(v is None for v in values.values()):
             what = f"none of {len(unique)} replies can be read, such as '{shown(answers.unread[0]) if answers.unread else ''}'"
-            what, how = what, "ask another model, or give it more max_tokens"
+            how = "ask another model, or give it more max_tokens"
             raise RewardError(f"judge {self.judge.connection.url}", what, how)
         return [values[q] for q in questions]
 

@@ -416,7 +416,7 @@ class Run:
                     (False, "not estimated") if self.checkpointing is None else self.checkpointing(self)
                 )
             except Exception:  # the estimate failed
-                checkpointing, reason = True, "what the run needs cannot be counted"
+                checkpointing, reason = True, "its memory could not be estimated"
         self.console.note(f"gradient checkpointing: {'layers' if checkpointing else 'off'} ({reason})")
         train = self.config.train.model_copy(update={"gradient_checkpointing": checkpointing})
         self.config = self.rows.config = self.config.model_copy(update={"train": train})
@@ -459,9 +459,8 @@ class Run:
             known: manifest.json of the run being resumed; its learning rate is kept even if auto has changed since.
         """
         cfg, rows = self.config, self.rows
-        held_out = (
-            self.held_out if rows.trees[1] else None
-        )  # a judge that cannot be loaded fails before any work is done
+        # a judge that cannot be loaded fails before any work is done
+        held_out = self.held_out if rows.trees[1] else None
         built = self.built
         model = built.parts.model
         tolerance, reference = None, built.parts.reference

@@ -124,9 +124,8 @@ def changed_since(folder: Path, config: RunConfig) -> list[str]:
     """A sentence for each file besides config and rows that has changed or disappeared since the run was trained."""
     recorded, current = read_folder(folder).identity if is_intact(folder / IDENTITY) else {}, content_hashes(config)
     recorded_hashes = {key: value for key, value in recorded.items() if key.startswith(CONTENT) and key != TOKENS}
-    common = {key.partition(": ")[0] for key in recorded_hashes} & {
-        key.partition(": ")[0] for key in current
-    }  # not overridden
+    # not overridden
+    common = {key.partition(": ")[0] for key in recorded_hashes} & {key.partition(": ")[0] for key in current}
     keys = {*recorded_hashes, *current} if TOKENS in recorded else {*recorded_hashes}
     names = [
         key for key in sorted(keys) if current.get(key) != recorded_hashes.get(key) and key.partition(": ")[0] in common

@@ -52,13 +52,8 @@ MAX_OPEN_FILES = 8  # files kept open
 COUNT_TIMEOUT = 0.05  # time limit for counting a file's rows when a page is shown; enough for most files
 MAX_PLACES = 1000  # places of an audit's finding that a filter can show
 ROW_BYTES = 4 << 20  # maximum size of an edited row
-TOKENIZATION_KEYS = (
-    "template",
-    "template_options",
-    "max_length",
-    "truncation",
-    "add_eos",
-)  # keys of a run's data that affect tokens
+# keys of a run's data that affect tokens
+TOKENIZATION_KEYS = ("template", "template_options", "max_length", "truncation", "add_eos")
 
 
 class Audits:

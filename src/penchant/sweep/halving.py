@@ -16,12 +16,8 @@ from penchant.config.several import read_section
 from penchant.errors import ConfigError
 from penchant.metrics.names import higher_is_better
 
-LOSS_UNIT_METRICS = (
-    "eval/loss",
-    "eval/rewards/margins",
-    "eval/rewards/chosen",
-    "eval/rewards/rejected",
-)  # in units of the loss
+# in units of the loss
+LOSS_UNIT_METRICS = ("eval/loss", "eval/rewards/margins", "eval/rewards/chosen", "eval/rewards/rejected")
 
 
 class HalvingConfig(Section):

@@ -291,9 +291,8 @@ def _read_shards(folder: Path, masters: Mapping[str, Tensor]) -> dict[str, Tenso
             tensors[name] = torch.zeros(metadata.size, dtype=metadata.properties.dtype)
     reader = HuggingFaceStorageReader(str(folder))
     with warnings.catch_warnings(), _reraise_cause():
-        warnings.filterwarnings(
-            "ignore", "torch.distributed is disabled"
-        )  # one process reading a checkpoint of several
+        # one process reading a checkpoint of several
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
         dcp.load(tensors, storage_reader=reader, process_group=world.group, no_dist=not world.many)
     return tensors
 

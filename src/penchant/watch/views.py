@@ -374,9 +374,8 @@ class GroupView:
             records = {k: v for k, v in records.items() if isinstance(v, dict)}
             names = [n for n in sequence(self.about.get("runs")) if isinstance(n, str)] or records
             for name in dict.fromkeys(names):
-                if (
-                    Path(name).name == name and name not in ("", "..") and "\0" not in name
-                ):  # no path that leads elsewhere
+                # no path that leads elsewhere
+                if Path(name).name == name and name not in ("", "..") and "\0" not in name:
                     yield clean(name, 200), self.folder / name, records.get(name, {})
 
     # ---- derived values -------------------------------------------------------------------------------------------

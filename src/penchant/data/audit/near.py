@@ -237,9 +237,8 @@ def _band_hashes(slots: np.ndarray) -> np.ndarray:
 
 def first_occurrence(keys: np.ndarray) -> np.ndarray:
     """(n,) int64: for each key the index of its first occurrence."""
-    order = np.argsort(
-        keys, kind="stable"
-    )  # np.unique needs 1.5 times the memory, which matters for tens of millions of texts
+    # np.unique needs 1.5 times the memory, which matters for tens of millions of texts
+    order = np.argsort(keys, kind="stable")
     ordered, new = keys[order], np.ones(len(keys), bool)
     np.not_equal(ordered[1:], ordered[:-1], out=new[1:])
     del ordered

@@ -567,9 +567,8 @@ class Saved:
     up: Tensor
     low: dict[str, Tensor]  # scale x A^T (T, r) of each adapter
     kept: dict[str, Tensor]  # (T, in): dropout mask of an input, by the first adapter that reads it
-    stretched: dict[
-        str, tuple[Tensor, Tensor, Tensor]
-    ]  # for DoRA, by role: output before scaling, and `Adapter.stretch`
+    # for DoRA, by role: output before scaling, and `Adapter.stretch`
+    stretched: dict[str, tuple[Tensor, Tensor, Tensor]]
 
 
 def _layer_forward(
