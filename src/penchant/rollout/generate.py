@@ -106,9 +106,9 @@ def _inverse(weights: Tensor, uniforms: Tensor) -> Tensor:
     return (block * _BLOCK + offset).squeeze(1).clamp(max=weights.shape[1] - 1)
 
 
-def _below(goal: Tensor, total: Tensor) -> Tensor:
-    """Clamp `goal` to strictly below the total, which rounding may have reached."""
-    return torch.minimum(goal, total * (1.0 - max(1e-12, torch.finfo(total.dtype).eps)))
+def _below(threshold: Tensor, total: Tensor) -> Tensor:
+    """Clamp `threshold` to strictly below the total, which rounding may have reached."""
+    return torch.minimum(threshold, total * (1.0 - max(1e-12, torch.finfo(total.dtype).eps)))
 
 
 def _draw_among_likely(weights: Tensor, total: Tensor, uniforms: Tensor, top_p: float, top_k: int) -> Tensor:
