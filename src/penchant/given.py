@@ -293,26 +293,26 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
             yield from _codes(constant)
 
 
-def _digest(value: Any, depth: int = 4, within: tuple[int, ...] = ()) -> str:
+def _digest(value: Any, depth: int = 4, ancestors: tuple[int, ...] = ()) -> str:
     """SHA-256 of an object's behavior, as far as possible: its code, defaults, and the values that it refers to.
 
     It is the same in every process: it depends neither on the order of a set nor on whether equal texts are one object or two.
     """
     digest = hashlib.sha256(type(value).__qualname__.encode())
-    if value is _globals_of or id(value) in within:
+    if value is _globals_of or id(value) in ancestors:
         return digest.hexdigest()
-    within = (*within, id(value))
+    ancestors = (*ancestors, id(value))
     parts: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, Mapping):
-        parts = [(_digest(k, depth, within), part) for k, part in value.items()]
+        parts = [(_digest(k, depth, ancestors), part) for k, part in value.items()]
     elif isinstance(value, (list, tuple)):
         parts = enumerate(value)
     elif isinstance(value, (set, frozenset)):
-        digest.update(repr(sorted(_digest(part, depth, within) for part in value)).encode())
+        digest.update(repr(sorted(_digest(part, depth, ancestors) for part in value)).encode())
     elif isinstance(value, ModuleType):
         digest.update(value.__name__.encode())
     elif hasattr(value, "detach"):  # a tensor
-        digest.update(_digest(value.detach().float().cpu().numpy(), depth, within).encode())
+        digest.update(_digest(value.detach().float().cpu().numpy(), depth, ancestors).encode())
     elif isinstance(value, (FunctionType, MethodType, functools.partial, type)) or hasattr(value, "__dict__"):
         depth -= 1
         parts = sorted(_parts_of(value).items()) if depth >= 0 else ()
@@ -322,7 +322,7 @@ def _digest(value: Any, depth: int = 4, within: tuple[int, ...] = ()) -> str:
         except Exception:  # an open file or a lock cannot be hashed
             digest.update(b"?")
     for name, part in parts:
-        digest.update(f"{name}={_digest(part, depth, within)}".encode())
+        digest.update(f"{name}={_digest(part, depth, ancestors)}".encode())
     return digest.hexdigest()
 
 
@@ -362,10 +362,10 @@ KEYS = {
 }
 
 
-def set_in(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def set_in(config: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """A config's mapping with the arguments of `KEYS` inserted."""
     settings = dict(config)
-    for argument, value in given.items():
+    for argument, value in arguments.items():
         section, _, name = KEYS[argument].partition(".")
         existing = settings.get(section, {})
         settings[section] = {**existing, name: value} if name and isinstance(existing, Mapping) else value

@@ -153,7 +153,7 @@ class Offline(Algorithm):
     average_log_prob: bool = False
     mismatched: Mapping[int, TokenTree] = field(default_factory=dict)
     tokens_per_step: int = 4096
-    _now: list[LossParams] = field(default_factory=list)
+    _params: list[LossParams] = field(default_factory=list)
     _z0: float = 0.0
     _reward_means: Tensor = field(default_factory=lambda: torch.zeros(2, 2, dtype=torch.float64))  # side x (sum, steps)
 
@@ -164,7 +164,7 @@ class Offline(Algorithm):
         if "divergence" in self.needs and not isinstance(self.reference, references.LiveReference):
             what = "an exact divergence needs the reference's whole distribution, which a cache does not hold"
             raise ConfigError("reference.kind", what, "set reference.kind=frozen (or adapter, with LoRA)")
-        self._now = [c.at(0.0) for c in self.components]
+        self._params = [c.at(0.0) for c in self.components]
 
     @property
     def needs(self) -> frozenset[str]:
@@ -183,7 +183,7 @@ class Offline(Algorithm):
 
     def begin_step(self, step: int, progress: float, trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
         """Update scheduled hyperparameters, and estimate KTO's z0 over all rows of the step."""
-        self._now = [c.at(progress) for c in self.components]
+        self._params = [c.at(progress) for c in self.components]
         if "z0" in self.needs:
             self._z0 = self._estimate_z0([replace(self.mismatched[t.row], weight=t.weight) for t in trees])
         return trees
@@ -238,7 +238,7 @@ class Offline(Algorithm):
         ref_tokens = ref = None
         if "divergence" in needs:
             assert isinstance(reference, references.LiveReference)
-            (params,) = (p for c, p in zip(self.components, self._now, strict=True) if "divergence" in c.spec.needs)
+            (params,) = (p for c, p in zip(self.components, self._params, strict=True) if "divergence" in c.spec.needs)
             kind = divergences.DivergenceKind(params.divergence, params.direction, params.renyi_alpha)  # type: ignore[attr-defined]
             policy = self.scorer.divergence(batch, reference.row_logits(batch), kind)
             ref_tokens = policy.ref_tokens
@@ -264,7 +264,7 @@ class Offline(Algorithm):
         return _scored(batch, policy.sums, **columns)
 
     def loss(self, scored: Scored) -> LossOutput:
-        parts = [self._component(c, p, scored) for c, p in zip(self.components, self._now, strict=True)]
+        parts = [self._component(c, p, scored) for c, p in zip(self.components, self._params, strict=True)]
         first = parts[0]
         terms = dict(first.terms)
         metrics = {**first.metrics, **logp_metrics(scored)}
@@ -334,7 +334,7 @@ class Offline(Algorithm):
     def step_values(self) -> dict[str, float]:
         """The values behind the step's losses, for its log line: scheduled hyperparameters, z0, delta."""
         values: dict[str, float] = {}
-        for i, (c, params) in enumerate(zip(self.components, self._now, strict=True)):
+        for i, (c, params) in enumerate(zip(self.components, self._params, strict=True)):
             prefix = "" if i == 0 else f"{c.spec.name}/"
             for name in c.schedules:
                 alias = type(params).model_fields[name].alias or name

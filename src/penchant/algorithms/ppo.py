@@ -204,12 +204,12 @@ class PPO(OnPolicy):
             error = min(0.2, max(-0.2, kl / cfg.kl_target - 1.0))
             self.beta *= 1.0 + error * len(lengths) / cfg.kl_horizon
 
-    def _shape_rewards(self, scores: Tensor, known: Tensor | None = None) -> Tensor:
+    def _shape_rewards(self, scores: Tensor, valid: Tensor | None = None) -> Tensor:
         """Rewards divided by their running standard deviation and clipped to +- score_clip, if enabled; unknown ones are 0."""
-        if known is not None:
+        if valid is not None:
             shaped = torch.zeros_like(scores)
-            if bool(known.any()):
-                shaped[known] = self._shape_rewards(scores[known])
+            if bool(valid.any()):
+                shaped[valid] = self._shape_rewards(scores[valid])
             return shaped
         if self.config.normalise_scores:
             self._moments = _update_moments(self._moments, scores)
@@ -321,13 +321,13 @@ class PPO(OnPolicy):
             self.beta, self._moments = float(tensors["beta"]), tensors["moments"].clone()
 
 
-def _update_moments(moments: Tensor, new: Tensor) -> Tensor:
+def _update_moments(moments: Tensor, values: Tensor) -> Tensor:
     """Update (count, mean, sum of squared deviations) with new numbers (Chan's method)."""
     count, mean, squares = moments.tolist()
-    n, m = len(new), float(new.mean())
+    n, m = len(values), float(values.mean())
     total = count + n
     delta = m - mean
-    squares += float((new - m).square().sum()) + delta * delta * count * n / total
+    squares += float((values - m).square().sum()) + delta * delta * count * n / total
     return torch.tensor([total, mean + delta * n / total, squares], dtype=torch.float64)
 
 

@@ -22,19 +22,21 @@ OWN = "penchant_own_"  # prefix of the module names of users' files
 GIVEN: dict[str, Any] = {}  # objects given to this process, by path.py:name; used instead of the file
 
 
-def python_function(name: str, where: str = "reward", takes: Sequence[str] = ("prompts", "completions")) -> Any:
+def python_function(
+    name: str, where: str = "reward", argument_names: Sequence[str] = ("prompts", "completions")
+) -> Any:
     """Load the function that ``path.py:function`` names, by running its file.
 
     Args:
-        where: what it is for, in errors; takes: its arguments, in order.
+        where: what it is for, in errors; argument_names: its arguments, in order.
 
     Raises:
         ConfigError: no such file or function, a file that cannot be imported, or a function with other parameters.
     """
     function = python_object(name, where)
-    arguments = ", ".join(takes)
+    arguments = ", ".join(argument_names)
     try:
-        inspect.signature(function).bind(*takes)
+        inspect.signature(function).bind(*argument_names)
     except TypeError as error:
         how = f"define it as def f({arguments}); what else it takes needs defaults"
         raise ConfigError(where, f"{name} does not take ({arguments}): {error}", how) from error

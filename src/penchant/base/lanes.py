@@ -42,7 +42,7 @@ class Turns:
         for strand in strands:
             self._places.append((strand, counts[strand]))
             counts[strand] += 1
-        self._changed = threading.Condition()
+        self._condition = threading.Condition()
         self._next: dict[Hashable, int] = {}
         self._ended: set[tuple[Hashable, int]] = set()
         self._all_ended: Counter[Hashable] = Counter()  # per strand: all passes below this number have ended
@@ -60,30 +60,30 @@ class Turns:
             raise
         finally:
             _HERE.at = None
-        with self._changed:
+        with self._condition:
             self._ended.add((strand, number))
             while (first := (strand, self._all_ended[strand])) in self._ended:
                 self._ended.remove(first)
                 self._all_ended[strand] += 1
-            self._changed.notify_all()
+            self._condition.notify_all()
 
     def wait(self, key: Hashable, strand: Hashable, number: int) -> None:
-        with self._changed:
+        with self._condition:
             while max(self._next.get(key, 0), self._all_ended[strand]) < number:
                 if self._failed:
                     raise _Abandoned
-                self._changed.wait()
+                self._condition.wait()
 
     def pass_on(self, key: Hashable, number: int) -> None:
-        with self._changed:
+        with self._condition:
             self._next[key] = max(self._next.get(key, 0), number + 1)
-            self._changed.notify_all()
+            self._condition.notify_all()
 
     def abandon(self) -> None:
         """Stop all waiting passes."""
-        with self._changed:
+        with self._condition:
             self._failed = True
-            self._changed.notify_all()
+            self._condition.notify_all()
 
     def close(self) -> None:
         """Write what was deferred, after all passes."""
@@ -123,13 +123,13 @@ def in_order(parameter: Any) -> None:
 
 
 @lru_cache(maxsize=4)
-def _pool(lanes: int, each: int, _process: int) -> ThreadPoolExecutor:
-    """Threads whose operations use `each` threads; a forked process creates its own."""
+def _pool(lanes: int, threads_per_lane: int, _process: int) -> ThreadPoolExecutor:
+    """Threads whose operations use `threads_per_lane` threads; a forked process creates its own."""
     threads = torch.get_num_threads()
 
     def start() -> None:
         torch.get_num_threads()  # the first query initializes this thread's number, so it must come first
-        torch.set_num_threads(each)
+        torch.set_num_threads(threads_per_lane)
 
     pool = ThreadPoolExecutor(lanes, "lane", initializer=start)
     all_started = threading.Barrier(lanes + 1)

@@ -128,8 +128,8 @@ def _picklable_error(error: Exception) -> tuple[Any, ...]:
     return (RuntimeError, "".join(traceback.format_exception(error)))
 
 
-def _raise(told: tuple[Any, ...]) -> Any:
-    raise told[0](*told[1:])
+def _raise(error_tuple: tuple[Any, ...]) -> Any:
+    raise error_tuple[0](*error_tuple[1:])
 
 
 def _run_task(function: Callable[[T], R], task: T) -> tuple[bool, Any]:

@@ -16,11 +16,11 @@ from penchant.base.machine import DEVICES, INDEXED
 SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
-def _parse_device(given: str) -> str:
-    kind, colon, number = given.partition(":")
+def _parse_device(device_name: str) -> str:
+    kind, colon, number = device_name.partition(":")
     if kind not in DEVICES or (colon and not (kind in INDEXED and re.fullmatch("0|[1-9][0-9]{0,2}", number))):
-        raise ValueError(f"is {given!r}; give {', '.join(DEVICES)}, or one of several GPUs: cuda:1")
-    return given
+        raise ValueError(f"is {device_name!r}; give {', '.join(DEVICES)}, or one of several GPUs: cuda:1")
+    return device_name
 
 
 Place = Annotated[str, AfterValidator(_parse_device)]  # device of a model other than the trained one

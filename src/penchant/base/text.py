@@ -57,16 +57,16 @@ class Shown:
             except UnicodeEncodeError as error:
                 self.unescaped.write(safe_text.encode(error.encoding, "backslashreplace").decode(error.encoding))
         except BrokenPipeError as error:
-            self._left(error)
+            self._handle_broken_pipe(error)
         return len(text)
 
     def flush(self) -> None:
         try:
             self.unescaped.flush()
         except BrokenPipeError as error:
-            self._left(error)
+            self._handle_broken_pipe(error)
 
-    def _left(self, error: BrokenPipeError) -> None:
+    def _handle_broken_pipe(self, error: BrokenPipeError) -> None:
         if not self.leaves:
             raise error
         devnull = os.open(os.devnull, os.O_WRONLY)
@@ -87,9 +87,9 @@ def shown(text: str) -> str:
     return printable(" ".join(text.split()))
 
 
-def clean(text: object, most: int = 4000) -> str:
+def clean(text: object, max_chars: int = 4000) -> str:
     """A text as one line that is safe for a terminal: control, format and bidirectional characters are escaped."""
-    return "".join(_plain(c) for c in str(text)[:most])
+    return "".join(_plain(c) for c in str(text)[:max_chars])
 
 
 def _plain(c: str) -> str:
@@ -98,9 +98,9 @@ def _plain(c: str) -> str:
     return " " if c == "\t" or unicodedata.category(c) == "Zs" else printable(c)
 
 
-def short(text: str, most: int = 80) -> str:
-    """Shorten a text to at most `most` characters."""
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+def short(text: str, max_chars: int = 80) -> str:
+    """Shorten a text to at most `max_chars` characters."""
+    return text if len(text) <= max_chars else f"{text[: max_chars - 3]}..."
 
 
 def any_of(texts: Iterable[str]) -> re.Pattern[str]:
@@ -119,21 +119,21 @@ def repeated(names: Iterable[str]) -> list[str]:
     return [name for name, count in Counter(names).items() if count > 1]
 
 
-def counted(n: float, one: str, many: str = "") -> str:
+def counted(n: float, singular: str, plural: str = "") -> str:
     """``1 run``, ``1,200 runs``."""
-    return f"{n:,.0f} {one if n == 1 else many or one + 's'}"
+    return f"{n:,.0f} {singular if n == 1 else plural or singular + 's'}"
 
 
-def closest(word: str, names: Iterable[str], least: float = 0.6) -> str:
+def closest(word: str, names: Iterable[str], cutoff: float = 0.6) -> str:
     """The name most similar to a word; empty if none is.
 
     Args:
-        least: minimum similarity, in [0, 1]; a name with two letters swapped (dop, dpo) takes precedence.
+        cutoff: minimum similarity, in [0, 1]; a name with two letters swapped (dop, dpo) takes precedence.
     """
     candidates = list(names)
     anagrams = [n for n in candidates if sorted(n.lower()) == sorted(word.lower())]
     swapped = [n for n in anagrams if sum(a != b for a, b in zip(n.lower(), word.lower(), strict=True)) <= 2]
-    return next(iter(swapped or difflib.get_close_matches(word, candidates, 1, least)), "")
+    return next(iter(swapped or difflib.get_close_matches(word, candidates, 1, cutoff)), "")
 
 
 def closest_file(path: Path, names: Iterable[str] | None = None) -> str:

@@ -260,13 +260,13 @@ def _check_config(args: argparse.Namespace) -> Any:
     return config
 
 
-def _reexecute(device: str, several: bool) -> None:
+def _reexecute(device: str, is_distributed: bool) -> None:
     """Re-execute this process once, with the environment for the device it will use."""
     for name, value in FALLBACK_ENV.get(device, {}).items():  # works without re-execution: no torch yet
         os.environ.setdefault(name, value)
     if sys.platform != "linux" or os.environ.get("PENCHANT_REEXECUTED") or "pytest" in sys.modules:
         return
-    os.execve(sys.executable, [sys.executable, "-m", "penchant", *sys.argv[1:]], environment_of(device, several))
+    os.execve(sys.executable, [sys.executable, "-m", "penchant", *sys.argv[1:]], environment_of(device, is_distributed))
 
 
 def environment_of(device: str, several: bool = False) -> dict[str, str]:

@@ -14,23 +14,28 @@ from penchant.requests import MOST
 # ---- `--column ours=yours`, spelled the same in every command that reads rows ----
 
 
-def add_columns(parser: argparse.ArgumentParser | Any, *also: str, nargs: str | None = None) -> None:
+def add_columns(parser: argparse.ArgumentParser | Any, *aliases: str, nargs: str | None = None) -> None:
     """Add the options `--column` and `--bound`.
 
     Args:
-        also: older spellings of `--column`; `nargs` says whether they take several values at once.
+        aliases: older spellings of `--column`; `nargs` says whether they take several values at once.
     """
     column_help = "which of your columns holds a field, as in prompt=question (repeatable)"
     bound_help = "a bound on the size of rows: row_mb, nesting or unpacked (see data.bounds in docs/config.md)"
     parser.add_argument("--bound", action="append", default=[], metavar="NAME=N", dest="bounds", help=bound_help)
     parser.add_argument("--column", action="append", default=[], metavar="ours=yours", dest="columns", help=column_help)
-    if also:
+    if aliases:
         parser.add_argument(
-            *also, nargs=nargs, action="extend", dest="columns", metavar="ours=yours", help="several of these at once"
+            *aliases,
+            nargs=nargs,
+            action="extend",
+            dest="columns",
+            metavar="ours=yours",
+            help="several of these at once",
         )
 
 
-def column_pairs(given: Sequence[str], flag: str = "--column") -> dict[str, str]:
+def column_pairs(items: Sequence[str], flag: str = "--column") -> dict[str, str]:
     """Parse ``["prompt=question"]`` into a mapping.
 
     Raises:
@@ -39,7 +44,7 @@ def column_pairs(given: Sequence[str], flag: str = "--column") -> dict[str, str]
     from penchant.errors import ConfigError
 
     values: dict[str, str] = {}
-    for item in given:
+    for item in items:
         name, sign, value = item.partition("=")
         if not (name and sign and value):
             raise ConfigError(flag, f"{item!r} is not name=value", f"write {flag} name=value")

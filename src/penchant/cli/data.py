@@ -21,8 +21,8 @@ def add(commands: Any) -> None:
 # ---- `penchant data get`: its arguments and its handler ----
 
 
-def _add_get(verbs: Any) -> None:
-    get = verbs.add_parser(
+def _add_get(subparsers: Any) -> None:
+    get = subparsers.add_parser(
         "get", help="fetch a published data set, or read a copy of it, and write train, validation and test rows"
     )
     add_arguments(get, GetRequest)
@@ -48,8 +48,8 @@ def _get(args: argparse.Namespace) -> int:
 # ---- `penchant data formats`: the layouts that can be read ----
 
 
-def _add_formats(verbs: Any) -> None:
-    formats = verbs.add_parser("formats", help="list the row layouts that can be read, or describe one")
+def _add_formats(subparsers: Any) -> None:
+    formats = subparsers.add_parser("formats", help="list the row layouts that can be read, or describe one")
     formats.add_argument("name", nargs="?", metavar="NAME", help="describe one layout: columns, options, an example")
     formats.add_argument("--json", action="store_true", help="print JSON")
     formats.add_argument("--markdown", action="store_true", help="print docs/data_formats.md")
@@ -75,8 +75,8 @@ def _formats(args: argparse.Namespace) -> int:
 # ---- `penchant data show`: a file's layout and its first rows as examples ----
 
 
-def _add_show(verbs: Any) -> None:
-    show = verbs.add_parser(
+def _add_show(subparsers: Any) -> None:
+    show = subparsers.add_parser(
         "show", help="show how a file's rows are read: the layout, why it was chosen, and the first examples"
     )
     show.add_argument("path", metavar="FILE", help="data file, or hub id (owner/name)")
@@ -111,8 +111,10 @@ def _show(args: argparse.Namespace) -> int:
 YAML = (".yaml", ".yml")
 
 
-def _add_audit(verbs: Any) -> None:
-    audit = verbs.add_parser("audit", help="count duplicates, contradictions, leakage, truncation, bias, personal data")
+def _add_audit(subparsers: Any) -> None:
+    audit = subparsers.add_parser(
+        "audit", help="count duplicates, contradictions, leakage, truncation, bias, personal data"
+    )
     audit.add_argument("paths", nargs="*", metavar="PATH", help="a CONFIG.yaml (and key.path=value), or data files")
     audit.add_argument(
         "--split",
@@ -201,11 +203,11 @@ def _audit(args: argparse.Namespace) -> int:
     return 0
 
 
-def _parse_splits(given: list[str]) -> dict[str, str]:
+def _parse_splits(items: list[str]) -> dict[str, str]:
     from penchant.errors import ConfigError
 
     splits: dict[str, str] = {}
-    for item in given:
+    for item in items:
         name, equals, path = item.partition("=")
         if not (name and equals and path) or name in splits:
             what = f"{item!r} names no split" if name not in splits else f"{name!r} is given twice"
@@ -218,8 +220,8 @@ def _parse_splits(given: list[str]) -> dict[str, str]:
 # ---- `penchant data fix`: a cleaned copy of a file ----
 
 
-def _add_fix(verbs: Any) -> None:
-    fix = verbs.add_parser("fix", help="write a cleaned copy of a data file, and a list of every row it touched")
+def _add_fix(subparsers: Any) -> None:
+    fix = subparsers.add_parser("fix", help="write a cleaned copy of a data file, and a list of every row it touched")
     add_arguments(fix, FixRequest)
     fix.add_argument("--json", action="store_true", help="print JSON")
     fix.set_defaults(handler=_fix)

@@ -133,17 +133,17 @@ class Judgement:
 
 
 def judge_pairs(
-    judge: PairJudge, settings: Mapping[str, Sequence[Measurement]], setting: Setting, fixed: bool
+    judge: PairJudge, settings: Mapping[str, Sequence[Measurement]], setting: Setting, first_is_fixed: bool
 ) -> Judgement:
     """Judge every two settings: each seed of one against each seed of the other, sample by sample, each pair in both orders.
 
     Args:
-        settings: models by setting, starting with the first setting; fixed: whether the first does not depend on a seed.
+        settings: models by setting, starting with the first setting; first_is_fixed: whether the first does not depend on a seed.
 
     Raises:
         RewardError: the judge failed or cannot be reached.
     """
-    candidates = judged_candidates(settings, fixed)
+    candidates = judged_candidates(settings, first_is_fixed)
     shape = len(setting.prompts), setting.samples
     size, contests = shape[0] * shape[1], []
     questions: list[Question] = []
@@ -180,10 +180,12 @@ def _first_position(values: np.ndarray, prompts: np.ndarray) -> Interval | None:
     return share_ci(values[judged], clusters=prompts[judged]) if judged.any() else None
 
 
-def judged_candidates(settings: Mapping[str, Sequence[Measurement]], fixed: bool) -> list[Candidate]:
+def judged_candidates(settings: Mapping[str, Sequence[Measurement]], first_is_fixed: bool) -> list[Candidate]:
     """Candidates without an outcome of their own, for pairwise judging."""
     first = next(iter(settings))
-    return [Candidate(n, None, None, stack_lengths(seeds), fixed and n == first) for n, seeds in settings.items()]
+    return [
+        Candidate(n, None, None, stack_lengths(seeds), first_is_fixed and n == first) for n, seeds in settings.items()
+    ]
 
 
 def stack_lengths(seeds: Sequence[Measurement]) -> np.ndarray:

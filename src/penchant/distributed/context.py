@@ -45,9 +45,9 @@ def my_tokens(row: Tensor) -> Tensor:
     return padded.narrow(0, world.rank % world.context * share, share)
 
 
-def all_tokens(mine: Tensor, count: int) -> Tensor:
+def all_tokens(local: Tensor, count: int) -> Tensor:
     """Gather the hidden states (T, d) of a row of `count` tokens from the parts (T / n, d) of all ranks."""
-    hidden: Tensor = _Together.apply(mine)
+    hidden: Tensor = _Together.apply(local)
     return hidden[:count]
 
 
@@ -101,12 +101,12 @@ class _Together(torch.autograd.Function):
     """Concatenate the parts of all ranks. The gradient of a part is the sum of the gradients from all ranks."""
 
     @staticmethod
-    def forward(ctx: Any, mine: Tensor) -> Tensor:
+    def forward(ctx: Any, local: Tensor) -> Tensor:
         import torch.distributed as dist
 
         world = current()
-        gathered = mine.new_empty(world.context * mine.shape[0], *mine.shape[1:])
-        dist.all_gather_into_tensor(gathered, mine.contiguous(), group=world.context_group)
+        gathered = local.new_empty(world.context * local.shape[0], *local.shape[1:])
+        dist.all_gather_into_tensor(gathered, local.contiguous(), group=world.context_group)
         return gathered
 
     @staticmethod

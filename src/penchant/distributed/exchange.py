@@ -57,7 +57,7 @@ class Exchange:
         self.rank, self._files, self._end = rank, files, mmap.PAGESIZE
         self._pieces: dict[tuple[str, int], list[Piece]] = {}
         self._counts: dict[str, int] = {}
-        self._there = torch.zeros(1)
+        self._barrier = torch.zeros(1)
 
     @classmethod
     @lru_cache(maxsize=1)
@@ -102,7 +102,7 @@ class Exchange:
 
     def meet(self, group: Any) -> None:
         """Wait for all ranks of a group."""
-        dist.all_reduce(self._there, group=group)
+        dist.all_reduce(self._barrier, group=group)
 
     def shown(self, rows: Sequence[Tensor], group: Any) -> list[Tensor]:
         """Show the other ranks rows of equal length, at most `SLOT` bytes together, and wait for theirs.

@@ -226,9 +226,9 @@ def waited_too_long(error: BaseException, world: World, timeout: float) -> Late 
     return late
 
 
-def end_silent(world: World, silent: Sequence[int]) -> None:
+def end_silent(world: World, silent_ranks: Sequence[int]) -> None:
     """Kill the silent ranks on this machine: a stopped process ignores SIGTERM, and torch's agent would wait 30 s for it."""
-    for machine, process in (world.processes[rank] for rank in silent if rank != world.rank):
+    for machine, process in (world.processes[rank] for rank in silent_ranks if rank != world.rank):
         if machine is not None and machine == os.environ.get(MACHINE):
             with suppress(OSError):
                 os.kill(process, signal.SIGKILL)

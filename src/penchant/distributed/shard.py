@@ -111,8 +111,8 @@ def add_rows_alone(model: nn.Module) -> None:
     """
     heads = {id(m.weight) for m in model.modules() if type(m) is nn.Linear}
 
-    def hook(embedding: Any, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        weight, ids = embedding.weight, given[0].flatten()
+    def hook(embedding: Any, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        weight, ids = embedding.weight, inputs[0].flatten()
         if not (out.requires_grad and weight.requires_grad):
             return out
 

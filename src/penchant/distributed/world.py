@@ -127,9 +127,9 @@ class World:
         """Return rank 0's value on every rank."""
         return self.gather(value if self.leads else None, patient=True)[0]  # type: ignore[return-value]
 
-    def dealt(self, mine: Sequence[T], count: int) -> list[T]:
+    def dealt(self, local_items: Sequence[T], count: int) -> list[T]:
         """Gather `count` items in their order; rank r made items r, r + size, r + 2 size, ..."""
-        per_rank = self.gather(mine)
+        per_rank = self.gather(local_items)
         return [per_rank[i % self.size][i // self.size] for i in range(count)]
 
     def sums(self, values: Mapping[str, float]) -> dict[str, float]:
@@ -295,11 +295,11 @@ def described(error: BaseException) -> dict[str, Any]:
     }
 
 
-def error_of(told: Mapping[str, Any]) -> PenchantError:
+def error_of(record: Mapping[str, Any]) -> PenchantError:
     """The error from `described`; a bug becomes a `PenchantError` that names its type."""
-    kind = getattr(errors, told["kind"] or "", PenchantError)
-    error: PenchantError = kind(told["where"], told["what"], told["how"])
-    error.exit_code = told["exit_code"]
+    kind = getattr(errors, record["kind"] or "", PenchantError)
+    error: PenchantError = kind(record["where"], record["what"], record["how"])
+    error.exit_code = record["exit_code"]
     return error
 
 

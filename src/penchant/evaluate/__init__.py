@@ -19,17 +19,26 @@ __all__ = ["evaluate_model"]
 
 
 def evaluate_model(
-    given: str | Path | RunConfig, overrides: Sequence[str], request: EvalRequest, *, quiet: bool, rows: bool = False
+    model_or_config: str | Path | RunConfig,
+    overrides: Sequence[str],
+    request: EvalRequest,
+    *,
+    quiet: bool,
+    rows: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a model and keep the figures; see `penchant.api.evaluate`.
 
     Args:
-        given: a run, model or config by name, or a final config; overrides: ``key.path=value``, not for a final config.
+        model_or_config: a run, model or config by name, or a final config; overrides: ``key.path=value``, not for a final config.
         rows: also return the figures of each answer.
     """
     request.check()
-    name = given.output if isinstance(given, RunConfig) else str(given)
-    config_and_step = (given, request.step) if isinstance(given, RunConfig) else find_run(name, request.step, overrides)
+    name = model_or_config.output if isinstance(model_or_config, RunConfig) else str(model_or_config)
+    config_and_step = (
+        (model_or_config, request.step)
+        if isinstance(model_or_config, RunConfig)
+        else find_run(name, request.step, overrides)
+    )
     if request.bare and not rows:
         if config_and_step is None:
             check_exists(name)
@@ -44,8 +53,8 @@ def evaluate_model(
         result = evaluate_held_out(*config_and_step, quiet)
         folder: Path | None = Path(config_and_step[0].output)
     else:
-        if isinstance(given, RunConfig):
-            source = source_from_config(given, request.step, request.base)
+        if isinstance(model_or_config, RunConfig):
+            source = source_from_config(model_or_config, request.step, request.base)
         else:
             source = find_model(name, step=request.step, base=request.base, overrides=overrides)
         result = Evaluation(source, request, tuple(overrides), quiet).measure()

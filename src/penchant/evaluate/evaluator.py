@@ -288,18 +288,18 @@ class Evaluation(EvaluationData):
         return completions, figures, self._completion_rows(completions, also, references)
 
     def _completion_rows(
-        self, written: Completions, also: Mapping[str, np.ndarray], references: Sequence[Sequence[str]]
+        self, generated: Completions, other_rewards: Mapping[str, np.ndarray], references: Sequence[Sequence[str]]
     ) -> list[dict[str, Any]]:
         decode = self.run.rows.tokenizer.decode
         rows = []
-        for i, prompt in enumerate(written.prompts.tolist()):
-            tree = written.trees[prompt]
+        for i, prompt in enumerate(generated.prompts.tolist()):
+            tree = generated.trees[prompt]
             row: dict[str, Any] = {
                 "source": tree.source,
                 "prompt": decode(tree.prompt_ids.tolist(), skip_special_tokens=True),
                 "sample": i % self.request.samples,
-                "completion": written.texts[i],
-                **written.row(i, also),
+                "completion": generated.texts[i],
+                **generated.row(i, other_rewards),
             }
             row |= {"references": list(references[i])} if references[i] else {}
             rows.append(row)

@@ -69,8 +69,8 @@ def exists_error(folder: Path, why: str | None = None) -> CheckpointError:
     return CheckpointError(str(folder), f"already exists, and {reason}", "give another --output")
 
 
-def _parse_check(found: Any) -> Check | None:
-    values: dict[str, Any] = {f.name: mapping(found).get(f.name) for f in fields(Check)}
+def _parse_check(record: Any) -> Check | None:
+    values: dict[str, Any] = {f.name: mapping(record).get(f.name) for f in fields(Check)}
     numbers = [v for name, v in values.items() if not (name == "greedy" and v is None)]
     return Check(**values) if all(isinstance(v, (int, float)) for v in numbers) else None
 

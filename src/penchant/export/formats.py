@@ -183,17 +183,17 @@ FORMATS = {
 }  # fmt: skip
 
 
-def dtype_of(form: Format, subject: Subject, asked: str) -> str:
+def dtype_of(form: Format, subject: Subject, requested: str) -> str:
     """Return the name of the dtype that weights are stored in.
 
     Raises:
         ConfigError: the format does not support it.
     """
-    if asked == "auto":
+    if requested == "auto":
         return DTYPE_NAMES[subject.dtype()]
-    if asked not in form.dtypes:
-        raise ConfigError("--dtype", f"{form.name} has no {asked}", f"there are {', '.join(form.dtypes)}")
-    return asked
+    if requested not in form.dtypes:
+        raise ConfigError("--dtype", f"{form.name} has no {requested}", f"there are {', '.join(form.dtypes)}")
+    return requested
 
 
 # ---- Comparison: does the exported model compute what the run's model computes, and how far is it off by rounding? ----
@@ -240,25 +240,25 @@ class Check:
 
 
 def compare_outputs(
-    own: Tensor, written: Tensor, read: Tensor, *, equal: float, dtype: str, exact: bool, tokens: int
+    original: Tensor, expected: Tensor, read: Tensor, *, equal: float, dtype: str, exact: bool, tokens: int
 ) -> Check:
     """Compare outputs, each (tokens, V).
 
     Args:
-        own: from the run's model; written: from the weights that the files should hold; read: from the model read back.
+        original: from the run's model; expected: from the weights that the files should hold; read: from the model read back.
         equal: allowed difference between the last two, relative to the largest; dtype: of the files; exact: the run's weights already
             have that dtype, so nothing may change.
     """
-    largest = float(own.abs().max())
+    largest = float(original.abs().max())
     scale = max(1.0, largest)
     return Check(
         tokens=tokens,
         largest=largest,
-        read=_max_difference(read, written),
+        read=_max_difference(read, expected),
         read_limit=equal * scale,
-        own=_max_difference(read, own),
+        own=_max_difference(read, original),
         own_limit=equal * scale if exact else ROUNDING[dtype] * scale,
-        greedy=None if own.shape[-1] == 1 else float((own.argmax(-1) == read.argmax(-1)).float().mean()),
+        greedy=None if original.shape[-1] == 1 else float((original.argmax(-1) == read.argmax(-1)).float().mean()),
     )
 
 

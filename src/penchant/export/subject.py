@@ -128,24 +128,26 @@ class Subject:
         return [*(row for row in sample_ids if row), fixed]
 
 
-def find_subject(given: str | Path, step: str = "last") -> Subject:
+def find_subject(run_path: str | Path, step: str = "last") -> Subject:
     """Find the model that a run's folder (or a checkpoint in it) and a step refer to.
 
     Raises:
         CheckpointError: there is no such run or checkpoint, or the checkpoint's files have changed since they were written.
     """
-    match = find_run(str(given), step)
+    match = find_run(str(run_path), step)
     if match is None:
-        check_exists(str(given), hub=False)
-        runs = runs_in(str(given))
+        check_exists(str(run_path), hub=False)
+        runs = runs_in(str(run_path))
         how = f"name one of its runs: {', '.join(runs)}" if runs else "give a run's folder"
-        raise CheckpointError(str(given), "is not a run", how)
+        raise CheckpointError(str(run_path), "is not a run", how)
     config = with_absolute_paths(match[0])
-    check_text_alone(config.model, str(given), "export")
+    check_text_alone(config.model, str(run_path), "export")
     run = Path(config.output)
     checkpoint = find_checkpoint(run, match[1])
     if checkpoint is None:
-        raise CheckpointError(str(given), "there is no trained checkpoint to export", "train it first, or name a step")
+        raise CheckpointError(
+            str(run_path), "there is no trained checkpoint to export", "train it first, or name a step"
+        )
     load_checkpoint(checkpoint)  # its sums are checked: what is exported is what was trained
     reward = config.method.learns_reward
     model = checkpoint / "model"

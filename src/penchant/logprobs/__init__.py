@@ -344,8 +344,8 @@ class _Given:
     def __getattr__(self, name: str) -> None:
         return None
 
-    def __getitem__(self, at: Any) -> Any:
-        return self.last_hidden_state if at == "last_hidden_state" else (self.last_hidden_state,)[at]
+    def __getitem__(self, item: Any) -> Any:
+        return self.last_hidden_state if item == "last_hidden_state" else (self.last_hidden_state,)[item]
 
 
 class Elsewhere:
@@ -366,18 +366,18 @@ class Elsewhere:
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self._scorer, name)
-        return partial(self._through, attribute) if name in RUNS else attribute
+        return partial(self._run_on_device, attribute) if name in RUNS else attribute
 
-    def _through(self, run: Any, batch: PackedBatch, *args: Any, **kwargs: Any) -> Any:
+    def _run_on_device(self, run: Any, batch: PackedBatch, *args: Any, **kwargs: Any) -> Any:
         key = f"on {self._device}"
         if key not in batch.cache:
             batch.cache[key] = batch.to(self._device)
-        return self._back(run(batch.cache[key], *args, **kwargs), batch.input_ids.device)
+        return self._to_device(run(batch.cache[key], *args, **kwargs), batch.input_ids.device)
 
-    def _back(self, found: Any, device: torch.device) -> Any:
-        if not isinstance(found, (Tensor, tuple)):  # from `row_logits`
-            return lambda part: moved(found(part), device)
-        if isinstance(found, tuple):
-            tuple_class: Any = type(found)
-            return tuple_class(*(None if f is None else self._back(f, device) for f in found))
-        return moved(found, device)
+    def _to_device(self, result: Any, device: torch.device) -> Any:
+        if not isinstance(result, (Tensor, tuple)):  # from `row_logits`
+            return lambda part: moved(result(part), device)
+        if isinstance(result, tuple):
+            tuple_class: Any = type(result)
+            return tuple_class(*(None if f is None else self._to_device(f, device) for f in result))
+        return moved(result, device)

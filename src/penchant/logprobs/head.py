@@ -125,22 +125,22 @@ class _WeightGrad:
     """
 
     def __init__(self, weight: Tensor) -> None:
-        self._weight, self._main = weight, getattr(weight, "main_grad", None)
-        self._wide = torch.promote_types(weight.dtype, torch.float32)
-        self._own: Tensor | None = None  # for autograd
+        self._weight, self._main_grad = weight, getattr(weight, "main_grad", None)
+        self._dtype = torch.promote_types(weight.dtype, torch.float32)
+        self._accumulated: Tensor | None = None  # for autograd
         self._key = (id(weight), "chunks")
 
     def _total(self, turns: Turns | None) -> Tensor:
-        if self._main is not None:
-            return self._main
+        if self._main_grad is not None:
+            return self._main_grad
         weight = self._weight
-        if turns is not None and weight.dtype == self._wide:
+        if turns is not None and weight.dtype == self._dtype:
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
             return weight.grad
-        if self._own is None:
-            self._own = torch.zeros_like(weight, dtype=self._wide)
-        return self._own
+        if self._accumulated is None:
+            self._accumulated = torch.zeros_like(weight, dtype=self._dtype)
+        return self._accumulated
 
     def add(self, d: Tensor, hidden: Tensor) -> None:
         """Add one chunk: d (rows, V), hidden (rows, d)."""
@@ -160,7 +160,7 @@ class _WeightGrad:
     def grad(self) -> Tensor | None:
         """Return the gradient for autograd, or None if it is already stored."""
         with turn(self._key):
-            return None if self._own is None else self._own.to(self._weight.dtype)
+            return None if self._accumulated is None else self._accumulated.to(self._weight.dtype)
 
 
 def token_logps(

@@ -90,14 +90,14 @@ def choose_packing(
     )
 
 
-def _compiled(model: Any, found: _Way) -> Scorer:
+def _compiled(model: Any, way: _Way) -> Scorer:
     """Return a scorer with compiled layers, after checking their log-probs and gradients. Raises ConfigError if they differ."""
-    if found.packing == "padded":
+    if way.packing == "padded":
         what, how = "needs packed rows, but this model uses padded rows", "set model.kernels=auto"
         raise ConfigError("model.kernels", f"compile {what}", how)
-    expected = _probe_outputs(Scorer(model, **found._asdict()))
+    expected = _probe_outputs(Scorer(model, **way._asdict()))
     try:
-        scorer = Scorer(model, kernels="compile", **found._asdict())
+        scorer = Scorer(model, kernels="compile", **way._asdict())
         compiled = _probe_outputs(scorer)
     except Exception as error:  # the compiler is missing or failed in any way
         what = f"compile does not run here ({first_line(getattr(error, 'inner_exception', error))})"
@@ -230,11 +230,11 @@ def _probe_tree(model: Any) -> TokenTree:
     return TokenTree(0, prompt, tuple(completions), (False,) * len(completions))
 
 
-def _away(found: torch.Tensor, own: torch.Tensor) -> float:
+def _away(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest difference: of numbers relative to 1 + their absolute value, of vectors relative to their norm."""
-    if own.ndim == 1:
-        return float(((found - own).abs() / (1 + own.abs())).max())
-    return float(((found - own).norm(dim=1) / own.norm(dim=1)).max())
+    if expected.ndim == 1:
+        return float(((actual - expected).abs() / (1 + expected.abs())).max())
+    return float(((actual - expected).norm(dim=1) / expected.norm(dim=1)).max())
 
 
 def _fast_is_right(scorer: Scorer) -> bool:

@@ -39,7 +39,7 @@ class PicturedScorer(Scorer):
         for group in filter(None, (pictured, plain)):
             longest = max(batch.segments[i].length for i in group)
             members = torch.tensor(group, device=ids.device)
-            options = self._seen(batch, group, longest) if group is pictured else {}
+            options = self._image_inputs(batch, group, longest) if group is pictured else {}
             options |= without_cache(backbone)
             out = backbone(input_ids=ids[members, :longest], attention_mask=mask[members, :longest], **options)
             hidden = out.last_hidden_state
@@ -47,21 +47,21 @@ class PicturedScorer(Scorer):
             rows |= dict(zip(group, hidden, strict=True))
         return torch.stack([rows[i] for i in range(len(ids))]).flatten(0, 1).index_select(0, packed_index)
 
-    def _seen(self, batch: PackedBatch, some: list[int], longest: int) -> dict[str, Any]:
+    def _image_inputs(self, batch: PackedBatch, indices: list[int], longest: int) -> dict[str, Any]:
         """The model's image inputs, built once per batch for policy and reference."""
         if "pictures" not in batch.cache:
-            batch.cache["pictures"] = self._read(batch, some, longest)
+            batch.cache["pictures"] = self._process(batch, indices, longest)
         inputs: Any = batch.cache["pictures"]
         dtype = next(self.model.parameters()).dtype
         return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
 
-    def _read(self, batch: PackedBatch, some: list[int], longest: int) -> dict[str, Tensor]:
-        prompts = [batch.pictures[i] for i in some]
+    def _process(self, batch: PackedBatch, indices: list[int], longest: int) -> dict[str, Tensor]:
+        prompts = [batch.pictures[i] for i in indices]
         inputs = dict(inputs_of(self.processor, [p for p in prompts if p is not None]))
         ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
         batch_ids = batch.input_ids.cpu()
         offsets = []
-        for row, i in enumerate(some):
+        for row, i in enumerate(indices):
             segment, unpadded = batch.segments[i], ids[row][mask[row].bool()]
             offset = segment.prompt_len - len(unpadded)  # 1 for a BOS that the template omits
             if offset < 0 or not torch.equal(
@@ -74,7 +74,7 @@ class PicturedScorer(Scorer):
             offsets.append(offset)
         for name, value in inputs.items():
             if value.shape == ids.shape and not value.is_floating_point():  # token types: 0, text, for completions
-                padded = value.new_zeros(len(some), longest)
+                padded = value.new_zeros(len(indices), longest)
                 for row, offset in enumerate(offsets):
                     unpadded = value[row][mask[row].bool()]
                     padded[row, offset : offset + len(unpadded)] = unpadded

@@ -232,16 +232,16 @@ class CachedReference:
     exact: bool = False
 
     def logps(self, batch: PackedBatch) -> Tensor:
-        return self._of(batch, "ref_logps", self.by_row)
+        return self._column(batch, "ref_logps", self.by_row)
 
     def token_logps(self, batch: PackedBatch) -> Tensor:
-        return self._of(batch, "ref_token_logps", self.tokens_by_row)
+        return self._column(batch, "ref_token_logps", self.tokens_by_row)
 
     def columns(self, batch: PackedBatch, *, tokens: bool) -> dict[str, Tensor]:
         """The columns to attach to a batch on the CPU."""
         return {"ref_token_logps": self.token_logps(batch)} if tokens else {"ref_logps": self.logps(batch)}
 
-    def _of(self, batch: PackedBatch, name: str, by_row: Mapping[int, Tensor]) -> Tensor:
+    def _column(self, batch: PackedBatch, name: str, by_row: Mapping[int, Tensor]) -> Tensor:
         if name in batch.columns:
             return batch.columns[name]
         return moved(torch.cat([by_row[row] for row in batch.rows]), batch.input_ids.device)

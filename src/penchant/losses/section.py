@@ -76,21 +76,21 @@ def _locate_errors(path: Path, name: str, keys: Path) -> Iterator[None]:
         raise LossProblem(path, name, keys, error) from error
 
 
-def loss_name(given: Any, path: Path = ("loss", "name")) -> str:
+def loss_name(loss: Any, path: Path = ("loss", "name")) -> str:
     """The registry's name of a loss as the user wrote it; for a user's own loss, its absolute path and function."""
     where = ".".join(path)
-    if not isinstance(given, str):
-        what = "is missing" if given is None else f"is {given!r}"
-        hint = "; several losses go into loss.mix" if isinstance(given, list) else ""
+    if not isinstance(loss, str):
+        what = "is missing" if loss is None else f"is {loss!r}"
+        hint = "; several losses go into loss.mix" if isinstance(loss, list) else ""
         raise ConfigError(where, what, f"give the name of one loss, such as dpo{hint}")
-    if is_own(given):
-        find_loss(given, where)
-        return f"{own_file(given).resolve()}:{given.rpartition(':')[2]}"
-    name = given if given in LOSSES else given.lower().replace("-", "_")
+    if is_own(loss):
+        find_loss(loss, where)
+        return f"{own_file(loss).resolve()}:{loss.rpartition(':')[2]}"
+    name = loss if loss in LOSSES else loss.lower().replace("-", "_")
     if name not in LOSSES:
         registry_name = OTHER_NAMES.get(name)
         hint = f"it is called {registry_name} here" if registry_name else did_you_mean(name, sorted(LOSSES))
-        raise ConfigError(where, f"{given!r} is not a loss", hint)
+        raise ConfigError(where, f"{loss!r} is not a loss", hint)
     return name
 
 

@@ -212,9 +212,11 @@ def score_tokens(
     return TokenScores(*scores)
 
 
-def _logps_and_kl(policy: LiveReference, reference: LiveReference, batch: PackedBatch, other: PackedBatch) -> Tensor:
+def _logps_and_kl(
+    policy: LiveReference, reference: LiveReference, batch: PackedBatch, reference_batch: PackedBatch
+) -> Tensor:
     """(4, R): log-probs of both models, then KL in both directions."""
-    policy_logits, ref_logits = policy.row_logits(batch), reference.row_logits(other)
+    policy_logits, ref_logits = policy.row_logits(batch), reference.row_logits(reference_batch)
     models: list[Any] = [policy.scorer.model, reference.scorer.model]
     rows = max(16, CHUNK_ELEMENTS // max(m.get_input_embeddings().weight.shape[0] for m in models))
     chunks = []

@@ -122,11 +122,13 @@ class Completions:
         """The index of each completion's prompt, (prompts x n,): the clusters for intervals."""
         return np.array([i for i, t in enumerate(self.trees) for _ in t.completion_ids])
 
-    def row(self, at: int, also: Mapping[str, np.ndarray] | None = None) -> dict[str, Any]:
-        """Fields written to files next to a completion's text; `also`: other rewards of all completions, by name."""
-        row: dict[str, Any] = {"tokens": len(self.ids[at]), "ended": bool(self.ended[at])}
-        row |= {} if self.rewards is None else {"reward": _nan_to_none(self.rewards[at])}
-        return row | ({"also": {name: _nan_to_none(v[at]) for name, v in also.items()}} if also else {})
+    def row(self, index: int, other_rewards: Mapping[str, np.ndarray] | None = None) -> dict[str, Any]:
+        """Fields written to files next to a completion's text; `other_rewards`: other rewards of all completions, by name."""
+        row: dict[str, Any] = {"tokens": len(self.ids[index]), "ended": bool(self.ended[index])}
+        row |= {} if self.rewards is None else {"reward": _nan_to_none(self.rewards[index])}
+        return row | (
+            {"also": {name: _nan_to_none(v[index]) for name, v in other_rewards.items()}} if other_rewards else {}
+        )
 
 
 def _nan_to_none(value: Any) -> float | None:
@@ -200,17 +202,17 @@ def score_completions(
 REPETITION_N = 4  # n of the n-grams for repetition
 
 
-def generation_figures(completions: Completions, also: Mapping[str, np.ndarray]) -> list[Figure]:
+def generation_figures(completions: Completions, other_rewards: Mapping[str, np.ndarray]) -> list[Figure]:
     """Compute rewards, length, share ended by EOS, distinct-1 and -2, and repetition, with intervals by prompt.
 
     Args:
-        also: other rewards of every completion, by name.
+        other_rewards: other rewards of every completion, by name.
     """
     prompts = completions.prompts
     figures = []
     if completions.rewards is not None:
         figures += _mean_reward("generated/reward", completions.rewards, prompts)
-    for name, values in also.items():
+    for name, values in other_rewards.items():
         figures += _mean_reward(f"generated/reward[{name}]", values, prompts)
     figures.append(mean_figure("generated/length", [len(ids) for ids in completions.ids], prompts))
     figures.append(share_figure("generated/ended", completions.ended, prompts))
@@ -492,16 +494,16 @@ def completion_rows(completions: Completions, tokenizer: Any) -> list[dict[str, 
     return [{"prompt": prompt, "completion": text, **completions.row(i)} for i, (prompt, text) in numbered]
 
 
-def save_start(path: Path, asked: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+def save_start(path: Path, settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
     """Save the initial model's completions and rewards atomically, so that a resumed run compares against the same ones."""
-    write_summed(path, json.dumps({"asked": asked, "completions": list(rows)}, indent=1, ensure_ascii=False))
+    write_summed(path, json.dumps({"asked": settings, "completions": list(rows)}, indent=1, ensure_ascii=False))
 
 
-def load_start_rewards(path: Path, asked: dict[str, Any]) -> np.ndarray | None:
+def load_start_rewards(path: Path, settings: dict[str, Any]) -> np.ndarray | None:
     """Return the rewards of the initial model's completions, (prompts,); None if missing, damaged, or made with other settings."""
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        if not is_intact(path) or saved["asked"] != json.loads(json.dumps(asked)):
+        if not is_intact(path) or saved["asked"] != json.loads(json.dumps(settings)):
             return None
         return np.array([row["reward"] for row in saved["completions"]], dtype=np.float64)
     except (OSError, ValueError, KeyError, TypeError):

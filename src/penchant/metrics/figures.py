@@ -32,13 +32,17 @@ class Figure:
     n: int
 
     @staticmethod
-    def of(name: str, found: Interval, n: int, clusters: ArrayLike, map_: Callable[[float], float] = float) -> Figure:
+    def of(
+        name: str, interval: Interval, n: int, clusters: ArrayLike, map_: Callable[[float], float] = float
+    ) -> Figure:
         """Make a figure from an interval, which is dropped if it comes from a single cluster or has zero width.
 
         `map_` is an increasing function, applied to the value and both ends.
         """
-        has_interval = len(np.unique(np.asarray(clusters))) > 1 and found.low < found.high
-        return Figure(name, map_(found.estimate), (map_(found.low), map_(found.high)) if has_interval else None, n)
+        has_interval = len(np.unique(np.asarray(clusters))) > 1 and interval.low < interval.high
+        return Figure(
+            name, map_(interval.estimate), (map_(interval.low), map_(interval.high)) if has_interval else None, n
+        )
 
 
 def mean_figure(name: str, values: ArrayLike, clusters: ArrayLike) -> Figure:

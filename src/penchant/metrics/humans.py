@@ -271,10 +271,10 @@ def _lengths(j: Judgement, model: str) -> tuple[int, int]:
     return (a, b) if j.models[0] == model else (b, a)
 
 
-def _compare_models(a: str, b: str, judged: Sequence[Judgement]) -> tuple[Pair | None, bool]:
+def _compare_models(a: str, b: str, judgments: Sequence[Judgement]) -> tuple[Pair | None, bool]:
     """Compare two models with `compare_judged`, people taking the place of seeds if there are enough; also return whether they did."""
     by_annotator: dict[str, list[Judgement]] = defaultdict(list)
-    for j in judged:
+    for j in judgments:
         by_annotator[j.annotator].append(j)
     over_people = len(by_annotator) >= MIN_PEOPLE and min(map(len, by_annotator.values())) >= MIN_JUDGMENTS
     people = list(by_annotator) if over_people else [""]
@@ -282,14 +282,14 @@ def _compare_models(a: str, b: str, judged: Sequence[Judgement]) -> tuple[Pair |
         str, dict[str, int]
     ] = {}  # prompt -> sample index of every pair, or of every judgment if people are pooled
     slot_of = {}
-    for j in judged:
+    for j in judgments:
         slots = prompts.setdefault(prompt_key(j.prompt), {})
         slot_of[j.id] = slots.setdefault(j.pair if over_people else j.id, len(slots))
     shape = len(prompts), max(map(len, prompts.values()))
     wins = np.full((len(people), 1, *shape), np.nan)
     lengths = np.zeros((2, 1, *shape))
     prompt_number = {prompt: i for i, prompt in enumerate(prompts)}
-    for j in judged:
+    for j in judgments:
         person = people.index(j.annotator) if over_people else 0
         index = prompt_number[prompt_key(j.prompt)], slot_of[j.id]
         wins[(person, 0, *index)] = score_of(j, a)
@@ -300,10 +300,10 @@ def _compare_models(a: str, b: str, judged: Sequence[Judgement]) -> tuple[Pair |
     return (None if pair is None else replace(pair, unjudged=0.0)), over_people
 
 
-def _krippendorff_alpha(counting: Sequence[Judgement]) -> tuple[Interval | None, int, str]:
+def _krippendorff_alpha(judgments: Sequence[Judgement]) -> tuple[Interval | None, int, str]:
     """Krippendorff's alpha with a bootstrap over pairs, the number of pairs that several people judged, and why alpha is None."""
     units: dict[str, dict[str, float]] = defaultdict(dict)
-    for j in counting:
+    for j in judgments:
         units[j.pair].setdefault(j.annotator, WINS[j.verdict])
     shared = [list(scores.values()) for scores in units.values() if len(scores) > 1]
     if not shared:
@@ -336,10 +336,10 @@ def _krippendorff_alpha(counting: Sequence[Judgement]) -> tuple[Interval | None,
 
 
 def _annotator(
-    name: str, judgments: Sequence[Judgement], counting: Sequence[Judgement], models: tuple[str, str] | None
+    name: str, judgments: Sequence[Judgement], included: Sequence[Judgement], models: tuple[str, str] | None
 ) -> Annotator:
     all_own = [j for j in judgments if j.annotator == name]
-    own_judgments, others = ([j for j in counting if (j.annotator == name) == is_own] for is_own in (True, False))
+    own_judgments, others = ([j for j in included if (j.annotator == name) == is_own] for is_own in (True, False))
     decided = [j for j in own_judgments if j.side is not None]
     left_votes = sum(j.side == "left" for j in decided)
     prefers_longer = _prefers_longer(own_judgments)
@@ -381,9 +381,9 @@ def _annotator(
     )
 
 
-def _prefers_longer(judged: Sequence[Judgement]) -> list[bool]:
+def _prefers_longer(judgments: Sequence[Judgement]) -> list[bool]:
     """For each verdict between two answers of different length, whether it favors the longer one."""
-    sizes = [(j, _word_count(j.answers[0]), _word_count(j.answers[1])) for j in judged if j.verdict in ("a", "b")]
+    sizes = [(j, _word_count(j.answers[0]), _word_count(j.answers[1])) for j in judgments if j.verdict in ("a", "b")]
     return [(a > b) == (j.verdict == "a") for j, a, b in sizes if a != b]
 
 
@@ -409,14 +409,14 @@ def _percent(share: Interval) -> str:
     return f"{share.estimate:.0%} [{share.low:.0%}, {share.high:.0%}]"
 
 
-def check_no_other_options(judge: str, asked: Mapping[str, Any]) -> None:
+def check_no_other_options(judge: str, option_values: Mapping[str, Any]) -> None:
     """Refuse options that do not apply to human judgments that already exist.
 
     Raises:
         ConfigError: such an option was given.
         DataError: there is no such file.
     """
-    option = next((name for name, value in asked.items() if value and name != "judge"), None)
+    option = next((name for name, value in option_values.items() if value and name != "judge"), None)
     if option is not None:
         flag = f"--{option.replace('_', '-')}"
         raise ConfigError(

@@ -315,7 +315,7 @@ def _sentence(pair: Pair, comparisons: int, prompts: int, what: str) -> Sentence
 
 
 def _reason_for_doubt(
-    pair: Pair, gap: Interval, rate: Interval | None, level: Interval | None, what: str
+    pair: Pair, gap: Interval, rate: Interval | None, equal_length: Interval | None, what: str
 ) -> str | None:
     """Why the leading setting is not called better; None if it is."""
     if pair.unjudged is not None and pair.unjudged > MAX_UNJUDGED:
@@ -323,8 +323,8 @@ def _reason_for_doubt(
     if pair.corrected < ALPHA:
         if rate is not None and rate.estimate <= 0.5:
             return f"the figures contradict each other: the higher {what}, and no more wins than losses"
-        if level is not None and level.high < 0.5:
-            return f"the figures contradict each other: at equal length its win rate is {level.estimate:.0%} {_format_brackets(level, '.0%')}"
+        if equal_length is not None and equal_length.high < 0.5:
+            return f"the figures contradict each other: at equal length its win rate is {equal_length.estimate:.0%} {_format_brackets(equal_length, '.0%')}"
         return None if gap.low > 0.0 else _includes_chance(pair)
     if pair.p < ALPHA:
         return f"p {_p_clause(pair.p)} by itself is not small enough among so many comparisons"
@@ -339,10 +339,10 @@ def _includes_chance(pair: Pair) -> str:
     return f"the interval of the {'difference includes 0' if pair.unjudged is None else 'win rate includes 50%'}"
 
 
-def _length_caveat(rate: Interval | None, level: Interval | None) -> str:
-    if rate is None or level is None or level.low > 0.5:
+def _length_caveat(rate: Interval | None, equal_length: Interval | None) -> str:
+    if rate is None or equal_length is None or equal_length.low > 0.5:
         return ""
-    return f" At equal length its win rate is {level.estimate:.0%} {_format_brackets(level, '.0%')}: length may be why it wins."
+    return f" At equal length its win rate is {equal_length.estimate:.0%} {_format_brackets(equal_length, '.0%')}: length may be why it wins."
 
 
 def comparisons_table(pairs: Sequence[Pair], what: str, comparisons: int | None = None) -> str:
@@ -365,8 +365,8 @@ def comparisons_table(pairs: Sequence[Pair], what: str, comparisons: int | None 
     return columns(rows)
 
 
-def _format_brackets(interval: Interval, form: str = ".3f") -> str:
-    return format_interval((interval.low, interval.high), form)
+def _format_brackets(interval: Interval, format_spec: str = ".3f") -> str:
+    return format_interval((interval.low, interval.high), format_spec)
 
 
 def format_p(p: float) -> str:

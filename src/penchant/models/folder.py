@@ -57,13 +57,13 @@ def loading(path: str | Callable[[], str], what: str, how: str) -> Iterator[None
         raise ModelError(where, f"{what} ({prefix}{first_line(error)})", how) from error
 
 
-def read_object(path: Path, most: int = SMALL) -> dict[str, Any]:
+def read_object(path: Path, max_bytes: int = SMALL) -> dict[str, Any]:
     """Read a JSON object from a file of a model folder.
 
     Raises:
         ModelError: the file is too large, not a regular file, not JSON, or not an object.
     """
-    check_file(path, most)
+    check_file(path, max_bytes)
     with loading(str(path), "is not JSON that can be read", "get it again from where the model comes from"):
         content = json.loads(path.read_bytes())
     if not isinstance(content, dict):
@@ -71,12 +71,14 @@ def read_object(path: Path, most: int = SMALL) -> dict[str, Any]:
     return content
 
 
-def check_file(path: Path, most: int) -> None:
+def check_file(path: Path, max_bytes: int) -> None:
     """Refuse a file that is far too large, or not a regular file (opening it may block)."""
     if not path.is_file():
         raise ModelError(str(path), "is not a regular file", "get it again from where the model comes from")
-    if path.stat().st_size > most:
-        raise ModelError(str(path), f"has {path.stat().st_size:,} bytes (at most {most:,} are read)", "get it again")
+    if path.stat().st_size > max_bytes:
+        raise ModelError(
+            str(path), f"has {path.stat().st_size:,} bytes (at most {max_bytes:,} are read)", "get it again"
+        )
 
 
 def check_folder(folder: Path) -> None:
@@ -224,12 +226,12 @@ def check_finite(path: str, named: Iterable[tuple[str, Any]]) -> None:
                 raise ModelError(path, f"the weight {name} holds NaN or infinite numbers", "get the model again")
 
 
-def check_layers(path: str, left: Iterable[str], config: Any) -> None:
+def check_layers(path: str, leftover_names: Iterable[str], config: Any) -> None:
     """Refuse a folder with weights for more layers than its config has: transformers would ignore them silently."""
     layers = getattr(config, "num_hidden_layers", None)
     if not isinstance(layers, int) or getattr(config, "num_nextn_predict_layers", None):
         return
-    for name in left:
+    for name in leftover_names:
         match = PLACES.search(f".{name}")
         if match and int(match[1]) >= layers:
             raise ModelError(path, f"holds {name}, but config.json says {layers} layers", "get config.json again")

@@ -704,13 +704,13 @@ def check_adapter(model: Any) -> None:
     others = [m for _, m in adapters_of(base) if all(m is not chosen for _, chosen in kinds.values())]
     ids = torch.arange(12, device=next(base.parameters()).device)[None] + 1
 
-    def logits(without: Sequence[Any]) -> Tensor:
-        for module in without:
+    def logits(disabled: Sequence[Any]) -> Tensor:
+        for module in disabled:
             module._disable_adapters = True
         try:
             return cast(Tensor, base(input_ids=ids, **without_cache(base)).logits)
         finally:
-            for module in without:
+            for module in disabled:
                 module._disable_adapters = False
 
     # in bf16 a merged weight would be rounded, and the layers above amplify the error

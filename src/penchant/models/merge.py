@@ -97,14 +97,14 @@ def merged_model(
     return merged
 
 
-def lora_section(adapter: Path, given: LoraConfig | None = None) -> LoraConfig:
-    """The `lora` section of a run that continues to train an adapter: the adapter's own settings, updated from `given`.
+def lora_section(adapter: Path, section: LoraConfig | None = None) -> LoraConfig:
+    """The `lora` section of a run that continues to train an adapter: the adapter's own settings, updated from `section`.
 
     Args:
-        given: the config's `lora` section; it may change dropout and lr_ratio, and must agree with the adapter otherwise.
+        section: the config's `lora` section; it may change dropout and lr_ratio, and must agree with the adapter otherwise.
 
     Raises:
-        ConfigError: `given` contradicts the adapter. ModelError: the adapter cannot be trained further.
+        ConfigError: `section` contradicts the adapter. ModelError: the adapter cannot be trained further.
     """
     check_folder(adapter)
     file = adapter / "adapter_config.json"
@@ -120,9 +120,9 @@ def lora_section(adapter: Path, given: LoraConfig | None = None) -> LoraConfig:
             rslora=bool(values.get("use_rslora")),
             dora=bool(values.get("use_dora")),
         )
-    if given is None:
+    if section is None:
         return settings
-    set_fields, given_values, own_values = given.model_fields_set, given.model_dump(), settings.model_dump()
+    set_fields, given_values, own_values = section.model_fields_set, section.model_dump(), settings.model_dump()
     for name in sorted(set_fields & {"r", "alpha", "rslora", "dora"}):
         if given_values[name] != own_values[name]:
             _contradicted(name, given_values[name], own_values[name], adapter)

@@ -289,9 +289,9 @@ def _share(part: Tensor, total: Tensor) -> Tensor:
     return torch.exp(part - total).t()[..., None]
 
 
-def _added(to: Tensor, at: Tensor, more: Tensor) -> Tensor:
+def _added(to: Tensor, index: Tensor, more: Tensor) -> Tensor:
     """`to` with `more` added in unique rows; `index_add` would be no faster on a GPU, and its order is undefined."""
-    return to.index_copy(0, at, to.index_select(0, at) + more)
+    return to.index_copy(0, index, to.index_select(0, index) + more)
 
 
 # ---- FlexAttention ----

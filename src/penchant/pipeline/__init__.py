@@ -173,13 +173,13 @@ class Pipeline:
         return self.stages[name]
 
 
-def load_pipeline(given: Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> Pipeline:
+def load_pipeline(definition: Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> Pipeline:
     """Read a pipeline from a YAML file or a mapping, and apply ``stages.NAME.key=value`` overrides.
 
     Raises:
         ConfigError: with ``file:line: what, how to fix``. Every stage's config is checked.
     """
-    values, places, source = read_values(given, SHAPE, "pipeline")
+    values, places, source = read_values(definition, SHAPE, "pipeline")
     names = list(values["stages"]) if isinstance(values.get("stages"), dict) else []
     places = apply_overrides(values, places, overrides)
     folder = read_output(values, KEYS, places, source, "pipeline", '"defaults" or a stage: defaults')

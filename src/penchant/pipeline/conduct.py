@@ -279,13 +279,13 @@ class Conductor:
     def _folder(self, name: str) -> Path:
         return self.pipeline.stages[name].folder
 
-    def _check_needed(self, only: str, planned: dict[str, Planned]) -> None:
-        for name in self.pipeline.needed(only):
+    def _check_needed(self, stage: str, planned: dict[str, Planned]) -> None:
+        for name in self.pipeline.needed(stage):
             _check_unchanged(self.pipeline.stages[name], planned[name])
             if planned[name].action != "done":
-                what = f"stages.{only} needs {name}, which is not finished"
+                what = f"stages.{stage} needs {name}, which is not finished"
                 how = f"run --only {name} first, or leave --only out"
-                raise CheckpointError(self.pipeline.stages[only].place, what, how)
+                raise CheckpointError(self.pipeline.stages[stage].place, what, how)
 
     def _run_stage(self, stage: Stage, number: str) -> str:
         """Skip, resume or train one stage, and return a phrase that says what was done."""

@@ -50,15 +50,15 @@ class LiveBytes(TorchDispatchMode):
     """Context manager that counts the bytes of storages created inside it, until each is freed.
 
     Args:
-        known: existing tensors that are counted elsewhere, such as weights.
+        tensors: existing ones that are counted elsewhere, such as weights.
     """
 
-    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+    def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.live = 0
         self.peak = 0
-        self._held = list(known)
-        self._seen: dict[int, Any] = {t.untyped_storage()._cdata: None for t in self._held}
+        self._tensors = list(tensors)
+        self._storages: dict[int, Any] = {t.untyped_storage()._cdata: None for t in self._tensors}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
@@ -71,16 +71,16 @@ class LiveBytes(TorchDispatchMode):
 
     def _count(self, storage: Any) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self._seen:
+        if key in self._storages:
             return
         self.live += size
         self.peak = max(self.peak, self.live)
 
         def on_free(_: Any) -> None:
             self.live -= size
-            self._seen.pop(key, None)
+            self._storages.pop(key, None)
 
-        self._seen[key] = weakref.ref(storage, on_free)
+        self._storages[key] = weakref.ref(storage, on_free)
 
 
 # ---- Bytes of one forward and backward pass beyond the weights, counted on the meta device ----
@@ -541,11 +541,11 @@ def _other_device_bytes(run: OutlinedRun, reference: int) -> dict[str, int]:
     return {device: n for device, n in bytes_by_device.items() if n}
 
 
-def _scoring_bytes(run: OutlinedRun, known: Activations) -> int:
-    """Bytes of scoring the largest micro-batch of held-out rows, or 0 if there is none or `known` is a rule of thumb."""
+def _scoring_bytes(run: OutlinedRun, activations: Activations) -> int:
+    """Bytes of scoring the largest micro-batch of held-out rows, or 0 if there is none or `activations` is a rule of thumb."""
     trees = run.rows.trees[1]
     passes = passes_over(run, trees) if trees and run.method.rollouts is None else []
-    if not passes or known.counted_by == "rule of thumb":
+    if not passes or activations.counted_by == "rule of thumb":
         return 0
     tokens = [sum(tree_tokens(trees[i], run.shared_prompts) for i in members) for members in passes]
     largest = passes[tokens.index(max(tokens))]
@@ -555,7 +555,7 @@ def _scoring_bytes(run: OutlinedRun, known: Activations) -> int:
 
 
 def _advice(
-    run: OutlinedRun, parts: dict[str, int], a: Activations, trainable: int, every: int
+    run: OutlinedRun, parts: dict[str, int], activations: Activations, trainable: int, parameter_count: int
 ) -> tuple[tuple[str, int], ...]:
     """(setting to change, approximate bytes saved) for a run that does not fit, largest saving first."""
     train, reference = run.config.train, run.config.reference
@@ -565,9 +565,9 @@ def _advice(
     savings = {
         "lora={r: 16} (an adapter in place of the whole model)": round(training_bytes * 0.96)
         * (run.config.lora is None),
-        "half of train.tokens_per_step": a.total // 2 * two_fit,
-        "half of data.max_length, with half of train.tokens_per_step": a.total // 2 * (not two_fit),
-        "train.gradient_checkpointing=layers (a third slower)": a.layers
+        "half of train.tokens_per_step": activations.total // 2 * two_fit,
+        "half of data.max_length, with half of train.tokens_per_step": activations.total // 2 * (not two_fit),
+        "train.gradient_checkpointing=layers (a third slower)": activations.layers
         * 3
         // 4
         * (train.gradient_checkpointing is False),
@@ -576,7 +576,8 @@ def _advice(
         // 5
         * (run.config.lora is not None and run.config.model.quantize == "none" and not run.method.learns_reward),
         "train.optimizer=adamw_8bit": trainable * 6 * (train.optimizer == "adamw" and run.config.lora is None),
-        "model.dtype=bf16": (a.layers // 2 + every * 2 - trainable * 4) * (run.dtype != torch.bfloat16),
+        "model.dtype=bf16": (activations.layers // 2 + parameter_count * 2 - trainable * 4)
+        * (run.dtype != torch.bfloat16),
         "reference.kind=cached": parts["reference"] * (not run.method.live_reference and not reference.moves),
     }
     return tuple(sorted(((text, n) for text, n in savings.items() if n > 0), key=lambda pair: -pair[1]))

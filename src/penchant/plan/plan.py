@@ -195,13 +195,13 @@ def _reference(run: OutlinedRun) -> tuple[str, bool | None, list[str]]:
     return f"computed once and cached; not there yet: {', '.join(missing)} rows", False, []
 
 
-def _packing_mismatch(run: OutlinedRun, found: Probe) -> list[str]:
+def _packing_mismatch(run: OutlinedRun, probe: Probe) -> list[str]:
     packing, fast, _ = run.layout
     if run.encoder:
         return []
-    if (found.packing, found.fast) == (packing, fast):
+    if (probe.packing, probe.fast) == (packing, fast):
         return []
-    actual = f"{found.packing}{' with' if found.fast else ' without'} the fast path"
+    actual = f"{probe.packing}{' with' if probe.fast else ' without'} the fast path"
     return [f"the loaded model uses {actual}, unlike its config; the counts above assume {packing}"]
 
 

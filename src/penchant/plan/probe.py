@@ -150,15 +150,15 @@ def _write_speed(folder: Path) -> float:
     return (time.perf_counter() - started) / WRITE_BYTES
 
 
-def duration_of(found: Probe, work: Work) -> Duration:
+def duration_of(probe: Probe, work: Work) -> Duration:
     """Extrapolate from seconds per token of the probed steps: the lowest, their mean, and the highest."""
-    rates = [s / max(1, t) for s, t in zip(found.steps, found.tokens, strict=True)]
-    mean = sum(found.steps) / max(1, sum(found.tokens))
+    rates = [s / max(1, t) for s, t in zip(probe.steps, probe.tokens, strict=True)]
+    mean = sum(probe.steps) / max(1, sum(probe.tokens))
     fixed = {
-        "loading": found.load,
-        "reference": found.reference,
-        "evaluations": found.evaluation * work.evaluations,
-        "checkpoints": found.checkpoint * work.checkpoints,
+        "loading": probe.load,
+        "reference": probe.reference,
+        "evaluations": probe.evaluation * work.evaluations,
+        "checkpoints": probe.checkpoint * work.checkpoints,
     }
     low, likely, high = (rate * work.tokens for rate in (min(rates), mean, max(rates)))
     fixed_total = sum(fixed.values())

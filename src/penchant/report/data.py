@@ -303,7 +303,7 @@ def _setting_names(groups: Sequence[Sequence[RunData]], sweep: Mapping[str, Any]
     return [g[0].name if n in repeated else n for n, g in zip(names, groups, strict=True)]
 
 
-def letter(place: int) -> str:
+def letter(index: int) -> str:
     """The letter of a setting by its index: A, B, ... Z, AA, AB, ..."""
-    first, last = divmod(place, 26)
+    first, last = divmod(index, 26)
     return (letter(first - 1) if first else "") + chr(ord("A") + last)

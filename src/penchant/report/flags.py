@@ -35,9 +35,9 @@ def flags(data: ReportData) -> Element | None:
     return el("div", [_card(g, len(checked)) for g in shown], more, class_="flags")
 
 
-def _card(of_one_kind: Sequence[Found], checked: int) -> Element:
+def _card(findings: Sequence[Found], run_count: int) -> Element:
     """One kind of flag: its first finding, those of other runs folded, and the advice once."""
-    (run_name, first), *rest = of_one_kind
+    (run_name, first), *rest = findings
     warning, title = (
         text(first.get("level")) == "warning",
         text(first.get("title")) or text(first.get("name")) or "flag",
@@ -45,9 +45,7 @@ def _card(of_one_kind: Sequence[Found], checked: int) -> Element:
     subject = _subject(run_name, first)
     about = el("small", " ", user_text(subject)) if subject else None
     if rest:
-        about = el(
-            "small", f" {len(of_one_kind)} times" if checked == 1 else f" in {len(of_one_kind)} of {checked} runs"
-        )
+        about = el("small", f" {len(findings)} times" if run_count == 1 else f" in {len(findings)} of {run_count} runs")
     mark = el("span", "\u25b2 " if warning else "\u25cb ", aria_hidden="true")
     others = fold(
         f"the {len(rest)} others" if len(rest) > 1 else "the other one",

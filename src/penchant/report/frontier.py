@@ -116,7 +116,7 @@ def _source(data: ReportData, spots: Sequence[Spot], held_out: bool) -> str:
     return source + (f"; {missing} without these figures left out" if missing else "")
 
 
-def _spot(setting: Setting, gain: str, held_out: bool, alone: bool) -> Spot | None:
+def _spot(setting: Setting, gain: str, held_out: bool, is_only: bool) -> Spot | None:
     ends: list[Point] = []
     trail: tuple[Point, ...] = ()
     x_ci: Pair = None
@@ -126,7 +126,7 @@ def _spot(setting: Setting, gain: str, held_out: bool, alone: bool) -> Spot | No
             end = _point_at(run.last, gain) if num(run.last, "step") else None
         else:
             end = _in_training(run, gain)
-        if end is None or not (alone or run.status in ("finished", "")):  # among several settings, only finished runs
+        if end is None or not (is_only or run.status in ("finished", "")):  # among several settings, only finished runs
             continue
         ends.append(end)
         if held_out:
@@ -162,24 +162,24 @@ def pareto_front(spots: Sequence[Spot]) -> list[Spot]:
     return front
 
 
-def draw_frontier(found: Frontier) -> Element:
+def draw_frontier(frontier: Frontier) -> Element:
     """Draw the plot with its table."""
-    spots = found.spots
+    spots = frontier.spots
     xs = [v for s in spots for v in (s.x, *(s.x_ci or ()), *(t[0] for t in s.trail))]
     ys = [v for s in spots for v in (s.y, *(s.y_ci or ()), *(t[1] for t in s.trail))]
-    ys += [found.start] if found.start is not None else []
+    ys += [frontier.start] if frontier.start is not None else []
     log = min(xs) > 0 and max(xs) / min(xs) > 30
     across = axis(xs if log else [*xs, 0.0], LEFT, WIDTH - RIGHT, log=log, pad=0.04)
     up = axis(ys, HEIGHT - BOTTOM, TOP)
     front = pareto_front(spots)
-    description = ", ".join(f"{s.name} ({format_value(s.y, found.share)} at {number(s.x)} nats)" for s in front)
+    description = ", ".join(f"{s.name} ({format_value(s.y, frontier.share)} at {number(s.x)} nats)" for s in front)
     if len(spots) > 1:
-        description = f"{len(spots)} models by KL to the start and {found.label}. None reaches as much with less KL: {description}"
+        description = f"{len(spots)} models by KL to the start and {frontier.label}. None reaches as much with less KL: {description}"
     steps = "".join(f"H{across(s.x):.1f}V{up(s.y):.1f}" for s in front[1:])
     svg = el(
         "svg",
         el("desc", description),
-        _axes(across, up, found),
+        _axes(across, up, frontier),
         el("path", class_="edge", d=f"M{across(front[0].x):.1f} {up(front[0].y):.1f}{steps}") if steps else None,
         [_draw_spot(s, across, up) for s in spots],
         _names(spots, across, up),
@@ -188,73 +188,75 @@ def draw_frontier(found: Frontier) -> Element:
         aria_label=description,
         class_="chart frontier",
     )
-    title = f"{found.label[0].upper()}{found.label[1:]} against KL"
+    title = f"{frontier.label[0].upper()}{frontier.label[1:]} against KL"
     return el(
         "figure",
-        el("figcaption", el("b", title), el("span", f" on {found.source}", class_="unit")),
+        el("figcaption", el("b", title), el("span", f" on {frontier.source}", class_="unit")),
         svg,
         None
         if len(spots) == 1
         else note(
             "Up and to the left is better. The dotted steps join those for which no other has as much with less KL; the steps are not a test."
         ),
-        fold("figures", _table(found), key="plot-frontier"),
+        fold("figures", _table(frontier), key="plot-frontier"),
         class_="wide",
         id="p-frontier",
     )
 
 
-def _axes(across: Axis, up: Axis, found: Frontier) -> list[Element]:
-    title = "KL to the start, nats per completion" + (" (log scale)" if across.log else "")
-    *elements, x_label = grid(across, up, title, found.share, wanted=6, upright=True)
-    if found.start is not None and up.low <= found.start <= up.high:
-        y = round(up(found.start), 1)
-        label = f"the start: {format_value(found.start, found.share)}"
-        line = el("line", x1=across.start, x2=across.end, y1=y, y2=y)
-        text = el("text", label, x=across.end - 6, y=y - 6, text_anchor="end")
+def _axes(x_axis: Axis, y_axis: Axis, frontier: Frontier) -> list[Element]:
+    title = "KL to the start, nats per completion" + (" (log scale)" if x_axis.log else "")
+    *elements, x_label = grid(x_axis, y_axis, title, frontier.share, wanted=6, upright=True)
+    if frontier.start is not None and y_axis.low <= frontier.start <= y_axis.high:
+        y = round(y_axis(frontier.start), 1)
+        label = f"the start: {format_value(frontier.start, frontier.share)}"
+        line = el("line", x1=x_axis.start, x2=x_axis.end, y1=y, y2=y)
+        text = el("text", label, x=x_axis.end - 6, y=y - 6, text_anchor="end")
         elements.append(el("g", line, text, class_="level"))
     return [*elements, x_label]
 
 
-def _draw_spot(spot: Spot, across: Axis, up: Axis) -> Element:
-    x, y = across(spot.x), up(spot.y)
+def _draw_spot(spot: Spot, x_axis: Axis, y_axis: Axis) -> Element:
+    x, y = x_axis(spot.x), y_axis(spot.y)
     parts: list[Node] = []
     if len(spot.trail) > 1:
-        trail = [t for t in spot.trail if not across.log or t[0] > 0]
-        parts.append(el("path", class_="thin", d=path_data(trail, across, up)))
-    if spot.x_ci and (not across.log or spot.x_ci[0] > 0):
-        parts.append(el("path", class_="whisker", d=f"M{across(spot.x_ci[0]):.1f} {y:.1f}H{across(spot.x_ci[1]):.1f}"))
+        trail = [t for t in spot.trail if not x_axis.log or t[0] > 0]
+        parts.append(el("path", class_="thin", d=path_data(trail, x_axis, y_axis)))
+    if spot.x_ci and (not x_axis.log or spot.x_ci[0] > 0):
+        parts.append(el("path", class_="whisker", d=f"M{x_axis(spot.x_ci[0]):.1f} {y:.1f}H{x_axis(spot.x_ci[1]):.1f}"))
     if spot.y_ci:
-        parts.append(el("path", class_="whisker", d=f"M{x:.1f} {up(spot.y_ci[0]):.1f}V{up(spot.y_ci[1]):.1f}"))
+        parts.append(el("path", class_="whisker", d=f"M{x:.1f} {y_axis(spot.y_ci[0]):.1f}V{y_axis(spot.y_ci[1]):.1f}"))
     title = f"{spot.name}: KL {number(spot.x)}, {number(spot.y)}"
     parts.append(el("circle", el("title", title), cx=f"{x:.1f}", cy=f"{y:.1f}", r=5.5))
     return el("g", *parts, class_=f"s {style_classes(spot.place)}", data_g=spot.key or None)
 
 
-def _names(spots: Sequence[Spot], across: Axis, up: Axis) -> list[Element]:
+def _names(spots: Sequence[Spot], x_axis: Axis, y_axis: Axis) -> list[Element]:
     """Names in the right margin in the order of the spots, each with a thin line to its spot; only letters if there are many."""
-    ordered = sorted(spots, key=lambda s: up(s.y))
+    ordered = sorted(spots, key=lambda s: y_axis(s.y))
     if len(spots) > LABELLED:
-        return [tag(s.key or s.name[:8], s.place, f"{across(s.x) + 9:.1f}", up(s.y) - 7, s.key) for s in spots]
-    positions = move_apart([up(s.y) for s in ordered], TOP + 8.0, HEIGHT - BOTTOM - 4.0, 20.0)
+        return [tag(s.key or s.name[:8], s.place, f"{x_axis(s.x) + 9:.1f}", y_axis(s.y) - 7, s.key) for s in spots]
+    positions = move_apart([y_axis(s.y) for s in ordered], TOP + 8.0, HEIGHT - BOTTOM - 4.0, 20.0)
     elements = []
     for spot, y in zip(ordered, positions, strict=True):
         margin = WIDTH - RIGHT
-        elements.append(el("path", class_="lead", d=f"M{across(spot.x) + 8:.1f} {up(spot.y):.1f}L{margin + 2} {y:.1f}"))
+        elements.append(
+            el("path", class_="lead", d=f"M{x_axis(spot.x) + 8:.1f} {y_axis(spot.y):.1f}L{margin + 2} {y:.1f}")
+        )
         letter = el("tspan", f"{spot.key} " if spot.key else "", class_="letter")
         name = el("tspan", _short(spot.name, 17 - len(spot.key)), class_="name" if spot.key else None)
         elements.append(tag([letter, name], spot.place, margin + 6, y + 4, spot.key))
     return elements
 
 
-def _short(name: str, most: int) -> str:
-    return name if len(name) <= most else f"{name[: most - 1]}\u2026"
+def _short(name: str, max_chars: int) -> str:
+    return name if len(name) <= max_chars else f"{name[: max_chars - 1]}\u2026"
 
 
-def _table(found: Frontier) -> Element:
+def _table(frontier: Frontier) -> Element:
     rows: list[list[Node]] = []
-    for s in sorted(found.spots, key=lambda s: s.x):
-        x, y = with_interval(s.x, s.x_ci), with_interval(s.y, s.y_ci, found.share)
+    for s in sorted(frontier.spots, key=lambda s: s.x):
+        x, y = with_interval(s.x, s.x_ci), with_interval(s.y, s.y_ci, frontier.share)
         rows.append([user_text(f"{s.key} {s.name}".strip()), x, y, str(s.runs)])
-    head: list[Node] = ["model", "KL, nats per completion", found.label, "seeds"]
+    head: list[Node] = ["model", "KL, nats per completion", frontier.label, "seeds"]
     return table(head, rows, numeric=(1, 2, 3), caption="The frontier's figures")

@@ -53,8 +53,8 @@ def el(tag: str, *children: Node | Iterable[Node], **attributes: str | float | b
     return Element(tag, tuple(_attributes(attributes)), tuple(_flat(children)))
 
 
-def _attributes(given: dict[str, str | float | bool | None]) -> Iterable[tuple[str, str]]:
-    for key, value in given.items():
+def _attributes(attributes: dict[str, str | float | bool | None]) -> Iterable[tuple[str, str]]:
+    for key, value in attributes.items():
         name = key.rstrip("_").replace("_", "-")
         if name.startswith("on") or name in ("style", "src", "srcdoc", "action"):
             raise ValueError(f"attribute {name} is not made here")
@@ -201,9 +201,9 @@ def muted(*children: Node | Iterable[Node]) -> Element:
     return el("p", *children, class_="soft")
 
 
-def join_nodes(parts: Iterable[Node], between: str = " \u00b7 ") -> list[Node]:
+def join_nodes(parts: Iterable[Node], separator: str = " \u00b7 ") -> list[Node]:
     """Join parts with a separator."""
-    return [node for i, part in enumerate(parts) for node in ((between, part) if i else (part,))]
+    return [node for i, part in enumerate(parts) for node in ((separator, part) if i else (part,))]
 
 
 def fold(summary: Node | Iterable[Node], *children: Node | Iterable[Node], key: str, open_: bool = False) -> Element:

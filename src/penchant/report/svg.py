@@ -342,42 +342,49 @@ def _finite(line: Line) -> Line:
 
 
 def grid(
-    across: Axis, up: Axis, x_label: str, share: bool, *, wanted: int = 5, whole: bool = False, upright: bool = False
+    x_axis: Axis,
+    y_axis: Axis,
+    x_label: str,
+    share: bool,
+    *,
+    wanted: int = 5,
+    whole: bool = False,
+    upright: bool = False,
 ) -> list[Element]:
     """Grid lines, tick labels and the x axis label; wanted: approximate number of x ticks; upright: vertical grid lines too."""
-    left, right, bottom = across.start, across.end, up.start
+    left, right, bottom = x_axis.start, x_axis.end, y_axis.start
     elements = []
-    for value, label in up.ticks(5):
-        y, text = up(value), f"{100 * value:.6g}%".replace("-", MINUS) if share else label
+    for value, label in y_axis.ticks(5):
+        y, text = y_axis(value), f"{100 * value:.6g}%".replace("-", MINUS) if share else label
         elements.append(el("line", class_="grid", x1=left, x2=right, y1=round(y, 1), y2=round(y, 1)))
         elements.append(el("text", text, class_="tick", x=left - 8, y=round(y + 4, 1), text_anchor="end"))
-    for value, label in across.ticks(wanted, whole):
-        x = round(across(value), 1)
-        elements += [el("line", class_="grid", x1=x, x2=x, y1=up.end, y2=bottom)] if upright else []
+    for value, label in x_axis.ticks(wanted, whole):
+        x = round(x_axis(value), 1)
+        elements += [el("line", class_="grid", x1=x, x2=x, y1=y_axis.end, y2=bottom)] if upright else []
         elements.append(el("text", label, class_="tick", x=x, y=bottom + 19, text_anchor="middle"))
     middle = (left + right) / 2
     return [*elements, el("text", x_label, class_="axis", x=middle, y=bottom + BOTTOM - 6, text_anchor="middle")]
 
 
-def _level(level: Level, across: Axis, up: Axis) -> Element | None:
-    if not up.low <= level.value <= up.high:
+def _level(level: Level, x_axis: Axis, y_axis: Axis) -> Element | None:
+    if not y_axis.low <= level.value <= y_axis.high:
         return None
-    y = round(up(level.value), 1)
-    line = el("line", x1=across.start, x2=across.end, y1=y, y2=y)
-    return el("g", line, el("text", level.label, x=across.start + 5, y=y - 5), class_="level")
+    y = round(y_axis(level.value), 1)
+    line = el("line", x1=x_axis.start, x2=x_axis.end, y1=y, y2=y)
+    return el("g", line, el("text", level.label, x=x_axis.start + 5, y=y - 5), class_="level")
 
 
-def style_classes(place: int) -> str:
+def style_classes(index: int) -> str:
     """CSS classes for a setting's color and dashes: eight colors, then the same colors dashed."""
-    return f"c{place % COLORS} d{place // COLORS % len(DASHES)}"
+    return f"c{index % COLORS} d{index // COLORS % len(DASHES)}"
 
 
-def path_data(points: Iterable[Point], across: Axis, up: Axis) -> str:
+def path_data(points: Iterable[Point], x_axis: Axis, y_axis: Axis) -> str:
     """SVG path data through the points, rounded to tenths; relative steps take half the space."""
     parts: list[str] = []
     previous = (0, 0)
     for x, y in points:
-        point = (round(across(x) * 10), round(up(y) * 10))
+        point = (round(x_axis(x) * 10), round(y_axis(y) * 10))
         if not parts:
             parts.append(f"M{point[0] / 10:g} {point[1] / 10:g}l")
         else:
@@ -392,28 +399,28 @@ def _path_number(value: float, after_number: bool) -> str:
     return text if text.startswith("-") or not after_number else f" {text}"
 
 
-def _draw(line: Line, across: Axis, up: Axis, columns: int) -> Element:
+def _draw(line: Line, x_axis: Axis, y_axis: Axis, columns: int) -> Element:
     points = line.drawn or line.points
     sampled = downsample(points, columns)
     parts: list[Node] = []
     if len(sampled) > 1:
-        parts.append(el("path", class_=line.look, d=path_data(sampled, across, up)))
-    ends = [e for e in line.ends if not up.log or e[1] > 0]
+        parts.append(el("path", class_=line.look, d=path_data(sampled, x_axis, y_axis)))
+    ends = [e for e in line.ends if not y_axis.log or e[1] > 0]
     if len(ends) > 1:
         outline = [*((x, high) for x, _, high in ends), *((x, low) for x, low, _ in reversed(ends))]
-        parts.insert(0, el("path", class_="band", d=path_data(outline, across, up) + "z"))
+        parts.insert(0, el("path", class_="band", d=path_data(outline, x_axis, y_axis) + "z"))
     elif ends and ends[0][1] < ends[0][2]:
         x, low, high = ends[0]
-        parts.append(el("path", class_="whisker", d=f"M{across(x):.1f} {up(low):.1f}V{up(high):.1f}"))
+        parts.append(el("path", class_="whisker", d=f"M{x_axis(x):.1f} {y_axis(low):.1f}V{y_axis(high):.1f}"))
     if line.marked or len(points) == 1:
-        parts += [el("circle", cx=f"{across(x):.1f}", cy=f"{up(y):.1f}", r=3) for x, y in points[:400]]
+        parts += [el("circle", cx=f"{x_axis(x):.1f}", cy=f"{y_axis(y):.1f}", r=3) for x, y in points[:400]]
     return el("g", *parts, class_=f"s {style_classes(line.place)}", data_g=line.group or None)
 
 
-def _tags(lines: Sequence[Line], across: Axis, up: Axis) -> list[Element]:
+def _tags(lines: Sequence[Line], x_axis: Axis, y_axis: Axis) -> list[Element]:
     """Letters or words at the ends of lines, moved apart if they would overlap."""
     tagged = [
-        (up((line.drawn or line.points)[-1][1]), across((line.drawn or line.points)[-1][0]), line)
+        (y_axis((line.drawn or line.points)[-1][1]), x_axis((line.drawn or line.points)[-1][0]), line)
         for line in lines
         if line.tag
     ]
@@ -482,18 +489,18 @@ def _cell(value: float | None, ends: tuple[float, float] | None, share: bool) ->
     return "" if value is None else with_interval(value, ends, share)
 
 
-def tag(words: Node | Iterable[Node], place: int, x: float | str, y: float, group: str) -> Element:
+def tag(words: Node | Iterable[Node], index: int, x: float | str, y: float, group: str) -> Element:
     """A setting's letter or name next to its line."""
-    return el("text", words, class_=f"tag {style_classes(place)}", x=x, y=f"{y:.1f}", data_g=group or None)
+    return el("text", words, class_=f"tag {style_classes(index)}", x=x, y=f"{y:.1f}", data_g=group or None)
 
 
-def swatch(place: int) -> Element:
+def swatch(index: int) -> Element:
     """A short line sample of a setting, for legends."""
     return el(
         "svg",
         el("path", class_="thick", d="M1 5H27"),
         viewBox="0 0 28 10",
-        class_=f"swatch s {style_classes(place)}",
+        class_=f"swatch s {style_classes(index)}",
         aria_hidden="true",
     )
 

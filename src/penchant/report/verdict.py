@@ -213,19 +213,19 @@ def cards(run: RunData) -> Element | None:
     return el("dl", elements, class_="cards") if elements else None
 
 
-def _card_note(h: Mapping[str, Any], ci: tuple[float, float] | None, share: bool) -> str:
-    change, ratio = num(h, "change"), num(h, "ratio")
+def _card_note(headline: Mapping[str, Any], ci: tuple[float, float] | None, share: bool) -> str:
+    change, ratio = num(headline, "change"), num(headline, "ratio")
     parts = [f"change {estimate(change, ci)}"] if change is not None else []
     parts += [interval(*ci, share and change is None)] if ci else []
     parts += [f"ratio {number(ratio)}"] if ratio is not None else []
     return " ".join(parts)
 
 
-def _goal_status(h: Mapping[str, Any]) -> Element | None:
-    if "goal" not in h:
+def _goal_status(headline: Mapping[str, Any]) -> Element | None:
+    if "goal" not in headline:
         return None
-    met = h.get("met") is True
-    words = ("\u2713 met: " if met else "\u2717 not met: ", user_text(text(h.get("goal"))))
+    met = headline.get("met") is True
+    words = ("\u2713 met: " if met else "\u2717 not met: ", user_text(text(headline.get("goal"))))
     return el("dd", *words, class_="met" if met else "unmet")
 
 
@@ -387,12 +387,12 @@ def held_out(run: RunData) -> Element | None:
     return panel(head, rows, numeric=numeric, caption=caption, class_="held")
 
 
-def _row(c: Change, started: bool) -> list[Node]:
+def _row(c: Change, has_start: bool) -> list[Node]:
     share = c.figure.share
     unit = el("small", f" {c.figure.unit}") if c.figure.unit else None
     meaning = el("small", c.figure.meaning, class_="what")
     name = el("span", c.figure.label, unit, meaning)
-    before = [MISSING if c.before is None else format_value(c.before, share)] if started else []
+    before = [MISSING if c.before is None else format_value(c.before, share)] if has_start else []
     after = el("b", estimate(c.after, c.after_ci, share))
     return [name, *before, after, c.brackets, el("span", _strip(c), class_="marks")]
 

@@ -108,9 +108,9 @@ def _matrix(pairs: Sequence[Mapping[str, Any]], field: str, title: str, first: s
     )
 
 
-def _cell(rate: Interval | None, same: bool) -> Element:
+def _cell(rate: Interval | None, is_self: bool) -> Element:
     if rate is None:
-        return el("td", "" if same else MISSING, class_="same" if same else None)
+        return el("td", "" if is_self else MISSING, class_="same" if is_self else None)
     significant = rate.low > 0.5 or rate.high < 0.5
     shade = min(SHADES, max(1, math.ceil(abs(rate.estimate - 0.5) * 2 * SHADES - 1e-9))) if significant else 0
     direction = "up" if rate.estimate >= 0.5 else "down"

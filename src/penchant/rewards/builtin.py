@@ -108,13 +108,13 @@ BUILT_IN: dict[str, RewardFunction] = {
 # ---- Rules of length and format as rewards: ``words:20-60``, ``matches:REGEX`` ----
 
 
-def words_between(given: str) -> RewardFunction:
+def words_between(bounds: str) -> RewardFunction:
     """0 for a word count in a range (``20-60``, ``20-``, ``-60``), minus 1 for each word too few or too many."""
-    match = re.fullmatch(r"(\d*)-(\d*)", given)
+    match = re.fullmatch(r"(\d*)-(\d*)", bounds)
     low, high = (int(n) if n else None for n in match.groups()) if match else (None, None)
     if match is None or (low is None and high is None) or (low is not None and high is not None and low > high):
         how = "write words:20-60, words:20- or words:-60"
-        raise ConfigError("reward", f"words:{given} is not a range of words", how)
+        raise ConfigError("reward", f"words:{bounds} is not a range of words", how)
 
     def rule(prompts: Sequence[str], completions: Sequence[str]) -> Sequence[float]:
         counts = [len(c.split()) for c in completions]
@@ -126,15 +126,15 @@ def words_between(given: str) -> RewardFunction:
 MATCH_SECONDS = 5.0  # per completion
 
 
-def _pattern(kind: str, given: str, whole: bool) -> RewardFunction:
+def _pattern(kind: str, expression: str, whole: bool) -> RewardFunction:
     """1 if a regular expression matches anywhere in the completion (`whole`: all of it), else 0."""
     import regex  # like re, but with a timeout; transformers depends on it too
 
     try:
-        re.compile(given)
-        pattern = regex.compile(given, regex.DOTALL)
+        re.compile(expression)
+        pattern = regex.compile(expression, regex.DOTALL)
     except (re.error, regex.error) as error:
-        raise ConfigError("reward", f"{kind}:{given} is not a regular expression ({error})", "fix it") from error
+        raise ConfigError("reward", f"{kind}:{expression} is not a regular expression ({error})", "fix it") from error
     search = pattern.fullmatch if whole else pattern.search
 
     def is_match(completion: str) -> bool:
@@ -143,19 +143,19 @@ def _pattern(kind: str, given: str, whole: bool) -> RewardFunction:
         except TimeoutError as error:
             what = f"takes more than {MATCH_SECONDS:g} s on a completion of {len(completion):,} characters"
             how = "write it without repetitions inside repetitions, such as (a+)+"
-            raise RewardError(f"{kind}:{given}", what, how) from error
+            raise RewardError(f"{kind}:{expression}", what, how) from error
 
     return lambda prompts, completions: [float(is_match(c)) for c in completions]
 
 
-def matches(given: str) -> RewardFunction:
+def matches(expression: str) -> RewardFunction:
     """1 if the regular expression is found in the completion (``^``, ``$``: its start and end; ``.``: any character), else 0."""
-    return _pattern("matches", given, whole=False)
+    return _pattern("matches", expression, whole=False)
 
 
-def format_of(given: str) -> RewardFunction:
+def format_of(expression: str) -> RewardFunction:
     """1 if the regular expression matches the whole completion (``.``: any character), else 0."""
-    return _pattern("format", given, whole=True)
+    return _pattern("format", expression, whole=True)
 
 
 RULES: dict[str, Callable[[str], RewardFunction]] = {"words": words_between, "matches": matches, "format": format_of}
@@ -373,11 +373,13 @@ def _merge_list(value: Sequence[Any]) -> dict[str, Any]:
     return merged
 
 
-def _options(name: str, given: Mapping[str, Any]) -> Section:
+def _options(name: str, option_values: Mapping[str, Any]) -> Section:
     section = WITH_OPTIONS.get(name if name in WITH_OPTIONS else name.partition(":")[0])
     if section is None:
         raise ValueError(f"{name} has no options; give it a number as its weight")
-    values = {k: float(v) if k in ("max_penalty", "timeout") and type(v) is int else v for k, v in given.items()}
+    values = {
+        k: float(v) if k in ("max_penalty", "timeout") and type(v) is int else v for k, v in option_values.items()
+    }
     if unknown := next((k for k in values if k not in section.model_fields), None):
         raise ValueError(f"{name} has no option {unknown!r}; there are {', '.join(section.model_fields)}, weight")
     if missing := next((k for k, f in section.model_fields.items() if f.is_required() and k not in values), None):

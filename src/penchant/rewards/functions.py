@@ -113,27 +113,27 @@ class Batch:
     step: int
     metrics: dict[str, float] = field(default_factory=dict)
 
-    def arguments(self, takes: Parameters, plain: bool, which: Sequence[int]) -> tuple[list[Any], dict[str, Any]]:
+    def arguments(self, signature: Parameters, plain: bool, indices: Sequence[int]) -> tuple[list[Any], dict[str, Any]]:
         """The (positional, named) arguments of a call on some of the completions."""
         prompts: list[Any] = []
         completions: list[Any] = []
-        for i in which:
+        for i in indices:
             row, text = self.rows[i], self.texts[i]
             prompt = self.prompts[i] if row is None else row.prompt
             as_chat = not isinstance(prompt, str) and not plain
             prompts.append(prompt_json(prompt) if as_chat else prompt_text(prompt))
             completions.append([{"role": "assistant", "content": text}] if as_chat else text)
         main: dict[str, Any] = {"prompts": prompts, "completions": completions}
-        extra: dict[str, Any] = {name: [values[i] for i in which] for name, values in self.columns.items()}
-        extra["completion_ids"] = None if self.ids is None else [self.ids[i] for i in which]
+        extra: dict[str, Any] = {name: [values[i] for i in indices] for name, values in self.columns.items()}
+        extra["completion_ids"] = None if self.ids is None else [self.ids[i] for i in indices]
         extra["trainer_state"] = SimpleNamespace(global_step=self.step)
         extra["log_metric"] = lambda name, value: self.metrics.update({str(name): float(value)})
         extra["log_extra"] = lambda column, values: None
-        if self.ids is None and "completion_ids" not in takes.required:
+        if self.ids is None and "completion_ids" not in signature.required:
             del extra["completion_ids"]
-        available = extra | main if takes.by_name else extra  # `main` wins over columns of the same name
-        accepted = {n: v for n, v in available.items() if takes.rest or n in takes.names}
-        return ([] if takes.by_name else [prompts, completions]), accepted
+        available = extra | main if signature.by_name else extra  # `main` wins over columns of the same name
+        accepted = {n: v for n, v in available.items() if signature.rest or n in signature.names}
+        return ([] if signature.by_name else [prompts, completions]), accepted
 
 
 # ---- a sum of rewards ----
@@ -297,16 +297,16 @@ def _values(term: RewardTerm, batch: Batch, timeout: float | None) -> np.ndarray
     return values
 
 
-def _named_completion(batch: Batch, at: int) -> str:
-    row = f" of row {batch.sources[at]}" if batch.sources[at] else ""
-    return f"completion {at}{row}: {batch.texts[at][:60]!r}"
+def _named_completion(batch: Batch, index: int) -> str:
+    row = f" of row {batch.sources[index]}" if batch.sources[index] else ""
+    return f"completion {index}{row}: {batch.texts[index][:60]!r}"
 
 
 def _no_column(
-    name: str, column: str, there: Mapping[str, Any] | Sequence[str], kind: type[PenchantError]
+    name: str, column: str, available: Mapping[str, Any] | Sequence[str], kind: type[PenchantError]
 ) -> PenchantError:
-    suggestion = closest(column, there)
-    columns = f"the rows have {', '.join(there)}" if there else "the rows have no further columns"
+    suggestion = closest(column, available)
+    columns = f"the rows have {', '.join(available)}" if available else "the rows have no further columns"
     how = f'did you mean "{suggestion}"? ' if suggestion else ""
     what = f'{name} takes "{column}", and there is no such column; {columns}'
     return kind("reward", what, f"{how}map one with data.columns={{{column}: YOURS}}, or give the argument a default")
@@ -315,9 +315,9 @@ def _no_column(
 # ---- one call ----
 
 
-def _call(term: RewardTerm, batch: Batch, which: Sequence[int], timeout: float | None) -> Any:
+def _call(term: RewardTerm, batch: Batch, indices: Sequence[int], timeout: float | None) -> Any:
     """Call a function on some completions."""
-    positional, named = batch.arguments(term.takes, term.plain, which)
+    positional, named = batch.arguments(term.takes, term.plain, indices)
 
     def call() -> Any:
         output = term.function(*positional, **named)
@@ -326,9 +326,9 @@ def _call(term: RewardTerm, batch: Batch, which: Sequence[int], timeout: float |
     return guarded(call, timeout)
 
 
-def _run_awaitable(given: Any) -> Any:
+def _run_awaitable(awaitable: Any) -> Any:
     async def wait() -> Any:
-        return await given
+        return await awaitable
 
     try:
         asyncio.get_running_loop()
@@ -337,20 +337,20 @@ def _run_awaitable(given: Any) -> Any:
     return in_thread(lambda: asyncio.run(wait()), None)  # a notebook already runs an event loop
 
 
-def _numbers(name: str, given: Any, batch: Batch) -> np.ndarray:
-    if given is None:
+def _numbers(name: str, result: Any, batch: Batch) -> np.ndarray:
+    if result is None:
         raise RewardError(f"reward {name}", "returned None", "return a list of numbers")
     try:
-        if getattr(getattr(given, "dtype", None), "kind", "") in ("O", "S", "U"):  # an array of texts, or of objects
-            given = list(given)
-        if isinstance(given, (list, tuple)):
-            given = [_plain(v) for v in given]
-        return np.asarray(_plain(given), dtype=np.float64)
+        if getattr(getattr(result, "dtype", None), "kind", "") in ("O", "S", "U"):  # an array of texts, or of objects
+            result = list(result)
+        if isinstance(result, (list, tuple)):
+            result = [_plain(v) for v in result]
+        return np.asarray(_plain(result), dtype=np.float64)
     except Exception as error:  # converting the elements may raise anything
-        what = f"returned {type(given).__name__} that holds no numbers"
-        index = _first_without_number(given)
+        what = f"returned {type(result).__name__} that holds no numbers"
+        index = _first_without_number(result)
         if index is not None and index < len(batch.texts):
-            what = f"returned {short(repr(given[index]), 60)} for {_named_completion(batch, index)}"
+            what = f"returned {short(repr(result[index]), 60)} for {_named_completion(batch, index)}"
         raise RewardError(f"reward {name}", what, "return a list of numbers") from error
 
 
@@ -365,11 +365,11 @@ def _plain(value: Any) -> Any:
     return value.detach().cpu().double().numpy() if hasattr(value, "detach") else value
 
 
-def _first_without_number(given: Any) -> int | None:
+def _first_without_number(values: Any) -> int | None:
     """Index of the first element of a list that is neither a number nor None."""
-    if not isinstance(given, (list, tuple)):
+    if not isinstance(values, (list, tuple)):
         return None
-    for i, value in enumerate(given):
+    for i, value in enumerate(values):
         try:
             np.asarray(_plain(value), dtype=np.float64)
         except Exception:

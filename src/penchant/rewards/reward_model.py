@@ -210,14 +210,14 @@ class RewardModel:
     add_eos: bool
     policy: PolicyText | None = None
     template_options: Mapping[str, Any] = field(default_factory=dict)
-    _same: bool = field(init=False)
+    _same_format: bool = field(init=False)
 
     def __post_init__(self) -> None:
         policy = self.policy
         if policy is not None and DATE in policy.template_options and writes_date(self.tokenizer):
             # a reward model trained without a fixed date gets the run's
             self.template_options = {DATE: policy.template_options[DATE], **self.template_options}
-        self._same = (
+        self._same_format = (
             policy is not None
             and not self.encoder
             and self.add_eos
@@ -234,7 +234,7 @@ class RewardModel:
     def score_trees(self, trees: Sequence[TokenTree]) -> list[float]:
         """The reward of each completion of rollouts, tree by tree; one that did not end by itself is scored without EOS."""
         longest = max((len(t.prompt_ids) + max(map(len, t.completion_ids)) for t in trees), default=0)
-        if self._same and longest <= self.max_length:
+        if self._same_format and longest <= self.max_length:
             return rewards_of(self.scorer, trees)
         assert self.policy is not None
         decode = self.policy.tokenizer.decode

@@ -467,7 +467,7 @@ class InvalidReply(Exception):
     """A reply that cannot be a valid result of the request."""
 
 
-def parse_samples(answer: Any, prompt: list[int], settings: Settings, words: int) -> list[Sample]:
+def parse_samples(answer: Any, prompt: list[int], settings: Settings, vocabulary_size: int) -> list[Sample]:
     """Check and convert a server's reply to one prompt.
 
     Raises:
@@ -484,19 +484,19 @@ def parse_samples(answer: Any, prompt: list[int], settings: Settings, words: int
             ids, logps, finish_reason = c["token_ids"], c["logprobs"]["token_logprobs"], c["finish_reason"]
             if (echo := c.get("prompt_token_ids")) is not None and echo != prompt:
                 raise InvalidReply("a completion is of another prompt")
-            samples.append(_sample(ids, logps, finish_reason, s, words))
+            samples.append(_sample(ids, logps, finish_reason, s, vocabulary_size))
         return samples
     except (LookupError, TypeError, AttributeError) as error:
         raise InvalidReply("an answer is not a completion with token ids and log-probs") from error
 
 
-def _sample(ids: list[int], logps: list[float], why: Any, settings: Settings, words: int) -> Sample:
+def _sample(ids: list[int], logps: list[float], why: Any, settings: Settings, vocabulary_size: int) -> Sample:
     if not 1 <= len(ids) <= settings.max_new_tokens:
         raise InvalidReply(f"a completion has {len(ids)} tokens, and 1 to {settings.max_new_tokens} were asked for")
     if len(logps) != len(ids):
         raise InvalidReply(f"{len(logps)} log-probs came back for {len(ids)} tokens")
-    if not all(isinstance(t, int) and 0 <= t < words for t in ids):
-        raise InvalidReply(f"a completion holds ids that are none of the model's {words} tokens")
+    if not all(isinstance(t, int) and 0 <= t < vocabulary_size for t in ids):
+        raise InvalidReply(f"a completion holds ids that are none of the model's {vocabulary_size} tokens")
     if not all(isinstance(p, (int, float)) and math.isfinite(p) and -9000 < p < 1e-3 for p in logps):
         raise InvalidReply("a completion has invalid log-probs: NaN, above 0, or of tokens that cannot be drawn")
     finished = ids[-1] in settings.ends

@@ -180,7 +180,7 @@ class Stage:
         flat = [e.sample for e in episodes]
         return [flat[i : i + samples] for i in range(0, len(flat), samples)]
 
-    def _start_episode(self, tree: TokenTree, at: int, max_tokens: int) -> Episode:
+    def _start_episode(self, tree: TokenTree, sample_index: int, max_tokens: int) -> Episode:
         row = self.prompts_by_source.get(tree.source)
         if row is None:
             what = f"{tree.source}: its row cannot be told apart from another"
@@ -191,7 +191,7 @@ class Stage:
         environment = self._call(place, "making it", self.make)
         opening = self._call(place, "reset", lambda: environment.reset({"prompt": prompt, **row.columns}))
         # distinct seeds for 256 turns of 65,536 samples per row
-        episode = Episode(tree, place, environment, turns, ((tree.row << 16) | at) << 8)
+        episode = Episode(tree, place, environment, turns, ((tree.row << 16) | sample_index) << 8)
         if (added := self._messages(place, "reset", opening)) is not None:
             turns += added
             episode.sample.prompt = self._prompt(tree, row, turns, added)
@@ -211,37 +211,39 @@ class Stage:
         bos = [i for i in prompt_ids[:1] if i == self.tokenizer.bos_token_id and ids[:1] != [i]]
         return bos + ids
 
-    def _add_turn(self, e: Episode, said: Sample, *, last: bool, max_tokens: int) -> None:
+    def _add_turn(self, episode: Episode, answer: Sample, *, last: bool, max_tokens: int) -> None:
         """Add the policy's answer to the conversation, then the environment's reply."""
-        ids, sample = said.ids, e.sample
+        ids, sample = answer.ids, episode.sample
         sample.ids += ids
-        sample.logps += said.logps
+        sample.logps += answer.logps
         sample.own += [True] * len(ids)
-        sample.finished, e.going = said.finished, False
+        sample.finished, episode.going = answer.finished, False
         ended = bool(ids) and ids[-1] in self.ends
         text = self.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
-        e.turns.append(Message("assistant", text))
-        if not said.finished:
+        episode.turns.append(Message("assistant", text))
+        if not answer.finished:
             return
-        messages = [message_json(m) for m in e.turns]
-        reply = self._messages(e.place, "step", self._call(e.place, "step", lambda: e.environment.step(messages)))
+        messages = [message_json(m) for m in episode.turns]
+        reply = self._messages(
+            episode.place, "step", self._call(episode.place, "step", lambda: episode.environment.step(messages))
+        )
         if reply is None:
             return
-        e.turns += reply
-        reply_ids = self._reply_ids(e, reply, ids[-1] if ended else None)
+        episode.turns += reply
+        reply_ids = self._reply_ids(episode, reply, ids[-1] if ended else None)
         sample.finished = False  # the environment expects another answer
         if last or len(sample.ids) + len(reply_ids) >= max_tokens:
             return
         sample.ids += reply_ids
         sample.logps += [0.0] * len(reply_ids)
         sample.own += [False] * len(reply_ids)
-        e.going = True
+        episode.going = True
 
-    def _reply_ids(self, e: Episode, answer: Sequence[Message], end: int | None) -> list[int]:
+    def _reply_ids(self, episode: Episode, answer: Sequence[Message], end: int | None) -> list[int]:
         """Token ids of the environment's messages after the policy's, up to the start of the next answer."""
         answer = self._split_special_tokens(answer)
         if self.chat:
-            earlier = e.turns[: -len(answer) - 1]
+            earlier = episode.turns[: -len(answer) - 1]
             template = ChatTemplate(self.tokenizer, self.template_options)
             _, separator, text = template.write(
                 [*earlier, Message("assistant", ANSWER), *answer], generate=True
@@ -255,22 +257,22 @@ class Stage:
             text = "".join(m.content for m in answer)
         return self._ids(text)
 
-    def _split_special_tokens(self, said: Sequence[Message]) -> list[Message]:
+    def _split_special_tokens(self, message_list: Sequence[Message]) -> list[Message]:
         """Split the texts of special tokens, such as the end of a turn, so that they are tokenized as plain text."""
 
-        def cut(found: re.Match[str]) -> str:
-            return found[0][0] + SPLIT + found[0][1:]
+        def cut(token_match: re.Match[str]) -> str:
+            return token_match[0][0] + SPLIT + token_match[0][1:]
 
-        return [replace(m, content=self.special.sub(cut, m.content)) for m in said]
+        return [replace(m, content=self.special.sub(cut, m.content)) for m in message_list]
 
     def _ids(self, text: str) -> list[int]:
         return [i for part in text.split(SPLIT) for i in self.tokenizer(part, add_special_tokens=False)["input_ids"]]
 
-    def _messages(self, place: str, method: str, said: Any) -> list[Message] | None:
-        if said is None or said is True or (isinstance(said, Sequence) and not said):
+    def _messages(self, place: str, method: str, reply: Any) -> list[Message] | None:
+        if reply is None or reply is True or (isinstance(reply, Sequence) and not reply):
             return None
         parsed, excerpt = self._call(
-            place, f"reading what {method} gives", lambda: (_parse_messages(said), str(said)[:60])
+            place, f"reading what {method} gives", lambda: (_parse_messages(reply), str(reply)[:60])
         )
         if parsed is None:
             what = f"{place}: {method} of {self.name} gives {excerpt!r}"
@@ -289,11 +291,11 @@ class Stage:
             raise RewardError(WHERE, problem, "fix the environment") from error
 
 
-def _parse_messages(said: Any) -> list[Message] | None:
+def _parse_messages(reply: Any) -> list[Message] | None:
     """Parse an environment's messages; None if they are something else."""
-    if not isinstance(said, Sequence) or not all(isinstance(m, Mapping) for m in said):
+    if not isinstance(reply, Sequence) or not all(isinstance(m, Mapping) for m in reply):
         return None
-    pairs = [(m.get("role"), m.get("content")) for m in said]
+    pairs = [(m.get("role"), m.get("content")) for m in reply]
     if not all(
         role in ROLES and isinstance(text, str) and not re.search("[\ud800-\udfff]", text) for role, text in pairs
     ):

@@ -106,9 +106,9 @@ def _inverse(weights: Tensor, uniforms: Tensor) -> Tensor:
     return (block * _BLOCK + offset).squeeze(1).clamp(max=weights.shape[1] - 1)
 
 
-def _below(goal: Tensor, total: Tensor) -> Tensor:
-    """Clamp `goal` to strictly below the total, which rounding may have reached."""
-    return torch.minimum(goal, total * (1.0 - max(1e-12, torch.finfo(total.dtype).eps)))
+def _below(threshold: Tensor, total: Tensor) -> Tensor:
+    """Clamp `threshold` to strictly below the total, which rounding may have reached."""
+    return torch.minimum(threshold, total * (1.0 - max(1e-12, torch.finfo(total.dtype).eps)))
 
 
 def _draw_among_likely(weights: Tensor, total: Tensor, uniforms: Tensor, top_p: float, top_k: int) -> Tensor:
@@ -219,19 +219,19 @@ class Written:
         rooms = torch.tensor(settings.rooms or [columns] * len(prompts), device=device)
         self._rooms = rooms.repeat_interleave(settings.n)
         self._uniforms = in_fp64(torch.zeros(lines, columns, device=device))
-        self._ends = torch.tensor(sorted(settings.ends), dtype=torch.int64, device=device)
+        self._end_ids = torch.tensor(sorted(settings.ends), dtype=torch.int64, device=device)
         self._prompt_ids: Tensor | None = None  # (prompts, longest) ids, padded with each prompt's first id
         if settings.repetition_penalty != 1.0:
             longest = max(map(len, prompts))
             padded = [[*p, *[p[0]] * (longest - len(p))] for p in prompts]
             self._prompt_ids = torch.tensor(padded, dtype=torch.int64, device=device)
 
-    def _seen(self, lines: Tensor, at: Tensor) -> Tensor | None:
+    def _seen_ids(self, lines: Tensor, positions: Tensor) -> Tensor | None:
         """(B, n) ids in each line's prompt and completion so far."""
         if self._prompt_ids is None:
             return None
         prompt_ids = self._prompt_ids[lines // self.settings.n]
-        written = torch.arange(self.ids.shape[1], device=self.device) < at[:, None]
+        written = torch.arange(self.ids.shape[1], device=self.device) < positions[:, None]
         return torch.cat((prompt_ids, torch.where(written, self.ids[lines], prompt_ids[:, :1])), 1)
 
     def lines_of(self, prompts: Sequence[int]) -> Tensor:
@@ -249,11 +249,11 @@ class Written:
     def add(self, lines: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Draw the next token of each line from its logits; return the tokens, and which lines continue."""
         positions = self.lengths[lines]
-        tokens, logps = self.settings.draw(logits, self._uniforms[lines, positions], self._seen(lines, positions))
+        tokens, logps = self.settings.draw(logits, self._uniforms[lines, positions], self._seen_ids(lines, positions))
         self.ids[lines, positions] = tokens
         self.logps[lines, positions] = logps.float()
         self.lengths[lines] = positions + 1
-        ended = torch.isin(tokens, self._ends)
+        ended = torch.isin(tokens, self._end_ids)
         self.finished[lines] = ended
         return tokens, ~ended & (positions + 1 < self._rooms[lines])
 
@@ -437,11 +437,11 @@ class Pool:
         if not bool(active.all()):
             self._drop_rows(active)
 
-    def _drop_rows(self, going: Tensor) -> None:
+    def _drop_rows(self, active: Tensor) -> None:
         """Move the last rows into the places of ended rows."""
-        remaining = int(going.sum())
-        holes = (~going[:remaining]).nonzero().squeeze(1)
-        movers = going[remaining:].nonzero().squeeze(1) + remaining
+        remaining = int(active.sum())
+        holes = (~active[:remaining]).nonzero().squeeze(1)
+        movers = active[remaining:].nonzero().squeeze(1) + remaining
         oldest = int(self.written.lengths[self.lines].max())
         self.decoder.move_rows(movers.tolist(), holes.tolist(), oldest)
         for name in ("lines", "group_of", "tokens"):

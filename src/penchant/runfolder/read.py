@@ -192,8 +192,8 @@ class Tail:
     """
 
     def __init__(self, path: Path, last: int | None = None) -> None:
-        self.path, self._last = path, last
-        self._seen: tuple[int, int, int] | None = None
+        self.path, self._tail_bytes = path, last
+        self._stat: tuple[int, int, int] | None = None
         self._reset()
 
     def read(self) -> tuple[bool, list[Row]]:
@@ -202,12 +202,12 @@ class Tail:
             with self.path.open("rb") as file:
                 stat = os.fstat(file.fileno())
                 seen = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-                if seen == self._seen:
+                if seen == self._stat:
                     return False, []
                 restarted = self._offset > 0 and not self._is_same_file(file, stat.st_ino)
                 if restarted:
                     self._reset()
-                self._seen = seen
+                self._stat = seen
                 return restarted, self._read_new_rows(file)
         except OSError:  # does not exist yet, or no longer
             restarted = self._offset > 0
@@ -215,20 +215,24 @@ class Tail:
             return restarted, []
 
     def _reset(self) -> None:
-        self._offset, self._mark, self._seen = 0, b"", None
+        self._offset, self._mark, self._stat = 0, b"", None
         self.unreadable = 0  # number of lines that are not a JSON object
 
     def _is_same_file(self, file: Any, inode: int) -> bool:
-        if self._seen is None or inode != self._seen[0]:
+        if self._stat is None or inode != self._stat[0]:
             return False
         file.seek(self._offset - len(self._mark))
         return bool(file.read(len(self._mark)) == self._mark)
 
     def _read_new_rows(self, file: Any) -> list[Row]:
         rows: list[Row] = []
-        if not self._offset and self._last is not None and (size := os.fstat(file.fileno()).st_size) > self._last:
-            file.seek(size - self._last)
-            self._offset = size - self._last + len(file.readline())  # skip the partial line at that offset
+        if (
+            not self._offset
+            and self._tail_bytes is not None
+            and (size := os.fstat(file.fileno()).st_size) > self._tail_bytes
+        ):
+            file.seek(size - self._tail_bytes)
+            self._offset = size - self._tail_bytes + len(file.readline())  # skip the partial line at that offset
         file.seek(self._offset)
         rest = b""
         while chunk := file.read(CHUNK):
@@ -251,14 +255,14 @@ class CachedFile(Generic[T]):
     def __init__(self, path: Path, parse: Callable[[str], T], empty: T) -> None:
         self.path = path
         self._value, self._parse = empty, parse
-        self._seen: tuple[int, int, int] | None = None
+        self._stat: tuple[int, int, int] | None = None
 
     def read(self) -> T:
         try:
             stat = self.path.stat()
             seen = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-            if seen != self._seen and stat.st_size <= LARGEST:
-                self._seen = seen
+            if seen != self._stat and stat.st_size <= LARGEST:
+                self._stat = seen
                 self._value = self._parse(self.path.read_text(encoding="utf-8", errors="replace"))
         except (OSError, ValueError, RecursionError):
             pass

@@ -45,11 +45,11 @@ def ci_of(row: Any, key: str) -> tuple[float, float] | None:
     return None if interval is None or too_few or interval[0] == interval[1] else interval
 
 
-def format_interval(interval: tuple[float, float] | None, form: str) -> str:
+def format_interval(interval: tuple[float, float] | None, format_spec: str) -> str:
     """``[low, high]``; empty if there is no interval or rounding leaves it without a width."""
     if interval is None:
         return ""
-    low, high = (f"{end:{form}}" for end in interval)
+    low, high = (f"{end:{format_spec}}" for end in interval)
     return "" if low.lstrip("-") == high.lstrip("-") else f"[{low}, {high}]"
 
 

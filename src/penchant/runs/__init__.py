@@ -452,11 +452,11 @@ class Run:
             "see checkpoint.keep_last and checkpoint.every"
         )
 
-    def make_loop(self, known: Mapping[str, Any] | None = None) -> Loop:
+    def make_loop(self, old_manifest: Mapping[str, Any] | None = None) -> Loop:
         """Create the run's training loop; nothing is written until it runs.
 
         Args:
-            known: manifest.json of the run being resumed; its learning rate is kept even if auto has changed since.
+            old_manifest: manifest.json of the run being resumed; its learning rate is kept even if auto has changed since.
         """
         cfg, rows = self.config, self.rows
         # a judge that cannot be loaded fails before any work is done
@@ -482,7 +482,7 @@ class Run:
             shared=built.parts.engine.shared,
             folder=self.folder,
             train=cfg.train,
-            peak_lr=peak_lr(cfg, rows, sum(p.numel() for p in model.parameters()), known),
+            peak_lr=peak_lr(cfg, rows, sum(p.numel() for p in model.parameters()), old_manifest),
             evaluation=cfg.evaluation,
             checkpoint=cfg.checkpoint,
             logging=cfg.logging,
@@ -550,22 +550,22 @@ class Run:
         self.console.note(f"{path}: is missing or was modified; writing it again")
         return None
 
-    def _check_start(self, known: Mapping[str, Any] | None) -> None:
+    def _check_start(self, old_manifest: Mapping[str, Any] | None) -> None:
         """Refuse to resume if the starting weights are not those that the checkpoints were trained from.
 
         Args:
-            known: the run's manifest.json, or None to skip the check.
+            old_manifest: the run's manifest.json, or None to skip the check.
 
         Raises:
             CheckpointError: the weights at model.path have changed. Not checked with another torch version or dtype.
         """
         is_random = self.method.learns_reward or self.config.model.init == "random"  # weights vary by processor
-        if is_random or known is None:
+        if is_random or old_manifest is None:
             return
         dtype = str(self.dtype).removeprefix("torch.")
-        if (known["hardware"]["dtype"], known.get("torch")) != (dtype, versions()["torch"]):
+        if (old_manifest["hardware"]["dtype"], old_manifest.get("torch")) != (dtype, versions()["torch"]):
             return
-        if self.built.start_sha256(self.shared) != known["model"]["sha256"]:
+        if self.built.start_sha256(self.shared) != old_manifest["model"]["sha256"]:
             what = f"its weights are not those that {self.folder} was trained from"
             raise CheckpointError(self.config.model.path, what, "put them back, or choose another output")
 
@@ -588,21 +588,21 @@ class Run:
         return None
 
     def _manifest_writer(
-        self, loop: Loop, started: float, began: float, known: Mapping[str, Any] | None
+        self, loop: Loop, started: float, started_monotonic: float, old_manifest: Mapping[str, Any] | None
     ) -> Callable[[str, str | None], None]:
-        """A function that writes manifest.json; the starting weights are hashed now, or their hash is taken from `known`.
+        """A function that writes manifest.json; the starting weights are hashed now, or their hash is taken from `old_manifest`.
 
         Args:
-            started: seconds since the epoch; began: the same moment on the monotonic clock, which is never adjusted.
+            started: seconds since the epoch; started_monotonic: the same moment on the monotonic clock, which is never adjusted.
         """
         path, built = self.folder / MANIFEST, self.built
-        sha256 = built.start_sha256(self.shared) if known is None else known["model"]["sha256"]
+        sha256 = built.start_sha256(self.shared) if old_manifest is None else old_manifest["model"]["sha256"]
 
-        earlier_seconds = max(0.0, number_of((known or {}).get("seconds")) or 0.0)
+        earlier_seconds = max(0.0, number_of((old_manifest or {}).get("seconds")) or 0.0)
 
         def write(status: str, why: str | None) -> None:
             steps = loop.state.step, loop.schedule.total_steps
-            seconds = earlier_seconds + time.monotonic() - began
+            seconds = earlier_seconds + time.monotonic() - started_monotonic
             write_manifest(path, self.rows, built, sha256, started, seconds, steps, status, why, loop.peak_lr)
 
         return write

@@ -156,31 +156,31 @@ class HeldOut:
             return self.built.start
         return LiveReference(frozen_scorer(self.parts, self.shared, start=True))
 
-    def _start_rewards(self, fresh: CompletionSampler, written: Completions | None) -> np.ndarray:
+    def _start_rewards(self, completion_sampler: CompletionSampler, generated: Completions | None) -> np.ndarray:
         """Rewards of the starting model's completions of the same prompts, computed once and stored for resumed runs.
 
         Args:
-            written: these completions, if the policy is still the starting model.
+            generated: these completions, if the policy is still the starting model.
         """
         path = self.folder / START_FILE
-        if written is None:
-            stored = current().share(self._stored_start_rewards(fresh.asked))
+        if generated is None:
+            stored = current().share(self._stored_start_rewards(completion_sampler.asked))
             if stored is not None:
                 return stored
             start = self._start_policy()
             model = start.scorer.model
             with start.off(), whole_weights(start.scorer), widened(model) if start.scorer.narrowed else nullcontext():
-                written = fresh.write(model, 0)
+                generated = completion_sampler.write(model, 0)
         if self.keep and current().leads:
             with optional_write(path, self.console.note):
-                save_start(path, fresh.asked, completion_rows(written, self.rows.tokenizer))
-        assert written.rewards is not None
-        self.start_results[START_FILE] = written.rewards
-        return written.rewards
+                save_start(path, completion_sampler.asked, completion_rows(generated, self.rows.tokenizer))
+        assert generated.rewards is not None
+        self.start_results[START_FILE] = generated.rewards
+        return generated.rewards
 
-    def _stored_start_rewards(self, asked: dict[str, Any]) -> np.ndarray | None:
+    def _stored_start_rewards(self, settings: dict[str, Any]) -> np.ndarray | None:
         rewards = self.start_results.get(START_FILE)
-        return load_start_rewards(self.folder / START_FILE, asked) if rewards is None else rewards
+        return load_start_rewards(self.folder / START_FILE, settings) if rewards is None else rewards
 
     # ---- what `Method.evaluate` can use (`algorithms.method.EvaluationContext`) ---------------------------------------------
 

@@ -351,17 +351,17 @@ def prepare_for_inference(model: Any, config: RunConfig, dtype: torch.dtype, pro
     return choose_packing(model, config.train.packing, kernels, config.model.attention)[0]
 
 
-def peak_lr(config: RunConfig, rows: Rows, parameters: int, known: Mapping[str, Any] | None = None) -> float:
-    """`train.lr`, with auto resolved for the method and number of parameters; `known`: the manifest of a resumed run."""
+def peak_lr(config: RunConfig, rows: Rows, parameters: int, old_manifest: Mapping[str, Any] | None = None) -> float:
+    """`train.lr`, with auto resolved for the method and number of parameters; `old_manifest`: the manifest of a resumed run."""
     if config.train.lr != "auto":
         return float(config.train.lr)
-    if known is not None and "peak_lr" in known:
-        return float(known["peak_lr"])
+    if old_manifest is not None and "peak_lr" in old_manifest:
+        return float(old_manifest["peak_lr"])
     parts = rows.reward_parts
     if parts is not None and parts.encoder and config.lora is None:
         return parts.encoder_lr(parameters)
     rates = config.method.default_lr
-    if known is not None and config.lora is None:  # auto before manifests recorded it
+    if old_manifest is not None and config.lora is None:  # auto before manifests recorded it
         return 1e-6 if config.algorithm is None and config.method.signal != "tokens" else rates[0]
     return auto_lr(rates, config.lora is not None, parameters)
 

@@ -123,12 +123,12 @@ class State:
 # ---- The inputs of a run ----
 
 
-def model_folder(folder: Path, which: str | None) -> Path:
+def model_folder(folder: Path, checkpoint_name: str | None) -> Path:
     """The model folder of a run's checkpoint.
 
     Args:
         folder: the run folder.
-        which: ``last``, ``best``, a step number, or None: the best if it is tracked and kept, else the last.
+        checkpoint_name: ``last``, ``best``, a step number, or None: the best if it is tracked and kept, else the last.
 
     Raises:
         CheckpointError: there is no such checkpoint.
@@ -137,12 +137,12 @@ def model_folder(folder: Path, which: str | None) -> Path:
     if last is None:
         raise CheckpointError(str(folder), "has no checkpoint", "train it first")
     name = last.name
-    if which not in ("last", None, "best"):
-        name = f"step-{which}"
-    elif which != "last":
+    if checkpoint_name not in ("last", None, "best"):
+        name = f"step-{checkpoint_name}"
+    elif checkpoint_name != "last":
         best = checkpoint_state(last).get("best_step")
         has_best = best is not None and (folder / CHECKPOINTS / f"step-{best}" / MANIFEST).exists()
-        if which == "best" and not has_best:
+        if checkpoint_name == "best" and not has_best:
             how = "hold something out and set checkpoint.keep_best, or use @last"
             raise CheckpointError(str(folder), "has no best checkpoint", how)
         name = f"step-{best}" if has_best else last.name

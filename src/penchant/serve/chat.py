@@ -113,8 +113,8 @@ class TwoColumns:
             self._out.write(f"\r\x1b[K{self._line(index)}\n")
         self._out.flush()
 
-    def _line(self, at: int) -> str:
-        left, right = (s.lines[at] if at < len(s.lines) else "" for s in self._sides)
+    def _line(self, index: int) -> str:
+        left, right = (s.lines[index] if index < len(s.lines) else "" for s in self._sides)
         return f"{set_cell_size(left, self._width)}{GAP}{right}".rstrip(" ")
 
 

@@ -164,8 +164,8 @@ class ChatMessage(_Input):
         )
 
 
-def _tool_calls_json(given: Objects) -> str:
-    return row.as_message({"role": "assistant", "tool_calls": given}, "it").tool_calls
+def _tool_calls_json(calls: Objects) -> str:
+    return row.as_message({"role": "assistant", "tool_calls": calls}, "it").tool_calls
 
 
 def _read_value(reader: Callable[[], Any]) -> Any:

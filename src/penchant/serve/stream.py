@@ -221,7 +221,7 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Any, before: Sequence[int] = (), freeze: int = 64) -> None:
         self._tokenizer, self._freeze = tokenizer, freeze
-        self._before: list[int] = []
+        self._context: list[int] = []
         self._skip = ""
         self._ids: list[int] = []
         self._returned = ""  # text already returned for the tokens in _ids
@@ -236,11 +236,11 @@ class Detokenizer:
         tail = ids[-CONTEXT:]
         skip = self._decode(tail) if tail else ""
         if BROKEN not in skip:  # otherwise the last character may still change
-            self._before, self._skip, self._ids, self._returned = tail, skip, [], ""
+            self._context, self._skip, self._ids, self._returned = tail, skip, [], ""
 
     def _text(self) -> str:
         """Return the text of the tokens in _ids, with partial characters as U+FFFD."""
-        return self._decode([*self._before, *self._ids])[len(self._skip) :]
+        return self._decode([*self._context, *self._ids])[len(self._skip) :]
 
     def add(self, token: int) -> str:
         """Return the characters that one more token completes; may be empty."""
@@ -248,7 +248,7 @@ class Detokenizer:
         text = self._text()
         piece = self._new_text(text.rstrip(BROKEN))
         if len(self._ids) >= self._freeze and self._returned == text:
-            self._settle([*self._before, *self._ids])
+            self._settle([*self._context, *self._ids])
         return piece
 
     def flush(self) -> str:
@@ -272,22 +272,22 @@ class StopFilter:
 
     def __init__(self, texts: Sequence[str]) -> None:
         self._texts = tuple(texts)
-        self._held = ""
+        self._pending = ""
 
     def add(self, piece: str) -> tuple[str, bool]:
         """Return (text that is safe to show, whether a stop text was found)."""
-        text = self._held + piece
+        text = self._pending + piece
         starts = [start for start in (text.find(t) for t in self._texts) if start >= 0]
         if starts:
-            self._held = ""
+            self._pending = ""
             return text[: min(starts)], True
         held = max((_overlap(text, t) for t in self._texts), default=0)
-        self._held = text[len(text) - held :]
+        self._pending = text[len(text) - held :]
         return text[: len(text) - held], False
 
     def flush(self) -> str:
         """Return the text held back as a possible beginning of a stop text."""
-        held, self._held = self._held, ""
+        held, self._pending = self._pending, ""
         return held
 
 

@@ -210,10 +210,10 @@ def _uses_muon(kind: str, name: str, p: Tensor) -> bool:
     return kind == "muon" and p.ndim == 2 and _HIDDEN.search(name) is not None
 
 
-def _restore(part: Any, at: tuple[int, int], master: Tensor, stored: Mapping[str, Tensor]) -> None:
-    """Restore the optimizer state of the parameter at index `at` (group, position in the group)."""
+def _restore(part: Any, index: tuple[int, int], master: Tensor, stored: Mapping[str, Tensor]) -> None:
+    """Restore the optimizer state of the parameter at `index` (group, position in the group)."""
     if hasattr(part, "init_state"):  # bitsandbytes: creates quantization tables and possibly paged memory
-        part.init_state(part.param_groups[at[0]], master, *at)
+        part.init_state(part.param_groups[index[0]], master, *index)
         for key, value in stored.items():
             if key == "step":
                 part.state[master][key] = int(value)

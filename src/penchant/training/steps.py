@@ -149,7 +149,7 @@ class Totals:
         self.sums: dict[str, float] = {}
         self.counts: dict[str, float] = {}
         self.terms: set[str] = set()
-        self._added: list[tuple[list[tuple[str, int | None]], Tensor]] = []
+        self._pending: list[tuple[list[tuple[str, int | None]], Tensor]] = []
 
     @staticmethod
     def summed(output: LossOutput) -> Summed:
@@ -164,7 +164,7 @@ class Totals:
     def append(self, summed: Summed) -> None:
         names, terms, numbers = summed
         self.terms |= terms
-        self._added.append((names, numbers))
+        self._pending.append((names, numbers))
 
     def add(self, output: LossOutput) -> None:
         """Add one micro-batch."""
@@ -172,16 +172,16 @@ class Totals:
 
     def read(self, *more: Tensor) -> list[float]:
         """Move everything added so far to the host in one transfer, along with the scalars `more`, which are returned."""
-        vectors = [v for _, v in self._added]
+        vectors = [v for _, v in self._pending]
         # with offloaded gradients the norm is in host memory, while losses are on the GPU
         vectors += [in_fp64(m.detach()).reshape(1).to((vectors or more)[0].device) for m in more]
         numbers = iter(on_host(torch.cat(vectors)) if vectors else [])
-        for names, _ in self._added:
+        for names, _ in self._pending:
             for name, _ in names:
                 self.sums[name] = self.sums.get(name, 0.0) + next(numbers)
             for name, count in names:
                 self.counts[name] = self.counts.get(name, 0.0) + (next(numbers) if count is None else count)
-        self._added.clear()
+        self._pending.clear()
         return list(numbers)
 
     def join(self, world: World) -> None:

@@ -37,9 +37,9 @@ OF_COMPARISON = of_training.OF_COMPARISON | of_comparison.OF_COMPARISON
 LIMITS = of_training.LIMITS | of_comparison.LIMITS  # constants filled into the texts of rules.yaml
 
 
-def _make_rule(name: str, said: dict[str, Any]) -> Rule:
-    what = said["what"].format(**LIMITS)
-    return Rule(name, **said | {"what": what}, of_run=OF_RUN.get(name), of_comparison=OF_COMPARISON.get(name))
+def _make_rule(name: str, entry: dict[str, Any]) -> Rule:
+    what = entry["what"].format(**LIMITS)
+    return Rule(name, **entry | {"what": what}, of_run=OF_RUN.get(name), of_comparison=OF_COMPARISON.get(name))
 
 
 RULES = {name: _make_rule(name, entry) for name, entry in packaged_yaml(__package__, "rules.yaml").items()}
@@ -78,8 +78,8 @@ def comparison_flags(
     return _sorted_flags((r, finding) for r in RULES.values() if r.of_comparison for finding in r.of_comparison(view))
 
 
-def _sorted_flags(found: Iterable[tuple[Rule, Finding]]) -> list[Flag]:
-    return sorted((rule.flag(finding) for rule, finding in found), key=lambda f: f.level != "warning")
+def _sorted_flags(findings: Iterable[tuple[Rule, Finding]]) -> list[Flag]:
+    return sorted((rule.flag(finding) for rule, finding in findings), key=lambda f: f.level != "warning")
 
 
 # ---- Flags of folders: read a run or a comparison, write flags.json, print flags ----

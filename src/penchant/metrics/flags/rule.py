@@ -399,10 +399,10 @@ class Rule:
     of_run: Callable[[RunView], Finding | None] | None = None
     of_comparison: Callable[[ComparisonView], Iterable[Finding]] | None = None
 
-    def flag(self, seen: Finding) -> Flag:
+    def flag(self, finding: Finding) -> Flag:
         """Make a flag of this rule."""
-        advice = seen.advice or self.advice
-        return Flag(self.name, self.title, seen.level, seen.sentence, advice, seen.evidence, seen.about)
+        advice = finding.advice or self.advice
+        return Flag(self.name, self.title, finding.level, finding.sentence, advice, finding.evidence, finding.about)
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,12 +112,12 @@ class Adapter:
     dropout: float = 0.0
     magnitude: Tensor | None = None
 
-    def acting(self, drops: bool) -> Adapter | None:
-        """The adapter as this thread's passes use it, or None if it is off. `drops`: apply dropout, as in a training pass."""
+    def acting(self, training: bool) -> Adapter | None:
+        """The adapter as this thread's passes use it, or None if it is off. `training`: apply dropout, as in a training pass."""
         weights: Mapping[Tensor, Tensor] | None = getattr(_HERE, "weights", None)
         if self.module.disable_adapters or weights == {}:
             return None
-        dropout = self.dropout if drops and weights is None and self.module.training else 0.0
+        dropout = self.dropout if training and weights is None and self.module.training else 0.0
         overrides = {} if weights is None else {name: weights[p] for name, p in self.parts().items()}
         return replace(self, dropout=dropout, scale=self.scale / (1 - dropout), **overrides)
 
