@@ -87,7 +87,9 @@ def train(
     from penchant.runs import Run
 
     run_config = as_config(config, overrides, given)
-    return Run(run_config, quiet=quiet, look=memory_warning, checkpointing=checkpointing, callbacks=callbacks).train()
+    return Run(
+        run_config, quiet=quiet, check_memory=memory_warning, checkpointing=checkpointing, callbacks=callbacks
+    ).train()
 
 
 def plan(
@@ -468,7 +470,7 @@ def sweep(
     from penchant.sweep import load_sweep
     from penchant.sweep.conduct import SweepConductor
 
-    return SweepConductor(load_sweep(config, overrides), jobs=jobs, quiet=quiet, look=memory_warning).run()
+    return SweepConductor(load_sweep(config, overrides), jobs=jobs, quiet=quiet, check_memory=memory_warning).run()
 
 
 def sweep_plan(config: Mapping[str, Any] | str | Path, *overrides: str) -> str:

@@ -27,7 +27,7 @@ from pathlib import Path
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-from penchant.base.files import aside_of, cache_folder, file_sha256, write_text_atomically, writing
+from penchant.base.files import cache_folder, file_sha256, temp_path, write_text_atomically, writing
 from penchant.base.functions import GIVEN
 from penchant.data.read import calls_without_nulls
 from penchant.errors import ConfigError, DataError
@@ -134,9 +134,9 @@ def write_rows(value: Any, folder: Path, where: str) -> Path:
     stem = re.sub(r"[^\w-]", "-", stem)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        aside = aside_of(folder / stem)
+        temp = temp_path(folder / stem)
         try:
-            with aside.open("wb") as file:
+            with temp.open("wb") as file:
                 for count, row in enumerate(rows_of(value, where), 1):
                     line = _line(row, f"{where}[{count - 1}]")
                     digest.update(line)
@@ -144,9 +144,9 @@ def write_rows(value: Any, folder: Path, where: str) -> Path:
             if not count:
                 raise DataError(where, "holds no rows", "give at least one")
             path = folder / f"{stem}-{digest.hexdigest()[:DIGITS]}.jsonl"
-            os.replace(aside, path)
+            os.replace(temp, path)
         finally:
-            aside.unlink(missing_ok=True)
+            temp.unlink(missing_ok=True)
     return path
 
 
@@ -178,20 +178,20 @@ def _plain(value: Any) -> Any:
 def write_pretrained(value: Any, folder: Path, where: str) -> Path:
     """Write a model or tokenizer with `save_pretrained`, under a name with the SHA-256 of its files."""
     kind = "model" if hasattr(value, "parameters") else "tokenizer"
-    aside = aside_of(folder / kind)
+    temp = temp_path(folder / kind)
     with writing(folder):
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        shutil.rmtree(temp, ignore_errors=True)
+        temp.mkdir(parents=True)
         try:
-            value.save_pretrained(aside)
-            digest = _folder_sha256(aside)
+            value.save_pretrained(temp)
+            digest = _folder_sha256(temp)
             path = folder / f"{kind}-{digest[:DIGITS]}"
             if path.exists() and _folder_sha256(path) != digest:
                 shutil.rmtree(path)
             if not path.exists():
-                os.replace(aside, path)
+                os.replace(temp, path)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temp, ignore_errors=True)
     return path
 
 

@@ -108,25 +108,25 @@ def write_atomically(path: Path, value: Any) -> None:
 
 def write_text_atomically(path: Path, content: str | bytes) -> None:
     """Write a file (text as UTF-8), atomically."""
-    with written_aside(path) as aside:
-        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+    with atomic_path(path) as temp:
+        temp.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to; on success it is fsynced and renamed to `path`, else removed."""
-    aside = aside_of(path)
+    temp = temp_path(path)
     try:
-        yield aside
-        fsync(aside)
-        os.replace(aside, path)
+        yield temp
+        fsync(temp)
+        os.replace(temp, path)
     except BaseException:
         with suppress(OSError):
-            aside.unlink(missing_ok=True)
+            temp.unlink(missing_ok=True)
         raise
 
 
-def aside_of(path: Path) -> Path:
+def temp_path(path: Path) -> Path:
     """The temporary path of a file or folder until it is renamed; `sweep` finds it by this name."""
     return path.with_name(f".tmp-{path.name}-{os.getpid()}")
 

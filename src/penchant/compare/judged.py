@@ -147,7 +147,7 @@ def judge_pairs(
     shape = len(setting.prompts), setting.samples
     size, contests = shape[0] * shape[1], []
     questions: list[Question] = []
-    prompt_texts = [prompt for prompt in setting.asked for _ in range(setting.samples)]
+    prompt_texts = [prompt for prompt in setting.prompt_texts for _ in range(setting.samples)]
     for a, b in pairings(list(settings)):
         for first in settings[a]:
             for second in settings[b]:

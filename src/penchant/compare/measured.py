@@ -58,7 +58,7 @@ class Setting:
     turns: Sequence[Mapping[str, Any]] = ()
 
     @property
-    def asked(self) -> list[str]:
+    def prompt_texts(self) -> list[str]:
         """The texts of the prompts."""
         return [self.tokenizer.decode(list(p), skip_special_tokens=True) for p in self.prompts]
 

@@ -202,7 +202,7 @@ def _comparison_rows(
     measurements: Mapping[str, Measurement], setting: Setting, judgement: Judgement | None = None
 ) -> list[dict[str, Any]]:
     rows = []
-    for i, prompt in enumerate(setting.asked):
+    for i, prompt in enumerate(setting.prompt_texts):
         for s in range(setting.samples):
             index = i * setting.samples + s
             turns = setting.turns[i] if setting.turns else {}

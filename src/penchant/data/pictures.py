@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from penchant.base.files import cache_folder, written_aside
+from penchant.base.files import atomic_path, cache_folder
 from penchant.base.text import counted
 from penchant.data.layouts.fields import RowError, is_nonempty
 from penchant.errors import ConfigError, DataError
@@ -264,7 +264,7 @@ def _store(content: bytes, what: str) -> Picture:
     path = cache_folder("pictures") / sha256[:2] / f"{sha256}.{kind.lower()}"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_aside(path) as temporary:
+        with atomic_path(path) as temporary:
             temporary.write_bytes(content)
     return Picture(str(path.absolute()), sha256)
 

@@ -34,13 +34,13 @@ class Piece:
     """A region of every process's file, at the same offset in each.
 
     Args:
-        used: number of the exchange that it was last used for; seen: its mapping by rank, as far as it is mapped.
+        used: number of the exchange that it was last used for; views: its mapping by rank, as far as it is mapped.
     """
 
     at: int
     size: int
     used: int = 0
-    seen: dict[int, Tensor] = field(default_factory=dict)
+    views: dict[int, Tensor] = field(default_factory=dict)
 
 
 class Exchange:
@@ -92,19 +92,19 @@ class Exchange:
         piece.used = count
         return piece
 
-    def seen(self, piece: Piece, rank: int, dtype: torch.dtype) -> Tensor:
+    def view_of(self, piece: Piece, rank: int, dtype: torch.dtype) -> Tensor:
         """A piece of a rank's file as a vector."""
-        if rank not in piece.seen:
+        if rank not in piece.views:
             os.posix_fallocate(self._files[rank], piece.at, piece.size)  # the first rank that gets here allocates it
             mapped = mmap.mmap(self._files[rank], piece.size, offset=piece.at)
-            piece.seen[rank] = torch.frombuffer(mapped, dtype=torch.uint8)
-        return piece.seen[rank].view(dtype)
+            piece.views[rank] = torch.frombuffer(mapped, dtype=torch.uint8)
+        return piece.views[rank].view(dtype)
 
     def meet(self, group: Any) -> None:
         """Wait for all ranks of a group."""
         dist.all_reduce(self._barrier, group=group)
 
-    def shown(self, rows: Sequence[Tensor], group: Any) -> list[Tensor]:
+    def exchange_rows(self, rows: Sequence[Tensor], group: Any) -> list[Tensor]:
         """Show the other ranks rows of equal length, at most `SLOT` bytes together, and wait for theirs.
 
         Returns:
@@ -112,10 +112,10 @@ class Exchange:
         """
         dtype, shape = rows[0].dtype, (len(rows), rows[0].numel())
         piece, count = self.piece("slot", SLOT), shape[0] * shape[1]
-        for slot, row in zip(self.seen(piece, self.rank, dtype)[:count].view(shape), rows, strict=True):
+        for slot, row in zip(self.view_of(piece, self.rank, dtype)[:count].view(shape), rows, strict=True):
             slot.copy_(row)
         self.meet(group)
-        return [self.seen(piece, rank, dtype)[:count].view(shape) for rank in dist.get_process_group_ranks(group)]
+        return [self.view_of(piece, rank, dtype)[:count].view(shape) for rank in dist.get_process_group_ranks(group)]
 
 
 @dataclass(slots=True)
@@ -138,7 +138,7 @@ class Transport:
             _make_room(count * dtype.itemsize)
             return torch.empty(size, dtype=dtype)
         self.piece = self.exchange.piece("vector", count * dtype.itemsize)
-        return self.exchange.seen(self.piece, rank, dtype).view(size)
+        return self.exchange.view_of(self.piece, rank, dtype).view(size)
 
 
 class Gather(Transport):
@@ -155,7 +155,7 @@ class Gather(Transport):
         own_rank = group.rank()
         parts = output_tensor.view(group.size(), -1)
         for piece in parts.split(SLOT // parts.element_size(), dim=1):
-            for i, rows in enumerate(self.exchange.shown([piece[own_rank]], group)):
+            for i, rows in enumerate(self.exchange.exchange_rows([piece[own_rank]], group)):
                 if i != own_rank:
                     piece[i].copy_(rows[0])
 
@@ -184,14 +184,14 @@ class ReduceScatter(Transport):
         if self.piece is not None:
             self.exchange.meet(group)
             all_vectors = [
-                self.exchange.seen(self.piece, rank, input_tensor.dtype).view(size, -1) for rank in self.ranks
+                self.exchange.view_of(self.piece, rank, input_tensor.dtype).view(size, -1) for rank in self.ranks
             ]
             _add([vectors[own_rank] for vectors in all_vectors], output_tensor)
             return
         vectors = input_tensor.view(size, -1)
         room = SLOT // (vectors.element_size() * (size - 1))
         for total, piece in zip(output_tensor.split(room), vectors.split(room, dim=1), strict=True):
-            rows_by_rank = self.exchange.shown([row for i, row in enumerate(piece) if i != own_rank], group)
+            rows_by_rank = self.exchange.exchange_rows([row for i, row in enumerate(piece) if i != own_rank], group)
             # a rank shows only the other ranks' parts, not its own
             _add(
                 [

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from penchant.base.files import EXPORT, aside_of, sweep, writing
+from penchant.base.files import EXPORT, sweep, temp_path, writing
 from penchant.base.hub import reset_hub_state
 from penchant.base.text import told
 from penchant.errors import CheckpointError, ConfigError, ModelError
@@ -182,25 +182,25 @@ def _export_to(
 ) -> tuple[Check, tuple[str, ...]]:
     """Write to a temporary folder, and rename it if the comparison passes."""
     form.check(subject)
-    aside = aside_of(folder)
-    shutil.rmtree(aside, ignore_errors=True)
+    temp = temp_path(folder)
+    shutil.rmtree(temp, ignore_errors=True)
     try:
         with writing(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
             sweep(folder.parent, f"{folder.name}-*")
-            aside.mkdir()
-            check, notes = _write(subject, form, request, dtype, aside)
+            temp.mkdir()
+            check, notes = _write(subject, form, request, dtype, temp)
             if not check.good:  # a failed export is kept for inspection under a name that says so
                 names = (folder.with_name(f"{folder.name}.failed{i or ''}") for i in range(10_000))
                 failed = next(n for n in names if not n.exists())
-                os.rename(aside, failed)
+                os.rename(temp, failed)
                 what = f"what was written is not the run's model: {check.to_text()}"
                 raise ModelError(str(folder), what, f"see {failed}")
             if folder.exists():
                 raise exists_error(folder)
-            os.rename(aside, folder)
+            os.rename(temp, folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temp, ignore_errors=True)
     return check, notes
 
 

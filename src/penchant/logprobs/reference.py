@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from penchant.base.files import optional_write, sweep, written_aside
+from penchant.base.files import atomic_path, optional_write, sweep
 from penchant.base.machine import moved, place_of
 from penchant.data.mapped import StoredTokens, part_lengths, ranges
 from penchant.data.packing import run_passes
@@ -474,5 +474,5 @@ def _by_row(trees: Sequence[TokenTree], stored: Mapping[str, Tensor]) -> CachedR
 def _write_atomically(path: Path, tensors: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
-    with written_aside(path) as aside:
+    with atomic_path(path) as aside:
         save_file(tensors, aside, metadata={"sha256": _sha256(tensors)})

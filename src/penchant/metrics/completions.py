@@ -420,7 +420,7 @@ class CompletionSampler:
         )
 
     @property
-    def asked(self) -> dict[str, Any]:
+    def cache_key(self) -> dict[str, Any]:
         """Everything that completions and their rewards depend on except weights and step, as JSON."""
         digest = hashlib.sha256()
         for ids in self.prompts:

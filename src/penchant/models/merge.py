@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penchant.base.files import aside_of, check_model_folder, file_sha256
+from penchant.base.files import check_model_folder, file_sha256, temp_path
 from penchant.errors import ConfigError, ModelError
 from penchant.models.folder import check_finite, check_folder, headers, loading, read_object
 from penchant.models.load import (
@@ -242,20 +242,20 @@ def merge_to_folder(
     sources = {"adapter": model_sha256(adapter), "base": base.model_dump(mode="json"), "files": _files(Path(base.path))}
     if _mark(folder) == {**sources, "written": model_sha256(folder) if folder.is_dir() else None}:
         return folder
-    aside = aside_of(folder)
-    shutil.rmtree(aside, ignore_errors=True)
+    temp = temp_path(folder)
+    shutil.rmtree(temp, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         merged = merged_model(base, adapter, torch.device("cpu"), seed, check)
-        save_model(merged, load_processor(base) if base.sees else load_tokenizer(str(adapter)), aside)
+        save_model(merged, load_processor(base) if base.sees else load_tokenizer(str(adapter)), temp)
         auto: Any = AutoModelForImageTextToText if base.sees else AutoModelForCausalLM
-        reloaded = auto.from_pretrained(aside, dtype=torch.float32).eval()
+        reloaded = auto.from_pretrained(temp, dtype=torch.float32).eval()
         _check_equal(str(folder), _probe(merged), _probe(reloaded))
-        (aside / MARK).write_text(json.dumps({**sources, "written": model_sha256(aside)}, indent=1))
+        (temp / MARK).write_text(json.dumps({**sources, "written": model_sha256(temp)}, indent=1))
         shutil.rmtree(folder, ignore_errors=True)  # merged from another base or adapter, or modified since
-        os.rename(aside, folder)
+        os.rename(temp, folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temp, ignore_errors=True)
     return folder
 
 

@@ -307,7 +307,7 @@ class Conductor:
         started = time.monotonic()
         end_state: dict[str, Any] = {"state": "stopped"}
         try:
-            result = Run(config, quiet=self.quiet, look=memory_warning, checkpointing=checkpointing).train()
+            result = Run(config, quiet=self.quiet, check_memory=memory_warning, checkpointing=checkpointing).train()
             end_state = {"state": "finished", "steps": result.steps, "checkpoints": checkpoint_hashes(stage.folder)}
         finally:  # after a SIGKILL the record stays "running", which does not count as finished either
             seconds = round(record["seconds"] + time.monotonic() - started, 1)

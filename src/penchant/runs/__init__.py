@@ -70,7 +70,7 @@ from penchant.runs.parts import (
 )
 from penchant.runs.record import has_samples, join_samples, versions, write_manifest, write_samples
 from penchant.runs.rows import Rows, within_context
-from penchant.runs.sharing import Alone
+from penchant.runs.sharing import Uncached
 from penchant.track import Mirrors, check_installed
 from penchant.training.callbacks import Callbacks
 from penchant.training.checkpoint import find_checkpoint, latest_checkpoint, load_checkpoint
@@ -132,7 +132,7 @@ class Run:
         shared: caches what other runs of this process can reuse; does not affect any metric.
         pause_at: an optimizer step at which training pauses, see `Loop`; a later call continues from there.
         console: for progress, instead of the terminal; tokenizer, rows: used instead of those of the config.
-        look: called before the first model is loaded; returns a sentence if the run may not fit, see `penchant.plan.memory_warning`.
+        check_memory: called before the first model is loaded; returns a sentence if the run may not fit, see `penchant.plan.memory_warning`.
         checkpointing: decides `train.gradient_checkpointing: auto`, see `penchant.plan.checkpointing`.
         cache: False recomputes a cached reference and leaves its files alone.
         callbacks: notified during training, see `penchant.training.callbacks`.
@@ -145,13 +145,13 @@ class Run:
         config: RunConfig,
         *,
         quiet: bool = False,
-        shared: Alone | None = None,
+        shared: Uncached | None = None,
         pause_at: int | None = None,
         console: Any = None,
         tokenizer: Any = None,
         rows: Rows | None = None,
         cache: bool = True,
-        look: Callable[[Run], str | None] | None = None,
+        check_memory: Callable[[Run], str | None] | None = None,
         checkpointing: Callable[[Run], tuple[bool, str]] | None = None,
         callbacks: Sequence[Any] = (),
     ) -> None:
@@ -161,10 +161,10 @@ class Run:
         self.config = config = within_context(config, self.console.note)
         self.method = config.method
         self.folder = Path(config.output)
-        self.shared = Alone() if shared is None else shared
+        self.shared = Uncached() if shared is None else shared
         self.device, self.dtype = placed(config)
         self.rows = Rows(config, self.shared, self.console, tokenizer) if rows is None else rows
-        self.pause_at, self.cache, self.look = pause_at, cache, look
+        self.pause_at, self.cache, self.check_memory = pause_at, cache, check_memory
         self.checkpointing = checkpointing
         self.callbacks = Callbacks(callbacks)
         self._is_open = False
@@ -423,10 +423,12 @@ class Run:
 
     def _check_fit(self) -> None:
         """Write a note if the run may not fit. A failed estimate never stops the run."""
-        if self.look is None or self.world.many or self.config.model.sees:  # it covers one process, and text only
+        if (
+            self.check_memory is None or self.world.many or self.config.model.sees
+        ):  # it covers one process, and text only
             return
         try:
-            warning = self.look(self)
+            warning = self.check_memory(self)
         except Exception:  # the estimate failed; the run itself will either train or report why
             warning = None
         if warning:

@@ -37,7 +37,7 @@ from penchant.runfolder import is_intact, write_summed
 from penchant.runs.identity import reward_contents
 from penchant.runs.parts import Built, frozen_scorer, start_key
 from penchant.runs.rows import Rows
-from penchant.runs.sharing import Alone
+from penchant.runs.sharing import Uncached
 from penchant.types import Algorithm, Scored, TokenTree
 
 START_LOSSES = "start.losses.json"  # in the run folder: losses of held-out rows before the first step
@@ -109,7 +109,7 @@ class HeldOut:
     rows: Rows
     built: Built
     folder: Path
-    shared: Alone
+    shared: Uncached
     console: Any
     total_steps: int
     fresh: CompletionSampler | None = None
@@ -164,7 +164,7 @@ class HeldOut:
         """
         path = self.folder / START_FILE
         if generated is None:
-            stored = current().share(self._stored_start_rewards(completion_sampler.asked))
+            stored = current().share(self._stored_start_rewards(completion_sampler.cache_key))
             if stored is not None:
                 return stored
             start = self._start_policy()
@@ -173,7 +173,7 @@ class HeldOut:
                 generated = completion_sampler.write(model, 0)
         if self.keep and current().leads:
             with optional_write(path, self.console.note):
-                save_start(path, completion_sampler.asked, completion_rows(generated, self.rows.tokenizer))
+                save_start(path, completion_sampler.cache_key, completion_rows(generated, self.rows.tokenizer))
         assert generated.rewards is not None
         self.start_results[START_FILE] = generated.rewards
         return generated.rewards
@@ -245,7 +245,7 @@ class HeldOut:
         sampler = self.fresh
         if sampler is None:
             return {}
-        settings = json.dumps(sampler.asked, sort_keys=True)
+        settings = json.dumps(sampler.cache_key, sort_keys=True)
 
         def estimate() -> tuple[Completions, dict[str, Any]]:
             with whole_weights(self.parts.engine):
@@ -273,7 +273,7 @@ class HeldOut:
         sampler = CompletionSampler(
             self.rows.tokenizer, prompts, [], max_new_tokens, config.train.seed, None, reward_key
         )
-        settings, path = {**sampler.asked, **sampling}, self.folder / START_FILE
+        settings, path = {**sampler.cache_key, **sampling}, self.folder / START_FILE
         if self.step:
             return current().share(self._stored_start_rewards(settings))
         self.start_results[START_FILE] = rewards

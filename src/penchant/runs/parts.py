@@ -71,7 +71,7 @@ from penchant.rewards.reward_model import RewardScorer, make_scorer
 from penchant.runs.find import check_adapters_base
 from penchant.runs.record import tokenizer_sha256
 from penchant.runs.rows import Rows
-from penchant.runs.sharing import Alone, Key
+from penchant.runs.sharing import Key, Uncached
 from penchant.training.optim import MasterAdamW, state_bytes
 from penchant.training.steps import set_precision
 from penchant.types import TokenTree
@@ -99,7 +99,7 @@ class Built:
     reference_tokens: int = 0
     _start: str | None = None
 
-    def start_sha256(self, shared: Alone) -> str:
+    def start_sha256(self, shared: Uncached) -> str:
         """SHA-256 of the weights before training, without an adapter; first called before they change."""
         if self._start is None:
             config = self.parts.config
@@ -107,7 +107,7 @@ class Built:
         return self._start
 
 
-def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: bool = True) -> Built:
+def build(config: RunConfig, rows: Rows, shared: Uncached, console: Any, *, cache: bool = True) -> Built:
     """Build every part of a run.
 
     Args:
@@ -186,7 +186,7 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
     return built
 
 
-def _shard(parts: Parts, rows: Rows, shared: Alone, console: Any) -> tuple[str, RouterLoss | None]:
+def _shard(parts: Parts, rows: Rows, shared: Uncached, console: Any) -> tuple[str, RouterLoss | None]:
     """Shard the parameters over all ranks, after everything that needs the whole model.
 
     Returns:
@@ -224,7 +224,7 @@ def fresh_model(
     config: RunConfig,
     source: ModelConfig,
     device: torch.device,
-    shared: Alone,
+    shared: Uncached,
     *,
     held: bool = False,
     frozen: bool | None = None,
@@ -246,7 +246,7 @@ def fresh_model(
             return load_causal_model(source, device, seed, within=within, mapped=current().many)
         return merged_model(source, Path(source.adapter), device, seed)
 
-    if type(shared) is Alone:
+    if type(shared) is Uncached:
         dtype = placed(config)[1]
         return load(device, torch.float32 if frozen is None else held_in(source, dtype, frozen, current().many))
     key: Key = ("model", *weights_key(config, source))
@@ -445,7 +445,7 @@ def checkpoint_bytes(config: RunConfig, model: Any, dtype: torch.dtype) -> int:
     return model_size * (2 if config.checkpoint.pt else 1) + state_size + tokenizer_size
 
 
-def _engine(parts: Parts, rows: Rows, shared: Alone, console: Any) -> Scorer | RewardScorer:
+def _engine(parts: Parts, rows: Rows, shared: Uncached, console: Any) -> Scorer | RewardScorer:
     """The engine that runs the model, with its packing chosen."""
     model_config = parts.config.model
     packing, attention = parts.config.train.packing, model_config.attention
@@ -539,7 +539,7 @@ def reference_kind(config: RunConfig) -> str:
     return kind
 
 
-def _reference(built: Built, kind: str, rows: Rows, shared: Alone, console: Any, cache: bool) -> Reference:
+def _reference(built: Built, kind: str, rows: Rows, shared: Uncached, console: Any, cache: bool) -> Reference:
     parts, cfg = built.parts, built.parts.config.reference
     # a copy has the adapter merged and quantized weights dequantized
     exact = not starts_adapted(parts.config) and parts.config.model.quantize == "none"
@@ -573,7 +573,7 @@ def starts_adapted(config: RunConfig) -> bool:
     return config.model.adapter is not None or (config.lora is not None and config.lora.dora)
 
 
-def frozen_scorer(parts: Parts, shared: Alone, *, start: bool = False) -> Scorer:
+def frozen_scorer(parts: Parts, shared: Uncached, *, start: bool = False) -> Scorer:
     """A frozen model in the policy's precision: the reference or, if `start`, the starting model."""
     config = parts.config
     source, place = (config.model, parts.device) if start else (reference_source(config), reference_place(config))
@@ -605,7 +605,7 @@ def reference_source(config: RunConfig) -> ModelConfig:
     )
 
 
-def _cached_reference(built: Built, live: LiveReference, rows: Rows, shared: Alone, console: Any) -> CachedReference:
+def _cached_reference(built: Built, live: LiveReference, rows: Rows, shared: Uncached, console: Any) -> CachedReference:
     """A cached reference, read from disk or computed now."""
     references: list[CachedReference] = []
     parts, reference_path = built.parts, built.parts.config.reference.path
@@ -703,7 +703,7 @@ def start_key(config: RunConfig) -> Key:
     return (weights_key(config, config.model), adapter, *settings, learns_policy, config.reference.model_dump_json())
 
 
-def start_sha256(config: RunConfig, model: Any, source: ModelConfig, shared: Alone) -> str:
+def start_sha256(config: RunConfig, model: Any, source: ModelConfig, shared: Uncached) -> str:
     """SHA-256 of an untrained model loaded from `source`."""
     if config.method.learns_reward:  # its head depends on the seed
         return weights_sha256(model)

@@ -21,7 +21,7 @@ from penchant.config import RunConfig, dump_config
 from penchant.data.load import turns_of
 from penchant.distributed.world import current
 from penchant.runfolder import GIVEN_FOLDER, write_summed
-from penchant.runs.sharing import Alone
+from penchant.runs.sharing import Uncached
 from penchant.types import Prompt
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def has_samples(config: RunConfig, rows: Rows) -> bool:
 
 
 def write_samples(
-    path: Path, rows: Rows, model: Any, shared: Alone, key: tuple[Any, ...] | None, say: Callable[[str], None]
+    path: Path, rows: Rows, model: Any, shared: Uncached, key: tuple[Any, ...] | None, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Generate greedy completions of the first held-out prompts and store them in a file for resumed runs.
 

@@ -30,7 +30,7 @@ from penchant.models.load import load_processor, load_tokenizer
 from penchant.models.reward import is_encoder, load_model_config
 from penchant.rewards.functions import reads_columns
 from penchant.rewards.reward_model import RewardModelParts, rows_by_source
-from penchant.runs.sharing import Alone, Key
+from penchant.runs.sharing import Key, Uncached
 from penchant.training.steps import Share, shares_of
 from penchant.types import PromptTree, TokenTree
 
@@ -43,7 +43,7 @@ class Rows:
         tokenizer: used instead of the config's (a checkpoint's own, as the starting model may be gone).
     """
 
-    def __init__(self, config: RunConfig, shared: Alone, console: Any, tokenizer: Any = None) -> None:
+    def __init__(self, config: RunConfig, shared: Uncached, console: Any, tokenizer: Any = None) -> None:
         self.config, self.shared, self.console = config, shared, console
         self.method = config.method
         # cache keys do not cover picture files

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from penchant.algorithms import ALGORITHMS
-from penchant.base.files import aside_of, write_text_atomically
+from penchant.base.files import temp_path, write_text_atomically
 from penchant.base.text import printable
 from penchant.config import LOSS_AND_ALGORITHM, RunConfig, build, default_settings, parse_yaml
 from penchant.config.page import Key, Part, parts
@@ -160,7 +160,7 @@ def draft(root: Path, fields: Sequence[tuple[str, str]]) -> Draft:
         try:
             folder = (root / output).resolve()
             inside = folder.is_relative_to(root) and folder != root
-            aside_of(folder.with_name(f"{folder.name}.yaml")).exists()
+            temp_path(folder.with_name(f"{folder.name}.yaml")).exists()
         except (ValueError, OSError, RuntimeError):  # it contains a NUL, is too long, or its links form a loop
             inside = False
         if not inside:

@@ -19,7 +19,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from penchant.base.files import aside_of, file_sha256, fsync, write_atomically, write_text_atomically, writing
+from penchant.base.files import file_sha256, fsync, temp_path, write_atomically, write_text_atomically, writing
 from penchant.errors import DataError
 from penchant.judges.humans import PREFERENCES, Preferences, prompt_key
 from penchant.runfolder import COMPARISON, COMPARISON_ROWS, LOCK, SAMPLES, write_lock_holder
@@ -401,16 +401,16 @@ def _make_arena(target: Path, folder: Path, settings: Settings, pairs: Sequence[
     if target.exists():
         raise DataError(target.name, "an arena of this name already exists", "choose another name")
     settings_json = {**asdict(settings), "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    aside = aside_of(target)
+    temp = temp_path(target)
     with writing(target):
         try:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
+            shutil.rmtree(temp, ignore_errors=True)
+            temp.mkdir(parents=True)
             lines = "".join(json.dumps(p.to_json(), ensure_ascii=False) + "\n" for p in pairs)
-            write_text_atomically(aside / PAIRS, lines.encode("utf-8", "backslashreplace"))
-            write_atomically(aside / ARENA, settings_json)
-            os.rename(aside, target)
+            write_text_atomically(temp / PAIRS, lines.encode("utf-8", "backslashreplace"))
+            write_atomically(temp / ARENA, settings_json)
+            os.rename(temp, target)
             fsync(target.parent)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temp, ignore_errors=True)
     return Arena(target)

@@ -16,7 +16,7 @@ from penchant.errors import CheckpointError, ConfigError, PenchantError
 from penchant.report import LiveReport
 from penchant.runfolder import IDENTITY, PIPELINE, SWEEP, RunLock, differences, write_summed
 from penchant.runs import Run
-from penchant.runs.sharing import Shared
+from penchant.runs.sharing import ObjectCache
 from penchant.runs.state import (
     Inputs,
     Planned,
@@ -239,7 +239,7 @@ class SweepConductor:
 
     Args:
         jobs: concurrent runs; None: one on this machine, all runs of a grid on a cluster; quiet: no progress.
-        look: returns a warning about a run, or None.
+        check_memory: returns a warning about a run, or None.
     """
 
     def __init__(
@@ -248,7 +248,7 @@ class SweepConductor:
         *,
         jobs: int | None = None,
         quiet: bool = False,
-        look: Callable[[Run], str | None] | None = None,
+        check_memory: Callable[[Run], str | None] | None = None,
     ) -> None:
         if jobs is not None and jobs < 1:
             raise ConfigError("--jobs", f"is {jobs}", "give 1 or more")
@@ -257,8 +257,8 @@ class SweepConductor:
         self.jobs = jobs or (max(1, len(sweep.runs)) if self.on_cluster else 1)
         self.quiet = quiet
         self.console = QuietConsole() if quiet else PlainConsole()
-        self.look, self._memory_checked = look, set[str]()
-        self.shared = Shared()
+        self.check_memory, self._memory_checked = check_memory, set[str]()
+        self.shared = ObjectCache()
         self.state = State.read(sweep.output)
         self.runs: list[SweepRun] = []  # known so far; a search draws them one by one
         self.report = LiveReport(sweep.output, self.console.note)
@@ -301,11 +301,11 @@ class SweepConductor:
         config, t = run.config, run.config.train
         train_key = (t.tokens_per_step, t.batch_size, t.optimizer, t.gradient_checkpointing, t.packing)
         key = (config.model, config.lora, config.data.max_length, config.reference, config.method.name, *train_key)
-        if self.look is None or str(key) in self._memory_checked:
+        if self.check_memory is None or str(key) in self._memory_checked:
             return
         self._memory_checked.add(str(key))
         try:
-            warning = self.look(run)
+            warning = self.check_memory(run)
         except Exception:  # a failed estimate must not stop the sweep
             warning = None
         if warning:

@@ -16,12 +16,12 @@ from typing import Any
 from penchant import errors
 from penchant.base.files import write_atomically, write_text_atomically
 from penchant.errors import PenchantError, TrainingStopped
-from penchant.runs.sharing import Alone, Shared
+from penchant.runs.sharing import ObjectCache, Uncached
 
 PARENT_CHECK_SECONDS = 2.0  # seconds between checks that the sweep is still running
 
 
-def train_one(config: Any, shared: Alone, console: Any = None, pause_at: int | None = None) -> dict[str, Any]:
+def train_one(config: Any, shared: Uncached, console: Any = None, pause_at: int | None = None) -> dict[str, Any]:
     """Train one run until it finishes, pauses or stops itself.
 
     Args:
@@ -50,7 +50,7 @@ def train_one(config: Any, shared: Alone, console: Any = None, pause_at: int | N
     return {"state": "finished", "steps": result.steps, "metrics": metrics}
 
 
-def train_order(line: str, shared: Alone) -> dict[str, Any]:
+def train_order(line: str, shared: Uncached) -> dict[str, Any]:
     """Train the run described by a JSON line (its config, and where to pause), and return its outcome or error as JSON values."""
     from penchant.config import config_from_mapping
     from penchant.training.loop import Interrupted
@@ -79,7 +79,7 @@ def serve(cores: list[int]) -> None:
     output = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # send libraries' prints to stderr
     threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
-    shared = Shared()
+    shared = ObjectCache()
     for line in sys.stdin:
         output.write(json.dumps(train_order(line, shared)) + "\n")
         output.flush()
@@ -120,7 +120,7 @@ def carry_out(order: str, job: str | None = None) -> None:
     if threading.current_thread() is threading.main_thread():
         # Slurm sends SIGUSR2 shortly before the time limit: checkpoint and end
         signal.signal(signal.SIGUSR2, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    write_atomically(result, train_order(taken_file.read_text(encoding="utf-8"), Alone()))
+    write_atomically(result, train_order(taken_file.read_text(encoding="utf-8"), Uncached()))
 
 
 def _exit_with_parent(parent: int) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from penchant.base.files import written_aside
+from penchant.base.files import atomic_path
 from penchant.base.processes import RAY, Workers, in_order, number_of
 from penchant.base.text import counted
 from penchant.data.audit import Leakage, is_empty, sensitive
@@ -410,7 +410,7 @@ def _replacing_writer(target: Path, schema_of: Path | None = None) -> Iterator[W
     Args:
         schema_of: the Parquet file whose schema a Parquet copy gets; None: JSONL, gzipped if the target's name ends in .gz.
     """
-    with written_aside(target) as temporary:
+    with atomic_path(target) as temporary:
         if schema_of is not None:
             with _parquet(temporary, schema_of) as write:
                 yield write
