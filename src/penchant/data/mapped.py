@@ -46,22 +46,22 @@ class StoredRows(Sequence[PromptTree]):
     def __len__(self) -> int:
         return len(self._good) if self.which is None else len(self.which)
 
-    def take(self, which: np.ndarray, key: str) -> StoredRows:
+    def take(self, indices: np.ndarray, key: str) -> StoredRows:
         """Some of the rows, by index in the whole file."""
-        return StoredRows(self.folder, key, which, self.whole)
+        return StoredRows(self.folder, key, indices, self.whole)
 
     def all_rows(self) -> StoredRows:
         """Every row of the folder."""
         return StoredRows(self.folder, self.whole)
 
     @overload
-    def __getitem__(self, at: int) -> PromptTree: ...
+    def __getitem__(self, index: int) -> PromptTree: ...
     @overload
-    def __getitem__(self, at: slice) -> tuple[PromptTree, ...]: ...
-    def __getitem__(self, at: int | slice) -> PromptTree | tuple[PromptTree, ...]:
-        if isinstance(at, slice):
-            return tuple(self[i] for i in range(*at.indices(len(self))))
-        row = range(len(self))[at] if self.which is None else int(self.which[at])
+    def __getitem__(self, index: slice) -> tuple[PromptTree, ...]: ...
+    def __getitem__(self, index: int | slice) -> PromptTree | tuple[PromptTree, ...]:
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(len(self))))
+        row = range(len(self))[index] if self.which is None else int(self.which[index])
         values: list[Any] = json.loads(self._trees[row].as_py())
         prompt, completions, source, *further = values
         parsed_prompt = prompt if isinstance(prompt, str) else tuple(Message(*m) for m in prompt)
@@ -172,13 +172,13 @@ class StoredTokens(Sequence[TokenTree]):
         return len(self._part_start) - 1 if self.which is None else len(self.which)
 
     @overload
-    def __getitem__(self, at: int) -> TokenTree: ...
+    def __getitem__(self, index: int) -> TokenTree: ...
     @overload
-    def __getitem__(self, at: slice) -> tuple[TokenTree, ...]: ...
-    def __getitem__(self, at: int | slice) -> TokenTree | tuple[TokenTree, ...]:
-        if isinstance(at, slice):
-            return tuple(self[i] for i in range(*at.indices(len(self))))
-        number = range(len(self))[at]
+    def __getitem__(self, index: slice) -> tuple[TokenTree, ...]: ...
+    def __getitem__(self, index: int | slice) -> TokenTree | tuple[TokenTree, ...]:
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(len(self))))
+        number = range(len(self))[index]
         row = number if self.which is None else int(self.which[number])
         start, end = int(self._part_start[row]), int(self._part_start[row + 1])
         end = min(end, start + 2) if self._few else end
@@ -222,9 +222,9 @@ class StoredTokens(Sequence[TokenTree]):
         """The same trees with other row numbers."""
         return self._view(first=first)
 
-    def take(self, which: np.ndarray) -> StoredTokens:
+    def take(self, indices: np.ndarray) -> StoredTokens:
         """Some of the trees, by index among these."""
-        return self._view(which=which if self.which is None else self.which[which])
+        return self._view(which=indices if self.which is None else self.which[indices])
 
     def first_completions(self) -> StoredTokens:
         """The same trees with the first completion only."""

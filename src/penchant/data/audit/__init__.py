@@ -127,8 +127,8 @@ class Auditor:
         if is_empty(row):
             self._empty.add(row.where)
 
-    def result(self, more: Mapping[str, Finding], lengths: Mapping[str, Mapping[str, float]], layout: str) -> Audit:
-        """All findings, followed by `more`."""
+    def result(self, extra: Mapping[str, Finding], lengths: Mapping[str, Mapping[str, float]], layout: str) -> Audit:
+        """All findings, followed by `extra`."""
         total = self.rows + self._aside
         findings = {
             "bad_rows": self._bad.finding("rows kept aside, all reasons", total),
@@ -139,7 +139,7 @@ class Auditor:
         for counter in self._parts:
             findings |= dict(counter.findings())
         summary = summary_of(self.shape, self.rows, self._reasons, self._aside, self.examples)
-        return Audit(summary, {**findings, **more}, lengths, self.lengths.table(), layout)
+        return Audit(summary, {**findings, **extra}, lengths, self.lengths.table(), layout)
 
 
 def is_empty(row: Quarantined) -> bool:
@@ -159,11 +159,11 @@ class Leakage:
         self._index, self._places = NearIndex(), Places()
         self._split = array("h")
 
-    def update(self, split: int, tree: PromptTree) -> None:
-        """Count a row of the split with this index."""
+    def update(self, split_index: int, tree: PromptTree) -> None:
+        """Count a row of the split."""
         self._index.add([prompt_text(tree.prompt) or first_text(tree)])  # plain texts are keyed by themselves
         self._places.append(tree.source)
-        self._split.append(split)
+        self._split.append(split_index)
 
     def merge(self, other: Leakage) -> None:
         """Append the rows of another one."""
@@ -171,10 +171,10 @@ class Leakage:
         self._places.merge(other._places)
         self._split.extend(other._split)
 
-    def leaked_rows(self, split: int) -> np.ndarray:
+    def leaked_rows(self, split_index: int) -> np.ndarray:
         """(n,) bool: rows of this split whose prompt, or nearly the same one, is in another split."""
         splits, groups = np.array(self._split), self._index.groups()
-        return (splits == split) & np.isin(groups, groups[splits != split])
+        return (splits == split_index) & np.isin(groups, groups[splits != split_index])
 
     def findings(self) -> Named:
         """``leakage_A_B`` and ``near_leakage_A_B`` for each pair of splits."""
@@ -192,10 +192,10 @@ class Leakage:
                     yield f"{kind}_{name}", linked_rows_finding(title, matches, self._places, "as", self.advice, total)
 
 
-def _first_match(ids: np.ndarray, there: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """(n,) int64: for each wanted row the first row `there` with the same id; -1 if there is none, and for other rows."""
-    rows = np.append(np.flatnonzero(there), -1)  # the last one stands for none
-    return np.where(wanted, rows[first_index(ids[rows[:-1]], ids)], -1)
+def _first_match(ids: np.ndarray, is_candidate: np.ndarray, is_query: np.ndarray) -> np.ndarray:
+    """(n,) int64: for each row of `is_query` the first row of `is_candidate` with the same id; -1 if none, and for other rows."""
+    rows = np.append(np.flatnonzero(is_candidate), -1)  # the last one stands for none
+    return np.where(is_query, rows[first_index(ids[rows[:-1]], ids)], -1)
 
 
 def audit(
@@ -279,14 +279,14 @@ class _AuditPass:
     first: Quarantined | None = None  # first row kept aside
     most: int | None = None
 
-    def take(self, split: int, rows: Iterable[Converted]) -> None:
+    def take(self, split_index: int, rows: Iterable[Converted]) -> None:
         for converted in rows:
             self.auditor.columns.update(converted.source, self.most or LANGUAGES)
             self.auditor.rows += converted.rows if converted.trees else 0
             for tree in converted.trees:
                 self.auditor.update(tree)
                 if self.leakage is not None:
-                    self.leakage.update(split, tree)
+                    self.leakage.update(split_index, tree)
             for row in converted.aside:
                 self.auditor.add_quarantined(row)
                 self.first = self.first or row

@@ -51,19 +51,19 @@ class MergeableCounter(AuditCounter):
             setattr(self, name, merge_counts(getattr(self, name), count))
 
 
-def merge_counts(mine: Any, theirs: Any) -> Any:
+def merge_counts(counts: Any, other: Any) -> Any:
     """Merge two counts: add numbers and counters, append containers of rows, and keep texts, which are equal."""
-    if isinstance(mine, (int, Counter)) and not isinstance(mine, bool):
-        return mine + theirs
-    if isinstance(mine, dict):
-        return {**mine, **{k: merge_counts(mine[k], v) if k in mine else v for k, v in theirs.items()}}
-    if isinstance(mine, list):
-        return [merge_counts(a, b) for a, b in zip(mine, theirs, strict=True)]
-    if isinstance(mine, array):
-        mine.extend(theirs)
-    elif isinstance(mine, (Tally, NearIndex)):
-        mine.merge(theirs)
-    return mine
+    if isinstance(counts, (int, Counter)) and not isinstance(counts, bool):
+        return counts + other
+    if isinstance(counts, dict):
+        return {**counts, **{k: merge_counts(counts[k], v) if k in counts else v for k, v in other.items()}}
+    if isinstance(counts, list):
+        return [merge_counts(a, b) for a, b in zip(counts, other, strict=True)]
+    if isinstance(counts, array):
+        counts.extend(other)
+    elif isinstance(counts, (Tally, NearIndex)):
+        counts.merge(other)
+    return counts
 
 
 def text_key(*texts: str) -> int:
@@ -72,18 +72,18 @@ def text_key(*texts: str) -> int:
 
 
 def linked_rows_finding(
-    title: str, other: np.ndarray, places: Places, joined: str = "", advice: str = "", of: int = -1
+    title: str, linked_rows: np.ndarray, places: Places, relation: str = "", advice: str = "", total: int = -1
 ) -> Finding:
     """A finding about the rows that are linked to another row.
 
     Args:
-        other: (n,) int64: the row that each row is linked to, -1 if none.
-        joined: the word between the two places; empty: show only the row's own. of: number of rows examined (default: n).
+        linked_rows: (n,) int64: the row that each row is linked to, -1 if none.
+        relation: the word between the two places; empty: show only the row's own. total: number of rows examined (default: n).
     """
-    rows = np.flatnonzero(other >= 0)
-    pairs = ((places[i], places[int(other[i])]) for i in rows[:KEPT].tolist())
-    where = tuple(f"{place} ({joined} {other_place})" if joined else place for place, other_place in pairs)
-    return Finding(title, len(rows), len(other) if of < 0 else of, where, advice=advice)
+    rows = np.flatnonzero(linked_rows >= 0)
+    pairs = ((places[i], places[int(linked_rows[i])]) for i in rows[:KEPT].tolist())
+    where = tuple(f"{place} ({relation} {other_place})" if relation else place for place, other_place in pairs)
+    return Finding(title, len(rows), len(linked_rows) if total < 0 else total, where, advice=advice)
 
 
 # ---- Copies ----
@@ -177,9 +177,9 @@ class ExactDuplicates(MergeableCounter):
             yield "contradictions", finding
 
 
-def earlier_match(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """(n,) int64: for each row the first row before it whose key is the wanted one, -1 if there is none."""
-    first = first_index(keys, wanted)
+def earlier_match(keys: np.ndarray, wanted_keys: np.ndarray) -> np.ndarray:
+    """(n,) int64: for each row the first row before it whose key is `wanted_keys` of the row, -1 if there is none."""
+    first = first_index(keys, wanted_keys)
     return np.where(first < np.arange(len(keys)), first, -1)
 
 

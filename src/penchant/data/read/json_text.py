@@ -88,7 +88,7 @@ class _Decoder:
         self._fast = json.JSONDecoder(object_pairs_hook=self._object)
         self._slow = json.JSONDecoder(object_pairs_hook=self._object, parse_int=self._integer)
 
-    def read(self, text: str, at: int) -> tuple[Any, int]:
+    def read(self, text: str, start: int) -> tuple[Any, int]:
         """The value at a position, and where it ends.
 
         Raises:
@@ -96,11 +96,11 @@ class _Decoder:
         """
         self.odd = None
         try:
-            return self._fast.raw_decode(text, at)
+            return self._fast.raw_decode(text, start)
         except json.JSONDecodeError:
             raise
         except ValueError:  # an integer with more digits than Python reads
-            return self._slow.raw_decode(text, at)
+            return self._slow.raw_decode(text, start)
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         members = dict(pairs)
@@ -139,18 +139,20 @@ def _json_line(where: str, text: str, bounds: Bounds, decoder: _Decoder) -> Row 
     return _row(where, value, decoder, text, at, end, bounds)
 
 
-def _row(where: str, value: Any, decoder: _Decoder, text: str, at: int, end: int, bounds: Bounds) -> Row | BadRow:
+def _row(where: str, value: Any, decoder: _Decoder, text: str, start: int, end: int, bounds: Bounds) -> Row | BadRow:
     """A value that was read from a text, as a row."""
     if decoder.odd is not None:
-        return BadRow(where, *decoder.odd, text[at : min(end, at + SHOWN)])
-    brackets = text.count("[", at, end) + text.count("{", at, end)
-    if brackets > bounds.nesting and _end(text[at:end])[1] > bounds.nesting:
-        return _too_deep(where, text[at : at + SHOWN], bounds)
+        return BadRow(where, *decoder.odd, text[start : min(end, start + SHOWN)])
+    brackets = text.count("[", start, end) + text.count("{", start, end)
+    if brackets > bounds.nesting and _end(text[start:end])[1] > bounds.nesting:
+        return _too_deep(where, text[start : start + SHOWN], bounds)
     if isinstance(value, dict):
         return Row(where, value)
     names = {list: "list", str: "string", bool: "boolean", int: "number", float: "number", type(None): "null"}
     what = f"is a JSON {names[type(value)]}, not an object"
-    return BadRow(where, what, 'write {"prompt": ..., "chosen": ..., "rejected": ...}', text[at : min(end, at + SHOWN)])
+    return BadRow(
+        where, what, 'write {"prompt": ..., "chosen": ..., "rejected": ...}', text[start : min(end, start + SHOWN)]
+    )
 
 
 def _too_deep(where: str, text: str, bounds: Bounds) -> BadRow:
@@ -161,10 +163,10 @@ def _too_deep(where: str, text: str, bounds: Bounds) -> BadRow:
 _TOKENS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 
 
-def _end(text: str, at: int = 0) -> tuple[int, int]:
+def _end(text: str, start: int = 0) -> tuple[int, int]:
     """Where a list or object ends (-1: not in this text), and how deep it is nested."""
     depth = deepest = 0
-    for token in _TOKENS.finditer(text, at):
+    for token in _TOKENS.finditer(text, start):
         if token[0] in "[{":
             depth += 1
             deepest = max(deepest, depth)
@@ -180,8 +182,8 @@ def _end(text: str, at: int = 0) -> tuple[int, int]:
 _SPACE = re.compile(r"[ \t\r\n\ufeff]*")  # concatenated files have byte order marks inside
 
 
-def _skip(text: str, at: int) -> int:
-    return _SPACE.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing too
+def _skip(text: str, start: int) -> int:
+    return _SPACE.match(text, start).end()  # type: ignore[union-attr]  # it matches nothing too
 
 
 class _Values:
@@ -271,8 +273,8 @@ class _Values:
         where = self._row_place(line)
         return (BadRow(where, *problem, str(members)[:SHOWN]) if problem else Row(where, members)), list(members)
 
-    def _two_lists_error(self, first: str, second: str) -> DataError:
-        what = f'holds two lists of rows, "{printable(first)}" and "{printable(second[:100])}"'
+    def _two_lists_error(self, first_key: str, second_key: str) -> DataError:
+        what = f'holds two lists of rows, "{printable(first_key)}" and "{printable(second_key[:100])}"'
         return DataError(self.name, what, "write each to a file of its own, and name those that you mean")
 
     def _starts_rows(self) -> bool:
@@ -348,13 +350,13 @@ class _Values:
         self._at = position
         return self._held[position : position + 1]
 
-    def _read_more(self, want: int) -> None:
+    def _read_more(self, min_characters: int) -> None:
         """Read on, and drop the text that is done with."""
         self._line_number()
         parts, count = [self._held[self._at :]], 0
         self._forgotten += self._at
         self._at = self._counted = 0
-        while count < want:
+        while count < min_characters:
             block = self.source.read()
             try:
                 text = self._decode.decode(block, final=not block)
@@ -370,5 +372,5 @@ class _Values:
                 break
         self._held = "".join(parts)
 
-    def _invalid(self, why: str) -> DataError:
-        return DataError(self._place(), f"is not valid JSON ({why})", "the file may be cut; fetch or copy it again")
+    def _invalid(self, reason: str) -> DataError:
+        return DataError(self._place(), f"is not valid JSON ({reason})", "the file may be cut; fetch or copy it again")

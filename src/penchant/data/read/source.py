@@ -33,10 +33,10 @@ class Bounds(Section):
     def bytes(self) -> int:
         return int(self.row_mb * 2**20)
 
-    def how(self, name: str, rest: str) -> str:
+    def how(self, name: str, fix: str) -> str:
         """Advice for a row over a bound: fix it, or raise the bound."""
         doubled = getattr(self, name) * 2
-        return f"{rest}, or raise the bound: data.bounds.{name}={doubled:g} in a config, --bound {name}={doubled:g} for penchant data"
+        return f"{fix}, or raise the bound: data.bounds.{name}={doubled:g} in a config, --bound {name}={doubled:g} for penchant data"
 
 
 class Missing(str):
@@ -222,15 +222,15 @@ def _text(line: bytes, where: str, name: str) -> str | BadRow:
         return BadRow(where, what, how, line[:SHOWN].decode("utf-8", "backslashreplace"))
 
 
-def not_utf8(line: bytes, at: int, name: str) -> tuple[str, str]:
+def not_utf8(line: bytes, offset: int, name: str) -> tuple[str, str]:
     """What is wrong at a byte of a line, and how to fix it."""
-    around = line[max(0, at - SHOWN) : at + SHOWN]
+    around = line[max(0, offset - SHOWN) : offset + SHOWN]
     try:
         around.decode("cp1252")
         encoding = "CP1252"  # what Windows writes; 0x80 is the euro sign there, and a control character in Latin-1
     except UnicodeDecodeError:
         encoding = "GB18030" if _decodes(around, "gb18030") else "LATIN1"
-    what = f"is not UTF-8 (byte 0x{line[at]:02x} at column {at + 1}; {encoding}?)"
+    what = f"is not UTF-8 (byte 0x{line[offset]:02x} at column {offset + 1}; {encoding}?)"
     return what, _recode_advice(name, encoding)
 
 
