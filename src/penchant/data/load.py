@@ -496,7 +496,7 @@ class Conversion:
         self.columns = Columns()
         self.accepted = 0
         self.aside: list[Quarantined] = []
-        self._converted, self._content, self._most = settings.convert(rows), content, max_languages
+        self._converted, self._content, self._max_languages = settings.convert(rows), content, max_languages
 
     def __iter__(self) -> Iterator[Converted]:
         return self._converted
@@ -508,7 +508,7 @@ class Conversion:
             DataError: a bad row, if `on_bad_row` is ``error``.
         """
         for converted in self:
-            self.columns.update(converted.source, self._most)
+            self.columns.update(converted.source, self._max_languages)
             if converted.aside and on_bad_row == "error" and not converted.left_out:
                 bad = converted.aside[0]
                 raise DataError(bad.where, bad.what, bad.how + " (or set data.on_bad_row=skip to keep such rows aside)")

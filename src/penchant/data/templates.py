@@ -210,11 +210,11 @@ class ChatTemplate:
         self, tokenizer: Any, options: Mapping[str, Any] | None = None, variables: Mapping[str, Any] | None = None
     ) -> None:
         self.tokenizer = tokenizer
-        self._given = _fix_date(tokenizer, {**(options or {}), **(variables or {})})
+        self._variables = _fix_date(tokenizer, {**(options or {}), **(variables or {})})
 
     @property
     def tools(self) -> Sequence[Mapping[str, Any]]:
-        return self._given.get("tools") or ()
+        return self._variables.get("tools") or ()
 
     def _form_for(self, turns: Sequence[Message]) -> Form:
         return _form(self.tokenizer, bool(self.tools) or any(m.tool_calls or m.role == "tool" for m in turns))
@@ -222,19 +222,19 @@ class ChatTemplate:
     def write(self, turns: Sequence[Message], *, generate: bool = False) -> str:
         """The turns as text; `generate`: with the generation prompt for the next answer."""
         form = self._form_for(turns)
-        return _write(self.tokenizer, form, turns, self._given, add_generation_prompt=generate)
+        return _write(self.tokenizer, form, turns, self._variables, add_generation_prompt=generate)
 
     def render_prompt(self, turns: Sequence[Message]) -> str:
         """The text before an answer; if the last turn is an assistant's, the answer continues it (`continue_final_message`)."""
         if not continues(turns):
             return self.write(turns, generate=True)
-        return _write(self.tokenizer, self._form_for(turns), turns, self._given, continue_final_message=True)
+        return _write(self.tokenizer, self._form_for(turns), turns, self._variables, continue_final_message=True)
 
     def answer_spans(self, turns: Sequence[Message]) -> tuple[str, dict[int, tuple[int, int]]]:
         """The turns as text, and the (start, end) of each assistant turn's ``{% generation %}`` span; empty without such tags."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        variables = dict(self._given)
+        variables = dict(self._variables)
         template = variables.pop("chat_template", None) or self.tokenizer.get_chat_template(
             tools=variables.get("tools")
         )

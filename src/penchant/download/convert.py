@@ -94,13 +94,13 @@ class Pace:
     """
 
     def __init__(self, say: Callable[[str], None], what: str, interval: float = 5.0) -> None:
-        self._say, self._what, self._every = say, what, interval
+        self._say, self._what, self._interval = say, what, interval
         self._started = self._last = monotonic()
         self.rows = 0
 
     def step(self, rows: int = 1) -> None:
         self.rows += rows
-        if self.rows & 0xFF == 0 and monotonic() - self._last >= self._every:
+        if self.rows & 0xFF == 0 and monotonic() - self._last >= self._interval:
             self._last = monotonic()
             speed = self.rows / (self._last - self._started)
             self._say(f"{self._what}: {counted(self.rows, 'row')}, {speed:,.0f} rows/s")

@@ -100,7 +100,7 @@ class ExactDuplicates(MergeableCounter):
 
     def __init__(self, kind: str, places: Places, people: bool = False) -> None:
         self.kind, self.places, self.people = kind, places, people
-        self._row, self._there, self._back = array("Q"), array("Q"), array("Q")
+        self._row, self._content_keys, self._swapped_keys = array("Q"), array("Q"), array("Q")
         self._label, self._owner = array("b"), array("q")  # of each labeled answer: good or bad, and its row
 
     def update(self, row: RowView) -> None:
@@ -108,11 +108,11 @@ class ExactDuplicates(MergeableCounter):
         self._row.append(text_key(row.prompt, *(f"{c.whole}\0{c.label}\0{c.score}" for c in row.tree.completions)))
         if self.kind == "pairs":
             a, b = row.texts[:2]
-            self._there.append(text_key(row.prompt, a, b))
-            self._back.append(text_key(row.prompt, b, a) if a != b else 0)
+            self._content_keys.append(text_key(row.prompt, a, b))
+            self._swapped_keys.append(text_key(row.prompt, b, a) if a != b else 0)
         elif self.kind == "unpaired":
             for answer in row.tree.completions:
-                self._there.append(text_key(row.prompt, answer.whole))
+                self._content_keys.append(text_key(row.prompt, answer.whole))
                 self._label.append(-1 if answer.label is None else int(answer.label))
                 self._owner.append(len(self._row) - 1)
 
@@ -127,9 +127,9 @@ class ExactDuplicates(MergeableCounter):
 
     def contradicted_rows(self) -> np.ndarray:
         """(n,) int64: the first earlier row that contradicts each row, -1 if there is none."""
-        keys, contradicted = np.array(self._there), np.full(len(self._row), -1)
+        keys, contradicted = np.array(self._content_keys), np.full(len(self._row), -1)
         if self.kind == "pairs":
-            return earlier_match(keys, np.array(self._back))
+            return earlier_match(keys, np.array(self._swapped_keys))
         first, owner = first_occurrence(keys), np.array(self._owner)
         for answer in self._contradicting(first)[::-1]:  # the first of a row's answers is written last
             contradicted[owner[answer]] = owner[first[answer]]
@@ -143,10 +143,12 @@ class ExactDuplicates(MergeableCounter):
     def contradictory(self) -> np.ndarray:
         """(n,) bool: rows that some row, earlier or later, contradicts."""
         if self.kind == "pairs":
-            return np.isin(np.array(self._back), np.array(self._there))  # 0 stands for a pair of equal answers
+            return np.isin(
+                np.array(self._swapped_keys), np.array(self._content_keys)
+            )  # 0 stands for a pair of equal answers
         contradicted = np.zeros(len(self._row), bool)
         if self.kind == "unpaired":
-            first, owner = first_occurrence(np.array(self._there)), np.array(self._owner)
+            first, owner = first_occurrence(np.array(self._content_keys)), np.array(self._owner)
             contradicted[owner[np.isin(first, first[self._contradicting(first)])]] = True
         return contradicted
 

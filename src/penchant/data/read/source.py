@@ -99,7 +99,7 @@ class Source:
     def __init__(self, stream: BinaryIO, name: str, bounds: Bounds, shard: Shard | None = None) -> None:
         self.name, self.bounds, self._stream, self._unpacked = name, bounds, stream, 0
         self._gzip: gzip.GzipFile | None = None
-        self._shard, self._left = shard, 0
+        self._shard, self._bytes_left = shard, 0
         if shard is not None:
             self.rewind()
             return
@@ -119,15 +119,15 @@ class Source:
     def rewind(self) -> None:
         """Go back to the start."""
         (self._stream if self._gzip is None else self._gzip).seek(self._shard.start if self._shard else 0)
-        self._left = self._shard.end - self._shard.start if self._shard else 0
+        self._bytes_left = self._shard.end - self._shard.start if self._shard else 0
         self._unpacked = 0
 
     def read(self) -> bytes:
         """The next block; empty at the end."""
         if self._gzip is None:
-            limit = min(CHUNK, self._left) if self._shard else CHUNK
+            limit = min(CHUNK, self._bytes_left) if self._shard else CHUNK
             block: bytes = self._stream.read1(limit)  # type: ignore[attr-defined]  # at most one request for a remote file
-            self._left -= len(block)
+            self._bytes_left -= len(block)
             return block
         block = self._gzip.read(CHUNK)
         self._unpacked += len(block)
