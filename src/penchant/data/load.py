@@ -482,7 +482,7 @@ class Conversion:
     """Converts rows (or groups of rows) as they are read, and collects counts and the rows kept aside.
 
     Args:
-        content: called with each tree's content, in order; most: limit on distinct languages.
+        content: called with each tree's content, in order; max_languages: limit on distinct languages.
     """
 
     def __init__(

@@ -203,7 +203,7 @@ class ChatTemplate:
     """A tokenizer's chat template with its variables besides the turns.
 
     Args:
-        options: `data.template_options`; told: the row's own variables (tools, options), which take precedence.
+        options: `data.template_options`; variables: the row's own variables (tools, options), which take precedence.
     """
 
     def __init__(

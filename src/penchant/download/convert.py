@@ -90,7 +90,7 @@ class Pace:
     """Reports every few seconds how many rows are done and how fast.
 
     Args:
-        say: called with a line; what: is being done; every: seconds between lines.
+        say: called with a line; what: is being done; interval: seconds between lines.
     """
 
     def __init__(self, say: Callable[[str], None], what: str, interval: float = 5.0) -> None:
