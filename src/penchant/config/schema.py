@@ -305,8 +305,8 @@ MODEL_SPECIFIC = ("revision", "init", "tokenizer", "adapter")  # settings that b
 HOLD_OUT_KEYS = ("eval_path", "validation_rows", "validation_fraction")
 
 
-def merge_settings(defaults: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge a stage's `own` keys over `defaults`, section by section.
+def merge_settings(defaults: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge a stage's keys, `overrides`, over `defaults`, section by section.
 
     `loss`, `algorithm` and `reward` are taken whole; a stage with one of loss and algorithm does not inherit the other, and a
     stage without an algorithm inherits no reward. A stage with its own model.path inherits no settings of another model
@@ -314,9 +314,9 @@ def merge_settings(defaults: Mapping[str, Any], own: Mapping[str, Any]) -> dict[
     """
     result: dict[str, Any] = dict(defaults)
     for method_key, other_key in (("loss", "algorithm"), ("algorithm", "loss")):
-        if own.get(method_key) is not None:
+        if overrides.get(method_key) is not None:
             result.pop(other_key, None)
-    for key, value in own.items():
+    for key, value in overrides.items():
         base = defaults.get(key)
         if key in NOT_MERGED or not (isinstance(base, dict) and isinstance(value, dict)):
             result[key] = value
@@ -327,6 +327,6 @@ def merge_settings(defaults: Mapping[str, Any], own: Mapping[str, Any]) -> dict[
         if key == "data" and set(HOLD_OUT_KEYS) & set(value):
             dropped |= set(HOLD_OUT_KEYS)
         result[key] = {k: v for k, v in base.items() if k not in dropped} | value
-    if result.get("algorithm") is None and "reward" not in own:
+    if result.get("algorithm") is None and "reward" not in overrides:
         result.pop("reward", None)
     return result

@@ -27,10 +27,14 @@ from penchant.errors import CheckpointError, ConfigError, DataError, ModelError,
 S = TypeVar("S", bound=BaseModel)
 
 
-def read_values(given: Mapping[str, Any] | str | Path, shape: str, what: str) -> tuple[dict[str, Any], Places, str]:
+def read_values(
+    config_or_path: Mapping[str, Any] | str | Path, shape: str, what: str
+) -> tuple[dict[str, Any], Places, str]:
     """(values, their places, source) of a file of several runs, or of a mapping; `shape` and `what` describe it in messages."""
-    values, places = ({**given}, {}) if isinstance(given, Mapping) else read_mapping(given, shape)
-    source = what if isinstance(given, Mapping) else str(given)
+    values, places = (
+        ({**config_or_path}, {}) if isinstance(config_or_path, Mapping) else read_mapping(config_or_path, shape)
+    )
+    source = what if isinstance(config_or_path, Mapping) else str(config_or_path)
     values = plain_values(values)
     check_values(values, places, source)
     return values, places, source
@@ -125,7 +129,7 @@ class Member:
         except PenchantError as error:
             raise self.named(error) from error
 
-    def refusal(self, why: str, how: str) -> CheckpointError:
+    def refusal(self, reason: str, how: str) -> CheckpointError:
         """The error for a run that exists with other inputs, so that it can be neither skipped nor overwritten."""
-        what = f"{self.title.format(self.name)} was already run, fully or in part, with other inputs: {why}"
+        what = f"{self.title.format(self.name)} was already run, fully or in part, with other inputs: {reason}"
         return CheckpointError(self.place, what, how)

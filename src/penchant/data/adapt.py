@@ -69,17 +69,17 @@ def adapt(dataset: Dataset, loss: str, signal: str, needs: Set[str], options: Da
 def _with_trees(
     dataset: Dataset,
     trees: Sequence[PromptTree],
-    aside: Sequence[Quarantined] = (),
-    used: int | None = None,
+    quarantined_rows: Sequence[Quarantined] = (),
+    n_used_rows: int | None = None,
     **more: Any,
 ) -> Dataset:
-    """The data set with other trees, made from `used` of its own (default: one from each).
+    """The data set with other trees, made from `n_used_rows` of its own (default: one from each).
 
-    If each row gave one tree, `used` is the number of accepted rows; otherwise an example counts as a row from here on.
+    If each row gave one tree, `n_used_rows` is the number of accepted rows; otherwise an example counts as a row from here on.
     """
     adapted = dataset.with_trees(tuple(trees), fingerprint(trees))
-    quarantined = (*dataset.quarantined, *aside)
-    rows = used if used is not None and dataset.accepted == len(dataset.trees) else len(trees)
+    quarantined = (*dataset.quarantined, *quarantined_rows)
+    rows = n_used_rows if n_used_rows is not None and dataset.accepted == len(dataset.trees) else len(trees)
     return replace(
         adapted, quarantined=quarantined, total=rows + len(quarantined), accepted=rows, columns=dataset.columns, **more
     )
@@ -188,7 +188,7 @@ def _require_trees(trees: list[PromptTree], name: str) -> list[PromptTree]:
     return trees
 
 
-def _with_scores(dataset: Dataset, loss: str, needs: Set[str], options: DataConfig, name: str) -> Dataset:
+def _with_scores(dataset: Dataset, loss: str, required: Set[str], options: DataConfig, name: str) -> Dataset:
     """Pairs whose scores the loss can use; the others are bad rows."""
     trees: list[PromptTree] = []
     aside: list[Quarantined] = []
@@ -197,7 +197,7 @@ def _with_scores(dataset: Dataset, loss: str, needs: Set[str], options: DataConf
         if chosen_score is None or rejected_score is None:
             what = f'{setting(loss)} needs "chosen_score" and "rejected_score"'
             how = "add them, or choose another loss"
-        elif "score_gap" in needs and chosen_score <= rejected_score:
+        elif "score_gap" in required and chosen_score <= rejected_score:
             what = f'"chosen_score" ({chosen_score:g}) is not above "rejected_score" ({rejected_score:g})'
             how = "drop the row, or choose a loss without scores"
         else:

@@ -310,15 +310,15 @@ class DataCache:
         key = key_of("split", {"rows": rows.key, "kind": dataset.kind, **how})
 
         def write(folder: Path) -> Mapping[str, Any]:
-            def map_parts(function: Callable[[RowsPart], bytes], which: StoredRows) -> Iterator[bytes]:
-                return in_order(function, parts_of(which), self._processes(len(which)))
+            def map_parts(function: Callable[[RowsPart], bytes], subset: StoredRows) -> Iterator[bytes]:
+                return in_order(function, parts_of(subset), self._processes(len(subset)))
 
             def digests(_: Sequence[PromptTree], seed: int) -> bytes:
                 return b"".join(map_parts(partial(_digests_of_part, seed), rows))
 
-            def sha256(which: np.ndarray) -> str:
+            def sha256(indices: np.ndarray) -> str:
                 digest = hashlib.sha256()
-                for content in map_parts(_content_of_part, rows.take(which, "")):
+                for content in map_parts(_content_of_part, rows.take(indices, "")):
                     digest.update(content)
                 return digest.hexdigest()
 
@@ -519,10 +519,10 @@ _UNPICKLED: dict[str, Any] = {}
 
 
 def _tokenize_into(
-    rows: Sequence[PromptTree], tokenizer: Any, kind: str, how: Mapping[str, Any], writer: TokenWriter
+    rows: Sequence[PromptTree], tokenizer: Any, kind: str, options: Mapping[str, Any], writer: TokenWriter
 ) -> TokenizedDataset:
     """Tokenize rows into `writer`; return the counts and the rows kept aside, without trees."""
-    tokenization = CausalTokenization(tokenizer, kind, **how)
+    tokenization = CausalTokenization(tokenizer, kind, **options)
     for trees, mark in tokenization.by_row(rows):
         for tree in trees:
             writer.write(tree)
@@ -554,34 +554,34 @@ class StoredDataset:
         whole = TokenizedDataset(StoredTokens(folder), len(marks), quarantined, *cut, split, meta["template"], *counts)
         return StoredDataset(whole, trees_per_row, marks)
 
-    def rows(self, which: np.ndarray | None) -> TokenizedDataset:
+    def rows(self, indices: np.ndarray | None) -> TokenizedDataset:
         """The result of `tokenize` for these rows (ascending), or for all."""
-        if which is None:
+        if indices is None:
             return self.whole
         assert isinstance(self.whole.trees, StoredTokens)
         starts = np.cumsum(self.trees_per_row, dtype=np.int64) - self.trees_per_row
 
         # `what` has an item for each row with this mark
-        def items_with_mark(what: tuple[T, ...], mark: int) -> tuple[T, ...]:
-            selected = np.isin(np.flatnonzero(self.marks & mark), which, assume_unique=True)
-            return tuple(itertools.compress(what, selected.tolist()))
+        def items_with_mark(items: tuple[T, ...], mark: int) -> tuple[T, ...]:
+            selected = np.isin(np.flatnonzero(self.marks & mark), indices, assume_unique=True)
+            return tuple(itertools.compress(items, selected.tolist()))
 
         return replace(
             self.whole,
-            trees=self.whole.trees.take(ranges(starts[which], self.trees_per_row[which])),
-            total=len(which),
+            trees=self.whole.trees.take(ranges(starts[indices], self.trees_per_row[indices])),
+            total=len(indices),
             quarantined=items_with_mark(self.whole.quarantined, Mark.ASIDE),
             cut_prompts=items_with_mark(self.whole.cut_prompts, Mark.CUT_PROMPT),
             cut_completions=items_with_mark(self.whole.cut_completions, Mark.CUT_COMPLETION),
-            split_documents=int(((self.marks[which] & Mark.SPLIT) > 0).sum()),
-            moved_prompts=int(is_moved(self.marks[which]).sum()),
-            apart=int(is_split(self.marks[which]).sum()),
-            forced_prompts=int(is_forced(self.marks[which]).sum()),
+            split_documents=int(((self.marks[indices] & Mark.SPLIT) > 0).sum()),
+            moved_prompts=int(is_moved(self.marks[indices]).sum()),
+            apart=int(is_split(self.marks[indices]).sum()),
+            forced_prompts=int(is_forced(self.marks[indices]).sum()),
         )
 
 
-def _quarantine_as_json(aside: Sequence[Quarantined]) -> list[list[Any]]:
-    rows = [[q.where, q.what, q.how, q.raw] for q in aside]
+def _quarantine_as_json(quarantined: Sequence[Quarantined]) -> list[list[Any]]:
+    rows = [[q.where, q.what, q.how, q.raw] for q in quarantined]
     try:
         if json.loads(json.dumps(rows)) != rows:
             raise NotStorable
@@ -590,6 +590,6 @@ def _quarantine_as_json(aside: Sequence[Quarantined]) -> list[list[Any]]:
     return rows
 
 
-def _finding_from_json(stored: Mapping[str, Any]) -> Finding:
-    interval = stored["interval"]
-    return Finding(**{**stored, "where": tuple(stored["where"]), "interval": interval and tuple(interval)})
+def _finding_from_json(record: Mapping[str, Any]) -> Finding:
+    interval = record["interval"]
+    return Finding(**{**record, "where": tuple(record["where"]), "interval": interval and tuple(interval)})

@@ -78,12 +78,12 @@ class Columns:
     languages: Counter[str] = field(default_factory=Counter)
     unused: list[str] = field(default_factory=list)
 
-    def update(self, rows: Iterable[Row | BadRow], most: int = LANGUAGES) -> None:
-        """Count the rows that can be read; `most`: limit on distinct languages."""
+    def update(self, rows: Iterable[Row | BadRow], max_languages: int = LANGUAGES) -> None:
+        """Count the rows that can be read; `max_languages`: limit on distinct languages."""
         for row in rows:
             if isinstance(row, Row):
                 self._order(row.values)
-                self._language(row.values, most)
+                self._language(row.values, max_languages)
 
     def merge(self, other: Columns) -> None:
         """Add the counts of later rows, which must hold all their languages."""
@@ -100,16 +100,16 @@ class Columns:
             self.decided += won is not None
             self.first += won is True
 
-    def _language(self, row: Mapping[str, Any], most: int) -> None:
+    def _language(self, row: Mapping[str, Any], max_languages: int) -> None:
         value = next((v for v in (row.get("language"), row.get("lang")) if isinstance(v, str) and v), None)
         if value is not None:
-            add_capped(self.languages, {value[:40]: 1}, most)
+            add_capped(self.languages, {value[:40]: 1}, max_languages)
 
 
-def add_capped(counts: Counter[str], more: Mapping[str, int], most: int) -> None:
-    """Add to counts, with at most `most` names."""
-    for name, count in more.items():
-        if name in counts or len(counts) < most:
+def add_capped(counts: Counter[str], new_counts: Mapping[str, int], max_names: int) -> None:
+    """Add to counts, with at most `max_names` names."""
+    for name, count in new_counts.items():
+        if name in counts or len(counts) < max_names:
             counts[name] += count
 
 
@@ -357,12 +357,12 @@ class Dataset:
 def concatenate_datasets(
     parts: Sequence[Dataset],
     names: Sequence[str],
-    keep: Callable[[Iterable[PromptTree]], tuple[Sequence[PromptTree], str] | None] = lambda trees: None,
+    store: Callable[[Iterable[PromptTree]], tuple[Sequence[PromptTree], str] | None] = lambda trees: None,
 ) -> Dataset:
     """Several data sets as one; each tree's `origin` is the index of its own.
 
     Args:
-        keep: stores all trees outside memory and returns them and their fingerprint; by default, and if it returns None, they are
+        store: stores all trees outside memory and returns them and their fingerprint; by default, and if it returns None, they are
             kept in memory.
 
     Raises:
@@ -377,7 +377,7 @@ def concatenate_datasets(
     def all_trees() -> Iterator[PromptTree]:
         return (replace(t, origin=i) for i, d in enumerate(parts) for t in d.trees)
 
-    stored = keep(all_trees())
+    stored = store(all_trees())
     if stored is None:
         in_memory = tuple(all_trees())
         stored = in_memory, fingerprint(in_memory)
@@ -482,21 +482,21 @@ class Conversion:
     """Converts rows (or groups of rows) as they are read, and collects counts and the rows kept aside.
 
     Args:
-        content: called with each tree's content, in order; most: limit on distinct languages.
+        content: called with each tree's content, in order; max_languages: limit on distinct languages.
     """
 
     def __init__(
         self,
-        how: ConversionSettings,
+        settings: ConversionSettings,
         rows: Iterable[Row | BadRow],
         content: Callable[[bytes], object],
-        most: int = LANGUAGES,
+        max_languages: int = LANGUAGES,
     ) -> None:
-        self.how = how
+        self.how = settings
         self.columns = Columns()
         self.accepted = 0
         self.aside: list[Quarantined] = []
-        self._converted, self._content, self._most = how.convert(rows), content, most
+        self._converted, self._content, self._max_languages = settings.convert(rows), content, max_languages
 
     def __iter__(self) -> Iterator[Converted]:
         return self._converted
@@ -508,7 +508,7 @@ class Conversion:
             DataError: a bad row, if `on_bad_row` is ``error``.
         """
         for converted in self:
-            self.columns.update(converted.source, self._most)
+            self.columns.update(converted.source, self._max_languages)
             if converted.aside and on_bad_row == "error" and not converted.left_out:
                 bad = converted.aside[0]
                 raise DataError(bad.where, bad.what, bad.how + " (or set data.on_bad_row=skip to keep such rows aside)")
@@ -518,11 +518,11 @@ class Conversion:
                 self._content(content_of(tree))
                 yield tree
 
-    def merge(self, columns: Columns, accepted: int, aside: Sequence[Quarantined], content: bytes) -> None:
+    def merge(self, columns: Columns, accepted: int, quarantined: Sequence[Quarantined], content: bytes) -> None:
         """Add the counts and rows kept aside of another conversion, of the rows after these."""
         self.columns.merge(columns)
         self.accepted += accepted
-        self.aside += aside
+        self.aside += quarantined
         self._content(content)
 
 
@@ -638,11 +638,11 @@ class Stream(Conversion):
         return Dataset(trees, self.shape, self.kind, total, aside, content, *more)
 
 
-def _check_columns(first: Sequence[Row | BadRow], name: str, columns: Mapping[str, str], whole: bool) -> dict[str, str]:
+def _check_columns(first: Sequence[Row | BadRow], name: str, columns: Mapping[str, str], eof: bool) -> dict[str, str]:
     """The mapped columns that none of the first rows has; later rows may have them.
 
     Args:
-        whole: whether the file is read to its end.
+        eof: whether the file is read to its end.
 
     Raises:
         DataError: either side of the mapping has a typo, or there are no later rows.
@@ -654,20 +654,20 @@ def _check_columns(first: Sequence[Row | BadRow], name: str, columns: Mapping[st
             raise DataError(name, what, f'did you mean "{suggestion}"?')
     absent = {ours: theirs for ours, theirs in columns.items() if present and theirs not in present}
     for ours, theirs in absent.items():
-        if (whole and len(first) < FIRST_ROWS) or closest(theirs, present, 0.8):
+        if (eof and len(first) < FIRST_ROWS) or closest(theirs, present, 0.8):
             raise _missing_column_error(name, ours, theirs, present)
     return absent
 
 
-def _missing_column_error(name: str, ours: str, theirs: str, there: Iterable[str]) -> DataError:
-    what = f'data.columns maps {printable(ours)} to "{printable(theirs)}", and there is no such column'
-    suggestion = closest(theirs, there)
+def _missing_column_error(name: str, field_name: str, column: str, available: Iterable[str]) -> DataError:
+    what = f'data.columns maps {printable(field_name)} to "{printable(column)}", and there is no such column'
+    suggestion = closest(column, available)
     how = f'did you mean "{printable(suggestion)}"? ' if suggestion else ""
-    return DataError(name, what, f"{how}there are {', '.join(map(printable, sorted(there)))}")
+    return DataError(name, what, f"{how}there are {', '.join(map(printable, sorted(available)))}")
 
 
-def _mapping_advice(ours: str, theirs: str) -> str:
-    return f"map it with --column {ours}={theirs} (in a config data.columns={{{ours}: {theirs}}})"
+def _mapping_advice(field_name: str, column: str) -> str:
+    return f"map it with --column {field_name}={column} (in a config data.columns={{{field_name}: {column}}})"
 
 
 def detect_layout(
@@ -776,9 +776,9 @@ def content_of(tree: PromptTree) -> bytes:
 def plain_content(tree: PromptTree) -> list[Any]:
     """A tree's prompt and completions as lists, for JSON."""
 
-    def turn(m: Message, fields: int = 3) -> list[Any]:
+    def turn(m: Message, min_fields: int = 3) -> list[Any]:
         return _without_trailing_empty(
-            [m.role, m.content, m.trained, m.reasoning, m.tool_calls, m.tool_call_id, m.name], fields
+            [m.role, m.content, m.trained, m.reasoning, m.tool_calls, m.tool_call_id, m.name], min_fields
         )
 
     raw_prompt = tree.prompt
@@ -790,10 +790,12 @@ def plain_content(tree: PromptTree) -> list[Any]:
     return [prompt, answers]
 
 
-def _without_trailing_empty(values: list[Any], least: int) -> list[Any]:
-    """The values without trailing empty ones, but at least the first `least`."""
-    end = next((i for i in range(len(values), least, -1) if values[i - 1]), least)
-    return values[: end + (end == least + 1 == 4)]  # fingerprints: a fourth value has always been written with a fifth
+def _without_trailing_empty(values: list[Any], min_length: int) -> list[Any]:
+    """The values without trailing empty ones, but at least the first `min_length`."""
+    end = next((i for i in range(len(values), min_length, -1) if values[i - 1]), min_length)
+    return values[
+        : end + (end == min_length + 1 == 4)
+    ]  # fingerprints: a fourth value has always been written with a fifth
 
 
 def prompt_json(prompt: Prompt) -> str | list[dict[str, Any]]:
@@ -842,11 +844,11 @@ def summary(dataset: Dataset) -> str:
     return summary_of(dataset.shape, dataset.accepted, reasons, len(dataset.quarantined), len(dataset.trees))
 
 
-def summary_of(shape: str, accepted: int, reasons: Counter[str], aside: int, examples: int) -> str:
+def summary_of(shape: str, accepted: int, reasons: Counter[str], quarantined: int, examples: int) -> str:
     """`summary` from counts."""
     reason_note = f" ({_reason_counts(reasons)})" if reasons else ""
     example_note = f", {counted(examples, 'example')}" if examples != accepted else ""
-    return f"{counted(accepted + aside, 'row')} ({shape}) = {accepted:,} accepted + {aside:,} kept aside{reason_note}{example_note}"
+    return f"{counted(accepted + quarantined, 'row')} ({shape}) = {accepted:,} accepted + {quarantined:,} kept aside{reason_note}{example_note}"
 
 
 def _reason_counts(reasons: Counter[str]) -> str:

@@ -46,22 +46,22 @@ class StoredRows(Sequence[PromptTree]):
     def __len__(self) -> int:
         return len(self._good) if self.which is None else len(self.which)
 
-    def take(self, which: np.ndarray, key: str) -> StoredRows:
+    def take(self, indices: np.ndarray, key: str) -> StoredRows:
         """Some of the rows, by index in the whole file."""
-        return StoredRows(self.folder, key, which, self.whole)
+        return StoredRows(self.folder, key, indices, self.whole)
 
     def all_rows(self) -> StoredRows:
         """Every row of the folder."""
         return StoredRows(self.folder, self.whole)
 
     @overload
-    def __getitem__(self, at: int) -> PromptTree: ...
+    def __getitem__(self, index: int) -> PromptTree: ...
     @overload
-    def __getitem__(self, at: slice) -> tuple[PromptTree, ...]: ...
-    def __getitem__(self, at: int | slice) -> PromptTree | tuple[PromptTree, ...]:
-        if isinstance(at, slice):
-            return tuple(self[i] for i in range(*at.indices(len(self))))
-        row = range(len(self))[at] if self.which is None else int(self.which[at])
+    def __getitem__(self, index: slice) -> tuple[PromptTree, ...]: ...
+    def __getitem__(self, index: int | slice) -> PromptTree | tuple[PromptTree, ...]:
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(len(self))))
+        row = range(len(self))[index] if self.which is None else int(self.which[index])
         values: list[Any] = json.loads(self._trees[row].as_py())
         prompt, completions, source, *further = values
         parsed_prompt = prompt if isinstance(prompt, str) else tuple(Message(*m) for m in prompt)
@@ -156,9 +156,11 @@ class StoredTokens(Sequence[TokenTree]):
         self.folder = folder
         self.first = 0  # number of the first row
         self.which: np.ndarray | None = None  # (n,) int64: indices of the trees; None: all
-        self._few = False  # whether each tree has only its first completion
+        self._first_only = False  # whether each tree has only its first completion
         batch = read_batch(folder / "tokens.arrow")
-        self._each = {name: batch.column(name).values.to_numpy() for name in ("truncated", "labels", "scores")}
+        self._per_completion = {
+            name: batch.column(name).values.to_numpy() for name in ("truncated", "labels", "scores")
+        }
         self._sources = batch.column("source")
         parts = batch.column("parts")  # of each tree: the ids of its prompt and of its completions
         self._part_start, self._id_start = parts.offsets.to_numpy(), parts.values.offsets.to_numpy()
@@ -172,16 +174,16 @@ class StoredTokens(Sequence[TokenTree]):
         return len(self._part_start) - 1 if self.which is None else len(self.which)
 
     @overload
-    def __getitem__(self, at: int) -> TokenTree: ...
+    def __getitem__(self, index: int) -> TokenTree: ...
     @overload
-    def __getitem__(self, at: slice) -> tuple[TokenTree, ...]: ...
-    def __getitem__(self, at: int | slice) -> TokenTree | tuple[TokenTree, ...]:
-        if isinstance(at, slice):
-            return tuple(self[i] for i in range(*at.indices(len(self))))
-        number = range(len(self))[at]
+    def __getitem__(self, index: slice) -> tuple[TokenTree, ...]: ...
+    def __getitem__(self, index: int | slice) -> TokenTree | tuple[TokenTree, ...]:
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(len(self))))
+        number = range(len(self))[index]
         row = number if self.which is None else int(self.which[number])
         start, end = int(self._part_start[row]), int(self._part_start[row + 1])
-        end = min(end, start + 2) if self._few else end
+        end = min(end, start + 2) if self._first_only else end
         before = start - row  # completions of the trees before it, each of which has one prompt
         bounds = self._id_start[start : end + 1].tolist()
         prompt, *completions = (np.asarray(self._ids[a:b]) for a, b in itertools.pairwise(bounds))
@@ -189,7 +191,7 @@ class StoredTokens(Sequence[TokenTree]):
             () if self._masks is None else (self._masks[a:b] for a, b in itertools.pairwise(bounds[1:]))
         )
         completion_slice = slice(before, before + end - start - 1)
-        truncated, labels, scores = (values[completion_slice].tolist() for values in self._each.values())
+        truncated, labels, scores = (values[completion_slice].tolist() for values in self._per_completion.values())
         return TokenTree(
             self.first + number,
             prompt,
@@ -222,13 +224,13 @@ class StoredTokens(Sequence[TokenTree]):
         """The same trees with other row numbers."""
         return self._view(first=first)
 
-    def take(self, which: np.ndarray) -> StoredTokens:
+    def take(self, indices: np.ndarray) -> StoredTokens:
         """Some of the trees, by index among these."""
-        return self._view(which=which if self.which is None else self.which[which])
+        return self._view(which=indices if self.which is None else self.which[indices])
 
     def first_completions(self) -> StoredTokens:
         """The same trees with the first completion only."""
-        return self._view(_few=True)
+        return self._view(_first_only=True)
 
     def _view(self, **changed: Any) -> StoredTokens:
         view = copy.copy(self)
@@ -239,7 +241,7 @@ class StoredTokens(Sequence[TokenTree]):
         """(n,) int64: parts of each tree from `start` to `end`, its prompt and its completions."""
         rows = self._rows(start, end)
         counts = self._part_start[rows + 1] - self._part_start[rows]
-        return np.minimum(counts, 2) if self._few else counts
+        return np.minimum(counts, 2) if self._first_only else counts
 
     def part_lengths(self, start: int = 0, end: int | None = None) -> np.ndarray:
         """(parts,) int64: tokens of each part of the trees from `start` to `end`, tree after tree."""
@@ -261,7 +263,9 @@ class StoredTokens(Sequence[TokenTree]):
     @property
     def total(self) -> int:
         """Tokens of all trees, prompts counted once."""
-        return int(self._id_start[-1]) if self.which is None and not self._few else int(self.part_lengths().sum())
+        return (
+            int(self._id_start[-1]) if self.which is None and not self._first_only else int(self.part_lengths().sum())
+        )
 
 
 def part_lengths(trees: Sequence[TokenTree]) -> tuple[np.ndarray, np.ndarray]:

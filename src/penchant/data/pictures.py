@@ -75,28 +75,30 @@ class Pictures:
         except RowError:
             return row
 
-    def _mark(self, value: Any, what: str, listed: Sequence[Picture], bare: Any, found: dict[str, Picture]) -> Any:
+    def _mark(
+        self, value: Any, what: str, listed: Sequence[Picture], unplaced: Any, by_mark: dict[str, Picture]
+    ) -> Any:
         """A column's value with marks in place of pictures, also within messages and their parts."""
         if isinstance(value, str):
             if not listed or BARE not in value:
                 return value
             first, *others = value.split(BARE)
-            return first + "".join(_next_mark(bare, what) + text for text in others)
+            return first + "".join(_next_mark(unplaced, what) + text for text in others)
         if isinstance(value, Mapping):
             contents = ("content", "value")
             return {
-                k: self._parts(v, f"{what}.{k}", bare, found)
+                k: self._parts(v, f"{what}.{k}", unplaced, by_mark)
                 if k in contents and _is_parts(v)
-                else self._mark(v, what, listed, bare, found)
+                else self._mark(v, what, listed, unplaced, by_mark)
                 if k in contents
                 else v
                 for k, v in value.items()
             }
         if isinstance(value, (list, tuple)):
-            return [self._mark(v, f"{what}[{i}]", listed, bare, found) for i, v in enumerate(value)]
+            return [self._mark(v, f"{what}[{i}]", listed, unplaced, by_mark) for i, v in enumerate(value)]
         return value
 
-    def _parts(self, parts: Sequence[Any], what: str, bare: Any, found: dict[str, Picture]) -> Any:
+    def _parts(self, parts: Sequence[Any], what: str, unplaced: Any, by_mark: dict[str, Picture]) -> Any:
         """The text of a content given as a list of parts, with marks in place of pictures; as it is if there are none."""
         kinds = [p.get("type") if isinstance(p, Mapping) else None for p in parts]
         if not {"image", "image_url"} & set(kinds):
@@ -107,10 +109,10 @@ class Pictures:
                 names = ("image", "image_url", "url", "path", "bytes", "base64")
                 value = next((part[n] for n in names if is_nonempty(part.get(n))), None)
                 if value is None:
-                    texts.append(_next_mark(bare, what))
+                    texts.append(_next_mark(unplaced, what))
                 else:
                     picture = self.picture(value, f"{what}[{i}]", encoded="base64" in part and value is part["base64"])
-                    found[mark_of(picture)] = picture
+                    by_mark[mark_of(picture)] = picture
                     texts.append(mark_of(picture))
             elif isinstance(part.get("text") if isinstance(part, Mapping) else None, str):
                 texts.append(part["text"])
@@ -171,8 +173,8 @@ def _is_parts(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
-def _next_mark(bare: Any, what: str) -> str:
-    picture = next(bare, None)
+def _next_mark(pictures: Any, what: str) -> str:
+    picture = next(pictures, None)
     if picture is None:
         raise RowError(f"{what} has more places for pictures than the row has pictures", "list one for each in images")
     return mark_of(picture)

@@ -130,7 +130,7 @@ def _plain_form(tokenizer: Any) -> Form:
     return Form()
 
 
-def _tool_form(tokenizer: Any, plain: Form) -> Form:
+def _tool_form(tokenizer: Any, base_form: Form) -> Form:
     tool = {
         "name": NAME,
         "description": "?",
@@ -146,9 +146,9 @@ def _tool_form(tokenizer: Any, plain: Form) -> Form:
         Message("tool", RESULT, tool_call_id="call12345", name=NAME),
         Message("assistant", ANSWER),
     )
-    forms = [plain._replace(empty=empty, text=text) for empty in ("", None) for text in (False, True)]
+    forms = [base_form._replace(empty=empty, text=text) for empty in ("", None) for text in (False, True)]
     lacks: set[str] = set()
-    offer_text = _try_write(tokenizer, plain, (question,), variables)
+    offer_text = _try_write(tokenizer, base_form, (question,), variables)
     if offer_text and NAME not in offer_text:
         lacks.add("tools")
     working_form = None
@@ -161,21 +161,21 @@ def _tool_form(tokenizer: Any, plain: Form) -> Form:
             break
         if text:
             lacks.add("calls")
-    return (working_form or plain)._replace(lacks=frozenset(lacks - {"calls"} if working_form else lacks))
+    return (working_form or base_form)._replace(lacks=frozenset(lacks - {"calls"} if working_form else lacks))
 
 
-def _try_write(tokenizer: Any, form: Form, turns: Sequence[Message], told: Mapping[str, Any] | None = None) -> str:
+def _try_write(tokenizer: Any, form: Form, turns: Sequence[Message], variables: Mapping[str, Any] | None = None) -> str:
     try:
-        return _write(tokenizer, form, turns, dict(told or {}))
+        return _write(tokenizer, form, turns, dict(variables or {}))
     except ModelError:
         raise
     except Exception:  # a template's own jinja errors: it may refuse such turns
         return ""
 
 
-def _write(tokenizer: Any, form: Form, turns: Sequence[Message], given: Mapping[str, Any], **how: bool) -> str:
+def _write(tokenizer: Any, form: Form, turns: Sequence[Message], variables: Mapping[str, Any], **how: bool) -> str:
     template_turns = [_as_template_turn(m, form, tokenizer) for m in turns]
-    return str(tokenizer.apply_chat_template(template_turns, tokenize=False, **how, **given))
+    return str(tokenizer.apply_chat_template(template_turns, tokenize=False, **how, **variables))
 
 
 def _as_template_turn(message: Message, form: Form, tokenizer: Any) -> dict[str, Any]:
@@ -198,18 +198,18 @@ class ChatTemplate:
     """A tokenizer's chat template with its variables besides the turns.
 
     Args:
-        options: `data.template_options`; told: the row's own variables (tools, options), which take precedence.
+        options: `data.template_options`; variables: the row's own variables (tools, options), which take precedence.
     """
 
     def __init__(
-        self, tokenizer: Any, options: Mapping[str, Any] | None = None, told: Mapping[str, Any] | None = None
+        self, tokenizer: Any, options: Mapping[str, Any] | None = None, variables: Mapping[str, Any] | None = None
     ) -> None:
         self.tokenizer = tokenizer
-        self._given = _fix_date(tokenizer, {**(options or {}), **(told or {})})
+        self._variables = _fix_date(tokenizer, {**(options or {}), **(variables or {})})
 
     @property
     def tools(self) -> Sequence[Mapping[str, Any]]:
-        return self._given.get("tools") or ()
+        return self._variables.get("tools") or ()
 
     def _form_for(self, turns: Sequence[Message]) -> Form:
         return _form(self.tokenizer, bool(self.tools) or any(m.tool_calls or m.role == "tool" for m in turns))
@@ -217,19 +217,19 @@ class ChatTemplate:
     def write(self, turns: Sequence[Message], *, generate: bool = False) -> str:
         """The turns as text; `generate`: with the generation prompt for the next answer."""
         form = self._form_for(turns)
-        return _write(self.tokenizer, form, turns, self._given, add_generation_prompt=generate)
+        return _write(self.tokenizer, form, turns, self._variables, add_generation_prompt=generate)
 
     def render_prompt(self, turns: Sequence[Message]) -> str:
         """The text before an answer; if the last turn is an assistant's, the answer continues it (`continue_final_message`)."""
         if not continues(turns):
             return self.write(turns, generate=True)
-        return _write(self.tokenizer, self._form_for(turns), turns, self._given, continue_final_message=True)
+        return _write(self.tokenizer, self._form_for(turns), turns, self._variables, continue_final_message=True)
 
     def answer_spans(self, turns: Sequence[Message]) -> tuple[str, dict[int, tuple[int, int]]]:
         """The turns as text, and the (start, end) of each assistant turn's ``{% generation %}`` span; empty without such tags."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        variables = dict(self._given)
+        variables = dict(self._variables)
         template = variables.pop("chat_template", None) or self.tokenizer.get_chat_template(
             tools=variables.get("tools")
         )
@@ -451,11 +451,11 @@ def chat(
     return Rendered(prompt, texts, change)
 
 
-def _common_prefix_length(texts: Sequence[str], least: int) -> int:
-    """The length of the texts' common prefix without a word that it cuts, but at least `least`."""
+def _common_prefix_length(texts: Sequence[str], min_length: int) -> int:
+    """The length of the texts' common prefix without a word that it cuts, but at least `min_length`."""
     shared = os.path.commonprefix(texts)  # noqa: RUF071 (characters, not paths)
     word_end = re.match(r"(?s).*[\s>\])}:]", shared)  # never cut after the "<" that "<think>" and "<b>" share
-    return max(least, word_end.end() if word_end else 0)
+    return max(min_length, word_end.end() if word_end else 0)
 
 
 def conversation(
@@ -585,18 +585,18 @@ def _contains(prompt: str, text: str, answer: str) -> bool:
     return not wanted or (tail + written).find(wanted, max(0, len(tail) - len(wanted) + 1)) >= 0
 
 
-def _continuation(prompt: str, whole: str, answer: str, said: Sequence[str]) -> str:
+def _continuation(prompt: str, full_text: str, answer: str, forbidden_texts: Sequence[str]) -> str:
     """What follows the prompt's last words in a conversation that starts differently because the system text was moved.
 
-    No text in `said` may stand between them and the answer: it would be trained on, and read twice.
+    No text in `forbidden_texts` may stand between them and the answer: it would be trained on, and read twice.
     """
-    answer_start = max(whole.rfind(answer), 0)
+    answer_start = max(full_text.rfind(answer), 0)
     for n in range(min(len(prompt), 32), 3, -1):
-        start = whole.rfind(prompt[-n:], 0, answer_start)
-        if start >= 0 and not any(text in whole[start + n : answer_start] for text in said):
-            return whole[start + n :]
+        start = full_text.rfind(prompt[-n:], 0, answer_start)
+        if start >= 0 and not any(text in full_text[start + n : answer_start] for text in forbidden_texts):
+            return full_text[start + n :]
     raise RowError(
-        f"the chat template renders the prompt differently when an answer follows: {excerpt(prompt[-40:])} is not in {excerpt(whole)}",
+        f"the chat template renders the prompt differently when an answer follows: {excerpt(prompt[-40:])} is not in {excerpt(full_text)}",
         "set data.template_options to what makes both equal, or data.template=plain",
     )
 
@@ -623,7 +623,7 @@ def end_ids(tokenizer: Any, model: Any = None) -> frozenset[int]:
     return frozenset(ids | _template_ends(tokenizer, special))
 
 
-def _template_ends(tokenizer: Any, special: Mapping[int, str]) -> set[int]:
+def _template_ends(tokenizer: Any, special_tokens: Mapping[int, str]) -> set[int]:
     """The special token with which the chat template ends an answer, and the one with which it ends a turn that calls tools.
 
     Of several in a row, it is the last one that also follows an answer in mid-conversation: some templates end the answer
@@ -631,7 +631,7 @@ def _template_ends(tokenizer: Any, special: Mapping[int, str]) -> set[int]:
     """
     if not uses_chat("auto", tokenizer):
         return set()
-    ids = {content: i for i, content in special.items() if content}
+    ids = {content: i for i, content in special_tokens.items() if content}
     pattern = any_of(ids)
     question, answer = Message("user", "Which?"), Message("assistant", ANSWER)
 
@@ -663,11 +663,11 @@ def _template_ends(tokenizer: Any, special: Mapping[int, str]) -> set[int]:
     return {ids[e] for e in ends}
 
 
-def _write_tail(tokenizer: Any, form: Form, asked: Message) -> str:
+def _write_tail(tokenizer: Any, form: Form, question: Message) -> str:
     """The generation prompt that the template appends."""
-    turns_text, prompted = _try_write(tokenizer, form, (asked,)), ""
+    turns_text, prompted = _try_write(tokenizer, form, (question,)), ""
     with suppress(Exception):  # the template's own jinja errors
-        prompted = _write(tokenizer, form, (asked,), {}, add_generation_prompt=True)
+        prompted = _write(tokenizer, form, (question,), {}, add_generation_prompt=True)
     return prompted[len(turns_text) :] if prompted.startswith(turns_text) else ""
 
 

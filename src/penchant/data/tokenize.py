@@ -225,10 +225,10 @@ class Tokenization:
         fields: dict[str, Any] = {"labels": labels, "scores": scores, "origin": tree.origin, "weight": tree.weight}
         return [replace(t, row=first + i, **fields) for i, t in enumerate(trees)]
 
-    def check_different(self, completions: Sequence[Ids], cut: bool) -> None:
+    def check_different(self, completions: Sequence[Ids], was_cut: bool) -> None:
         """Reject a pair whose answers are the same tokens, unless such pairs are kept."""
         if self.identical != "keep" and len(completions) == 2 and completions[0] == completions[1]:
-            where = f"after the cut to {self.max_length} tokens" if cut else "in tokens"
+            where = f"after the cut to {self.max_length} tokens" if was_cut else "in tokens"
             raise RowError(f"{IDENTICAL} {where}", "raise data.max_length, drop it, or set data.identical=keep")
 
     def result(self, trees: Sequence[TokenTree], total: int) -> TokenizedDataset:
@@ -258,12 +258,12 @@ def encode_in_context(
             texts |= dict.fromkeys((r.prompt, context, *(context + t for t in r.completions)))
     by_text = dict(zip(texts, encode_texts(tokenizer, list(texts)), strict=True))
 
-    def encode_row(r: Rendered | RowError) -> Encoded | RowError:
-        if isinstance(r, RowError):
-            return r
-        context, completions = contexts[r.prompt], []
+    def encode_row(rendered_row: Rendered | RowError) -> Encoded | RowError:
+        if isinstance(rendered_row, RowError):
+            return rendered_row
+        context, completions = contexts[rendered_row.prompt], []
         context_ids = by_text[context]
-        for text in r.completions:
+        for text in rendered_row.completions:
             ids = by_text[context + text]
             if ids[: len(context_ids)] == context_ids:
                 completions.append(ids[len(context_ids) :])
@@ -275,23 +275,23 @@ def encode_in_context(
                     "move white space between the prompt's end and the answer's start",
                 )
             completions.append(encode_texts(tokenizer, [text])[0] if completion is None else completion)
-        return Encoded(by_text[r.prompt], completions)
+        return Encoded(by_text[rendered_row.prompt], completions)
 
     return [encode_row(r) for r in rendered]
 
 
-def _context_of(prompt: str, begins: re.Pattern[str]) -> str:
+def _context_of(prompt: str, start_pattern: re.Pattern[str]) -> str:
     """The end of a prompt that the ids after it depend on: from its last special token or, in plain text, a word's start."""
     if len(prompt) <= CONTEXT:
         return prompt
     tail = prompt[-CONTEXT:]
-    specials = [m.start() for m in begins.finditer(tail)]
+    specials = [m.start() for m in start_pattern.finditer(tail)]
     word = re.search(r"\s\S", tail)
     return tail[specials[-1] :] if specials else tail[word.start() :] if word else tail
 
 
-def _split_at(tokenizer: Any, before: Ids, whole: Ids, context: str, text: str) -> Ids | None:
-    """The ids of `text` after `context`, if `whole` (the ids of both) does not start with `before` (those of `context`).
+def _split_at(tokenizer: Any, context_ids: Ids, joint_ids: Ids, context: str, text: str) -> Ids | None:
+    """The ids of `text` after `context`, if `joint_ids` (the ids of both) does not start with `context_ids` (those of `context`).
 
     Either the context is encoded differently by itself and a token still starts at the boundary, or a token spans the boundary and
     the text is encoded after another anchor. The result must decode to the whole; None if nothing does.
@@ -300,16 +300,16 @@ def _split_at(tokenizer: Any, before: Ids, whole: Ids, context: str, text: str) 
     if getattr(tokenizer, "is_fast", False):
         offsets = tokenizer(context + text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         boundary = next(
-            (i for i, (start, _) in enumerate(offsets["offset_mapping"]) if start >= len(context)), len(whole)
+            (i for i, (start, _) in enumerate(offsets["offset_mapping"]) if start >= len(context)), len(joint_ids)
         )
-        candidates.append(whole[boundary:])
+        candidates.append(joint_ids[boundary:])
     for anchor in ("\n", ".", tokenizer.eos_token or "", ""):
         anchor_ids, joined_ids = encode_texts(tokenizer, [anchor, anchor + text])
         if joined_ids[: len(anchor_ids)] == anchor_ids:
             candidates.append(joined_ids[len(anchor_ids) :])
     options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    expected = tokenizer.decode(whole, **options)
-    return next((c for c in candidates if tokenizer.decode([*before, *c], **options) == expected), None)
+    expected = tokenizer.decode(joint_ids, **options)
+    return next((c for c in candidates if tokenizer.decode([*context_ids, *c], **options) == expected), None)
 
 
 def encode_texts(tokenizer: Any, texts: list[str]) -> list[Ids]:
@@ -461,12 +461,14 @@ class CausalTokenization(Tokenization):
             return completion
         return [*completion, self.eos]
 
-    def _cut(self, prompt: Ids, completions: list[Ids], longest: int) -> tuple[Ids, list[Ids], tuple[bool, ...]]:
+    def _cut(
+        self, prompt: Ids, completions: list[Ids], longest_completion: int
+    ) -> tuple[Ids, list[Ids], tuple[bool, ...]]:
         if self.truncation == "bad_row":
-            tokens = f"{len(prompt) + longest} tokens"
+            tokens = f"{len(prompt) + longest_completion} tokens"
             raise RowError(f"{tokens} are more than max_length {self.max_length}", "raise data.max_length")
         # the whole prompt, if there are no completions
-        keep = min(len(prompt), max(self.max_length - longest, self.max_length // 2))
+        keep = min(len(prompt), max(self.max_length - longest_completion, self.max_length // 2))
         if keep < len(prompt):
             bos = prompt[:1] if prompt[0] == self.bos_id else []
             prompt = [*bos, *prompt[len(prompt) - keep + len(bos) :]]
@@ -507,14 +509,16 @@ def _join_parts(rendered: Rendered | RowError, parts: Sequence[Encoded | RowErro
     return Encoded(parts[0].prompt, [list(itertools.chain(*ids)) for ids in completions], lengths)
 
 
-def _tree(source: str, prompt: Ids, completions: list[Ids], cut: tuple[bool, ...], turns: Turns = ()) -> TokenTree:
+def _tree(
+    source: str, prompt: Ids, completions: list[Ids], truncated: tuple[bool, ...], turns: Turns = ()
+) -> TokenTree:
     arrays = tuple(np.array(c, dtype=np.int32) for c in completions)
     masks: list[np.ndarray] = []
     # the last part is trained on, and so is an EOS after it
     for ids, parts in zip(completions, turns, strict=bool(turns)):
         mask = np.repeat(np.arange(len(parts)) % 2 == 0, parts)[: len(ids)]
         masks.append(np.pad(mask, (0, len(ids) - len(mask)), constant_values=True))
-    return TokenTree(0, np.array(prompt, dtype=np.int32), arrays, cut, source, masks=tuple(masks))
+    return TokenTree(0, np.array(prompt, dtype=np.int32), arrays, truncated, source, masks=tuple(masks))
 
 
 # ---- Encoders: prompt and completion as the text pair that a BERT-type model was trained on ----
@@ -617,11 +621,11 @@ class PairTokenization(Tokenization):
         return [_tree(source, prompt_ids, [[*k, *layout.after] for k in kept_completions], cut)]
 
 
-def cut_to_fit(prompt: Ids, completions: Sequence[Ids], room: int) -> tuple[Ids, list[Ids]]:
-    """Cut prompt and completions to `room` tokens: first the start of the prompt, then the ends of the completions."""
+def cut_to_fit(prompt: Ids, completions: Sequence[Ids], max_tokens: int) -> tuple[Ids, list[Ids]]:
+    """Cut prompt and completions to `max_tokens` tokens: first the start of the prompt, then the ends of the completions."""
     longest = max(map(len, completions), default=0)
-    keep = min(len(prompt), max(0, room - longest))
-    return prompt[len(prompt) - keep :], [c[:room] for c in completions]
+    keep = min(len(prompt), max(0, max_tokens - longest))
+    return prompt[len(prompt) - keep :], [c[:max_tokens] for c in completions]
 
 
 def same_tokens(a: Any, b: Any, *, template: bool = True) -> bool:

@@ -88,12 +88,14 @@ class PicturedTokenization(CausalTokenization):
             raise RowError("an answer holds a token that stands for a picture", "take it out, or drop the row")
         return super().fit_row(source, prompt, completions, turns)
 
-    def _cut(self, prompt: Ids, completions: list[Ids], longest: int) -> tuple[Ids, list[Ids], tuple[bool, ...]]:
+    def _cut(
+        self, prompt: Ids, completions: list[Ids], longest_completion: int
+    ) -> tuple[Ids, list[Ids], tuple[bool, ...]]:
         image_tokens = sum(i in self._pictured for i in prompt)
         if image_tokens:
-            what = f"{len(prompt) + longest} tokens, {image_tokens} of them of pictures, are more than max_length {self.max_length}"
+            what = f"{len(prompt) + longest_completion} tokens, {image_tokens} of them of pictures, are more than max_length {self.max_length}"
             raise RowError(what, "raise data.max_length, or have smaller pictures (model.image_options)")
-        return super()._cut(prompt, completions, longest)
+        return super()._cut(prompt, completions, longest_completion)
 
     def _tokenize_row(self, tree: PromptTree, of_row: Sequence[Encoded | RowError]) -> list[TokenTree]:
         encoded = [e for e in of_row if isinstance(e, Encoded)]

@@ -139,11 +139,11 @@ def _check_folder(folder: Path, identity: Mapping[str, Any], redo: bool) -> Mapp
     raise ConfigError(str(folder), f"{state} what other arguments gave; old -> new:{changes}\n", how)
 
 
-def _check_files(folder: Path, done: Mapping[str, Any], anew: str) -> None:
-    for name, entry in done["files"].items():
+def _check_files(folder: Path, result: Mapping[str, Any], advice: str) -> None:
+    for name, entry in result["files"].items():
         path = folder / name
         if not path.exists() or path.stat().st_size != entry["bytes"]:
-            raise ConfigError(str(path), "was changed or removed since it was written", anew)
+            raise ConfigError(str(path), "was changed or removed since it was written", advice)
 
 
 @dataclass(slots=True)

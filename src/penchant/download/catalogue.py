@@ -56,11 +56,11 @@ def _files(part: Mapping[str, Any]) -> Files:
     return Files(splits, part.get("layout"), part.get("prompts_only", False))
 
 
-def _spec(name: str, held: Mapping[str, Any]) -> Spec:
-    subsets = {subset: _files(part) for subset, part in held["subsets"].items()}
-    default = held.get("default", ["default"])
+def _spec(name: str, entry: Mapping[str, Any]) -> Spec:
+    subsets = {subset: _files(part) for subset, part in entry["subsets"].items()}
+    default = entry.get("default", ["default"])
     chosen = tuple(subsets if default == "all" else default)
-    settings: Any = {**held, "aliases": tuple(held.get("aliases", ())), "subsets": subsets, "default": chosen}
+    settings: Any = {**entry, "aliases": tuple(entry.get("aliases", ())), "subsets": subsets, "default": chosen}
     return Spec(name, **settings)
 
 

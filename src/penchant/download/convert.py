@@ -60,8 +60,8 @@ class Counts:
         return {**asdict(self), "filtered": dict(sorted(self.filtered.items()))}
 
     @staticmethod
-    def from_json(held: Mapping[str, Any]) -> Counts:
-        return Counts(**{**held, "filtered": Counter(held["filtered"])})
+    def from_json(record: Mapping[str, Any]) -> Counts:
+        return Counts(**{**record, "filtered": Counter(record["filtered"])})
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -90,17 +90,17 @@ class Pace:
     """Reports every few seconds how many rows are done and how fast.
 
     Args:
-        say: called with a line; what: is being done; every: seconds between lines.
+        say: called with a line; what: is being done; interval: seconds between lines.
     """
 
-    def __init__(self, say: Callable[[str], None], what: str, every: float = 5.0) -> None:
-        self._say, self._what, self._every = say, what, every
+    def __init__(self, say: Callable[[str], None], what: str, interval: float = 5.0) -> None:
+        self._say, self._what, self._interval = say, what, interval
         self._started = self._last = monotonic()
         self.rows = 0
 
     def step(self, rows: int = 1) -> None:
         self.rows += rows
-        if self.rows & 0xFF == 0 and monotonic() - self._last >= self._every:
+        if self.rows & 0xFF == 0 and monotonic() - self._last >= self._interval:
             self._last = monotonic()
             speed = self.rows / (self._last - self._started)
             self._say(f"{self._what}: {counted(self.rows, 'row')}, {speed:,.0f} rows/s")
@@ -150,7 +150,7 @@ class Filters:
         return None
 
 
-def _language(row: Fields, met: Counter[str]) -> str:
+def _language(row: Fields, counts: Counter[str]) -> str:
     value = next((row[c] for c in ("language", "lang") if row.get(c) is not None), None)
     if value is None and isinstance(row.get("prompt"), Mapping):  # a tree of messages: the language of its root
         value = row["prompt"].get("lang")
@@ -159,7 +159,7 @@ def _language(row: Fields, met: Counter[str]) -> str:
         value = first.get("lang") if isinstance(first, Mapping) else None
     if value is None:
         raise MissingColumn("language")
-    met[str(value)] += 1
+    counts[str(value)] += 1
     return str(value)
 
 
@@ -296,15 +296,15 @@ class Conversion:
     options: Mapping[str, Any]
     kind: str
 
-    def layout_for_kind(self, before: Callable[[Fields], Fields]) -> Layout:
+    def layout_for_kind(self, preprocess: Callable[[Fields], Fields]) -> Layout:
         """The layout, changed to give data of the requested kind.
 
         Args:
-            before: applied to each row (or folded group) before conversion; raises `LeftOut` if a filter leaves it out.
+            preprocess: applied to each row (or folded group) before conversion; raises `LeftOut` if a filter leaves it out.
         """
 
         def turn(values: Fields, options: Fields) -> tuple[PromptTree, ...]:
-            trees = self.layout.convert(before(values), options)
+            trees = self.layout.convert(preprocess(values), options)
             split_trees = trees if self.kind == "sft" else (t for tree in trees for t in split_answers(tree))
             converted = tuple(t for tree in split_trees for t in KIND_CONVERTERS[self.kind](tree))
             if not converted:
@@ -391,13 +391,13 @@ def _pair_row(tree: PromptTree) -> list[dict[str, Any]]:
     return [row]
 
 
-def _answer_rows(tree: PromptTree, more: Callable[[Completion], Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _answer_rows(tree: PromptTree, extra_fields: Callable[[Completion], Mapping[str, Any]]) -> list[dict[str, Any]]:
     prompt = prompt_json(tree.prompt)
     return [
         {
             "prompt": prompt,
             "completion": [message_json(answer_turn(c))] if c.reasoning or c.tool_calls else c.text,
-            **more(c),
+            **extra_fields(c),
         }
         for c in tree.completions
     ]
@@ -523,20 +523,20 @@ class _Writer:
     waiting: list[Converted] = field(default_factory=list)
     answers: int = 0
 
-    def take(self, made: Converted) -> None:
-        self.counts.rows += made.rows
-        if made.left_out:
-            self.counts.filtered[made.aside[0].what] += made.rows
-        elif made.aside:
-            self.counts.quarantined += made.rows
-            for q in made.aside:
+    def take(self, converted: Converted) -> None:
+        self.counts.rows += converted.rows
+        if converted.left_out:
+            self.counts.filtered[converted.aside[0].what] += converted.rows
+        elif converted.aside:
+            self.counts.quarantined += converted.rows
+            for q in converted.aside:
                 record = {"where": q.where, "what": q.what, "how": q.how, "row": q.raw}
                 self.aside.write(json.dumps(record, default=str).encode() + b"\n")
         elif self.how.labeller is None:
-            self._write(made)
+            self._write(converted)
         else:
-            self.waiting.append(made)
-            self.answers += len(made.trees)
+            self.waiting.append(converted)
+            self.answers += len(converted.trees)
             if self.answers >= BATCH:
                 self.flush()
 
@@ -555,8 +555,8 @@ class _Writer:
                 self.counts.filtered["no label"] += converted.rows
         self.waiting, self.answers = [], 0
 
-    def _write(self, made: Converted) -> None:
-        rows = [row for tree in made.trees for row in written_rows(self.how.conversion.kind, tree)]
+    def _write(self, converted: Converted) -> None:
+        rows = [row for tree in converted.trees for row in written_rows(self.how.conversion.kind, tree)]
         self.out.write(json.dumps(rows, ensure_ascii=False).encode() + b"\n")
-        self.counts.accepted += made.rows
+        self.counts.accepted += converted.rows
         self.counts.examples += len(rows)

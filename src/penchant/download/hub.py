@@ -205,7 +205,7 @@ class RemoteFile(io.RawIOBase):
     def __init__(self, hub: Hub, repository: Repository, file: HubFile) -> None:
         super().__init__()
         self._fetch_range = lambda start, end: hub.fetch_range(repository, file, start, end)
-        self._size, self._at, self.fetched = file.size, 0, 0
+        self._size, self._position, self.fetched = file.size, 0, 0
 
     def readable(self) -> bool:
         return True
@@ -214,19 +214,19 @@ class RemoteFile(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        return self._at
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        return self._position
 
     def tell(self) -> int:
-        return self._at
+        return self._position
 
     def readinto(self, buffer: Any) -> int:
-        end = min(self._at + len(buffer), self._size)
-        if end <= self._at:
+        end = min(self._position + len(buffer), self._size)
+        if end <= self._position:
             return 0
-        data = self._fetch_range(self._at, end)
+        data = self._fetch_range(self._position, end)
         buffer[: len(data)] = data
-        self._at += len(data)
+        self._position += len(data)
         self.fetched += len(data)
         return len(data)
 

@@ -128,10 +128,10 @@ class Plan:
         return Repository(self.hub_id, self.commit, ())
 
     @staticmethod
-    def from_json(held: Mapping[str, Any]) -> Plan:
+    def from_json(record: Mapping[str, Any]) -> Plan:
         field_names = {f.name for f in fields(Source)}  # plans written by 0.1.0 have more fields
-        sources = tuple(Source(**{k: v for k, v in s.items() if k in field_names}) for s in held["sources"])
-        return Plan(**{**held, "sources": sources})
+        sources = tuple(Source(**{k: v for k, v in s.items() if k in field_names}) for s in record["sources"])
+        return Plan(**{**record, "sources": sources})
 
 
 def make_plan(request: GetRequest, hub: Hub) -> Plan:
@@ -190,10 +190,10 @@ def hub_sources(
     return tuple(Source(**asdict(f), split=split, subset=subset) for f, split, subset in chosen), left_out
 
 
-def _missing_note(spec: Spec, subsets: Iterable[str], found: Sequence[Source]) -> str:
-    present = {(s.subset, s.split) for s in found}
+def _missing_note(spec: Spec, subsets: Iterable[str], sources: Sequence[Source]) -> str:
+    present = {(s.subset, s.split) for s in sources}
     missing = [f"{n} ({split})" for n in subsets for split in spec.subsets[n].splits if (n, split) not in present]
-    return f"not there: {', '.join(missing)}" if found and missing else ""
+    return f"not there: {', '.join(missing)}" if sources and missing else ""
 
 
 def _catalog_files(
@@ -207,8 +207,8 @@ def _catalog_files(
                 yield name, split, path, _row_layout(spec, files)
 
 
-def _row_layout(spec: Spec, held: Files) -> tuple[str, bool]:
-    return held.layout or spec.layout, held.prompts_only
+def _row_layout(spec: Spec, files: Files) -> tuple[str, bool]:
+    return files.layout or spec.layout, files.prompts_only
 
 
 Chosen = list[tuple[HubFile, str, str]]

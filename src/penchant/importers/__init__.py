@@ -48,28 +48,28 @@ def settings(translation: Translation, extra: Mapping[str, Any]) -> dict[str, tu
     return needed | {k: (v, "command line") for k, v in extra.items()}
 
 
-def _our_defaults(found: Mapping[str, tuple[Any, str]]) -> dict[str, Any]:
+def _our_defaults(our_settings: Mapping[str, tuple[Any, str]]) -> dict[str, Any]:
     """Our defaults of every key, including those of the chosen loss and algorithm."""
     from penchant.losses import LOSSES
 
     defaults = {
         f"{s}.{k}": v for s, part in default_settings().items() if isinstance(part, Mapping) for k, v in part.items()
     }
-    loss = found.get("loss.name", (None, ""))[0]
+    loss = our_settings.get("loss.name", (None, ""))[0]
     if loss in LOSSES:
         fields = LOSSES[loss].params.model_fields.items()
         defaults |= {f"loss.{i.alias or n}": i.default for n, i in fields}
-    name = found.get("algorithm.name", (None, ""))[0]
+    name = our_settings.get("algorithm.name", (None, ""))[0]
     if name is not None:
         fields = ALGORITHMS[name].model_fields.items()
         defaults |= {f"algorithm.{i.alias or n}": i.default for n, i in fields if not i.is_required()}
     return defaults
 
 
-def nested(found: Mapping[str, tuple[Any, str]]) -> dict[str, Any]:
+def nested(our_settings: Mapping[str, tuple[Any, str]]) -> dict[str, Any]:
     """Nest dotted settings into a config mapping."""
     config: dict[str, Any] = {}
-    for key, (value, _) in found.items():
+    for key, (value, _) in our_settings.items():
         section, _, rest = key.partition(".")
         if rest:
             config.setdefault(section, {})[rest] = value
@@ -78,23 +78,23 @@ def nested(found: Mapping[str, tuple[Any, str]]) -> dict[str, Any]:
     return config
 
 
-def as_yaml(translation: Translation, found: Mapping[str, tuple[Any, str]], name: str) -> str:
+def as_yaml(translation: Translation, our_settings: Mapping[str, tuple[Any, str]], name: str) -> str:
     """Format the config file: sections in our order, one key per line, each with its origin as a comment."""
     lines = [f"# {shown(name)} ({translation.source.title}, {translation.method.title}), written by `penchant import`"]
     unsupported = _unsupported_lines(translation)
     if unsupported:
         lines.append("# NOT SUPPORTED, and not in this file:")
         lines += [f"#   {_pairs(line.theirs)}: {shown(line.note)}" for line in unsupported]
-    lines += [f"# differs: {remark}" for remark in _remarks(translation, found)]
+    lines += [f"# differs: {remark}" for remark in _remarks(translation, our_settings)]
     for section in RunConfig.model_fields:
-        keys = [k for k in found if k.split(".")[0] == section]
+        keys = [k for k in our_settings if k.split(".")[0] == section]
         if keys == [section]:
-            lines.append(_entry(section, *found[section]))
+            lines.append(_entry(section, *our_settings[section]))
         elif keys:
             lines.append(f"{section}:")
             last_comment = ""
             for k in (k for k in keys if k != section):
-                value, comment = found[k]
+                value, comment = our_settings[k]
                 if isinstance(value, list) and value and isinstance(value[0], Mapping):
                     lines.append(f"  {k.partition('.')[2]}:" + (f"  # {shown(comment)}" if comment else ""))
                     lines += [f"    - {_flow(item)}" for item in value]
@@ -116,8 +116,8 @@ def _flow(value: Any) -> str:
 SECRETS = frozenset({"hub_token", "hf_hub_token", "ms_hub_token", "swanlab_api_key", "push_to_hub_token"})
 
 
-def _pairs(theirs: Sequence[tuple[str, Any]]) -> str:
-    return ", ".join(shown(f"{k}: {HIDDEN if k in SECRETS and v else redact(str(v))}")[:120] for k, v in theirs)
+def _pairs(items: Sequence[tuple[str, Any]]) -> str:
+    return ", ".join(shown(f"{k}: {HIDDEN if k in SECRETS and v else redact(str(v))}")[:120] for k, v in items)
 
 
 def _unsupported_lines(translation: Translation) -> list[Line]:
@@ -125,13 +125,13 @@ def _unsupported_lines(translation: Translation) -> list[Line]:
     return [line for line in translation.lines if line.is_set and line.status == "unsupported"]
 
 
-def _remarks(translation: Translation, found: Mapping[str, Any]) -> list[str]:
+def _remarks(translation: Translation, our_settings: Mapping[str, Any]) -> list[str]:
     """Differences that no key of the file states: the method's own, unsupported defaults of the other tool, and missing held-out rows."""
     tool = translation.source.title
     unset_lines = [line for line in translation.lines if not line.is_set and line.status == "unsupported"]
     defaults = [f"{tool}'s default {_pairs(line.theirs)}: {shown(line.note)}" for line in unset_lines]
     held_out = {"data.eval_path", "data.validation_rows", "data.validation_fraction"} & {
-        k for k, (value, _) in found.items() if value
+        k for k, (value, _) in our_settings.items() if value
     }
     no_held_out = (
         [] if held_out else ["no rows are held out, so there will be no held-out figures: set data.validation_rows"]
@@ -139,7 +139,7 @@ def _remarks(translation: Translation, found: Mapping[str, Any]) -> list[str]:
     return [*map(shown, translation.remarks), *defaults, *no_held_out]
 
 
-def as_text(translation: Translation, found: Mapping[str, tuple[Any, str]]) -> str:
+def as_text(translation: Translation, our_settings: Mapping[str, tuple[Any, str]]) -> str:
     """Format a report with one line per key, and the number of keys of each status."""
     set_lines = [line for line in translation.lines if line.is_set]
     lines = [f"{translation.source.title}, {translation.method.title}"]
@@ -147,11 +147,11 @@ def as_text(translation: Translation, found: Mapping[str, tuple[Any, str]]) -> s
         matching = [line for line in set_lines if line.status == status]
         if matching:
             lines += ["", f"{title}:", *(f"  {_line(line)}" for line in matching)]
-    defaults = [k for k in found if found[k][1].startswith(translation.source.title)]
+    defaults = [k for k in our_settings if our_settings[k][1].startswith(translation.source.title)]
     if defaults:
         lines += ["", f"{translation.source.title}'s defaults that differ from ours, written out:"]
-        lines += [f"  {k} = {shown(str(found[k][0]))}" for k in defaults]
-    remarks = _remarks(translation, found)
+        lines += [f"  {k} = {shown(str(our_settings[k][0]))}" for k in defaults]
+    remarks = _remarks(translation, our_settings)
     lines += ["", *(f"differs: {remark}" for remark in remarks)] if remarks else []
     counts = {s: translation.count(s) for s in STATUS}
     lines += ["", f"{sum(counts.values())} keys: " + ", ".join(f"{n} {COUNTED[s]}" for s, n in counts.items())]
@@ -272,14 +272,16 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return {f"{k}.{name}".rstrip("."): v for k, section in sections.items() for name, v in section.items()}
 
 
-def _check_complete(found: Mapping[str, Any], translation: Translation, path: str) -> None:
+def _check_complete(our_settings: Mapping[str, Any], translation: Translation, path: str) -> None:
     """Raise ConfigError if model, data or an online method's reward is missing. Other tools often take them from the command line."""
-    method = ALGORITHMS.get(found.get("algorithm.name", ("", ""))[0])
+    method = ALGORITHMS.get(our_settings.get("algorithm.name", ("", ""))[0])
     required = {"model.path": "MODEL", "data.path": "train.jsonl"}
     if method is not None and method.takes_reward:
         required["reward"] = "rewards.py:FUNCTION"
     missing = {
-        k: v for k, v in required.items() if k not in found and (k != "data.path" or "data.sources" not in found)
+        k: v
+        for k, v in required.items()
+        if k not in our_settings and (k != "data.path" or "data.sources" not in our_settings)
     }
     if missing:
         how = "add it behind the file: " + " ".join(f"{k}={v}" for k, v in missing.items())

@@ -106,11 +106,11 @@ def _expand_variables(word: str, variables: Mapping[str, str]) -> str:
 def _evaluate_arithmetic(line: str, variables: Mapping[str, str]) -> str:
     """Evaluate `$(expr 16 / $n)` and `$((16 / n))` like the shell. Other expressions are kept, and rejected later."""
 
-    def evaluate(found: re.Match[str]) -> str:
-        left, operator, right = (g for g in found.groups() if g is not None)
+    def evaluate(match: re.Match[str]) -> str:
+        left, operator, right = (g for g in match.groups() if g is not None)
         a, b = (variables.get(w.strip("${}"), w) for w in (left, right))
         if not all(re.fullmatch("[0-9]{1,9}", n) for n in (a, b)) or (operator == "/" and int(b) == 0):
-            return found[0]
+            return match[0]
         return str(
             {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__floordiv__}[operator](int(a), int(b))
         )

@@ -140,18 +140,20 @@ def saving(config: ToolConfig) -> Iterator[Line]:
     yield from _interval(config, name, "eval_steps", "evaluation.every")
 
 
-def _interval(config: ToolConfig, strategy: str, steps: str, ours: str) -> Iterator[Line]:
-    if not config.sets(strategy, steps):
+def _interval(config: ToolConfig, strategy_key: str, steps_key: str, our_key: str) -> Iterator[Line]:
+    if not config.sets(strategy_key, steps_key):
         return
-    kind = str(config[strategy] if config.sets(strategy) else "steps")
+    kind = str(config[strategy_key] if config.sets(strategy_key) else "steps")
     interval: Any = {"epoch": "epoch", "no": None, "False": None}.get(kind, "")
-    if interval == "" and kind == "steps" and config[steps] is not None and number(config[steps]) >= 1:
-        interval = integer(config[steps])
+    if interval == "" and kind == "steps" and config[steps_key] is not None and number(config[steps_key]) >= 1:
+        interval = integer(config[steps_key])
     if interval == "":
-        yield config.line([strategy, steps], "unsupported", note=f"set {ours} to a number of optimizer steps, or epoch")
+        yield config.line(
+            [strategy_key, steps_key], "unsupported", note=f"set {our_key} to a number of optimizer steps, or epoch"
+        )
     else:
-        note = "the end is always saved" if strategy == "save_strategy" and interval is None else ""
-        yield config.line([strategy, steps], "translated", {ours: interval}, note)
+        note = "the end is always saved" if strategy_key == "save_strategy" and interval is None else ""
+        yield config.line([strategy_key, steps_key], "translated", {our_key: interval}, note)
 
 
 def precision(config: ToolConfig) -> Iterator[Line]:
@@ -197,13 +199,13 @@ def adapter_line(config: ToolConfig, keys: list[str], rank: int, alpha: float, *
     return config.line(keys, "translated", ours)
 
 
-def quantized(config: ToolConfig, key: str, ours: str | None, adapted: bool) -> Iterator[Line]:
-    """4- or 8-bit weights, which need an adapter here. `ours`: our setting, None if not requested, "" if unsupported."""
-    if ours is None:
+def quantized(config: ToolConfig, key: str, quantization: str | None, has_adapter: bool) -> Iterator[Line]:
+    """4- or 8-bit weights, which need an adapter here. `quantization`: our setting, None if not requested, "" if unsupported."""
+    if quantization is None:
         if config.sets(key):
             yield config.line([key], "same", note="off, as here")
-    elif ours and adapted:
-        yield config.line([key], "translated", {"model.quantize": ours})
+    elif quantization and has_adapter:
+        yield config.line([key], "translated", {"model.quantize": quantization})
     else:
         how = "model.quantize: nf4 (or int8) stands beside a lora section (docs/memory.md)"
         yield config.line([key], "unsupported", note=how)

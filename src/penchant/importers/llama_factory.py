@@ -64,7 +64,9 @@ def data(config: ToolConfig) -> Iterator[Line]:
         yield from _pictures(config, entries)
 
 
-def _resolve_datasets(config: ToolConfig, key: str, ours: str) -> Generator[Line, None, list[Mapping[str, Any]] | None]:
+def _resolve_datasets(
+    config: ToolConfig, key: str, our_key: str
+) -> Generator[Line, None, list[Mapping[str, Any]] | None]:
     """Translate the data sets of a key. Returns their descriptions, or None without dataset_info.json."""
     value = config[key]
     names = [str(n) for n in value] if isinstance(value, list) else [n.strip() for n in str(value).split(",")]
@@ -73,7 +75,7 @@ def _resolve_datasets(config: ToolConfig, key: str, ours: str) -> Generator[Line
     if info is None:
         path = [str(folder / f"{n}.json") for n in names]
         note = f"{where} is not here: the file's place is guessed; with it beside the file, its columns, turns and pictures are read too"
-        yield config.line([key, "dataset_dir"], "translated", {ours: path if len(path) > 1 else path[0]}, note)
+        yield config.line([key, "dataset_dir"], "translated", {our_key: path if len(path) > 1 else path[0]}, note)
         return None
     entries: list[Mapping[str, Any]] = []
     for name in names:
@@ -83,13 +85,13 @@ def _resolve_datasets(config: ToolConfig, key: str, ours: str) -> Generator[Line
         entries.append(entry)
         yield from _unread_fields(name, entry)
     paths = [_locate(entry, folder) for entry in entries]
-    settings: dict[str, Any] = {ours: paths if len(paths) > 1 else paths[0]}
+    settings: dict[str, Any] = {our_key: paths if len(paths) > 1 else paths[0]}
     row_options = [_row_options(entry, config) for entry in entries]
-    if ours == "data.path" and any(r != row_options[0] for r in row_options):
+    if our_key == "data.path" and any(r != row_options[0] for r in row_options):
         settings = {
             "data.sources": [{"path": path, **options} for path, options in zip(paths, row_options, strict=True)]
         }
-    elif ours == "data.path":
+    elif our_key == "data.path":
         settings |= {f"data.{k}": v for k, v in row_options[0].items()}
     used_keys = [key, "dataset_dir", *(["mask_history"] if config.sets("mask_history") else [])]
     yield config.line(used_keys, "translated", settings)
@@ -131,9 +133,9 @@ def _pictures(config: ToolConfig, entries: Sequence[Mapping[str, Any]]) -> Itera
         )
 
 
-def _dataset_info(folder: Path, beside: Path) -> tuple[Mapping[str, Any] | None, str]:
+def _dataset_info(folder: Path, config_folder: Path) -> tuple[Mapping[str, Any] | None, str]:
     """(dataset_info.json or None, its path), looked for in the working directory and beside the imported file."""
-    for root in (Path(), beside):
+    for root in (Path(), config_folder):
         path = root / folder / "dataset_info.json"
         if path.is_file():
             try:

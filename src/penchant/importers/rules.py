@@ -288,17 +288,17 @@ def source(name: str, derivations: Iterable[Derive], guess: Guess) -> Source:
     keys = _merge_tables(borrowed, "derived")
     groups = {**_merge_tables(borrowed[: -len(tables)], "methods"), **_merge_tables(borrowed, "groups")}
 
-    def build_method(own: Mapping[str, Any]) -> Method:
-        parts = [*(groups[group] for group in own.get("like", ())), own]
+    def build_method(spec: Mapping[str, Any]) -> Method:
+        parts = [*(groups[group] for group in spec.get("like", ())), spec]
         defaults = _merge_tables([*tables, *parts], "defaults")
         return Method(
-            own["title"],
-            own.get("base", {}),
+            spec["title"],
+            spec.get("base", {}),
             {key: value for key, value in defaults.items() if value is not None},
             {key: rule for part in parts for key, rule in rules_of(part).items()},
-            tuple(functions[f] for f in own["derived"]),
-            frozenset(key for f in own["derived"] for key in keys[f]),
-            tuple(own.get("remarks", ())),
+            tuple(functions[f] for f in spec["derived"]),
+            frozenset(key for f in spec["derived"] for key in keys[f]),
+            tuple(spec.get("remarks", ())),
         )
 
     rules = {key: rule for part in tables for key, rule in rules_of(part).items()}
@@ -396,21 +396,23 @@ def _without_idle(lines: list[Line], method: Method) -> list[Line]:
 
 
 def _lines(
-    found: Mapping[str, Any], original_names: Mapping[str, str], source: Source, method: Method, config: ToolConfig
+    set_keys: Mapping[str, Any], original_names: Mapping[str, str], source: Source, method: Method, config: ToolConfig
 ) -> list[Line]:
-    """A line for every key that is set (`found`, by the rules' names), and for the tool's defaults."""
+    """A line for every key that is set (`set_keys`, by the rules' names), and for the tool's defaults."""
     lines: list[Line] = []
     rules = {**source.rules, **method.rules}
-    for k in (k for k in found if k not in method.parts):
+    for k in (k for k in set_keys if k not in method.parts):
         rule = rules.get(k) or next((r for n, r in rules.items() if n.endswith("*") and k.startswith(n[:-1])), None)
         lines.append(rule(k, config) if rule else _unknown(k, config, source, method, original_names))
-    lines += [rules[k](k, config) for k in method.defaults if k not in found and k not in method.parts and k in rules]
+    lines += [
+        rules[k](k, config) for k in method.defaults if k not in set_keys and k not in method.parts and k in rules
+    ]
     for derive in method.derive:
         lines += derive(config)
     seen = {k for line in lines for k, _ in line.theirs}
     note = "without effect there: nothing that uses it is on"
     lines += [
-        config.line([k], "same", note=note) for k in found if k not in seen and original_names.get(k, k) not in seen
+        config.line([k], "same", note=note) for k in set_keys if k not in seen and original_names.get(k, k) not in seen
     ]
     return lines
 
@@ -428,10 +430,10 @@ def _unknown(key: str, config: ToolConfig, source: Source, method: Method, origi
     return config.line([key], "unsupported", note=f"not a key that the importer knows; {how}")
 
 
-def choose(name: str, there: Mapping[str, Any], where: str, what: str) -> Any:
-    """Return ``there[name]``, or raise ConfigError with the closest name or all names."""
-    if name not in there:
-        suggestion = closest(name, there)
-        how = f"did you mean {suggestion}?" if suggestion else f"there are {', '.join(there)}"
+def choose(name: str, choices: Mapping[str, Any], where: str, what: str) -> Any:
+    """Return ``choices[name]``, or raise ConfigError with the closest name or all names."""
+    if name not in choices:
+        suggestion = closest(name, choices)
+        how = f"did you mean {suggestion}?" if suggestion else f"there are {', '.join(choices)}"
         raise ConfigError(where, f"{name!r} is not a {what}", how)
-    return there[name]
+    return choices[name]

@@ -143,9 +143,9 @@ def _component(config: ToolConfig, loss: Mapping[str, str]) -> dict[str, Any]:
     return component
 
 
-def _dpo_variant(config: ToolConfig, plain: dict[str, Any]) -> tuple[dict[str, Any], list[str], str]:
+def _dpo_variant(config: ToolConfig, base_loss: dict[str, Any]) -> tuple[dict[str, Any], list[str], str]:
     """(loss, keys used, note) for the keys that turn plain DPO into another of our losses."""
-    beta = {"beta": plain["beta"]} if "beta" in plain else {}
+    beta = {"beta": base_loss["beta"]} if "beta" in base_loss else {}
     divergence = DIVERGENCES.get(config["f_divergence_type"])
     if divergence == "alpha":
         alpha = 1 - number(config["f_alpha_divergence_coef"])
@@ -157,7 +157,7 @@ def _dpo_variant(config: ToolConfig, plain: dict[str, Any]) -> tuple[dict[str, A
         return {"name": "wpo", **beta}, ["use_weighting"], ""
     if config["ld_alpha"] is not None:
         return {"name": "ld_dpo", **beta, "alpha": number(config["ld_alpha"])}, ["ld_alpha"], ""
-    return plain, [], ""
+    return base_loss, [], ""
 
 
 # values without effect; keys not listed here have no effect with any value on a loss that does not read them
@@ -298,8 +298,8 @@ def rewards(config: ToolConfig) -> Iterator[Line]:
         yield config.line(["reward_weights"], "unsupported", ours, "give each reward its weight")
 
 
-def _function_path(dotted: str) -> str:
-    module, _, function = dotted.rpartition(".")
+def _function_path(import_path: str) -> str:
+    module, _, function = import_path.rpartition(".")
     return f"{module.replace('.', '/')}.py:{function}"
 
 

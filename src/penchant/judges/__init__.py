@@ -67,11 +67,11 @@ def load_judge(options: JudgeOptions) -> PairJudge:
     )
 
 
-def _parse_parameters(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
-    if given is None:
+def _parse_parameters(raw: Mapping[str, Any] | str | None) -> dict[str, Any]:
+    if raw is None:
         return dict(PARAMETERS)
     try:
-        parameters = json.loads(given) if isinstance(given, str) else json.loads(json.dumps(dict(given)))
+        parameters = json.loads(raw) if isinstance(raw, str) else json.loads(json.dumps(dict(raw)))
     except (ValueError, TypeError) as error:
         raise ConfigError("--judge-parameters", f"is not JSON ({error})", """write '{"temperature": 0}'""") from error
     if not isinstance(parameters, dict):

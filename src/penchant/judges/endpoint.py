@@ -238,8 +238,8 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _parse_json(data: bytes | bytearray, largest: int = MAX_REPLY_BYTES) -> Any:
-    if len(data) > largest:
+def _parse_json(data: bytes | bytearray, max_bytes: int = MAX_REPLY_BYTES) -> Any:
+    if len(data) > max_bytes:
         return None
     try:
         return json.loads(data)

@@ -202,11 +202,11 @@ class Studio:
         """Check that the request is allowed, then answer."""
         path = scope.get("path", "")
 
-        def headers(status: int, given: MutableHeaders) -> None:
+        def headers(status: int, response_headers: MutableHeaders) -> None:
             if path.startswith("/static/"):
-                given["cache-control"] = "private, max-age=86400"
+                response_headers["cache-control"] = "private, max-age=86400"
             for name, value in HEADERS.items():
-                given.setdefault(name, value)
+                response_headers.setdefault(name, value)
 
         def choose_app() -> ASGIApp:
             return self._refusal(Request(scope, receive)) or self._starlette

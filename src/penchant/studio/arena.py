@@ -164,9 +164,9 @@ def area(studio: Studio) -> Area:
         return _redirect(f"/arena/{quote(sessions.arena_of(request).name)}", "")
 
     async def pair_panel(
-        request: Request, arena: Arena, annotator: str, note: str = "", undone: Judgement | None = None
+        request: Request, arena: Arena, annotator: str, note: str = "", undone_judgement: Judgement | None = None
     ) -> Response:
-        values = await run_in_threadpool(_pair_values, sessions, arena, annotator, note, undone)
+        values = await run_in_threadpool(_pair_values, sessions, arena, annotator, note, undone_judgement)
         return studio.page(request, "arena_pair.html", **values)
 
     async def item(request: Request) -> Response:
@@ -258,13 +258,15 @@ def _redirect(where: str, annotator: str | None = None) -> Response:
 
 
 def _pair_values(
-    sessions: Sessions, arena: Arena, annotator: str, note: str = "", undone: Judgement | None = None
+    sessions: Sessions, arena: Arena, annotator: str, note: str = "", undone_judgement: Judgement | None = None
 ) -> dict[str, Any]:
     """Return the template values of a pair's page; none of them reveals which model wrote which answer."""
     item = sessions.next(arena, annotator)
     own_judgements = arena.preferences.of(annotator)
     values: dict[str, Any] = {"arena": arena, "annotator": annotator, "item": item, "note": note, "keys": KEYS}
-    values["reasons"], values["edited"] = ((), "") if undone is None else (undone.reasons, undone.edited or "")
+    values["reasons"], values["edited"] = (
+        ((), "") if undone_judgement is None else (undone_judgement.reasons, undone_judgement.edited or "")
+    )
     values["order"] = arena.preferences.records.get(annotator, 0)
     values["judged"] = len([j for j in own_judgements if j.repeat_of is None])
     values["can_undo"] = bool(own_judgements)
@@ -278,17 +280,17 @@ def _pair_values(
     return values
 
 
-def _record_verdict(arena: Arena, annotator: str, given: list[tuple[str, str]]) -> str:
+def _record_verdict(arena: Arena, annotator: str, form_fields: list[tuple[str, str]]) -> str:
     """Record a verdict and return a message to show, or "".
 
     A second verdict on one showing (a key pressed twice, a second window, a retry after a crash) has no effect.
     """
     with arena.locked():
-        return _record_verdict_locked(arena, annotator, given)
+        return _record_verdict_locked(arena, annotator, form_fields)
 
 
-def _record_verdict_locked(arena: Arena, annotator: str, given: list[tuple[str, str]]) -> str:
-    values = dict(given)
+def _record_verdict_locked(arena: Arena, annotator: str, form_fields: list[tuple[str, str]]) -> str:
+    values = dict(form_fields)
     button = values.get("verdict", "")
     if button not in VERDICT_BUTTONS:
         raise HTTPException(400, "that is not a verdict")
@@ -321,7 +323,7 @@ def _record_verdict_locked(arena: Arena, annotator: str, given: list[tuple[str, 
         seconds=seconds if seconds == seconds else 0.0,
         gold=item.pair.gold,
         repeat_of=item.repeat_of,
-        reasons=tuple(v for k, v in given if k == "reason" and v in allowed),
+        reasons=tuple(v for k, v in form_fields if k == "reason" and v in allowed),
         edited=edited[:MAX_EDITED] if edited.strip() else None,
     )
     arena.preferences.append(judgement.to_json())
@@ -380,17 +382,17 @@ def _sources(studio: Studio) -> dict[str, Any]:
     }
 
 
-async def _create_arena(studio: Studio, given: list[tuple[str, str]]) -> Response:
-    arena = await run_in_threadpool(_build_arena, studio, given)
+async def _create_arena(studio: Studio, form_fields: list[tuple[str, str]]) -> Response:
+    arena = await run_in_threadpool(_build_arena, studio, form_fields)
     return _redirect(f"/arena/{quote(arena.name)}")
 
 
-def _build_arena(studio: Studio, given: list[tuple[str, str]]) -> Arena:
-    values = dict(given)
+def _build_arena(studio: Studio, form_fields: list[tuple[str, str]]) -> Arena:
+    values = dict(form_fields)
     settings, writers = _parse_settings(values), {}
     kind = values.get("source", "")
     if kind == "runs":
-        runs = [studio.resolve(f"{v}/{SAMPLES}").parent for k, v in given if k == "run"]
+        runs = [studio.resolve(f"{v}/{SAMPLES}").parent for k, v in form_fields if k == "run"]
         if not runs:
             raise DataError("runs", "none is ticked", "tick one or more")
         answers = pairs.answers_from_runs(runs)

@@ -194,14 +194,14 @@ class Data:
         )  # fmt: skip
 
     def _page(
-        self, file: File, start: int, word: str, only: str, findings: Mapping[str, Any], made: Mapping[str, Any]
+        self, file: File, start: int, word: str, filter_name: str, findings: Mapping[str, Any], edits: Mapping[str, Any]
     ) -> Page:
-        if only == "aside":
+        if filter_name == "aside":
             return file.page(start, wanted=is_quarantined, needle=word)
-        if only == "edited":
-            return self._page_of_places(file, start, [*made], word)
-        if only in findings:
-            return self._page_of_places(file, start, rows_of_places(sequence(findings[only].get("where"))), word)
+        if filter_name == "edited":
+            return self._page_of_places(file, start, [*edits], word)
+        if filter_name in findings:
+            return self._page_of_places(file, start, rows_of_places(sequence(findings[filter_name].get("where"))), word)
         return file.page(start, needle=word)
 
     def _page_of_places(self, file: File, start: int, where: Sequence[str], word: str) -> Page:
@@ -361,9 +361,9 @@ class Data:
         return self._tokenizers[path], options
 
 
-def _with_edit(file: File, item: Item, made: Mapping[str, Any]) -> Item:
+def _with_edit(file: File, item: Item, edits: Mapping[str, Any]) -> Item:
     """Return a row with its edit applied, as it will be in the copy."""
-    edit = made.get(item.where)
+    edit = edits.get(item.where)
     if edit is None:
         return item
     if edit.values is None or file.grouped:
@@ -385,9 +385,9 @@ def _copy_name(path: str) -> str:
     return Path(path).with_name(f"{Path(name).stem}.fixed{kind}").as_posix()
 
 
-def _parse_number(said: str | None, default: int) -> int:
+def _parse_number(raw: str | None, default: int) -> int:
     try:
-        return min(max(0, int(said or "")), 2**40) or default
+        return min(max(0, int(raw or "")), 2**40) or default
     except ValueError:
         return default
 

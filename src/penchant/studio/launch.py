@@ -269,9 +269,9 @@ class Children:
             process.kill()
 
 
-def last_error_line(done: subprocess.CompletedProcess[bytes]) -> str:
+def last_error_line(process: subprocess.CompletedProcess[bytes]) -> str:
     """Return the last line of a failed command's stderr."""
-    lines = done.stderr.decode(errors="replace").strip().splitlines()
+    lines = process.stderr.decode(errors="replace").strip().splitlines()
     return lines[-1].removeprefix("penchant: ") if lines else "failed"
 
 
@@ -334,13 +334,13 @@ class Processes:
             self._stopped.discard(path)
             self._spawn(path, [str(folder / CONFIG), f"output={json.dumps(str(folder))}"], cwd)
 
-    def _spawn(self, path: str, arguments: Sequence[str], place: Path | None = None) -> None:
+    def _spawn(self, path: str, arguments: Sequence[str], cwd: Path | None = None) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         log = os.open(self.root / path / CONSOLE, flags, 0o644)
         try:
             self.started[path] = subprocess.Popen(
                 command("train", *arguments),
-                cwd=place or self.root,
+                cwd=cwd or self.root,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -342,21 +342,21 @@ def _short_names(folders: Iterable[Path]) -> dict[Path, str]:
     return {f: f.name if names.count(f.name) == 1 else "/".join(f.parts[-2:]) for f in paths}
 
 
-def _require_pairs(found: Answers, where: str, what: str) -> Answers:
-    if not any(len(answers) > 1 for _, answers in found.rows):
+def _require_pairs(all_answers: Answers, where: str, what: str) -> Answers:
+    if not any(len(answers) > 1 for _, answers in all_answers.rows):
         how = "choose runs that wrote samples (evaluation.samples), a comparison, or a file of pairs"
         raise DataError(where, f"no prompt has two answers ({what})", how)
-    return found
+    return all_answers
 
 
-def make_pairs(answers: Answers, seed: int, contests: Sequence[tuple[str, str]] | None = None) -> list[Pair]:
+def make_pairs(answers: Answers, seed: int, model_pairs: Sequence[tuple[str, str]] | None = None) -> list[Pair]:
     """Pair the different answers of every two models to each prompt; a given pair of models keeps the same order throughout.
 
     Args:
-        contests: pairs of models to compare; None for all.
+        model_pairs: pairs of models to compare; None for all.
     """
     names = list(answers.models)
-    matchups = list(contests or combinations(names, 2))
+    matchups = list(model_pairs or combinations(names, 2))
     pairs_by_id: dict[str, Pair] = {}
     for prompt, texts in answers.rows:
         for a, b in matchups:

@@ -180,7 +180,7 @@ class File:
         rows = read_rows(str(self.path), self.bounds)
         return [row for _, row in zip(range(FIRST_ROWS), rows, strict=False)]
 
-    def page(self, start: int = 1, most: int = ROWS, wanted: ItemFilter | None = None, needle: str = "") -> Page:
+    def page(self, start: int = 1, max_rows: int = ROWS, wanted: ItemFilter | None = None, needle: str = "") -> Page:
         """Return a page of rows, beginning at a row number.
 
         Args:
@@ -190,21 +190,21 @@ class File:
         matching: list[Item] = []
         deadline = time.monotonic() + SECONDS
         searching = wanted is not None or bool(needle)
-        batch_size = most if wanted is None else max(most, LOOKED_AT)
+        batch_size = max_rows if wanted is None else max(max_rows, LOOKED_AT)
         for items, upto, at_end in self._batches(start, batch_size, needle):
             matching += [item for item in items if wanted is None or wanted(item)]
             if at_end:
-                return Page(tuple(matching[:most]), _next_number(matching, most), upto)
-            if not searching or len(matching) >= most or time.monotonic() > deadline:
-                return Page(tuple(matching[:most]), _next_number(matching, most) or upto + 1, upto)
-        return Page(tuple(matching[:most]), None, start)
+                return Page(tuple(matching[:max_rows]), _next_number(matching, max_rows), upto)
+            if not searching or len(matching) >= max_rows or time.monotonic() > deadline:
+                return Page(tuple(matching[:max_rows]), _next_number(matching, max_rows) or upto + 1, upto)
+        return Page(tuple(matching[:max_rows]), None, start)
 
-    def _batches(self, start: int, most: int, needle: str) -> Iterator[tuple[list[Item], int, bool]]:
+    def _batches(self, start: int, batch_size: int, needle: str) -> Iterator[tuple[list[Item], int, bool]]:
         """Yield (items, number of the last row scanned, whether it is the last in the file), one batch at a time."""
         needle_bytes = search_bytes(needle)
         if self.lines is not None and not self.grouped:
             while True:
-                rows, upto, at_end = self._read_chunk(start, most, needle_bytes)
+                rows, upto, at_end = self._read_chunk(start, batch_size, needle_bytes)
                 rows = [
                     row for row in rows if not needle or isinstance(row, BadRow) or contains_text(row.values, needle)
                 ]
@@ -215,13 +215,13 @@ class File:
         with self._lock:
             units = self._units(start)
             while True:
-                batch = [unit for _, unit in zip(range(most), units, strict=False)]
+                batch = [unit for _, unit in zip(range(batch_size), units, strict=False)]
                 self._cursor = (units, start + len(batch))
                 converted = [*self._convert_batch(batch, start)]
                 matching = [item for item in converted if not needle or contains_text(item.raw, needle)]
-                yield matching, start + len(batch) - 1, len(batch) < most
+                yield matching, start + len(batch) - 1, len(batch) < batch_size
                 start += len(batch)
-                if len(batch) < most:
+                if len(batch) < batch_size:
                     return
 
     def _units(self, start: int) -> Iterator[Any]:
@@ -241,7 +241,7 @@ class File:
         for number, converted in enumerate(batch, start):
             yield _make_item(converted, number)
 
-    def _read_chunk(self, start: int, most: int, word: bytes = b"") -> tuple[list[Row | BadRow], int, bool]:
+    def _read_chunk(self, start: int, max_lines: int, word: bytes = b"") -> tuple[list[Row | BadRow], int, bool]:
         """Return (rows of the next non-blank lines, number of the last line read, whether it is the last in the file)."""
         assert self.lines is not None
         offset = self.lines.offset(start)
@@ -252,7 +252,7 @@ class File:
         byte_count, number, at_end, deadline = 0, start - 1, False, time.monotonic() + SECONDS
         with self.path.open("rb") as file:
             file.seek(offset)
-            while len(kept_lines) < most and byte_count < PAGE_BYTES:
+            while len(kept_lines) < max_lines and byte_count < PAGE_BYTES:
                 line = file.readline(self.bounds.bytes + 2)
                 if not line:
                     at_end = True
@@ -310,9 +310,9 @@ def stamp(path: Path) -> tuple[int, int, int]:
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-def _next_number(found: Sequence[Item], most: int) -> int | None:
+def _next_number(items: Sequence[Item], max_rows: int) -> int | None:
     """Return the number of the first item that did not fit on a page, or None if all fit."""
-    return found[most].number if len(found) > most else None
+    return items[max_rows].number if len(items) > max_rows else None
 
 
 QUARANTINE = {"where", "what", "how", "row"}  # columns of a quarantined row
@@ -332,15 +332,15 @@ def _unconverted_item(row: Row | BadRow, number: int) -> Item:
     return Item(number, row.where, row.values, row.values)
 
 
-def _make_item(made: Converted, number: int) -> Item:
-    first = made.source[0]
+def _make_item(converted: Converted, number: int) -> Item:
+    first = converted.source[0]
     values = first.values if isinstance(first, Row) else None
     raw = first.raw if isinstance(first, BadRow) else first.values
-    if len(made.source) > 1:
-        raw = [row.values if isinstance(row, Row) else row.raw for row in made.source]
+    if len(converted.source) > 1:
+        raw = [row.values if isinstance(row, Row) else row.raw for row in converted.source]
         values = None
-    aside = (made.aside[0].what, made.aside[0].how) if made.aside else None
-    return Item(number, first.where, values, raw, made.trees, aside, made.left_out)
+    aside = (converted.aside[0].what, converted.aside[0].how) if converted.aside else None
+    return Item(number, first.where, values, raw, converted.trees, aside, converted.left_out)
 
 
 # ---- Search and filters ----
@@ -402,11 +402,11 @@ def answers_of(tree: PromptTree, diff: bool = False) -> list[Answer]:
     return [_answer(c, is_pair, words[i] if is_pair and diff else []) for i, c in enumerate(tree.completions)]
 
 
-def _answer(one: Completion, pair: bool, words: Words) -> Answer:
-    kind = {True: "chosen", False: "rejected", None: "assistant"}[one.label]
-    score = "" if one.score is None else f", score {one.score:g}"
-    more = tuple((m.role, m.content, m.trained and m.role == "assistant") for m in one.more)
-    return Answer((PAIR_NAMES if pair else NAMES)[one.label] + score, kind, one.text, one.reasoning, more, words)
+def _answer(c: Completion, is_pair: bool, words: Words) -> Answer:
+    kind = {True: "chosen", False: "rejected", None: "assistant"}[c.label]
+    score = "" if c.score is None else f", score {c.score:g}"
+    more = tuple((m.role, m.content, m.trained and m.role == "assistant") for m in c.more)
+    return Answer((PAIR_NAMES if is_pair else NAMES)[c.label] + score, kind, c.text, c.reasoning, more, words)
 
 
 def turns_of(tree: PromptTree) -> list[tuple[str, str, str]]:
@@ -475,22 +475,22 @@ class Edits:
             append_line(self.file, record | ({"row": dict(row)} if row is not None else {}))
 
 
-def parse_edited_row(said: str) -> dict[str, Any]:
+def parse_edited_row(json_text: str) -> dict[str, Any]:
     """Parse a row that a person typed as JSON.
 
     Raises:
         DataError: it is not a row.
     """
-    rows = [*json_lines(Source(io.BytesIO(to_json_line(said)), "the row", Bounds()))]
+    rows = [*json_lines(Source(io.BytesIO(to_json_line(json_text)), "the row", Bounds()))]
     if len(rows) != 1 or isinstance(rows[0], BadRow):
         what = rows[0].what if rows and isinstance(rows[0], BadRow) else "is empty"
         raise DataError("the row", what, "write one JSON object")
     return dict(rows[0].values)
 
 
-def to_json_line(said: str) -> bytes:
+def to_json_line(json_text: str) -> bytes:
     """Join JSON into one line; its line breaks can only be white space, unless it is invalid anyway."""
-    return said.replace("\r", " ").replace("\n", " ").encode("utf-8", "surrogatepass")
+    return json_text.replace("\r", " ").replace("\n", " ").encode("utf-8", "surrogatepass")
 
 
 def content_hash(item: Item) -> str:
@@ -510,11 +510,11 @@ class Token:
     kind: str
 
 
-def tokens_of(tree: PromptTree, kind: str, tokenizer: Any, how: Mapping[str, Any]) -> list[tuple[str, list[Token]]]:
+def tokens_of(tree: PromptTree, kind: str, tokenizer: Any, options: Mapping[str, Any]) -> list[tuple[str, list[Token]]]:
     """Return (name, tokens) for a tree's prompt and each completion as in training, including the tokens lost to truncation.
 
     Args:
-        kind: kind of the data; how: options of `CausalTokenization`.
+        kind: kind of the data; options: options of `CausalTokenization`.
 
     Raises:
         DataError: the row would be quarantined; gives the reason.
@@ -522,7 +522,7 @@ def tokens_of(tree: PromptTree, kind: str, tokenizer: Any, how: Mapping[str, Any
     from penchant.data.tokenize import CausalTokenization
 
     def tokenize(**more: Any) -> list[Any]:
-        tokenized = CausalTokenization(tokenizer, kind, **{**how, **more, "on_bad_row": "error"}).all([tree])
+        tokenized = CausalTokenization(tokenizer, kind, **{**options, **more, "on_bad_row": "error"}).all([tree])
         return list(tokenized.trees)
 
     sections: list[tuple[str, list[Token]]] = []
@@ -553,8 +553,8 @@ def _display_tokens(
 ) -> list[Token]:
     """Return the tokens, each with the text it adds to the one before: decoded alone, many would lose their leading space."""
 
-    def decode(*some: int) -> str:
-        return str(tokenizer.decode(list(some), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    def decode(*token_ids: int) -> str:
+        return str(tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     tokens: list[Token] = []
     previous = [int(i) for i in before]

@@ -271,8 +271,8 @@ class Runs:
         await run_in_threadpool(self.processes.resume, path)
         return _redirect_to_run(path)
 
-    def _requested_run(self, given: Mapping[str, str]) -> str:
-        path = self.studio.relative(self.studio.resolve(given.get("run", "")))
+    def _requested_run(self, params: Mapping[str, str]) -> str:
+        path = self.studio.relative(self.studio.resolve(params.get("run", "")))
         return path if path in self.processes.started else self.run_path(path)
 
 

@@ -137,27 +137,27 @@ class Shelf:
         view.refresh()
         return line_of(view, path)
 
-    def _group(self, found: FoundFolder, runs: Mapping[str, Line]) -> Line:
-        name = next(name for name, kind in GROUPS.items() if kind == found.kind)
-        file = self.root / found.path / name
-        cached = self._groups.setdefault((found.kind, found.path), CachedFile[dict[str, Any]](file, json_object, {}))
+    def _group(self, group: FoundFolder, runs: Mapping[str, Line]) -> Line:
+        name = next(name for name, kind in GROUPS.items() if kind == group.kind)
+        file = self.root / group.path / name
+        cached = self._groups.setdefault((group.kind, group.path), CachedFile[dict[str, Any]](file, json_object, {}))
         content = cached.read()
         changed = _last_modified(file)
-        if found.kind == "comparison":
-            return Line("comparison", found.path, headline=_comparison_headline(content), changed=changed)
-        records = mapping(content.get("runs" if found.kind == "sweep" else "stages"))
+        if group.kind == "comparison":
+            return Line("comparison", group.path, headline=_comparison_headline(content), changed=changed)
+        records = mapping(content.get("runs" if group.kind == "sweep" else "stages"))
         counts: dict[str, int] = {}
         for record in records.values():
             state = text(mapping(record).get("state")) or "to come"
             counts[state] = counts.get(state, 0) + 1
-        prefix = "" if found.path == "." else f"{found.path}/"
+        prefix = "" if group.path == "." else f"{group.path}/"
         active = [line for path, line in runs.items() if path.startswith(prefix) and line.state in OPEN_STATES]
         all_done = bool(records) and set(counts) <= {"finished", "stopped", "cut"}
         state = "running" if active or lock_state(file.parent) == "held" else "finished" if all_done else "interrupted"
         table = mapping(content.get("table"))
         best = ", ".join(text(name) for name in sequence(table.get("best"))[:3])
         headline = f"best by validation: {best}" if best else ""
-        return Line(found.kind, found.path, state, headline=headline, changed=changed, inside=counts)
+        return Line(group.kind, group.path, state, headline=headline, changed=changed, inside=counts)
 
     def follow(self, path: str) -> RunView:
         """Return a run with its curves, up to date; it is read at most twice a second, however many pages show it."""
@@ -188,9 +188,9 @@ def _last_modified(*files: Path) -> float:
     return max(times)
 
 
-def _comparison_headline(figures: Mapping[str, Any]) -> str:
-    sentences = [sentence for sentence in sequence(figures.get("sentences")) if isinstance(sentence, str)]
-    models = mapping(figures.get("models"))
+def _comparison_headline(comparison: Mapping[str, Any]) -> str:
+    sentences = [sentence for sentence in sequence(comparison.get("sentences")) if isinstance(sentence, str)]
+    models = mapping(comparison.get("models"))
     return sentences[0] if sentences else f"compares {', '.join(models)}" if models else ""
 
 

@@ -185,7 +185,7 @@ class Sweep:
     trial: Callable[[int, Mapping[str, Any]], SweepRun] | None = field(default=None, compare=False)
 
 
-def load_sweep(given: Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> Sweep:
+def load_sweep(config_or_path: Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> Sweep:
     """Read a sweep from a YAML file or a mapping, or make one from a run's config and override lists.
 
     Args:
@@ -194,7 +194,7 @@ def load_sweep(given: Mapping[str, Any] | str | Path, overrides: Sequence[str] =
     Raises:
         ConfigError: with ``file:line: what, how to fix``. Every run's config is checked.
     """
-    values, places, source = read_values(given, SHAPE, "sweep")
+    values, places, source = read_values(config_or_path, SHAPE, "sweep")
     if not set(values) & {"base", "grid", "runs", "search"} and "model" in values:
         values, places = _sweep_of_run(values, places)
     sweep_overrides, base_overrides = _split_overrides(overrides)
@@ -405,8 +405,8 @@ def _search(
     config = config.model_copy(update={"space": {keys[k]: v for k, v in config.space.items()}})
     key_places = {long: place_of(("search", "space", key), places, source) for key, long in keys.items()}
 
-    def trial(number: int, drawn: Mapping[str, Any]) -> SweepRun:
-        settings = [(key, value, label(value), key_places[key]) for key, value in drawn.items()]
+    def trial(number: int, params: Mapping[str, Any]) -> SweepRun:
+        settings = [(key, value, label(value), key_places[key]) for key, value in params.items()]
         run = factory.run(BASE, ({}, {}), settings)
         name = f"trial-{number}"
         return replace(run, name=name, setting=name, folder=factory.output / name)

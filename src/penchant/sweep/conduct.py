@@ -62,16 +62,16 @@ def standings_at(runs: Sequence[SweepRun], records: Records, halving: Halving, r
 
 
 def mark_cut_runs(
-    runs: Sequence[SweepRun], records: Records, halving: Halving, rung: int, found: Sequence[Standing]
+    runs: Sequence[SweepRun], records: Records, halving: Halving, rung: int, ranked: Sequence[Standing]
 ) -> None:
     """Mark the paused runs of every dropped setting as cut. Runs that stopped themselves keep their state."""
-    for standing in found:
+    for standing in ranked:
         for run in runs:
             record = records.get(run.name, {})
             if not standing.kept and run.setting == standing.setting and record.get("state") == "paused":
-                cut: dict[str, Any] = {"rung": rung, "of": halving.rungs, "rank": standing.rank, "among": len(found)}
+                cut: dict[str, Any] = {"rung": rung, "of": halving.rungs, "rank": standing.rank, "among": len(ranked)}
                 cut |= {"metric": halving.metric, "mean": standing.mean}
-                by_rank = f"rank {standing.rank} of {len(found)}"
+                by_rank = f"rank {standing.rank} of {len(ranked)}"
                 reason = by_rank if standing.mean is not None else "another seed of it stopped itself"
                 why = f"stopped at rung {rung} of {halving.rungs}: {reason}"
                 record |= {"state": "cut", "cut": cut, "why": why}
@@ -165,13 +165,13 @@ class State:
         self.about["halving"] = current
 
 
-def judge_run(run: SweepRun, record: Mapping[str, Any] | None, inputs: Inputs, halved: bool = False) -> Planned:
+def judge_run(run: SweepRun, record: Mapping[str, Any] | None, inputs: Inputs, has_halving: bool = False) -> Planned:
     """Decide whether a run is done, is to be trained or resumed, or has changed.
 
     Args:
-        record: the run's record in `sweep.json`, or None; inputs: its current inputs; halved: whether cut runs stay cut.
+        record: the run's record in `sweep.json`, or None; inputs: its current inputs; has_halving: whether cut runs stay cut.
     """
-    if record is not None and record["state"] == "cut" and halved and not changes(record["inputs"], inputs):
+    if record is not None and record["state"] == "cut" and has_halving and not changes(record["inputs"], inputs):
         return Planned(run.name, "done", record["why"])  # even if its folder is gone
     planned = planned_action(run, record, inputs, "sweep", ENDED)
     if planned is not None:
@@ -186,8 +186,8 @@ def judge_run(run: SweepRun, record: Mapping[str, Any] | None, inputs: Inputs, h
     return Planned(run.name, "resume", f"at a rung, {checkpoint.name.replace('-', ' ')}")
 
 
-def _refusal(run: SweepRun, why: str) -> CheckpointError:
-    return run.refusal(why, f"undo the change, choose another output, or move {run.folder} away to retrain it")
+def _refusal(run: SweepRun, reason: str) -> CheckpointError:
+    return run.refusal(reason, f"undo the change, choose another output, or move {run.folder} away to retrain it")
 
 
 # ---- Running a sweep: runs one after another in this process, or several at a time in worker processes or cluster jobs ----
@@ -349,11 +349,11 @@ class SweepConductor:
             return job
         return job if self._cluster(job["on"]).ended(job["id"]) is None else None
 
-    def _cluster(self, on: str) -> Cluster:
-        if on not in self._clusters:
+    def _cluster(self, backend: str) -> Cluster:
+        if backend not in self._clusters:
             config = self.sweep.cluster
-            self._clusters[on] = open_cluster(config.model_copy(update={"on": on}), self.sweep.output)
-        return self._clusters[on]
+            self._clusters[backend] = open_cluster(config.model_copy(update={"on": backend}), self.sweep.output)
+        return self._clusters[backend]
 
     def _wait_if_submitted(self, run: SweepRun, planned: Planned) -> Planned:
         """Change the action to ``wait`` if a cluster job already has the run.
@@ -539,8 +539,8 @@ class SweepConductor:
         value = self.state.runs[run.name].get("metrics", {}).get(self.sweep.metric)
         return None if value is None else float(value)
 
-    def _train_sequentially(self, todo: Iterator[SweepRun]) -> None:
-        for run in todo:
+    def _train_sequentially(self, runs: Iterator[SweepRun]) -> None:
+        for run in runs:
             self._begin(run)
             started = time.monotonic()
             console = None if self.quiet else _RunConsole(self._run_label(run), self.report.on_event)
@@ -571,23 +571,23 @@ class SweepConductor:
         self.state.runs[run.name]["job"] = dict(job)
         self.state.save()
 
-    def _end(self, run: SweepRun, made: Finished) -> None:
+    def _end(self, run: SweepRun, outcome: Finished) -> None:
         """Record a run's outcome, and print a line about it."""
         record = self.state.runs[run.name]
         record.pop("job", None)
-        seconds = round(record["seconds"] + made["seconds"], 2)
-        self._durations.append(made["seconds"])
-        if made["state"] == "paused":  # metrics at a rung are kept there, not as the run's result
-            rungs = {**record["rungs"], str(self.rung): {"step": made["steps"], "metrics": made["metrics"]}}
-            made = {"state": "paused", "steps": made["steps"], "rungs": rungs}
-        self.state.runs[run.name] = {**record, **made, "seconds": seconds}
+        seconds = round(record["seconds"] + outcome["seconds"], 2)
+        self._durations.append(outcome["seconds"])
+        if outcome["state"] == "paused":  # metrics at a rung are kept there, not as the run's result
+            rungs = {**record["rungs"], str(self.rung): {"step": outcome["steps"], "metrics": outcome["metrics"]}}
+            outcome = {"state": "paused", "steps": outcome["steps"], "rungs": rungs}
+        self.state.runs[run.name] = {**record, **outcome, "seconds": seconds}
         self._write()
         self.report.on_event("eval")
-        if made["state"] not in (*ENDED, "paused"):
+        if outcome["state"] not in (*ENDED, "paused"):
             return
         remaining = self.total - len(self.runs) + sum(not self._is_settled(r) for r in self.runs)
         time_left = duration(sum(self._durations) / len(self._durations) * remaining / self.jobs)
-        summary = f"stopped itself: {made['why']}" if made["state"] == "stopped" else f"{made['steps']} steps"
+        summary = f"stopped itself: {outcome['why']}" if outcome["state"] == "stopped" else f"{outcome['steps']} steps"
         metric, value = self._ranking_value(run)
         if value is not None:
             summary = f"{metric} {value:.4f}, {summary}"

@@ -134,7 +134,7 @@ def read_halving(
     return Halving(config.rungs, config.factor, halving_metric, higher_wins, place)
 
 
-def check_metric(given: Any, key: str, place: str) -> None:
-    """Raise ConfigError unless `given` is a held-out metric."""
-    if not isinstance(given, str) or not given.startswith("eval/") or given.endswith("/ci"):
-        raise ConfigError(place, f"{key} is {given!r}", "give a held-out figure, e.g. eval/rewards/accuracies")
+def check_metric(metric: Any, key: str, place: str) -> None:
+    """Raise ConfigError unless `metric` is a held-out metric."""
+    if not isinstance(metric, str) or not metric.startswith("eval/") or metric.endswith("/ci"):
+        raise ConfigError(place, f"{key} is {metric!r}", "give a held-out figure, e.g. eval/rewards/accuracies")

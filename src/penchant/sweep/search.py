@@ -56,12 +56,12 @@ class SearchConfig(Section):
 
 
 def draw(
-    search: SearchConfig, number: int, earlier: Sequence[tuple[Mapping[str, Any], float | None]], higher: bool
+    search: SearchConfig, number: int, earlier_trials: Sequence[tuple[Mapping[str, Any], float | None]], higher: bool
 ) -> dict[str, Any]:
     """Draw the values of trial `number`. The result depends only on the arguments, so it can be reproduced.
 
     Args:
-        earlier: (values, result) of earlier trials, in order; the result is None for a trial that stopped itself.
+        earlier_trials: (values, result) of earlier trials, in order; the result is None for a trial that stopped itself.
         higher: whether higher results are better.
 
     Raises:
@@ -80,12 +80,12 @@ def draw(
     # one seed per trial, so that draws do not depend on how often the search was interrupted
     sampler = optuna.samplers.TPESampler(seed=(search.seed * 1_000_003 + number) % 2**32)
     study = optuna.create_study(direction="maximize" if higher else "minimize", sampler=sampler)
-    values = [v for _, v in earlier if v is not None]
+    values = [v for _, v in earlier_trials if v is not None]
     worst = (min(values) if higher else max(values)) if values else 0.0
     for (
         params,
         value,
-    ) in earlier:  # a trial that stopped itself counts as the worst, so that its neighborhood is avoided
+    ) in earlier_trials:  # a trial that stopped itself counts as the worst, so that its neighborhood is avoided
         # choices are passed by index, because Optuna accepts no mappings as choices
         indices = {k: s.index(v) for k, v in params.items() if isinstance(s := search.space[k], list)}
         trial_params = {**params, **{k: str(index) for k, index in indices.items()}}

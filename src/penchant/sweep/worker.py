@@ -66,10 +66,10 @@ def train_order(line: str, shared: Uncached) -> dict[str, Any]:
     return {**outcome, "seconds": time.monotonic() - started}
 
 
-def error_of(made: Mapping[str, Any]) -> PenchantError:
+def error_of(outcome: Mapping[str, Any]) -> PenchantError:
     """Rebuild the error that a worker reported."""
-    kind = getattr(errors, made["error"], PenchantError)
-    return kind(made["where"], made["what"], made["how"])
+    kind = getattr(errors, outcome["error"], PenchantError)
+    return kind(outcome["where"], outcome["what"], outcome["how"])
 
 
 def serve(cores: list[int]) -> None:

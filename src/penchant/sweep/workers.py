@@ -96,15 +96,15 @@ class Workers:
         self.problems: list[BaseException] = []
 
     def run(
-        self, todo: Iterator[SweepRun], begin: Callable[[SweepRun], None], end: Callable[[SweepRun, Finished], None]
+        self, runs: Iterator[SweepRun], begin: Callable[[SweepRun], None], end: Callable[[SweepRun, Finished], None]
     ) -> None:
-        """Train every run of `todo`. `todo`, `begin`, `end` and `pause_at` are called by one thread at a time.
+        """Train each of `runs`. `runs`, `begin`, `end` and `pause_at` are called by one thread at a time.
 
         Raises:
             Interrupted: SIGINT or SIGTERM arrived; each run left a checkpoint.
             BaseException: the first error raised by a run, `begin` or `end`.
         """
-        threads = [threading.Thread(target=self._serve, args=(w, todo, begin, end)) for w in self.workers]
+        threads = [threading.Thread(target=self._serve, args=(w, runs, begin, end)) for w in self.workers]
         signal_count = 0
         try:
             with _collect_signals() as signals:
@@ -128,11 +128,11 @@ class Workers:
         if self.problems:
             raise self.problems[0]
 
-    def _serve(self, worker: Worker, todo: Iterator[SweepRun], begin: Any, end: Any) -> None:
+    def _serve(self, worker: Worker, runs: Iterator[SweepRun], begin: Any, end: Any) -> None:
         try:
             while True:
                 with self.lock:
-                    run = None if self.stopping.is_set() else next(todo, None)
+                    run = None if self.stopping.is_set() else next(runs, None)
                     if run is None:
                         return
                     begin(run)
@@ -144,14 +144,14 @@ class Workers:
             self.problems.append(error)
             self._stop(worker)
 
-    def _finish_run(self, worker: Worker, run: SweepRun, made: Finished | None, end: Any) -> None:
-        if made is None or "error" in made:
-            end(run, {"state": "interrupted", "seconds": 0.0 if made is None else made["seconds"]})
+    def _finish_run(self, worker: Worker, run: SweepRun, outcome: Finished | None, end: Any) -> None:
+        if outcome is None or "error" in outcome:
+            end(run, {"state": "interrupted", "seconds": 0.0 if outcome is None else outcome["seconds"]})
         else:
-            end(run, made)
-        if made is not None and "error" in made:
-            raise run.named(error_of(made))
-        if made is None and not self.stopping.is_set():
+            end(run, outcome)
+        if outcome is not None and "error" in outcome:
+            raise run.named(error_of(outcome))
+        if outcome is None and not self.stopping.is_set():
             code = worker.process.wait()
             what = f"its process died ({f'signal {-code}' if code < 0 else f'exit code {code}'})"
             raise CheckpointError(f"run {run.name}", what, "the same command continues; fewer --jobs take less memory")
@@ -206,8 +206,8 @@ class Jobs:
         self.cluster, self.at_once, self.folder = cluster, at_once, folder
         self.pause_at, self.find_job, self.record_job, self.note = pause_at, find_job, record_job, note
 
-    def run(self, todo: Iterator[SweepRun], begin: Callable[[SweepRun], None], end: Callable[..., None]) -> None:
-        """Train every run of `todo`. After a failure no further runs are submitted, but those already submitted finish.
+    def run(self, runs: Iterator[SweepRun], begin: Callable[[SweepRun], None], end: Callable[..., None]) -> None:
+        """Train each of `runs`. After a failure no further runs are submitted, but those already submitted finish.
 
         Raises:
             Interrupted: SIGINT or SIGTERM arrived; the jobs keep running.
@@ -217,7 +217,7 @@ class Jobs:
         failed: dict[str, PenchantError] = {}
         with _collect_signals() as signals:
             while not signals:
-                while not failed and len(waiting) < self.at_once and (run := next(todo, None)) is not None:
+                while not failed and len(waiting) < self.at_once and (run := next(runs, None)) is not None:
                     job = self.find_job(run)
                     if job is not None:
                         self.note(f"{run.name}: waiting for {self.cluster.title} {job['id']}")
@@ -284,13 +284,13 @@ class Jobs:
             submitted.ended = time.monotonic()
         return {**outcome, "how": end_state} if time.monotonic() - submitted.ended >= LAG_SECONDS else None
 
-    def _failure(self, submitted: _SubmittedJob, made: Finished) -> PenchantError | None:
+    def _failure(self, submitted: _SubmittedJob, outcome: Finished) -> PenchantError | None:
         """The error that keeps a run from being resubmitted: its own, a canceled job, or a job that made no progress."""
-        if "error" in made:
-            return submitted.run.named(error_of(made))
-        if made["state"] != "interrupted" or "how" not in made:
+        if "error" in outcome:
+            return submitted.run.named(error_of(outcome))
+        if outcome["state"] != "interrupted" or "how" not in outcome:
             return None
-        end_state = made.pop("how")
+        end_state = outcome.pop("how")
         if _latest_checkpoint_name(submitted.run) != submitted.job["start"] and not end_state.startswith("CANCELLED"):
             return None  # a time limit, or preemption by another job
         return CheckpointError(

@@ -72,9 +72,9 @@ class Watch:
             return run_frame(self.view.members[self.chosen - 1].view, size)
         return group_frame(self.view, size)
 
-    def footer(self, every: float, width: int) -> Text:
+    def footer(self, interval: float, width: int) -> Text:
         keys = "q quits" + (", n and p: next and previous run" if isinstance(self.view, GroupView) else "")
-        return justify(Text(keys, "dim"), Text(f"{time.strftime('%H:%M:%S')}, every {every:g} s", "dim"), width)
+        return justify(Text(keys, "dim"), Text(f"{time.strftime('%H:%M:%S')}, every {interval:g} s", "dim"), width)
 
 
 def watch(paths: Sequence[str], *, once: bool = False, interval: float = 2.0) -> int:
@@ -153,7 +153,7 @@ def _follow(watched: Watch, console: Console, interval: float) -> int:
 
 
 def _show_until(
-    end: float, watched: Watch, console: Console, live: Live, read_key: Callable[[float], str], every: float
+    end: float, watched: Watch, console: Console, live: Live, read_key: Callable[[float], str], interval: float
 ) -> bool:
     """Show the frame until it is time for the next one; return False if a key ended it."""
     last_drawn = None
@@ -164,7 +164,7 @@ def _show_until(
             size = _size(console, width, height - 1)
             frame = watched.frame(size)
             frame += [Text()] * (size.height - len(frame))
-            live.update(Group(*frame, watched.footer(every, size.width)), refresh=True)
+            live.update(Group(*frame, watched.footer(interval, size.width)), refresh=True)
         key = read_key(min(SLICE, max(0.0, end - time.monotonic())))
         if key in QUIT and key:
             return False

@@ -99,14 +99,14 @@ def columns(cells: Sequence[Text], widths: Sequence[int]) -> Text:
     return Text("  ").join([*fitted, *cells[len(fitted) :]])
 
 
-def wrap_labelled(label: str, text: str, width: int, most: int, label_width: int) -> list[Text]:
-    """Wrap a labelled text to at most `most` lines; an ellipsis marks a cut."""
+def wrap_labelled(label: str, text: str, width: int, max_lines: int, label_width: int) -> list[Text]:
+    """Wrap a labelled text to at most `max_lines` lines; an ellipsis marks a cut."""
     available = max(1, width - label_width)
     lines = [line.plain.strip() for line in Text(text).wrap(CONSOLE, available)]
-    if len(lines) > most:
-        last = Text(lines[most - 1] + "…")
+    if len(lines) > max_lines:
+        last = Text(lines[max_lines - 1] + "…")
         last.truncate(available, overflow="ellipsis")
-        lines = [*lines[: most - 1], last.plain]
+        lines = [*lines[: max_lines - 1], last.plain]
     first = [label, *[""] * (len(lines) - 1)]
     return [Text.assemble((f"{w:<{label_width}}", "dim"), line) for w, line in zip(first, lines, strict=True)]
 
@@ -117,10 +117,10 @@ def heading(title: str, width: int, glyphs: Glyphs) -> Text:
     return Text(start + glyphs.rule * max(0, width - cell_len(start)), "dim")
 
 
-def bar(done: float, width: int, size: Size) -> Text:
+def bar(fraction: float, width: int, size: Size) -> Text:
     """Draw a progress bar."""
     filled, empty = ("#", "-") if size.glyphs is ASCII else ("━", "─")
-    n = min(width, max(0, round(done * width)))
+    n = min(width, max(0, round(fraction * width)))
     return Text.assemble((filled * n, "green"), (empty * (width - n), "dim"))
 
 

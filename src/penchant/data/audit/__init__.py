@@ -77,20 +77,20 @@ class Auditor:
         counters: Sequence[AuditCounter] = (),
         most: int | None = None,
     ) -> None:
-        self.shape, self.kind, self._most = shape, kind, most
+        self.shape, self.kind, self._max_reasons = shape, kind, most
         self.rows = self.examples = 0  # a row gives one example in most layouts
         self.places = Places()
         self.columns = columns or Columns()
         self.lengths = Lengths(kind)
         copies = ExactDuplicates(kind, self.places, people=shape == "studio")
-        self._own: list[MergeableCounter] = [copies, NearDuplicates(kind, self.places, copies)]
-        self._own += [Labels()] if kind == "unpaired" else [Scores()] if kind == "scored" else []
-        self._own += [self.lengths, *([PositionBias(self.columns)] if kind == "pairs" else [])]
-        self._own += [Languages(self.columns)] if languages else []
-        self._own += [] if kind in ("prompts", "text") else [Refusals(kind)]
-        self._own += [Sensitive()]
-        self._parts: list[AuditCounter] = [*self._own, *counters]
-        self._aside = 0
+        self._builtin_counters: list[MergeableCounter] = [copies, NearDuplicates(kind, self.places, copies)]
+        self._builtin_counters += [Labels()] if kind == "unpaired" else [Scores()] if kind == "scored" else []
+        self._builtin_counters += [self.lengths, *([PositionBias(self.columns)] if kind == "pairs" else [])]
+        self._builtin_counters += [Languages(self.columns)] if languages else []
+        self._builtin_counters += [] if kind in ("prompts", "text") else [Refusals(kind)]
+        self._builtin_counters += [Sensitive()]
+        self._counters: list[AuditCounter] = [*self._builtin_counters, *counters]
+        self._n_quarantined = 0
         self._bad, self._left_out, self._identical, self._empty = self._tallies = Tally(), Tally(), Tally(), Tally()
         self._reasons: Counter[str] = Counter()
 
@@ -101,45 +101,45 @@ class Auditor:
         self.places.append(tree.source)
         if is_identical(tree):
             self._identical.add(tree.source)
-        for part in self._parts:
+        for part in self._counters:
             part.update(row)
 
     def merge(self, other: Auditor) -> None:
         """Add the counts of later rows, which must hold all reasons and languages."""
         self.rows += other.rows
         self.examples += other.examples
-        self._aside += other._aside
+        self._n_quarantined += other._n_quarantined
         self.places.merge(other.places)
         self.columns.merge(other.columns)
         add_capped(self._reasons, other._reasons, REASONS)
-        for counter, other_counter in zip(self._own, other._own, strict=True):
+        for counter, other_counter in zip(self._builtin_counters, other._builtin_counters, strict=True):
             counter.merge(other_counter)
         for tally, other_tally in zip(self._tallies, other._tallies, strict=True):
             tally.merge(other_tally)
 
     def add_quarantined(self, row: Quarantined) -> None:
         """Count a row that was kept aside."""
-        self._aside += 1
+        self._n_quarantined += 1
         (self._left_out if row.how.startswith(NOTHING_WRONG) else self._bad).add(row.where)
-        add_capped(self._reasons, {row.what: 1}, self._most or REASONS)
+        add_capped(self._reasons, {row.what: 1}, self._max_reasons or REASONS)
         if row.what.startswith(IDENTICAL):
             self._identical.add(row.where)
         if is_empty(row):
             self._empty.add(row.where)
 
-    def result(self, more: Mapping[str, Finding], lengths: Mapping[str, Mapping[str, float]], layout: str) -> Audit:
-        """All findings, followed by `more`."""
-        total = self.rows + self._aside
+    def result(self, extra: Mapping[str, Finding], lengths: Mapping[str, Mapping[str, float]], layout: str) -> Audit:
+        """All findings, followed by `extra`."""
+        total = self.rows + self._n_quarantined
         findings = {
             "bad_rows": self._bad.finding("rows kept aside, all reasons", total),
             "left_out": self._left_out.finding("rows left out, with which nothing is wrong", total),
             "identical_pairs": self._identical.finding(IDENTICAL, total),
             "empty_completions": self._empty.finding("empty completions or prompts", total),
         }
-        for counter in self._parts:
+        for counter in self._counters:
             findings |= dict(counter.findings())
-        summary = summary_of(self.shape, self.rows, self._reasons, self._aside, self.examples)
-        return Audit(summary, {**findings, **more}, lengths, self.lengths.table(), layout)
+        summary = summary_of(self.shape, self.rows, self._reasons, self._n_quarantined, self.examples)
+        return Audit(summary, {**findings, **extra}, lengths, self.lengths.table(), layout)
 
 
 def is_empty(row: Quarantined) -> bool:
@@ -159,11 +159,11 @@ class Leakage:
         self._index, self._places = NearIndex(), Places()
         self._split = array("h")
 
-    def update(self, split: int, tree: PromptTree) -> None:
-        """Count a row of the split with this index."""
+    def update(self, split_index: int, tree: PromptTree) -> None:
+        """Count a row of the split."""
         self._index.add([prompt_text(tree.prompt) or first_text(tree)])  # plain texts are keyed by themselves
         self._places.append(tree.source)
-        self._split.append(split)
+        self._split.append(split_index)
 
     def merge(self, other: Leakage) -> None:
         """Append the rows of another one."""
@@ -171,10 +171,10 @@ class Leakage:
         self._places.merge(other._places)
         self._split.extend(other._split)
 
-    def leaked_rows(self, split: int) -> np.ndarray:
+    def leaked_rows(self, split_index: int) -> np.ndarray:
         """(n,) bool: rows of this split whose prompt, or nearly the same one, is in another split."""
         splits, groups = np.array(self._split), self._index.groups()
-        return (splits == split) & np.isin(groups, groups[splits != split])
+        return (splits == split_index) & np.isin(groups, groups[splits != split_index])
 
     def findings(self) -> Named:
         """``leakage_A_B`` and ``near_leakage_A_B`` for each pair of splits."""
@@ -192,10 +192,10 @@ class Leakage:
                     yield f"{kind}_{name}", linked_rows_finding(title, matches, self._places, "as", self.advice, total)
 
 
-def _first_match(ids: np.ndarray, there: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """(n,) int64: for each wanted row the first row `there` with the same id; -1 if there is none, and for other rows."""
-    rows = np.append(np.flatnonzero(there), -1)  # the last one stands for none
-    return np.where(wanted, rows[first_index(ids[rows[:-1]], ids)], -1)
+def _first_match(ids: np.ndarray, is_candidate: np.ndarray, is_query: np.ndarray) -> np.ndarray:
+    """(n,) int64: for each row of `is_query` the first row of `is_candidate` with the same id; -1 if none, and for other rows."""
+    rows = np.append(np.flatnonzero(is_candidate), -1)  # the last one stands for none
+    return np.where(is_query, rows[first_index(ids[rows[:-1]], ids)], -1)
 
 
 def audit(
@@ -279,14 +279,14 @@ class _AuditPass:
     first: Quarantined | None = None  # first row kept aside
     most: int | None = None
 
-    def take(self, split: int, rows: Iterable[Converted]) -> None:
+    def take(self, split_index: int, rows: Iterable[Converted]) -> None:
         for converted in rows:
             self.auditor.columns.update(converted.source, self.most or LANGUAGES)
             self.auditor.rows += converted.rows if converted.trees else 0
             for tree in converted.trees:
                 self.auditor.update(tree)
                 if self.leakage is not None:
-                    self.leakage.update(split, tree)
+                    self.leakage.update(split_index, tree)
             for row in converted.aside:
                 self.auditor.add_quarantined(row)
                 self.first = self.first or row

@@ -51,19 +51,19 @@ class MergeableCounter(AuditCounter):
             setattr(self, name, merge_counts(getattr(self, name), count))
 
 
-def merge_counts(mine: Any, theirs: Any) -> Any:
+def merge_counts(counts: Any, other: Any) -> Any:
     """Merge two counts: add numbers and counters, append containers of rows, and keep texts, which are equal."""
-    if isinstance(mine, (int, Counter)) and not isinstance(mine, bool):
-        return mine + theirs
-    if isinstance(mine, dict):
-        return {**mine, **{k: merge_counts(mine[k], v) if k in mine else v for k, v in theirs.items()}}
-    if isinstance(mine, list):
-        return [merge_counts(a, b) for a, b in zip(mine, theirs, strict=True)]
-    if isinstance(mine, array):
-        mine.extend(theirs)
-    elif isinstance(mine, (Tally, NearIndex)):
-        mine.merge(theirs)
-    return mine
+    if isinstance(counts, (int, Counter)) and not isinstance(counts, bool):
+        return counts + other
+    if isinstance(counts, dict):
+        return {**counts, **{k: merge_counts(counts[k], v) if k in counts else v for k, v in other.items()}}
+    if isinstance(counts, list):
+        return [merge_counts(a, b) for a, b in zip(counts, other, strict=True)]
+    if isinstance(counts, array):
+        counts.extend(other)
+    elif isinstance(counts, (Tally, NearIndex)):
+        counts.merge(other)
+    return counts
 
 
 def text_key(*texts: str) -> int:
@@ -72,18 +72,18 @@ def text_key(*texts: str) -> int:
 
 
 def linked_rows_finding(
-    title: str, other: np.ndarray, places: Places, joined: str = "", advice: str = "", of: int = -1
+    title: str, linked_rows: np.ndarray, places: Places, relation: str = "", advice: str = "", total: int = -1
 ) -> Finding:
     """A finding about the rows that are linked to another row.
 
     Args:
-        other: (n,) int64: the row that each row is linked to, -1 if none.
-        joined: the word between the two places; empty: show only the row's own. of: number of rows examined (default: n).
+        linked_rows: (n,) int64: the row that each row is linked to, -1 if none.
+        relation: the word between the two places; empty: show only the row's own. total: number of rows examined (default: n).
     """
-    rows = np.flatnonzero(other >= 0)
-    pairs = ((places[i], places[int(other[i])]) for i in rows[:KEPT].tolist())
-    where = tuple(f"{place} ({joined} {other_place})" if joined else place for place, other_place in pairs)
-    return Finding(title, len(rows), len(other) if of < 0 else of, where, advice=advice)
+    rows = np.flatnonzero(linked_rows >= 0)
+    pairs = ((places[i], places[int(linked_rows[i])]) for i in rows[:KEPT].tolist())
+    where = tuple(f"{place} ({relation} {other_place})" if relation else place for place, other_place in pairs)
+    return Finding(title, len(rows), len(linked_rows) if total < 0 else total, where, advice=advice)
 
 
 # ---- Copies ----
@@ -100,7 +100,7 @@ class ExactDuplicates(MergeableCounter):
 
     def __init__(self, kind: str, places: Places, people: bool = False) -> None:
         self.kind, self.places, self.people = kind, places, people
-        self._row, self._there, self._back = array("Q"), array("Q"), array("Q")
+        self._row, self._content_keys, self._swapped_keys = array("Q"), array("Q"), array("Q")
         self._label, self._owner = array("b"), array("q")  # of each labeled answer: good or bad, and its row
 
     def update(self, row: RowView) -> None:
@@ -108,11 +108,11 @@ class ExactDuplicates(MergeableCounter):
         self._row.append(text_key(row.prompt, *(f"{c.whole}\0{c.label}\0{c.score}" for c in row.tree.completions)))
         if self.kind == "pairs":
             a, b = row.texts[:2]
-            self._there.append(text_key(row.prompt, a, b))
-            self._back.append(text_key(row.prompt, b, a) if a != b else 0)
+            self._content_keys.append(text_key(row.prompt, a, b))
+            self._swapped_keys.append(text_key(row.prompt, b, a) if a != b else 0)
         elif self.kind == "unpaired":
             for answer in row.tree.completions:
-                self._there.append(text_key(row.prompt, answer.whole))
+                self._content_keys.append(text_key(row.prompt, answer.whole))
                 self._label.append(-1 if answer.label is None else int(answer.label))
                 self._owner.append(len(self._row) - 1)
 
@@ -127,9 +127,9 @@ class ExactDuplicates(MergeableCounter):
 
     def contradicted_rows(self) -> np.ndarray:
         """(n,) int64: the first earlier row that contradicts each row, -1 if there is none."""
-        keys, contradicted = np.array(self._there), np.full(len(self._row), -1)
+        keys, contradicted = np.array(self._content_keys), np.full(len(self._row), -1)
         if self.kind == "pairs":
-            return earlier_match(keys, np.array(self._back))
+            return earlier_match(keys, np.array(self._swapped_keys))
         first, owner = first_occurrence(keys), np.array(self._owner)
         for answer in self._contradicting(first)[::-1]:  # the first of a row's answers is written last
             contradicted[owner[answer]] = owner[first[answer]]
@@ -143,10 +143,12 @@ class ExactDuplicates(MergeableCounter):
     def contradictory(self) -> np.ndarray:
         """(n,) bool: rows that some row, earlier or later, contradicts."""
         if self.kind == "pairs":
-            return np.isin(np.array(self._back), np.array(self._there))  # 0 stands for a pair of equal answers
+            return np.isin(
+                np.array(self._swapped_keys), np.array(self._content_keys)
+            )  # 0 stands for a pair of equal answers
         contradicted = np.zeros(len(self._row), bool)
         if self.kind == "unpaired":
-            first, owner = first_occurrence(np.array(self._there)), np.array(self._owner)
+            first, owner = first_occurrence(np.array(self._content_keys)), np.array(self._owner)
             contradicted[owner[np.isin(first, first[self._contradicting(first)])]] = True
         return contradicted
 
@@ -177,9 +179,9 @@ class ExactDuplicates(MergeableCounter):
             yield "contradictions", finding
 
 
-def earlier_match(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """(n,) int64: for each row the first row before it whose key is the wanted one, -1 if there is none."""
-    first = first_index(keys, wanted)
+def earlier_match(keys: np.ndarray, wanted_keys: np.ndarray) -> np.ndarray:
+    """(n,) int64: for each row the first row before it whose key is `wanted_keys` of the row, -1 if there is none."""
+    first = first_index(keys, wanted_keys)
     return np.where(first < np.arange(len(keys)), first, -1)
 
 

@@ -44,13 +44,13 @@ class Finding:
         """Whether there is something to look at: rows that should not exist, or a share with advice."""
         return bool(self.count and (self.advice or self.where))
 
-    def lines(self, most: int) -> list[str]:
-        """The finding as text, with at most `most` places."""
+    def lines(self, max_places: int) -> list[str]:
+        """The finding as text, with at most `max_places` places."""
         share = f"({self.share:.1%})" if self.of else ""
         lines = [f"{self.title:<58} {self.count:>7,} of {self.of:>7,} {share:>8}  {self.note}".rstrip()]
         if self.where:
-            more = f" and {self.count - most:,} more" if self.count > most else ""
-            lines.append("    " + ", ".join(self.where[:most]) + more)
+            more = f" and {self.count - max_places:,} more" if self.count > max_places else ""
+            lines.append("    " + ", ".join(self.where[:max_places]) + more)
         return lines + ([f"    -> {self.advice}"] if self.count and self.advice else [])
 
 
@@ -110,18 +110,18 @@ class Audit:
         return lines
 
 
-def estimated_finding(title: str, count: int, of: int, note: str = "", **more: Any) -> Finding:
+def estimated_finding(title: str, count: int, total: int, note: str = "", **more: Any) -> Finding:
     """A finding whose share is an estimate, with its 95% interval in the note."""
-    if not of:
+    if not total:
         return Finding(title, 0, 0, note=note, **more)
-    low, high = wilson_interval(count, of)
+    low, high = wilson_interval(count, total)
     interval = f"95% interval [{low:.1%}, {high:.1%}]"
-    return Finding(title, count, of, note=interval + (f", {note}" if note else ""), interval=(low, high), **more)
+    return Finding(title, count, total, note=interval + (f", {note}" if note else ""), interval=(low, high), **more)
 
 
-def balance_finding(title: str, count: int, of: int, note: str, advice: str) -> Finding:
+def balance_finding(title: str, count: int, total: int, note: str, advice: str) -> Finding:
     """`estimated_finding`, with advice only if the share is at least `FAR` from one half and its interval excludes one half."""
-    finding = estimated_finding(title, count, of, note)
+    finding = estimated_finding(title, count, total, note)
     low, high = finding.interval or (0.0, 1.0)
     far = not low <= 0.5 <= high and abs(finding.share - 0.5) >= FAR
     return replace(finding, advice=advice) if far else finding
@@ -146,9 +146,9 @@ class Tally:
         self.count += other.count
         self.where += other.where[: KEPT - len(self.where)]
 
-    def finding(self, title: str, of: int, note: str = "", advice: str = "") -> Finding:
+    def finding(self, title: str, total: int, note: str = "", advice: str = "") -> Finding:
         """The tally as a finding."""
-        return Finding(title, self.count, of, tuple(self.where), note, advice=advice)
+        return Finding(title, self.count, total, tuple(self.where), note, advice=advice)
 
 
 class Places:
@@ -181,8 +181,8 @@ class Places:
         self._prefix.frombytes(np.array(indices, np.int32)[np.array(other._prefix)].tobytes() if indices else b"")
         self._line.extend(other._line)
 
-    def __getitem__(self, at: int) -> str:
-        name, line = self._names[self._prefix[at]], self._line[at]
+    def __getitem__(self, index: int) -> str:
+        name, line = self._names[self._prefix[index]], self._line[index]
         return name if line < 0 else f"{name}{line}"
 
 

@@ -257,8 +257,8 @@ class _RowMarks:
         first: advice for a layout that cannot be fixed, see `_prepare_advice`.
     """
 
-    def __init__(self, how: ConversionSettings, kind: str, rules: Sequence[str], first: str) -> None:
-        self.how, self.rules, self.first = how, rules, first
+    def __init__(self, settings: ConversionSettings, kind: str, rules: Sequence[str], first: str) -> None:
+        self.how, self.rules, self.first = settings, rules, first
         self.flags = array("H")  # a bit per rule, by its index in RULES
         self.accepted = array("q")  # indices of the rows that gave a tree
         places = Places()

@@ -48,8 +48,8 @@ class Languages(MergeableCounter):
         if len(self._heap) < SAMPLE or draw > self._heap[0][0]:
             self._offer((draw, (*row.texts, row.prompt)[0][:1000]))
 
-    def _offer(self, drawn: tuple[int, str]) -> None:
-        (heapq.heappush if len(self._heap) < SAMPLE else heapq.heappushpop)(self._heap, drawn)
+    def _offer(self, sample: tuple[int, str]) -> None:
+        (heapq.heappush if len(self._heap) < SAMPLE else heapq.heappushpop)(self._heap, sample)
 
     def merge(self, other: Languages) -> None:
         for draw in other._heap:
@@ -69,9 +69,9 @@ class Languages(MergeableCounter):
             )
 
 
-def _finding(counts: Counter[str], of: int, how: str, guessed: bool = False) -> Finding:
+def _finding(counts: Counter[str], total: int, how: str, guessed: bool = False) -> Finding:
     top = sorted(counts.items(), key=lambda kv: (-kv[1], kv[0]))[:SHOWN]
-    names = ", ".join(f"{name} {n / of:.1%}" for name, n in top) if of else "none"
+    names = ", ".join(f"{name} {n / total:.1%}" for name, n in top) if total else "none"
     note = f"{how}: {names}"
     top_count = top[0][1] if top else 0
-    return estimated_finding(TITLE, top_count, of, note) if guessed else Finding(TITLE, top_count, of, (), note)
+    return estimated_finding(TITLE, top_count, total, note) if guessed else Finding(TITLE, top_count, total, (), note)

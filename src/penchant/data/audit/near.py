@@ -170,12 +170,12 @@ class SpillableArray:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_parts": [self.all()], "held": self.all().nbytes, "_file": None}
 
-    def __getitem__(self, at: np.ndarray) -> np.ndarray:
+    def __getitem__(self, indices: np.ndarray) -> np.ndarray:
         """The rows at these indices, in any order; only the parts of a file that hold some are read."""
         if self._file is None:
-            return self.all()[at]
+            return self.all()[indices]
         self._file.flush()
-        unique, inverse = np.unique(at, return_inverse=True)
+        unique, inverse = np.unique(indices, return_inverse=True)
         rows = self._shaped(np.empty(len(unique) * max(1, self.width), self.dtype))
         size = self.dtype.itemsize * max(1, self.width)
         edges = np.r_[0, np.flatnonzero(np.diff(unique) > GAP) + 1, len(unique)].tolist()
@@ -249,17 +249,17 @@ def first_occurrence(keys: np.ndarray) -> np.ndarray:
     return first
 
 
-def first_index(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """For each wanted key the index of its first occurrence in `keys`, -1 if there is none: int64, shape of `wanted`."""
+def first_index(keys: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """For each of `queries` the index of its first occurrence in `keys`, -1 if there is none: int64, shape of `queries`."""
     unique, first = np.unique(keys, return_index=True)
     if not len(unique):
-        return np.full(len(wanted), -1)
-    position = np.minimum(np.searchsorted(unique, wanted), len(unique) - 1)
-    return np.where(unique[position] == wanted, first[position], -1)
+        return np.full(len(queries), -1)
+    position = np.minimum(np.searchsorted(unique, queries), len(unique) - 1)
+    return np.where(unique[position] == queries, first[position], -1)
 
 
 def _candidates(
-    keys: np.ndarray, sketches: SpillableArray, which: np.ndarray, needed: float
+    keys: np.ndarray, sketches: SpillableArray, indices: np.ndarray, threshold: float
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Verified pairs among texts with the same band hash: each against its bucket's first, then the rest among themselves.
 
@@ -282,17 +282,17 @@ def _candidates(
         near = np.zeros(len(order), bool)
         for i in range(0, len(order), CHECKED):
             part = slice(i, i + CHECKED)
-            near[part] = (sketches[which[order[part]]] == sketches[which[leader[part]]]).sum(axis=1) >= needed
+            near[part] = (sketches[indices[order[part]]] == sketches[indices[leader[part]]]).sum(axis=1) >= threshold
         near &= ~starts
         yield leader[near], order[near]
         remaining = ~(near | starts)
         order, bucket = order[remaining], bucket[remaining]
 
 
-def _repeated(ordered: np.ndarray) -> np.ndarray:
+def _repeated(sorted_values: np.ndarray) -> np.ndarray:
     """(n,) bool: which of the sorted numbers occur more than once."""
-    repeated = np.zeros(len(ordered), bool)
-    same = ordered[1:] == ordered[:-1]
+    repeated = np.zeros(len(sorted_values), bool)
+    same = sorted_values[1:] == sorted_values[:-1]
     repeated[1:] |= same
     repeated[:-1] |= same
     return repeated

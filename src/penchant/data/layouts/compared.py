@@ -193,9 +193,9 @@ def lmsys(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
     return trees
 
 
-def _prompt_tree(messages: tuple[Message, ...], place: int) -> tuple[PromptTree, ...]:
+def _prompt_tree(messages: tuple[Message, ...], turn_index: int) -> tuple[PromptTree, ...]:
     user_turns = [i for i, m in enumerate(messages) if m.role == "user"]
-    return (PromptTree(messages[: user_turns[place] + 1], ()),) if user_turns else ()
+    return (PromptTree(messages[: user_turns[turn_index] + 1], ()),) if user_turns else ()
 
 
 _USES: dict[str, Any] = {

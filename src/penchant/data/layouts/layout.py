@@ -80,15 +80,15 @@ class _TrackedRow(dict[str, Any]):
 Turn = tuple[str, str, _TrackedRow]  # its place, its role, and the turn, which records what is read of it
 
 
-def _track(value: Any, place: str, turns: list[Turn]) -> Any:
+def _track(value: Any, path: str, turns: list[Turn]) -> Any:
     """Wrap a value's turns and their content parts, in lists of any depth, in `_TrackedRow` rows and add them to `turns`."""
     if isinstance(value, (list, tuple)):
-        return [_track(v, f"{place}[]", turns) for v in value]
+        return [_track(v, f"{path}[]", turns) for v in value]
     role = next((r for n in ("role", "from") if isinstance(value, Mapping) and isinstance(r := value.get(n), str)), "")
-    if not role and not (isinstance(value, Mapping) and place.endswith(".content[]")):
+    if not role and not (isinstance(value, Mapping) and path.endswith(".content[]")):
         return value
-    turn = _TrackedRow({n: _track(v, f"{place}.{n}", turns) if n == "content" else v for n, v in value.items()})
-    turns.append((place, role, turn))
+    turn = _TrackedRow({n: _track(v, f"{path}.{n}", turns) if n == "content" else v for n, v in value.items()})
+    turns.append((path, role, turn))
     return turn
 
 
@@ -257,17 +257,17 @@ class Layout:
         """The example, converted with the default options."""
         return self.convert(self.example if self.group is None else self.group.fold((self.example, *self.rest)), {})
 
-    def settings(self, given: Fields, where: str = "data.layout_options") -> dict[str, Any]:
+    def settings(self, values: Fields, where: str = "data.layout_options") -> dict[str, Any]:
         """All options: the user's values, and defaults for the rest.
 
         Raises:
             ConfigError: an option that this layout does not have, or a value that it does not allow.
         """
-        for name in given:
+        for name in values:
             if name not in self.options:
                 advice = f"it has {', '.join(self.options)}" if self.options else "it has no options"
                 raise ConfigError(f"{where}.{name}", f"is not an option of the layout {self.name}", advice)
-        return {n: o.check(given[n], f"{where}.{n}") if n in given else o.default for n, o in self.options.items()}
+        return {n: o.check(values[n], f"{where}.{n}") if n in values else o.default for n, o in self.options.items()}
 
     def kind_of(self, options: Fields) -> str:
         """The kind of data that these options yield."""

@@ -64,9 +64,9 @@ def _load_checked(name: str, sha256: str | None, where: str) -> Layout:
     return layout
 
 
-def _layout_of(made: Any, name: str, where: str) -> Layout:
-    convert, kind, columns = (getattr(made, n, None) for n in ("convert", "kind", "columns"))
-    example = getattr(made, "example", None)
+def _layout_of(layout_object: Any, name: str, where: str) -> Layout:
+    convert, kind, columns = (getattr(layout_object, n, None) for n in ("convert", "kind", "columns"))
+    example = getattr(layout_object, "example", None)
     if not callable(convert):
         raise ConfigError(where, f"{name} has no method convert(row)", DESCRIBED)
     if kind not in KINDS:
@@ -78,7 +78,7 @@ def _layout_of(made: Any, name: str, where: str) -> Layout:
     converter = _converter(
         convert, str(kind), Path(name.rpartition(":")[0]).name + ":" + name.rpartition(":")[2], columns or ()
     )
-    summary = (type(made).__doc__ or "a layout of your own").strip().splitlines()[0].rstrip(".")
+    summary = (type(layout_object).__doc__ or "a layout of your own").strip().splitlines()[0].rstrip(".")
     return Layout(
         name,
         str(kind),
@@ -92,7 +92,7 @@ def _layout_of(made: Any, name: str, where: str) -> Layout:
 
 
 def _converter(
-    convert: Callable[[Fields], Any], kind: str, short: str, columns: tuple[str, ...]
+    convert: Callable[[Fields], Any], kind: str, display_name: str, columns: tuple[str, ...]
 ) -> Callable[[Fields, Fields], tuple[PromptTree, ...]]:
     def tree_of(item: Any) -> PromptTree:
         if isinstance(item, Mapping):
@@ -100,27 +100,29 @@ def _converter(
         elif isinstance(item, PromptTree):
             tree = item
         else:
-            raise RowError(f"{short} returned {type(item).__name__}, not a row or a PromptTree", DESCRIBED)
+            raise RowError(f"{display_name} returned {type(item).__name__}, not a row or a PromptTree", DESCRIBED)
         if not KINDS[kind](tree):
-            raise RowError(f"{short} returned an example that is not of kind {kind}", DESCRIBED)
+            raise RowError(f"{display_name} returned an example that is not of kind {kind}", DESCRIBED)
         return tree
 
     def convert_row(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
         missing = [c for c in columns if c not in row]
         if missing:
-            raise RowError(f"has no column {missing[0]!r}, which {short} needs", "fix the row, or map data.columns")
+            raise RowError(
+                f"has no column {missing[0]!r}, which {display_name} needs", "fix the row, or map data.columns"
+            )
         try:
             result = convert(row if isinstance(row, UserRow) else dict(row))
         except RowError:
             raise
         except Exception as error:
-            what = f"cannot be converted by {short} ({type(error).__name__}: {error})"
+            what = f"cannot be converted by {display_name} ({type(error).__name__}: {error})"
             raise RowError(what, "fix the row or the layout") from error
         if result is None:
-            raise LeftOut(f"is left out by {short}", "return an example for it to keep it")
+            raise LeftOut(f"is left out by {display_name}", "return an example for it to keep it")
         trees = tuple(tree_of(item) for item in (result if isinstance(result, (list, tuple)) else [result]))
         if not trees:
-            raise RowError(f"gives no example in {short}", "return None to leave a row out")
+            raise RowError(f"gives no example in {display_name}", "return None to leave a row out")
         return trees
 
     return convert_row

@@ -125,17 +125,17 @@ def _reasoning_note(reasoning: str) -> str:
     return f"[reasoning: {reasoning}] " if reasoning else ""
 
 
-def _labeled_lines(name: str, said: Any, longest: int) -> list[str]:
-    said = said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)
-    suffix = f" ... ({len(said):,} characters)" if len(said) > longest else ""
-    first, *rest = [printable(line) for line in said[:longest].split("\n")]
+def _labeled_lines(name: str, value: Any, longest: int) -> list[str]:
+    value = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    suffix = f" ... ({len(value):,} characters)" if len(value) > longest else ""
+    first, *rest = [printable(line) for line in value[:longest].split("\n")]
     lines = [f"  {name}: {first}", *(f"      {line}" for line in rest)]
     return [*lines[:-1], lines[-1] + suffix]
 
 
-def rows_text(shown: Sequence[tuple[str, Sequence[str]]]) -> str:
+def rows_text(blocks: Sequence[tuple[str, Sequence[str]]]) -> str:
     """One block per place, with its lines below it."""
-    return "\n\n".join("\n".join([printable(where), *lines]) for where, lines in shown)
+    return "\n\n".join("\n".join([printable(where), *lines]) for where, lines in blocks)
 
 
 # ---- The page docs/data_formats.md ----

@@ -169,10 +169,10 @@ def conversation(row: Fields) -> tuple[Message, ...]:
     return fields.with_system(row, fields.messages(row, conversation_name(row)))
 
 
-def all_answers(messages: tuple[Message, ...], learned: Sequence[int]) -> PromptTree:
-    """One tree that trains on the answers of a conversation at the indices `learned` (ascending)."""
-    first, last = learned[0], learned[-1]
-    more = tuple(replace(m, trained=i in learned) for i, m in enumerate(messages[: last + 1]))[first + 1 :]
+def all_answers(messages: tuple[Message, ...], answer_indices: Sequence[int]) -> PromptTree:
+    """One tree that trains on the answers of a conversation at `answer_indices` (ascending)."""
+    first, last = answer_indices[0], answer_indices[-1]
+    more = tuple(replace(m, trained=i in answer_indices) for i, m in enumerate(messages[: last + 1]))[first + 1 :]
     return PromptTree(messages[:first], (replace(fields.completion(messages[first]), more=more),))
 
 
@@ -260,9 +260,15 @@ def pair(prompt: Prompt, chosen: fields.Answer, rejected: fields.Answer, row: Fi
 
 
 def scored_pair(
-    prompt: Prompt, chosen: fields.Answer, rejected: fields.Answer, good: float | None, bad: float | None
+    prompt: Prompt,
+    chosen: fields.Answer,
+    rejected: fields.Answer,
+    chosen_score: float | None,
+    rejected_score: float | None,
 ) -> PromptTree:
     """A pair with both scores, or with neither if one is missing."""
-    if good is None or bad is None:
-        good = bad = None
-    return PromptTree(prompt, (fields.completion(chosen, True, good), fields.completion(rejected, False, bad)))
+    if chosen_score is None or rejected_score is None:
+        chosen_score = rejected_score = None
+    return PromptTree(
+        prompt, (fields.completion(chosen, True, chosen_score), fields.completion(rejected, False, rejected_score))
+    )

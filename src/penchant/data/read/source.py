@@ -33,10 +33,10 @@ class Bounds(Section):
     def bytes(self) -> int:
         return int(self.row_mb * 2**20)
 
-    def how(self, name: str, rest: str) -> str:
+    def how(self, name: str, fix: str) -> str:
         """Advice for a row over a bound: fix it, or raise the bound."""
         doubled = getattr(self, name) * 2
-        return f"{rest}, or raise the bound: data.bounds.{name}={doubled:g} in a config, --bound {name}={doubled:g} for penchant data"
+        return f"{fix}, or raise the bound: data.bounds.{name}={doubled:g} in a config, --bound {name}={doubled:g} for penchant data"
 
 
 class Missing(str):
@@ -99,7 +99,7 @@ class Source:
     def __init__(self, stream: BinaryIO, name: str, bounds: Bounds, shard: Shard | None = None) -> None:
         self.name, self.bounds, self._stream, self._unpacked = name, bounds, stream, 0
         self._gzip: gzip.GzipFile | None = None
-        self._shard, self._left = shard, 0
+        self._shard, self._bytes_left = shard, 0
         if shard is not None:
             self.rewind()
             return
@@ -119,15 +119,15 @@ class Source:
     def rewind(self) -> None:
         """Go back to the start."""
         (self._stream if self._gzip is None else self._gzip).seek(self._shard.start if self._shard else 0)
-        self._left = self._shard.end - self._shard.start if self._shard else 0
+        self._bytes_left = self._shard.end - self._shard.start if self._shard else 0
         self._unpacked = 0
 
     def read(self) -> bytes:
         """The next block; empty at the end."""
         if self._gzip is None:
-            limit = min(CHUNK, self._left) if self._shard else CHUNK
+            limit = min(CHUNK, self._bytes_left) if self._shard else CHUNK
             block: bytes = self._stream.read1(limit)  # type: ignore[attr-defined]  # at most one request for a remote file
-            self._left -= len(block)
+            self._bytes_left -= len(block)
             return block
         block = self._gzip.read(CHUNK)
         self._unpacked += len(block)
@@ -222,15 +222,15 @@ def _text(line: bytes, where: str, name: str) -> str | BadRow:
         return BadRow(where, what, how, line[:SHOWN].decode("utf-8", "backslashreplace"))
 
 
-def not_utf8(line: bytes, at: int, name: str) -> tuple[str, str]:
+def not_utf8(line: bytes, offset: int, name: str) -> tuple[str, str]:
     """What is wrong at a byte of a line, and how to fix it."""
-    around = line[max(0, at - SHOWN) : at + SHOWN]
+    around = line[max(0, offset - SHOWN) : offset + SHOWN]
     try:
         around.decode("cp1252")
         encoding = "CP1252"  # what Windows writes; 0x80 is the euro sign there, and a control character in Latin-1
     except UnicodeDecodeError:
         encoding = "GB18030" if _decodes(around, "gb18030") else "LATIN1"
-    what = f"is not UTF-8 (byte 0x{line[at]:02x} at column {at + 1}; {encoding}?)"
+    what = f"is not UTF-8 (byte 0x{line[offset]:02x} at column {offset + 1}; {encoding}?)"
     return what, _recode_advice(name, encoding)
 
 

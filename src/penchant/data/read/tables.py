@@ -111,20 +111,20 @@ def _table_lines(source: Source) -> Iterator[str]:
 _NAMES = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
 
 
-def _delimiter(lines: Sequence[str], usual: str) -> str:
+def _delimiter(lines: Sequence[str], default: str) -> str:
     """The field delimiter, guessed from the header and the rows after it."""
     lines = [line.replace("\r", "") for line in lines]  # a CR outside quotes stops the reader
     declared = re.fullmatch(r'"?sep=(.)"?\s*', lines[0], re.IGNORECASE) if lines else None
     if declared and declared[1] in _NAMES:
         return declared[1]
     scores: dict[str, tuple[float, int]] = {}
-    for delimiter in (usual, *(d for d in _NAMES if d != usual)):
+    for delimiter in (default, *(d for d in _NAMES if d != default)):
         rows = [row for row in csv.reader(lines, delimiter=delimiter) if row]
         header, rest = (rows[0], rows[1:] if len(rows) < 3 else rows[1:-1]) if rows else ([], [])
-        if len(header) > 1 and (delimiter == usual or all(re.fullmatch(r"[^,;\t|]*", name) for name in header)):
+        if len(header) > 1 and (delimiter == default or all(re.fullmatch(r"[^,;\t|]*", name) for name in header)):
             scores[delimiter] = (sum(len(r) == len(header) for r in rest) / max(1, len(rest)), len(header))
-    if scores.get(usual, (0.0, 0))[0] >= 0.5 or not scores:
-        return usual
+    if scores.get(default, (0.0, 0))[0] >= 0.5 or not scores:
+        return default
     return max(scores, key=lambda d: scores[d])
 
 
@@ -168,13 +168,13 @@ def read_parquet(stream: BinaryIO, name: str, bounds: Bounds, shard: Shard | Non
         raise DataError(name, what, "fetch or copy it again, or write it anew with pyarrow") from error
 
 
-def _batch(batch: Any, name: str, number: int, pa: Any) -> Rows:
+def _batch(batch: Any, name: str, number: int, pyarrow: Any) -> Rows:
     """The rows of a batch, converted cell by cell if a value cannot become a Python object."""
     try:
         rows = batch.to_pylist()
         if "arguments: struct" in str(batch.schema) or "parameters: struct" in str(batch.schema):
             rows = list(map(calls_without_nulls, rows))
-    except (ValueError, OverflowError, KeyError, TypeError, pa.ArrowException):
+    except (ValueError, OverflowError, KeyError, TypeError, pyarrow.ArrowException):
         rows = None
     for i in range(len(batch)):
         if rows is not None:
@@ -183,7 +183,7 @@ def _batch(batch: Any, name: str, number: int, pa: Any) -> Rows:
         where, values = f"{name}: row {number + i + 1}", {}
         for column, cells in zip(batch.schema.names, batch.columns, strict=True):
             try:
-                values[column] = _cell(cells[i], pa)
+                values[column] = _cell(cells[i], pyarrow)
             except Exception as error:
                 what = f'"{printable(column[:100])}" cannot be read ({printable(str(error).splitlines()[0][:200])})'
                 yield BadRow(where, what, "fix or drop the column", {k: str(v)[:SHOWN] for k, v in values.items()})
@@ -192,16 +192,16 @@ def _batch(batch: Any, name: str, number: int, pa: Any) -> Rows:
             yield Row(where, _mark_missing(values, IN_PARQUET))
 
 
-def _cell(cell: Any, pa: Any) -> Any:
+def _cell(cell: Any, pyarrow: Any) -> Any:
     """A cell's value; a time that Python cannot represent (year beyond 9999, nanoseconds, unknown zone) as Arrow writes it."""
     try:
         return cell.as_py()
     except UnicodeDecodeError as error:
         raise ValueError("is not UTF-8") from error
-    except (ValueError, OverflowError, KeyError, TypeError, pa.ArrowException):
-        if not pa.types.is_temporal(cell.type):
+    except (ValueError, OverflowError, KeyError, TypeError, pyarrow.ArrowException):
+        if not pyarrow.types.is_temporal(cell.type):
             raise
         try:
-            return cell.cast(pa.string()).as_py()
-        except pa.ArrowException:
-            return str(cell.cast(pa.int64()).as_py())
+            return cell.cast(pyarrow.string()).as_py()
+        except pyarrow.ArrowException:
+            return str(cell.cast(pyarrow.int64()).as_py())
